@@ -1,0 +1,187 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+
+import jepa3d
+from jepa3d import config as settings
+from jepa3d.allocator import keep_large_blocks
+from jepa3d.config import PretrainConfig
+
+app = cyclopts.App(
+    name="jepa3d",
+    help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
+    version=jepa3d.__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=()),
+)
+_DEFAULT = PretrainConfig()
+
+
+@app.command
+def pretrain(
+    *,
+    config: Annotated[PretrainConfig, Parameter(name="*")] = _DEFAULT,
+    preset: str = "small",
+    recipe: Path | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Pretrain an encoder on unlabelled shapes.
+
+    Parameters
+    ----------
+    preset: str
+        Sizes: tiny (a laptop's minutes), small (the paper), base.
+    recipe: Path
+        YAML settings; flags win over it, it wins over the preset.
+    out: Path
+        Run folder to make; required unless --dry-run.
+    resume: bool
+        Continue the run in --out, which was interrupted.
+    dry_run: bool
+        Read some data, build, take two steps, print memory and time, write nothing.
+    """
+    from jepa3d.training import pretrain as training
+
+    if dry_run:
+        training.dry_run(config)
+        return
+    if out is None:
+        raise ValueError("--out is missing: the folder that the run is written to")
+    training.pretrain(config, out, resume)
+    if training.is_main():
+        print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {' '.join(config.data)}")
+
+
+@app.command
+def probe(
+    runs: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    layer: str = "best",
+    pooling: str = "mean_max",
+    protocols: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None,
+    out: Path | None = None,
+) -> None:
+    """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
+
+    Parameters
+    ----------
+    runs: list[Path]
+        Finished runs; several seeds of one configuration give mean and standard deviation.
+    data: str
+        Labelled shapes with a train and a test part.
+    labels_key: str
+        The labels of a .npz bundle.
+    up_axis: str
+        The data's up axis: x, y or z.
+    layer: str
+        best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
+    pooling: str
+        Of tokens to one vector: mean_max, mean or max.
+    protocols: tuple[str, ...]
+        Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
+    out: Path
+        Where to write the result; probe-DATA.json in the first run by default.
+    """
+    from jepa3d.evaluation import probe as probing
+    from jepa3d.training.checkpoint import write_json
+
+    if layer != "best" and not layer.isdigit():
+        raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
+    at = None if layer == "best" else int(layer)
+    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS)
+    probing.show(result)
+    stem = "-".join([Path(data).stem.replace(":", "-")] + ([labels_key] if labels_key != "labels" else []))
+    out = out or runs[0] / f"probe-{stem}.json"
+    write_json(out, result)
+    print(f"written: {out}")
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int = 4000) -> None:
+    """Pretrain on built-in shapes for some minutes, probe the encoder, draw pictures.
+
+    Parameters
+    ----------
+    out: Path
+        Folder to write; a demo interrupted there goes on.
+    max_steps: int
+        A shorter demo.
+    shapes: int
+        Number of synthetic shapes.
+    """
+    from jepa3d.demo import run_demo
+
+    run_demo(out, max_steps, shapes)
+
+
+@app.command
+def info(path: str | None = None, /, *, up_axis: str = "z", labels_key: str = "labels") -> None:
+    """Describe a run, a source of shapes, or without a path this installation.
+
+    Parameters
+    ----------
+    path: str
+        A run folder, or anything that --data takes.
+    up_axis: str
+        The data's up axis.
+    labels_key: str
+        The labels of a .npz bundle.
+    """
+    from jepa3d import info as describing
+
+    describing.describe(path, up_axis, labels_key)
+
+
+def _weaker_settings(tokens: list[str]) -> dict:
+    """What the flags of `pretrain` override: the stored run when resuming, then preset and recipe where given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.add_argument("--recipe")
+    parser.add_argument("--out")
+    parser.add_argument("--resume", action="store_true")
+    known, _ = parser.parse_known_args(tokens)
+    layers = []
+    stored = Path(known.out or "", "config.json")
+    if known.resume and known.out and stored.is_file():
+        layers.append(json.loads(stored.read_text()))
+    recipe = settings.read_recipe(known.recipe) if known.recipe else {}
+    if named := known.preset or recipe.pop("preset", None):
+        layers.append(settings.preset(named))
+    recipe.pop("preset", None)
+    try:
+        return settings.to_dict(settings.resolve(*layers, recipe))
+    except ValueError as error:
+        raise ValueError(f"{known.recipe}: {error}" if known.recipe else str(error)) from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; a mistake of the user is one line and exit status 2, an interrupted run 130."""
+    tokens = sys.argv[1:] if arguments is None else arguments
+    keep_large_blocks()
+    try:
+        if tokens[:1] == ["pretrain"]:
+            app.config = [cyclopts.config.Dict({"pretrain": _weaker_settings(tokens)})]
+        app(tokens)
+    except (ValueError, OSError) as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt as stop:
+        print(f"jepa3d: {stop or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: Exception) -> int:
+    print(f"jepa3d: error: {error}", file=sys.stderr)
+    return 2

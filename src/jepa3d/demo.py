@@ -1,0 +1,37 @@
+"""The demo: built-in shapes, some minutes of 3D-JEPA, the probe table, pictures."""
+
+import os
+from pathlib import Path
+
+from jepa3d import config as settings
+from jepa3d.data.datasets import load
+from jepa3d.evaluation.probe import probe, show
+from jepa3d.figures import draw_blocks, draw_curves
+from jepa3d.training.checkpoint import write_json
+from jepa3d.training.pretrain import pretrain
+
+DEMO = {"teacher": "ema", "max_steps": 2000, "log_every": 100, "checkpoint_every": 200}
+
+
+def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
+    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; an interrupted demo goes on.
+
+    Raises ValueError when `out` is something else than a demo's folder.
+    """
+    run, source = out / "run", f"synthetic:{shapes}"
+    if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: exists and is not a demo; choose another --out")
+    changes = {"data": [source]} | ({"max_steps": max_steps} if max_steps else {})
+    config = settings.resolve(settings.preset("tiny"), DEMO, changes)
+    print(f"making {shapes:,} shapes of {config.encoder.num_points} points", flush=True)
+    clouds = load([source], config.encoder.num_points)
+    out.mkdir(parents=True, exist_ok=True)
+    draw_blocks(clouds, config, out / "blocks.png")
+    pretrain(config, run, resume=run.exists(), clouds=clouds)
+    draw_curves(run, out / "curves.png")
+    print("probing, test part never seen in pretraining", flush=True)
+    result = probe([run], source, protocols=("logistic", "logistic_10", "knn"))
+    show(result)
+    write_json(out / "probe.json", result)
+    files = ", ".join(os.path.join(out, name) for name in ("blocks.png", "curves.png", "probe.json"))
+    print(f"written: {files}; the encoder: {run / 'encoder'}")

@@ -1,0 +1,28 @@
+"""Frozen features of every depth of a network, pooled to one vector a cloud."""
+
+import numpy as np
+import torch
+
+from jepa3d.data.datasets import PointClouds
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.encoder import PointEncoder, pool
+from jepa3d.models.tokenizer import group
+
+
+@torch.no_grad()
+def layer_features(
+    model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
+) -> np.ndarray:
+    """Features [L, n, E] float32 of every layer; a dVAE has one layer, the tokens it teaches."""
+    model.eval()
+    device = next(model.parameters()).device
+    layers = []
+    for at in range(0, len(clouds), batch_size):
+        points = clouds.batch(np.arange(at, min(at + batch_size, len(clouds)))).to(device)
+        if isinstance(model, PointEncoder):
+            states = model.layer_tokens(points)[0]
+        else:
+            grouped = group(points, model.num_groups, model.group_size)
+            states = [model.features(grouped.patches, grouped.centers)]
+        layers.append(torch.stack([pool(tokens, pooling) for tokens in states]).cpu())
+    return torch.cat(layers, 1).numpy()

@@ -1,0 +1,208 @@
+"""Probes of frozen features under named protocols; the test part is used once, after every choice is made.
+
+| protocol       | features              | classifier                              | chosen on                          |
+|----------------|-----------------------|-----------------------------------------|------------------------------------|
+| logistic       | standardised          | logistic regression                     | C and layer: a fifth of train      |
+| logistic_10    | standardised          | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
+| knn            | standardised          | 10 nearest neighbours by cosine         | layer: a fifth of train            |
+| svc_linear     | as they are           | SVC(linear, C=0.012) (point2vec)        | layer: a fifth of train            |
+| linear_svc     | as they are           | LinearSVC() (Point-M2AE)                | layer: a fifth of train            |
+
+Figures are overall accuracies in per cent. With a fixed layer only C is chosen.
+"""
+
+import json
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.io import ReadError
+from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.protocol import provenance
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.teacher import load_module
+
+PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc")
+_C_GRID = (0.001, 0.01, 0.1, 1.0)
+_FEW_C_GRID = (0.01, 0.1)
+_SHOTS, _DRAWS = 10, 10
+SELECTION = "layer and C on a held-out fifth of train (5 folds of the labels for logistic_10); test used once"
+
+
+def _classifier(protocol: str, c: float):
+    if protocol.startswith("logistic"):
+        return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+    if protocol == "knn":
+        return make_pipeline(StandardScaler(), KNeighborsClassifier(10, metric="cosine"))
+    return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
+
+
+def _accuracy(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, y_test: np.ndarray) -> float:
+    with warnings.catch_warnings():  # LinearSVC on raw features stops at its default iterations, as in its protocol
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return 100 * float(_classifier(protocol, c).fit(train, y).score(test, y_test))
+
+
+def run_protocol(
+    protocol: str, train: np.ndarray, y: np.ndarray, test: np.ndarray, y_test: np.ndarray, layers: list[int], seed: int = 0
+) -> dict:
+    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10)."""
+    if protocol == "logistic_10":
+        return _few_labels(train, y, test, y_test, layers, seed)
+    grid = _C_GRID if protocol == "logistic" else (0.0,)
+    choices = [(layer, c) for layer in layers for c in grid]
+    best = choices[0]
+    if len(choices) > 1:
+        stratify = y if np.bincount(y).min(initial=2, where=np.bincount(y) > 0) > 1 else None
+        fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
+        best = max(choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held]))
+    layer, c = best
+    score = _accuracy(protocol, c, train[layer], y, test[layer], y_test)
+    return {"accuracy": score, "layer": layer, "C": c or None}
+
+
+def _few_labels(train, y, test, y_test, layers, seed) -> dict:
+    """10 labels a class (all of a smaller class), mean over 10 draws."""
+    rng, scores, chosen = np.random.default_rng(seed), [], []
+    for _ in range(_DRAWS):
+        shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
+        labels = y[shots]
+        folds = list(StratifiedKFold(5, shuffle=True, random_state=seed).split(shots, labels))
+
+        def validation(choice: tuple[int, float], shots=shots, labels=labels, folds=folds) -> float:
+            x = train[choice[0]][shots]
+            return sum(_accuracy("logistic", choice[1], x[a], labels[a], x[b], labels[b]) for a, b in folds)
+
+        with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
+            warnings.simplefilter("ignore", UserWarning)
+            layer, c = max([(layer, c) for layer in layers for c in _FEW_C_GRID], key=validation)
+        scores.append(_accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test))
+        chosen.append([layer, c])
+    return {"accuracy": float(np.mean(scores)), "std_over_draws": float(np.std(scores, ddof=1)), "chosen": chosen}
+
+
+def shared_classes(clouds: PointClouds) -> tuple[PointClouds, PointClouds, int]:
+    """Train and test parts with the classes present in both, and how many classes were dropped."""
+    if clouds.labels is None:
+        raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
+    if clouds.split is None:
+        raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
+    train, test = clouds.part("train"), clouds.part("test")
+    both = np.intersect1d(train.labels, test.labels)
+    if len(both) < 2:
+        raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, a probe needs at least 2")
+    dropped = len(np.unique(clouds.labels)) - len(both)
+    return train.subset(np.isin(train.labels, both)), test.subset(np.isin(test.labels, both)), dropped
+
+
+def probe(
+    runs: list[Path],
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    layer: int | None = None,
+    pooling: str = "mean_max",
+    protocols: tuple[str, ...] = PROTOCOLS,
+) -> dict:
+    """Probe finished runs, each beside its own untrained encoder and its dVAE teacher; returns the result record.
+
+    `layer` None chooses the best on validation; otherwise 0 (tokenizer) to depth. Raises ValueError.
+    """
+    started = time.perf_counter()
+    if unknown := set(protocols) - set(PROTOCOLS):
+        raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
+    rows, source, cache = [], None, {}
+    for run in runs:
+        config, models = _models(run)
+        points = config["encoder"]["num_points"]
+        if points not in cache:
+            cache[points] = load([data], points, "all", [up_axis], labels_key)
+        source = cache[points]
+        train, test, dropped = shared_classes(source)
+        for name, model in models.items():
+            x, x_test = (layer_features(model, part, pooling) for part in (train, test))
+            depth = len(x) - 1
+            if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
+                raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
+            layers = list(range(depth + 1)) if layer is None else [min(layer, depth)]
+            scores = {p: run_protocol(p, x, train.labels, x_test, test.labels, layers, config["seed"]) for p in protocols}
+            rows.append({"run": str(run), "model": name, "seed": config["seed"], "scores": scores})
+    return provenance() | {
+        "data": {"name": source.name, "fingerprint": source.fingerprint, "labels": labels_key, "train": len(train),
+                 "test": len(test), "classes": len(np.unique(train.labels)), "dropped_classes": dropped},
+        "pooling": pooling,
+        "layer": "best on validation" if layer is None else layer,
+        "selection": SELECTION,
+        "seeds": sorted({row["seed"] for row in rows}),
+        "rows": rows,
+        "summary": summarise(rows, protocols),
+        "wall_seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
+    """A finished run's config and the networks to compare."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run}: not a run folder of jepa3d pretrain")
+    if not (run / "encoder").is_dir():
+        raise ValueError(f"{run}: has no encoder yet; finish it with: jepa3d pretrain --out {run} --resume")
+    config = json.loads((run / "config.json").read_text())
+    models = {"untrained": PointEncoder.from_pretrained(run / "untrained")}
+    for teacher in (run / "stage1", run / "teacher"):
+        if teacher.is_dir():
+            models["teacher"] = load_module(str(teacher))
+    return config, models | {"pretrained": PointEncoder.from_pretrained(run / "encoder")}
+
+
+def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
+    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained encoder."""
+
+    def moments(values: list[float]) -> dict:
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {"mean": float(np.mean(values)), "std": std, "runs": len(values)}
+
+    table: dict[str, dict] = {}
+    for protocol in protocols:
+        scores = {
+            model: {row["run"]: row["scores"][protocol]["accuracy"] for row in rows if row["model"] == model}
+            for model in ("untrained", "teacher", "pretrained")
+        }
+        for model, by_run in scores.items():
+            if by_run:
+                table.setdefault(model, {})[protocol] = moments(list(by_run.values()))
+        gains = [scores["pretrained"][run] - scores["untrained"][run] for run in scores["pretrained"]]
+        table.setdefault("gain", {})[protocol] = moments(gains)
+    return table
+
+
+def show(result: dict) -> None:
+    """Print the summary as a table."""
+    data = result["data"]
+    title = (
+        f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, {data['test']:,} test; "
+        f"overall accuracy %, {result['pooling']}, layer {result['layer']}, seeds {result['seeds']}"
+    )
+    protocols = list(result["summary"]["gain"])
+    table = Table("", *protocols, title=title, title_justify="left")
+    for model, scores in result["summary"].items():
+        sign = "+" if model == "gain" else ""
+        cells = [f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "") for s in scores.values()]
+        table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
+    console = Console()
+    Console(width=max(console.width, 100)).print(table)
+    if data["dropped_classes"]:
+        print(f"{data['dropped_classes']} classes missing from one half were dropped")
+    print(f"selection: {result['selection']}")

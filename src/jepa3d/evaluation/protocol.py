@@ -1,0 +1,31 @@
+"""What a number needs to be worth something: where it came from and how it was chosen."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def provenance() -> dict:
+    """The command, the versions and the machine of this process."""
+    return {
+        "command": "jepa3d " + shlex.join(sys.argv[1:]),
+        "versions": {name: version(name) for name in ("jepa3d", "torch", "numpy", "scikit-learn")},
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _commit() -> str | None:
+    """The source's commit where it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

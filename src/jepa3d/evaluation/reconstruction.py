@@ -1,0 +1,51 @@
+"""Is the dVAE a teacher? Its reconstruction against the best constant patch, and how many codes it uses."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa3d.data.datasets import PointClouds
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.tokenizer import group
+from jepa3d.ops import chamfer_l1
+
+
+def dvae_figures(dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: int = 256) -> dict[str, float]:
+    """Chamfer-L1 (unit-sphere units) of test patches from their arg-max codes and from one constant patch.
+
+    The constant patch is fitted to train patches with the same loss. perplexity is exp(entropy) of the codes of
+    the test patches, between 1 and num_codes.
+    """
+    dvae.eval()
+    fitted, (patches, centers) = _patches(dvae, train, max_clouds)[0], _patches(dvae, test, max_clouds)
+    with torch.no_grad():
+        codes = dvae.codes(patches, centers)
+        share = torch.bincount(codes.flatten(), minlength=dvae.num_codes).double() / codes.numel()
+        reconstruction = chamfer_l1(dvae.reconstruct(patches, centers), patches)
+    constant = best_constant_patch(fitted.flatten(0, 1))
+    return {
+        "reconstruction": reconstruction.item(),
+        "constant_patch": chamfer_l1(constant.expand_as(patches), patches).item(),
+        "perplexity": float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum())),
+        "num_codes": dvae.num_codes,
+    }
+
+
+def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
+    """The K points (K 3) that serve best as the reconstruction of every patch (n K 3), by Adam on Chamfer-L1."""
+    generator = torch.Generator().manual_seed(0)
+    pick = torch.randint(patches.shape[0] * patches.shape[1], (patches.shape[1],), generator=generator)
+    constant = patches.flatten(0, 1)[pick].clone().requires_grad_()
+    optimizer = torch.optim.Adam([constant], lr=0.05 * patches.norm(dim=-1).mean().item())
+    for _ in range(steps):
+        batch = patches[torch.randint(len(patches), (batch_size,), generator=generator)]
+        optimizer.zero_grad()
+        chamfer_l1(constant.expand_as(batch), batch).backward()
+        optimizer.step()
+    return constant.detach()
+
+
+def _patches(dvae: DVAE, clouds: PointClouds, max_clouds: int) -> tuple[Tensor, Tensor]:
+    index = np.linspace(0, len(clouds) - 1, min(max_clouds, len(clouds))).astype(int)
+    grouped = group(clouds.batch(index), dvae.num_groups, dvae.group_size)
+    return grouped.patches, grouped.centers

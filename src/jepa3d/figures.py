@@ -1,0 +1,72 @@
+"""Pictures: the sampled blocks (the paper's Fig. 4) and the curves of a run. Needs the `view` extra."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jepa3d.config import PretrainConfig
+from jepa3d.data.datasets import PointClouds
+from jepa3d.models.tokenizer import group
+from jepa3d.objectives.jepa import make_sampler
+from jepa3d.ops import BatchGenerator
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install 'jepa3d[view]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes: int = 4) -> None:
+    """One row a shape: the cloud, the context the encoder sees, and each target block, as the sampler draws them."""
+    plt = _pyplot()
+    points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
+    generator = BatchGenerator(config.seed)
+    grouped = group(points, config.encoder.num_groups, config.encoder.group_size)
+    sample = make_sampler(config)(grouped.centers, generator.stream("sampler"))
+    blocks = sample.target.shape[1]
+    figure = plt.figure(figsize=(2 * (2 + blocks), 2 * shapes))
+    for row in range(shapes):
+        chosen = [sample.context[row][sample.mask[row]], *sample.target[row]]
+        titles = ["cloud", "context", *(f"target {i + 1}" for i in range(blocks))]
+        for column, title in enumerate(titles):
+            axes = figure.add_subplot(shapes, 2 + blocks, row * (2 + blocks) + column + 1, projection="3d")
+            color = "0.25" if column == 0 else "tab:blue" if column == 1 else "tab:red"
+            if column:
+                axes.scatter(*points[row].T, s=0.3, color="0.8")
+                index = torch.unique(grouped.index[row, chosen[column - 1]])
+                axes.scatter(*points[row, index].T, s=2, color=color)
+            else:
+                axes.scatter(*points[row].T, s=1, color=color)
+            axes.set_axis_off()
+            axes.set_box_aspect((1, 1, 1))
+            axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), zlim=(-0.7, 0.7))
+            if row == 0:
+                axes.set_title(title, fontsize=9)
+    figure.subplots_adjust(0, 0, 1, 0.96, 0, 0)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(run: Path, path: Path) -> None:
+    """Loss beside the best constant prediction's, and the effective rank of predictions and targets, by step."""
+    plt = _pyplot()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    steps = [line["step"] for line in lines]
+    for axes, names in ((left, ("loss", "constant_loss")), (right, ("prediction_rankme", "target_rankme"))):
+        for name in names:
+            axes.plot(steps, [line[name] for line in lines], label=name.replace("_", " "))
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,164 @@
+"""The discrete autoencoder of ACT's first stage, on points alone: the paper's frozen teacher.
+
+tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> DGCNN -> folding decoder. The second
+DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode and the arg-max
+code instead of a Gumbel sample. (Dong et al. 2023, section 4; Yu et al. 2022 for the networks.)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer
+from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
+
+
+class EdgeConv(nn.Module):
+    """max over neighbours of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
+
+    Split exactly: W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, so the product is made once a token, not once
+    an edge.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * in_dim, out_dim, bias=False)
+        self.norm = nn.GroupNorm(4, out_dim)
+
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+        difference, own = self.linear.weight.chunk(2, 1)
+        edges = gather_points(F.linear(x, difference), neighbours) + F.linear(x, own - difference)[:, :, None]
+        edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
+        return F.leaky_relu(edges.amax(2), 0.2)  # LeakyReLU is increasing: it commutes with the maximum
+
+
+class TokenDGCNN(nn.Module):
+    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are multiples of `dim`."""
+
+    def __init__(self, in_dim: int, out_dim: int, dim: int):
+        super().__init__()
+        widths = [dim, 2 * dim, 4 * dim, 4 * dim, 8 * dim]
+        self.first = nn.Linear(in_dim, dim)
+        self.layers = nn.ModuleList(EdgeConv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.last = nn.Linear(sum(widths[1:]), out_dim, bias=False)
+        self.norm = nn.GroupNorm(4, out_dim)
+
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+        x, outputs = self.first(x), []
+        for layer in self.layers:
+            x = layer(x, neighbours)
+            outputs.append(x)
+        out = self.norm(self.last(torch.cat(outputs, -1)).transpose(1, 2)).transpose(1, 2)
+        return F.leaky_relu(out, 0.2)
+
+
+class FoldingDecoder(nn.Module):
+    """A token to a coarse patch by an MLP, then to a fine one by folding a 2 x 2 grid at each coarse point."""
+
+    def __init__(self, dim: int, group_size: int, hidden_dim: int):
+        super().__init__()
+        if group_size % 4:
+            raise ValueError(f"the folding decoder makes 4 points a coarse one: group_size {group_size} must be a multiple of 4")
+        self.num_coarse = group_size // 4
+        self.coarse = nn.Sequential(
+            nn.Linear(dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 3 * self.num_coarse),
+        )  # fmt: skip
+        self.token = nn.Linear(dim, hidden_dim)
+        self.point = nn.Linear(5, hidden_dim, bias=False)
+        self.norm1, self.linear2 = BatchNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.norm2, self.linear3 = BatchNorm(hidden_dim), nn.Linear(hidden_dim, 3)
+        axis = torch.tensor([-0.05, 0.05])
+        self.register_buffer("grid", torch.cartesian_prod(axis, axis), persistent=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches B M K/4 3 and B M K 3 of tokens B M C, relative to the patch centre."""
+        coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
+        around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)
+        seeds = torch.cat([around, self.grid.expand(*around.shape[:-1], 2)], -1).flatten(2, 3)
+        # The token is the same for all its points: its product is made once (exact split).
+        hidden = self.point(seeds) + self.token(tokens)[:, :, None]
+        shape = hidden.shape
+        hidden = F.relu(self.norm1(hidden.flatten(0, 2)))
+        hidden = F.relu(self.norm2(self.linear2(hidden)))
+        return coarse, self.linear3(hidden).view(*shape[:-1], 3) + around.flatten(2, 3)
+
+
+class DVAEOutput(NamedTuple):
+    loss: Tensor  # reconstruction + kl_weight * KL
+    reconstruction: Tensor  # coarse + fine Chamfer-L1
+    fine: Tensor  # the fine term alone
+    kl: Tensor
+    perplexity: Tensor  # exp(entropy) of the codes in use, between 1 and num_codes
+
+
+class DVAE(nn.Module, PyTorchModelHubMixin, library_name="jepa3d", license="apache-2.0"):
+    """Discrete variational autoencoder of patches. `features` is the teacher's voice."""
+
+    def __init__(
+        self,
+        width: int = 384,
+        num_codes: int = 8192,
+        num_groups: int = 64,
+        group_size: int = 32,
+        num_points: int = 1024,
+        tokenizer_dim: int = 128,
+        dgcnn_dim: int = 128,
+        folding_dim: int = 512,
+    ):
+        super().__init__()
+        self.width, self.num_codes = width, num_codes
+        self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
+        self.tokenizer = PatchTokenizer(width, tokenizer_dim)
+        self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim)
+        self.codebook = nn.Parameter(torch.randn(num_codes, width))
+        self.to_features = TokenDGCNN(width, width, dgcnn_dim)
+        self.decoder = FoldingDecoder(width, group_size, folding_dim)
+
+    def _logits(self, patches: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        neighbours = knn(centers, centers, min(4, centers.shape[1]))
+        return self.to_logits(self.tokenizer(patches), neighbours), neighbours
+
+    def codes(self, patches: Tensor, centers: Tensor) -> Tensor:
+        """The arg-max code B M of every patch."""
+        return self._logits(patches, centers)[0].argmax(-1)
+
+    def features(self, patches: Tensor, centers: Tensor) -> Tensor:
+        """Deterministic teacher tokens B M width: arg-max codes through the second DGCNN."""
+        logits, neighbours = self._logits(patches, centers)
+        return self.to_features(self.codebook[logits.argmax(-1)], neighbours)
+
+    def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
+        """Fine reconstruction B M K 3 of patches from their arg-max codes."""
+        return self.decoder(self.features(patches, centers))[1]
+
+    def forward(
+        self,
+        patches: Tensor,
+        centers: Tensor,
+        temperature: float,
+        kl_weight: float,
+        generator: BatchGenerator | None = None,
+    ) -> DVAEOutput:
+        """One training pass on patches B M K 3 with a Gumbel-softmax at `temperature`."""
+        logits, neighbours = self._logits(patches, centers)
+        noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)
+        gumbel = -torch.log(-torch.log(noise))
+        soft = F.softmax((logits + gumbel) / temperature, -1)
+        coarse, fine = self.decoder(self.to_features(soft @ self.codebook, neighbours))
+        coarse_loss, fine_loss = chamfer_l1(coarse, patches), chamfer_l1(fine, patches)
+        usage = F.softmax(logits, -1).mean(1)  # a cloud's mean code distribution, B codes
+        # KL(uniform || usage): no code may be forgotten (Yu et al. 2022).
+        kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
+        with torch.no_grad():
+            counts = torch.bincount(logits.argmax(-1).flatten(), minlength=self.num_codes).float()
+            share = counts / counts.sum()
+            perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+        return DVAEOutput(
+            coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity
+        )

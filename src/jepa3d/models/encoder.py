@@ -1,0 +1,142 @@
+"""The point encoder: what every command trains, saves, loads and uses."""
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
+from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
+from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, unit_sphere
+
+POOLINGS = ("mean_max", "mean", "max")
+
+
+class PointEncoder(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="jepa3d",
+    tags=["point-cloud", "self-supervised", "3d-jepa"],
+    license="apache-2.0",
+):
+    """PointNet tokens and a plain pre-LN transformer; positions are added again at every block.
+
+    The defaults are the paper's encoder (22.1 M parameters). Weights travel as safetensors:
+    `save_pretrained(folder)`, `PointEncoder.from_pretrained(folder or Hub id)`.
+
+    >>> encoder = PointEncoder().eval()
+    >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_groups: int = 64,
+        group_size: int = 32,
+        num_points: int = 2048,
+        tokenizer_dim: int = 128,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.1,
+    ):
+        super().__init__()
+        if max(num_groups, group_size) > num_points:
+            raise ValueError(
+                f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
+            )
+        self.width, self.depth, self.drop_path = embed_dim, depth, drop_path
+        self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
+        self.tokenizer = PatchTokenizer(embed_dim, tokenizer_dim)
+        self.position = position_embedding(embed_dim)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.apply(init_weights)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        mask: Tensor | None = None,
+        generator: BatchGenerator | None = None,
+    ) -> list[Tensor]:
+        """Tokens before the first block and after each one, `depth + 1` of B M C; the last is normalised.
+
+        `position` is B M C, `mask` (B M) is True at tokens that exist, `generator` draws the drop-path.
+        """
+        keep = None
+        if self.training and self.drop_path > 0:
+            keep = drop_path_scales(self.drop_path, len(tokens), self.depth, generator, tokens)
+        states = [tokens]
+        for layer, block in enumerate(self.blocks):
+            states.append(
+                block(states[-1] + position, mask, None if keep is None else keep[:, layer])
+            )
+        states[-1] = self.norm(states[-1])
+        return states
+
+    def features(self, patches: Tensor, centers: Tensor) -> Tensor:
+        """Encoded tokens B M C of patches (B M K 3) and centers (B M 3)."""
+        return self.hidden_states(self.tokenizer(patches), self.position(centers))[-1]
+
+    def prepare(self, points: Tensor) -> Tensor:
+        """Clouds B N 3 in any unit as the encoder was trained on them: unit sphere, at most `num_points` by FPS."""
+        if points.ndim != 3 or points.shape[-1] != 3:
+            raise ValueError(f"points must be B x N x 3, got {tuple(points.shape)}")
+        if not torch.isfinite(points).all():
+            raise ValueError("points contain NaN or infinite coordinates")
+        points = unit_sphere(points)
+        if points.shape[1] > self.num_points:
+            points = unit_sphere(gather_points(points, farthest_point_sample(points, self.num_points)))
+        return points
+
+    def layer_tokens(self, points: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Tokens of every layer (see `hidden_states`) and their centers B M 3, grouped deterministically."""
+        grouped = group(self.prepare(points), self.num_groups, self.group_size)
+        states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
+        return states, grouped.centers
+
+    def tokens(self, points: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+        """Tokens B M C after block `layer` (0: the tokenizer's; -1: the encoder's output) and centers B M 3.
+
+        Centers are in the unit sphere of the cloud. Raises ValueError for NaN or too few points.
+        """
+        states, centers = self.layer_tokens(points)
+        return states[layer], centers
+
+    def embed(self, points: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+        """One vector a cloud, B E: pooled tokens; E = 2C for "mean_max", C for "mean" and "max".
+
+        `points` is B N 3 in any unit. Call `.eval()` first, as `from_pretrained` does: in training mode the
+        vector would depend on the rest of the batch.
+        """
+        return pool(self.tokens(points, layer)[0], pooling)
+
+    forward = embed
+
+
+def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:
+    """Tokens B M C as one vector a cloud."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
+    parts = {"mean": tokens.mean(1), "max": tokens.amax(1)}
+    return torch.cat([parts[name] for name in pooling.split("_")], -1)
+
+
+@torch.no_grad()
+def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int = 128) -> None:
+    """Set every BatchNorm's running statistics to the mean over batches of points (n N 3).
+
+    An encoder that was never trained has none, and a comparison against it would be one against noise.
+    """
+    norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
+    momenta, was_training = [norm.momentum for norm in norms], encoder.training
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean over batches
+        norm.train()
+    for batch in points.split(batch_size):
+        grouped = group(batch, encoder.num_groups, encoder.group_size)
+        encoder.tokenizer(grouped.patches)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    encoder.train(was_training)

@@ -1,0 +1,172 @@
+"""Which tokens are context and which are target: pure functions of token centres and a generator.
+
+Every sample has its own draw; context and targets share no token, by construction. Sizes are drawn once a
+batch, so targets need no padding; contexts differ in length and carry a mask. Padded entries of
+`context` repeat a token of the same context and are False in `mask`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, squared_distance, uniform, uniform_scalar
+
+SAMPLERS = ("multi_block", "random", "one_block", "sequence")
+_REDRAWS = 20
+
+Generator = torch.Generator | BatchGenerator
+
+
+class TokenSample(NamedTuple):
+    context: Tensor  # B V, token indices
+    mask: Tensor  # B V, True where the context token exists
+    target: Tensor  # B A T, token indices
+
+
+def multi_block(
+    centers: Tensor,
+    generator: Generator,
+    num_targets: int = 4,
+    target_ratio: tuple[float, float] = (0.15, 0.2),
+    context_ratio: tuple[float, float] = (0.85, 1.0),
+    min_context: int = 4,
+) -> TokenSample:
+    """The paper's sampler (III-C): A target blocks around farthest-point centres, one context block less the targets.
+
+    A block is the tokens nearest to its centre, a ball. Block centres are farthest-point samples of the token
+    centres (B M 3), which keeps their overlap low; the context centre is any token. A sample left with fewer
+    than `min_context` tokens is drawn again; ValueError when that does not help.
+    """
+    num_tokens = centers.shape[1]
+    if num_targets > num_tokens:
+        raise ValueError(f"num_targets {num_targets} exceeds the {num_tokens} tokens")
+    target_size = _size(target_ratio, num_tokens, generator)
+    context_size = _size(context_ratio, num_tokens, generator)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        seeds = farthest_point_sample(centers, num_targets, generator)
+        target = _balls(centers, gather_points(centers, seeds), target_size)
+        return _random_ball(centers, context_size, generator), target
+
+    return _without_targets(draw, num_tokens, min_context)
+
+
+def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
+    """A random subset of round(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
+    size = _size((mask_ratio, mask_ratio), centers.shape[1], None)
+    return _complement(order[:, :size], centers.shape[1])
+
+
+def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
+    """One ball of round(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    size = _size((mask_ratio, mask_ratio), centers.shape[1], None)
+    start = _random_token(centers, generator)
+    return _complement(_balls(centers, start, size)[:, 0], centers.shape[1])
+
+
+def sequence(
+    centers: Tensor,
+    generator: Generator,
+    num_targets: int = 4,
+    target_ratio: tuple[float, float] = (0.15, 0.2),
+    context_ratio: tuple[float, float] = (0.4, 0.75),
+    min_context: int = 4,
+) -> TokenSample:
+    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one; blocks are spans of it.
+
+    The walk begins at the token with the smallest coordinate sum (Saito et al. 2024, section 3.2).
+    """
+    batch, num_tokens, _ = centers.shape
+    order = _nearest_walk(centers)
+    target_size = _size(target_ratio, num_tokens, generator)
+    context_size = _size(context_ratio, num_tokens, generator)
+
+    def spans(count: int, size: int) -> Tensor:
+        start = (uniform(generator, (batch, count), centers.device) * (num_tokens - size + 1)).long()
+        places = start[..., None] + torch.arange(size, device=centers.device)
+        return order.gather(1, places.flatten(1)).view(batch, count, size)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return spans(1, context_size)[:, 0], spans(num_targets, target_size)
+
+    return _without_targets(draw, num_tokens, min_context)
+
+
+def _size(ratio: tuple[float, float], num_tokens: int, generator: Generator | None) -> int:
+    """round(fraction * M) for one fraction a batch."""
+    low, high = ratio
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"a ratio {ratio} must satisfy 0 < low <= high <= 1")
+    fraction = low if low == high else low + (high - low) * uniform_scalar(generator)
+    return max(1, round(fraction * num_tokens))
+
+
+def _random_token(centers: Tensor, generator: Generator) -> Tensor:
+    pick = (uniform(generator, (len(centers), 1), centers.device) * centers.shape[1]).long()
+    return gather_points(centers, pick)
+
+
+def _balls(centers: Tensor, around: Tensor, size: int) -> Tensor:
+    """Indices B A size of the tokens nearest to each of `around` (B A 3)."""
+    return squared_distance(around, centers).topk(size, largest=False).indices
+
+
+def _random_ball(centers: Tensor, size: int, generator: Generator) -> Tensor:
+    return _balls(centers, _random_token(centers, generator), size)[:, 0]
+
+
+def _membership(index: Tensor, num_tokens: int) -> Tensor:
+    """B M, True at the tokens in index (B ...)."""
+    inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
+    return inside.scatter_(1, index.flatten(1), True)
+
+
+def _compact(context: Tensor) -> tuple[Tensor, Tensor]:
+    """Membership B M as indices B V and mask B V, V the longest context; padding repeats the first index."""
+    counts = context.sum(1, keepdim=True)
+    longest = int(counts.max())
+    index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
+    mask = torch.arange(longest, device=context.device) < counts
+    return torch.where(mask, index, index[:, :1]), mask
+
+
+def _complement(target: Tensor, num_tokens: int) -> TokenSample:
+    if target.shape[1] >= num_tokens:
+        raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
+    return TokenSample(*_compact(~_membership(target, num_tokens)), target[:, None])
+
+
+def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
+    """Remove every target token from the context; redraw the samples that keep too few."""
+    block, target = draw()
+    context = _membership(block, num_tokens) & ~_membership(target, num_tokens)
+    for _ in range(_REDRAWS):
+        short = context.sum(1) < min_context
+        if not short.any():
+            return TokenSample(*_compact(context), target)
+        block, again = draw()
+        target = torch.where(short[:, None, None], again, target)
+        redrawn = _membership(block, num_tokens) & ~_membership(again, num_tokens)
+        context = torch.where(short[:, None], redrawn, context)
+    if (context.sum(1) >= min_context).all():
+        return TokenSample(*_compact(context), target)
+    raise ValueError(
+        f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
+        f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "
+        f"use fewer or smaller targets (num_targets, target_ratio)"
+    )
+
+
+def _nearest_walk(centers: Tensor) -> Tensor:
+    """Order B M of tokens along a greedy nearest-neighbour walk."""
+    distance = squared_distance(centers, centers)
+    rows = torch.arange(len(centers), device=centers.device)
+    current = centers.sum(-1).argmin(1)
+    order = []
+    for _ in range(centers.shape[1]):
+        order.append(current)
+        distance[rows, :, current] = torch.inf
+        current = distance[rows, current].argmin(1)
+    return torch.stack(order, 1)

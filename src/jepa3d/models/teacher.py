@@ -1,0 +1,85 @@
+"""What the student predicts: a frozen network, or a moving average of the student itself."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.encoder import PointEncoder
+
+TARGET_NORMS = ("none", "layernorm", "standardize")
+
+
+class Teacher(nn.Module):
+    """Deterministic target tokens from a network with `features(patches, centers)` and `width`.
+
+    It sees all tokens, never gets a gradient and stays in evaluation mode. `averages` marks the EMA teacher,
+    which the loop moves after every step; any other is frozen.
+    """
+
+    def __init__(self, module: DVAE | PointEncoder, target_norm: str = "none", averages: bool = False):
+        super().__init__()
+        self.averages = averages
+        if target_norm not in TARGET_NORMS:
+            raise ValueError(f"target_norm {target_norm!r}: one of {', '.join(TARGET_NORMS)}")
+        self.module, self.target_norm, self.width = module, target_norm, module.width
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor, centers: Tensor) -> Tensor:
+        """Target tokens B M width of all patches (B M K 3)."""
+        tokens = self.module.features(patches, centers)
+        if self.target_norm == "layernorm":
+            return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+        if self.target_norm == "standardize":  # per channel over the batch's tokens: no shared mean direction
+            mean, var = batch_moments(tokens.flatten(0, -2))
+            return (tokens - mean) * (var + 1e-6).rsqrt()
+        return tokens
+
+
+def batch_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of rows [n, C] over all processes' rows (equal n)."""
+    mean, square = rows.mean(0), rows.square().mean(0)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        moments = torch.stack([mean, square]) / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(moments)
+        mean, square = moments
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+def ema_teacher(student: PointEncoder, target_norm: str) -> Teacher:
+    """A teacher that begins as the student; `ema_update` moves it."""
+    return Teacher(copy.deepcopy(student), target_norm, averages=True)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student; statistics of BatchNorm are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
+        old.copy_(new)
+
+
+def load_module(path: str) -> DVAE | PointEncoder:
+    """The network saved in a folder or on the Hub: a run, or what `save_pretrained` wrote. ValueError if there is none."""
+    folder = Path(path)
+    exported = [sub for name in ("encoder", "dvae") if (sub := folder / name).is_dir()]
+    source = str(exported[0]) if exported else path
+    try:
+        if (config := Path(source) / "config.json").is_file() and "num_codes" in json.loads(config.read_text()):
+            return DVAE.from_pretrained(source)
+        return PointEncoder.from_pretrained(source)
+    except (OSError, HfHubHTTPError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path}: no encoder or dVAE could be loaded ({reason}); "
+            f"give a finished run, a folder of save_pretrained or a Hub id"
+        ) from error

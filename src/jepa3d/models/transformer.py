@@ -1,0 +1,69 @@
+"""Pre-LN transformer parts shared by encoder and decoder."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa3d.ops import BatchGenerator, uniform
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries B Q C over keys B S C; `mask` (B S) is True at keys that exist."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, dim: int, ratio: float):
+        hidden = int(dim * ratio)
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, each pre-normalised and residual; `keep` (B 2) scales the two branches."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads)
+        self.mlp = Mlp(dim, mlp_ratio)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        normed = self.norm1(x)
+        branch = self.attention(normed, normed, mask)
+        x = x + (branch if keep is None else branch * keep[:, 0, None, None])
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if keep is None else branch * keep[:, 1, None, None])
+
+
+def drop_path_scales(rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor):
+    """Stochastic depth (Huang et al. 2016) as branch scales (B depth 2): 0 or 1/keep, rate rising linearly to `rate`."""
+    rates = like.new_tensor([rate * layer / max(depth - 1, 1) for layer in range(depth)])[:, None]
+    draws = uniform(generator, (batch, depth, 2), like.device)
+    return (draws >= rates).to(like.dtype) / (1 - rates)
+
+
+def position_embedding(dim: int) -> nn.Sequential:
+    """Centre coordinates (..., 3) to (..., dim): the MLP of Point-MAE."""
+    return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal 0.02 for Linear weights, zeros for biases, ones and zeros for norms (ViT, Point-MAE)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

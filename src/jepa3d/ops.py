@@ -1,0 +1,164 @@
+"""Sampling and neighbourhood operators on batched point clouds.
+
+Each has one plain torch reference that runs on any device. A faster back end is chosen in exactly one
+place, `farthest_point_sample`, and returns the same indices.
+
+Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
+"""
+
+import hashlib
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_MAX_PAIRS = 2**26  # distances held at once by `knn`: 256 MiB of float32
+
+
+class BatchGenerator:
+    """Random draws for one process's rows of a global batch.
+
+    Every draw is made for the whole batch from (seed, step, stream) and cut to this process's rows. So P
+    processes together draw what one process would, a resumed run draws what an uninterrupted one would,
+    and a checkpoint has no generator state to keep.
+    """
+
+    def __init__(self, seed: int, step: int = 0, first: int = 0, total: int | None = None, stream: str = ""):
+        self.seed, self.step, self.first, self.total = seed, step, first, total
+        key = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest()
+        self._key, self._generators = int.from_bytes(key, "big"), {}
+
+    def stream(self, name: str) -> "BatchGenerator":
+        """An independent generator for one use, so that one use's draws never shift another's."""
+        return BatchGenerator(self.seed, self.step, self.first, self.total, name)
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The underlying generator, which lives where its draws are needed."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._key)
+        return self._generators[device]
+
+
+def uniform(generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device) -> Tensor:
+    """Uniform draws in [0, 1) of `shape` whose first axis is the batch; None draws from torch's own state."""
+    device = torch.device(device)
+    if not isinstance(generator, BatchGenerator):
+        made_on = device if generator is None else generator.device
+        return torch.rand(shape, generator=generator, device=made_on).to(device)
+    total = generator.total or shape[0]
+    whole = torch.rand((total, *shape[1:]), generator=generator.on(device), device=device)
+    return whole[generator.first : generator.first + shape[0]]
+
+
+def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
+    """One uniform draw shared by the whole batch, the same on every process; made on the CPU."""
+    if isinstance(generator, BatchGenerator):
+        generator = generator.on(torch.device("cpu"))
+    if generator is not None and generator.device.type != "cpu":
+        return torch.rand((), generator=generator, device=generator.device).item()
+    return torch.rand((), generator=generator).item()
+
+
+@cache
+def _quickfps():
+    """The compiled farthest point sampler of the `fast` extra, or None."""
+    if importlib.util.find_spec("torch_quickfps") is None:
+        return None
+    import torch_quickfps
+
+    return torch_quickfps
+
+
+def farthest_point_sample(
+    points: Tensor, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
+) -> Tensor:
+    """Indices B num_samples of points each farthest from those before it (Eldar et al. 1997).
+
+    Without a generator the first is the point farthest from the centroid, whatever the order of the
+    points; with one it is a random point. Of equally far points the lowest index wins.
+    """
+    batch, num_points, _ = points.shape
+    if not 1 <= num_samples <= num_points:
+        raise ValueError(f"farthest point sampling: {num_samples} samples asked of {num_points} points")
+    points = points.detach()
+    if generator is None:
+        start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
+    else:
+        start = (uniform(generator, (batch,), points.device) * num_points).long()
+    # Below about a thousand points the batched loop beats a kernel called once a cloud.
+    if points.device.type == "cpu" and num_points >= 1024 and (fast := _quickfps()):
+        rows = zip(points, start.tolist(), strict=True)
+        return torch.stack([fast.sample_idx(row, num_samples, start_idx=first) for row, first in rows])
+    return _farthest_point_sample_reference(points, num_samples, start)
+
+
+def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+    # Three contiguous coordinate arrays: 3-4 times faster on a CPU than one strided B N 3 tensor.
+    x, y, z = (axis.contiguous() for axis in points.unbind(-1))
+    distance = torch.full_like(x, torch.inf)
+    picked, current = [], start[:, None]
+    for _ in range(num_samples):
+        picked.append(current)
+        offsets = (x - x.gather(1, current)).square_()
+        offsets += (y - y.gather(1, current)).square_()
+        offsets += (z - z.gather(1, current)).square_()
+        torch.minimum(distance, offsets, out=distance)
+        current = distance.argmax(1, keepdim=True)
+    return torch.cat(picked, 1)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Exact squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the matmul form."""
+    total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
+    for axis in (1, 2):
+        total += (a[..., :, None, axis] - b[..., None, :, axis]).square_()
+    return total
+
+
+def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
+    """Indices B M k of the k points nearest to each query (B M 3), nearest first."""
+    batch, num_points, _ = points.shape
+    if not 1 <= k <= num_points:
+        raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
+    rows = max(1, _MAX_PAIRS // (batch * num_points))
+    query, points = query.detach(), points.detach()
+    parts = [squared_distance(q, points).topk(k, largest=False).indices for q in query.split(rows, 1)]
+    return torch.cat(parts, 1)
+
+
+def gather_points(values: Tensor, index: Tensor) -> Tensor:
+    """values (B N C) at index (B ...) as (B ... C)."""
+    flat = index.flatten(1)
+    out = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
+    return out.view(*index.shape, values.shape[-1])
+
+
+def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Tensor:
+    """Features B M C of centers (B M 3) at query (B N 3): three nearest, inverse squared distance (PointNet++)."""
+    index = knn(query, centers, 3)
+    distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
+    weight = 1 / (distance + 1e-8)
+    weight = weight / weight.sum(-1, keepdim=True)
+    return (gather_points(features, index) * weight[..., None]).sum(2)
+
+
+def unit_sphere(points: Tensor) -> Tensor:
+    """Points B N 3 moved to centroid 0 and scaled so that the farthest one lies at distance 1."""
+    points = points - points.mean(1, keepdim=True)
+    radius = points.norm(dim=-1).amax(1)[:, None, None]
+    return points / radius.clamp_min(torch.finfo(points.dtype).tiny)
+
+
+def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
+    """Chamfer-L1 of point sets (..., P, 3) and (..., Q, 3): half the sum of mean nearest distances each way."""
+
+    def one_way(source: Tensor, target: Tensor, nearest: Tensor) -> Tensor:
+        flat_target, flat_nearest = target.flatten(0, -3), nearest.flatten(0, -2)
+        offsets = source.flatten(0, -3) - gather_points(flat_target, flat_nearest)
+        return offsets.norm(dim=-1).mean()
+
+    with torch.no_grad():  # neighbours carry no gradient; only the distance to them does
+        pairs = squared_distance(a, b)
+        nearest_b, nearest_a = pairs.argmin(-1), pairs.argmin(-2)
+    return (one_way(a, b, nearest_b) + one_way(b, a, nearest_a)) / 2

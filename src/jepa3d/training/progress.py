@@ -1,0 +1,80 @@
+"""Progress of a run: a line or a bar for people, metrics.jsonl for programs, and what the run has cost."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+SHOWN = ("loss", "constant_loss", "prediction_std", "prediction_rankme", "reconstruction", "perplexity")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, all threads."""
+    return time.process_time()
+
+
+def peak_memory() -> int:
+    """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Progress:
+    """Shows and records a run from `state["step"]` to `total`; metrics after a resumed step are dropped."""
+
+    def __init__(self, path: Path | None, state: dict, total: int, batch_size: int, shown: bool):
+        self.path, self.total, self.batch_size, self.shown = path, total, batch_size, shown
+        self.base = dict(state)
+        self.cpu, self.wall = cpu_seconds(), time.perf_counter()
+        self.last: dict[str, float] = {}
+        self.bar = Bar(
+            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(),
+            disable=not (shown and sys.stderr.isatty()),
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=total, completed=state["step"])
+        if path and shown and path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.stop()
+
+    def stamp(self, state: dict) -> dict:
+        """`state` with the cost so far, over all sessions of the run."""
+        return state | {
+            "cpu_seconds": self.base["cpu_seconds"] + cpu_seconds() - self.cpu,
+            "wall_seconds": self.base["wall_seconds"] + time.perf_counter() - self.wall,
+            "peak_memory": max(self.base["peak_memory"], peak_memory()),
+        }
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Record the figures of a step."""
+        if not self.shown:
+            return
+        cost = self.stamp({})
+        done = step - self.base["step"]
+        here = cost["wall_seconds"] - self.base["wall_seconds"]
+        rate = done * self.batch_size / here
+        left = (self.total - step) * here / done
+        self.last = {"step": step, **figures, "samples_per_second": rate, **cost}
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.last) + "\n")
+        text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
+        line = f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s"
+        if self.bar.disable:
+            print(f"{line}, {left / 60:.1f} min left", flush=True)
+        else:
+            self.bar.update(self.task, completed=step, description=line)
