@@ -126,6 +126,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_groups": 32,
             "group_size": 16,
             "num_points": 512,
+            "tokenizer_dim": 64,
             "drop_path": 0.0,
         },
         "dvae": {
@@ -135,6 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "num_points": 512,
             "width": 96,
             "num_codes": 512,
+            "tokenizer_dim": 64,
             "dgcnn_dim": 32,
             "folding_dim": 128,
         },

@@ -27,7 +27,10 @@ def _installation() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts["versions"].items()))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     print(f"python {facts['python']}, {facts['machine']}, device {device}")
-    for module, use in (("torch_quickfps", "compiled sampling (extra: fast)"), ("matplotlib", "pictures (extra: view)")):
+    for module, use in (
+        ("torch_quickfps", "compiled sampling (extra: fast)"),
+        ("matplotlib", "pictures (extra: view)"),
+    ):
         print(f"{use}: {'yes' if importlib.util.find_spec(module) else 'no'}")
 
 
@@ -62,4 +65,7 @@ def _shapes(clouds: PointClouds) -> None:
         print("no labels")
         return
     counts = np.bincount(clouds.labels, minlength=len(clouds.class_names))
-    print(f"{len(clouds.class_names)} classes: " + ", ".join(f"{n} {c}" for n, c in zip(clouds.class_names, counts, strict=True)))
+    print(
+        f"{len(clouds.class_names)} classes: "
+        + ", ".join(f"{n} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
+    )

@@ -19,10 +19,11 @@ OCCLUDED_SHAPES = 0.3  # fraction of the shapes that lose a region
 MAX_OCCLUSION = 0.25  # largest fraction of its points that such a shape loses
 
 Rng = np.random.Generator
-Uniform = Callable[[float, float], float]
+Draw = Callable[[float, float], float]
 Range = tuple[float, float]
-Ranges = tuple[Range, Range, Range]
-Floats = float | Sequence | np.ndarray
+Span = tuple[int, int]
+Size = tuple[Range, Range, Range]
+Floats = Sequence | np.ndarray
 Parts = Iterator[tuple]  # of (part name, loft, loft, ...); a part without lofts is absent
 
 _ANGLES = np.arange(16) * (np.pi / 8)
@@ -50,7 +51,7 @@ def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), powe
     return loft + at
 
 
-def _tube(path: Floats, radius: Floats) -> np.ndarray:
+def _tube(path: Floats, radius: float | Floats) -> np.ndarray:
     """Capped tube along `path` [k, 3], straight or in a plane along two axes; one radius or k radii."""
     path = np.array(path, float)
     tangent = np.gradient(path, axis=0)
@@ -110,27 +111,25 @@ def _back(rng: Rng, width: float, rear: float, foot: float, height: float, thick
     return [rail, *(_box((x, rear, foot), (0.05, thick, height), 1, (0, lean)) for x in xs)]
 
 
-def _slab(
-    name: str, size: Ranges, rng: Rng, u: Uniform, soft: float = 0, back: float = 0, chests: int = 0
-) -> Parts:
-    """Slab `name` of `size` (x, y, z), `soft` thicker, on a support; chance of a `back`, up to two `chests`."""
+def _slab(top: str, size: Size, rng: Rng, u: Draw, soft: float = 0, back: float = 0, boxes: int = 0) -> Parts:
+    """Slab `top` of `size` (x, y, z), `soft` thicker, on legs; chance of a `back`, up to `boxes` drawers."""
     (width, depth, height), thick = (u(*limits) for limits in size), soft + u(0.03, 0.12)
     compact = width < 1.4 * depth
     profile, power = [(0, 0), (1, 0), (1, thick), (0, thick)], rng.choice([2, 20, 20]) if compact else 20
-    yield name, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
+    yield top, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
     yield "leg", *_support(rng, width, depth, height, compact)
     if rng.random() < back:
         pad = 0.02 + thick / 2
         yield "back", *_back(rng, width, 0.48 * depth, height, thick + u(0.25, 0.8), pad)
         arm, sides = (pad, depth, thick + u(0.1, 0.25)), _SIDES[: rng.choice([0, 2])]
         yield "arm", *(_box((side * 0.48 * width, 0, height), arm) for side in sides)
-    if chests:
+    if boxes:
         chest = (u(0.2, 0.4) * width, 0.9 * depth, u(0.3, 1) * height)
-        sides = _SIDES[: rng.integers(1, chests + 1)]
+        sides = _SIDES[: rng.integers(1, boxes + 1)]
         yield "drawer", *(_box((side * 0.3 * width, 0, height - chest[2]), chest) for side in sides)
 
 
-def _bed(rng: Rng, u: Uniform) -> Parts:
+def _bed(rng: Rng, u: Draw) -> Parts:
     width, length, leg, frame, soft = u(0.8, 1.9), u(1.6, 2.1), u(0.02, 0.35), u(0.08, 0.3), u(0.1, 0.3)
     top = leg + frame + soft
     yield "frame", _box((0, 0, leg), (width, length, frame)), *_legs(rng, width, length, leg)
@@ -141,7 +140,7 @@ def _bed(rng: Rng, u: Uniform) -> Parts:
     yield "pillow", *(_box((x * width, 0.36 * length, top), pillow, 0.8) for x in xs)
 
 
-def _cabinet(front: str, heights: Range, columns: Range, rows: Range, rng: Rng, u: Uniform) -> Parts:
+def _cabinet(front: str, heights: Range, columns: Span, rows: Span, rng: Rng, u: Draw) -> Parts:
     """Chest of width 1 on legs with a grid of parts named `front` at -y, each with a knob."""
     height, nx, nz = u(*heights), rng.integers(*columns), rng.integers(*rows)
     depth, leg, out, gap, knob = u(0.3, 0.7), u(0.02, 0.25), u(0.02, 0.06), u(0.03, 0.07), u(0.03, 0.06)
@@ -153,7 +152,7 @@ def _cabinet(front: str, heights: Range, columns: Range, rows: Range, rng: Rng, 
     yield "knob", *(_box((x, y - out, z + h / 2), (knob, 2 * knob, knob)) for x, y, z in spots)
 
 
-def _bookshelf(rng: Rng, u: Uniform) -> Parts:
+def _bookshelf(rng: Rng, u: Draw) -> Parts:
     height, depth, leg = u(0.7, 2.2), u(0.25, 0.6), u(0.02, 0.2)
     levels, step = np.linspace(leg, leg + height, count := rng.integers(3, 7), retstep=True)
     yield "board", *(_box((0, 0, z), (1, depth, 0.04)) for z in levels)
@@ -166,9 +165,9 @@ def _bookshelf(rng: Rng, u: Uniform) -> Parts:
 
 
 def _vessel(
-    tall: Range, rng: Rng, u: Uniform, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
+    tall: Range, rng: Rng, u: Draw, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Parts:
-    """Open vessel, rim radius 1 (`long` times that in x); chances of a `foot`, else a `dish` below, of an `ear`."""
+    """Open vessel, rim radius 1 (`long` times that in x); chances of a `foot`, else a saucer, and an ear."""
     height, base = u(*tall), u(0.4, 0.9)
     outer = _bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
     inner = [(0, 0.06), (base - 0.06, 0.06), *outer[1:] - (0.06, 0)][::-1]
@@ -184,13 +183,13 @@ def _vessel(
         yield "handle", _tube(_bezier(*path), u(0.08, 0.16))
 
 
-def _vase(rng: Rng, u: Uniform) -> Parts:
+def _vase(rng: Rng, u: Draw) -> Parts:
     height, neck, slim, belly = u(1.2, 2.4), u(0.2, 0.9), u(0.3, 0.7), u(0.8, 1.8)
     yield "body", _lathe([(0, 0), *_bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))])
     yield "neck", _lathe(_bezier((slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)), (0, 0, height))
 
 
-def _bottle(rng: Rng, u: Uniform) -> Parts:
+def _bottle(rng: Rng, u: Draw) -> Parts:
     wide, slim, body, neck = u(0.3, 0.55), u(0.12, 0.28), u(0.7, 1.6), u(0.1, 0.6)
     shoulder, end = body + 0.3, body + 0.3 + neck
     side = _bezier((wide, body), (wide, body + 0.15), (slim, body + u(0, 0.2)), (slim, shoulder))
@@ -200,7 +199,7 @@ def _bottle(rng: Rng, u: Uniform) -> Parts:
         yield "cap", _tube([(0, 0, end - 0.05), (0, 0, end + u(0.05, 0.2))], u(1, 1.3) * slim)
 
 
-def _airplane(rng: Rng, u: Uniform) -> Parts:
+def _airplane(rng: Rng, u: Draw) -> Parts:
     radius, x, chord, span, sweep = u(0.07, 0.18), u(-0.2, 0.3), u(0.2, 0.5), u(0.5, 1.3), u(-0.6, 0.1)
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
     yield "body", _tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
@@ -215,7 +214,7 @@ def _airplane(rng: Rng, u: Uniform) -> Parts:
     yield "engine", *(pod + spot for spot in spots)
 
 
-def _rocket(rng: Rng, u: Uniform) -> Parts:
+def _rocket(rng: Rng, u: Draw) -> Parts:
     radius, body, nose, chord, span = u(0.1, 0.3), u(1, 2), u(0.2, 0.8), u(0.2, 0.7), u(0.15, 0.6)
     yield "body", _tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
     yield "nose", _lathe(_bezier((radius, body), (radius, body + nose / 2), (0, body + nose)))
@@ -223,7 +222,7 @@ def _rocket(rng: Rng, u: Uniform) -> Parts:
     yield "fin", *(_turn(fin, angle) for angle in np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:])
 
 
-def _car(rng: Rng, u: Uniform) -> Parts:
+def _car(rng: Rng, u: Draw) -> Parts:
     length, width, height, wheel, axle = u(1.6, 2.2), u(0.7, 1), u(0.25, 0.5), u(0.13, 0.24), u(0.27, 0.38)
     yield "body", _box((0, 0, 0.8 * wheel), (length, width, height), u(0.85, 1))
     cabin = (u(0.3, 0.9) * length, 0.85 * width, u(0.2, 0.5))
@@ -233,7 +232,7 @@ def _car(rng: Rng, u: Uniform) -> Parts:
     yield "wheel", *(np.add(tire, (x * axle * length, y * width / 2, 0)) for x, y in _CORNERS)
 
 
-def _lamp(rng: Rng, u: Uniform) -> Parts:
+def _lamp(rng: Rng, u: Draw) -> Parts:
     height, radius, foot, bend = u(0.5, 2), u(0.2, 0.5), u(0.04, 0.3), max(0, u(-0.7, 0.7))
     power, wide, tall, over = rng.choice([2, 8]), u(0.25, 0.6), u(0.15, 0.3), height + bend
     yield "base", _lathe([(0, 0), (radius, 0), (u(0.2, 1) * radius, foot), (0, foot)], power=power)
@@ -241,7 +240,7 @@ def _lamp(rng: Rng, u: Uniform) -> Parts:
     yield "shade", _lathe([(wide, -tall), (u(0.2, 1) * wide, tall)], (bend, 0, height))
 
 
-def _laptop(rng: Rng, u: Uniform) -> Parts:
+def _laptop(rng: Rng, u: Draw) -> Parts:
     depth, thick, screen, angle = u(0.55, 0.9), u(0.02, 0.08), u(0.5, 0.85), u(-0.3, 0.7)
     size, lean = (1, u(0.02, 0.05), screen * np.cos(angle)), (0, screen * np.sin(angle))
     yield "base", _box((0, 0, 0), (1, depth, thick))
@@ -249,7 +248,7 @@ def _laptop(rng: Rng, u: Uniform) -> Parts:
 
 
 # Class: part names, and the builder that is called with (rng, rng.uniform).
-_CLASSES: dict[str, tuple[str, Callable[[Rng, Uniform], Parts]]] = {
+_CLASSES: dict[str, tuple[str, Callable[[Rng, Draw], Parts]]] = {
     "airplane": ("body engine tail wing", _airplane),
     "bathtub": ("body foot", partial(_vessel, (0.7, 1.4), long=(1.5, 2.5), foot=0.3)),
     "bed": ("frame headboard mattress pillow", _bed),
@@ -260,7 +259,7 @@ _CLASSES: dict[str, tuple[str, Callable[[Rng, Uniform], Parts]]] = {
     "car": ("body cabin wheel", _car),
     "chair": ("arm back leg seat", partial(_slab, "seat", ((0.4, 0.8), (0.4, 0.6), (0.3, 0.7)), back=1)),
     "cup": ("body foot saucer", partial(_vessel, (0.9, 2.4), foot=0.5, dish=0.7)),
-    "desk": ("drawer leg top", partial(_slab, "top", ((1, 2), (0.5, 0.9), (0.5, 0.9)), chests=2)),
+    "desk": ("drawer leg top", partial(_slab, "top", ((1, 2), (0.5, 0.9), (0.5, 0.9)), boxes=2)),
     "dresser": ("body drawer knob leg", partial(_cabinet, "drawer", (0.5, 1.4), (1, 4), (2, 6))),
     "lamp": ("base pole shade", _lamp),
     "laptop": ("base screen", _laptop),
@@ -326,6 +325,6 @@ def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)
     parts = np.empty((num_shapes, num_points), np.int16)
-    for i, label in enumerate(labels):
+    for i, label in enumerate(labels.tolist()):
         points[i], parts[i] = make_shape(label, num_points, np.random.default_rng([seed, i]))
     return {"points": points, "labels": labels, "parts": parts}

@@ -57,7 +57,13 @@ def _accuracy(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: n
 
 
 def run_protocol(
-    protocol: str, train: np.ndarray, y: np.ndarray, test: np.ndarray, y_test: np.ndarray, layers: list[int], seed: int = 0
+    protocol: str,
+    train: np.ndarray,
+    y: np.ndarray,
+    test: np.ndarray,
+    y_test: np.ndarray,
+    layers: list[int],
+    seed: int = 0,
 ) -> dict:
     """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10)."""
     if protocol == "logistic_10":
@@ -68,7 +74,9 @@ def run_protocol(
     if len(choices) > 1:
         stratify = y if np.bincount(y).min(initial=2, where=np.bincount(y) > 0) > 1 else None
         fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
-        best = max(choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held]))
+        best = max(
+            choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held])
+        )
     layer, c = best
     score = _accuracy(protocol, c, train[layer], y, test[layer], y_test)
     return {"accuracy": score, "layer": layer, "C": c or None}
@@ -138,7 +146,9 @@ def probe(
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
             layers = list(range(depth + 1)) if layer is None else [min(layer, depth)]
-            scores = {p: run_protocol(p, x, train.labels, x_test, test.labels, layers, config["seed"]) for p in protocols}
+            scores = {
+                p: run_protocol(p, x, train.labels, x_test, test.labels, layers, config["seed"]) for p in protocols
+            }
             rows.append({"run": str(run), "model": name, "seed": config["seed"], "scores": scores})
     return provenance() | {
         "data": {"name": source.name, "fingerprint": source.fingerprint, "labels": labels_key, "train": len(train),
@@ -199,7 +209,9 @@ def show(result: dict) -> None:
     table = Table("", *protocols, title=title, title_justify="left")
     for model, scores in result["summary"].items():
         sign = "+" if model == "gain" else ""
-        cells = [f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "") for s in scores.values()]
+        cells = [
+            f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "") for s in scores.values()
+        ]
         table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
     console = Console()
     Console(width=max(console.width, 100)).print(table)

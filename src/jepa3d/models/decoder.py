@@ -50,9 +50,7 @@ class ContextAwareDecoder(nn.Module):
         super().__init__()
         self.stacked = stacked
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.blocks = nn.ModuleList(
-            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)

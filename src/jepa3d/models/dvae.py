@@ -17,6 +17,11 @@ from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer
 from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
 
 
+import os
+
+INITIAL_LOGIT_SCALE = float(os.environ.get("LS", "8"))
+
+
 class EdgeConv(nn.Module):
     """max over neighbours of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
@@ -43,7 +48,7 @@ class TokenDGCNN(nn.Module):
         super().__init__()
         widths = [dim, 2 * dim, 4 * dim, 4 * dim, 8 * dim]
         self.first = nn.Linear(in_dim, dim)
-        self.layers = nn.ModuleList(EdgeConv(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(EdgeConv(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
         self.last = nn.Linear(sum(widths[1:]), out_dim, bias=False)
         self.norm = nn.GroupNorm(4, out_dim)
 
@@ -62,7 +67,9 @@ class FoldingDecoder(nn.Module):
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
         super().__init__()
         if group_size % 4:
-            raise ValueError(f"the folding decoder makes 4 points a coarse one: group_size {group_size} must be a multiple of 4")
+            raise ValueError(
+                f"the folding decoder makes 4 points a coarse one: group_size {group_size} must be a multiple of 4"
+            )
         self.num_coarse = group_size // 4
         self.coarse = nn.Sequential(
             nn.Linear(dim, 2 * hidden_dim), nn.ReLU(),
@@ -116,6 +123,9 @@ class DVAE(nn.Module, PyTorchModelHubMixin, library_name="jepa3d", license="apac
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
         self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim)
+        # At the usual 1 the Gumbel noise (std 1.3, best of num_codes) drowns the normalised logits until the
+        # scale has grown, thousands of steps later; short runs then end worse than the best constant patch.
+        nn.init.constant_(self.to_logits.norm.weight, INITIAL_LOGIT_SCALE)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
         self.to_features = TokenDGCNN(width, width, dgcnn_dim)
         self.decoder = FoldingDecoder(width, group_size, folding_dim)
@@ -159,6 +169,4 @@ class DVAE(nn.Module, PyTorchModelHubMixin, library_name="jepa3d", license="apac
             counts = torch.bincount(logits.argmax(-1).flatten(), minlength=self.num_codes).float()
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
-        return DVAEOutput(
-            coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity
-        )
+        return DVAEOutput(coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity)

@@ -50,7 +50,7 @@ class PointEncoder(
         self.position = position_embedding(embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
-        self.apply(init_weights)
+        self.blocks.apply(init_weights)  # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
 
     def hidden_states(
         self,
@@ -68,9 +68,7 @@ class PointEncoder(
             keep = drop_path_scales(self.drop_path, len(tokens), self.depth, generator, tokens)
         states = [tokens]
         for layer, block in enumerate(self.blocks):
-            states.append(
-                block(states[-1] + position, mask, None if keep is None else keep[:, layer])
-            )
+            states.append(block(states[-1] + position, mask, None if keep is None else keep[:, layer]))
         states[-1] = self.norm(states[-1])
         return states
 

@@ -1,26 +1,13 @@
 """Stage I: train the dVAE whose tokens 3D-JEPA will predict (ACT's first stage without its image transformer)."""
 
 import math
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from jepa3d.config import DVAEConfig
-from jepa3d.models.dvae import DVAE
+from jepa3d.models.dvae import DVAE, DVAEOutput
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import BatchGenerator
-
-
-class AutoencodingOutput(NamedTuple):
-    loss: Tensor
-    reconstruction: Tensor
-    fine: Tensor
-    kl: Tensor
-    perplexity: Tensor
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of this objective beside the loss."""
-        return {name: value.item() for name, value in self._asdict().items() if name != "loss"}
 
 
 class Autoencoding(nn.Module):
@@ -34,11 +21,17 @@ class Autoencoding(nn.Module):
         super().__init__()
         self.dvae, self.config = dvae, config
 
-    def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> AutoencodingOutput:
+    def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> DVAEOutput:
         """`progress` is the finished fraction of the run, 0 to 1."""
         dvae, (warm, cold) = self.dvae, self.config.temperature
         done = min(1.0, 2 * progress)
         temperature = cold + (warm - cold) * (1 + math.cos(math.pi * done)) / 2
         centers, patches, _ = group(points, dvae.num_groups, dvae.group_size, generator.stream("group"))
-        out = dvae(patches, centers, temperature, self.config.kl_weight * done, generator.stream("gumbel"))
-        return AutoencodingOutput(out.loss, out.reconstruction, out.fine, out.kl, out.perplexity)
+        return dvae(patches, centers, temperature, self.config.kl_weight * done, generator.stream("gumbel"))
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do."""
+
+    def metrics(self, output: DVAEOutput) -> dict[str, float]:
+        """The parts of the loss and the code perplexity."""
+        return {name: value.item() for name, value in output._asdict().items() if name != "loss"}

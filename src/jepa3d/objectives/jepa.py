@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.config import PretrainConfig
+from jepa3d.evaluation.collapse import collapse_figures
 from jepa3d.models import sampling
 from jepa3d.models.decoder import ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
@@ -26,10 +27,6 @@ class JEPAOutput(NamedTuple):
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
-
-    def metrics(self) -> dict[str, float]:
-        """Figures of this objective beside the loss and collapse."""
-        return {"context_tokens": self.sample.mask.sum(1).float().mean().item()}
 
 
 class JEPA(nn.Module):
@@ -54,6 +51,7 @@ class JEPA(nn.Module):
         )
         self.projection = nn.Linear(encoder.width, teacher.width)
         self.project_target, self.target_unit = config.target.project, config.target.unit
+        self.momentum = config.target.momentum
         if self.project_target and teacher.width != encoder.width:
             raise ValueError(
                 f"target.project applies one layer to prediction and target, so the teacher's width {teacher.width} "
@@ -61,7 +59,8 @@ class JEPA(nn.Module):
             )
         self.sampler = make_sampler(config)
 
-    def forward(self, points: Tensor, generator: BatchGenerator) -> JEPAOutput:
+    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> JEPAOutput:
+        """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`."""
         encoder = self.encoder
         centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         sample = self.sampler(centers, generator.stream("sampler"))
@@ -94,9 +93,16 @@ class JEPA(nn.Module):
         tokens = packed.new_zeros(*sample.mask.shape, packed.shape[-1])
         return tokens.index_put((sample.mask,), packed)
 
-    def update_teacher(self, momentum: float) -> None:
-        """One EMA step; a frozen teacher is left alone by the loop."""
-        ema_update(self.teacher.module, self.encoder, momentum)
+    def after_step(self, progress: float) -> None:
+        """Move an EMA teacher; a frozen one stays. `progress` is the finished fraction of the run, 0 to 1."""
+        if self.teacher.averages:
+            first, last = self.momentum
+            ema_update(self.teacher.module, self.encoder, first + (last - first) * progress)
+
+    def metrics(self, output: JEPAOutput) -> dict[str, float]:
+        """Collapse figures and the mean number of context tokens."""
+        figures = collapse_figures(output.prediction, output.target, self.target_unit)
+        return figures | {"context_tokens": output.sample.mask.sum(1).float().mean().item()}
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:

@@ -30,8 +30,3 @@ def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -
         return schedule.min_lr + (schedule.lr - schedule.min_lr) * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(total - warmup, 1)
     return schedule.min_lr + (schedule.lr - schedule.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def linear(bounds: tuple[float, float], step: int, total: int) -> float:
-    """From the first bound at step 0 to the second at the last step."""
-    return bounds[0] + (bounds[1] - bounds[0]) * step / max(total - 1, 1)

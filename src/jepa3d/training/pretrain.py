@@ -1,4 +1,4 @@
-"""Pretraining: one loop for every objective, and the run folder around it.
+"""Pretraining runs: settings and data in, a folder out, in one stage or two.
 
 RUN/config.json        the resolved settings            RUN/checkpoints/  the newest whole checkpoint
 RUN/run.json           data, versions, cost, status     RUN/untrained/    the encoder before the first step
@@ -7,139 +7,26 @@ RUN/stage1/            the dVAE's own run, if one was trained; RUN/teacher/ a gi
 """
 
 import json
-import math
 import shutil
-import signal
-import sys
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from jepa3d import config as settings
-from jepa3d.config import PretrainConfig, Schedule
+from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.data.transforms import random_rotate, random_scale
-from jepa3d.evaluation.collapse import collapse_figures
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.teacher import Teacher, ema_teacher, load_module
 from jepa3d.objectives.autoencoding import Autoencoding
 from jepa3d.objectives.jepa import JEPA
-from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
-from jepa3d.training.optim import adamw, learning_rate, linear, total_steps
-from jepa3d.training.progress import Progress
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the loop trains: an objective, its schedule, and the name of what it exports."""
-
-    objective: JEPA | Autoencoding
-    schedule: Schedule
-    export: str  # encoder or dvae
-    module: nn.Module  # what is exported
-
-
-def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | None, stop_at: int | None = None) -> dict:
-    """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
-
-    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), and the last metrics.
-    Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
-    """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    schedule, objective = task.schedule, task.objective.to(accelerator.device)
-    optimizer = adamw(objective, schedule)
-    total = total_steps(schedule, len(clouds))
-    state = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0}
-    if run and (newest := checkpoint.latest(run / "checkpoints")):
-        state = checkpoint.restore(newest, objective, optimizer)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    if accelerator.scaler and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    share, rank = divmod(schedule.batch_size, accelerator.num_processes)[0], accelerator.process_index
-    progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
-
-    def save() -> None:
-        if run and accelerator.is_main_process:
-            state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-            checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
-        accelerator.wait_for_everyone()
-
-    model.train()
-    with _stop_signals() as stop, progress:
-        # ------------------------------------------------------------------------------ the training loop
-        while (step := state["step"]) < total:
-            rows = slice(rank * share, (rank + 1) * share)
-            index = batch_index(config.seed, step, schedule.batch_size, len(clouds))[rows]
-            generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
-            points = clouds.batch(index).to(accelerator.device)
-            points = augment(points, config, generator)
-
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, step, total, len(clouds))
-            with accelerator.autocast():
-                output = model(points, generator, *progress_argument(objective, step, total))
-            accelerator.backward(output.loss)
-            norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            if isinstance(objective, JEPA) and objective.teacher.averages:
-                objective.update_teacher(linear(config.target.momentum, step, total))
-
-            state["step"] = step = step + 1
-            if step % config.log_every == 0 or step in (1, total):
-                loss = accelerator.reduce(output.loss.detach(), "mean").item()
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr (now {schedule.lr})")
-                epoch = step * schedule.batch_size / len(clouds)
-                figures = {"loss": loss, "epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-                if isinstance(objective, JEPA):
-                    figures |= collapse_figures(output.prediction, output.target, config.target.unit)
-                progress.log(step, figures | output.metrics())
-            stopping = stopped(accelerator, stop, step) or step == stop_at
-            if step % config.checkpoint_every == 0 or step == total or stopping:
-                save()
-            if stopping and step < total:
-                raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
-        # ------------------------------------------------------------------------------------------------
-    return progress.stamp(state) | {"metrics": progress.last}
-
-
-def batch_index(seed: int, step: int, batch_size: int, num_samples: int) -> np.ndarray:
-    """Sample indices of one global batch: the stream of epochs, each its own permutation, cut into batches.
-
-    Depends on nothing but its arguments: the order is the same after a resume and for any number of processes.
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    out = np.empty(batch_size, np.int64)
-    for epoch in np.unique(positions // num_samples):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num_samples)
-        here = positions // num_samples == epoch
-        out[here] = order[positions[here] % num_samples]
-    return out
-
-
-def augment(points: Tensor, config: PretrainConfig, generator: BatchGenerator) -> Tensor:
-    """Scale per axis, then rotation about the up axis, as configured."""
-    if config.scale != (1.0, 1.0):
-        points = random_scale(points, *config.scale, generator.stream("scale"))
-    return random_rotate(points, generator.stream("rotate")) if config.rotate else points
-
-
-def progress_argument(objective: nn.Module, step: int, total: int) -> tuple[float, ...]:
-    """The dVAE's schedules follow the finished fraction of the run."""
-    return (step / total,) if isinstance(objective, Autoencoding) else ()
+from jepa3d.training.loop import Interrupted, Task, fit
 
 
 def jepa_task(config: PretrainConfig, clouds: PointClouds, teacher: DVAE | PointEncoder | None) -> Task:
@@ -157,13 +44,20 @@ def dvae_task(config: PretrainConfig) -> Task:
     """Stage I, on the student's grouping."""
     torch.manual_seed(config.seed)
     part, student = config.dvae, config.encoder
-    sizes = {name: getattr(part, name) for name in ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")}
+    sizes = {
+        name: getattr(part, name)
+        for name in ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
+    }
     dvae = DVAE(num_groups=student.num_groups, group_size=student.group_size, **sizes)
     return Task(Autoencoding(part, dvae), part, "dvae", dvae)
 
 
 def pretrain(
-    config: PretrainConfig, out: Path, resume: bool = False, stop_at: int | None = None, clouds: PointClouds | None = None
+    config: PretrainConfig,
+    out: Path,
+    resume: bool = False,
+    stop_at: int | None = None,
+    clouds: PointClouds | None = None,
 ) -> Path:
     """Run `config` into the folder `out`, stage I first where the teacher is a dVAE of our own.
 
@@ -171,7 +65,9 @@ def pretrain(
     """
     started = (out / "config.json").exists()
     if out.exists() and not (resume and started):
-        raise ValueError(f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else ""))
+        raise ValueError(
+            f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
+        )
     if resume and not started:
         raise ValueError(f"{out}: no run to resume")
     check(config)
@@ -190,7 +86,9 @@ def pretrain(
     if started:
         check_same_data(clouds, out)
     else:
-        task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)  # a model that cannot be built fails here
+        task = (
+            jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
+        )  # a model that cannot be built fails here
         create_run(out, config, clouds, task, given)
     if is_jepa and config.teacher == "dvae":
         stage1 = replace(config, objective="dvae")
@@ -259,7 +157,9 @@ def check_unchanged(config: PretrainConfig, out: Path) -> None:
 def check_same_data(clouds: PointClouds, out: Path) -> None:
     before = json.loads((out / "run.json").read_text())["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
-        raise ValueError(f"{out}: the data changed since the run began ({clouds.name}, {len(clouds)} shapes, was {before['name']}, {before['shapes']})")
+        raise ValueError(
+            f"{out}: the data changed since the run began ({clouds.name}, {len(clouds)} shapes, was {before['name']}, {before['shapes']})"
+        )
 
 
 def create_run(out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: nn.Module | None) -> None:
@@ -304,34 +204,3 @@ def is_main() -> bool:
 
 def count_parameters(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def stopped(accelerator: Accelerator, stop: list, step: int) -> bool:
-    """Whether any process was asked to stop; processes agree every 10 steps."""
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    if step % 10:
-        return False
-    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
-    return accelerator.reduce(flag, "sum").item() > 0
-
-
-@contextmanager
-def _stop_signals():
-    """A list that SIGINT or SIGTERM fills; a second signal ends the process the usual way."""
-    received: list[int] = []
-    names = (signal.SIGINT, signal.SIGTERM)
-    before = {name: signal.getsignal(name) for name in names}
-
-    def receive(number, frame) -> None:
-        received.append(number)
-        print("stopping after this step", file=sys.stderr, flush=True)
-        signal.signal(number, before[number])
-
-    try:
-        for name in names:
-            signal.signal(name, receive)
-        yield received
-    finally:
-        for name in names:
-            signal.signal(name, before[name])

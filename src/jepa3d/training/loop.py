@@ -1,0 +1,154 @@
+"""The training loop: the same for every objective, resumable bit for bit, on one process or many."""
+
+import math
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from jepa3d.config import PretrainConfig, Schedule
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.transforms import random_rotate, random_scale
+from jepa3d.ops import BatchGenerator
+from jepa3d.training import checkpoint
+from jepa3d.training.optim import adamw, learning_rate, total_steps
+from jepa3d.training.progress import Progress
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop trains: an objective, its schedule, and the name of what it exports."""
+
+    objective: nn.Module  # forward(points, generator, progress) -> output with a loss; after_step; metrics
+    schedule: Schedule
+    export: str  # encoder or dvae
+    module: nn.Module  # what is exported
+
+
+def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | None, stop_at: int | None = None) -> dict:
+    """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
+
+    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), and the last metrics.
+    Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    schedule, objective = task.schedule, task.objective.to(accelerator.device)
+    optimizer = adamw(objective, schedule)
+    total = total_steps(schedule, len(clouds))
+    state = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0}
+    if run and (newest := checkpoint.latest(run / "checkpoints")):
+        state = checkpoint.restore(newest, objective, optimizer)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    if accelerator.scaler and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    share, rank = divmod(schedule.batch_size, accelerator.num_processes)[0], accelerator.process_index
+    progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
+
+    def save() -> None:
+        if run and accelerator.is_main_process:
+            state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
+        accelerator.wait_for_everyone()
+
+    model.train()
+    with _stop_signals() as stop, progress:
+        # ------------------------------------------------------------------------------ the training loop
+        while (step := state["step"]) < total:
+            rows = slice(rank * share, (rank + 1) * share)
+            index = batch_index(config.seed, step, schedule.batch_size, len(clouds))[rows]
+            generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
+            points = clouds.batch(index).to(accelerator.device)
+            points = augment(points, config, generator)
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(schedule, step, total, len(clouds))
+            with accelerator.autocast():
+                output = model(points, generator, step / total)
+            accelerator.backward(output.loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            objective.after_step(step / total)
+
+            state["step"] = step = step + 1
+            if step % config.log_every == 0 or step in (1, total):
+                loss = accelerator.reduce(output.loss.detach(), "mean").item()
+                if not math.isfinite(loss):
+                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr (now {schedule.lr})")
+                epoch = step * schedule.batch_size / len(clouds)
+                figures = {
+                    "loss": loss,
+                    "epoch": epoch,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": float(norm),
+                }
+                progress.log(step, figures | objective.metrics(output))
+            stopping = stopped(accelerator, stop, step) or step == stop_at
+            if step % config.checkpoint_every == 0 or step == total or stopping:
+                save()
+            if stopping and step < total:
+                raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
+        # ------------------------------------------------------------------------------------------------
+    return progress.stamp(state) | {"metrics": progress.last}
+
+
+def batch_index(seed: int, step: int, batch_size: int, num_samples: int) -> np.ndarray:
+    """Sample indices of one global batch: the stream of epochs, each its own permutation, cut into batches.
+
+    Depends on nothing but its arguments: the order is the same after a resume and for any number of processes.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    out = np.empty(batch_size, np.int64)
+    for epoch in np.unique(positions // num_samples):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(num_samples)
+        here = positions // num_samples == epoch
+        out[here] = order[positions[here] % num_samples]
+    return out
+
+
+def augment(points: Tensor, config: PretrainConfig, generator: BatchGenerator) -> Tensor:
+    """Scale per axis, then rotation about the up axis, as configured."""
+    if config.scale != (1.0, 1.0):
+        points = random_scale(points, *config.scale, generator.stream("scale"))
+    return random_rotate(points, generator.stream("rotate")) if config.rotate else points
+
+
+def stopped(accelerator: Accelerator, stop: list, step: int) -> bool:
+    """Whether any process was asked to stop; processes agree every 10 steps."""
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    if step % 10:
+        return False
+    flag = torch.tensor(float(bool(stop)), device=accelerator.device)
+    return accelerator.reduce(flag, "sum").item() > 0
+
+
+@contextmanager
+def _stop_signals():
+    """A list that SIGINT or SIGTERM fills; a second signal ends the process the usual way."""
+    received: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.getsignal(name) for name in names}
+
+    def receive(number, frame) -> None:
+        received.append(number)
+        print("stopping after this step", file=sys.stderr, flush=True)
+        signal.signal(number, before[number])
+
+    try:
+        for name in names:
+            signal.signal(name, receive)
+        yield received
+    finally:
+        for name in names:
+            signal.signal(name, before[name])

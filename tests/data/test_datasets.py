@@ -1,0 +1,412 @@
+"""Sources to `PointClouds`: unit sphere, z up, exactly num_points by farthest points; damage as one line."""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+
+from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.io import ReadError
+
+RNG = np.random.default_rng(0)
+SHAPES = RNG.normal(size=(12, 40, 3)).astype(np.float32) * np.array([1, 2, 3], np.float32)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Writes a bundle of SHAPES with the arrays given, None leaving one out."""
+
+    def write(name: str = "shapes.npz", **arrays) -> str:
+        arrays = {"points": SHAPES} | arrays
+        np.savez(tmp_path / name, **{key: value for key, value in arrays.items() if value is not None})
+        return str(tmp_path / name)
+
+    return write
+
+
+def write_clouds(root: Path, *names: str, clouds: np.ndarray = SHAPES) -> Path:
+    for name, cloud in zip(names, clouds, strict=False):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / name, cloud)
+    return root
+
+
+def write_shapenet55(root: Path) -> Path:
+    """Point-BERT's layout: two lists of file names, and the files."""
+    train = ["02691156-aa-1.npy", "03001627-bb.npy", "03001627-cc.npy"]
+    test = ["02691156-dd.npy", "04379243-ee.npy"]
+    write_clouds(root / "shapenet_pc", *train, *test)
+    (root / "ShapeNet-55").mkdir()
+    (root / "ShapeNet-55" / "train.txt").write_text("\n".join(train) + "\n")
+    (root / "ShapeNet-55" / "test.txt").write_text("\n".join(test))
+    return root
+
+
+def standard(clouds: np.ndarray) -> np.ndarray:
+    clouds = clouds - clouds.mean(1, keepdims=True)
+    return clouds / np.linalg.norm(clouds, axis=2).max(1)[:, None, None]
+
+
+def read_error(source, num_points: int = 16, split: str = "all", **options) -> str:
+    """The message of the ReadError that loading gives: one line that names the source."""
+    with pytest.raises(ReadError) as caught:
+        load([str(source)], num_points, split, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert Path(source).name in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------- the contract of points
+
+
+def test_clouds_are_float32_in_the_unit_sphere(bundle):
+    clouds = load([bundle(points=100 + 7 * SHAPES)], 16, "all").points
+    assert clouds.shape == (12, 16, 3)
+    assert clouds.dtype == np.float32
+    assert np.allclose(clouds.mean(1), 0, atol=1e-6)
+    assert np.allclose(np.linalg.norm(clouds, axis=2).max(1), 1, atol=1e-6)
+
+
+def test_points_are_chosen_by_farthest_point_sampling(bundle):
+    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32)
+    crowds = np.repeat(corners, 20, 0)[RNG.permutation(160)] + 0.01 * RNG.normal(size=(5, 160, 3))
+    picked = load([bundle(points=crowds.astype(np.float32))], 8, "all").points
+    octant = (picked > 0) @ (1, 2, 4)
+    assert (np.sort(octant, axis=1) == np.arange(8)).all()  # one of each crowd, which chance almost never gives
+
+
+def test_z_up_shapes_stay_as_they_are(bundle):
+    assert np.allclose(load([bundle()], 40, "all", ["z"]).points, standard(SHAPES), atol=1e-5)
+
+
+@pytest.mark.parametrize(("axis", "up"), [("x", 0), ("y", 1)])
+def test_the_up_axis_becomes_z_by_a_rotation(bundle, axis, up):
+    turned, plain = load([bundle()], 40, "all", [axis]).points, standard(SHAPES)
+    assert np.allclose(turned[..., 2], plain[..., up], atol=1e-5)
+    assert np.allclose(turned @ turned.swapaxes(1, 2), plain @ plain.swapaxes(1, 2), atol=1e-4)  # lengths and angles
+    assert np.allclose(np.linalg.det(turned[:, :3]), np.linalg.det(plain[:, :3]), atol=1e-4)  # not mirrored
+
+
+def test_y_up_is_turned_as_the_published_sets_are(bundle):
+    x, y, z = np.moveaxis(standard(SHAPES), -1, 0)
+    assert np.allclose(load([bundle()], 40, "all", ["y"]).points, np.stack([x, -z, y], -1), atol=1e-5)
+
+
+def test_an_unknown_up_axis_is_refused_in_one_line(bundle):
+    with pytest.raises(ValueError, match=r"\A.*w.*\Z"):  # one line: a dot matches no newline
+        load([bundle()], 16, "all", ["w"])
+
+
+def test_map_coordinates_in_a_bundle_keep_their_precision(bundle):
+    utm = np.add(SHAPES, (500_000, 5_400_000, 300), dtype=np.float64)
+    assert np.allclose(load([bundle(points=utm)], 40, "all").points, standard(SHAPES), atol=1e-3)
+
+
+def test_half_precision_bundles_are_read(bundle):
+    found = load([bundle(points=standard(SHAPES).astype(np.float16))], 40, "all").points
+    assert np.allclose(found, standard(SHAPES), atol=2e-3)
+
+
+def test_raw_leaves_the_points_alone(bundle):
+    assert np.array_equal(load([bundle()], 1, "all", raw=True).points, SHAPES)
+
+
+@pytest.mark.parametrize("kind", ["bundle", "folder", "synthetic"])
+def test_the_same_source_gives_identical_arrays_twice(tmp_path, bundle, kind):
+    if kind == "folder":
+        trimesh.creation.box().export(tmp_path / "box.off")
+        write_clouds(tmp_path, "a.npy")
+    source = {"bundle": bundle, "folder": lambda: str(tmp_path), "synthetic": lambda: "synthetic:8"}[kind]()
+    one, two = (load([source], 16, "all") for _ in range(2))
+    assert np.array_equal(one.points, two.points)
+    assert one.fingerprint == two.fingerprint
+
+
+# ------------------------------------------------------------------------------------------------------ bundles
+
+
+def test_a_bundle_gives_labels_names_and_split(bundle):
+    labels, split = np.arange(12) % 3, (np.arange(12) >= 8).astype(np.int8)
+    source = bundle(labels=labels, split=split, class_names=np.array(["a", "b", "c"]))
+    every, train, test = (load([source], 16, part) for part in ("all", "train", "test"))
+    assert np.array_equal(every.labels, labels)
+    assert every.class_names == ("a", "b", "c")
+    assert np.array_equal(train.points, every.points[:8])
+    assert np.array_equal(test.points, every.points[8:])
+    assert np.array_equal(test.labels, labels[8:])
+    assert np.array_equal(every.part("test").points, test.points)
+
+
+def test_labels_key_chooses_labels_and_their_names(bundle):
+    source = bundle(
+        labels=np.zeros(12, int), labels_x=np.arange(12) % 2, x_names=np.array(["p", "q"]), class_names=np.array(["a"])
+    )
+    found = load([source], 16, "all", labels_key="labels_x")
+    assert np.array_equal(found.labels, np.arange(12) % 2)
+    assert found.class_names == ("p", "q")
+
+
+def test_labels_without_names_are_named_by_number(bundle):
+    assert load([bundle(labels=np.arange(12) % 3)], 16, "all").class_names == ("0", "1", "2")
+
+
+def test_the_fingerprint_of_a_bundle_is_its_files_sha256(bundle):
+    source = bundle()
+    assert load([source], 16, "all").fingerprint == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
+def test_a_bundle_without_split_counts_as_train(bundle):
+    assert len(load([bundle()], 16, "train")) == 12
+    read_error(bundle(), split="test")
+
+
+def test_asking_a_part_of_data_without_a_split_is_refused(bundle):
+    with pytest.raises(ValueError, match="split"):
+        load([bundle()], 16, "all").part("train")
+
+
+def with_value(value: float) -> np.ndarray:
+    points = SHAPES.copy()
+    points[5, 3, 1] = value
+    return points
+
+
+def all_equal() -> np.ndarray:
+    points = SHAPES.copy()
+    points[5] = points[5, 0]
+    return points
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"points": with_value(np.nan)}, "shape 5"),
+        ({"points": with_value(np.inf)}, "shape 5"),
+        ({"points": all_equal()}, "shape 5"),
+        ({"points": SHAPES[:, :15]}, "15 points"),
+        ({"points": SHAPES[0]}, "points"),
+        ({"points": SHAPES[..., :2]}, "points"),
+        ({"points": SHAPES[:0]}, ""),
+        ({"points": SHAPES.astype("U8")}, ""),
+        ({"points": None, "labels": np.arange(12)}, "labels"),
+        ({"points": None}, "nothing"),
+        ({"points": np.array([None] * 12)}, ""),
+        ({"labels": np.arange(11)}, "labels"),
+        ({"labels": np.array(["chair"] * 12)}, "labels"),
+        ({"labels": np.arange(12) / 3}, "labels"),
+        ({"labels": np.arange(12), "class_names": np.array(["a", "b"])}, ""),
+        ({"split": np.zeros(11, np.int8)}, "split"),
+    ],
+    ids=[
+        "nan", "inf", "all equal", "too few points", "one cloud", "two columns", "no shapes", "text for points",
+        "no points", "nothing", "pickled", "labels too short", "text for labels", "fractions for labels",
+        "fewer names than labels", "split too short",
+    ],
+)  # fmt: skip
+def test_a_bundle_that_cannot_be_used_is_refused(bundle, arrays, said):
+    assert said in read_error(bundle(**arrays))
+
+
+def test_labels_that_the_bundle_lacks_are_refused_naming_those_it_has(bundle):
+    source = bundle(labels=np.arange(12), labels_x=np.arange(12))
+    message = read_error(source, labels_key="labels_y")
+    assert "labels_y" in message
+    assert "labels_x" in message
+
+
+@pytest.mark.parametrize("labels_key", ["points", "split", "class_names"])
+def test_labels_key_must_name_labels(bundle, labels_key):
+    source = bundle(labels=np.arange(12), split=np.zeros((12, 1)), class_names=np.array(list("abcdefghijk")))
+    read_error(source, labels_key=labels_key)
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "half", "npy", "damaged member"])
+def test_a_damaged_bundle_is_refused(tmp_path, bundle, content):
+    path = Path(bundle())
+    whole = path.read_bytes()
+    if content == "npy":
+        np.save(tmp_path / "a.npy", SHAPES)
+        (tmp_path / "a.npy").replace(path)
+    elif content == "damaged member":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("points.npy", b"no array")
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello\nyou\n", "half": whole[: len(whole) // 2]}[content])
+    read_error(path)
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+
+def test_a_folder_mixes_kinds_of_files(tmp_path):
+    box = trimesh.creation.box((1, 2, 3))
+    for name in ("a.off", "b.ply", "c.obj", "d.stl"):
+        box.export(tmp_path / name)
+    box.export(tmp_path / "e.ply", encoding="ascii")
+    trimesh.PointCloud(SHAPES[0]).export(tmp_path / "f.ply")
+    np.save(tmp_path / "g.npy", SHAPES[1])
+    (tmp_path / "README.txt").write_text("not a shape")
+    found = load([str(tmp_path)], 16)
+    assert found.points.shape == (7, 16, 3)
+    assert np.allclose(np.linalg.norm(found.points, axis=2).max(1), 1, atol=1e-6)
+    assert found.labels is None
+    assert found.split is None
+
+
+def test_sub_folders_are_classes_in_alphabetical_order(tmp_path):
+    write_clouds(tmp_path, "cup/1.npy", "axe/1.npy", "cup/deep/2.npy", "bed/1.npy")
+    found = load([str(tmp_path)], 16)
+    assert found.class_names == ("axe", "bed", "cup")
+    assert found.labels.tolist() == [0, 1, 2, 2]
+
+
+def test_train_and_test_folders_are_the_split(tmp_path):
+    write_clouds(tmp_path, "axe/train/1.npy", "axe/test/2.npy", "cup/train/3.npy", "cup/test/4.npy", "cup/test/5.npy")
+    every, train, test = (load([str(tmp_path)], 16, split) for split in ("all", "train", "test"))
+    assert every.split.tolist() == [1, 0, 1, 1, 0]
+    assert every.labels.tolist() == [0, 0, 1, 1, 1]
+    assert test.labels.tolist() == [0, 1, 1]
+    assert np.array_equal(train.points, every.points[every.split == 0])
+
+
+def test_a_class_of_one_part_only_keeps_its_number(tmp_path):
+    write_clouds(tmp_path, "axe/train/1.npy", "cup/train/2.npy", "cup/test/3.npy")
+    every, test = (load([str(tmp_path)], 16, split) for split in ("all", "test"))
+    assert [test.class_names[i] for i in test.labels] == ["cup"]
+    assert [every.class_names[i] for i in every.part("test").labels] == ["cup"]
+
+
+def test_clouds_of_different_lengths_load_together(tmp_path):
+    for name, count in (("a.npy", 20), ("b.npy", 40), ("c.npy", 16)):
+        np.save(tmp_path / name, SHAPES[0, :count])
+    assert load([str(tmp_path)], 16).points.shape == (3, 16, 3)
+
+
+def test_the_fingerprint_of_a_folder_follows_its_contents(tmp_path):
+    write_clouds(tmp_path, "a.npy", "b.npy")
+    before = load([str(tmp_path)], 16).fingerprint
+    np.save(tmp_path / "b.npy", SHAPES[5])
+    assert load([str(tmp_path)], 16).fingerprint != before
+
+
+@pytest.mark.parametrize("content", ["nothing", "other files"])
+def test_a_folder_without_shapes_is_refused(tmp_path, content):
+    if content == "other files":
+        (tmp_path / "notes.txt").write_text("no shape")
+    assert ".off" in read_error(tmp_path)
+
+
+def test_one_bad_file_of_a_folder_is_named(tmp_path):
+    write_clouds(tmp_path, "a.npy", "b.npy")
+    (tmp_path / "b.npy").write_text("damaged")
+    with pytest.raises(ReadError, match=r"b\.npy") as caught:
+        load([str(tmp_path)], 16)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------- ShapeNet55
+
+
+def test_shapenet55_lists_give_files_synsets_and_split(tmp_path):
+    root = str(write_shapenet55(tmp_path / "ShapeNet55"))
+    every, train, test = (load([root], 16, split, ["y"]) for split in ("all", "train", "test"))
+    assert (len(every), len(train), len(test)) == (5, 3, 2)
+    assert every.split.tolist() == [0, 0, 0, 1, 1]
+    assert [every.class_names[i] for i in every.labels] == [
+        "02691156", "03001627", "03001627", "02691156", "04379243"
+    ]  # fmt: skip
+    assert np.array_equal(every.points, np.concatenate([train.points, test.points]))
+
+
+def test_shapenet55_reads_the_files_that_it_lists_and_no_other(tmp_path):
+    root = write_shapenet55(tmp_path)
+    (root / "shapenet_pc" / "09999999-unlisted.npy").write_text("damaged")
+    assert len(load([str(root)], 16, "all")) == 5
+
+
+def test_a_listed_file_that_is_missing_is_named(tmp_path):
+    root = write_shapenet55(tmp_path)
+    (root / "shapenet_pc" / "03001627-cc.npy").unlink()
+    with pytest.raises(ReadError, match=r"03001627-cc\.npy") as caught:
+        load([str(root)], 16, "all")
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------- sources and limits
+
+
+def test_several_sources_are_one_after_the_other_each_with_its_up_axis(tmp_path, bundle):
+    folder = write_clouds(tmp_path / "folder", "a.npy", "b.npy")
+    sources = [bundle(), str(folder)]
+    both = load(sources, 16, "all", ["z", "y"])
+    first, second = load(sources[:1], 16, "all", ["z"]), load(sources[1:], 16, "all", ["y"])
+    assert np.array_equal(both.points, np.concatenate([first.points, second.points]))
+    assert both.labels is None
+    assert both.fingerprint not in (first.fingerprint, second.fingerprint)
+
+
+def test_one_up_axis_serves_all_sources(bundle):
+    source = bundle()
+    both = load([source, source], 16, "all", ["y"]).points
+    assert np.array_equal(both[:12], both[12:])
+    assert np.array_equal(both[:12], load([source], 16, "all", ["y"]).points)
+
+
+def test_up_axes_that_match_no_source_are_refused(bundle):
+    with pytest.raises(ValueError, match="2 values of up_axis for 3 of data"):
+        load([bundle()] * 3, 16, "all", ["y", "z"])
+
+
+def test_limit_is_a_source_and_keeps_the_first(bundle):
+    source = bundle(split=(np.arange(12) < 4).astype(np.int8))
+    assert np.array_equal(load([source], 16, "train", limit=3).points, load([source], 16, "train").points[:3])
+    assert len(load([source, source], 16, "all", limit=3)) == 6
+    assert len(load([source], 16, "test", limit=50)) == 4
+
+
+def test_limit_of_a_folder_reads_no_further(tmp_path):
+    write_clouds(tmp_path, "a.npy", "b.npy", "c.npy")
+    (tmp_path / "c.npy").write_text("damaged")
+    assert len(load([str(tmp_path)], 16, limit=2)) == 2
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.npz", "notes.txt"])
+def test_what_is_no_source_is_refused(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("no shape")
+    assert "synthetic" in read_error(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["synthetic:7", "synthetic:many", "synthetic:-8"])
+def test_a_count_of_synthetic_shapes_that_cannot_be_is_refused(source):
+    assert "COUNT" in read_error(source)
+
+
+def test_synthetic_shapes_have_labels_a_split_and_are_z_up_whatever_is_said():
+    found = load(["synthetic:24"], 16, "all", ["y"])
+    assert found.split.tolist() == [0] * 18 + [1] * 6
+    assert found.labels.tolist() == [i % 21 for i in range(24)]
+    assert np.array_equal(found.points, load(["synthetic:24"], 16, "all", ["z"]).points)
+    assert np.array_equal(found.part("test").points, load(["synthetic:24"], 16, "test").points)
+
+
+def test_a_subset_takes_every_array_alike():
+    clouds = PointClouds("x", "f", SHAPES, np.arange(12), tuple("abcdefghijkl"), np.arange(12) % 2)
+    part = clouds.subset(np.arange(12) % 2 == 1)
+    assert np.array_equal(part.points, SHAPES[1::2])
+    assert part.labels.tolist() == [1, 3, 5, 7, 9, 11]
+    assert part.batch(np.array([2])).shape == (1, 40, 3)
+
+
+def test_a_real_bundle_with_two_kinds_of_labels_loads():
+    path = Path(os.environ.get("JEPA3D_DATA", ""), "psb", "psb_2048.npz")
+    if "JEPA3D_DATA" not in os.environ or not path.is_file():
+        pytest.skip("JEPA3D_DATA has no such file")
+    found = load([str(path)], 64, "train", ["y"], "labels_coarse", limit=20)
+    assert found.points.shape == (20, 64, 3)
+    assert len(found.class_names) == 48
+    assert np.allclose(np.linalg.norm(found.points, axis=2).max(1), 1, atol=1e-5)

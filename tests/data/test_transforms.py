@@ -1,0 +1,61 @@
+"""Augmentations: within their ranges, a draw a sample, and the up axis left alone."""
+
+import pytest
+import torch
+
+from jepa3d.data.transforms import random_rotate, random_scale
+from jepa3d.ops import BatchGenerator
+
+POINTS = torch.randn(16, 50, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_scale_is_one_factor_an_axis_and_sample_within_its_range():
+    factors = random_scale(POINTS, 0.8, 1.2, BatchGenerator(0)) / POINTS
+    assert torch.allclose(factors, factors[:, :1].expand_as(factors), atol=1e-4)
+    factors = factors[:, 0]
+    assert factors.min() >= 0.8 - 1e-4
+    assert factors.max() <= 1.2 + 1e-4
+    assert factors.max() - factors.min() > 0.3  # the range is used
+    assert len(factors.flatten().unique()) == factors.numel()
+
+
+def test_rotation_keeps_height_and_norm():
+    turned = random_rotate(POINTS, BatchGenerator(0))
+    assert torch.equal(turned[..., 2], POINTS[..., 2])
+    assert torch.allclose(turned.norm(dim=-1), POINTS.norm(dim=-1), atol=1e-5)
+
+
+def test_rotation_is_rigid_and_not_a_mirror():
+    turned = random_rotate(POINTS, BatchGenerator(0))
+    gaps = (POINTS[:, :, None] - POINTS[:, None]).norm(dim=-1)
+    assert torch.allclose((turned[:, :, None] - turned[:, None]).norm(dim=-1), gaps, atol=1e-4)
+    assert torch.allclose(torch.linalg.det(turned[:, :3]), torch.linalg.det(POINTS[:, :3]), atol=1e-3)
+
+
+def test_every_sample_is_turned_by_its_own_angle_over_the_whole_circle():
+    ones = torch.tensor([1.0, 0.0, 0.5]).expand(200, 1, 3)
+    turned = random_rotate(ones, BatchGenerator(0))[:, 0]
+    angle = torch.atan2(turned[:, 1], turned[:, 0])
+    assert len(angle.unique()) == 200
+    assert torch.histc(angle, 4, -torch.pi, torch.pi).min() > 25
+
+
+@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+def test_the_generator_decides(transform):
+    one, again, other = (transform(POINTS, BatchGenerator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+def test_the_points_given_are_not_changed(transform):
+    points = POINTS.clone()
+    transform(points, BatchGenerator(0))
+    assert torch.equal(points, POINTS)
+
+
+@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+def test_half_a_batch_on_each_of_two_processes_is_the_whole_batch(transform):
+    whole = transform(POINTS, BatchGenerator(0, total=16))
+    halves = [transform(POINTS[at : at + 8], BatchGenerator(0, first=at, total=16)) for at in (0, 8)]
+    assert torch.equal(torch.cat(halves), whole)

@@ -1,0 +1,197 @@
+"""Probes: they find what is there, never choose on the test part, and say what they lack."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.io import ReadError
+from jepa3d.evaluation import probe as probing
+from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, shared_classes, summarise
+
+
+def features(labels: np.ndarray, gaps: tuple[float, ...], seed: int) -> np.ndarray:
+    """Gaussian features [L, n, 6] of `labels`, one layer a gap between the class means."""
+    rng = np.random.default_rng(seed)
+    means = np.random.default_rng(0).normal(size=(9, 6))
+    return np.stack([gap * means[labels] + rng.normal(size=(len(labels), 6)) for gap in gaps])
+
+
+def data(gaps: tuple[float, ...], train: int = 90, test: int = 60, classes: int = 3) -> tuple:
+    y, y_test = np.arange(train) % classes, np.arange(test) % classes
+    return features(y, gaps, 1), y, features(y_test, gaps, 2), y_test
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every use of a classifier, in order, as the arguments of `_accuracy`."""
+    seen, accuracy = [], probing._accuracy
+
+    def watched(*arguments):
+        seen.append(arguments)
+        return accuracy(*arguments)
+
+    monkeypatch.setattr(probing, "_accuracy", watched)
+    monkeypatch.setattr(probing, "_DRAWS", 3)
+    return seen
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_separable_features_are_separated_and_their_layer_is_found(protocol, calls):
+    result = run_protocol(protocol, *data((0.0, 8.0)), [0, 1])
+    assert result["accuracy"] > 97
+    layers = [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    assert set(layers) == {1}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_features_that_know_nothing_score_chance(protocol, calls):
+    result = run_protocol(protocol, *data((0.0,), 120, 400, 4), [0])
+    assert 10 < result["accuracy"] < 40
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_test_labels_do_not_change_what_is_chosen(protocol, calls):
+    x, y, x_test, y_test = data((0.5, 0.6, 0.4))
+    one = run_protocol(protocol, x, y, x_test, y_test, [0, 1, 2])
+    two = run_protocol(protocol, x, y, x_test, np.random.default_rng(0).permutation(y_test), [0, 1, 2])
+    assert one["accuracy"] != two["accuracy"]
+    for choice in ("layer", "C", "chosen"):
+        assert one.get(choice) == two.get(choice)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_layer_that_is_good_on_test_only_is_not_chosen(protocol, calls):
+    x, y, x_test, y_test = data((8.0, 0.0))
+    x_test = x_test[::-1]  # on test the second layer has the classes
+    result = run_protocol(protocol, x, y, x_test, y_test, [0, 1])
+    layers = [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    assert set(layers) == {0}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_test_part_is_scored_once_and_last(protocol, calls):
+    x, y, x_test, y_test = data((0.5, 0.6))
+    run_protocol(protocol, x, y, x_test, y_test, [0, 1])
+    uses = [i for i, (*_, against) in enumerate(calls) if against is y_test]
+    assert len(uses) == (3 if protocol == "logistic_10" else 1)  # once a draw
+    assert uses[-1] == len(calls) - 1
+
+
+def test_selection_fits_on_four_fifths_and_scores_the_rest(calls):
+    x, y, x_test, y_test = data((0.5, 0.6))
+    run_protocol("svc_linear", x, y, x_test, y_test, [0, 1])
+    assert [(len(fit), len(held)) for _, _, fit, _, held, _ in calls] == [(72, 18), (72, 18), (90, 60)]
+
+
+def test_a_fixed_layer_is_used_and_only_c_is_chosen(calls):
+    result = run_protocol("logistic", *data((0.0, 8.0)), [0])
+    assert result["layer"] == 0
+    assert {c for _, c, *_ in calls} == set(probing._C_GRID)
+    assert run_protocol("knn", *data((0.0, 8.0)), [0])["C"] is None
+
+
+def test_few_labels_are_ten_a_class_and_all_of_a_smaller_class(calls):
+    y = np.repeat([0, 1, 2], [40, 25, 6])
+    x, y_test = features(y, (1.0,), 1), np.arange(30) % 3
+    result = run_protocol("logistic_10", x, y, features(y_test, (1.0,), 2), y_test, [0])
+    finals = [labels for *_, labels, _, against in calls if against is y_test]
+    assert [np.bincount(labels).tolist() for labels in finals] == [[10, 10, 6]] * 3
+    assert len(result["chosen"]) == 3
+
+
+def test_few_labels_choose_among_the_same_ten_and_score_the_mean_over_draws(calls, monkeypatch):
+    x, y, x_test, y_test = data((1.0, 0.9))
+    drawn, scores = [], iter([50.0, 60.0, 80.0])
+
+    def scripted(_protocol, _c, fit, labels, _held, against):
+        drawn.append((len(fit), np.bincount(labels).tolist(), against is y_test))
+        return next(scores) if against is y_test else 0.0
+
+    monkeypatch.setattr(probing, "_accuracy", scripted)
+    result = run_protocol("logistic_10", x, y, x_test, y_test, [0, 1])
+    assert {rows for rows, _, final in drawn if not final} == {24}  # four of five folds of 30 labels
+    assert [counts for _, counts, final in drawn if final] == [[10, 10, 10]] * 3
+    assert result["accuracy"] == pytest.approx(190 / 3)
+    assert result["std_over_draws"] == pytest.approx(
+        np.sqrt(((50 - 190 / 3) ** 2 + (60 - 190 / 3) ** 2 + (80 - 190 / 3) ** 2) / 2)
+    )
+
+
+def test_draws_differ_and_the_seed_decides_them(calls):
+    x, y, x_test, y_test = data((0.5,))
+    one, again, other = (run_protocol("logistic_10", x, y, x_test, y_test, [0], seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one["accuracy"] != other["accuracy"]
+    assert one["std_over_draws"] > 0
+
+
+def clouds(labels, split) -> PointClouds:
+    points = np.arange(len(split) * 6, dtype=np.float32).reshape(-1, 2, 3)
+    names = tuple("abcdefgh")
+    return PointClouds("set", "f", points, None if labels is None else np.array(labels), names, split)
+
+
+def test_classes_of_one_half_are_dropped_and_counted():
+    split = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    train, test, dropped = shared_classes(clouds([0, 1, 2, 0, 0, 1, 3, 4], split))
+    assert train.labels.tolist() == [0, 1, 0]
+    assert test.labels.tolist() == [0, 1]
+    assert dropped == 3
+    assert train.points[:, 0, 0].tolist() == [0, 6, 18]
+
+
+@pytest.mark.parametrize(
+    ("labels", "split", "said"),
+    [
+        (None, np.array([0, 1]), "no labels"),
+        ([0, 1], None, "no train/test split"),
+        ([0, 1, 0, 2], np.array([0, 0, 1, 1]), "1 classes"),
+    ],
+)
+def test_data_that_cannot_be_probed_is_refused_in_one_line(labels, split, said):
+    source = clouds(labels, split if split is not None else np.zeros(2))
+    source = PointClouds(source.name, "f", source.points, source.labels, source.class_names, split)
+    with pytest.raises(ReadError, match=rf"\Aset: .*{said}.*\Z"):
+        shared_classes(source)
+
+
+def row(run: str, model: str, accuracy: float) -> dict:
+    return {"run": run, "model": model, "seed": 0, "scores": {"knn": {"accuracy": accuracy}}}
+
+
+def test_the_gain_is_paired_by_run_with_the_sample_deviation():
+    rows = [
+        row("a", "untrained", 50.0), row("b", "untrained", 60.0),
+        row("b", "pretrained", 90.0), row("a", "pretrained", 70.0),
+    ]  # fmt: skip
+    table = summarise(rows, ("knn",))
+    assert table["untrained"]["knn"] == {"mean": 55.0, "std": pytest.approx(50**0.5), "runs": 2}
+    assert table["pretrained"]["knn"] == {"mean": 80.0, "std": pytest.approx(200**0.5), "runs": 2}
+    assert table["gain"]["knn"] == {"mean": 25.0, "std": pytest.approx(50**0.5), "runs": 2}
+    assert "teacher" not in table
+
+
+def test_one_run_has_no_deviation():
+    table = summarise([row("a", "untrained", 50.0), row("a", "teacher", 40.0), row("a", "pretrained", 45.0)], ("knn",))
+    assert table["gain"]["knn"] == {"mean": -5.0, "std": None, "runs": 1}
+    assert table["teacher"]["knn"]["mean"] == 40.0
+
+
+@pytest.mark.parametrize("content", ["nothing", "folder", "unfinished"])
+def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, content):
+    run = tmp_path / "run"
+    if content != "nothing":
+        run.mkdir()
+    if content == "unfinished":
+        (run / "config.json").write_text(json.dumps({"encoder": {"num_points": 64}, "seed": 0}))
+        (run / "untrained").mkdir()
+    with pytest.raises(ValueError, match=rf"\A{run}: .*\Z") as caught:
+        probing.probe([run], "synthetic:24")
+    assert ("--resume" in str(caught.value)) == (content == "unfinished")
+
+
+def test_an_unknown_protocol_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="'svm': one of logistic"):
+        probing.probe([tmp_path], "synthetic:24", protocols=("svm",))
