@@ -153,8 +153,9 @@ def test_tiny_departs_in_its_sizes():
     ("changes", "name"),
     [
         ({"data": ["scans"]}, "data"), ({"split": "train"}, "split"), ({"teacher": "ema"}, "teacher"),
-        ({"epochs": 200}, "epochs"), ({"rotate": False}, "rotate"), ({"sampler": {"num_targets": 3}}, "sampler.num_targets"),
-        ({"target": {"norm": "layernorm"}}, "target.norm"), ({"max_steps": 5}, "max_steps"),
+        ({"epochs": 200}, "epochs"), ({"rotate": False}, "rotate"),
+        ({"sampler": {"num_targets": 3}}, "sampler.num_targets"), ({"target": {"norm": "layernorm"}}, "target.norm"),
+        ({"max_steps": 5}, "max_steps"),
     ],
 )  # fmt: skip
 def test_what_departs_is_listed_and_nothing_else(changes, name):

@@ -77,12 +77,21 @@ def test_a_plain_generator_draws_from_its_own_state():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), num_points=st.integers(1, 40), share=st.floats(0.01, 1))
-def test_farthest_points_begin_farthest_from_the_centroid_and_go_on_as_a_loop_does(seed, num_points, share):
-    points, num_samples = clouds(3, num_points, seed=seed), math.ceil(share * num_points)
-    for cloud, index in zip(points, farthest_point_sample(points, num_samples).tolist(), strict=True):
-        gaps = (cloud - cloud.mean(0)).norm(dim=1)
-        assert_close(gaps[index[0]], gaps.max())
-        assert index == fps_by_loop(cloud, num_samples, index[0])
+def test_each_point_is_the_farthest_from_those_before_it_and_the_first_from_the_centroid(seed, num_points, share):
+    points, num_samples = clouds(3, num_points, seed=seed).double(), math.ceil(share * num_points)
+    for cloud, index in zip(points, farthest_point_sample(points.float(), num_samples).tolist(), strict=True):
+        assert len(set(index)) == len(index) == num_samples
+        before = cloud.mean(0, keepdim=True)
+        for count, pick in enumerate(index, 1):
+            gaps = torch.cdist(cloud, before).amin(1)
+            assert gaps[pick] > gaps.max() - 1e-5
+            before = cloud[index[:count]]
+
+
+def test_farthest_points_are_those_of_a_loop():
+    points = clouds(5, 30)
+    for cloud, index in zip(points, farthest_point_sample(points, 30).tolist(), strict=True):
+        assert index == fps_by_loop(cloud, 30, (cloud - cloud.mean(0)).norm(dim=1).argmax().item())
 
 
 def test_farthest_points_from_a_random_start_are_those_of_a_loop():
@@ -154,12 +163,15 @@ def test_the_compiled_back_end_reads_a_transposed_cloud(monkeypatch):
     assert torch.equal(*compiled_and_reference(points, 50, monkeypatch))
 
 
-@pytest.mark.xfail(strict=True, reason="torch_quickfps does not take the lowest of equally far points")
-@pytest.mark.parametrize("kind", ["lattice", "repeated points"])
-def test_the_compiled_back_end_breaks_ties_as_the_reference_does(kind, monkeypatch):
-    lattice = torch.cartesian_prod(*[torch.arange(11.0)] * 3)[None]
-    points = lattice if kind == "lattice" else clouds(1, 300).repeat(1, 4, 1)
+def test_the_compiled_back_end_takes_the_same_coordinates_where_points_repeat(monkeypatch):
+    points = clouds(1, 300).repeat(1, 4, 1)
     compiled, reference = compiled_and_reference(points, 64, monkeypatch)
+    assert torch.equal(points[0, compiled[0]], points[0, reference[0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_float32_goes_to_the_compiled_back_end(dtype, monkeypatch):
+    compiled, reference = compiled_and_reference(clouds(1, 1024).to(dtype), 64, monkeypatch)
     assert torch.equal(compiled, reference)
 
 

@@ -19,7 +19,8 @@ app = cyclopts.App(
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
     version=jepa3d.__version__,
     help_format="plaintext",
-    default_parameter=Parameter(negative_iterable=()),
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
+    suppress_keyboard_interrupt=False,
 )
 _DEFAULT = PretrainConfig()
 
@@ -58,7 +59,7 @@ def pretrain(
         raise ValueError("--out is missing: the folder that the run is written to")
     training.pretrain(config, out, resume)
     if training.is_main():
-        print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {' '.join(config.data)}")
+        print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
 
 
 @app.command
@@ -71,7 +72,7 @@ def probe(
     up_axis: str = "z",
     layer: str = "best",
     pooling: str = "mean_max",
-    protocols: Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)] = None,
+    protocols: tuple[str, ...] | None = None,
     out: Path | None = None,
 ) -> None:
     """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.

@@ -112,7 +112,7 @@ class PretrainConfig(Schedule):
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
 
 
-# A preset changes sizes, never the method.
+# A preset changes sizes, and rates only where runs of minutes need it.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "tiny": {
@@ -130,6 +130,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "drop_path": 0.0,
         },
         "dvae": {
+            "lr": 2e-3,
+            "kl_weight": 0.01,
             "batch_size": 32,
             "epochs": 15,
             "warmup_epochs": 1,
@@ -157,7 +159,7 @@ def merge(base: dict, *overrides: dict) -> dict:
 
 def preset(name: str) -> dict:
     """The overrides of a preset. ValueError names the nearest one."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown{_nearest(name, PRESETS)}; one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
@@ -174,7 +176,10 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def from_dict(cls: type, values: dict, where: str = "") -> Any:
-    """A (nested, frozen) dataclass from plain values. ValueError for an unknown key, naming the nearest, or a wrong type."""
+    """A (nested, frozen) dataclass from plain values.
+
+    ValueError for an unknown key, naming the nearest, or a wrong type.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
     for key, value in values.items():
@@ -216,12 +221,12 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
 def departures(config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of a run that depart from the paper's, as dotted name -> (here, paper).
 
-    The paper pretrains on ShapeNet55, all shapes, for 150 or 300 epochs; where a run writes, how often it
-    logs and its seed are not the method's.
+    The paper pretrains on ShapeNet55, all shapes, for 150 or 300 epochs; how often a run logs, its
+    seed and which way its data points are not the method's.
     """
     paper = to_dict(PretrainConfig()) | {"data": ["ShapeNet55"], "split": "all"}
     ours = to_dict(config)
-    for key in ("seed", "log_every", "checkpoint_every"):
+    for key in ("seed", "log_every", "checkpoint_every", "up_axis"):
         del ours[key]
     ours["data"] = ["ShapeNet55" if "shapenet" in Path(d).name.lower() else d for d in ours["data"]]
     if ours["epochs"] == 150:
@@ -229,6 +234,43 @@ def departures(config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
     if config.teacher != "dvae":
         del ours["dvae"]
     return differences(ours, paper)
+
+
+def validate(config: PretrainConfig) -> None:
+    """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
+    encoder, sampler, dvae = config.encoder, config.sampler, config.dvae
+    at_least: list[tuple[str, Any, float]] = [("decoder.depth", config.decoder.depth, 0)]
+    at_least += [("log_every", config.log_every, 1), ("checkpoint_every", config.checkpoint_every, 1)]
+    at_least += [(f"encoder.{k}", v, 1) for k, v in vars(encoder).items() if k not in ("drop_path", "mlp_ratio")]
+    at_least += [(f"sampler.{k}", getattr(sampler, k), 1) for k in ("num_targets", "min_context")]
+    sizes = ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
+    at_least += [(f"dvae.{k}", getattr(dvae, k), 1) for k in sizes]
+    for where, schedule in (("", config), ("dvae.", dvae)):
+        at_least += [(f"{where}{k}", getattr(schedule, k), 1) for k in ("batch_size", "max_steps")]
+        at_least += [(f"{where}{k}", getattr(schedule, k), 0) for k in ("weight_decay", "warmup_epochs", "min_lr")]
+        for name in ("lr", "epochs", "clip_grad"):
+            if not 0 < getattr(schedule, name) < float("inf"):
+                raise ValueError(f"{where}{name} {getattr(schedule, name)} must be positive")
+    for name, value, least in at_least:
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} {value} must be at least {least}")
+    if not 0 <= encoder.drop_path < 1:
+        raise ValueError(f"encoder.drop_path {encoder.drop_path} must lie in [0, 1)")
+    if not 0 < config.scale[0] <= config.scale[1]:
+        raise ValueError(f"scale {config.scale} must satisfy 0 < low <= high")
+    for name in ("target_ratio", "context_ratio"):
+        low, high = getattr(sampler, name)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"sampler.{name} {(low, high)} must satisfy 0 < low <= high <= 1")
+    if sampler.num_targets > encoder.num_groups:
+        raise ValueError(f"sampler.num_targets {sampler.num_targets} exceeds encoder.num_groups {encoder.num_groups}")
+    if not 0 < sampler.mask_ratio < 1:
+        raise ValueError(f"sampler.mask_ratio {sampler.mask_ratio} must lie between 0 and 1")
+    if "dvae" in (config.objective, config.teacher):
+        if dvae.num_points < max(encoder.num_groups, encoder.group_size):
+            raise ValueError(f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size")
+        if dvae.width % 4:
+            raise ValueError(f"dvae.width {dvae.width} must be a multiple of 4")
 
 
 def _nearest(name: str, known) -> str:
@@ -254,6 +296,11 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and number:
         return value
+    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"setting {name!r}: {value!r} is not {kind.__name__}")
     return value

@@ -44,8 +44,8 @@ def _run(run: Path) -> None:
         cost = json.loads((newest / "state.json").read_text())
     if cost:
         print(
-            f"step {cost['step']:,}, {cost['cpu_seconds'] / 60:.1f} CPU-minutes, {cost['wall_seconds'] / 60:.1f} minutes, "
-            f"peak memory {cost['peak_memory'] / 2**30:.2f} GiB"
+            f"step {cost['step']:,}, {cost['cpu_seconds'] / 60:.1f} CPU-minutes, "
+            f"{cost['wall_seconds'] / 60:.1f} minutes, peak memory {cost['peak_memory'] / 2**30:.2f} GiB"
         )
         if "stage1_cpu_seconds" in cost:
             print(f"stage I before that: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")

@@ -25,13 +25,13 @@ class BatchGenerator:
     """
 
     def __init__(self, seed: int, step: int = 0, first: int = 0, total: int | None = None, stream: str = ""):
-        self.seed, self.step, self.first, self.total = seed, step, first, total
+        self.seed, self.step, self.first, self.total, self.name = seed, step, first, total, stream
         key = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest()
         self._key, self._generators = int.from_bytes(key, "big"), {}
 
     def stream(self, name: str) -> "BatchGenerator":
         """An independent generator for one use, so that one use's draws never shift another's."""
-        return BatchGenerator(self.seed, self.step, self.first, self.total, name)
+        return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def on(self, device: torch.device) -> torch.Generator:
         """The underlying generator, which lives where its draws are needed."""
@@ -47,6 +47,7 @@ def uniform(generator: torch.Generator | BatchGenerator | None, shape: tuple[int
         made_on = device if generator is None else generator.device
         return torch.rand(shape, generator=generator, device=made_on).to(device)
     total = generator.total or shape[0]
+    assert generator.first + shape[0] <= total, "more rows than the global batch has"
     whole = torch.rand((total, *shape[1:]), generator=generator.on(device), device=device)
     return whole[generator.first : generator.first + shape[0]]
 
@@ -76,7 +77,8 @@ def farthest_point_sample(
     """Indices B num_samples of points each farthest from those before it (Eldar et al. 1997).
 
     Without a generator the first is the point farthest from the centroid, whatever the order of the
-    points; with one it is a random point. Of equally far points the lowest index wins.
+    points; with one it is a random point. Of equally far points the reference takes the lowest index, the compiled back
+    end any (lattices; clouds with duplicates beyond their distinct points).
     """
     batch, num_points, _ = points.shape
     if not 1 <= num_samples <= num_points:
@@ -87,7 +89,8 @@ def farthest_point_sample(
     else:
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     # Below about a thousand points the batched loop beats a kernel called once a cloud.
-    if points.device.type == "cpu" and num_points >= 1024 and (fast := _quickfps()):
+    wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 1024
+    if wanted and (fast := _quickfps()):
         rows = zip(points, start.tolist(), strict=True)
         return torch.stack([fast.sample_idx(row, num_samples, start_idx=first) for row, first in rows])
     return _farthest_point_sample_reference(points, num_samples, start)
@@ -109,7 +112,7 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Exact squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the matmul form."""
+    """Squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the matmul form."""
     total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
     for axis in (1, 2):
         total += (a[..., :, None, axis] - b[..., None, :, axis]).square_()

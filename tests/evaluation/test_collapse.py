@@ -105,7 +105,6 @@ def test_figures_carry_no_gradient():
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the std of a single row is taken with n - 1: nan and a UserWarning")
 @pytest.mark.filterwarnings("ignore:std")
 def test_a_single_row_has_figures_that_are_numbers():
     figures = collapse_figures(gaussian(1, 1, 4, E), gaussian(1, 1, 4, E), "block")

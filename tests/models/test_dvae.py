@@ -79,6 +79,29 @@ def test_a_cold_softmax_of_a_certain_code_is_that_code(dvae, grouped):
     assert_close(out.fine, chamfer_l1(dvae.reconstruct(*grouped), grouped[0]))
 
 
+def soft_codes(dvae, grouped, temperature: float) -> torch.Tensor:
+    """What the training pass hands to the second network."""
+    seen = []
+    handle = dvae.to_features.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dvae(*grouped, temperature, 0.0, BatchGenerator(0))
+    handle.remove()
+    return seen[0]
+
+
+def test_a_cold_gumbel_softmax_is_one_code_and_a_hot_one_their_mean(dvae, grouped):
+    cold, hot = (soft_codes(dvae, grouped, temperature) for temperature in (1e-4, 1e6))
+    assert torch.cdist(cold.flatten(0, 1), dvae.codebook).amin(1).quantile(0.8) < 1e-3
+    assert_close(hot, dvae.codebook.mean(0).expand_as(hot), atol=1e-3, rtol=0)
+
+
+def test_gumbel_noise_draws_codes_as_often_as_their_softmax_says(dvae, grouped):
+    patches, centers = (value[:1].expand(250, *value.shape[1:]) for value in grouped)
+    dvae.to_logits = Constant(torch.arange(12.0).div(4).expand(250, 8, 12))
+    drawn = torch.cdist(soft_codes(dvae, (patches, centers), 1e-4).flatten(0, 1), dvae.codebook).argmin(1)
+    share = torch.bincount(drawn, minlength=12) / len(drawn)
+    assert_close(share, torch.arange(12.0).div(4).softmax(0), atol=0.03, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------- teacher
 
 

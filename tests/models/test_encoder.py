@@ -141,7 +141,7 @@ def test_calibration_on_one_batch_is_the_textbook_mean_and_variance():
     torch.manual_seed(0)
     encoder, points = PointEncoder(**SIZES).eval(), clouds(5)
     calibrate_batchnorm(encoder, points)
-    rows = encoder.tokenizer.linear1(group(points, 8, 8).patches.reshape(-1, 3))
+    rows = encoder.tokenizer.linear1(group(encoder.prepare(points), 8, 8).patches.reshape(-1, 3))
     norm = encoder.tokenizer.norm1
     assert_close(norm.running_mean, rows.mean(0))
     assert_close(norm.running_var, rows.var(0))
@@ -153,7 +153,7 @@ def test_calibration_in_batches_is_the_mean_over_batches():
     torch.manual_seed(0)
     encoder, points = PointEncoder(**SIZES), clouds(6)
     calibrate_batchnorm(encoder, points, batch_size=2)
-    rows = encoder.tokenizer.linear1(group(points, 8, 8).patches.flatten(1, 2))
+    rows = encoder.tokenizer.linear1(group(encoder.prepare(points), 8, 8).patches.flatten(1, 2))
     batches = rows.view(3, -1, rows.shape[-1])
     assert_close(encoder.tokenizer.norm1.running_mean, batches.mean(1).mean(0))
     assert_close(encoder.tokenizer.norm1.running_var, batches.var(1).mean(0))

@@ -178,7 +178,6 @@ def test_what_is_no_network_is_a_one_line_error_that_names_it(kind, tmp_path, mo
     assert "\n" not in message
 
 
-@pytest.mark.xfail(strict=True, reason="from_pretrained loads with strict=False: what is missing stays random")
 def test_weights_that_lack_a_tensor_are_an_error(student, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -189,7 +188,6 @@ def test_weights_that_lack_a_tensor_are_an_error(student, tmp_path):
     refusal(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="from_pretrained loads with strict=False and defaults for an alien config")
 def test_a_network_of_another_kind_is_an_error(tmp_path):
     from safetensors.torch import save_file
 

@@ -78,6 +78,8 @@ def load(
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
         raise ValueError(f"{len(axes)} values of up_axis for {len(sources)} of data: give one, or one each")
+    if wrong := [axis for axis in axes if axis not in _TO_Z_UP]:
+        raise ValueError(f"up axis {wrong[0]!r}: one of x, y, z")
     loaded = [
         _load_one(source, num_points, split, axes[i % len(axes)], labels_key, limit, raw)
         for i, source in enumerate(sources)
@@ -126,8 +128,9 @@ def _standard(points, num_points: int, axes: np.ndarray, name: str) -> np.ndarra
     size = 64 if points.ndim == 3 else 1  # ragged clouds one at a time
     starts = range(0, len(points), size)
     for at in track(starts, f"sampling {num_points:,} points of {name}", transient=True, disable=len(starts) < 20):
-        raw = np.stack([np.asarray(p, np.float32) for p in points[at : at + size]])
-        clouds = unit_sphere(torch.from_numpy(raw @ axes.T))
+        raw = np.stack([np.asarray(p, np.float64) for p in points[at : at + size]])
+        raw -= raw.mean(1, keepdims=True)  # before float32: map coordinates of millions keep their millimetres
+        clouds = unit_sphere(torch.from_numpy(raw.astype(np.float32) @ axes.T))
         if clouds.shape[1] > num_points:
             clouds = unit_sphere(gather_points(clouds, farthest_point_sample(clouds, num_points)))
         out[at : at + size] = clouds.numpy()
@@ -151,11 +154,14 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if not name.startswith("raw_")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ReadError(f"{path}: not a readable .npz bundle ({str(error).splitlines()[0]})") from error
-    points = arrays.get("points")
-    if points is None or points.ndim != 3 or points.shape[2] != 3:
-        raise ReadError(f"{path}: a bundle needs an array 'points' [n, N, 3]; it has {', '.join(arrays) or 'nothing'}")
+        points = arrays.get("points", np.empty(0))
+        usable = points.ndim == 3 and points.shape[2] == 3 and len(points) and np.issubdtype(points.dtype, np.number)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ReadError(f"{path}: not a readable .npz bundle ({reason})") from error
+    if not usable:
+        found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
+        raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
     for i, cloud in enumerate(points):
         check_cloud(cloud, num_points, f"{path}: shape {i}")
     labels = arrays.get(labels_key)
@@ -167,22 +173,28 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
     split = arrays.get("split")
     for name, values in (("labels", labels), ("split", split)):
         if values is not None and values.shape != (len(points),):
-            raise ReadError(f"{path}: {len(points)} points but {name} {list(values.shape)}")
+            raise ReadError(f"{path}: {len(points)} shapes but {name} {list(values.shape)}")
+        if values is not None and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
+            raise ReadError(f"{path}: {name} must be integers from 0, found {values.dtype}")
+    if split is not None and split.max() > 1:
+        raise ReadError(f"{path}: split must be 0 (train) or 1 (test), found {split.max()}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if labels is not None and not names:
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
+    if labels is not None and labels.max() >= len(names):
+        raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
     return PointClouds(path.name, digest, points, labels, names, split)
 
 
 def _folder(root: Path, num_points: int, split: str, limit: int | None) -> PointClouds:
-    """A ShapeNet55 download, or any tree of files: a first-level sub-folder is a class, `train`/`test` a split."""
+    """A ShapeNet55 download, or any tree of files: the first sub-folder is a class, one named train or test a split."""
     listed = _shapenet55(root)
     if listed is None:
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise ReadError(f"{root}: holds no {', '.join(SUFFIXES)} file")
         parts = [file.relative_to(root).parts[:-1] for file in files]
-        classes = [p[0] if p and p[0] not in _SPLITS else None for p in parts]
+        classes = [next((name for name in p if name not in _SPLITS), None) for p in parts]
         in_split = [next((_SPLITS.index(s) for s in p if s in _SPLITS), None) for p in parts]
     else:
         files, classes, in_split = listed

@@ -13,7 +13,7 @@ SUFFIXES = POINT_SUFFIXES + MESH_SUFFIXES
 # What numpy's and trimesh's parsers were seen to raise on damaged files.
 _PARSER_ERRORS = (
     ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError, EOFError, ArithmeticError,
-    UnicodeError, MemoryError, struct.error,
+    UnicodeError, MemoryError, ImportError, struct.error,
 )  # fmt: skip
 
 
@@ -44,16 +44,14 @@ def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
         raise ReadError(f"{path}: damaged or not a {path.suffix[1:].upper()} file ({reason})") from error
     if points.ndim != 2 or points.shape[1] < 3 or not np.issubdtype(points.dtype, np.number):
         raise ReadError(f"{path}: expected an array of points [n, 3], found {points.dtype} {list(points.shape)}")
-    points = np.asarray(points[:, :3], np.float64)
-    return check_cloud((points - points.mean(0)).astype(np.float32), num_points, str(path))
+    points = check_cloud(np.asarray(points[:, :3], np.float64), num_points, str(path))
+    return (points - points.mean(0)).astype(np.float32)
 
 
 def check_cloud(points: np.ndarray, num_points: int, where: str) -> np.ndarray:
     """points [n, 3] if they can be used; else a ReadError that begins with `where`."""
     if len(points) < num_points:
-        raise ReadError(
-            f"{where}: {len(points)} points, at least {num_points} are needed; lower encoder.num_points to use it"
-        )
+        raise ReadError(f"{where}: {len(points)} points, at least {num_points} are needed (num_points)")
     if not np.isfinite(points).all():
         raise ReadError(f"{where}: NaN or infinite coordinates")
     if (points == points[0]).all():
@@ -63,6 +61,8 @@ def check_cloud(points: np.ndarray, num_points: int, where: str) -> np.ndarray:
 
 def _read_geometry(path: Path, samples: int, seed: int) -> np.ndarray:
     loaded = trimesh.load(path, process=False)
+    if path.suffix.lower() == ".ply":
+        _check_ply_is_whole(path, loaded)
     if isinstance(loaded, trimesh.Scene):
         loaded = loaded.to_geometry()
     if isinstance(loaded, trimesh.PointCloud) or not len(getattr(loaded, "faces", ())):
@@ -72,3 +72,14 @@ def _read_geometry(path: Path, samples: int, seed: int) -> np.ndarray:
     if not loaded.area > 0:
         raise ReadError(f"{path}: a mesh without surface")
     return np.asarray(trimesh.sample.sample_surface(loaded, samples, seed=seed)[0])
+
+
+def _check_ply_is_whole(path: Path, loaded) -> None:
+    """trimesh drops the missing rows of a truncated ASCII file without a word; its header tells."""
+    with path.open("rb") as file:
+        header = iter(lambda: file.readline(200).decode("ascii", "replace").split(), ["end_header"])
+        declared = {line[1]: int(line[2]) for line in header if line[:1] == ["element"] and len(line) == 3}
+    found = {"vertex": len(loaded.vertices), "face": len(getattr(loaded, "faces", ()))}  # faces: triangles, no fewer
+    for element, count in found.items():
+        if count < declared.get(element, 0):
+            raise ReadError(f"{path}: truncated: {count} of {declared[element]} of its {element} rows")

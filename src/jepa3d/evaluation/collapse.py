@@ -27,10 +27,12 @@ def collapse_figures(prediction: Tensor, target: Tensor, unit: str = "token", ma
     figures = {}
     for name, value in (("prediction", prediction), ("target", target)):
         rows = value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)
-        rows = F.normalize(rows[:: max(1, len(rows) // max_rows)].float(), dim=-1)
+        if len(rows) > max_rows:
+            rows = rows[torch.linspace(0, len(rows) - 1, max_rows, device=rows.device).long()]
+        rows = F.normalize(rows.float(), dim=-1)
         count, width = rows.shape
         mean_square = float(rows.mean(0).square().sum())  # |mean of unit rows|^2, diagonal included
-        figures[f"{name}_std"] = float(rows.std(0).mean()) * width**0.5
+        figures[f"{name}_std"] = float(rows.std(0, correction=0).mean()) * width**0.5
         figures[f"{name}_cosine"] = (mean_square * count - 1) / max(count - 1, 1)
         figures[f"{name}_rankme"] = rankme(rows)
         if name == "target":

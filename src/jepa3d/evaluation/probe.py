@@ -1,12 +1,12 @@
 """Probes of frozen features under named protocols; the test part is used once, after every choice is made.
 
-| protocol       | features              | classifier                              | chosen on                          |
-|----------------|-----------------------|-----------------------------------------|------------------------------------|
-| logistic       | standardised          | logistic regression                     | C and layer: a fifth of train      |
-| logistic_10    | standardised          | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
-| knn            | standardised          | 10 nearest neighbours by cosine         | layer: a fifth of train            |
-| svc_linear     | as they are           | SVC(linear, C=0.012) (point2vec)        | layer: a fifth of train            |
-| linear_svc     | as they are           | LinearSVC() (Point-M2AE)                | layer: a fifth of train            |
+| protocol    | features     | classifier                              | chosen on                          |
+|-------------|--------------|-----------------------------------------|------------------------------------|
+| logistic    | standardised | logistic regression                     | C and layer: a fifth of train      |
+| logistic_10 | standardised | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
+| knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
+| svc_linear  | as they are  | SVC(linear, C=0.012) (point2vec)        | layer: a fifth of train            |
+| linear_svc  | as they are  | LinearSVC() (Point-M2AE)                | layer: a fifth of train            |
 
 Figures are overall accuracies in per cent. With a fixed layer only C is chosen.
 """
@@ -42,18 +42,18 @@ _SHOTS, _DRAWS = 10, 10
 SELECTION = "layer and C on a held-out fifth of train (5 folds of the labels for logistic_10); test used once"
 
 
-def _classifier(protocol: str, c: float):
+def _classifier(protocol: str, c: float, count: int):
     if protocol.startswith("logistic"):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
     if protocol == "knn":
-        return make_pipeline(StandardScaler(), KNeighborsClassifier(10, metric="cosine"))
+        return make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine"))
     return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
 
 
 def _accuracy(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, y_test: np.ndarray) -> float:
     with warnings.catch_warnings():  # LinearSVC on raw features stops at its default iterations, as in its protocol
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return 100 * float(_classifier(protocol, c).fit(train, y).score(test, y_test))
+        return 100 * float(_classifier(protocol, c, len(y)).fit(train, y).score(test, y_test))
 
 
 def run_protocol(
@@ -72,7 +72,8 @@ def run_protocol(
     choices = [(layer, c) for layer in layers for c in grid]
     best = choices[0]
     if len(choices) > 1:
-        stratify = y if np.bincount(y).min(initial=2, where=np.bincount(y) > 0) > 1 else None
+        counts = np.unique(y, return_counts=True)[1]
+        stratify = y if counts.min() > 1 and len(y) // 5 >= len(counts) else None
         fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
         best = max(
             choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held])
@@ -88,7 +89,8 @@ def _few_labels(train, y, test, y_test, layers, seed) -> dict:
     for _ in range(_DRAWS):
         shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
         labels = y[shots]
-        folds = list(StratifiedKFold(5, shuffle=True, random_state=seed).split(shots, labels))
+        number = min(5, np.bincount(labels).max())
+        folds = list(StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels))
 
         def validation(choice: tuple[int, float], shots=shots, labels=labels, folds=folds) -> float:
             x = train[choice[0]][shots]
@@ -202,8 +204,9 @@ def show(result: dict) -> None:
     """Print the summary as a table."""
     data = result["data"]
     title = (
-        f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, {data['test']:,} test; "
-        f"overall accuracy %, {result['pooling']}, layer {result['layer']}, seeds {result['seeds']}"
+        f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, "
+        f"{data['test']:,} test; overall accuracy %, {result['pooling']}, "
+        f"layer {result['layer']}, seeds {result['seeds']}"
     )
     protocols = list(result["summary"]["gain"])
     table = Table("", *protocols, title=title, title_justify="left")

@@ -13,7 +13,7 @@ import torch
 def provenance() -> dict:
     """The command, the versions and the machine of this process."""
     return {
-        "command": "jepa3d " + shlex.join(sys.argv[1:]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in ("jepa3d", "torch", "numpy", "scikit-learn")},
         "commit": _commit(),
         "python": platform.python_version(),

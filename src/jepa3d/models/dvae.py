@@ -6,20 +6,16 @@ code instead of a Gumbel sample. (Dong et al. 2023, section 4; Yu et al. 2022 fo
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer
 from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
-
-
-import os
-
-INITIAL_LOGIT_SCALE = float(os.environ.get("LS", "8"))
 
 
 class EdgeConv(nn.Module):
@@ -42,22 +38,29 @@ class EdgeConv(nn.Module):
 
 
 class TokenDGCNN(nn.Module):
-    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are multiples of `dim`."""
+    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are multiples of `dim`.
 
-    def __init__(self, in_dim: int, out_dim: int, dim: int):
+    The output's norm spans a cloud's tokens (GroupNorm, as there), or the batch's.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, dim: int, over_batch: bool = False):
         super().__init__()
         widths = [dim, 2 * dim, 4 * dim, 4 * dim, 8 * dim]
         self.first = nn.Linear(in_dim, dim)
-        self.layers = nn.ModuleList(EdgeConv(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(EdgeConv(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(sum(widths[1:]), out_dim, bias=False)
-        self.norm = nn.GroupNorm(4, out_dim)
+        self.norm = BatchNorm(out_dim) if over_batch else nn.GroupNorm(4, out_dim)
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
         x, outputs = self.first(x), []
         for layer in self.layers:
             x = layer(x, neighbours)
             outputs.append(x)
-        out = self.norm(self.last(torch.cat(outputs, -1)).transpose(1, 2)).transpose(1, 2)
+        out = self.last(torch.cat(outputs, -1))
+        if isinstance(self.norm, BatchNorm):
+            out = self.norm(out.flatten(0, 1)).view_as(out)
+        else:
+            out = self.norm(out.transpose(1, 2)).transpose(1, 2)
         return F.leaky_relu(out, 0.2)
 
 
@@ -82,6 +85,10 @@ class FoldingDecoder(nn.Module):
         self.norm2, self.linear3 = BatchNorm(hidden_dim), nn.Linear(hidden_dim, 3)
         axis = torch.tensor([-0.05, 0.05])
         self.register_buffer("grid", torch.cartesian_prod(axis, axis), persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.normal_(self.linear3.weight, std=0.01)  # folding begins at the coarse points
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Patches B M K/4 3 and B M K 3 of tokens B M C, relative to the patch centre."""
@@ -104,7 +111,7 @@ class DVAEOutput(NamedTuple):
     perplexity: Tensor  # exp(entropy) of the codes in use, between 1 and num_codes
 
 
-class DVAE(nn.Module, PyTorchModelHubMixin, library_name="jepa3d", license="apache-2.0"):
+class DVAE(nn.Module, Pretrained, library_name="jepa3d", license="apache-2.0"):
     """Discrete variational autoencoder of patches. `features` is the teacher's voice."""
 
     def __init__(
@@ -122,10 +129,10 @@ class DVAE(nn.Module, PyTorchModelHubMixin, library_name="jepa3d", license="apac
         self.width, self.num_codes = width, num_codes
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
-        self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim)
-        # At the usual 1 the Gumbel noise (std 1.3, best of num_codes) drowns the normalised logits until the
-        # scale has grown, thousands of steps later; short runs then end worse than the best constant patch.
-        nn.init.constant_(self.to_logits.norm.weight, INITIAL_LOGIT_SCALE)
+        # Logits over the batch, so that patches differ in them from the first step, at a scale that the Gumbel
+        # noise (std 1.3) does not drown: with Point-BERT's GroupNorm one code served all for thousands of steps.
+        self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim, over_batch=True)
+        nn.init.constant_(self.to_logits.norm.weight, 4.0)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
         self.to_features = TokenDGCNN(width, width, dgcnn_dim)
         self.decoder = FoldingDecoder(width, group_size, folding_dim)

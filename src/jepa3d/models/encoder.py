@@ -1,9 +1,9 @@
 """The point encoder: what every command trains, saves, loads and uses."""
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
 from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, unit_sphere
@@ -13,7 +13,7 @@ POOLINGS = ("mean_max", "mean", "max")
 
 class PointEncoder(
     nn.Module,
-    PyTorchModelHubMixin,
+    Pretrained,
     library_name="jepa3d",
     tags=["point-cloud", "self-supervised", "3d-jepa"],
     license="apache-2.0",
@@ -58,14 +58,17 @@ class PointEncoder(
         position: Tensor,
         mask: Tensor | None = None,
         generator: BatchGenerator | None = None,
+        passes: int = 1,
     ) -> list[Tensor]:
         """Tokens before the first block and after each one, `depth + 1` of B M C; the last is normalised.
 
-        `position` is B M C, `mask` (B M) is True at tokens that exist, `generator` draws the drop-path.
+        `position` is B M C, `mask` (B M) is True at tokens that exist, `generator` draws the
+        drop-path, once for the `passes` consecutive rows of a sample.
         """
         keep = None
         if self.training and self.drop_path > 0:
-            keep = drop_path_scales(self.drop_path, len(tokens), self.depth, generator, tokens)
+            keep = drop_path_scales(self.drop_path, len(tokens) // passes, self.depth, generator, tokens)
+            keep = keep.repeat_interleave(passes, 0)
         states = [tokens]
         for layer, block in enumerate(self.blocks):
             states.append(block(states[-1] + position, mask, None if keep is None else keep[:, layer]))
@@ -133,7 +136,7 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
         norm.momentum = None  # cumulative mean over batches
         norm.train()
     for batch in points.split(batch_size):
-        grouped = group(batch, encoder.num_groups, encoder.group_size)
+        grouped = group(encoder.prepare(batch), encoder.num_groups, encoder.group_size)
         encoder.tokenizer(grouped.patches)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

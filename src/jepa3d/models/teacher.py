@@ -47,12 +47,15 @@ class Teacher(nn.Module):
 
 def batch_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of rows [n, C] over all processes' rows (equal n)."""
-    mean, square = rows.mean(0), rows.square().mean(0)
+    mean = _over_processes(rows.mean(0))
+    return mean, _over_processes((rows - mean).square().mean(0))
+
+
+def _over_processes(mean: Tensor) -> Tensor:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        moments = torch.stack([mean, square]) / torch.distributed.get_world_size()
-        torch.distributed.all_reduce(moments)
-        mean, square = moments
-    return mean, (square - mean.square()).clamp_min(0)
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    return mean
 
 
 def ema_teacher(student: PointEncoder, target_norm: str) -> Teacher:
@@ -69,16 +72,17 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str) -> DVAE | PointEncoder:
-    """The network saved in a folder or on the Hub: a run, or what `save_pretrained` wrote. ValueError if there is none."""
+    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is none."""
     folder = Path(path)
     exported = [sub for name in ("encoder", "dvae") if (sub := folder / name).is_dir()]
-    source = str(exported[0]) if exported else path
+    source = exported[0] if exported else folder
     try:
-        if (config := Path(source) / "config.json").is_file() and "num_codes" in json.loads(config.read_text()):
-            return DVAE.from_pretrained(source)
-        return PointEncoder.from_pretrained(source)
+        if folder.exists():
+            is_dvae = "num_codes" in json.loads((source / "config.json").read_text())
+            return (DVAE if is_dvae else PointEncoder).from_pretrained(source)
+        return PointEncoder.from_pretrained(path)
     except (OSError, HfHubHTTPError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path}: no encoder or dVAE could be loaded ({reason}); "
             f"give a finished run, a folder of save_pretrained or a Hub id"

@@ -83,7 +83,7 @@ class JEPA(nn.Module):
             return self.projection(decoder(context, sample.mask, position, target_position))
         # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
         x, position, mask = decoder.assemble(tokens, sample.mask, position, target_position)
-        encoded = encoder.hidden_states(x, position, mask, None)[-1]
+        encoded = encoder.hidden_states(x, position, mask, generator, passes=len(x) // len(tokens))[-1]
         return self.projection(decoder.predictions(encoded, target_position))
 
     def context_tokens(self, patches: Tensor, sample: TokenSample) -> Tensor:

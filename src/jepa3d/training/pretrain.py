@@ -23,8 +23,10 @@ from jepa3d.evaluation.protocol import provenance
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.teacher import Teacher, ema_teacher, load_module
+from jepa3d.models.tokenizer import group
 from jepa3d.objectives.autoencoding import Autoencoding
 from jepa3d.objectives.jepa import JEPA
+from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.loop import Interrupted, Task, fit
 
@@ -77,25 +79,22 @@ def pretrain(
             print(f"{out}: finished already")
             return out
     is_jepa = config.objective == "jepa"
-    num_points = config.encoder.num_points if is_jepa else config.dvae.num_points
-    if clouds is None or clouds.points.shape[1] != num_points:
-        clouds = load(config.data, num_points, config.split, config.up_axis)
+    needs_dvae = is_jepa and config.teacher == "dvae"
+    clouds = clouds_of(config, config.objective, clouds)
+    stage1_clouds = clouds_of(config, "dvae", clouds) if needs_dvae else None
     given = None
-    if is_jepa and config.teacher not in ("dvae", "ema"):
+    if is_jepa and not needs_dvae and config.teacher != "ema":
         given = load_module(str(out / "teacher") if started else config.teacher)
     if started:
         check_same_data(clouds, out)
     else:
-        task = (
-            jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
-        )  # a model that cannot be built fails here
-        create_run(out, config, clouds, task, given)
-    if is_jepa and config.teacher == "dvae":
+        create_run(out, config, clouds, rehearse(config, clouds, given), given)
+    if needs_dvae:
         stage1 = replace(config, objective="dvae")
-        pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=clouds)
+        pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds)
         given = load_module(str(out / "stage1"))
     task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
-    if is_jepa and not (out / "untrained").exists():
+    if is_jepa and is_main() and not (out / "untrained").exists():
         checkpoint.replace_folder(out / "untrained", task.module.save_pretrained)
     try:
         state = fit(task, clouds, config, out, stop_at)
@@ -104,7 +103,30 @@ def pretrain(
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         finish_run(out, state)
+    Accelerator().wait_for_everyone()
     return out
+
+
+def clouds_of(
+    config: PretrainConfig, objective: str, loaded: PointClouds | None = None, limit: int | None = None
+) -> PointClouds:
+    """The data at the number of points of an objective; `loaded` if that is it."""
+    num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
+    if loaded is not None and loaded.points.shape[1] == num_points:
+        return loaded
+    return load(config.data, num_points, config.split, config.up_axis, limit=limit)
+
+
+def rehearse(config: PretrainConfig, clouds: PointClouds, given: DVAE | PointEncoder | None) -> Task:
+    """Build every stage and draw one sample, so that what cannot work fails before anything is written."""
+    if config.objective == "dvae":
+        return dvae_task(config)
+    dvae = dvae_task(config).module if config.teacher == "dvae" else None
+    task = jepa_task(config, clouds, given or dvae)
+    points = clouds.batch(np.arange(min(len(clouds), 64)))
+    centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
+    task.objective.sampler(centers, BatchGenerator(config.seed))
+    return task
 
 
 def dry_run(config: PretrainConfig) -> None:
@@ -116,8 +138,7 @@ def dry_run(config: PretrainConfig) -> None:
     for stage in stages:
         is_jepa = stage == "jepa"
         schedule = config if is_jepa else config.dvae
-        num_points = config.encoder.num_points if is_jepa else config.dvae.num_points
-        clouds = load(config.data, num_points, config.split, config.up_axis, limit=2 * schedule.batch_size)
+        clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
         if is_jepa and config.teacher not in ("dvae", "ema"):
             given = load_module(config.teacher)
         task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
@@ -125,25 +146,19 @@ def dry_run(config: PretrainConfig) -> None:
         state = fit(task, clouds, replace(config, log_every=1), None)
         given = task.module if not is_jepa else None
         print(
-            f"dry run, {stage}: {len(clouds)} clouds of {num_points} points read, 2 steps of {schedule.batch_size} "
-            f"in {state['wall_seconds']:.1f} s, peak memory {state['peak_memory'] / 2**30:.2f} GiB, "
-            f"{count_parameters(task.module) / 1e6:.2f} M parameters in the {task.export}; nothing written"
+            f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
+            f"2 steps of {schedule.batch_size} in {state['wall_seconds']:.1f} s, "
+            f"peak memory {state['peak_memory'] / 2**30:.2f} GiB, {count_parameters(task.module) / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
 
 
 def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
-    positive = {"batch_size": config.batch_size, "epochs": config.epochs, "checkpoint_every": config.checkpoint_every,
-                "log_every": config.log_every, "max_steps": config.max_steps or 1}  # fmt: skip
-    for name, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{name} {value} must be positive")
+    settings.validate(config)
     processes = Accelerator().num_processes
     for name, size in (("batch_size", config.batch_size), ("dvae.batch_size", config.dvae.batch_size)):
         if size % processes:
             raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
-    if config.sampler.name in ("random", "one_block") and not 0 < config.sampler.mask_ratio < 1:
-        raise ValueError(f"sampler.mask_ratio {config.sampler.mask_ratio} must lie between 0 and 1")
 
 
 def check_unchanged(config: PretrainConfig, out: Path) -> None:
@@ -158,7 +173,8 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
     before = json.loads((out / "run.json").read_text())["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         raise ValueError(
-            f"{out}: the data changed since the run began ({clouds.name}, {len(clouds)} shapes, was {before['name']}, {before['shapes']})"
+            f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
+            f"then {before['name']} with {before['shapes']}"
         )
 
 

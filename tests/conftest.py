@@ -1,0 +1,58 @@
+"""Shapes and settings small enough that a run takes a second."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jepa3d import config as settings
+from jepa3d.data.synthetic import CLASS_NAMES, make_shapes
+
+TINY = {
+    "teacher": "ema",
+    "batch_size": 8,
+    "max_steps": 6,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "encoder": {
+        "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
+        "tokenizer_dim": 8, "drop_path": 0.1,
+    },
+    "target": {"norm": "standardize"},
+    "dvae": {
+        "batch_size": 8, "max_steps": 4, "num_points": 64, "width": 24, "num_codes": 32, "tokenizer_dim": 8,
+        "dgcnn_dim": 8, "folding_dim": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory) -> str:
+    """A labelled .npz bundle of 48 shapes of 128 points."""
+    made = make_shapes(48, 128, seed=3)
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    split = np.tile([0, 0, 1], 16).astype(np.int8)
+    np.savez(path, points=made["points"], labels=made["labels"] % 3, split=split, class_names=CLASS_NAMES[:3])
+    return str(path)
+
+
+@pytest.fixture
+def tiny(bundle):
+    """A function: overrides -> PretrainConfig of a run of a second on `bundle`."""
+    return lambda **overrides: settings.resolve(TINY, {"data": [bundle]}, overrides)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real bundles, $JEPA3D_DATA; skips without it."""
+    folder = Path(os.environ.get("JEPA3D_DATA", "missing"))
+    if not folder.is_dir():
+        pytest.skip("set JEPA3D_DATA to the folder of real bundles")
+    return folder

@@ -1,0 +1,235 @@
+"""The loop: one order of data, one curve, wherever and however often it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jepa3d import config as settings
+from jepa3d.config import Schedule
+from jepa3d.training import checkpoint
+from jepa3d.training.loop import Interrupted, batch_index
+from jepa3d.training.optim import adamw, learning_rate, total_steps
+from jepa3d.training.pretrain import pretrain
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
+
+
+def weights(run: Path, part: str = "encoder") -> dict[str, torch.Tensor]:
+    return load_file(run / part / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def write_recipe(path: Path, config) -> Path:
+    path.write_text(yaml.safe_dump(settings.to_dict(config)))
+    return path
+
+
+def test_every_epoch_visits_every_sample_once():
+    order = np.concatenate([batch_index(0, step, 7, 21) for step in range(6)])
+    assert sorted(order[:21]) == sorted(order[21:]) == list(range(21))
+    assert list(order[:21]) != list(order[21:])
+    assert list(batch_index(1, 0, 7, 21)) != list(batch_index(0, 0, 7, 21))
+
+
+def test_a_batch_larger_than_the_data_repeats_it():
+    assert np.bincount(batch_index(0, 0, 12, 4)).tolist() == [3, 3, 3, 3]
+
+
+def test_learning_rate_warms_up_and_decays_to_the_minimum():
+    schedule = Schedule(lr=1.0, min_lr=0.1, warmup_epochs=1, batch_size=10, epochs=10)
+    total = total_steps(schedule, 100)
+    rates = [learning_rate(schedule, step, total, 100) for step in range(total)]
+    assert total == 100
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 10
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
+    assert all(a > b for a, b in zip(rates[10:-1], rates[11:], strict=True))
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_weight_decay_spares_vectors():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decay, spared = adamw(model, Schedule()).param_groups
+    assert [p.ndim for p in decay["params"]] == [2]
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert (decay["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+
+
+@pytest.mark.parametrize("overrides", [{"teacher": "ema"}, {"teacher": "dvae"}, {"objective": "dvae"}], ids=str)
+def test_2n_steps_equal_n_then_resume(tiny, tmp_path, overrides):
+    config = tiny(**overrides)
+    whole = pretrain(config, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="--resume"):
+        pretrain(config, tmp_path / "halves", stop_at=3)
+    halves = pretrain(config, tmp_path / "halves", resume=True)
+    part = "dvae" if config.objective == "dvae" else "encoder"
+    assert same(weights(whole, part), weights(halves, part))
+    assert losses(whole) == losses(halves)
+    assert len(losses(whole)) == (4 if part == "dvae" else 6)
+
+
+def test_resume_restores_optimizer_and_ema_teacher(tiny, tmp_path):
+    config = tiny(max_steps=4)
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=3)
+    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    names = load_file(saved / "model.safetensors").keys()
+    assert any(name.startswith("teacher.") for name in names)
+    steps = {float(v) for n, v in load_file(saved / "optimizer.safetensors").items() if n.endswith(".step")}
+    assert steps == {3.0}
+
+
+def test_a_frozen_teacher_is_not_in_the_checkpoint_and_does_not_change(tiny, tmp_path):
+    first = pretrain(tiny(max_steps=2), tmp_path / "first")
+    config = tiny(teacher=str(first), max_steps=4)
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "second", stop_at=2)
+    saved = checkpoint.latest(tmp_path / "second" / "checkpoints")
+    assert not any(name.startswith("teacher.") for name in load_file(saved / "model.safetensors"))
+    assert same(weights(first), weights(tmp_path / "second", "teacher"))
+    pretrain(config, tmp_path / "second", resume=True)
+    assert same(weights(first), weights(tmp_path / "second", "teacher"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_path, number):
+    config = tiny(max_steps=60, checkpoint_every=1000)
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", config), tmp_path / "run"
+    command = [*COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(number)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved; continue with: jepa3d pretrain --out" in errors
+    stopped_at = json.loads((checkpoint.latest(run / "checkpoints") / "state.json").read_text())["step"]
+    assert 5 <= stopped_at < 60
+    pretrain(config, run, resume=True)
+    assert same(weights(pretrain(config, tmp_path / "whole")), weights(run))
+
+
+def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_last(tiny, tmp_path):
+    config = tiny(max_steps=6, checkpoint_every=2)
+    recipe, run = write_recipe(tmp_path / "recipe.yaml", config), tmp_path / "run"
+    die = (
+        "import os, signal\n"
+        "from jepa3d.training import checkpoint\n"
+        "real = checkpoint.save_file\n"
+        "def save_file(tensors, path):\n"
+        "    real(tensors, path)\n"
+        "    if 'step-0000004' in str(path):\n"
+        "        data = path.read_bytes()\n"
+        "        path.write_bytes(data[: len(data) // 2])\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.save_file = save_file\n"
+        f"from jepa3d.cli import main; main(['pretrain', '--recipe', {str(recipe)!r}, '--out', {str(run)!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", die], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert checkpoint.latest(run / "checkpoints").name == "step-0000002"
+    pretrain(config, run, resume=True)
+    whole = pretrain(config, tmp_path / "whole")
+    assert same(weights(whole), weights(run))
+    assert losses(whole) == losses(run)
+
+
+def test_resume_refuses_other_data(tiny, tmp_path):
+    config = tiny()
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=1)
+    path = Path(config.data[0])
+    before = path.read_bytes()
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    try:
+        np.savez(path, **(arrays | {"points": arrays["points"] * 0.5}))
+        with pytest.raises(ValueError, match="the data changed"):
+            pretrain(config, tmp_path / "run", resume=True)
+    finally:
+        path.write_bytes(before)
+
+
+def test_global_random_state_plays_no_part(tiny, tmp_path):
+    first = pretrain(tiny(max_steps=3), tmp_path / "first")
+    torch.manual_seed(999)
+    np.random.seed(999)  # noqa: NPY002
+    second = pretrain(tiny(max_steps=3), tmp_path / "second")
+    assert same(weights(first), weights(second))
+
+
+def test_seeds_differ(tiny, tmp_path):
+    runs = [pretrain(tiny(max_steps=2, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    assert losses(runs[0]) != losses(runs[1])
+
+
+@pytest.mark.parametrize("teacher", ["ema", "dvae"])
+def test_golden_curve(tiny, tmp_path, teacher):
+    """20 losses that a change which should not alter results must reproduce (write: UPDATE_GOLDEN=1 pytest)."""
+    config = tiny(teacher=teacher, max_steps=20, dvae={"max_steps": 20})
+    run = pretrain(config, tmp_path / "run")
+    curves = {"jepa": losses(run)} | ({"dvae": losses(run / "stage1")} if teacher == "dvae" else {})
+    path = GOLDEN / f"{teacher}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(json.dumps(curves, indent=1) + "\n")
+    golden = json.loads(path.read_text())
+    assert curves.keys() == golden.keys()
+    for name, curve in curves.items():
+        assert curve == pytest.approx(golden[name], rel=1e-3)
+
+
+def test_one_process_equals_two_gloo_processes(tiny, tmp_path):
+    """Same losses and weights to tolerance, with drop-path, every random draw and BatchNorm in play."""
+    config = tiny(max_steps=5)
+    recipe = write_recipe(tmp_path / "recipe.yaml", config)
+    single = pretrain(config, tmp_path / "single")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / "double")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-4)
+    begun, one, two = (weights(tmp_path / "single", "untrained"), weights(single), weights(tmp_path / "double"))
+    # AdamW turns rounding of a vanishing gradient into a full step, so weights are compared as a whole.
+    moved = sum((one[name] - begun[name]).float().square().sum() for name in one) ** 0.5
+    apart = sum((one[name] - two[name]).float().square().sum() for name in one) ** 0.5
+    assert apart < 0.02 * moved
+
+
+def test_metrics_have_collapse_figures_on_every_line(tiny, tmp_path):
+    run = pretrain(tiny(max_steps=3), tmp_path / "run")
+    wanted = {"loss", "constant_loss", "prediction_std", "prediction_cosine", "prediction_rankme", "target_rankme"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(wanted <= line.keys() for line in lines)
+
+
+def test_cost_accumulates_over_sessions(tiny, tmp_path):
+    config = tiny(max_steps=4)
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=2)
+    before = json.loads((checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.json").read_text())
+    time.sleep(0.01)
+    pretrain(config, tmp_path / "run", resume=True)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["cost"]["cpu_seconds"] > before["cpu_seconds"] > 0
