@@ -6,15 +6,20 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa3d.config import PretrainConfig, Schedule
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import random_rotate, random_scale
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.objectives.autoencoding import Autoencoding
+from jepa3d.objectives.jepa import JEPA
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.optim import adamw, learning_rate, total_steps
@@ -29,10 +34,10 @@ class Interrupted(KeyboardInterrupt):
 class Task:
     """What the loop trains: an objective, its schedule, and the name of what it exports."""
 
-    objective: nn.Module  # forward(points, generator, progress) -> output with a loss; after_step; metrics
+    objective: JEPA | Autoencoding  # forward(points, generator, progress), after_step(progress), metrics(output)
     schedule: Schedule
     export: str  # encoder or dvae
-    module: nn.Module  # what is exported
+    module: PointEncoder | DVAE  # what is exported
 
 
 def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | None, stop_at: int | None = None) -> dict:
@@ -45,7 +50,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
     optimizer = adamw(objective, schedule)
     total = total_steps(schedule, len(clouds))
-    state = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0}
+    state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0}
     if run and (newest := checkpoint.latest(run / "checkpoints")):
         state = checkpoint.restore(newest, objective, optimizer)
     model, optimizer = accelerator.prepare(objective, optimizer)

@@ -148,7 +148,8 @@ def dry_run(config: PretrainConfig) -> None:
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
             f"2 steps of {schedule.batch_size} in {state['wall_seconds']:.1f} s, "
-            f"peak memory {state['peak_memory'] / 2**30:.2f} GiB, {count_parameters(task.module) / 1e6:.2f} M parameters in the {task.export}; nothing written"
+            f"peak memory {state['peak_memory'] / 2**30:.2f} GiB, "
+            f"{count_parameters(task.module) / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
 
 
