@@ -3,7 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from jepa3d.cli import main
+from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "jepa3d"
@@ -35,3 +40,40 @@ def test_the_readme_s_tree_is_the_tree():
     text = (ROOT / "README.md").read_text()
     missing = [p.name for p in SOURCE.rglob("*.py") if p.name != "__init__.py" and p.stem not in text]
     assert not missing
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    """On a folder of clouds and a bundle; only the training is cut to two steps."""
+    made = make_shapes(40, 600, seed=1)
+    (tmp_path / "scans").mkdir()
+    for i, points in enumerate(made["points"]):
+        np.save(tmp_path / "scans" / f"{i}.npy", points)
+    halves = (np.arange(40) % 2).astype(np.int8)
+    np.savez(tmp_path / "labelled.npz", points=made["points"], labels=np.arange(40) // 2 % 4, split=halves)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[0] == "jepa3d"]
+    assert [words[0] for words in commands] == ["pretrain", "pretrain", "probe", "info"]
+    for words in commands:
+        short = ["--max-steps", "2"] if "--out" in words else []
+        with pytest.raises(SystemExit) as stop:
+            main(words + short)
+        assert not stop.value.code, capsys.readouterr().err
+    points = torch.from_numpy(made["points"][:2])
+    scope: dict = {"points": points}
+    exec(blocks("python")[0], scope)
+    assert scope["vectors"].shape == (2, 192)
+    assert scope["tokens"].shape == (2, 32, 96)
+    assert scope["centers"].shape == (2, 32, 3)
+
+
+def test_the_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}:" in makefile for target in targets)

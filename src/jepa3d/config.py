@@ -187,7 +187,7 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
         if key not in fields:
             raise ValueError(f"setting {name!r} is unknown{_nearest(key, fields)}")
         kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ValueError(f"setting {name!r} is a group of settings, not {value!r}")
             made[key] = from_dict(kind, value, f"{name}.")

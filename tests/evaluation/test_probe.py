@@ -189,7 +189,8 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, conte
     if content != "nothing":
         run.mkdir()
     if content == "unfinished":
-        (run / "config.json").write_text(json.dumps({"encoder": {"num_points": 64}, "seed": 0}))
+        (run / "config.json").write_text(json.dumps({"objective": "jepa", "encoder": {"num_points": 64}, "seed": 0}))
+        (run / "run.json").write_text("{}")
         (run / "untrained").mkdir()
     with pytest.raises(ValueError, match=rf"\A{run}: .*\Z") as caught:
         probing.probe([run], "synthetic:24")

@@ -202,7 +202,7 @@ def _folder(root: Path, num_points: int, split: str, limit: int | None) -> Point
     if split != "all" and None not in in_split:
         keep = [i for i in keep if in_split[i] == _SPLITS.index(split)]
     keep = list(keep)[:limit]
-    files, classes, in_split = ([values[i] for i in keep] for values in (files, classes, in_split))
+    files, classes, in_split = [files[i] for i in keep], [classes[i] for i in keep], [in_split[i] for i in keep]
     clouds, digest = [], hashlib.sha256()
     for i, file in enumerate(track(files, f"reading {root}", transient=True, disable=len(files) < 20)):
         clouds.append(read_points(file, num_points, seed=i))
@@ -219,7 +219,7 @@ def _folder(root: Path, num_points: int, split: str, limit: int | None) -> Point
     return PointClouds(root.name, digest.hexdigest(), clouds, labels, names, splits)
 
 
-def _shapenet55(root: Path):
+def _shapenet55(root: Path) -> tuple[list[Path], list[str | None], list[int | None]] | None:
     """Files, synsets and splits of Point-BERT's release (`ShapeNet-55/*.txt`, `shapenet_pc/*.npy`), or None."""
     lists = [root / "ShapeNet-55" / f"{name}.txt" for name in _SPLITS]
     if not (root / "shapenet_pc").is_dir() or not all(p.is_file() for p in lists):

@@ -65,8 +65,8 @@ def _read_geometry(path: Path, samples: int, seed: int) -> np.ndarray:
         _check_ply_is_whole(path, loaded)
     if isinstance(loaded, trimesh.Scene):
         loaded = loaded.to_geometry()
-    if isinstance(loaded, trimesh.PointCloud) or not len(getattr(loaded, "faces", ())):
-        return np.asarray(loaded.vertices)
+    if not isinstance(loaded, trimesh.Trimesh) or not len(loaded.faces):
+        return np.asarray(getattr(loaded, "vertices", np.empty((0, 3))))
     if not np.isfinite(loaded.vertices).all():
         raise ReadError(f"{path}: NaN or infinite coordinates")
     if not loaded.area > 0:

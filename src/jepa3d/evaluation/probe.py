@@ -31,6 +31,7 @@ from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.protocol import provenance
+from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.teacher import load_module
@@ -106,16 +107,17 @@ def _few_labels(train, y, test, y_test, layers, seed) -> dict:
 
 def shared_classes(clouds: PointClouds) -> tuple[PointClouds, PointClouds, int]:
     """Train and test parts with the classes present in both, and how many classes were dropped."""
-    if clouds.labels is None:
+    labels = clouds.labels
+    if labels is None:
         raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
     if clouds.split is None:
         raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
-    train, test = clouds.part("train"), clouds.part("test")
-    both = np.intersect1d(train.labels, test.labels)
+    in_train = clouds.split == 0
+    both = np.intersect1d(labels[in_train], labels[~in_train])
     if len(both) < 2:
         raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, a probe needs at least 2")
-    dropped = len(np.unique(clouds.labels)) - len(both)
-    return train.subset(np.isin(train.labels, both)), test.subset(np.isin(test.labels, both)), dropped
+    kept = np.isin(labels, both)
+    return clouds.subset(kept & in_train), clouds.subset(kept & ~in_train), len(np.unique(labels)) - len(both)
 
 
 def probe(
@@ -127,21 +129,24 @@ def probe(
     pooling: str = "mean_max",
     protocols: tuple[str, ...] = PROTOCOLS,
 ) -> dict:
-    """Probe finished runs, each beside its own untrained encoder and its dVAE teacher; returns the result record.
+    """Probe finished runs, each beside its own untrained encoder and its frozen teacher; returns the result record.
 
     `layer` None chooses the best on validation; otherwise 0 (tokenizer) to depth. Raises ValueError.
     """
     started = time.perf_counter()
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
-    rows, source, cache = [], None, {}
-    for run in runs:
-        config, models = _models(run)
-        points = config["encoder"]["num_points"]
-        if points not in cache:
-            cache[points] = load([data], points, "all", [up_axis], labels_key)
-        source = cache[points]
-        train, test, dropped = shared_classes(source)
+    found = {run: _models(run) for run in runs}
+    sizes = {config["encoder"]["num_points"] for config, _ in found.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"runs of {min(sizes)} and of {max(sizes)} points: probe them apart")
+    clouds = load([data], sizes.pop(), "all", [up_axis], labels_key)
+    train, test, dropped = shared_classes(clouds)
+    y, y_test = train.labels, test.labels
+    assert y is not None
+    assert y_test is not None
+    rows = []
+    for run, (config, models) in found.items():
         for name, model in models.items():
             x, x_test = (layer_features(model, part, pooling) for part in (train, test))
             depth = len(x) - 1
@@ -149,12 +154,15 @@ def probe(
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
             layers = list(range(depth + 1)) if layer is None else [min(layer, depth)]
             scores = {
-                p: run_protocol(p, x, train.labels, x_test, test.labels, layers, config["seed"]) for p in protocols
+                protocol: run_protocol(protocol, x, y, x_test, y_test, layers, config["seed"]) for protocol in protocols
             }
-            rows.append({"run": str(run), "model": name, "seed": config["seed"], "scores": scores})
+            row = {"run": str(run), "model": name, "seed": config["seed"], "scores": scores}
+            if isinstance(model, DVAE):
+                row["dvae"] = dvae_figures(model, train, test)
+            rows.append(row)
     return provenance() | {
-        "data": {"name": source.name, "fingerprint": source.fingerprint, "labels": labels_key, "train": len(train),
-                 "test": len(test), "classes": len(np.unique(train.labels)), "dropped_classes": dropped},
+        "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "train": len(train),
+                 "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
         "selection": SELECTION,
@@ -167,16 +175,20 @@ def probe(
 
 def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     """A finished run's config and the networks to compare."""
-    if not (run / "config.json").is_file():
+    if not (run / "run.json").is_file():
         raise ValueError(f"{run}: not a run folder of jepa3d pretrain")
-    if not (run / "encoder").is_dir():
-        raise ValueError(f"{run}: has no encoder yet; finish it with: jepa3d pretrain --out {run} --resume")
     config = json.loads((run / "config.json").read_text())
-    models = {"untrained": PointEncoder.from_pretrained(run / "untrained")}
-    for teacher in (run / "stage1", run / "teacher"):
-        if teacher.is_dir():
-            models["teacher"] = load_module(str(teacher))
-    return config, models | {"pretrained": PointEncoder.from_pretrained(run / "encoder")}
+    export = "dvae" if config["objective"] == "dvae" else "encoder"
+    if not (run / export).is_dir():
+        raise ValueError(f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume")
+    if export == "dvae":
+        return config, {"teacher": load_module(str(run))}
+    teachers = [folder for folder in (run / "stage1", run / "teacher") if folder.is_dir()]
+    return config, {
+        "untrained": PointEncoder.from_pretrained(run / "untrained"),
+        **({"teacher": load_module(str(teachers[0]))} if teachers else {}),
+        "pretrained": PointEncoder.from_pretrained(run / "encoder"),
+    }
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
@@ -195,8 +207,8 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
         for model, by_run in scores.items():
             if by_run:
                 table.setdefault(model, {})[protocol] = moments(list(by_run.values()))
-        gains = [scores["pretrained"][run] - scores["untrained"][run] for run in scores["pretrained"]]
-        table.setdefault("gain", {})[protocol] = moments(gains)
+        if gains := [score - scores["untrained"][run] for run, score in scores["pretrained"].items()]:
+            table.setdefault("gain", {})[protocol] = moments(gains)
     return table
 
 
@@ -208,8 +220,8 @@ def show(result: dict) -> None:
         f"{data['test']:,} test; overall accuracy %, {result['pooling']}, "
         f"layer {result['layer']}, seeds {result['seeds']}"
     )
-    protocols = list(result["summary"]["gain"])
-    table = Table("", *protocols, title=title, title_justify="left")
+    protocols = list(result["rows"][0]["scores"])
+    table = Table("", *protocols)
     for model, scores in result["summary"].items():
         sign = "+" if model == "gain" else ""
         cells = [
@@ -217,7 +229,14 @@ def show(result: dict) -> None:
         ]
         table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
     console = Console()
+    print(title)
     Console(width=max(console.width, 100)).print(table)
     if data["dropped_classes"]:
         print(f"{data['dropped_classes']} classes missing from one half were dropped")
+    for row in result["rows"]:
+        if "dvae" in row:
+            print(
+                "teacher of {run}: Chamfer-L1 {reconstruction:.4f}, best constant patch {constant_patch:.4f}; "
+                "code perplexity {perplexity:.0f} of {num_codes}".format(run=row["run"], **row["dvae"])
+            )
     print(f"selection: {result['selection']}")

@@ -17,13 +17,14 @@ class ContextAwareBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention, self.mlp = Attention(dim, num_heads), Mlp(dim, mlp_ratio)
-        self.cross_norm = nn.LayerNorm(dim) if cross_attention else None
-        self.cross_attention = Attention(dim, num_heads) if cross_attention else None
+        self.crosses = cross_attention
+        if cross_attention:
+            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, num_heads)
 
     def forward(self, x: Tensor, context: Tensor, self_mask: Tensor, context_mask: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attention(normed, normed, self_mask)
-        if self.cross_attention is not None:
+        if self.crosses:
             # Queries do not see each other here, so all blocks of a sample share one call, and the context's
             # key and value are projected once a sample instead of once a target block.
             query = self.cross_norm(x).reshape(len(context), -1, x.shape[-1])

@@ -111,7 +111,7 @@ class DVAEOutput(NamedTuple):
     perplexity: Tensor  # exp(entropy) of the codes in use, between 1 and num_codes
 
 
-class DVAE(nn.Module, Pretrained, library_name="jepa3d", license="apache-2.0"):
+class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     """Discrete variational autoencoder of patches. `features` is the teacher's voice."""
 
     def __init__(

@@ -12,7 +12,6 @@ POOLINGS = ("mean_max", "mean", "max")
 
 
 class PointEncoder(
-    nn.Module,
     Pretrained,
     library_name="jepa3d",
     tags=["point-cloud", "self-supervised", "3d-jepa"],

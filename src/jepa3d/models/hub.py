@@ -5,9 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 
-class Pretrained(ModelHubMixin):
+class Pretrained(nn.Module, ModelHubMixin):
     """`save_pretrained(folder)`, `from_pretrained(folder or Hub id)`, `push_to_hub`; loads all weights or none.
 
     The arguments of `__init__` travel as config.json and must be plain values.

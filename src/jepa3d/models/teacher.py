@@ -66,9 +66,10 @@ def ema_teacher(student: PointEncoder, target_norm: str) -> Teacher:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student; statistics of BatchNorm are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-    for old, new in zip(teacher.buffers(), student.buffers(), strict=True):
-        old.copy_(new)
+    old, new = ([p.data for p in module.parameters()] for module in (teacher, student))
+    torch._foreach_lerp_(old, new, 1 - momentum)
+    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        mine.copy_(theirs)
 
 
 def load_module(path: str) -> DVAE | PointEncoder:

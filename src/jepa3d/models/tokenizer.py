@@ -43,7 +43,8 @@ class BatchNorm(nn.BatchNorm1d):
     Each process weighs by its own number of rows, so unequal contexts give the statistics of one process.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         from torch.distributed.nn.functional import all_reduce
@@ -53,7 +54,10 @@ class BatchNorm(nn.BatchNorm1d):
         mean = sums[:-1] / sums[-1]
         variance = all_reduce((x - mean).square().sum(0)) / sums[-1]
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
             step = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             self.running_mean.lerp_(mean, step)
             self.running_var.lerp_(variance * (sums[-1] / (sums[-1] - 1)), step)

@@ -95,7 +95,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
                     "loss": loss,
                     "epoch": epoch,
                     "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": float(norm),
+                    "grad_norm": 0.0 if norm is None else norm.item(),
                 }
                 progress.log(step, figures | objective.metrics(output))
             stopping = stopped(accelerator, stop, step) or step == stop_at

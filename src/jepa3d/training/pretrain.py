@@ -25,7 +25,7 @@ from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.teacher import Teacher, ema_teacher, load_module
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.autoencoding import Autoencoding
-from jepa3d.objectives.jepa import JEPA
+from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.loop import Interrupted, Task, fit
@@ -125,7 +125,7 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: DVAE | PointEnc
     task = jepa_task(config, clouds, given or dvae)
     points = clouds.batch(np.arange(min(len(clouds), 64)))
     centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
-    task.objective.sampler(centers, BatchGenerator(config.seed))
+    make_sampler(config)(centers, BatchGenerator(config.seed))
     return task
 
 
