@@ -24,7 +24,7 @@ class ReadError(ValueError):
 def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
     """At least `num_points` points [n, 3] of a file, float32, in the file's own axes, shifted to centroid 0.
 
-    A mesh is sampled uniformly by area with `seed`, twice as densely as needed; a cloud is taken as it is.
+    A mesh is sampled uniformly by area with `seed`, at least twice as densely as needed; a cloud is taken as it is.
     Raises ReadError for a damaged file, NaN or infinite coordinates, too few points, or no extent.
     """
     path = Path(path)
@@ -34,7 +34,7 @@ def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
         if path.suffix.lower() == ".npy":
             points = np.load(path, allow_pickle=False, mmap_mode="r")
         else:
-            points = _read_geometry(path, 2 * num_points, seed)
+            points = _read_geometry(path, max(2 * num_points, 2048), seed)
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({error.strerror or error})") from error
     except _PARSER_ERRORS as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import nn
 
 from jepa3d import config as settings
@@ -103,7 +103,7 @@ def pretrain(
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         finish_run(out, state)
-    Accelerator().wait_for_everyone()
+    PartialState().wait_for_everyone()
     return out
 
 
@@ -156,7 +156,7 @@ def dry_run(config: PretrainConfig) -> None:
 def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     settings.validate(config)
-    processes = Accelerator().num_processes
+    processes = PartialState().num_processes
     for name, size in (("batch_size", config.batch_size), ("dvae.batch_size", config.dvae.batch_size)):
         if size % processes:
             raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
@@ -179,7 +179,9 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
         )
 
 
-def create_run(out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: nn.Module | None) -> None:
+def create_run(
+    out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: DVAE | PointEncoder | None
+) -> None:
     """Config and provenance, whole or not at all."""
     if not is_main():
         return
@@ -193,11 +195,11 @@ def create_run(out: Path, config: PretrainConfig, clouds: PointClouds, task: Tas
     def write(partial: Path) -> None:
         checkpoint.write_json(partial / "config.json", settings.to_dict(config))
         checkpoint.write_json(partial / "run.json", record)
+        if given is not None:
+            given.save_pretrained(partial / "teacher")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_folder(out, write)
-    if given is not None:
-        checkpoint.replace_folder(out / "teacher", given.save_pretrained)
 
 
 def finish_run(out: Path, state: dict) -> None:
@@ -216,7 +218,7 @@ def run_root(out: Path) -> Path:
 
 
 def is_main() -> bool:
-    return Accelerator().is_main_process
+    return PartialState().is_main_process
 
 
 def count_parameters(module: nn.Module, trained: bool = False) -> int:
