@@ -46,8 +46,8 @@ def read_error(path: Path, num_points: int = 16) -> str:
     ],
 )  # fmt: skip
 def test_a_mesh_is_sampled_on_its_surface_twice_as_densely_as_needed(tmp_path, name, options):
-    points = read_points(write_mesh(tmp_path / name, **options), 200)
-    assert points.shape == (400, 3)
+    points = read_points(write_mesh(tmp_path / name, **options), 1200)
+    assert points.shape == (2400, 3)
     assert points.dtype == np.float32
     assert np.allclose(np.ptp(points, axis=0), (1, 2, 4), atol=0.1)
     low, high = points.min(0), points.max(0)  # reaches the faces themselves, up to the centroid's shift
@@ -94,7 +94,7 @@ def test_map_coordinates_keep_their_precision(tmp_path):
 
 def test_an_off_header_on_one_line_is_read(tmp_path):
     (tmp_path / "a.off").write_text("OFF4 4 0\n" + TETRAHEDRON)
-    assert read_points(tmp_path / "a.off", 16).shape == (32, 3)
+    assert read_points(tmp_path / "a.off", 16).shape == (2048, 3)
 
 
 @pytest.mark.parametrize("suffix", ["npy", "off", "ply", "obj", "stl", "glb"])

@@ -97,7 +97,7 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw) -> Poi
         found = _synthetic(source, num_points, limit)
         up_axis = "z"
     elif path.is_dir():
-        found = _folder(path, num_points, split, limit)
+        found = _folder(path, num_points, split, limit, None if raw else _TO_Z_UP[up_axis])
     elif path.suffix == ".npz" and path.is_file():
         found = _bundle(path, num_points, labels_key)
     else:
@@ -109,7 +109,7 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw) -> Poi
             raise ReadError(f"{source}: no shapes in its {split} part")
     elif limit:
         found = found.subset(np.arange(min(limit, len(found))))
-    if raw:
+    if raw or path.is_dir():
         return found
     return replace(found, points=_standard(found.points, num_points, _TO_Z_UP[up_axis], found.name))
 
@@ -122,13 +122,13 @@ def _split_mask(data: PointClouds, split: str) -> np.ndarray:
     return data.split == _SPLITS.index(split)
 
 
-def _standard(points, num_points: int, axes: np.ndarray, name: str) -> np.ndarray:
-    """Raw clouds (n N 3, or an object array of ragged ones) as n num_points 3, z up, unit sphere, by FPS."""
+def _standard(points: np.ndarray, num_points: int, axes: np.ndarray, name: str) -> np.ndarray:
+    """Raw clouds n N 3 as n num_points 3, z up, unit sphere, by FPS."""
     out = np.empty((len(points), num_points, 3), np.float32)
-    size = 64 if points.ndim == 3 else 1  # ragged clouds one at a time
+    size = 64
     starts = range(0, len(points), size)
     for at in track(starts, f"sampling {num_points:,} points of {name}", transient=True, disable=len(starts) < 20):
-        raw = np.stack([np.asarray(p, np.float64) for p in points[at : at + size]])
+        raw = points[at : at + size].astype(np.float64)
         raw -= raw.mean(1, keepdims=True)  # before float32: map coordinates of millions keep their millimetres
         clouds = unit_sphere(torch.from_numpy(raw.astype(np.float32) @ axes.T))
         if clouds.shape[1] > num_points:
@@ -186,8 +186,12 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
     return PointClouds(path.name, digest, points, labels, names, split)
 
 
-def _folder(root: Path, num_points: int, split: str, limit: int | None) -> PointClouds:
-    """A ShapeNet55 download, or any tree of files: the first sub-folder is a class, one named train or test a split."""
+def _folder(root: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None) -> PointClouds:
+    """A ShapeNet55 download, or any tree of files: the first sub-folder is a class, one named train or test a split.
+
+    Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with axes None
+    all stay raw, in an object array.
+    """
     listed = _shapenet55(root)
     if listed is None:
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -205,18 +209,16 @@ def _folder(root: Path, num_points: int, split: str, limit: int | None) -> Point
     files, classes, in_split = [files[i] for i in keep], [classes[i] for i in keep], [in_split[i] for i in keep]
     clouds, digest = [], hashlib.sha256()
     for i, file in enumerate(track(files, f"reading {root}", transient=True, disable=len(files) < 20)):
-        clouds.append(read_points(file, num_points, seed=i))
-        digest.update(clouds[-1].tobytes())
+        cloud = read_points(file, num_points, seed=i)
+        digest.update(cloud.tobytes())
+        clouds.append(cloud if axes is None else _standard(cloud[None], num_points, axes, root.name)[0])
     names = tuple(sorted({c for c in classes if c is not None}))
     labels = None if None in classes or not names else np.array([names.index(c) for c in classes])
     splits = None if None in in_split else np.array(in_split, np.int8)
-    if len({len(cloud) for cloud in clouds}) == 1:
-        clouds = np.stack(clouds)
-    else:  # ragged clouds stay separate until they are sampled; an object array can be indexed like the other
-        ragged = np.empty(len(clouds), object)
-        ragged[:] = clouds
-        clouds = ragged
-    return PointClouds(root.name, digest.hexdigest(), clouds, labels, names, splits)
+    points = np.empty(len(clouds), object) if axes is None else np.empty((len(clouds), num_points, 3), np.float32)
+    for i, cloud in enumerate(clouds):
+        points[i] = cloud
+    return PointClouds(root.name, digest.hexdigest(), points, labels, names, splits)
 
 
 def _shapenet55(root: Path) -> tuple[list[Path], list[str | None], list[int | None]] | None:
