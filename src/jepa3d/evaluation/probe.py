@@ -87,19 +87,19 @@ def run_protocol(
 def _few_labels(train, y, test, y_test, layers, seed) -> dict:
     """10 labels a class (all of a smaller class), mean over 10 draws."""
     rng, scores, chosen = np.random.default_rng(seed), [], []
+    choices = [(layer, c) for layer in layers for c in _FEW_C_GRID]
     for _ in range(_DRAWS):
         shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
         labels = y[shots]
         number = min(5, np.bincount(labels).max())
-        folds = list(StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels))
-
-        def validation(choice: tuple[int, float], shots=shots, labels=labels, folds=folds) -> float:
-            x = train[choice[0]][shots]
-            return sum(_accuracy("logistic", choice[1], x[a], labels[a], x[b], labels[b]) for a, b in folds)
-
         with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
             warnings.simplefilter("ignore", UserWarning)
-            layer, c = max([(layer, c) for layer in layers for c in _FEW_C_GRID], key=validation)
+            folds = list(StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels))
+        validation = {}
+        for layer, c in choices:
+            x = train[layer][shots]
+            validation[layer, c] = sum(_accuracy("logistic", c, x[a], labels[a], x[b], labels[b]) for a, b in folds)
+        layer, c = max(choices, key=validation.__getitem__)
         scores.append(_accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test))
         chosen.append([layer, c])
     return {"accuracy": float(np.mean(scores)), "std_over_draws": float(np.std(scores, ddof=1)), "chosen": chosen}
