@@ -32,21 +32,21 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes:
     grouped = group(points, config.encoder.num_groups, config.encoder.group_size)
     sample = make_sampler(config)(grouped.centers, generator.stream("sampler"))
     blocks = sample.target.shape[1]
-    figure = plt.figure(figsize=(2 * (2 + blocks), 2 * shapes))
+    figure = plt.figure(figsize=(1.7 * (2 + blocks), 1.6 * shapes))
     for row in range(shapes):
         chosen = [sample.context[row][sample.mask[row]], *sample.target[row]]
         titles = ["cloud", "context", *(f"target {i + 1}" for i in range(blocks))]
         for column, title in enumerate(titles):
             axes = figure.add_subplot(shapes, 2 + blocks, row * (2 + blocks) + column + 1, projection="3d")
             color = "0.25" if column == 0 else "tab:blue" if column == 1 else "tab:red"
+            inside = torch.ones(len(points[row]), dtype=torch.bool)
             if column:
-                axes.scatter(*points[row].T, s=0.3, color="0.8")
-                index = torch.unique(grouped.index[row, chosen[column - 1]])
-                axes.scatter(*points[row, index].T, s=2, color=color)
-            else:
-                axes.scatter(*points[row].T, s=1, color=color)
+                inside[:] = False
+                inside[grouped.index[row, chosen[column - 1]].flatten()] = True
+            axes.scatter(*points[row, ~inside].T, s=1, color="0.85", depthshade=False)
+            axes.scatter(*points[row, inside].T, s=3, color=color, depthshade=column == 0)
             axes.set_axis_off()
-            axes.set_box_aspect((1, 1, 1))
+            axes.set_box_aspect((1, 1, 1), zoom=1.25)
             axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), zlim=(-0.7, 0.7))
             if row == 0:
                 axes.set_title(title, fontsize=9)
