@@ -37,6 +37,20 @@ def group(
     return Groups(centers, gather_points(points, index) - centers[:, :, None], index)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduced sum; so is its gradient, since every process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, grads[0])
+
+
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses a CPU).
 
@@ -47,12 +61,10 @@ class BatchNorm(nn.BatchNorm1d):
         x = input
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-
         rows = torch.full((1,), float(len(x)), device=x.device, dtype=x.dtype)
-        sums = all_reduce(torch.cat([x.sum(0), rows]))
+        sums = _SumOverProcesses.apply(torch.cat([x.sum(0), rows]))
         mean = sums[:-1] / sums[-1]
-        variance = all_reduce((x - mean).square().sum(0)) / sums[-1]
+        variance = _SumOverProcesses.apply((x - mean).square().sum(0)) / sums[-1]
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None

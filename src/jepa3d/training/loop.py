@@ -25,6 +25,8 @@ from jepa3d.training import checkpoint
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress
 
+ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
@@ -46,7 +48,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
     Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), and the last metrics.
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=config.mixed_precision)
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
     optimizer = adamw(objective, schedule)
     total = total_steps(schedule, len(clouds))

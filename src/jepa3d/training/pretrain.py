@@ -28,7 +28,7 @@ from jepa3d.objectives.autoencoding import Autoencoding
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
-from jepa3d.training.loop import Interrupted, Task, fit
+from jepa3d.training.loop import ON_CPU, Interrupted, Task, fit
 
 
 def jepa_task(config: PretrainConfig, clouds: PointClouds, teacher: DVAE | PointEncoder | None) -> Task:
@@ -103,7 +103,7 @@ def pretrain(
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         finish_run(out, state)
-    PartialState().wait_for_everyone()
+    PartialState(cpu=ON_CPU).wait_for_everyone()
     return out
 
 
@@ -156,7 +156,7 @@ def dry_run(config: PretrainConfig) -> None:
 def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     settings.validate(config)
-    processes = PartialState().num_processes
+    processes = PartialState(cpu=ON_CPU).num_processes
     for name, size in (("batch_size", config.batch_size), ("dvae.batch_size", config.dvae.batch_size)):
         if size % processes:
             raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
@@ -218,7 +218,7 @@ def run_root(out: Path) -> Path:
 
 
 def is_main() -> bool:
-    return PartialState().is_main_process
+    return PartialState(cpu=ON_CPU).is_main_process
 
 
 def count_parameters(module: nn.Module, trained: bool = False) -> int:
