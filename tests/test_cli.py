@@ -120,7 +120,7 @@ def test_probe_writes_every_protocol_for_every_model(run, shapes, tmp_path, caps
 
 def test_probe_writes_into_the_run_unless_told(run, shapes):
     assert call("probe", run, "--data", shapes, "--protocols", "svc_linear", "--layer", 1, "--pooling", "max") == 0
-    result = json.loads((run / "probe-blobs.json").read_text())
+    result = json.loads((run / "probe-blobs-layer1-max-svc_linear.json").read_text())
     assert result["rows"][0]["scores"]["svc_linear"]["layer"] == 1
     assert result["pooling"] == "max"
 
@@ -145,7 +145,7 @@ def test_a_dvae_teacher_is_trained_first_and_probed_beside(shapes, tmp_path):
     assert (out / "stage1" / "dvae").is_dir()
     assert "stage1_cpu_seconds" in json.loads((out / "run.json").read_text())["cost"]
     assert call("probe", out, "--data", shapes, "--protocols", "svc_linear", "--layer", 2) == 0
-    rows = json.loads((out / "probe-blobs.json").read_text())["rows"]
+    rows = json.loads((out / "probe-blobs-layer2-svc_linear.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["untrained", "teacher", "pretrained"]
 
 

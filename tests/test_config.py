@@ -18,7 +18,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
         ("encoder.embed_dim", 384), ("encoder.depth", 12), ("encoder.num_heads", 6), ("encoder.num_groups", 64),
         ("encoder.group_size", 32), ("encoder.num_points", 2048), ("encoder.drop_path", 0.1),
         ("sampler.name", "multi_block"), ("sampler.num_targets", 4), ("sampler.target_ratio", (0.15, 0.2)),
-        ("sampler.context_ratio", (0.85, 1.0)), ("sampler.mask_ratio", 0.25),
+        ("sampler.context_ratio", None), ("sampler.mask_ratio", 0.25),
         ("decoder.depth", 2), ("decoder.cross_attention", True), ("decoder.stacked", False),
         ("lr", 1e-3), ("weight_decay", 0.05), ("batch_size", 128), ("warmup_epochs", 10), ("epochs", 300),
         ("objective", "jepa"), ("teacher", "dvae"), ("scale", (0.8, 1.2)), ("rotate", True),
@@ -131,18 +131,18 @@ def test_differences_are_dotted_names_with_both_values():
 
 @pytest.mark.parametrize("changes", [{}, {"epochs": 150}, {"seed": 3, "log_every": 1, "checkpoint_every": 5}])
 def test_the_papers_run_departs_in_nothing(changes):
-    assert settings.departures(settings.resolve({"data": ["disk/ShapeNet55"], "split": "all"}, changes)) == {}
+    assert settings.departures(settings.resolve({"data": ["disk/pc"], "split": "all"}, changes), 52_470) == {}
 
 
 def test_saying_that_shapenet55_is_y_up_is_no_departure():
     """Its files are y up, so no faithful run can leave the default."""
     config = settings.resolve({"data": ["disk/ShapeNet55"], "split": "all", "up_axis": ["y"]})
-    assert settings.departures(config) == {}
+    assert settings.departures(config, 52_470) == {}
 
 
 def test_tiny_departs_in_its_sizes():
     config = settings.resolve(PRESETS["tiny"], {"data": ["ShapeNet55"], "split": "all"})
-    found = settings.departures(config)
+    found = settings.departures(config, 52_470)
     assert found["encoder.embed_dim"] == (96, 384)
     assert found["dvae.num_codes"] == (512, 8192)
     assert "data" not in found
@@ -160,12 +160,13 @@ def test_tiny_departs_in_its_sizes():
 )  # fmt: skip
 def test_what_departs_is_listed_and_nothing_else(changes, name):
     faithful = {"data": ["ShapeNet55"], "split": "all"}
-    assert list(settings.departures(settings.resolve(faithful, changes))) == [name]
+    num_shapes = 10 if name == "data" else 52_470
+    assert list(settings.departures(settings.resolve(faithful, changes), num_shapes)) == [name]
 
 
 def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
     config = settings.resolve(PRESETS["tiny"], {"teacher": "ema"})
-    assert not any(name.startswith("dvae") for name in settings.departures(config))
+    assert not any(name.startswith("dvae") for name in settings.departures(config, 10))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "", "lr: [", "3", "\x00"], ids=["list", "empty", "cut", "3", "binary"])

@@ -45,7 +45,7 @@ def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, epochs):
 def test_the_paper_s_recipes_depart_in_nothing(epochs):
     recipe = settings.read_recipe(RECIPES / f"shapenet55-{epochs}.yaml")
     layers = settings.preset(recipe.pop("preset")), recipe, {"data": ["data/ShapeNet55-34"]}
-    assert settings.departures(settings.resolve(*layers)) == {}
+    assert settings.departures(settings.resolve(*layers), 52_470) == {}
 
 
 def test_bf16_is_one_flag(bundle):

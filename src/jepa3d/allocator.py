@@ -1,7 +1,7 @@
 """glibc's malloc, told to keep large blocks.
 
 Activations of 30-130 MB are otherwise mapped and unmapped at every operation, a fifth to a third of a training
-step on a CPU (benchmarks: x1.2-1.4). Linux with glibc only; elsewhere nothing happens.
+step on a CPU. Linux with glibc only; elsewhere nothing happens.
 """
 
 import ctypes

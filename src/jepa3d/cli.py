@@ -51,13 +51,17 @@ def pretrain(
         Read some data, build, take two steps, print memory and time, write nothing.
     """
     from jepa3d.training import pretrain as training
+    from jepa3d.training.loop import Interrupted
 
     if dry_run:
         training.dry_run(config)
         return
     if out is None:
         raise ValueError("--out is missing: the folder that the run is written to")
-    training.pretrain(config, out, resume)
+    try:
+        training.pretrain(config, out, resume)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"{stop}; continue with: jepa3d pretrain --out {out} --resume") from None
     if training.is_main():
         print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
 
@@ -104,8 +108,9 @@ def probe(
     at = None if layer == "best" else int(layer)
     result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS)
     probing.show(result)
-    stem = "-".join([Path(data).stem.replace(":", "-")] + ([labels_key] if labels_key != "labels" else []))
-    out = out or runs[0] / f"probe-{stem}.json"
+    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
+    special += [pooling] * (pooling != "mean_max") + list(protocols or ())
+    out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
     write_json(out, result)
     print(f"written: {out}")
 

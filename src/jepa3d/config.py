@@ -35,7 +35,7 @@ class SamplerConfig:
     name: Literal["multi_block", "random", "one_block", "sequence"] = "multi_block"
     num_targets: int = 4
     target_ratio: tuple[float, float] = (0.15, 0.2)
-    context_ratio: tuple[float, float] = (0.85, 1.0)
+    context_ratio: tuple[float, float] | None = None  # (0.85, 1.0), the paper's; of sequence (0.4, 0.75)
     min_context: int = 4
     mask_ratio: float = 0.25  # of the random and one-block samplers
 
@@ -54,7 +54,7 @@ class TargetConfig:
     """What is compared: one cosine a token or a block, of a teacher's tokens as they are or normalised."""
 
     unit: Literal["token", "block"] = "token"
-    norm: Literal["none", "layernorm", "standardize"] = "none"
+    norm: Literal["none", "layernorm", "standardize"] = "standardize"  # the paper names none: deviation 9
     project: bool = False  # the paper's literal form: the same FC on the target too
     momentum: tuple[float, float] = (0.996, 1.0)  # of the EMA teacher, first and last step
 
@@ -112,6 +112,8 @@ class PretrainConfig(Schedule):
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
 
 
+SHAPENET55 = 52_470  # shapes in both of its lists
+
 # A preset changes sizes, and rates only where runs of minutes need it.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
@@ -165,7 +167,7 @@ def preset(name: str) -> dict:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """A recipe's overrides, on top of those of the preset it names. ValueError for anything but a mapping."""
+    """A recipe's overrides and the name of its preset. ValueError for anything but a mapping."""
     try:
         recipe = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -218,8 +220,8 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
     return out
 
 
-def departures(config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings of a run that depart from the paper's, as dotted name -> (here, paper).
+def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
+    """Settings of a run on `num_shapes` shapes that depart from the paper's, as dotted name -> (here, paper).
 
     The paper pretrains on ShapeNet55, all shapes, for 150 or 300 epochs; how often a run logs, its
     seed and which way its data points are not the method's.
@@ -228,7 +230,8 @@ def departures(config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
     ours = to_dict(config)
     for key in ("seed", "log_every", "checkpoint_every", "up_axis"):
         del ours[key]
-    ours["data"] = ["ShapeNet55" if "shapenet" in Path(d).name.lower() else d for d in ours["data"]]
+    if num_shapes == SHAPENET55:
+        ours["data"] = paper["data"]
     if ours["epochs"] == 150:
         ours["epochs"] = 300
     if config.teacher != "dvae":
@@ -258,8 +261,8 @@ def validate(config: PretrainConfig) -> None:
         raise ValueError(f"encoder.drop_path {encoder.drop_path} must lie in [0, 1)")
     if not 0 < config.scale[0] <= config.scale[1]:
         raise ValueError(f"scale {config.scale} must satisfy 0 < low <= high")
-    for name in ("target_ratio", "context_ratio"):
-        low, high = getattr(sampler, name)
+    ratios = {"target_ratio": sampler.target_ratio, "context_ratio": sampler.context_ratio or (1.0, 1.0)}
+    for name, (low, high) in ratios.items():
         if not 0 < low <= high <= 1:
             raise ValueError(f"sampler.{name} {(low, high)} must satisfy 0 < low <= high <= 1")
     if sampler.num_targets > encoder.num_groups:

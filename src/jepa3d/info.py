@@ -19,7 +19,7 @@ def describe(path: str | None, up_axis: str = "z", labels_key: str = "labels") -
     elif (Path(path) / "run.json").is_file():
         _run(Path(path))
     else:
-        _shapes(load([path], 1, "all", [up_axis], labels_key, raw=True))
+        _shapes(load([path], 512 if path.startswith("synthetic") else 1, "all", [up_axis], labels_key, raw=True))
 
 
 def _installation() -> None:

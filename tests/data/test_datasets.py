@@ -388,7 +388,7 @@ def test_a_count_of_synthetic_shapes_that_cannot_be_is_refused(source):
 
 def test_synthetic_shapes_have_labels_a_split_and_are_z_up_whatever_is_said():
     found = load(["synthetic:24"], 16, "all", ["y"])
-    assert found.split.tolist() == [0] * 18 + [1] * 6
+    assert found.split.tolist() == [0, 0, 0, 1] * 6
     assert found.labels.tolist() == [i % 21 for i in range(24)]
     assert np.array_equal(found.points, load(["synthetic:24"], 16, "all", ["z"]).points)
     assert np.array_equal(found.part("test").points, load(["synthetic:24"], 16, "test").points)

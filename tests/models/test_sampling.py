@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa3d.models import sampling
 from jepa3d.models.sampling import multi_block, one_block, random, sequence
 from jepa3d.ops import BatchGenerator
 
@@ -249,7 +248,3 @@ def test_a_mask_ratio_that_leaves_no_context_is_an_error(sampler):
 def test_more_targets_than_tokens_is_an_error():
     with pytest.raises(ValueError, match="num_targets 25 exceeds the 24 tokens"):
         multi_block(clouds(24), BatchGenerator(0), num_targets=25)
-
-
-def test_every_named_sampler_exists():
-    assert all(callable(getattr(sampling, name)) for name in sampling.SAMPLERS)

@@ -78,7 +78,7 @@ def test_weight_decay_spares_vectors():
 def test_2n_steps_equal_n_then_resume(tiny, tmp_path, overrides):
     config = tiny(**overrides)
     whole = pretrain(config, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="--resume"):
+    with pytest.raises(Interrupted, match="saved"):
         pretrain(config, tmp_path / "halves", stop_at=3)
     halves = pretrain(config, tmp_path / "halves", resume=True)
     part = "dvae" if config.objective == "dvae" else "encoder"

@@ -5,6 +5,7 @@ The contract: fixed N, float32, unit sphere, z up, resampled once by farthest po
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class PointClouds:
     """Shapes ready for the encoder. `split` is 0 train, 1 test."""
 
     name: str
-    fingerprint: str  # sha256 of the source
+    fingerprint: str  # sha256 of a bundle's file, or of the points read from a folder or made
     points: np.ndarray  # n N 3 float32
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
@@ -138,13 +139,13 @@ def _standard(points: np.ndarray, num_points: int, axes: np.ndarray, name: str) 
 
 
 def _synthetic(source: str, num_points: int, limit: int | None) -> PointClouds:
-    """`synthetic` or `synthetic:COUNT`; the last quarter is the test part."""
+    """`synthetic` or `synthetic:COUNT`; every fourth shape is test, whatever COUNT is."""
     count = source.partition(":")[2] or "4000"
     if not count.isdigit() or int(count) < 8:
         raise ReadError(f"{source}: give synthetic or synthetic:COUNT with COUNT of at least 8")
     total = int(count)
-    made = synthetic.make_shapes(min(total, limit or total), 2 * num_points, seed=0)
-    split = (np.arange(total) >= total * 3 // 4).astype(np.int8)[: len(made["points"])]
+    made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points, seed=0)
+    split = (np.arange(len(made["points"])) % 4 == 3).astype(np.int8)  # a class comes every 21: none is left out
     digest = hashlib.sha256(made["points"].tobytes()).hexdigest()
     return PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
 
@@ -200,6 +201,9 @@ def _folder(root: Path, num_points: int, split: str, limit: int | None, axes: np
         parts = [file.relative_to(root).parts[:-1] for file in files]
         classes = [next((name for name in p if name not in _SPLITS), None) for p in parts]
         in_split = [next((_SPLITS.index(s) for s in p if s in _SPLITS), None) for p in parts]
+        if None in in_split and any(s is not None for s in in_split):
+            stray = files[in_split.index(None)]
+            raise ReadError(f"{stray}: is in no train or test folder, but other files of {root} are; move it or them")
     else:
         files, classes, in_split = listed
     keep = range(len(files))
@@ -208,8 +212,8 @@ def _folder(root: Path, num_points: int, split: str, limit: int | None, axes: np
     keep = list(keep)[:limit]
     files, classes, in_split = [files[i] for i in keep], [classes[i] for i in keep], [in_split[i] for i in keep]
     clouds, digest = [], hashlib.sha256()
-    for i, file in enumerate(track(files, f"reading {root}", transient=True, disable=len(files) < 20)):
-        cloud = read_points(file, num_points, seed=i)
+    for file in track(files, f"reading {root}", transient=True, disable=len(files) < 20):
+        cloud = read_points(file, num_points, seed=zlib.crc32(str(file.relative_to(root)).encode()))
         digest.update(cloud.tobytes())
         clouds.append(cloud if axes is None else _standard(cloud[None], num_points, axes, root.name)[0])
     names = tuple(sorted({c for c in classes if c is not None}))

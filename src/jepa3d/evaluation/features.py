@@ -14,8 +14,8 @@ def layer_features(
     model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
 ) -> np.ndarray:
     """Features [L, n, E] float32 of every layer; a dVAE has one layer, the tokens it teaches."""
-    model.eval()
-    device = next(model.parameters()).device
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model.eval().to(device)
     layers = []
     for at in range(0, len(clouds), batch_size):
         points = clouds.batch(np.arange(at, min(at + batch_size, len(clouds)))).to(device)

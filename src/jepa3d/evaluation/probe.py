@@ -27,6 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from jepa3d.config import differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation.features import layer_features
@@ -116,6 +117,8 @@ def shared_classes(clouds: PointClouds) -> tuple[PointClouds, PointClouds, int]:
     both = np.intersect1d(labels[in_train], labels[~in_train])
     if len(both) < 2:
         raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, a probe needs at least 2")
+    if np.bincount(labels[in_train])[both].max() < 2:
+        raise ReadError(f"{clouds.name}: one train shape a class, a probe needs two to choose on one of them")
     kept = np.isin(labels, both)
     return clouds.subset(kept & in_train), clouds.subset(kept & ~in_train), len(np.unique(labels)) - len(both)
 
@@ -137,10 +140,15 @@ def probe(
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
     found = {run: _models(run) for run in runs}
-    sizes = {config["encoder"]["num_points"] for config, _ in found.values()}
-    if len(sizes) > 1:
-        raise ValueError(f"runs of {min(sizes)} and of {max(sizes)} points: probe them apart")
-    clouds = load([data], sizes.pop(), "all", [up_axis], labels_key)
+    first = found[runs[0]][0]
+    for run, (config, _) in found.items():
+        changed = {name for name in differences(config, first) if name not in ("seed", "log_every", "checkpoint_every")}
+        if "dvae" not in (config["teacher"], config["objective"]):
+            changed = {name for name in changed if not name.startswith("dvae.")}
+        if changed or (run != runs[0] and config["seed"] == first["seed"]):
+            what = f"differs in {min(changed)}" if changed else f"has the same seed {first['seed']}"
+            raise ValueError(f"{run}: {what} from {runs[0]}; only seeds of one configuration can be averaged")
+    clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
     train, test, dropped = shared_classes(clouds)
     y, y_test = train.labels, test.labels
     assert y is not None
@@ -163,6 +171,11 @@ def probe(
     return provenance() | {
         "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "train": len(train),
                  "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
+        "pretraining": {str(run): _pretraining(run, config) for run, (config, _) in found.items()},
+        "test_seen_in_pretraining": any(
+            config["split"] != "train" and (Path(data).name in map(lambda d: Path(d).name, config["data"]))
+            for config, _ in found.values()
+        ),
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
         "selection": SELECTION,
@@ -171,6 +184,14 @@ def probe(
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def _pretraining(run: Path, config: dict) -> dict:
+    """What a run was trained on and with, and what it cost."""
+    record = json.loads((run / "run.json").read_text())
+    return {key: config[key] for key in ("objective", "teacher", "split")} | {
+        key: record.get(key) for key in ("data", "cost", "commit")
+    }
 
 
 def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
@@ -239,4 +260,6 @@ def show(result: dict) -> None:
                 "teacher of {run}: Chamfer-L1 {reconstruction:.4f}, best constant patch {constant_patch:.4f}; "
                 "code perplexity {perplexity:.0f} of {num_codes}".format(run=row["run"], **row["dvae"])
             )
+    if result["test_seen_in_pretraining"]:
+        print("the test part was among the (unlabelled) pretraining data")
     print(f"selection: {result['selection']}")

@@ -23,9 +23,11 @@ def provenance() -> dict:
 
 def _commit() -> str | None:
     """The source's commit where it runs from a checkout."""
-    here = Path(__file__).parent
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None

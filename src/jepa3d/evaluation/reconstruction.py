@@ -7,7 +7,7 @@ from torch import Tensor
 from jepa3d.data.datasets import PointClouds
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.tokenizer import group
-from jepa3d.ops import chamfer_l1
+from jepa3d.ops import chamfer_l1, farthest_point_sample, gather_points, unit_sphere
 
 
 def dvae_figures(dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: int = 256) -> dict[str, float]:
@@ -18,10 +18,12 @@ def dvae_figures(dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: 
     """
     dvae.eval()
     fitted, (patches, centers) = _patches(dvae, train, max_clouds)[0], _patches(dvae, test, max_clouds)
-    with torch.no_grad():
-        codes = dvae.codes(patches, centers)
+    with torch.no_grad():  # a few clouds at a time: at 8,192 codes the logits of all are gigabytes
+        batches = list(zip(patches.split(16), centers.split(16), strict=True))
+        codes = torch.cat([dvae.codes(*batch) for batch in batches])
+        made = torch.cat([dvae.reconstruct(*batch) for batch in batches])
         share = torch.bincount(codes.flatten(), minlength=dvae.num_codes).double() / codes.numel()
-        reconstruction = chamfer_l1(dvae.reconstruct(patches, centers), patches)
+        reconstruction = chamfer_l1(made, patches)
     constant = best_constant_patch(fitted.flatten(0, 1))
     return {
         "reconstruction": reconstruction.item(),
@@ -47,5 +49,8 @@ def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512
 
 def _patches(dvae: DVAE, clouds: PointClouds, max_clouds: int) -> tuple[Tensor, Tensor]:
     index = np.linspace(0, len(clouds) - 1, min(max_clouds, len(clouds))).astype(int)
-    grouped = group(clouds.batch(index), dvae.num_groups, dvae.group_size)
+    points = clouds.batch(index)
+    if points.shape[1] > dvae.num_points:  # the density that it was trained at
+        points = unit_sphere(gather_points(points, farthest_point_sample(points, dvae.num_points)))
+    grouped = group(points, dvae.num_groups, dvae.group_size)
     return grouped.patches, grouped.centers

@@ -84,7 +84,9 @@ class PointEncoder(
             raise ValueError(f"points must be B x N x 3, got {tuple(points.shape)}")
         if not torch.isfinite(points).all():
             raise ValueError("points contain NaN or infinite coordinates")
-        points = unit_sphere(points)
+        if (points == points[:, :1]).all((1, 2)).any():
+            raise ValueError("all points of a cloud are equal")
+        points = unit_sphere(points.double()).to(self.norm.weight)  # in double first: map coordinates are large
         if points.shape[1] > self.num_points:
             points = unit_sphere(gather_points(points, farthest_point_sample(points, self.num_points)))
         return points
@@ -132,11 +134,11 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
     momenta, was_training = [norm.momentum for norm in norms], encoder.training
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean over batches
+        norm.momentum, norm.synchronised = None, False  # cumulative mean over batches, the same on every process
         norm.train()
     for batch in points.split(batch_size):
         grouped = group(encoder.prepare(batch), encoder.num_groups, encoder.group_size)
         encoder.tokenizer(grouped.patches)
     for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        norm.momentum, norm.synchronised = momentum, True
     encoder.train(was_training)

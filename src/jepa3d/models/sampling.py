@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, squared_distance, uniform, uniform_scalar
 
-SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 _REDRAWS = 20
 
 Generator = torch.Generator | BatchGenerator

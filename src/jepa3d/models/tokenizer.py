@@ -55,12 +55,16 @@ class BatchNorm(nn.BatchNorm1d):
     """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses a CPU).
 
     Each process weighs by its own number of rows, so unequal contexts give the statistics of one process.
+    `synchronised` False keeps to this process's rows.
     """
 
+    synchronised = True
+
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
+        if alone or not self.training or not self.synchronised:
+            return super().forward(input)
+        x = input.float()  # sums over many rows do not fit half precision
         rows = torch.full((1,), float(len(x)), device=x.device, dtype=x.dtype)
         sums = _SumOverProcesses.apply(torch.cat([x.sum(0), rows]))
         mean = sums[:-1] / sums[-1]
@@ -73,7 +77,8 @@ class BatchNorm(nn.BatchNorm1d):
             step = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             self.running_mean.lerp_(mean, step)
             self.running_var.lerp_(variance * (sums[-1] / (sums[-1] - 1)), step)
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        out = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
+        return out.to(input.dtype)
 
 
 class PatchTokenizer(nn.Module):

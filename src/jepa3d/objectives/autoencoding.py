@@ -13,8 +13,8 @@ from jepa3d.ops import BatchGenerator
 class Autoencoding(nn.Module):
     """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0, linearly.
 
-    Point-BERT decays the temperature from 1 to 0.0625 and begins the KL term after a fixed number of epochs;
-    both are spread over the first half of the run here, so that they scale with its length.
+    Point-BERT's schedules count steps (100,000 of them, the KL term from the 10,000th); here both are spread over
+    the first half of the run, so that they scale with its length.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.config import PretrainConfig
-from jepa3d.evaluation.collapse import collapse_figures
 from jepa3d.models import sampling
 from jepa3d.models.decoder import ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher, ema_update
 from jepa3d.models.tokenizer import group
+from jepa3d.objectives.collapse import collapse_figures
 from jepa3d.ops import BatchGenerator, gather_points
 
 
@@ -120,10 +120,7 @@ def make_sampler(config: PretrainConfig):
     settings = config.sampler
     if settings.name in ("random", "one_block"):
         return partial(getattr(sampling, settings.name), mask_ratio=settings.mask_ratio)
-    return partial(
-        getattr(sampling, settings.name),
-        num_targets=settings.num_targets,
-        target_ratio=settings.target_ratio,
-        context_ratio=settings.context_ratio,
-        min_context=settings.min_context,
-    )
+    options = {name: getattr(settings, name) for name in ("num_targets", "target_ratio", "min_context")}
+    if settings.context_ratio is not None:
+        options["context_ratio"] = settings.context_ratio
+    return partial(getattr(sampling, settings.name), **options)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def replace_folder(path: Path, write) -> None:
-    """Call write(partial folder), make it durable, then rename it to `path`."""
+def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
+    """Call write(partial folder), make it durable, then rename it to `path`; if `new`, FileExistsError where one is."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -31,6 +32,9 @@ def replace_folder(path: Path, write) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+    if new and path.exists():
+        shutil.rmtree(partial)
+        raise FileExistsError(f"{path}: exists already")
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
 

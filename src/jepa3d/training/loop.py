@@ -61,7 +61,9 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
     share, rank = divmod(schedule.batch_size, accelerator.num_processes)[0], accelerator.process_index
     progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
 
-    def save() -> None:
+    def save(loss: float) -> None:
+        if not math.isfinite(loss):  # never replace a good checkpoint by a spoilt one
+            raise ValueError(f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})")
         if run and accelerator.is_main_process:
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
             checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
@@ -79,8 +81,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(schedule, step, total, len(clouds))
-            with accelerator.autocast():
-                output = model(points, generator, step / total)
+            output = model(points, generator, step / total)
             accelerator.backward(output.loss)
             norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
             optimizer.step()
@@ -102,7 +103,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
                 progress.log(step, figures | objective.metrics(output))
             stopping = stopped(accelerator, stop, step) or step == stop_at
             if step % config.checkpoint_every == 0 or step == total or stopping:
-                save()
+                save(output.loss.item())
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------

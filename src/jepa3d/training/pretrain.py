@@ -28,7 +28,7 @@ from jepa3d.objectives.autoencoding import Autoencoding
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
-from jepa3d.training.loop import ON_CPU, Interrupted, Task, fit
+from jepa3d.training.loop import ON_CPU, Task, fit
 
 
 def jepa_task(config: PretrainConfig, clouds: PointClouds, teacher: DVAE | PointEncoder | None) -> Task:
@@ -63,10 +63,12 @@ def pretrain(
 ) -> Path:
     """Run `config` into the folder `out`, stage I first where the teacher is a dVAE of our own.
 
-    Raises ValueError for settings or data that cannot work, before anything is written, and Interrupted.
+    Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
-    started = (out / "config.json").exists()
-    if out.exists() and not (resume and started):
+    started, existed = (out / "config.json").exists(), out.exists()
+    processes = PartialState(cpu=ON_CPU)
+    processes.wait_for_everyone()  # all have looked before the first one writes
+    if existed and not (resume and started):
         raise ValueError(
             f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
         )
@@ -81,29 +83,30 @@ def pretrain(
     is_jepa = config.objective == "jepa"
     needs_dvae = is_jepa and config.teacher == "dvae"
     clouds = clouds_of(config, config.objective, clouds)
-    stage1_clouds = clouds_of(config, "dvae", clouds) if needs_dvae else None
+    stage1_done = (out / "stage1" / "dvae").exists()
     given = None
     if is_jepa and not needs_dvae and config.teacher != "ema":
         given = load_module(str(out / "teacher") if started else config.teacher)
+    stage1_clouds = None
     if started:
         check_same_data(clouds, out)
     else:
+        stage1_clouds = clouds_of(config, "dvae", clouds) if needs_dvae else None
         create_run(out, config, clouds, rehearse(config, clouds, given), given)
+    processes.wait_for_everyone()
     if needs_dvae:
-        stage1 = replace(config, objective="dvae")
-        pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds)
+        if not stage1_done:
+            stage1 = replace(config, objective="dvae")
+            pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds or clouds)
         given = load_module(str(out / "stage1"))
     task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
     if is_jepa and is_main() and not (out / "untrained").exists():
         checkpoint.replace_folder(out / "untrained", task.module.save_pretrained)
-    try:
-        state = fit(task, clouds, config, out, stop_at)
-    except Interrupted as stop:
-        raise Interrupted(f"{stop}; continue with: jepa3d pretrain --out {run_root(out)} --resume") from None
+    state = fit(task, clouds, config, out, stop_at)
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         finish_run(out, state)
-    PartialState(cpu=ON_CPU).wait_for_everyone()
+    processes.wait_for_everyone()
     return out
 
 
@@ -188,7 +191,7 @@ def create_run(
     record = provenance() | {
         "status": "running",
         "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "shapes": len(clouds)},
-        "departures": settings.departures(config),
+        "departures": settings.departures(config, len(clouds)),
         "parameters": {task.export: count_parameters(task.module), "trained": count_parameters(task.objective, True)},
     }
 
@@ -199,7 +202,7 @@ def create_run(
             given.save_pretrained(partial / "teacher")
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_folder(out, write)
+    checkpoint.replace_folder(out, write, new=True)
 
 
 def finish_run(out: Path, state: dict) -> None:
@@ -211,10 +214,6 @@ def finish_run(out: Path, state: dict) -> None:
         cost["stage1_wall_seconds"] = before["wall_seconds"]
     checkpoint.write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-def run_root(out: Path) -> Path:
-    return out.parent if out.name == "stage1" else out
 
 
 def is_main() -> bool:

@@ -20,8 +20,8 @@ def cpu_seconds() -> float:
 
 def peak_memory() -> int:
     """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if torch.accelerator.is_available() and hasattr(torch.get_device_module(), "max_memory_allocated"):
+        return torch.get_device_module().max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -42,7 +42,10 @@ class Progress:
         if path and shown and path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-            path.write_text("".join(line + "\n" for line in kept))
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
+            self.last = json.loads(kept[-1]) if kept else {}
 
     def __enter__(self) -> "Progress":
         self.bar.start()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from jepa3d.evaluation.collapse import collapse_figures, rankme
+from jepa3d.objectives.collapse import collapse_figures, rankme
 from jepa3d.objectives.jepa import cosine_loss
 
 E = 16
