@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 SHOWN = ("loss", "constant_loss", "prediction_std", "prediction_rankme", "reconstruction", "perplexity")
 
@@ -35,7 +36,8 @@ class Progress:
         self.cpu, self.wall = cpu_seconds(), time.perf_counter()
         self.last: dict[str, float] = {}
         self.bar = Bar(
-            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(),
+            BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(), 
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
             disable=not (shown and sys.stderr.isatty()),
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total, completed=state["step"])
@@ -76,8 +78,7 @@ class Progress:
             with self.path.open("a") as file:
                 file.write(json.dumps(self.last) + "\n")
         text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
-        line = f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s"
         if self.bar.disable:
-            print(f"{line}, {left / 60:.1f} min left", flush=True)
+            print(f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left", flush=True)
         else:
-            self.bar.update(self.task, completed=step, description=line)
+            self.bar.update(self.task, completed=step, description=f"{rate:.0f} samples/s {text}")
