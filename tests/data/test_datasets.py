@@ -410,3 +410,16 @@ def test_a_real_bundle_with_two_kinds_of_labels_loads():
     assert found.points.shape == (20, 64, 3)
     assert len(found.class_names) == 48
     assert np.allclose(np.linalg.norm(found.points, axis=2).max(1), 1, atol=1e-5)
+
+
+def test_a_folder_that_is_split_in_part_is_refused(tmp_path):
+    """Else one stray file would turn the test part into training data."""
+    for name in ("a/train/1.npy", "a/test/2.npy", "a/3.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / name, np.random.default_rng(0).normal(size=(40, 3)))
+    assert "3.npy: is in no train or test folder" in read_error(tmp_path)
+
+
+def test_the_test_part_of_a_small_synthetic_set_is_no_train_part_of_a_larger():
+    small, large = load(["synthetic:40"], 16, "test"), load(["synthetic:80"], 16, "train")
+    assert not (small.points[:, None] == large.points[None]).all((2, 3)).any()

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from jepa3d.data.datasets import PointClouds
+from jepa3d import config as settings
+from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation import probe as probing
+from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, shared_classes, summarise
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 
 
 def features(labels: np.ndarray, gaps: tuple[float, ...], seed: int) -> np.ndarray:
@@ -200,3 +204,14 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, conte
 def test_an_unknown_protocol_names_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="'svm': one of logistic"):
         probing.probe([tmp_path], "synthetic:24", protocols=("svm",))
+
+
+def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
+    """The untrained encoder of preset tiny, logistic probe: between 50 and 90 per cent."""
+    torch.manual_seed(0)
+    encoder = PointEncoder(**vars(settings.resolve(settings.preset("tiny")).encoder))
+    train, test, _ = probing.shared_classes(load(["synthetic:1000"], 512, "all"))
+    calibrate_batchnorm(encoder, torch.from_numpy(train.points[:256]))
+    x, x_test = layer_features(encoder, train), layer_features(encoder, test)
+    found = probing.run_protocol("logistic", x, train.labels, x_test, test.labels, [encoder.depth])
+    assert 50 < found["accuracy"] < 90

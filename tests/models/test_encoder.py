@@ -217,3 +217,23 @@ def test_drop_path_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(run(0), run(1))
     encoder.eval()
     assert torch.equal(run(0), run(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_embed_takes_points_of_any_float_type(dtype):
+    torch.manual_seed(0)
+    encoder, points = PointEncoder(**SIZES).eval(), clouds(2).half()
+    assert_close(encoder.embed(points.to(dtype)), encoder.embed(points.float()), rtol=1e-4, atol=1e-5)
+
+
+def test_map_coordinates_keep_their_shape():
+    torch.manual_seed(0)
+    encoder, points = PointEncoder(**SIZES).eval(), clouds(2).double()
+    assert_close(encoder.embed(points + 5.4e6), encoder.embed(points), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cloud_of_one_repeated_point_is_refused():
+    points = clouds(3)
+    points[1] = points[1, 0]
+    with pytest.raises(ValueError, match="all points of a cloud are equal"):
+        PointEncoder(**SIZES).eval().embed(points)

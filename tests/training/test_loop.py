@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from jepa3d import config as settings
 from jepa3d.config import Schedule
+from jepa3d.objectives.jepa import JEPA
 from jepa3d.training import checkpoint
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.optim import adamw, learning_rate, total_steps
@@ -235,3 +236,44 @@ def test_cost_accumulates_over_sessions(tiny, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["cost"]["cpu_seconds"] > before["cpu_seconds"] > 0
+
+
+def test_fused_adamw_is_adamw():
+    """The exact rewrite of the optimiser step, against torch's plain loop."""
+    schedule, results = Schedule(weight_decay=0.1), []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        optimizer = adamw(model, schedule)
+        if not fused:
+            optimizer = torch.optim.AdamW(optimizer.param_groups, lr=schedule.lr, foreach=False, fused=False)
+        for _ in range(5):
+            model(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_spoilt_loss_never_replaces_a_checkpoint(tiny, tmp_path, monkeypatch):
+    config = tiny(max_steps=6, checkpoint_every=2, log_every=100)
+    forward = JEPA.forward
+
+    def spoilt(self, points, generator, progress=0.0):
+        output = forward(self, points, generator, progress)
+        return output._replace(loss=output.loss * float("nan")) if generator.step >= 3 else output
+
+    monkeypatch.setattr(JEPA, "forward", spoilt)
+    with pytest.raises(ValueError, match="the loss is nan at step 4: lower --lr"):
+        pretrain(config, tmp_path / "run")
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-0000002"
+
+
+def test_two_processes_in_bf16_finish(tiny, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny(max_steps=2, mixed_precision="bf16"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(losses(tmp_path / "run")) == 2
