@@ -1,11 +1,15 @@
 """Shapes and settings small enough that a run takes a second."""
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch, and for child processes: bit for bit holds for one number of threads
+)
+
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from jepa3d import config as settings
 from jepa3d.data.synthetic import CLASS_NAMES, make_shapes
@@ -26,11 +30,6 @@ TINY = {
         "dgcnn_dim": 8, "folding_dim": 16,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""The training loop: the same for every objective, resumable bit for bit, on one process or many."""
+"""The training loop: the same for every objective, on one process or many.
+
+A resumed run repeats an uninterrupted one bit for bit on one CPU with one number of threads.
+"""
 
 import math
 import signal
