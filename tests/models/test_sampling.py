@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa3d.models.sampling import multi_block, one_block, random, sequence
+from jepa3d.models import sampling
+from jepa3d.models.sampling import TokenSample, multi_block, one_block, random, sequence
 from jepa3d.ops import BatchGenerator
 
 B = 8
@@ -248,3 +249,9 @@ def test_a_mask_ratio_that_leaves_no_context_is_an_error(sampler):
 def test_more_targets_than_tokens_is_an_error():
     with pytest.raises(ValueError, match="num_targets 25 exceeds the 24 tokens"):
         multi_block(clouds(24), BatchGenerator(0), num_targets=25)
+
+
+def test_shared_points_are_the_share_of_the_contexts_points_in_target_patches():
+    patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [4, 5]]])  # 4 patches of 2 of 6 points
+    sample = TokenSample(torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]))
+    assert sampling.shared_points(patches, sample, 6).item() == pytest.approx(1 / 4)  # of 0, 1, 4, 5 only 1

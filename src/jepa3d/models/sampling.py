@@ -93,6 +93,17 @@ def sequence(
     return _without_targets(draw, num_tokens, min_context)
 
 
+def shared_points(patches: Tensor, sample: TokenSample, num_points: int) -> Tensor:
+    """Share of the context's points that lie in a target patch too, a scalar; patches B M K are point indices.
+
+    Context and targets share no token, but neighbouring patches overlap: this is what leaks.
+    """
+    rows = torch.arange(len(patches), device=patches.device)[:, None]
+    target = _membership(patches[rows, sample.target.flatten(1)], num_points)
+    context = _membership(patches[rows, sample.context], num_points)  # padding repeats a context token
+    return (context & target).sum() / context.sum()
+
+
 def _size(ratio: tuple[float, float], num_tokens: int, generator: Generator | None) -> int:
     """round(fraction * M) for one fraction a batch."""
     low, high = ratio

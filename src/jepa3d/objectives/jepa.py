@@ -27,6 +27,7 @@ class JEPAOutput(NamedTuple):
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
+    shared_points: Tensor  # scalar, share of the context's points that lie in a target patch too
 
 
 class JEPA(nn.Module):
@@ -62,13 +63,14 @@ class JEPA(nn.Module):
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> JEPAOutput:
         """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`."""
         encoder = self.encoder
-        centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        centers, patches, index = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         sample = self.sampler(centers, generator.stream("sampler"))
         prediction = self.predict(patches, centers, sample, generator.stream("drop_path"))
         target = gather_points(self.teacher(patches, centers), sample.target)
         if self.project_target:
             target = self.projection(target)
-        return JEPAOutput(cosine_loss(prediction, target, self.target_unit), prediction, target, sample)
+        shared = sampling.shared_points(index, sample, points.shape[1])
+        return JEPAOutput(cosine_loss(prediction, target, self.target_unit), prediction, target, sample, shared)
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
@@ -100,9 +102,10 @@ class JEPA(nn.Module):
             ema_update(self.teacher.module, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Collapse figures and the mean number of context tokens."""
+        """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
         figures = collapse_figures(output.prediction, output.target, self.target_unit)
-        return figures | {"context_tokens": output.sample.mask.sum(1).float().mean().item()}
+        tokens = output.sample.mask.sum(1).float().mean().item()
+        return figures | {"context_tokens": tokens, "shared_points": output.shared_points.item()}
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
