@@ -277,3 +277,14 @@ def test_two_processes_in_bf16_finish(tiny, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(losses(tmp_path / "run")) == 2
+
+
+def test_stage_one_killed_between_its_export_and_its_end_is_finished_on_resume(tiny, tmp_path):
+    config, run = tiny(teacher="dvae"), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        pretrain(config, run, stop_at=2)
+    record = json.loads((run / "stage1" / "run.json").read_text())
+    del record["cost"]
+    (run / "stage1" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    pretrain(config, run, resume=True)
+    assert json.loads((run / "run.json").read_text())["cost"]["stage1_cpu_seconds"] > 0

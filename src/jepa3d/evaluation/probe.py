@@ -145,9 +145,11 @@ def probe(
         changed = {name for name in differences(config, first) if name not in ("seed", "log_every", "checkpoint_every")}
         if "dvae" not in (config["teacher"], config["objective"]):
             changed = {name for name in changed if not name.startswith("dvae.")}
-        if changed or (run != runs[0] and config["seed"] == first["seed"]):
-            what = f"differs in {min(changed)}" if changed else f"has the same seed {first['seed']}"
-            raise ValueError(f"{run}: {what} from {runs[0]}; only seeds of one configuration can be averaged")
+        if changed:
+            raise ValueError(f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged")
+    seeds = [config["seed"] for config, _ in found.values()]
+    if len(set(seeds)) < len(runs):
+        raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged")
     clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
     train, test, dropped = shared_classes(clouds)
     y, y_test = train.labels, test.labels
@@ -179,7 +181,7 @@ def probe(
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
         "selection": SELECTION,
-        "seeds": sorted({row["seed"] for row in rows}),
+        "seeds": sorted(seeds),
         "rows": rows,
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,

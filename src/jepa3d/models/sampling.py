@@ -93,11 +93,12 @@ def sequence(
     return _without_targets(draw, num_tokens, min_context)
 
 
-def shared_points(patches: Tensor, sample: TokenSample, num_points: int) -> Tensor:
+def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
     """Share of the context's points that lie in a target patch too, a scalar; patches B M K are point indices.
 
     Context and targets share no token, but neighbouring patches overlap: this is what leaks.
     """
+    num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
     target = _membership(patches[rows, sample.target.flatten(1)], num_points)
     context = _membership(patches[rows, sample.context], num_points)  # padding repeats a context token

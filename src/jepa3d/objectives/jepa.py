@@ -27,7 +27,7 @@ class JEPAOutput(NamedTuple):
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
-    shared_points: Tensor  # scalar, share of the context's points that lie in a target patch too
+    patch_index: Tensor  # B M K, the points of each patch
 
 
 class JEPA(nn.Module):
@@ -69,8 +69,7 @@ class JEPA(nn.Module):
         target = gather_points(self.teacher(patches, centers), sample.target)
         if self.project_target:
             target = self.projection(target)
-        shared = sampling.shared_points(index, sample, points.shape[1])
-        return JEPAOutput(cosine_loss(prediction, target, self.target_unit), prediction, target, sample, shared)
+        return JEPAOutput(cosine_loss(prediction, target, self.target_unit), prediction, target, sample, index)
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
@@ -105,7 +104,8 @@ class JEPA(nn.Module):
         """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
         figures = collapse_figures(output.prediction, output.target, self.target_unit)
         tokens = output.sample.mask.sum(1).float().mean().item()
-        return figures | {"context_tokens": tokens, "shared_points": output.shared_points.item()}
+        shared = sampling.shared_points(output.patch_index, output.sample).item()
+        return figures | {"context_tokens": tokens, "shared_points": shared}
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:

@@ -61,7 +61,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
-    share, rank = divmod(schedule.batch_size, accelerator.num_processes)[0], accelerator.process_index
+    share, rank = schedule.batch_size // accelerator.num_processes, accelerator.process_index
     progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
 
     def save(loss: float) -> None:

@@ -83,7 +83,6 @@ def pretrain(
     is_jepa = config.objective == "jepa"
     needs_dvae = is_jepa and config.teacher == "dvae"
     clouds = clouds_of(config, config.objective, clouds)
-    stage1_done = (out / "stage1" / "dvae").exists()
     given = None
     if is_jepa and not needs_dvae and config.teacher != "ema":
         given = load_module(str(out / "teacher") if started else config.teacher)
@@ -95,9 +94,8 @@ def pretrain(
         create_run(out, config, clouds, rehearse(config, clouds, given), given)
     processes.wait_for_everyone()
     if needs_dvae:
-        if not stage1_done:
-            stage1 = replace(config, objective="dvae")
-            pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds or clouds)
+        stage1 = replace(config, objective="dvae")
+        pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds or clouds)
         given = load_module(str(out / "stage1"))
     task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
     if is_jepa and is_main() and not (out / "untrained").exists():

@@ -36,7 +36,7 @@ class Progress:
         self.cpu, self.wall = cpu_seconds(), time.perf_counter()
         self.last: dict[str, float] = {}
         self.bar = Bar(
-            BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(), 
+            BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
             disable=not (shown and sys.stderr.isatty()),
         )  # fmt: skip
