@@ -24,7 +24,9 @@ TINY = {
         "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
         "tokenizer_dim": 8, "drop_path": 0.1,
     },
-    "target": {"norm": "standardize"},
+    "target": {"norm": "standardize", "num_slices": 8},
+    "generative": {"batch_size": 8, "max_steps": 4, "decoder_depth": 1},
+    "invariance": {"batch_size": 8, "max_steps": 4, "projector_dim": 16, "embedding_dim": 8, "num_slices": 8},
     "dvae": {
         "batch_size": 8, "max_steps": 4, "num_points": 64, "width": 24, "num_codes": 32, "tokenizer_dim": 8,
         "dgcnn_dim": 8, "folding_dim": 16,

@@ -146,13 +146,13 @@ def test_a_dvae_teacher_is_trained_first_and_probed_beside(shapes, tmp_path):
     assert "stage1_cpu_seconds" in json.loads((out / "run.json").read_text())["cost"]
     assert call("probe", out, "--data", shapes, "--protocols", "svc_linear", "--layer", 2) == 0
     rows = json.loads((out / "probe-blobs-layer2-svc_linear.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["untrained", "teacher", "pretrained"]
+    assert [row["model"] for row in rows] == ["untrained", "stage1 dvae", "pretrained"]
 
 
 def test_a_finished_run_serves_as_teacher(run, shapes, tmp_path):
     out = tmp_path / "run"
     assert call("pretrain", *flags(TINY, {"data": shapes, "teacher": run}), "--out", out) == 0
-    taught, teacher = (PointEncoder.from_pretrained(p) for p in (out / "teacher", run / "encoder"))
+    taught, teacher = (PointEncoder.from_pretrained(p) for p in (out / "given" / "0", run / "encoder"))
     assert all(torch.equal(a, b) for a, b in zip(taught.parameters(), teacher.parameters(), strict=True))
 
 

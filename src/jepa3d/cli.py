@@ -101,7 +101,7 @@ def probe(
         Where to write the result; probe-DATA.json in the first run by default.
     """
     from jepa3d.evaluation import probe as probing
-    from jepa3d.training.checkpoint import write_json
+    from jepa3d.evaluation.protocol import write_json
 
     if layer != "best" and not layer.isdigit():
         raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
@@ -112,6 +112,43 @@ def probe(
     special += [pooling] * (pooling != "mean_max") + list(protocols or ())
     out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
     write_json(out, result)
+    print(f"written: {out}")
+
+
+@app.command
+def curve(
+    runs: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    protocol: str = "logistic_10",
+    out: Path = Path("curves.png"),
+) -> None:
+    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of finished runs.
+
+    Parameters
+    ----------
+    runs: list[Path]
+        Finished runs (pretrain with --snapshot-every); seeds of one configuration share a line.
+    data: str
+        Labelled shapes with a train and a test part.
+    labels_key: str
+        The labels of a .npz bundle.
+    up_axis: str
+        The data's up axis: x, y or z.
+    protocol: str
+        logistic, logistic_10, knn, svc_linear or linear_svc.
+    out: Path
+        The picture.
+    """
+    from jepa3d.evaluation.curve import learning_curves, show_curves
+    from jepa3d.figures import draw_learning_curves
+
+    arms = learning_curves(runs, data, labels_key, up_axis, protocol)
+    show_curves(arms, protocol)
+    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}")
     print(f"written: {out}")
 
 

@@ -26,6 +26,7 @@ class EncoderConfig:
     tokenizer_dim: int = 128
     mlp_ratio: float = 4.0
     drop_path: float = 0.1
+    position_every_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ class TargetConfig:
     """What is compared: one cosine a token or a block, of a teacher's tokens as they are or normalised."""
 
     unit: Literal["token", "block"] = "token"
-    norm: Literal["none", "layernorm", "standardize"] = "standardize"  # the paper names none: deviation 9
+    norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 9
+    layers: int = 1  # the teacher's last blocks whose normalised outputs are averaged
     project: bool = False  # the paper's literal form: the same FC on the target too
     momentum: tuple[float, float] = (0.996, 1.0)  # of the EMA teacher, first and last step
+    sigreg: float = 0.0  # weight of SIGReg on the student's tokens; needed without a teacher
+    num_slices: int = 256  # random directions of SIGReg
 
 
 @dataclass(frozen=True)
@@ -91,25 +95,67 @@ class DVAEConfig(Schedule):
 
 
 @dataclass(frozen=True)
+class GenerativeConfig(Schedule):
+    """The masked autoencoder: Point-MAE's settings."""
+
+    mask_ratio: float = 0.6
+    decoder_depth: int = 4
+
+
+@dataclass(frozen=True)
+class InvarianceConfig(Schedule):
+    """Views of one shape to one embedding: VICReg's weights, LeJEPA's."""
+
+    regularizer: Literal["vicreg", "sigreg"] = "sigreg"
+    global_views: int = 2
+    partial_views: int = 2
+    partial_ratio: tuple[float, float] = (0.3, 0.6)  # of the points, one draw a batch
+    projector_dim: int = 2048
+    embedding_dim: int = 64
+    vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)  # weights of invariance, variance, covariance
+    sigreg: float = 0.02  # weight of SIGReg; the invariance has the rest
+    num_slices: int = 256
+
+
+# Objectives whose networks can teach.
+STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = ("dvae", "generative", "invariance")
+
+
+@dataclass(frozen=True)
 class PretrainConfig(Schedule):
     """One pretraining run."""
 
     data: tuple[str, ...] = ("synthetic",)
     split: Literal["train", "test", "all"] = "train"
     up_axis: tuple[Literal["x", "y", "z"], ...] = ("z",)
-    objective: Literal["jepa", "dvae"] = "jepa"
-    teacher: str = "dvae"  # dvae, ema, or a folder or Hub id
+    objective: Literal["jepa", "generative", "invariance", "dvae"] = "jepa"
+    teacher: tuple[str, ...] = ("dvae",)  # ema, none, dvae, generative, invariance, a folder or Hub id; several join
+    init: str | None = None  # the student's first weights: generative, invariance, a folder or Hub id
     seed: int = 0
     scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis
     rotate: bool = True  # augmentation, about the up axis
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     log_every: int = 50
     checkpoint_every: int = 1000
+    snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
+    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
+    invariance: InvarianceConfig = field(default_factory=InvarianceConfig)
+
+    @property
+    def stages(self) -> tuple[Literal["dvae", "generative", "invariance"], ...]:
+        """Names of the networks that stage I has to train first."""
+        if self.objective != "jepa":
+            return ()
+        return tuple(name for name in STAGE_ONE if name in (*self.teacher, self.init))
+
+    def schedule(self, objective: str) -> Schedule:
+        """The schedule of an objective: 3D-JEPA's is the run's, each other has its own."""
+        return self if objective == "jepa" else getattr(self, objective)
 
 
 SHAPENET55 = 52_470  # shapes in both of its lists
@@ -131,6 +177,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             "tokenizer_dim": 64,
             "drop_path": 0.0,
         },
+        "generative": {"batch_size": 32, "epochs": 60, "warmup_epochs": 2},
+        "invariance": {
+            "batch_size": 32,
+            "epochs": 30,
+            "warmup_epochs": 2,
+            "projector_dim": 256,
+            "embedding_dim": 64,
+            "num_slices": 64,
+        },
+        "target": {"num_slices": 64},  # of SIGReg, where it is on
         "dvae": {
             "lr": 2e-3,
             "kl_weight": 0.01,
@@ -228,52 +284,18 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     """
     paper = to_dict(PretrainConfig()) | {"data": ["ShapeNet55"], "split": "all"}
     ours = to_dict(config)
-    for key in ("seed", "log_every", "checkpoint_every", "up_axis"):
+    for key in ("seed", "log_every", "checkpoint_every", "snapshot_every", "up_axis"):
         del ours[key]
     if num_shapes == SHAPENET55:
         ours["data"] = paper["data"]
     if ours["epochs"] == 150:
         ours["epochs"] = 300
-    if config.teacher != "dvae":
-        del ours["dvae"]
+    if not config.target.sigreg:
+        del ours["target"]["num_slices"]
+    for name in STAGE_ONE:
+        if name not in (*config.stages, config.objective):
+            del ours[name]
     return differences(ours, paper)
-
-
-def validate(config: PretrainConfig) -> None:
-    """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
-    encoder, sampler, dvae = config.encoder, config.sampler, config.dvae
-    at_least: list[tuple[str, Any, float]] = [("decoder.depth", config.decoder.depth, 0)]
-    at_least += [("log_every", config.log_every, 1), ("checkpoint_every", config.checkpoint_every, 1)]
-    at_least += [(f"encoder.{k}", v, 1) for k, v in vars(encoder).items() if k not in ("drop_path", "mlp_ratio")]
-    at_least += [(f"sampler.{k}", getattr(sampler, k), 1) for k in ("num_targets", "min_context")]
-    sizes = ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
-    at_least += [(f"dvae.{k}", getattr(dvae, k), 1) for k in sizes]
-    for where, schedule in (("", config), ("dvae.", dvae)):
-        at_least += [(f"{where}{k}", getattr(schedule, k), 1) for k in ("batch_size", "max_steps")]
-        at_least += [(f"{where}{k}", getattr(schedule, k), 0) for k in ("weight_decay", "warmup_epochs", "min_lr")]
-        for name in ("lr", "epochs", "clip_grad"):
-            if not 0 < getattr(schedule, name) < float("inf"):
-                raise ValueError(f"{where}{name} {getattr(schedule, name)} must be positive")
-    for name, value, least in at_least:
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} {value} must be at least {least}")
-    if not 0 <= encoder.drop_path < 1:
-        raise ValueError(f"encoder.drop_path {encoder.drop_path} must lie in [0, 1)")
-    if not 0 < config.scale[0] <= config.scale[1]:
-        raise ValueError(f"scale {config.scale} must satisfy 0 < low <= high")
-    ratios = {"target_ratio": sampler.target_ratio, "context_ratio": sampler.context_ratio or (1.0, 1.0)}
-    for name, (low, high) in ratios.items():
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"sampler.{name} {(low, high)} must satisfy 0 < low <= high <= 1")
-    if sampler.num_targets > encoder.num_groups:
-        raise ValueError(f"sampler.num_targets {sampler.num_targets} exceeds encoder.num_groups {encoder.num_groups}")
-    if not 0 < sampler.mask_ratio < 1:
-        raise ValueError(f"sampler.mask_ratio {sampler.mask_ratio} must lie between 0 and 1")
-    if "dvae" in (config.objective, config.teacher):
-        if dvae.num_points < max(encoder.num_groups, encoder.group_size):
-            raise ValueError(f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size")
-        if dvae.width % 4:
-            raise ValueError(f"dvae.width {dvae.width} must be a multiple of 4")
 
 
 def _nearest(name: str, known) -> str:

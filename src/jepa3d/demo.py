@@ -6,8 +6,8 @@ from pathlib import Path
 from jepa3d import config as settings
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.probe import probe, show
+from jepa3d.evaluation.protocol import write_json
 from jepa3d.figures import draw_blocks, draw_curves
-from jepa3d.training.checkpoint import write_json
 from jepa3d.training.pretrain import pretrain
 
 DEMO = {"teacher": "ema", "max_steps": 1500, "log_every": 100, "checkpoint_every": 200}

@@ -1,4 +1,4 @@
-"""Pictures: the sampled blocks (the paper's Fig. 4) and the curves of a run. Needs the `view` extra."""
+"""Pictures: sampled blocks (the paper's Fig. 4), a run's curves, accuracy against time (Fig. 1); `view` extra."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
+from jepa3d.evaluation.curve import Arm
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
@@ -67,6 +68,24 @@ def draw_curves(run: Path, path: Path) -> None:
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
         axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_learning_curves(arms: list[Arm], path: Path, title: str) -> None:
+    """Probe accuracy against CPU-minutes, mean and one standard deviation over seeds, one line a configuration."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for arm in arms:
+        minutes, accuracy = arm.minutes.mean(0), arm.accuracy.mean(0)
+        (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{arm.name} ({len(arm.seeds)} seeds)")
+        if len(arm.seeds) > 1:
+            std = arm.accuracy.std(0, ddof=1)
+            axes.fill_between(minutes, accuracy - std, accuracy + std, color=line.get_color(), alpha=0.15, lw=0)
+    axes.set(xlabel="CPU-minutes, stage I included", ylabel="accuracy, %", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

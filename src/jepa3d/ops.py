@@ -11,6 +11,7 @@ import importlib.util
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 _MAX_PAIRS = 2**26  # distances held at once by `knn`: 256 MiB of float32
@@ -59,6 +60,25 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
     if generator is not None and generator.device.type != "cpu":
         return torch.rand((), generator=generator, device=generator.device).item()
     return torch.rand((), generator=generator).item()
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduced sum; so is its gradient, since every process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, grads[0])
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of every process's x, with gradient; x itself on a single process."""
+    return _SumOverProcesses.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
 @cache
@@ -165,3 +185,9 @@ def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
         pairs = squared_distance(a, b)
         nearest_b, nearest_a = pairs.argmin(-1), pairs.argmin(-2)
     return (one_way(a, b, nearest_b) + one_way(b, a, nearest_a)) / 2
+
+
+def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
+    """Chamfer-L2 of point sets (..., P, 3) and (..., Q, 3): mean squared nearest distances, both ways summed."""
+    pairs = (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
+    return pairs.amin(-1).mean() + pairs.amin(-2).mean()

@@ -1,5 +1,7 @@
 """Teachers: frozen, averaged, loaded."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.testing import assert_close
 
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.models.teacher import Teacher, ema_teacher, ema_update, load_module
+from jepa3d.models.teacher import Teacher, ema_update, load_module, normalise
 
 ENCODER = {
     "embed_dim": 12,
@@ -52,15 +54,19 @@ class Says(nn.Module):
         super().__init__()
         self.tokens, self.width = tokens, tokens.shape[-1]
 
-    def features(self, patches, centers):
-        return self.tokens
+    def features(self, patches, centers, layers):
+        return [self.tokens]
+
+
+def ema_teacher(student: PointEncoder) -> Teacher:
+    return Teacher([copy.deepcopy(student)], average=0)
 
 
 # -------------------------------------------------------------------------------- moving average
 
 
 def test_the_average_follows_its_closed_form(student):
-    teacher, momenta = ema_teacher(student, "none"), (0.9, 0.5, 0.99, 1.0)
+    teacher, momenta = ema_teacher(student), (0.9, 0.5, 0.99, 1.0)
     expected = [parameter.detach().clone() for parameter in student.parameters()]
     history = []
     for momentum in momenta:
@@ -68,27 +74,27 @@ def test_the_average_follows_its_closed_form(student):
             for parameter in student.parameters():
                 parameter.add_(torch.randn_like(parameter))
         history.append([parameter.detach().clone() for parameter in student.parameters()])
-        ema_update(teacher.module, student, momentum)
+        ema_update(teacher, student, momentum)
     # theta_n = prod(m) theta_0 + sum_i (1 - m_i) prod_{j > i} m_j student_i
     weights = [torch.tensor(momenta[i + 1 :]).prod() * (1 - momenta[i]) for i in range(len(momenta))]
-    for index, (start, parameter) in enumerate(zip(expected, teacher.module.parameters(), strict=True)):
+    for index, (start, parameter) in enumerate(zip(expected, teacher.networks[0].parameters(), strict=True)):
         total = torch.tensor(momenta).prod() * start
         total = total + sum(w * states[index] for w, states in zip(weights, history, strict=True))
         assert_close(parameter.detach(), total)
 
 
 def test_statistics_of_batchnorm_are_copied(student):
-    teacher = ema_teacher(student, "none")
+    teacher = ema_teacher(student)
     student.train().tokenizer(torch.randn(5, 8, 3) + 3)
-    ema_update(teacher.module, student, 0.9)
-    for (name, old), new in zip(teacher.module.named_buffers(), student.buffers(), strict=True):
+    ema_update(teacher, student, 0.9)
+    for (name, old), new in zip(teacher.networks[0].named_buffers(), student.buffers(), strict=True):
         assert torch.equal(old, new), name
 
 
 def test_the_average_begins_as_the_student_and_shares_nothing_with_it(student):
-    teacher = ema_teacher(student, "none")
-    assert teacher.averages
-    for old, new in zip(teacher.module.parameters(), student.parameters(), strict=True):
+    teacher = ema_teacher(student)
+    assert teacher.average == 0
+    for old, new in zip(teacher.networks[0].parameters(), student.parameters(), strict=True):
         assert torch.equal(old, new)
         assert old.data_ptr() != new.data_ptr()
     assert all(parameter.requires_grad for parameter in student.parameters())
@@ -99,7 +105,7 @@ def test_the_average_begins_as_the_student_and_shares_nothing_with_it(student):
 
 @pytest.mark.parametrize("make", [lambda: PointEncoder(**ENCODER), lambda: DVAE(**CODES)])
 def test_a_teacher_is_deterministic_in_training_mode_and_has_no_gradient(make):
-    teacher, (patches, centers) = Teacher(make()), inputs()
+    teacher, (patches, centers) = Teacher([make()]), inputs()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     first = teacher(patches, centers)
     nn.ModuleList([teacher]).train()  # as the loop does, from outside
@@ -113,12 +119,12 @@ def test_a_teacher_is_deterministic_in_training_mode_and_has_no_gradient(make):
 
 def test_a_teacher_says_what_its_module_says(student):
     patches, centers = inputs()
-    assert torch.equal(Teacher(student)(patches, centers), student.eval().features(patches, centers))
+    assert torch.equal(Teacher([student])(patches, centers), student.eval().features(patches, centers)[0])
 
 
 def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
     tokens = 3 * torch.randn(4, 16, 6) * torch.arange(1, 7) + torch.arange(6)
-    rows = Teacher(Says(tokens), "standardize")(torch.zeros(1), torch.zeros(1)).flatten(0, 1)
+    rows = Teacher([Says(tokens)], "standardize")(torch.zeros(1), torch.zeros(1)).flatten(0, 1)
     assert_close(rows.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     assert_close(rows.var(0, unbiased=False), torch.ones(6), atol=1e-4, rtol=0)
     assert_close(torch.corrcoef(torch.stack([rows[:, 2], tokens.flatten(0, 1)[:, 2]]))[0, 1].item(), 1.0)
@@ -126,14 +132,42 @@ def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
 
 def test_layernormed_targets_have_zero_mean_and_unit_variance_per_token():
     tokens = 3 * torch.randn(4, 16, 12) + 5
-    out = Teacher(Says(tokens), "layernorm")(torch.zeros(1), torch.zeros(1))
+    out = Teacher([Says(tokens)], "layernorm")(torch.zeros(1), torch.zeros(1))
     assert_close(out.mean(-1), torch.zeros(4, 16), atol=1e-5, rtol=0)
     assert_close(out.var(-1, unbiased=False), torch.ones(4, 16), atol=1e-4, rtol=0)
 
 
+def test_centred_targets_lose_their_mean_and_nothing_else():
+    tokens = torch.randn(4, 16, 6) * torch.arange(1, 7) + 5
+    out = Teacher([Says(tokens)], "center")(torch.zeros(1), torch.zeros(1))
+    assert_close(out, tokens - tokens.flatten(0, 1).mean(0))
+
+
+def test_joined_teachers_speak_side_by_side_and_only_the_average_moves(student):
+    frozen, (patches, centers) = DVAE(**CODES), inputs()
+    joined = Teacher([frozen, copy.deepcopy(student)], "standardize", average=1)
+    assert joined.width == 16 + 12
+    alone = [Teacher([network], "standardize")(patches, centers) for network in (frozen, student)]
+    assert_close(joined(patches, centers), torch.cat(alone, -1))
+    before = copy.deepcopy(joined.networks)
+    with torch.no_grad():
+        student.position[0].weight.add_(1)
+    ema_update(joined, student, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before[0].parameters(), joined.networks[0].parameters(), strict=True))
+    assert_close(joined.networks[1].position[0].weight, before[1].position[0].weight + 0.5)
+
+
+@pytest.mark.parametrize("norm", ["none", "layernorm", "standardize"])
+def test_several_layers_are_averaged_after_each_is_normalised(student, norm):
+    patches, centers = inputs()
+    states = student.eval().hidden_states(student.tokenizer(patches), student.position(centers))
+    expected = (normalise(states[1], norm) + normalise(states[2], norm)) / 2
+    assert_close(Teacher([student], norm, layers=2)(patches, centers), expected.detach())
+
+
 def test_targets_as_they_are():
     tokens = torch.randn(2, 3, 4)
-    assert torch.equal(Teacher(Says(tokens))(torch.zeros(1), torch.zeros(1)), tokens)
+    assert torch.equal(Teacher([Says(tokens)])(torch.zeros(1), torch.zeros(1)), tokens)
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -148,7 +182,7 @@ def test_a_saved_network_is_loaded_as_what_it_is(make, inside, tmp_path):
     module.save_pretrained(tmp_path / inside)
     loaded, (patches, centers) = load_module(str(tmp_path)), inputs()
     assert type(loaded) is make
-    assert torch.equal(loaded.features(patches, centers), module.features(patches, centers))
+    assert torch.equal(loaded.features(patches, centers)[0], module.features(patches, centers)[0])
 
 
 def refusal(path) -> str:

@@ -1,5 +1,6 @@
 """3D-JEPA as a whole: gradients, leaks, losses."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,9 +11,10 @@ from jepa3d.config import resolve
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
-from jepa3d.models.teacher import Teacher, ema_teacher
+from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import JEPA, cosine_loss
+from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator
 
 SIZES = {
@@ -35,14 +37,14 @@ def seed():
 
 def frozen(width: int = 12) -> Teacher:
     sizes = {name: SIZES[name] for name in ("num_groups", "group_size", "num_points", "tokenizer_dim")}
-    return Teacher(DVAE(width=width, num_codes=8, dgcnn_dim=4, folding_dim=8, **sizes))
+    return Teacher([DVAE(width=width, num_codes=8, dgcnn_dim=4, folding_dim=8, **sizes)])
 
 
 def make(width: int = 12, encoder: dict | None = None, ema: bool = False, **settings) -> JEPA:
     torch.manual_seed(0)
     config = resolve({"encoder": SIZES | (encoder or {}), **settings})
     student = PointEncoder(**dataclasses.asdict(config.encoder))
-    return JEPA(config, student, ema_teacher(student, "layernorm") if ema else frozen(width))
+    return JEPA(config, student, Teacher([copy.deepcopy(student)], "layernorm", average=0) if ema else frozen(width))
 
 
 def clouds(seed: int = 0) -> torch.Tensor:
@@ -137,14 +139,68 @@ def test_an_averaged_teacher_moves_after_a_step_and_a_frozen_one_does_not():
             assert_close(new - old, torch.full_like(old, expected))
 
 
+# ----------------------------------------------------------------------- without a teacher, and SIGReg
+
+
+def test_without_a_teacher_the_target_is_the_encoders_own_and_carries_a_gradient():
+    config = resolve({"encoder": SIZES, "teacher": "none", "target": {"sigreg": 0.02, "num_slices": 8}})
+    objective = JEPA(config, PointEncoder(**SIZES), None).train()
+    output = objective(clouds(), BatchGenerator(0))
+    centers, patches, _ = group(clouds(), 16, 8, BatchGenerator(0).stream("group"))
+    tokens = objective.encoder.features(patches, centers)[-1]
+    for b in range(B):
+        assert_close(output.target[b], tokens[b][output.sample.target[b]])
+    penalty = sigreg(tokens.flatten(0, 1), BatchGenerator(0).stream("sigreg"), 8)
+    assert_close(output.loss, 0.98 * cosine_loss(output.prediction, output.target) + 0.02 * penalty)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    assert objective.metrics(output)["sigreg"] == output.sigreg.item()
+
+
+def test_with_a_teacher_sigreg_reads_the_context_tokens():
+    output = make(target={"sigreg": 0.1, "num_slices": 8})(clouds(), BatchGenerator(0))
+    assert len(output.encoded) == output.sample.mask.sum()
+    penalty = sigreg(output.encoded, BatchGenerator(0).stream("sigreg"), 8)
+    assert_close(output.loss, 0.9 * cosine_loss(output.prediction, output.target) + 0.1 * penalty)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_the_encoded_context_is_what_the_encoder_says_of_it(depth, stacked):
+    """At depth 0 of the first pass, where mask tokens are seen too."""
+    objective, grouped = make(decoder={"depth": depth, "stacked": stacked}).eval(), group(clouds(), 16, 8)
+    sample = objective.sampler(grouped.centers, BatchGenerator(0))
+    found = objective.predict(grouped.patches, grouped.centers, sample)[1]
+    assert found.shape == (sample.mask.sum(), 12)
+    if depth:
+        assert_close(found, encoded(objective, grouped.patches, grouped.centers, sample))
+
+
+def test_positions_added_once_are_added_before_the_first_block_only():
+    every, once = (make(encoder={"position_every_block": flag}).eval() for flag in (True, False))
+    tokens, position = torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    first = every.encoder.blocks[0](tokens + position)
+    states = once.encoder.hidden_states(tokens, position)
+    assert_close(states[1], first)
+    assert_close(states[2], once.encoder.norm(once.encoder.blocks[1](first)))
+    assert_close(
+        every.encoder.hidden_states(tokens, position)[2], every.encoder.norm(every.encoder.blocks[1](first + position))
+    )
+    assert once.decoder.position_every_block is False
+
+
 # ------------------------------------------------------------------------------------ no leakage
 
 
 def encoded(objective: JEPA, patches, centers, sample) -> torch.Tensor:
     encoder = objective.encoder
     rows = torch.arange(B)[:, None]
-    tokens = objective.context_tokens(patches, sample)
+    tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
     return encoder.hidden_states(tokens, encoder.position(centers[rows, sample.context]), sample.mask)[-1][sample.mask]
+
+
+def predict(objective: JEPA, patches, centers, sample) -> torch.Tensor:
+    return objective.predict(patches, centers, sample)[0]
 
 
 def move(points: torch.Tensor, which: torch.Tensor, grouped) -> torch.Tensor:
@@ -167,7 +223,9 @@ def test_points_in_no_context_patch_cannot_change_the_encoded_context_or_the_pre
     assert (~seen).sum(1).min() > 0
 
     def run(patches):
-        return encoded(objective, patches, grouped.centers, sample), objective.predict(patches, grouped.centers, sample)
+        return encoded(objective, patches, grouped.centers, sample), predict(
+            objective, patches, grouped.centers, sample
+        )
 
     before, hidden, visible = (
         run(patches) for patches in (grouped.patches, move(points, ~seen, grouped), move(points, seen, grouped))
@@ -184,7 +242,7 @@ def test_padding_enters_neither_the_tokens_nor_the_statistics_of_batchnorm():
     assert not sample.mask.all(), "this draw has padding"
     reference = make().train().encoder.tokenizer
     packed = torch.cat([grouped.patches[b][sample.context[b][sample.mask[b]]] for b in range(B)])
-    tokens = objective.context_tokens(grouped.patches, sample)
+    tokens = objective.encoder.visible_tokens(grouped.patches, sample.context, sample.mask)
     assert torch.equal(tokens[sample.mask], reference(packed))
     assert not tokens[~sample.mask].any()
     assert torch.equal(objective.encoder.tokenizer.norm3.running_var, reference.norm3.running_var)
@@ -198,11 +256,11 @@ def test_padding_does_not_change_a_prediction(depth):
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     sample = objective.sampler(grouped.centers, BatchGenerator(0))
     assert not sample.mask.all(), "this draw has padding"
-    whole = objective.predict(grouped.patches, grouped.centers, sample)
+    whole = predict(objective, grouped.patches, grouped.centers, sample)
     for b in range(B):
         context = sample.context[b : b + 1, sample.mask[b]]
         alone = TokenSample(context, torch.ones_like(context, dtype=torch.bool), sample.target[b : b + 1])
-        out = objective.predict(grouped.patches[b : b + 1], grouped.centers[b : b + 1], alone)
+        out = predict(objective, grouped.patches[b : b + 1], grouped.centers[b : b + 1], alone)
         assert_close(whole[b : b + 1], out, atol=1e-5, rtol=1e-4)
 
 
@@ -212,7 +270,7 @@ def test_decoder_depth_0_predicts_by_the_encoder_alone():
     for depth in (0, 2):
         objective = make(decoder={"depth": depth}).eval()
         sample = objective.sampler(grouped.centers, BatchGenerator(0))
-        predictions.append(objective.predict(grouped.patches, grouped.centers, sample))
+        predictions.append(predict(objective, grouped.patches, grouped.centers, sample))
     assert predictions[0].shape == predictions[1].shape == (*sample.target.shape, 12)
     assert (predictions[0] - predictions[1]).abs().max() > 1e-3
     # depth 0, block by block and sample by sample, with the padding cut away

@@ -75,7 +75,19 @@ def test_weight_decay_spares_vectors():
     assert (decay["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
 
 
-@pytest.mark.parametrize("overrides", [{"teacher": "ema"}, {"teacher": "dvae"}, {"objective": "dvae"}], ids=str)
+VARIANTS = [
+    {"teacher": "ema"},
+    {"teacher": "dvae"},
+    {"teacher": "none", "target": {"sigreg": 0.02}},
+    {"teacher": ["generative", "ema"], "init": "generative"},
+    {"teacher": ["invariance"], "init": "generative"},
+    {"objective": "dvae"},
+    {"objective": "generative"},
+    {"objective": "invariance"},
+]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_2n_steps_equal_n_then_resume(tiny, tmp_path, overrides):
     config = tiny(**overrides)
     whole = pretrain(config, tmp_path / "whole")
@@ -85,7 +97,8 @@ def test_2n_steps_equal_n_then_resume(tiny, tmp_path, overrides):
     part = "dvae" if config.objective == "dvae" else "encoder"
     assert same(weights(whole, part), weights(halves, part))
     assert losses(whole) == losses(halves)
-    assert len(losses(whole)) == (4 if part == "dvae" else 6)
+    assert len(losses(whole)) == (6 if config.objective == "jepa" else 4)
+    assert not same(weights(whole, part), weights(whole, "untrained")) if part == "encoder" else True
 
 
 def test_resume_restores_optimizer_and_ema_teacher(tiny, tmp_path):
@@ -106,9 +119,9 @@ def test_a_frozen_teacher_is_not_in_the_checkpoint_and_does_not_change(tiny, tmp
         pretrain(config, tmp_path / "second", stop_at=2)
     saved = checkpoint.latest(tmp_path / "second" / "checkpoints")
     assert not any(name.startswith("teacher.") for name in load_file(saved / "model.safetensors"))
-    assert same(weights(first), weights(tmp_path / "second", "teacher"))
+    assert same(weights(first), weights(tmp_path / "second", "given/0"))
     pretrain(config, tmp_path / "second", resume=True)
-    assert same(weights(first), weights(tmp_path / "second", "teacher"))
+    assert same(weights(first), weights(tmp_path / "second", "given/0"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -189,7 +202,7 @@ def test_golden_curve(tiny, tmp_path, teacher):
     """20 losses that a change which should not alter results must reproduce (write: UPDATE_GOLDEN=1 pytest)."""
     config = tiny(teacher=teacher, max_steps=20, dvae={"max_steps": 20})
     run = pretrain(config, tmp_path / "run")
-    curves = {"jepa": losses(run)} | ({"dvae": losses(run / "stage1")} if teacher == "dvae" else {})
+    curves = {"jepa": losses(run)} | ({"dvae": losses(run / "stage1" / "dvae")} if teacher == "dvae" else {})
     path = GOLDEN / f"{teacher}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(json.dumps(curves, indent=1) + "\n")
@@ -199,9 +212,21 @@ def test_golden_curve(tiny, tmp_path, teacher):
         assert curve == pytest.approx(golden[name], rel=1e-3)
 
 
-def test_one_process_equals_two_gloo_processes(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"teacher": "none", "target": {"sigreg": 0.02}},
+        {"objective": "generative"},
+        {"objective": "invariance"},
+        {"objective": "invariance", "invariance": {"regularizer": "vicreg"}},
+    ],
+    ids=str,
+)
+def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
     """Same losses and weights to tolerance, with drop-path, every random draw and BatchNorm in play."""
-    config = tiny(max_steps=5)
+    steps = {name: {"max_steps": 5} | overrides.get(name, {}) for name in ("generative", "invariance")}
+    config = tiny(**(overrides | {"max_steps": 5} | steps))
     recipe = write_recipe(tmp_path / "recipe.yaml", config)
     single = pretrain(config, tmp_path / "single")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -216,6 +241,42 @@ def test_one_process_equals_two_gloo_processes(tiny, tmp_path):
     moved = sum((one[name] - begun[name]).float().square().sum() for name in one) ** 0.5
     apart = sum((one[name] - two[name]).float().square().sum() for name in one) ** 0.5
     assert apart < 0.02 * moved
+
+
+def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrained(tiny, tmp_path):
+    run = pretrain(tiny(init="generative", max_steps=1, lr=1e-12, min_lr=0.0, weight_decay=0.0), tmp_path / "run")
+    begun, ended = weights(run, "stage1/generative/encoder"), weights(run)
+    for name, value in begun.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=0)
+    assert same(weights(run, "untrained"), weights(pretrain(tiny(max_steps=1), tmp_path / "cold"), "untrained"))
+
+
+def test_a_given_init_is_copied_and_another_architecture_is_refused(tiny, tmp_path):
+    first = pretrain(tiny(objective="generative"), tmp_path / "first")
+    run = pretrain(tiny(init=str(first), max_steps=1), tmp_path / "second")
+    assert same(weights(run, "given/0"), weights(first))
+    with pytest.raises(ValueError, match=r"init .*first: not an encoder of this run's sizes"):
+        pretrain(tiny(init=str(first), encoder={"embed_dim": 12}), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_stage_one_of_a_self_made_teacher_is_that_objectives_own_run(tiny, tmp_path):
+    run = pretrain(tiny(teacher="generative", max_steps=1), tmp_path / "run")
+    alone = pretrain(tiny(objective="generative"), tmp_path / "alone")
+    assert same(weights(run / "stage1" / "generative"), weights(alone))
+    cost = json.loads((run / "run.json").read_text())["cost"]
+    assert cost["stage1_cpu_seconds"] > 0
+
+
+def test_snapshots_are_the_encoder_on_its_way_with_their_cost_logged(tiny, tmp_path):
+    run = pretrain(tiny(max_steps=5, snapshot_every=2, log_every=100), tmp_path / "run")
+    assert sorted(folder.name for folder in (run / "snapshots").iterdir()) == ["step-0000002", "step-0000004"]
+    with pytest.raises(Interrupted):
+        pretrain(tiny(max_steps=5, snapshot_every=2), tmp_path / "half", stop_at=4)
+    assert same(weights(run, "snapshots/step-0000004"), weights(tmp_path / "half", "snapshots/step-0000004"))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 4, 5]
 
 
 def test_metrics_have_collapse_figures_on_every_line(tiny, tmp_path):
@@ -283,8 +344,8 @@ def test_stage_one_killed_between_its_export_and_its_end_is_finished_on_resume(t
     config, run = tiny(teacher="dvae"), tmp_path / "run"
     with pytest.raises(Interrupted):
         pretrain(config, run, stop_at=2)
-    record = json.loads((run / "stage1" / "run.json").read_text())
+    record = json.loads((run / "stage1" / "dvae" / "run.json").read_text())
     del record["cost"]
-    (run / "stage1" / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (run / "stage1" / "dvae" / "run.json").write_text(json.dumps(record | {"status": "running"}))
     pretrain(config, run, resume=True)
     assert json.loads((run / "run.json").read_text())["cost"]["stage1_cpu_seconds"] > 0

@@ -23,6 +23,6 @@ def layer_features(
             states = model.layer_tokens(points)[0]
         else:
             grouped = group(points, model.num_groups, model.group_size)
-            states = [model.features(grouped.patches, grouped.centers)]
+            states = model.features(grouped.patches, grouped.centers)
         layers.append(torch.stack([pool(tokens, pooling) for tokens in states]).cpu())
     return torch.cat(layers, 1).numpy()

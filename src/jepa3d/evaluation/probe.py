@@ -143,8 +143,6 @@ def probe(
     first = found[runs[0]][0]
     for run, (config, _) in found.items():
         changed = {name for name in differences(config, first) if name not in ("seed", "log_every", "checkpoint_every")}
-        if "dvae" not in (config["teacher"], config["objective"]):
-            changed = {name for name in changed if not name.startswith("dvae.")}
         if changed:
             raise ValueError(f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged")
     seeds = [config["seed"] for config, _ in found.values()]
@@ -206,10 +204,10 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
         raise ValueError(f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume")
     if export == "dvae":
         return config, {"teacher": load_module(str(run))}
-    teachers = [folder for folder in (run / "stage1", run / "teacher") if folder.is_dir()]
+    teachers = sorted([*run.glob("stage1/*"), *run.glob("given/*")])
     return config, {
         "untrained": PointEncoder.from_pretrained(run / "untrained"),
-        **({"teacher": load_module(str(teachers[0]))} if teachers else {}),
+        **{f"{folder.parent.name} {folder.name}": load_module(str(folder)) for folder in teachers},
         "pretrained": PointEncoder.from_pretrained(run / "encoder"),
     }
 
@@ -225,12 +223,12 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     for protocol in protocols:
         scores = {
             model: {row["run"]: row["scores"][protocol]["accuracy"] for row in rows if row["model"] == model}
-            for model in ("untrained", "teacher", "pretrained")
+            for model in dict.fromkeys(row["model"] for row in rows)
         }
         for model, by_run in scores.items():
             if by_run:
                 table.setdefault(model, {})[protocol] = moments(list(by_run.values()))
-        if gains := [score - scores["untrained"][run] for run, score in scores["pretrained"].items()]:
+        if gains := [score - scores["untrained"][run] for run, score in scores.get("pretrained", {}).items()]:
             table.setdefault("gain", {})[protocol] = moments(gains)
     return table
 

@@ -47,9 +47,10 @@ class ContextAwareDecoder(nn.Module):
         mlp_ratio: float = 4.0,
         cross_attention: bool = True,
         stacked: bool = False,
+        position_every_block: bool = True,
     ):
         super().__init__()
-        self.stacked = stacked
+        self.stacked, self.position_every_block = stacked, position_every_block
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.blocks = nn.ModuleList(ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
@@ -68,8 +69,8 @@ class ContextAwareDecoder(nn.Module):
         context B V C, mask B V (True where a token exists), context_position B V C, target_position B A T C.
         """
         x, position, joint = self.assemble(context, mask, context_position, target_position)
-        for block in self.blocks:
-            x = block(x + position, context, joint, mask)
+        for layer, block in enumerate(self.blocks):
+            x = block(x + position if layer == 0 or self.position_every_block else x, context, joint, mask)
         return self.predictions(self.norm(x), target_position)
 
     def assemble(

@@ -145,14 +145,14 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         """The arg-max code B M of every patch."""
         return self._logits(patches, centers)[0].argmax(-1)
 
-    def features(self, patches: Tensor, centers: Tensor) -> Tensor:
-        """Deterministic teacher tokens B M width: arg-max codes through the second DGCNN."""
+    def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
+        """Deterministic teacher tokens B M width, its only layer: arg-max codes through the second DGCNN."""
         logits, neighbours = self._logits(patches, centers)
-        return self.to_features(self.codebook[logits.argmax(-1)], neighbours)
+        return [self.to_features(self.codebook[logits.argmax(-1)], neighbours)]
 
     def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Fine reconstruction B M K 3 of patches from their arg-max codes."""
-        return self.decoder(self.features(patches, centers))[1]
+        return self.decoder(self.features(patches, centers)[-1])[1]
 
     def forward(
         self,

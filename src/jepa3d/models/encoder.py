@@ -17,7 +17,7 @@ class PointEncoder(
     tags=["point-cloud", "self-supervised", "3d-jepa"],
     license="apache-2.0",
 ):
-    """PointNet tokens and a plain pre-LN transformer; positions are added again at every block.
+    """PointNet tokens and a plain pre-LN transformer; positions are added at every block, or once.
 
     The defaults are the paper's encoder (22.1 M parameters). Weights travel as safetensors:
     `save_pretrained(folder)`, `PointEncoder.from_pretrained(folder or Hub id)`.
@@ -37,6 +37,7 @@ class PointEncoder(
         tokenizer_dim: int = 128,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.1,
+        position_every_block: bool = True,
     ):
         super().__init__()
         if max(num_groups, group_size) > num_points:
@@ -44,6 +45,7 @@ class PointEncoder(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
             )
         self.width, self.depth, self.drop_path = embed_dim, depth, drop_path
+        self.position_every_block = position_every_block
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(embed_dim, tokenizer_dim)
         self.position = position_embedding(embed_dim)
@@ -70,13 +72,24 @@ class PointEncoder(
             keep = keep.repeat_interleave(passes, 0)
         states = [tokens]
         for layer, block in enumerate(self.blocks):
-            states.append(block(states[-1] + position, mask, None if keep is None else keep[:, layer]))
+            x = states[-1] + position if layer == 0 or self.position_every_block else states[-1]
+            states.append(block(x, mask, None if keep is None else keep[:, layer]))
         states[-1] = self.norm(states[-1])
         return states
 
-    def features(self, patches: Tensor, centers: Tensor) -> Tensor:
-        """Encoded tokens B M C of patches (B M K 3) and centers (B M 3)."""
-        return self.hidden_states(self.tokenizer(patches), self.position(centers))[-1]
+    def visible_tokens(self, patches: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+        """Tokens B V C of the patches (of B M K 3) at index B V; packed, so that padding (mask False) costs nothing
+        and enters no BatchNorm."""
+        rows = torch.arange(len(patches), device=patches.device)[:, None].expand_as(index)
+        packed = self.tokenizer(patches[rows[mask], index[mask]])
+        tokens = packed.new_zeros(*mask.shape, packed.shape[-1])
+        return tokens.index_put((mask,), packed)
+
+    def features(
+        self, patches: Tensor, centers: Tensor, layers: int = 1, generator: BatchGenerator | None = None
+    ) -> list[Tensor]:
+        """Encoded tokens B M C of patches (B M K 3) and centers (B M 3) after each of the last `layers` blocks."""
+        return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[-layers:]
 
     def prepare(self, points: Tensor) -> Tensor:
         """Clouds B N 3 in any unit as the encoder was trained on them: unit sphere, at most `num_points` by FPS."""

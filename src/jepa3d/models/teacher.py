@@ -1,10 +1,12 @@
-"""What the student predicts: a frozen network, or a moving average of the student itself."""
+"""What the student predicts: frozen networks, a moving average of the student itself, or several joined."""
 
-import copy
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -14,16 +16,20 @@ from jepa3d.models.encoder import PointEncoder
 
 
 class Teacher(nn.Module):
-    """Deterministic target tokens from a network with `features(patches, centers)` and `width`.
+    """Deterministic target tokens from networks with `features(patches, centers, layers)` and `width`.
 
-    It sees all tokens, never gets a gradient and stays in evaluation mode. `averages` marks the EMA teacher,
-    which the loop moves after every step; any other is frozen.
+    It sees all tokens, never gets a gradient and stays in evaluation mode. Targets of several networks are joined
+    along the channels. `layers` averages the normalised outputs of each network's last blocks (data2vec). `average`
+    is the index of the network that `ema_update` moves after every step; all others are frozen.
     """
 
-    def __init__(self, module: DVAE | PointEncoder, target_norm: str = "none", averages: bool = False):
+    def __init__(
+        self, networks: Sequence[DVAE | PointEncoder], norm: str = "none", layers: int = 1, average: int | None = None
+    ):
         super().__init__()
-        self.averages = averages
-        self.module, self.target_norm, self.width = module, target_norm, module.width
+        self.networks = nn.ModuleList(networks)
+        self.norm, self.layers, self.average = norm, layers, average
+        self.width = sum(network.width for network in networks)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -32,14 +38,22 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Target tokens B M width of all patches (B M K 3)."""
+        targets = []
         with torch.autocast(patches.device.type, enabled=False):  # an arg-max code must not hang on rounding
-            tokens = self.module.features(patches.float(), centers.float())
-        if self.target_norm == "layernorm":
-            return nn.functional.layer_norm(tokens, tokens.shape[-1:])
-        if self.target_norm == "standardize":  # per channel over the batch's tokens: no shared mean direction
-            mean, var = batch_moments(tokens.flatten(0, -2))
-            return (tokens - mean) * (var + 1e-6).rsqrt()
+            for network in cast(Iterable[DVAE | PointEncoder], self.networks):
+                states = network.features(patches.float(), centers.float(), self.layers)
+                targets.append(torch.stack([normalise(tokens, self.norm) for tokens in states]).mean(0))
+        return torch.cat(targets, -1)
+
+
+def normalise(tokens: Tensor, norm: str) -> Tensor:
+    """Tokens B M C; LayerNorm of each, or centred or standardised per channel over the tokens of the batch."""
+    if norm == "layernorm":
+        return F.layer_norm(tokens, tokens.shape[-1:])
+    if norm == "none":
         return tokens
+    mean, var = batch_moments(tokens.flatten(0, -2))
+    return tokens - mean if norm == "center" else (tokens - mean) * (var + 1e-6).rsqrt()
 
 
 def batch_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,17 +69,14 @@ def _over_processes(mean: Tensor) -> Tensor:
     return mean
 
 
-def ema_teacher(student: PointEncoder, target_norm: str) -> Teacher:
-    """A teacher that begins as the student; `ema_update` moves it."""
-    return Teacher(copy.deepcopy(student), target_norm, averages=True)
-
-
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student; statistics of BatchNorm are copied."""
-    old, new = ([p.data for p in module.parameters()] for module in (teacher, student))
+def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
+    """Its average <- momentum * average + (1 - momentum) * student; statistics of BatchNorm are copied."""
+    assert teacher.average is not None
+    average = teacher.networks[teacher.average]
+    old, new = ([p.data for p in module.parameters()] for module in (average, student))
     torch._foreach_lerp_(old, new, 1 - momentum)
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+    for mine, theirs in zip(average.buffers(), student.buffers(), strict=True):
         mine.copy_(theirs)
 
 

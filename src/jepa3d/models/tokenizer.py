@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, knn
+from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, knn, sum_over_processes
 
 
 class Groups(NamedTuple):
@@ -37,20 +37,6 @@ def group(
     return Groups(centers, gather_points(points, index) - centers[:, :, None], index)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduced sum; so is its gradient, since every process's loss depends on it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> Tensor:
-        return _SumOverProcesses.forward(ctx, grads[0])
-
-
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses a CPU).
 
@@ -66,9 +52,9 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(input)
         x = input.float()  # sums over many rows do not fit half precision
         rows = torch.full((1,), float(len(x)), device=x.device, dtype=x.dtype)
-        sums = _SumOverProcesses.apply(torch.cat([x.sum(0), rows]))
+        sums = sum_over_processes(torch.cat([x.sum(0), rows]))
         mean = sums[:-1] / sums[-1]
-        variance = _SumOverProcesses.apply((x - mean).square().sum(0)) / sums[-1]
+        variance = sum_over_processes((x - mean).square().sum(0)) / sums[-1]
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None

@@ -7,7 +7,6 @@ Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to
 from functools import partial
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,27 +17,33 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher, ema_update
 from jepa3d.models.tokenizer import group
-from jepa3d.objectives.collapse import collapse_figures
+from jepa3d.objectives.collapse import collapse_figures, row_figures
+from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator, gather_points
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar, mean over blocks of 1 - cos
+    loss: Tensor  # scalar, mean over blocks of 1 - cos (plus SIGReg, where it is on)
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
     patch_index: Tensor  # B M K, the points of each patch
+    encoded: Tensor  # n C, the encoder's context tokens
+    sigreg: Tensor | None = None  # unweighted
 
 
 class JEPA(nn.Module):
     """Encoder on the context only, decoder, one linear projection to the teacher's width, teacher on all tokens.
+
+    Teacher None: the target is the same encoder's output on all tokens, with its gradient, and SIGReg keeps it
+    from collapsing (LeJEPA). With a teacher SIGReg may be added; then it reads the context's tokens.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
     >>> output.loss.backward()
     """
 
-    def __init__(self, config: PretrainConfig, encoder: PointEncoder, teacher: Teacher):
+    def __init__(self, config: PretrainConfig, encoder: PointEncoder, teacher: Teacher | None):
         super().__init__()
         self.encoder, self.teacher = encoder, teacher
         settings = config.decoder
@@ -49,13 +54,14 @@ class JEPA(nn.Module):
             config.encoder.mlp_ratio,
             settings.cross_attention,
             settings.stacked,
+            encoder.position_every_block,
         )
-        self.projection = nn.Linear(encoder.width, teacher.width)
-        self.project_target, self.target_unit = config.target.project, config.target.unit
-        self.momentum = config.target.momentum
-        if self.project_target and teacher.width != encoder.width:
+        target_width = teacher.width if teacher else encoder.width
+        self.projection = nn.Linear(encoder.width, target_width)
+        self.settings = config.target
+        if self.settings.project and target_width != encoder.width:
             raise ValueError(
-                f"target.project applies one layer to prediction and target, so the teacher's width {teacher.width} "
+                f"target.project applies one layer to prediction and target, so the teacher's width {target_width} "
                 f"must equal encoder.embed_dim {encoder.width}"
             )
         self.sampler = make_sampler(config)
@@ -65,44 +71,52 @@ class JEPA(nn.Module):
         encoder = self.encoder
         centers, patches, index = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         sample = self.sampler(centers, generator.stream("sampler"))
-        prediction = self.predict(patches, centers, sample, generator.stream("drop_path"))
-        target = gather_points(self.teacher(patches, centers), sample.target)
-        if self.project_target:
+        prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
+        settings, regularised = self.settings, encoded
+        if self.teacher:
+            tokens = self.teacher(patches, centers)
+        else:
+            tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
+            regularised = tokens.flatten(0, 1)
+        target = gather_points(tokens, sample.target)
+        if settings.project:
             target = self.projection(target)
-        return JEPAOutput(cosine_loss(prediction, target, self.target_unit), prediction, target, sample, index)
+        loss, penalty = cosine_loss(prediction, target, settings.unit), None
+        if settings.sigreg:
+            penalty = sigreg(regularised, generator.stream("sigreg"), settings.num_slices)
+            loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
+        return JEPAOutput(loss, prediction, target, sample, index, encoded, penalty)
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
-    ) -> Tensor:
-        """Predicted teacher tokens B A T E; only context patches are read."""
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted teacher tokens B A T E and the encoded context n C; only context patches are read."""
         encoder, decoder = self.encoder, self.decoder
         position = encoder.position(gather_points(centers, sample.context))
         target_position = encoder.position(gather_points(centers, sample.target))
-        tokens = self.context_tokens(patches, sample)
+        tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
         if len(decoder.blocks):
             context = encoder.hidden_states(tokens, position, sample.mask, generator)[-1]
-            return self.projection(decoder(context, sample.mask, position, target_position))
+            predicted = decoder(context, sample.mask, position, target_position)
+            return self.projection(predicted), context[sample.mask]
         # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
         x, position, mask = decoder.assemble(tokens, sample.mask, position, target_position)
         encoded = encoder.hidden_states(x, position, mask, generator, passes=len(x) // len(tokens))[-1]
-        return self.projection(decoder.predictions(encoded, target_position))
-
-    def context_tokens(self, patches: Tensor, sample: TokenSample) -> Tensor:
-        """The student's tokens B V C; packed, so that padding costs nothing and enters no BatchNorm."""
-        rows = torch.arange(len(patches), device=patches.device)[:, None].expand_as(sample.context)
-        packed = self.encoder.tokenizer(patches[rows[sample.mask], sample.context[sample.mask]])
-        tokens = packed.new_zeros(*sample.mask.shape, packed.shape[-1])
-        return tokens.index_put((sample.mask,), packed)
+        context = encoded.view(len(tokens), -1, *encoded.shape[1:])[:, 0, : tokens.shape[1]]
+        return self.projection(decoder.predictions(encoded, target_position)), context[sample.mask]
 
     def after_step(self, progress: float) -> None:
         """Move an EMA teacher; a frozen one stays. `progress` is the finished fraction of the run, 0 to 1."""
-        if self.teacher.averages:
-            first, last = self.momentum
-            ema_update(self.teacher.module, self.encoder, first + (last - first) * progress)
+        if self.teacher and self.teacher.average is not None:
+            first, last = self.settings.momentum
+            ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
         """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
-        figures = collapse_figures(output.prediction, output.target, self.target_unit)
+        figures = collapse_figures(output.prediction, output.target, self.settings.unit)
+        figures |= row_figures("encoded", output.encoded.detach())
+        if output.sigreg is not None:
+            figures["sigreg"] = output.sigreg.item()
         tokens = output.sample.mask.sum(1).float().mean().item()
         shared = sampling.shared_points(output.patch_index, output.sample).item()
         return figures | {"context_tokens": tokens, "shared_points": shared}

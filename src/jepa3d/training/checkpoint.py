@@ -11,15 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+from jepa3d.models.teacher import Teacher
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
@@ -40,10 +32,12 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything a step changes: all but a frozen teacher."""
+    """Everything a step changes: all but frozen teachers."""
     teacher = getattr(model, "teacher", None)
-    frozen = teacher is not None and not teacher.averages
-    return {name: value for name, value in model.state_dict().items() if not (frozen and name.startswith("teacher."))}
+    frozen = ()
+    if isinstance(teacher, Teacher):
+        frozen = tuple(f"teacher.networks.{i}." for i in range(len(teacher.networks)) if i != teacher.average)
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(frozen)}
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

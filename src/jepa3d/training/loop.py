@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from jepa3d.config import PretrainConfig, Schedule
 from jepa3d.data.datasets import PointClouds
-from jepa3d.data.transforms import random_rotate, random_scale
+from jepa3d.data.transforms import augment
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.objectives.autoencoding import Autoencoding
+from jepa3d.objectives.generative import Generative
+from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
@@ -39,10 +40,12 @@ class Interrupted(KeyboardInterrupt):
 class Task:
     """What the loop trains: an objective, its schedule, and the name of what it exports."""
 
-    objective: JEPA | Autoencoding  # forward(points, generator, progress), after_step(progress), metrics(output)
+    # forward(points, generator, progress), after_step(progress), metrics(output)
+    objective: JEPA | Generative | Invariance | Autoencoding
     schedule: Schedule
     export: str  # encoder or dvae
     module: PointEncoder | DVAE  # what is exported
+    augments: bool = True  # False: the objective augments its views itself
 
 
 def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | None, stop_at: int | None = None) -> dict:
@@ -80,7 +83,8 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
             index = batch_index(config.seed, step, schedule.batch_size, len(clouds))[rows]
             generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
             points = clouds.batch(index).to(accelerator.device)
-            points = augment(points, config, generator)
+            if task.augments:
+                points = augment(points, config.scale, config.rotate, generator)
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(schedule, step, total, len(clouds))
@@ -92,7 +96,8 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
             objective.after_step(step / total)
 
             state["step"] = step = step + 1
-            if step % config.log_every == 0 or step in (1, total):
+            snapshot = config.snapshot_every and step % config.snapshot_every == 0
+            if step % config.log_every == 0 or step in (1, total) or snapshot:
                 loss = accelerator.reduce(output.loss.detach(), "mean").item()
                 if not math.isfinite(loss):
                     raise ValueError(f"the loss is {loss} at step {step}: lower --lr (now {schedule.lr})")
@@ -104,6 +109,8 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
                     "grad_norm": 0.0 if norm is None else norm.item(),
                 }
                 progress.log(step, figures | objective.metrics(output))
+            if run and snapshot and accelerator.is_main_process:
+                checkpoint.replace_folder(run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained)
             stopping = stopped(accelerator, stop, step) or step == stop_at
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 save(output.loss.item())
@@ -125,13 +132,6 @@ def batch_index(seed: int, step: int, batch_size: int, num_samples: int) -> np.n
         here = positions // num_samples == epoch
         out[here] = order[positions[here] % num_samples]
     return out
-
-
-def augment(points: Tensor, config: PretrainConfig, generator: BatchGenerator) -> Tensor:
-    """Scale per axis, then rotation about the up axis, as configured."""
-    if config.scale != (1.0, 1.0):
-        points = random_scale(points, *config.scale, generator.stream("scale"))
-    return random_rotate(points, generator.stream("rotate")) if config.rotate else points
 
 
 def stopped(accelerator: Accelerator, stop: list, step: int) -> bool:

@@ -3,9 +3,11 @@
 RUN/config.json        the resolved settings            RUN/checkpoints/  the newest whole checkpoint
 RUN/run.json           data, versions, cost, status     RUN/untrained/    the encoder before the first step
 RUN/metrics.jsonl      one line a log step              RUN/encoder/      the encoder after the last (or RUN/dvae/)
-RUN/stage1/            the dVAE's own run, if one was trained; RUN/teacher/ a given teacher's copy
+RUN/stage1/NAME/       stage I's own runs               RUN/given/N/      copies of networks given by path or Hub id
+RUN/snapshots/         the encoder on its way, if wanted
 """
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -17,41 +19,69 @@ from accelerate import PartialState
 from torch import nn
 
 from jepa3d import config as settings
-from jepa3d.config import PretrainConfig
+from jepa3d.config import STAGE_ONE, PretrainConfig
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.evaluation.protocol import provenance
+from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.models.teacher import Teacher, ema_teacher, load_module
+from jepa3d.models.teacher import Teacher, load_module
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.autoencoding import Autoencoding
+from jepa3d.objectives.generative import Generative
+from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.loop import ON_CPU, Task, fit
+from jepa3d.validate import validate
+
+Network = DVAE | PointEncoder
 
 
-def jepa_task(config: PretrainConfig, clouds: PointClouds, teacher: DVAE | PointEncoder | None) -> Task:
-    """Encoder, decoder and teacher from the configuration; None is the EMA teacher."""
+def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]) -> Task:
+    """What the loop trains for an objective; `networks` holds those of stage I and those given, by name."""
     torch.manual_seed(config.seed)
+    schedule = config.schedule(objective)
+    if objective == "dvae":
+        dvae = make_dvae(config)
+        return Task(Autoencoding(config.dvae, dvae), schedule, "dvae", dvae)
     encoder = PointEncoder(**vars(config.encoder))
     sample = np.random.default_rng(config.seed).permutation(len(clouds))[:512]
     calibrate_batchnorm(encoder, clouds.batch(sample))  # an EMA teacher reads these statistics from step 1
-    norm = config.target.norm
-    speaker = Teacher(teacher, norm) if teacher else ema_teacher(encoder, norm)
-    return Task(JEPA(config, encoder, speaker), config, "encoder", encoder)
+    if objective == "generative":
+        return Task(Generative(config, encoder), schedule, "encoder", encoder)
+    if objective == "invariance":
+        return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
+    if config.init:
+        warm_start(encoder, networks[config.init], config.init)
+    return Task(JEPA(config, encoder, make_teacher(config, encoder, networks)), schedule, "encoder", encoder)
 
 
-def dvae_task(config: PretrainConfig) -> Task:
-    """Stage I, on the student's grouping."""
-    torch.manual_seed(config.seed)
+def make_dvae(config: PretrainConfig) -> DVAE:
+    """On the student's grouping."""
     part, student = config.dvae, config.encoder
     sizes = {
         name: getattr(part, name)
         for name in ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
     }
-    dvae = DVAE(num_groups=student.num_groups, group_size=student.group_size, **sizes)
-    return Task(Autoencoding(part, dvae), part, "dvae", dvae)
+    return DVAE(num_groups=student.num_groups, group_size=student.group_size, **sizes)
+
+
+def make_teacher(config: PretrainConfig, student: PointEncoder, networks: dict[str, Network]) -> Teacher | None:
+    """All teachers of the configuration joined, an EMA one beginning as the student; None where there is none."""
+    if config.teacher == ("none",):
+        return None
+    speakers = [copy.deepcopy(student) if name == "ema" else networks[name] for name in config.teacher]
+    average = config.teacher.index("ema") if "ema" in config.teacher else None
+    return Teacher(speakers, config.target.norm, config.target.layers, average)
+
+
+def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
+    """Weights and statistics of `source`. ValueError where it is not the same architecture."""
+    try:
+        encoder.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"init {name}: not an encoder of this run's sizes (encoder.*)") from error
 
 
 def pretrain(
@@ -61,7 +91,7 @@ def pretrain(
     stop_at: int | None = None,
     clouds: PointClouds | None = None,
 ) -> Path:
-    """Run `config` into the folder `out`, stage I first where the teacher is a dVAE of our own.
+    """Run `config` into the folder `out`, stage I first for every network that 3D-JEPA needs and does not get.
 
     Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
@@ -80,32 +110,39 @@ def pretrain(
         if json.loads((out / "run.json").read_text())["status"] == "finished":
             print(f"{out}: finished already")
             return out
-    is_jepa = config.objective == "jepa"
-    needs_dvae = is_jepa and config.teacher == "dvae"
     clouds = clouds_of(config, config.objective, clouds)
-    given = None
-    if is_jepa and not needs_dvae and config.teacher != "ema":
-        given = load_module(str(out / "teacher") if started else config.teacher)
-    stage1_clouds = None
+    networks = load_given(config, out if started else None)
+    stage_clouds = {}
     if started:
         check_same_data(clouds, out)
     else:
-        stage1_clouds = clouds_of(config, "dvae", clouds) if needs_dvae else None
-        create_run(out, config, clouds, rehearse(config, clouds, given), given)
+        stage_clouds = {name: clouds_of(config, name, clouds) for name in config.stages}
+        create_run(out, config, clouds, rehearse(config, clouds, networks), networks)
     processes.wait_for_everyone()
-    if needs_dvae:
-        stage1 = replace(config, objective="dvae")
-        pretrain(stage1, out / "stage1", (out / "stage1").exists(), clouds=stage1_clouds or clouds)
-        given = load_module(str(out / "stage1"))
-    task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
-    if is_jepa and is_main() and not (out / "untrained").exists():
-        checkpoint.replace_folder(out / "untrained", task.module.save_pretrained)
+    for name in config.stages:
+        folder = out / "stage1" / name
+        stage = replace(config, objective=name, snapshot_every=None)
+        pretrain(stage, folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
+        networks[name] = load_module(str(folder))
+    task = make_task(config, config.objective, clouds, networks)
+    if task.export == "encoder" and is_main() and not (out / "untrained").exists():
+        fresh = task if not config.init else make_task(replace(config, init=None), config.objective, clouds, networks)
+        checkpoint.replace_folder(out / "untrained", fresh.module.save_pretrained)
     state = fit(task, clouds, config, out, stop_at)
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         finish_run(out, state)
     processes.wait_for_everyone()
     return out
+
+
+def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
+    """The networks that the configuration names by folder or Hub id; of a started run its own copies."""
+    if config.objective != "jepa":
+        return {}
+    names = [*config.teacher, *([config.init] if config.init else [])]
+    given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, "ema", "none")]
+    return {name: load_module(str(started / "given" / str(i)) if started else name) for i, name in enumerate(given)}
 
 
 def clouds_of(
@@ -118,34 +155,28 @@ def clouds_of(
     return load(config.data, num_points, config.split, config.up_axis, limit=limit)
 
 
-def rehearse(config: PretrainConfig, clouds: PointClouds, given: DVAE | PointEncoder | None) -> Task:
+def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Network]) -> Task:
     """Build every stage and draw one sample, so that what cannot work fails before anything is written."""
-    if config.objective == "dvae":
-        return dvae_task(config)
-    dvae = dvae_task(config).module if config.teacher == "dvae" else None
-    task = jepa_task(config, clouds, given or dvae)
-    points = clouds.batch(np.arange(min(len(clouds), 64)))
-    centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
-    make_sampler(config)(centers, BatchGenerator(config.seed))
+    stages = {name: make_task(config, name, clouds, {}).module for name in config.stages}
+    task = make_task(config, config.objective, clouds, given | stages)
+    if config.objective == "jepa":
+        points = clouds.batch(np.arange(min(len(clouds), 64)))
+        centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
+        make_sampler(config)(centers, BatchGenerator(config.seed))
     return task
 
 
 def dry_run(config: PretrainConfig) -> None:
     """Resolve data, build, take two steps of every stage, print memory and time, write nothing."""
     check(config)
-    stages = ["dvae"] if config.objective == "dvae" or config.teacher == "dvae" else []
-    stages += ["jepa"] if config.objective == "jepa" else []
-    given = None
-    for stage in stages:
-        is_jepa = stage == "jepa"
-        schedule = config if is_jepa else config.dvae
+    networks = load_given(config, None)
+    for stage in (*config.stages, config.objective):
+        schedule = config.schedule(stage)
         clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
-        if is_jepa and config.teacher not in ("dvae", "ema"):
-            given = load_module(config.teacher)
-        task = jepa_task(config, clouds, given) if is_jepa else dvae_task(config)
+        task = make_task(config, stage, clouds, networks)
         task = replace(task, schedule=replace(schedule, max_steps=2))
         state = fit(task, clouds, replace(config, log_every=1), None)
-        given = task.module if not is_jepa else None
+        networks[stage] = task.module
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
             f"2 steps of {schedule.batch_size} in {state['wall_seconds']:.1f} s, "
@@ -156,11 +187,11 @@ def dry_run(config: PretrainConfig) -> None:
 
 def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
-    settings.validate(config)
+    validate(config)
     processes = PartialState(cpu=ON_CPU).num_processes
-    for name, size in (("batch_size", config.batch_size), ("dvae.batch_size", config.dvae.batch_size)):
-        if size % processes:
-            raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
+    for objective in (*config.stages, config.objective):
+        if (size := config.schedule(objective).batch_size) % processes:
+            raise ValueError(f"{objective}: batch_size {size} is not a multiple of the {processes} processes")
 
 
 def check_unchanged(config: PretrainConfig, out: Path) -> None:
@@ -180,9 +211,7 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
         )
 
 
-def create_run(
-    out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: DVAE | PointEncoder | None
-) -> None:
+def create_run(out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: dict[str, Network]) -> None:
     """Config and provenance, whole or not at all."""
     if not is_main():
         return
@@ -194,10 +223,10 @@ def create_run(
     }
 
     def write(partial: Path) -> None:
-        checkpoint.write_json(partial / "config.json", settings.to_dict(config))
-        checkpoint.write_json(partial / "run.json", record)
-        if given is not None:
-            given.save_pretrained(partial / "teacher")
+        write_json(partial / "config.json", settings.to_dict(config))
+        write_json(partial / "run.json", record)
+        for i, network in enumerate(given.values()):
+            network.save_pretrained(partial / "given" / str(i))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_folder(out, write, new=True)
@@ -206,11 +235,10 @@ def create_run(
 def finish_run(out: Path, state: dict) -> None:
     record = json.loads((out / "run.json").read_text())
     cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
-    if (stage1 := out / "stage1" / "run.json").exists():
-        before = json.loads(stage1.read_text())["cost"]
-        cost["stage1_cpu_seconds"] = before["cpu_seconds"]
-        cost["stage1_wall_seconds"] = before["wall_seconds"]
-    checkpoint.write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
+    before = [json.loads(stage.read_text())["cost"] for stage in (out / "stage1").glob("*/run.json")]
+    for key in ("cpu_seconds", "wall_seconds"):
+        cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
+    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 

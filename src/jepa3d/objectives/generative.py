@@ -1,0 +1,62 @@
+"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as Point-MAE does.
+
+Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from jepa3d.config import PretrainConfig
+from jepa3d.models import sampling
+from jepa3d.models.decoder import ContextAwareDecoder
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.tokenizer import group
+from jepa3d.objectives.collapse import row_figures
+from jepa3d.ops import BatchGenerator, chamfer_l2, gather_points
+
+
+class GenerativeOutput(NamedTuple):
+    loss: Tensor  # scalar, Chamfer-L2 of masked patches
+    prediction: Tensor  # B T K 3, patches relative to their centres
+    target: Tensor  # B T K 3
+    encoded: Tensor  # n C, the encoder's visible tokens
+
+
+class Generative(nn.Module):
+    """Encoder on the visible tokens, a plain decoder of them and mask tokens, a linear head to K points."""
+
+    def __init__(self, config: PretrainConfig, encoder: PointEncoder):
+        super().__init__()
+        self.encoder, self.mask_ratio = encoder, config.generative.mask_ratio
+        self.decoder = ContextAwareDecoder(
+            encoder.width,
+            config.generative.decoder_depth,
+            config.encoder.num_heads,
+            config.encoder.mlp_ratio,
+            cross_attention=False,
+            stacked=True,
+            position_every_block=encoder.position_every_block,
+        )
+        self.head = nn.Linear(encoder.width, 3 * encoder.group_size)
+
+    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> GenerativeOutput:
+        """One pass on points B N 3."""
+        encoder = self.encoder
+        centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
+        position = encoder.position(gather_points(centers, sample.context))
+        tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
+        encoded = encoder.hidden_states(tokens, position, sample.mask, generator.stream("drop_path"))[-1]
+        masked = encoder.position(gather_points(centers, sample.target))
+        decoded = self.decoder(encoded, sample.mask, position, masked)[:, 0]
+        prediction = self.head(decoded).unflatten(-1, (-1, 3))
+        target = gather_points(patches.flatten(2), sample.target[:, 0]).unflatten(-1, (-1, 3))
+        return GenerativeOutput(chamfer_l2(prediction.float(), target), prediction, target, encoded[sample.mask])
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do."""
+
+    def metrics(self, output: GenerativeOutput) -> dict[str, float]:
+        """Collapse figures of the encoder's tokens."""
+        return row_figures("encoded", output.encoded.detach())

@@ -1,0 +1,85 @@
+"""The invariance rival (the paper's Fig. 2): views of one shape must have one embedding, without collapsing.
+
+Multi-crop views; regularised as in VICReg (Bardes, Ponce, LeCun, ICLR 2022) or by SIGReg (LeJEPA, Balestriero
+and LeCun, arXiv 2511.08544).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jepa3d.config import PretrainConfig
+from jepa3d.data.transforms import augment, random_crop
+from jepa3d.models.encoder import PointEncoder, pool
+from jepa3d.models.tokenizer import BatchNorm, group
+from jepa3d.objectives.collapse import row_figures
+from jepa3d.objectives.regularizers import sigreg, variance_covariance
+from jepa3d.ops import BatchGenerator, uniform_scalar
+
+
+class InvarianceOutput(NamedTuple):
+    loss: Tensor  # scalar
+    invariance: Tensor  # mean squared distance of a view's embedding to the mean of the global views'
+    regularizer: Tensor  # the weighted VICReg terms, or SIGReg
+    embedding: Tensor  # V B E, global views first
+    encoded: Tensor  # n C, the encoder's tokens of the first view
+
+
+class Invariance(nn.Module):
+    """Global views are the whole cloud, partial ones a ball of it; each augmented alone, encoded, pooled, projected."""
+
+    def __init__(self, config: PretrainConfig, encoder: PointEncoder):
+        super().__init__()
+        settings = config.invariance
+        self.encoder, self.settings, self.config = encoder, settings, config
+        hidden = settings.projector_dim
+        self.projector = nn.Sequential(
+            nn.Linear(2 * encoder.width, hidden), BatchNorm(hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), BatchNorm(hidden), nn.ReLU(),
+            nn.Linear(hidden, settings.embedding_dim),
+        )  # fmt: skip
+
+    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> InvarianceOutput:
+        """One pass on points B N 3, not augmented yet."""
+        settings, encoder = self.settings, self.encoder
+        low, high = settings.partial_ratio
+        share = low + (high - low) * uniform_scalar(generator.stream("partial"))
+        pooled, encoded = [], None
+        for view in range(settings.global_views + settings.partial_views):
+            draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
+            if view >= settings.global_views:  # fewer points, fewer patches: each of the size it has in the whole
+                groups = max(1, round(share * groups))
+                seen = random_crop(points, max(encoder.group_size, round(share * points.shape[1])), draws)
+            seen = augment(seen, self.config.scale, self.config.rotate, draws)
+            grouped = group(seen, groups, encoder.group_size, draws.stream("group"))
+            position = encoder.position(grouped.centers)
+            tokens = encoder.hidden_states(
+                encoder.tokenizer(grouped.patches), position, None, draws.stream("drop_path")
+            )[-1]
+            encoded = tokens if encoded is None else encoded
+            pooled.append(pool(tokens))
+        embedding = torch.stack([self.projector(view) for view in pooled]).float()
+        assert encoded is not None
+        center = embedding[: settings.global_views].mean(0)
+        invariance = (embedding - center).square().mean()
+        if settings.regularizer == "sigreg":
+            terms = [sigreg(view, generator.stream("sigreg"), settings.num_slices) for view in embedding]
+            regularizer = torch.stack(terms).mean()
+            loss = (1 - settings.sigreg) * invariance + settings.sigreg * regularizer
+        else:
+            same, spread, apart = settings.vicreg
+            terms = [torch.stack(variance_covariance(view)) for view in embedding]
+            variance, covariance = torch.stack(terms).mean(0)
+            regularizer = spread * variance + 2 * apart * covariance  # VICReg sums the covariances of its two views
+            loss = 4 * same * invariance + regularizer  # two views are 4 times farther apart than from their mean
+        return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do."""
+
+    def metrics(self, output: InvarianceOutput) -> dict[str, float]:
+        """The parts of the loss; collapse figures of the embedding and of the encoder's tokens."""
+        parts = {"invariance": output.invariance.item(), "regularizer": output.regularizer.item()}
+        embedding = row_figures("embedding", output.embedding[0].detach())
+        return parts | embedding | row_figures("encoded", output.encoded.detach())
