@@ -78,7 +78,8 @@ def _curve(
     before = json.loads(file.read_text()) if file.exists() else {}
     known = before.get("points", {}) if before.get("fingerprint") == fingerprint else {}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    spent = {0: 0.0} | {line["step"]: line["cpu_seconds"] + cost["stage1_cpu_seconds"] for line in lines}
+    spent = {line["step"]: line["cpu_seconds"] for line in lines} | {cost["step"]: cost["cpu_seconds"]}
+    spent = {0: 0.0} | {step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()}
     folders = {0: run / "untrained", cost["step"]: run / "encoder"}
     folders |= {int(folder.name.removeprefix("step-")): folder for folder in (run / "snapshots").glob("step-*")}
     points: dict[int, list[float]] = {}
