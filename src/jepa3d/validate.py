@@ -16,7 +16,7 @@ def validate(config: PretrainConfig) -> None:
         for k, v in vars(encoder).items()
         if k not in ("drop_path", "mlp_ratio", "position_every_block")
     ]
-    at_least += [(f"sampler.{k}", getattr(sampler, k), 1) for k in ("num_targets", "min_context")]
+    at_least += [(f"sampler.{k}", getattr(sampler, k), 1) for k in ("num_targets", "min_context", "draws")]
     sizes = ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
     at_least += [(f"dvae.{k}", getattr(dvae, k), 1) for k in sizes]
     at_least += [("snapshot_every", config.snapshot_every, 1)]

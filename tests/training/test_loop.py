@@ -216,6 +216,7 @@ def test_golden_curve(tiny, tmp_path, teacher):
     "overrides",
     [
         {},
+        {"sampler": {"draws": 3}},
         {"teacher": "none", "target": {"sigreg": 0.02}},
         {"objective": "generative"},
         {"objective": "invariance"},
@@ -235,7 +236,7 @@ def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 5/5") == 1  # two processes of one run, not two runs
-    assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-4)
+    assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=2e-4)
     begun, one, two = (weights(tmp_path / "single", "untrained"), weights(single), weights(tmp_path / "double"))
     # AdamW turns rounding of a vanishing gradient into a full step, so weights are compared as a whole.
     moved = sum((one[name] - begun[name]).float().square().sum() for name in one) ** 0.5
