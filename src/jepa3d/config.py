@@ -38,7 +38,6 @@ class SamplerConfig:
     target_ratio: tuple[float, float] = (0.15, 0.2)
     context_ratio: tuple[float, float] | None = None  # (0.85, 1.0), the paper's; of sequence (0.4, 0.75)
     min_context: int = 4
-    draws: int = 1  # masks a cloud and step: they share its tokens' grouping and the teacher's pass
     mask_ratio: float = 0.25  # of the random and one-block samplers
 
 

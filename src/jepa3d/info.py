@@ -47,7 +47,7 @@ def _run(run: Path) -> None:
             f"step {cost['step']:,}, {cost['cpu_seconds'] / 60:.1f} CPU-minutes, "
             f"{cost['wall_seconds'] / 60:.1f} minutes, peak memory {cost['peak_memory'] / 2**30:.2f} GiB"
         )
-        if "stage1_cpu_seconds" in cost:
+        if cost.get("stage1_cpu_seconds"):
             print(f"stage I before that: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")
     if record["departures"]:
         print("departs from the paper's setting in:")

@@ -34,11 +34,6 @@ class BatchGenerator:
         """An independent generator for one use, so that one use's draws never shift another's."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
-    def repeat(self, times: int) -> "BatchGenerator":
-        """For batches in which every row stands `times` times in a row."""
-        total = None if self.total is None else self.total * times
-        return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
-
     def on(self, device: torch.device) -> torch.Generator:
         """The underlying generator, which lives where its draws are needed."""
         if device not in self._generators:

@@ -1,39 +1,28 @@
 """What cannot work whatever the data."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from jepa3d.config import PretrainConfig
+from jepa3d.config import STAGE_ONE, PretrainConfig
+
+# Whole numbers that may be 0; all others begin at 1.
+_MAY_BE_ZERO = {"seed", "decoder.depth", "invariance.partial_views"}
 
 
 def validate(config: PretrainConfig) -> None:
     """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
     encoder, sampler, dvae, target = config.encoder, config.sampler, config.dvae, config.target
-    rivals = {"generative": config.generative, "invariance": config.invariance}
-    at_least: list[tuple[str, Any, float]] = [("decoder.depth", config.decoder.depth, 0)]
-    at_least += [("log_every", config.log_every, 1), ("checkpoint_every", config.checkpoint_every, 1)]
-    at_least += [
-        (f"encoder.{k}", v, 1)
-        for k, v in vars(encoder).items()
-        if k not in ("drop_path", "mlp_ratio", "position_every_block")
-    ]
-    at_least += [(f"sampler.{k}", getattr(sampler, k), 1) for k in ("num_targets", "min_context", "draws")]
-    sizes = ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
-    at_least += [(f"dvae.{k}", getattr(dvae, k), 1) for k in sizes]
-    at_least += [("snapshot_every", config.snapshot_every, 1)]
-    at_least += [("target.layers", target.layers, 1), ("target.num_slices", target.num_slices, 1)]
-    at_least += [("generative.decoder_depth", config.generative.decoder_depth, 1)]
-    views = ("global_views", "projector_dim", "embedding_dim", "num_slices")
-    at_least += [(f"invariance.{k}", getattr(config.invariance, k), 1) for k in views]
-    at_least += [("invariance.partial_views", config.invariance.partial_views, 0)]
-    for where, schedule in (("", config), ("dvae.", dvae), *((f"{k}.", v) for k, v in rivals.items())):
-        at_least += [(f"{where}{k}", getattr(schedule, k), 1) for k in ("batch_size", "max_steps")]
-        at_least += [(f"{where}{k}", getattr(schedule, k), 0) for k in ("weight_decay", "warmup_epochs", "min_lr")]
+    for name, value in _whole_numbers(config):
+        if value < (least := 0 if name in _MAY_BE_ZERO else 1):
+            raise ValueError(f"{name} {value} must be at least {least}")
+    for where, schedule in (("", config), *((f"{name}.", getattr(config, name)) for name in STAGE_ONE)):
         for name in ("lr", "epochs", "clip_grad"):
             if not 0 < getattr(schedule, name) < float("inf"):
                 raise ValueError(f"{where}{name} {getattr(schedule, name)} must be positive")
-    for name, value, least in at_least:
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} {value} must be at least {least}")
+        for name in ("weight_decay", "warmup_epochs", "min_lr"):
+            if not getattr(schedule, name) >= 0:
+                raise ValueError(f"{where}{name} {getattr(schedule, name)} must be at least 0")
     if not config.teacher or (len(config.teacher) > 1 and "none" in config.teacher):
         raise ValueError(f"teacher {config.teacher}: none stands alone, and one at least is needed")
     if len(set(config.teacher)) < len(config.teacher):
@@ -56,8 +45,8 @@ def validate(config: PretrainConfig) -> None:
     ratios = {
         "sampler.target_ratio": sampler.target_ratio,
         "sampler.context_ratio": sampler.context_ratio or (1.0, 1.0),
+        "invariance.partial_ratio": config.invariance.partial_ratio,
     }
-    ratios["invariance.partial_ratio"] = config.invariance.partial_ratio
     for name, (low, high) in ratios.items():
         if not 0 < low <= high <= 1:
             raise ValueError(f"{name} {(low, high)} must satisfy 0 < low <= high <= 1")
@@ -71,3 +60,13 @@ def validate(config: PretrainConfig) -> None:
             raise ValueError(f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size")
         if dvae.width % 4:
             raise ValueError(f"dvae.width {dvae.width} must be a multiple of 4")
+
+
+def _whole_numbers(config: Any, where: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted name and value of every integer setting that is not None."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _whole_numbers(value, f"{name}.")
+        elif field.type in (int, int | None) and value is not None:
+            yield name, value

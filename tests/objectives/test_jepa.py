@@ -124,21 +124,6 @@ def test_a_generator_makes_the_step_again_at_decoder_depth_0_too():
     assert one == two
 
 
-def test_several_draws_share_the_cloud_and_the_teacher_and_differ_in_context_and_targets():
-    objective = make(sampler={"draws": 3})
-    calls = []
-    objective.teacher.register_forward_hook(lambda module, inputs, output: calls.append(output))
-    output = objective(clouds(), BatchGenerator(0))
-    (tokens,) = calls
-    assert len(tokens) == B
-    assert len(output.target) == 3 * B
-    for row in range(3 * B):
-        assert_close(output.target[row], tokens[row // 3][output.sample.target[row]])
-    assert len(output.sample.target.flatten(1).unique(dim=0)) > 2 * B  # of few tokens two draws may be equal
-    alone = make(sampler={"draws": 1})(clouds().repeat_interleave(3, 0), BatchGenerator(0))
-    assert alone.prediction.shape == output.prediction.shape
-
-
 def test_an_averaged_teacher_moves_after_a_step_and_a_frozen_one_does_not():
     for ema, first, last in [(True, 0.5, 1.0), (False, 0.5, 1.0)]:
         objective = make(ema=ema, target={"momentum": (first, last)})

@@ -216,7 +216,6 @@ def test_golden_curve(tiny, tmp_path, teacher):
     "overrides",
     [
         {},
-        {"sampler": {"draws": 3}},
         {"teacher": "none", "target": {"sigreg": 0.02}},
         {"objective": "generative"},
         {"objective": "invariance"},

@@ -64,25 +64,21 @@ class JEPA(nn.Module):
                 f"target.project applies one layer to prediction and target, so the teacher's width {target_width} "
                 f"must equal encoder.embed_dim {encoder.width}"
             )
-        self.sampler, self.draws = make_sampler(config), config.sampler.draws
+        self.sampler = make_sampler(config)
 
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> JEPAOutput:
         """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`."""
         encoder = self.encoder
         centers, patches, index = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
-        whole = (patches, centers)
-        if self.draws > 1:  # every cloud several times in a row, each with its own context and targets
-            patches, centers, index = (x.repeat_interleave(self.draws, 0) for x in (patches, centers, index))
-        drawing = generator.repeat(self.draws)
-        sample = self.sampler(centers, drawing.stream("sampler"))
-        prediction, encoded = self.predict(patches, centers, sample, drawing.stream("drop_path"))
+        sample = self.sampler(centers, generator.stream("sampler"))
+        prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
         settings, regularised = self.settings, encoded
         if self.teacher:
-            tokens = self.teacher(*whole)
+            tokens = self.teacher(patches, centers)
         else:
-            tokens = encoder.features(*whole, generator=generator.stream("target_drop_path"))[-1]
+            tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
             regularised = tokens.flatten(0, 1)
-        target = gather_points(tokens.repeat_interleave(self.draws, 0), sample.target)
+        target = gather_points(tokens, sample.target)
         if settings.project:
             target = self.projection(target)
         loss, penalty = cosine_loss(prediction, target, settings.unit), None
