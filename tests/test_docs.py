@@ -58,9 +58,22 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "jepa3d"]
-    assert [words[0] for words in commands] == ["pretrain", "pretrain", "probe", "info"]
+    assert [words[0] for words in commands] == [
+        "pretrain",
+        "pretrain",
+        "probe",
+        "info",
+        "pretrain",
+        "pretrain",
+        "curve",
+    ]
     for words in commands:
-        short = ["--max-steps", "2"] if "--out" in words else []
+        trains = words[0] == "pretrain" and "--out" in words
+        short = (
+            [flag for name in ("", "generative.", "invariance.") for flag in (f"--{name}max-steps", "2")]
+            if trains
+            else []
+        )
         with pytest.raises(SystemExit) as stop:
             main(words + short)
         assert not stop.value.code, capsys.readouterr().err

@@ -22,9 +22,10 @@ class Pretrained(nn.Module, ModelHubMixin):
     def _from_pretrained(
         cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, **model_kwargs
     ):
-        wanted = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-        if missing := [name for name in wanted if name not in model_kwargs]:
-            raise ValueError(f"{model_id}: config.json is not one of {cls.__name__}: it lacks {', '.join(missing)}")
+        # An argument younger than the file takes its default, which is how the network was before it.
+        first = next(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+        if first not in model_kwargs:
+            raise ValueError(f"{model_id}: config.json is not one of {cls.__name__}: it lacks {first}")
         file = Path(model_id) / "model.safetensors"
         if not Path(model_id).is_dir():
             file = hf_hub_download(
