@@ -117,6 +117,8 @@ class InvarianceConfig(Schedule):
     num_slices: int = 256
 
 
+# Teachers that need no stage I: the student's moving average, its frozen first weights, nobody.
+TEACHERS = ("ema", "untrained", "none")
 # Objectives whose networks can teach.
 STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = ("dvae", "generative", "invariance")
 
@@ -129,7 +131,7 @@ class PretrainConfig(Schedule):
     split: Literal["train", "test", "all"] = "train"
     up_axis: tuple[Literal["x", "y", "z"], ...] = ("z",)
     objective: Literal["jepa", "generative", "invariance", "dvae"] = "jepa"
-    teacher: tuple[str, ...] = ("dvae",)  # ema, none, dvae, generative, invariance, a folder or Hub id; several join
+    teacher: tuple[str, ...] = ("dvae",)  # one or more of TEACHERS, STAGE_ONE, folders and Hub ids, joined
     init: str | None = None  # the student's first weights: generative, invariance, a folder or Hub id
     seed: int = 0
     scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jepa3d.config import STAGE_ONE, PretrainConfig
+from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
 
 # Whole numbers that may be 0; all others begin at 1.
 _MAY_BE_ZERO = {"seed", "decoder.depth", "invariance.partial_views"}
@@ -31,7 +31,7 @@ def validate(config: PretrainConfig) -> None:
         raise ValueError(
             "teacher none needs target.sigreg above 0 (LeJEPA: 0.02), or everything collapses to one point"
         )
-    if config.init in ("dvae", "ema", "none"):
+    if config.init in ("dvae", *TEACHERS):
         raise ValueError(f"init {config.init!r}: generative, invariance, a folder or a Hub id")
     if target.layers > encoder.depth:
         raise ValueError(f"target.layers {target.layers} exceeds encoder.depth {encoder.depth}")

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from jepa3d import config as settings
 from jepa3d.config import Schedule
+from jepa3d.data.datasets import load
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.training import checkpoint
+from jepa3d.training import pretrain as training
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.pretrain import pretrain
@@ -81,6 +83,7 @@ VARIANTS = [
     {"teacher": "none", "target": {"sigreg": 0.02}},
     {"teacher": ["generative", "ema"], "init": "generative"},
     {"teacher": ["invariance"], "init": "generative"},
+    {"teacher": ["ema", "untrained"], "init": "generative"},
     {"objective": "dvae"},
     {"objective": "generative"},
     {"objective": "invariance"},
@@ -250,6 +253,21 @@ def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrai
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=0)
     assert same(weights(run, "untrained"), weights(pretrain(tiny(max_steps=1), tmp_path / "cold"), "untrained"))
+
+
+def test_an_untrained_teacher_is_the_fresh_encoder_even_beside_a_warm_start(tiny):
+    config = tiny(teacher=["untrained", "ema"])
+    clouds = load(config.data, config.encoder.num_points)
+    fresh = training.make_task(config, "jepa", clouds, {}).objective
+    other = training.make_task(tiny(seed=5), "jepa", clouds, {}).module
+    warm = training.make_task(tiny(teacher=config.teacher, init="given"), "jepa", clouds, {"given": other}).objective
+    begun = fresh.encoder.state_dict()
+    for objective in (fresh, warm):
+        frozen, average = objective.teacher.networks
+        assert same(frozen.state_dict(), begun)
+        assert same(average.state_dict(), objective.encoder.state_dict())
+    assert same(warm.encoder.state_dict(), other.state_dict())
+    assert not same(warm.encoder.state_dict(), begun)
 
 
 def test_a_given_init_is_copied_and_another_architecture_is_refused(tiny, tmp_path):

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from torch import nn
 
 from jepa3d import config as settings
-from jepa3d.config import STAGE_ONE, PretrainConfig
+from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.dvae import DVAE
@@ -52,9 +52,11 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
         return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
+    networks = networks | {"untrained": copy.deepcopy(encoder)}
     if config.init:
         warm_start(encoder, networks[config.init], config.init)
-    return Task(JEPA(config, encoder, make_teacher(config, encoder, networks)), schedule, "encoder", encoder)
+    networks["ema"] = copy.deepcopy(encoder)
+    return Task(JEPA(config, encoder, make_teacher(config, networks)), schedule, "encoder", encoder)
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
@@ -67,13 +69,12 @@ def make_dvae(config: PretrainConfig) -> DVAE:
     return DVAE(num_groups=student.num_groups, group_size=student.group_size, **sizes)
 
 
-def make_teacher(config: PretrainConfig, student: PointEncoder, networks: dict[str, Network]) -> Teacher | None:
-    """All teachers of the configuration joined, an EMA one beginning as the student; None where there is none."""
+def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
+    """All teachers of the configuration joined; None where there is none."""
     if config.teacher == ("none",):
         return None
-    speakers = [copy.deepcopy(student) if name == "ema" else networks[name] for name in config.teacher]
     average = config.teacher.index("ema") if "ema" in config.teacher else None
-    return Teacher(speakers, config.target.norm, config.target.layers, average)
+    return Teacher([networks[name] for name in config.teacher], config.target.norm, config.target.layers, average)
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
@@ -141,7 +142,7 @@ def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Networ
     if config.objective != "jepa":
         return {}
     names = [*config.teacher, *([config.init] if config.init else [])]
-    given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, "ema", "none")]
+    given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, *TEACHERS)]
     return {name: load_module(str(started / "given" / str(i)) if started else name) for i, name in enumerate(given)}
 
 
