@@ -44,7 +44,7 @@ def bundle(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(bundle):
     """A function: overrides -> PretrainConfig of a run of a second on `bundle`."""
     return lambda **overrides: settings.resolve(TINY, {"data": [bundle]}, overrides)

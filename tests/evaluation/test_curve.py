@@ -12,16 +12,11 @@ from jepa3d.training.pretrain import pretrain
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, bundle):
-    from jepa3d import config as settings
-    from tests.conftest import TINY
-
+def runs(tmp_path_factory, tiny):
     def run(name, **overrides):
-        overrides = {"max_steps": 4, "snapshot_every": 2, "data": [bundle], **overrides}
-        return pretrain(settings.resolve(TINY, overrides), tmp_path_factory.mktemp("runs") / name)
+        return pretrain(tiny(max_steps=4, snapshot_every=2, **overrides), tmp_path_factory.mktemp("runs") / name)
 
-    warm = {"init": "generative", "generative": {"max_steps": 2}}
-    return [run("ema-0"), run("ema-1", seed=1), run("warm-0", **warm)]
+    return [run("ema-0"), run("ema-1", seed=1), run("warm-0", init="generative", generative={"max_steps": 2})]
 
 
 @pytest.fixture
