@@ -52,7 +52,7 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
         return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
-    networks = networks | {"untrained": copy.deepcopy(encoder)}
+    networks = networks | {"untrained": copy.deepcopy(encoder)}  # before a warm start, the average after it
     if config.init:
         warm_start(encoder, networks[config.init], config.init)
     networks["ema"] = copy.deepcopy(encoder)
@@ -122,7 +122,7 @@ def pretrain(
     processes.wait_for_everyone()
     for name in config.stages:
         folder = out / "stage1" / name
-        stage = replace(config, objective=name, snapshot_every=None)
+        stage = replace(config, objective=name, snapshot_every=None)  # curves are drawn of the run, not of its stage I
         pretrain(stage, folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
