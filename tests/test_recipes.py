@@ -48,6 +48,23 @@ def test_the_paper_s_recipes_depart_in_nothing(epochs):
     assert settings.departures(settings.resolve(*layers), 52_470) == {}
 
 
+def test_the_tiny_paper_recipe_departs_from_the_paper_in_sizes_and_rates_only():
+    recipe = settings.read_recipe(RECIPES / "tiny-paper.yaml")
+    config = settings.resolve(settings.preset(recipe.pop("preset")), recipe)
+    groups = {name.split(".")[0] for name in settings.departures(config, 52_470)}
+    assert groups == {"batch_size", "epochs", "max_steps", "warmup_epochs", "encoder", "dvae", "split"}
+
+
+def test_the_rivals_recipes_differ_from_the_recommended_one_in_the_objective_only():
+    configs = []
+    for name in ("tiny", "tiny-generative", "tiny-invariance"):
+        recipe = settings.read_recipe(RECIPES / f"{name}.yaml")
+        configs.append(settings.to_dict(settings.resolve(settings.preset(recipe.pop("preset")), recipe)))
+    for rival in configs[1:]:
+        changed = set(settings.differences(rival, configs[0]))
+        assert changed <= {"objective", "rotate", "snapshot_every", "max_steps"} | {f"{rival['objective']}.max_steps"}
+
+
 def test_bf16_is_one_flag(bundle):
     sizes = ["--encoder.num-points", "64", "--encoder.num-groups", "16", "--encoder.group-size", "8"]
     command = [*COMMAND, "pretrain", "--preset", "tiny", "--teacher", "ema", "--data", bundle, *sizes, "--dry-run"]

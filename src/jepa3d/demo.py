@@ -10,7 +10,7 @@ from jepa3d.evaluation.protocol import write_json
 from jepa3d.figures import draw_blocks, draw_curves
 from jepa3d.training.pretrain import pretrain
 
-DEMO = {"teacher": "ema", "max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
+DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
 
 
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:

@@ -62,7 +62,10 @@ def draw_curves(run: Path, path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     steps = [line["step"] for line in lines]
-    for axes, names in ((left, ("loss", "constant_loss")), (right, ("prediction_rankme", "target_rankme"))):
+    for axes, names in (
+        (left, ("loss", "position_loss", "constant_loss")),
+        (right, ("prediction_rankme", "target_rankme")),
+    ):
         for name in names:
             axes.plot(steps, [line[name] for line in lines], label=name.replace("_", " "))
         axes.set_xlabel("step")

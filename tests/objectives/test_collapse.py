@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from jepa3d.objectives.collapse import collapse_figures, rankme
+from jepa3d.objectives.collapse import collapse_figures, position_loss, rankme
 from jepa3d.objectives.jepa import cosine_loss
 
 E = 16
@@ -109,3 +109,18 @@ def test_figures_carry_no_gradient():
 def test_a_single_row_has_figures_that_are_numbers():
     figures = collapse_figures(gaussian(1, 1, 4, E), gaussian(1, 1, 4, E), "block")
     assert all(value == value for value in figures.values())
+
+
+def test_the_position_loss_tells_targets_that_are_position_from_those_that_are_not():
+    centers = gaussian(64, 4, 5, 3).clamp(-1, 1)
+    x, y, z = centers.unbind(-1)
+    known = torch.stack([x, y * z, x**2 * z, y**3, torch.ones_like(x)], -1)  # polynomials, but for their lengths
+    assert position_loss(known, centers) < 0.1 < position_loss(known.flip(0), centers)
+    assert position_loss(gaussian(64, 4, 5, E, seed=1), centers) > 0.8
+    assert position_loss(torch.ones(64, 4, 5, E), centers) == pytest.approx(0, abs=1e-4)
+
+
+def test_position_alone_is_never_worse_than_the_best_constant():
+    """A constant is one of its polynomials."""
+    target, centers = gaussian(64, 4, 5, E) + 1, gaussian(64, 4, 5, 3, seed=1).clamp(-1, 1)
+    assert position_loss(target, centers) < collapse_figures(target, target)["constant_loss"] + 1e-3

@@ -300,7 +300,15 @@ def test_snapshots_are_the_encoder_on_its_way_with_their_cost_logged(tiny, tmp_p
 
 def test_metrics_have_collapse_figures_on_every_line(tiny, tmp_path):
     run = pretrain(tiny(max_steps=3), tmp_path / "run")
-    wanted = {"loss", "constant_loss", "prediction_std", "prediction_cosine", "prediction_rankme", "target_rankme"}
+    wanted = {
+        "loss",
+        "constant_loss",
+        "position_loss",
+        "prediction_std",
+        "prediction_cosine",
+        "prediction_rankme",
+        "target_rankme",
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(wanted <= line.keys() for line in lines)

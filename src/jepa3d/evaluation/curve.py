@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jepa3d.config import differences
+from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.probe import PROTOCOLS, SELECTION, run_protocol, shared_classes
@@ -56,7 +56,7 @@ def learning_curves(
         file = run / f"curve-{'-'.join([Path(data).stem.replace(':', '-'), *special, protocol])}.json"
         found.append(_curve(run, config["seed"], file, *loaded[num_points], protocol))
     arms: list[tuple[dict, list[int]]] = []
-    ignored = {"seed", "log_every", "checkpoint_every"}
+    ignored = {"seed", *BOOKKEEPING}
     for i, config in enumerate(configs):
         same = [at for known, at in arms if not set(differences(config, known)) - ignored]
         same[0].append(i) if same else arms.append((config, [i]))

@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
-from jepa3d.config import differences
+from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation.features import layer_features
@@ -142,7 +142,7 @@ def probe(
     found = {run: _models(run) for run in runs}
     first = found[runs[0]][0]
     for run, (config, _) in found.items():
-        changed = {name for name in differences(config, first) if name not in ("seed", "log_every", "checkpoint_every")}
+        changed = {name for name in differences(config, first) if name not in ("seed", *BOOKKEEPING)}
         if changed:
             raise ValueError(f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged")
     seeds = [config["seed"] for config, _ in found.values()]

@@ -1,5 +1,7 @@
 """Is the loss worth anything? Figures that show a collapsed or trivial representation as such."""
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,8 +48,28 @@ def collapse_figures(prediction: Tensor, target: Tensor, unit: str = "token", ma
     return figures | {"constant_loss": 1 - float(_unit(rows[1], max_rows).mean(0).norm())}
 
 
+@torch.no_grad()
+def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: int = 2048) -> float:
+    """What the best polynomial of a target's position alone would score on tokens B A T E at centers B A T 3.
+
+    A predictor is told where its target lies, and tokens carry their position: this much of a low loss needs no
+    shape. The polynomial (35 terms at degree 4) is fitted by least squares to unit-length tokens, on the rows that it
+    is scored on, so it flatters itself where rows are few.
+    """
+    rows, at = _unit(target.flatten(0, -2), max_rows), _spread(centers.flatten(0, -2), max_rows).to(torch.float32)
+    powers = [power for power in product(range(degree + 1), repeat=3) if sum(power) <= degree]
+    terms = torch.stack([at.pow(at.new_tensor(power)).prod(-1) for power in powers], -1)
+    gram = terms.T @ terms + 1e-6 * len(rows) * torch.eye(len(powers), device=rows.device)
+    fitted = terms @ torch.linalg.solve(gram, terms.T @ rows)
+    return 1 - float(F.cosine_similarity(fitted, rows, dim=-1).mean())
+
+
 def _unit(rows: Tensor, max_rows: int) -> Tensor:
     """At most `max_rows` of rows, evenly spread, at unit length."""
-    if len(rows) > max_rows:
-        rows = rows[torch.linspace(0, len(rows) - 1, max_rows, device=rows.device).long()]
-    return F.normalize(rows.float(), dim=-1)
+    return F.normalize(_spread(rows, max_rows).float(), dim=-1)
+
+
+def _spread(rows: Tensor, most: int) -> Tensor:
+    if len(rows) <= most:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]

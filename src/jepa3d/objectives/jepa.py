@@ -17,7 +17,7 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher, ema_update
 from jepa3d.models.tokenizer import group
-from jepa3d.objectives.collapse import collapse_figures, row_figures
+from jepa3d.objectives.collapse import collapse_figures, position_loss, row_figures
 from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator, gather_points
 
@@ -27,6 +27,7 @@ class JEPAOutput(NamedTuple):
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
+    target_centers: Tensor  # B A T 3
     patch_index: Tensor  # B M K, the points of each patch
     encoded: Tensor  # n C, the encoder's context tokens
     sigreg: Tensor | None = None  # unweighted
@@ -85,7 +86,8 @@ class JEPA(nn.Module):
         if settings.sigreg:
             penalty = sigreg(regularised, generator.stream("sigreg"), settings.num_slices)
             loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
-        return JEPAOutput(loss, prediction, target, sample, index, encoded, penalty)
+        at = gather_points(centers, sample.target)
+        return JEPAOutput(loss, prediction, target, sample, at, index, encoded, penalty)
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
@@ -114,6 +116,7 @@ class JEPA(nn.Module):
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
         """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
+        figures["position_loss"] = position_loss(output.target, output.target_centers)
         figures |= row_figures("encoded", output.encoded.detach())
         if output.sigreg is not None:
             figures["sigreg"] = output.sigreg.item()
