@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -77,6 +77,7 @@ def probe(
     layer: str = "best",
     pooling: str = "mean_max",
     protocols: tuple[str, ...] | None = None,
+    part: Literal["test", "validation"] = "test",
     out: Path | None = None,
 ) -> None:
     """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
@@ -97,6 +98,8 @@ def probe(
         Of tokens to one vector: mean_max, mean or max.
     protocols: tuple[str, ...]
         Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
+    part: str
+        What is scored: test, or validation, a fifth of train, to choose a recipe by.
     out: Path
         Where to write the result; probe-DATA.json in the first run by default.
     """
@@ -106,10 +109,10 @@ def probe(
     if layer != "best" and not layer.isdigit():
         raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
     at = None if layer == "best" else int(layer)
-    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS)
+    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS, part)
     probing.show(result)
     special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
-    special += [pooling] * (pooling != "mean_max") + list(protocols or ())
+    special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
     out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
     write_json(out, result)
     print(f"written: {out}")
@@ -124,6 +127,7 @@ def curve(
     labels_key: str = "labels",
     up_axis: str = "z",
     protocol: str = "logistic_10",
+    part: Literal["test", "validation"] = "test",
     out: Path = Path("curves.png"),
 ) -> None:
     """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of finished runs.
@@ -140,15 +144,17 @@ def curve(
         The data's up axis: x, y or z.
     protocol: str
         logistic, logistic_10, knn, svc_linear or linear_svc.
+    part: str
+        What is scored: test, or validation, a fifth of train, to choose a recipe by.
     out: Path
         The picture.
     """
     from jepa3d.evaluation.curve import learning_curves, show_curves
     from jepa3d.figures import draw_learning_curves
 
-    arms = learning_curves(runs, data, labels_key, up_axis, protocol)
-    show_curves(arms, protocol)
-    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}")
+    arms = learning_curves(runs, data, labels_key, up_axis, protocol, part)
+    show_curves(arms, protocol, part)
+    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
     print(f"written: {out}")
 
 

@@ -150,6 +150,19 @@ def test_classes_of_one_half_are_dropped_and_counted():
     assert train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
+def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
+    split = np.repeat([0, 1], [40, 10])
+    source = clouds(np.arange(50) % 4, split)
+    train, validation, dropped = shared_classes(source, "validation")
+    assert np.bincount(train.labels).tolist() == [8, 8, 8, 8]
+    assert np.bincount(validation.labels).tolist() == [2, 2, 2, 2]
+    assert dropped == 0
+    seen = {float(value) for half in (train, validation) for value in half.points[:, 0, 0]}
+    assert seen == {float(value) for value in source.points[:40, 0, 0]}  # all of train, none of test, none twice
+    again = shared_classes(source, "validation")[1]
+    assert (again.points == validation.points).all()
+
+
 @pytest.mark.parametrize(
     ("labels", "split", "said"),
     [

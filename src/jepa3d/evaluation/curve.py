@@ -12,7 +12,7 @@ from rich.table import Table
 from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.probe import PROTOCOLS, SELECTION, run_protocol, shared_classes
+from jepa3d.evaluation.probe import PROTOCOLS, SELECTION, Part, run_protocol, shared_classes
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.encoder import PointEncoder
 
@@ -34,11 +34,16 @@ class Arm(NamedTuple):
 
 
 def learning_curves(
-    runs: list[Path], data: str, labels_key: str = "labels", up_axis: str = "z", protocol: str = "logistic_10"
+    runs: list[Path],
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    protocol: str = "logistic_10",
+    part: Part = "test",
 ) -> list[Arm]:
     """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped by configuration.
 
-    Scores are kept in RUN/curve-DATA-PROTOCOL.json and used again. The test part scores every point of a curve and
+    Scores are kept in RUN/curve-DATA-PROTOCOL.json and used again. The `part` scores every point of a curve and
     selects none. Raises ValueError for what is no finished run of an encoder.
     """
     if protocol not in PROTOCOLS:
@@ -50,11 +55,11 @@ def learning_curves(
         num_points = config["encoder"]["num_points"]
         if num_points not in loaded:
             clouds = load([data], num_points, "all", [up_axis], labels_key)
-            train, test, _ = shared_classes(clouds)
+            train, test, _ = shared_classes(clouds, part)
             loaded[num_points] = train, test, clouds.fingerprint
-        special = [labels_key] * (labels_key != "labels")
+        special = [labels_key] * (labels_key != "labels") + [part] * (part != "test")
         file = run / f"curve-{'-'.join([Path(data).stem.replace(':', '-'), *special, protocol])}.json"
-        found.append(_curve(run, config["seed"], file, *loaded[num_points], protocol))
+        found.append(_curve(run, config["seed"], file, *loaded[num_points], protocol, part))
     arms: list[tuple[dict, list[int]]] = []
     ignored = {"seed", *BOOKKEEPING}
     for i, config in enumerate(configs):
@@ -70,7 +75,14 @@ def _config(run: Path) -> dict:
 
 
 def _curve(
-    run: Path, seed: int, file: Path, train: PointClouds, test: PointClouds, fingerprint: str, protocol: str
+    run: Path,
+    seed: int,
+    file: Path,
+    train: PointClouds,
+    test: PointClouds,
+    fingerprint: str,
+    protocol: str,
+    part: Part,
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
     record = json.loads((run / "run.json").read_text())
@@ -93,7 +105,7 @@ def _curve(
         x, x_test = layer_features(model, train), layer_features(model, test)
         score = run_protocol(protocol, x, train.labels, x_test, test.labels, list(range(len(x))), seed)
         points[step] = [spent[step] / 60, score["accuracy"]]
-    kept = {"fingerprint": fingerprint, "protocol": protocol, "selection": SELECTION, "points": points}
+    kept = {"fingerprint": fingerprint, "protocol": protocol, "selection": SELECTION[part], "points": points}
     if len(points) > len(known):
         write_json(file, provenance() | kept)
     return points
@@ -105,7 +117,7 @@ def _arm(runs: list[Path], seeds: list[int], curves: list[dict[int, list[float]]
     return Arm(runs[0].name.removesuffix(f"-{seeds[0]}"), seeds, steps, values[..., 0], values[..., 1])
 
 
-def show_curves(arms: list[Arm], protocol: str) -> None:
+def show_curves(arms: list[Arm], protocol: str, part: Part = "test") -> None:
     """Print where each curve begins and ends, and when each reaches the end of every other."""
     table = Table("run", "seeds", "untrained", "final", "CPU-min", *(f"{arm.name}'s final after" for arm in arms))
     for arm in arms:
@@ -120,5 +132,5 @@ def show_curves(arms: list[Arm], protocol: str) -> None:
             *("-" if minutes is None else f"{minutes:.1f} min" for minutes in reached),
         )
     Console(width=max(Console().width, 60 + 18 * len(arms))).print(table)
-    print(f"{protocol}, overall accuracy % on the test part, which scores every snapshot and selects none")
-    print(f"within a snapshot: {SELECTION}")
+    print(f"{protocol}, overall accuracy % on the {part} part, which scores every snapshot and selects none")
+    print(f"within a snapshot: {SELECTION[part]}")

@@ -15,6 +15,7 @@ import json
 import time
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -41,7 +42,12 @@ PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
 _SHOTS, _DRAWS = 10, 10
-SELECTION = "layer and C on a held-out fifth of train (5 folds of the labels for logistic_10); test used once"
+_CHOICES = "layer and C on a held-out fifth of train (5 folds of the labels for logistic_10)"
+SELECTION = {
+    "test": f"{_CHOICES}; test used once",
+    "validation": f"{_CHOICES}; scored on another fifth of train, test not used",
+}
+Part = Literal["test", "validation"]
 
 
 def _classifier(protocol: str, c: float, count: int):
@@ -74,15 +80,21 @@ def run_protocol(
     choices = [(layer, c) for layer in layers for c in grid]
     best = choices[0]
     if len(choices) > 1:
-        counts = np.unique(y, return_counts=True)[1]
-        stratify = y if counts.min() > 1 and len(y) // 5 >= len(counts) else None
-        fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
+        fit, held = _fifth(y, seed)
         best = max(
             choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held])
         )
     layer, c = best
     score = _accuracy(protocol, c, train[layer], y, test[layer], y_test)
     return {"accuracy": score, "layer": layer, "C": c or None}
+
+
+def _fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of four fifths and of a held-out fifth, stratified where the classes are large enough."""
+    counts = np.unique(y, return_counts=True)[1]
+    stratify = y if counts.min() > 1 and len(y) // 5 >= len(counts) else None
+    fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
+    return fit, held
 
 
 def _few_labels(train, y, test, y_test, layers, seed) -> dict:
@@ -106,17 +118,22 @@ def _few_labels(train, y, test, y_test, layers, seed) -> dict:
     return {"accuracy": float(np.mean(scores)), "std_over_draws": float(np.std(scores, ddof=1)), "chosen": chosen}
 
 
-def shared_classes(clouds: PointClouds) -> tuple[PointClouds, PointClouds, int]:
-    """Train and test parts with the classes present in both, and how many classes were dropped."""
-    labels = clouds.labels
-    if labels is None:
+def shared_classes(clouds: PointClouds, part: Part = "test") -> tuple[PointClouds, PointClouds, int]:
+    """Train and test parts with the classes present in both, and how many classes were dropped.
+
+    `part` "validation" leaves the test part alone: a held-out fifth of train (always the same) takes its place.
+    """
+    if clouds.labels is None:
         raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
     if clouds.split is None:
         raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
-    in_train = clouds.split == 0
+    labels, in_train = clouds.labels, clouds.split == 0
+    if part == "validation":
+        clouds, labels = clouds.subset(in_train), labels[in_train]
+        in_train = np.isin(np.arange(len(labels)), _fifth(labels, seed=0)[0])
     both = np.intersect1d(labels[in_train], labels[~in_train])
     if len(both) < 2:
-        raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, a probe needs at least 2")
+        raise ReadError(f"{clouds.name}: {len(both)} classes in both train and {part}, a probe needs at least 2")
     if np.bincount(labels[in_train])[both].max() < 2:
         raise ReadError(f"{clouds.name}: one train shape a class, a probe needs two to choose on one of them")
     kept = np.isin(labels, both)
@@ -131,10 +148,12 @@ def probe(
     layer: int | None = None,
     pooling: str = "mean_max",
     protocols: tuple[str, ...] = PROTOCOLS,
+    part: Part = "test",
 ) -> dict:
     """Probe finished runs, each beside its own untrained encoder and its frozen teacher; returns the result record.
 
-    `layer` None chooses the best on validation; otherwise 0 (tokenizer) to depth. Raises ValueError.
+    `part` is what is scored (see `shared_classes`). `layer` None chooses the best on validation; otherwise 0
+    (tokenizer) to depth. Raises ValueError.
     """
     started = time.perf_counter()
     if unknown := set(protocols) - set(PROTOCOLS):
@@ -149,7 +168,7 @@ def probe(
     if len(set(seeds)) < len(runs):
         raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged")
     clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
-    train, test, dropped = shared_classes(clouds)
+    train, test, dropped = shared_classes(clouds, part)
     y, y_test = train.labels, test.labels
     assert y is not None
     assert y_test is not None
@@ -169,16 +188,17 @@ def probe(
                 row["dvae"] = dvae_figures(model, train, test)
             rows.append(row)
     return provenance() | {
-        "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "train": len(train),
-                 "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
+        "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
+                 "train": len(train), "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
         "pretraining": {str(run): _pretraining(run, config) for run, (config, _) in found.items()},
-        "test_seen_in_pretraining": any(
+        "test_seen_in_pretraining": part == "test"
+        and any(
             config["split"] != "train" and (Path(data).name in map(lambda d: Path(d).name, config["data"]))
             for config, _ in found.values()
         ),
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
-        "selection": SELECTION,
+        "selection": SELECTION[part],
         "seeds": sorted(seeds),
         "rows": rows,
         "summary": summarise(rows, protocols),
@@ -238,7 +258,7 @@ def show(result: dict) -> None:
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, "
-        f"{data['test']:,} test; overall accuracy %, {result['pooling']}, "
+        f"{data['test']:,} {data['part']}; overall accuracy %, {result['pooling']}, "
         f"layer {result['layer']}, seeds {result['seeds']}"
     )
     protocols = list(result["rows"][0]["scores"])
