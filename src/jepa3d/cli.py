@@ -40,7 +40,7 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        Sizes: tiny (a laptop's minutes), small (the paper), base.
+        tiny (a laptop's minutes, with the targets that learned most in them), small (the paper), base.
     recipe: Path
         YAML settings; flags win over it, it wins over the preset.
     out: Path
@@ -99,7 +99,7 @@ def probe(
     protocols: tuple[str, ...]
         Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
     part: str
-        What is scored: test, or validation, a fifth of train, to choose a recipe by.
+        What is scored: test, or validation (a fifth of train), to choose a recipe by.
     out: Path
         Where to write the result; probe-DATA.json in the first run by default.
     """
@@ -145,7 +145,7 @@ def curve(
     protocol: str
         logistic, logistic_10, knn, svc_linear or linear_svc.
     part: str
-        What is scored: test, or validation, a fifth of train, to choose a recipe by.
+        What is scored: test, or validation (a fifth of train), to choose a recipe by.
     out: Path
         The picture.
     """

@@ -57,7 +57,7 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes:
 
 
 def draw_curves(run: Path, path: Path) -> None:
-    """Loss beside the best constant prediction's, and the effective rank of predictions and targets, by step."""
+    """Loss beside what positions alone and the best constant score, and effective ranks, by step."""
     plt = _pyplot()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -67,7 +67,8 @@ def draw_curves(run: Path, path: Path) -> None:
         (right, ("prediction_rankme", "target_rankme")),
     ):
         for name in names:
-            axes.plot(steps, [line[name] for line in lines], label=name.replace("_", " "))
+            if name in lines[0]:
+                axes.plot(steps, [line[name] for line in lines], label=name.replace("_", " "))
         axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
         axes.legend()

@@ -60,6 +60,17 @@ def test_scores_are_kept_and_those_of_other_data_are_not_used(runs, bundle, scor
     assert len(scored) == 6
 
 
+def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(runs, bundle, scored, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        curves, "layer_features", lambda model, clouds: sizes.append(len(clouds)) or np.zeros((1, 1, 1))
+    )
+    for part in ("test", "validation", "validation"):
+        learning_curves(runs[:1], bundle, protocol="logistic", part=part)
+    assert sizes == [32, 16] * 3 + [25, 7] * 3  # train and what is scored of the untrained encoder and two snapshots
+    assert (runs[0] / "curve-shapes-validation-logistic.json").exists()
+
+
 def test_the_time_to_an_accuracy_is_the_first_from_which_it_stays_reached():
     arm = Arm(
         "a", [0, 1], [0, 1, 2, 3], np.array([[0, 1, 2, 3], [0, 3, 4, 5.0]]), np.array([[1, 5, 3, 6], [1, 7, 3, 6]])

@@ -178,6 +178,11 @@ def test_data_that_cannot_be_probed_is_refused_in_one_line(labels, split, said):
         shared_classes(source)
 
 
+def test_validation_without_a_train_part_is_refused():
+    with pytest.raises(ReadError, match=r"\Aset: 0 train shapes.*\Z"):
+        shared_classes(clouds([0, 1, 0, 1], np.ones(4)), "validation")
+
+
 def row(run: str, model: str, accuracy: float) -> dict:
     return {"run": run, "model": model, "seed": 0, "scores": {"knn": {"accuracy": accuracy}}}
 

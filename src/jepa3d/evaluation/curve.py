@@ -43,7 +43,7 @@ def learning_curves(
 ) -> list[Arm]:
     """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped by configuration.
 
-    Scores are kept in RUN/curve-DATA-PROTOCOL.json and used again. The `part` scores every point of a curve and
+    Scores are kept in RUN/curve-DATA[-PART]-PROTOCOL.json and used again. The `part` scores every point of a curve and
     selects none. Raises ValueError for what is no finished run of an encoder.
     """
     if protocol not in PROTOCOLS:

@@ -129,6 +129,8 @@ def shared_classes(clouds: PointClouds, part: Part = "test") -> tuple[PointCloud
         raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
     labels, in_train = clouds.labels, clouds.split == 0
     if part == "validation":
+        if in_train.sum() < 5:
+            raise ReadError(f"{clouds.name}: {in_train.sum()} train shapes, and validation needs a fifth of them")
         clouds, labels = clouds.subset(in_train), labels[in_train]
         in_train = np.isin(np.arange(len(labels)), _fifth(labels, seed=0)[0])
     both = np.intersect1d(labels[in_train], labels[~in_train])
@@ -175,7 +177,7 @@ def probe(
     rows = []
     for run, (config, models) in found.items():
         for name, model in models.items():
-            x, x_test = (layer_features(model, part, pooling) for part in (train, test))
+            x, x_test = (layer_features(model, half, pooling) for half in (train, test))
             depth = len(x) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
@@ -191,11 +193,7 @@ def probe(
         "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
                  "train": len(train), "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
         "pretraining": {str(run): _pretraining(run, config) for run, (config, _) in found.items()},
-        "test_seen_in_pretraining": part == "test"
-        and any(
-            config["split"] != "train" and (Path(data).name in map(lambda d: Path(d).name, config["data"]))
-            for config, _ in found.values()
-        ),
+        "seen_in_pretraining": any(_seen(config, data, part) for config, _ in found.values()),
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
         "selection": SELECTION[part],
@@ -204,6 +202,12 @@ def probe(
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def _seen(config: dict, data: str, part: Part) -> bool:
+    """Whether a run was pretrained (without labels) on what is scored."""
+    same = Path(data).name in {Path(source).name for source in config["data"]}
+    return same and config["split"] in ("all", "test" if part == "test" else "train")
 
 
 def _pretraining(run: Path, config: dict) -> dict:
@@ -280,6 +284,6 @@ def show(result: dict) -> None:
                 "teacher of {run}: Chamfer-L1 {reconstruction:.4f}, best constant patch {constant_patch:.4f}; "
                 "code perplexity {perplexity:.0f} of {num_codes}".format(run=row["run"], **row["dvae"])
             )
-    if result["test_seen_in_pretraining"]:
-        print("the test part was among the (unlabelled) pretraining data")
+    if result["seen_in_pretraining"]:
+        print(f"the {data['part']} part was among the (unlabelled) pretraining data")
     print(f"selection: {result['selection']}")

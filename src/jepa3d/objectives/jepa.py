@@ -116,7 +116,8 @@ class JEPA(nn.Module):
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
         """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
-        figures["position_loss"] = position_loss(output.target, output.target_centers)
+        if self.settings.unit == "token":
+            figures["position_loss"] = position_loss(output.target, output.target_centers)
         figures |= row_figures("encoded", output.encoded.detach())
         if output.sigreg is not None:
             figures["sigreg"] = output.sigreg.item()
