@@ -27,7 +27,7 @@ class JEPAOutput(NamedTuple):
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
-    target_centers: Tensor  # B A T 3
+    centers: Tensor  # B M 3, of all tokens
     patch_index: Tensor  # B M K, the points of each patch
     encoded: Tensor  # n C, the encoder's context tokens
     sigreg: Tensor | None = None  # unweighted
@@ -86,8 +86,7 @@ class JEPA(nn.Module):
         if settings.sigreg:
             penalty = sigreg(regularised, generator.stream("sigreg"), settings.num_slices)
             loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
-        at = gather_points(centers, sample.target)
-        return JEPAOutput(loss, prediction, target, sample, at, index, encoded, penalty)
+        return JEPAOutput(loss, prediction, target, sample, centers, index, encoded, penalty)
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
@@ -117,7 +116,7 @@ class JEPA(nn.Module):
         """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
-            figures["position_loss"] = position_loss(output.target, output.target_centers)
+            figures["position_loss"] = position_loss(output.target, gather_points(output.centers, output.sample.target))
         figures |= row_figures("encoded", output.encoded.detach())
         if output.sigreg is not None:
             figures["sigreg"] = output.sigreg.item()
