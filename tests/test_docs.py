@@ -48,7 +48,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     """On a folder of clouds and a bundle; only the training is cut to two steps."""
-    made = make_shapes(40, 600, seed=1)
+    made = make_shapes(40, 2048, seed=1)
     (tmp_path / "scans").mkdir()
     for i, points in enumerate(made["points"]):
         np.save(tmp_path / "scans" / f"{i}.npy", points)
@@ -59,6 +59,8 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words[0] == "jepa3d"]
     assert [words[0] for words in commands] == [
+        "prepare",
+        "info",
         "pretrain",
         "pretrain",
         "probe",

@@ -26,6 +26,75 @@ _DEFAULT = PretrainConfig()
 
 
 @app.command
+def prepare(
+    source: Path,
+    /,
+    *,
+    out: Path,
+    points: int | Literal["all"] = 2048,
+    reduce: Literal["fps", "random", "voxel"] = "fps",
+    short: Literal["skip", "repeat"] = "skip",
+    up_axis: Literal["x", "y", "z"] | None = None,
+    unit: str | None = None,
+    split: str = "folder",
+    keep: tuple[Literal["normals", "colors", "parts"], ...] = (),
+    precision: Literal["float32", "float16"] = "float32",
+    variant: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    strict: bool = False,
+) -> None:
+    """Turn a benchmark's download or anybody's files into a store that every other command reads in place.
+
+    Interrupted, the same command goes on; run again later, it adds the files that are new.
+
+    Parameters
+    ----------
+    source: Path
+        A folder, a single file, or an archive (.zip, .tar.*); the formats and benchmarks are in docs/data.md.
+    out: Path
+        The store: a new folder, or one begun with the same settings.
+    points: int
+        Points a cloud, or all. A mesh is sampled by area (8,192 where all are kept).
+    reduce: str
+        How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel (even, in linear time).
+    short: str
+        A cloud of fewer points: skip it, or repeat points with noise of 0.5 % of the radius.
+    up_axis: str
+        Of the files; by default what the benchmark has, else z.
+    unit: str
+        Of the files, written down for later; coordinates lead back to the file's own in any case.
+    split: str
+        folder (named train, test, val, or the benchmark's lists), a fraction for test, or a file listing test clouds.
+    keep: tuple[str, ...]
+        Some of normals, colors, parts.
+    precision: str
+        float32, or float16: half the size, rounded by at most 0.00025 of a cloud's radius a coordinate.
+    variant: str
+        Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10, modelnet40.
+    columns: tuple[str, ...]
+        Names of x, y and z in tables whose headers have others.
+    seed: int
+        Of mesh samples, reductions and the split.
+    workers: int
+        Processes; 0 is one a core.
+    strict: bool
+        Stop at the first bad file instead of leaving it out.
+    """
+    from jepa3d.data.prepare import Preparation
+    from jepa3d.data.prepare import prepare as run
+
+    names = tuple(name for text in columns or () for name in text.split(","))
+    options = Preparation(
+        None if points == "all" else points, reduce, short, up_axis, unit, split, keep, precision, variant,
+        names or None, seed,
+    )  # fmt: skip
+    for store in run(source, out, options, workers, strict):
+        print(f"see it with: jepa3d info {store}; train on it with: jepa3d pretrain --data {store} --out RUN")
+
+
+@app.command
 def pretrain(
     *,
     config: Annotated[PretrainConfig, Parameter(name="*")] = _DEFAULT,
@@ -177,8 +246,16 @@ def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int 
 
 
 @app.command
-def info(path: str | None = None, /, *, up_axis: str = "z", labels_key: str = "labels") -> None:
-    """Describe a run, a source of shapes, or without a path this installation.
+def info(
+    path: str | None = None,
+    /,
+    *,
+    up_axis: str = "z",
+    labels_key: str = "labels",
+    picture: Path | None = None,
+    verify: bool = False,
+) -> None:
+    """Describe a run, a store, any source of shapes, or without a path this installation.
 
     Parameters
     ----------
@@ -188,10 +265,14 @@ def info(path: str | None = None, /, *, up_axis: str = "z", labels_key: str = "l
         The data's up axis.
     labels_key: str
         The labels of a .npz bundle.
+    picture: Path
+        Write a contact sheet of a source of shapes.
+    verify: bool
+        Compare a store with its checksums.
     """
     from jepa3d import info as describing
 
-    describing.describe(path, up_axis, labels_key)
+    describing.describe(path, up_axis, labels_key, picture, verify)
 
 
 def _weaker_settings(tokens: list[str]) -> dict:

@@ -93,3 +93,23 @@ def draw_learning_curves(arms: list[Arm], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Path) -> None:
+    """Clouds N 3, z up, side by side, seen from the front right."""
+    plt = _pyplot()
+    columns = min(6, len(clouds))
+    rows = -(-len(clouds) // columns)
+    figure = plt.figure(figsize=(1.7 * columns, 1.8 * rows))
+    for i, (points, title) in enumerate(zip(clouds, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1, projection="3d")
+        points = points - points.mean(0)
+        points = points[: 2**13] / np.linalg.norm(points, axis=1).max()
+        axes.scatter(*points.T, s=1, c=points[:, 2], cmap="viridis", depthshade=False)
+        axes.set_axis_off()
+        axes.set_box_aspect((1, 1, 1), zoom=1.3)
+        axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), zlim=(-0.8, 0.8))
+        axes.set_title(title[-24:], fontsize=7, pad=0)
+    figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.05)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -6,20 +6,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.protocol import provenance
+from jepa3d.figures import draw_contact_sheet
 from jepa3d.training import checkpoint
 
 
-def describe(path: str | None, up_axis: str = "z", labels_key: str = "labels") -> None:
-    """Print what `path` is. Raises ValueError when it is neither a run nor shapes."""
+def describe(
+    path: str | None,
+    up_axis: str = "z",
+    labels_key: str = "labels",
+    picture: Path | None = None,
+    verify: bool = False,
+) -> None:
+    """Print what `path` is; `picture` is where a contact sheet of shapes goes. Raises ValueError for anything else."""
     if path is None:
         _installation()
     elif (Path(path) / "run.json").is_file():
         _run(Path(path))
+    elif (Path(path) / "store.json").is_file():
+        _store(Store(path, unfinished=True), verify, picture)
     else:
-        _shapes(load([path], 512 if path.startswith("synthetic") else 1, "all", [up_axis], labels_key, raw=True))
+        clouds = load([path], 512 if path.startswith("synthetic") else 1, "all", [up_axis], labels_key, raw=True)
+        _shapes(clouds)
+        if picture:
+            rows = _spread(clouds.labels, len(clouds))
+            titles = [clouds.class_names[clouds.labels[i]] if clouds.labels is not None else str(i) for i in rows]
+            draw_contact_sheet([clouds.points[i] for i in rows], titles, picture)
+            print(f"written: {picture}")
 
 
 def _installation() -> None:
@@ -30,6 +48,7 @@ def _installation() -> None:
     for module, use in (
         ("torch_quickfps", "compiled sampling (extra: fast)"),
         ("matplotlib", "pictures (extra: view)"),
+        ("laspy", "LAS, E57, PCD and HDF5 files (extra: io)"),
     ):
         print(f"{use}: {'yes' if importlib.util.find_spec(module) else 'no'}")
 
@@ -69,3 +88,65 @@ def _shapes(clouds: PointClouds) -> None:
         f"{len(clouds.class_names)} classes: "
         + ", ".join(f"{n} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
     )
+
+
+def _store(store: Store, verify: bool, picture: Path | None) -> None:
+    header, columns = store.header, store.columns
+    size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    points = f"{store.num_points:,} points" if store.num_points else "all their points"
+    state = "" if header["complete"] else ", UNFINISHED: run its jepa3d prepare again"
+    print(
+        f"{store.path}: {len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB, sha256 {store.fingerprint}{state}"
+    )
+    chosen = {name: value for name, value in header["settings"].items() if value not in (None, [])}
+    print("prepared with " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    if not len(store):
+        return
+    counts = np.diff(columns["end"], prepend=0)
+    if not store.num_points:
+        print(f"points a cloud: {counts.min():,} to {counts.max():,}, median {int(np.median(counts)):,}")
+    radius, unit = columns["frame"][:, 3], header["settings"]["unit"] or "units of the files"
+    print(f"radius: {radius.min():.4g} to {radius.max():.4g}, median {np.median(radius):.4g} {unit}")
+    axes = np.bincount(columns["up"], minlength=3)
+    print(
+        "up axis of the files, turned to z here: "
+        + ", ".join(f"{a} {n:,}" for a, n in zip("xyz", axes, strict=True) if n)
+    )
+    first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
+    if again.max() > 1:
+        row = int(first[np.argmax(again > 1)])
+        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {store.key(row)}")
+    _classes(store)
+    if verify:
+        store.verify()
+        print("every checksum is as written")
+    if picture:
+        rows = _spread(np.asarray(columns["label"]), len(store))
+        titles = [store.key(i) if columns["label"][i] < 0 else store.class_names[columns["label"][i]] for i in rows]
+        draw_contact_sheet([np.asarray(store.points(i), np.float32) for i in rows], titles, picture)
+        print(f"written: {picture}")
+
+
+def _classes(store: Store) -> None:
+    """A table of clouds by class and split."""
+    labels, split = np.asarray(store.columns["label"]), np.asarray(store.columns["split"])
+    names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
+    cells = np.zeros((len(names), len(parts)), np.int64)
+    np.add.at(cells, (labels, split), 1)  # -1 is the last
+    shown = np.flatnonzero(cells.sum(0))
+    table = Table("class", *(parts[i] for i in shown))
+    for name, row in zip(names, cells, strict=True):
+        if row.any():
+            table.add_row(name, *(f"{row[i]:,}" for i in shown))
+    table.add_row("all", *(f"{cells[:, i].sum():,}" for i in shown))
+    Console().print(table)
+
+
+def _spread(labels: np.ndarray | None, count: int, shown: int = 36) -> list[int]:
+    """At most `shown` indices, as many classes as there are room for first."""
+    if labels is None:
+        return np.unique(np.linspace(0, count - 1, shown).astype(int)).tolist()
+    turn = np.zeros(count, np.int64)  # 0 for the first of each class, 1 for the second, …
+    for label in np.unique(labels):
+        turn[labels == label] = np.arange((labels == label).sum())
+    return np.lexsort((labels, turn))[:shown].tolist()

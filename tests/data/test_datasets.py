@@ -189,12 +189,11 @@ def all_equal() -> np.ndarray:
         ({"points": with_value(np.inf)}, "shape 5"),
         ({"points": all_equal()}, "shape 5"),
         ({"points": SHAPES[:, :15]}, "15 points"),
-        ({"points": SHAPES[0]}, "points"),
         ({"points": SHAPES[..., :2]}, "points"),
         ({"points": SHAPES[:0]}, ""),
         ({"points": SHAPES.astype("U8")}, ""),
         ({"points": None, "labels": np.arange(12)}, "labels"),
-        ({"points": None}, "nothing"),
+        ({"points": None}, "none"),
         ({"points": np.array([None] * 12)}, ""),
         ({"labels": np.arange(11)}, "labels"),
         ({"labels": np.array(["chair"] * 12)}, "labels"),
@@ -203,7 +202,7 @@ def all_equal() -> np.ndarray:
         ({"split": np.zeros(11, np.int8)}, "split"),
     ],
     ids=[
-        "nan", "inf", "all equal", "too few points", "one cloud", "two columns", "no shapes", "text for points",
+        "nan", "inf", "all equal", "too few points", "two columns", "no shapes", "text for points",
         "no points", "nothing", "pickled", "labels too short", "text for labels", "fractions for labels",
         "fewer names than labels", "split too short",
     ],
@@ -375,7 +374,7 @@ def test_limit_of_a_folder_reads_no_further(tmp_path):
     assert len(load([str(tmp_path)], 16, limit=2)) == 2
 
 
-@pytest.mark.parametrize("name", ["nothing", "nothing.npz", "notes.txt"])
+@pytest.mark.parametrize("name", ["nothing", "nothing.npz"])
 def test_what_is_no_source_is_refused(tmp_path, name):
     (tmp_path / "notes.txt").write_text("no shape")
     assert "synthetic" in read_error(tmp_path / name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from jepa3d.data.io import ReadError, check_cloud, read_points
+from jepa3d.data.io import ReadError, read_points
 
 BOX = trimesh.creation.box((1.0, 2.0, 4.0))
 CLOUD = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
@@ -203,10 +203,6 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_an_unknown_suffix_names_the_allowed_ones(tmp_path):
     (tmp_path / "a.docx").write_text("")
     assert ".off" in read_error(tmp_path / "a.docx")
-
-
-def test_check_cloud_returns_a_good_cloud():
-    assert check_cloud(CLOUD, 60, "here") is CLOUD
 
 
 @pytest.mark.parametrize("name", ["airplane_79.off", "air_terminal.ply", "strawberry.obj", "tuna_fish_can_part.stl"])

@@ -1,4 +1,4 @@
-"""Any source of shapes as `PointClouds`: built-in synthetic shapes, .npz bundles, folders of files, ShapeNet55.
+"""Any source of shapes as `PointClouds`: synthetic shapes, stores, .npz bundles, benchmarks, folders, single files.
 
 The contract: fixed N, float32, unit sphere, z up, resampled once by farthest points (paper IV-A), never in a step.
 """
@@ -16,31 +16,31 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data import synthetic
-from jepa3d.data.io import SUFFIXES, ReadError, check_cloud, read_points
+from jepa3d.data.cloud import ReadError, check_cloud
+from jepa3d.data.io import SUFFIXES, boundary, clouds_in, enough_points
+from jepa3d.data.sources import discover
+from jepa3d.data.store import SPLITS, TO_Z_UP, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
-
-# Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
-_TO_Z_UP = {
-    "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
-    "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
-    "z": np.eye(3, dtype=np.float32),
-}
-_SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
 class PointClouds:
-    """Shapes ready for the encoder. `split` is 0 train, 1 test."""
+    """Shapes ready for the encoder. `split` is 0 train, 1 test, 2 val."""
 
     name: str
-    fingerprint: str  # sha256 of a bundle's file, or of the points read from a folder or made
-    points: np.ndarray  # n N 3 float32
+    fingerprint: str  # sha256 of a store or a bundle's file, or of the points read from files or made
+    points: np.ndarray | StoredPoints  # n N 3 float32
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8
 
     def __len__(self) -> int:
         return len(self.points)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Shapes in each shard of a store that is read in place, in order; () for shapes in memory."""
+        return tuple(self.points.shard_sizes().tolist()) if isinstance(self.points, StoredPoints) else ()
 
     def batch(self, index: np.ndarray) -> Tensor:
         """Clouds b N 3 at index."""
@@ -52,13 +52,14 @@ class PointClouds:
         def take(values):
             return None if values is None else values[keep]
 
-        return replace(self, points=self.points[keep], labels=take(self.labels), split=take(self.split))
+        points = self.points.select(keep) if isinstance(self.points, StoredPoints) else self.points[keep]
+        return replace(self, points=points, labels=take(self.labels), split=take(self.split))
 
     def part(self, split: str) -> "PointClouds":
         """The "train" or "test" part. ValueError when the source has none."""
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
-        return self.subset(self.split == _SPLITS.index(split))
+        return self.subset(self.split == SPLITS.index(split))
 
 
 def load(
@@ -79,7 +80,7 @@ def load(
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
         raise ValueError(f"{len(axes)} values of up_axis for {len(sources)} of data: give one, or one each")
-    if wrong := [axis for axis in axes if axis not in _TO_Z_UP]:
+    if wrong := [axis for axis in axes if axis not in TO_Z_UP]:
         raise ValueError(f"up axis {wrong[0]!r}: one of x, y, z")
     loaded = [
         _load_one(source, num_points, split, axes[i % len(axes)], labels_key, limit, raw)
@@ -89,30 +90,33 @@ def load(
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
     name = " + ".join(d.name for d in loaded)
-    return PointClouds(name, digest, np.concatenate([d.points for d in loaded]))
+    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]))
 
 
 def _load_one(source, num_points, split, up_axis, labels_key, limit, raw) -> PointClouds:
-    path = Path(source)
+    path, standard = Path(source), raw
     if source.split(":")[0] == "synthetic":
         found = _synthetic(source, num_points, limit)
         up_axis = "z"
-    elif path.is_dir():
-        found = _folder(path, num_points, split, limit, None if raw else _TO_Z_UP[up_axis])
-    elif path.suffix == ".npz" and path.is_file():
+    elif (path / "store.json").is_file():
+        return _store(path, num_points, split, limit, up_axis)
+    elif path.suffix == ".npz" and path.is_file() and clouds_in(path):
         found = _bundle(path, num_points, labels_key)
+    elif path.exists():
+        found = _files(path, num_points, split, limit, None if raw else TO_Z_UP[up_axis])
+        standard = True
     else:
-        what = "no such file or folder" if not path.exists() else "not a source of shapes"
-        raise ReadError(f"{source}: {what}; give synthetic, a .npz bundle or a folder of {', '.join(SUFFIXES)} files")
+        what = "no such file or folder"
+        raise ReadError(f"{source}: {what}; give synthetic, a store, or files of {', '.join(SUFFIXES)}")
     if split != "all":
         found = found.subset(np.flatnonzero(_split_mask(found, split))[:limit])
         if not len(found):
             raise ReadError(f"{source}: no shapes in its {split} part")
     elif limit:
         found = found.subset(np.arange(min(limit, len(found))))
-    if raw or path.is_dir():
+    if standard:
         return found
-    return replace(found, points=_standard(found.points, num_points, _TO_Z_UP[up_axis], found.name))
+    return replace(found, points=_standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name))
 
 
 def _split_mask(data: PointClouds, split: str) -> np.ndarray:
@@ -120,7 +124,7 @@ def _split_mask(data: PointClouds, split: str) -> np.ndarray:
         if split == "test":
             raise ReadError(f"{data.name}: has no test part")
         return np.ones(len(data), bool)
-    return data.split == _SPLITS.index(split)
+    return data.split == SPLITS.index(split)
 
 
 def _standard(points: np.ndarray, num_points: int, axes: np.ndarray, name: str) -> np.ndarray:
@@ -163,8 +167,11 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
     if not usable:
         found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
         raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
+    if points.shape[1] < num_points:
+        raise ReadError(f"{path}: clouds of {points.shape[1]} points, at least {num_points} are needed (num_points)")
     for i, cloud in enumerate(points):
-        check_cloud(cloud, num_points, f"{path}: shape {i}")
+        with boundary(path):
+            check_cloud(cloud, f"shape {i}: ")
     labels = arrays.get(labels_key)
     if labels is None and labels_key != "labels":
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
@@ -187,49 +194,62 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
     return PointClouds(path.name, digest, points, labels, names, split)
 
 
-def _folder(root: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None) -> PointClouds:
-    """A ShapeNet55 download, or any tree of files: the first sub-folder is a class, one named train or test a split.
+def _files(path: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None) -> PointClouds:
+    """A folder, benchmark or single file, read whole: what `jepa3d prepare` reads, without a store.
 
     Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with axes None
     all stay raw, in an object array.
     """
-    listed = _shapenet55(root)
-    if listed is None:
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
-            raise ReadError(f"{root}: holds no {', '.join(SUFFIXES)} file")
-        parts = [file.relative_to(root).parts[:-1] for file in files]
-        classes = [next((name for name in p if name not in _SPLITS), None) for p in parts]
-        in_split = [next((_SPLITS.index(s) for s in p if s in _SPLITS), None) for p in parts]
-        if None in in_split and any(s is not None for s in in_split):
-            stray = files[in_split.index(None)]
-            raise ReadError(f"{stray}: is in no train or test folder, but other files of {root} are; move it or them")
-    else:
-        files, classes, in_split = listed
-    keep = range(len(files))
+    entries = discover(path).entries
+    in_split = [entry.split for entry in entries]
+    if None in in_split and any(s is not None for s in in_split):
+        stray = entries[in_split.index(None)].key
+        raise ReadError(f"{path}/{stray}: is in no train or test folder, but others are; move it, or: jepa3d prepare")
     if split != "all" and None not in in_split:
-        keep = [i for i in keep if in_split[i] == _SPLITS.index(split)]
-    keep = list(keep)[:limit]
-    files, classes, in_split = [files[i] for i in keep], [classes[i] for i in keep], [in_split[i] for i in keep]
+        entries = [entry for entry in entries if entry.split == split]
+    entries = entries[:limit]
     clouds, digest = [], hashlib.sha256()
-    for file in track(files, f"reading {root}", transient=True, disable=len(files) < 20):
-        cloud = read_points(file, num_points, seed=zlib.crc32(str(file.relative_to(root)).encode()))
+    for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
+        with boundary(path / entry.key if path.is_dir() else path):
+            cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode())).points
         digest.update(cloud.tobytes())
-        clouds.append(cloud if axes is None else _standard(cloud[None], num_points, axes, root.name)[0])
-    names = tuple(sorted({c for c in classes if c is not None}))
-    labels = None if None in classes or not names else np.array([names.index(c) for c in classes])
-    splits = None if None in in_split else np.array(in_split, np.int8)
+        clouds.append(cloud if axes is None else _standard(cloud[None], num_points, axes, path.name)[0])
     points = np.empty(len(clouds), object) if axes is None else np.empty((len(clouds), num_points, 3), np.float32)
     for i, cloud in enumerate(clouds):
         points[i] = cloud
-    return PointClouds(root.name, digest.hexdigest(), points, labels, names, splits)
+    names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
+    number = {name: i for i, name in enumerate(names)}
+    labelled = names and all(entry.label is not None for entry in entries)
+    labels = np.array([number[str(entry.label)] for entry in entries]) if labelled else None
+    splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
+    return PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
 
 
-def _shapenet55(root: Path) -> tuple[list[Path], list[str | None], list[int | None]] | None:
-    """Files, synsets and splits of Point-BERT's release (`ShapeNet-55/*.txt`, `shapenet_pc/*.npy`), or None."""
-    lists = [root / "ShapeNet-55" / f"{name}.txt" for name in _SPLITS]
-    if not (root / "shapenet_pc").is_dir() or not all(p.is_file() for p in lists):
-        return None
-    names = [(line, i) for i, p in enumerate(lists) for line in p.read_text().split()]
-    files = [root / "shapenet_pc" / line for line, _ in names]
-    return files, [line.split("-")[0] for line, _ in names], [i for _, i in names]
+def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: str) -> PointClouds:
+    """A store, in place where its clouds are in farthest point order, else sampled in memory."""
+    store = Store(path)
+    if up_axis != "z":
+        raise ReadError(f"{path}: a store is z-up already; give the up axis to jepa3d prepare")
+    in_split = np.asarray(store.columns["split"])
+    has_split = bool((in_split >= 0).any())  # clouds in no part are then in none, as in a benchmark's lists
+    rows = np.arange(len(store))
+    if split != "all" and (has_split or split != "train"):
+        rows = np.flatnonzero(in_split == SPLITS.index(split))
+    rows = rows[:limit]
+    if not len(rows):
+        raise ReadError(f"{path}: no shapes in its {split} part")
+    labels = np.asarray(store.columns["label"])[rows].astype(np.int64)
+    labelled = bool((labels >= 0).all())
+    splits = in_split[rows] if has_split else None
+    if store.num_points is not None and store.num_points < num_points:
+        raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
+    points: np.ndarray | StoredPoints = StoredPoints(store, rows, num_points)
+    if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):
+        points = np.empty((len(rows), num_points, 3), np.float32)
+        for i, row in enumerate(track(rows.tolist(), f"sampling {path}", transient=True, disable=len(rows) < 20)):
+            raw = store.points(row)
+            if len(raw) < num_points:
+                raise ReadError(f"{path}: {store.key(row)} has {len(raw)} points, {num_points} are needed (num_points)")
+            points[i] = _standard(raw[None], num_points, TO_Z_UP["z"], path.name)[0]
+    names = store.class_names if labelled else ()
+    return PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)

@@ -20,6 +20,40 @@ def random_rotate(points: Tensor, generator: BatchGenerator | None = None) -> Te
     return torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
 
 
+def random_rotate_so3(points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    """Each cloud turned by its own rotation, uniform over all (Shoemake 1992, from a uniform unit quaternion)."""
+    u = uniform(generator, (len(points), 3), points.device)
+    a, b, c = u[:, 0], 2 * math.pi * u[:, 1], 2 * math.pi * u[:, 2]
+    low, high = (1 - a).sqrt(), a.sqrt()
+    x, y, z, w = low * b.sin(), low * b.cos(), high * c.sin(), high * c.cos()
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    rotation = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    return points @ rotation.transpose(1, 2)
+
+
+def random_translate(points: Tensor, reach: float, generator: BatchGenerator | None = None) -> Tensor:
+    """Each cloud moved along each axis by its own distance in [-reach, reach]."""
+    return points + reach * (2 * uniform(generator, (len(points), 1, 3), points.device) - 1)
+
+
+def random_jitter(points: Tensor, sigma: float, generator: BatchGenerator | None = None) -> Tensor:
+    """Each coordinate moved by normal noise of standard deviation sigma, cut at 3 sigma (Box and Muller 1958)."""
+    u = uniform(generator, (len(points), 2, *points.shape[1:]), points.device)
+    noise = (-2 * (1 - u[:, 0]).log()).sqrt() * (2 * math.pi * u[:, 1]).cos()
+    return points + sigma * noise.clamp(-3, 3)
+
+
+def random_drop(points: Tensor, ratio: float, generator: BatchGenerator | None = None) -> Tensor:
+    """Each point, with probability up to `ratio` (drawn a cloud), put where its cloud's first point is (PointNet++)."""
+    share = ratio * uniform(generator, (len(points), 1), points.device)
+    dropped = uniform(generator, points.shape[:2], points.device) < share
+    return torch.where(dropped[..., None], points[:, :1], points)
+
+
 def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = None) -> Tensor:
     """The `count` points of each cloud nearest to a random one of its points, a ball, left where they are."""
     pick = (uniform(generator, (len(points), 1), points.device) * points.shape[1]).long()

@@ -8,6 +8,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from jepa3d.training import checkpoint
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress
 
+WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
 
 
@@ -80,7 +82,7 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
         # ------------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
             rows = slice(rank * share, (rank + 1) * share)
-            index = batch_index(config.seed, step, schedule.batch_size, len(clouds))[rows]
+            index = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)[rows]
             generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
             points = clouds.batch(index).to(accelerator.device)
             if task.augments:
@@ -120,18 +122,33 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
     return progress.stamp(state) | {"metrics": progress.last}
 
 
-def batch_index(seed: int, step: int, batch_size: int, num_samples: int) -> np.ndarray:
-    """Sample indices of one global batch: the stream of epochs, each its own permutation, cut into batches.
+def batch_index(
+    seed: int, step: int, batch_size: int, num_samples: int, shard_sizes: tuple[int, ...] = ()
+) -> np.ndarray:
+    """Sample indices of one global batch: the stream of epochs, each its own order, cut into batches.
 
     Depends on nothing but its arguments: the order is the same after a resume and for any number of processes.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     out = np.empty(batch_size, np.int64)
     for epoch in np.unique(positions // num_samples):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(num_samples)
+        order = epoch_order(seed, int(epoch), num_samples, shard_sizes)
         here = positions // num_samples == epoch
         out[here] = order[positions[here] % num_samples]
     return out
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, num_samples: int, shard_sizes: tuple[int, ...] = ()) -> np.ndarray:
+    """The samples of an epoch, shuffled; of a store, within windows of random shards, so that few are open at once."""
+    rng = np.random.default_rng([seed, epoch])
+    if len(shard_sizes) <= WINDOW:
+        return rng.permutation(num_samples)
+    first = np.cumsum((0, *shard_sizes))
+    shards = rng.permutation(len(shard_sizes))
+    windows = [shards[at : at + WINDOW] for at in range(0, len(shards), WINDOW)]
+    members = (np.concatenate([np.arange(first[i], first[i + 1]) for i in window]) for window in windows)
+    return np.concatenate([rng.permutation(rows) for rows in members])
 
 
 def stopped(accelerator: Accelerator, stop: list, step: int) -> bool:

@@ -1,0 +1,174 @@
+"""One shape in memory: `PointCloud`, what makes it unusable, and how it becomes N points."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from jepa3d.ops import farthest_point_sample
+
+MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
+ATTRIBUTES = ("normals", "colors", "parts")
+
+
+class ReadError(ValueError):
+    """A file that cannot be used: which, and why."""
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """A cloud, or a mesh's vertices and faces. In the file's own axes and units it is `points * scale + origin`.
+
+    Coordinates are shifted in float64 before they become float32, so that those of a map (6e6 m) keep their
+    millimetres. Raises ReadError when made of what is no cloud: see `make`.
+    """
+
+    points: np.ndarray  # N 3 float32
+    origin: np.ndarray  # 3 float64
+    scale: float = 1.0
+    normals: np.ndarray | None = None  # N 3 float32
+    colors: np.ndarray | None = None  # N 3 uint8
+    parts: np.ndarray | None = None  # N int32: part labels, from 0
+    faces: np.ndarray | None = None  # F 3 int64
+    label: int | None = None  # where the file itself has one
+    total: int | None = None  # points in the file, where more than MAX_POINTS
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @staticmethod
+    def make(xyz: np.ndarray, **attributes) -> "PointCloud":
+        """From coordinates N 3 of any number type, and attributes of as many rows.
+
+        Raises ReadError: no such array, no points, NaN or infinite, all equal, an attribute of other length.
+        """
+        xyz = np.asarray(xyz)
+        if xyz.ndim != 2 or xyz.shape[1] < 3 or not np.issubdtype(xyz.dtype, np.number) or np.iscomplexobj(xyz):
+            raise ReadError(f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}")
+        xyz = xyz[:, :3].astype(np.float64)
+        check_cloud(xyz)
+        origin = xyz.mean(0)
+        points = (xyz - origin).astype(np.float32)
+        if not points.any():
+            raise ReadError("all points are equal, up to rounding")
+        for name, values in attributes.items():
+            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
+                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
+        faces = attributes.get("faces")
+        if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
+            raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
+        return PointCloud(points, origin, **attributes)
+
+    def take(self, index: np.ndarray) -> "PointCloud":
+        """The points at index, without faces."""
+        chosen = {name: getattr(self, name) for name in ATTRIBUTES}
+        chosen = {name: None if values is None else values[index] for name, values in chosen.items()}
+        return replace(self, points=self.points[index], faces=None, **chosen)
+
+    def normalised(self) -> "PointCloud":
+        """In the unit sphere: centroid 0, farthest point at distance 1; origin and scale lead back."""
+        points = self.points.astype(np.float64)
+        center = points.mean(0)
+        points -= center
+        radius = np.linalg.norm(points, axis=1).max()
+        origin = self.origin + center * self.scale
+        return replace(self, points=(points / radius).astype(np.float32), origin=origin, scale=self.scale * radius)
+
+    def file_coordinates(self) -> np.ndarray:
+        """Points N 3 float64 in the file's own frame."""
+        return self.points.astype(np.float64) * self.scale + self.origin
+
+
+def check_cloud(points: np.ndarray, where: str = "") -> None:
+    """ReadError, which begins with `where`, for points n 3 that no shape has."""
+    if not len(points):
+        raise ReadError(f"{where}no points")
+    if not np.isfinite(points).all() or float(np.abs(points).max()) > 1e30:
+        raise ReadError(f"{where}NaN or infinite coordinates")
+    if (points == points[0]).all():
+        raise ReadError(f"{where}{'one point only' if len(points) == 1 else 'all points are equal'}")
+
+
+def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
+    """`count` points of a mesh, uniform by area, with its faces' normals. Raises ReadError without area."""
+    assert mesh.faces is not None
+    a, b, c = mesh.points[mesh.faces.T].astype(np.float64)
+    cross = np.cross(b - a, c - a)
+    length = np.linalg.norm(cross, axis=1)
+    area = np.cumsum(length)
+    if not area[-1] > 0:
+        raise ReadError("a mesh without surface")
+    rng = np.random.default_rng(seed)
+    chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
+    u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # uniform in a triangle: Osada et al. 2002, eq. 1
+    points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
+    normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
+    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, label=mesh.label)
+
+
+def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
+    """`count` of a cloud's points, at least as many.
+
+    fps: in farthest point order, so that any first n are what FPS to n gives. random: uniform. voxel: one point a
+    cell of the coarsest grid (of 2^k cells a side) that has `count` occupied, then random; near-even, in linear time.
+    """
+    rng = np.random.default_rng(seed)
+    if method == "fps":
+        index = farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy()
+    elif method == "random":
+        index = rng.choice(len(cloud), count, replace=False)
+    else:
+        index = rng.permutation(_one_a_voxel(cloud.points, count))[:count]
+    return cloud.take(index)
+
+
+def repeat(cloud: PointCloud, count: int, seed: int) -> PointCloud:
+    """`count` points: all of the cloud's, then repetitions, each moved by normal noise of 0.5 % of the radius."""
+    rng = np.random.default_rng(seed)
+    extra = rng.integers(0, len(cloud), count - len(cloud))
+    longer = cloud.take(np.concatenate([np.arange(len(cloud)), extra]))
+    radius = np.linalg.norm(cloud.points - cloud.points.mean(0), axis=1).max()
+    longer.points[len(cloud) :] += rng.normal(scale=0.005 * radius, size=(len(extra), 3))
+    return longer
+
+
+def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the first point of every occupied cell of the coarsest halved grid with `count` cells occupied."""
+    low, extent = points.min(0), np.ptp(points, axis=0).max()
+    for level in range(1, 21):
+        cells = np.minimum(((points - low) / extent * 2**level).astype(np.int64), 2**level - 1)
+        index = np.unique((cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2], return_index=True)[1]
+        if len(index) >= count:
+            return index
+    return np.arange(len(points))
+
+
+class Reservoir:
+    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory, by seed.
+
+    Every row draws a key and the rows of the smallest keys stay, in the order they came.
+    """
+
+    def __init__(self, limit: int = MAX_POINTS, seed: int = 0):
+        self.limit, self.total = limit, 0
+        self._rng, self._kept, self._held = np.random.default_rng(seed), [], 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """A chunk of rows r D."""
+        keys = self._rng.random((len(rows), 1))
+        self._kept.append(np.concatenate([keys, rows], 1))
+        self._held += len(rows)
+        self.total += len(rows)
+        if self._held > 2 * self.limit:
+            self._kept = [self._trimmed()]
+            self._held = len(self._kept[0])
+
+    def rows(self) -> np.ndarray:
+        """At most `limit` rows n D."""
+        return self._trimmed()[:, 1:] if self._kept else np.empty((0, 3))
+
+    def _trimmed(self) -> np.ndarray:
+        rows = np.concatenate(self._kept)
+        if len(rows) <= self.limit:
+            return rows
+        return rows[np.sort(np.argpartition(rows[:, 0], self.limit)[: self.limit])]

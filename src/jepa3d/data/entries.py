@@ -1,0 +1,60 @@
+"""A source of clouds is a list of entries, one a cloud; each knows how to read itself, also in another process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.io import clouds_in, facts_in, read
+
+SPLIT_FOLDERS = ("train", "test", "val")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One cloud of a source."""
+
+    key: str  # unique in the source: path, and row of a file with many
+    read: Callable[[], PointCloud]
+    label: str | None = None
+    split: str | None = None  # train, test or val
+    up_axis: str | None = None  # where the layout's owner fixed one
+
+
+@dataclass(frozen=True)
+class Source:
+    """The clouds of a folder or file, in an order that is always the same."""
+
+    layout: str
+    entries: list[Entry]
+    part_names: tuple[str, ...] = ()
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # files that are no clouds: key, reason
+    notes: list[str] = field(default_factory=list)  # what its reader should know, such as a wrong count
+
+
+def entries_of(
+    path: Path, key: str, label: str | None, split: str | None, columns: tuple[str, ...] | None
+) -> list[Entry]:
+    """The clouds of one file; an array file's own labels and split, where it has them, win."""
+    count = clouds_in(path)
+    if count is None:
+        return [Entry(key, partial(read, path, None, columns), label, split)]
+    facts, entries = facts_in(path), []
+    names = [str(name) for name in facts.get("class_names", ())]
+    for row in range(count):
+        own, half = label, split
+        if "label" in facts:
+            number = int(np.ravel(facts["label"][row])[0])
+            if number < 0 or (names and number >= len(names)):
+                raise ReadError(f"{path}: label {number} of cloud {row} without class: there are {len(names)} names")
+            own = names[number] if names else str(number)
+        if "split" in facts:
+            number = int(facts["split"][row])
+            if not 0 <= number < len(SPLIT_FOLDERS):
+                raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
+            half = SPLIT_FOLDERS[number]
+        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half))
+    return entries

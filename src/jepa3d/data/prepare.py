@@ -1,0 +1,338 @@
+"""`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what was left out."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jepa3d.data.cloud import ATTRIBUTES, ReadError, check_cloud, reduce, repeat, sample_surface
+from jepa3d.data.entries import Entry, Source
+from jepa3d.data.sources import discover
+from jepa3d.data.store import TO_Z_UP, StoreWriter, hash64
+
+_MESH_POINTS = 8192  # samples of a mesh where all points are kept
+_CHUNK = 8  # entries sent to a process at once
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Settings of a store; they are written to it, and it can only be continued with the same."""
+
+    points: int | None = 2048  # a cloud; None keeps all
+    reduce: Literal["fps", "random", "voxel"] = "fps"
+    short: Literal["skip", "repeat"] = "skip"  # what to do with a cloud of fewer points
+    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark has it, else z
+    unit: str | None = None  # of the files; only written down
+    split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
+    keep: tuple[Literal["normals", "colors", "parts"], ...] = ()
+    precision: Literal["float32", "float16"] = "float32"
+    variant: str | None = None
+    columns: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False) -> list[Path]:
+    """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was interrupted.
+
+    A store that is whole is extended by what is new. A folder of few-shot folds gives a store a fold, under `out`.
+    workers: processes, 0 one a core. strict: the first bad file stops it. Returns the stores. Raises ValueError.
+    """
+    _check(options, workers)
+    if not source.exists():
+        raise ReadError(f"{source}: no such file or folder")
+    if source.resolve() == out.resolve() or (source.is_dir() and out.resolve().is_relative_to(source.resolve())):
+        raise ValueError(f"{out}: lies in the source {source}; choose another --out")
+    with unpacked(source, out) as root:
+        folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
+        folds += sorted(root.glob("*.pkl")) if root.is_dir() and root.name.endswith("shot") else []
+        if not folds:
+            return [_prepare_one(root, out, options, workers, strict)]
+        stores = [out / fold.relative_to(root).with_suffix("") for fold in folds]
+        return [_prepare_one(*pair, options, workers, strict) for pair in zip(folds, stores, strict=True)]
+
+
+def _check(options: Preparation, workers: int) -> None:
+    if options.points is not None and options.points < 1:
+        raise ValueError(f"--points {options.points}: all, or a number from 1")
+    if options.columns is not None and len(options.columns) != 3:
+        raise ValueError(f"--columns {' '.join(options.columns)}: the names of x, y and z")
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
+
+
+def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
+    source = discover(root, options.variant, options.columns)
+    entries = _split(source.entries, options.split, root, options.seed)
+    keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
+    options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
+    if options.up_axis is None and any(entry.up_axis is None for entry in entries):
+        print("axes are kept: taken as z-up (--up-axis says otherwise)")
+    for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
+        print(note, flush=True)
+    names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
+    parts = source.part_names if "parts" in options.keep else ()
+    skipped, taken = list(source.skipped), Counter()
+    if strict and skipped:
+        raise ReadError(f"{root / skipped[0][0]}: {skipped[0][1]} (--strict)")
+    settings = json.loads(json.dumps(asdict(options)))
+    try:
+        with StoreWriter(out, settings, names, parts) as writer:
+            entries, before = _new(entries, writer.keys())
+            for entry, result in _converted(entries, options, workers):
+                if isinstance(result, str):
+                    path = root / entry.key.partition("#")[0] if root.is_dir() else root
+                    skipped.append((entry.key, result.removeprefix(f"{path}: ")))
+                    if strict:
+                        raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
+                    continue
+                arrays, row = result
+                writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
+                taken[Path(entry.key.partition("#")[0]).suffix or source.layout] += 1
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped after {taken.total():,} new clouds, kept; the same command goes on") from None
+    finally:
+        if (out / "store.json").is_file():
+            _report(out, source, taken, skipped)
+    _show(out, taken, before, skipped)
+    if not (out / "store.json").is_file():
+        raise ReadError(f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}")
+    return out
+
+
+def _new(entries: list[Entry], done: np.ndarray) -> tuple[list[Entry], int]:
+    """The entries whose keys are not among the hashes `done`, and how many are."""
+    hashes = np.array([hash64(entry.key.encode("utf-8", "surrogateescape")) for entry in entries], np.uint64)
+    there = np.isin(hashes, done)
+    return [entry for entry, is_there in zip(entries, there, strict=True) if not is_there], int(there.sum())
+
+
+# ------------------------------------------------------------------------------------------------ one cloud
+
+
+def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A cloud's arrays as the store has them, and its row of the index. Raises ReadError."""
+    cloud = entry.read()
+    content = hash64(cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes()))
+    count, seed = options.points, zlib.crc32(entry.key.encode("utf-8", "surrogateescape")) + options.seed
+    if cloud.faces is not None:
+        cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
+    if missing := [name for name in options.keep if getattr(cloud, name) is None]:
+        raise ReadError(f"has no {missing[0]} to keep (--keep)")
+    if count and len(cloud) < count and options.short == "skip":
+        raise ReadError(f"{len(cloud)} points, {count} are needed (--points, or --short repeat)")
+    up = options.up_axis or entry.up_axis or "z"
+    cloud = cloud.normalised()
+    if count and len(cloud) > count:
+        cloud = reduce(cloud, count, options.reduce, seed)
+    elif count and len(cloud) < count:
+        cloud = repeat(reduce(cloud, len(cloud), options.reduce, seed), count, seed)
+    elif count and options.reduce == "fps":
+        cloud = reduce(cloud, count, "fps", seed)
+    check_cloud(cloud.points, "of the points that are kept: ")
+    cloud = cloud.normalised()
+    axes = TO_Z_UP[up]
+    kind = np.dtype(options.precision)
+    arrays = {"points": (cloud.points @ axes.T).astype(kind)}
+    kinds = {"normals": np.float16, "colors": np.uint8, "parts": np.int16}
+    for name in options.keep:
+        values = getattr(cloud, name) @ axes.T if name == "normals" else getattr(cloud, name)
+        arrays[name] = values.astype(kinds[name])
+    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content}
+
+
+Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
+
+
+def _convert_all(entries: list[Entry], options: Preparation) -> list[Result]:
+    """What becomes of each entry: arrays and row, or why not."""
+    results: list[Result] = []
+    for entry in entries:
+        try:
+            results.append(convert(entry, options))
+        except ReadError as error:
+            results.append(str(error))
+        except OSError as error:
+            results.append(f"cannot be read ({error.strerror or error})")
+    return results
+
+
+def _converted(entries: list[Entry], options: Preparation, workers: int) -> Iterator[tuple[Entry, Result]]:
+    """Results in the order of the entries, whatever the number of processes, which never run far ahead."""
+    workers = workers or os.cpu_count() or 1
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    chunks = [entries[at : at + _CHUNK] for at in range(0, len(entries), _CHUNK)]
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20) as progress:
+        task = progress.add_task("preparing", total=len(entries), rate="")
+        mapped = (_convert_all(c, options) for c in chunks) if workers == 1 else _parallel(chunks, options, workers)
+        for chunk, results in zip(chunks, mapped, strict=True):
+            yield from zip(chunk, results, strict=True)
+            done = progress.tasks[0]
+            progress.update(
+                task, advance=len(chunk), rate=f"{(done.completed + len(chunk)) / (done.elapsed or 1):.0f}/s"
+            )
+
+
+def _parallel(chunks: list[list[Entry]], options: Preparation, workers: int) -> Iterator[list[Result]]:
+    """`_convert_all` of every chunk, in order. A file whose parser kills its process is found and skipped."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["jepa3d.data.prepare"])
+
+    def pool(processes: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(processes, context, initializer=_start_worker)
+
+    left = iter(chunks)
+    executor = pool(workers)
+    running: list[tuple[list[Entry], Future]] = []  # oldest first
+
+    def start(chunk: list[Entry]) -> Future:
+        try:
+            return executor.submit(_convert_all, chunk, options)
+        except BrokenProcessPool as error:  # a chunk before it broke the pool just now; told when its turn comes
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def submit(number: int) -> None:
+        running.extend((chunk, start(chunk)) for chunk in islice(left, number))
+
+    try:
+        submit(4 * workers)
+        while running:
+            chunk, future = running.pop(0)
+            try:
+                results = future.result()
+            except BrokenProcessPool:
+                executor.shutdown(cancel_futures=True)
+                results = [_alone(pool(1), entry, options) for entry in chunk]
+                executor = pool(workers)
+                running[:] = [(c, f if _is_done(f) else start(c)) for c, f in running]
+            submit(1)
+            yield results
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_done(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _alone(executor: ProcessPoolExecutor, entry: Entry, options: Preparation) -> Result:
+    with executor:
+        try:
+            return executor.submit(_convert_all, [entry], options).result()[0]
+        except BrokenProcessPool:
+            return "its parser crashed"
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------ splits, archives
+
+
+def _split(entries: list[Entry], split: str, root: Path, seed: int) -> list[Entry]:
+    """Entries with their split: those of the folders or lists, of one list, or a seeded, stratified fraction."""
+    if split == "folder":
+        some = [entry for entry in entries if entry.split is None]
+        if some and len(some) < len(entries):
+            print(f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {some[0].key}")
+        return entries
+    try:
+        fraction = float(split)
+    except ValueError:
+        return _split_by_list(entries, Path(split))
+    if not 0 < fraction < 1:
+        raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
+    rng, test = np.random.default_rng(seed), set()
+    for label in sorted({entry.label or "" for entry in entries}):
+        keys = [entry.key for entry in entries if (entry.label or "") == label]
+        test |= {keys[i] for i in rng.permutation(len(keys))[: round(fraction * len(keys))]}
+    return [replace(entry, split="test" if entry.key in test else "train") for entry in entries]
+
+
+def _split_by_list(entries: list[Entry], path: Path) -> list[Entry]:
+    if not path.is_file():
+        raise ReadError(f"--split {path}: folder, a fraction for test, or a file that lists the test clouds")
+    listed = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+    if missing := listed - {entry.key for entry in entries}:
+        raise ReadError(f"{path}: lists {min(missing)!r}, which is not in the source")
+    return [replace(entry, split="test" if entry.key in listed else "train") for entry in entries]
+
+
+@contextmanager
+def unpacked(source: Path, out: Path) -> Iterator[Path]:
+    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it is.
+
+    Raises ReadError for an archive that is damaged or has a member that would be written elsewhere.
+    """
+    if not source.is_file() or source.suffix.lower() not in _ARCHIVES:
+        yield source
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
+    try:
+        print(f"unpacking {source}", flush=True)
+        try:
+            if source.suffix.lower() == ".zip":
+                with zipfile.ZipFile(source) as archive:
+                    for name in archive.namelist():
+                        if not (folder / name).resolve().is_relative_to(folder):
+                            raise ReadError(f"{source}: member {name!r} would be written outside its folder")
+                    archive.extractall(folder)
+            else:
+                with tarfile.open(source) as archive:
+                    archive.extractall(folder, filter="data")
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+            raise ReadError(f"{source}: damaged or refused archive ({error})") from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def _report(out: Path, source: Source, taken: Counter, skipped: list[tuple[str, str]]) -> None:
+    record = {
+        "layout": source.layout,
+        "notes": source.notes,
+        "new": taken.total(),
+        "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
+    }
+    (out / "report.json").write_text(json.dumps(record, indent=1))
+
+
+def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]], lines: int = 40) -> None:
+    already = f", {before:,} were there already" if before else ""
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in taken.most_common())
+    print(
+        f"{out}: took {taken.total():,} clouds{f' ({kinds})' if kinds else ''}{already}; left out {len(skipped):,}"
+        + (":" if skipped else "")
+    )
+    for key, reason in skipped[:lines]:
+        print(f"  {key}: {reason}".encode(errors="backslashreplace").decode())  # names that are not UTF-8
+    if len(skipped) > lines:
+        print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")

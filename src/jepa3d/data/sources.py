@@ -1,0 +1,106 @@
+"""What lies at a path: a published benchmark, anybody's own files, or one file."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
+from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.entries import SPLIT_FOLDERS, Entry, Source, entries_of
+from jepa3d.data.io import SUFFIXES
+from jepa3d.data.text import check_table
+
+
+def discover(root: Path, variant: str | None = None, columns: tuple[str, ...] | None = None) -> Source:
+    """What lies at `root`: a benchmark, a folder of files, or a file. Raises ReadError."""
+    if root.suffix == ".pkl":
+        source = fold_of(root)
+    elif root.is_file():
+        source = Source("file", entries_of(root, root.name, None, None, columns))
+    else:
+        source = benchmark_at(root, variant) or _files(root, variant, columns)
+    if not source.entries:
+        reason = f"; {source.skipped[0][0]}: {source.skipped[0][1]}" if source.skipped else ""
+        raise ReadError(f"{root}: holds no cloud ({' '.join(SUFFIXES)}){reason}")
+    return source
+
+
+def _refuse(message: str) -> PointCloud:
+    """What an entry does when read whose file was seen to be bad before."""
+    raise ReadError(message)
+
+
+def walk(root: Path, failed: Callable[[OSError], None]) -> Iterable[tuple[Path, list[str], list[str]]]:
+    """os.walk, sorted, through links to folders but never in a circle; `failed` gets what cannot be listed."""
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=failed, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield Path(folder), folders, sorted(files)
+
+
+def _class_depth(folders: list[tuple[str, ...]]) -> int:
+    """How many folders stand around those of the classes, as an archive's own does around all of its files."""
+    depth = 0
+    while len({names[depth : depth + 1] for names in folders}) == 1 and min(map(len, folders)) > depth + 1:
+        depth += 1
+    return depth
+
+
+def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> Source:
+    """Any tree of files: the first sub-folder that is not around all is a class, one named train, test or val a split."""
+    entries, skipped, notes, part_names = [], [], [], ()
+    inner, found_files = [], []
+
+    def failed(error: OSError) -> None:
+        skipped.append((Path(error.filename).relative_to(root).as_posix(), f"cannot be read ({error.strerror})"))
+
+    for folder, folders, files in walk(root, failed):
+        found = benchmark_at(folder, variant) if folder != root else None
+        if found:
+            at = folder.relative_to(root).as_posix()
+            folders.clear()
+            inner.append(found)
+            entries += [replace(entry, key=f"{at}/{entry.key}") for entry in found.entries]
+            skipped += [(f"{at}/{key}", reason) for key, reason in found.skipped]
+            notes += [f"{at}: {found.layout}", *found.notes]
+            part_names = part_names or found.part_names
+            continue
+        for name in files:
+            path = folder / name
+            key = path.relative_to(root).as_posix()
+            if path.suffix.lower() not in SUFFIXES or name.startswith("._"):  # ._: what macOS adds to archives
+                alone = "; a few-shot fold is prepared by itself" if path.suffix == ".pkl" else ""
+                skipped.append((key, f"not a kind of file that is read{alone}"))
+                continue
+            try:
+                if path.suffix.lower() == ".txt":
+                    check_table(path)
+            except ReadError as error:  # a README is no damaged cloud
+                skipped.append((key, str(error)))
+                continue
+            found_files.append((path, key))
+    folders_of = [Path(key).parts[:-1] for _, key in found_files]
+    classes = [tuple(part for part in parts if part not in SPLIT_FOLDERS) for parts in folders_of]
+    depth = _class_depth(classes) if classes and not inner else 0
+    for (path, key), parts, names in zip(found_files, folders_of, classes, strict=True):
+        label = names[depth] if len(names) > depth else None
+        split = next((part for part in parts if part in SPLIT_FOLDERS), None)
+        try:
+            entries += entries_of(path, key, label, split, columns)
+        except ReadError as error:
+            entries.append(Entry(key, partial(_refuse, str(error)), label, split))
+    if len(inner) == 1 and len(entries) == len(inner[0].entries):  # the benchmark in a folder of its archive
+        return replace(inner[0], entries=entries, skipped=skipped)
+    layout = "folder"
+    if names := MESH_COUNTS.get(frozenset(entry.label for entry in entries)):
+        layout = names[0]
+        entries = [replace(entry, up_axis="z") for entry in entries]
+        notes += check_counts(layout, entries, *names[1:])
+    return Source(layout, entries, part_names, skipped, notes)

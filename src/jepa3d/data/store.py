@@ -1,0 +1,353 @@
+"""A data set on disk that is read in place: shards of points, a memory-mapped index, a JSON header.
+
+STORE/store.json              what it holds: settings, class names, one record a shard. A shard counts once it is here.
+STORE/points-00000.safetensors  "points" [sum of N, 3], and "normals", "colors", "parts" where kept
+STORE/index/NAME.bin          one row a cloud, memory-mapped: see COLUMNS; keys.bin holds the keys' text
+
+Clouds are z-up in the unit sphere; with R the rotation from the file's up axis, file = R^T(points) * scale + origin.
+Writing appends shards; whatever was written after the header's last version is cut off when writing goes on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from jepa3d.data.cloud import PointCloud, ReadError
+
+FORMAT = "jepa3d-store-1"
+SPLITS = ("train", "test", "val")
+SHARD_BYTES = 32 << 20
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "end": ("<i8", ()),  # points up to and including this cloud's
+    "label": ("<i4", ()),  # index of class_names, -1 none
+    "split": ("i1", ()),  # index of SPLITS, -1 none
+    "up": ("i1", ()),  # the file's up axis, index of "xyz"
+    "frame": ("<f8", (4,)),  # origin and scale
+    "content": ("<u8", ()),  # hash of the points as read, for duplicates
+    "key": ("<u8", ()),  # hash of the key
+    "key_end": ("<i8", ()),  # bytes of keys.bin up to and including this cloud's key
+}
+_ATTRIBUTES = {"normals": 3, "colors": 3, "parts": 1}
+
+# Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
+TO_Z_UP = {
+    "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
+    "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
+    "z": np.eye(3, dtype=np.float32),
+}
+
+
+def hash64(data: bytes) -> int:
+    """The first 64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+class Store:
+    """A store, opened for reading: nothing but the header is read until it is asked for.
+
+    Raises ReadError where `path` is no whole store.
+    """
+
+    def __init__(self, path: str | Path, unfinished: bool = False):
+        self.path = Path(path)
+        try:
+            self.header = json.loads((self.path / "store.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ReadError(f"{path}: not a store of jepa3d prepare ({error})") from error
+        if not isinstance(self.header, dict):
+            raise ReadError(f"{path}: not a store of jepa3d prepare")
+        if self.header.get("format") != FORMAT:
+            raise ReadError(f"{path}: store of format {self.header.get('format')!r}, this version reads {FORMAT!r}")
+        if not (unfinished or self.header["complete"]):
+            raise ReadError(f"{path}: an unfinished store; run its jepa3d prepare again, it goes on")
+        shards = self.header["shards"]
+        self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
+        self._start = np.cumsum([0] + [shard["points"] for shard in shards])
+        self.columns = {name: self._column(name) for name in COLUMNS}
+        self.num_points: int | None = self.header["num_points"]
+        self.class_names, self.part_names = tuple(self.header["class_names"]), tuple(self.header["part_names"])
+        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' own."""
+        return hashlib.sha256(json.dumps(self.header["shards"], sort_keys=True).encode()).hexdigest()
+
+    def _column(self, name: str) -> np.ndarray:
+        kind, tail = COLUMNS[name]
+        path, shape = self.path / "index" / f"{name}.bin", (len(self), *tail)
+        needed = np.dtype(kind).itemsize * int(np.prod(shape))
+        if not needed:
+            return np.empty(shape, kind)
+        if not path.is_file() or path.stat().st_size < needed:
+            raise ReadError(f"{path}: missing or cut off: {needed} bytes are needed for {len(self)} clouds")
+        return np.memmap(path, kind, "r", shape=shape)
+
+    def shard(self, index: int) -> dict[str, np.ndarray]:
+        """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may."""
+        if index not in self._open:
+            path = self.path / self.header["shards"][index]["file"]
+            try:
+                self._open[index] = _map_safetensors(path)
+            except (OSError, ValueError, KeyError) as error:
+                raise ReadError(f"{path}: not a readable shard ({error})") from error
+            if len(self._open) > 64:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+    def _span(self, row: int) -> tuple[int, slice]:
+        """Shard of a cloud, and its rows there."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"cloud {row} of {len(self)}")
+        shard = int(np.searchsorted(self.first, row, side="right")) - 1
+        begin = 0 if row == 0 else int(self.columns["end"][row - 1])
+        return shard, slice(begin - self._start[shard], int(self.columns["end"][row]) - self._start[shard])
+
+    def points(self, row: int, count: int | None = None) -> np.ndarray:
+        """The first `count` points of a cloud, or all, n 3, in the store's precision, in place."""
+        shard, rows = self._span(row)
+        return self.shard(shard)["points"][rows][:count]
+
+    def cloud(self, row: int) -> PointCloud:
+        """A cloud with what is kept of it; points z-up in the unit sphere."""
+        shard, rows = self._span(row)
+        arrays: dict[str, Any] = {name: values[rows] for name, values in self.shard(shard).items()}
+        *origin, scale = self.columns["frame"][row].tolist()
+        points = np.asarray(arrays.pop("points"), np.float32)
+        return PointCloud(points, np.array(origin), scale, **arrays)
+
+    def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
+        """Points n 3 of a cloud's store frame in its file's own frame, float64."""
+        *origin, scale = self.columns["frame"][row].tolist()
+        axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(np.float64)
+        return np.asarray(points, np.float64) @ axes * scale + origin
+
+    def key(self, row: int) -> str:
+        """The path of a cloud's file in its source, with its row where the file has many."""
+        begin = 0 if row == 0 else int(self.columns["key_end"][row - 1])
+        with (self.path / "index" / "keys.bin").open("rb") as file:
+            file.seek(begin)
+            return file.read(int(self.columns["key_end"][row]) - begin).decode("utf-8", "surrogateescape")
+
+    def verify(self) -> None:
+        """Compare every checksum. Raises ReadError naming the first file that differs."""
+        for i, shard in enumerate(self.header["shards"]):
+            path = self.path / shard["file"]
+            if not path.is_file():
+                raise ReadError(f"{path}: is missing")
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    raise ReadError(f"{path}: its checksum is not the one written")
+            if self._index_crc(self.first[i], self.first[i + 1]) != shard["index_crc32"]:
+                raise ReadError(
+                    f"{self.path / 'index'}: rows {self.first[i]}-{self.first[i + 1]} are not those written"
+                )
+        path, begin = self.path / "index" / "keys.bin", 0
+        text = path.read_bytes() if path.is_file() else b""
+        for end, key in zip(self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True):
+            if hash64(text[begin:end]) != key:
+                raise ReadError(f"{path}: its text is not the one written")
+            begin = end
+
+    def _index_crc(self, begin: int, end: int) -> int:
+        crc = 0
+        for name in COLUMNS:
+            crc = zlib.crc32(np.ascontiguousarray(self.columns[name][begin:end]).tobytes(), crc)
+        return crc
+
+
+class StoredPoints:
+    """Points n N 3 float32 of rows of a store, read when indexed: what `PointClouds.points` is for a store."""
+
+    def __init__(self, store: Store, rows: np.ndarray, num_points: int):
+        self.store, self.rows, self.num_points = store, rows, num_points
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.rows), self.num_points, 3
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index) -> np.ndarray:
+        """n N 3 at an index, slice, mask or array of indices; N 3 at a number. Unit sphere."""
+        rows = np.atleast_1d(self.rows[index])
+        out = np.empty((len(rows), self.num_points, 3), np.float32)
+        for i, row in enumerate(rows.tolist()):
+            out[i] = self.store.points(row, self.num_points)
+        if self.num_points != self.store.num_points:  # fewer points have another centroid and radius
+            out -= out.mean(1, keepdims=True)
+            out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]
+        return out[0] if np.ndim(self.rows[index]) == 0 else out
+
+    def select(self, keep: np.ndarray) -> "StoredPoints":
+        """The clouds at a mask or index, still unread."""
+        return StoredPoints(self.store, self.rows[keep], self.num_points)
+
+    def shard_sizes(self) -> np.ndarray:
+        """How many of the clouds lie in each shard, in order, for an epoch order that reads shard after shard."""
+        counts = np.diff(np.searchsorted(self.rows, self.store.first))
+        return counts[counts > 0]
+
+
+class StoreWriter:
+    """Appends clouds to a store, new or begun with the same settings; used as a context.
+
+    On leaving, what was added is committed and, unless left by an exception, the store is marked complete.
+    Raises ValueError where `path` is something else or has other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], class_names: tuple[str, ...], part_names: tuple[str, ...]):
+        self.path, self._index = path, path / "index"
+        self._rows: dict[str, list] = {name: [] for name in COLUMNS}
+        self._clouds: list[dict[str, np.ndarray]] = []
+        self._keys, self._bytes = [], 0
+        self.header: dict[str, Any] = {}
+        self._new = not (path / "store.json").is_file()
+        if self._new:
+            if path.exists() and (not path.is_dir() or any(p.suffix != ".partial" for p in path.iterdir())):
+                raise ValueError(f"{path}: exists and is not a store; choose another --out")
+            self.header = {"format": FORMAT, "complete": False, "settings": settings, "shards": []}
+            self.header |= {"num_points": settings["points"], "class_names": [], "part_names": list(part_names)}
+            self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / "store.json", json.dumps(self.header).encode())  # from now on a store: it can be continued
+        else:
+            store = Store(path, unfinished=True)
+            self.header = store.header
+            if self.header["settings"] != settings:
+                name = next(k for k in settings if self.header["settings"].get(k) != settings[k])
+                then = self.header["settings"].get(name)
+                raise ValueError(f"{path}: was begun with {name} = {then}, not {settings[name]}; choose another --out")
+            if part_names and list(part_names) != self.header["part_names"]:
+                raise ValueError(f"{path}: has other part names; choose another --out")
+            self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
+            self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
+            del store
+        self._index.mkdir(exist_ok=True)
+        self._end = sum(shard["points"] for shard in self.header["shards"])  # points in the store and waiting
+        known = self.header["class_names"]
+        self.header["class_names"] = known + [name for name in class_names if name not in known]
+        for name, size in self._size.items():
+            file = self._index / f"{name}.bin"
+            file.touch()
+            os.truncate(file, size)
+
+    def keys(self) -> np.ndarray:
+        """Hashes of the keys in the store."""
+        return np.fromfile(self._index / "key.bin", COLUMNS["key"][0])
+
+    def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
+        """A cloud: arrays points and attributes; row label, split (names or None), up, frame, content."""
+        label, split = row["label"], row["split"]
+        if label is not None and label not in self.header["class_names"]:
+            raise ValueError(f"{key}: class {label!r} is not among the store's")
+        text = key.encode("utf-8", "surrogateescape")
+        self._clouds.append(arrays)
+        self._keys.append(text)
+        self._end += len(arrays["points"])
+        values = {
+            "end": self._end,
+            "label": -1 if label is None else self.header["class_names"].index(label),
+            "split": -1 if split is None else SPLITS.index(split),
+            "up": "xyz".index(row["up"]),
+            "frame": row["frame"],
+            "content": row["content"],
+            "key": hash64(text),
+            "key_end": self._size["keys"] + sum(map(len, self._keys)),
+        }
+        for name, value in values.items():
+            self._rows[name].append(value)
+        self._bytes += sum(values.nbytes for values in arrays.values())
+        if self._bytes >= SHARD_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make all that was added durable: shard, then index, then header. An interrupted commit leaves no trace."""
+        header, sizes = self.header, self._size
+        if self._clouds:
+            names = self._clouds[0].keys()
+            content = save({name: np.concatenate([cloud[name] for cloud in self._clouds]) for name in names})
+            file = f"points-{len(header['shards']):05d}.safetensors"
+            _write(self.path / file, content)
+            crc = 0
+            for name, (kind, tail) in COLUMNS.items():
+                rows = np.array(self._rows[name], kind).reshape(-1, *tail).tobytes()
+                crc = zlib.crc32(rows, crc)
+                sizes = sizes | {name: self._append(name, rows)}
+            sizes = sizes | {"keys": self._append("keys", b"".join(self._keys))}
+            points = sum(len(cloud["points"]) for cloud in self._clouds)
+            digest = hashlib.sha256(content).hexdigest()
+            shard = {"file": file, "clouds": len(self._clouds), "points": points, "sha256": digest, "index_crc32": crc}
+            header = header | {"shards": [*header["shards"], shard]}
+        _write(self.path / "store.json", json.dumps(header, indent=1).encode())
+        self.header, self._size = header, sizes  # only now, so that a commit that failed can be made again
+        self._rows, self._clouds = {name: [] for name in COLUMNS}, []
+        self._keys, self._bytes = [], 0
+
+    def _append(self, name: str, content: bytes) -> int:
+        """Write after what is committed. Returns the file's size."""
+        with (self._index / f"{name}.bin").open("r+b") as file:
+            file.seek(self._size[name])
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def __enter__(self) -> "StoreWriter":
+        self.header["complete"] = False
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if not isinstance(error, OSError):
+            self.header["complete"] = kind is None
+            self.commit()
+        if self._new and not self.header["shards"]:  # nothing worth keeping
+            shutil.rmtree(self.path)
+
+
+def _row_bytes(name: str) -> int:
+    kind, tail = COLUMNS[name]
+    return np.dtype(kind).itemsize * int(np.prod(tail))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, memory-mapped (format: 8 bytes of header length, JSON header, data)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    kinds = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I16": "<i2", "I32": "<i4"}
+    data = np.memmap(path, np.uint8, "r", offset=8 + length)
+    out = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            out[name] = data[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+    return out
