@@ -217,7 +217,7 @@ def resum(content: bytes) -> bytes:
 
 def child(reader: str, arguments) -> None:
     """Reads inputs from counts[0] on; keeps the one at work as input.<reader>."""
-    from jepa3d.data import io
+    from jepa3d.data import arrays, io
 
     folder, keep = Path(arguments.folder), Path(arguments.keep)
     originals, path = seeds(reader, folder), folder / f"input.{reader}"
@@ -240,9 +240,9 @@ def child(reader: str, arguments) -> None:
         counts[0] += 1
         signal.setitimer(signal.ITIMER_REAL, arguments.limit)
         try:
-            many = io.clouds_in(path)
+            many = arrays.clouds_in(path)
             if many is not None:
-                io.facts_in(path)
+                arrays.facts_in(path)
             cloud = io.read(path, row=None if many is None else 0)
             assert np.isfinite(cloud.points).all(), "not finite"
             assert cloud.points.any(), "no extent"
@@ -255,8 +255,8 @@ def child(reader: str, arguments) -> None:
             escape(keep, path, counts[0] - 1, error)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            io._array_shapes.cache_clear()
-            io.array_block.cache_clear()
+            arrays._array_shapes.cache_clear()
+            arrays.array_block.cache_clear()
 
 
 def escape(keep: Path, path: Path, index: int, error: BaseException) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.datasets import load
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store
@@ -146,8 +147,8 @@ def test_few_shot_folds_become_a_store_each(tmp_path, tiny, write):
     assert [clouds_of(Store(path)) for path in stores] == [[("3", "train"), ("17", "train"), ("3", "test")]] * 2
     assert (Store(stores[0]).columns["up"] == 1).all()
     assert Store(stores[0]).cloud(0).normals.shape == (64, 3)
-    record = json.loads((pretrain(tiny(data=[str(inner / "1")], max_steps=None, epochs=1), tmp_path / "run") / "run.json").read_text())  # noqa: E501  # fmt: skip
-    assert record["data"]["shapes"] == 2
+    run = pretrain(tiny(data=[str(inner / "1")], max_steps=None, epochs=1), tmp_path / "run")
+    assert json.loads((run / "run.json").read_text())["data"]["shapes"] == 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -280,8 +281,6 @@ def test_a_damaged_fold_is_refused(tmp_path, content):
 
 
 def test_shapes_in_no_list_are_told_and_never_train(tmp_path, capsys):
-    from jepa3d.data.datasets import load
-
     source = written(layouts.shapenetpart_normals, tmp_path / "download")
     (source / "02773838/b2.txt").write_bytes((source / "02773838/b1.txt").read_bytes())
     store = stored(source, tmp_path / "store")

@@ -215,10 +215,10 @@ def made(number: int) -> PointCloud:
 def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_order():
     entries = [Entry(str(i), partial(made, i)) for i in range(8)]
     entries[2], entries[6] = Entry("2", partial(os._exit, 1)), Entry("6", partial(os._exit, 1))
-    chunks, found = [entries[:2], entries[2:3], *([entry] for entry in entries[3:])], []
-    for results in module._parallel(chunks, Preparation(points=16), 1):
+    found = []
+    for results in module._parallel([[entry] for entry in entries], Preparation(points=16), 1):
         found += results
-        if len(found) == 2:
+        if len(found) == 1:
             time.sleep(0.5)  # the pool breaks while its first results are used
     assert [i for i, result in enumerate(found) if isinstance(result, str)] == [2, 6]
     assert found[2] == "its parser crashed"
@@ -282,7 +282,7 @@ def test_places_where_no_store_may_be_are_refused(tmp_path):
     assert [path.name for path in (*source.iterdir(), *other.iterdir())] == ["a.npy", "mine.npy"]
 
 
-@pytest.mark.parametrize("writes", range(0, 40, 3))
+@pytest.mark.parametrize("writes", [0, 1, 5, 10, 11, 12, 17, 23, 34])
 def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(tmp_path, monkeypatch, writes):
     source, done = folder(tmp_path / "in", *(f"{i}.npy" for i in range(9))), []
     whole = stored(source, tmp_path / "whole")

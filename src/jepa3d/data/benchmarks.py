@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa3d.data.arrays import array_rows
+from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import SPLIT_FOLDERS, Entry, Source, entries_of
-from jepa3d.data.io import array_rows, boundary, read
+from jepa3d.data.io import read
 from jepa3d.data.text import read_table, to_parts
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa3d.data.arrays import clouds_in, facts_in
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.io import clouds_in, facts_in, read
+from jepa3d.data.io import read
 
 SPLIT_FOLDERS = ("train", "test", "val")
 

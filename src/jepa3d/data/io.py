@@ -1,34 +1,17 @@
 """One file to a `PointCloud`. What a parser may raise leaves here as `ReadError`, one line that names the file."""
 
-import importlib
-import logging
-import lzma
-import struct
-import tokenize
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import trimesh
 
-from jepa3d.data.cloud import PointCloud, ReadError, Reservoir, sample_surface
-from jepa3d.data.text import read_table, to_bytes, to_parts
-
-# What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
-_PARSER_ERRORS = (
-    ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, ArithmeticError, AssertionError,
-    MemoryError, ImportError, StopIteration, NameError, SyntaxError, tokenize.TokenError, struct.error, zlib.error,
-    lzma.LZMAError, zipfile.BadZipFile,
-)  # fmt: skip
-_BLOCK = 256  # clouds of an array file read at once
-for _parser in ("trimesh", "laspy"):
-    logging.getLogger(_parser).addHandler(logging.NullHandler())  # else they print beside the one line of the error
+from jepa3d.data.arrays import ARRAY_SUFFIXES, read_array
+from jepa3d.data.boundary import boundary
+from jepa3d.data.cloud import PointCloud, ReadError, sample_surface
+from jepa3d.data.scans import columns_of, read_e57, read_las, read_pcd
+from jepa3d.data.text import read_table
 
 
 def read(path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None) -> PointCloud:
@@ -67,150 +50,6 @@ def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
     if len(cloud) < num_points:
         raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
     return cloud
-
-
-@contextmanager
-def boundary(path: Path) -> Iterator[None]:
-    """Turns what a parser raises, and what it lacks, into one ReadError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except ReadError as error:
-        message = str(error)
-        raise error if message.startswith(f"{path}: ") else ReadError(f"{path}: {message}") from error
-    except OSError as error:
-        raise ReadError(f"{path}: cannot be read ({_line(error.strerror or error)})") from error
-    except _PARSER_ERRORS as error:
-        kind = path.suffix[1:].upper()
-        raise ReadError(f"{path}: damaged or not a {kind} file ({_line(error)})") from error
-
-
-def _line(error: Any) -> str:
-    """The first line of an error, printable and short."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
-
-
-def _check_claim(path: Path, claimed: int, factor: int) -> None:
-    """ReadError, before anything is allocated, where a header claims more bytes than `factor` times the file's."""
-    if claimed > factor * path.stat().st_size:
-        raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
-
-
-def clouds_in(path: Path) -> int | None:
-    """How many clouds an array file holds; None for a file that is one cloud. Raises ReadError."""
-    if path.suffix.lower() not in ARRAY_SUFFIXES:
-        return None
-    with boundary(path):
-        shapes = _array_shapes(path, path.stat().st_mtime_ns)
-        points = shapes.get("points", ())
-        return points[0] if len(points) == 3 else None
-
-
-def facts_in(path: Path) -> dict[str, np.ndarray]:
-    """What an array file of many clouds says of each: label, split, and class_names, those that it has."""
-    with boundary(path):
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                names = _known(archive.files) | {name: name for name in ("class_names",) if name in archive.files}
-                facts = {key: archive[name] for key, name in names.items() if key in _FACTS}
-        elif path.suffix.lower() == ".npy":
-            facts = {}
-        else:
-            with _module("h5py").File(path, "r") as file:
-                facts = {key: file[name][:] for key, name in _known(file).items() if key in _FACTS}
-        count = clouds_in(path) or 0
-        for key in ("label", "split"):
-            if key in facts and (len(facts[key]) != count or not np.issubdtype(facts[key].dtype, np.integer)):
-                raise ReadError(
-                    f"{key} must be {count} whole numbers, found {facts[key].dtype} {list(facts[key].shape)}"
-                )
-        return facts
-
-
-# ------------------------------------------------------------------------------------------------ arrays
-
-
-_NAMES = {
-    "points": ("data", "points", "xyz"),
-    "label": ("label", "labels"),
-    "normals": ("normal", "normals"),
-    "parts": ("pid", "seg", "parts"),
-    "split": ("split",),
-}
-_FACTS = ("label", "split", "class_names")
-
-
-@lru_cache(maxsize=4)
-def _array_shapes(path: Path, changed: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a file, by what they are."""
-    if path.suffix.lower() == ".npy":
-        return {"points": np.load(path, allow_pickle=False, mmap_mode="r").shape}
-    if path.suffix.lower() == ".npz":
-        return {key: np.shape(values) for key, values in array_block(path, None, changed).items()}
-    with _module("h5py").File(path, "r") as file:
-        return {key: file[name].shape for key, name in _known(file).items()}
-
-
-def _known(names) -> dict[str, str]:
-    found = {key: next((n for n in known if n in names), None) for key, known in _NAMES.items()}
-    if found["points"] is None:
-        raise ReadError(
-            f"has no array named {', '.join(_NAMES['points'])}; it has {', '.join(map(str, names)) or 'none'}"
-        )
-    return {key: name for key, name in found.items() if name}
-
-
-@lru_cache(maxsize=2)
-def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.ndarray]:
-    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by what they are; None, or an NPZ, reads them whole."""
-    rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
-    if path.suffix.lower() == ".npy":
-        return {"points": np.load(path, allow_pickle=False, mmap_mode="r")[rows]}
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: np.asarray(archive[name]) for key, name in _known(archive.files).items()}
-    with _module("h5py").File(path, "r") as file:
-        names = _known(file) | ({"mask": "mask"} if "mask" in file else {})
-        for name in names.values():
-            _check_claim(path, file[name].nbytes, 1100)  # gzip's best is 1032
-        return {key: file[name][rows] for key, name in names.items()}
-
-
-def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the block that holds a row, and the row's place there. Raises ReadError."""
-    block, at = divmod(row, _BLOCK) if path.suffix.lower() != ".npz" else (None, row)
-    arrays = array_block(path, block, path.stat().st_mtime_ns)
-    counts = {key: len(values) for key, values in arrays.items()}
-    if len(set(counts.values())) > 1:
-        raise ReadError("arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in counts.items()))
-    if at >= len(arrays["points"]):
-        raise ReadError(f"has no cloud {row}")
-    return arrays, at
-
-
-def _array(path: Path, row: int | None) -> PointCloud:
-    shapes = _array_shapes(path, path.stat().st_mtime_ns)
-    if len(shapes["points"]) == 3:
-        if row is None:
-            raise ReadError(f"expected an array of points [n, 3], found {list(shapes['points'])}: many clouds")
-        arrays, at = array_rows(path, row)
-        arrays = {key: values[at] for key, values in arrays.items()}
-    else:
-        arrays = array_block(path, None, path.stat().st_mtime_ns)
-    attributes: dict[str, Any] = {}
-    if np.ndim(arrays["points"]) == 2:
-        if (normals := arrays.get("normals")) is not None and np.shape(normals) == np.shape(arrays["points"]):
-            attributes["normals"] = np.asarray(normals, np.float32)
-        if (parts := arrays.get("parts")) is not None and np.shape(parts) == (len(arrays["points"]),):
-            attributes["parts"] = to_parts(parts)
-    if (label := arrays.get("label")) is not None and np.size(label) == 1:
-        attributes["label"] = int(np.ravel(label)[0])
-    return PointCloud.make(arrays["points"], **attributes)
-
-
-# ------------------------------------------------------------------------------------------------ meshes and clouds
 
 
 def _off(path: Path) -> PointCloud:
@@ -264,29 +103,7 @@ def _geometry(path: Path) -> PointCloud:
     if isinstance(loaded, trimesh.Trimesh) and len(loaded.faces):
         return PointCloud.make(vertices, faces=np.asarray(loaded.faces))
     raw = getattr(loaded, "metadata", {}).get("_ply_raw", {}).get("vertex", {}).get("data")
-    return PointCloud.make(vertices, **_columns_of(raw, len(vertices)))
-
-
-def _columns_of(raw, count: int) -> dict[str, np.ndarray]:
-    """Normals, colours and part labels among named columns (PLY properties, PCD fields)."""
-    if raw is None:
-        return {}
-    names = getattr(raw, "dtype", None)
-    have = set(names.names) if names is not None else set(raw)
-
-    def stack(group: tuple[str, ...]) -> np.ndarray:
-        return np.stack([np.asarray(raw[name]).reshape(count) for name in group], 1)
-
-    found: dict[str, np.ndarray] = {}
-    for group in (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")):
-        if set(group) <= have:
-            found["normals"] = stack(group).astype(np.float32)
-    if {"red", "green", "blue"} <= have:
-        found["colors"] = to_bytes(stack(("red", "green", "blue")))
-    for name in ("part", "label", "class", "classification"):
-        if name in have and "parts" not in found:
-            found["parts"] = to_parts(stack((name,))[:, 0])
-    return found
+    return PointCloud.make(vertices, **columns_of(raw, len(vertices)))
 
 
 def _check_ply_is_whole(path: Path, loaded) -> None:
@@ -300,99 +117,10 @@ def _check_ply_is_whole(path: Path, loaded) -> None:
             raise ReadError(f"truncated: {count} of {declared[element]} of its {element} rows")
 
 
-def _pcd(path: Path) -> PointCloud:
-    pypcd4 = _module("pypcd4")
-    with path.open("rb") as file:
-        lines = [file.readline(10_000).decode("utf-8", "replace").strip() for _ in range(30)]
-    end = next((i + 1 for i, line in enumerate(lines) if line.startswith("DATA")), len(lines))
-    header = pypcd4.MetaData.parse_header(lines[:end])
-    _check_claim(path, header.points * sum(s * n for s, n in zip(header.size, header.count, strict=True)), 100)
-    cloud = pypcd4.PointCloud.from_path(path)
-    if {"x", "y", "z"} - set(cloud.fields):
-        raise ReadError(f"has no fields x, y, z; it has {', '.join(cloud.fields)}")
-    data = cloud.pc_data
-    if len(data) != cloud.points:
-        raise ReadError(f"truncated: {len(data)} of {cloud.points} points")
-    attributes = _columns_of(data, len(data))
-    if "rgb" in cloud.fields:
-        attributes["colors"] = np.asarray(cloud.decode_rgb(data["rgb"]), np.uint8).reshape(-1, 3)
-    return PointCloud.make(np.stack([data[axis].astype(np.float64) for axis in "xyz"], 1), **attributes)
-
-
-def _check_las(path: Path) -> None:
-    """ReadError for counts over which laspy would loop for hours, or lazrs abort the process: records, LAZ chunks."""
-    with path.open("rb") as file:
-        head = file.read(108)
-        start, records = (int.from_bytes(head[i : i + 4], "little") for i in (96, 100))
-        _check_claim(path, 54 * records, 1)
-        if head[104:105] >= b"\x80":  # compressed: bit 7 of the point format
-            file.seek(start)
-            table = int.from_bytes(file.read(8), "little", signed=True)
-            if table < 0:  # written as a stream: the offset is at the end
-                file.seek(-8, 2)
-                table = int.from_bytes(file.read(8), "little", signed=True)
-            file.seek(max(table, 0) + 4)
-            _check_claim(path, int.from_bytes(file.read(4), "little"), 1)
-
-
-def _las(path: Path) -> PointCloud:
-    """LAS and LAZ, in chunks; colours and classification come along."""
-    laspy = _module("laspy")
-    reservoir, color = Reservoir(), False
-    _check_las(path)
-    try:
-        with laspy.open(path, read_evlrs=False) as file:
-            declared = file.header.point_count
-            packed = file.header.are_points_compressed
-            _check_claim(path, declared * file.header.point_format.size, 5000 if packed else 1)
-            color = "red" in set(file.header.point_format.dimension_names)
-            names = ("x", "y", "z", "classification") + (("red", "green", "blue") if color else ())
-            for chunk in file.chunk_iterator(500_000):
-                reservoir.add(np.stack([np.asarray(chunk[name], np.float64) for name in names], 1))
-    except laspy.errors.LaspyException as error:
-        raise ReadError(f"damaged or not a LAS file ({_line(error)})") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, no Exception and not importable
-            raise
-        raise ReadError(f"damaged or not a LAZ file ({_line(error)})") from error
-    if reservoir.total < declared:
-        raise ReadError(f"truncated: {reservoir.total} of {declared} points")
-    rows = reservoir.rows()
-    colors = to_bytes(rows[:, 4:]) if color else None
-    total = reservoir.total if reservoir.total > len(rows) else None
-    return PointCloud.make(rows[:, :3], parts=to_parts(rows[:, 3]), colors=colors, total=total)
-
-
-def _e57(path: Path) -> PointCloud:
-    """All scans of an E57 file, each placed by its pose."""
-    pye57 = _module("pye57")
-    try:
-        file = pye57.E57(str(path))
-        try:
-            for i in range(file.scan_count):
-                _check_claim(path, file.get_header(i).point_count, 8)  # a bit each
-            scans = [file.read_scan(i, ignore_missing_fields=True) for i in range(file.scan_count)]
-        finally:
-            file.close()
-    except pye57.libe57.E57Exception as error:
-        raise ReadError(f"damaged or not an E57 file ({_line(error)})") from error
-    names = [f"cartesian{axis}" for axis in "XYZ"]
-    return PointCloud.make(np.concatenate([np.stack([scan[name] for name in names], 1) for scan in scans]))
-
-
-def _module(name: str) -> Any:
-    """A parser of the `io` extra; without it, a ReadError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ReadError(f"needs {name}: pip install 'jepa3d[io]'") from error
-
-
 _READERS: dict[str, Callable[..., PointCloud]] = {
-    ".npy": _array, ".npz": _array, ".h5": _array, ".hdf5": _array,
+    ".npy": read_array, ".npz": read_array, ".h5": read_array, ".hdf5": read_array,
     ".off": _off, ".ply": _geometry, ".obj": _geometry, ".stl": _geometry, ".glb": _geometry, ".gltf": _geometry,
     ".xyz": read_table, ".txt": read_table, ".csv": read_table, ".pts": read_table, ".asc": read_table,
-    ".pcd": _pcd, ".las": _las, ".laz": _las, ".e57": _e57,
+    ".pcd": read_pcd, ".las": read_las, ".laz": read_las, ".e57": read_e57,
 }  # fmt: skip
-ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 SUFFIXES = tuple(_READERS)

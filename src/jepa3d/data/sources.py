@@ -54,7 +54,7 @@ def _class_depth(folders: list[tuple[str, ...]]) -> int:
 
 
 def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> Source:
-    """Any tree of files: the first sub-folder that is not around all is a class, one named train, test or val a split."""
+    """Any tree of files: the first sub-folder not around all is a class, one named train, test or val a split."""
     entries, skipped, notes, part_names = [], [], [], ()
     inner, found_files = [], []
 

@@ -1,0 +1,62 @@
+"""Where parsers meet the rest: whatever they raise on a damaged file becomes a `ReadError` that names the file."""
+
+import importlib
+import logging
+import lzma
+import struct
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jepa3d.data.cloud import ReadError
+
+# What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
+_PARSER_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, ArithmeticError, AssertionError,
+    MemoryError, ImportError, StopIteration, NameError, SyntaxError, tokenize.TokenError, struct.error, zlib.error,
+    lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+for _parser in ("trimesh", "laspy"):
+    logging.getLogger(_parser).addHandler(logging.NullHandler())  # else they print beside the one line of the error
+
+
+@contextmanager
+def boundary(path: Path) -> Iterator[None]:
+    """Turns what a parser raises, and what it lacks, into one ReadError that names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ReadError as error:
+        message = str(error)
+        raise error if message.startswith(f"{path}: ") else ReadError(f"{path}: {message}") from error
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
+    except _PARSER_ERRORS as error:
+        kind = path.suffix[1:].upper()
+        raise ReadError(f"{path}: damaged or not a {kind} file ({line(error)})") from error
+
+
+def line(error: Any) -> str:
+    """The first line of an error, printable and short."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+
+
+def check_claim(path: Path, claimed: int, factor: int) -> None:
+    """ReadError, before anything is allocated, where a header claims more bytes than `factor` times the file's."""
+    if claimed > factor * path.stat().st_size:
+        raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
+
+
+def module(name: str) -> Any:
+    """A parser of the `io` extra; without it, a ReadError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ReadError(f"needs {name}: pip install 'jepa3d[io]'") from error
