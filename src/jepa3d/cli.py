@@ -80,7 +80,7 @@ def prepare(
     workers: int
         Processes; 0 is one a core.
     strict: bool
-        Stop at the first bad file instead of leaving it out.
+        Stop at the first cloud that cannot be used instead of leaving it out.
     """
     from jepa3d.data.prepare import Preparation
     from jepa3d.data.prepare import prepare as run

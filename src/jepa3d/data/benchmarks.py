@@ -198,7 +198,7 @@ def _shapenetpart(root: Path) -> Source:
     firsts = dict(zip(SHAPENETPART, np.cumsum([0, *SHAPENETPART.values()])[:-1].tolist(), strict=True))
     if unknown := set(category.values()) - set(firsts):
         raise ReadError(f"{root / 'synsetoffset2category.txt'}: label {min(unknown)!r} without class")
-    found = {}  # synset/id -> reader
+    found: dict[str, partial] = {}  # synset/id -> reader
     for synset, name in category.items():
         for path in sorted((root / synset).glob("*.txt")):
             found[f"{synset}/{path.stem}"] = partial(_table, path, ("x", "y", "z", "nx", "ny", "nz", "part"))
@@ -212,10 +212,10 @@ def _shapenetpart(root: Path) -> Source:
             with boundary(path):
                 listed |= {item.removeprefix("shape_data/"): split for item in json.loads(path.read_text())}
     entries = []
-    for key in sorted(found.keys() | listed.keys()):
-        missing = partial(_missing, root / key, "ShapeNetPart", f"shuffled_{listed.get(key)}_file_list.json")
-        label = category.get(key.partition("/")[0])
-        entries.append(Entry(key, found.get(key, missing), label, listed.get(key), "y"))
+    for shape in sorted(found.keys() | listed.keys()):
+        missing = partial(_missing, root / shape, "ShapeNetPart", f"shuffled_{listed.get(shape)}_file_list.json")
+        reader, label = found.get(shape, missing), category.get(shape.partition("/")[0])
+        entries.append(Entry(reader.args[0].relative_to(root).as_posix(), reader, label, listed.get(shape), "y"))
     parts = tuple(f"{name} {i}" for name, count in SHAPENETPART.items() for i in range(count))
     notes = check_counts("ShapeNetPart", entries, 12_137, 2874, 1870)
     if unlisted := sum(entry.split is None for entry in entries):

@@ -54,7 +54,7 @@ def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, str
     """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was interrupted.
 
     A store that is whole is extended by what is new. A folder of few-shot folds gives a store a fold, under `out`.
-    workers: processes, 0 one a core. strict: the first bad file stops it. Returns the stores. Raises ValueError.
+    workers: processes, 0 one a core. strict: the first bad cloud stops it. Returns the stores. Raises ValueError.
     """
     _check(options, workers)
     if not source.exists():
@@ -91,8 +91,6 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     skipped, taken = list(source.skipped), Counter()
-    if strict and skipped:
-        raise ReadError(f"{root / skipped[0][0]}: {skipped[0][1]} (--strict)")
     settings = json.loads(json.dumps(asdict(options)))
     try:
         with StoreWriter(out, settings, names, parts) as writer:
