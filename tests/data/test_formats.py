@@ -260,3 +260,11 @@ def test_nothing_but_read_errors_leave_damaged_files(tmp_path):
     command = [sys.executable, FUZZ, "--readers", "las,laz", "--inputs", "80", "--seconds", "8", "--keep", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_ply_whose_header_never_ends_is_refused(tmp_path):
+    path = tmp_path / "a.ply"
+    trimesh.PointCloud(np.eye(3)).export(path, encoding="ascii")
+    path.write_bytes(path.read_bytes().replace(b"end_header", b"end_heades"))
+    with pytest.raises(ReadError, match=r"a\.ply: "):
+        read(path)

@@ -1,6 +1,7 @@
 """One file to a `PointCloud`. What a parser may raise leaves here as `ReadError`, one line that names the file."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ def _geometry(path: Path) -> PointCloud:
 def _check_ply_is_whole(path: Path, loaded) -> None:
     """trimesh drops the missing rows of a truncated ASCII file without a word; its header tells."""
     with path.open("rb") as file:
-        header = iter(lambda: file.readline(200).decode("ascii", "replace").split(), ["end_header"])
-        declared = {line[1]: int(line[2]) for line in header if line[:1] == ["element"] and len(line) == 3}
+        header = takewhile(lambda row: row.strip() != b"end_header", iter(lambda: file.readline(200), b""))
+        lines = [row.decode("ascii", "replace").split() for row in header]
+    declared = {line[1]: int(line[2]) for line in lines if line[:1] == ["element"] and len(line) == 3}
     found = {"vertex": len(loaded.vertices), "face": len(getattr(loaded, "faces", ()))}  # faces: triangles, no fewer
     for element, count in found.items():
         if count < declared.get(element, 0):
