@@ -87,6 +87,12 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     assert scope["centers"].shape == (2, 32, 3)
 
 
+def test_the_table_of_formats_is_what_running_them_gives(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    formats = pytest.importorskip("formats")
+    assert formats.table() in (ROOT / "docs" / "data.md").read_text()
+
+
 def test_the_make_targets_of_the_readme_exist():
     targets = re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()

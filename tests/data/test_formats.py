@@ -268,3 +268,8 @@ def test_a_ply_whose_header_never_ends_is_refused(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"end_header", b"end_heades"))
     with pytest.raises(ReadError, match=r"a\.ply: "):
         read(path)
+
+
+def test_names_within_a_file_cannot_break_the_line(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"po\nints": POINTS})
+    assert "po?ints" in refusal(tmp_path / "a.npz")

@@ -33,8 +33,9 @@ def boundary(path: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except ReadError as error:
-        message = str(error)
-        raise error if message.startswith(f"{path}: ") else ReadError(f"{path}: {message}") from error
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise ReadError(f"{path}: {_printable(str(error))}") from error
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
     except _PARSER_ERRORS as error:
@@ -45,7 +46,11 @@ def boundary(path: Path) -> Iterator[None]:
 def line(error: Any) -> str:
     """The first line of an error, printable and short."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+    return _printable(text)[:200]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:

@@ -1,0 +1,188 @@
+"""`jepa3d prepare` against the script that people write, on meshes of ModelNet's sizes: time, memory, and the loader.
+
+    python benchmarks/prepare.py                     # 300 meshes, 3 rounds: some minutes
+    python benchmarks/prepare.py --count 1000 --rounds 5
+
+Whole processes, start-up included, interleaved; medians over rounds. The baseline samples 2,048 points; jepa3d samples
+4,096 and puts 2,048 of them in farthest point order, hashes and checks. Memory is measured in runs of their own, on
+`count` files and on four times as many (hard links to the same files, so that only the number differs).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import psutil
+import torch
+import trimesh
+
+from jepa3d import config as settings
+from jepa3d.data import synthetic
+from jepa3d.data.datasets import load
+from jepa3d.data.prepare import Preparation, convert
+from jepa3d.data.sources import discover
+from jepa3d.training.loop import fit
+from jepa3d.training.pretrain import make_task
+
+CLASSES = ("bathtub", "bed", "chair", "desk", "dresser", "lamp", "sofa", "table", "vase", "airplane")
+FACES = (300, 60_000)  # of a mesh, log-uniform
+BASELINE = Path(__file__).with_name("prepare_baseline.py")
+POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60  # the loader check, at the sizes of preset tiny
+
+
+def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
+    """Meshes CLASS/train|test/CLASS_0001.off; every other one shares no vertices between faces. Returns the faces."""
+    total = 0
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        name = CLASSES[i % len(CLASSES)]
+        faces = [_faces(loft) for _, *lofts in synthetic._CLASSES[name][1](rng, rng.uniform) for loft in lofts]
+        soup = np.concatenate(faces).reshape(-1, 3) * 40
+        vertices, faces = soup, np.arange(len(soup)).reshape(-1, 3)
+        if i % 2:
+            vertices, index = np.unique(soup.round(5), axis=0, return_inverse=True)
+            faces = index.reshape(-1, 3)
+        target = int(np.exp(rng.uniform(*np.log(FACES))))
+        while len(faces) + 3 <= target:  # a face that is cut in four adds three
+            some = rng.permutation(len(faces))[: (target - len(faces)) // 3]
+            vertices, faces = trimesh.remesh.subdivide(vertices, faces, some)
+        path = folder / name / ("test" if i // len(CLASSES) % 5 == 4 else "train") / f"{name}_{i:05d}.off"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ["OFF", f"{len(vertices)} {len(faces)} 0", *("{:.6f} {:.6f} {:.6f}".format(*v) for v in vertices)]
+        path.write_text("\n".join([*lines, *("3 {} {} {}".format(*f) for f in faces.tolist())]) + "\n")
+        total += len(faces)
+    return total
+
+
+def _faces(loft: np.ndarray) -> np.ndarray:
+    """Triangles t 3 3 of a loft of closed rings."""
+    a, b = loft[:-1], loft[1:]
+    c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
+    return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
+
+
+def commands(folder: Path, out: Path) -> dict[str, list[str]]:
+    """Each way to prepare `folder`, by name."""
+    ours = [sys.executable, "-c", "from jepa3d.cli import main; main()", "prepare", str(folder), "--points", "2048"]
+    return {
+        "baseline": [sys.executable, str(BASELINE), str(folder), str(out)],
+        "jepa3d, 1 worker": [*ours, "--out", str(out), "--workers", "1"],
+        "jepa3d, 2 workers": [*ours, "--out", str(out), "--workers", "2"],
+    }
+
+
+def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
+    """Seconds, peak MiB of the command's own process (rusage), peak MiB of its whole tree (sampled; else 0)."""
+    began, tree = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while sample and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        tree = max(tree, _rss(process.pid))
+        time.sleep(0.02)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command} failed")
+    return time.perf_counter() - began, usage.ru_maxrss / 2**10, tree / 2**20
+
+
+def _rss(pid: int) -> int:
+    """Resident bytes of a process and its descendants together; pages that they share count in each."""
+    total = 0
+    try:
+        found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in found:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+    return total
+
+
+def loader(folder: Path, store: Path, rounds: int) -> dict[str, float]:
+    """Samples/s of preset tiny's training step, of reading files on one worker, and of batches of a store."""
+    config = settings.resolve(settings.preset("tiny"))
+    synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
+    entries, options = discover(folder).entries, Preparation(points=POINTS)
+    rates: dict[str, list[float]] = {"step": [], "files": [], "store": []}
+    threads = torch.get_num_threads()
+    for i in range(rounds):
+        times: list[float] = []
+        task = make_task(config, "jepa", synthetic_clouds, {})
+        task = replace(task, schedule=replace(task.schedule, max_steps=STEPS))
+        after = task.objective.after_step
+        task.objective.after_step = lambda at, after=after, times=times: (after(at), times.append(time.perf_counter()))
+        fit(task, synthetic_clouds, replace(config, log_every=STEPS), None)
+        rates["step"].append((STEPS - SKIP) * BATCH / (times[-1] - times[SKIP - 1]))
+
+        torch.set_num_threads(1)  # as in a worker of prepare
+        some = entries[i::rounds]
+        began = time.perf_counter()
+        for entry in some:
+            convert(entry, options)
+        rates["files"].append(len(some) / (time.perf_counter() - began))
+        torch.set_num_threads(threads)
+
+        order = np.random.default_rng(i).integers(len(stored), size=(200, BATCH))
+        began = time.perf_counter()
+        for index in order:
+            stored.batch(index)
+        rates["store"].append(order.size / (time.perf_counter() - began))
+    return {name: median(values) for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        few, many = scratch / "few", scratch / "many"
+        faces = make_meshes(few, arguments.count)
+        for path in sorted(few.rglob("*.off")):
+            for copy in range(4):
+                link = many / path.relative_to(few).with_stem(f"{path.stem}_{copy}")
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, link)
+        size = sum(path.stat().st_size for path in few.rglob("*.off")) / 2**20
+        print(f"{arguments.count} meshes, {faces:,} faces, {size:.0f} MiB; {os.cpu_count()} cores\n", flush=True)
+
+        names = list(commands(few, scratch))
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for i in range(arguments.rounds):
+            for name in names[i % 3 :] + names[: i % 3]:
+                out = scratch / f"out-{i}-{names.index(name)}"
+                seconds[name].append(run(commands(few, out)[name])[0])
+        memory = {}
+        for name in names:
+            for folder in (few, many):
+                out = scratch / f"memory-{folder.name}-{names.index(name)}"
+                memory[name, folder.name] = run(commands(folder, out)[name], sample=True)
+
+        print("| | seconds (all rounds) | median | times as fast | peak of process, MiB | of all, MiB | of all, 4x files |")
+        print("|---|---|---|---|---|---|---|")
+        for name in names:
+            ratio = median(b / s for b, s in zip(seconds["baseline"], seconds[name], strict=True))
+            every = " ".join(f"{s:.1f}" for s in seconds[name])
+            (_, own, tree), (_, _, tree_many) = memory[name, "few"], memory[name, "many"]
+            columns = f"{every} | {median(seconds[name]):.1f} | {ratio:.2f} | {own:.0f} | {tree:.0f} | {tree_many:.0f}"
+            print(f"| {name} | {columns} |", flush=True)
+        rates = loader(few, scratch / "out-0-2", arguments.rounds)
+        for name, what in (("files", "reading files, one worker"), ("store", "batches of a store")):
+            print(
+                f"| {what}, {POINTS} points: {rates[name]:,.0f} clouds/s; preset tiny's step: {rates['step']:,.0f}"
+                f" | | | {rates[name] / rates['step']:.2f} | | | |"
+            )
+
+
+if __name__ == "__main__":
+    main()
