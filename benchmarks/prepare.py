@@ -9,6 +9,8 @@ Whole processes, start-up included, interleaved; medians over rounds. The baseli
 """
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -79,36 +81,36 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
-    """Seconds, peak MiB of the command's own process (rusage), peak MiB of its whole tree (sampled; else 0)."""
-    began, tree = time.perf_counter(), 0
+    """Seconds, and if sampled (every 20 ms) the peak MiB of the largest process and of all processes together.
+
+    Not getrusage: Linux carries ru_maxrss over exec, so that a child is charged with this process's memory.
+    """
+    began, largest, together = time.perf_counter(), 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while sample and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        tree = max(tree, _rss(process.pid))
+    while sample and process.poll() is None:
+        high, now = _memory(process.pid)
+        largest, together = max(largest, high), max(together, now)
         time.sleep(0.02)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.wait():
         raise RuntimeError(f"{command} failed")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**10, tree / 2**20
+    return time.perf_counter() - began, largest / 2**10, together / 2**10
 
 
-def _rss(pid: int) -> int:
-    """Resident bytes of a process and its descendants together; pages that they share count in each."""
-    total = 0
-    try:
-        found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in found:
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            pass
-    return total
+def _memory(pid: int) -> tuple[int, int]:
+    """KiB: largest VmHWM, and sum of VmRSS, of a process and its descendants; shared pages count in each."""
+    high, total = 0, 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
+                high, total = max(high, int(fields.get("VmHWM", 0))), total + int(fields.get("VmRSS", 0))
+    return high, total
 
 
-def loader(folder: Path, store: Path, rounds: int) -> dict[str, float]:
-    """Samples/s of preset tiny's training step, of reading files on one worker, and of batches of a store."""
+def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
+    """Samples/s, a round each, of preset tiny's training step, of reading files on one worker, and of batches of a store."""
     config = settings.resolve(settings.preset("tiny"))
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
     entries, options = discover(folder).entries, Preparation(points=POINTS)
@@ -136,7 +138,7 @@ def loader(folder: Path, store: Path, rounds: int) -> dict[str, float]:
         for index in order:
             stored.batch(index)
         rates["store"].append(order.size / (time.perf_counter() - began))
-    return {name: median(values) for name, values in rates.items()}
+    return rates
 
 
 def main() -> None:
@@ -168,7 +170,7 @@ def main() -> None:
                 out = scratch / f"memory-{folder.name}-{names.index(name)}"
                 memory[name, folder.name] = run(commands(folder, out)[name], sample=True)
 
-        print("| | seconds (all rounds) | median | times as fast | peak of process, MiB | of all, MiB | of all, 4x files |")
+        print("| | seconds, each round | median | times as fast | largest process, MiB | all | all, 4x files |")
         print("|---|---|---|---|---|---|---|")
         for name in names:
             ratio = median(b / s for b, s in zip(seconds["baseline"], seconds[name], strict=True))
@@ -176,12 +178,14 @@ def main() -> None:
             (_, own, tree), (_, _, tree_many) = memory[name, "few"], memory[name, "many"]
             columns = f"{every} | {median(seconds[name]):.1f} | {ratio:.2f} | {own:.0f} | {tree:.0f} | {tree_many:.0f}"
             print(f"| {name} | {columns} |", flush=True)
-        rates = loader(few, scratch / "out-0-2", arguments.rounds)
-        for name, what in (("files", "reading files, one worker"), ("store", "batches of a store")):
-            print(
-                f"| {what}, {POINTS} points: {rates[name]:,.0f} clouds/s; preset tiny's step: {rates['step']:,.0f}"
-                f" | | | {rates[name] / rates['step']:.2f} | | | |"
-            )
+        with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
+            rates = loader(few, scratch / "out-0-2", arguments.rounds)
+        print(f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|")
+        names = {"step": "step of preset tiny", "files": "files, one worker", "store": "batches of a store"}
+        for name, what in names.items():
+            ratio = median(r / s for r, s in zip(rates[name], rates["step"], strict=True))
+            every = " ".join(f"{r:,.0f}" for r in rates[name])
+            print(f"| {what} | {every} | {median(rates[name]):,.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

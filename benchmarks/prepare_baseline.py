@@ -1,4 +1,4 @@
-"""What people write to make point clouds of a folder of meshes; `benchmarks/prepare.py` compares `jepa3d prepare` to it.
+"""What people write to make point clouds of a folder of meshes: `benchmarks/prepare.py` compares it to jepa3d.
 
 python benchmarks/prepare_baseline.py FOLDER OUT
 """
