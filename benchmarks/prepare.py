@@ -110,7 +110,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
-    """Samples/s, a round each, of preset tiny's training step, of reading files on one worker, and of batches of a store."""
+    """Clouds/s, a round each, of preset tiny's training step, of reading files on one worker, of batches of a store."""
     config = settings.resolve(settings.preset("tiny"))
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
     entries, options = discover(folder).entries, Preparation(points=POINTS)

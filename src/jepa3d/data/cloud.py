@@ -9,6 +9,12 @@ from jepa3d.ops import farthest_point_sample
 
 MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
 ATTRIBUTES = ("normals", "colors", "parts")
+# Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
+TO_Z_UP = {
+    "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
+    "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
+    "z": np.eye(3, dtype=np.float32),
+}
 
 
 class ReadError(ValueError):

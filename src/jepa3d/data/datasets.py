@@ -18,10 +18,10 @@ from torch import Tensor
 from jepa3d.data import synthetic
 from jepa3d.data.arrays import clouds_in
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import ReadError, check_cloud
+from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
-from jepa3d.data.store import SPLITS, TO_Z_UP, Store, StoredPoints
+from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepa3d.data.cloud import ATTRIBUTES, ReadError, check_cloud, reduce, repeat, sample_surface
+from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.sources import discover
-from jepa3d.data.store import TO_Z_UP, StoreWriter, hash64
+from jepa3d.data.store import StoreWriter, hash64
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once

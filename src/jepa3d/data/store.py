@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
@@ -37,13 +37,6 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "key_end": ("<i8", ()),  # bytes of keys.bin up to and including this cloud's key
 }
 _ATTRIBUTES = {"normals": 3, "colors": 3, "parts": 1}
-
-# Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
-TO_Z_UP = {
-    "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
-    "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
-    "z": np.eye(3, dtype=np.float32),
-}
 
 
 def hash64(data: bytes) -> int:
@@ -148,13 +141,11 @@ class Store:
             path = self.path / shard["file"]
             if not path.is_file():
                 raise ReadError(f"{path}: is missing")
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-                    raise ReadError(f"{path}: its checksum is not the one written")
-            if self._index_crc(self.first[i], self.first[i + 1]) != shard["index_crc32"]:
-                raise ReadError(
-                    f"{self.path / 'index'}: rows {self.first[i]}-{self.first[i + 1]} are not those written"
-                )
+            if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
+                raise ReadError(f"{path}: its checksum is not the one written")
+            begin, end = self.first[i : i + 2].tolist()
+            if self._index_crc(begin, end) != shard["index_crc32"]:
+                raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
         path, begin = self.path / "index" / "keys.bin", 0
         text = path.read_bytes() if path.is_file() else b""
         for end, key in zip(self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True):
