@@ -1,11 +1,11 @@
 """`jepa3d prepare` against the script that people write, on meshes of ModelNet's sizes: time, memory, and the loader.
 
-    python benchmarks/prepare.py                     # 300 meshes, 3 rounds: some minutes
-    python benchmarks/prepare.py --count 1000 --rounds 5
+    python benchmarks/prepare.py                     # 800 meshes, 3 rounds: some minutes
+    python benchmarks/prepare.py --count 4899 --rounds 1 # as many as ModelNet10 has
 
 Whole processes, start-up included, interleaved; medians over rounds. The baseline samples 2,048 points; jepa3d samples
 4,096 and puts 2,048 of them in farthest point order, hashes and checks. Memory is measured in runs of their own, on
-`count` files and on four times as many (hard links to the same files, so that only the number differs).
+twice and eight times `count` files (hard links, so that only the number differs).
 """
 
 import argparse
@@ -143,18 +143,19 @@ def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--count", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        few, many = scratch / "few", scratch / "many"
+        few = scratch / "few"
         faces = make_meshes(few, arguments.count)
         for path in sorted(few.rglob("*.off")):
-            for copy in range(4):
-                link = many / path.relative_to(few).with_stem(f"{path.stem}_{copy}")
-                link.parent.mkdir(parents=True, exist_ok=True)
-                os.link(path, link)
+            for copies in (2, 8):
+                for copy in range(copies):
+                    link = scratch / str(copies) / path.relative_to(few).with_stem(f"{path.stem}_{copy}")
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(path, link)
         size = sum(path.stat().st_size for path in few.rglob("*.off")) / 2**20
         print(f"{arguments.count} meshes, {faces:,} faces, {size:.0f} MiB; {os.cpu_count()} cores\n", flush=True)
 
@@ -164,20 +165,16 @@ def main() -> None:
             for name in names[i % 3 :] + names[: i % 3]:
                 out = scratch / f"out-{i}-{names.index(name)}"
                 seconds[name].append(run(commands(few, out)[name])[0])
-        memory = {}
-        for name in names:
-            for folder in (few, many):
-                out = scratch / f"memory-{folder.name}-{names.index(name)}"
-                memory[name, folder.name] = run(commands(folder, out)[name], sample=True)
-
-        print("| | seconds, each round | median | times as fast | largest process, MiB | all | all, 4x files |")
-        print("|---|---|---|---|---|---|---|")
+        print("| | seconds, each round | median | times as fast |\n|---|---|---|---|")
         for name in names:
             ratio = median(b / s for b, s in zip(seconds["baseline"], seconds[name], strict=True))
             every = " ".join(f"{s:.1f}" for s in seconds[name])
-            (_, own, tree), (_, _, tree_many) = memory[name, "few"], memory[name, "many"]
-            columns = f"{every} | {median(seconds[name]):.1f} | {ratio:.2f} | {own:.0f} | {tree:.0f} | {tree_many:.0f}"
-            print(f"| {name} | {columns} |", flush=True)
+            print(f"| {name} | {every} | {median(seconds[name]):.1f} | {ratio:.2f} |", flush=True)
+        print("\n| jepa3d, 2 workers | largest process, MiB | all processes, shared pages in each |\n|---|---|---|")
+        for copies in (2, 8):
+            out = scratch / f"memory-{copies}"
+            _, own, tree = run(commands(scratch / str(copies), out)["jepa3d, 2 workers"], sample=True)
+            print(f"| {copies * arguments.count:,} files | {own:.0f} | {tree:.0f} |", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
             rates = loader(few, scratch / "out-0-2", arguments.rounds)
         print(f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|")
