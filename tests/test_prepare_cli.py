@@ -61,6 +61,13 @@ def test_info_describes_a_store_and_draws_it(scans, tmp_path, capsys):
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
+def test_a_file_of_too_many_points_is_thinned_and_that_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jepa3d.data.cloud.Reservoir.__init__.__defaults__", (200, 0))
+    np.savetxt(tmp_path / "scan.xyz", np.random.default_rng(0).normal(size=(900, 3)))
+    assert call("prepare", tmp_path / "scan.xyz", "--out", tmp_path / "store", "--points", 64, "--workers", 1) == 0
+    assert "scan.xyz: a random 1,000,000 of its 900 points were read" in capsys.readouterr().out
+
+
 def test_a_single_file_serves_as_data(scans, tmp_path, capsys):
     assert call("info", scans / "box" / "0.off") == 0
     assert "1 shapes of 2,048 points" in capsys.readouterr().out

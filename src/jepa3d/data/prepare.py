@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
+from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
@@ -103,6 +103,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                         raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
                     continue
                 arrays, row = result
+                if total := row.pop("total"):
+                    source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
+                    print(source.notes[-1])
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
                 taken[Path(entry.key.partition("#")[0]).suffix or source.layout] += 1
     except KeyboardInterrupt:
@@ -154,7 +157,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     for name in options.keep:
         values = getattr(cloud, name) @ axes.T if name == "normals" else getattr(cloud, name)
         arrays[name] = values.astype(kinds[name])
-    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content}
+    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content, "total": cloud.total}
 
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
