@@ -1,27 +1,13 @@
-"""The command line: parse, call, print."""
+"""Data in, an encoder out: prepare, pretrain, demo, info."""
 
-import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import cyclopts
 from cyclopts import Parameter
 
-import jepa3d
-from jepa3d import config as settings
-from jepa3d.allocator import keep_large_blocks
+from jepa3d.cli.app import app
 from jepa3d.config import PretrainConfig
 
-app = cyclopts.App(
-    name="jepa3d",
-    help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
-    version=jepa3d.__version__,
-    help_format="plaintext",
-    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
-    suppress_keyboard_interrupt=False,
-)
 _DEFAULT = PretrainConfig()
 
 
@@ -136,98 +122,6 @@ def pretrain(
 
 
 @app.command
-def probe(
-    runs: Annotated[list[Path], Parameter(negative=())],
-    /,
-    *,
-    data: str,
-    labels_key: str = "labels",
-    up_axis: str = "z",
-    layer: str = "best",
-    pooling: str = "mean_max",
-    protocols: tuple[str, ...] | None = None,
-    part: Literal["test", "validation"] = "test",
-    out: Path | None = None,
-) -> None:
-    """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
-
-    Parameters
-    ----------
-    runs: list[Path]
-        Finished runs; several seeds of one configuration give mean and standard deviation.
-    data: str
-        Labelled shapes with a train and a test part.
-    labels_key: str
-        The labels of a .npz bundle.
-    up_axis: str
-        The data's up axis: x, y or z.
-    layer: str
-        best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
-    pooling: str
-        Of tokens to one vector: mean_max, mean or max.
-    protocols: tuple[str, ...]
-        Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
-    part: str
-        What is scored: test, or validation (a fifth of train), to choose a recipe by.
-    out: Path
-        Where to write the result; probe-DATA.json in the first run by default.
-    """
-    from jepa3d.evaluation import probe as probing
-    from jepa3d.evaluation.protocol import write_json
-
-    if layer != "best" and not layer.isdigit():
-        raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
-    at = None if layer == "best" else int(layer)
-    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS, part)
-    probing.show(result)
-    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
-    special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
-    out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
-    write_json(out, result)
-    print(f"written: {out}")
-
-
-@app.command
-def curve(
-    runs: Annotated[list[Path], Parameter(negative=())],
-    /,
-    *,
-    data: str,
-    labels_key: str = "labels",
-    up_axis: str = "z",
-    protocol: str = "logistic_10",
-    part: Literal["test", "validation"] = "test",
-    out: Path = Path("curves.png"),
-) -> None:
-    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of finished runs.
-
-    Parameters
-    ----------
-    runs: list[Path]
-        Finished runs (pretrain with --snapshot-every); seeds of one configuration share a line.
-    data: str
-        Labelled shapes with a train and a test part.
-    labels_key: str
-        The labels of a .npz bundle.
-    up_axis: str
-        The data's up axis: x, y or z.
-    protocol: str
-        logistic, logistic_10, knn, svc_linear or linear_svc.
-    part: str
-        What is scored: test, or validation (a fifth of train), to choose a recipe by.
-    out: Path
-        The picture.
-    """
-    from jepa3d.evaluation.curve import learning_curves, show_curves
-    from jepa3d.figures import draw_learning_curves
-
-    arms = learning_curves(runs, data, labels_key, up_axis, protocol, part)
-    show_curves(arms, protocol, part)
-    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
-    print(f"written: {out}")
-
-
-@app.command
 def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int = 4000) -> None:
     """Pretrain on built-in shapes for some minutes, probe the encoder, draw pictures.
 
@@ -273,45 +167,3 @@ def info(
     from jepa3d import info as describing
 
     describing.describe(path, up_axis, labels_key, picture, verify)
-
-
-def _weaker_settings(tokens: list[str]) -> dict:
-    """What the flags of `pretrain` override: the stored run when resuming, then preset and recipe where given."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--recipe")
-    parser.add_argument("--out")
-    parser.add_argument("--resume", action="store_true")
-    known, _ = parser.parse_known_args(tokens)
-    layers = []
-    stored = Path(known.out or "", "config.json")
-    if known.resume and known.out and stored.is_file():
-        layers.append(json.loads(stored.read_text()))
-    recipe = settings.read_recipe(known.recipe) if known.recipe else {}
-    if named := known.preset or recipe.pop("preset", None):
-        layers.append(settings.preset(named))
-    recipe.pop("preset", None)
-    try:
-        return settings.to_dict(settings.resolve(*layers, recipe))
-    except ValueError as error:
-        raise ValueError(f"{known.recipe}: {error}" if known.recipe else str(error)) from error
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point; a mistake of the user is one line and exit status 2, an interrupted run 130."""
-    tokens = sys.argv[1:] if arguments is None else arguments
-    keep_large_blocks()
-    try:
-        if tokens[:1] == ["pretrain"]:
-            app.config = [cyclopts.config.Dict({"pretrain": _weaker_settings(tokens)})]
-        app(tokens)
-    except (ValueError, OSError) as error:
-        sys.exit(_fail(error))
-    except KeyboardInterrupt as stop:
-        print(f"jepa3d: {stop or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
-
-
-def _fail(error: Exception) -> int:
-    print(f"jepa3d: error: {error}", file=sys.stderr)
-    return 2

@@ -1,0 +1,15 @@
+"""The program: every command's settings, errors and exit status in one place."""
+
+import cyclopts
+from cyclopts import Parameter
+
+import jepa3d
+
+app = cyclopts.App(
+    name="jepa3d",
+    help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
+    version=jepa3d.__version__,
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
+    suppress_keyboard_interrupt=False,
+)

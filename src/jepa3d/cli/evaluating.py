@@ -1,0 +1,100 @@
+"""What an encoder learned: probe, curve."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from jepa3d.cli.app import app
+
+
+@app.command
+def probe(
+    runs: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    layer: str = "best",
+    pooling: str = "mean_max",
+    protocols: tuple[str, ...] | None = None,
+    part: Literal["test", "validation"] = "test",
+    out: Path | None = None,
+) -> None:
+    """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
+
+    Parameters
+    ----------
+    runs: list[Path]
+        Finished runs; several seeds of one configuration give mean and standard deviation.
+    data: str
+        Labelled shapes with a train and a test part.
+    labels_key: str
+        The labels of a .npz bundle.
+    up_axis: str
+        The data's up axis: x, y or z.
+    layer: str
+        best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
+    pooling: str
+        Of tokens to one vector: mean_max, mean or max.
+    protocols: tuple[str, ...]
+        Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
+    part: str
+        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+    out: Path
+        Where to write the result; probe-DATA.json in the first run by default.
+    """
+    from jepa3d.evaluation import probe as probing
+    from jepa3d.evaluation.protocol import write_json
+
+    if layer != "best" and not layer.isdigit():
+        raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
+    at = None if layer == "best" else int(layer)
+    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS, part)
+    probing.show(result)
+    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
+    special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
+    out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
+    write_json(out, result)
+    print(f"written: {out}")
+
+
+@app.command
+def curve(
+    runs: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    protocol: str = "logistic_10",
+    part: Literal["test", "validation"] = "test",
+    out: Path = Path("curves.png"),
+) -> None:
+    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of finished runs.
+
+    Parameters
+    ----------
+    runs: list[Path]
+        Finished runs (pretrain with --snapshot-every); seeds of one configuration share a line.
+    data: str
+        Labelled shapes with a train and a test part.
+    labels_key: str
+        The labels of a .npz bundle.
+    up_axis: str
+        The data's up axis: x, y or z.
+    protocol: str
+        logistic, logistic_10, knn, svc_linear or linear_svc.
+    part: str
+        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+    out: Path
+        The picture.
+    """
+    from jepa3d.evaluation.curve import learning_curves, show_curves
+    from jepa3d.figures import draw_learning_curves
+
+    arms = learning_curves(runs, data, labels_key, up_axis, protocol, part)
+    show_curves(arms, protocol, part)
+    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
+    print(f"written: {out}")
