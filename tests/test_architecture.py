@@ -7,14 +7,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 
 # Lowest room first: a file may import its own room and those before it.
 ROOMS = [
-    {"ops", "allocator"},
+    {"ops", "allocator", "plain"},
     {"config", "validate"},
     {"models"},
     {"data"},
     {"objectives"},
     {"evaluation", "figures"},
     {"training"},
-    {"demo", "info"},
+    {"demo", "info", "predict", "report"},
     {"cli"},
 ]
 # The probe loads networks and data but no trainer; the loop stamps runs with their provenance.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jepa3d import config as settings
+from jepa3d.plain import read_recipe
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -186,24 +187,24 @@ def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
 def test_a_recipe_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"a\.yaml: ") as caught:
-        settings.read_recipe(tmp_path / "a.yaml")
+        read_recipe(tmp_path / "a.yaml")
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.yaml"):
-        settings.read_recipe(tmp_path / "nothing.yaml")
+        read_recipe(tmp_path / "nothing.yaml")
 
 
 def test_a_recipe_cannot_run_code(tmp_path):
     (tmp_path / "a.yaml").write_text(f"teacher: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
     with pytest.raises(ValueError, match="not a readable recipe"):
-        settings.read_recipe(tmp_path / "a.yaml")
+        read_recipe(tmp_path / "a.yaml")
     assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_resolves(path):
-    recipe = settings.read_recipe(path)
+    recipe = read_recipe(path)
     config = settings.resolve(settings.preset(recipe.pop("preset", "small")), recipe)
     assert settings.from_dict(PretrainConfig, settings.to_dict(config)) == config

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jepa3d import config as settings
+from jepa3d.plain import read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
@@ -43,13 +44,13 @@ def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, epochs):
 
 @pytest.mark.parametrize("epochs", [150, 300])
 def test_the_paper_s_recipes_depart_in_nothing(epochs):
-    recipe = settings.read_recipe(RECIPES / f"shapenet55-{epochs}.yaml")
+    recipe = read_recipe(RECIPES / f"shapenet55-{epochs}.yaml")
     layers = settings.preset(recipe.pop("preset")), recipe, {"data": ["data/ShapeNet55-34"]}
     assert settings.departures(settings.resolve(*layers), 52_470) == {}
 
 
 def test_the_tiny_paper_recipe_departs_from_the_paper_in_sizes_and_rates_only():
-    recipe = settings.read_recipe(RECIPES / "tiny-paper.yaml")
+    recipe = read_recipe(RECIPES / "tiny-paper.yaml")
     config = settings.resolve(settings.preset(recipe.pop("preset")), recipe)
     groups = {name.split(".")[0] for name in settings.departures(config, 52_470)}
     assert groups == {"batch_size", "epochs", "max_steps", "warmup_epochs", "encoder", "dvae", "split"}
@@ -58,7 +59,7 @@ def test_the_tiny_paper_recipe_departs_from_the_paper_in_sizes_and_rates_only():
 def test_the_rivals_recipes_differ_from_the_recommended_one_in_objective_and_rotation_only():
     configs = []
     for name in ("tiny", "tiny-generative", "tiny-invariance"):
-        recipe = settings.read_recipe(RECIPES / f"{name}.yaml")
+        recipe = read_recipe(RECIPES / f"{name}.yaml")
         configs.append(settings.to_dict(settings.resolve(settings.preset(recipe.pop("preset")), recipe)))
     for rival in configs[1:]:
         changed = set(settings.differences(rival, configs[0])) - set(settings.BOOKKEEPING)

@@ -3,14 +3,10 @@
 Order of precedence: command-line flags, then the recipe (YAML), then the preset, then these defaults.
 """
 
-import dataclasses
-import difflib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-import yaml
+from jepa3d.plain import differences, from_dict, merge, nearest, to_dict
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,21 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class RunConfig(Schedule):
+    """What every training run has beside its schedule."""
+
+    seed: int = 0
+    scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis
+    rotate: bool = True  # augmentation, about the up axis
+    translate: float = 0.0  # augmentation, reach along each axis
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+
+@dataclass(frozen=True)
 class DVAEConfig(Schedule):
     """Stage I: the paper's teacher (ACT's settings), on points only."""
 
@@ -124,7 +135,7 @@ STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = ("dvae", "g
 
 
 @dataclass(frozen=True)
-class PretrainConfig(Schedule):
+class PretrainConfig(RunConfig):
     """One pretraining run."""
 
     data: tuple[str, ...] = ("synthetic",)
@@ -133,14 +144,6 @@ class PretrainConfig(Schedule):
     objective: Literal["jepa", "generative", "invariance", "dvae"] = "jepa"
     teacher: tuple[str, ...] = ("dvae",)  # one or more of TEACHERS, STAGE_ONE, folders and Hub ids, joined
     init: str | None = None  # the student's first weights: generative, invariance, a folder or Hub id
-    seed: int = 0
-    scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis
-    rotate: bool = True  # augmentation, about the up axis
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -158,6 +161,56 @@ class PretrainConfig(Schedule):
     def schedule(self, objective: str) -> Schedule:
         """The schedule of an objective: 3D-JEPA's is the run's, each other has its own."""
         return self if objective == "jepa" else getattr(self, objective)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's, ACT's)."""
+
+    lr: float = 5e-4
+    batch_size: int = 32
+    scale: tuple[float, float] = (1.0, 1.0)
+    data: str = ""  # shapes with labels and a test part
+    labels_key: str = "labels"  # of a .npz bundle
+    up_axis: Literal["x", "y", "z"] = "z"
+    init: str | None = None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
+    num_points: int | None = None  # a cloud, where not the encoder's own
+    num_groups: int | None = None  # patches a cloud, where not the encoder's own
+    trained: Literal["all", "head"] = "all"  # head: the encoder stays as it is
+    layer_decay: float = 1.0  # factor of the learning rate from one block to the one before it
+    dropout: float = 0.5
+    label_smoothing: float = 0.0
+    labels: float = 1.0  # share of the train part that is labelled, drawn with the seed, stratified
+    validation: float = 0.2  # share of the labelled shapes kept to choose the epoch by; a source's own part wins
+    select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
+    votes: int = 1  # passes over scaled and moved copies of a test shape whose outputs are averaged
+
+
+@dataclass(frozen=True)
+class SegmentConfig(FinetuneConfig):
+    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's)."""
+
+    lr: float = 2e-4
+    batch_size: int = 16
+    rotate: bool = False
+    scale: tuple[float, float] = (0.8, 1.25)
+    translate: float = 0.1
+    layers: tuple[int, int, int] | None = None  # blocks whose tokens are joined; None: after each third of the depth
+
+
+@dataclass(frozen=True)
+class FewshotConfig(FinetuneConfig):
+    """W-way S-shot episodes with the published settings of ModelNet40 (Point-MAE's)."""
+
+    epochs: float = 150
+    rotate: bool = False
+    scale: tuple[float, float] = (2 / 3, 3 / 2)
+    translate: float = 0.2
+    ways: int = 5
+    shots: int = 10
+    folds: int = 10
+    queries: int = 20  # test shapes a class
+    method: Literal["finetune", "ncm", "logistic"] = "finetune"  # the last two on frozen features
 
 
 # Settings that change what is written, never what is learned.
@@ -213,75 +266,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def merge(base: dict, *overrides: dict) -> dict:
-    """Nested dictionaries, later ones winning key by key."""
-    out = dict(base)
-    for override in overrides:
-        for key, value in override.items():
-            nested = isinstance(value, dict) and isinstance(out.get(key), dict)
-            out[key] = merge(out[key], value) if nested else value
-    return out
-
-
 def preset(name: str) -> dict:
     """The overrides of a preset. ValueError names the nearest one."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown{_nearest(name, PRESETS)}; one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
-def read_recipe(path: str | Path) -> dict:
-    """A recipe's overrides and the name of its preset. ValueError for anything but a mapping."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a YAML mapping of settings")
-    return recipe
-
-
-def from_dict(cls: type, values: dict, where: str = "") -> Any:
-    """A (nested, frozen) dataclass from plain values.
-
-    ValueError for an unknown key, naming the nearest, or a wrong type.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    made = {}
-    for key, value in values.items():
-        name = f"{where}{key}"
-        if key not in fields:
-            raise ValueError(f"setting {name!r} is unknown{_nearest(key, fields)}")
-        kind = fields[key].type
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"setting {name!r} is a group of settings, not {value!r}")
-            made[key] = from_dict(kind, value, f"{name}.")
-        else:
-            made[key] = _checked(name, value, kind)
-    return cls(**made)
+def finetune_preset(name: str) -> dict:
+    """The sizes of a preset for supervised training; `tiny` has fewer epochs."""
+    sizes = {"encoder": preset(name).get("encoder", {})}
+    return sizes | ({"epochs": 30, "warmup_epochs": 2} if name == "tiny" else {})
 
 
 def resolve(*layers: dict) -> PretrainConfig:
     """The configuration that layers of overrides give, weakest first."""
     return from_dict(PretrainConfig, merge({}, *layers))
-
-
-def to_dict(config: Any) -> dict:
-    """Plain JSON values (tuples as lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value, reference) of every setting that differs."""
-    out = {}
-    for key, value in values.items():
-        other = reference.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            out |= differences(value, other, f"{where}{key}.")
-        elif value != other:
-            out[f"{where}{key}"] = (value, other)
-    return out
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
@@ -305,35 +305,3 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
             del ours[name]
     return differences(ours, paper)
 
-
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """value as `kind`: a scalar, a Literal, an Optional or a tuple of these."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"setting {name!r}: {value!r} is not one of {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        wanted = len(args) if Ellipsis not in args else None
-        if not isinstance(items, (list, tuple)) or (wanted and len(items) != wanted):
-            raise ValueError(f"setting {name!r}: {value!r} is not a list of {wanted or 'values'}")
-        return tuple(_checked(name, item, args[0]) for item in items)
-    if type(None) in args:
-        return None if value is None else _checked(name, value, args[0])
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number:
-        return value
-    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"setting {name!r}: {value!r} is not {kind.__name__}")
-    return value

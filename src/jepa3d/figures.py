@@ -1,10 +1,14 @@
-"""Pictures: sampled blocks (the paper's Fig. 4), a run's curves, accuracy against time (Fig. 1); `view` extra."""
+"""Pictures, the paper's Fig. 1, 4, 6 and 7 among them (`view` extra); a `path` may also be an open binary file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
@@ -12,6 +16,9 @@ from jepa3d.evaluation.curve import Arm
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
+
+Target = Path | BinaryIO
+_MARKERS = "osD^vP*X"  # one for every 20 classes
 
 
 def _pyplot():
@@ -25,7 +32,27 @@ def _pyplot():
     return plt
 
 
-def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes: int = 4) -> None:
+def _text(name: str) -> str:
+    """A name from data as matplotlib draws it: no formula between two $, not hidden from legends for a leading _."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _cloud_axes(axes, reach: float, zoom: float) -> None:
+    """No axes, equal units, room for `reach` in every direction."""
+    axes.set_axis_off()
+    axes.set_box_aspect((1, 1, 1), zoom=zoom)
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, oldest first; a line that is still being written is left out."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shapes: int = 4) -> None:
     """One row a shape: the cloud, the context the encoder sees, and each target block, as the sampler draws them."""
     plt = _pyplot()
     points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
@@ -46,9 +73,7 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes:
                 inside[grouped.index[row, chosen[column - 1]].flatten()] = True
             axes.scatter(*points[row, ~inside].T, s=1, color="0.85", depthshade=False)
             axes.scatter(*points[row, inside].T, s=3, color=color, depthshade=column == 0)
-            axes.set_axis_off()
-            axes.set_box_aspect((1, 1, 1), zoom=1.25)
-            axes.set(xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), zlim=(-0.7, 0.7))
+            _cloud_axes(axes, 0.7, 1.25)
             if row == 0:
                 axes.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 0.96, 0, 0)
@@ -56,28 +81,51 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Path, shapes:
     plt.close(figure)
 
 
-def draw_curves(run: Path, path: Path) -> None:
-    """Loss beside what positions alone and the best constant score, and effective ranks, by step."""
+def draw_curves(run: Path, path: Target) -> None:
+    """Loss beside what positions alone and the best constant score, and effective ranks, by step.
+
+    ValueError where the run has logged nothing.
+    """
+    ranks = ("prediction_rankme", "target_rankme", "embedding_rankme", "encoded_rankme")
+    losses = ("loss", "position_loss", "constant_loss", "reconstruction")
+    _draw_by_step(run, path, (("", losses), ("effective rank", (*ranks, "perplexity"))))
+
+
+def draw_supervised(run: Path, path: Target, selected: str = "validation") -> None:
+    """Loss; accuracy on the training batches beside the score the epoch is chosen by, `selected` its name; by step.
+
+    ValueError where the run has logged nothing.
+    """
+    _draw_by_step(run, path, (("loss", ("loss",)), ("%", ("accuracy", "validation"))), {"validation": selected})
+
+
+def _draw_by_step(
+    run: Path, path: Target, panels: Sequence[tuple[str, Sequence[str]]], names: dict[str, str] | None = None
+) -> None:
+    """One panel (its unit, its figures) beside the other; figures that were not logged are left out."""
+    if not (lines := read_metrics(run)):
+        raise ValueError(f"{run}: no step has been logged")
     plt = _pyplot()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    steps = [line["step"] for line in lines]
-    for axes, names in (
-        (left, ("loss", "position_loss", "constant_loss")),
-        (right, ("prediction_rankme", "target_rankme")),
-    ):
-        for name in names:
-            if name in lines[0]:
-                axes.plot(steps, [line[name] for line in lines], label=name.replace("_", " "))
+    shown = {"accuracy": "training batches"} | (names or {})
+    logged = [(unit, [name for name in wanted if any(name in line for line in lines)]) for unit, wanted in panels]
+    logged = [(unit, found) for unit, found in logged if found]
+    figure, grid = plt.subplots(1, len(logged), figsize=(4.5 * len(logged), 3.2), squeeze=False)
+    for axes, (unit, found) in zip(grid[0], logged, strict=True):
+        for name in found:
+            at = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            label = shown.get(name, name.replace("_rankme", "").replace("_", " "))
+            axes.plot(*zip(*at, strict=True), label=_text(label), marker="." if len(at) < 40 else None, lw=1.4)
         axes.set_xlabel("step")
+        axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
-        axes.legend()
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_learning_curves(arms: list[Arm], path: Path, title: str) -> None:
+def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
     """Probe accuracy against CPU-minutes, mean and one standard deviation over seeds, one line a configuration."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
@@ -95,7 +143,7 @@ def draw_learning_curves(arms: list[Arm], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Path) -> None:
+def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
     """Clouds N 3, z up, side by side, seen from the front right."""
     plt = _pyplot()
     columns = min(6, len(clouds))
@@ -106,10 +154,86 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Path) 
         points = points - points.mean(0)
         points = points[: 2**13] / np.linalg.norm(points, axis=1).max()
         axes.scatter(*points.T, s=1, c=points[:, 2], cmap="viridis", depthshade=False)
-        axes.set_axis_off()
-        axes.set_box_aspect((1, 1, 1), zoom=1.3)
-        axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), zlim=(-0.8, 0.8))
-        axes.set_title(title[-24:], fontsize=7, pad=0)
+        _cloud_axes(axes, 0.8, 1.3)
+        axes.set_title(_text(title[-24:]), fontsize=7, pad=0)
     figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.05)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_parts(points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target) -> None:
+    """Shapes (n N 3, z up) in pairs, two pairs a row: the true parts (n N) and the predicted ones (Fig. 6).
+
+    A part has one colour in both pictures of a pair.
+    """
+    plt = _pyplot()
+    pairs = min(2, len(points))
+    rows = -(-len(points) // pairs)
+    figure = plt.figure(figsize=(4.2 * pairs, 2.1 * rows))
+    for i, title in enumerate(titles):
+        cloud = points[i].astype(np.float32)
+        cloud = cloud - cloud.mean(0)
+        cloud /= np.linalg.norm(cloud, axis=1).max()
+        present = np.unique([truth[i], predicted[i]])
+        for side, (parts, name) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
+            axes = figure.add_subplot(rows, 2 * pairs, 2 * i + side + 1, projection="3d")
+            colors = plt.get_cmap("tab10")(np.searchsorted(present, parts) % 10)
+            axes.scatter(*cloud.T, s=2, c=colors, depthshade=False)
+            _cloud_axes(axes, 0.75, 1.3)
+            axes.set_title(f"{_text(title[-20:])}, {name}" if side == 0 else name, fontsize=8, pad=0)
+    figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.06)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_tsne(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, class_names: Sequence[str], path: Target
+) -> None:
+    """Features (n E each) of the same shapes before and after fine-tuning in the plane, coloured by class (Fig. 7).
+
+    t-SNE of the first 50 principal components, its seed fixed. ValueError for fewer than 5 shapes.
+    """
+    if len(labels) < 5:
+        raise ValueError(f"{len(labels)} shapes, and t-SNE needs at least 5")
+    plt = _pyplot()
+    present = np.unique(labels)
+    columns = min(5, len(present))
+    legend = 0.19 * -(-len(present) // columns) + 0.15  # inches
+    figure, grid = plt.subplots(1, 2, figsize=(9, 4.4 + legend))
+    for axes, features, title in zip(grid, (before, after), ("before fine-tuning", "after fine-tuning"), strict=True):
+        rows = features.astype(np.float64)
+        rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
+        plane = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0).fit_transform(rows)
+        for i, label in enumerate(present):
+            color = plt.get_cmap("tab10" if len(present) <= 10 else "tab20")(i % 20)
+            marker = _MARKERS[i // 20 % len(_MARKERS)]
+            at = plane[labels == label]
+            axes.scatter(*at.T, s=9, lw=0, color=color, marker=marker, label=_text(class_names[label][:22]))
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=columns, fontsize=8, frameon=False, markerscale=2)
+    figure.subplots_adjust(0.01, legend / (4.4 + legend), 0.99, 0.94, 0.03)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Target) -> None:
+    """Shapes of a true class (row) given each class (column): colour is the share of the row, the number a count."""
+    plt = _pyplot()
+    confusion = np.asarray(confusion)
+    count = len(class_names)
+    names = [_text(name[:22]) for name in class_names]
+    size = min(3 + 0.33 * count, 14)
+    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    font = 8 if count <= 25 else 5
+    axes.set_xticks(range(count), names, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), names, fontsize=font)
+    axes.set(xlabel="predicted", ylabel="true")
+    for row, column in np.argwhere(confusion):
+        color = "white" if share[row, column] > 0.5 else "black"
+        axes.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=font, color=color)
     figure.savefig(path, dpi=110)
     plt.close(figure)

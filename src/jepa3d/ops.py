@@ -163,7 +163,9 @@ def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Te
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
-    return (gather_points(features, index) * weight[..., None]).sum(2)
+    # As a product with a matrix of three entries a row: its gradient is a product too, not a scatter.
+    dense = weight.new_zeros(*query.shape[:2], centers.shape[1]).scatter_(-1, index, weight)
+    return dense.to(features.dtype) @ features
 
 
 def unit_sphere(points: Tensor) -> Tensor:

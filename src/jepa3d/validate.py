@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
+from jepa3d.config import (
+    STAGE_ONE,
+    TEACHERS,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    Schedule,
+    SegmentConfig,
+)  # fmt: skip
 
 # Whole numbers that may be 0; all others begin at 1.
 _MAY_BE_ZERO = {"seed", "decoder.depth", "invariance.partial_views"}
@@ -13,16 +21,9 @@ _MAY_BE_ZERO = {"seed", "decoder.depth", "invariance.partial_views"}
 def validate(config: PretrainConfig) -> None:
     """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
     encoder, sampler, dvae, target = config.encoder, config.sampler, config.dvae, config.target
-    for name, value in _whole_numbers(config):
-        if value < (least := 0 if name in _MAY_BE_ZERO else 1):
-            raise ValueError(f"{name} {value} must be at least {least}")
-    for where, schedule in (("", config), *((f"{name}.", getattr(config, name)) for name in STAGE_ONE)):
-        for name in ("lr", "epochs", "clip_grad"):
-            if not 0 < getattr(schedule, name) < float("inf"):
-                raise ValueError(f"{where}{name} {getattr(schedule, name)} must be positive")
-        for name in ("weight_decay", "warmup_epochs", "min_lr"):
-            if not getattr(schedule, name) >= 0:
-                raise ValueError(f"{where}{name} {getattr(schedule, name)} must be at least 0")
+    _validate_run(config)
+    for name in STAGE_ONE:
+        _validate_schedule(getattr(config, name), f"{name}.")
     if not config.teacher or (len(config.teacher) > 1 and "none" in config.teacher):
         raise ValueError(f"teacher {config.teacher}: none stands alone, and one at least is needed")
     if len(set(config.teacher)) < len(config.teacher):
@@ -38,10 +39,6 @@ def validate(config: PretrainConfig) -> None:
     for name, weight in (("target.sigreg", target.sigreg), ("invariance.sigreg", config.invariance.sigreg)):
         if not 0 <= weight < 1:
             raise ValueError(f"{name} {weight} must lie in [0, 1)")
-    if not 0 <= encoder.drop_path < 1:
-        raise ValueError(f"encoder.drop_path {encoder.drop_path} must lie in [0, 1)")
-    if not 0 < config.scale[0] <= config.scale[1]:
-        raise ValueError(f"scale {config.scale} must satisfy 0 < low <= high")
     ratios = {
         "sampler.target_ratio": sampler.target_ratio,
         "sampler.context_ratio": sampler.context_ratio or (1.0, 1.0),
@@ -60,6 +57,46 @@ def validate(config: PretrainConfig) -> None:
             raise ValueError(f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size")
         if dvae.width % 4:
             raise ValueError(f"dvae.width {dvae.width} must be a multiple of 4")
+
+
+def validate_finetune(config: FinetuneConfig) -> None:
+    """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
+    _validate_run(config)
+    if not config.data:
+        raise ValueError("--data is missing: labelled shapes with a train and a test part")
+    if config.batch_size < 2:
+        raise ValueError(f"batch_size {config.batch_size} must be at least 2: a BatchNorm needs two shapes")
+    for name in ("labels", "layer_decay"):
+        if not 0 < getattr(config, name) <= 1:
+            raise ValueError(f"{name} {getattr(config, name)} must lie in (0, 1]")
+    for name in ("validation", "dropout", "label_smoothing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)} must lie in [0, 1)")
+    layers = config.layers or () if isinstance(config, SegmentConfig) else ()
+    if wrong := [layer for layer in layers if not 0 <= layer <= config.encoder.depth]:
+        raise ValueError(f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}")
+
+
+def _validate_run(config: RunConfig) -> None:
+    for name, value in _whole_numbers(config):
+        if value < (least := 0 if name in _MAY_BE_ZERO else 1):
+            raise ValueError(f"{name} {value} must be at least {least}")
+    _validate_schedule(config, "")
+    if not 0 <= config.encoder.drop_path < 1:
+        raise ValueError(f"encoder.drop_path {config.encoder.drop_path} must lie in [0, 1)")
+    if not 0 < config.scale[0] <= config.scale[1]:
+        raise ValueError(f"scale {config.scale} must satisfy 0 < low <= high")
+    if not config.translate >= 0:
+        raise ValueError(f"translate {config.translate} must be at least 0")
+
+
+def _validate_schedule(schedule: Schedule, where: str) -> None:
+    for name in ("lr", "epochs", "clip_grad"):
+        if not 0 < getattr(schedule, name) < float("inf"):
+            raise ValueError(f"{where}{name} {getattr(schedule, name)} must be positive")
+    for name in ("weight_decay", "warmup_epochs", "min_lr"):
+        if not getattr(schedule, name) >= 0:
+            raise ValueError(f"{where}{name} {getattr(schedule, name)} must be at least 0")
 
 
 def _whole_numbers(config: Any, where: str = "") -> Iterator[tuple[str, int]]:

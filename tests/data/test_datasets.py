@@ -3,14 +3,18 @@
 import hashlib
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 import trimesh
 
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
+from jepa3d.data.prepare import Preparation, prepare
+from jepa3d.data.synthetic import make_shapes
 
 RNG = np.random.default_rng(0)
 SHAPES = RNG.normal(size=(12, 40, 3)).astype(np.float32) * np.array([1, 2, 3], np.float32)
@@ -422,3 +426,134 @@ def test_a_folder_that_is_split_in_part_is_refused(tmp_path):
 def test_the_test_part_of_a_small_synthetic_set_is_no_train_part_of_a_larger():
     small, large = load(["synthetic:40"], 16, "test"), load(["synthetic:80"], 16, "train")
     assert not (small.points[:, None] == large.points[None]).all((2, 3)).any()
+
+
+# ------------------------------------------------------------------------------------------------------- part labels
+
+SIDES = (5 + RNG.random((12, 40, 3))) * RNG.choice([-1, 1], (12, 40, 3))  # no point near x = 0, so its sign stays
+SIDE_PARTS = 2 * np.arange(12)[:, None] + (SIDES[..., 0] > 0)  # which shape, and which side of it
+
+
+def with_parts(root: Path, kind: str) -> str:
+    """The path of SIDES with SIDE_PARTS, the last four test, in a source of a kind."""
+    split = (np.arange(12) >= 8).astype(np.int8)
+    if kind == "files":
+        for i, (cloud, parts) in enumerate(zip(SIDES, SIDE_PARTS, strict=True)):
+            (root / "files" / ("test" if split[i] else "train")).mkdir(parents=True, exist_ok=True)
+            rows = np.concatenate([cloud, parts[:, None]], 1)
+            path = root / "files" / ("test" if split[i] else "train") / f"{i:02}.csv"
+            np.savetxt(path, rows, delimiter=",", header="x,y,z,part", comments="")
+        return str(root / "files")
+    name = "parts" if kind == "bundle of parts" else "seg"
+    np.savez(root / "sides.npz", points=SIDES, split=split, labels=np.arange(12), **{name: SIDE_PARTS})
+    if "store" not in kind:
+        return str(root / "sides.npz")
+    stores = {
+        "store": Preparation(points=16),
+        "longer store": Preparation(points=32),
+        "whole store": Preparation(points=None),
+        "random store": Preparation(points=32, reduce="random"),
+    }
+    return str(prepare(root / "sides.npz", root / "store", replace(stores[kind], keep=("parts",)), workers=1)[0])
+
+
+KINDS = ["bundle", "bundle of parts", "files", "store", "longer store", "whole store", "random store"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_stay_with_their_points(tmp_path, kind):
+    source = with_parts(tmp_path, kind)
+    plain, found = (load([source], 16, "all", parts=wanted) for wanted in (False, True))
+    order = np.r_[8:12, 0:8] if kind == "files" else np.arange(12)  # of folders, test is before train
+    assert (plain.parts, plain.part_names) == (None, ())
+    assert np.array_equal(plain.points[:], found.points[:])
+    assert found.parts.shape == (12, 16)
+    assert found.parts[:].dtype == np.int16
+    expected = 2 * order[:, None] + (found.points[:][..., 0] > 0)
+    assert np.array_equal(found.parts[:], expected)
+    assert np.array_equal(found.parts[np.array([7, 2])], expected[[7, 2]])
+    assert np.array_equal(found.parts[5], expected[5])
+    assert found.parts[np.zeros(12, bool)].shape == (0, 16)
+    test = load([source], 16, "test", parts=True)
+    for part in (test, found.part("test")):
+        assert np.array_equal(part.parts[:], 2 * np.arange(8, 12)[:, None] + (part.points[:][..., 0] > 0))
+    assert np.array_equal(found.subset(np.arange(12) % 3 == 1).parts[:], expected[1::3])
+
+
+def test_parts_of_a_store_stay_unread_until_indexed(tmp_path):
+    found = load([with_parts(tmp_path, "store")], 16, "all", parts=True)
+    found.points.store._open.clear()  # the first shard was asked whether it has parts
+    found.part("test").subset(np.array([0]))
+    assert not found.points.store._open
+
+
+def test_parts_turn_with_the_shape_and_raw_parts_are_all_of_them(tmp_path):
+    for kind in ("bundle", "files"):
+        source = with_parts(tmp_path, kind)
+        turned = load([source], 16, "all", ["y"], parts=True)
+        assert np.array_equal(turned.parts % 2, turned.points[..., 0] > 0)  # x stays x
+        raw = load([source], 16, "train", raw=True, parts=True)
+        assert np.array_equal(np.stack(list(raw.parts)), SIDE_PARTS[:8])
+
+
+def test_part_names_come_along_from_a_bundle(bundle):
+    seg = np.arange(12 * 40).reshape(12, 40) % 3
+    found = load([bundle(seg=seg, part_names=np.array(["a/x", "a/y", "b/x"]))], 16, "all", parts=True)
+    assert found.part_names == ("a/x", "a/y", "b/x")
+
+
+def test_synthetic_shapes_have_the_parts_of_their_class():
+    found = load(["synthetic:42"], 64, "all", parts=True)
+    owners = np.array([name.partition("/")[0] for name in found.part_names])
+    assert (owners[found.parts] == np.array(found.class_names)[found.labels][:, None]).all()
+    raw = load(["synthetic:42"], 64, "all", raw=True, parts=True)
+    assert np.array_equal(raw.parts, make_shapes(42, 128)["parts"])
+
+
+def test_shapenetpart_gives_global_parts_and_their_names(tmp_path):
+    layouts.shapenetpart_points(tmp_path)
+    found = load([str(tmp_path)], 64, "train", parts=True)
+    assert len(found.part_names) == 50
+    assert found.part_names[3:6] == ("Airplane 3", "Bag 0", "Bag 1")
+    assert [found.class_names[label] for label in found.labels] == ["Airplane", "Bag"]
+    assert [set(parts.tolist()) for parts in found.parts] == [{0, 1, 2, 3}, {4, 5}]
+    stored = prepare(tmp_path, tmp_path.with_name("store"), Preparation(points=64), workers=1)[0]
+    again = load([str(stored)], 64, "train", parts=True)
+    assert again.part_names == found.part_names
+    assert np.array_equal(again.parts[:], found.parts)
+
+
+@pytest.mark.parametrize("kind", ["bundle", "store", "clouds", "meshes"])
+def test_a_source_without_parts_says_what_has_them(tmp_path, bundle, kind):
+    source = bundle() if kind in ("bundle", "store") else str(tmp_path / "files")
+    if kind == "store":
+        source = str(prepare(Path(source), tmp_path / "store", Preparation(points=16), workers=1)[0])
+    write_clouds(tmp_path / "files", "a.npy")
+    if kind == "meshes":
+        (tmp_path / "files" / "a.npy").unlink()
+        trimesh.creation.box().export(tmp_path / "files" / "box.off")
+    with pytest.raises(ReadError, match=r"\A.*: has no part labels; .*--keep parts.*\Z"):
+        load([source], 16, "all", parts=True)
+
+
+@pytest.mark.parametrize(
+    ("seg", "names", "said"),
+    [
+        (np.zeros((12, 39), int), None, "[12, 40]"),
+        (np.zeros(12, int), None, "[12, 40]"),
+        (np.zeros((12, 40)), None, "float64"),
+        (np.full((12, 40), -1), None, "-1"),
+        (np.full((12, 40), 40_000), None, "32767"),
+        (np.full((12, 40), 2), np.array(["a/x", "a/y"]), "from 0 to 1"),
+    ],
+    ids=["too few points", "one a shape", "fractions", "negative", "too large", "more than names"],
+)
+def test_parts_that_cannot_be_are_refused_where_they_are_asked_for(bundle, seg, names, said):
+    source = bundle(seg=seg, part_names=names)
+    assert said in read_error(source, parts=True)
+    assert load([source], 16, "all").parts is None
+
+
+def test_parts_of_several_sources_are_refused(bundle):
+    with pytest.raises(ValueError, match=r"\A.*part labels of 2 sources.*\Z"):
+        load([bundle(), bundle()], 16, "all", parts=True)

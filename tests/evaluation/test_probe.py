@@ -9,6 +9,7 @@ import torch
 from jepa3d import config as settings
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
+from jepa3d.evaluation import classifiers
 from jepa3d.evaluation import probe as probing
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, shared_classes, summarise
@@ -29,15 +30,16 @@ def data(gaps: tuple[float, ...], train: int = 90, test: int = 60, classes: int 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every use of a classifier, in order, as the arguments of `_accuracy`."""
-    seen, accuracy = [], probing._accuracy
+    """Every use of a classifier, in order, as the arguments of `_confusion`."""
+    seen, confusion = [], probing._confusion
 
-    def watched(*arguments):
+    def watched(*arguments, seed=0):
         seen.append(arguments)
-        return accuracy(*arguments)
+        return confusion(*arguments, seed=seed)
 
-    monkeypatch.setattr(probing, "_accuracy", watched)
+    monkeypatch.setattr(probing, "_confusion", watched)
     monkeypatch.setattr(probing, "_DRAWS", 3)
+    monkeypatch.setattr(classifiers, "_STEPS", 150)
     return seen
 
 
@@ -135,6 +137,56 @@ def test_draws_differ_and_the_seed_decides_them(calls):
     assert drawn(0) == drawn(0)
 
 
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "logistic_10"])
+def test_the_confusion_counts_every_test_shape_and_its_diagonal_is_the_accuracy(protocol, calls):
+    y, y_test = np.arange(90) % 3 * 2, np.repeat([0, 2, 4], [10, 20, 30])  # labels with gaps, unequal classes
+    x, x_test = features(y, (1.0,), 1), features(y_test, (1.0,), 2)
+    result = run_protocol(protocol, x, y, x_test, y_test, [0])
+    table = np.array(result["confusion"])
+    assert table.sum(1).tolist() == [10, 20, 30]  # rows are true
+    assert 0 < np.trace(table) < 60
+    assert result["accuracy"] == pytest.approx(100 * np.trace(table) / 60)
+    assert result["mean_class_accuracy"] == pytest.approx(100 * np.mean(np.diag(table) / [10, 20, 30]))
+    found = classifiers.predict(protocol, result["C"] or 0.0, x[0], y, x_test[0])
+    assert table[0, 1] == np.sum((y_test == 0) & (found == 2))  # columns are predicted
+    assert np.sum(found == y_test) == np.trace(table)
+
+
+def test_ten_labels_a_class_are_many_draws_and_have_no_confusion(calls):
+    assert "confusion" not in run_protocol("logistic_10", *data((0.5,)), [0])
+
+
+def test_mlp3_is_the_same_for_a_seed_whatever_torch_drew_before_and_draws_nothing_itself(calls):
+    x, y, x_test, y_test = data((0.5, 0.6))
+    found = []
+    for seed, before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(before)
+        state = torch.get_rng_state()
+        found.append(run_protocol("mlp3", x, y, x_test, y_test, [0, 1], seed))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert found[0] == found[1]
+    assert found[0]["confusion"] != found[2]["confusion"]
+
+
+def test_mlp3_is_the_head_of_point_mae():
+    layers = list(classifiers._head(192, 10))
+    assert [tuple(layer.weight.shape) for layer in layers if isinstance(layer, torch.nn.Linear)] == [
+        (256, 192), (256, 256), (10, 256),
+    ]  # fmt: skip
+    kinds = [type(layer).__name__ for layer in layers]
+    assert kinds == [*["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2, "Linear"]
+    assert {layer.p for layer in layers if isinstance(layer, torch.nn.Dropout)} == {0.5}
+
+
+def test_mlp3_finds_what_no_plane_separates(calls):
+    """Two classes by the sign of a product: the linear protocols score chance."""
+    x, x_test = (np.random.default_rng(seed).normal(size=(1, 400, 4)) for seed in (1, 2))
+    y, y_test = ((half[0, :, 0] * half[0, :, 1] > 0).astype(int) for half in (x, x_test))
+    accuracy = {name: run_protocol(name, x, y, x_test, y_test, [0])["accuracy"] for name in ("mlp3", "logistic")}
+    assert accuracy["mlp3"] > 85
+    assert accuracy["logistic"] < 65
+
+
 def clouds(labels, split) -> PointClouds:
     points = np.arange(len(split) * 6, dtype=np.float32).reshape(-1, 2, 3)
     names = tuple("abcdefgh")
@@ -203,6 +255,88 @@ def test_one_run_has_no_deviation():
     table = summarise([row("a", "untrained", 50.0), row("a", "teacher", 40.0), row("a", "pretrained", 45.0)], ("knn",))
     assert table["gain"]["knn"] == {"mean": -5.0, "std": None, "runs": 1}
     assert table["teacher"]["knn"]["mean"] == 40.0
+
+
+def test_the_mean_class_accuracy_stands_beside_the_accuracy_it_belongs_to():
+    rows = [row("a", "untrained", 50.0), row("a", "pretrained", 70.0), row("b", "untrained", 50.0)]
+    rows.append(row("b", "pretrained", 60.0))
+    for at, mean in zip(rows, (40.0, 45.0, 40.0, 65.0), strict=True):
+        at["scores"]["knn"]["mean_class_accuracy"] = mean
+    table = summarise(rows, ("knn",))
+    assert table["pretrained"]["knn"]["mean"] == 65.0
+    assert table["pretrained"]["knn"]["mean_class_accuracy"]["mean"] == 55.0
+    assert table["gain"]["knn"]["mean_class_accuracy"] == {"mean": 15.0, "std": pytest.approx(200**0.5), "runs": 2}
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory) -> dict:
+    """The result of probing two seeds of a pretended run on shapes of four classes, one of them in train only."""
+    folder = tmp_path_factory.mktemp("probed")
+    runs = [folder / f"run-{seed}" for seed in (0, 1)]
+    encoder = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_groups": 4, "group_size": 8, "num_points": 32}
+    for seed, run in enumerate(runs):
+        run.mkdir()
+        config = {"objective": "jepa", "teacher": ["ema"], "encoder": encoder, "seed": seed, "data": [], "split": "all"}
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "run.json").write_text("{}")
+        for at, name in enumerate(("untrained", "encoder")):
+            torch.manual_seed(2 * seed + at)
+            PointEncoder(**encoder).save_pretrained(run / name)
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(32) % 4, np.repeat([0, 2, 3], [8, 4, 4])])
+    stretch = np.array([[1, 1, 1], [1, 1, 9], [1, 9, 1], [9, 9, 1]])[labels]
+    np.savez(
+        folder / "blobs.npz",
+        points=(rng.normal(size=(48, 32, 3)) * stretch[:, None]).astype(np.float32),
+        labels=labels,
+        class_names=["ball", "rod", "beam", "disc [flat]"],
+        split=np.repeat([0, 1], [32, 16]),
+    )
+    return probing.probe(runs, str(folder / "blobs.npz"), protocols=("logistic_10", "knn", "svc_linear"))
+
+
+def test_every_row_names_its_present_classes_and_their_accuracy(probed):
+    assert probed["class_names"] == ["ball", "beam", "disc [flat]"]
+    assert probed["pooling"] == "mean_max"
+    assert json.loads(json.dumps(probed)) == probed
+    for at in probed["rows"]:
+        assert not {"confusion", "per_class", "predicted"} & set(at["scores"]["logistic_10"])
+        for protocol in ("knn", "svc_linear"):
+            score = at["scores"][protocol]
+            table = np.array(score["confusion"])
+            assert table.sum(1).tolist() == [8, 4, 4]
+            assert list(score["per_class"]) == probed["class_names"]
+            for i, figures in enumerate(score["per_class"].values()):
+                assert figures == {"accuracy": 100 * table[i, i] / table[i].sum(), "count": table[i].sum()}
+            assert "predicted" not in score
+
+
+def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
+    probing.show(probed)
+    assert "beam" not in capsys.readouterr().out
+    probing.show(probed, per_class="knn")
+    lines = [line.replace("│", " ") for line in capsys.readouterr().out.splitlines()]
+    scores = [(at["model"], at["scores"]["knn"]) for at in probed["rows"]]
+
+    def mean(model: str, figure) -> float:
+        return float(np.mean([figure(score) for name, score in scores if name == model]))
+
+    def cells(figure) -> list[str]:
+        before, after = (mean(model, figure) for model in ("untrained", "pretrained"))
+        return [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
+
+    for name, count in (("ball", 8), ("beam", 4), ("disc [flat]", 4)):
+        found = next(line for line in lines if f" {name} " in line).removeprefix(f"  {name}").split()
+        assert found == [str(count), *cells(lambda score, name=name: score["per_class"][name]["accuracy"])]
+    found = next(line for line in lines if "mean class accuracy" in line).split()[3:]
+    assert found == ["16", *cells(lambda score: score["mean_class_accuracy"])]
+
+
+@pytest.mark.parametrize("protocol", ["logistic_10", "mlp3", "svm"])
+def test_a_protocol_without_figures_of_classes_is_refused_before_anything_is_printed(probed, capsys, protocol):
+    with pytest.raises(ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"):
+        probing.show(probed, per_class=protocol)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["nothing", "folder", "unfinished"])

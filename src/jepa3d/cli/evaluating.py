@@ -98,3 +98,41 @@ def curve(
     show_curves(arms, protocol, part)
     draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
     print(f"written: {out}")
+
+
+@app.command
+def results(
+    runs: Annotated[tuple[Path, ...], Parameter(negative=())] = (),
+    /,
+    *,
+    choose: str | None = None,
+    published: Annotated[bool, Parameter(negative=())] = False,
+    out: Path | None = None,
+) -> None:
+    """Gather fine-tuning runs in a table: seeds averaged, gains paired by seed, published figures beside them.
+
+    Parameters
+    ----------
+    runs: tuple[Path, ...]
+        Runs of classify, segment or fewshot, or folders that hold some.
+    choose: str
+        A setting, say lr: of arms that differ in it alone, keep the one that is best on validation.
+    published: bool
+        Print every published table, with or without runs.
+    out: Path
+        A Markdown file to write the tables to as well.
+    """
+    from jepa3d.evaluation.protocol import provenance
+    from jepa3d.evaluation.published import all_published, markdown, show
+    from jepa3d.evaluation.results import tables
+
+    if not runs and not published:
+        raise ValueError("results of which runs? Give folders, or --published for the published tables alone")
+    if choose is not None and not runs:
+        raise ValueError(f"--choose {choose}: needs runs to choose among")
+    sheets = tables(list(runs), choose) if runs else []
+    sheets += all_published() if published else []
+    show(sheets)
+    if out is not None:
+        out.write_text(markdown(sheets, provenance()["command"]), encoding="utf-8")
+        print(f"written: {out}")

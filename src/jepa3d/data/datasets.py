@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,34 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
+_NO_PARTS = (
+    "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or files with them"
+)
+
+
+class StoredParts:
+    """Part labels n N int16 of clouds that are read in place, read when indexed: see `StoredPoints`."""
+
+    def __init__(self, points: StoredPoints):
+        self.points = points
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.points.shape[:2]
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index) -> np.ndarray:
+        """n N at an index, slice, mask or array of indices; N at a number."""
+        rows, count = self.points.rows[index], self.points.num_points
+        found = [self.points.store.parts(row, count) for row in np.atleast_1d(rows).tolist()]
+        return np.array(found, np.int16).reshape(*np.shape(rows), count)
+
+    def select(self, keep: np.ndarray) -> "StoredParts":
+        """Those of the clouds at a mask or index, still unread."""
+        return StoredParts(self.points.select(keep))
+
 
 @dataclass(frozen=True)
 class PointClouds:
@@ -35,6 +64,8 @@ class PointClouds:
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8
+    parts: np.ndarray | StoredParts | None = None  # n N int16, one label a point; only where `load` is asked for them
+    part_names: tuple[str, ...] = ()  # names of the labels, which count through all classes; () where unnamed
 
     def __len__(self) -> int:
         return len(self.points)
@@ -52,10 +83,12 @@ class PointClouds:
         """The shapes at a boolean mask or index."""
 
         def take(values):
+            if isinstance(values, StoredPoints | StoredParts):
+                return values.select(keep)
             return None if values is None else values[keep]
 
-        points = self.points.select(keep) if isinstance(self.points, StoredPoints) else self.points[keep]
-        return replace(self, points=points, labels=take(self.labels), split=take(self.split))
+        taken = {name: take(getattr(self, name)) for name in ("points", "labels", "split", "parts")}
+        return replace(self, **taken)
 
     def part(self, split: str) -> "PointClouds":
         """The "train" or "test" part. ValueError when the source has none."""
@@ -72,20 +105,23 @@ def load(
     labels_key: str = "labels",
     limit: int | None = None,
     raw: bool = False,
+    parts: bool = False,
 ) -> PointClouds:
     """All shapes of the sources as one `PointClouds`; labels are kept for a single source.
 
     split: "train", "test" or "all"; a source without a split counts as train. up_axis: one for all or one a
     source. limit: at most that many shapes a source (a dry run). raw: as they are in the source, not resampled.
-    Raises ValueError or its ReadError.
+    parts: with the part labels of the points, of a single source. Raises ValueError or its ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
         raise ValueError(f"{len(axes)} values of up_axis for {len(sources)} of data: give one, or one each")
     if wrong := [axis for axis in axes if axis not in TO_Z_UP]:
         raise ValueError(f"up axis {wrong[0]!r}: one of x, y, z")
+    if parts and len(sources) != 1:
+        raise ValueError(f"part labels of {len(sources)} sources: they are read of one")
     loaded = [
-        _load_one(source, num_points, split, axes[i % len(axes)], labels_key, limit, raw)
+        _load_one(source, num_points, split, axes[i % len(axes)], labels_key, limit, raw, parts)
         for i, source in enumerate(sources)
     ]
     if len(loaded) == 1:
@@ -95,17 +131,17 @@ def load(
     return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]))
 
 
-def _load_one(source, num_points, split, up_axis, labels_key, limit, raw) -> PointClouds:
+def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts) -> PointClouds:
     path, standard = Path(source), raw
     if source.split(":")[0] == "synthetic":
-        found = _synthetic(source, num_points, limit)
+        found = _synthetic(source, num_points, limit, parts)
         up_axis = "z"
     elif (path / "store.json").is_file():
-        return _store(path, num_points, split, limit, up_axis)
+        return _store(path, num_points, split, limit, up_axis, parts)
     elif path.suffix == ".npz" and path.is_file() and clouds_in(path):
-        found = _bundle(path, num_points, labels_key)
+        found = _bundle(path, num_points, labels_key, parts)
     elif path.exists():
-        found = _files(path, num_points, split, limit, None if raw else TO_Z_UP[up_axis])
+        found = _files(path, num_points, split, limit, None if raw else TO_Z_UP[up_axis], parts)
         standard = True
     else:
         what = "no such file or folder"
@@ -118,7 +154,8 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw) -> Poi
         found = found.subset(np.arange(min(limit, len(found))))
     if standard:
         return found
-    return replace(found, points=_standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name))
+    points, labels = _standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name, found.parts)
+    return replace(found, points=points, parts=labels)
 
 
 def _split_mask(data: PointClouds, split: str) -> np.ndarray:
@@ -129,22 +166,30 @@ def _split_mask(data: PointClouds, split: str) -> np.ndarray:
     return data.split == SPLITS.index(split)
 
 
-def _standard(points: np.ndarray, num_points: int, axes: np.ndarray, name: str) -> np.ndarray:
-    """Raw clouds n N 3 as n num_points 3, z up, unit sphere, by FPS."""
+def _standard(
+    points: np.ndarray, num_points: int, axes: np.ndarray, name: str, parts=None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Raw clouds n N 3 as n num_points 3, z up, unit sphere, by FPS; with the part labels n N of the chosen points."""
     out = np.empty((len(points), num_points, 3), np.float32)
+    chosen = None if parts is None else np.empty(out.shape[:2], np.int16)
     size = 64
     starts = range(0, len(points), size)
     for at in track(starts, f"sampling {num_points:,} points of {name}", transient=True, disable=len(starts) < 20):
         raw = points[at : at + size].astype(np.float64)
         raw -= raw.mean(1, keepdims=True)  # before float32: map coordinates of millions keep their millimetres
         clouds = unit_sphere(torch.from_numpy(raw.astype(np.float32) @ axes.T))
+        labels = None if parts is None else parts[at : at + size]
         if clouds.shape[1] > num_points:
-            clouds = unit_sphere(gather_points(clouds, farthest_point_sample(clouds, num_points)))
+            index = farthest_point_sample(clouds, num_points)
+            clouds = unit_sphere(gather_points(clouds, index))
+            labels = None if labels is None else np.take_along_axis(labels, index.numpy(), 1)
         out[at : at + size] = clouds.numpy()
-    return out
+        if chosen is not None and labels is not None:
+            chosen[at : at + size] = labels
+    return out, chosen
 
 
-def _synthetic(source: str, num_points: int, limit: int | None) -> PointClouds:
+def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> PointClouds:
     """`synthetic` or `synthetic:COUNT`; every fourth shape is test, whatever COUNT is."""
     count = source.partition(":")[2] or "4000"
     if not count.isdigit() or int(count) < 8:
@@ -153,11 +198,12 @@ def _synthetic(source: str, num_points: int, limit: int | None) -> PointClouds:
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points, seed=0)
     split = (np.arange(len(made["points"])) % 4 == 3).astype(np.int8)  # a class comes every 21: none is left out
     digest = hashlib.sha256(made["points"].tobytes()).hexdigest()
-    return PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
+    found = PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
+    return replace(found, parts=made["parts"], part_names=synthetic.PART_NAMES) if parts else found
 
 
-def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
-    """A .npz with points n N 3 and, if it has them, labels, class_names and split."""
+def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
+    """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N and part_names."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if not name.startswith("raw_")}
@@ -193,16 +239,36 @@ def _bundle(path: Path, num_points: int, labels_key: str) -> PointClouds:
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
     if labels is not None and labels.max() >= len(names):
         raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
-    return PointClouds(path.name, digest, points, labels, names, split)
+    found = PointClouds(path.name, digest, points, labels, names, split)
+    return replace(found, **_parts_in(arrays, path)) if parts else found
 
 
-def _files(path: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None) -> PointClouds:
+def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
+    key = "seg" if "seg" in arrays else "parts"
+    if key not in arrays:
+        raise ReadError(f"{path}: {_NO_PARTS}")
+    parts, (count, size, _) = arrays[key], arrays["points"].shape
+    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
+        found = f"{parts.dtype} {list(parts.shape)}"
+        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
+    names = tuple(str(name) for name in arrays.get("part_names", ()))
+    end = len(names) or 1 + np.iinfo(np.int16).max
+    if parts.min() < 0 or parts.max() >= end:
+        raise ReadError(f"{path}: {key} must be from 0 to {end - 1}, found {parts.min()} to {parts.max()}")
+    return {"parts": parts.astype(np.int16), "part_names": names}
+
+
+def _files(
+    path: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None, parts: bool
+) -> PointClouds:
     """A folder, benchmark or single file, read whole: what `jepa3d prepare` reads, without a store.
 
     Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with axes None
     all stay raw, in an object array.
     """
-    entries = discover(path).entries
+    source = discover(path)
+    entries = source.entries
     in_split = [entry.split for entry in entries]
     if None in in_split and any(s is not None for s in in_split):
         stray = entries[in_split.index(None)].key
@@ -213,21 +279,35 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, axes: np.
     clouds, digest = [], hashlib.sha256()
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
-            cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode())).points
-        digest.update(cloud.tobytes())
-        clouds.append(cloud if axes is None else _standard(cloud[None], num_points, axes, path.name)[0])
-    points = np.empty(len(clouds), object) if axes is None else np.empty((len(clouds), num_points, 3), np.float32)
-    for i, cloud in enumerate(clouds):
-        points[i] = cloud
+            cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
+            if parts and cloud.parts is None:
+                raise ReadError(_NO_PARTS)
+        digest.update(cloud.points.tobytes())
+        one = cloud.points[None], cloud.parts[None].astype(np.int16) if parts and cloud.parts is not None else None
+        clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
     labels = np.array([number[str(entry.label)] for entry in entries]) if labelled else None
     splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
-    return PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
+    points = _joined([cloud for cloud, _ in clouds], axes is None)
+    found = PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
+    if not parts:
+        return found
+    return replace(found, parts=_joined([own for _, own in clouds], axes is None), part_names=source.part_names)
 
 
-def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: str) -> PointClouds:
+def _joined(arrays: list, raw: bool) -> np.ndarray:
+    """Arrays of one cloud each, 1 N ..., as n N ...; raw ones, whose N differ, in an object array."""
+    if not raw:
+        return np.concatenate(arrays)
+    out = np.empty(len(arrays), object)
+    for i, values in enumerate(arrays):
+        out[i] = values[0]
+    return out
+
+
+def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: str, parts: bool) -> PointClouds:
     """A store, in place where its clouds are in farthest point order, else sampled in memory."""
     store = Store(path)
     if up_axis != "z":
@@ -245,13 +325,22 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     splits = in_split[rows] if has_split else None
     if store.num_points is not None and store.num_points < num_points:
         raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
-    points: np.ndarray | StoredPoints = StoredPoints(store, rows, num_points)
+    if parts and "parts" not in store.shard(0):
+        raise ReadError(f"{path}: {_NO_PARTS}")
+    points: Any = StoredPoints(store, rows, num_points)
+    own: Any = StoredParts(points) if parts else None
     if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):
         points = np.empty((len(rows), num_points, 3), np.float32)
+        own = np.empty(points.shape[:2], np.int16) if parts else None
         for i, row in enumerate(track(rows.tolist(), f"sampling {path}", transient=True, disable=len(rows) < 20)):
             raw = store.points(row)
             if len(raw) < num_points:
                 raise ReadError(f"{path}: {store.key(row)} has {len(raw)} points, {num_points} are needed (num_points)")
-            points[i] = _standard(raw[None], num_points, TO_Z_UP["z"], path.name)[0]
+            raw_parts = store.parts(row)[None] if parts else None
+            cloud, chosen = _standard(raw[None], num_points, TO_Z_UP["z"], path.name, raw_parts)
+            points[i] = cloud[0]
+            if own is not None and chosen is not None:
+                own[i] = chosen[0]
     names = store.class_names if labelled else ()
-    return PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)
+    found = PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)
+    return replace(found, parts=own, part_names=store.part_names) if parts else found

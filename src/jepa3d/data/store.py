@@ -36,7 +36,6 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "key": ("<u8", ()),  # hash of the key
     "key_end": ("<i8", ()),  # bytes of keys.bin up to and including this cloud's key
 }
-_ATTRIBUTES = {"normals": 3, "colors": 3, "parts": 1}
 
 
 def hash64(data: bytes) -> int:
@@ -113,6 +112,11 @@ class Store:
         """The first `count` points of a cloud, or all, n 3, in the store's precision, in place."""
         shard, rows = self._span(row)
         return self.shard(shard)["points"][rows][:count]
+
+    def parts(self, row: int, count: int | None = None) -> np.ndarray:
+        """The part labels of these points, n int16. KeyError in a store that keeps none."""
+        shard, rows = self._span(row)
+        return self.shard(shard)["parts"][rows][:count]
 
     def cloud(self, row: int) -> PointCloud:
         """A cloud with what is kept of it; points z-up in the unit sphere."""

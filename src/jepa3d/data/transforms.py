@@ -61,8 +61,12 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = N
     return gather_points(points, squared_distance(around, points)[:, 0].topk(count, largest=False).indices)
 
 
-def augment(points: Tensor, scale: tuple[float, float], rotate: bool, generator: BatchGenerator) -> Tensor:
-    """Scale per axis, then rotation about the up axis, as configured."""
+def augment(
+    points: Tensor, scale: tuple[float, float], rotate: bool, translate: float, generator: BatchGenerator
+) -> Tensor:
+    """Scale per axis, then rotation about the up axis, then a move, as configured."""
     if scale != (1.0, 1.0):
         points = random_scale(points, *scale, generator.stream("scale"))
-    return random_rotate(points, generator.stream("rotate")) if rotate else points
+    if rotate:
+        points = random_rotate(points, generator.stream("rotate"))
+    return random_translate(points, translate, generator.stream("translate")) if translate else points

@@ -7,30 +7,30 @@
 | knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
 | svc_linear  | as they are  | SVC(linear, C=0.012) (point2vec)        | layer: a fifth of train            |
 | linear_svc  | as they are  | LinearSVC() (Point-M2AE)                | layer: a fifth of train            |
+| mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
-Figures are overall accuracies in per cent. With a fixed layer only C is chosen.
+Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling. Figures are overall
+accuracies in per cent. With a fixed layer only C is chosen.
 """
 
 import json
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold, train_test_split
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, LinearSVC
 
 from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
+from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
@@ -38,7 +38,7 @@ from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.teacher import load_module
 
-PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc")
+PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
 _SHOTS, _DRAWS = 10, 10
@@ -50,18 +50,18 @@ SELECTION = {
 Part = Literal["test", "validation"]
 
 
-def _classifier(protocol: str, c: float, count: int):
-    if protocol.startswith("logistic"):
-        return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
-    if protocol == "knn":
-        return make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine"))
-    return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
+def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
+    """Counts [K, K] of the tested, rows true, columns predicted, over the sorted classes of both halves."""
+    found = predict(protocol, c, train, y, test, seed)
+    return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
 
 
-def _accuracy(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, y_test: np.ndarray) -> float:
-    with warnings.catch_warnings():  # LinearSVC on raw features stops at its default iterations, as in its protocol
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return 100 * float(_classifier(protocol, c, len(y)).fit(train, y).score(test, y_test))
+def _accuracy(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> float:
+    return _overall(_confusion(protocol, c, train, y, test, y_test, seed=seed))
+
+
+def _overall(confusion: np.ndarray) -> float:
+    return 100 * float(np.trace(confusion) / confusion.sum())
 
 
 def run_protocol(
@@ -73,7 +73,10 @@ def run_protocol(
     layers: list[int],
     seed: int = 0,
 ) -> dict:
-    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10)."""
+    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10).
+
+    All but logistic_10 also return mean_class_accuracy and confusion: rows true, columns predicted, sorted classes.
+    """
     if protocol == "logistic_10":
         return _few_labels(train, y, test, y_test, layers, seed)
     grid = _C_GRID if protocol == "logistic" else (0.0,)
@@ -81,12 +84,19 @@ def run_protocol(
     best = choices[0]
     if len(choices) > 1:
         fit, held = _fifth(y, seed)
-        best = max(
-            choices, key=lambda at: _accuracy(protocol, at[1], train[at[0]][fit], y[fit], train[at[0]][held], y[held])
-        )
+
+        def validation(choice: tuple[int, float]) -> float:
+            x = train[choice[0]]
+            return _accuracy(protocol, choice[1], x[fit], y[fit], x[held], y[held], seed=seed)
+
+        best = max(choices, key=validation)
     layer, c = best
-    score = _accuracy(protocol, c, train[layer], y, test[layer], y_test)
-    return {"accuracy": score, "layer": layer, "C": c or None}
+    confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
+    mean = float(np.nanmean(class_accuracy(confusion)))
+    return {
+        "accuracy": _overall(confusion), "mean_class_accuracy": mean, "layer": layer, "C": c or None,
+        "confusion": confusion.tolist(),
+    }  # fmt: skip
 
 
 def _fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +184,7 @@ def probe(
     y, y_test = train.labels, test.labels
     assert y is not None
     assert y_test is not None
+    names = [clouds.class_names[label] for label in np.unique(y)]
     rows = []
     for run, (config, models) in found.items():
         for name, model in models.items():
@@ -185,6 +196,9 @@ def probe(
             scores = {
                 protocol: run_protocol(protocol, x, y, x_test, y_test, layers, config["seed"]) for protocol in protocols
             }
+            for score in scores.values():
+                if "confusion" in score:
+                    score["per_class"] = by_class(score["confusion"], names)
             row = {"run": str(run), "model": name, "seed": config["seed"], "scores": scores}
             if isinstance(model, DVAE):
                 row["dvae"] = dvae_figures(model, train, test)
@@ -198,6 +212,7 @@ def probe(
         "layer": "best on validation" if layer is None else layer,
         "selection": SELECTION[part],
         "seeds": sorted(seeds),
+        "class_names": names,
         "rows": rows,
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,
@@ -237,7 +252,10 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
-    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained encoder."""
+    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained encoder.
+
+    These are of the overall accuracy; beside them stand those of the mean class accuracy where a protocol has one.
+    """
 
     def moments(values: list[float]) -> dict:
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -245,20 +263,34 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
 
     table: dict[str, dict] = {}
     for protocol in protocols:
-        scores = {
-            model: {row["run"]: row["scores"][protocol]["accuracy"] for row in rows if row["model"] == model}
-            for model in dict.fromkeys(row["model"] for row in rows)
-        }
-        for model, by_run in scores.items():
-            if by_run:
-                table.setdefault(model, {})[protocol] = moments(list(by_run.values()))
-        if gains := [score - scores["untrained"][run] for run, score in scores.get("pretrained", {}).items()]:
-            table.setdefault("gain", {})[protocol] = moments(gains)
+        for key in ("accuracy", "mean_class_accuracy"):
+            values: dict[str, dict[str, float]] = {}
+            for row in rows:
+                if key in row["scores"][protocol]:
+                    values.setdefault(row["model"], {})[row["run"]] = row["scores"][protocol][key]
+            if "pretrained" in values:
+                untrained = values["untrained"]
+                values["gain"] = {run: score - untrained[run] for run, score in values["pretrained"].items()}
+            for model, by_run in values.items():
+                found = moments(list(by_run.values()))
+                of_model = table.setdefault(model, {})
+                of_model[protocol] = found if key == "accuracy" else of_model[protocol] | {key: found}
     return table
 
 
-def show(result: dict) -> None:
-    """Print the summary as a table."""
+def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
+    """ValueError unless `protocol` is one of `protocols` and has figures of every class; None asks for none."""
+    known = [name for name in protocols if name != "logistic_10"]
+    if protocol is not None and protocol not in known:
+        raise ValueError(f"per class {protocol!r}: one of the probed {', '.join(known)} (logistic_10 has none)")
+
+
+def show(result: dict, per_class: str | None = None) -> None:
+    """Print the summary as a table, and the accuracy of every class under the protocol `per_class`.
+
+    Raises ValueError, printing nothing, for a protocol without figures of classes.
+    """
+    check_per_class(per_class, result["rows"][0]["scores"])
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, "
@@ -276,6 +308,8 @@ def show(result: dict) -> None:
     console = Console()
     print(title)
     Console(width=max(console.width, 100)).print(table)
+    if per_class is not None:
+        _show_classes(result, per_class)
     if data["dropped_classes"]:
         print(f"{data['dropped_classes']} classes missing from one half were dropped")
     for row in result["rows"]:
@@ -287,3 +321,25 @@ def show(result: dict) -> None:
     if result["seen_in_pretraining"]:
         print(f"the {data['part']} part was among the (unlabelled) pretraining data")
     print(f"selection: {result['selection']}")
+
+
+def _show_classes(result: dict, protocol: str) -> None:
+    """Print each class's accuracy, mean over seeds, a column a model; the last row is their mean."""
+    found: dict[str, list[np.ndarray]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))
+    counts = next(iter(found.values()))[0].sum(1)
+    columns = {model: np.mean([class_accuracy(table) for table in tables], 0) for model, tables in found.items()}
+    if "pretrained" in columns:
+        columns["pretrained - untrained"] = columns["pretrained"] - columns["untrained"]
+    table = Table(f"{protocol}, accuracy %", "shapes", *columns)
+
+    def add(name: str, count: int, values: list[float]) -> None:
+        cells = [f"{value:{'+' if ' - ' in column else ''}.1f}" for value, column in zip(values, columns, strict=True)]
+        table.add_row(escape(name), f"{count:,}", *cells)
+
+    for name, count, *values in zip(result["class_names"], counts, *columns.values(), strict=True):
+        add(name, count, values)
+    table.add_section()
+    add("mean class accuracy", counts.sum(), [values.mean() for values in columns.values()])
+    Console(width=max(Console().width, 100)).print(table)

@@ -6,11 +6,35 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """A test figure with all that it takes to be believed. Metrics are in per cent."""
+
+    task: str  # classify, fewshot or segment
+    protocol: str  # in words: "fine-tuned, all weights"
+    data: dict[str, Any]  # name, fingerprint, and the number of train, validation and test shapes
+    init: str  # scratch, or where the encoder came from
+    pretraining: dict[str, Any] | None  # what its run says of it
+    seed: int
+    selection: str  # validation, last epoch, best on test, or none
+    votes: int
+    metrics: dict[str, float]  # on the test part
+    validation: dict[str, float] | None  # the same on the validation part
+    details: dict[str, Any]  # per class, per category or per fold
+    settings: dict[str, Any]  # those that arms of a comparison may differ in
+    cost: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, with the command, the versions and the machine."""
+        return asdict(self) | provenance()
 
 
 def provenance() -> dict:

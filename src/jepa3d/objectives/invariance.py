@@ -51,7 +51,7 @@ class Invariance(nn.Module):
             if view >= settings.global_views:  # fewer points, fewer patches: each of the size it has in the whole
                 groups = max(1, round(share * groups))
                 seen = random_crop(points, max(encoder.group_size, round(share * points.shape[1])), draws)
-            seen = augment(seen, self.config.scale, self.config.rotate, draws)
+            seen = augment(seen, self.config.scale, self.config.rotate, self.config.translate, draws)
             grouped = group(seen, groups, encoder.group_size, draws.stream("group"))
             position = encoder.position(grouped.centers)
             tokens = encoder.hidden_states(

@@ -6,6 +6,7 @@ A resumed run repeats an uninterrupted one bit for bit on one CPU with one numbe
 import math
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from jepa3d.config import PretrainConfig, Schedule
+from jepa3d.config import RunConfig, Schedule
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
-from jepa3d.models.dvae import DVAE
-from jepa3d.models.encoder import PointEncoder
 from jepa3d.objectives.autoencoding import Autoencoding
 from jepa3d.objectives.generative import Generative
 from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA
+from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.optim import adamw, learning_rate, total_steps
@@ -42,25 +43,28 @@ class Interrupted(KeyboardInterrupt):
 class Task:
     """What the loop trains: an objective, its schedule, and the name of what it exports."""
 
-    # forward(points, generator, progress), after_step(progress), metrics(output)
-    objective: JEPA | Generative | Invariance | Autoencoding
+    # forward(points, generator, progress, *targets), after_step(progress), metrics(output)
+    objective: JEPA | Generative | Invariance | Autoencoding | Supervised
     schedule: Schedule
-    export: str  # encoder or dvae
-    module: PointEncoder | DVAE  # what is exported
+    export: str  # encoder, dvae or model
+    module: Any  # what is exported: PointEncoder, DVAE, Classifier or Segmenter
     augments: bool = True  # False: the objective augments its views itself
+    targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None  # what is known of the shapes at an index
+    look: Callable[[], float] | None = None  # a score after every epoch; the weights of the best are kept in RUN/best
+    layer_decay: float = 1.0
 
 
-def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | None, stop_at: int | None = None) -> dict:
+def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None) -> dict:
     """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
 
-    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), and the last metrics.
+    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, and the last metrics.
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
     accelerator = Accelerator(cpu=ON_CPU, mixed_precision=config.mixed_precision)
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
-    optimizer = adamw(objective, schedule)
+    optimizer = adamw(objective, schedule, task.layer_decay)
     total = total_steps(schedule, len(clouds))
-    state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0}
+    state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0, "best": None}
     if run and (newest := checkpoint.latest(run / "checkpoints")):
         state = checkpoint.restore(newest, objective, optimizer)
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -86,11 +90,12 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
             generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
             points = clouds.batch(index).to(accelerator.device)
             if task.augments:
-                points = augment(points, config.scale, config.rotate, generator)
+                points = augment(points, config.scale, config.rotate, config.translate, generator)
+            targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
 
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(schedule, step, total, len(clouds))
-            output = model(points, generator, step / total)
+                group["lr"] = group["lr_scale"] * learning_rate(schedule, step, total, len(clouds))
+            output = model(points, generator, step / total, *targets)
             accelerator.backward(output.loss)
             norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
             optimizer.step()
@@ -99,7 +104,9 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
 
             state["step"] = step = step + 1
             snapshot = config.snapshot_every and step % config.snapshot_every == 0
-            if step % config.log_every == 0 or step in (1, total) or snapshot:
+            epochs = [at * schedule.batch_size // len(clouds) for at in (step - 1, step)]
+            looked = task.look and (step == total or epochs[1] > epochs[0])
+            if step % config.log_every == 0 or step in (1, total) or snapshot or looked:
                 loss = accelerator.reduce(output.loss.detach(), "mean").item()
                 if not math.isfinite(loss):
                     raise ValueError(f"the loss is {loss} at step {step}: lower --lr (now {schedule.lr})")
@@ -110,7 +117,15 @@ def fit(task: Task, clouds: PointClouds, config: PretrainConfig, run: Path | Non
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": 0.0 if norm is None else norm.item(),
                 }
-                progress.log(step, figures | objective.metrics(output))
+                figures |= objective.metrics(output)
+                if task.look and looked:
+                    figures["validation"] = score = task.look()
+                    model.train()
+                    if state["best"] is None or score > state["best"]["score"]:
+                        state["best"] = {"step": step, "score": score}
+                        if run and accelerator.is_main_process:
+                            checkpoint.replace_folder(run / "best", task.module.save_pretrained)
+                progress.log(step, figures)
             if run and snapshot and accelerator.is_main_process:
                 checkpoint.replace_folder(run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained)
             stopping = stopped(accelerator, stop, step) or step == stop_at

@@ -8,14 +8,35 @@ from torch import nn
 from jepa3d.config import Schedule
 
 
-def adamw(model: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
-    """Weight decay on matrices only: none on biases, norms and the mask token. Fused: one kernel a step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """Weight decay on matrices only: none on biases, norms and single tokens. Fused: one kernel a step.
+
+    `layer_decay` lowers the rates of an encoder's blocks from the last to the first (BEiT), as each group's "lr_scale".
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    scales = _lr_scales(model, layer_decay)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = schedule.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((-scales[name], -decay), []).append(parameter)
+    rows = [{"params": groups[key], "weight_decay": -key[1], "lr_scale": -key[0]} for key in sorted(groups)]
+    return torch.optim.AdamW(rows, lr=schedule.lr, fused=True)
+
+
+def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """layer_decay^(depth + 1 - layer): layer 0 before an encoder's blocks, i + 1 block i, depth + 1 after them."""
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    if layer_decay == 1.0:
+        return scales
+    blocks = [name.partition(".blocks.") for name in scales if ".blocks." in name]
+    depth = 1 + max(int(rest.partition(".")[0]) for _, _, rest in blocks)
+    encoder = blocks[0][0]
+    for name in scales:
+        if name.startswith(f"{encoder}.blocks."):
+            scales[name] = layer_decay ** (depth - int(name.removeprefix(f"{encoder}.blocks.").partition(".")[0]))
+        elif name.startswith((f"{encoder}.tokenizer.", f"{encoder}.position.")):
+            scales[name] = layer_decay ** (depth + 1)
+    return scales
 
 
 def total_steps(schedule: Schedule, num_samples: int) -> int:

@@ -8,20 +8,16 @@ RUN/snapshots/         the encoder on its way, if wanted
 """
 
 import copy
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import nn
 
 from jepa3d import config as settings
 from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.teacher import Teacher, load_module
@@ -31,8 +27,9 @@ from jepa3d.objectives.generative import Generative
 from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
-from jepa3d.training import checkpoint
+from jepa3d.training import checkpoint, runs
 from jepa3d.training.loop import ON_CPU, Task, fit
+from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
@@ -96,30 +93,30 @@ def pretrain(
 
     Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
-    started, existed = (out / "config.json").exists(), out.exists()
-    processes = PartialState(cpu=ON_CPU)
-    processes.wait_for_everyone()  # all have looked before the first one writes
-    if existed and not (resume and started):
-        raise ValueError(
-            f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
-        )
-    if resume and not started:
-        raise ValueError(f"{out}: no run to resume")
+    started = runs.begin(out, resume)
     check(config)
     if started:
-        check_unchanged(config, out)
-        if json.loads((out / "run.json").read_text())["status"] == "finished":
-            print(f"{out}: finished already")
+        runs.check_unchanged(config, out)
+        if runs.is_finished(out):
             return out
     clouds = clouds_of(config, config.objective, clouds)
     networks = load_given(config, out if started else None)
     stage_clouds = {}
     if started:
-        check_same_data(clouds, out)
+        runs.check_same_data(clouds, out)
     else:
         stage_clouds = {name: clouds_of(config, name, clouds) for name in config.stages}
-        create_run(out, config, clouds, rehearse(config, clouds, networks), networks)
-    processes.wait_for_everyone()
+        task = rehearse(config, clouds, networks)
+        created = {
+            "departures": settings.departures(config, len(clouds)),
+            "parameters": {
+                task.export: count_parameters(task.module),
+                "trained": count_parameters(task.objective, True),
+            },
+        }
+        given = {f"given/{i}": network for i, network in enumerate(networks.values())}
+        runs.create(out, settings.to_dict(config), clouds, created, given)
+    wait_for_everyone()
     for name in config.stages:
         folder = out / "stage1" / name
         stage = replace(config, objective=name, snapshot_every=None)  # curves are drawn of the run, not of its stage I
@@ -132,8 +129,8 @@ def pretrain(
     state = fit(task, clouds, config, out, stop_at)
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
-        finish_run(out, state)
-    processes.wait_for_everyone()
+        runs.finish(out, state)
+    wait_for_everyone()
     return out
 
 
@@ -193,59 +190,3 @@ def check(config: PretrainConfig) -> None:
     for objective in (*config.stages, config.objective):
         if (size := config.schedule(objective).batch_size) % processes:
             raise ValueError(f"{objective}: batch_size {size} is not a multiple of the {processes} processes")
-
-
-def check_unchanged(config: PretrainConfig, out: Path) -> None:
-    """A resumed run has the settings it began with."""
-    before = json.loads((out / "config.json").read_text())
-    if changed := settings.differences(settings.to_dict(config), before):
-        name, (now, then) = next(iter(changed.items()))
-        raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
-
-
-def check_same_data(clouds: PointClouds, out: Path) -> None:
-    before = json.loads((out / "run.json").read_text())["data"]
-    if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
-        raise ValueError(
-            f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
-            f"then {before['name']} with {before['shapes']}"
-        )
-
-
-def create_run(out: Path, config: PretrainConfig, clouds: PointClouds, task: Task, given: dict[str, Network]) -> None:
-    """Config and provenance, whole or not at all."""
-    if not is_main():
-        return
-    record = provenance() | {
-        "status": "running",
-        "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "shapes": len(clouds)},
-        "departures": settings.departures(config, len(clouds)),
-        "parameters": {task.export: count_parameters(task.module), "trained": count_parameters(task.objective, True)},
-    }
-
-    def write(partial: Path) -> None:
-        write_json(partial / "config.json", settings.to_dict(config))
-        write_json(partial / "run.json", record)
-        for i, network in enumerate(given.values()):
-            network.save_pretrained(partial / "given" / str(i))
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_folder(out, write, new=True)
-
-
-def finish_run(out: Path, state: dict) -> None:
-    record = json.loads((out / "run.json").read_text())
-    cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
-    before = [json.loads(stage.read_text())["cost"] for stage in (out / "stage1").glob("*/run.json")]
-    for key in ("cpu_seconds", "wall_seconds"):
-        cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
-    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-def is_main() -> bool:
-    return PartialState(cpu=ON_CPU).is_main_process
-
-
-def count_parameters(module: nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)

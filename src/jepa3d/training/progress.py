@@ -11,7 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-SHOWN = ("loss", "constant_loss", "prediction_std", "prediction_rankme", "reconstruction", "perplexity")
+SHOWN = (
+    "loss",
+    "accuracy",
+    "validation",
+    "constant_loss",
+    "prediction_std",
+    "prediction_rankme",
+    "reconstruction",
+    "perplexity",
+)
 
 
 def cpu_seconds() -> float:

@@ -1,0 +1,134 @@
+"""Labelled shapes in, a network for a task out: classify, segment, fewshot, predict."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from jepa3d.cli.app import app
+from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
+
+
+@app.command
+def classify(
+    *,
+    config: Annotated[FinetuneConfig, Parameter(name="*")] = FinetuneConfig(),  # noqa: B008
+    preset: str = "small",
+    recipe: Path | None = None,
+    out: Path,
+    resume: bool = False,
+) -> None:
+    """Fine-tune a classifier of whole shapes, choose its epoch on validation, test it once.
+
+    Parameters
+    ----------
+    preset: str
+        Sizes of an encoder from scratch, and how long: tiny, small (the paper), base.
+    recipe: Path
+        YAML settings; flags win over it, it wins over the preset.
+    out: Path
+        Run folder to make.
+    resume: bool
+        Continue the run in --out, which was interrupted.
+    """
+    from jepa3d.training.finetune import finetune
+
+    _run("classify", finetune, config, out, resume)
+
+
+@app.command
+def segment(
+    *,
+    config: Annotated[SegmentConfig, Parameter(name="*")] = SegmentConfig(),  # noqa: B008
+    preset: str = "small",
+    recipe: Path | None = None,
+    out: Path,
+    resume: bool = False,
+) -> None:
+    """Fine-tune a part segmenter, choose its epoch on validation, test it once.
+
+    Parameters
+    ----------
+    preset: str
+        Sizes of an encoder from scratch, and how long: tiny, small (the paper), base.
+    recipe: Path
+        YAML settings; flags win over it, it wins over the preset.
+    out: Path
+        Run folder to make.
+    resume: bool
+        Continue the run in --out, which was interrupted.
+    """
+    from jepa3d.training.finetune import finetune
+
+    _run("segment", finetune, config, out, resume)
+
+
+@app.command
+def fewshot(
+    *,
+    config: Annotated[FewshotConfig, Parameter(name="*")] = FewshotConfig(),  # noqa: B008
+    preset: str = "small",
+    recipe: Path | None = None,
+    out: Path,
+    resume: bool = False,
+) -> None:
+    """Few-shot episodes: the published folds, or seeded ones; fine-tuned, or on frozen features.
+
+    Parameters
+    ----------
+    preset: str
+        Sizes of an encoder from scratch: tiny, small (the paper), base.
+    recipe: Path
+        YAML settings; flags win over it, it wins over the preset.
+    out: Path
+        Run folder to make.
+    resume: bool
+        Continue the run in --out, which was interrupted.
+    """
+    from jepa3d.training.fewshot import run_fewshot
+
+    _run("fewshot", run_fewshot, config, out, resume)
+
+
+@app.command
+def predict(
+    run: Path,
+    files: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path,
+    category: str | None = None,
+    up_axis: Literal["x", "y", "z"] = "z",
+) -> None:
+    """Classify or segment files with a fine-tuned network.
+
+    Parameters
+    ----------
+    run: Path
+        A run of classify or segment.
+    files: list[Path]
+        Files, or folders of them.
+    out: Path
+        Of a classifier: a CSV with a row a file. Of a segmenter: a folder with a coloured PLY a file, in the
+        file's own coordinates, part numbers beside the colours.
+    category: str
+        Of the files, for a segmenter of several categories.
+    up_axis: str
+        Of the files.
+    """
+    from jepa3d.predict import predict_files
+
+    predict_files(run, files, out, category, up_axis)
+
+
+def _run(command: str, action: Callable, config: FinetuneConfig, out: Path, resume: bool) -> None:
+    from jepa3d.training.loop import Interrupted
+    from jepa3d.training.runs import is_main, show_result
+
+    try:
+        action(config, out, resume)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"{stop}; continue with: jepa3d {command} --out {out} --resume") from None
+    if is_main():
+        show_result(out)

@@ -1,0 +1,266 @@
+"""Few-shot episodes: S labelled shapes of each of W classes to learn from, others of the same classes to name.
+
+The protocol of Sharma and Kaul (NeurIPS 2020) as Point-BERT and those after it use it on ModelNet40: 5 or 10 ways, 10
+or 20 shots from the train part, 20 test shapes a class, ten folds, mean and std over the folds. Either the published
+folds, or episodes drawn here from any labelled data. On frozen features two classifiers score them, nothing is chosen:
+
+| method   | features                                  | classifier                                               |
+|----------|-------------------------------------------|----------------------------------------------------------|
+| ncm      | less the support's mean, then length 1    | nearest class mean by cosine                             |
+| logistic | standardised by the support's mean, std   | logistic regression, C = 0.1                             |
+
+W * S labels are too few to hold some out, so C, layer and pooling are fixed before anything is seen; C is the larger of
+the two that `probe`'s logistic_10 chooses from. What a query shape is called depends on no other query shape.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from jepa3d.data.boundary import boundary
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.store import SPLITS
+from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.protocol import write_json
+from jepa3d.models.dvae import DVAE
+from jepa3d.models.encoder import PointEncoder
+
+METHODS = ("ncm", "logistic")
+QUERIES, FOLDS = 20, 10  # the published: test shapes a class, folds a setting
+SELECTION = "none: C, layer and pooling fixed in advance"
+_C = 0.1
+_SETTING = re.compile(r"(\d+)way_?(\d+)shot")
+Fold = tuple[PointClouds, PointClouds]  # train and test
+
+
+class Episode(NamedTuple):
+    """Rows of a `PointClouds`, class after class. Sizes W S, W Q and W."""
+
+    support: np.ndarray
+    query: np.ndarray
+    classes: np.ndarray  # the W class numbers, ascending
+
+
+# ------------------------------------------------------------------------------------------------ drawn episodes
+
+
+def draw_episodes(
+    clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int = QUERIES
+) -> list[Episode]:
+    """Episodes of `ways` classes with `shots` train and `queries` test shapes of each, all without replacement.
+
+    Episode i depends on the data, seed, ways, shots, queries and i alone, not on how many are drawn. Classes are drawn
+    among those that have enough shapes in both parts. `queries` is never cut down silently: every class counts alike,
+    and accuracy is then also the mean over classes. Raises ValueError, and says with how many queries it would do.
+    """
+    least = {"ways": (ways, 2), "shots": (shots, 1), "folds": (folds, 1), "queries": (queries, 1), "seed": (seed, 0)}
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ValueError(f"{name} {value}: at least {lowest}")
+    if clouds.labels is None or clouds.split is None:
+        lacks = "labels" if clouds.labels is None else "train/test split"
+        raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
+    labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
+    rows = {split: np.flatnonzero(clouds.split == SPLITS.index(split)) for split in ("train", "test")}
+    train, test = (np.bincount(labels[rows[split]], minlength=size) for split in ("train", "test"))
+    enough = np.flatnonzero((train >= shots) & (test >= queries))
+    if len(enough) < ways:
+        fewer = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # what the W-th best class still has
+        hint = f"; with {fewer[0]} test shapes a class there are enough" if fewer.any() else ""
+        needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
+        raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
+
+    def draw(fold: int) -> Episode:
+        rng = np.random.default_rng([seed, ways, shots, fold])
+        classes = np.sort(rng.choice(enough, ways, replace=False))
+
+        def some(split: str, count: int) -> np.ndarray:
+            of_class = (rows[split][labels[rows[split]] == number] for number in classes)
+            return np.concatenate([rng.choice(among, count, replace=False) for among in of_class])
+
+        return Episode(some("train", shots), some("test", queries), classes)
+
+    return [draw(fold) for fold in range(folds)]
+
+
+def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
+    """Write the episodes of the data of `fingerprint` as JSON, atomically."""
+    rows = [{name: values.tolist() for name, values in episode._asdict().items()} for episode in episodes]
+    write_json(path, {"fingerprint": fingerprint, "episodes": rows})
+
+
+def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
+    """The episodes of `save_episodes`. Raises ReadError for a damaged file and for episodes of other data."""
+    with boundary(path):
+        record = json.loads(path.read_text())
+        if record["fingerprint"] != fingerprint:
+            raise ReadError(f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}")
+        rows = [[np.array(row[name], np.int64) for name in Episode._fields] for row in record["episodes"]]
+        return [Episode(*arrays) for arrays in rows]
+
+
+def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
+    """Train (support) and test (query) parts of an episode, labels 0 to W - 1. Raises ValueError as `_numbers`."""
+
+    def part(rows: np.ndarray) -> PointClouds:
+        labels = _numbers(clouds, rows, episode.classes)
+        return replace(clouds.subset(rows), labels=labels, class_names=names)
+
+    names = tuple(clouds.class_names[number] for number in episode.classes if number < len(clouds.class_names))
+    return part(episode.support), part(episode.query)
+
+
+def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The class of each row as its place in `classes`. ValueError where the episode is none of these clouds."""
+    if clouds.labels is None or rows.min() < 0 or rows.max() >= len(clouds):
+        raise ValueError(f"{clouds.name}: its {len(clouds)} shapes are not those that the episodes were drawn from")
+    labels = clouds.labels[rows]
+    if not np.isin(labels, classes).all():
+        raise ValueError(f"{clouds.name}: its labels are not those that the episodes were drawn from")
+    return np.searchsorted(classes, labels)
+
+
+# ------------------------------------------------------------------------------------------------ published folds
+
+
+def published_folds(
+    folder: Path,
+    num_points: int,
+    up_axis: str = "z",
+    ways: int | None = None,
+    shots: int | None = None,
+    folds: int = FOLDS,
+    queries: int = QUERIES,
+) -> list[Fold] | None:
+    """Train and test parts, labels 0 to W - 1, of the folds 0, 1 ... that `jepa3d prepare ModelNetFewshot` stored.
+
+    folder: that of one setting (`D/5way_10shot`), or one around settings, of which `ways` and `shots` name one where
+    there are more. None where `folder` is no such thing. Raises ReadError where one of the first `folds` is missing or
+    unfinished, or has not exactly W classes of S train and `queries` test shapes.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in [folder, *sorted(folder.glob("*way*shot")), *sorted(folder.glob("*/*way*shot"))]:
+        name = _SETTING.fullmatch(path.resolve().name)
+        if name and any(path.glob("*/store.json")):
+            found.setdefault((int(name[1]), int(name[2])), path)
+    if not found:
+        return None
+    asked = [setting for setting in found if ways in (None, setting[0]) and shots in (None, setting[1])]
+    if len(asked) != 1:
+        names = ", ".join(f"{a}-way {b}-shot" for a, b in sorted(found))
+        wanted = f", not {ways or 'any'}-way {shots or 'any'}-shot" if not asked else "; choose one by ways and shots"
+        raise ReadError(f"{folder}: holds {names}{wanted}")
+    return [_published(found[asked[0]] / str(i), num_points, up_axis, *asked[0], queries, folds) for i in range(folds)]
+
+
+def _published(path: Path, num_points: int, up_axis: str, ways: int, shots: int, queries: int, folds: int) -> Fold:
+    again = "run its jepa3d prepare again, it goes on"
+    if not (path / "store.json").is_file():
+        raise ReadError(f"{path}: is missing, and {folds} folds are needed; {again}")
+    clouds = load([str(path)], num_points, "all", [up_axis])
+    clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
+    if clouds.labels is None or clouds.split is None:
+        raise ReadError(f"{path}: has no labels or no train/test split")
+    parts = clouds.part("train"), clouds.part("test")
+    for part, split, count in zip(parts, ("train", "test"), (shots, queries), strict=True):
+        assert part.labels is not None
+        there = np.bincount(part.labels, minlength=len(part.class_names)).tolist()
+        if there != [count] * ways:
+            raise ReadError(f"{path}: {ways} classes of {count} {split} shapes are needed, it has {there}")
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ frozen features
+
+
+def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The class of each query [q, E] of one layer, learned from the support [s, E] with labels y [s].
+
+    ncm is SimpleShot's CL2N (Wang et al., arXiv 1911.04623): features less a mean, L2-normalised, nearest class mean.
+    Theirs is the mean over base classes, which an episode has not: here it is the support's. Nearest is by cosine, as
+    in Classifier-Baseline (Chen et al., arXiv 2003.04390); SimpleShot's distance is Euclidean.
+    """
+    if method == "logistic":
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=1000))
+        return np.asarray(model.fit(support, y).predict(query))
+    if method != "ncm":
+        raise ValueError(f"method {method!r}: one of {', '.join(METHODS)}")
+    center, classes = support.mean(0), np.unique(y)
+    known = _unit(support - center)
+    means = _unit(np.stack([known[y == number].mean(0) for number in classes]))
+    return classes[(_unit(query - center) @ means.T).argmax(1)]
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors n E of length 1; one of length 0 stays."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def frozen_scores(
+    support: np.ndarray, y: np.ndarray, query: np.ndarray, y_query: np.ndarray, layer: int = -1
+) -> dict[str, float]:
+    """Accuracy in per cent by method on features [L, s, E] and [L, q, E]. Raises ValueError for a layer not there."""
+    if not -len(support) <= layer < len(support):
+        raise ValueError(f"layer {layer}: the network has layers 0 to {len(support) - 1}, -1 is the last")
+    return {
+        method: 100 * float((predict(method, support[layer], y, query[layer]) == y_query).mean()) for method in METHODS
+    }
+
+
+def run_frozen(
+    model: PointEncoder | DVAE,
+    clouds: PointClouds,
+    episodes: list[Episode],
+    layer: int = -1,
+    pooling: str = "mean_max",
+) -> dict[str, list[float]]:
+    """Accuracies in per cent over the episodes, by method. Each shape is encoded once, however many episodes have it.
+
+    Raises ValueError for a layer not there and for episodes of other data.
+    """
+    labels = [[_numbers(clouds, rows, episode.classes) for rows in episode[:2]] for episode in episodes]
+    needed = np.unique(np.concatenate([rows for episode in episodes for rows in episode[:2]]))
+    features = layer_features(model, clouds.subset(needed), pooling)
+    return _by_method(
+        frozen_scores(
+            features[:, np.searchsorted(needed, episode.support)],
+            y,
+            features[:, np.searchsorted(needed, episode.query)],
+            y_query,
+            layer,
+        )
+        for episode, (y, y_query) in zip(episodes, labels, strict=True)
+    )
+
+
+def run_frozen_folds(
+    model: PointEncoder | DVAE, folds: list[Fold], layer: int = -1, pooling: str = "mean_max"
+) -> dict[str, list[float]]:
+    """`run_frozen` of folds that are train and test parts, the published. Raises ValueError for a layer not there."""
+
+    def score(train: PointClouds, test: PointClouds) -> dict[str, float]:
+        assert train.labels is not None
+        assert test.labels is not None
+        x, x_test = (layer_features(model, part, pooling) for part in (train, test))
+        return frozen_scores(x, train.labels, x_test, test.labels, layer)
+
+    return _by_method(score(*fold) for fold in folds)
+
+
+def _by_method(scores: Iterable[dict[str, float]]) -> dict[str, list[float]]:
+    scores = list(scores)
+    return {method: [score[method] for score in scores] for method in METHODS}
+
+
+def moments(values: list[float]) -> dict[str, float | None]:
+    """Mean and sample std (n - 1) over folds; one fold has no std."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}

@@ -1,0 +1,103 @@
+"""Labelled shapes for supervised training: classes in both halves, a share of the labels, a validation part."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa3d.config import FinetuneConfig
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.store import SPLITS
+from jepa3d.evaluation.partseg import category_parts
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Train, test and, where the source has one, validation parts; labels count the classes from 0."""
+
+    name: str
+    layout: str | None  # the benchmark and variant of a store
+    fingerprint: str
+    train: PointClouds
+    test: PointClouds
+    validation: PointClouds | None
+    class_names: tuple[str, ...]
+    dropped: int = 0  # classes that train or test lacks
+    part_names: tuple[str, ...] = ()
+    parts_of: list[list[int]] = field(default_factory=list)  # parts of each class
+
+    @staticmethod
+    def load(config: FinetuneConfig, num_points: int, parts: bool = False) -> "Labelled":
+        """The shapes of `config.data`. Raises ReadError where labels, parts or a test part are missing."""
+        clouds = load([config.data], num_points, "all", [config.up_axis], config.labels_key, parts=parts)
+        if clouds.labels is None:
+            raise ReadError(f"{config.data}: has no labels; sub-folders are classes, and --labels-key names a bundle's")
+        if clouds.split is None or not (clouds.split == SPLITS.index("test")).any():
+            raise ReadError(f"{config.data}: has no test part; make one with: jepa3d prepare --split 0.2")
+        return Labelled.of(clouds, config.data)
+
+    @staticmethod
+    def of(clouds: PointClouds, source: str = "") -> "Labelled":
+        """Labelled clouds with a split, reduced to the classes that train and test share."""
+        labels, split = clouds.labels, clouds.split
+        assert labels is not None
+        assert split is not None
+        both = np.intersect1d(labels[split == 0], labels[split == 1])
+        if len(both) < 2 and clouds.parts is None:
+            raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, at least 2 are needed")
+        names = tuple(clouds.class_names[i] if clouds.class_names else str(i) for i in both)
+        dropped = len(np.unique(labels)) - len(both)
+        kept = clouds.subset(np.flatnonzero(np.isin(labels, both)))
+        renumbered = np.searchsorted(both, labels[np.isin(labels, both)]).astype(np.int64)
+        kept = replace(kept, labels=renumbered, class_names=names)
+        halves = {name: kept.subset(np.flatnonzero(kept.split == i)) for i, name in enumerate(SPLITS)}
+        validation = halves["val"] if len(halves["val"]) else None
+        report = Path(source) / "report.json"
+        layout = json.loads(report.read_text())["layout"] if report.is_file() else None
+        parts: dict[str, Any] = {}
+        if clouds.parts is not None:
+            train = halves["train"]
+            assert train.labels is not None
+            found = category_parts(clouds.part_names, train.labels, train.parts, names)
+            parts = {"part_names": clouds.part_names, "parts_of": [list(map(int, p)) for p in found]}
+        return Labelled(
+            clouds.name,
+            layout,
+            clouds.fingerprint,
+            halves["train"],
+            halves["test"],
+            validation,
+            names,
+            dropped,
+            **parts,
+        )
+
+    def divide(self, share: float, held: float, seed: int) -> tuple[PointClouds, PointClouds | None]:
+        """The labelled `share` of train, and what of it (a fraction `held`), or of the source, is for validation."""
+        labels = self.train.labels
+        assert labels is not None
+        chosen = np.arange(len(labels)) if share == 1 else stratified(labels, share, np.random.default_rng([seed, 0]))
+        if self.validation is not None or not held:
+            return self.train.subset(chosen), self.validation
+        spared = chosen[stratified(labels[chosen], held, np.random.default_rng([seed, 1]))]
+        return self.train.subset(np.setdiff1d(chosen, spared)), self.train.subset(spared)
+
+    def record(self, train: PointClouds, validation: PointClouds | None, labels: float) -> dict[str, Any]:
+        """What a result says of its data."""
+        return {
+            "name": self.name, "variant": self.layout, "fingerprint": self.fingerprint,
+            "classes": len(self.class_names), "dropped_classes": self.dropped, "train": len(train),
+            "validation": 0 if validation is None else len(validation), "test": len(self.test), "labels": labels,
+        }  # fmt: skip
+
+
+def stratified(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of about a `share` of each class, at least one of each."""
+    picked = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        picked.append(members[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(picked))

@@ -1,0 +1,103 @@
+"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a shape among its own parts.
+
+Axes: n shapes, N points, P global part ids, C categories. Part ids count through all categories.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def category_parts(
+    part_names: Sequence[str], labels: np.ndarray, parts: Any, class_names: Sequence[str]
+) -> list[np.ndarray]:
+    """The global part ids of each of the C categories, ascending.
+
+    From names "Category/part" or, as stores of ShapeNetPart have them, "Category 0"; of a category that has no such
+    names, those observed. labels n and parts n N, or what reads them when indexed: of the train part, so that no
+    test shape decides. A category that has neither names nor shapes gets none. Raises ValueError for a shape with a
+    part that its category's names exclude.
+    """
+    owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
+    found = []
+    for label, category in enumerate(class_names):
+        named = np.array([i for i, owner in enumerate(owners) if owner == category], np.int64)
+        rows = np.flatnonzero(np.asarray(labels) == label)
+        observed = np.flatnonzero(np.bincount(np.asarray(parts[rows]).ravel()))
+        if len(named) and len(other := np.setdiff1d(observed, named)):
+            name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
+            raise ValueError(f"part {other[0]} ({name}) in a shape of {category}, whose parts are {named.tolist()}")
+        found.append(named if len(named) else observed)
+    return found
+
+
+def restricted_argmax(logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]) -> np.ndarray:
+    """The best part n N int16 of logits n N P among those of each shape's category, which its label n names.
+
+    Raises ValueError: a label without parts, or a part beyond P.
+    """
+    _check_labels(labels, len(logits), parts_of)
+    out = np.empty(logits.shape[:2], np.int16)
+    for label in np.unique(labels):
+        own, rows = parts_of[label], labels == label
+        if own.max() >= logits.shape[2]:
+            raise ValueError(f"category {label} has part {own.max()}, but there are logits of {logits.shape[2]} parts")
+        out[rows] = own[logits[rows][:, :, own].argmax(2)]
+    return out
+
+
+def mean_iou(
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    labels: np.ndarray,
+    parts_of: Sequence[np.ndarray],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """How well parts predicted n N fit the truth n N of shapes of categories labels n, in per cent.
+
+    A shape's IoU is the mean over its category's parts of intersection / union, 1 for a part that is in neither.
+    instance_miou: mean over all shapes. category_miou: mean over the categories that have shapes of the mean over
+    theirs, which are in per_category by name. point_accuracy: points that are right. Raises ValueError.
+    """
+    if predicted.shape != truth.shape or predicted.ndim != 2 or not predicted.size:
+        raise ValueError(
+            f"parts predicted {list(predicted.shape)}, true {list(truth.shape)}: both must be [n, N], n > 0"
+        )
+    _check_labels(labels, len(truth), parts_of)
+    if min(predicted.min(), truth.min()) < 0:
+        raise ValueError("part ids must be from 0")
+    size = 1 + max(int(predicted.max()), int(truth.max()), *(int(own.max(initial=0)) for own in parts_of))
+    belongs = np.zeros((len(parts_of), size), bool)  # C P
+    for label, own in enumerate(parts_of):
+        belongs[label, own] = True
+
+    def count(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """n P: the points of each part among those where n N."""
+        flat = np.arange(len(parts))[:, None] * size + parts
+        return np.bincount(flat[where], minlength=len(parts) * size).reshape(-1, size)
+
+    right, every = predicted == truth, np.ones(truth.shape, bool)
+    both = count(truth, right)
+    either = count(truth, every) + count(predicted, every) - both
+    iou = np.where(either == 0, 1.0, both / np.maximum(either, 1))
+    own = belongs[labels]
+    shape_iou = 100 * np.where(own, iou, 0).sum(1) / own.sum(1)
+    per_category = {class_names[label]: float(shape_iou[labels == label].mean()) for label in np.unique(labels)}
+    return {
+        "instance_miou": float(shape_iou.mean()),
+        "category_miou": float(np.mean(list(per_category.values()))),
+        "point_accuracy": float(100 * right.mean()),
+        "per_category": per_category,
+    }
+
+
+def _check_labels(labels: np.ndarray, count: int, parts_of: Sequence[np.ndarray]) -> None:
+    """ValueError unless there is a label of a category with parts for each of `count` shapes."""
+    if labels.shape != (count,):
+        raise ValueError(f"labels {list(labels.shape)} for {count} shapes: one a shape is needed")
+    for label in np.unique(labels).tolist():
+        if not 0 <= label < len(parts_of):
+            raise ValueError(f"label {label}, but parts of {len(parts_of)} categories")
+        if not len(parts_of[label]):
+            raise ValueError(f"category {label} has no parts: no shape of it is in the train part")

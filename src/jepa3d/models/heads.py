@@ -1,0 +1,139 @@
+"""Networks for downstream tasks: an encoder with a classification or a part segmentation head (paper IV-B)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.hub import Pretrained
+from jepa3d.models.tokenizer import BatchNorm, Groups, group
+from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
+
+
+class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
+    """[class token ; max over tokens] -> 256 -> 256 -> classes with BatchNorm, ReLU, dropout (Point-MAE, ACT).
+
+    `encoder` holds the arguments of `PointEncoder`. The class token and its position are new at fine-tuning.
+
+    >>> model = Classifier.from_pretrained("runs/classifier/model")
+    >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
+    """
+
+    def __init__(self, encoder: dict[str, Any], class_names: list[str], dropout: float = 0.5):
+        super().__init__()
+        self.encoder, self.class_names = PointEncoder(**encoder), list(class_names)
+        width = self.encoder.width
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.cls_position = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02))
+        self.hidden1, self.hidden2 = Hidden(2 * width, 256, dropout), Hidden(256, 256, dropout)
+        self.out = nn.Linear(256, len(class_names))
+
+    def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Logits B classes of clouds B N 3 in the unit sphere; `generator` draws grouping, drop-path and dropout."""
+        tokens = self.encode(points, generator)
+        x = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], -1)
+        x = self.hidden1(x, generator and generator.stream("dropout1"))
+        return self.out(self.hidden2(x, generator and generator.stream("dropout2")))
+
+    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Tokens B 1+M C after the last block, the class token first."""
+        encoder, grouped = self.encoder, _group(self.encoder, points, generator)
+        tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
+        rows = (len(points), 1, encoder.width)
+        tokens = torch.cat([self.cls_token.expand(rows), tokens], 1)
+        position = torch.cat([self.cls_position.expand(rows), position], 1)
+        return encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))[-1]
+
+    def predict(self, points: Tensor) -> Tensor:
+        """Logits B classes of clouds B N 3 in any unit. Raises ValueError for NaN or too few points."""
+        return self(self.encoder.prepare(points))
+
+
+class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-segmentation"], license="apache-2.0"):
+    """Tokens of three depths interpolated to the points, joined with their max and mean and the category (Point-MAE).
+
+    `parts_of` lists the part numbers of each category. Every point sees its own coordinates, the tokens of its three
+    nearest centres, and the shape's global vector: -> 512 -> 256 -> parts. The first layer acts on tokens and is
+    interpolated afterwards, which is the same sum (both are linear) at M/N of the cost.
+    """
+
+    def __init__(
+        self,
+        encoder: dict[str, Any],
+        class_names: list[str],
+        part_names: list[str],
+        parts_of: list[list[int]],
+        layers: list[int],
+        dropout: float = 0.5,
+    ):
+        super().__init__()
+        self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
+        self.class_names, self.part_names = list(class_names), list(part_names)
+        width = len(layers) * self.encoder.width
+        self.norm = nn.LayerNorm(self.encoder.width)  # of the depths before the last, which the encoder has normalised
+        self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
+        self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
+        self.from_shape = nn.Linear(2 * width + 64, 512, bias=False)
+        self.norm1, self.dropout = BatchNorm(512), Dropout(dropout)
+        self.hidden2 = Hidden(512, 256, 0.0)
+        self.out = nn.Linear(256, len(part_names))
+
+    def forward(
+        self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """Logits B N parts of clouds B N 3 in the unit sphere, of categories `labels` (B).
+
+        `at` (B Q 3, in the same frame) asks for other points than those that the encoder sees.
+        """
+        tokens, grouped = self.encode(points, generator)
+        pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
+        category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
+        at = points if at is None else at
+        local = three_nn_interpolate(at, grouped.centers, self.from_token(tokens))
+        x = self.from_point(at) + local + self.from_shape(torch.cat([pooled, category], -1))[:, None]
+        rows = F.relu(self.norm1(x.flatten(0, 1)))
+        rows = self.dropout(rows.view_as(x), generator and generator.stream("dropout")).flatten(0, 1)
+        return self.out(self.hidden2(rows)).unflatten(0, at.shape[:2])
+
+    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> tuple[Tensor, Groups]:
+        """Tokens B M 3C of the three depths, and the groups."""
+        encoder, grouped = self.encoder, _group(self.encoder, points, generator)
+        draws = generator and generator.stream("drop_path")
+        states = encoder.hidden_states(
+            encoder.tokenizer(grouped.patches), encoder.position(grouped.centers), None, draws
+        )
+        chosen = [states[layer] if layer == encoder.depth else self.norm(states[layer]) for layer in self.layers]
+        return torch.cat(chosen, -1), grouped
+
+
+class Hidden(nn.Module):
+    """Linear, BatchNorm, ReLU, dropout on rows (n, in) -> (n, out)."""
+
+    def __init__(self, width: int, out: int, dropout: float):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(width, out), BatchNorm(out), Dropout(dropout)
+
+    def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        return self.dropout(F.relu(self.norm(self.linear(x))), generator)
+
+
+class Dropout(nn.Module):
+    """Dropout drawn by a generator, so that a resumed run repeats it; the first axis is the batch."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = uniform(generator, tuple(x.shape), x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+def _group(encoder: PointEncoder, points: Tensor, generator: BatchGenerator | None) -> Groups:
+    """Patches; in training from a random first centre, else always the same."""
+    draws = generator.stream("group") if generator else None
+    return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -1,0 +1,54 @@
+"""Supervised training of a classifier or a part segmenter: cross-entropy, in the loop of pretraining."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.ops import BatchGenerator
+
+
+class SupervisedOutput(NamedTuple):
+    loss: Tensor  # scalar
+    logits: Tensor  # B classes, or B N parts
+    target: Tensor  # B, or B N
+
+
+class Supervised(nn.Module):
+    """Cross-entropy with label smoothing. `frozen`: the encoder stays as it is, its BatchNorms too.
+
+    >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
+    >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
+    """
+
+    def __init__(self, network: Classifier | Segmenter, label_smoothing: float = 0.0, frozen: bool = False):
+        super().__init__()
+        self.network, self.label_smoothing, self.frozen = network, label_smoothing, frozen
+        if frozen:
+            network.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Supervised":
+        super().train(mode)
+        if self.frozen:
+            self.network.encoder.eval()
+        return self
+
+    def forward(
+        self, points: Tensor, generator: BatchGenerator, progress: float, labels: Tensor, parts: Tensor | None = None
+    ) -> SupervisedOutput:
+        """One pass on points B N 3; `progress` plays no part."""
+        if isinstance(self.network, Segmenter):
+            assert parts is not None
+            logits, target = self.network(points, labels, generator), parts
+        else:
+            logits, target = self.network(points, generator), labels
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), label_smoothing=self.label_smoothing)
+        return SupervisedOutput(loss, logits, target)
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do."""
+
+    def metrics(self, output: SupervisedOutput) -> dict[str, float]:
+        """Accuracy on the batch, per cent."""
+        return {"accuracy": 100 * (output.logits.argmax(-1) == output.target).float().mean().item()}

@@ -1,0 +1,101 @@
+"""Frozen dataclasses of settings from plain values (YAML, JSON) and back."""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+
+def merge(base: dict, *overrides: dict) -> dict:
+    """Nested dictionaries, later ones winning key by key."""
+    out = dict(base)
+    for override in overrides:
+        for key, value in override.items():
+            nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+            out[key] = merge(out[key], value) if nested else value
+    return out
+
+
+def read_recipe(path: str | Path) -> dict:
+    """A recipe's overrides and the name of its preset. ValueError for anything but a mapping."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: a recipe is a YAML mapping of settings")
+    return recipe
+
+
+def from_dict(cls: type, values: dict, where: str = "") -> Any:
+    """A (nested, frozen) dataclass from plain values.
+
+    ValueError for an unknown key, naming the nearest, or a wrong type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    made = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in fields:
+            raise ValueError(f"setting {name!r} is unknown{nearest(key, fields)}")
+        kind = fields[key].type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ValueError(f"setting {name!r} is a group of settings, not {value!r}")
+            made[key] = from_dict(kind, value, f"{name}.")
+        else:
+            made[key] = _checked(name, value, kind)
+    return cls(**made)
+
+
+def to_dict(config: Any) -> dict:
+    """Plain JSON values (tuples as lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (value, reference) of every setting that differs."""
+    out = {}
+    for key, value in values.items():
+        other = reference.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            out |= differences(value, other, f"{where}{key}.")
+        elif value != other:
+            out[f"{where}{key}"] = (value, other)
+    return out
+
+
+def nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """value as `kind`: a scalar, a Literal, an Optional or a tuple of these."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"setting {name!r}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        wanted = len(args) if Ellipsis not in args else None
+        if not isinstance(items, (list, tuple)) or (wanted and len(items) != wanted):
+            raise ValueError(f"setting {name!r}: {value!r} is not a list of {wanted or 'values'}")
+        return tuple(_checked(name, item, args[0]) for item in items)
+    if type(None) in args:
+        return None if value is None else _checked(name, value, args[0])
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        return value
+    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"setting {name!r}: {value!r} is not {kind.__name__}")
+    return value

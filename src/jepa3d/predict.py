@@ -1,0 +1,138 @@
+"""A fine-tuned network on files: a CSV of classes, or coloured PLYs of parts in the files' own coordinates."""
+
+import colorsys
+import csv
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors import SafetensorError
+
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.data.io import enough_points
+from jepa3d.data.sources import discover
+from jepa3d.evaluation.partseg import restricted_argmax
+from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.ops import farthest_point_sample
+
+_CHUNK = 2**16  # points segmented at once
+
+
+def load_network(run: Path) -> Classifier | Segmenter:
+    """The network of a finished run of classify or segment, or in its model folder. ValueError for anything else."""
+    folder = run / "model" if (run / "model").is_dir() else run
+    try:
+        kind = Segmenter if "parts_of" in json.loads((folder / "config.json").read_text()) else Classifier
+        return kind.from_pretrained(folder)
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{run}: no finished run of jepa3d classify or segment ({reason})") from error
+
+
+def predict_files(run: Path, paths: list[Path], out: Path, category: str | None = None, up_axis: str = "z") -> None:
+    """Classify every cloud at `paths` into the CSV `out`, or segment it into a PLY in the folder `out`.
+
+    Files that cannot be used are named and left out. Raises ValueError for a network, category or output that cannot
+    work, and ReadError where no file can be used.
+    """
+    network = load_network(run)
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out")
+    if missing := [path for path in paths if not path.exists()]:
+        raise ReadError(f"{missing[0]}: no such file or folder")
+    label = _category(network, category) if isinstance(network, Segmenter) else 0
+    clouds = _clouds(paths, network.encoder.num_points)
+    if isinstance(network, Segmenter):
+        written = sum(_segment(network, name, cloud, label, out, TO_Z_UP[up_axis]) for name, cloud in clouds)
+        what = f"{written:,} PLY files"
+    else:
+        rows = [[name, *classify_cloud(network, cloud, TO_Z_UP[up_axis])] for name, cloud in clouds]
+        written, what = len(rows), f"{len(rows):,} rows"
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
+        if rows:
+            _write(out, buffer.getvalue().encode("utf-8", "surrogateescape"))
+    if not written:
+        raise ReadError(f"{paths[0]}: none of the clouds can be used")
+    print(f"written: {out}, {what}")
+
+
+def _category(network: Segmenter, category: str | None) -> int:
+    names = network.class_names
+    if category is None and len(names) > 1:
+        raise ValueError(f"--category is missing: one of {', '.join(names)}")
+    if category is not None and category not in names:
+        raise ValueError(f"--category {category}: one of {', '.join(names)}")
+    return names.index(category) if category else 0
+
+
+def _clouds(paths: Iterable[Path], num_points: int) -> Iterator[tuple[str, PointCloud]]:
+    """Name and cloud of all that can be used; what cannot is said."""
+    for path in paths:
+        entries = discover(path).entries
+        for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
+            name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
+            try:
+                yield name, enough_points(entry.read(), num_points, zlib.crc32(name.encode("utf-8", "surrogateescape")))
+            except (ReadError, OSError) as error:
+                print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+
+
+@torch.no_grad()
+def classify_cloud(network: Classifier, cloud: PointCloud, axes: np.ndarray) -> tuple[str, float, str, float]:
+    """The two most probable classes of a cloud, each with its probability; `axes` turns it z-up."""
+    points = torch.from_numpy(cloud.normalised().points @ axes.T)[None]
+    probability = network.predict(points)[0].softmax(-1)
+    value, index = probability.topk(2)
+    (first, second), (a, b) = (network.class_names[i] for i in index), value.tolist()
+    return first, round(a, 4), second, round(b, 4)
+
+
+@torch.no_grad()
+def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.ndarray) -> np.ndarray:
+    """The part N int16 of every point of a cloud of category `label`, however many points the network encodes."""
+    points = torch.from_numpy(cloud.normalised().points @ axes.T)[None]
+    chosen = points
+    if points.shape[1] > network.encoder.num_points:
+        chosen = points[:, farthest_point_sample(points, network.encoder.num_points)[0]]
+    center = chosen.mean(1, keepdim=True)  # of what is encoded, as in training; all points in its frame
+    radius = (chosen - center).norm(dim=-1).max()
+    seen, number = (chosen - center) / radius, torch.tensor([label])
+    parts_of = [np.array(parts) for parts in network.parts_of]
+    logits = [network(seen, number, at=(chunk - center) / radius) for chunk in points.split(_CHUNK, 1)]
+    return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
+
+
+def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, axes: np.ndarray) -> int:
+    parts = segment_cloud(network, cloud, label, axes)
+    colors = part_colors(network.parts_of[label])
+    rows = np.empty(len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")])
+    rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T
+    rows["rgb"], rows["part"] = [colors[part] for part in parts.tolist()], parts
+    used = [f"comment part {part} {network.part_names[part]}" for part in network.parts_of[label]]
+    names = [f"property double {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", *used, f"element vertex {len(cloud)}", *names]
+    header += ["property short part", "end_header", ""]
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / (Path(name).name.replace("#", "-") + ".ply")
+    while file.exists():  # files of one name in different folders
+        file = file.with_name(f"_{file.name}")
+    _write(file, "\n".join(header).encode() + rows.tobytes())
+    return 1
+
+
+def part_colors(parts: list[int]) -> dict[int, tuple[int, int, int]]:
+    """A colour a part, evenly spaced in hue."""
+    hues = [colorsys.hsv_to_rgb(i / len(parts), 0.75, 0.95) for i in range(len(parts))]
+    return {part: (round(255 * r), round(255 * g), round(255 * b)) for part, (r, g, b) in zip(parts, hues, strict=True)}
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,145 @@
+"""Few-shot runs: episodes drawn once and kept, each fine-tuned in its own folder or scored on frozen features.
+
+OUT/config.json, run.json   as of pretraining                OUT/episodes.json  rows of the data, where they were drawn
+OUT/start/    the encoder that every episode begins with     OUT/fold-N/        a run of finetune.py, where fine-tuned
+OUT/results.json            mean and standard deviation over folds
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from jepa3d.config import FewshotConfig
+from jepa3d.data.datasets import PointClouds, load
+from jepa3d.evaluation import fewshot
+from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.protocol import Result, write_json
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
+from jepa3d.plain import to_dict
+from jepa3d.training import runs
+from jepa3d.training.finetune import arm_settings, encoder_config, finetune, init_name, pretraining_of, start_encoder
+from jepa3d.training.progress import cpu_seconds
+from jepa3d.validate import validate_finetune
+
+WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logistic": "frozen, logistic regression"}
+
+
+def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
+    """Score every fold and write their mean. Raises ValueError, before anything is written, and loop.Interrupted."""
+    started = runs.begin(out, resume)
+    validate_finetune(config)
+    config = replace(config, select="last")  # W * S labels are too few to spare some
+    encoder = start_encoder(config, out / "start" if started and config.init else None)
+    config = replace(config, encoder=encoder_config(encoder)) if encoder else config
+    if started:
+        runs.check_unchanged(config, out)
+        if runs.is_finished(out):
+            return out
+    points = config.num_points or config.encoder.num_points
+    clouds, folds, drawn = _folds(config, points, out / "episodes.json")
+    name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}"
+    if encoder is None and config.method != "finetune":
+        encoder = PointEncoder(**vars(config.encoder))
+        calibrate_batchnorm(encoder, folds[0][0].batch(np.arange(len(folds[0][0]))))
+    if started:
+        runs.check_same_data(clouds, out)
+    else:
+        record = {"pretraining": pretraining_of(config.init)}
+        networks = {"start": encoder} if encoder else {}
+        runs.create(out, {"task": "fewshot"} | to_dict(config), clouds, record, networks)
+        if drawn and runs.is_main():
+            fewshot.save_episodes(out / "episodes.json", drawn, clouds.fingerprint)
+    runs.wait_for_everyone()
+
+    score = _finetuned if config.method == "finetune" else _frozen
+    scores, cost = score(config, out, name, clouds, folds, encoder)
+    moments = fewshot.moments(scores)
+    if runs.is_main():
+        result = Result(
+            task="fewshot",
+            protocol=name,
+            data={
+                "name": clouds.name, "variant": None if drawn else "ModelNet40 few-shot",
+                "fingerprint": clouds.fingerprint, "classes": config.ways,
+                "train": config.ways * config.shots, "validation": 0,
+                "test": config.ways * config.queries, "labels": 1.0,
+            },
+            init=init_name(config.init, "scratch" if config.method == "finetune" else "untrained"),
+            pretraining=pretraining_of(config.init),
+            seed=config.seed,
+            selection="last epoch" if config.method == "finetune" else "none",
+            votes=config.votes,
+            metrics={"overall_accuracy": moments["mean"], "std_over_folds": moments["std"]},
+            validation=None,
+            details={"folds": scores},
+            settings=arm_settings(config) | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
+            cost=cost,
+        )  # fmt: skip
+        write_json(out / "results.json", result.record())
+        record = json.loads((out / "run.json").read_text())
+        write_json(out / "run.json", record | {"status": "finished", "cost": cost})
+    runs.wait_for_everyone()
+    return out
+
+
+def _finetuned(
+    config: FewshotConfig,
+    out: Path,
+    name: str,
+    clouds: PointClouds,
+    folds: list[fewshot.Fold],
+    encoder: PointEncoder | None,
+) -> tuple[list[float], dict[str, float]]:
+    """Accuracy of every fold, each a run of its own with its own seed, and what they cost together."""
+    scores, costs = [], []
+    for i, (train, test) in enumerate(folds):
+        fold = replace(config, seed=config.seed + i, init=str(out / "start") if encoder else None)
+        names = train.class_names or tuple(map(str, range(config.ways)))
+        data = Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names)
+        folder = out / f"fold-{i}"
+        finetune(fold, folder, (folder / "config.json").is_file(), data=data, protocol=name)
+        done = json.loads((folder / "results.json").read_text())
+        scores.append(done["metrics"]["overall_accuracy"])
+        costs.append(done["cost"])
+        print(f"fold {i}: {scores[-1]:.1f} %", flush=True)
+    return scores, {key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")}
+
+
+def _frozen(
+    config: FewshotConfig,
+    out: Path,
+    name: str,
+    clouds: PointClouds,
+    folds: list[fewshot.Fold],
+    encoder: PointEncoder | None,
+) -> tuple[list[float], dict[str, float]]:
+    """Accuracy of every fold on the last layer's features."""
+    assert encoder is not None
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    each = track(folds, "scoring folds", transient=True)
+    scores = [fewshot.run_frozen_folds(encoder, [fold])[config.method][0] for fold in each]
+    return scores, {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
+
+
+def _folds(
+    config: FewshotConfig, num_points: int, saved: Path
+) -> tuple[PointClouds, list[fewshot.Fold], list[fewshot.Episode] | None]:
+    """The published folds at config.data, or folds of episodes drawn with the seed, or before."""
+    if Path(config.data).is_dir():
+        sizes = config.ways, config.shots, config.folds, config.queries
+        folds = fewshot.published_folds(Path(config.data), num_points, config.up_axis, *sizes)
+        if folds:
+            digest = "".join(train.fingerprint for train, _ in folds)
+            whole = replace(folds[0][0], name=Path(config.data).name, fingerprint=digest)
+            return whole, folds, None
+    clouds = load([config.data], num_points, "all", [config.up_axis], config.labels_key)
+    if saved.is_file():
+        episodes = fewshot.load_episodes(saved, clouds.fingerprint)
+    else:
+        sizes = config.ways, config.shots, config.folds, config.seed, config.queries
+        episodes = fewshot.draw_episodes(clouds, *sizes)
+    return clouds, [fewshot.fold_of(clouds, episode) for episode in episodes], episodes

@@ -1,0 +1,228 @@
+"""Supervised runs, classification and part segmentation: labelled shapes and an encoder in, a folder out.
+
+RUN/config.json, run.json, metrics.jsonl, checkpoints/    as of pretraining (pretrain.py); config.json names the task
+RUN/start/     the encoder before the first step          RUN/best/         the best epoch so far, while running
+RUN/model/     the network of the selected epoch          RUN/results.json  its test figures (evaluation/protocol.py)
+RUN/predictions.npz  what it says of every test shape
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig
+from jepa3d.data.datasets import PointClouds
+from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.protocol import Result, write_json
+from jepa3d.evaluation.supervised import figures, predict, score
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
+from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.teacher import load_module
+from jepa3d.objectives.supervised import Supervised
+from jepa3d.plain import to_dict
+from jepa3d.training import checkpoint, runs
+from jepa3d.training.loop import Task, fit
+from jepa3d.validate import validate_finetune
+
+FEW = 100  # labels below which none are spared to choose an epoch by
+
+
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    resume: bool = False,
+    stop_at: int | None = None,
+    data: Labelled | None = None,
+    protocol: str | None = None,
+) -> Path:
+    """Train a classifier (of a SegmentConfig a part segmenter) into `out`, choose its epoch, test it once.
+
+    `data` None loads `config.data`. Raises ValueError for settings or data that cannot work, before anything is
+    written, and loop.Interrupted.
+    """
+    started = runs.begin(out, resume)
+    validate_finetune(config)
+    encoder = start_encoder(config, out / "start" if started else None)
+    config = replace(config, encoder=encoder_config(encoder)) if encoder else config
+    if started:
+        runs.check_unchanged(config, out)
+        if runs.is_finished(out):
+            return out
+    segments = isinstance(config, SegmentConfig)
+    data = data or Labelled.load(config, num_points(config), parts=segments)
+    select, shares = selection(config, data)
+    train, validation = data.divide(config.labels, shares, config.seed)
+    network = make_network(config, data, train, encoder)
+    if started:
+        runs.check_same_data(train, out)
+    else:
+        record = {"parameters": {"model": runs.count_parameters(network)}, "pretraining": pretraining_of(config.init)}
+        task_name = {"task": "segment" if segments else "classify"}
+        runs.create(out, task_name | to_dict(config), train, record, {"start": network.encoder})
+    runs.wait_for_everyone()
+
+    seen = {"validation": validation, "best-on-test": data.test, "last": None}[select]
+    look = (lambda: score(network, seen)) if seen is not None else None
+    objective = Supervised(network, config.label_smoothing, config.trained == "head")
+    task = Task(
+        objective, config, "model", network, targets=partial(_targets, train), look=look, layer_decay=config.layer_decay
+    )
+    state = fit(task, train, config, out, stop_at)
+    if seen is not None:
+        network = type(network).from_pretrained(out / "best")
+    if runs.is_main():
+        checkpoint.replace_folder(out / "model", network.save_pretrained)
+        predicted = predict(network, data.test, config.votes, config.seed)
+        _write_predictions(out / "predictions.npz", data, predicted)
+        metrics, details = figures(network, data.test, predicted)
+        held = None if validation is None else figures(network, validation, predict(network, validation))[0]
+        cost = runs.finish(out, state)
+        names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
+        result = Result(
+            task="segment" if segments else "classify",
+            protocol=protocol or protocol_name(config),
+            data=data.record(train, validation, config.labels),
+            init=init_name(config.init),
+            pretraining=json.loads((out / "run.json").read_text())["pretraining"],
+            seed=config.seed,
+            selection=names[select],
+            votes=config.votes,
+            metrics=metrics,
+            validation=held,
+            details=details,
+            settings=arm_settings(config),
+            cost=cost,
+        )
+        write_json(out / "results.json", result.record())
+        shutil.rmtree(out / "best", ignore_errors=True)
+    runs.wait_for_everyone()
+    return out
+
+
+def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Labels B, and where there are any parts B N, of the shapes at index."""
+    assert clouds.labels is not None
+    labels = torch.from_numpy(clouds.labels[index])
+    return (labels,) if clouds.parts is None else (labels, torch.from_numpy(clouds.parts[index].astype(np.int64)))
+
+
+def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | None:
+    """The encoder that a run begins with, on its number of points and patches; None from scratch.
+
+    `own` is a started run's copy, which serves whatever became of the source. ValueError where it is no encoder.
+    """
+    source = str(own) if own else config.init
+    if source is None:
+        return None
+    loaded = load_module(source)
+    if not isinstance(loaded, PointEncoder):
+        raise ValueError(f"--init {source}: not an encoder")
+    sizes = {name: value for name in ("num_points", "num_groups") if (value := getattr(config, name)) is not None}
+    encoder = PointEncoder(**vars(encoder_config(loaded)) | sizes)
+    encoder.load_state_dict(loaded.state_dict())
+    return encoder
+
+
+def encoder_config(encoder: PointEncoder) -> EncoderConfig:
+    """The arguments that an encoder was made with."""
+    known = {name: value for name, value in vars(encoder)["_hub_mixin_config"].items() if name in vars(EncoderConfig())}
+    return replace(EncoderConfig(), **known)
+
+
+def num_points(config: FinetuneConfig) -> int:
+    """Points a cloud."""
+    return config.num_points or config.encoder.num_points
+
+
+def make_network(
+    config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
+) -> Classifier | Segmenter:
+    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where there is one."""
+    sizes = {"num_points": num_points(config), "num_groups": config.num_groups or config.encoder.num_groups}
+    arguments: dict[str, Any] = vars(config.encoder) | sizes
+    torch.manual_seed(config.seed)
+    if isinstance(config, SegmentConfig):
+        depth = config.encoder.depth
+        layers = list(config.layers or (max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth))
+        network: Classifier | Segmenter = Segmenter(
+            arguments, list(data.class_names), list(data.part_names), data.parts_of, layers, config.dropout
+        )
+    else:
+        network = Classifier(arguments, list(data.class_names), config.dropout)
+    if encoder is None:
+        sample = np.random.default_rng(config.seed).permutation(len(train))[:512]
+        calibrate_batchnorm(network.encoder, train.batch(sample))
+    else:
+        network.encoder.load_state_dict(encoder.state_dict())
+    return network
+
+
+def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
+    """How the epoch is chosen, and the share of the labelled shapes that this takes."""
+    if config.select != "validation":
+        return config.select, 0.0
+    if data.validation is not None:
+        return "validation", 0.0
+    if (labelled := len(data.divide(config.labels, 0.0, config.seed)[0])) < FEW or config.validation == 0:
+        print(f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts")
+        return "last", 0.0
+    return "validation", config.validation
+
+
+def protocol_name(config: FinetuneConfig) -> str:
+    """What is trained, in words."""
+    if isinstance(config, SegmentConfig):
+        return "part segmentation" + ("" if config.trained == "all" else ", head only")
+    weights = {"all": "fine-tuned, all weights", "head": "fine-tuned, head only"}[config.trained]
+    return weights + (f", layer decay {config.layer_decay}" if config.layer_decay != 1 else "")
+
+
+def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that arms of one comparison may differ in."""
+    encoder = config.encoder
+    sizes = {"num_points": num_points(config), "num_groups": config.num_groups or encoder.num_groups}
+    names = (
+        "lr", "weight_decay", "epochs", "max_steps", "warmup_epochs", "batch_size", "labels", "trained", "layer_decay",
+        "dropout", "label_smoothing", "scale", "rotate", "translate", "mixed_precision", "labels_key",
+    )  # fmt: skip
+    sizes |= {"embed_dim": encoder.embed_dim, "depth": encoder.depth, "group_size": encoder.group_size}
+    return json.loads(json.dumps({name: getattr(config, name) for name in names})) | sizes
+
+
+def init_name(init: str | None, none: str = "scratch") -> str:
+    """What a result calls the encoder that a run begins with."""
+    if init is None:
+        return none
+    return "untrained" if Path(init).name == "untrained" else init
+
+
+def pretraining_of(init: str | None) -> dict | None:
+    """What a run says of its encoder; None where `init` is no run, or a run's untrained encoder."""
+    if init is None or Path(init).name == "untrained":
+        return None
+    folder = next((f for f in (Path(init), Path(init).parent) if (f / "run.json").is_file()), None)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    config, record = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "run"))
+    known = {name: config.get(name) for name in ("objective", "teacher", "seed", "max_steps", "epochs", "sampler", "encoder", "rotate")}
+    return known | {name: record.get(name) for name in ("data", "cost", "commit")}
+
+
+def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.ndarray]) -> None:
+    arrays: dict[str, Any] = {"label": data.test.labels} | dict(predicted)
+    if "probability" not in arrays:
+        assert data.test.parts is not None
+        arrays |= {"points": data.test.points[:].astype(np.float16), "parts": data.test.parts[:]}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)

@@ -1,0 +1,113 @@
+"""Run folders: begun whole or not at all, continued only with the same settings and data, finished with their cost."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+
+from jepa3d.data.datasets import PointClouds
+from jepa3d.evaluation.protocol import provenance, write_json
+from jepa3d.models.hub import Pretrained
+from jepa3d.plain import differences, to_dict
+from jepa3d.training import checkpoint
+from jepa3d.training.loop import ON_CPU
+
+
+def begin(out: Path, resume: bool) -> bool:
+    """Whether `out` is a run to be continued. ValueError where it may be neither made nor continued."""
+    started, existed = (out / "config.json").exists(), out.exists()
+    wait_for_everyone()  # all have looked before the first one writes
+    if existed and not (resume and started):
+        raise ValueError(
+            f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
+        )
+    if resume and not started:
+        raise ValueError(f"{out}: no run to resume")
+    return started
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run needs nothing more, which is said."""
+    finished = json.loads((out / "run.json").read_text())["status"] == "finished"
+    if finished:
+        print(f"{out}: finished already")
+    return finished
+
+
+def check_unchanged(config: Any, out: Path) -> None:
+    """A resumed run has the settings it began with."""
+    before = json.loads((out / "config.json").read_text())
+    if changed := differences(to_dict(config), before):
+        name, (now, then) = next(iter(changed.items()))
+        raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
+
+
+def check_same_data(clouds: PointClouds, out: Path) -> None:
+    """A resumed run has the data it began with."""
+    before = json.loads((out / "run.json").read_text())["data"]
+    if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
+        raise ValueError(
+            f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
+            f"then {before['name']} with {before['shapes']}"
+        )
+
+
+def create(
+    out: Path, config: dict, clouds: PointClouds, record: dict[str, Any], networks: Mapping[str, Pretrained]
+) -> None:
+    """Config, provenance with `record`, and networks by folder: whole or not at all."""
+    if not is_main():
+        return
+    data = {"name": clouds.name, "fingerprint": clouds.fingerprint, "shapes": len(clouds)}
+
+    def write(partial: Path) -> None:
+        write_json(partial / "config.json", config)
+        write_json(partial / "run.json", provenance() | {"status": "running", "data": data} | record)
+        for folder, network in networks.items():
+            network.save_pretrained(partial / folder)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace_folder(out, write, new=True)
+
+
+def finish(out: Path, state: dict) -> dict:
+    """Write a run's cost, that of its stage I beside it, and drop its checkpoints. Returns the cost."""
+    record = json.loads((out / "run.json").read_text())
+    cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
+    before = [json.loads(stage.read_text())["cost"] for stage in (out / "stage1").glob("*/run.json")]
+    for key in ("cpu_seconds", "wall_seconds"):
+        cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
+    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return cost
+
+
+def is_main() -> bool:
+    return PartialState(cpu=ON_CPU).is_main_process
+
+
+def wait_for_everyone() -> None:
+    """Until every process is here."""
+    PartialState(cpu=ON_CPU).wait_for_everyone()
+
+
+def count_parameters(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def show_result(out: Path) -> None:
+    """Print what results.json says, in two lines."""
+    result = json.loads((out / "results.json").read_text())
+    data, cost = result["data"], result["cost"]
+    shown = {name.replace("_", " "): value for name, value in result["metrics"].items() if value is not None}
+    metrics = ", ".join(f"{name} {value:.1f} %" for name, value in shown.items())
+    votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
+    print(
+        f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
+        f"(selection: {result['selection']}{votes}; {data['train']:,} train, {data['validation']:,} validation)"
+    )
+    print(f"{cost['cpu_seconds'] / 60:.1f} CPU-minutes; written: {out}; average seeds with: jepa3d results RUNS")

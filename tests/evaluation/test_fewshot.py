@@ -1,0 +1,380 @@
+"""Few-shot: fair, repeatable episodes, published folds whole or not at all, classifiers that learn from the support."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.prepare import Preparation, prepare
+from jepa3d.evaluation import fewshot
+from jepa3d.evaluation.fewshot import (
+    METHODS,
+    Episode,
+    draw_episodes,
+    fold_of,
+    frozen_scores,
+    load_episodes,
+    moments,
+    predict,
+    published_folds,
+    run_frozen,
+    run_frozen_folds,
+    save_episodes,
+)
+from jepa3d.models.encoder import PointEncoder
+
+
+def clouds(train: list[int], test: list[int], points: int = 4) -> PointClouds:
+    """So many shapes of each class in train and test, in a mixed order, and one of class 0 in val."""
+    labels = np.concatenate([np.repeat(np.arange(len(train)), counts) for counts in (train, test)] + [[0]])
+    split = np.repeat([0, 1, 2], [sum(train), sum(test), 1]).astype(np.int8)
+    order = np.random.default_rng(0).permutation(len(labels))
+    made = np.random.default_rng(1).normal(size=(len(labels), points, 3)).astype(np.float32)
+    names = tuple(f"class {i}" for i in range(len(train)))
+    return PointClouds("made", "f" * 64, made, labels[order], names, split[order])
+
+
+def same(one: Episode, two: Episode) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ drawn episodes
+
+
+def test_episodes_have_so_many_shapes_of_each_class_and_none_twice():
+    data = clouds([12] * 8, [9] * 8)
+    for support, query, classes in draw_episodes(data, 5, 10, 6, seed=0, queries=7):
+        assert len(set(classes.tolist())) == 5
+        assert data.labels[support].tolist() == np.repeat(classes, 10).tolist()
+        assert data.labels[query].tolist() == np.repeat(classes, 7).tolist()
+        assert len({*support.tolist(), *query.tolist()}) == 5 * 17
+        assert (data.split[support] == 0).all()
+        assert (data.split[query] == 1).all()
+
+
+def test_twenty_shapes_a_class_are_asked_for_unless_said_otherwise():
+    (episode,) = draw_episodes(clouds([3] * 2, [25] * 2), 2, 3, 1, seed=0)
+    assert len(episode.query) == 40
+
+
+def test_an_episode_depends_on_seed_and_fold_but_not_on_their_number():
+    data = clouds([12] * 8, [9] * 8)
+    ten, three, again = (draw_episodes(data, 3, 4, count, seed=1, queries=5) for count in (10, 3, 10))
+    assert all(map(same, ten, again))
+    assert all(map(same, ten, three))
+    assert not any(same(ten[i], ten[j]) for i in range(10) for j in range(i))
+    for other in (draw_episodes(data, 3, 4, 3, 2, 5), draw_episodes(data, 3, 4, 3, 1, 6)):
+        assert not any(map(same, three, other))
+    assert len({tuple(episode.classes) for episode in ten}) > 3
+
+
+def test_every_class_and_shape_has_its_turn():
+    data = clouds([4] * 5, [3] * 5)
+    episodes = draw_episodes(data, 2, 2, 80, seed=0, queries=2)
+    assert set(np.concatenate([e.support for e in episodes])) == set(np.flatnonzero(data.split == 0))
+    assert set(np.concatenate([e.query for e in episodes])) == set(np.flatnonzero(data.split == 1))
+
+
+def test_only_classes_with_enough_shapes_in_both_parts_are_drawn():
+    data = clouds([9, 2, 9, 9, 0], [9, 9, 3, 9, 9])
+    for episode in draw_episodes(data, 2, 5, 20, seed=0, queries=5):
+        assert episode.classes.tolist() == [0, 3]
+
+
+def test_too_few_classes_or_shapes_is_one_line_that_tells_what_would_do():
+    data = clouds([9, 9, 9, 2], [9, 4, 3, 9])
+    with pytest.raises(ReadError) as caught:
+        draw_episodes(data, 3, 5, 1, seed=0, queries=5)
+    assert str(caught.value) == (
+        "made: 3 classes with 5 train and 5 test shapes each are needed, 1 are there; "
+        "with 3 test shapes a class there are enough"
+    )
+    assert len(draw_episodes(data, 3, 5, 1, seed=0, queries=3)) == 1
+    with pytest.raises(ReadError, match=r"4 classes with 5 train and 1 test shapes each are needed, 3 are there$"):
+        draw_episodes(data, 4, 5, 1, seed=0, queries=1)
+    for lacking, what in ((replace(data, labels=None), "labels"), (replace(data, split=None), "train/test split")):
+        with pytest.raises(ReadError, match=f"made: has no {what}"):
+            draw_episodes(lacking, 2, 1, 1, seed=0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ways", 1), ("shots", 0), ("folds", 0), ("seed", -1), ("queries", 0)])
+def test_figures_out_of_range_are_named(name, value):
+    figures = {"ways": 2, "shots": 1, "folds": 1, "seed": 0, "queries": 1} | {name: value}
+    with pytest.raises(ValueError, match=f"^{name} {value}: at least"):
+        draw_episodes(clouds([3] * 3, [3] * 3), **figures)
+
+
+def test_episodes_are_saved_and_read_again_for_the_same_data_only(tmp_path):
+    drawn = draw_episodes(clouds([9] * 4, [9] * 4), 3, 2, 4, seed=0, queries=3)
+    save_episodes(tmp_path / "episodes.json", drawn, "a" * 64)
+    read = load_episodes(tmp_path / "episodes.json", "a" * 64)
+    assert len(read) == 4
+    assert all(map(same, drawn, read))
+    assert [path.name for path in tmp_path.iterdir()] == ["episodes.json"]
+    with pytest.raises(
+        ReadError, match=r"episodes\.json: has episodes of the data aaaaaaaaaaaa, these are bbbbbbbbbbbb$"
+    ):
+        load_episodes(tmp_path / "episodes.json", "b" * 64)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"fingerprint": "a"}', '{"fingerprint": "a", "episodes": [{}]}'])
+def test_a_damaged_file_of_episodes_is_one_line(tmp_path, text):
+    (tmp_path / "episodes.json").write_text(text)
+    with pytest.raises(ReadError, match=r"episodes\.json: damaged"):
+        load_episodes(tmp_path / "episodes.json", "a")
+    with pytest.raises(ReadError, match="cannot be read"):
+        load_episodes(tmp_path / "none.json", "a")
+
+
+def test_the_fold_of_an_episode_is_numbered_from_0():
+    data = clouds([9] * 6, [9] * 6)
+    (episode,) = draw_episodes(data, 3, 2, 1, seed=1, queries=4)
+    assert episode.classes.tolist() != [0, 1, 2]
+    train, test = fold_of(data, episode)
+    assert train.labels.tolist() == np.repeat(np.arange(3), 2).tolist()
+    assert test.labels.tolist() == np.repeat(np.arange(3), 4).tolist()
+    assert train.class_names == test.class_names == tuple(f"class {number}" for number in episode.classes)
+    assert np.array_equal(train.points, data.points[episode.support])
+    assert np.array_equal(test.points, data.points[episode.query])
+
+
+def test_episodes_of_other_labels_or_more_shapes_are_refused():
+    data = clouds([9] * 6, [9] * 6)
+    (episode,) = draw_episodes(data, 3, 2, 1, seed=1, queries=4)
+    for other in (
+        replace(data, labels=data.labels[::-1].copy()),
+        data.subset(np.arange(20)),
+        replace(data, labels=None),
+    ):
+        with pytest.raises(ValueError, match="are not those that the episodes were drawn from"):
+            fold_of(other, episode)
+
+
+# ------------------------------------------------------------------------------------------------ published folds
+
+
+def download(root: Path, setting: str, folds: int = 2, queries: int = 2) -> Path:
+    """Folds of two ways and one shot, as their owner's pickles."""
+    for fold in range(folds):
+        rng = np.random.default_rng(fold)
+        items = [(rng.normal(size=(32, 6)), label, 30 - label) for label in (1, 0, *[0, 1] * queries)]
+        path = root / setting / f"{fold}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps({"train": items[:2], "test": items[2:]}))
+    return root
+
+
+def stored(source: Path, out: Path) -> Path:
+    prepare(source, out, Preparation(points=16), workers=1)
+    return out
+
+
+def test_published_folds_are_found_in_every_folder_around_them(tmp_path):
+    out = stored(download(tmp_path / "ModelNetFewshot", "2way_1shot"), tmp_path / "out")
+    around = stored(tmp_path, tmp_path.parent / f"{tmp_path.name}-around")
+    for folder in (out, out / "2way_1shot", around):
+        folds = published_folds(folder, 16, folds=2, queries=2)
+        assert [len(part) for fold in folds for part in fold] == [2, 4, 2, 4]
+        assert [train.labels.tolist() for train, _ in folds] == [[1, 0]] * 2
+        assert [test.labels.tolist() for _, test in folds] == [[0, 1, 0, 1]] * 2
+        assert [train.name for train, _ in folds] == ["2way_1shot/0", "2way_1shot/1"]
+        assert folds[0][0].fingerprint != folds[1][0].fingerprint
+        assert folds[0][0].points[:].shape == (2, 16, 3)
+
+
+def test_published_folds_are_in_the_order_of_their_numbers(tmp_path):
+    out = stored(download(tmp_path / "source", "2way_1shot", folds=11), tmp_path / "out")
+    folds = published_folds(out, 16, folds=11, queries=2)
+    assert [train.name.partition("/")[2] for train, _ in folds] == [str(i) for i in range(11)]
+    assert len(published_folds(out, 16, queries=2)) == 10
+
+
+def test_of_more_settings_one_is_named(tmp_path):
+    source = download(tmp_path / "source", "2way_1shot")
+    out = stored(download(source, "3way_1shot"), tmp_path / "out")
+    with pytest.raises(ReadError, match="holds 2-way 1-shot, 3-way 1-shot; choose one by ways and shots"):
+        published_folds(out, 16)
+    with pytest.raises(ReadError, match="holds 2-way 1-shot, 3-way 1-shot, not any-way 5-shot"):
+        published_folds(out, 16, shots=5)
+    assert len(published_folds(out, 16, ways=2, shots=1, folds=2, queries=2)) == 2
+    with pytest.raises(ReadError, match=r"3 classes of 1 train shapes are needed, it has \[1, 1\]"):
+        published_folds(out, 16, ways=3, folds=2, queries=2)
+
+
+def test_other_folders_are_no_published_folds(tmp_path, bundle):
+    source = download(tmp_path / "source", "2way_1shot")
+    for folder in (source, source / "2way_1shot", tmp_path, tmp_path / "none", Path(bundle)):
+        assert published_folds(folder, 16) is None
+
+
+def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_path):
+    out = stored(download(tmp_path / "source", "2way_1shot", folds=3), tmp_path / "out")
+    with pytest.raises(
+        ReadError, match=r"2way_1shot/3: is missing, and 10 folds are needed; run its jepa3d prepare again"
+    ):
+        published_folds(out, 16, queries=2)
+    with pytest.raises(ReadError, match=r"2way_1shot/0: 2 classes of 20 test shapes are needed, it has \[2, 2\]"):
+        published_folds(out, 16, folds=3)
+    with pytest.raises(ReadError, match="z-up already"):
+        published_folds(out, 16, "y", folds=3, queries=2)
+    with pytest.raises(ReadError, match="32 are needed"):
+        published_folds(out, 32, folds=3, queries=2)
+    header = out / "2way_1shot/1/store.json"
+    text = header.read_text()
+    header.write_text(json.dumps(json.loads(text) | {"complete": False}))
+    with pytest.raises(ReadError, match="2way_1shot/1: an unfinished store"):
+        published_folds(out, 16, folds=3, queries=2)
+    header.unlink()
+    with pytest.raises(ReadError, match="2way_1shot/1: is missing"):
+        published_folds(out, 16, folds=3, queries=2)
+
+
+# ------------------------------------------------------------------------------------------------ frozen features
+
+
+def features(y: np.ndarray, gap: float, seed: int, layers: int = 1) -> np.ndarray:
+    """Gaussian features [L, n, 8], their class means `gap` apart in the last layer only."""
+    rng, means = np.random.default_rng(seed), np.random.default_rng(0).normal(size=(9, 8))
+    x = rng.normal(size=(layers, len(y), 8))
+    x[-1] += gap * means[y]
+    return x
+
+
+def test_separable_features_score_100_and_noise_chance():
+    y, y_query = np.repeat(np.arange(5), 10), np.tile(np.arange(5), 200)
+    scores = frozen_scores(features(y, 9, 1), y, features(y_query, 9, 2), y_query)
+    assert scores == dict.fromkeys(METHODS, 100)
+    for score in frozen_scores(features(y, 0, 1), y, features(y_query, 0, 2), y_query).values():
+        assert 15 < score < 25
+
+
+def test_the_layer_is_the_last_or_the_one_given():
+    y, y_query = np.repeat(np.arange(4), 5), np.tile(np.arange(4), 50)
+    x, x_query = features(y, 9, 1, 3), features(y_query, 9, 2, 3)
+    assert frozen_scores(x, y, x_query, y_query)["ncm"] == 100
+    assert frozen_scores(x, y, x_query, y_query, 2)["ncm"] == 100
+    assert frozen_scores(x, y, x_query, y_query, 0)["ncm"] < 50
+    for layer in (3, -4):
+        with pytest.raises(ValueError, match=f"layer {layer}: the network has layers 0 to 2"):
+            frozen_scores(x, y, x_query, y_query, layer)
+
+
+def test_nearest_class_mean_by_hand():
+    """Support (3, 1), (1, 3) of class 4 and (-1, 1), (1, -1) of class 7 have mean (1, 1); less it and of length 1:
+
+    class 4 is (1, 0), (0, 1), its mean along (1, 1); class 7 is (-1, 0), (0, -1), its mean along (-1, -1).
+    """
+    support, y = np.array([[3.0, 1], [1, 3], [-1, 1], [1, -1]]), np.array([4, 4, 7, 7])
+    query = np.array([[1.5, 0.6], [0.9, 0.9], [1.2, 0.7], [9, -6]])  # less (1, 1): sums 0.1, -0.2, -0.1, 1
+    assert predict("ncm", support, y, query).tolist() == [4, 7, 7, 4]
+
+
+def test_ncm_counts_directions_not_lengths_of_shapes():
+    """About (0, 0): of length 1 class 0 is along (1, 1), but its plain mean (5, 0.5) would call (-1, 5) class 1."""
+    support, y = np.array([[10.0, 0], [0, 1], [-10, 0], [0, -1]]), np.array([0, 0, 1, 1])
+    assert predict("ncm", support, y, np.array([[-1.0, 5], [1, -5]])).tolist() == [0, 1]
+
+
+def test_ncm_counts_directions_not_lengths_of_means():
+    """Class 1 is spread 60 degrees about (0, 1), its mean of length 0.5; at 50 degrees it is nearer than (1, 0)."""
+    support = np.array([[1, 0], [1, 0], [0.75**0.5, 0.5], [-(0.75**0.5), 0.5], [-1, -0.5], [-1, -0.5]])
+    angles = np.deg2rad([40, 50])
+    query = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert predict("ncm", support, np.array([0, 0, 1, 1, 2, 2]), query).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_shape_is_called_depends_on_no_other_query(method):
+    y = np.repeat(np.arange(3), 5)
+    x, query = features(y, 1, 1)[0], features(np.arange(60) % 3, 1, 2)[0]
+    alone = np.concatenate([predict(method, x, y, query[i : i + 1]) for i in range(60)])
+    crowd = 1000 * np.random.default_rng(3).normal(size=(200, 8)) + 500
+    assert predict(method, x, y, np.concatenate([query, crowd]))[:60].tolist() == alone.tolist()
+    assert len(set(alone.tolist())) == 3
+
+
+def test_logistic_regression_standardises_by_the_support():
+    """One feature of a thousandth's scale has all the classes, beside seven of noise."""
+    y, rng = np.repeat(np.arange(2), 50), np.random.default_rng(0)
+    x, query = rng.normal(size=(2, 100, 8))
+    for values in (x, query):
+        values[:, 0] = 1e-3 * (0.1 * values[:, 0] + y)
+    assert (predict("logistic", x, y, query) == y).mean() > 0.9
+    assert (predict("logistic", x[:, 1:], y, query[:, 1:]) == y).mean() < 0.7
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="method 'svm': one of ncm, logistic"):
+        predict("svm", np.zeros((2, 1)), np.arange(2), np.zeros((1, 1)))
+
+
+@pytest.fixture
+def fake_layers(monkeypatch) -> list[int]:
+    """`layer_features` replaced: two layers, noise and the first point of each cloud; returns the sizes asked for."""
+    asked = []
+
+    def layers(_model, part, pooling):
+        asked.append(len(part))
+        last = part.points[:][:, 0]
+        return np.stack([np.random.default_rng(0).normal(size=last.shape), 0 * last if pooling == "max" else last])
+
+    monkeypatch.setattr(fewshot, "layer_features", layers)
+    return asked
+
+
+def labelled_by_place(data: PointClouds) -> PointClouds:
+    """The clouds with their first point at a place of its class, but for a little noise."""
+    places = 20 * np.random.default_rng(5).normal(size=(9, 3)).astype(np.float32)
+    points = data.points.copy()
+    points[:, 0] = 0.1 * points[:, 0] + places[data.labels]
+    return replace(data, points=points)
+
+
+def test_a_shape_is_encoded_once_and_each_episode_gets_its_own(fake_layers):
+    data = labelled_by_place(clouds([4] * 5, [3] * 5))
+    episodes = draw_episodes(data, 3, 2, 6, seed=0, queries=2)
+    assert run_frozen(None, data, episodes) == {method: [100.0] * 6 for method in METHODS}
+    assert fake_layers == [len({row for episode in episodes for row in np.concatenate(episode[:2]).tolist()})]
+    assert np.mean(run_frozen(None, data, episodes, layer=0)["ncm"]) < 70
+    assert np.mean(run_frozen(None, data, episodes, pooling="max")["ncm"]) < 70
+    with pytest.raises(ValueError, match="layer 2"):
+        run_frozen(None, data, episodes, layer=2)
+
+
+def test_frozen_episodes_equal_their_folds_scored_one_by_one(fake_layers):
+    data = clouds([4] * 5, [3] * 5)
+    episodes = draw_episodes(data, 3, 2, 6, seed=0, queries=3)
+    together = run_frozen(None, data, episodes)
+    assert together == run_frozen_folds(None, [fold_of(data, episode) for episode in episodes])
+    assert len(set(together["ncm"])) > 1
+
+
+def test_episodes_of_other_data_are_refused_before_any_work(fake_layers):
+    data = clouds([4] * 5, [3] * 5)
+    episodes = draw_episodes(data, 3, 2, 2, seed=0, queries=2)
+    with pytest.raises(ValueError, match="are not those that the episodes were drawn from"):
+        run_frozen(None, replace(data, labels=data.labels[::-1].copy()), episodes)
+    assert not fake_layers
+
+
+def test_a_network_is_scored_on_real_episodes(tiny):
+    torch.manual_seed(0)
+    encoder = PointEncoder(**vars(tiny().encoder))
+    data = clouds([4] * 3, [3] * 3, points=64)
+    data.points[data.labels == 1, :, 2] = 0  # flat
+    data.points[data.labels == 2, :, 1:] = 0  # thin
+    episodes = draw_episodes(data, 3, 3, 2, seed=0, queries=3)
+    scores = run_frozen(encoder, data, episodes)
+    assert {method: len(folds) for method, folds in scores.items()} == dict.fromkeys(METHODS, 2)
+    assert min(map(min, scores.values())) > 60
+
+
+def test_moments_over_folds():
+    assert moments([90.0, 94.0, 98.0]) == {"mean": 94.0, "std": 4.0}
+    assert moments([90.0]) == {"mean": 90.0, "std": None}
