@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jepa3d import config as settings
-from jepa3d.plain import read_recipe
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
+from jepa3d.plain import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 

@@ -1,14 +1,22 @@
 """The recipes, run on files of the published layout."""
 
+import json
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
+import layouts
 import numpy as np
 import pytest
 
 from jepa3d import config as settings
-from jepa3d.plain import read_recipe
+from jepa3d.cli import main
+from jepa3d.config import FinetuneConfig, SegmentConfig
+from jepa3d.plain import from_dict, merge, read_recipe
+from jepa3d.validate import validate_finetune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
@@ -72,3 +80,85 @@ def test_bf16_is_one_flag(bundle):
     done = subprocess.run([*command, "--mixed-precision", "bf16"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "dry run, jepa" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ downstream
+
+
+@pytest.fixture
+def run(capsys):
+    """A function: words of a command -> what it printed."""
+
+    def called(*words) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        said = capsys.readouterr()
+        assert ended.value.code == 0, said.err
+        return said.out
+
+    return called
+
+
+@pytest.mark.parametrize("variant", ["obj_bg", "obj_only", "pb_t50_rs"])
+def test_scanobjectnn_runs_at_paper_size_from_its_download(run, tmp_path, variant):
+    """Two steps of the whole model, on HDF5 files of the published names and arrays; batches are small."""
+    folder = tmp_path / "h5_files" / ("main_split_nobg" if variant == "obj_only" else "main_split")
+    folder.mkdir(parents=True)
+    for part, labels in (("training", [0, 4, 0, 4]), ("test", [4, 0])):
+        tail = "_augmentedrot_scale75" if variant == "pb_t50_rs" else ""
+        with h5py.File(folder / f"{part}_objectdataset{tail}.h5", "w") as file:
+            file["data"] = np.random.default_rng(len(labels)).normal(size=(len(labels), 2048, 3)).astype(np.float32)
+            file["label"] = np.array(labels)
+            file["mask"] = np.full((len(labels), 2048), 3)
+    store, out = tmp_path / "store", tmp_path / "run"
+    run("prepare", tmp_path / "h5_files", "--out", store, "--variant", variant, "--workers", 1)
+    recipe = RECIPES / "scanobjectnn.yaml"
+    run("classify", "--recipe", recipe, "--data", store, "--out", out, "--max-steps", 2, "--batch-size", 2)
+    result = json.loads((out / "results.json").read_text())
+    assert result["data"]["variant"] == f"ScanObjectNN {variant}"
+    assert (result["settings"]["num_groups"], result["settings"]["depth"]) == (128, 12)
+    assert "3D-JEPA" in run("results", out)  # the published rows stand beside it
+
+
+def test_shapenetpart_runs_at_paper_size_from_its_download(run, tmp_path):
+    layouts.shapenetpart_normals(tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal")
+    store, out = tmp_path / "store", tmp_path / "run"
+    run("prepare", tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal", "--out", store, "--workers", 1)
+    recipe = RECIPES / "shapenetpart.yaml"
+    run("segment", "--recipe", recipe, "--data", store, "--out", out, "--max-steps", 2, "--batch-size", 2)
+    result = json.loads((out / "results.json").read_text())
+    assert set(result["metrics"]) == {"instance_miou", "category_miou", "point_accuracy"}
+    assert result["data"]["train"] == 1
+    assert json.loads((out / "model" / "config.json").read_text())["layers"] == [4, 8, 12]
+
+
+def test_the_published_folds_are_run_as_they_are(run, tmp_path):
+    """Two folds of the pickles' form; a small encoder."""
+    rng = np.random.default_rng(0)
+    for fold in range(2):
+        items = {
+            part: [
+                (rng.normal(size=(8192, 6)).astype(np.float32), label, 0) for label in range(5) for _ in range(count)
+            ]
+            for part, count in (("train", 10), ("test", 20))
+        }
+        path = tmp_path / "ModelNetFewshot" / "5way_10shot" / f"{fold}.pkl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(items))
+    store = tmp_path / "store"
+    run("prepare", tmp_path / "ModelNetFewshot", "--out", store, "--points", 512, "--workers", 1)
+    recipe = RECIPES / "modelnet40-fewshot.yaml"
+    sizes = ["--preset", "tiny", "--num-points", 512, "--num-groups", 32, "--folds", 2, "--max-steps", 2]
+    run("fewshot", "--recipe", recipe, "--data", store, "--out", tmp_path / "run", *sizes)
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(result["details"]["folds"]) == 2
+    assert not (tmp_path / "run" / "episodes.json").exists()
+    assert "Point-MAE" in run("results", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment"])
+def test_the_other_downstream_recipes_resolve(name):
+    recipe = read_recipe(RECIPES / f"{name}.yaml")
+    kind = SegmentConfig if "segment" in name else FinetuneConfig
+    config = from_dict(kind, merge(settings.finetune_preset(recipe.pop("preset")), recipe))
+    validate_finetune(replace(config, data="x"))

@@ -106,7 +106,7 @@ def _draw_by_step(
     if not (lines := read_metrics(run)):
         raise ValueError(f"{run}: no step has been logged")
     plt = _pyplot()
-    shown = {"accuracy": "training batches"} | (names or {})
+    shown = {"accuracy": "training batches, accuracy"} | (names or {})
     logged = [(unit, [name for name in wanted if any(name in line for line in lines)]) for unit, wanted in panels]
     logged = [(unit, found) for unit, found in logged if found]
     figure, grid = plt.subplots(1, len(logged), figsize=(4.5 * len(logged), 3.2), squeeze=False)

@@ -25,7 +25,7 @@ p { margin: .5rem 0; }
 .status, .warning { background: #fdf0d5; color: #7a4b00; }
 .status.finished { background: #dff3e4; color: #17603a; }
 .warning { border-radius: .5rem; padding: .6rem .9rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .tile { background: var(--pale); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.25; }
 .tile span, .note, figcaption, footer { color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
@@ -33,8 +33,8 @@ p { margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 4rem; }
-td:first-child { padding-left: .4rem; } th:first-child { padding-left: .4rem; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; min-width: 4.5rem; }
+td:first-child, th:first-child { padding-left: .4rem; overflow-wrap: normal; }
 tr.strong td { font-weight: 700; background: #eaf2fb; }
 .bar { display: flex; align-items: center; gap: .6rem; min-width: 9rem; }
 .bar i { flex: 1; height: .6rem; background: var(--line); border-radius: .3rem; overflow: hidden; }
@@ -44,13 +44,15 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; 
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto .5rem; }
+figcaption { margin-top: .4rem; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; color: var(--blue); }
 footer { margin-top: 3rem; }
 @media (max-width: 40rem) {
   main { padding: 1.25rem .9rem 2rem; }
   dl { grid-template-columns: 1fr; gap: 0; }
+  .panorama img { max-width: none; width: 38rem; }
   dd { margin-bottom: .5rem; }
 }
 @media print {
@@ -119,9 +121,12 @@ def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
     """What `draw` writes to a file, a PNG, in the page itself."""
     file = io.BytesIO()
     draw(file)
-    source = base64.b64encode(file.getvalue()).decode()
-    text = escape(caption)
-    return f"<figure><img alt='{text}' src='data:image/png;base64,{source}'><figcaption>{text}</figcaption></figure>"
+    png, text = file.getvalue(), escape(caption)
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of its header
+    shape = "wide panorama" if width > 1.6 * height else "wide"
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f"<img alt='{text}' width={width} height={height} src='{source}'>"
+    return f"<figure><div class='{shape}'>{image}</div><figcaption>{text}</figcaption></figure>"
 
 
 def section(title: str, *parts: str) -> str:

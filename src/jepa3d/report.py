@@ -71,7 +71,7 @@ def _outcome(run: Path, config: dict, result: dict | None, data: str | None) -> 
         return [section("Result", note("There is no result yet."))]
     details, done = result["details"], [_result(result)]
     if folds := details.get("folds"):
-        rows = [[i + 1, Bar(score)] for i, score in enumerate(folds)]
+        rows = [[i, Bar(score)] for i, score in enumerate(folds)]
         done.append(section("Folds", table(["fold", "overall accuracy, %"], rows)))
     if "per_category" in details:
         rows = [[name, Bar(value)] for name, value in details["per_category"].items() if value is not None]
@@ -283,9 +283,10 @@ def _departures(record: dict) -> str:
 def _training(run: Path, config: dict) -> str:
     """Curves of the run and of its stage I."""
     selected = "test, by which the epoch is chosen" if config.get("select") == "best-on-test" else "validation"
+    selected += ", instance mIoU" if config.get("task") == "segment" else ", overall accuracy"
     draw = partial(figures.draw_supervised, selected=selected) if config.get("task") else figures.draw_curves
-    runs = {"": run, "Fold 0.": run / "fold-0"}  # of few-shot runs the folds are runs
-    runs |= {f"Stage I, {stage.name}.": stage for stage in sorted(run.glob("stage1/*"))}
+    runs = {"By optimiser step.": run, "Fold 0, by optimiser step.": run / "fold-0"}  # a few-shot run's folds are runs
+    runs |= {f"Stage I, {stage.name}, by optimiser step.": stage for stage in sorted(run.glob("stage1/*"))}
     logged = {caption: folder for caption, folder in runs.items() if figures.read_metrics(folder)}
     pictures = [picture(partial(draw, folder), caption) for caption, folder in logged.items()]
     return section("Training", *(pictures or [note("No step has been logged.")]))
@@ -300,8 +301,9 @@ def _provenance(run: Path, config: dict, record: dict) -> str:
         "data": f"{data['name']}, {data['shapes']:,} shapes" if "shapes" in data else data["name"],
         "sha256 of the data": data["fingerprint"],
         "seed": config["seed"],
-        "parameters": ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in record.get("parameters", {}).items()),
     }
+    if sizes := record.get("parameters"):
+        rows["parameters"] = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items())
     if cost:
         units = {"step": (1, ",.0f", "steps"), "cpu_seconds": (60, ".1f", "CPU-minutes"),
                  "wall_seconds": (60, ".1f", "minutes"), "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),

@@ -16,9 +16,10 @@ from sklearn.svm import SVC, LinearSVC
 from torch import nn
 
 # The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and the decay are
-# Point-MAE's; rate, batch and steps are ours, where a held-out fifth of ModelNet10's train part gains no more.
+# Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's train part, four times the work
+# gained half a point.
 _WIDTH, _DROPOUT = 256, 0.5
-_LR, _WEIGHT_DECAY, _BATCH, _STEPS = 1e-3, 0.05, 64, 1000
+_LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 
 
 class MLP3(ClassifierMixin, BaseEstimator):

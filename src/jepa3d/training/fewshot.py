@@ -58,6 +58,7 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     score = _finetuned if config.method == "finetune" else _frozen
     scores, cost = score(config, out, name, clouds, folds, encoder)
     moments = fewshot.moments(scores)
+    named = {"overall_accuracy": moments["mean"], "std_over_folds": moments["std"]}
     if runs.is_main():
         result = Result(
             task="fewshot",
@@ -73,7 +74,7 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             seed=config.seed,
             selection="last epoch" if config.method == "finetune" else "none",
             votes=config.votes,
-            metrics={"overall_accuracy": moments["mean"], "std_over_folds": moments["std"]},
+            metrics={name: value for name, value in named.items() if value is not None},  # one fold has no std
             validation=None,
             details={"folds": scores},
             settings=arm_settings(config) | {"ways": config.ways, "shots": config.shots, "queries": config.queries},

@@ -212,7 +212,8 @@ def pretraining_of(init: str | None) -> dict | None:
     if folder is None or not (folder / "config.json").is_file():
         return None
     config, record = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "run"))
-    known = {name: config.get(name) for name in ("objective", "teacher", "seed", "max_steps", "epochs", "sampler", "encoder", "rotate")}
+    names = ("objective", "teacher", "seed", "max_steps", "epochs", "sampler", "encoder", "rotate")
+    known = {name: config.get(name) for name in names}
     return known | {name: record.get(name) for name in ("data", "cost", "commit")}
 
 
