@@ -12,7 +12,7 @@ ROOMS = [
     {"models"},
     {"data"},
     {"objectives"},
-    {"evaluation", "figures"},
+    {"evaluation", "figures", "page"},
     {"training"},
     {"demo", "info", "predict", "report"},
     {"cli"},

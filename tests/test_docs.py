@@ -48,12 +48,16 @@ def blocks(language: str) -> list[str]:
 
 def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     """On a folder of clouds and a bundle; only the training is cut to two steps."""
-    made = make_shapes(40, 2048, seed=1)
+    made = make_shapes(150, 2048, seed=1)
     (tmp_path / "scans").mkdir()
-    for i, points in enumerate(made["points"]):
+    for i, points in enumerate(made["points"][:40]):
         np.save(tmp_path / "scans" / f"{i}.npy", points)
-    halves = (np.arange(40) % 2).astype(np.int8)
-    np.savez(tmp_path / "labelled.npz", points=made["points"], labels=np.arange(40) // 2 % 4, split=halves)
+    np.savetxt(tmp_path / "scan.xyz", made["points"][0])
+    split, labels = (np.arange(150) % 3 > 0).astype(np.int8), np.arange(150) // 3 % 5
+    names = [f"kind{i}" for i in range(5)]
+    np.savez(tmp_path / "labelled.npz", points=made["points"], labels=labels, split=split, class_names=names)
+    parts = 2 * labels[:, None] + (made["points"][..., 2] > 0)
+    np.savez(tmp_path / "parts.npz", points=made["points"], labels=labels, split=split, class_names=names, seg=parts)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
@@ -65,17 +69,21 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
         "pretrain",
         "probe",
         "info",
+        "classify",
+        "predict",
+        "fewshot",
+        "segment",
+        "predict",
+        "results",
+        "report",
         "pretrain",
         "pretrain",
         "curve",
     ]
     for words in commands:
-        trains = words[0] == "pretrain" and "--out" in words
-        short = (
-            [flag for name in ("", "generative.", "invariance.") for flag in (f"--{name}max-steps", "2")]
-            if trains
-            else []
-        )
+        stages = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "segment": ("",)}
+        trained = stages.get(words[0], ()) if "--out" in words else ()
+        short = [flag for name in trained for flag in (f"--{name}max-steps", "2")]
         with pytest.raises(SystemExit) as stop:
             main(words + short)
         assert not stop.value.code, capsys.readouterr().err

@@ -39,7 +39,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(probing, "_confusion", watched)
     monkeypatch.setattr(probing, "_DRAWS", 3)
-    monkeypatch.setattr(classifiers, "_STEPS", 150)
+    monkeypatch.setattr(classifiers, "_STEPS", 100)
     return seen
 
 

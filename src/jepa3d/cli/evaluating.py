@@ -20,6 +20,7 @@ def probe(
     pooling: str = "mean_max",
     protocols: tuple[str, ...] | None = None,
     part: Literal["test", "validation"] = "test",
+    per_class: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
@@ -39,9 +40,11 @@ def probe(
     pooling: str
         Of tokens to one vector: mean_max, mean or max.
     protocols: tuple[str, ...]
-        Some of logistic, logistic_10, knn, svc_linear, linear_svc; all by default.
+        Some of logistic, logistic_10, knn, svc_linear, linear_svc, mlp3; all by default.
     part: str
         What is scored: test, or validation (a fifth of train), to choose a recipe by.
+    per_class: str
+        A protocol whose accuracy a class is printed too.
     out: Path
         Where to write the result; probe-DATA.json in the first run by default.
     """
@@ -50,9 +53,10 @@ def probe(
 
     if layer != "best" and not layer.isdigit():
         raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
+    probing.check_per_class(per_class, protocols or probing.PROTOCOLS)
     at = None if layer == "best" else int(layer)
     result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS, part)
-    probing.show(result)
+    probing.show(result, per_class)
     special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
     special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
     out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
@@ -85,7 +89,7 @@ def curve(
     up_axis: str
         The data's up axis: x, y or z.
     protocol: str
-        logistic, logistic_10, knn, svc_linear or linear_svc.
+        logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
     part: str
         What is scored: test, or validation (a fifth of train), to choose a recipe by.
     out: Path

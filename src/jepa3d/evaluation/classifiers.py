@@ -16,8 +16,8 @@ from sklearn.svm import SVC, LinearSVC
 from torch import nn
 
 # The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and the decay are
-# Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's train part, four times the work
-# gained half a point.
+# Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's train part, six times the
+# work (2,000 steps of 128) gained 0.2 to 1.0 points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 

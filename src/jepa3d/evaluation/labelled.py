@@ -58,11 +58,12 @@ class Labelled:
         report = Path(source) / "report.json"
         layout = json.loads(report.read_text())["layout"] if report.is_file() else None
         parts: dict[str, Any] = {}
-        if clouds.parts is not None:
+        if kept.parts is not None:
             train = halves["train"]
             assert train.labels is not None
             found = category_parts(clouds.part_names, train.labels, train.parts, names)
-            parts = {"part_names": clouds.part_names, "parts_of": [list(map(int, p)) for p in found]}
+            part_names = clouds.part_names or tuple(f"part {i}" for i in range(int(kept.parts[:].max()) + 1))
+            parts = {"part_names": part_names, "parts_of": [list(map(int, p)) for p in found]}
         return Labelled(
             clouds.name,
             layout,
