@@ -335,6 +335,13 @@ def test_an_unfinished_fine_tuning_has_a_report(classified):
 
 
 # ------------------------------------------------------------------------------------------------- the command
+def test_the_pictures_are_there_as_files_too(segmented, tmp_path):
+    shown = report(segmented, figures_to=tmp_path / "figures").read_text().count("<img ")
+    files = sorted((tmp_path / "figures").iterdir())
+    assert [file.name for file in files] == [f"figure-{i}.png" for i in range(1, shown + 1)]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
 def test_the_command_writes_where_it_is_told(pretrained, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["report", str(pretrained), "--out", str(tmp_path / "page.html")])

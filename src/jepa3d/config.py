@@ -304,4 +304,3 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
         if name not in (*config.stages, config.objective):
             del ours[name]
     return differences(ours, paper)
-

@@ -6,6 +6,7 @@ Every function escapes the texts that it is given and returns HTML; only `sectio
 import base64
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -152,11 +153,16 @@ def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
     )
 
 
-def write_text(path: Path, text: str) -> None:
+def pictures(html: str) -> list[bytes]:
+    """The PNGs of a page, in its order."""
+    return [base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([\w+/=]+)", html)]
+
+
+def write(path: Path, content: bytes) -> None:
     """Atomically: a reader sees the old file or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

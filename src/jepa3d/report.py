@@ -15,7 +15,7 @@ from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.models.heads import Classifier
 from jepa3d.models.teacher import load_module
-from jepa3d.page import Bar, facts, folded, note, page, picture, section, show, table, tiles, write_text
+from jepa3d.page import Bar, facts, folded, note, page, picture, pictures, section, show, table, tiles, write
 from jepa3d.plain import differences, from_dict, to_dict
 from jepa3d.training import checkpoint
 
@@ -34,8 +34,10 @@ SELECTION = {
 MOST_TSNE, MOST_PARTS = 2000, 8  # shapes in these pictures
 
 
-def report(run: Path, data: str | None = None, out: Path | None = None) -> Path:
+def report(run: Path, data: str | None = None, out: Path | None = None, figures_to: Path | None = None) -> Path:
     """Write the report of a run to `out`, RUN/report.html by default, whole or not at all; returns where.
+
+    Its pictures go to the folder `figures_to` too, where given, as PNG files in the page's order.
 
     `data` is where the run's data lies now. Pictures that need data which cannot be read are left out, and the page
     says why; a `data` that cannot be read is a ValueError, as are a folder that is no run and a place that cannot be.
@@ -46,7 +48,12 @@ def report(run: Path, data: str | None = None, out: Path | None = None) -> Path:
     out = out or run / "report.html"
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: --out names an .html file in a folder that exists")
-    write_text(out, render(run, data))
+    html = render(run, data)
+    write(out, html.encode())
+    if figures_to:
+        figures_to.mkdir(parents=True, exist_ok=True)
+        for i, png in enumerate(pictures(html), 1):
+            write(figures_to / f"figure-{i}.png", png)
     return out
 
 

@@ -9,29 +9,22 @@ from cyclopts import Parameter
 from jepa3d.cli.app import app
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
+Preset = Annotated[str, Parameter(help="Sizes of an encoder from scratch: tiny, small (the paper), base.")]
+Recipe = Annotated[Path | None, Parameter(help="YAML settings; flags win over it, it wins over the preset.")]
+Out = Annotated[Path, Parameter(help="Run folder to make.")]
+Resume = Annotated[bool, Parameter(help="Continue the run in --out, which was interrupted.")]
+
 
 @app.command
 def classify(
     *,
     config: Annotated[FinetuneConfig, Parameter(name="*")] = FinetuneConfig(),  # noqa: B008
-    preset: str = "small",
-    recipe: Path | None = None,
-    out: Path,
-    resume: bool = False,
+    preset: Preset = "small",
+    recipe: Recipe = None,
+    out: Out,
+    resume: Resume = False,
 ) -> None:
-    """Fine-tune a classifier of whole shapes, choose its epoch on validation, test it once.
-
-    Parameters
-    ----------
-    preset: str
-        Sizes of an encoder from scratch, and how long: tiny, small (the paper), base.
-    recipe: Path
-        YAML settings; flags win over it, it wins over the preset.
-    out: Path
-        Run folder to make.
-    resume: bool
-        Continue the run in --out, which was interrupted.
-    """
+    """Fine-tune a classifier of whole shapes, choose its epoch on validation, test it once."""
     from jepa3d.training.finetune import finetune
 
     _run("classify", finetune, config, out, resume)
@@ -41,24 +34,12 @@ def classify(
 def segment(
     *,
     config: Annotated[SegmentConfig, Parameter(name="*")] = SegmentConfig(),  # noqa: B008
-    preset: str = "small",
-    recipe: Path | None = None,
-    out: Path,
-    resume: bool = False,
+    preset: Preset = "small",
+    recipe: Recipe = None,
+    out: Out,
+    resume: Resume = False,
 ) -> None:
-    """Fine-tune a part segmenter, choose its epoch on validation, test it once.
-
-    Parameters
-    ----------
-    preset: str
-        Sizes of an encoder from scratch, and how long: tiny, small (the paper), base.
-    recipe: Path
-        YAML settings; flags win over it, it wins over the preset.
-    out: Path
-        Run folder to make.
-    resume: bool
-        Continue the run in --out, which was interrupted.
-    """
+    """Fine-tune a part segmenter, choose its epoch on validation, test it once."""
     from jepa3d.training.finetune import finetune
 
     _run("segment", finetune, config, out, resume)
@@ -68,24 +49,12 @@ def segment(
 def fewshot(
     *,
     config: Annotated[FewshotConfig, Parameter(name="*")] = FewshotConfig(),  # noqa: B008
-    preset: str = "small",
-    recipe: Path | None = None,
-    out: Path,
-    resume: bool = False,
+    preset: Preset = "small",
+    recipe: Recipe = None,
+    out: Out,
+    resume: Resume = False,
 ) -> None:
-    """Few-shot episodes: the published folds, or seeded ones; fine-tuned, or on frozen features.
-
-    Parameters
-    ----------
-    preset: str
-        Sizes of an encoder from scratch: tiny, small (the paper), base.
-    recipe: Path
-        YAML settings; flags win over it, it wins over the preset.
-    out: Path
-        Run folder to make.
-    resume: bool
-        Continue the run in --out, which was interrupted.
-    """
+    """Few-shot episodes: the published folds, or seeded ones; fine-tuned, or on frozen features."""
     from jepa3d.training.fewshot import run_fewshot
 
     _run("fewshot", run_fewshot, config, out, resume)

@@ -6,7 +6,7 @@ from jepa3d.cli.app import app
 
 
 @app.command
-def report(run: Path, /, *, data: str | None = None, out: Path | None = None) -> None:
+def report(run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None) -> None:
     """Write a run as one HTML file: results, curves, figures, settings, cost; it opens anywhere, without a network.
 
     Parameters
@@ -17,7 +17,9 @@ def report(run: Path, /, *, data: str | None = None, out: Path | None = None) ->
         Where the run's data is now, for the pictures that need it; where it was by default.
     out: Path
         The file; report.html in the run by default.
+    figures: Path
+        A folder to write the pictures to as well, as PNG files.
     """
     from jepa3d.report import report as write
 
-    print(f"written: {write(run, data, out)}")
+    print(f"written: {write(run, data, out, figures)}")

@@ -1,8 +1,8 @@
 """Published figures to hold one's own against, each with its protocol, so that unlike is not compared with like.
 
-All are those of the project's shared/method.md, section 5, digit by digit: 3D-JEPA's from arXiv 2409.15803v1, the
-others' as published. Fine-tuned figures are those of the best *test* epoch, as the field reports them. Voting: that of
-ScanObjectNN is "no"; on ModelNet40 it is "yes" or "no" only where that is said, and the paper does not say.
+3D-JEPA's are those of arXiv 2409.15803v1, the others' those of their papers, digit by digit. Fine-tuned figures are
+those of the best *test* epoch, as the field reports them. Voting: that of ScanObjectNN is "no"; on ModelNet40 it is
+"yes" or "no" only where that is said, and the paper does not say.
 """
 
 import re
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-SOURCE = "source: shared/method.md section 5 (3D-JEPA: arXiv 2409.15803v1; others as published)"
+SOURCE = "source: 3D-JEPA: arXiv 2409.15803v1; the others: their papers"
 BEST_TEST = "best test epoch"
 ON_TEST = "selected on TEST"  # the mark of one's own runs that did the same
 CAUTION = (

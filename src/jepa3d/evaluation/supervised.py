@@ -7,6 +7,7 @@ import torch
 
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
+from jepa3d.evaluation.classifiers import by_class, class_accuracy
 from jepa3d.evaluation.partseg import mean_iou, restricted_argmax
 from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.ops import BatchGenerator
@@ -72,8 +73,7 @@ def accuracies(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> t
     """Overall accuracy and its mean over the classes that occur; confusion matrix (rows true) and accuracy a class."""
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    count, right = confusion.sum(1), confusion.diagonal()
-    by_class = {n: {"accuracy": 100 * r / c, "count": int(c)} for n, r, c in zip(names, right, count, strict=True) if c}
-    mean = float(np.mean([row["accuracy"] for row in by_class.values()]))
-    metrics = {"overall_accuracy": 100 * float(right.sum() / count.sum()), "mean_class_accuracy": mean}
-    return metrics, {"per_class": by_class, "confusion": confusion.tolist(), "class_names": names}
+    mean = float(np.nanmean(class_accuracy(confusion)))
+    metrics = {"overall_accuracy": 100 * float((labels == predicted).mean()), "mean_class_accuracy": mean}
+    rows = confusion.tolist()
+    return metrics, {"per_class": by_class(rows, names), "confusion": rows, "class_names": names}
