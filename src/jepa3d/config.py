@@ -165,7 +165,10 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's, ACT's)."""
+    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's, ACT's).
+
+    `encoder` is that of a run from scratch; with `init` it is what the loaded encoder was made with.
+    """
 
     lr: float = 5e-4
     batch_size: int = 32
@@ -183,12 +186,12 @@ class FinetuneConfig(RunConfig):
     labels: float = 1.0  # share of the train part that is labelled, drawn with the seed, stratified
     validation: float = 0.2  # share of the labelled shapes kept to choose the epoch by; a source's own part wins
     select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
-    votes: int = 1  # passes over scaled and moved copies of a test shape whose outputs are averaged
+    votes: int = 1  # passes over scaled and moved copies of a test shape whose probabilities are averaged
 
 
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's)."""
+    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's, which scales all axes alike)."""
 
     lr: float = 2e-4
     batch_size: int = 16

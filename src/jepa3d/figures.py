@@ -96,7 +96,12 @@ def draw_supervised(run: Path, path: Target, selected: str = "validation") -> No
 
     ValueError where the run has logged nothing.
     """
-    _draw_by_step(run, path, (("loss", ("loss",)), ("%", ("accuracy", "validation"))), {"validation": selected})
+    _draw_by_step(
+        run,
+        path,
+        (("loss", ("loss",)), ("%", ("accuracy", "validation", "test"))),
+        {"validation": selected, "test": selected},
+    )
 
 
 def _draw_by_step(

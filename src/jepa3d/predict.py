@@ -78,7 +78,10 @@ def _clouds(paths: Iterable[Path], num_points: int) -> Iterator[tuple[str, Point
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
             try:
-                yield name, enough_points(entry.read(), num_points, zlib.crc32(name.encode("utf-8", "surrogateescape")))
+                cloud = entry.read()
+                if cloud.total:
+                    print(f"{name}: a random {len(cloud):,} of its {cloud.total:,} points were read")
+                yield name, enough_points(cloud, num_points, zlib.crc32(name.encode("utf-8", "surrogateescape")))
             except (ReadError, OSError) as error:
                 print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
 
@@ -118,7 +121,6 @@ def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: 
     names = [f"property double {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
     header = ["ply", "format binary_little_endian 1.0", *used, f"element vertex {len(cloud)}", *names]
     header += ["property short part", "end_header", ""]
-    out.mkdir(parents=True, exist_ok=True)
     file = out / (Path(name).name.replace("#", "-") + ".ply")
     while file.exists():  # files of one name in different folders
         file = file.with_name(f"_{file.name}")
@@ -133,6 +135,7 @@ def part_colors(parts: list[int]) -> dict[int, tuple[int, int, int]]:
 
 
 def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
     partial.replace(path)

@@ -7,6 +7,7 @@ from typing import Any
 from jepa3d.config import (
     STAGE_ONE,
     TEACHERS,
+    FewshotConfig,
     FinetuneConfig,
     PretrainConfig,
     RunConfig,
@@ -72,6 +73,11 @@ def validate_finetune(config: FinetuneConfig) -> None:
     for name in ("validation", "dropout", "label_smoothing"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)} must lie in [0, 1)")
+    if isinstance(config, FewshotConfig):
+        if config.labels != 1:
+            raise ValueError(f"labels {config.labels}: all shots of an episode are labelled")
+        if config.votes > 1 and config.method != "finetune":
+            raise ValueError(f"votes {config.votes}: frozen features have none")
     layers = config.layers or () if isinstance(config, SegmentConfig) else ()
     if wrong := [layer for layer in layers if not 0 <= layer <= config.encoder.depth]:
         raise ValueError(f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}")

@@ -102,7 +102,7 @@ def test_selection_on_test_is_called_that_and_last_is_last(config, tmp_path):
     on_test = finetune(config(select="best-on-test", max_steps=48), tmp_path / "test")
     assert result(on_test)["selection"] == "best on test"
     lines = [json.loads(line) for line in (on_test / "metrics.jsonl").read_text().splitlines()]
-    best = max(line["validation"] for line in lines if "validation" in line)
+    best = max(line["test"] for line in lines if "test" in line)
     assert result(on_test)["metrics"]["overall_accuracy"] == pytest.approx(best)
     last = finetune(config(select="last"), tmp_path / "last")
     assert (result(last)["selection"], result(last)["validation"]) == ("last epoch", None)
@@ -172,6 +172,9 @@ def test_labelled_fractions_are_stratified_and_never_mix_with_validation():
     labels = np.repeat([0, 1, 2], [100, 40, 3])
     picked = stratified(labels, 0.1, np.random.default_rng(0))
     assert np.bincount(labels[picked]).tolist() == [10, 4, 1]
+    spared = stratified(np.repeat([0, 1], [10, 1]), 0.2, np.random.default_rng(0), keep=1)
+    assert spared.tolist() != []
+    assert 10 not in spared  # the only shape of its class stays for training
 
 
 def test_train_validation_and_test_are_disjoint(config):
@@ -201,6 +204,30 @@ def test_a_resumed_segmentation_is_the_uninterrupted_one(segment_config, tmp_pat
         finetune(segment_config(), tmp_path / "cut", stop_at=5)
     finetune(segment_config(), tmp_path / "cut", resume=True)
     assert result(whole)["metrics"] == result(tmp_path / "cut")["metrics"]
+
+
+def test_a_run_from_scratch_at_other_sizes_is_resumed_too(config, tmp_path):
+    with pytest.raises(Interrupted):
+        finetune(config(num_groups=12), tmp_path / "run", stop_at=4)
+    finetune(config(num_groups=12), tmp_path / "run", resume=True)
+    assert result(tmp_path / "run")["settings"]["num_groups"] == 12
+
+
+def test_a_share_of_the_labels_is_a_share_of_those_for_validation_too(config):
+    data = Labelled.load(config(), 64)
+    data = replace(data, validation=data.test)
+    assert training.selection(config(), data) == ("validation", 0.0)
+    assert data.divide(1.0, 0.0, 0)[1] is data.test
+    assert training.selection(config(labels=0.2), data) == ("last", 0.0)
+    assert data.divide(0.2, 0.0, 0)[1] is None
+    assert training.selection(config(labels=0.8), data) == ("validation", 0.2)
+
+
+def test_layers_are_those_of_the_encoder_that_is_loaded(segment_config, tmp_path):
+    PointEncoder(**ENCODER).save_pretrained(tmp_path / "given")
+    config = segment_config(init=str(tmp_path / "given"), layers=[1, 2, 3], encoder={"depth": 12})
+    with pytest.raises(ValueError, match="3 is not 0"):
+        finetune(config, tmp_path / "run")
 
 
 def test_scratch_weights_are_the_seed_s(config):

@@ -36,7 +36,6 @@ from jepa3d.models.encoder import PointEncoder
 
 METHODS = ("ncm", "logistic")
 QUERIES, FOLDS = 20, 10  # the published: test shapes a class, folds a setting
-SELECTION = "none: C, layer and pooling fixed in advance"
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
 Fold = tuple[PointClouds, PointClouds]  # train and test

@@ -34,7 +34,8 @@ class Labelled:
         """The shapes of `config.data`. Raises ReadError where labels, parts or a test part are missing."""
         clouds = load([config.data], num_points, "all", [config.up_axis], config.labels_key, parts=parts)
         if clouds.labels is None:
-            raise ReadError(f"{config.data}: has no labels; sub-folders are classes, and --labels-key names a bundle's")
+            told = "sub-folders are classes, and --labels-key names a bundle's"
+            raise ReadError(f"{config.data}: has no labels, or not of all its shapes; {told}")
         if clouds.split is None or not (clouds.split == SPLITS.index("test")).any():
             raise ReadError(f"{config.data}: has no test part; make one with: jepa3d prepare --split 0.2")
         return Labelled.of(clouds, config.data)
@@ -46,8 +47,8 @@ class Labelled:
         assert labels is not None
         assert split is not None
         both = np.intersect1d(labels[split == 0], labels[split == 1])
-        if len(both) < 2 and clouds.parts is None:
-            raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, at least 2 are needed")
+        if len(both) < (least := 2 if clouds.parts is None else 1):
+            raise ReadError(f"{clouds.name}: {len(both)} classes in both train and test, at least {least} are needed")
         names = tuple(clouds.class_names[i] if clouds.class_names else str(i) for i in both)
         dropped = len(np.unique(labels)) - len(both)
         kept = clouds.subset(np.flatnonzero(np.isin(labels, both)))
@@ -56,7 +57,7 @@ class Labelled:
         halves = {name: kept.subset(np.flatnonzero(kept.split == i)) for i, name in enumerate(SPLITS)}
         validation = halves["val"] if len(halves["val"]) else None
         report = Path(source) / "report.json"
-        layout = json.loads(report.read_text())["layout"] if report.is_file() else None
+        layout = json.loads(report.read_text()).get("layout") if report.is_file() else None
         parts: dict[str, Any] = {}
         if kept.parts is not None:
             train = halves["train"]
@@ -77,13 +78,16 @@ class Labelled:
         )
 
     def divide(self, share: float, held: float, seed: int) -> tuple[PointClouds, PointClouds | None]:
-        """The labelled `share` of train, and what of it (a fraction `held`), or of the source, is for validation."""
+        """The labelled `share` of train, less a fraction `held` of it for validation.
+
+        Where nothing is held and all is labelled, the source's own validation part, if it has one.
+        """
         labels = self.train.labels
         assert labels is not None
         chosen = np.arange(len(labels)) if share == 1 else stratified(labels, share, np.random.default_rng([seed, 0]))
-        if self.validation is not None or not held:
-            return self.train.subset(chosen), self.validation
-        spared = chosen[stratified(labels[chosen], held, np.random.default_rng([seed, 1]))]
+        if not held:
+            return self.train.subset(chosen), self.validation if share == 1 else None
+        spared = chosen[stratified(labels[chosen], held, np.random.default_rng([seed, 1]), keep=1)]
         return self.train.subset(np.setdiff1d(chosen, spared)), self.train.subset(spared)
 
     def record(self, train: PointClouds, validation: PointClouds | None, labels: float) -> dict[str, Any]:
@@ -95,10 +99,10 @@ class Labelled:
         }  # fmt: skip
 
 
-def stratified(labels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Sorted indices of about a `share` of each class, at least one of each."""
+def stratified(labels: np.ndarray, share: float, rng: np.random.Generator, keep: int = 0) -> np.ndarray:
+    """Sorted indices of about a `share` of each class, at least one of each, but leaving `keep` of each."""
     picked = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        picked.append(members[: max(1, round(share * len(members)))])
+        picked.append(members[: min(max(1, round(share * len(members))), len(members) - keep)])
     return np.sort(np.concatenate(picked))

@@ -28,7 +28,7 @@ def predict(
     predicted, probability = [], []
     for at in range(0, len(clouds), batch_size):
         index = np.arange(at, min(at + batch_size, len(clouds)))
-        points = network.encoder.prepare(clouds.batch(index).to(device))
+        points = network.encoder.prepare(clouds.batch(index))
         labels = np.zeros(len(index), int) if clouds.labels is None else clouds.labels[index]
         total = torch.zeros(())
         for vote in range(votes):

@@ -6,12 +6,13 @@ OUT/results.json            mean and standard deviation over folds
 """
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
+import torch
 
 from jepa3d.config import FewshotConfig
 from jepa3d.data.datasets import PointClouds, load
@@ -31,18 +32,21 @@ WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logisti
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     """Score every fold and write their mean. Raises ValueError, before anything is written, and loop.Interrupted."""
     started = runs.begin(out, resume)
-    validate_finetune(config)
     config = replace(config, select="last")  # W * S labels are too few to spare some
     encoder = start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
+    validate_finetune(config)
+    runs.check_batch("batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
         if runs.is_finished(out):
             return out
     points = config.num_points or config.encoder.num_points
     clouds, folds, drawn = _folds(config, points, out / "episodes.json")
-    name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}"
+    head = ", head only" if config.method == "finetune" and config.trained == "head" else ""
+    name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}{head}"
     if encoder is None and config.method != "finetune":
+        torch.manual_seed(config.seed)
         encoder = PointEncoder(**vars(config.encoder))
         calibrate_batchnorm(encoder, folds[0][0].batch(np.arange(len(folds[0][0]))))
     if started:
@@ -55,8 +59,14 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             fewshot.save_episodes(out / "episodes.json", drawn, clouds.fingerprint)
     runs.wait_for_everyone()
 
-    score = _finetuned if config.method == "finetune" else _frozen
-    scores, cost = score(config, out, name, clouds, folds, encoder)
+    if config.method == "finetune":
+        scores, cost = _finetuned(config, out, name, clouds, folds, encoder)
+    else:
+        assert encoder is not None
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        found = fewshot.run_frozen(encoder, clouds, drawn) if drawn else fewshot.run_frozen_folds(encoder, folds)
+        scores = found[config.method]
+        cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
     moments = fewshot.moments(scores)
     named = {"overall_accuracy": moments["mean"], "std_over_folds": moments["std"]}
     if runs.is_main():
@@ -80,8 +90,8 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             settings=arm_settings(config) | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
             cost=cost,
         )  # fmt: skip
-        write_json(out / "results.json", result.record())
         record = json.loads((out / "run.json").read_text())
+        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
         write_json(out / "run.json", record | {"status": "finished", "cost": cost})
     runs.wait_for_everyone()
     return out
@@ -98,32 +108,18 @@ def _finetuned(
     """Accuracy of every fold, each a run of its own with its own seed, and what they cost together."""
     scores, costs = [], []
     for i, (train, test) in enumerate(folds):
-        fold = replace(config, seed=config.seed + i, init=str(out / "start") if encoder else None)
+        fold = replace(config, seed=config.seed + i)
         names = train.class_names or tuple(map(str, range(config.ways)))
         data = Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names)
         folder = out / f"fold-{i}"
-        finetune(fold, folder, (folder / "config.json").is_file(), data=data, protocol=name)
+        finetune(fold, folder, (folder / "config.json").is_file(), data=data, encoder=encoder, protocol=name)
         done = json.loads((folder / "results.json").read_text())
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         print(f"fold {i}: {scores[-1]:.1f} %", flush=True)
+        for network in ("start", "model"):  # at the paper's size a gigabyte or two a setting, and no use
+            shutil.rmtree(folder / network, ignore_errors=True)
     return scores, {key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")}
-
-
-def _frozen(
-    config: FewshotConfig,
-    out: Path,
-    name: str,
-    clouds: PointClouds,
-    folds: list[fewshot.Fold],
-    encoder: PointEncoder | None,
-) -> tuple[list[float], dict[str, float]]:
-    """Accuracy of every fold on the last layer's features."""
-    assert encoder is not None
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    each = track(folds, "scoring folds", transient=True)
-    scores = [fewshot.run_frozen_folds(encoder, [fold])[config.method][0] for fold in each]
-    return scores, {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
 
 
 def _folds(

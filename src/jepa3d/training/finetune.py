@@ -41,17 +41,19 @@ def finetune(
     resume: bool = False,
     stop_at: int | None = None,
     data: Labelled | None = None,
+    encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
     """Train a classifier (of a SegmentConfig a part segmenter) into `out`, choose its epoch, test it once.
 
-    `data` None loads `config.data`. Raises ValueError for settings or data that cannot work, before anything is
-    written, and loop.Interrupted.
+    `data` None loads `config.data`, `encoder` None loads `config.init`. Raises ValueError for settings or data that
+    cannot work, before anything is written, and loop.Interrupted.
     """
     started = runs.begin(out, resume)
-    validate_finetune(config)
-    encoder = start_encoder(config, out / "start" if started else None)
+    encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
+    validate_finetune(config)
+    runs.check_batch("batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
         if runs.is_finished(out):
@@ -70,11 +72,13 @@ def finetune(
     runs.wait_for_everyone()
 
     seen = {"validation": validation, "best-on-test": data.test, "last": None}[select]
+    part = "test" if select == "best-on-test" else "validation"
     look = (lambda: score(network, seen)) if seen is not None else None
     objective = Supervised(network, config.label_smoothing, config.trained == "head")
     task = Task(
-        objective, config, "model", network, targets=partial(_targets, train), look=look, layer_decay=config.layer_decay
-    )
+        objective, config, "model", network, targets=partial(_targets, train), look=look, looks_at=part,
+        layer_decay=config.layer_decay,
+    )  # fmt: skip
     state = fit(task, train, config, out, stop_at)
     if seen is not None:
         network = type(network).from_pretrained(out / "best")
@@ -84,14 +88,14 @@ def finetune(
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
         held = None if validation is None else figures(network, validation, predict(network, validation))[0]
-        cost = runs.finish(out, state)
+        record = json.loads((out / "run.json").read_text())
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
         result = Result(
             task="segment" if segments else "classify",
             protocol=protocol or protocol_name(config),
             data=data.record(train, validation, config.labels),
             init=init_name(config.init),
-            pretraining=json.loads((out / "run.json").read_text())["pretraining"],
+            pretraining=record["pretraining"],
             seed=config.seed,
             selection=names[select],
             votes=config.votes,
@@ -99,9 +103,10 @@ def finetune(
             validation=held,
             details=details,
             settings=arm_settings(config),
-            cost=cost,
+            cost=runs.cost_of(out, state),
         )
-        write_json(out / "results.json", result.record())
+        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
+        runs.finish(out, state)
         shutil.rmtree(out / "best", ignore_errors=True)
     runs.wait_for_everyone()
     return out
@@ -169,7 +174,7 @@ def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
     """How the epoch is chosen, and the share of the labelled shapes that this takes."""
     if config.select != "validation":
         return config.select, 0.0
-    if data.validation is not None:
+    if data.validation is not None and config.labels == 1:
         return "validation", 0.0
     if (labelled := len(data.divide(config.labels, 0.0, config.seed)[0])) < FEW or config.validation == 0:
         print(f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts")
@@ -191,10 +196,11 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
     sizes = {"num_points": num_points(config), "num_groups": config.num_groups or encoder.num_groups}
     names = (
         "lr", "weight_decay", "epochs", "max_steps", "warmup_epochs", "batch_size", "labels", "trained", "layer_decay",
-        "dropout", "label_smoothing", "scale", "rotate", "translate", "mixed_precision", "labels_key",
+        "dropout", "label_smoothing", "scale", "rotate", "translate", "mixed_precision", "labels_key", "layers",
+        "validation", "clip_grad", "min_lr", "up_axis",
     )  # fmt: skip
-    sizes |= {"embed_dim": encoder.embed_dim, "depth": encoder.depth, "group_size": encoder.group_size}
-    return json.loads(json.dumps({name: getattr(config, name) for name in names})) | sizes
+    sizes |= {name: getattr(encoder, name) for name in ("embed_dim", "depth", "num_heads", "group_size", "drop_path")}
+    return json.loads(json.dumps({name: getattr(config, name) for name in names if hasattr(config, name)})) | sizes
 
 
 def init_name(init: str | None, none: str = "scratch") -> str:
@@ -208,10 +214,12 @@ def pretraining_of(init: str | None) -> dict | None:
     """What a run says of its encoder; None where `init` is no run, or a run's untrained encoder."""
     if init is None or Path(init).name == "untrained":
         return None
-    folder = next((f for f in (Path(init), Path(init).parent) if (f / "run.json").is_file()), None)
-    if folder is None or not (folder / "config.json").is_file():
+    around = [folder for folder in (Path(init), *Path(init).parents[:2]) if (folder / "run.json").is_file()]
+    if not around or not (around[0] / "config.json").is_file():
         return None
-    config, record = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "run"))
+    config, record = (json.loads((around[0] / f"{name}.json").read_text()) for name in ("config", "run"))
+    if "objective" not in config:  # a fine-tuning run
+        return None
     names = ("objective", "teacher", "seed", "max_steps", "epochs", "sampler", "encoder", "rotate")
     known = {name: config.get(name) for name in names}
     return known | {name: record.get(name) for name in ("data", "cost", "commit")}

@@ -51,6 +51,7 @@ class Task:
     augments: bool = True  # False: the objective augments its views itself
     targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None  # what is known of the shapes at an index
     look: Callable[[], float] | None = None  # a score after every epoch; the weights of the best are kept in RUN/best
+    looks_at: str = "validation"  # or test: the part that it scores
     layer_decay: float = 1.0
 
 
@@ -119,7 +120,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                 }
                 figures |= objective.metrics(output)
                 if task.look and looked:
-                    figures["validation"] = score = task.look()
+                    figures[task.looks_at] = score = task.look()
                     model.train()
                     if state["best"] is None or score > state["best"]["score"]:
                         state["best"] = {"step": step, "score": score}

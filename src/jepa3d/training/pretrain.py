@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from jepa3d import config as settings
 from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
@@ -28,7 +27,7 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint, runs
-from jepa3d.training.loop import ON_CPU, Task, fit
+from jepa3d.training.loop import Task, fit
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
@@ -186,7 +185,5 @@ def dry_run(config: PretrainConfig) -> None:
 def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     validate(config)
-    processes = PartialState(cpu=ON_CPU).num_processes
     for objective in (*config.stages, config.objective):
-        if (size := config.schedule(objective).batch_size) % processes:
-            raise ValueError(f"{objective}: batch_size {size} is not a multiple of the {processes} processes")
+        runs.check_batch(f"{objective}: batch_size", config.schedule(objective).batch_size)

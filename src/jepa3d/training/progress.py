@@ -15,6 +15,7 @@ SHOWN = (
     "loss",
     "accuracy",
     "validation",
+    "test",
     "constant_loss",
     "prediction_std",
     "prediction_rankme",

@@ -74,16 +74,28 @@ def create(
     checkpoint.replace_folder(out, write, new=True)
 
 
-def finish(out: Path, state: dict) -> dict:
-    """Write a run's cost, that of its stage I beside it, and drop its checkpoints. Returns the cost."""
-    record = json.loads((out / "run.json").read_text())
+def check_batch(name: str, size: int) -> None:
+    """ValueError for a batch that the processes cannot share evenly."""
+    processes = PartialState(cpu=ON_CPU).num_processes
+    if size % processes:
+        raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
+
+
+def cost_of(out: Path, state: dict) -> dict[str, float]:
+    """What a run has cost, its stage I beside it."""
     cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
     before = [json.loads(stage.read_text())["cost"] for stage in (out / "stage1").glob("*/run.json")]
     for key in ("cpu_seconds", "wall_seconds"):
         cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
-    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": state["metrics"]})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return cost
+
+
+def finish(out: Path, state: dict) -> None:
+    """Write a run's cost, call it finished, and drop its checkpoints."""
+    record = json.loads((out / "run.json").read_text())
+    done = {"status": "finished", "cost": cost_of(out, state), "metrics": state["metrics"]}
+    write_json(out / "run.json", record | done)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 def is_main() -> bool:
@@ -106,6 +118,8 @@ def show_result(out: Path) -> None:
     shown = {name.replace("_", " "): value for name, value in result["metrics"].items() if value is not None}
     metrics = ", ".join(f"{name} {value:.1f} %" for name, value in shown.items())
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
+    if dropped := data.get("dropped_classes"):
+        print(f"{dropped} classes that train or test lacks were dropped")
     print(
         f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
         f"(selection: {result['selection']}{votes}; {data['train']:,} train, {data['validation']:,} validation)"
