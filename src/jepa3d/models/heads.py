@@ -129,8 +129,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = uniform(generator, tuple(x.shape), x.device) >= self.rate
-        return x * keep / (1 - self.rate)
+        keep = (uniform(generator, tuple(x.shape), x.device) >= self.rate).to(x.dtype)
+        return x * keep.mul_(1 / (1 - self.rate))
 
 
 def _group(encoder: PointEncoder, points: Tensor, generator: BatchGenerator | None) -> Groups:
