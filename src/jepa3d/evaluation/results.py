@@ -127,9 +127,8 @@ def read_run(folder: Path) -> Run:
     result = _json(file)
     if not isinstance(result, dict) or result.get("task") not in list(CHOSEN_BY):
         raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
-    for name, kind in _NEEDED.items():
-        if not isinstance(result.get(name), kind):
-            raise ValueError(f"{file}: {name} is {result.get(name)!r}, not a {kind.__name__}")
+    if wrong := [name for name, kind in _NEEDED.items() if not isinstance(result.get(name), kind)]:
+        raise ValueError(f"{file}: {wrong[0]} is {result.get(wrong[0])!r}, not a {_NEEDED[wrong[0]].__name__}")
     for name in ("validation", "pretraining", "cost"):
         if not isinstance(result.setdefault(name, None), dict | None):
             raise ValueError(f"{file}: {name} is {result[name]!r}, neither null nor a dict")
