@@ -44,6 +44,11 @@ def _cloud_axes(axes, reach: float, zoom: float) -> None:
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
 
 
+def _save(figure, path: Target) -> None:
+    figure.savefig(path, dpi=110)
+    _pyplot().close(figure)
+
+
 def read_metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, oldest first; a line that is still being written is left out."""
     path = run / "metrics.jsonl"
@@ -77,8 +82,7 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
             if row == 0:
                 axes.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 0.96, 0, 0)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_curves(run: Path, path: Target) -> None:
@@ -126,8 +130,7 @@ def _draw_by_step(
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
@@ -144,8 +147,7 @@ def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
@@ -162,8 +164,7 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
         _cloud_axes(axes, 0.8, 1.3)
         axes.set_title(_text(title[-24:]), fontsize=7, pad=0)
     figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.05)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_parts(points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target) -> None:
@@ -187,8 +188,7 @@ def draw_parts(points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, tit
             _cloud_axes(axes, 0.75, 1.3)
             axes.set_title(f"{_text(title[-20:])}, {name}" if side == 0 else name, fontsize=8, pad=0)
     figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.06)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_tsne(
@@ -219,8 +219,7 @@ def draw_tsne(
     handles, names = grid[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="lower center", ncols=columns, fontsize=8, frameon=False, markerscale=2)
     figure.subplots_adjust(0.01, legend / (4.4 + legend), 0.99, 0.94, 0.03)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Target) -> None:
@@ -240,5 +239,4 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Targ
     for row, column in np.argwhere(confusion):
         color = "white" if share[row, column] > 0.5 else "black"
         axes.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=font, color=color)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path)

@@ -5,11 +5,9 @@ Every function escapes the texts that it is given and returns HTML; only `sectio
 
 import base64
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, BinaryIO
 
 STYLE = """
@@ -156,13 +154,3 @@ def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
 def pictures(html: str) -> list[bytes]:
     """The PNGs of a page, in its order."""
     return [base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([\w+/=]+)", html)]
-
-
-def write(path: Path, content: bytes) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -1,8 +1,9 @@
-"""Frozen dataclasses of settings from plain values (YAML, JSON) and back."""
+"""Frozen dataclasses of settings from plain values (YAML, JSON) and back, and files that are written whole."""
 
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -71,6 +72,20 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
 def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:

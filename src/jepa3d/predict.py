@@ -19,6 +19,7 @@ from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.ops import farthest_point_sample
+from jepa3d.plain import write_bytes
 
 _CHUNK = 2**16  # points segmented at once
 
@@ -56,7 +57,8 @@ def predict_files(run: Path, paths: list[Path], out: Path, category: str | None 
         buffer = io.StringIO()
         csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
         if rows:
-            _write(out, buffer.getvalue().encode("utf-8", "surrogateescape"))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(out, buffer.getvalue().encode("utf-8", "surrogateescape"))
     if not written:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
     print(f"written: {out}, {what}")
@@ -107,7 +109,8 @@ def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.nd
     radius = (chosen - center).norm(dim=-1).max()
     seen, number = (chosen - center) / radius, torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]
-    logits = [network(seen, number, at=(chunk - center) / radius) for chunk in points.split(_CHUNK, 1)]
+    encoded = network.encode(seen)
+    logits = (network.decode((chunk - center) / radius, *encoded, number) for chunk in points.split(_CHUNK, 1))
     return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
 
 
@@ -124,7 +127,8 @@ def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: 
     file = out / (Path(name).name.replace("#", "-") + ".ply")
     while file.exists():  # files of one name in different folders
         file = file.with_name(f"_{file.name}")
-    _write(file, "\n".join(header).encode() + rows.tobytes())
+    out.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, "\n".join(header).encode() + rows.tobytes())
     return 1
 
 
@@ -132,10 +136,3 @@ def part_colors(parts: list[int]) -> dict[int, tuple[int, int, int]]:
     """A colour a part, evenly spaced in hue."""
     hues = [colorsys.hsv_to_rgb(i / len(parts), 0.75, 0.95) for i in range(len(parts))]
     return {part: (round(255 * r), round(255 * g), round(255 * b)) for part, (r, g, b) in zip(parts, hues, strict=True)}
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -15,8 +15,8 @@ from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.models.heads import Classifier
 from jepa3d.models.teacher import load_module
-from jepa3d.page import Bar, facts, folded, note, page, picture, pictures, section, show, table, tiles, write
-from jepa3d.plain import differences, from_dict, to_dict
+from jepa3d.page import Bar, facts, folded, note, page, picture, pictures, section, show, table, tiles
+from jepa3d.plain import differences, from_dict, to_dict, write_bytes
 from jepa3d.training import checkpoint
 
 KINDS = {
@@ -49,11 +49,11 @@ def report(run: Path, data: str | None = None, out: Path | None = None, figures_
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: --out names an .html file in a folder that exists")
     html = render(run, data)
-    write(out, html.encode())
+    write_bytes(out, html.encode())
     if figures_to:
         figures_to.mkdir(parents=True, exist_ok=True)
         for i, png in enumerate(pictures(html), 1):
-            write(figures_to / f"figure-{i}.png", png)
+            write_bytes(figures_to / f"figure-{i}.png", png)
     return out
 
 

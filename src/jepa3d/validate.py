@@ -74,6 +74,8 @@ def validate_finetune(config: FinetuneConfig) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)} must lie in [0, 1)")
     if isinstance(config, FewshotConfig):
+        if config.ways < 2:
+            raise ValueError(f"ways {config.ways} must be at least 2")
         if config.labels != 1:
             raise ValueError(f"labels {config.labels}: all shots of an episode are labelled")
         if config.votes > 1 and config.method != "finetune":

@@ -202,6 +202,12 @@ def test_classes_of_one_half_are_dropped_and_counted():
     assert train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
+def test_a_source_s_validation_part_is_neither_train_nor_test():
+    train, test, _ = shared_classes(clouds([0, 1, 0, 1, 0, 1], np.array([0, 0, 0, 1, 1, 2])))
+    assert train.points[:, 0, 0].tolist() == [0, 6, 12]
+    assert test.points[:, 0, 0].tolist() == [18, 24]
+
+
 def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     split = np.repeat([0, 1], [40, 10])
     source = clouds(np.arange(50) % 4, split)

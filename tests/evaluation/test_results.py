@@ -80,8 +80,8 @@ def test_seeds_of_a_pretraining_are_one_arm_and_other_pretrainings_another(make,
     make("d", 81.0, **pretrained(3, teacher=["untrained"]))
     make("e", 82.0, **pretrained(4, data={"fingerprint": "other"}))
     make("f", 83.0, init="someone/encoder")
-    make("g", 70.0, init="runs/jepa-0/untrained")
-    make("h", 72.0, init="runs/jepa-1/untrained", seed=1)
+    make("g", 70.0, init="untrained")
+    make("h", 72.0, init="untrained", seed=1)
     (sheet, *_) = tables([tmp_path])
     found = list(zip(column(sheet, "init"), column(sheet, "seeds"), column(sheet, "overall_accuracy"), strict=True))
     assert found[:2] == [("untrained", "2", "71.00 ± 1.41"), ("runs/jepa-0", "2", "91.00 ± 1.41")]
@@ -89,18 +89,11 @@ def test_seeds_of_a_pretraining_are_one_arm_and_other_pretrainings_another(make,
     assert len({row[0] for row in found}) == 6  # arms of the same name are told apart
 
 
-def test_a_pretraining_run_on_disk_is_told_by_all_its_settings(make, tmp_path):
-    for name, seed, ratio in (("jepa-0", 0, 0.6), ("jepa-1", 1, 0.6), ("dense-0", 0, 0.9)):
-        folder = tmp_path / "pretraining" / name
-        (folder / "encoder").mkdir(parents=True)
-        config = {"objective": "jepa", "seed": seed, "log_every": 10 + seed, "sampler": {"mask_ratio": ratio}}
-        config["teacher"] = [f"runs/mae-{seed}"]
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "encoder" / "config.json").write_text("{}")
-    for i, (name, seed) in enumerate([("jepa-0", 0), ("jepa-1/encoder", 1), ("dense-0", 0)]):
-        start = pretrained(seed) | {"init": str(tmp_path / "pretraining" / name)}
-        make(f"runs/{i}", **start)
-    assert [len(arm.runs) for arm in arms_of(read_runs([tmp_path / "runs"])[0])] == [2, 1]
+def test_a_pretraining_is_told_by_all_its_settings_but_seeds_and_bookkeeping(make, tmp_path):
+    for i, (seed, ratio, which) in enumerate([(0, 0.6, ""), (1, 0.6, ""), (2, 0.9, ""), (3, 0.6, "snapshots/step-9")]):
+        record = {"sampler": {"mask_ratio": ratio}, "teacher": [f"runs/mae-{seed}"], "log_every": 10 + seed}
+        make(f"runs/{i}", **pretrained(seed, encoder_of=which, cost={"step": seed}, **record))
+    assert [len(arm.runs) for arm in arms_of(read_runs([tmp_path / "runs"])[0])] == [2, 1, 1]
 
 
 def test_different_settings_protocols_data_and_selection_are_not_averaged(make, tmp_path):

@@ -87,3 +87,9 @@ def test_too_few_classes_is_said_before_anything_is_written(config, tmp_path):
     with pytest.raises(ValueError, match="4 classes with 4 train and 5 test shapes each are needed, 3 are there"):
         run_fewshot(config(ways=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_one_way_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="ways 1 must be at least 2"):
+        run_fewshot(config(ways=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,5 @@
 """Labelled shapes in, a network for a task out: classify, segment, fewshot, predict."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,9 +24,7 @@ def classify(
     resume: Resume = False,
 ) -> None:
     """Fine-tune a classifier of whole shapes, choose its epoch on validation, test it once."""
-    from jepa3d.training.finetune import finetune
-
-    _run("classify", finetune, config, out, resume)
+    _run("classify", config, out, resume)
 
 
 @app.command
@@ -40,9 +37,7 @@ def segment(
     resume: Resume = False,
 ) -> None:
     """Fine-tune a part segmenter, choose its epoch on validation, test it once."""
-    from jepa3d.training.finetune import finetune
-
-    _run("segment", finetune, config, out, resume)
+    _run("segment", config, out, resume)
 
 
 @app.command
@@ -55,9 +50,7 @@ def fewshot(
     resume: Resume = False,
 ) -> None:
     """Few-shot episodes: the published folds, or seeded ones; fine-tuned, or on frozen features."""
-    from jepa3d.training.fewshot import run_fewshot
-
-    _run("fewshot", run_fewshot, config, out, resume)
+    _run("fewshot", config, out, resume)
 
 
 @app.command
@@ -91,12 +84,17 @@ def predict(
     predict_files(run, files, out, category, up_axis)
 
 
-def _run(command: str, action: Callable, config: FinetuneConfig, out: Path, resume: bool) -> None:
+def _run(command: str, config: FinetuneConfig, out: Path, resume: bool) -> None:
+    from jepa3d.training.fewshot import run_fewshot
+    from jepa3d.training.finetune import finetune
     from jepa3d.training.loop import Interrupted
     from jepa3d.training.runs import is_main, show_result
 
     try:
-        action(config, out, resume)
+        if isinstance(config, FewshotConfig):
+            run_fewshot(config, out, resume)
+        else:
+            finetune(config, out, resume)
     except Interrupted as stop:
         raise KeyboardInterrupt(f"{stop}; continue with: jepa3d {command} --out {out} --resume") from None
     if is_main():

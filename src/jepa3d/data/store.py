@@ -22,6 +22,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.plain import write_bytes
 
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
@@ -221,7 +222,9 @@ class StoreWriter:
             self.header |= {"num_points": settings["points"], "class_names": [], "part_names": list(part_names)}
             self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / "store.json", json.dumps(self.header).encode())  # from now on a store: it can be continued
+            write_bytes(
+                path / "store.json", json.dumps(self.header).encode()
+            )  # from now on a store: it can be continued
         else:
             store = Store(path, unfinished=True)
             self.header = store.header
@@ -279,7 +282,7 @@ class StoreWriter:
             names = self._clouds[0].keys()
             content = save({name: np.concatenate([cloud[name] for cloud in self._clouds]) for name in names})
             file = f"points-{len(header['shards']):05d}.safetensors"
-            _write(self.path / file, content)
+            write_bytes(self.path / file, content)
             crc = 0
             for name, (kind, tail) in COLUMNS.items():
                 rows = np.array(self._rows[name], kind).reshape(-1, *tail).tobytes()
@@ -290,7 +293,7 @@ class StoreWriter:
             digest = hashlib.sha256(content).hexdigest()
             shard = {"file": file, "clouds": len(self._clouds), "points": points, "sha256": digest, "index_crc32": crc}
             header = header | {"shards": [*header["shards"], shard]}
-        _write(self.path / "store.json", json.dumps(header, indent=1).encode())
+        write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
         self.header, self._size = header, sizes  # only now, so that a commit that failed can be made again
         self._rows, self._clouds = {name: [] for name in COLUMNS}, []
         self._keys, self._bytes = [], 0
@@ -319,20 +322,6 @@ class StoreWriter:
 def _row_bytes(name: str) -> int:
     kind, tail = COLUMNS[name]
     return np.dtype(kind).itemsize * int(np.prod(tail))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:

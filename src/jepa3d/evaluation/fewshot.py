@@ -15,27 +15,22 @@ the two that `probe`'s logistic_10 chooses from. What a query shape is called de
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS
+from jepa3d.evaluation import classifiers
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.protocol import write_json
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 
-METHODS = ("ncm", "logistic")
-QUERIES, FOLDS = 20, 10  # the published: test shapes a class, folds a setting
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
 Fold = tuple[PointClouds, PointClouds]  # train and test
@@ -52,19 +47,13 @@ class Episode(NamedTuple):
 # ------------------------------------------------------------------------------------------------ drawn episodes
 
 
-def draw_episodes(
-    clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int = QUERIES
-) -> list[Episode]:
+def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int) -> list[Episode]:
     """Episodes of `ways` classes with `shots` train and `queries` test shapes of each, all without replacement.
 
     Episode i depends on the data, seed, ways, shots, queries and i alone, not on how many are drawn. Classes are drawn
     among those that have enough shapes in both parts. `queries` is never cut down silently: every class counts alike,
     and accuracy is then also the mean over classes. Raises ValueError, and says with how many queries it would do.
     """
-    least = {"ways": (ways, 2), "shots": (shots, 1), "folds": (folds, 1), "queries": (queries, 1), "seed": (seed, 0)}
-    for name, (value, lowest) in least.items():
-        if value < lowest:
-            raise ValueError(f"{name} {value}: at least {lowest}")
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
         raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
@@ -134,17 +123,17 @@ def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.n
 def published_folds(
     folder: Path,
     num_points: int,
-    up_axis: str = "z",
-    ways: int | None = None,
-    shots: int | None = None,
-    folds: int = FOLDS,
-    queries: int = QUERIES,
+    up_axis: str,
+    ways: int,
+    shots: int,
+    folds: int,
+    queries: int,
 ) -> list[Fold] | None:
     """Train and test parts, labels 0 to W - 1, of the folds 0, 1 ... that `jepa3d prepare ModelNetFewshot` stored.
 
-    folder: that of one setting (`D/5way_10shot`), or one around settings, of which `ways` and `shots` name one where
-    there are more. None where `folder` is no such thing. Raises ReadError where one of the first `folds` is missing or
-    unfinished, or has not exactly W classes of S train and `queries` test shapes.
+    folder: that of the setting (`D/5way_10shot`), or one around it. None where `folder` is no such thing. Raises
+    ReadError where the setting, or one of its first `folds`, is missing or unfinished, or has not exactly W classes of
+    S train and `queries` test shapes.
     """
     found: dict[tuple[int, int], Path] = {}
     for path in [folder, *sorted(folder.glob("*way*shot")), *sorted(folder.glob("*/*way*shot"))]:
@@ -153,12 +142,11 @@ def published_folds(
             found.setdefault((int(name[1]), int(name[2])), path)
     if not found:
         return None
-    asked = [setting for setting in found if ways in (None, setting[0]) and shots in (None, setting[1])]
-    if len(asked) != 1:
+    if (ways, shots) not in found:
         names = ", ".join(f"{a}-way {b}-shot" for a, b in sorted(found))
-        wanted = f", not {ways or 'any'}-way {shots or 'any'}-shot" if not asked else "; choose one by ways and shots"
-        raise ReadError(f"{folder}: holds {names}{wanted}")
-    return [_published(found[asked[0]] / str(i), num_points, up_axis, *asked[0], queries, folds) for i in range(folds)]
+        raise ReadError(f"{folder}: holds {names}, not {ways}-way {shots}-shot")
+    own = found[ways, shots]
+    return [_published(own / str(i), num_points, up_axis, ways, shots, queries, folds) for i in range(folds)]
 
 
 def _published(path: Path, num_points: int, up_axis: str, ways: int, shots: int, queries: int, folds: int) -> Fold:
@@ -189,10 +177,7 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
     in Classifier-Baseline (Chen et al., arXiv 2003.04390); SimpleShot's distance is Euclidean.
     """
     if method == "logistic":
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=1000))
-        return np.asarray(model.fit(support, y).predict(query))
-    if method != "ncm":
-        raise ValueError(f"method {method!r}: one of {', '.join(METHODS)}")
+        return classifiers.predict("logistic", _C, support, y, query)
     center, classes = support.mean(0), np.unique(y)
     known = _unit(support - center)
     means = _unit(np.stack([known[y == number].mean(0) for number in classes]))
@@ -204,62 +189,29 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def frozen_scores(
-    support: np.ndarray, y: np.ndarray, query: np.ndarray, y_query: np.ndarray, layer: int = -1
-) -> dict[str, float]:
-    """Accuracy in per cent by method on features [L, s, E] and [L, q, E]. Raises ValueError for a layer not there."""
-    if not -len(support) <= layer < len(support):
-        raise ValueError(f"layer {layer}: the network has layers 0 to {len(support) - 1}, -1 is the last")
-    return {
-        method: 100 * float((predict(method, support[layer], y, query[layer]) == y_query).mean()) for method in METHODS
-    }
+def run_frozen(model: PointEncoder | DVAE, clouds: PointClouds, episodes: list[Episode], method: str) -> list[float]:
+    """Accuracy of each episode in per cent. Each shape is encoded once, however many episodes have it.
 
-
-def run_frozen(
-    model: PointEncoder | DVAE,
-    clouds: PointClouds,
-    episodes: list[Episode],
-    layer: int = -1,
-    pooling: str = "mean_max",
-) -> dict[str, list[float]]:
-    """Accuracies in per cent over the episodes, by method. Each shape is encoded once, however many episodes have it.
-
-    Raises ValueError for a layer not there and for episodes of other data.
+    Raises ValueError for episodes of other data.
     """
     labels = [[_numbers(clouds, rows, episode.classes) for rows in episode[:2]] for episode in episodes]
     needed = np.unique(np.concatenate([rows for episode in episodes for rows in episode[:2]]))
-    features = layer_features(model, clouds.subset(needed), pooling)
-    return _by_method(
-        frozen_scores(
-            features[:, np.searchsorted(needed, episode.support)],
-            y,
-            features[:, np.searchsorted(needed, episode.query)],
-            y_query,
-            layer,
-        )
-        for episode, (y, y_query) in zip(episodes, labels, strict=True)
-    )
+    features = layer_features(model, clouds.subset(needed))[-1]
+    scores = []
+    for episode, (y, y_query) in zip(episodes, labels, strict=True):
+        x, x_query = (features[np.searchsorted(needed, rows)] for rows in episode[:2])
+        scores.append(_accuracy(method, x, y, x_query, y_query))
+    return scores
 
 
-def run_frozen_folds(
-    model: PointEncoder | DVAE, folds: list[Fold], layer: int = -1, pooling: str = "mean_max"
-) -> dict[str, list[float]]:
-    """`run_frozen` of folds that are train and test parts, the published. Raises ValueError for a layer not there."""
-
-    def score(train: PointClouds, test: PointClouds) -> dict[str, float]:
-        assert train.labels is not None
-        assert test.labels is not None
-        x, x_test = (layer_features(model, part, pooling) for part in (train, test))
-        return frozen_scores(x, train.labels, x_test, test.labels, layer)
-
-    return _by_method(score(*fold) for fold in folds)
+def run_frozen_folds(model: PointEncoder | DVAE, folds: list[Fold], method: str) -> list[float]:
+    """`run_frozen` of folds that are train and test parts, the published."""
+    scores = []
+    for train, test in folds:
+        x, x_test = (layer_features(model, part)[-1] for part in (train, test))
+        scores.append(_accuracy(method, x, train.labels, x_test, test.labels))
+    return scores
 
 
-def _by_method(scores: Iterable[dict[str, float]]) -> dict[str, list[float]]:
-    scores = list(scores)
-    return {method: [score[method] for score in scores] for method in METHODS}
-
-
-def moments(values: list[float]) -> dict[str, float | None]:
-    """Mean and sample std (n - 1) over folds; one fold has no std."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+def _accuracy(method: str, support: np.ndarray, y, query: np.ndarray, y_query) -> float:
+    return 100 * float((predict(method, support, y, query) == y_query).mean())

@@ -77,14 +77,19 @@ class Labelled:
             **parts,
         )
 
+    def labelled(self, share: float, seed: int) -> np.ndarray:
+        """Rows of train whose labels are known, a stratified `share` of them."""
+        labels = self.train.labels
+        assert labels is not None
+        return np.arange(len(labels)) if share == 1 else stratified(labels, share, np.random.default_rng([seed, 0]))
+
     def divide(self, share: float, held: float, seed: int) -> tuple[PointClouds, PointClouds | None]:
         """The labelled `share` of train, less a fraction `held` of it for validation.
 
         Where nothing is held and all is labelled, the source's own validation part, if it has one.
         """
-        labels = self.train.labels
+        chosen, labels = self.labelled(share, seed), self.train.labels
         assert labels is not None
-        chosen = np.arange(len(labels)) if share == 1 else stratified(labels, share, np.random.default_rng([seed, 0]))
         if not held:
             return self.train.subset(chosen), self.validation if share == 1 else None
         spared = chosen[stratified(labels[chosen], held, np.random.default_rng([seed, 1]), keep=1)]

@@ -30,9 +30,10 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
+from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.protocol import provenance
+from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
@@ -137,19 +138,20 @@ def shared_classes(clouds: PointClouds, part: Part = "test") -> tuple[PointCloud
         raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
     if clouds.split is None:
         raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
-    labels, in_train = clouds.labels, clouds.split == 0
+    labels, (in_train, in_test) = clouds.labels, (clouds.split == SPLITS.index(name) for name in ("train", "test"))
     if part == "validation":
         if in_train.sum() < 5:
             raise ReadError(f"{clouds.name}: {in_train.sum()} train shapes, and validation needs a fifth of them")
         clouds, labels = clouds.subset(in_train), labels[in_train]
         in_train = np.isin(np.arange(len(labels)), _fifth(labels, seed=0)[0])
-    both = np.intersect1d(labels[in_train], labels[~in_train])
+        in_test = ~in_train
+    both = np.intersect1d(labels[in_train], labels[in_test])
     if len(both) < 2:
         raise ReadError(f"{clouds.name}: {len(both)} classes in both train and {part}, a probe needs at least 2")
     if np.bincount(labels[in_train])[both].max() < 2:
         raise ReadError(f"{clouds.name}: one train shape a class, a probe needs two to choose on one of them")
     kept = np.isin(labels, both)
-    return clouds.subset(kept & in_train), clouds.subset(kept & ~in_train), len(np.unique(labels)) - len(both)
+    return clouds.subset(kept & in_train), clouds.subset(kept & in_test), len(np.unique(labels)) - len(both)
 
 
 def probe(
@@ -257,10 +259,6 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     These are of the overall accuracy; beside them stand those of the mean class accuracy where a protocol has one.
     """
 
-    def moments(values: list[float]) -> dict:
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return {"mean": float(np.mean(values)), "std": std, "runs": len(values)}
-
     table: dict[str, dict] = {}
     for protocol in protocols:
         for key in ("accuracy", "mean_class_accuracy"):
@@ -272,7 +270,7 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
                 untrained = values["untrained"]
                 values["gain"] = {run: score - untrained[run] for run, score in values["pretrained"].items()}
             for model, by_run in values.items():
-                found = moments(list(by_run.values()))
+                found = moments(list(by_run.values())) | {"runs": len(by_run)}
                 of_model = table.setdefault(model, {})
                 of_model[protocol] = found if key == "accuracy" else of_model[protocol] | {key: found}
     return table

@@ -1,17 +1,20 @@
 """What a number needs to be worth something: where it came from and how it was chosen."""
 
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from jepa3d.plain import write_bytes
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ def _commit() -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, json.dumps(value, indent=2).encode())
+
+
+def moments(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample std (n - 1); one value has no std."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}

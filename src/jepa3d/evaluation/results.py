@@ -105,13 +105,11 @@ def _below(folder: Path, unfinished: list[Path]) -> list[Path]:
 
 def _is_unfinished(folder: Path) -> bool:
     """Whether it is a fine-tuning run (a pretraining run's config names no task) that has no result."""
-    return (folder / "run.json").is_file() and not (folder / "results.json").is_file() and "task" in _config(folder)
-
-
-def _config(folder: Path) -> dict:
-    """What config.json says; empty where there is none."""
-    values = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return values if isinstance(values, dict) else {}
+    return (
+        (folder / "run.json").is_file()
+        and not (folder / "results.json").is_file()
+        and "task" in _json(folder / "config.json")
+    )
 
 
 def _json(file: Path) -> Any:
@@ -139,26 +137,12 @@ def read_run(folder: Path) -> Run:
 
 
 def _origin(init: str, record: dict | None) -> str:
-    """What an encoder began as, the same for all seeds of a pretraining run and its untrained encoder.
-
-    By the pretraining run's settings where it still lies at `init`, else by what the result's record of it says.
-    """
-    path = Path(init)
-    if init in BASES or path.name == "untrained":
-        return path.name
-    for folder in (path, path.parent, path.parent.parent) if path.is_dir() else ():
-        config = _config(folder)
-        if {"objective", "seed"} <= config.keys():
-            kept = {name: value for name, value in config.items() if name not in ("seed", *BOOKKEEPING)}
-            which = path.relative_to(folder).as_posix().removeprefix("encoder")  # or a snapshot of it
-            return json.dumps([_seedless(kept, config["seed"]), which.removeprefix(".")], sort_keys=True)
-    if not record:
+    """What an encoder began as, by its pretraining run's record: the same for all seeds of one configuration."""
+    if not record or init in BASES:
         return init
-    data = record.get("data")
-    known = {name: record.get(name) for name in ("objective", "teacher", "max_steps", "epochs")}
-    known["data"] = data.get("fingerprint") if isinstance(data, dict) else data
-    known["step"] = (record.get("cost") or {}).get("step")
-    return json.dumps(_seedless(known, record.get("seed")), sort_keys=True)
+    kept = {name: value for name, value in record.items() if name not in ("seed", "cost", "commit", *BOOKKEEPING)}
+    kept["data"] = (record.get("data") or {}).get("fingerprint")
+    return json.dumps(_seedless(kept, record.get("seed")), sort_keys=True)
 
 
 def _seedless(settings: dict, seed: int | None) -> dict:
@@ -189,7 +173,7 @@ def arms_of(runs: list[Run]) -> list[Arm]:
         seen: dict[Any, Path] = {}
         for run in arm.runs:
             seed, record = run.result["seed"], run.result["pretraining"] or {}
-            drawn = seed, record.get("seed"), run.result["init"] if run.init == "untrained" else None
+            drawn = seed, record.get("seed")
             if drawn in seen:
                 raise ValueError(f"{seen[drawn]} and {run.folder}: both seed {seed} of one arm; give one of them")
             seen[drawn] = run.folder

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import confusion_matrix
 
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
@@ -71,8 +72,7 @@ def figures(
 
 def accuracies(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Overall accuracy and its mean over the classes that occur; confusion matrix (rows true) and accuracy a class."""
-    confusion = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    confusion = confusion_matrix(labels, predicted, labels=np.arange(len(names)))
     mean = float(np.nanmean(class_accuracy(confusion)))
     metrics = {"overall_accuracy": 100 * float((labels == predicted).mean()), "mean_class_accuracy": mean}
     rows = confusion.tolist()

@@ -80,32 +80,31 @@ class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-se
         self.hidden2 = Hidden(512, 256, 0.0)
         self.out = nn.Linear(256, len(part_names))
 
-    def forward(
-        self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None, at: Tensor | None = None
-    ) -> Tensor:
-        """Logits B N parts of clouds B N 3 in the unit sphere, of categories `labels` (B).
+    def forward(self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Logits B N parts of clouds B N 3 in the unit sphere, of categories `labels` (B)."""
+        return self.decode(points, *self.encode(points, generator), labels, generator)
 
-        `at` (B Q 3, in the same frame) asks for other points than those that the encoder sees.
-        """
-        tokens, grouped = self.encode(points, generator)
+    def decode(
+        self, at: Tensor, tokens: Tensor, centers: Tensor, labels: Tensor, generator: BatchGenerator | None = None
+    ) -> Tensor:
+        """Logits B Q parts of points `at` (B Q 3), any in the frame of the clouds that `encode` saw."""
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
-        at = points if at is None else at
-        local = three_nn_interpolate(at, grouped.centers, self.from_token(tokens))
+        local = three_nn_interpolate(at, centers, self.from_token(tokens))
         x = self.from_point(at) + local + self.from_shape(torch.cat([pooled, category], -1))[:, None]
         rows = F.relu(self.norm1(x.flatten(0, 1)))
         rows = self.dropout(rows.view_as(x), generator and generator.stream("dropout")).flatten(0, 1)
         return self.out(self.hidden2(rows)).unflatten(0, at.shape[:2])
 
-    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> tuple[Tensor, Groups]:
-        """Tokens B M 3C of the three depths, and the groups."""
+    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> tuple[Tensor, Tensor]:
+        """Tokens B M 3C of the three depths, and their centers B M 3."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
         states = encoder.hidden_states(
             encoder.tokenizer(grouped.patches), encoder.position(grouped.centers), None, draws
         )
         chosen = [states[layer] if layer == encoder.depth else self.norm(states[layer]) for layer in self.layers]
-        return torch.cat(chosen, -1), grouped
+        return torch.cat(chosen, -1), grouped.centers
 
 
 class Hidden(nn.Module):

@@ -18,31 +18,23 @@ from jepa3d.config import FewshotConfig
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation import fewshot
 from jepa3d.evaluation.labelled import Labelled
-from jepa3d.evaluation.protocol import Result, write_json
+from jepa3d.evaluation.protocol import Result, moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.plain import to_dict
 from jepa3d.training import runs
-from jepa3d.training.finetune import arm_settings, encoder_config, finetune, init_name, pretraining_of, start_encoder
+from jepa3d.training.finetune import arm_settings, begin, finetune, init_name, num_points, pretraining_of
 from jepa3d.training.progress import cpu_seconds
-from jepa3d.validate import validate_finetune
 
 WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logistic": "frozen, logistic regression"}
 
 
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     """Score every fold and write their mean. Raises ValueError, before anything is written, and loop.Interrupted."""
-    started = runs.begin(out, resume)
     config = replace(config, select="last")  # W * S labels are too few to spare some
-    encoder = start_encoder(config, out / "start" if started and config.init else None)
-    config = replace(config, encoder=encoder_config(encoder)) if encoder else config
-    validate_finetune(config)
-    runs.check_batch("batch_size", config.batch_size)
-    if started:
-        runs.check_unchanged(config, out)
-        if runs.is_finished(out):
-            return out
-    points = config.num_points or config.encoder.num_points
-    clouds, folds, drawn = _folds(config, points, out / "episodes.json")
+    config, encoder, started = begin(config, out, resume)
+    if started and runs.is_finished(out):
+        return out
+    clouds, folds, drawn = _folds(config, num_points(config), out / "episodes.json")
     head = ", head only" if config.method == "finetune" and config.trained == "head" else ""
     name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}{head}"
     if encoder is None and config.method != "finetune":
@@ -64,11 +56,14 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     else:
         assert encoder is not None
         wall, cpu = time.perf_counter(), cpu_seconds()
-        found = fewshot.run_frozen(encoder, clouds, drawn) if drawn else fewshot.run_frozen_folds(encoder, folds)
-        scores = found[config.method]
+        if drawn:
+            scores = fewshot.run_frozen(encoder, clouds, drawn, config.method)
+        else:
+            scores = fewshot.run_frozen_folds(encoder, folds, config.method)
         cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
-    moments = fewshot.moments(scores)
-    named = {"overall_accuracy": moments["mean"], "std_over_folds": moments["std"]}
+    over_folds = moments(scores)
+    named = {"overall_accuracy": over_folds["mean"], "std_over_folds": over_folds["std"]}
+    named = {name: value for name, value in named.items() if value is not None}  # one fold has no std
     if runs.is_main():
         result = Result(
             task="fewshot",
@@ -84,15 +79,13 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             seed=config.seed,
             selection="last epoch" if config.method == "finetune" else "none",
             votes=config.votes,
-            metrics={name: value for name, value in named.items() if value is not None},  # one fold has no std
+            metrics=named,
             validation=None,
             details={"folds": scores},
             settings=arm_settings(config) | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
             cost=cost,
         )  # fmt: skip
-        record = json.loads((out / "run.json").read_text())
-        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
-        write_json(out / "run.json", record | {"status": "finished", "cost": cost})
+        runs.finish(out, cost, named, result)
     runs.wait_for_everyone()
     return out
 
@@ -123,17 +116,17 @@ def _finetuned(
 
 
 def _folds(
-    config: FewshotConfig, num_points: int, saved: Path
+    config: FewshotConfig, points: int, saved: Path
 ) -> tuple[PointClouds, list[fewshot.Fold], list[fewshot.Episode] | None]:
     """The published folds at config.data, or folds of episodes drawn with the seed, or before."""
     if Path(config.data).is_dir():
         sizes = config.ways, config.shots, config.folds, config.queries
-        folds = fewshot.published_folds(Path(config.data), num_points, config.up_axis, *sizes)
+        folds = fewshot.published_folds(Path(config.data), points, config.up_axis, *sizes)
         if folds:
             digest = "".join(train.fingerprint for train, _ in folds)
             whole = replace(folds[0][0], name=Path(config.data).name, fingerprint=digest)
             return whole, folds, None
-    clouds = load([config.data], num_points, "all", [config.up_axis], config.labels_key)
+    clouds = load([config.data], points, "all", [config.up_axis], config.labels_key)
     if saved.is_file():
         episodes = fewshot.load_episodes(saved, clouds.fingerprint)
     else:

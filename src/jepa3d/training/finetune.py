@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,17 +21,18 @@ import torch
 from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.labelled import Labelled
-from jepa3d.evaluation.protocol import Result, write_json
+from jepa3d.evaluation.protocol import Result
 from jepa3d.evaluation.supervised import figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
-from jepa3d.plain import to_dict
+from jepa3d.plain import to_dict, write_bytes
 from jepa3d.training import checkpoint, runs
 from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate_finetune
 
+Config = TypeVar("Config", bound=FinetuneConfig)
 FEW = 100  # labels below which none are spared to choose an epoch by
 
 
@@ -49,15 +50,9 @@ def finetune(
     `data` None loads `config.data`, `encoder` None loads `config.init`. Raises ValueError for settings or data that
     cannot work, before anything is written, and loop.Interrupted.
     """
-    started = runs.begin(out, resume)
-    encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
-    config = replace(config, encoder=encoder_config(encoder)) if encoder else config
-    validate_finetune(config)
-    runs.check_batch("batch_size", config.batch_size)
-    if started:
-        runs.check_unchanged(config, out)
-        if runs.is_finished(out):
-            return out
+    config, encoder, started = begin(config, out, resume, encoder)
+    if started and runs.is_finished(out):
+        return out
     segments = isinstance(config, SegmentConfig)
     data = data or Labelled.load(config, num_points(config), parts=segments)
     select, shares = selection(config, data)
@@ -90,6 +85,7 @@ def finetune(
         held = None if validation is None else figures(network, validation, predict(network, validation))[0]
         record = json.loads((out / "run.json").read_text())
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
+        cost = runs.cost_of(out, state)
         result = Result(
             task="segment" if segments else "classify",
             protocol=protocol or protocol_name(config),
@@ -103,13 +99,29 @@ def finetune(
             validation=held,
             details=details,
             settings=arm_settings(config),
-            cost=runs.cost_of(out, state),
+            cost=cost,
         )
-        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
-        runs.finish(out, state)
+        runs.finish(out, cost, state["metrics"], result)
         shutil.rmtree(out / "best", ignore_errors=True)
     runs.wait_for_everyone()
     return out
+
+
+def begin(
+    config: Config, out: Path, resume: bool, encoder: PointEncoder | None = None
+) -> tuple[Config, PointEncoder | None, bool]:
+    """Settings with the encoder's sizes, the encoder if not from scratch, and whether `out` is a run to continue.
+
+    Raises ValueError for settings that cannot work or are not those that the run began with.
+    """
+    started = runs.begin(out, resume)
+    encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
+    config = replace(config, encoder=encoder_config(encoder)) if encoder else config
+    validate_finetune(config)
+    runs.check_batch("batch_size", config.batch_size)
+    if started:
+        runs.check_unchanged(config, out)
+    return config, encoder, started
 
 
 def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -176,7 +188,7 @@ def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
         return config.select, 0.0
     if data.validation is not None and config.labels == 1:
         return "validation", 0.0
-    if (labelled := len(data.divide(config.labels, 0.0, config.seed)[0])) < FEW or config.validation == 0:
+    if (labelled := len(data.labelled(config.labels, config.seed))) < FEW or config.validation == 0:
         print(f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts")
         return "last", 0.0
     return "validation", config.validation
@@ -211,7 +223,10 @@ def init_name(init: str | None, none: str = "scratch") -> str:
 
 
 def pretraining_of(init: str | None) -> dict | None:
-    """What a run says of its encoder; None where `init` is no run, or a run's untrained encoder."""
+    """A pretraining run's settings and which of its encoders `init` is, with its data, cost and commit.
+
+    None where `init` is no such run, or a run's untrained encoder.
+    """
     if init is None or Path(init).name == "untrained":
         return None
     around = [folder for folder in (Path(init), *Path(init).parents[:2]) if (folder / "run.json").is_file()]
@@ -220,9 +235,8 @@ def pretraining_of(init: str | None) -> dict | None:
     config, record = (json.loads((around[0] / f"{name}.json").read_text()) for name in ("config", "run"))
     if "objective" not in config:  # a fine-tuning run
         return None
-    names = ("objective", "teacher", "seed", "max_steps", "epochs", "sampler", "encoder", "rotate")
-    known = {name: config.get(name) for name in names}
-    return known | {name: record.get(name) for name in ("data", "cost", "commit")}
+    which = Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")  # or a snapshot
+    return config | {"encoder_of": which} | {name: record.get(name) for name in ("data", "cost", "commit")}
 
 
 def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.ndarray]) -> None:
@@ -232,6 +246,4 @@ def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.nd
         arrays |= {"points": data.test.points[:].astype(np.float16), "parts": data.test.parts[:]}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_bytes(path, buffer.getvalue())

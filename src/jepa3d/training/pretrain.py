@@ -128,7 +128,7 @@ def pretrain(
     state = fit(task, clouds, config, out, stop_at)
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
-        runs.finish(out, state)
+        runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
     return out
 

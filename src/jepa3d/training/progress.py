@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from jepa3d.plain import write_bytes
+
 SHOWN = (
     "loss",
     "accuracy",
@@ -54,9 +56,7 @@ class Progress:
         if path and shown and path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(path)
+            write_bytes(path, "".join(line + "\n" for line in kept).encode())
             self.last = json.loads(kept[-1]) if kept else {}
 
     def __enter__(self) -> "Progress":

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import nn
 
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.protocol import provenance, write_json
+from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.models.hub import Pretrained
 from jepa3d.plain import differences, to_dict
 from jepa3d.training import checkpoint
@@ -90,11 +90,12 @@ def cost_of(out: Path, state: dict) -> dict[str, float]:
     return cost
 
 
-def finish(out: Path, state: dict) -> None:
-    """Write a run's cost, call it finished, and drop its checkpoints."""
+def finish(out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None) -> None:
+    """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
     record = json.loads((out / "run.json").read_text())
-    done = {"status": "finished", "cost": cost_of(out, state), "metrics": state["metrics"]}
-    write_json(out / "run.json", record | done)
+    if result:
+        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
+    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
