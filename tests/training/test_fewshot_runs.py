@@ -20,17 +20,6 @@ QUICK = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> str:
-    """90 shapes of three easy classes, a third of them test."""
-    rng, labels = np.random.default_rng(0), np.arange(90) % 3
-    points = rng.normal(size=(90, 96, 3)) * np.array([[1, 1, 1], [1, 1, 0.05], [1, 0.05, 0.05]])[labels][:, None]
-    path = tmp_path_factory.mktemp("fewshot") / "shapes.npz"
-    split = (np.arange(90) // 3 % 3 == 2).astype(np.int8)
-    np.savez(path, points=points.astype(np.float32), labels=labels, split=split, class_names=["ball", "disc", "rod"])
-    return str(path)
-
-
 @pytest.fixture
 def config(shapes):
     return lambda **overrides: from_dict(FewshotConfig, merge(QUICK, {"data": shapes}, overrides))

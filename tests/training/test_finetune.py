@@ -31,22 +31,6 @@ QUICK = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> str:
-    """240 shapes of three easy classes with part labels, a third of them test."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(240) % 3
-    points = rng.normal(size=(240, 128, 3)) * np.array([[1, 1, 1], [1, 1, 0.05], [1, 0.05, 0.05]])[labels][:, None]
-    parts = 2 * labels[:, None] + (points[..., 0] > 0)
-    path = tmp_path_factory.mktemp("finetune") / "shapes.npz"
-    np.savez(
-        path, points=points.astype(np.float32), labels=labels, split=(np.arange(240) // 3 % 3 == 2).astype(np.int8),
-        class_names=["ball", "disc", "rod"], seg=parts.astype(np.int16),
-        part_names=[f"{name}/{end}" for name in ("ball", "disc", "rod") for end in ("left", "right")],
-    )  # fmt: skip
-    return str(path)
-
-
 @pytest.fixture
 def config(shapes):
     """A function: overrides -> FinetuneConfig of a run of a second."""
