@@ -88,7 +88,7 @@ def _run(command: str, config: FinetuneConfig, out: Path, resume: bool) -> None:
     from jepa3d.training.fewshot import run_fewshot
     from jepa3d.training.finetune import finetune
     from jepa3d.training.loop import Interrupted
-    from jepa3d.training.runs import is_main, show_result
+    from jepa3d.training.runs import is_main, leave, show_result
 
     try:
         if isinstance(config, FewshotConfig):
@@ -99,3 +99,4 @@ def _run(command: str, config: FinetuneConfig, out: Path, resume: bool) -> None:
         raise KeyboardInterrupt(f"{stop}; continue with: jepa3d {command} --out {out} --resume") from None
     if is_main():
         show_result(out)
+    leave()

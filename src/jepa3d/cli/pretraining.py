@@ -107,9 +107,11 @@ def pretrain(
     """
     from jepa3d.training import pretrain as training
     from jepa3d.training.loop import Interrupted
+    from jepa3d.training.runs import is_main, leave
 
     if dry_run:
         training.dry_run(config)
+        leave()
         return
     if out is None:
         raise ValueError("--out is missing: the folder that the run is written to")
@@ -117,8 +119,9 @@ def pretrain(
         training.pretrain(config, out, resume)
     except Interrupted as stop:
         raise KeyboardInterrupt(f"{stop}; continue with: jepa3d pretrain --out {out} --resume") from None
-    if training.is_main():
+    if is_main():
         print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
+    leave()
 
 
 @app.command

@@ -108,6 +108,11 @@ def wait_for_everyone() -> None:
     PartialState(cpu=ON_CPU).wait_for_everyone()
 
 
+def leave() -> None:
+    """Part from the other processes, if there are any: one that ends while joined aborts now and then (gloo)."""
+    PartialState(cpu=ON_CPU).destroy_process_group()
+
+
 def count_parameters(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
