@@ -5,8 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
+from jepa3d.models.layout import Joint, Ragged
 
 B, V, A, T, C = 2, 5, 3, 4, 12
+MASK = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+LAYOUT, ROWS = Ragged(MASK, 8), 8
 
 
 def enlarge(module: torch.nn.Module) -> None:
@@ -26,9 +29,8 @@ def make(**options) -> ContextAwareDecoder:
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(1)
-    context, context_position = (torch.randn(B, V, C, generator=generator) for _ in range(2))
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    return context, mask, context_position, torch.randn(B, A, T, C, generator=generator)
+    context, context_position = (torch.randn(ROWS, C, generator=generator) for _ in range(2))
+    return context, LAYOUT, context_position, torch.randn(B, A, T, C, generator=generator)
 
 
 STYLES = [(depth, cross, stacked) for depth in (1, 2) for cross in (True, False) for stacked in (True, False)]
@@ -57,22 +59,24 @@ def test_a_block_sees_the_mask_tokens_of_another_only_when_stacked(depth, cross_
 
 
 @pytest.mark.parametrize(("depth", "cross_attention", "stacked"), STYLES)
-def test_padded_context_tokens_have_no_influence(depth, cross_attention, stacked, inputs):
+def test_every_context_token_is_felt_by_every_block_of_its_sample_alone(depth, cross_attention, stacked, inputs):
     decoder = make(depth=depth, cross_attention=cross_attention, stacked=stacked)
-    context, mask, position, target_position = inputs
-    before = decoder(*inputs)
-    changed, moved = context.clone(), position.clone()
-    changed[~mask], moved[~mask] = torch.randn(2, 2, C)
-    assert torch.equal(decoder(changed, mask, moved, target_position), before)
-    changed[1, 2] = torch.randn(C)  # while a token that exists has
-    assert (decoder(changed, mask, moved, target_position)[1] - before[1]).abs().amax(-1).min() > 0.001
+    context, _, position, target_position = inputs
+    before, changed = decoder(*inputs), context.clone()
+    changed[7] = torch.randn(C)  # the last of the second sample
+    after = decoder(changed, LAYOUT, position, target_position)
+    assert (after[1] - before[1]).abs().amax(-1).min() > 0.001
+    assert torch.equal(after[0], before[0])
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_samples_do_not_mix(stacked, inputs):
-    decoder = make(stacked=stacked)
-    alone = torch.cat([decoder(*(value[i : i + 1] for value in inputs)) for i in range(B)])
-    assert_close(decoder(*inputs), alone)
+def test_samples_do_not_mix_and_padding_counts_for_nothing(stacked, inputs):
+    decoder, (context, _, position, target_position) = make(stacked=stacked), inputs
+    alone = [
+        decoder(context[rows], Ragged(MASK[i : i + 1, :count], count), position[rows], target_position[i : i + 1])
+        for i, (rows, count) in enumerate([(slice(5), 5), (slice(5, 8), 3)])
+    ]
+    assert_close(decoder(*inputs), torch.cat(alone))
 
 
 def test_the_position_of_a_target_token_is_felt_by_the_rest_of_its_block(inputs):
@@ -83,37 +87,49 @@ def test_the_position_of_a_target_token_is_felt_by_the_rest_of_its_block(inputs)
     assert change[:, 0, 1:].abs().amax(-1).min() > 0.001
 
 
-@pytest.mark.parametrize("passes", [1, 3])
-def test_the_shared_cross_attention_is_one_call_a_block(passes, inputs):
-    torch.manual_seed(0)
-    block = ContextAwareBlock(C, 3, 2.0, cross_attention=True)
-    enlarge(block)
-    context, mask, _, _ = inputs
-    x = torch.randn(B, passes, V + T, C)
-    joint = torch.cat([mask, mask.new_ones(B, T)], 1)
-    naive = torch.stack([block(x[:, p], context, joint, mask) for p in range(passes)], 1)
-    shared = block(x.flatten(0, 1), context, joint.repeat_interleave(passes, 0), mask)
-    assert_close(shared.view_as(naive), naive)
+def reference_block(block: ContextAwareBlock, x, context):
+    """The paper's block on one unpadded pass: 1 S C and 1 V C."""
+    normed = block.norm1(x)
+    x = x + block.attention(normed, normed)
+    x = x + block.cross_attention(block.cross_norm(x), context)
+    return x + block.mlp(block.norm2(x))
 
 
-def test_a_block_is_self_attention_then_cross_attention_then_mlp(inputs):
-    torch.manual_seed(0)
-    block, (context, mask, _, _) = ContextAwareBlock(C, 3, 2.0, cross_attention=True), inputs
-    x, joint = torch.randn(B, 6, C), torch.ones(B, 6, dtype=torch.bool)
-    y = x + block.attention(block.norm1(x), block.norm1(x), joint)
-    y = y + block.cross_attention(block.cross_norm(y), context, mask)
-    assert_close(block(x, context, joint, mask), y + block.mlp(block.norm2(y)))
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_the_decoder_is_the_papers_pass_by_pass_whatever_rows_it_leaves_out(depth, stacked, inputs):
+    """Shared first rows, keys and values alone in the last block, one cross-attention a sample: all exact."""
+    decoder, (context, _, position, target_position) = make(depth=depth, stacked=stacked), inputs
+    out = decoder(*inputs)
+    for b, rows in enumerate([slice(5), slice(5, 8)]):
+        for target in target_position[b].flatten(0, 1)[None] if stacked else target_position[b]:
+            x = torch.cat([context[rows], decoder.mask_token.expand(len(target), C)])[None]
+            places = torch.cat([position[rows], target])[None]
+            for block in decoder.blocks:
+                x = reference_block(block, x + places, context[None, rows])
+            expected = decoder.norm(x)[0, -len(target) :]
+            a = next(a for a in range(A) if torch.equal(target[:T], target_position[b, a]))
+            found = out[b].flatten(0, 1) if stacked else out[b, a]
+            assert_close(found, expected)
 
 
-def test_the_decoder_adds_positions_at_every_block_and_feeds_every_block_the_context(inputs):
-    decoder, (context, mask, position, target_position) = make(), inputs
-    for a in range(A):
-        x = torch.cat([context, decoder.mask_token.expand(B, T, C)], 1)
-        places = torch.cat([position, target_position[:, a]], 1)
-        joint = torch.cat([mask, mask.new_ones(B, T)], 1)
-        for block in decoder.blocks:
-            x = block(x + places, context, joint, mask)
-        assert_close(decoder(*inputs)[:, a], decoder.norm(x)[:, V:])
+def test_gradients_do_not_depend_on_the_layout(inputs):
+    """Rows of every pass given to every block, none of them last, against what the decoder does."""
+    grads = []
+    for plain in (False, True):
+        decoder, (context, _, position, target_position) = make(), inputs
+        context = context.clone().requires_grad_()
+        if plain:
+            x, places, joint = decoder.assemble(context, LAYOUT, position, target_position)
+            x, places = joint.every_pass(x), joint.every_pass(places)
+            for block in decoder.blocks:
+                x = block(x + places, context, joint)
+            out = decoder.predictions(decoder.norm(x), target_position)
+        else:
+            out = decoder(context, LAYOUT, position, target_position)
+        (out * torch.linspace(-1, 1, C)).sum().backward()
+        grads.append([context.grad, *(p.grad for p in decoder.parameters())])
+    assert_close(*grads)
 
 
 def test_without_cross_attention_there_are_none_of_its_weights():
@@ -124,12 +140,32 @@ def test_without_cross_attention_there_are_none_of_its_weights():
 
 
 def test_assembling_and_taking_apart_keeps_the_order_of_blocks(inputs):
-    context, mask, position, target_position = inputs
-    for stacked, length in [(False, V + T), (True, V + A * T)]:
+    context, _, position, target_position = inputs
+    for stacked, passes, length in [(False, A, T), (True, 1, A * T)]:
         x, places, joint = make(stacked=stacked).assemble(*inputs)
-        assert x.shape[1] == places.shape[1] == joint.shape[1] == length
         assert torch.equal(ContextAwareDecoder.predictions(places, target_position), target_position)
-        assert torch.equal(places[:, :V], position.repeat_interleave(len(x) // B, 0))
-        assert torch.equal(x[:, :V], context.repeat_interleave(len(x) // B, 0))
-        assert torch.equal(joint[:, :V], mask.repeat_interleave(len(x) // B, 0))
-        assert joint[:, V:].all()
+        for rows, given in ((x, context), (places, position)):
+            padded = joint.pad(rows)
+            assert padded.shape == (B, passes, V + length, C)
+            for p in range(passes):
+                assert torch.equal(padded[:, p, :V][MASK], given)
+        assert torch.equal(joint.mask, torch.cat([MASK, MASK.new_ones(B, length)], 1)[:, None].expand(B, passes, -1))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_layouts_pad_and_pack(full):
+    mask = torch.ones(B, V, dtype=torch.bool) if full else MASK
+    ragged = Ragged(mask, int(mask.sum()))
+    joint = Joint(ragged, A, T)
+    rows, masked = torch.randn(ragged.num_rows, C), torch.randn(B * A * T, C)
+    assert (ragged.mask is None) == (joint.mask is None) == full
+    assert torch.equal(ragged.pack(ragged.pad(rows)), rows)
+    assert not ragged.pad(rows)[~mask].any()
+    both = torch.cat([rows, masked])
+    assert torch.equal(joint.pack(joint.pad(both)), joint.every_pass(both))
+    assert torch.equal(joint.every_pass(joint.every_pass(both)), joint.every_pass(both))
+    assert torch.equal(joint.pack(joint.pad(masked)), masked)
+    of_sample = torch.arange(B)[:, None]
+    assert torch.equal(ragged.per_row(of_sample)[:, 0], mask.nonzero()[:, 0])
+    tails = of_sample.repeat_interleave(A * T, 0)
+    assert torch.equal(joint.per_row(of_sample), torch.cat([ragged.per_row(of_sample).repeat(A, 1), tails]))

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.tokenizer import group
+from jepa3d.models.layout import Ragged
 from jepa3d.models.transformer import Attention, drop_path_scales
 from jepa3d.ops import BatchGenerator
 
@@ -162,23 +163,24 @@ def test_calibration_in_batches_is_the_mean_over_batches():
 
 def test_attention_is_the_textbook_formula():
     torch.manual_seed(0)
-    attention, x, context = Attention(12, 3), torch.randn(2, 4, 12), torch.randn(2, 5, 12)
-    mask = torch.tensor([[True] * 5, [True, False, True, True, False]])
+    attention, x, rows = Attention(12, 3), torch.randn(2, 4, 12), torch.randn(8, 12)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    keys = Ragged(mask, 8)
+    context = keys.pad(rows)
     query = attention.query(x).view(2, 4, 3, 4)
     key, value = attention.key_value(context).view(2, 5, 2, 3, 4).unbind(2)
     logits = torch.einsum("bqhd,bshd->bhqs", query, key) / 2
     weights = logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     expected = attention.out(torch.einsum("bhqs,bshd->bqhd", weights, value).flatten(2))
-    assert_close(attention(x, context, mask), expected)
+    assert_close(attention(x, rows, None, keys), expected)
 
 
-def test_masked_tokens_do_not_reach_the_others(encoder):
-    tokens, position = torch.randn(2, 6, 24), torch.randn(2, 6, 24)
-    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    changed = tokens.clone()
-    changed[1, 4:] = torch.randn(2, 24)
-    before, after = (encoder.hidden_states(x, position, mask)[-1][mask] for x in (tokens, changed))
-    assert torch.equal(before, after)
+def test_packed_rows_are_encoded_as_each_sequence_alone(encoder):
+    rows, position = torch.randn(10, 24), torch.randn(10, 24)
+    layout = Ragged(torch.tensor([[True] * 6, [True] * 4 + [False] * 2]), 10)
+    packed = encoder.hidden_states(rows, position, layout)[-1]
+    alone = [encoder.hidden_states(rows[None, at], position[None, at])[-1][0] for at in (slice(6), slice(6, 10))]
+    assert_close(packed, torch.cat(alone))
 
 
 # -------------------------------------------------------------------------------------- drop-path
@@ -198,7 +200,7 @@ def test_a_zero_rate_drops_nothing():
 
 def test_a_dropped_branch_leaves_its_input(encoder):
     block, x = encoder.blocks[0], torch.randn(3, 5, 24)
-    keep = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+    keep = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 2.0]])[:, None]
     out = block(x, None, keep)
     assert torch.equal(out[0], x[0])
     assert_close(out[1], block(x)[1])

@@ -42,7 +42,7 @@ def blocks(draw):
 
 def check(sample, num_tokens: int) -> None:
     """What holds of every sample of every sampler."""
-    for row, mask, targets in zip(*sample, strict=True):
+    for row, mask, targets in zip(*sample[:3], strict=True):
         context = row[mask].tolist()
         assert context
         assert len(set(context)) == len(context)
@@ -52,6 +52,7 @@ def check(sample, num_tokens: int) -> None:
         assert min(context) >= 0
         assert targets.min() >= 0
         assert max(max(context), targets.max()) < num_tokens
+    assert sample.num_context == sample.mask.sum()
     assert sample.mask.sum(1).max() == sample.mask.shape[1], "no more padding than the longest context needs"
 
 
@@ -109,7 +110,7 @@ def test_the_context_has_a_draw_of_its_own_in_every_sample(sampler):
 @pytest.mark.parametrize("sampler", ALL)
 def test_a_generator_makes_the_sample_again(sampler):
     one, two, other = (sampler(clouds(64), BatchGenerator(0, step)) for step in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3], strict=True))
     assert one.target.shape != other.target.shape or not torch.equal(one.target, other.target)
 
 

@@ -193,10 +193,9 @@ def test_positions_added_once_are_added_before_the_first_block_only():
 
 
 def encoded(objective: JEPA, patches, centers, sample) -> torch.Tensor:
-    encoder = objective.encoder
-    rows = torch.arange(B)[:, None]
-    tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
-    return encoder.hidden_states(tokens, encoder.position(centers[rows, sample.context]), sample.mask)[-1][sample.mask]
+    layout = sample.layout()
+    tokens, position = objective.encoder.visible(patches, centers, sample.context, layout)
+    return objective.encoder.hidden_states(tokens, position, layout)[-1]
 
 
 def predict(objective: JEPA, patches, centers, sample) -> torch.Tensor:
@@ -242,9 +241,10 @@ def test_padding_enters_neither_the_tokens_nor_the_statistics_of_batchnorm():
     assert not sample.mask.all(), "this draw has padding"
     reference = make().train().encoder.tokenizer
     packed = torch.cat([grouped.patches[b][sample.context[b][sample.mask[b]]] for b in range(B)])
-    tokens = objective.encoder.visible_tokens(grouped.patches, sample.context, sample.mask)
-    assert torch.equal(tokens[sample.mask], reference(packed))
-    assert not tokens[~sample.mask].any()
+    tokens, position = objective.encoder.visible(*grouped[1::-1], sample.context, sample.layout())
+    assert torch.equal(tokens, reference(packed))
+    centers = torch.cat([grouped.centers[b][sample.context[b][sample.mask[b]]] for b in range(B)])
+    assert_close(position, objective.encoder.position(centers))
     assert torch.equal(objective.encoder.tokenizer.norm3.running_var, reference.norm3.running_var)
 
 

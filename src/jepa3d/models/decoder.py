@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from jepa3d.models.layout import Joint, Ragged
 from jepa3d.models.transformer import Attention, Mlp, init_weights
 
 
@@ -21,14 +22,19 @@ class ContextAwareBlock(nn.Module):
         if cross_attention:
             self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, num_heads)
 
-    def forward(self, x: Tensor, context: Tensor, self_mask: Tensor, context_mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
+        """Rows of `joint` in, the same rows out, now of every pass; of the `last` block only the mask tokens.
+
+        `context` [n, C] is projected to key and value once a sample, for all its passes.
+        """
         normed = self.norm1(x)
-        x = x + self.attention(normed, normed, self_mask)
+        if last:  # nobody reads the context's rows after it: they are keys and values only
+            x, queries = x[-joint.num_masked :], normed[-joint.num_masked :]
+        else:
+            x, queries = joint.every_pass(x), normed
+        x = x + self.attention(queries, normed, joint, joint)
         if self.crosses:
-            # Queries do not see each other here, so all blocks of a sample share one call, and the context's
-            # key and value are projected once a sample instead of once a target block.
-            query = self.cross_norm(x).reshape(len(context), -1, x.shape[-1])
-            x = x + self.cross_attention(query, context, context_mask).view_as(x)
+            x = x + self.cross_attention(self.cross_norm(x), context, joint, joint.context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -57,41 +63,27 @@ class ContextAwareDecoder(nn.Module):
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self,
-        context: Tensor,
-        mask: Tensor,
-        context_position: Tensor,
-        target_position: Tensor,
-    ) -> Tensor:
-        """Predictions B A T C.
-
-        context B V C, mask B V (True where a token exists), context_position B V C, target_position B A T C.
-        """
-        x, position, joint = self.assemble(context, mask, context_position, target_position)
+    def forward(self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor) -> Tensor:
+        """Predictions B A T C of context and context_position, rows [n, C] of `layout`, and target_position B A T C."""
+        x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
-            x = block(x + position if layer == 0 or self.position_every_block else x, context, joint, mask)
+            if layer == 0 or self.position_every_block:
+                x = x + position
+            x = block(x, context, joint, last=layer == len(self.blocks) - 1)
+            if layer == 0:
+                position = joint.every_pass(position)
         return self.predictions(self.norm(x), target_position)
 
     def assemble(
-        self, context: Tensor, mask: Tensor, context_position: Tensor, target_position: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[context ; mask tokens], their positions and mask, one row a pass: (B*P) S C, P = A or 1 if stacked."""
-        if self.stacked:
-            target_position = target_position.flatten(1, 2)[:, None]
-        passes, length = target_position.shape[1:3]
-
-        def join(head: Tensor, tail: Tensor) -> Tensor:
-            return torch.cat([head[:, None].expand(-1, passes, *head.shape[1:]), tail], 2).flatten(0, 1)
-
-        x = join(context, self.mask_token.expand_as(target_position))
-        position = join(context_position, target_position)
-        joint = join(mask[..., None], mask.new_ones(len(mask), passes, length, 1))[..., 0]
-        return x, position, joint
+        self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
+    ) -> tuple[Tensor, Tensor, Joint]:
+        """[context ; mask tokens] and their positions, rows of a joint layout that share the context."""
+        batch, blocks, length, width = target_position.shape
+        joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
+        position = torch.cat([context_position, target_position.reshape(-1, width)])
+        return torch.cat([context, self.mask_token.expand(batch * blocks * length, -1)]), position, joint
 
     @staticmethod
     def predictions(x: Tensor, target_position: Tensor) -> Tensor:
-        """The mask tokens of every pass, (B*P) S C, as B A T C."""
-        batch, blocks, length, _ = target_position.shape
-        tokens = blocks * length * batch // len(x)
-        return x[:, -tokens:].reshape(batch, blocks, length, -1)
+        """The mask tokens, the last rows of x, as B A T C."""
+        return x[-target_position.shape[:3].numel() :].view(target_position.shape)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa3d.models.hub import Pretrained
+from jepa3d.models.layout import Layout, Ragged
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
 from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, unit_sphere
@@ -57,33 +58,33 @@ class PointEncoder(
         self,
         tokens: Tensor,
         position: Tensor,
-        mask: Tensor | None = None,
+        layout: Layout | None = None,
         generator: BatchGenerator | None = None,
-        passes: int = 1,
     ) -> list[Tensor]:
         """Tokens before the first block and after each one, `depth + 1` of B M C; the last is normalised.
 
-        `position` is B M C, `mask` (B M) is True at tokens that exist, `generator` draws the
-        drop-path, once for the `passes` consecutive rows of a sample.
+        Tokens and position are B M C, or rows [n, C] of a `layout`. `generator` draws the drop-path, once a sample.
         """
         keep = None
         if self.training and self.drop_path > 0:
-            keep = drop_path_scales(self.drop_path, len(tokens) // passes, self.depth, generator, tokens)
-            keep = keep.repeat_interleave(passes, 0)
+            batch = layout.batch if layout else len(tokens)
+            keep = drop_path_scales(self.drop_path, batch, self.depth, generator, tokens).flatten(1)
+            keep = (layout.per_row(keep) if layout else keep[:, None]).unflatten(-1, (self.depth, 2))
         states = [tokens]
         for layer, block in enumerate(self.blocks):
             x = states[-1] + position if layer == 0 or self.position_every_block else states[-1]
-            states.append(block(x, mask, None if keep is None else keep[:, layer]))
+            states.append(block(x, layout, None if keep is None else keep[..., layer, :]))
         states[-1] = self.norm(states[-1])
         return states
 
-    def visible_tokens(self, patches: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        """Tokens B V C of the patches (of B M K 3) at index B V; packed, so that padding (mask False) costs nothing
-        and enters no BatchNorm."""
-        rows = torch.arange(len(patches), device=patches.device)[:, None].expand_as(index)
-        packed = self.tokenizer(patches[rows[mask], index[mask]])
-        tokens = packed.new_zeros(*mask.shape, packed.shape[-1])
-        return tokens.index_put((mask,), packed)
+    def visible(self, patches: Tensor, centers: Tensor, index: Tensor, layout: Ragged) -> tuple[Tensor, Tensor]:
+        """Tokens and positions, rows [n, C], of the patches (of B M K 3) and centers (B M 3) at index B V.
+
+        Packed, so that padding costs nothing and enters no BatchNorm.
+        """
+        first = centers.shape[1] * torch.arange(len(index), device=index.device)
+        chosen = layout.pack((index + first[:, None])[..., None])[:, 0]
+        return self.tokenizer(patches.flatten(0, 1)[chosen]), self.position(centers.flatten(0, 1)[chosen])
 
     def features(
         self, patches: Tensor, centers: Tensor, layers: int = 1, generator: BatchGenerator | None = None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from jepa3d.models.layout import Ragged
 from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, squared_distance, uniform, uniform_scalar
 
 _REDRAWS = 20
@@ -21,6 +22,11 @@ class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, True where the context token exists
     target: Tensor  # B A T, token indices
+    num_context: int | None = None  # context tokens of the batch, where they have been counted
+
+    def layout(self) -> Ragged:
+        """Where each context lies in packed rows."""
+        return Ragged(self.mask, int(self.mask.sum()) if self.num_context is None else self.num_context)
 
 
 def multi_block(
@@ -134,35 +140,35 @@ def _membership(index: Tensor, num_tokens: int) -> Tensor:
     return inside.scatter_(1, index.flatten(1), True)
 
 
-def _compact(context: Tensor) -> tuple[Tensor, Tensor]:
-    """Membership B M as indices B V and mask B V, V the longest context; padding repeats the first index."""
-    counts = context.sum(1, keepdim=True)
-    longest = int(counts.max())
+def _compact(context: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Membership B M as indices B V and mask B V, V the longest of `counts`; padding repeats the first index."""
+    longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
-    mask = torch.arange(longest, device=context.device) < counts
+    mask = torch.arange(longest, device=context.device) < context.sum(1, keepdim=True)
     return torch.where(mask, index, index[:, :1]), mask
 
 
 def _complement(target: Tensor, num_tokens: int) -> TokenSample:
-    if target.shape[1] >= num_tokens:
+    batch, size = target.shape
+    if size >= num_tokens:
         raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
-    return TokenSample(*_compact(~_membership(target, num_tokens)), target[:, None])
+    counts = batch * [num_tokens - size]
+    return TokenSample(*_compact(~_membership(target, num_tokens), counts), target[:, None], sum(counts))
 
 
 def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
     """Remove every target token from the context; redraw the samples that keep too few."""
     block, target = draw()
     context = _membership(block, num_tokens) & ~_membership(target, num_tokens)
-    for _ in range(_REDRAWS):
-        short = context.sum(1) < min_context
-        if not short.any():
-            return TokenSample(*_compact(context), target)
-        block, again = draw()
-        target = torch.where(short[:, None, None], again, target)
-        redrawn = _membership(block, num_tokens) & ~_membership(again, num_tokens)
-        context = torch.where(short[:, None], redrawn, context)
-    if (context.sum(1) >= min_context).all():
-        return TokenSample(*_compact(context), target)
+    for attempt in range(_REDRAWS + 1):
+        counts = context.sum(1).tolist()  # the one time in a step that the host waits for the device
+        if min(counts) >= min_context:
+            return TokenSample(*_compact(context, counts), target, sum(counts))
+        if attempt < _REDRAWS:
+            short = (context.sum(1) < min_context)[:, None]
+            block, again = draw()
+            target = torch.where(short[..., None], again, target)
+            context = torch.where(short, _membership(block, num_tokens) & ~_membership(again, num_tokens), context)
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
         f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "

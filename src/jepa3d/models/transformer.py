@@ -3,11 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa3d.models.layout import Layout
 from jepa3d.ops import BatchGenerator, uniform
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries B Q C over keys B S C; `mask` (B S) is True at keys that exist."""
+    """Multi-head attention of queries B Q C over keys B S C, or of packed rows, each laid out as told."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -18,12 +19,20 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        query = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask[:, None, None]
+    def forward(self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None) -> Tensor:
+        query, key_value, mask = self.query(x), self.key_value(context), None
+        if queries:
+            query = queries.pad(query)
+        if keys:
+            key_value = keys.pad(key_value)
+            mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
+        key_value = key_value.flatten(0, -3)
+        lead = query.shape  # queries of all passes over one context are one sequence
+        query = query.reshape(len(key_value), -1, self.num_heads, lead[-1] // self.num_heads).transpose(1, 2)
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).reshape(lead)
+        return self.out(queries.pack(out) if queries else out)
 
 
 class Mlp(nn.Sequential):
@@ -33,7 +42,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each pre-normalised and residual; `keep` (B 2) scales the two branches."""
+    """Self-attention and MLP, each pre-normalised and residual; `keep` scales each sample's or row's two branches."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -41,12 +50,12 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout | None = None, keep: Tensor | None = None) -> Tensor:
         normed = self.norm1(x)
-        branch = self.attention(normed, normed, mask)
-        x = x + (branch if keep is None else branch * keep[:, 0, None, None])
+        branch = self.attention(normed, normed, layout, layout)
+        x = x + (branch if keep is None else branch * keep[..., :1])
         branch = self.mlp(self.norm2(x))
-        return x + (branch if keep is None else branch * keep[:, 1, None, None])
+        return x + (branch if keep is None else branch * keep[..., 1:])
 
 
 def drop_path_scales(rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor):

@@ -45,14 +45,14 @@ class Generative(nn.Module):
         encoder = self.encoder
         centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
-        position = encoder.position(gather_points(centers, sample.context))
-        tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
-        encoded = encoder.hidden_states(tokens, position, sample.mask, generator.stream("drop_path"))[-1]
+        layout = sample.layout()
+        tokens, position = encoder.visible(patches, centers, sample.context, layout)
+        encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]
         masked = encoder.position(gather_points(centers, sample.target))
-        decoded = self.decoder(encoded, sample.mask, position, masked)[:, 0]
+        decoded = self.decoder(encoded, layout, position, masked)[:, 0]
         prediction = self.head(decoded).unflatten(-1, (-1, 3))
         target = gather_points(patches.flatten(2), sample.target[:, 0]).unflatten(-1, (-1, 3))
-        return GenerativeOutput(chamfer_l2(prediction.float(), target), prediction, target, encoded[sample.mask])
+        return GenerativeOutput(chamfer_l2(prediction.float(), target), prediction, target, encoded)
 
     def after_step(self, progress: float) -> None:
         """Nothing to do."""

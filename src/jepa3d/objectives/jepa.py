@@ -92,19 +92,16 @@ class JEPA(nn.Module):
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Predicted teacher tokens B A T E and the encoded context n C; only context patches are read."""
-        encoder, decoder = self.encoder, self.decoder
-        position = encoder.position(gather_points(centers, sample.context))
+        encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
+        tokens, position = encoder.visible(patches, centers, sample.context, layout)
         target_position = encoder.position(gather_points(centers, sample.target))
-        tokens = encoder.visible_tokens(patches, sample.context, sample.mask)
         if len(decoder.blocks):
-            context = encoder.hidden_states(tokens, position, sample.mask, generator)[-1]
-            predicted = decoder(context, sample.mask, position, target_position)
-            return self.projection(predicted), context[sample.mask]
+            context = encoder.hidden_states(tokens, position, layout, generator)[-1]
+            return self.projection(decoder(context, layout, position, target_position)), context
         # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
-        x, position, mask = decoder.assemble(tokens, sample.mask, position, target_position)
-        encoded = encoder.hidden_states(x, position, mask, generator, passes=len(x) // len(tokens))[-1]
-        context = encoded.view(len(tokens), -1, *encoded.shape[1:])[:, 0, : tokens.shape[1]]
-        return self.projection(decoder.predictions(encoded, target_position)), context[sample.mask]
+        x, position, joint = decoder.assemble(tokens, layout, position, target_position)
+        encoded = encoder.hidden_states(joint.every_pass(x), joint.every_pass(position), joint, generator)[-1]
+        return self.projection(decoder.predictions(encoded, target_position)), encoded[: layout.num_rows]
 
     def after_step(self, progress: float) -> None:
         """Move an EMA teacher; a frozen one stays. `progress` is the finished fraction of the run, 0 to 1."""
