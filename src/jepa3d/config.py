@@ -53,6 +53,7 @@ class TargetConfig:
     unit: Literal["token", "block"] = "token"
     norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 9
     layers: int = 1  # the teacher's last blocks whose normalised outputs are averaged
+    cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
     project: bool = False  # the paper's literal form: the same FC on the target too
     momentum: tuple[float, float] = (0.996, 1.0)  # of the EMA teacher, first and last step
     sigreg: float = 0.0  # weight of SIGReg on the student's tokens; needed without a teacher
@@ -81,7 +82,10 @@ class RunConfig(Schedule):
     scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis
     rotate: bool = True  # augmentation, about the up axis
     translate: float = 0.0  # augmentation, reach along each axis
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto: what a trial at the start finds fastest
+    compile: Literal["no", "yes", "auto"] = "no"  # transformer blocks by torch.compile
+    accumulate: int = 1  # forward and backward passes a step, each on its share of the batch
+    checkpoint_activations: bool = False  # compute blocks again for their gradient: less memory, more time
     log_every: int = 50
     checkpoint_every: int = 1000
     snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
@@ -217,7 +221,7 @@ class FewshotConfig(FinetuneConfig):
 
 
 # Settings that change what is written, never what is learned.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every")
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations")
 SHAPENET55 = 52_470  # shapes in both of its lists
 
 # A preset changes sizes. `tiny` is for runs of minutes: rates, and what 3D-JEPA predicts, are those that learned most

@@ -35,6 +35,8 @@ def validate(config: PretrainConfig) -> None:
         )
     if config.init in ("dvae", *TEACHERS):
         raise ValueError(f"init {config.init!r}: generative, invariance, a folder or a Hub id")
+    if target.cache and (moving := [name for name in config.teacher if name in ("ema", "none")]):
+        raise ValueError(f"target.cache needs frozen teachers, not {moving[0]} (teacher {', '.join(config.teacher)})")
     if target.layers > encoder.depth:
         raise ValueError(f"target.layers {target.layers} exceeds encoder.depth {encoder.depth}")
     for name, weight in (("target.sigreg", target.sigreg), ("invariance.sigreg", config.invariance.sigreg)):

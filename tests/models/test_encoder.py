@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
-from jepa3d.models.tokenizer import group
 from jepa3d.models.layout import Ragged
+from jepa3d.models.tokenizer import group
 from jepa3d.models.transformer import Attention, drop_path_scales
 from jepa3d.ops import BatchGenerator
 

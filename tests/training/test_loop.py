@@ -213,7 +213,7 @@ def test_golden_curve(tiny, tmp_path, teacher):
     golden = json.loads(path.read_text())
     assert curves.keys() == golden.keys()
     for name, curve in curves.items():
-        # Rounding alone moves a loss by 1e-3 in 20 steps: another order of summation agrees to 1e-9 in double precision.
+        # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in double precision.
         assert curve == pytest.approx(golden[name], rel=3e-3)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jepa3d.models.layout import Joint, Ragged
 from jepa3d.models.transformer import Attention, Mlp, init_weights
@@ -56,7 +57,7 @@ class ContextAwareDecoder(nn.Module):
         position_every_block: bool = True,
     ):
         super().__init__()
-        self.stacked, self.position_every_block = stacked, position_every_block
+        self.stacked, self.position_every_block, self.checkpoints = stacked, position_every_block, False
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.blocks = nn.ModuleList(ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
@@ -69,7 +70,8 @@ class ContextAwareDecoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             if layer == 0 or self.position_every_block:
                 x = x + position
-            x = block(x, context, joint, last=layer == len(self.blocks) - 1)
+            inputs = x, context, joint, layer == len(self.blocks) - 1
+            x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpoints else block(*inputs)
             if layer == 0:
                 position = joint.every_pass(position)
         return self.predictions(self.norm(x), target_position)

@@ -173,7 +173,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         # KL(uniform || usage): no code may be forgotten (Yu et al. 2022).
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():
-            counts = torch.bincount(logits.argmax(-1).flatten(), minlength=self.num_codes).float()
+            codes = logits.argmax(-1).flatten()
+            counts = usage.new_zeros(self.num_codes).index_add_(0, codes, usage.new_ones(len(codes)))
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
         return DVAEOutput(coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity)

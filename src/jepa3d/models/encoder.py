@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.layout import Layout, Ragged
@@ -46,7 +47,7 @@ class PointEncoder(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
             )
         self.width, self.depth, self.drop_path = embed_dim, depth, drop_path
-        self.position_every_block = position_every_block
+        self.position_every_block, self.checkpoints = position_every_block, False
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(embed_dim, tokenizer_dim)
         self.position = position_embedding(embed_dim)
@@ -73,7 +74,9 @@ class PointEncoder(
         states = [tokens]
         for layer, block in enumerate(self.blocks):
             x = states[-1] + position if layer == 0 or self.position_every_block else states[-1]
-            states.append(block(x, layout, None if keep is None else keep[..., layer, :]))
+            inputs = x, layout, None if keep is None else keep[..., layer, :]
+            again = self.checkpoints and torch.is_grad_enabled()
+            states.append(checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs))
         states[-1] = self.norm(states[-1])
         return states
 

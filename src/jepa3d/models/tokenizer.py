@@ -32,9 +32,14 @@ def group(
             f"a cloud of {num_points} points cannot give {num_groups} patches of {group_size} points: "
             f"num_groups and group_size must not exceed the number of points"
         )
-    centers = gather_points(points, farthest_point_sample(points, num_groups, generator))
-    index = knn(centers, points, group_size)
-    return Groups(centers, gather_points(points, index) - centers[:, :, None], index)
+    chosen = farthest_point_sample(points, num_groups, generator)
+    return groups_at(points, chosen, knn(gather_points(points, chosen), points, group_size))
+
+
+def groups_at(points: Tensor, centers: Tensor, index: Tensor) -> Groups:
+    """Patches of given points, B M K, around given centres, B M: both are indices of points."""
+    at = gather_points(points, centers)
+    return Groups(at, gather_points(points, index) - at[:, :, None], index)
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -16,7 +16,7 @@ from jepa3d.models.decoder import ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher, ema_update
-from jepa3d.models.tokenizer import group
+from jepa3d.models.tokenizer import group, groups_at
 from jepa3d.objectives.collapse import collapse_figures, position_loss, row_figures
 from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator, gather_points
@@ -67,14 +67,23 @@ class JEPA(nn.Module):
             )
         self.sampler = make_sampler(config)
 
-    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> JEPAOutput:
-        """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`."""
+    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor) -> JEPAOutput:
+        """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`.
+
+        `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
+        """
         encoder = self.encoder
-        centers, patches, index = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        if cached:
+            grouped = groups_at(points, *cached[:2])
+        else:
+            grouped = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        centers, patches, index = grouped
         sample = self.sampler(centers, generator.stream("sampler"))
         prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
         settings, regularised = self.settings, encoded
-        if self.teacher:
+        if cached:
+            tokens = cached[2].float()
+        elif self.teacher:
             tokens = self.teacher(patches, centers)
         else:
             tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]

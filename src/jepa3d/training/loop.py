@@ -7,11 +7,11 @@ import math
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from jepa3d.objectives.jepa import JEPA
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
+from jepa3d.training.engine import ON_CPU, choose, compile_blocks, set_activation_checkpoints
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress
 
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
-ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,8 +61,12 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, and the last metrics.
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
-    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=config.mixed_precision)
+    set_activation_checkpoints(task.objective, config.checkpoint_activations)
+    precision, compiled = choose(task, clouds, config, run)
+    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision)
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
+    if compiled:
+        compile_blocks(objective)
     optimizer = adamw(objective, schedule, task.layer_decay)
     total = total_steps(schedule, len(clouds))
     state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0, "best": None}
@@ -71,7 +75,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
-    share, rank = schedule.batch_size // accelerator.num_processes, accelerator.process_index
+    share, rank = schedule.batch_size // accelerator.num_processes // config.accumulate, accelerator.process_index
     progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
 
     def save(loss: float) -> None:
@@ -86,18 +90,24 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     with _stop_signals() as stop, progress:
         # ------------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
-            rows = slice(rank * share, (rank + 1) * share)
-            index = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)[rows]
-            generator = BatchGenerator(config.seed, step, rows.start, schedule.batch_size)
-            points = clouds.batch(index).to(accelerator.device)
-            if task.augments:
-                points = augment(points, config.scale, config.rotate, config.translate, generator)
-            targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
+            batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
+            loss, output = torch.zeros((), device=accelerator.device), None
+            for part in range(config.accumulate):
+                first = (part * accelerator.num_processes + rank) * share
+                index = batch[first : first + share]
+                generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
+                points = clouds.batch(index).to(accelerator.device)
+                if task.augments:
+                    points = augment(points, config.scale, config.rotate, config.translate, generator)
+                targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
+                last = part == config.accumulate - 1
+                with nullcontext() if last else accelerator.no_sync(model):
+                    output = model(points, generator, step / total, *targets)
+                    accelerator.backward(output.loss / config.accumulate)
+                loss += output.loss.detach() / config.accumulate
 
             for group in optimizer.param_groups:
                 group["lr"] = group["lr_scale"] * learning_rate(schedule, step, total, len(clouds))
-            output = model(points, generator, step / total, *targets)
-            accelerator.backward(output.loss)
             norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
@@ -108,17 +118,17 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             epochs = [at * schedule.batch_size // len(clouds) for at in (step - 1, step)]
             looked = task.look and (step == total or epochs[1] > epochs[0])
             if step % config.log_every == 0 or step in (1, total) or snapshot or looked:
-                loss = accelerator.reduce(output.loss.detach(), "mean").item()
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss is {loss} at step {step}: lower --lr (now {schedule.lr})")
+                mean = accelerator.reduce(loss, "mean").item()
+                if not math.isfinite(mean):
+                    raise ValueError(f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})")
                 epoch = step * schedule.batch_size / len(clouds)
                 figures = {
-                    "loss": loss,
+                    "loss": mean,
                     "epoch": epoch,
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": 0.0 if norm is None else norm.item(),
                 }
-                figures |= objective.metrics(output)
+                figures |= objective.metrics(cast(Any, output))
                 if task.look and looked:
                     figures[task.looks_at] = score = task.look()
                     model.train()
@@ -131,7 +141,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                 checkpoint.replace_folder(run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained)
             stopping = stopped(accelerator, stop, step) or step == stop_at
             if step % config.checkpoint_every == 0 or step == total or stopping:
-                save(output.loss.item())
+                save(loss.item())
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------

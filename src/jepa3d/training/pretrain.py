@@ -4,7 +4,7 @@ RUN/config.json        the resolved settings            RUN/checkpoints/  the ne
 RUN/run.json           data, versions, cost, status     RUN/untrained/    the encoder before the first step
 RUN/metrics.jsonl      one line a log step              RUN/encoder/      the encoder after the last (or RUN/dvae/)
 RUN/stage1/NAME/       stage I's own runs               RUN/given/N/      copies of networks given by path or Hub id
-RUN/snapshots/         the encoder on its way, if wanted
+RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      targets of frozen teachers, if wanted
 """
 
 import copy
@@ -27,6 +27,7 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint, runs
+from jepa3d.training.cache import CachedTargets
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
@@ -125,12 +126,22 @@ def pretrain(
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
         fresh = task if not config.init else make_task(replace(config, init=None), config.objective, clouds, networks)
         checkpoint.replace_folder(out / "untrained", fresh.module.save_pretrained)
-    state = fit(task, clouds, config, out, stop_at)
+    state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
     return out
+
+
+def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
+    """The task with its teacher's targets computed beforehand, where wanted; in memory without a run."""
+    if not (config.target.cache and isinstance(task.objective, JEPA) and task.objective.teacher):
+        return task
+    teacher = task.objective.teacher
+    cache = CachedTargets(config, len(clouds), teacher.width, out and out / "cache")
+    cache.fill(teacher, clouds, config)
+    return replace(task, targets=cache)
 
 
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
@@ -172,7 +183,7 @@ def dry_run(config: PretrainConfig) -> None:
         clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
         task = make_task(config, stage, clouds, networks)
         task = replace(task, schedule=replace(schedule, max_steps=2))
-        state = fit(task, clouds, replace(config, log_every=1), None)
+        state = fit(with_cache(task, clouds, config, None), clouds, replace(config, log_every=1), None)
         networks[stage] = task.module
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
@@ -186,4 +197,4 @@ def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     validate(config)
     for objective in (*config.stages, config.objective):
-        runs.check_batch(f"{objective}: batch_size", config.schedule(objective).batch_size)
+        runs.check_batch(f"{objective}: batch_size", config.schedule(objective).batch_size, config.accumulate)

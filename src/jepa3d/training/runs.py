@@ -14,7 +14,7 @@ from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.models.hub import Pretrained
 from jepa3d.plain import differences, to_dict
 from jepa3d.training import checkpoint
-from jepa3d.training.loop import ON_CPU
+from jepa3d.training.engine import ON_CPU
 
 
 def begin(out: Path, resume: bool) -> bool:
@@ -74,17 +74,19 @@ def create(
     checkpoint.replace_folder(out, write, new=True)
 
 
-def check_batch(name: str, size: int) -> None:
-    """ValueError for a batch that the processes cannot share evenly."""
+def check_batch(name: str, size: int, accumulate: int) -> None:
+    """ValueError for a batch that the processes and the passes of a step cannot share evenly."""
     processes = PartialState(cpu=ON_CPU).num_processes
-    if size % processes:
-        raise ValueError(f"{name} {size} is not a multiple of the {processes} processes")
+    if size % (processes * accumulate):
+        passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
+        raise ValueError(f"{name} {size} is not a multiple of the {processes} processes{passes}")
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """What a run has cost, its stage I beside it."""
+    """What a run has cost; beside it what came before: stage I and cached targets."""
     cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
-    before = [json.loads(stage.read_text())["cost"] for stage in (out / "stage1").glob("*/run.json")]
+    before = [json.loads(stage.read_text())["cost"] for stage in out.glob("stage1/*/run.json")]
+    before += [json.loads(file.read_text())["cost"] for file in out.glob("cache/run.json")]
     for key in ("cpu_seconds", "wall_seconds"):
         cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
     return cost
@@ -96,7 +98,8 @@ def finish(out: Path, cost: dict[str, float], metrics: dict[str, float], result:
     if result:
         write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
     write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", "cache"):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def is_main() -> bool:
