@@ -113,7 +113,7 @@ def farthest_point_sample(
     if wanted and (fast := _quickfps()):
         # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
         rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
-        swapped = points.clone()
+        swapped = points.clone(memory_format=torch.contiguous_format)
         swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
         index, start = fast.sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
         return torch.where(index == 0, start, torch.where(index == start, 0, index))

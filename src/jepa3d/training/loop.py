@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from jepa3d.config import RunConfig, Schedule
@@ -63,6 +64,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     """
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
+    AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
     accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision)
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
     if compiled:

@@ -1,0 +1,242 @@
+"""Cached targets, passes of a step, recomputed activations, and what is chosen by a trial."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_loop import COMMAND, losses, same, weights
+from torch.testing import assert_close
+
+from jepa3d import config as settings
+from jepa3d.models.tokenizer import BatchNorm, group
+from jepa3d.ops import BatchGenerator, farthest_point_sample
+from jepa3d.training import cache, engine, loop
+from jepa3d.training.cache import CachedTargets
+from jepa3d.training.loop import Interrupted
+from jepa3d.training.pretrain import clouds_of, make_task, pretrain, with_cache
+
+CACHED = {"teacher": "untrained", "target": {"cache": True}}
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------- cached targets
+
+
+def test_cached_targets_are_what_the_teacher_says_of_the_shapes_as_they_are(tiny):
+    config = tiny(**CACHED, batch_size=32)  # all 32 shapes are one batch: nothing depends on the order
+    clouds = clouds_of(config, "jepa")
+    task = with_cache(make_task(config, "jepa", clouds, {}), clouds, config, None)
+    index = np.array([3, 0, 31])
+    centers, patches, tokens = task.targets(index)
+    every = group(clouds.batch(np.arange(32)), 16, 8)
+    expected = task.objective.teacher(every.patches, every.centers)
+    assert_close(tokens.float(), expected[index], atol=2e-3, rtol=1e-3)  # half precision
+    assert torch.equal(patches, every.index[index])
+    assert torch.equal(centers, farthest_point_sample(clouds.batch(index), 16))
+
+
+def test_a_cached_step_without_augmentation_is_the_plain_step(tiny):
+    config = tiny(**CACHED, batch_size=32, rotate=False, scale=(1.0, 1.0))
+    clouds = clouds_of(config, "jepa")
+    task = make_task(config, "jepa", clouds, {})
+    cached = with_cache(task, clouds, config, None)
+    points, generator = clouds.batch(np.arange(32)), BatchGenerator(0)
+    grouped = group(points, 16, 8)
+    objective = task.objective
+    sample = objective.sampler(grouped.centers, generator.stream("sampler"))
+    prediction, _ = objective.predict(grouped.patches, grouped.centers, sample, generator.stream("drop_path"))
+    output = objective(points, generator, 0.0, *cached.targets(np.arange(32)))
+    assert_close(output.prediction, prediction)
+    tokens = objective.teacher(grouped.patches, grouped.centers)
+    assert_close(output.target, tokens[torch.arange(32)[:, None, None], output.sample.target], atol=2e-3, rtol=1e-3)
+
+
+def test_patches_of_a_cached_step_are_of_the_augmented_points(tiny, monkeypatch):
+    config, seen = tiny(**CACHED), []
+    clouds = clouds_of(config, "jepa")
+    task = with_cache(make_task(config, "jepa", clouds, {}), clouds, config, None)
+    index = np.arange(4)
+    points = 2.0 * clouds.batch(index)
+    monkeypatch.setattr(
+        task.objective, "predict", lambda patches, centers, *_: seen.append((patches, centers)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        task.objective(points, BatchGenerator(0), 0.0, *task.targets(index))
+    plain = group(clouds.batch(index), 16, 8)
+    assert_close(seen[0], (2 * plain.patches, 2 * plain.centers))
+
+
+def test_an_interrupted_cache_goes_on_and_the_run_is_the_same(tiny, tmp_path, monkeypatch):
+    config = tiny(**CACHED, max_steps=4)
+    whole = pretrain(config, tmp_path / "whole")
+    assert not (whole / "cache").exists(), "gone when the run is finished"
+    assert json.loads((whole / "run.json").read_text())["cost"]["stage1_cpu_seconds"] > 0
+    monkeypatch.setattr(cache, "SAVE_EVERY", 1)
+    asked, farthest = [], farthest_point_sample
+
+    def stops(points, count):
+        asked.append(len(points))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return farthest(points, count)
+
+    monkeypatch.setattr(cache, "farthest_point_sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "cache" / "run.json").read_text())["batches"] == 2
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", resume=True, stop_at=2)
+    assert asked == [8] * 5, "four batches of 32 shapes, the third asked twice"
+    run = pretrain(config, tmp_path / "run", resume=True)
+    assert len(asked) == 5
+    assert same(weights(whole), weights(run))
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_a_moving_teacher_cannot_be_cached(tiny, tmp_path, teacher):
+    config = tiny(
+        teacher=["untrained", teacher] if teacher == "ema" else teacher, target={"cache": True, "sigreg": 0.1}
+    )
+    with pytest.raises(ValueError, match=rf"target\.cache needs frozen teachers, not {teacher}"):
+        pretrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_too_small_for_the_targets_is_said(tiny, tmp_path):
+    config = tiny(**CACHED)
+    with pytest.raises(ValueError, match=r"the targets need .* GB, the disk has .* GB"):
+        CachedTargets(config, 10**12, 24, tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------ passes of one step
+
+
+def test_passes_of_a_step_add_up_to_its_gradient(tiny, monkeypatch):
+    """Up to BatchNorm and the standardised target, whose statistics are those of a pass: left out here."""
+    monkeypatch.setattr(BatchNorm, "forward", lambda self, x: x)
+    states = []
+    for accumulate in (1, 4):
+        config = tiny(accumulate=accumulate, max_steps=3, target={"norm": "layernorm"}, lr=1e-2)
+        clouds = clouds_of(config, "jepa")
+        task = make_task(config, "jepa", clouds, {})
+        state = loop.fit(task, clouds, config, None)
+        states.append((state["metrics"]["loss"], task.objective.state_dict()))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
+    assert_close(states[0][1], states[1][1], atol=2e-4, rtol=1e-3)
+
+
+def test_accumulation_resumes(tiny, tmp_path):
+    config = tiny(accumulate=2)
+    whole = pretrain(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "halves", stop_at=3)
+    assert same(weights(whole), weights(pretrain(config, tmp_path / "halves", resume=True)))
+
+
+def test_a_batch_that_passes_cannot_share_is_an_error(tiny, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 is not a multiple of the 1 processes x accumulate 3"):
+        pretrain(tiny(accumulate=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"decoder": {"depth": 0}}, {"objective": "generative"}], ids=str)
+def test_recomputed_activations_change_nothing(tiny, tmp_path, overrides):
+    runs = [pretrain(tiny(checkpoint_activations=on, **overrides), tmp_path / str(on)) for on in (False, True)]
+    assert same(*(weights(run) for run in runs))
+
+
+# ------------------------------------------------------------------------------------- the trial
+
+
+def test_a_trial_chooses_the_fastest_and_a_resume_keeps_it(tiny, tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def trial(task, clouds, config, hows):
+        tried.append(hows)
+        return {how: 1.0 + (how[0] == "no") for how in hows}
+
+    monkeypatch.setattr(engine, "trial", trial)
+    config = tiny(mixed_precision="auto", max_steps=4)
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "run", stop_at=2)
+    pretrain(config, tmp_path / "run", resume=True)
+    assert tried == [[("no", False), ("bf16", False)]]
+    assert json.loads((tmp_path / "run" / "engine.json").read_text())["mixed_precision"] == "bf16"
+    assert "trial, ms a pass: fp32 2000, bf16 1000; taken: bf16" in capsys.readouterr().out
+    bf16 = pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")
+    assert losses(bf16) == losses(tmp_path / "run")
+
+
+def test_a_trial_leaves_the_run_as_it_was(tiny, tmp_path, monkeypatch):
+    plain = pretrain(tiny(max_steps=2), tmp_path / "plain")
+    measured = engine.trial
+
+    def trial(*args):
+        found = measured(*args)
+        assert found.keys() == {("no", False), ("bf16", False)}
+        assert min(found.values()) > 0
+        return {("no", False): 1.0}
+
+    monkeypatch.setattr(engine, "trial", trial)
+    assert same(weights(plain), weights(pretrain(tiny(mixed_precision="auto", max_steps=2), tmp_path / "auto")))
+
+
+def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no compiler\nsecond line")
+
+    config = tiny(compile="auto")
+    clouds = clouds_of(config, "jepa")
+    task = make_task(config, "jepa", clouds, {})
+    monkeypatch.setattr(engine, "compile_blocks", lambda objective: setattr(objective, "forward", broken))
+    assert engine.choose(task, clouds, config, None) == ("no", False)
+    assert "trial of fp32, compiled: no compiler\ntrial, ms a pass: fp32 " in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no compiler"):
+        engine.trial(task, clouds, config, [("no", True)])
+
+
+def test_compiled_blocks_compute_the_same_and_keep_their_names(tiny, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    states = []
+    for wanted in ("no", "yes"):
+        config = tiny(compile=wanted, max_steps=2, encoder={"drop_path": 0.0})
+        clouds = clouds_of(config, "jepa")
+        task = make_task(config, "jepa", clouds, {})
+        loop.fit(task, clouds, config, None)
+        states.append(task.objective.state_dict())
+    assert_close(*states, atol=1e-4, rtol=1e-3)
+
+
+def compile_eagerly(self, **options):
+    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
+    config = tiny(**CACHED, max_steps=4, compile="no", log_every=1)
+    one = pretrain(replace(config, accumulate=1), tmp_path / "one")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings.to_dict(config)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(name: str, *flags: str):
+        command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / name), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    assert losses(run("two")) == pytest.approx(losses(one), rel=1e-4)
+    both = run("both", "--accumulate", "2", "--mixed-precision", "auto")
+    assert len(losses(both)) == 4
+    assert (both / "engine.json").exists()
