@@ -1,0 +1,284 @@
+"""How time and memory grow with points, tokens, batch and shapes; and how many clouds a second an encoder takes.
+
+    python benchmarks/growth.py                                            # some 5 minutes on two cores
+    python benchmarks/growth.py --figure docs/growth.png --json figures.json
+
+The paper's encoder (preset small) with random weights, on clouds of normal points, fp32; times are medians of 3
+rounds after one of warm-up. Slopes are least squares of log cost on log work: 1 is linear, 0 no growth; "larger half"
+leaves out the small sizes, where what does not grow is most of the cost.
+
+Points: `encoder.embed`, which first reduces a cloud to num_points 2,048; tokens and their neighbours stay the same.
+Tokens: forward and backward of 3D-JEPA with an EMA teacher, 16 points and 32 neighbours a token. FLOPs are of matrix
+products, attention's among them, without the neighbour search.
+Batch: whole steps of the training loop, each batch size in a process of its own, one after the other; peak memory is
+its largest resident set, libraries included. Shapes: the index is as large as it says (650 MB of temporary disk at ten
+million), but all its shards are links to one file of 32 MiB, so that reading is from memory and no disk is measured;
+what is done once a batch is the median of 30 batches.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from store import PER_SHARD, POINTS, make_index
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from jepa3d import config as settings
+from jepa3d.allocator import keep_large_blocks
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.store import Store, StoredPoints
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.tokenizer import group
+from jepa3d.ops import BatchGenerator
+from jepa3d.training.loop import Task, batch_index, epoch_order, fit
+from jepa3d.training.pretrain import make_task
+
+ROUNDS = 3
+CLOUD_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
+TOKENS = (64, 128, 256, 512, 1024)
+BATCHES = (1, 4, 16, 32, 64, 128)
+SHAPES = (10**3, 10**4, 10**5, 10**6, 10**7)
+CLOUDS = 4  # a call, where points and tokens grow
+PRESETS, EMBED_SIZES, EMBED_BATCHES = ("tiny", "small"), (1024, 2048), (1, 32, 128)
+
+Growth = dict[str, dict[int, list[float]]]  # cost -> work -> its figure in every round
+
+
+def interleaved(actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS, clouds: int = 1) -> dict:
+    """Milliseconds a cloud, a round each, of actions (cost, work); a first round is not counted."""
+    found: dict = {cost: {} for cost, _ in actions}
+    for i in range(rounds + 1):
+        for (cost, work), action in actions.items():
+            began = time.perf_counter()
+            action()
+            if i:
+                found[cost].setdefault(work, []).append((time.perf_counter() - began) * 1000 / clouds)
+    return found
+
+
+def random_clouds(count: int, num_points: int) -> Tensor:
+    return torch.randn(count, num_points, 3, generator=torch.Generator().manual_seed(0))
+
+
+def make_encoder(preset: str, **sizes: int) -> PointEncoder:
+    config = settings.resolve(settings.preset(preset), {"encoder": sizes})
+    return PointEncoder(**vars(config.encoder)).eval()
+
+
+def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainConfig]:
+    config = settings.resolve({"teacher": ["ema"], "batch_size": batch})
+    clouds = PointClouds("random", "", random_clouds(batch, config.encoder.num_points).numpy())
+    return make_task(config, "jepa", clouds, {}), clouds, config
+
+
+@torch.no_grad()
+def grow_points() -> Growth:
+    """From points to vectors; `prepare` is the unit sphere and, above 2,048 points, farthest points."""
+    encoder, actions = make_encoder("small"), {}
+    for size in CLOUD_SIZES:
+        points = random_clouds(CLOUDS, size)
+        actions["embed, ms a cloud", size] = partial(encoder.embed, points)
+        actions["prepare alone", size] = partial(encoder.prepare, points)
+    return interleaved(actions, clouds=CLOUDS)
+
+
+def grow_tokens() -> Growth:
+    """A pretraining step's forward and backward; grouping is farthest points and the neighbour search."""
+    objective, actions, flops = make_pretraining(CLOUDS)[0].objective.train(), {}, {}
+
+    def step(points: Tensor, tokens: int) -> None:
+        objective.encoder.num_groups = tokens
+        objective.zero_grad()
+        objective(points, BatchGenerator(0)).loss.backward()
+
+    for tokens in TOKENS:
+        points = random_clouds(CLOUDS, 16 * tokens)
+        actions["step, ms a cloud", tokens] = partial(step, points, tokens)
+        actions["grouping alone", tokens] = partial(group, points, tokens, 32)
+        # The counter does not know the CPU's fused attention: count that of plain products.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            step(points, tokens)
+        flops[tokens] = [counter.get_total_flops() / CLOUDS / 1e9]
+    return interleaved(actions, clouds=CLOUDS) | {"GFLOP a cloud": flops}
+
+
+def grow_batch() -> Growth:
+    found: Growth = {"ms a step": {}, "ms a cloud": {}, "peak MiB": {}}
+    for batch in BATCHES:
+        with get_context("spawn").Pool(1) as pool:
+            times, found["peak MiB"][batch] = pool.apply(pretraining_steps, (batch,))
+        found["ms a step"][batch], found["ms a cloud"][batch] = times, [taken / batch for taken in times]
+    return found
+
+
+def pretraining_steps(batch: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of steps of the loop, and the peak MiB of this process."""
+    keep_large_blocks()
+    task, clouds, config = make_pretraining(batch)
+    task = replace(task, schedule=replace(task.schedule, max_steps=ROUNDS + 2))
+    after, ends = task.objective.after_step, []
+    task.objective.after_step = lambda progress: (after(progress), ends.append(time.perf_counter()))
+    with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
+        fit(task, clouds, config, None)
+    # Not getrusage: Linux carries ru_maxrss over exec, so that this process would be charged with its parent's memory.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return (1000 * np.diff(ends)[1:]).tolist(), [peak / 2**10]  # the second step begins with the log of the first
+
+
+def grow_shapes() -> Growth:
+    """A store from its header to a batch of 128 clouds of 2,048 points, in the order that training takes."""
+    found: Growth = {}
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "points.safetensors"
+        save_file({"points": random_clouds(PER_SHARD, POINTS).flatten(0, 1).half().numpy()}, shard)
+        for count in SHAPES:
+            path = Path(folder) / str(count)
+            make_index(path, count)
+            store = Store(path)
+            for record in store.header["shards"]:
+                (path / record["file"]).symlink_to(shard)
+            points = StoredPoints(store, np.arange(count), POINTS)
+            order = 128, count, tuple(points.shard_sizes().tolist())
+            once = {
+                ("open", count): partial(Store, path),
+                ("order of an epoch", count): partial(epoch_order.__wrapped__, 0, 0, *order[1:]),
+            }
+            batches = iter([batch_index(0, step, *order) for step in range(31)])
+            steps = itertools.count()
+            often = {
+                ("indices of a batch", count): lambda order=order, steps=steps: batch_index(0, next(steps), *order),
+                ("reading a batch", count): lambda points=points, batches=batches: points[next(batches)],
+            }
+            for cost, of_count in (interleaved(once) | interleaved(often, rounds=30)).items():
+                found.setdefault(cost, {}).update(of_count)
+    return found
+
+
+@torch.no_grad()
+def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
+    """Clouds a second, a round each, of (preset, points, batch), by the number of threads."""
+    everything, actions = torch.get_num_threads(), {}
+
+    def embed(encoder: PointEncoder, points: Tensor, threads: int) -> None:
+        torch.set_num_threads(threads)
+        encoder.embed(points)
+
+    cases = list(itertools.product((1, everything), PRESETS, EMBED_SIZES, EMBED_BATCHES))
+    for threads, preset, size, batch in reversed(cases):  # the call that starts other threads is a long one
+        encoder, points = make_encoder(preset, num_points=size), random_clouds(batch, size)
+        actions[threads, (preset, size, batch)] = partial(embed, encoder, points, threads)
+    found = interleaved(actions)
+    torch.set_num_threads(everything)
+    return {
+        threads: {case: [1000 * case[2] / ms for ms in times] for case, times in of.items()}
+        for threads, of in found.items()
+    }
+
+
+def medians(figures: dict[int, list[float]]) -> dict[int, float]:
+    return {work: median(every) for work, every in figures.items()}
+
+
+def slope(points: Iterable[tuple[int, float]]) -> float:
+    """Of the line through (work, cost), both logarithmic."""
+    return float(np.polyfit(*np.log(list(points)).T, 1)[0])
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def print_growth(work: str, growth: Growth) -> None:
+    """A row a size, a column a cost, and the slopes below."""
+    columns = [list(medians(figures).items()) for figures in growth.values()]
+    print(f"| {work} | {' | '.join(growth)} |\n|{'---|' * (len(growth) + 1)}")
+    for row in zip(*columns, strict=True):
+        print(f"| {row[0][0]:,} | {' | '.join(figure(cost) for _, cost in row)} |")
+    for name, first in {"slope": 0, "slope, larger half": len(columns[0]) // 2}.items():
+        print(f"| {name} | {' | '.join(f'{slope(column[first:]):.2f}' for column in columns)} |", flush=True)
+
+
+def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) -> None:
+    """A row a preset and cloud size, a column a batch size and number of threads."""
+    columns = list(itertools.product(EMBED_BATCHES, found))
+    heads = (f"batch {batch}, {threads} thread{'s' * (threads > 1)}" for batch, threads in columns)
+    print(f"| clouds/s | {' | '.join(heads)} |\n|{'---|' * (len(columns) + 1)}")
+    for preset, size in itertools.product(PRESETS, EMBED_SIZES):
+        rates = (median(found[threads][preset, size, batch]) for batch, threads in columns)
+        print(f"| {preset}, {size:,} points | {' | '.join(map(figure, rates))} |", flush=True)
+
+
+def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
+    """A panel a kind of work: costs against it, and a line of slope 1 through the first cost at the most work."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, (work, (unit, growth)) in zip(drawing.subplots(1, len(panels)), panels.items(), strict=True):
+        for cost, figures in growth.items():
+            middle = medians(figures)
+            axes.loglog(list(middle), list(middle.values()), "o-", markersize=4, label=cost)
+        axes.set_ylim(axes.get_ylim())  # the line may leave the panel
+        (*_, (most, highest)) = medians(next(iter(growth.values()))).items()
+        axes.loglog([most / 1e5, most], [highest / 1e5, highest], "--", color="gray", zorder=0, label="slope 1")
+        axes.set(xlabel=work, ylabel=unit, xlim=(min(middle) / 1.3, most * 1.3))
+        axes.set_xticks(list(middle)[::2], [f"{size:,}" for size in list(middle)[::2]])
+        axes.set_xticks([], minor=True)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+        axes.grid(alpha=0.3)
+    drawing.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", type=Path, help="draw the growths to this file")
+    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    arguments = parser.parse_args()
+    keep_large_blocks()  # as the command line does
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    threads = torch.get_num_threads()
+    machine = f"{cpu}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {date.today()}"
+
+    panels = {}
+    for work, title, unit, measure in (
+        ("points a cloud", "From points to vectors", "ms", grow_points),
+        ("tokens a cloud", "Forward and backward of a pretraining step", "ms or GFLOP", grow_tokens),
+        ("clouds a batch", "Pretraining steps, 2,048 points", "ms or MiB", grow_batch),
+        ("shapes in the store", "Store and epoch order, batch 128; ms", "ms", grow_shapes),
+    ):
+        growth = measure()
+        panels[work] = unit, growth
+        print(f"\n{title}: {machine}\n")
+        print_growth(work, growth)
+    if arguments.figure:
+        draw(panels, arguments.figure)
+    rates = throughput()
+    print(f"\nEncoder, from points to vectors: {machine}\n")
+    print_throughput(rates)
+    if arguments.json:
+        figures = {work: growth for work, (_, growth) in panels.items()}
+        cases = {of: {", ".join(map(str, case)): every for case, every in found.items()} for of, found in rates.items()}
+        arguments.json.write_text(json.dumps({"machine": machine, **figures, "clouds/s, by threads": cases}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The sampling kernels: farthest points, nearest neighbours, and what grouping and block sampling cost a training step.
+
+    python benchmarks/sampling.py                                # some 3 minutes
+    python benchmarks/sampling.py --rounds 3 --json figures.json
+
+Kernels: ms a cloud on one thread, random clouds in the unit ball, contenders interleaved, median of rounds. "jepa3d" is
+what a user gets: `ops.farthest_point_sample`, with torch-quickfps below it where installed, and `ops.knn`. Other
+libraries are measured where they are installed: `pip install fpsample torch-fps` (the latter compiles at its first
+call, with ninja); torch-cluster and pytorch3d build from source.
+
+"exact" of farthest points: yes, the indices of the textbook loop from the same start; ties, they part only where the
+loop finds points equally far. All are told to start at a cloud's first point, which is the one farthest from the
+centroid, where `farthest_point_sample` starts. Of neighbours: the sets of scipy's tree, whose distances are float64.
+
+The step: the training loop's own on all threads, with a stopwatch around its grouping and its block sampler.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from jepa3d import config as settings
+from jepa3d import ops
+from jepa3d.allocator import keep_large_blocks
+from jepa3d.data.datasets import PointClouds
+from jepa3d.objectives import jepa
+from jepa3d.training.loop import fit
+from jepa3d.training.pretrain import make_task
+
+BATCH, NEIGHBOURS = 128, 32
+FPS = {(1024, 64): 32, (2048, 128): 16, (8192, 512): 4, (8192, 1024): 4, (100_000, 4096): 1}  # clouds, one at a time
+KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # clouds, as one batch
+WARM_UP, STEPS = 2, 10
+OTHERS = ("torch_quickfps", "fpsample", "torch_fps", "torch_cluster", "pytorch3d")
+INSTALLED = {name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)}
+
+Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds a call, the call
+
+
+def random_clouds(count: int, num_points: int) -> Tensor:
+    """Clouds uniform in the unit ball; each one's first point is the one farthest from its centroid."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(count, num_points, 3, generator=generator)
+    points *= torch.rand(count, num_points, 1, generator=generator) ** (1 / 3) / points.norm(dim=-1, keepdim=True)
+    for cloud, farthest in zip(points, ops.farthest_point_sample(points, 1)[:, 0].tolist(), strict=True):
+        cloud[[0, farthest]] = cloud[[farthest, 0]]
+    return points
+
+
+def textbook(points: Tensor, num_samples: int) -> Tensor:
+    """Farthest points of a cloud N 3, the loop of PointNet++'s ports; their masked update is slower than `minimum`."""
+    distance = torch.full((len(points),), torch.inf)
+    picked, current = torch.zeros(num_samples, dtype=torch.long), torch.tensor(0)
+    for i in range(num_samples):
+        picked[i] = current
+        distance = torch.minimum(distance, ((points - points[current]) ** 2).sum(-1))
+        current = distance.argmax()
+    return picked
+
+
+def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
+    """One cloud at a time on the first few of `points`; in batches, where there is one."""
+    num_points, start = points.shape[1], torch.zeros(len(points), dtype=torch.long)
+    reference, sample = ops._farthest_point_sample_reference, ops.farthest_point_sample
+
+    def singly(run: Callable[[Tensor], Tensor]) -> tuple[int, Callable[[], Tensor]]:
+        return few, lambda: torch.cat([run(cloud).view(1, -1) for cloud in points[:few].split(1)])
+
+    def in_numpy(run: Callable, *options: int) -> tuple[int, Callable[[], Tensor]]:
+        arrays = list(points[:few].numpy())
+        return few, lambda: torch.from_numpy(
+            np.stack([run(cloud, num_samples, *options, start_idx=0) for cloud in arrays]).astype(np.int64)
+        )
+
+    found: Contenders = {
+        "textbook loop in torch": singly(lambda cloud: textbook(cloud[0], num_samples)),
+        "jepa3d, reference": singly(lambda cloud: reference(cloud, num_samples, start[:1])),
+        "jepa3d": singly(lambda cloud: sample(cloud, num_samples)),
+    }
+    if len(points) == BATCH:
+        found[f"jepa3d, reference, batch {BATCH}"] = BATCH, lambda: reference(points, num_samples, start)
+        found[f"jepa3d, batch {BATCH}"] = BATCH, lambda: sample(points, num_samples)
+    if quick := INSTALLED.get("torch_quickfps"):
+        found["torch_quickfps"] = singly(lambda cloud: quick.sample_idx(cloud, num_samples, start_idx=0))
+    if fpsample := INSTALLED.get("fpsample"):
+        height = 3 if num_points < 8192 else 5 if num_points < 100_000 else 7  # its documentation: 3, 5 or 7, 9
+        found["fpsample, bucket_fps_kdline_sampling"] = in_numpy(fpsample.bucket_fps_kdline_sampling, height)
+        found["fpsample, fps_sampling"] = in_numpy(fpsample.fps_sampling)
+    if torch_fps := INSTALLED.get("torch_fps"):
+        run, valid = torch_fps.farthest_point_sampling, torch.ones(1, num_points, dtype=torch.bool)
+        found["torch_fps"] = singly(lambda cloud: run(cloud, valid, num_samples, start_idx=start[:1]))
+    if cluster := INSTALLED.get("torch_cluster"):
+        ratio = num_samples / num_points  # may round up to one sample more
+        found["torch_cluster"] = singly(lambda cloud: cluster.fps(cloud[0], None, ratio, False)[:num_samples])
+    if "pytorch3d" in INSTALLED:
+        from pytorch3d.ops import sample_farthest_points
+
+        found["pytorch3d"] = singly(lambda cloud: sample_farthest_points(cloud, K=num_samples)[1])
+    return found
+
+
+def searches(points: Tensor, centers: Tensor) -> Contenders:
+    """The NEIGHBOURS of `centers` among `points`, each way."""
+    batch, num_points, _ = points.shape
+
+    def scipy() -> Tensor:
+        pairs = zip(points.numpy(), centers.numpy(), strict=True)
+        return torch.from_numpy(np.stack([cKDTree(cloud).query(query, NEIGHBOURS)[1] for cloud, query in pairs]))
+
+    found: Contenders = {
+        "scipy cKDTree, build and query": (batch, scipy),
+        "torch.cdist and topk": (batch, lambda: torch.cdist(centers, points).topk(NEIGHBOURS, largest=False).indices),
+        "jepa3d": (batch, lambda: ops.knn(centers, points, NEIGHBOURS)),
+    }
+    if cluster := INSTALLED.get("torch_cluster"):
+        of_point, of_center = (torch.arange(batch).repeat_interleave(x.shape[1]) for x in (points, centers))
+        flat = points.flatten(0, 1), centers.flatten(0, 1), NEIGHBOURS, of_point, of_center
+        found["torch_cluster"] = batch, lambda: cluster.knn(*flat)[1].view(batch, -1, NEIGHBOURS) % num_points
+    return found
+
+
+def exactness(points: Tensor, indices: Tensor, expected: Tensor) -> str:
+    """yes, ties or no, as said above."""
+    if torch.equal(indices, expected):
+        return "yes"
+    if not torch.equal(indices[:, 0], expected[:, 0]):
+        return "no"
+    for cloud, picked in zip(points, indices, strict=True):
+        distance = torch.full((len(cloud),), torch.inf)
+        for current in picked:
+            if distance[current] < distance.max():
+                return "no"
+            distance = torch.minimum(distance, ((cloud - cloud[current]) ** 2).sum(-1))
+    return "ties"
+
+
+def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
+    """ms a cloud, a round each."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, (count, run) in contenders.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) * 1000 / count)
+    return times
+
+
+def farthest_points(rounds: int) -> dict[str, dict]:
+    """Times and exactness of every contender, by size; the first call, which checks, is not timed."""
+    figures = {}
+    for (num_points, num_samples), few in FPS.items():
+        points = random_clouds(BATCH if num_points < 100_000 else few, num_points)  # 128 of the largest take minutes
+        contenders = samplers(points, num_samples, few)
+        expected = torch.stack([textbook(cloud, num_samples) for cloud in points[:few]])
+        exact = {name: exactness(points[:few], run()[:few], expected) for name, (_, run) in contenders.items()}
+        figures[f"{num_points:,} -> {num_samples:,}"] = {"ms": interleaved(contenders, rounds), "exact": exact}
+    return figures
+
+
+def neighbours(rounds: int) -> dict[str, dict]:
+    """Times and share of exact queries of every contender, by size."""
+    figures = {}
+    for (num_points, num_queries), batch in KNN.items():
+        points = random_clouds(batch, num_points)
+        contenders = searches(points, ops.gather_points(points, ops.farthest_point_sample(points, num_queries)))
+        found = {name: run().sort(-1).values for name, (_, run) in contenders.items()}
+        expected = next(iter(found.values()))
+        exact = {name: (index == expected).all(-1).double().mean().item() for name, index in found.items()}
+        size = f"{num_queries:,} x {NEIGHBOURS} of {num_points:,}"
+        figures[size] = {"ms": interleaved(contenders, rounds), "exact": exact}
+    return figures
+
+
+def step_share() -> dict[str, list[float]]:
+    """Seconds of a step and of its parts, a step each: the small encoder at 1,024 points, batch 32, EMA teacher."""
+    config = settings.resolve({"teacher": ["ema"], "encoder": {"num_points": 1024}, "batch_size": 32})
+    clouds = PointClouds("random", "", random_clouds(128, 1024).numpy())
+    task = make_task(config, "jepa", clouds, {})
+    task = replace(
+        task, schedule=replace(task.schedule, max_steps=WARM_UP + STEPS + 1)
+    )  # the last logs and is left out
+    seconds: dict[str, list[float]] = {"grouping": [], "block sampling": []}
+
+    def timed(function: Callable, name: str) -> Callable:
+        def run(*arguments):
+            began = time.perf_counter()
+            result = function(*arguments)
+            seconds[name].append(time.perf_counter() - began)
+            return result
+
+        return run
+
+    jepa.group, objective = timed(jepa.group, "grouping"), task.objective
+    objective.sampler = timed(objective.sampler, "block sampling")
+    ends, after = [], objective.after_step
+    objective.after_step = lambda progress: (after(progress), ends.append(time.perf_counter()))
+    with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
+        fit(task, clouds, replace(config, log_every=1000), None)
+    return {
+        "whole step": np.diff(ends)[WARM_UP - 1 : -1].tolist(),
+        **{name: taken[WARM_UP:-1] for name, taken in seconds.items()},
+    }
+
+
+def milliseconds(times: list[float] | None) -> str:
+    """The median to three digits; a dash where nothing was measured."""
+    if times is None:
+        return "-"
+    middle = median(times)
+    return f"{middle:,.0f}" if middle >= 100 else f"{middle:#.3g}"
+
+
+def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
+    """A row a contender, a column a size; `exact` makes one word of a contender's figures at all sizes."""
+    print(f"| ms a cloud | {' | '.join(figures)} | exact |\n|{'---|' * (len(figures) + 2)}")
+    for name in next(iter(figures.values()))["ms"]:
+        cells = [milliseconds(part["ms"].get(name)) for part in figures.values()]
+        of_sizes = [part["exact"][name] for part in figures.values() if name in part["exact"]]
+        print(f"| {name} | {' | '.join(cells)} | {exact(of_sizes)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    arguments = parser.parse_args()
+    keep_large_blocks()  # for all alike, as the command line does
+    threads = torch.get_num_threads()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    machine = f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+
+    torch.set_num_threads(1)
+    sampled = farthest_points(arguments.rounds)
+    print(f"\nFarthest point sampling: {machine}, 1 thread, median of {arguments.rounds} rounds\n")
+    print_table(sampled, lambda words: next(word for word in ("no", "ties", "yes") if word in words))
+    size, part = list(sampled.items())[-1]
+    ratio = median(a / b for a, b in zip(part["ms"]["textbook loop in torch"], part["ms"]["jepa3d"], strict=True))
+    print(f"\n{size}: jepa3d is {ratio:.0f} times as fast as the textbook loop.")
+    print(f"Not installed: {', '.join(name for name in OTHERS if name not in INSTALLED) or 'none'}.")
+
+    searched = neighbours(arguments.rounds)
+    print(f"\nNearest neighbours: {machine}, 1 thread, median of {arguments.rounds} rounds\n")
+    print_table(searched, lambda shares: "yes" if min(shares) == 1 else f"{100 * min(shares):.2f} % of queries")
+
+    torch.set_num_threads(threads)
+    step = step_share()
+    print(f"\nA pretraining step, 1,024 points, batch 32: {machine}, {threads} threads, median of {STEPS} steps\n")
+    print("| | ms | % of the step |\n|---|---|---|")
+    for name, taken in step.items():
+        share = median(part / whole for part, whole in zip(taken, step["whole step"], strict=True))
+        print(f"| {name} | {1000 * median(taken):,.1f} | {100 * share:.2f} |")
+    if arguments.json:
+        figures = {"machine": machine, "threads": threads, "sampling": sampled, "neighbours": searched, "step": step}
+        arguments.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The pretraining step: jepa3d beside Point-MAE, Point-JEPA and point2vec, each by its own code (see peers.py).
+
+    pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
+    python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
+    python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
+
+One process a contender; all are built and warmed up, then asked in turn, round by round, for the time of some steps on
+the same random clouds, fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is left out.
+
+samples/s is the median of the rounds; ratios and shares are made within a round, then their median is taken.
+"tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those executed, forward and
+backward (matrix products, convolutions and attention), the mean of the warm-up's steps: Point-JEPA and jepa3d draw
+the sizes of their blocks. GEMM peak: the best 2048^3 fp32 product in the same process and round on the same threads.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import peers
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from jepa3d import config as settings
+from jepa3d.allocator import keep_large_blocks
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.transforms import augment
+from jepa3d.ops import BatchGenerator, unit_sphere
+from jepa3d.training.optim import adamw
+from jepa3d.training.pretrain import make_task
+
+POINTS = {"small": 1024, "tiny": 512}
+WARM_UP = 3
+ATTENTION = {  # on a CPU; torch counts that of CUDA only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`build(*arguments)` returns a model and its step(points) -> loss."""
+
+    build: Callable[..., tuple[nn.Module, peers.Step]]
+    arguments: tuple
+    tuned: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    batch: int
+    points: int
+    threads: int
+
+
+def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
+    """All by name; the first is the one that the others are compared with."""
+    if arguments.size == "tiny":
+        return {
+            f"jepa3d tiny, {name}": Contender(ours, ("tiny", name, {})) for name in ("jepa", "generative", "invariance")
+        }
+    found = {
+        "jepa3d small, EMA teacher": Contender(
+            ours, ("small", "jepa", {"teacher": ["ema"], "encoder": {"num_points": POINTS["small"]}})
+        )
+    }
+    given = {
+        "Point-MAE": (peers.point_mae, arguments.point_mae),
+        "Point-JEPA": (peers.point_jepa, arguments.point_jepa),
+        "point2vec": (peers.point2vec, arguments.point2vec),
+    }
+    for name, (build, folder) in given.items():
+        if folder:
+            found[f"{name}, as shipped"] = Contender(build, (folder.resolve(),), tuned=False)
+            found[f"{name}, tuned"] = Contender(build, (folder.resolve(),))
+    return found
+
+
+def random_clouds(batch: int, points: int) -> Tensor:
+    return unit_sphere(torch.randn(batch, points, 3, generator=torch.Generator().manual_seed(0)))
+
+
+def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers.Step]:
+    """The step of training/loop.py on one process."""
+    config = settings.resolve(settings.preset(preset), overrides)
+    clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
+    task = make_task(config, objective, clouds, {})
+    model, optimizer = task.objective.train(), adamw(task.objective, task.schedule)
+    number = 0
+
+    def step(points: Tensor) -> Tensor:
+        nonlocal number
+        generator = BatchGenerator(config.seed, number)
+        if task.augments:
+            points = augment(points, config.scale, config.rotate, config.translate, generator)
+        loss = model(points, generator, 0.0).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), task.schedule.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(0.0)
+        number += 1
+        return loss.detach()
+
+    return model, step
+
+
+def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
+    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s; 0 ends."""
+    if contender.tuned:
+        keep_large_blocks()
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    points = random_clouds(setting.batch, setting.points)
+    model, step = contender.build(*contender.arguments)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        losses = [step(points).item() for _ in range(WARM_UP)]
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f"losses {losses}: this is no training step")
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    pipe.send({"flop": counter.get_total_flops() / WARM_UP / setting.batch, "parameters": parameters})
+    while steps := pipe.recv():
+        peak = gemm_peak()
+        began = time.perf_counter()
+        for _ in range(steps):
+            step(points)
+        pipe.send((time.perf_counter() - began, peak))
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # GiB, on Linux
+
+
+def gemm_peak(size: int = 2048, tries: int = 5) -> float:
+    """FLOP/s of the best of some fp32 products."""
+    a, out, best = torch.randn(size, size), torch.empty(size, size), math.inf
+    for _ in range(tries):
+        began = time.perf_counter()
+        torch.mm(a, a, out=out)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def measure(found: dict[str, Contender], setting: Setting, rounds: int, steps: int) -> dict[str, dict]:
+    """Figures of every contender: rates and peaks have one entry a round."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, figures = {}, {}
+    for name, contender in found.items():  # one after another, so that none is built on a busy machine
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(theirs, contender, setting), daemon=True).start()
+        theirs.close()  # else a worker that died would be waited for
+        figures[name] = pipes[name].recv() | {"rates": [], "peaks": []}
+        print(f"{name}: ready", file=sys.stderr)
+    names = list(found)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            pipes[name].send(steps)
+            seconds, peak = pipes[name].recv()
+            figures[name]["rates"].append(steps * setting.batch / seconds)
+            figures[name]["peaks"].append(peak)
+    for name, pipe in pipes.items():
+        pipe.send(0)
+        figures[name]["rss_gib"] = pipe.recv()
+    return figures
+
+
+def print_table(figures: dict[str, dict]) -> None:
+    first, base = next(iter(figures.items()))
+    columns = "samples/s (min-max)", f"{first}: times as fast", "GFLOP/sample", "% of GEMM peak", "peak RSS, GiB"
+    print(f"| | {' | '.join(columns)} | M parameters trained |\n|{'---|' * (len(columns) + 2)}")
+    for name, part in figures.items():
+        rates, flop = part["rates"], part["flop"]
+        ratio = median(ours / theirs for ours, theirs in zip(base["rates"], rates, strict=True))
+        share = median(rate * flop / peak for rate, peak in zip(rates, part["peaks"], strict=True))
+        print(
+            f"| {name} | {median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) | {ratio:.2f} | {flop / 1e9:.2f} "
+            f"| {100 * share:.0f} | {part['rss_gib']:.2f} | {part['parameters'] / 1e6:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--point-mae", type=Path, help="checkout of the peer; so the next two")
+    parser.add_argument("--point-jepa", type=Path)
+    parser.add_argument("--point2vec", type=Path)
+    parser.add_argument("--size", choices=POINTS, default="small")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="a round")
+    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    arguments = parser.parse_args()
+    setting = Setting(arguments.batch, POINTS[arguments.size], arguments.threads)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    machine = f"{cpu}, {os.cpu_count()} cores, threads: {setting.threads}, torch {torch.__version__}, {date.today()}"
+
+    figures = measure(contenders(arguments), setting, arguments.rounds, arguments.steps)
+    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}, fp32: {machine}; ", end="")
+    print(f"median of {arguments.rounds} rounds of {arguments.steps} steps\n")
+    print_table(figures)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, **vars(setting), "contenders": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
