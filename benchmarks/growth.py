@@ -21,13 +21,10 @@ import contextlib
 import io
 import itertools
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,11 +32,10 @@ from statistics import median
 
 import numpy as np
 import torch
+from common import count_flops, machine, random_clouds
 from safetensors.numpy import save_file
 from store import PER_SHARD, POINTS, make_index
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
@@ -72,10 +68,6 @@ def interleaved(actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS
             if i:
                 found[cost].setdefault(work, []).append((time.perf_counter() - began) * 1000 / clouds)
     return found
-
-
-def random_clouds(count: int, num_points: int) -> Tensor:
-    return torch.randn(count, num_points, 3, generator=torch.Generator().manual_seed(0))
 
 
 def make_encoder(preset: str, **sizes: int) -> PointEncoder:
@@ -113,8 +105,7 @@ def grow_tokens() -> Growth:
         points = random_clouds(CLOUDS, 16 * tokens)
         actions["step, ms a cloud", tokens] = partial(step, points, tokens)
         actions["grouping alone", tokens] = partial(group, points, tokens, 32)
-        # The counter does not know the CPU's fused attention: count that of plain products.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with count_flops() as counter:
             step(points, tokens)
         flops[tokens] = [counter.get_total_flops() / CLOUDS / 1e9]
     return interleaved(actions, clouds=CLOUDS) | {"GFLOP a cloud": flops}
@@ -253,10 +244,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     arguments = parser.parse_args()
     keep_large_blocks()  # as the command line does
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    threads = torch.get_num_threads()
-    machine = f"{cpu}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {date.today()}"
 
     panels = {}
     for work, title, unit, measure in (
@@ -267,17 +254,19 @@ def main() -> None:
     ):
         growth = measure()
         panels[work] = unit, growth
-        print(f"\n{title}: {machine}\n")
+        print(f"\n{title}: {machine()}\n")
         print_growth(work, growth)
     if arguments.figure:
         draw(panels, arguments.figure)
     rates = throughput()
-    print(f"\nEncoder, from points to vectors: {machine}\n")
+    print(f"\nEncoder, from points to vectors: {machine()}\n")
     print_throughput(rates)
     if arguments.json:
         figures = {work: growth for work, (_, growth) in panels.items()}
         cases = {of: {", ".join(map(str, case)): every for case, every in found.items()} for of, found in rates.items()}
-        arguments.json.write_text(json.dumps({"machine": machine, **figures, "clouds/s, by threads": cases}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), **figures, "clouds/s, by threads": cases}, indent=1)
+        )
 
 
 if __name__ == "__main__":

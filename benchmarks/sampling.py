@@ -1,9 +1,9 @@
-"""The sampling kernels: farthest points, nearest neighbours, and what grouping and block sampling cost a training step.
+"""The sampling kernels, farthest points and nearest neighbours (their share of a training step: parts.py).
 
-    python benchmarks/sampling.py                                # some 3 minutes
+    python benchmarks/sampling.py                                # some 2 minutes
     python benchmarks/sampling.py --rounds 3 --json figures.json
 
-Kernels: ms a cloud on one thread, random clouds in the unit ball, contenders interleaved, median of rounds. "jepa3d" is
+Kernels: ms a cloud on one thread, random clouds, contenders interleaved, median of rounds. "jepa3d" is
 what a user gets: `ops.farthest_point_sample`, with torch-quickfps below it where installed, and `ops.knn`. Other
 libraries are measured where they are installed: `pip install fpsample torch-fps` (the latter compiles at its first
 call, with ninja); torch-cluster and pytorch3d build from source.
@@ -11,53 +11,38 @@ call, with ninja); torch-cluster and pytorch3d build from source.
 "exact" of farthest points: yes, the indices of the textbook loop from the same start; ties, they part only where the
 loop finds points equally far. All are told to start at a cloud's first point, which is the one farthest from the
 centroid, where `farthest_point_sample` starts. Of neighbours: the sets of scipy's tree, whose distances are float64.
-
-The step: the training loop's own on all threads, with a stopwatch around its grouping and its block sampler.
 """
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
-import io
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from common import machine, random_clouds
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from jepa3d import config as settings
 from jepa3d import ops
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.data.datasets import PointClouds
-from jepa3d.objectives import jepa
-from jepa3d.training.loop import fit
-from jepa3d.training.pretrain import make_task
 
 BATCH, NEIGHBOURS = 128, 32
 FPS = {(1024, 64): 32, (2048, 128): 16, (8192, 512): 4, (8192, 1024): 4, (100_000, 4096): 1}  # clouds, one at a time
 KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # clouds, as one batch
-WARM_UP, STEPS = 2, 10
 OTHERS = ("torch_quickfps", "fpsample", "torch_fps", "torch_cluster", "pytorch3d")
 INSTALLED = {name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)}
 
 Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds a call, the call
 
 
-def random_clouds(count: int, num_points: int) -> Tensor:
-    """Clouds uniform in the unit ball; each one's first point is the one farthest from its centroid."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(count, num_points, 3, generator=generator)
-    points *= torch.rand(count, num_points, 1, generator=generator) ** (1 / 3) / points.norm(dim=-1, keepdim=True)
+def starting_farthest(count: int, num_points: int) -> Tensor:
+    """Random clouds whose first point is the one farthest from the centroid."""
+    points = random_clouds(count, num_points)
     for cloud, farthest in zip(points, ops.farthest_point_sample(points, 1)[:, 0].tolist(), strict=True):
         cloud[[0, farthest]] = cloud[[farthest, 0]]
     return points
@@ -165,7 +150,7 @@ def farthest_points(rounds: int) -> dict[str, dict]:
     """Times and exactness of every contender, by size; the first call, which checks, is not timed."""
     figures = {}
     for (num_points, num_samples), few in FPS.items():
-        points = random_clouds(BATCH if num_points < 100_000 else few, num_points)  # 128 of the largest take minutes
+        points = starting_farthest(BATCH if num_points < 100_000 else few, num_points)
         contenders = samplers(points, num_samples, few)
         expected = torch.stack([textbook(cloud, num_samples) for cloud in points[:few]])
         exact = {name: exactness(points[:few], run()[:few], expected) for name, (_, run) in contenders.items()}
@@ -177,7 +162,7 @@ def neighbours(rounds: int) -> dict[str, dict]:
     """Times and share of exact queries of every contender, by size."""
     figures = {}
     for (num_points, num_queries), batch in KNN.items():
-        points = random_clouds(batch, num_points)
+        points = starting_farthest(batch, num_points)
         contenders = searches(points, ops.gather_points(points, ops.farthest_point_sample(points, num_queries)))
         found = {name: run().sort(-1).values for name, (_, run) in contenders.items()}
         expected = next(iter(found.values()))
@@ -185,37 +170,6 @@ def neighbours(rounds: int) -> dict[str, dict]:
         size = f"{num_queries:,} x {NEIGHBOURS} of {num_points:,}"
         figures[size] = {"ms": interleaved(contenders, rounds), "exact": exact}
     return figures
-
-
-def step_share() -> dict[str, list[float]]:
-    """Seconds of a step and of its parts, a step each: the small encoder at 1,024 points, batch 32, EMA teacher."""
-    config = settings.resolve({"teacher": ["ema"], "encoder": {"num_points": 1024}, "batch_size": 32})
-    clouds = PointClouds("random", "", random_clouds(128, 1024).numpy())
-    task = make_task(config, "jepa", clouds, {})
-    task = replace(
-        task, schedule=replace(task.schedule, max_steps=WARM_UP + STEPS + 1)
-    )  # the last logs and is left out
-    seconds: dict[str, list[float]] = {"grouping": [], "block sampling": []}
-
-    def timed(function: Callable, name: str) -> Callable:
-        def run(*arguments):
-            began = time.perf_counter()
-            result = function(*arguments)
-            seconds[name].append(time.perf_counter() - began)
-            return result
-
-        return run
-
-    jepa.group, objective = timed(jepa.group, "grouping"), task.objective
-    objective.sampler = timed(objective.sampler, "block sampling")
-    ends, after = [], objective.after_step
-    objective.after_step = lambda progress: (after(progress), ends.append(time.perf_counter()))
-    with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
-        fit(task, clouds, replace(config, log_every=1000), None)
-    return {
-        "whole step": np.diff(ends)[WARM_UP - 1 : -1].tolist(),
-        **{name: taken[WARM_UP:-1] for name, taken in seconds.items()},
-    }
 
 
 def milliseconds(times: list[float] | None) -> str:
@@ -241,14 +195,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     arguments = parser.parse_args()
     keep_large_blocks()  # for all alike, as the command line does
-    threads = torch.get_num_threads()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    machine = f"{cpu}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
-
     torch.set_num_threads(1)
     sampled = farthest_points(arguments.rounds)
-    print(f"\nFarthest point sampling: {machine}, 1 thread, median of {arguments.rounds} rounds\n")
+    print(f"\nFarthest point sampling: {machine()}; median of {arguments.rounds} rounds\n")
     print_table(sampled, lambda words: next(word for word in ("no", "ties", "yes") if word in words))
     size, part = list(sampled.items())[-1]
     ratio = median(a / b for a, b in zip(part["ms"]["textbook loop in torch"], part["ms"]["jepa3d"], strict=True))
@@ -256,18 +205,11 @@ def main() -> None:
     print(f"Not installed: {', '.join(name for name in OTHERS if name not in INSTALLED) or 'none'}.")
 
     searched = neighbours(arguments.rounds)
-    print(f"\nNearest neighbours: {machine}, 1 thread, median of {arguments.rounds} rounds\n")
+    print(f"\nNearest neighbours: {machine()}; median of {arguments.rounds} rounds\n")
     print_table(searched, lambda shares: "yes" if min(shares) == 1 else f"{100 * min(shares):.2f} % of queries")
 
-    torch.set_num_threads(threads)
-    step = step_share()
-    print(f"\nA pretraining step, 1,024 points, batch 32: {machine}, {threads} threads, median of {STEPS} steps\n")
-    print("| | ms | % of the step |\n|---|---|---|")
-    for name, taken in step.items():
-        share = median(part / whole for part, whole in zip(taken, step["whole step"], strict=True))
-        print(f"| {name} | {1000 * median(taken):,.1f} | {100 * share:.2f} |")
     if arguments.json:
-        figures = {"machine": machine, "threads": threads, "sampling": sampled, "neighbours": searched, "step": step}
+        figures = {"machine": machine(), "sampling": sampled, "neighbours": searched}
         arguments.json.write_text(json.dumps(figures, indent=1))
 
 

@@ -17,39 +17,31 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import peers
 import torch
+from common import count_flops, gemm_peak, machine, random_clouds
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
-from jepa3d.ops import BatchGenerator, unit_sphere
+from jepa3d.ops import BatchGenerator
 from jepa3d.training.optim import adamw
-from jepa3d.training.pretrain import make_task
+from jepa3d.training.pretrain import make_task, with_cache
 
 POINTS = {"small": 1024, "tiny": 512}
 WARM_UP = 3
-ATTENTION = {  # on a CPU; torch counts that of CUDA only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ class Setting:
 
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
-    """All by name; the first is the one that the others are compared with."""
+    """All by name; those of jepa3d with a teacher, else the first, are what the others are compared with."""
     if arguments.size == "tiny":
         return {
             f"jepa3d tiny, {name}": Contender(ours, ("tiny", name, {})) for name in ("jepa", "generative", "invariance")
@@ -79,6 +71,8 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
             ours, ("small", "jepa", {"teacher": ["ema"], "encoder": {"num_points": POINTS["small"]}})
         )
     }
+    cached = {"teacher": ["untrained"], "target": {"cache": True}, "encoder": {"num_points": POINTS["small"]}}
+    found["jepa3d small, cached frozen teacher"] = Contender(ours, ("small", "jepa", cached))
     given = {
         "Point-MAE": (peers.point_mae, arguments.point_mae),
         "Point-JEPA": (peers.point_jepa, arguments.point_jepa),
@@ -91,15 +85,12 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     return found
 
 
-def random_clouds(batch: int, points: int) -> Tensor:
-    return unit_sphere(torch.randn(batch, points, 3, generator=torch.Generator().manual_seed(0)))
-
-
 def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers.Step]:
     """The step of training/loop.py on one process."""
     config = settings.resolve(settings.preset(preset), overrides)
     clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
     task = make_task(config, objective, clouds, {})
+    task = with_cache(task, clouds, config, None)
     model, optimizer = task.objective.train(), adamw(task.objective, task.schedule)
     number = 0
 
@@ -108,7 +99,8 @@ def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers
         generator = BatchGenerator(config.seed, number)
         if task.augments:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
-        loss = model(points, generator, 0.0).loss
+        targets = task.targets(np.arange(len(points)) % len(clouds)) if task.targets else ()
+        loss = model(points, generator, 0.0, *targets).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), task.schedule.clip_grad)
         optimizer.step()
@@ -128,7 +120,7 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
     torch.manual_seed(0)
     points = random_clouds(setting.batch, setting.points)
     model, step = contender.build(*contender.arguments)
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with count_flops() as counter:
         losses = [step(points).item() for _ in range(WARM_UP)]
     if not all(map(math.isfinite, losses)):
         raise ValueError(f"losses {losses}: this is no training step")
@@ -141,16 +133,6 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
             step(points)
         pipe.send((time.perf_counter() - began, peak))
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # GiB, on Linux
-
-
-def gemm_peak(size: int = 2048, tries: int = 5) -> float:
-    """FLOP/s of the best of some fp32 products."""
-    a, out, best = torch.randn(size, size), torch.empty(size, size), math.inf
-    for _ in range(tries):
-        began = time.perf_counter()
-        torch.mm(a, a, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def measure(found: dict[str, Contender], setting: Setting, rounds: int, steps: int) -> dict[str, dict]:
@@ -177,15 +159,24 @@ def measure(found: dict[str, Contender], setting: Setting, rounds: int, steps: i
 
 
 def print_table(figures: dict[str, dict]) -> None:
-    first, base = next(iter(figures.items()))
-    columns = "samples/s (min-max)", f"{first}: times as fast", "GFLOP/sample", "% of GEMM peak", "peak RSS, GiB"
-    print(f"| | {' | '.join(columns)} | M parameters trained |\n|{'---|' * (len(columns) + 2)}")
+    bases = [name for name in figures if "teacher" in name] or list(figures)[:1]
+    ratios = [f"{name}: times as fast" for name in bases]
+    columns = [
+        "samples/s (min-max)",
+        *ratios,
+        "GFLOP/sample",
+        "% of GEMM peak",
+        "peak RSS, GiB",
+        "M parameters trained",
+    ]
+    print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, part in figures.items():
         rates, flop = part["rates"], part["flop"]
-        ratio = median(ours / theirs for ours, theirs in zip(base["rates"], rates, strict=True))
+        pairs = [zip(figures[base]["rates"], rates, strict=True) for base in bases]
+        times = " | ".join(f"{median(ours / theirs for ours, theirs in pair):.2f}" for pair in pairs)
         share = median(rate * flop / peak for rate, peak in zip(rates, part["peaks"], strict=True))
         print(
-            f"| {name} | {median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) | {ratio:.2f} | {flop / 1e9:.2f} "
+            f"| {name} | {median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) | {times} | {flop / 1e9:.2f} "
             f"| {100 * share:.0f} | {part['rss_gib']:.2f} | {part['parameters'] / 1e6:.2f} |"
         )
 
@@ -203,16 +194,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     arguments = parser.parse_args()
     setting = Setting(arguments.batch, POINTS[arguments.size], arguments.threads)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-    machine = f"{cpu}, {os.cpu_count()} cores, threads: {setting.threads}, torch {torch.__version__}, {date.today()}"
-
+    torch.set_num_threads(setting.threads)
     figures = measure(contenders(arguments), setting, arguments.rounds, arguments.steps)
-    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}, fp32: {machine}; ", end="")
+    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}, fp32: {machine()}; ", end="")
     print(f"median of {arguments.rounds} rounds of {arguments.steps} steps\n")
     print_table(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, **vars(setting), "contenders": figures}, indent=1))
+        arguments.json.write_text(json.dumps({"machine": machine(), **vars(setting), "contenders": figures}, indent=1))
 
 
 if __name__ == "__main__":

@@ -181,19 +181,21 @@ def unit_sphere(points: Tensor) -> Tensor:
 
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
     """Chamfer-L1 of point sets (..., P, 3) and (..., Q, 3): half the sum of mean nearest distances each way."""
-
-    def one_way(source: Tensor, target: Tensor, nearest: Tensor) -> Tensor:
-        flat_target, flat_nearest = target.flatten(0, -3), nearest.flatten(0, -2)
-        offsets = source.flatten(0, -3) - gather_points(flat_target, flat_nearest)
-        return offsets.norm(dim=-1).mean()
-
-    with torch.no_grad():  # neighbours carry no gradient; only the distance to them does
-        pairs = squared_distance(a, b)
-        nearest_b, nearest_a = pairs.argmin(-1), pairs.argmin(-2)
-    return (one_way(a, b, nearest_b) + one_way(b, a, nearest_a)) / 2
+    return sum(offsets.norm(dim=-1).mean() for offsets in _to_nearest(a, b)) / 2
 
 
 def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
     """Chamfer-L2 of point sets (..., P, 3) and (..., Q, 3): mean squared nearest distances, both ways summed."""
-    pairs = (a[..., :, None, :] - b[..., None, :, :]).square().sum(-1)
-    return pairs.amin(-1).mean() + pairs.amin(-2).mean()
+    return sum(offsets.square().sum(-1).mean() for offsets in _to_nearest(a, b))
+
+
+def _to_nearest(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Offsets of each point to the nearest of the other set; neighbours carry no gradient, distances to them do."""
+    with torch.no_grad():
+        pairs = squared_distance(a, b)
+        nearest = pairs.argmin(-1), pairs.argmin(-2)
+    found = []
+    for source, target, index in ((a, b, nearest[0]), (b, a, nearest[1])):
+        at = gather_points(target.flatten(0, -3), index.flatten(0, -2))
+        found.append(source.flatten(0, -3) - at)
+    return found

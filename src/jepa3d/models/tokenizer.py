@@ -93,11 +93,11 @@ class PatchTokenizer(nn.Module):
         """Tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
         rows = patches.reshape(-1, 3)
-        local = F.relu(self.norm1(self.linear1(rows)))
+        local = F.relu(self.norm1(self.linear1(rows)), inplace=True)
         highest = self.linear2(local).view(-1, size, self.linear2.out_features).amax(1)
         to_global, to_local = self.linear3.weight.chunk(2, 1)
         folded = F.linear(local, to_local @ self.linear2.weight)
         shift = F.linear(highest, to_global, self.linear3.bias) + to_local @ self.linear2.bias
         hidden = (folded.view(-1, size, shift.shape[-1]) + shift[:, None]).flatten(0, 1)
-        out = self.linear4(F.relu(self.norm3(hidden)))
+        out = self.linear4(F.relu(self.norm3(hidden), inplace=True))
         return out.view(-1, size, out.shape[-1]).amax(1).view(*lead, -1)
