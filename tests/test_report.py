@@ -198,7 +198,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     assert "seeds 0, 1, 2. Selection: C on validation. The test part was among the (unlabelled)" in page.text
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])
     assert any(f"torch {torch.__version__}" in value for value in page.words["dd"])
-    assert any("6 steps, " in value and "CPU-minutes of stage I" in value for value in page.words["dd"])
+    assert any("6 steps, " in value and "CPU-minutes before that: stage I" in value for value in page.words["dd"])
     for name, (ours, paper) in record["departures"].items():
         assert [name, show(ours), show(paper)] in page.rows
     assert ["seed", "5", "0"] in page.rows  # not the paper's affair, but no default

@@ -220,7 +220,7 @@ class FewshotConfig(FinetuneConfig):
     method: Literal["finetune", "ncm", "logistic"] = "finetune"  # the last two on frozen features
 
 
-# Settings that change what is written, never what is learned.
+# Settings that never change what is learned.
 BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations")
 SHAPENET55 = 52_470  # shapes in both of its lists
 

@@ -67,7 +67,7 @@ def _run(run: Path) -> None:
             f"{cost['wall_seconds'] / 60:.1f} minutes, peak memory {cost['peak_memory'] / 2**30:.2f} GiB"
         )
         if cost.get("stage1_cpu_seconds"):
-            print(f"stage I before that: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")
+            print(f"before that, stage I and cached targets: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")
     if record["departures"]:
         print("departs from the paper's setting in:")
         for name, (ours, paper) in record["departures"].items():

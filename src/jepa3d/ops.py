@@ -180,22 +180,21 @@ def unit_sphere(points: Tensor) -> Tensor:
 
 
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L1 of point sets (..., P, 3) and (..., Q, 3): half the sum of mean nearest distances each way."""
-    return sum(offsets.norm(dim=-1).mean() for offsets in _to_nearest(a, b)) / 2
+    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3): half the sum of mean nearest distances each way."""
+    one, other = _to_nearest(a, b)
+    return (one.norm(dim=-1).mean() + other.norm(dim=-1).mean()) / 2
 
 
 def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L2 of point sets (..., P, 3) and (..., Q, 3): mean squared nearest distances, both ways summed."""
-    return sum(offsets.square().sum(-1).mean() for offsets in _to_nearest(a, b))
+    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3): mean squared nearest distances, both ways summed."""
+    one, other = _to_nearest(a, b)
+    return one.square().sum(-1).mean() + other.square().sum(-1).mean()
 
 
-def _to_nearest(a: Tensor, b: Tensor) -> list[Tensor]:
+def _to_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Offsets of each point to the nearest of the other set; neighbours carry no gradient, distances to them do."""
     with torch.no_grad():
         pairs = squared_distance(a, b)
-        nearest = pairs.argmin(-1), pairs.argmin(-2)
-    found = []
-    for source, target, index in ((a, b, nearest[0]), (b, a, nearest[1])):
-        at = gather_points(target.flatten(0, -3), index.flatten(0, -2))
-        found.append(source.flatten(0, -3) - at)
-    return found
+        of_a, of_b = pairs.argmin(-1).flatten(0, -2), pairs.argmin(-2).flatten(0, -2)
+    a, b = a.flatten(0, -3), b.flatten(0, -3)
+    return a - gather_points(b, of_a), b - gather_points(a, of_b)

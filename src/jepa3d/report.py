@@ -314,7 +314,7 @@ def _provenance(run: Path, config: dict, record: dict) -> str:
     if cost:
         units = {"step": (1, ",.0f", "steps"), "cpu_seconds": (60, ".1f", "CPU-minutes"),
                  "wall_seconds": (60, ".1f", "minutes"), "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),
-                 "stage1_cpu_seconds": (60, ".1f", "CPU-minutes of stage I before that")}  # fmt: skip
+                 "stage1_cpu_seconds": (60, ".1f", "CPU-minutes before that: stage I, cached targets")}  # fmt: skip
         spent = [f"{cost[key] / by:{form}} {unit}" for key, (by, form, unit) in units.items() if cost.get(key)]
         rows["cost"] = ", ".join(spent)
     versions = record["versions"] | {"python": record["python"]}

@@ -67,8 +67,9 @@ def validate_finetune(config: FinetuneConfig) -> None:
     _validate_run(config)
     if not config.data:
         raise ValueError("--data is missing: labelled shapes with a train and a test part")
-    if config.batch_size < 2:
-        raise ValueError(f"batch_size {config.batch_size} must be at least 2: a BatchNorm needs two shapes")
+    if config.batch_size < 2 * config.accumulate:
+        passes = f" a pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
+        raise ValueError(f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes")
     for name in ("labels", "layer_decay"):
         if not 0 < getattr(config, name) <= 1:
             raise ValueError(f"{name} {getattr(config, name)} must lie in (0, 1]")
@@ -76,6 +77,8 @@ def validate_finetune(config: FinetuneConfig) -> None:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} {getattr(config, name)} must lie in [0, 1)")
     if isinstance(config, FewshotConfig):
+        if "auto" in (config.mixed_precision, config.compile):
+            raise ValueError("mixed_precision and compile auto: folds are too short for a trial; say which")
         if config.ways < 2:
             raise ValueError(f"ways {config.ways} must be at least 2")
         if config.labels != 1:

@@ -254,5 +254,5 @@ def test_more_targets_than_tokens_is_an_error():
 
 def test_shared_points_are_the_share_of_the_contexts_points_in_target_patches():
     patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [4, 5]]])  # 4 patches of 2 of 6 points
-    sample = TokenSample(torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]))
+    sample = TokenSample(torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]), 2)
     assert sampling.shared_points(patches, sample).item() == pytest.approx(1 / 4)  # of 0, 1, 4, 5 only 1

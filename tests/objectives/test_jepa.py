@@ -259,7 +259,9 @@ def test_padding_does_not_change_a_prediction(depth):
     whole = predict(objective, grouped.patches, grouped.centers, sample)
     for b in range(B):
         context = sample.context[b : b + 1, sample.mask[b]]
-        alone = TokenSample(context, torch.ones_like(context, dtype=torch.bool), sample.target[b : b + 1])
+        alone = TokenSample(
+            context, torch.ones_like(context, dtype=torch.bool), sample.target[b : b + 1], context.numel()
+        )
         out = predict(objective, grouped.patches[b : b + 1], grouped.centers[b : b + 1], alone)
         assert_close(whole[b : b + 1], out, atol=1e-5, rtol=1e-4)
 

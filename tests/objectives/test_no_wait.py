@@ -1,4 +1,4 @@
-"""No step waits for its device: every operation is run on `meta`, a device that nothing can be read from.
+"""No step reads from its device: every operation is run on `meta`, a device that nothing can be read from.
 
 There `.item()`, `.tolist()`, `.cpu()`, `nonzero` and `if tensor:` raise, as on a GPU they would make the host wait.
 """

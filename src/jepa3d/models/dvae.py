@@ -174,7 +174,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():
             codes = logits.argmax(-1).flatten()
-            counts = usage.new_zeros(self.num_codes).index_add_(0, codes, usage.new_ones(len(codes)))
+            counts = torch.zeros(self.num_codes, device=codes.device)  # float32: bf16 counts to 256
+            counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
         return DVAEOutput(coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity)

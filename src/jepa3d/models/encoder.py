@@ -75,8 +75,7 @@ class PointEncoder(
         for layer, block in enumerate(self.blocks):
             x = states[-1] + position if layer == 0 or self.position_every_block else states[-1]
             inputs = x, layout, None if keep is None else keep[..., layer, :]
-            again = self.checkpoints and torch.is_grad_enabled()
-            states.append(checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs))
+            states.append(checkpoint(block, *inputs, use_reentrant=False) if self.checkpoints else block(*inputs))
         states[-1] = self.norm(states[-1])
         return states
 

@@ -19,7 +19,8 @@ class Ragged:
         self.num_rows = num_rows
         full = num_rows == mask.numel()
         self.mask = None if full else mask
-        self._place = None if full else torch.nonzero_static(mask.flatten(), size=num_rows)[:, 0]
+        # A stable sort puts the places of True entries first; `nonzero` would wait for their number.
+        self._place = None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
 
     def pad(self, rows: Tensor) -> Tensor:
         """Rows (..., n, C) as sequences (..., B, V, C), zero where there is no token."""

@@ -22,11 +22,11 @@ class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, True where the context token exists
     target: Tensor  # B A T, token indices
-    num_context: int | None = None  # context tokens of the batch, where they have been counted
+    num_context: int  # context tokens of the batch, known to the host
 
     def layout(self) -> Ragged:
         """Where each context lies in packed rows."""
-        return Ragged(self.mask, int(self.mask.sum()) if self.num_context is None else self.num_context)
+        return Ragged(self.mask, self.num_context)
 
 
 def multi_block(
@@ -161,7 +161,7 @@ def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
     block, target = draw()
     context = _membership(block, num_tokens) & ~_membership(target, num_tokens)
     for attempt in range(_REDRAWS + 1):
-        counts = context.sum(1).tolist()  # the one time in a step that the host waits for the device
+        counts = context.sum(1).tolist()  # the one time in a step that the host reads from the device
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:

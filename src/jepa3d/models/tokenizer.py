@@ -75,9 +75,9 @@ class BatchNorm(nn.BatchNorm1d):
 class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU) -> C; max.
 
-    Two exact rewrites halve its cost while the weights keep the standard layout. Split: W[g ; x] = Wg g + Wx x,
+    Three exact rewrites halve its cost while the weights keep the standard layout. Split: W[g ; x] = Wg g + Wx x,
     so the max g is multiplied once a patch instead of once a point. Fold: nothing stands between `linear2` and
-    the local half of `linear3`, so the path to the latter is one matrix, Wx W2.
+    the local half of `linear3`, so the path to the latter is one matrix, Wx W2. A bias is added after the maximum.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):
@@ -92,12 +92,11 @@ class PatchTokenizer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
-        rows = patches.reshape(-1, 3)
-        local = F.relu(self.norm1(self.linear1(rows)), inplace=True)
-        highest = self.linear2(local).view(-1, size, self.linear2.out_features).amax(1)
+        local = F.relu(self.norm1(self.linear1(patches.reshape(-1, 3))), inplace=True).unflatten(0, (-1, size))
+        highest = F.linear(local, self.linear2.weight).amax(1) + self.linear2.bias
         to_global, to_local = self.linear3.weight.chunk(2, 1)
         folded = F.linear(local, to_local @ self.linear2.weight)
         shift = F.linear(highest, to_global, self.linear3.bias) + to_local @ self.linear2.bias
-        hidden = (folded.view(-1, size, shift.shape[-1]) + shift[:, None]).flatten(0, 1)
-        out = self.linear4(F.relu(self.norm3(hidden), inplace=True))
-        return out.view(-1, size, out.shape[-1]).amax(1).view(*lead, -1)
+        hidden = F.relu(self.norm3(folded.add_(shift[:, None]).flatten(0, 1)), inplace=True)
+        out = F.linear(hidden.unflatten(0, (-1, size)), self.linear4.weight)
+        return (out.amax(1) + self.linear4.bias).view(*lead, -1)

@@ -1,5 +1,6 @@
 """Pre-LN transformer parts shared by encoder and decoder."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class Block(nn.Module):
 
 def drop_path_scales(rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor):
     """Stochastic depth (Huang et al. 2016) as branch scales (B depth 2): 0 or 1/keep, rising linearly to `rate`."""
-    rates = like.new_tensor([rate * layer / max(depth - 1, 1) for layer in range(depth)])[:, None]
+    rates = rate * torch.arange(depth, device=like.device, dtype=like.dtype)[:, None] / max(depth - 1, 1)
     draws = uniform(generator, (batch, depth, 2), like.device)
     return (draws >= rates).to(like.dtype) / (1 - rates)
 

@@ -79,15 +79,15 @@ class JEPA(nn.Module):
             grouped = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         centers, patches, index = grouped
         sample = self.sampler(centers, generator.stream("sampler"))
-        prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
-        settings, regularised = self.settings, encoded
+        # The teacher first: what it needs is free again before the student's activations are kept.
         if cached:
             tokens = cached[2].float()
         elif self.teacher:
             tokens = self.teacher(patches, centers)
         else:
             tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
-            regularised = tokens.flatten(0, 1)
+        prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
+        settings, regularised = self.settings, encoded if self.teacher else tokens.flatten(0, 1)
         target = gather_points(tokens, sample.target)
         if settings.project:
             target = self.projection(target)

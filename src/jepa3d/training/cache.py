@@ -8,6 +8,7 @@ same points, moved by each step's augmentation), and the teacher has seen the sh
 """
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from rich.progress import track
 from torch import Tensor
 
@@ -26,39 +28,43 @@ from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import groups_at
 from jepa3d.ops import farthest_point_sample, gather_points, knn
 from jepa3d.training.engine import ON_CPU
+from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import cpu_seconds
 
-SAVE_EVERY = 50  # batches
+SAVE_EVERY = 20  # batches
 START: dict[str, Any] = {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
+
+
+def columns(config: PretrainConfig, num_shapes: int, width: int) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of each array of the targets of `num_shapes` shapes by a teacher of that width."""
+    encoder = config.encoder
+    rows, whole = (num_shapes, encoder.num_groups), np.uint16 if encoder.num_points <= 2**16 else np.int32
+    return {
+        "centers": (rows, whole),
+        "patches": ((*rows, encoder.group_size), whole),
+        "tokens": ((*rows, width), np.float16),
+    }
+
+
+def num_bytes(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
+    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays.values())
+
+
+def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) -> None:
+    """ValueError where the disk of a run that does not exist yet cannot hold its targets."""
+    needed = num_bytes(columns(config, num_shapes, width))
+    disk = next(folder for folder in out.absolute().parents if folder.exists())
+    if needed > (free := shutil.disk_usage(disk).free):
+        raise ValueError(f"target.cache needs {needed / 1e9:.1f} GB in {out}, the disk has {free / 1e9:.1f} GB")
 
 
 class CachedTargets:
     """Called with an index (n), gives point indices of centers n M and patches n M K, and teacher tokens n M E."""
 
     def __init__(self, config: PretrainConfig, num_shapes: int, width: int, folder: Path | None):
-        """Arrays in `folder`, made where there are none; None: in memory. ValueError where the disk is too small."""
-        encoder, self.folder = config.encoder, folder
-        rows, whole = (num_shapes, encoder.num_groups), np.uint16 if encoder.num_points <= 2**16 else np.int32
-        layout = {
-            "centers": (rows, whole),
-            "patches": ((*rows, encoder.group_size), whole),
-            "tokens": ((*rows, width), np.float16),
-        }
-        if folder is None:
-            self.arrays: list[np.ndarray] = [np.empty(shape, dtype) for shape, dtype in layout.values()]
-            return
-        state = PartialState(cpu=ON_CPU)
-        if state.is_main_process and not (folder / "run.json").exists():
-            folder.mkdir(exist_ok=True)
-            needed = sum(np.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
-            if needed > (free := shutil.disk_usage(folder).free):
-                raise ValueError(f"{folder}: the targets need {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB")
-            print(f"targets of {num_shapes:,} shapes: {needed / 1e6:,.0f} MB in {folder}", flush=True)
-            for name, (shape, dtype) in layout.items():
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape).flush()
-            write_json(folder / "run.json", START)
-        state.wait_for_everyone()
-        self.arrays = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in layout]
+        """Arrays in `folder`, or in memory for a dry run (None)."""
+        self.folder, self.columns = folder, columns(config, num_shapes, width)
+        self.arrays = [] if folder else [np.zeros(shape, kind) for shape, kind in self.columns.values()]
 
     def __call__(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         centers, patches, tokens = (array[index] for array in self.arrays)
@@ -68,31 +74,55 @@ class CachedTargets:
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
         """Ask the teacher about every shape, in random batches, as its targets may be normalised over a batch.
 
-        Goes on where it was interrupted. Processes share each batch, and so the folder.
+        Goes on where it was interrupted. Processes share each batch; the first one writes. Raises Interrupted.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
-        total, encoder, teacher = -(-count // size), config.encoder, teacher.to(state.device)
-        order = np.resize(np.random.default_rng(config.seed).permutation(count), total * size)
-        share = size // state.num_processes
-        rows = slice(state.process_index * share, (state.process_index + 1) * share)
-        record = json.loads((self.folder / "run.json").read_text()) if self.folder else START
+        record = self._open(state.is_main_process)
         before, cpu, wall = record["cost"], cpu_seconds(), time.perf_counter()
-        shown = state.is_main_process and record["batches"] < total
-        for batch in track(range(record["batches"], total), "targets of the frozen teachers", disable=not shown):
-            index = order[batch * size : (batch + 1) * size][rows]
-            points = clouds.batch(index).to(state.device)
-            centers = farthest_point_sample(points, encoder.num_groups)
-            patches = knn(gather_points(points, centers), points, encoder.group_size)
-            grouped = groups_at(points, centers, patches)
-            tokens = teacher(grouped.patches, grouped.centers)
-            for array, values in zip(self.arrays, (centers, patches, tokens), strict=True):
-                array[index] = values.cpu().numpy()
-            if self.folder and ((batch + 1) % SAVE_EVERY == 0 or batch + 1 == total):
-                for array in self.arrays:
-                    cast(np.memmap, array).flush()
-                state.wait_for_everyone()
+        teacher, share, total = teacher.to(state.device), size // state.num_processes, -(-count // size)
+        rows = slice(state.process_index * share, (state.process_index + 1) * share)
+        todo = range(record["batches"], total)
+        state.wait_for_everyone()  # all have read how far it is
+        try:
+            for batch in track(todo, "targets of the frozen teachers", disable=not (todo and state.is_main_process)):
+                index = batch_index(config.seed, batch, size, count, clouds.shard_sizes)
+                points = clouds.batch(index[rows]).to(state.device)
+                centers = farthest_point_sample(points, config.encoder.num_groups)
+                patches = knn(gather_points(points, centers), points, config.encoder.group_size)
+                grouped = groups_at(points, centers, patches)
+                found = gather([centers, patches, teacher(grouped.patches, grouped.centers)])
                 if state.is_main_process:
-                    spent = {"cpu_seconds": cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall}
-                    cost = {name: before[name] + value for name, value in spent.items()}
-                    write_json(self.folder / "run.json", {"batches": batch + 1, "cost": cost})
+                    for array, values in zip(self.arrays, found, strict=True):
+                        array[index] = values.cpu().numpy()
+                    if self.folder and ((batch + 1) % SAVE_EVERY == 0 or batch + 1 == total):
+                        for array in self.arrays:
+                            cast(np.memmap, array).flush()
+                        spent = {"cpu_seconds": cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall}
+                        cost = {name: before[name] + value for name, value in spent.items()}
+                        write_json(self.folder / "run.json", {"batches": batch + 1, "cost": cost})
+        except KeyboardInterrupt as stop:
+            raise Interrupted("stopped while the teachers were asked, saved every few batches") from stop
         state.wait_for_everyone()
+        if todo and state.is_main_process:
+            megabytes, seconds = num_bytes(self.columns) / 1e6, time.perf_counter() - wall
+            print(f"targets of {count:,} shapes: {megabytes:,.1f} MB, asked in {seconds:.1f} s", flush=True)
+        if self.folder:  # only now: what another machine wrote is seen by whoever opens the file after it
+            self.arrays = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns]
+
+    def _open(self, writes: bool) -> dict[str, Any]:
+        """How far the targets in the folder are; the process that writes makes or opens its arrays."""
+        if self.folder is None:
+            return START
+        record = self.folder / "run.json"
+        done = json.loads(record.read_text()) if record.exists() else START
+        if writes:
+            self.folder.mkdir(exist_ok=True)
+            for name, (shape, kind) in self.columns.items():
+                path = self.folder / f"{name}.npy"
+                if not done["batches"]:
+                    np.lib.format.open_memmap(path, "w+", kind, shape).flush()
+                    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                        with path.open("r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                self.arrays.append(np.load(path, mmap_mode="r+"))
+        return done

@@ -39,6 +39,7 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
 
 def compile_blocks(objective: nn.Module) -> None:
     """Each transformer block by `torch.compile`, for any number of rows; names of weights stay as they are."""
+    torch._dynamo.config.recompile_limit = 64  # blocks of teacher, student, decoder, padded or not, in two precisions
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
             module.compile(dynamic=True)
@@ -91,7 +92,7 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                 loss.backward()
                 loss.item()  # wait for the device
             except RuntimeError as error:  # no compiler, say, or no kernel of that precision
-                if len(copies) == 1:
+                if len(copies) == 1 or state.num_processes > 1:  # the others would wait for this one
                     raise
                 print(f"trial of {_named(*how)}: {str(error).splitlines()[0]}", flush=True)
                 del copies[how]

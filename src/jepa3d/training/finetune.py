@@ -209,7 +209,7 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
     names = (
         "lr", "weight_decay", "epochs", "max_steps", "warmup_epochs", "batch_size", "labels", "trained", "layer_decay",
         "dropout", "label_smoothing", "scale", "rotate", "translate", "mixed_precision", "labels_key", "layers",
-        "validation", "clip_grad", "min_lr", "up_axis",
+        "validation", "clip_grad", "min_lr", "up_axis", "accumulate", "compile",
     )  # fmt: skip
     sizes |= {name: getattr(encoder, name) for name in ("embed_dim", "depth", "num_heads", "group_size", "drop_path")}
     return json.loads(json.dumps({name: getattr(config, name) for name in names if hasattr(config, name)})) | sizes

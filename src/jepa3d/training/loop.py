@@ -6,6 +6,7 @@ A resumed run repeats an uninterrupted one bit for bit on one CPU with one numbe
 import math
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU, choose, compile_blocks, set_activation_checkpoints
 from jepa3d.training.optim import adamw, learning_rate, total_steps
-from jepa3d.training.progress import Progress
+from jepa3d.training.progress import Progress, cpu_seconds
 
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 
@@ -62,6 +63,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, and the last metrics.
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
+    began = cpu_seconds(), time.perf_counter()
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
     AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
@@ -78,7 +80,8 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     share, rank = schedule.batch_size // accelerator.num_processes // config.accumulate, accelerator.process_index
-    progress = Progress(run and run / "metrics.jsonl", state, total, schedule.batch_size, accelerator.is_main_process)
+    metrics = run and run / "metrics.jsonl"
+    progress = Progress(metrics, state, total, schedule.batch_size, accelerator.is_main_process, began)
 
     def save(loss: float) -> None:
         if not math.isfinite(loss):  # never replace a good checkpoint by a spoilt one

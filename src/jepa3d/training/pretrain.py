@@ -26,8 +26,7 @@ from jepa3d.objectives.generative import Generative
 from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
-from jepa3d.training import checkpoint, runs
-from jepa3d.training.cache import CachedTargets
+from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
@@ -107,6 +106,8 @@ def pretrain(
     else:
         stage_clouds = {name: clouds_of(config, name, clouds) for name in config.stages}
         task = rehearse(config, clouds, networks)
+        if teacher := teacher_to_cache(config, task):
+            cache.check_space(config, len(clouds), teacher.width, out)
         created = {
             "departures": settings.departures(config, len(clouds)),
             "parameters": {
@@ -134,14 +135,19 @@ def pretrain(
     return out
 
 
+def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
+    """The frozen teacher whose targets the configuration wants computed beforehand."""
+    return task.objective.teacher if config.target.cache and isinstance(task.objective, JEPA) else None
+
+
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
     """The task with its teacher's targets computed beforehand, where wanted; in memory without a run."""
-    if not (config.target.cache and isinstance(task.objective, JEPA) and task.objective.teacher):
+    teacher = teacher_to_cache(config, task)
+    if teacher is None:
         return task
-    teacher = task.objective.teacher
-    cache = CachedTargets(config, len(clouds), teacher.width, out and out / "cache")
-    cache.fill(teacher, clouds, config)
-    return replace(task, targets=cache)
+    targets = cache.CachedTargets(config, len(clouds), teacher.width, out and out / "cache")
+    targets.fill(teacher, clouds, config)
+    return replace(task, targets=targets)
 
 
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:

@@ -42,10 +42,12 @@ def peak_memory() -> int:
 class Progress:
     """Shows and records a run from `state["step"]` to `total`; metrics after a resumed step are dropped."""
 
-    def __init__(self, path: Path | None, state: dict, total: int, batch_size: int, shown: bool):
+    def __init__(
+        self, path: Path | None, state: dict, total: int, batch_size: int, shown: bool, began: tuple[float, float]
+    ):
         self.path, self.total, self.batch_size, self.shown = path, total, batch_size, shown
         self.base = dict(state)
-        self.cpu, self.wall = cpu_seconds(), time.perf_counter()
+        self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
         self.bar = Bar(
             BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),

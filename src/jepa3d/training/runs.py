@@ -12,7 +12,7 @@ from torch import nn
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.models.hub import Pretrained
-from jepa3d.plain import differences, to_dict
+from jepa3d.plain import differences, merge, to_dict
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
 
@@ -34,6 +34,7 @@ def is_finished(out: Path) -> bool:
     """Whether a run needs nothing more, which is said."""
     finished = json.loads((out / "run.json").read_text())["status"] == "finished"
     if finished:
+        drop_scratch(out)  # a kill may have come between the two
         print(f"{out}: finished already")
     return finished
 
@@ -41,6 +42,7 @@ def is_finished(out: Path) -> bool:
 def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
     before = json.loads((out / "config.json").read_text())
+    before = merge(to_dict(type(config)()), before)  # a setting that did not exist then was what is now its default
     if changed := differences(to_dict(config), before):
         name, (now, then) = next(iter(changed.items()))
         raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
@@ -98,6 +100,11 @@ def finish(out: Path, cost: dict[str, float], metrics: dict[str, float], result:
     if result:
         write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
     write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
+    drop_scratch(out)
+
+
+def drop_scratch(out: Path) -> None:
+    """Remove what only an unfinished run needs."""
     for folder in ("checkpoints", "cache"):
         shutil.rmtree(out / folder, ignore_errors=True)
 
