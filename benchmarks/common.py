@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name and its GEMM peak, counted FLOPs, random clouds."""
+"""What the benchmarks share: the machine's name and its GEMM peak, counted FLOPs, random clouds, a training step."""
 
 import math
 import os
@@ -7,11 +7,17 @@ import time
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from jepa3d.ops import unit_sphere
+from jepa3d.config import PretrainConfig
+from jepa3d.data.datasets import PointClouds
+from jepa3d.data.transforms import augment
+from jepa3d.ops import BatchGenerator, unit_sphere
+from jepa3d.training.optim import adamw
+from jepa3d.training.pretrain import make_task, with_cache
 
 ATTENTION = {  # on a CPU; torch counts that of CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -46,3 +52,35 @@ def gemm_peak(size: int = 2048, tries: int = 5) -> float:
 
 def random_clouds(batch: int, points: int) -> Tensor:
     return unit_sphere(torch.randn(batch, points, 3, generator=torch.Generator().manual_seed(0)))
+
+
+class Training:
+    """jepa3d's pretraining on one process: called with points B N 3 it takes a step as training/loop.py does."""
+
+    def __init__(self, config: PretrainConfig, objective: str = "jepa"):
+        # BatchNorm is calibrated on 32 clouds, so that this does not set the peak of the memory.
+        self.clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
+        self.config = config
+        self.task = with_cache(make_task(config, objective, self.clouds, {}), self.clouds, config, None)
+        self.model = self.task.objective.train()
+        self.optimizer, self.number = adamw(self.model, self.task.schedule), 0
+
+    def __call__(self, points: Tensor) -> Tensor:
+        config, task = self.config, self.task
+        generator = BatchGenerator(config.seed, self.number)
+        if task.augments:
+            points = augment(points, config.scale, config.rotate, config.translate, generator)
+        # Beyond 32 clouds those of others: as quick to read.
+        targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
+        loss = self.model(points, generator, 0.0, *targets).loss
+        loss.backward()
+        self.update()
+        self.number += 1
+        return loss.detach()
+
+    def update(self) -> None:
+        """What follows the gradients: clipping, AdamW, the teacher's moving average."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.task.schedule.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step(0.0)

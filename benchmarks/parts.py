@@ -12,19 +12,16 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from common import count_flops, gemm_peak, machine, random_clouds
-from torch import Tensor, nn
+from common import Training, count_flops, gemm_peak, machine, random_clouds
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import cosine_loss
 from jepa3d.ops import BatchGenerator, gather_points
-from jepa3d.training.optim import adamw
-from jepa3d.training.pretrain import make_task
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -34,8 +31,9 @@ KINDS = {
 }
 
 
-def step(points: Tensor, objective, optimizer, config, number: int, run: Callable) -> None:
+def step(points: Tensor, training: Training, number: int, run: Callable) -> None:
     """One step, cut in parts: `run(name, work)` calls work and returns what it returns."""
+    config, objective = training.config, training.model
     encoder, decoder, generator = objective.encoder, objective.decoder, BatchGenerator(config.seed, number)
     network = objective.teacher.networks[0]
 
@@ -68,23 +66,7 @@ def step(points: Tensor, objective, optimizer, config, number: int, run: Callabl
     grads = [cut[0].grad, cut[1].grad + around.grad]
     run("student: tokenizer", lambda: torch.autograd.backward([tokens, position], grads))
 
-    def update():
-        nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        objective.after_step(0.0)
-
-    run("optimiser, moving average", update)
-
-
-def plain(points: Tensor, objective, optimizer, config, number: int) -> None:
-    generator = BatchGenerator(config.seed, number)
-    moved = augment(points, config.scale, config.rotate, config.translate, generator)
-    objective(moved, generator).loss.backward()
-    nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad)
-    optimizer.step()
-    optimizer.zero_grad()
-    objective.after_step(0.0)
+    run("optimiser, moving average", training.update)
 
 
 def main() -> None:
@@ -95,9 +77,7 @@ def main() -> None:
     keep_large_blocks()
     config = settings.resolve({"teacher": ["ema"], "encoder": {"num_points": 1024}})
     points = random_clouds(arguments.batch, 1024)
-    objective = make_task(config, "jepa", PointClouds("random", "", points.numpy()), {}).objective.train()
-    optimizer = adamw(objective, config)
-    given = points, objective, optimizer, config
+    training = Training(config)
     rounds: dict[str, list[float]] = {}
     flops: dict[str, int] = {}
 
@@ -107,8 +87,8 @@ def main() -> None:
         flops[name] = flops.get(name, 0) + counter.get_total_flops()
         return found
 
-    step(*given, 0, count)
-    count("whole step", lambda: plain(*given, 0))
+    step(points, training, 0, count)
+    count("whole step", lambda: training(points))
     peaks = []
     for number in range(1, arguments.rounds + 1):
         peaks.append(gemm_peak())
@@ -120,8 +100,8 @@ def main() -> None:
             spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
             return found
 
-        step(*given, number, stopwatch)
-        stopwatch("whole step", lambda: plain(*given, number))  # noqa: B023
+        step(points, training, number, stopwatch)
+        stopwatch("whole step", lambda: training(points))
         for name, seconds in spent.items():
             rounds.setdefault(name, []).append(seconds)
     print(f"Batch {arguments.batch}, fp32, {machine()}; median of {arguments.rounds} rounds\n")
@@ -134,7 +114,7 @@ def main() -> None:
         print(f"| {name} | {flop:.2f} | {1000 * median(seconds):.0f} | {share:.1f} | {rate:.0f} |")
 
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        plain(*given, arguments.rounds + 1)
+        training(points)
     events = found.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     shares = {

@@ -26,19 +26,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import peers
 import torch
-from common import count_flops, gemm_peak, machine, random_clouds
-from torch import Tensor, nn
+from common import Training, count_flops, gemm_peak, machine, random_clouds
+from torch import nn
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.data.datasets import PointClouds
-from jepa3d.data.transforms import augment
-from jepa3d.ops import BatchGenerator
-from jepa3d.training.optim import adamw
-from jepa3d.training.pretrain import make_task, with_cache
 
 POINTS = {"small": 1024, "tiny": 512}
 WARM_UP = 3
@@ -86,30 +80,8 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
 
 
 def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers.Step]:
-    """The step of training/loop.py on one process."""
-    config = settings.resolve(settings.preset(preset), overrides)
-    clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
-    task = make_task(config, objective, clouds, {})
-    task = with_cache(task, clouds, config, None)
-    model, optimizer = task.objective.train(), adamw(task.objective, task.schedule)
-    number = 0
-
-    def step(points: Tensor) -> Tensor:
-        nonlocal number
-        generator = BatchGenerator(config.seed, number)
-        if task.augments:
-            points = augment(points, config.scale, config.rotate, config.translate, generator)
-        targets = task.targets(np.arange(len(points)) % len(clouds)) if task.targets else ()
-        loss = model(points, generator, 0.0, *targets).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), task.schedule.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.after_step(0.0)
-        number += 1
-        return loss.detach()
-
-    return model, step
+    training = Training(settings.resolve(settings.preset(preset), overrides), objective)
+    return training.model, training
 
 
 def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
