@@ -71,6 +71,13 @@ class BatchNorm(nn.BatchNorm1d):
         out = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return out.to(input.dtype)
 
+    def into(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a linear layer that does what the given one and this norm, in evaluation, do."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return weight * scale[:, None], (bias - self.running_mean) * scale + self.bias
+
 
 class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU) -> C; max.
@@ -92,11 +99,16 @@ class PatchTokenizer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
-        local = F.relu(self.norm1(self.linear1(patches.reshape(-1, 3))), inplace=True).unflatten(0, (-1, size))
+        first, second = (self.linear1.weight, self.linear1.bias), (self.linear3.weight, self.linear3.bias)
+        if not self.norm1.training:  # a norm with fixed statistics is part of the linear layer before it
+            first, second = self.norm1.into(*first), self.norm3.into(*second)
+        local = F.linear(patches.reshape(-1, 3), *first)
+        local = F.relu(self.norm1(local) if self.norm1.training else local, inplace=True).unflatten(0, (-1, size))
         highest = F.linear(local, self.linear2.weight).amax(1) + self.linear2.bias
-        to_global, to_local = self.linear3.weight.chunk(2, 1)
+        to_global, to_local = second[0].chunk(2, 1)
         folded = F.linear(local, to_local @ self.linear2.weight)
-        shift = F.linear(highest, to_global, self.linear3.bias) + to_local @ self.linear2.bias
-        hidden = F.relu(self.norm3(folded.add_(shift[:, None]).flatten(0, 1)), inplace=True)
+        shift = F.linear(highest, to_global, second[1]) + to_local @ self.linear2.bias
+        hidden = folded.add_(shift[:, None]).flatten(0, 1)
+        hidden = F.relu(self.norm3(hidden) if self.norm3.training else hidden, inplace=True)
         out = F.linear(hidden.unflatten(0, (-1, size)), self.linear4.weight)
         return (out.amax(1) + self.linear4.bias).view(*lead, -1)
