@@ -1,6 +1,9 @@
 """The documents name lines and commands that exist."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +109,18 @@ def test_the_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert targets == ["demo", "test"]
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+@pytest.mark.parametrize(
+    "command", ["parts.py --batch 2 --rounds 1", "step.py --size tiny --batch 4 --rounds 1 --steps 1"], ids=str
+)
+def test_the_benchmarks_of_the_step_run(command):
+    script, *flags = command.split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *flags],
+        capture_output=True, text=True, timeout=180, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| whole step", "| jepa3d tiny"))]
+    assert len(rows) == (1 if script == "parts.py" else 3)

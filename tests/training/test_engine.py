@@ -251,3 +251,6 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     one = pretrain(replace(config, accumulate=2), tmp_path / "one-2")
     assert losses(run("two-2", "--accumulate", "2")) == pytest.approx(losses(one), rel=1e-4)
     assert (run("auto", "--mixed-precision", "auto") / "engine.json").exists()
+    with pytest.raises(Interrupted):
+        pretrain(config, tmp_path / "more", stop_at=2)
+    assert losses(run("more", "--resume")) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), "begun by one process"
