@@ -57,8 +57,8 @@ def step(points: Tensor, training: Training, number: int, run: Callable) -> None
     prediction = run("decoder", predict)
     with torch.no_grad():
         taught = run("teacher: tokenizer", lambda: network.tokenizer(patches))
-        run("teacher: encoder", lambda: network.hidden_states(taught, network.position(centers)))
-    target = gather_points(objective.teacher(patches, centers), sample.target)
+        tokens_of_all = run("teacher: encoder", lambda: network.hidden_states(taught, network.position(centers))[-1])
+    target = gather_points(tokens_of_all, sample.target)
     end = prediction.detach().requires_grad_()
     cosine_loss(end, target).backward()
     run("decoder", lambda: prediction.backward(end.grad))

@@ -222,9 +222,8 @@ class StoreWriter:
             self.header |= {"num_points": settings["points"], "class_names": [], "part_names": list(part_names)}
             self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
             path.mkdir(parents=True, exist_ok=True)
-            write_bytes(
-                path / "store.json", json.dumps(self.header).encode()
-            )  # from now on a store: it can be continued
+            # From now on a store: it can be continued.
+            write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
             self.header = store.header

@@ -161,11 +161,12 @@ def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
     block, target = draw()
     context = _membership(block, num_tokens) & ~_membership(target, num_tokens)
     for attempt in range(_REDRAWS + 1):
-        counts = context.sum(1).tolist()  # the one time in a step that the host reads from the device
+        lengths = context.sum(1)
+        counts = lengths.tolist()  # the one time in a step that the host reads from the device
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:
-            short = (context.sum(1) < min_context)[:, None]
+            short = (lengths < min_context)[:, None]
             block, again = draw()
             target = torch.where(short[..., None], again, target)
             context = torch.where(short, _membership(block, num_tokens) & ~_membership(again, num_tokens), context)
