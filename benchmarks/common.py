@@ -72,7 +72,8 @@ class Training:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
         # Beyond 32 clouds those of others: as quick to read.
         targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
-        loss = self.model(points, generator, 0.0, *targets).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            loss = self.model(points, generator, 0.0, *targets).loss
         loss.backward()
         self.update()
         self.number += 1

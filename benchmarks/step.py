@@ -3,9 +3,11 @@
     pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
     python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
     python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
+    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # jepa3d as `auto` may choose
 
 One process a contender; all are built and warmed up, then asked in turn, round by round, for the time of some steps on
-the same random clouds, fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is left out.
+the same random clouds, the peers in fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is
+left out.
 
 samples/s is the median of the rounds; ratios and shares are made within a round, then their median is taken.
 "tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those executed, forward and
@@ -60,13 +62,16 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         return {
             f"jepa3d tiny, {name}": Contender(ours, ("tiny", name, {})) for name in ("jepa", "generative", "invariance")
         }
-    found = {
-        "jepa3d small, EMA teacher": Contender(
-            ours, ("small", "jepa", {"teacher": ["ema"], "encoder": {"num_points": POINTS["small"]}})
-        )
+    common = {"encoder": {"num_points": POINTS["small"]}, "mixed_precision": arguments.mixed_precision}
+    teachers = {
+        "EMA teacher": {"teacher": ["ema"]},
+        "cached frozen teacher": {"teacher": ["untrained"], "target": {"cache": True}},
     }
-    cached = {"teacher": ["untrained"], "target": {"cache": True}, "encoder": {"num_points": POINTS["small"]}}
-    found["jepa3d small, cached frozen teacher"] = Contender(ours, ("small", "jepa", cached))
+    suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
+    found = {
+        f"jepa3d small, {name}{suffix}": Contender(ours, ("small", "jepa", common | overrides))
+        for name, overrides in teachers.items()
+    }
     given = {
         "Point-MAE": (peers.point_mae, arguments.point_mae),
         "Point-JEPA": (peers.point_jepa, arguments.point_jepa),
@@ -159,6 +164,7 @@ def main() -> None:
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
     parser.add_argument("--size", choices=POINTS, default="small")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of jepa3d, size small")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
@@ -168,7 +174,7 @@ def main() -> None:
     setting = Setting(arguments.batch, POINTS[arguments.size], arguments.threads)
     torch.set_num_threads(setting.threads)
     figures = measure(contenders(arguments), setting, arguments.rounds, arguments.steps)
-    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}, fp32: {machine()}; ", end="")
+    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}: {machine()}; ", end="")
     print(f"median of {arguments.rounds} rounds of {arguments.steps} steps\n")
     print_table(figures)
     if arguments.json:
