@@ -58,18 +58,20 @@ class Setting:
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     """All by name; those of jepa3d with a teacher, else the first, are what the others are compared with."""
+    shared: dict = {"mixed_precision": arguments.mixed_precision}
+    suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
     if arguments.size == "tiny":
         return {
-            f"jepa3d tiny, {name}": Contender(ours, ("tiny", name, {})) for name in ("jepa", "generative", "invariance")
+            f"jepa3d tiny, {name}{suffix}": Contender(ours, ("tiny", name, shared))
+            for name in ("jepa", "generative", "invariance")
         }
-    common = {"encoder": {"num_points": POINTS["small"]}, "mixed_precision": arguments.mixed_precision}
     teachers = {
         "EMA teacher": {"teacher": ["ema"]},
         "cached frozen teacher": {"teacher": ["untrained"], "target": {"cache": True}},
     }
-    suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
+    shared["encoder"] = {"num_points": POINTS["small"]}
     found = {
-        f"jepa3d small, {name}{suffix}": Contender(ours, ("small", "jepa", common | overrides))
+        f"jepa3d small, {name}{suffix}": Contender(ours, ("small", "jepa", shared | overrides))
         for name, overrides in teachers.items()
     }
     given = {
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
     parser.add_argument("--size", choices=POINTS, default="small")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of jepa3d, size small")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of jepa3d")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
