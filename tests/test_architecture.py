@@ -14,6 +14,7 @@ ROOMS = [
     {"objectives"},
     {"evaluation", "figures", "page"},
     {"training"},
+    {"inference"},
     {"demo", "info", "predict", "report"},
     {"cli"},
 ]

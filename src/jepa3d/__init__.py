@@ -2,7 +2,9 @@
 
 from importlib.metadata import version
 
+from jepa3d.inference.embedding import embed
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import load
 
 __version__ = version("jepa3d")
-__all__ = ["PointEncoder"]
+__all__ = ["PointEncoder", "embed", "load"]

@@ -147,7 +147,7 @@ def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
         f"<style>{STYLE}</style></head>\n<body><main>\n"
         f"<h1>{name} <span class='status {status}'>{status}</span></h1><p class=kind>{kind}</p>\n"
         + "\n".join(part for part in parts if part)
-        + "\n<footer>Made by jepa3d report; 3D-JEPA is arXiv 2409.15803.</footer>\n</main></body>\n</html>\n"
+        + "\n<footer>Made by jepa3d; 3D-JEPA is arXiv 2409.15803.</footer>\n</main></body>\n</html>\n"
     )
 
 

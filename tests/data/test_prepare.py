@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jepa3d.data import parallel
 from jepa3d.data import prepare as module
 from jepa3d.data import store as storing
 from jepa3d.data.cloud import PointCloud, ReadError
@@ -216,7 +217,9 @@ def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_orde
     entries = [Entry(str(i), partial(made, i)) for i in range(8)]
     entries[2], entries[6] = Entry("2", partial(os._exit, 1)), Entry("6", partial(os._exit, 1))
     found = []
-    for results in module._parallel([[entry] for entry in entries], Preparation(points=16), 1):
+    for results in parallel._parallel(
+        [[entry] for entry in entries], partial(module._convert_all, Preparation(points=16)), 1, "jepa3d"
+    ):
         found += results
         if len(found) == 1:
             time.sleep(0.5)  # the pool breaks while its first results are used

@@ -9,7 +9,7 @@ import cyclopts
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.cli import evaluating, finetuning, pretraining, reporting  # noqa: F401  (they add their commands)
+from jepa3d.cli import evaluating, finetuning, pretraining, reporting, using  # noqa: F401  (they add commands)
 from jepa3d.cli.app import app
 from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from jepa3d.plain import from_dict, merge, read_recipe, to_dict

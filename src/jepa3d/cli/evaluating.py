@@ -1,4 +1,4 @@
-"""What an encoder learned: probe, curve."""
+"""What an encoder learned: probe, curve, results, retrieval."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -139,4 +139,42 @@ def results(
     show(sheets)
     if out is not None:
         out.write_text(markdown(sheets, provenance()["command"]), encoding="utf-8")
+        print(f"written: {out}")
+
+
+@app.command
+def retrieval(
+    models: Annotated[list[str], Parameter(negative=())],
+    /,
+    *,
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    part: Literal["test", "train"] = "test",
+    out: Path | None = None,
+) -> None:
+    """Show how well vectors find shapes of their class: mean average precision, beside an untrained encoder and D2.
+
+    Parameters
+    ----------
+    models: list[str]
+        default (the encoder of the package), runs, encoders or Hub ids; also runs of jepa3d classify.
+    data: str
+        Labelled shapes with a train and a test part.
+    labels_key: str
+        The labels of a .npz bundle.
+    up_axis: str
+        The data's up axis: x, y or z.
+    part: str
+        What is searched: test, or train, to choose an encoder by.
+    out: Path
+        Where to write the result, as JSON.
+    """
+    from jepa3d.evaluation import retrieval as retrieving
+    from jepa3d.evaluation.protocol import write_json
+
+    result = retrieving.retrieval(models, data, labels_key, up_axis, part)
+    retrieving.show(result)
+    if out is not None:
+        write_json(out, result)
         print(f"written: {out}")

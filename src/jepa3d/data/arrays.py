@@ -19,7 +19,7 @@ _NAMES = {
     "parts": ("pid", "seg", "parts"),
     "split": ("split",),
 }
-_FACTS = ("label", "split", "class_names")
+_FACTS = ("label", "split", "class_names", "names")
 
 
 def clouds_in(path: Path) -> int | None:
@@ -33,11 +33,11 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path) -> dict[str, np.ndarray]:
-    """What an array file of many clouds says of each: label, split, and class_names, those that it has."""
+    """What an array file of many clouds says of each: label, split and names, and class_names, those that it has."""
     with boundary(path):
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                names = _known(archive.files) | {name: name for name in ("class_names",) if name in archive.files}
+                names = _known(archive.files) | {name: name for name in _FACTS[2:] if name in archive.files}
                 facts = {key: archive[name] for key, name in names.items() if key in _FACTS}
         elif path.suffix.lower() == ".npy":
             facts = {}

@@ -23,6 +23,7 @@ class Entry:
     label: str | None = None
     split: str | None = None  # train, test or val
     up_axis: str | None = None  # where the layout's owner fixed one
+    name: str | None = None  # of the cloud, where its file has names
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def entries_of(
     if count is None:
         return [Entry(key, partial(read, path, None, columns), label, split)]
     facts, entries = facts_in(path), []
+    titles = facts.get("names", ())
     names = [str(name) for name in facts.get("class_names", ())]
     for row in range(count):
         own, half = label, split
@@ -57,5 +59,6 @@ def entries_of(
             if not 0 <= number < len(SPLIT_FOLDERS):
                 raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
             half = SPLIT_FOLDERS[number]
-        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half))
+        title = str(titles[row]) if len(titles) == count else None
+        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title))
     return entries

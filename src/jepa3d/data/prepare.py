@@ -1,30 +1,24 @@
 """`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what was left out."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
 from jepa3d.data.entries import Entry, Source
+from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
 
@@ -95,7 +89,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     try:
         with StoreWriter(out, settings, names, parts) as writer:
             entries, before = _new(entries, writer.keys())
-            for entry, result in _converted(entries, options, workers):
+            work = partial(_convert_all, options)
+            for entry, result in mapped(work, entries, _CHUNK, workers, "preparing", __name__):
                 if isinstance(result, str):
                     path = root / entry.key.partition("#")[0] if root.is_dir() else root
                     skipped.append((entry.key, result.removeprefix(f"{path}: ")))
@@ -163,7 +158,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
 
 
-def _convert_all(entries: list[Entry], options: Preparation) -> list[Result]:
+def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
     """What becomes of each entry: arrays and row, or why not."""
     results: list[Result] = []
     for entry in entries:
@@ -174,81 +169,6 @@ def _convert_all(entries: list[Entry], options: Preparation) -> list[Result]:
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
     return results
-
-
-def _converted(entries: list[Entry], options: Preparation, workers: int) -> Iterator[tuple[Entry, Result]]:
-    """Results in the order of the entries, whatever the number of processes, which never run far ahead."""
-    workers = workers or os.cpu_count() or 1
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    chunks = [entries[at : at + _CHUNK] for at in range(0, len(entries), _CHUNK)]
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20) as progress:
-        task = progress.add_task("preparing", total=len(entries), rate="")
-        mapped = (_convert_all(c, options) for c in chunks) if workers == 1 else _parallel(chunks, options, workers)
-        for chunk, results in zip(chunks, mapped, strict=True):
-            yield from zip(chunk, results, strict=True)
-            done = progress.tasks[0]
-            progress.update(
-                task, advance=len(chunk), rate=f"{(done.completed + len(chunk)) / (done.elapsed or 1):.0f}/s"
-            )
-
-
-def _parallel(chunks: list[list[Entry]], options: Preparation, workers: int) -> Iterator[list[Result]]:
-    """`_convert_all` of every chunk, in order. A file whose parser kills its process is found and skipped."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["jepa3d.data.prepare"])
-
-    def pool(processes: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(processes, context, initializer=_start_worker)
-
-    left = iter(chunks)
-    executor = pool(workers)
-    running: list[tuple[list[Entry], Future]] = []  # oldest first
-
-    def start(chunk: list[Entry]) -> Future:
-        try:
-            return executor.submit(_convert_all, chunk, options)
-        except BrokenProcessPool as error:  # a chunk before it broke the pool just now; told when its turn comes
-            failed: Future = Future()
-            failed.set_exception(error)
-            return failed
-
-    def submit(number: int) -> None:
-        running.extend((chunk, start(chunk)) for chunk in islice(left, number))
-
-    try:
-        submit(4 * workers)
-        while running:
-            chunk, future = running.pop(0)
-            try:
-                results = future.result()
-            except BrokenProcessPool:
-                executor.shutdown(cancel_futures=True)
-                results = [_alone(pool(1), entry, options) for entry in chunk]
-                executor = pool(workers)
-                running[:] = [(c, f if _is_done(f) else start(c)) for c, f in running]
-            submit(1)
-            yield results
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_done(future: Future) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _alone(executor: ProcessPoolExecutor, entry: Entry, options: Preparation) -> Result:
-    with executor:
-        try:
-            return executor.submit(_convert_all, [entry], options).result()[0]
-        except BrokenProcessPool:
-            return "its parser crashed"
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------------------------------ splits, archives

@@ -1,0 +1,143 @@
+"""What an encoder is for: embed, index, search."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from jepa3d.cli.app import app
+
+
+@app.command
+def embed(
+    paths: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path,
+    model: str = "default",
+    up_axis: str = "z",
+    layer: int = -1,
+    pooling: str = "mean_max",
+    workers: int = 0,
+    share: str = "1/1",
+    prune: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Turn clouds into vectors, kept in Parquet; run again, it adds what is new or changed.
+
+    Parameters
+    ----------
+    paths: list[Path]
+        Files, folders of files, or stores of jepa3d prepare.
+    out: Path
+        A .parquet file; or a folder, to be filled by parts (for many machines and tens of millions of clouds).
+    model: str
+        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+    up_axis: str
+        The files' up axis: x, y or z; a store knows its own.
+    layer: int
+        Of the encoder: 0 (tokenizer) to its depth, or -1, the last.
+    pooling: str
+        Of tokens to one vector: mean_max, mean or max.
+    workers: int
+        Processes; 0: one a core, fewer for few files.
+    share: str
+        i/n: of n commands that fill one folder, the one that does every n-th cloud from the i-th.
+    prune: bool
+        Forget the rows of files that are gone.
+    """
+    from jepa3d.inference.embedding import embed_files
+
+    embed_files(paths, out, model, up_axis, layer, pooling, workers, share, prune)
+
+
+@app.command
+def index(
+    vectors: Path,
+    /,
+    *,
+    out: Path,
+    delete: tuple[str, ...] = (),
+    ann: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Put vectors into a store for millions: rows of the same path are replaced; delete some; or index it.
+
+    Parameters
+    ----------
+    vectors: Path
+        What jepa3d embed wrote; or the store itself, to delete from it or index it.
+    out: Path
+        The store, a folder whose name ends in .lancedb; new or of the same encoder.
+    delete: tuple[str, ...]
+        Conditions as of search --where; rows for which all hold are deleted.
+    ann: bool
+        Build an index for approximate search (jepa3d search --probes).
+    """
+    from jepa3d.inference.lance import VectorStore, create_or_update
+    from jepa3d.inference.search import Condition
+    from jepa3d.inference.vectors import Vectors
+
+    conditions = [Condition.parse(text) for text in delete]
+    if vectors != out:
+        new, old = create_or_update(Vectors(vectors), out)
+        print(f"{out}: {new:,} new, {old:,} replaced")
+    store = VectorStore(out)
+    if conditions:
+        print(f"{out}: {store.delete(conditions):,} deleted")
+    if ann:
+        store.build()
+    print(f"{out}: {len(store):,} vectors{', indexed' if store.indexed else ''}")
+
+
+@app.command
+def search(
+    where_in: Annotated[Path, Parameter(name="INDEX")],
+    queries: Annotated[list[str], Parameter(negative=())],
+    /,
+    *,
+    k: Annotated[int, Parameter(name=["-k", "--k"])] = 10,
+    where: tuple[str, ...] = (),
+    min_cosine: float = -1.0,
+    include_self: Annotated[bool, Parameter(negative=())] = False,
+    probes: int | None = None,
+    model: str | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    html: Path | None = None,
+) -> None:
+    """Find the shapes most like a query, by the cosine of their vectors; exact unless told otherwise.
+
+    Parameters
+    ----------
+    where_in: Path
+        What jepa3d embed or index wrote.
+    queries: list[str]
+        Clouds, meshes, folders of them, FILE#ROW of a file of many, or a .npy of vectors.
+    k: int
+        Neighbours of each.
+    where: tuple[str, ...]
+        Conditions that all must hold: label=cup, path~*/train/*, num_points>=5000 (= != < <= > >= ~).
+    min_cosine: float
+        Leave out what is less like it.
+    include_self: bool
+        Keep the query's own file among its neighbours.
+    probes: int
+        Approximate search of that many partitions of a store that was indexed by jepa3d index --ann.
+    model: str
+        Where the encoder of the index lies now, if it moved.
+    json: bool
+        A line of JSON a query.
+    html: Path
+        A page with pictures of the queries and their neighbours.
+    """
+    from jepa3d.inference import search as searching
+
+    making, found = searching.making_of(where_in), []
+    for query in queries:
+        for name, vector in zip(*searching.query_vectors(where_in, query, model), strict=True):
+            but = None if include_self else name
+            (hits,) = searching.search(where_in, vector, k, where, but, probes)
+            found.append((name, [hit for hit in hits if hit.cosine >= min_cosine]))
+            print(searching.to_json(*found[-1])) if json else searching.show(*found[-1])
+    if html is not None:
+        searching.write_page(found, making, where_in, html)
+        print(f"written: {html}", file=sys.stderr)

@@ -1,0 +1,92 @@
+"""A function over lists of entries on several processes: in order, never far ahead, safe from parsers that crash."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+CRASHED = "its parser crashed"
+Work = Callable[[list], list]  # entries to as many results; picklable. A text says why an entry has none.
+
+
+def mapped(work: Work, entries: list, chunk: int, workers: int, doing: str, preload: str) -> Iterator[tuple[Any, Any]]:
+    """Each entry with its result, in order, whatever the number of processes (0: one a core); a progress bar.
+
+    work: is given `chunk` entries at once. preload: the module that the processes import once.
+    """
+    chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
+    workers = workers or os.cpu_count() or 1
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20) as progress:
+        task = progress.add_task(doing, total=len(entries), rate="")
+        results = map(work, chunks) if workers == 1 else _parallel(chunks, work, workers, preload)
+        for some, found in zip(chunks, results, strict=True):
+            yield from zip(some, found, strict=True)
+            done = progress.tasks[0]
+            progress.update(task, advance=len(some), rate=f"{(done.completed + len(some)) / (done.elapsed or 1):.0f}/s")
+
+
+def _parallel(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
+    """`work` of every chunk, in order. An entry whose parser kills its process is found and skipped."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([preload])
+
+    def pool(processes: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(processes, context, initializer=_start_worker)
+
+    left = iter(chunks)
+    executor = pool(workers)
+    running: list[tuple[list, Future]] = []  # oldest first
+
+    def start(chunk: list) -> Future:
+        try:
+            return executor.submit(work, chunk)
+        except BrokenProcessPool as error:  # a chunk before it broke the pool just now; told when its turn comes
+            failed: Future = Future()
+            failed.set_exception(error)
+            return failed
+
+    def submit(number: int) -> None:
+        running.extend((chunk, start(chunk)) for chunk in islice(left, number))
+
+    try:
+        submit(4 * workers)
+        while running:
+            chunk, future = running.pop(0)
+            try:
+                results = future.result()
+            except BrokenProcessPool:
+                executor.shutdown(cancel_futures=True)
+                results = [_alone(pool(1), entry, work) for entry in chunk]
+                executor = pool(workers)
+                running[:] = [(c, f if _is_done(f) else start(c)) for c, f in running]
+            submit(1)
+            yield results
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_done(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _alone(executor: ProcessPoolExecutor, entry: Any, work: Work) -> Any:
+    with executor:
+        try:
+            return executor.submit(work, [entry]).result()[0]
+        except BrokenProcessPool:
+            return CRASHED
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)

@@ -1,0 +1,128 @@
+"""`jepa3d index`: vectors in a LanceDB store, for adding, deleting and searching millions without reading them all.
+
+Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search asks for it.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa3d.data.cloud import ReadError
+from jepa3d.inference.search import Condition, Hit, regex
+from jepa3d.inference.vectors import FORMAT, ROWS, Making, Vectors, schema, to_numpy
+
+try:
+    import lancedb
+    import pyarrow as pa
+    from lancedb.index import BTree, IvfFlat
+except ImportError as error:
+    raise ValueError("a store of vectors needs LanceDB: pip install 'jepa3d[search]'") from error
+
+_TABLE = "vectors"
+_OLD = timedelta(hours=1)  # versions kept for those who read while it is written
+
+
+class VectorStore:
+    """A store that is there; `create_or_update` makes one. Raises ReadError for anything else."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not path.is_dir():
+            raise ReadError(f"{path}: no such store; make it with jepa3d index")
+        try:
+            self.table = _connect(path).open_table(_TABLE)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ReadError(f"{path}: not a store of jepa3d index ({str(error).splitlines()[0]})") from error
+        found = json.loads((self.table.schema.metadata or {}).get(b"jepa3d", b"{}"))
+        if found.pop("format", None) != FORMAT:
+            raise ReadError(f"{path}: a LanceDB store, but not of jepa3d index")
+        self.making = Making(**found)
+
+    def __len__(self) -> int:
+        return self.table.count_rows()
+
+    def delete(self, conditions: list[Condition]) -> int:
+        """Delete the rows for which all conditions hold. Returns how many."""
+        count = self.table.delete(_sql(conditions)).num_deleted_rows
+        self.table.optimize(cleanup_older_than=_OLD)
+        return count
+
+    def build(self) -> None:
+        """An index for approximate search: the square root of the rows as partitions, vectors in them unchanged."""
+        self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
+        self.table.create_index("path", config=BTree())
+
+    @property
+    def indexed(self) -> bool:
+        return any("vector" in index.columns for index in self.table.list_indices())
+
+    def search(self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None = None) -> list[Hit]:
+        """The k rows nearest to a query E, best first; exact, or by `probes` partitions of the index."""
+        ask = self.table.search(query).distance_type("cosine").select(["path", "label", "_distance"])
+        ask = ask.nprobes(probes) if probes else ask.bypass_vector_index()
+        ask = ask.where(_sql(conditions)) if conditions else ask
+        rows = ask.limit(k).to_list()
+        return sorted((Hit(1 - r["_distance"], r["path"], r["label"]) for r in rows), key=lambda h: (-h.cosine, h.path))
+
+
+def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
+    """Put vectors into a store, new or of the same making, in place of those of the same path.
+
+    Returns how many rows are new and how many were there. Vectors of zero length are left out: no cosine finds them.
+    """
+    if path.suffix != ".lancedb":
+        raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
+    if not path.exists():
+        kind = schema(vectors.making)
+        unique = {"lance-schema:unenforced-primary-key": "true"}  # or commands at the same time would double rows
+        kind = kind.set(0, pa.field("path", pa.string(), nullable=False, metadata=unique))
+        _connect(path).create_table(_TABLE, pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind)))
+        return len(VectorStore(path)), 0
+    store = VectorStore(path)
+    vectors.making.check(store.making, str(path))
+    new = old = 0
+    for batch in _batches(vectors, store.table.schema):
+        merging = store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+        result = merging.execute(pa.Table.from_batches([batch]))
+        new, old = new + result.num_inserted_rows, old + result.num_updated_rows
+    store.table.optimize(cleanup_older_than=_OLD)  # also brings what is new into the index
+    return new, old
+
+
+def _batches(vectors: Vectors, kind: Any) -> Iterator[Any]:
+    """Record batches of tens of thousands of rows: every write is a version of the store."""
+    waiting, count = [], 0
+    for batch in vectors.batches():
+        good = np.linalg.norm(to_numpy(batch.column("vector")), axis=1) > 0
+        waiting.append(batch.filter(pa.array(good)))
+        count += len(waiting[-1])
+        if count >= 8 * ROWS:
+            yield pa.Table.from_batches(waiting).cast(kind).combine_chunks().to_batches()[0]
+            waiting, count = [], 0
+    if count:
+        yield pa.Table.from_batches(waiting).cast(kind).combine_chunks().to_batches()[0]
+
+
+def _connect(path: Path) -> Any:
+    return lancedb.connect(str(path), read_consistency_interval=timedelta(0))  # 0: what others wrote is seen
+
+
+def _sql(conditions: list[Condition]) -> str:
+    return " AND ".join(_sql_of(condition) for condition in conditions)
+
+
+def _sql_of(condition: Condition) -> str:
+    column, compare, value = condition.column, condition.compare, condition.value
+    if isinstance(value, int):
+        return f"{column} {compare} {value}"
+    if compare == "~":
+        return f"regexp_like({column}, {_quoted(f'^(?s:{regex(value)})$')})"
+    return f"({column} {compare} {_quoted(value)}{f' OR {column} IS NULL' if compare == '!=' else ''})"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

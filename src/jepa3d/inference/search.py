@@ -1,0 +1,206 @@
+"""`jepa3d search`: the nearest vectors by cosine, exactly, from Parquet files, in the memory of a row group."""
+
+import json
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.io import SUFFIXES, enough_points
+from jepa3d.figures import draw_contact_sheet
+from jepa3d.inference.embedding import cloud_paths, embed, open_cloud
+from jepa3d.inference.vectors import Making, Vectors, to_numpy
+from jepa3d.models.ready import fingerprint, load
+from jepa3d.page import facts, note, page, picture, section, table
+from jepa3d.plain import write_bytes
+
+COLUMNS = ("path", "label", "num_points")
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+    "~": lambda value, pattern: re.fullmatch(regex(pattern), value, re.DOTALL) is not None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A neighbour."""
+
+    cosine: float
+    path: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`COLUMN OP VALUE` over path, label and num_points. OP is = != < <= > >=, or ~ for a pattern of * and ?."""
+
+    column: str
+    compare: str
+    value: str | int
+
+    @staticmethod
+    def parse(text: str) -> "Condition":
+        """Raises ValueError that says what is allowed."""
+        match = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text, re.DOTALL)
+        if not match or match[1] not in COLUMNS:
+            raise ValueError(
+                f"--where {text}: COLUMN OP VALUE, a column of {', '.join(COLUMNS)}, OP = != < <= > >= or ~"
+            )
+        column, compare, value = match.groups()
+        if column != "num_points":
+            return Condition(column, compare, value)
+        if not re.fullmatch(r"\d+", value) or compare == "~":
+            raise ValueError(f"--where {text}: num_points is compared with a number")
+        return Condition(column, compare, int(value))
+
+    def holds(self, values: list) -> np.ndarray:
+        """Which of a column's values it holds for; never for one that is missing, but for !=."""
+        test = _COMPARE[self.compare]
+        return np.array([self.compare == "!=" if v is None else test(v, self.value) for v in values], bool)
+
+
+def regex(pattern: str) -> str:
+    """A pattern of * and ? as a regular expression."""
+    return re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+
+
+def search(
+    index: str | Path,
+    queries: np.ndarray,
+    k: int = 10,
+    where: list[str] | tuple[str, ...] = (),
+    but: str | None = None,
+    probes: int | None = None,
+) -> list[list[Hit]]:
+    """The k rows of an index nearest to each query (q E) by cosine, best first, ties by path.
+
+    index: a Parquet file or folder of `jepa3d embed`, or a store of `jepa3d index`. where: see `Condition`; all must
+    hold. but: a path to leave out. probes: approximate, by that many partitions of an indexed store. Fewer come back
+    where fewer remain. Raises ValueError for a query of other width, or that is not finite or zero.
+    """
+    if k < 1:
+        raise ValueError(f"-k {k}: a number from 1")
+    index = Path(index)
+    conditions = [Condition.parse(text) for text in where] + ([Condition("path", "!=", but)] if but else [])
+    if is_store(index):
+        from jepa3d.inference.lance import VectorStore
+
+        store = VectorStore(index)
+        if probes and not store.indexed:
+            raise ValueError(f"{index}: has no index for --probes; build one with jepa3d index --ann")
+        return [store.search(query, k, conditions, probes) for query in unit(queries, store.making)]
+    if probes:
+        raise ValueError(f"--probes {probes}: {index} is searched exactly; make a store of it with jepa3d index --ann")
+    vectors = Vectors(index)
+    directions = unit(queries, vectors.making)
+    best: list[list[tuple[float, str, str | None]]] = [[] for _ in directions]
+    for batch in vectors.batches([*COLUMNS, "vector"]):
+        rows = np.arange(len(batch))
+        for condition in conditions:
+            rows = rows[condition.holds(batch.column(condition.column).take(rows).to_pylist())]
+        if not len(rows):
+            continue
+        x = to_numpy(batch.column("vector"))[rows]
+        length = np.linalg.norm(x, axis=1)
+        cosine = np.where(length > 0, (x @ directions.T).T / np.maximum(length, 1e-30), -1.0)
+        for found, scores in zip(best, cosine, strict=True):
+            top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
+            if len(found) == k:
+                top = top[scores[top] >= found[-1][0]]
+            path, label = (batch.column(name) for name in ("path", "label"))
+            found += [(float(scores[i]), path[int(rows[i])].as_py(), label[int(rows[i])].as_py()) for i in top]
+            found.sort(key=lambda row: (-row[0], row[1]))
+            del found[k:]
+    return [[Hit(*row) for row in found] for found in best]
+
+
+def unit(queries: np.ndarray, making: Making) -> np.ndarray:
+    """Queries q E as directions. Raises ValueError."""
+    queries = np.atleast_2d(np.asarray(queries, np.float32))
+    if queries.shape[-1] != making.embed_dim:
+        raise ValueError(f"a query of {queries.shape[-1]} numbers, but the vectors have {making.embed_dim}")
+    length = np.linalg.norm(queries, axis=-1, keepdims=True)
+    if not (np.isfinite(length).all() and (length > 0).all()):
+        raise ValueError("a query that is zero or not finite")
+    return queries / length
+
+
+def is_store(index: Path) -> bool:
+    """Whether an index is a store of `jepa3d index`. Raises ReadError where nothing is there."""
+    if not index.exists():
+        raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
+    return index.suffix == ".lancedb"
+
+
+def making_of(index: Path) -> Making:
+    if is_store(index):
+        from jepa3d.inference.lance import VectorStore
+
+        return VectorStore(index).making
+    return Vectors(index).making
+
+
+def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[list[str], np.ndarray]:
+    """Names and vectors of a query: a file of one or many clouds, embedded as the index was, or a .npy of vectors.
+
+    model: where the encoder of the index lies now. Raises ValueError where it is another.
+    """
+    making, path = making_of(index), Path(query)
+    if not path.exists() and "#" not in query:
+        raise ReadError(
+            f"{query}: no such file; a query is a cloud or mesh ({' '.join(SUFFIXES)}), or a .npy of vectors"
+        )
+    if path.suffix == ".npy":
+        array = np.load(path, allow_pickle=False)
+        if array.shape[-1] == making.embed_dim:
+            return [query] * len(np.atleast_2d(array)), np.atleast_2d(array)
+    encoder = load(model or making.model)
+    if fingerprint(encoder) != making.fingerprint:
+        raise ValueError(f"{index}: made with another encoder than {model or making.model}; embed again, or --model")
+    return cloud_paths(path), embed(path, encoder, making.up_axis, making.layer, making.pooling)
+
+
+def show(name: str, hits: list[Hit]) -> None:
+    """A line a neighbour: cosine, path, label."""
+    print(f"{display(name)}:" + ("" if hits else " nothing found"))
+    for hit in hits:
+        print(f"  {hit.cosine:.4f}  {display(hit.path)}" + (f"  [{hit.label}]" if hit.label else ""))
+
+
+def to_json(name: str, hits: list[Hit]) -> str:
+    """A line of JSON a query."""
+    return json.dumps({"query": name, "hits": [{"rank": i + 1, **vars(hit)} for i, hit in enumerate(hits)]})
+
+
+def write_page(found: list[tuple[str, list[Hit]]], making: Making, index: Path, out: Path) -> None:
+    """A page of every query and its neighbours, drawn. Clouds that are no longer there are said."""
+    sections = []
+    for name, hits in found:
+        clouds, titles, missing = [], [], []
+        for path, title in [(name, "query"), *((hit.path, f"{hit.cosine:.3f} {Path(hit.path).name}") for hit in hits)]:
+            try:
+                cloud, z_up = open_cloud(path)
+                points = enough_points(cloud, 1, 0).points
+                clouds.append(points if z_up else points @ TO_Z_UP[making.up_axis].T)
+                titles.append(title)
+            except (ReadError, OSError) as error:
+                missing.append(note(f"not drawn: {error}", "warning"))
+        rows = [(i + 1, f"{hit.cosine:.4f}", hit.label, display(hit.path)) for i, hit in enumerate(hits)]
+        drawn = [picture(partial(draw_contact_sheet, clouds, titles), f"{display(name)} and its neighbours")]
+        sections.append(
+            section(display(name), *(drawn if clouds else []), *missing, table(("", "cosine", "label", "file"), rows))
+        )
+    settings = facts({"index": str(index), "encoder": making.model, "fingerprint": making.fingerprint})
+    write_bytes(out, page("Nearest shapes", f"{len(found)} queries", "by cosine", [*sections, settings]).encode())
+
+
+def display(path: str) -> str:
+    """A path as seen from here, where it lies below."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

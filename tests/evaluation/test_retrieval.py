@@ -1,0 +1,62 @@
+"""Mean average precision against its definition, and what stands beside it."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from jepa3d.data.synthetic import make_shapes
+from jepa3d.evaluation import retrieval as module
+from jepa3d.evaluation.retrieval import average_precision, cosine, d2_similarity, paired_interval, retrieval
+from jepa3d.models.encoder import PointEncoder
+
+RNG = np.random.default_rng(0)
+
+
+def test_average_precision_is_scikit_learn_s_for_every_query():
+    labels, similarity = RNG.integers(0, 4, 40), cosine(RNG.normal(size=(40, 5)))
+    found = average_precision(similarity, labels)
+    for i in range(40):
+        others = np.arange(40) != i
+        assert found[i] == pytest.approx(average_precision_score((labels == labels[i])[others], similarity[i, others]))
+
+
+def test_a_shape_alone_in_its_class_has_no_precision_and_the_query_does_not_find_itself():
+    similarity = np.array([[9.0, 1.0, 2.0], [1.0, 9.0, 0.0], [2.0, 0.0, 9.0]])
+    found = average_precision(similarity, np.array([0, 0, 1]))
+    assert found[0] == pytest.approx(0.5)
+    assert found[1] == pytest.approx(1.0)
+    assert np.isnan(found[2])
+
+
+def test_d2_tells_a_ball_from_a_line_whatever_their_size_and_turn():
+    ball, line = RNG.normal(size=(500, 3)), np.outer(RNG.uniform(size=500), [1, 0, 0])
+    turn = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    found = d2_similarity(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn]))
+    assert min(found[0, 1], found[2, 3]) > -0.1
+    assert max(found[0, 2], found[1, 3]) < -0.4
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_queries():
+    few, many = RNG.normal(1, 1, 30), RNG.normal(1, 1, 3000)
+    (low, high), (lower, higher) = paired_interval(few), paired_interval(many)
+    assert low < few.mean() < high
+    assert high - low > 4 * (higher - lower)
+
+
+def test_the_table_has_the_models_the_untrained_encoder_and_d2(tmp_path, monkeypatch, capsys):
+    shapes = make_shapes(120, 256, seed=0)
+    np.savez(tmp_path / "s.npz", points=shapes["points"], labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
+    torch.manual_seed(0)
+    encoder = PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16)
+    encoder.save_pretrained(tmp_path / "one")
+    result = retrieval([str(tmp_path / "one")] * 2, str(tmp_path / "s.npz"))
+    assert result["queries"] == 60
+    assert list(result["results"]) == [str(tmp_path / "one"), "untrained", "D2 histograms"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "vectors_of", lambda model, clouds: np.eye(4)[clouds.labels])
+        perfect = retrieval([str(tmp_path / "one")], str(tmp_path / "s.npz"))["results"]
+    assert perfect[str(tmp_path / "one")]["map"] == pytest.approx(100)
+    assert perfect["D2 histograms"]["first_minus_this"] == pytest.approx(100 - perfect["D2 histograms"]["map"])
+    module.show(result)
+    assert "60 queries of 4 classes" in capsys.readouterr().out

@@ -1,0 +1,248 @@
+"""Vectors of arrays and files: what is new, what changed, what cannot be used, and what an interruption leaves."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from jepa3d import embed, load
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.prepare import Preparation, prepare
+from jepa3d.data.store import Store
+from jepa3d.inference import embedding as module
+from jepa3d.inference import vectors as parquet
+from jepa3d.inference.embedding import cloud_paths, embed_files, open_cloud
+from jepa3d.inference.vectors import Vectors, to_numpy
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import fingerprint
+
+RNG = np.random.default_rng(0)
+SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 128}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    PointEncoder(**SIZES, tokenizer_dim=16).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    folder = tmp_path / "scans"
+    for i in range(6):
+        file = folder / ("cup" if i % 2 else "car") / f"{i}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, RNG.normal(size=(200 + i, 3)))
+    return folder
+
+
+def rows(out) -> dict[str, np.ndarray]:
+    found = Vectors(out)
+    paths = found.column("path")
+    assert len(paths) == len(set(paths)) == len(found)
+    made = np.concatenate([to_numpy(batch.column(0)) for batch in found.batches(["vector"])])
+    return dict(zip(paths, made, strict=True))
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(np.allclose(one[key], two[key], atol=1e-5) for key in one)
+
+
+# ------------------------------------------------------------------------------------------------ in memory
+
+
+def test_arrays_lists_and_files_give_the_encoder_s_own_vectors(model, scans):
+    encoder = load(model)
+    clouds = [np.load(path) for path in cloud_paths(scans)]
+    expected = np.concatenate([encoder.embed(torch.from_numpy(c)[None]).detach().numpy() for c in clouds])
+    assert np.allclose(embed(clouds, encoder), expected, atol=1e-5)
+    assert np.allclose(embed(scans, encoder), expected, atol=1e-5)
+    assert np.allclose(embed(clouds[2], encoder), expected[2:3], atol=1e-5)
+    assert np.allclose(embed(np.stack([clouds[0], clouds[0]]), encoder), expected[[0, 0]], atol=1e-5)
+
+
+def test_the_up_axis_is_turned(model):
+    encoder, cloud = load(model), RNG.normal(size=(150, 3))
+    y_up = np.stack([cloud[:, 0], cloud[:, 2], -cloud[:, 1]], 1)
+    assert np.allclose(embed(y_up, encoder, up_axis="y"), embed(cloud, encoder), atol=1e-4)
+    assert not np.allclose(embed(y_up, encoder), embed(cloud, encoder), atol=1e-2)
+
+
+def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
+    encoder = load(model)
+    assert embed(RNG.normal(size=(16, 3)), encoder).shape == (1, 64)
+    with pytest.raises(ReadError, match="cloud 1: 15 points"):
+        embed([RNG.normal(size=(16, 3)), RNG.normal(size=(15, 3))], encoder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"up_axis": "w"}, "up axis 'w'"), ({"layer": 3}, "layer 3: 0"), ({"pooling": "sum"}, "pooling 'sum'")],
+)
+def test_settings_that_do_not_exist_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        embed(RNG.normal(size=(200, 3)), load(model), **arguments)
+
+
+def test_load_says_what_is_no_encoder(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not one of PointEncoder"):
+        load(tmp_path)
+
+
+def test_fingerprints_differ_with_one_weight(model):
+    one, two = load(model), load(model)
+    assert fingerprint(one) == fingerprint(two)
+    with torch.no_grad():
+        two.norm.weight[0] += 1e-3
+    assert fingerprint(one) != fingerprint(two)
+
+
+# ------------------------------------------------------------------------------------------------ files to Parquet
+
+
+def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(model, scans, tmp_path, monkeypatch, capsys):
+    out, read = tmp_path / "v.parquet", []
+    work = module._work
+    monkeypatch.setattr(module, "_work", lambda *args: read.extend(i.path for i in args[-1]) or work(*args))
+    embed_files([scans], out, model, workers=1)
+    assert len(rows(out)) == len(read) == 6
+    np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
+    np.save(scans / "cup" / "new.npy", RNG.normal(size=(300, 3)))
+    (scans / "car" / "0.npy").unlink()
+    read.clear()
+    embed_files([scans], out, model, workers=1)
+    assert sorted(os.path.basename(path) for path in read) == ["1.npy", "new.npy"]
+    assert "1 new, 1 changed, 4 unchanged" in capsys.readouterr().out
+    assert len(rows(out)) == 7
+    embed_files([scans], out, model, workers=1, prune=True)
+    embed_files([scans], tmp_path / "fresh.parquet", model, workers=1)
+    assert same(rows(out), rows(tmp_path / "fresh.parquet"))
+
+
+def test_a_folder_of_parts_has_each_path_once_when_files_change(model, scans, tmp_path):
+    out = tmp_path / "vectors"
+    for share in ("1/2", "2/2"):
+        embed_files([scans], out, model, workers=1, share=share)
+    assert len(list(out.glob("*.parquet"))) == 2
+    np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
+    with pytest.raises(ValueError, match="without --share"):
+        [embed_files([scans], out, model, workers=1, share=share) for share in ("1/2", "2/2")]
+    embed_files([scans], out, model, workers=1)
+    embed_files([scans], tmp_path / "one.parquet", model, workers=1)
+    assert same(rows(out), rows(tmp_path / "one.parquet"))
+
+
+def test_two_processes_give_what_one_gives(model, scans, tmp_path):
+    for workers in (1, 2):
+        embed_files([scans], tmp_path / f"{workers}.parquet", model, workers=workers)
+    assert same(rows(tmp_path / "1.parquet"), rows(tmp_path / "2.parquet"))
+
+
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_an_interrupted_run_keeps_its_vectors_and_goes_on(model, scans, tmp_path, monkeypatch, stop):
+    out, whole, add = tmp_path / "v.parquet", tmp_path / "whole.parquet", parquet.PartWriter.add
+    embed_files([scans], whole, model, workers=1)
+
+    def stopping(self, row, made):
+        if len(self._rows) == stop:
+            raise KeyboardInterrupt
+        add(self, row, made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet.PartWriter, "add", stopping)
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after {stop} new"):
+            embed_files([scans], out, model, workers=1)
+    assert not out.exists()
+    embed_files([scans], out, model, workers=1)
+    assert same(rows(out), rows(whole))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scans", "v.parquet", "whole.parquet"]
+
+
+def test_a_merge_that_fails_leaves_the_old_file_and_the_new_parts(model, scans, tmp_path, monkeypatch):
+    out = tmp_path / "v.parquet"
+    embed_files([scans / "cup"], out, model, workers=1)
+    before = rows(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="full"):
+            embed_files([scans], out, model, workers=1)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] in ([], [".v.parquet.parts"])
+    assert same(rows(out), before)
+    embed_files([scans], out, model, workers=1)
+    assert len(rows(out)) == 6
+
+
+def test_a_store_is_embedded_z_up_whatever_is_said_of_files(model, scans, tmp_path):
+    prepare(scans, tmp_path / "store", Preparation(points=128, up_axis="y"), workers=1)
+    embed_files([tmp_path / "store"], tmp_path / "v.parquet", model, up_axis="y", workers=1)
+    made = rows(tmp_path / "v.parquet")
+    assert len(made) == 6
+    store = Store(tmp_path / "store")
+    for row in range(6):
+        expected = load(model).embed(torch.tensor(store.points(row)).float()[None]).detach()
+        assert np.allclose(made[f"{tmp_path / 'store'}#{store.key(row)}"], expected, atol=1e-4)
+
+
+def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
+    np.savez(tmp_path / "many.npz", points=RNG.normal(size=(3, 140, 3)), names=np.array(["a", "b", "c"]))
+    prepare(scans, tmp_path / "store", Preparation(points=128), workers=1)
+    for path in (scans, tmp_path / "many.npz", tmp_path / "store"):
+        for item in module.items_of(path):
+            found, z_up = open_cloud(item.path)
+            assert np.array_equal(found.points, item.read().points)
+            assert z_up == (path.name == "store")
+    assert [item.label for item in module.items_of(tmp_path / "many.npz")] == ["a", "b", "c"]
+    with pytest.raises(ReadError, match="no longer there"):
+        open_cloud(f"{tmp_path / 'store'}#nothing")
+
+
+def test_bad_files_are_named_and_left_out(model, scans, tmp_path, capsys):
+    (scans / "cup" / "bad.npy").write_bytes(b"no array")
+    (scans / "cup" / os.fsdecode(b"\xff.npy")).write_bytes((scans / "cup" / "1.npy").read_bytes())
+    embed_files([scans], tmp_path / "v.parquet", model, workers=1)
+    assert "bad.npy: damaged" in capsys.readouterr().out
+    assert len(rows(tmp_path / "v.parquet")) == 7
+    embed_files([scans], tmp_path / "v.parquet", model, workers=1)
+    assert "0 new, 0 changed, 7 unchanged; left out 1" in capsys.readouterr().out
+
+
+def test_where_no_cloud_can_be_used_nothing_is_left(model, tmp_path):
+    (tmp_path / "bad.xyz").write_text("1 2 nan\n" * 200)
+    with pytest.raises(ReadError, match="none of the clouds"):
+        embed_files([tmp_path / "bad.xyz"], tmp_path / "v.parquet", model, workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.xyz"]
+
+
+def test_vectors_of_another_model_or_setting_are_not_mixed(model, scans, tmp_path):
+    out, other = tmp_path / "v.parquet", tmp_path / "other"
+    embed_files([scans], out, model, workers=1)
+    PointEncoder(**SIZES, tokenizer_dim=16).save_pretrained(other)
+    with pytest.raises(ValueError, match="another model"):
+        embed_files([scans], out, str(other), workers=1)
+    with pytest.raises(ValueError, match="pooling mean_max"):
+        embed_files([scans], out, model, pooling="max", workers=1)
+    embed_files([scans], tmp_path / "folder" / "a.parquet", model, workers=1)
+    embed_files([scans], tmp_path / "folder" / "b.parquet", str(other), workers=1)
+    with pytest.raises(ValueError, match=r"b\.parquet: .*another model"):
+        Vectors(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": "3/2"}, "--share 3/2"),
+        ({"share": "1/2"}, "needs a folder"),
+        ({"workers": -1}, "--workers -1"),
+        ({"model": "/nowhere/at/all"}, "neither a folder nor"),
+    ],
+)
+def test_mistakes_are_one_line(model, scans, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        embed_files([scans], tmp_path / "v.parquet", **({"model": model} | arguments))
+    assert not (tmp_path / "v.parquet").exists()

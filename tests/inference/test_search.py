@@ -1,0 +1,233 @@
+"""Neighbours, filters and deletions against brute force, in files and in the store."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from jepa3d.cli import main
+from jepa3d.data.cloud import ReadError
+from jepa3d.inference import vectors as parquet
+from jepa3d.inference.lance import VectorStore, create_or_update
+from jepa3d.inference.search import Condition, query_vectors, search
+from jepa3d.inference.vectors import Making, Vectors, table, write
+from jepa3d.models.encoder import PointEncoder
+
+RNG = np.random.default_rng(0)
+MAKING = Making("m", "0123", -1, "mean_max", "z", 12)
+PATHS = [f"/data/{'it' if i % 3 else 'o'}'s_{i} 100%.ply" for i in range(500)]
+LABELS = [(None, "cup", "o'mug")[i % 3] for i in range(500)]
+POINTS = RNG.integers(100, 5000, 500).tolist()
+X = RNG.normal(size=(500, 12)).astype(np.float32)
+WHERES = [
+    ["label=cup"],
+    ["label!=cup"],
+    ["label=o'mug", "num_points>=1000"],
+    ["path~/data/it's_*7 100%.ply"],
+    ["path~*_1?? *"],
+    ["num_points<200"],
+    ["label~*u*", "path!=/data/it's_4 100%.ply"],
+    ["path=/data/it's_4 100%.ply"],
+    ["label=none"],
+]
+
+
+def rows(keep: np.ndarray, making: Making = MAKING) -> pa.Table:
+    chosen = [i for i in range(500) if keep[i]]
+    columns = {name: [values[i] for i in chosen] for name, values in (("path", PATHS), ("label", LABELS))}
+    columns |= {"num_points": [POINTS[i] for i in chosen], "stamp": [2**63 + i for i in chosen]}
+    return table(making, columns, X[chosen])
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS", 64)  # several batches
+    write([rows(np.ones(500, bool))], MAKING, tmp_path / "v.parquet")
+    return tmp_path / "v.parquet"
+
+
+@pytest.fixture
+def store(index):
+    create_or_update(Vectors(index), index.with_name("v.lancedb"))
+    return index.with_name("v.lancedb")
+
+
+def by_hand(query: np.ndarray, k: int, where: list[str], x: np.ndarray = X) -> list[tuple[str, float]]:
+    keep = np.ones(500, bool)
+    for condition in map(Condition.parse, where):
+        keep &= condition.holds({"path": PATHS, "label": LABELS, "num_points": POINTS}[condition.column])
+    cosine = x.astype(float) @ query / np.linalg.norm(x, axis=1) / np.linalg.norm(query)
+    order = [i for i in np.argsort(-cosine, kind="stable") if keep[i]][:k]
+    return [(PATHS[i], cosine[i]) for i in order]
+
+
+def agree(hits, expected) -> None:
+    assert [hit.path for hit in hits] == [path for path, _ in expected]
+    assert np.allclose([hit.cosine for hit in hits], [value for _, value in expected], atol=1e-5)
+    assert [hit.label for hit in hits] == [LABELS[PATHS.index(path)] for path, _ in expected]
+
+
+@pytest.mark.parametrize("where", [[], *WHERES], ids=str)
+def test_files_and_store_find_what_brute_force_finds(index, store, where):
+    for query in RNG.normal(size=(3, 12)):
+        expected = by_hand(query, 7, where)
+        agree(search(index, query, 7, where)[0], expected)
+        agree(search(store, query, 7, where)[0], expected)
+
+
+def test_many_queries_at_once_and_more_neighbours_than_rows(index, store):
+    queries = RNG.normal(size=(4, 12))
+    for found, query in zip(search(index, queries, 1000), queries, strict=True):
+        agree(found, by_hand(query, 1000, []))
+    assert len(search(store, queries[0], 1000)[0]) == 500
+
+
+def test_conditions_mean_what_they_say():
+    assert Condition.parse("label != a=b").holds(["a=b", "b", None]).tolist() == [False, True, True]
+    assert Condition.parse("path~*/x?.ply").holds(["a/x1.ply", "a/x12.ply", "x1.ply"]).tolist() == [True, False, False]
+    assert Condition.parse("path~[a]*").holds(["[a]b", "ab"]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("text", ["label", "colour=red", "num_points=many", "num_points~1*", "=x", "vector=1"])
+def test_a_condition_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match="--where"):
+        Condition.parse(text)
+
+
+def test_the_query_itself_is_left_out_when_told(index):
+    assert search(index, X[5], 1)[0][0].path == PATHS[5]
+    assert search(index, X[5], 1, but=PATHS[5])[0][0].path != PATHS[5]
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "message"),
+    [
+        (np.ones(11), 1, "a query of 11 numbers, but the vectors have 12"),
+        (np.zeros(12), 1, "zero or not finite"),
+        (np.full(12, np.nan), 1, "zero or not finite"),
+        (np.ones(12), 0, "-k 0"),
+    ],
+)
+def test_a_query_that_cannot_be_is_refused_by_both(index, store, query, k, message):
+    for where in (index, store):
+        with pytest.raises(ValueError, match=message):
+            search(where, query, k)
+
+
+def test_the_store_replaces_adds_deletes_and_stays_exact(index, store, tmp_path):
+    old = np.arange(500) < 100
+    moved = X.copy()
+    moved[:100] = RNG.normal(size=(100, 12))
+    columns = {"path": PATHS[:100], "label": LABELS[:100], "num_points": POINTS[:100], "stamp": [1] * 100}
+    write([table(MAKING, columns, moved[old])], MAKING, tmp_path / "new.parquet")
+    assert create_or_update(Vectors(tmp_path / "new.parquet"), store) == (0, 100)
+    query = RNG.normal(size=12)
+    agree(search(store, query, 9)[0], by_hand(query, 9, [], moved))
+    assert VectorStore(store).delete([Condition.parse("label=o'mug")]) == LABELS.count("o'mug")
+    agree(search(store, query, 9)[0], by_hand(query, 9, ["label!=o'mug"], moved))
+    assert create_or_update(Vectors(index), store)[0] == LABELS.count("o'mug")
+    agree(search(store, query, 9)[0], by_hand(query, 9, []))
+
+
+def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
+    opened = VectorStore(store)
+    with pytest.raises(ValueError, match="has no index for --probes"):
+        search(store, X[0], probes=3)
+    opened.build()
+    queries = RNG.normal(size=(20, 12))
+    for query, hits in zip(queries, search(store, queries, 10, probes=40), strict=True):  # all partitions of 500 rows
+        agree(hits, by_hand(query, 10, []))
+    for where in WHERES:
+        agree(search(store, queries[0], 5, where)[0], by_hand(queries[0], 5, where))
+
+
+def test_what_is_no_index_is_named(index, store, tmp_path):
+    for path, message in (
+        (tmp_path / "no.parquet", "make it with jepa3d embed"),
+        (tmp_path / "no.lancedb", "make it with jepa3d embed"),
+    ):
+        with pytest.raises(ReadError, match=message):
+            search(path, X[0])
+    (tmp_path / "bad.parquet").write_bytes(index.read_bytes()[:-100])
+    with pytest.raises(ReadError, match="not a readable Parquet file"):
+        search(tmp_path / "bad.parquet", X[0])
+    pa.parquet.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ReadError, match="not a file of jepa3d embed"):
+        search(tmp_path / "other.parquet", X[0])
+    (tmp_path / "empty.lancedb").mkdir()
+    with pytest.raises(ReadError, match="not a store of jepa3d index"):
+        search(tmp_path / "empty.lancedb", X[0])
+    with pytest.raises(ValueError, match=r"ends in \.lancedb"):
+        create_or_update(Vectors(index), tmp_path / "store")
+    write([rows(np.ones(500, bool))], Making("n", "4567", -1, "mean_max", "z", 12), tmp_path / "n.parquet")
+    with pytest.raises(ValueError, match="another model"):
+        create_or_update(Vectors(tmp_path / "n.parquet"), store)
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture
+def scans(tmp_path):
+    torch.manual_seed(0)
+    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "model")
+    ball = RNG.normal(size=(150, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    for i in range(4):
+        for name, stretch in (("ball", 1.0), ("stick", 0.05)):
+            (tmp_path / "scans" / name).mkdir(parents=True, exist_ok=True)
+            noise = RNG.normal(scale=0.01, size=ball.shape)
+            np.savetxt(tmp_path / "scans" / name / f"{i}.xyz", ball * [stretch, stretch, 1] + noise)
+    run("embed", tmp_path / "scans", "--model", tmp_path / "model", "--out", tmp_path / "v.parquet")
+    return tmp_path
+
+
+def run(*arguments) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 0
+
+
+def said(capsys, *arguments) -> str:
+    capsys.readouterr()
+    run(*arguments)
+    return capsys.readouterr().out
+
+
+def test_the_neighbours_of_a_stick_are_sticks_from_files_and_from_the_store(scans, capsys):
+    query, store = scans / "scans" / "stick" / "2.xyz", scans / "v.lancedb"
+    assert "8 vectors" in said(capsys, "index", scans / "v.parquet", "--out", store)
+    for where in (scans / "v.parquet", store):
+        (line,) = said(capsys, "search", where, query, "-k", "3", "--json").splitlines()
+        hits = json.loads(line)["hits"]
+        assert [hit["label"] for hit in hits] == ["stick"] * 3
+        assert str(query) not in [hit["path"] for hit in hits]
+        assert "[ball]" in said(capsys, "search", where, query, "--where", "label=ball")
+    assert "4 deleted" in said(capsys, "index", store, "--out", store, "--delete", "label=stick")
+    assert "[stick]" not in said(capsys, "search", store, query)
+
+
+def test_the_page_shows_the_query_and_its_neighbours_and_says_what_is_gone(scans, capsys):
+    (scans / "scans" / "stick" / "0.xyz").unlink()
+    query, page = scans / "scans" / "stick" / "2.xyz", scans / "page.html"
+    said(capsys, "search", scans / "v.parquet", query, "-k", "3", "--html", page)
+    html = page.read_text()
+    assert html.count("data:image/png") == 1
+    assert "0.xyz: no longer there" in html
+    assert html.count("<td>stick</td>") == 3
+
+
+def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
+    made = np.concatenate([parquet.to_numpy(b.column(0)) for b in Vectors(scans / "v.parquet").batches(["vector"])])
+    np.save(scans / "q.npy", made[:2])
+    assert len(said(capsys, "search", scans / "v.parquet", scans / "q.npy", "-k", "1", "--json").splitlines()) == 2
+    (scans / "model").rename(scans / "moved")
+    query = scans / "scans" / "ball" / "0.xyz"
+    with pytest.raises(ValueError, match="neither a folder nor"):
+        query_vectors(scans / "v.parquet", str(query))
+    assert "[ball]" in said(capsys, "search", scans / "v.parquet", query, "--model", scans / "moved")
+    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(scans / "other")
+    with pytest.raises(ValueError, match="another encoder"):
+        query_vectors(scans / "v.parquet", str(query), str(scans / "other"))
