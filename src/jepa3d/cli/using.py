@@ -1,4 +1,4 @@
-"""What an encoder is for: embed, index, search."""
+"""What an encoder is for: embed, index, search, label."""
 
 import sys
 from pathlib import Path
@@ -141,3 +141,36 @@ def search(
     if html is not None:
         searching.write_page(found, making, where_in, html)
         print(f"written: {html}", file=sys.stderr)
+
+
+@app.command
+def label(
+    paths: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path,
+    model: str = "default",
+    up_axis: str = "z",
+    clusters: int | None = None,
+    names: Path | None = None,
+) -> None:
+    """From unlabelled clouds to a classifier: clusters, names for a few of them, and a label for every cloud.
+
+    Parameters
+    ----------
+    paths: list[Path]
+        Files, folders of files, or stores.
+    out: Path
+        A folder for clusters.html, names.csv, labels.csv and the model.
+    model: str
+        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+    up_axis: str
+        The files' up axis: x, y or z; a store knows its own.
+    clusters: int
+        How many to propose; by default the square root of half the clouds, at most 40.
+    names: Path
+        A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a terminal you are asked.
+    """
+    from jepa3d.inference.label import label as run
+
+    run(paths, out, model, up_axis, clusters, names)

@@ -51,6 +51,19 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
         return self(self.encoder.prepare(points))
 
 
+class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
+    """A linear head on an encoder's vectors, as `jepa3d label` fits it; `predict` as of `Classifier`."""
+
+    def __init__(self, encoder: dict[str, Any], class_names: list[str], layer: int = -1, pooling: str = "mean_max"):
+        super().__init__()
+        self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
+        self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
+
+    def predict(self, points: Tensor) -> Tensor:
+        """Logits B classes of clouds B N 3 in any unit. Raises ValueError for NaN or too few points."""
+        return self.out(self.encoder.embed(points, self.layer, self.pooling))
+
+
 class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-segmentation"], license="apache-2.0"):
     """Tokens of three depths interpolated to the points, joined with their max and mean and the category (Point-MAE).
 

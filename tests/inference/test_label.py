@@ -1,0 +1,109 @@
+"""From a folder to a classifier: clusters, names, the head in the saved network, predictions of new files."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from jepa3d.data.cloud import ReadError
+from jepa3d.inference import label as module
+from jepa3d.inference.label import cluster, fit, label, read_names
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import load
+from jepa3d.predict import load_network, predict_files
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    torch.manual_seed(0)
+    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "model")
+    ball = RNG.normal(size=(150, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    (tmp_path / "scans").mkdir()
+    for i in range(24):
+        stretch = ([1, 1, 1], [0.05, 0.05, 1], [1, 1, 0.05])[i % 3]
+        np.savetxt(tmp_path / "scans" / f"{i:02}.xyz", ball * stretch + RNG.normal(scale=0.02, size=ball.shape))
+    return tmp_path
+
+
+def table(file) -> list[dict]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_clusters_are_those_of_the_vectors_nearest_first():
+    centers = np.eye(8)[:3] * 5
+    x = np.concatenate([centers[i] + RNG.normal(scale=0.1, size=(10 + i, 8)) for i in range(3)])
+    groups = list(cluster(x, 3))
+    assert [len(group) for group in groups] == [12, 11, 10]
+    assert [set(group) for group in groups] == [set(range(21, 33)), set(range(10, 21)), set(range(10))]
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    for group in groups:
+        distance = np.linalg.norm(unit[group] - unit[group].mean(0), axis=1)
+        assert (np.diff(distance) >= -1e-9).all()
+
+
+def test_the_head_is_estimated_on_what_it_did_not_see():
+    y = np.repeat(np.arange(3), 20)
+    assert fit(RNG.normal(size=(60, 50)), y)[1] < 0.6
+    assert fit(np.eye(3)[y] + RNG.normal(scale=0.1, size=(60, 3)), y)[1] > 0.95
+    assert fit(np.eye(3), np.arange(3))[1] is None
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
+    out, kinds = scans / "out", ["ball", "stick", "plate"][:classes]
+    label([scans / "scans"], out, str(scans / "model"), clusters=4)
+    assert (out / "clusters.html").read_text().count("data:image/png") == 4
+    rows = table(out / "names.csv")
+    assert 8 <= len(rows) <= 24
+    assert {row["name"] for row in rows} == {""}
+    assert not (out / "labels.csv").exists()
+    names = [(f"scans/{i:02}.xyz", kinds[i % 3]) for i in range(12) if i % 3 < classes]
+    names_csv = "\n".join(["path,name", *(f"{scans}/{path},{name}" for path, name in names)])
+    (out / "names.csv").write_text(names_csv)
+    label([scans / "scans"], out, str(scans / "model"))
+    assert "cross-validated" in capsys.readouterr().out
+    found = table(out / "labels.csv")
+    assert len(found) == 24
+    certainty = [float(row["probability"]) for row in found]
+    assert certainty == sorted(certainty)
+    for row in found:
+        if (number := int(row["path"][-6:-4])) % 3 < classes:
+            assert row["class"] == kinds[number % 3]
+    predict_files(out, [scans / "scans"], scans / "p.csv")  # the saved network says the same
+    predicted = {row["file"]: row for row in table(scans / "p.csv")}
+    for row in found:
+        there = predicted[row["path"]]
+        assert there["class"] == row["class"]
+        assert float(there["probability"]) == pytest.approx(float(row["probability"]), abs=2e-3)
+    saved = load_network(out)
+    assert torch.equal(saved.encoder.norm.weight, load(scans / "model").norm.weight)
+
+
+def test_whoever_sits_there_is_asked(scans, monkeypatch):
+    answers = iter(["a", "", "b"])
+    monkeypatch.setattr(module.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    label([scans / "scans"], scans / "out", str(scans / "model"), clusters=3)
+    named = [row["name"] for row in table(scans / "out" / "names.csv")]
+    assert named == ["a"] * 6 + [""] * 6 + ["b"] * 6
+    assert {row["class"] for row in table(scans / "out" / "labels.csv")} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("file,name\na,b\n", "needs columns path and name"), ("path,name\nno.xyz,b\n", "no.xyz is not among")],
+)
+def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
+    (tmp_path / "n.csv").write_text(text)
+    with pytest.raises(ReadError, match=message):
+        read_names(tmp_path / "n.csv", ["/a"])
+
+
+def test_a_number_of_clusters_that_cannot_be(scans):
+    with pytest.raises(ValueError, match="--clusters 25: from 2"):
+        label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)
