@@ -69,7 +69,7 @@ def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_pat
         (["segment", "a.npy", "--out", "new"], "--category is missing: one of cup, pot"),
         (["segment", "a.npy", "--out", "new", "--category", "jug"], "--category jug: one of cup, pot"),
         (["classify", "missing.npy", "--out", "new"], "missing.npy: no such file"),
-        (["nothing", "a.npy", "--out", "new"], "no finished run of jepa3d classify or segment"),
+        (["nothing", "a.npy", "--out", "new"], "no finished run of jepa3d classify, segment or label"),
         (["classify", "a.npy", "--out", "a.npy"], "a.npy: exists already"),
         (["classify", "short.npy", "--out", "new"], "none of the clouds can be used"),
     ],

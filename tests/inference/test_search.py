@@ -98,7 +98,7 @@ def test_a_condition_that_cannot_be_is_refused(text):
 
 def test_the_query_itself_is_left_out_when_told(index):
     assert search(index, X[5], 1)[0][0].path == PATHS[5]
-    assert search(index, X[5], 1, but=PATHS[5])[0][0].path != PATHS[5]
+    assert search(index, X[5], 1, but=[PATHS[5]])[0][0].path != PATHS[5]
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def search(
 
     making, found = searching.making_of(where_in), []
     for query in queries:
-        for name, vector in zip(*searching.query_vectors(where_in, query, model), strict=True):
-            but = None if include_self else name
-            (hits,) = searching.search(where_in, vector, k, where, but, probes)
+        names, vectors = searching.query_vectors(where_in, query, model)
+        but = None if include_self else names
+        for name, hits in zip(names, searching.search(where_in, vectors, k, where, but, probes), strict=True):
             found.append((name, [hit for hit in hits if hit.cosine >= min_cosine]))
             print(searching.to_json(*found[-1])) if json else searching.show(*found[-1])
     if html is not None:

@@ -3,7 +3,7 @@
 import json
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,20 +74,25 @@ def search(
     index: str | Path,
     queries: np.ndarray,
     k: int = 10,
-    where: list[str] | tuple[str, ...] = (),
-    but: str | None = None,
+    where: Sequence[str] = (),
+    but: Sequence[str | None] | None = None,
     probes: int | None = None,
 ) -> list[list[Hit]]:
     """The k rows of an index nearest to each query (q E) by cosine, best first, ties by path.
 
     index: a Parquet file or folder of `jepa3d embed`, or a store of `jepa3d index`. where: see `Condition`; all must
-    hold. but: a path to leave out. probes: approximate, by that many partitions of an indexed store. Fewer come back
-    where fewer remain. Raises ValueError for a query of other width, or that is not finite or zero.
+    hold. but: of each query a path to leave out. probes: approximate, by that many partitions of an indexed store.
+    Fewer come back where fewer remain. Raises ValueError for a query of other width, or that is not finite or zero.
     """
     if k < 1:
         raise ValueError(f"-k {k}: a number from 1")
-    index = Path(index)
-    conditions = [Condition.parse(text) for text in where] + ([Condition("path", "!=", but)] if but else [])
+    index, conditions = Path(index), [Condition.parse(text) for text in where]
+    found = _find(index, queries, k + (but is not None), conditions, probes)
+    hidden = but or [None] * len(found)
+    return [[hit for hit in hits if hit.path != path][:k] for hits, path in zip(found, hidden, strict=True)]
+
+
+def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition], probes: int | None) -> list[list[Hit]]:
     if is_store(index):
         from jepa3d.inference.lance import VectorStore
 
@@ -99,25 +104,27 @@ def search(
         raise ValueError(f"--probes {probes}: {index} is searched exactly; make a store of it with jepa3d index --ann")
     vectors = Vectors(index)
     directions = unit(queries, vectors.making)
-    best: list[list[tuple[float, str, str | None]]] = [[] for _ in directions]
-    for batch in vectors.batches([*COLUMNS, "vector"]):
+    best: list[list[Hit]] = [[] for _ in directions]
+    for read in vectors.groups():
+        batch = read(["vector", *{condition.column for condition in conditions}])
         rows = np.arange(len(batch))
         for condition in conditions:
             rows = rows[condition.holds(batch.column(condition.column).take(rows).to_pylist())]
-        if not len(rows):
-            continue
-        x = to_numpy(batch.column("vector"))[rows]
+        x = to_numpy(batch.column("vector"))
+        x = x if len(rows) == len(x) else x[rows]
         length = np.linalg.norm(x, axis=1)
         cosine = np.where(length > 0, (x @ directions.T).T / np.maximum(length, 1e-30), -1.0)
-        for found, scores in zip(best, cosine, strict=True):
+        names = None
+        for hits, scores in zip(best, cosine, strict=True):
             top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
-            if len(found) == k:
-                top = top[scores[top] >= found[-1][0]]
-            path, label = (batch.column(name) for name in ("path", "label"))
-            found += [(float(scores[i]), path[int(rows[i])].as_py(), label[int(rows[i])].as_py()) for i in top]
-            found.sort(key=lambda row: (-row[0], row[1]))
-            del found[k:]
-    return [[Hit(*row) for row in found] for found in best]
+            top = top[scores[top] >= hits[-1].cosine] if len(hits) == k else top
+            if len(top):
+                names = names or read(["path", "label"])  # of few row groups: most are too far away
+                path, label = (names.column(i).take(rows[top]).to_pylist() for i in (0, 1))
+                hits += map(Hit, scores[top].tolist(), path, label)
+                hits.sort(key=lambda hit: (-hit.cosine, hit.path))
+                del hits[k:]
+    return best
 
 
 def unit(queries: np.ndarray, making: Making) -> np.ndarray:

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,27 @@ class Vectors:
     def __len__(self) -> int:
         return sum(pq.read_metadata(file).num_rows for file in self.files)
 
-    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Some or all columns, a row group at a time, in the order of the files."""
+    def groups(self) -> Iterator[Callable[[list[str] | None], pa.RecordBatch]]:
+        """A function for every row group, in the order of the files, that reads some or all of its columns."""
         for file in self.files:
             try:
                 with pq.ParquetFile(file) as opened:
-                    yield from opened.iter_batches(ROWS, columns=columns)
+                    for i in range(opened.num_row_groups):
+                        yield partial(_row_group, opened, i)
             except (pa.ArrowException, OSError) as error:
                 raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Some or all columns of every row group."""
+        for read in self.groups():
+            yield read(columns)
+
     def column(self, name: str) -> list:
         return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
+
+
+def _row_group(file: pq.ParquetFile, number: int, columns: list[str] | None) -> pa.RecordBatch:
+    return file.read_row_group(number, columns).combine_chunks().to_batches()[0]
 
 
 def _making(file: Path) -> Making:

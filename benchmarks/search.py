@@ -1,0 +1,199 @@
+"""A million vectors: exact search in Parquet, LanceDB and FAISS; recall, latency, memory, disk, restart.
+
+    python benchmarks/search.py --store STORE              # STORE: of jepa3d prepare, some thousand shapes or more
+    python benchmarks/search.py --store STORE --count 100000
+
+The vectors are made of those of the store's shapes by the package's encoder: each is a point between two of them that
+are near each other, with noise of a tenth of their distance. Queries are shapes of the store that were left out. Each
+way runs in a process of its own; the truth is numpy's in float64. pip install faiss-cpu to have it beside.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import machine
+
+K, QUERIES = 10, 200
+WAYS = ("jepa3d, Parquet", "LanceDB, exact", "LanceDB, IVF_FLAT", "FAISS, Flat", "FAISS, IVF_FLAT")
+
+
+def make(store: Path, count: int, folder: Path) -> None:
+    """folder/v.parquet of `count` vectors and folder/q.npy."""
+    import jepa3d
+    from jepa3d.inference.vectors import ROWS, Making, table, write
+    from jepa3d.models.ready import fingerprint
+
+    encoder = jepa3d.load()
+    made, rng = jepa3d.embed(store, encoder), np.random.default_rng(0)
+    queries, made = made[:QUERIES], made[QUERIES:]
+    near = np.argsort(-(made @ made.T), 1)[:, 1:21]
+    making = Making("default", fingerprint(encoder), -1, "mean_max", "z", made.shape[1])
+
+    def tables():
+        for at in range(0, count, ROWS):
+            n = min(ROWS, count - at)
+            one = rng.integers(0, len(made), n)
+            two = near[one, rng.integers(0, 20, n)]
+            step = made[two] - made[one]
+            noise = (
+                rng.normal(size=step.shape) * 0.1 * np.linalg.norm(step, axis=1, keepdims=True) / step.shape[1] ** 0.5
+            )
+            names = [f"/shapes/{i:08d}.ply" for i in range(at, at + n)]
+            rows = {"path": names, "label": [None] * n, "num_points": [1024] * n, "stamp": [0] * n}
+            yield table(making, rows, made[one] + rng.random((n, 1)) * step + noise)
+
+    write(tables(), making, folder / "v.parquet")
+    np.save(folder / "q.npy", queries)
+
+
+def vectors(folder: Path) -> np.ndarray:
+    from jepa3d.inference.vectors import Vectors, to_numpy
+
+    opened = Vectors(folder / "v.parquet")
+    out = np.empty((len(opened), opened.making.embed_dim), np.float32)
+    at = 0
+    for batch in opened.batches(["vector"]):
+        out[at : at + len(batch)] = to_numpy(batch.column(0))
+        at += len(batch)
+    return out
+
+
+def truth(folder: Path) -> None:
+    x, queries = vectors(folder), np.load(folder / "q.npy").astype(np.float64)
+    best = np.full((len(queries), K), -2.0), np.zeros((len(queries), K), np.int64)
+    for at in range(0, len(x), 50_000):
+        part = x[at : at + 50_000].astype(np.float64)
+        cosine = queries @ (part / np.linalg.norm(part, axis=1, keepdims=True)).T
+        cosine /= np.linalg.norm(queries, axis=1, keepdims=True)
+        index = np.broadcast_to(np.arange(at, at + len(part)), cosine.shape)
+        cosine, index = np.concatenate([best[0], cosine], 1), np.concatenate([best[1], index], 1)
+        order = np.argsort(-cosine, 1)[:, :K]
+        best = np.take_along_axis(cosine, order, 1), np.take_along_axis(index, order, 1)
+    np.save(folder / "truth.npy", best[1])
+
+
+def faiss_index(folder: Path, way: str) -> Path:
+    return folder / f"{way[7:].lower()}.faiss"
+
+
+def build(way: str, folder: Path) -> None:
+    from jepa3d.inference.lance import VectorStore, create_or_update
+    from jepa3d.inference.vectors import Vectors
+
+    if way == "LanceDB, exact":
+        create_or_update(Vectors(folder / "v.parquet"), folder / "v.lancedb")
+    elif way == "LanceDB, IVF_FLAT":
+        VectorStore(folder / "v.lancedb").build()
+    elif way.startswith("FAISS"):
+        import faiss
+
+        x = vectors(folder)
+        faiss.normalize_L2(x)
+        index = faiss.IndexFlatIP(x.shape[1])
+        if way == "FAISS, IVF_FLAT":
+            index = faiss.IndexIVFFlat(index, x.shape[1], int(len(x) ** 0.5), faiss.METRIC_INNER_PRODUCT)
+            index.train(x[:: max(1, len(x) // 100_000)].copy())
+        index.add(x)
+        faiss.write_index(index, str(faiss_index(folder, way)))
+
+
+def ask(way: str, folder: Path, probes: int) -> None:
+    """Prints JSON: time of the first answer from nothing loaded, times of all, and the recall."""
+    queries, known = np.load(folder / "q.npy"), np.load(folder / "truth.npy")
+    start = time.perf_counter()
+    if way.startswith("FAISS"):
+        import faiss
+
+        index = faiss.read_index(str(faiss_index(folder, way)))
+        if "IVF" in way:
+            index.nprobe = probes
+        unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+
+        def find(i: int) -> list[int]:
+            return index.search(unit[i : i + 1].astype(np.float32), K)[1][0].tolist()
+    else:
+        from jepa3d.inference.search import search
+
+        path = folder / ("v.parquet" if "Parquet" in way else "v.lancedb")
+
+        def find(i: int) -> list[int]:
+            hits = search(path, queries[i], K, probes=probes if "IVF" in way else None)[0]
+            return [int(Path(hit.path).stem) for hit in hits]
+
+    count = QUERIES if "IVF" in way or "FAISS" in way else 20
+    times, right = [], 0
+    for i in range(count):
+        begun = time.perf_counter()
+        right += len(set(find(i)) & set(known[i].tolist()))
+        times.append(time.perf_counter() - begun)
+        if i == 0:
+            first = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    low, high = np.percentile(times[1:], [50, 95]) * 1000
+    print(json.dumps({"first": first, "p50": low, "p95": high, "recall": right / (K * count), "peak": peak}))
+
+
+def size(path: Path) -> float:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--probes", type=int, nargs="+", default=[10, 40])
+    parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role:
+        name, folder, *rest = options.role
+        if name == "make":
+            make(options.store, options.count, Path(folder))
+        elif name == "truth":
+            truth(Path(folder))
+        elif name == "build":
+            build(rest[0], Path(folder))
+        else:
+            ask(rest[0], Path(folder), int(rest[1]))
+        return
+
+    def run(*role: str) -> tuple[str, float]:
+        command = [sys.executable, __file__, "--store", str(options.store), "--count", str(options.count)]
+        start = time.perf_counter()
+        done = subprocess.run([*command, "--role", *role], check=True, capture_output=True, text=True)
+        return done.stdout, time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder:
+        run("make", folder)
+        run("truth", folder)
+        print(f"{options.count:,} vectors: {machine()}; recall@{K} and times of single queries\n")
+        print("| | build, s | disk, MB | first answer, s | p50, ms | p95, ms | recall@10 | peak RSS, MiB |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        for way in WAYS:
+            try:
+                _, built = run("build", folder, way)
+            except subprocess.CalledProcessError as error:
+                print(f"| {way} | {error.stderr.strip().splitlines()[-1]} | | | | | | |")
+                continue
+            path = Path(folder) / ("v.parquet" if "Parquet" in way else "v.lancedb")
+            path = faiss_index(Path(folder), way) if "FAISS" in way else path
+            for probes in options.probes if "IVF" in way else [0]:
+                r = json.loads(run("ask", folder, way, str(probes))[0].splitlines()[-1])
+                name = f"{way}, {probes} probes" if probes else way
+                took = "-" if "Parquet" in way else f"{built:.0f}"
+                print(
+                    f"| {name} | {took} | {size(path):,.0f} | {r['first']:.2f} | {r['p50']:.1f} | "
+                    f"{r['p95']:.1f} | {r['recall']:.3f} | {r['peak']:,.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
