@@ -89,6 +89,9 @@ class RunConfig(Schedule):
     log_every: int = 50
     checkpoint_every: int = 1000
     snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
+    track: str | None = (
+        None  # an experiment tracker that Accelerate knows, beside metrics.jsonl: tensorboard, wandb, ...
+    )
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -221,7 +224,7 @@ class FewshotConfig(FinetuneConfig):
 
 
 # Settings that never change what is learned.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations")
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
 SHAPENET55 = 52_470  # shapes in both of its lists
 
 # A preset changes sizes. `tiny` is for runs of minutes: rates, and what 3D-JEPA predicts, are those that learned most

@@ -254,3 +254,26 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "more", stop_at=2)
     assert losses(run("more", "--resume")) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), "begun by one process"
+
+
+# ---------------------------------------------------------------------------------- trackers
+
+
+def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        pretrain(tiny(track="tensorboard", log_every=1), run, stop_at=2)  # an interruption loses nothing
+    pretrain(tiny(track="tensorboard", log_every=1), run, resume=True)
+    events = b"".join(path.read_bytes() for path in sorted((run / "jepa3d").glob("events*")))
+    figures = lines(run)
+    assert events.count(b"grad_norm") >= len(figures)
+    hparams = next((run / "jepa3d").rglob("hparams.yml"))
+    assert yaml.safe_load(hparams.read_text())["sampler.name"] == "multi_block"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("board", "--track board: one of .*tensorboard"), ("aim", "--track aim: pip install aim")]
+)
+def test_a_tracker_that_cannot_be_had_is_told(tiny, tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny(track=name), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""How a run computes: precision and compilation, by a trial where wanted, and what trades time for memory.
+"""How a run computes: precision and compilation, by a trial where wanted, what trades time for memory; trackers.
 
 bf16 doubles the speed of one processor and halves that of another; `torch.compile` gains a fifth, or costs two
 minutes for nothing. So `auto` times some steps of this model on this machine, and writes down what it found.
@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -35,6 +36,32 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
     for module in objective.modules():
         if isinstance(module, PointEncoder | ContextAwareDecoder):
             module.checkpoints = wanted
+
+
+def tracker(name: str | None, run: Path | None) -> list[Any]:
+    """What Accelerate is to log with: the tracker of that name, none for a dry run.
+
+    Raises ValueError for one that it does not know, or whose package is missing (Accelerate would leave it out).
+    """
+    if name is None:
+        return []
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"--track {name}: one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    if not filter_trackers([name], str(run)):
+        package = "tensorboardX" if name == "tensorboard" else name.replace("_", "-")
+        raise ValueError(f"--track {name}: pip install {package}")
+    return [name] if run else []
+
+
+def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
+    """Nested settings as trackers take them: dotted names, numbers and texts."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= plain_settings(value, f"{where}{key}.")
+        else:
+            out[f"{where}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return out
 
 
 def compile_blocks(objective: nn.Module) -> None:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +29,9 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
+from jepa3d.plain import to_dict
 from jepa3d.training import checkpoint
-from jepa3d.training.engine import ON_CPU, choose, compile_blocks, set_activation_checkpoints
+from jepa3d.training.engine import ON_CPU, choose, compile_blocks, plain_settings, set_activation_checkpoints, tracker
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, cpu_seconds
 
@@ -67,7 +68,10 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
     AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
-    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision)
+    tracked = tracker(config.track, run)
+    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision, log_with=tracked, project_dir=run)
+    if tracked:
+        accelerator.init_trackers("jepa3d", plain_settings(to_dict(config)))
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
     if compiled:
         compile_blocks(objective)
@@ -92,7 +96,9 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         accelerator.wait_for_everyone()
 
     model.train()
-    with _stop_signals() as stop, progress:
+    with _stop_signals() as stop, progress, ExitStack() as at_end:
+        for tracking in accelerator.trackers:
+            at_end.callback(tracking.finish)  # also when interrupted
         # ------------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
             batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
@@ -142,6 +148,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                         if run and accelerator.is_main_process:
                             checkpoint.replace_folder(run / "best", task.module.save_pretrained)
                 progress.log(step, figures)
+                accelerator.log(figures, step)
             if run and snapshot and accelerator.is_main_process:
                 checkpoint.replace_folder(run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained)
             stopping = stopped(accelerator, stop, step) or step == stop_at
