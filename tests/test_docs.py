@@ -45,8 +45,24 @@ def test_the_readme_s_tree_is_the_tree():
     assert not missing
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """Words of every line of a document's shell blocks that calls jepa3d."""
+    lines = [line.split("#")[0].split() for block in blocks("sh", document) for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == "jepa3d"]
+
+
+def run(words: list[str], capsys) -> None:
+    """A command, its training cut to two steps."""
+    stages = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "segment": ("",)}
+    trained = stages.get(words[0], ()) if "--out" in words else ()
+    short = [flag for name in trained for flag in (f"--{name}max-steps", "2")]
+    with pytest.raises(SystemExit) as stop:
+        main(words + short)
+    assert not stop.value.code, capsys.readouterr().err
 
 
 def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
@@ -63,9 +79,13 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "parts.npz", points=made["points"], labels=labels, split=split, class_names=names, seg=parts)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
-    commands = [words[1:] for words in lines if words[0] == "jepa3d"]
+    commands = commands_of("README.md")
     assert [words[0] for words in commands] == [
+        "embed",
+        "search",
+        "index",
+        "label",
+        "retrieval",
         "prepare",
         "info",
         "pretrain",
@@ -84,18 +104,43 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
         "curve",
     ]
     for words in commands:
-        stages = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "segment": ("",)}
-        trained = stages.get(words[0], ()) if "--out" in words else ()
-        short = [flag for name in trained for flag in (f"--{name}max-steps", "2")]
-        with pytest.raises(SystemExit) as stop:
-            main(words + short)
-        assert not stop.value.code, capsys.readouterr().err
+        run(words, capsys)
     points = torch.from_numpy(made["points"][:2])
     scope: dict = {"points": points}
     exec(blocks("python")[0], scope)
+    assert scope["vectors"].shape == (40, 192)
+    exec(blocks("python")[1], scope)
     assert scope["vectors"].shape == (2, 192)
     assert scope["tokens"].shape == (2, 32, 96)
     assert scope["centers"].shape == (2, 32, 3)
+
+
+@pytest.mark.parametrize("document", ["docs/using.md", "docs/index.md"])
+def test_the_commands_of_the_site_run_in_order(document, tmp_path, monkeypatch, capsys):
+    made = make_shapes(60, 2048, seed=1)
+    for i, points in enumerate(made["points"]):
+        file = tmp_path / ("scans" if i < 50 else "more") / "car" / f"{i}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, points)
+    np.savetxt(tmp_path / "scan.xyz", made["points"][0])
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    for words in commands_of(document):
+        run(words, capsys)
+    for text in blocks("python", document):
+        scope: dict = {}
+        exec(text, scope)
+        assert scope["vectors"].shape == (50, 192)
+
+
+def test_the_site_has_every_document_and_no_dead_link(tmp_path):
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(re.findall(r"- (\w+\.md)", config))
+    mkdocs = pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", mkdocs.__name__, "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
 
 
 def test_the_table_of_formats_is_what_running_them_gives(monkeypatch):

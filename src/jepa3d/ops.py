@@ -108,6 +108,8 @@ def farthest_point_sample(
         start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
     else:
         start = (uniform(generator, (batch,), points.device) * num_points).long()
+    if torch.compiler.is_exporting():
+        return _farthest_point_sample_scan(points, num_samples, start)
     # Below some hundred points the batched loop is as fast.
     wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
     if wanted and (fast := _quickfps()):
@@ -135,6 +137,22 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
     return torch.cat(picked, 1)
 
 
+def _farthest_point_sample_scan(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+    """As the reference, as one step that an exported graph repeats instead of a thousand copies of it."""
+    from torch._higher_order_ops.scan import scan  # private in torch, and only export needs it
+
+    planes = points.transpose(1, 2).contiguous()
+
+    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        current, distance = state
+        x, y, z = (planes - planes.gather(2, current[:, None, None].expand(-1, 3, -1))).square().unbind(1)
+        distance = torch.minimum(distance, x + y + z)
+        return (distance.argmax(1), distance), current.clone()
+
+    begin = start, torch.full_like(planes[:, 0], torch.inf)
+    return scan(step, begin, points.new_zeros(num_samples, 1))[1].transpose(0, 1)
+
+
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the matmul form."""
     total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
@@ -148,7 +166,8 @@ def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
     batch, num_points, _ = points.shape
     if not 1 <= k <= num_points:
         raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
-    rows = max(1, _MAX_PAIRS // (batch * num_points))
+    # An exported graph holds for any batch, so nothing in it may be split by the batch's size.
+    rows = query.shape[1] if torch.compiler.is_exporting() else max(1, _MAX_PAIRS // (batch * num_points))
     query, points = query.detach(), points.detach()
     parts = [squared_distance(q, points).topk(k, largest=False).indices for q in query.split(rows, 1)]
     return torch.cat(parts, 1)

@@ -9,7 +9,7 @@ import cyclopts
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.cli import evaluating, finetuning, pretraining, reporting, using  # noqa: F401  (they add commands)
+from jepa3d.cli import evaluating, exporting, finetuning, pretraining, reporting, scenes, using, viewing  # noqa: F401
 from jepa3d.cli.app import app
 from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from jepa3d.plain import from_dict, merge, read_recipe, to_dict
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt as stop:
-        print(f"jepa3d: {stop or 'stopped'}", file=sys.stderr)
+        print(f"jepa3d: {str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 

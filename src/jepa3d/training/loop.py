@@ -69,7 +69,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     precision, compiled = choose(task, clouds, config, run)
     AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
     tracked = tracker(config.track, run)
-    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision, log_with=tracked, project_dir=run)
+    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run)
     if tracked:
         accelerator.init_trackers("jepa3d", plain_settings(to_dict(config)))
     schedule, objective = task.schedule, task.objective.to(accelerator.device)

@@ -1,0 +1,191 @@
+"""Points of a scene sorted by grid cell on disk, so that any cell is one read: an external bucket sort."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from jepa3d.data.cloud import TO_Z_UP
+
+RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])  # z-up coordinates, row in the file
+BUCKET = 1_000_000  # points sorted at once, about
+_STRIP = 1024  # cells of a line, about: bounds the tiles held at once
+_HASH_BITS, _KEY_BITS = 24, 40
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of half a tile, numbered from 1 along each axis; tile t is cells t and t + 1.
+
+    So tiles overlap by half, and a cell is in two along each axis. An axis no longer than a tile is not split: it has
+    cell 1 and tile 1 only.
+    """
+
+    low: np.ndarray  # 3
+    high: np.ndarray  # 3
+    tile: float
+
+    @cached_property
+    def split(self) -> np.ndarray:
+        """Whether each axis is split."""
+        return self.high - self.low > self.tile
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        """Cells along each axis."""
+        return np.where(self.split, np.ceil((self.high - self.low) / (self.tile / 2)), 1).astype(np.int64)
+
+    @cached_property
+    def corners(self) -> np.ndarray:
+        """k 3: the tiles of cell c are c - corner, the cells of tile t are t + corner."""
+        return np.array(list(product(*((0, 1) if split else (0,) for split in self.split))))
+
+    def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cells n 3 of points n 3, and where in its cell each lies, 0 to 1 along each axis (1 where not split)."""
+        place = np.where(self.split, (xyz - self.low) / (self.tile / 2), 1.0)
+        cells = np.clip(np.floor(place).astype(np.int64) + 1, 1, self.count)
+        return cells, np.where(self.split, place - (cells - 1), 1.0)
+
+    @cached_property
+    def _line(self) -> tuple[int, int, int, int]:
+        """The longer and the shorter horizontal axis, the cells of a strip and of the vertical axis."""
+        major = int(self.count[1] > self.count[0])
+        height = int(self.count[2]) + 2
+        return major, 1 - major, max(8, _STRIP // height), height
+
+    def keys(self, cells: np.ndarray) -> np.ndarray:
+        """One number n for cells or tiles n 3, in the order of work: strip, line across it, place in the line.
+
+        Two lines that follow each other hold all cells of the tiles between them.
+        """
+        major, minor, strip, height = self._line
+        lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]
+        return (lines * strip + cells[:, minor] % strip) * height + cells[:, 2]
+
+    def lines(self, keys: np.ndarray) -> np.ndarray:
+        *_, strip, height = self._line
+        return keys // (strip * height)
+
+    def check(self) -> None:
+        """ValueError where there are more cells than keys."""
+        if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
+            extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
+            raise ValueError(f"--tile {self.tile:g}: too small for a scene of {extent} (points far outside?)")
+
+    def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they came in."""
+        mixed = index.astype(np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)
+        return (keys << np.uint64(_HASH_BITS)) | (mixed >> np.uint64(64 - _HASH_BITS))
+
+
+def tiles_of(grid: Grid, coords: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The occupied tiles of cells n 3 with counts n: coordinates t 3, counts t, and the tiles n k of each cell."""
+    around = (coords[:, None] - grid.corners).reshape(-1, 3)
+    _, first, inverse = np.unique(grid.keys(around), return_index=True, return_inverse=True)
+    total = np.bincount(inverse, np.repeat(counts, len(grid.corners))).astype(np.int64)
+    return around[first], total, inverse.reshape(len(coords), -1)
+
+
+def median_count(grid: Grid, points: np.ndarray) -> float:
+    """Median number of points n 3 in the occupied tiles."""
+    coords = grid.cells(points)[0]
+    _, first, counts = np.unique(grid.keys(coords), return_index=True, return_counts=True)
+    return float(np.median(tiles_of(grid, coords[first], counts)[1]))
+
+
+def choose_tile(low: np.ndarray, high: np.ndarray, sample: np.ndarray, total: int, goal: int) -> float:
+    """The tile whose median count of occupied ones is about `goal`, by a random part n 3 of `total` points.
+
+    The whole extent for few points; else rounded to two digits.
+    """
+    extent, before = float((high - low).max()), None
+    for step in range(120):
+        tile = extent if step == 0 else float(f"{extent * 2 ** (-step / 4):.2g}")
+        median = median_count(Grid(low, high, tile), sample) * total / len(sample)
+        if median <= goal:
+            return tile if before is None or goal / median < before[1] / goal else before[0]
+        before = tile, median
+    return extent
+
+
+class Cells:
+    """The occupied cells of a scene in the order of their keys, and their points in a file.
+
+    The points of a cell are in random order, so its first n are a random part.
+    """
+
+    def __init__(self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray):
+        self.grid, self.keys, self.counts, self.coords = grid, keys, counts, coords  # n, n, n 3
+        self.starts = np.cumsum(counts) - counts
+        self._file = path.open("rb")
+
+    def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Records of the cell-th cell from its first-th point."""
+        count = int(self.counts[cell]) - first if count is None else count
+        size, at = RECORD.itemsize, int(self.starts[cell]) + first
+        return np.frombuffer(os.pread(self._file.fileno(), count * size, at * size), RECORD)
+
+    def find(self, coords: np.ndarray) -> np.ndarray:
+        """The occupied cells among those at coords n 3."""
+        keys = self.grid.keys(coords)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return at[self.keys[at] == keys]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def sort_points(
+    parts: Iterator[np.ndarray],
+    up_axis: str,
+    grid: Grid,
+    sample: np.ndarray,
+    total: int,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> Cells:
+    """Sort points, which come in parts n 3 of the file's axes, into a file in `folder`.
+
+    sample: z-up coordinates and index n 4 of a random part of them; its quantiles are the edges of buckets, each
+    of which is sorted in memory. progress: called with points done, of 2 * total.
+    """
+    orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
+    buckets = -(-total // BUCKET)
+    edges = orders[np.arange(1, buckets) * len(orders) // buckets]
+    files, done = [folder / f"bucket-{i}" for i in range(buckets)], 0
+    for part in parts:
+        records = np.empty(len(part), RECORD)
+        records["xyz"], records["index"] = part @ TO_Z_UP[up_axis].T, np.arange(done, done + len(part))
+        bucket = np.searchsorted(edges, grid.order(records["xyz"], records["index"]), side="right")
+        records = records[np.argsort(bucket, kind="stable")]
+        ends = np.cumsum(np.bincount(bucket, minlength=buckets))
+        for i in np.unique(bucket):
+            with files[i].open("ab") as file:
+                records[ends[i - 1] if i else 0 : ends[i]].tofile(file)
+        done += len(part)
+        progress(done)
+    keys, counts, coords = [], [], []
+    with (folder / "sorted").open("wb") as out:
+        for file in files:
+            records = np.fromfile(file, RECORD) if file.exists() else np.empty(0, RECORD)
+            order = grid.order(records["xyz"], records["index"])
+            at = np.argsort(order, kind="stable")
+            records[at].tofile(out)
+            cells, first, count = np.unique(order[at] >> np.uint64(_HASH_BITS), return_index=True, return_counts=True)
+            keys.append(cells.astype(np.int64))
+            counts.append(count)
+            coords.append(grid.cells(records["xyz"][at[first]])[0])
+            file.unlink(missing_ok=True)
+            done += len(records)
+            progress(done)
+    # The points of one cell may be in several buckets.
+    unique, first, inverse = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+    whole = np.bincount(inverse, np.concatenate(counts)).astype(np.int64)
+    return Cells(folder / "sorted", grid, unique, whole, np.concatenate(coords)[first])

@@ -1,0 +1,228 @@
+"""Clouds too large for memory: read in chunks, in the order of the file, and written again with a colour a point."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jepa3d.data.boundary import boundary, check_claim, line, module
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.io import read
+from jepa3d.data.scans import _checkread_las
+from jepa3d.data.text import _COMMENT, _coordinates, _sniff
+
+CHUNK = 500_000  # points held at once
+_WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}  # LAS point formats without colours: the same with them
+_MESH = "a mesh; a scene is a cloud of points"
+_TYPES = {
+    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
+    "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
+    "double": "f8", "float64": "f8",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def chunks(path: Path) -> Iterator[np.ndarray]:
+    """All points of a file, float64 n 3 a chunk, in its order and coordinates.
+
+    LAS, LAZ, PLY, NPY and tables need the memory of a chunk; other kinds are read whole. Raises ReadError, also for
+    NaN and infinite coordinates and for meshes.
+    """
+    reader, row = _READERS.get(path.suffix.lower(), _others), 0
+    with boundary(path):
+        if path.stat().st_size == 0:
+            raise ReadError("empty file")
+        parts = reader(path)
+    while True:
+        with boundary(path):
+            xyz = next(parts, None)
+        if xyz is None:
+            return
+        usable = (np.abs(xyz) < 1e30).all(1)  # False for NaN
+        if not usable.all():
+            raise ReadError(f"{path}: NaN or infinite coordinates, first in point {row + int(usable.argmin()):,}")
+        yield xyz
+        row += len(xyz)
+
+
+def _las_chunks(path: Path) -> Iterator[Any]:
+    """laspy's records, a chunk at a time."""
+    laspy, seen = module("laspy"), 0
+    _checkread_las(path)
+    try:
+        with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
+            header = file.header
+            check_claim(
+                path, header.point_count * header.point_format.size, 5000 if header.are_points_compressed else 1
+            )
+            for records in file.chunk_iterator(CHUNK):
+                seen += len(records)
+                yield records
+    except laspy.errors.LaspyException as error:
+        raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, no Exception and not importable
+            raise
+        raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
+    if seen < header.point_count:
+        raise ReadError(f"truncated: {seen} of {header.point_count} points")
+
+
+def _las(path: Path) -> Iterator[np.ndarray]:
+    for records in _las_chunks(path):
+        yield np.stack([np.asarray(records[name], np.float64) for name in "xyz"], 1)
+
+
+def _npy(path: Path) -> Iterator[np.ndarray]:
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
+        raise ReadError(f"expected an array of points [n, 3], found {values.dtype} {list(values.shape)}")
+    for at in range(0, len(values), CHUNK):
+        values = np.load(path, mmap_mode="r", allow_pickle=False)  # anew, or all pages once read count as ours
+        yield values[at : at + CHUNK, :3].astype(np.float64)
+
+
+def _table(path: Path) -> Iterator[np.ndarray]:
+    with path.open(encoding="utf-8-sig") as file:
+        head = list(islice(file, 50))
+        header, skip, delimiter = _sniff(head)
+        columns = [header.index(name) for name in _coordinates(tuple(header), None)] if header else [0, 1, 2]
+        yield from _rows(islice(chain(head, file), skip, None), delimiter, columns)
+
+
+def _rows(lines: Iterator[str], delimiter: str | None, columns: list[int]) -> Iterator[np.ndarray]:
+    wanted = (line for line in lines if line.strip() and not line.startswith(_COMMENT))
+    while some := list(islice(wanted, CHUNK)):
+        yield np.loadtxt(some, delimiter=delimiter, usecols=columns, ndmin=2, comments=None)
+
+
+def _ply(path: Path) -> Iterator[np.ndarray]:
+    """The vertices, where they come first and have no lists; other PLY files are read whole."""
+    with path.open("rb") as file:
+        header: list[list[str]] = []
+        while header[-1:] != [["end_header"]]:
+            text = file.readline(1000)
+            if not text or len(header) > 1000 or (not header and text.strip() != b"ply"):
+                raise ReadError("damaged or not a PLY file: its header has no end")
+            header.append(text.decode("ascii", "replace").split())
+        start = file.tell()
+    form = next((words[1] for words in header if words[:1] == ["format"] and len(words) > 1), "")
+    elements: dict[str, tuple[int, list]] = {}
+    for words in header:
+        if words[:1] == ["element"] and len(words) == 3:
+            elements[words[1]] = int(words[2]), []
+        elif words[:1] == ["property"] and elements:
+            next(reversed(elements.values()))[1].append((words[-1], _TYPES.get(words[1])))
+    count, properties = next(iter(elements.values()), (0, []))
+    if elements.get("face", (0,))[0]:
+        raise ReadError(_MESH)
+    names = [name for name, _ in properties]
+    if next(iter(elements), "") != "vertex" or not all(kind for _, kind in properties) or {*"xyz"} - {*names}:
+        yield from _others(path)
+    elif form == "ascii":
+        seen, columns = 0, [names.index(axis) for axis in "xyz"]
+        with path.open("rb") as file:
+            file.seek(start)
+            lines = (text.decode("ascii", "replace") for text in file)
+            for xyz in _rows(islice((text for text in lines if text.strip()), count), None, columns):
+                seen += len(xyz)
+                yield xyz
+        if seen < count:
+            raise ReadError(f"truncated: {seen} of {count} points")
+    else:
+        order = ">" if "big" in form else "<"
+        row = np.dtype([(name, order + kind) for name, kind in properties])
+        check_claim(path, start + count * row.itemsize, 1)
+        for at in range(0, count, CHUNK):
+            rows = np.fromfile(path, row, min(CHUNK, count - at), offset=start + at * row.itemsize)
+            yield np.stack([rows[axis].astype(np.float64) for axis in "xyz"], 1)
+
+
+def _others(path: Path) -> Iterator[np.ndarray]:
+    yield _whole(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _whole(path: Path, changed: int) -> np.ndarray:
+    cloud = read(path)
+    if cloud.faces is not None:
+        raise ReadError(_MESH)
+    return cloud.file_coordinates()
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".las": _las, ".laz": _las, ".ply": _ply, ".npy": _npy,
+    ".xyz": _table, ".txt": _table, ".csv": _table, ".pts": _table, ".asc": _table,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_ply(scan: Path, colors: Path, out: Path, count: int) -> Iterator[int]:
+    """A scan's points with colours (a file of uint8 n 3) as binary PLY; yields the points done so far."""
+    row = np.dtype([(axis, "<f8") for axis in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")])
+    names = {"<f8": "double", "|u1": "uchar"}
+    lines = [f"property {names[row[name].str]} {name}" for name in row.names or ()]
+    header = ["ply", "format binary_little_endian 1.0", "comment jepa3d scene", f"element vertex {count}", *lines]
+    done = 0
+    with out.open("wb") as file:
+        file.write("\n".join([*header, "end_header\n"]).encode())
+        for xyz in chunks(scan):
+            rows = np.empty(len(xyz), row)
+            for i, name in enumerate(row.names or ()):
+                rows[name] = xyz[:, i] if i < 3 else _colors(colors, done, len(xyz))[:, i - 3]
+            rows.tofile(file)
+            done += len(xyz)
+            yield done
+
+
+def write_las(scan: Path, colors: Path, out: Path, low: np.ndarray, high: np.ndarray) -> Iterator[int]:
+    """A scan's points with colours as LAS, by its suffix LAZ; yields the points done so far.
+
+    A LAS scan keeps its fields, its header's scale and offset, and its coordinate system; its point format becomes
+    the one with colours. Of other scans the scale is a millionth of the extent, at most 0.001 where that fits.
+    """
+    laspy, done = module("laspy"), 0
+    from_las = scan.suffix.lower() in (".las", ".laz")
+    if from_las:
+        with laspy.open(scan, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
+            header = file.header
+        old = header.point_format
+        kind = laspy.PointFormat(_WITH_COLORS.get(old.id, old.id))
+        kind.dimensions.extend(old.extra_dimensions)
+        newest = max(str(header.version), laspy.point.dims.preferred_file_version_for_point_format(kind.id))
+        header.set_version_and_point_format(laspy.header.Version.from_str(newest), kind)
+        header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]  # its octree is not kept
+        header.evlrs = None
+    else:
+        header = laspy.LasHeader(version="1.4", point_format=7)
+        extent = float((high - low).max())
+        header.scales = np.full(3, max(min(1e-3, _power(1e-6 * extent, np.floor)), _power(extent / 2e9, np.ceil)))
+        header.offsets = np.floor(low)
+    options = {"laz_backend": laspy.LazBackend.Lazrs} if out.suffix.lower() == ".laz" else {}
+    with laspy.open(out, mode="w", header=header, **options) as file:
+        for part in _las_chunks(scan) if from_las else chunks(scan):
+            records = laspy.ScaleAwarePointRecord.zeros(len(part), header=header)
+            if from_las:
+                records.copy_fields_from(part)
+            else:
+                records["x"], records["y"], records["z"] = part.T
+            for name, values in zip(("red", "green", "blue"), _colors(colors, done, len(part)).T, strict=True):
+                records[name] = values.astype(np.uint16) * 257
+            file.write_points(records)
+            done += len(part)
+            yield done
+
+
+def _power(value: float, rounded: Callable) -> float:
+    return float(10 ** rounded(np.log10(value)))
+
+
+def _colors(path: Path, at: int, count: int) -> np.ndarray:
+    return np.fromfile(path, np.uint8, 3 * count, offset=3 * at).reshape(-1, 3)

@@ -1,0 +1,350 @@
+"""The page in a real browser, who may read it, and what its colours and clicks mean."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+import viser
+import websockets.asyncio.server
+from browser import Browser
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from jepa3d.cli import main
+from jepa3d.data.cloud import ReadError
+from jepa3d.inference import view
+from jepa3d.inference.embedding import Item, embed, embed_files, items_of
+from jepa3d.inference.view import nearest_to_ray, open_page, pca_colors, ramp, sample_roles, similarity, view_of
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.ops import squared_distance, three_nn_interpolate
+
+SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 32, "group_size": 8, "num_points": 256}
+
+
+def ball(count: int, seed: int) -> np.ndarray:
+    points = np.random.default_rng(seed).normal(size=(count, 3))
+    return points / np.linalg.norm(points, axis=1, keepdims=True) * [1, 1, 0.5 + 0.1 * seed] + [5, 6, 7]
+
+
+def write_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
+    kinds = [*(f"float {axis}" for axis in "xyz"), *(f"uchar {name}" for name in ("red", "green", "blue"))]
+    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property {kind}" for kind in kinds)]
+    rows = [f"{x} {y} {z} {r} {g} {b}" for (x, y, z), (r, g, b) in zip(points, colors, strict=True)]
+    path.write_text("\n".join([*header, "end_header", *rows, ""]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An encoder, `model`; in `clouds`, one of few points and <i> in its name, one of many, a mesh, one of colours."""
+    torch.manual_seed(0)
+    made = tmp_path_factory.mktemp("view")
+    PointEncoder(**SIZES).eval().save_pretrained(made / "model")
+    clouds = made / "clouds"
+    clouds.mkdir()
+    np.save(clouds / "a<i>few.npy", ball(100, 0))
+    np.save(clouds / "b_many.npy", ball(3000, 1))
+    (clouds / "c_mesh.off").write_text("OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n")
+    write_ply(clouds / "d_colours.ply", ball(500, 2), np.tile([255, 128, 0], (500, 1)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def encoder(folder) -> PointEncoder:
+    return PointEncoder.from_pretrained(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def items(folder) -> dict[str, Item]:
+    return {Path(item.path).name[0]: item for item in items_of(folder / "clouds")}
+
+
+@pytest.fixture(scope="module")
+def index(folder) -> Path:
+    embed_files([folder / "clouds"], folder / "v.parquet", str(folder / "model"), workers=1)
+    return folder / "v.parquet"
+
+
+@pytest.fixture
+def opened(folder):
+    """A function: arguments of `open_page` that differ from the usual -> a page, closed afterwards."""
+    pages = []
+
+    def make(paths=None, model=str(folder / "model"), index=None, port=0, up_axis="z") -> view.Page:
+        pages.append(open_page(paths or [folder / "clouds"], model, index, port, up_axis))
+        return pages[-1]
+
+    yield make
+    for page in pages:
+        view.stop(page.server)
+
+
+# ---------------------------------------------------------------------------------------------- without a page
+
+
+@pytest.mark.parametrize("name", "abcd")
+@pytest.mark.parametrize("up_axis", ["y", "z"])
+def test_a_view_has_the_vector_of_embed_and_tokens_where_its_points_are(folder, encoder, items, name, up_axis):
+    seen = view_of(encoder, items[name], up_axis)
+    (vector,) = embed(items[name].path, encoder, up_axis)
+    assert np.allclose(seen.vector, vector, atol=1e-5)
+    assert len(seen.points) == seen.total == {"a": 100, "b": 3000, "c": 2048, "d": 500}[name]
+    away = squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()  # centres are points
+    assert away.max() < (0.05 if name == "a" else 1e-5)  # copies of a's few are moved a little, and not drawn
+    assert (seen.colors is None) == (name != "d")
+
+
+def test_the_third_axis_points_up(encoder, items):
+    seen, lying = view_of(encoder, items["b"]).points, view_of(encoder, items["b"], "y").points
+    assert np.ptp(seen, axis=0).argmin() == 2
+    assert np.ptp(lying, axis=0).argmin() == 1  # the file's z is the flat one; its y is up now
+
+
+def test_no_more_points_are_drawn_than_a_browser_bears(encoder, items, monkeypatch):
+    whole = view_of(encoder, items["b"])
+    monkeypatch.setattr(view, "MAX_DRAWN", 700)
+    some = view_of(encoder, items["b"])
+    assert (len(some.points), some.total, some.weights.shape) == (700, 3000, (700, 32))
+    assert {tuple(row) for row in some.points} < {tuple(row) for row in whole.points}
+    assert np.array_equal(some.vector, whole.vector)
+
+
+def test_a_cloud_of_too_few_points_is_named(encoder, tmp_path):
+    np.save(tmp_path / "three.npy", np.eye(3))
+    with pytest.raises(ReadError, match=r"three\.npy: 3 points, at least 256 are needed"):
+        view_of(encoder, items_of(tmp_path / "three.npy")[0])
+
+
+def test_similarity_is_the_cosine_of_interpolated_tokens(encoder, items):
+    seen = view_of(encoder, items["b"])
+    features = three_nn_interpolate(torch.from_numpy(seen.points)[None], seen.centers[None], seen.tokens[None])[0]
+    expected = torch.nn.functional.cosine_similarity(features, features[17:18])
+    found = similarity(seen, 17)
+    assert np.allclose(found, expected, atol=1e-4)
+    assert found.argmax() == 17 or found[17] > 0.9999
+    assert found.min() < 0.99
+
+
+def test_pca_colors_are_those_of_principal_components(encoder, items):
+    seen = view_of(encoder, items["b"])
+    colors, share = pca_colors(seen)
+    assert (colors.shape, colors.dtype) == ((3000, 3), np.uint8)
+    values = (seen.tokens.double() - seen.tokens.double().mean(0)).numpy()
+    variance, axes = np.linalg.eigh(values.T @ values)
+    assert share == pytest.approx(variance[-3:].sum() / variance.sum())
+    for channel in range(3):  # up to sign and scale, and the rounding to bytes
+        component = seen.weights.numpy() @ (values @ axes[:, -1 - channel])
+        assert abs(np.corrcoef(component, colors[:, channel])[0, 1]) > 0.999
+
+
+def test_context_and_targets_of_a_sample(encoder, items):
+    seen = view_of(encoder, items["b"])
+    first = sample_roles(seen, torch.Generator().manual_seed(0))
+    assert set(first) >= {1, 2, 5}  # context; the last target covers those that it overlaps
+    assert set(first) <= set(range(6))
+    generator = torch.Generator().manual_seed(0)
+    assert np.array_equal(first, sample_roles(seen, generator))
+    assert not np.array_equal(first, sample_roles(seen, generator))
+    token = squared_distance(torch.from_numpy(seen.points), seen.centers).argmin(1).numpy()
+    assert all(len(set(first[token == one])) == 1 for one in set(token))
+
+
+def test_ramp_runs_from_dark_to_bright():
+    colors = ramp(np.array([3.0, 1.0, 2.0, 1.0]))
+    assert colors[1].tolist() == colors[3].tolist() == [68, 1, 84]
+    assert colors[0].tolist() == [253, 231, 37]
+    assert len(set(map(tuple, ramp(np.ones(5))))) == 1
+
+
+def test_a_ray_means_the_foremost_layer_and_in_it_the_nearest_point():
+    front, beside, back, behind = [0, 0, 1], [0.03, 0, 1.04], [0, 0, -1], [0, 0, 9]
+    points = np.array([back, beside, front, behind], np.float32)
+    assert nearest_to_ray(points, (0, 0, 5), (0, 0, -3)) == 2
+    assert nearest_to_ray(points, (0, 0, -5), (0, 0, 1)) == 0
+    assert nearest_to_ray(points, (0.03, 0, 5), (0, 0, -1)) == 1
+    assert nearest_to_ray(points, (0.2, 0, 5), (0, 0, -1)) is None
+    assert nearest_to_ray(points[:3], (0, 0, 5), (0, 0, 1)) is None
+
+
+# ---------------------------------------------------------------------------------------------- who may read it
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["http://evil.example", "https://localhost", "http://localhost.evil.example", "http://127.0.0.1:80@evil", "null"],
+)
+def test_other_web_pages_are_refused(opened, origin):
+    with pytest.raises(InvalidStatus) as refused, _socket(opened(), origin):
+        pass
+    assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:9999", "http://127.0.0.1:8080", None])
+def test_its_own_page_is_let_in_also_through_a_tunnel(opened, origin):
+    with _socket(opened(), origin) as mine:
+        assert len(mine.recv(timeout=10)) > 0
+
+
+def _socket(page: view.Page, origin: str | None):
+    address, protocol = f"ws://127.0.0.1:{page.server.get_port()}/", f"viser-v{viser.__version__}"
+    return connect(address, origin=origin, subprotocols=[protocol])
+
+
+def test_other_servers_in_this_process_are_as_they_were(opened):
+    before = websockets.asyncio.server.serve
+    opened()
+    assert websockets.asyncio.server.serve is before
+
+
+def test_only_this_machine_can_connect(opened):
+    port = opened().server.get_port()
+    assert urlopen(f"http://127.0.0.1:{port}", timeout=10).status == 200
+    with pytest.raises(OSError):  # noqa: PT011  (a server on all addresses would answer on this one too)
+        socket.create_connection(("127.0.0.2", port), 5)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["view", *map(str, arguments)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_taken_port_is_said_and_no_other_taken(folder, capsys):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        error = fails(capsys, folder / "clouds", "--model", folder / "model", "--port", port)
+    assert f"--port {port}: not to be had (Address already in use)" in error
+    assert "--port 70000: 1 to 65535" in fails(capsys, folder / "clouds", "--model", folder / "model", "--port", 70000)
+
+
+def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
+    clouds, model = folder / "clouds", ("--model", folder / "model", "--port", 0)
+    assert "missing.ply: no such file" in fails(capsys, tmp_path / "missing.ply", *model)
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
+    assert "--up-axis w: one of x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
+    assert "made with --up-axis z, not y" in fails(capsys, clouds, *model, "--up-axis", "y", "--index", index)
+    torch.manual_seed(1)
+    PointEncoder(**SIZES).eval().save_pretrained(tmp_path / "other")
+    assert "another encoder" in fails(capsys, clouds, "--model", tmp_path / "other", "--port", 0, "--index", index)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_neighbours_are_of_the_cloud_but_itself_and_open(opened, index, items):
+    page = opened(model=None, index=index)  # the index knows its encoder
+    assert page.view.name == items["a"].path
+    assert sorted(hit.path for hit in page.hits) == sorted(items[name].path for name in "bcd")
+    assert [button.visible for button in page.buttons] == [True] * 3 + [False] * 3
+    nearest, cosine, label = page.hits[0].path, page.hits[0].cosine, page.hits[0].label
+    assert page.buttons[0].label == f"{cosine:.4f}  {label or ''}  {Path(nearest).name}"
+    page.callback(lambda _: page.show(view._item(page.hits[0])))(None)
+    assert page.view.name == nearest
+    assert nearest not in {hit.path for hit in page.hits}
+    assert page.chooser.value.endswith(Path(nearest).name)
+
+
+def test_a_damaged_cloud_among_others_is_said_and_the_next_shown(opened, folder, tmp_path):
+    (tmp_path / "a_bad<b>.off").write_bytes(b"no mesh")
+    shutil.copy(folder / "clouds" / "b_many.npy", tmp_path)
+    page = opened([tmp_path / "a_bad<b>.off", tmp_path / "b_many.npy"])
+    assert "not shown" in page.text.content
+    assert "a_bad&lt;b&gt;.off" in page.text.content
+    page.go(1)
+    assert "<b>b_many.npy" in page.text.content
+    page.pick((5, 5, 5), (1, 0, 0))  # past the cloud
+    assert page.picked is None
+
+
+def test_of_many_clouds_one_is_chosen_by_its_number(opened, monkeypatch, items):
+    monkeypatch.setattr(view, "MAX_LISTED", 3)
+    page = opened()
+    page.chooser.value = 4
+    assert page.view.name == items["d"].path
+    page.go(page.row + 1)
+    assert (page.chooser.value, page.view.name) == (1, items["a"].path)
+
+
+def test_the_files_colours_are_offered_where_it_has_some(opened, items):
+    page = opened()
+    assert view.OWN not in page.colours.options
+    page.show(items["d"])
+    page.colours.value = view.OWN
+    assert (page.cloud.colors == [255, 128, 0]).all()
+    page.show(items["b"])  # has none: back to height
+    assert page.colours.value == view.HEIGHT
+    assert len(np.unique(page.cloud.colors, axis=0)) > 50
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_command_says_its_address_and_ends_by_ctrl_c(folder):
+    command = [sys.executable, "-c", "from jepa3d.cli import main; main()", "view", folder / "clouds" / "b_many.npy"]
+    process = subprocess.Popen(
+        [*map(str, command), "--model", str(folder / "model"), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)\n", lines[0])
+    assert found, lines
+    assert lines[1] == f"from another machine, first: ssh -L {found[1]}:127.0.0.1:{found[1]} HOST\n"
+    assert urlopen(f"http://127.0.0.1:{found[1]}", timeout=10).status == 200
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert error.startswith("jepa3d: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_in_a_browser(opened, index, items):
+    page = opened(index=index)
+    with Browser(f"http://127.0.0.1:{page.server.get_port()}", 900, 500) as browser:
+        browser.wait("document.querySelector('canvas') !== null")
+        browser.wait_text("a<i>few.npy")  # a name is text, not HTML
+        browser.screenshot()  # the panel has come to rest
+        assert "Share" not in browser.text()
+        browser.press("next")
+        browser.wait_text("3,000 points")
+        browser.choose(view.HEIGHT, view.PCA)
+        browser.wait_text("components of 32 tokens")
+        picture = imageio.imread(io.BytesIO(browser.screenshot()))[:, :560, :3].reshape(-1, 3)
+        assert len(np.unique(picture, axis=0)) > 200
+        assert (picture.min(1) < 200).mean() > 0.02  # of the canvas is covered by coloured points
+        browser.click(450, 200)
+        browser.wait_text("cosine with point")
+        assert page.view.points[page.picked][1] < 0.1  # on the side that the camera sees
+        browser.choose(view.SIMILARITY, view.SAMPLE)
+        browser.wait_text("target 4")
+        before, name = page.cloud.colors.copy(), Path(page.hits[0].path).name
+        browser.press("sample again")
+        end = time.monotonic() + 30
+        while np.array_equal(before, page.cloud.colors):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        browser.press(name)
+        browser.wait(f"document.querySelector('b').innerText.startsWith({json.dumps(name)})")
+        assert page.view.name == items[name[0]].path
+        assert browser.text().count("target 4") == 1  # still coloured by a sample, of the other cloud
