@@ -1,6 +1,8 @@
 """What scanners write: PCD, LAS, LAZ, E57, by the parsers of the `io` extra."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,33 +68,40 @@ def _checkread_las(path: Path) -> None:
             check_claim(path, int.from_bytes(file.read(4), "little"), 1)
 
 
-def read_las(path: Path) -> PointCloud:
-    """LAS and LAZ, in chunks; colours and classification come along."""
-    laspy = module("laspy")
-    reservoir, color = Reservoir(), False
+def las_records(path: Path, size: int = 500_000) -> Iterator[Any]:
+    """laspy's records of a LAS or LAZ file, `size` at a time. Raises ReadError, also where some are missing."""
+    laspy, seen = module("laspy"), 0
     _checkread_las(path)
     try:
         # one thread: of a damaged chunk table the parallel decompressor allocates what it claims, and aborts
         with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
-            declared = file.header.point_count
-            packed = file.header.are_points_compressed
-            check_claim(path, declared * file.header.point_format.size, 5000 if packed else 1)
-            color = "red" in set(file.header.point_format.dimension_names)
-            names = ("x", "y", "z", "classification") + (("red", "green", "blue") if color else ())
-            for chunk in file.chunk_iterator(500_000):
-                reservoir.add(np.stack([np.asarray(chunk[name], np.float64) for name in names], 1))
+            header, packed = file.header, file.header.are_points_compressed
+            check_claim(path, header.point_count * header.point_format.size, 5000 if packed else 1)
+            for records in file.chunk_iterator(size):
+                seen += len(records)
+                yield records
     except laspy.errors.LaspyException as error:
         raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust, no Exception and not importable
             raise
         raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
-    if reservoir.total < declared:
-        raise ReadError(f"truncated: {reservoir.total} of {declared} points")
+    if seen < header.point_count:
+        raise ReadError(f"truncated: {seen} of {header.point_count} points")
+
+
+def read_las(path: Path) -> PointCloud:
+    """LAS and LAZ, in chunks; colours and classification come along."""
+    reservoir, color = Reservoir(), False
+    for records in las_records(path):
+        color = "red" in set(records.point_format.dimension_names)
+        names = ("x", "y", "z", "classification") + (("red", "green", "blue") if color else ())
+        reservoir.add(np.stack([np.asarray(records[name], np.float64) for name in names], 1))
     rows = reservoir.rows()
     colors = to_bytes(rows[:, 4:]) if color else None
     total = reservoir.total if reservoir.total > len(rows) else None
-    return PointCloud.make(rows[:, :3], parts=to_parts(rows[:, 3]), colors=colors, total=total)
+    parts = to_parts(rows[:, 3]) if len(rows) else None
+    return PointCloud.make(rows[:, :3], parts=parts, colors=colors, total=total)
 
 
 def read_e57(path: Path) -> PointCloud:

@@ -89,8 +89,8 @@ def _check(up_axis: str, layer: int, pooling: str, encoder: PointEncoder) -> Non
         raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
 
 
-def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z_up: bool = False) -> Tensor:
-    """The points num_points 3 of a cloud that the encoder sees; a mesh's are sampled, the same for the same file name.
+def filled(encoder: PointEncoder, cloud: PointCloud, name: str) -> PointCloud:
+    """At least `num_points` points of a cloud in the unit sphere; a mesh is sampled, alike for the same file name.
 
     A cloud of fewer points is filled by repetition, if it has at least one a token and one a neighbour. Raises
     ReadError that begins with the name.
@@ -99,7 +99,15 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
         seed = zlib.crc32(Path(name).name.encode("utf-8", "surrogateescape"))
         if cloud.faces is None and max(encoder.num_groups, encoder.group_size) <= len(cloud) < encoder.num_points:
             cloud = repeat(cloud, encoder.num_points, seed)
-        points = enough_points(cloud, encoder.num_points, seed).normalised().points
+        return enough_points(cloud, encoder.num_points, seed).normalised()
+    except ValueError as error:
+        raise ReadError(f"{name}: {error}") from error
+
+
+def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z_up: bool = False) -> Tensor:
+    """The points num_points 3 of a cloud that the encoder sees. Raises ReadError that begins with the name."""
+    points = filled(encoder, cloud, name).points
+    try:
         return encoder.prepare(torch.from_numpy(points if z_up else points @ TO_Z_UP[up_axis].T)[None])[0].cpu()
     except ValueError as error:
         raise ReadError(f"{name}: {error}") from error

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary, check_claim, line, module
+from jepa3d.data.boundary import boundary, check_claim, module
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import read
-from jepa3d.data.scans import _checkread_las
+from jepa3d.data.scans import las_records
 from jepa3d.data.text import _COMMENT, _coordinates, _sniff
 
 CHUNK = 500_000  # points held at once
@@ -50,31 +50,8 @@ def chunks(path: Path) -> Iterator[np.ndarray]:
         row += len(xyz)
 
 
-def _las_chunks(path: Path) -> Iterator[Any]:
-    """laspy's records, a chunk at a time."""
-    laspy, seen = module("laspy"), 0
-    _checkread_las(path)
-    try:
-        with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
-            header = file.header
-            check_claim(
-                path, header.point_count * header.point_format.size, 5000 if header.are_points_compressed else 1
-            )
-            for records in file.chunk_iterator(CHUNK):
-                seen += len(records)
-                yield records
-    except laspy.errors.LaspyException as error:
-        raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, no Exception and not importable
-            raise
-        raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
-    if seen < header.point_count:
-        raise ReadError(f"truncated: {seen} of {header.point_count} points")
-
-
 def _las(path: Path) -> Iterator[np.ndarray]:
-    for records in _las_chunks(path):
+    for records in las_records(path, CHUNK):
         yield np.stack([np.asarray(records[name], np.float64) for name in "xyz"], 1)
 
 
@@ -207,7 +184,7 @@ def write_las(scan: Path, colors: Path, out: Path, low: np.ndarray, high: np.nda
         header.offsets = np.floor(low)
     options = {"laz_backend": laspy.LazBackend.Lazrs} if out.suffix.lower() == ".laz" else {}
     with laspy.open(out, mode="w", header=header, **options) as file:
-        for part in _las_chunks(scan) if from_las else chunks(scan):
+        for part in las_records(scan, CHUNK) if from_las else chunks(scan):
             records = laspy.ScaleAwarePointRecord.zeros(len(part), header=header)
             if from_las:
                 records.copy_fields_from(part)

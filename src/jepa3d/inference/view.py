@@ -6,7 +6,6 @@ import io
 import re
 import socket
 import threading
-import zlib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.cloud import TO_Z_UP, ReadError, repeat
-from jepa3d.data.io import enough_points
-from jepa3d.inference.embedding import Item, items_of, open_cloud
+from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.inference.embedding import Item, filled, items_of, open_cloud
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
@@ -60,15 +58,8 @@ class View:
 @torch.inference_mode()
 def view_of(encoder: PointEncoder, item: Item, up_axis: str = "z", layer: int = -1, pooling: str = "mean_max") -> View:
     """The points and the vector are those of `prepare` and `embed`. Raises ReadError and OSError."""
-    cloud = longer = item.read()
-    mesh, few = cloud.faces is not None, max(encoder.num_groups, encoder.group_size)
-    try:
-        seed = zlib.crc32(Path(item.path).name.encode("utf-8", "surrogateescape"))
-        if not mesh and few <= len(cloud) < encoder.num_points:
-            longer = repeat(cloud, encoder.num_points, seed)
-        whole = enough_points(longer, encoder.num_points, seed).normalised()
-    except ValueError as error:
-        raise ReadError(f"{item.path}: {error}") from error
+    cloud = item.read()
+    whole = filled(encoder, cloud, item.path)
     turned = torch.from_numpy(whole.points if item.z_up else whole.points @ TO_Z_UP[up_axis].T)
     points = seen = unit_sphere(turned[None].double()).float()
     if len(whole) > encoder.num_points:  # as in encoder.prepare, but all points move along
@@ -76,8 +67,8 @@ def view_of(encoder: PointEncoder, item: Item, up_axis: str = "z", layer: int = 
         center = sampled.mean(1, keepdim=True)
         seen, points = unit_sphere(sampled), (points - center) / (sampled - center).norm(dim=-1).amax()
     states, centers = encoder.layer_tokens(seen)
-    count = len(whole) if mesh else len(cloud)  # without repetitions
-    drawn = np.sort(np.random.default_rng(seed).permutation(count)[:MAX_DRAWN])
+    count = len(cloud) if cloud.faces is None else len(whole)  # without repetitions
+    drawn = np.sort(np.random.default_rng(0).permutation(count)[:MAX_DRAWN])
     points, colors = points[:, drawn], None if whole.colors is None else whole.colors[drawn]
     weights = three_nn_interpolate(points, centers, torch.eye(centers.shape[1])[None])[0]
     vector = pool(states[layer], pooling)[0].numpy()
