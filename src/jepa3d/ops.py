@@ -101,7 +101,7 @@ def farthest_point_sample(
     end any (lattices; clouds with duplicates beyond their distinct points).
     """
     batch, num_points, _ = points.shape
-    if not 1 <= num_samples <= num_points:
+    if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
         raise ValueError(f"farthest point sampling: {num_samples} samples asked of {num_points} points")
     points = points.detach()
     if generator is None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -263,6 +264,7 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tm
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         pretrain(tiny(track="tensorboard", log_every=1), run, stop_at=2)  # an interruption loses nothing
+    time.sleep(1.1)  # tensorboardX names a file by its second
     pretrain(tiny(track="tensorboard", log_every=1), run, resume=True)
     events = b"".join(path.read_bytes() for path in sorted((run / "jepa3d").glob("events*")))
     figures = lines(run)

@@ -52,7 +52,7 @@ class Graph:
 
 
 class FromPoints(nn.Module):
-    """Clouds B N 3 in any unit, N >= num_points, to vectors B E, tokens B M C and centers B M 3."""
+    """Clouds B N 3 in any unit to vectors B E, tokens B M C and centers B M 3."""
 
     def __init__(self, encoder: PointEncoder):
         super().__init__()
@@ -77,7 +77,7 @@ class FromPatches(nn.Module):
 
 
 class ToClasses(nn.Module):
-    """Clouds B N 3 in any unit, N >= num_points, to logits B classes."""
+    """Clouds B N 3 in any unit to logits B classes."""
 
     def __init__(self, network: Classifier | LinearClassifier):
         super().__init__()
@@ -96,7 +96,8 @@ class ToClasses(nn.Module):
 def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     """`encoder.prepare` without its checks of values, which no graph can hold."""
     points = unit_sphere(points.double()).float()
-    return unit_sphere(gather_points(points, farthest_point_sample(points, encoder.num_points)))
+    count = torch.sym_min(points.shape[1], encoder.num_points)
+    return unit_sphere(gather_points(points, farthest_point_sample(points, count)))
 
 
 def export(model: str, out: Path) -> None:
@@ -172,14 +173,14 @@ def _write(network: Network, folder: Path) -> dict[str, float]:
         properties["class_names"] = json.dumps(network.class_names)
     for graph in track(_graphs(network), "exporting", transient=True):
         with _quiet():
-            program = _program(graph, encoder.num_points)
+            program = _program(graph, encoder)
             _write_onnx(program, graph, properties, folder / f"{graph.name}.onnx")
             files = {f"{graph.name}.onnx": _run_onnx}
             if graph.inputs == ("points",):
                 torch.export.save(program, folder / f"{graph.name}.pt2")
                 files[f"{graph.name}.pt2"] = _run_pt2
         for name, opened in files.items():
-            differences[name] = _difference(graph, encoder.num_points, name, opened(folder / name, graph))
+            differences[name] = _difference(graph, encoder, name, opened(folder / name, graph))
     network.save_pretrained(folder)
     (folder / "README.md").write_text(_card(network, encoder, differences), encoding="utf-8")
     return differences
@@ -201,14 +202,18 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _program(graph: Graph, num_points: int) -> torch.export.ExportedProgram:
-    arrays = graph.arrays(
-        torch.rand(2, num_points + 8, 3, generator=torch.Generator())
-    )  # of a batch of 1 torch makes a constant
-    batch, points = torch.export.Dim("batch", min=1), torch.export.Dim("num_points", min=num_points, max=MAX_POINTS)
+def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
+    clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())  # a batch of 1 becomes a constant
+    arrays = graph.arrays(clouds)
+    batch = torch.export.Dim("batch", min=1)
+    points = torch.export.Dim("num_points", min=_fewest(encoder), max=MAX_POINTS)
     shapes = {name: {0: batch, 1: points} if name == "points" else {0: batch} for name in graph.inputs}
     # Not strict, torch would take the `len` of a tensor for a constant.
     return torch.export.export(graph.module, tuple(map(torch.from_numpy, arrays)), dynamic_shapes=shapes, strict=True)
+
+
+def _fewest(encoder: PointEncoder) -> int:
+    return max(encoder.num_groups, encoder.group_size)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, graph: Graph, properties: dict[str, str], file: Path) -> None:
@@ -246,11 +251,11 @@ def _name_axes(graph) -> None:
                 dim.dim_param = re.sub(r"\w+", lambda m: names.get(m[0], m[0]), dim.dim_param)
 
 
-def _difference(graph: Graph, num_points: int, name: str, run: Run) -> float:
+def _difference(graph: Graph, encoder: PointEncoder, name: str, run: Run) -> float:
     """The largest difference of a file's results from torch's. Raises ValueError beyond the tolerance."""
     generator, largest = torch.Generator().manual_seed(0), 0.0
-    for batch in BATCHES:
-        points = torch.randn(batch, num_points + 100 * (batch - 1), 3, generator=generator) * 30 + 100
+    for batch, count in zip(BATCHES, (_fewest(encoder), encoder.num_points, 2 * encoder.num_points), strict=True):
+        points = torch.randn(batch, count, 3, generator=generator) * 30 + 100
         for key, found, wanted in zip(graph.outputs, run(*graph.arrays(points)), graph.expected(points), strict=False):
             difference = float(np.abs(found - wanted.numpy()).max())
             if not np.allclose(found, wanted.numpy(), RTOL, ATOL):
@@ -270,7 +275,7 @@ _CARD = """\
 
 Exported by jepa3d. *To add before you publish: what it was trained on, and how well it does.*
 
-Input `points`: float32 [batch, num_points, 3], any unit, at least {num_points:,} points a cloud, z up as in training.
+Input `points`: float32 [batch, num_points, 3], any unit, at least {fewest} points a cloud, z up as in training.
 All clouds of a batch have equally many points.
 
 {outputs}
@@ -309,6 +314,7 @@ embedding = session.run(["embedding"], {{"patches": patches[None], "centers": ce
 def _card(network: Network, encoder: PointEncoder, differences: dict[str, float]) -> str:
     data: ModelCardData = type(network)._hub_mixin_info.model_card_data
     sizes = {name: getattr(encoder, name) for name in ("num_points", "num_groups", "group_size")}
+    sizes["fewest"] = _fewest(encoder)
     if isinstance(network, PointEncoder):
         shape = f"[batch, {encoder.num_groups}, {encoder.width}]"
         outputs = f"Outputs: `embedding` [batch, {2 * encoder.width}] (mean and max of the tokens), `tokens` {shape}, "
