@@ -1,5 +1,6 @@
 """The documents name lines and commands that exist."""
 
+import json
 import os
 import re
 import subprocess
@@ -171,3 +172,22 @@ def test_the_benchmarks_of_the_step_run(command):
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| whole step", "| jepa3d tiny"))]
     assert len(rows) == (1 if script == "parts.py" else 3)
+
+
+def test_the_notebook_s_cells_run(tmp_path):
+    """Without Jupyter: what they display is only looked at for being there."""
+    cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    shim = """\
+import sys
+from types import ModuleType, SimpleNamespace
+sys.modules["IPython"] = ModuleType("IPython")
+sys.modules["IPython"].get_ipython, sys.modules["IPython"].version_info = lambda: None, (9, 0)
+sys.modules["IPython.display"] = SimpleNamespace(Image=lambda path: path.stat().st_size, display=print)
+"""
+    script = tmp_path / "tour.py"
+    script.write_text("\n".join([shim, *code, "assert vectors.shape == (8, 192)"]))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "step 60/60" in done.stdout

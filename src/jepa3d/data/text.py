@@ -9,7 +9,7 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError, Reservoir
 
 _CHUNK = 200_000  # lines parsed at once
-_COMMENT = ("#", "//")
+COMMENT = ("#", "//")
 _NORMALS = (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z"))
 _COLORS = (("r", "g", "b"), ("red", "green", "blue"))
 _PARTS = ("part", "label", "classification", "class", "segment")
@@ -24,17 +24,17 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, names: tuple[
     """
     with path.open(encoding="utf-8-sig") as file:
         head = list(islice(file, 50))
-        header, skip, delimiter = _sniff(head)
+        header, skip, delimiter = sniff(head)
         names = tuple(header) if header else names
-        xyz = _coordinates(names, columns) if names else ("0", "1", "2")
-        first = next((line for line in head[skip:] if line.strip() and not line.startswith(_COMMENT)), "")
+        xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
+        first = next((line for line in head[skip:] if line.strip() and not line.startswith(COMMENT)), "")
         numeric = {name for name, field in zip(names, first.split(delimiter), strict=False) if _is_number(field)}
         used = {"xyz": xyz} | _attributes(numeric - set(xyz))
         order = names or xyz
         usecols = [order.index(name) for group in used.values() for name in group]
         reservoir = Reservoir()
         lines = islice(chain(head, file), skip, None)
-        while chunk := [line for line in islice(lines, _CHUNK) if line.strip() and not line.startswith(_COMMENT)]:
+        while chunk := [line for line in islice(lines, _CHUNK) if line.strip() and not line.startswith(COMMENT)]:
             reservoir.add(np.loadtxt(chunk, delimiter=delimiter, usecols=usecols, ndmin=2, comments=None))
     rows, at = reservoir.rows(), 3
     if not len(rows):
@@ -51,12 +51,12 @@ def read_table(path: Path, columns: tuple[str, ...] | None = None, names: tuple[
 def check_table(path: Path) -> None:
     """ReadError for a file whose first lines are no table of numbers."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        _sniff(list(islice(file, 50)))
+        sniff(list(islice(file, 50)))
 
 
-def _sniff(head: list[str]) -> tuple[list[str] | None, int, str | None]:
+def sniff(head: list[str]) -> tuple[list[str] | None, int, str | None]:
     """Lower-case header names or None, lines to skip, and the delimiter, of a file's first lines."""
-    rows = [(i, line) for i, line in enumerate(head) if line.strip() and not line.startswith(_COMMENT)]
+    rows = [(i, line) for i, line in enumerate(head) if line.strip() and not line.startswith(COMMENT)]
     if not rows:
         raise ReadError("no rows of numbers")
     delimiter = next((mark for mark in (",", ";") if mark in rows[-1][1]), None)
@@ -84,7 +84,7 @@ def _sniff(head: list[str]) -> tuple[list[str] | None, int, str | None]:
     return None, first, delimiter
 
 
-def _coordinates(names: tuple[str, ...], columns: tuple[str, ...] | None) -> tuple[str, ...]:
+def coordinate_columns(names: tuple[str, ...], columns: tuple[str, ...] | None) -> tuple[str, ...]:
     """Names of the x, y and z columns; a choice between several is never guessed."""
     if columns:
         wanted = tuple(_plain(name) for name in columns)

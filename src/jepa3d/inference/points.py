@@ -12,7 +12,7 @@ from jepa3d.data.boundary import boundary, check_claim, module
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import read
 from jepa3d.data.scans import las_records
-from jepa3d.data.text import _COMMENT, _coordinates, _sniff
+from jepa3d.data.text import COMMENT, coordinate_columns, sniff
 
 CHUNK = 500_000  # points held at once
 _WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}  # LAS point formats without colours: the same with them
@@ -67,13 +67,13 @@ def _npy(path: Path) -> Iterator[np.ndarray]:
 def _table(path: Path) -> Iterator[np.ndarray]:
     with path.open(encoding="utf-8-sig") as file:
         head = list(islice(file, 50))
-        header, skip, delimiter = _sniff(head)
-        columns = [header.index(name) for name in _coordinates(tuple(header), None)] if header else [0, 1, 2]
+        header, skip, delimiter = sniff(head)
+        columns = [header.index(name) for name in coordinate_columns(tuple(header), None)] if header else [0, 1, 2]
         yield from _rows(islice(chain(head, file), skip, None), delimiter, columns)
 
 
 def _rows(lines: Iterator[str], delimiter: str | None, columns: list[int]) -> Iterator[np.ndarray]:
-    wanted = (line for line in lines if line.strip() and not line.startswith(_COMMENT))
+    wanted = (line for line in lines if line.strip() and not line.startswith(COMMENT))
     while some := list(islice(wanted, CHUNK)):
         yield np.loadtxt(some, delimiter=delimiter, usecols=columns, ndmin=2, comments=None)
 

@@ -220,7 +220,7 @@ def write_features(
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
         grid = _grid(low, high, sample[:, :3], total, tile, encoder)
-        _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize if out.suffix == ".parquet" else 0)
+        _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize if out.suffix.lower() == ".parquet" else 0)
         shown = _shown(progress, "sorting", 2 * total)
         cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, shown)
         if cells.counts.sum() != total:
