@@ -9,7 +9,7 @@ import trimesh
 
 from jepa3d.cli import main
 from jepa3d.models.heads import Classifier, Segmenter
-from jepa3d.predict import load_network
+from jepa3d.models.ready import load_network
 
 ENCODER = {
     "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,

@@ -3,7 +3,6 @@
 import colorsys
 import csv
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,29 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from safetensors import SafetensorError
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.io import enough_points
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.ready import load_network
 from jepa3d.ops import farthest_point_sample
 from jepa3d.plain import write_bytes
 
 _CHUNK = 2**16  # points segmented at once
-
-
-def load_network(run: Path) -> Classifier | LinearClassifier | Segmenter:
-    """The network of a finished run of classify or segment, or in its model folder. ValueError for anything else."""
-    folder = run / "model" if (run / "model").is_dir() else run
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = Segmenter if "parts_of" in config else LinearClassifier if "pooling" in config else Classifier
-        return kind.from_pretrained(folder)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{run}: no finished run of jepa3d classify, segment or label ({reason})") from error
 
 
 def predict_files(run: Path, paths: list[Path], out: Path, category: str | None = None, up_axis: str = "z") -> None:

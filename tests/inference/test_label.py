@@ -10,8 +10,8 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.inference import label as module
 from jepa3d.inference.label import cluster, fit, label, read_names
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.models.ready import load
-from jepa3d.predict import load_network, predict_files
+from jepa3d.models.ready import load, load_network
+from jepa3d.predict import predict_files
 
 RNG = np.random.default_rng(0)
 

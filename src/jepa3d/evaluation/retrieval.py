@@ -18,6 +18,7 @@ from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.heads import Classifier
+from jepa3d.models.ready import is_network, load_network
 from jepa3d.models.ready import load as load_encoder
 
 D2_BINS = 64
@@ -99,14 +100,14 @@ def retrieval(
     scores: dict[str, np.ndarray] = {}
     labelled = None
     for name in models:
-        folder = Path(name) / "model"
-        classifier = (folder / "config.json").is_file() and "class_names" in (folder / "config.json").read_text()
-        model = Classifier.from_pretrained(folder) if classifier else load_encoder(name)
-        encoder = model.encoder if isinstance(model, Classifier) else model
+        model = load_network(Path(name)) if is_network(name) else load_encoder(name)
+        encoder = model if isinstance(model, PointEncoder) else model.encoder
         labelled = Labelled.of(load([data], encoder.num_points, "all", [up_axis], labels_key), data)
         clouds = labelled.test if part == "test" else labelled.train
         assert clouds.labels is not None
-        scores[name] = average_precision(cosine(vectors_of(model, clouds)), clouds.labels)
+        scores[name] = average_precision(
+            cosine(vectors_of(model if isinstance(model, Classifier) else encoder, clouds)), clouds.labels
+        )
         if name == models[0]:
             untrained = untrained_like(encoder, labelled.train)
             scores["untrained"] = average_precision(cosine(vectors_of(untrained, clouds)), clouds.labels)

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from rich.progress import track
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jepa3d.inference import grouping
 from jepa3d.models.encoder import PointEncoder, pool
-from jepa3d.models.heads import Classifier, LinearClassifier
-from jepa3d.models.ready import fingerprint, load
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.ready import fingerprint, is_network, load, load_network
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
@@ -96,7 +96,7 @@ class ToClasses(nn.Module):
 def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     """`encoder.prepare` without its checks of values, which no graph can hold."""
     points = unit_sphere(points.double()).float()
-    count = torch.sym_min(points.shape[1], encoder.num_points)
+    count: Any = torch.sym_min(points.shape[1], encoder.num_points)  # in a graph a number still open
     return unit_sphere(gather_points(points, farthest_point_sample(points, count)))
 
 
@@ -123,17 +123,12 @@ def export(model: str, out: Path) -> None:
 
 
 def _load(model: str) -> Network:
-    folder = Path(model) / "model" if (Path(model) / "model" / "config.json").is_file() else Path(model)
-    try:
-        file = folder / "config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
-        if "parts_of" not in config and "class_names" in config:
-            return (LinearClassifier if "pooling" in config else Classifier).from_pretrained(folder)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{model}: not a readable model ({(str(error).splitlines() or [''])[0]})") from error
-    if "parts_of" in config:
+    if not is_network(model):
+        return load(model)
+    network = load_network(Path(model))
+    if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a network that segments; only encoders and classifiers are exported")
-    return load(model)
+    return network
 
 
 def _graphs(network: Network) -> list[Graph]:

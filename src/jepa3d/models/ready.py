@@ -1,4 +1,4 @@
-"""`jepa3d.load`: the encoder that the package brings, a run's, or one of the Hub; and its fingerprint."""
+"""`jepa3d.load`: the encoder that the package brings, a run's, or one of the Hub; fine-tuned networks; fingerprints."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 
 DEFAULT = Path(__file__).parents[1] / "weights"
 
@@ -33,6 +34,31 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
         raise ValueError(f"{model}: neither a folder nor a repository of the Hub that can be had ({reason})") from error
     except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{model}: not a readable encoder ({(str(error).splitlines() or [''])[0]})") from error
+
+
+def is_network(model: str | Path) -> bool:
+    """Whether a folder is that of a classifier or a segmenter, or of a finished run that has one."""
+    file = _network_folder(Path(model)) / "config.json"
+    return file.is_file() and "class_names" in file.read_text()
+
+
+def load_network(run: Path) -> Classifier | LinearClassifier | Segmenter:
+    """The network of a finished run of classify, segment or label, or in its model folder.
+
+    Raises ValueError for anything else.
+    """
+    folder = _network_folder(run)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = Segmenter if "parts_of" in config else LinearClassifier if "pooling" in config else Classifier
+        return kind.from_pretrained(folder)
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{run}: no finished run of jepa3d classify, segment or label ({reason})") from error
+
+
+def _network_folder(run: Path) -> Path:
+    return run / "model" if (run / "model").is_dir() else run
 
 
 def fingerprint(encoder: PointEncoder) -> str:
