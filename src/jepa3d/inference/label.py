@@ -167,15 +167,15 @@ def _save(head, model: str, layer: int, pooling: str, classes: list[str], folder
 def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: Path) -> None:
     sections = []
     for number, group in enumerate(groups, 1):
-        clouds, missing = [], []
+        clouds, titles, missing = [], [], []
         for i in group[:SHOWN]:
             try:
                 cloud, z_up = open_cloud(where[i])
                 points = enough_points(cloud, 1, 0).points
                 clouds.append(points if z_up else points @ TO_Z_UP[up_axis].T)
+                titles.append(Path(where[i]).name)
             except (ReadError, OSError) as error:
                 missing.append(note(f"not drawn: {error}", "warning"))
-        titles = [Path(where[i]).name for i in group[:SHOWN]][: len(clouds)]
         drawn = [picture(partial(draw_contact_sheet, clouds, titles), "nearest to the centre first")] if clouds else []
         files = note(", ".join(display(where[i]) for i in group[:SHOWN]))
         sections.append(section(f"{number}: {len(group):,} clouds", *drawn, *missing, files))
