@@ -111,7 +111,8 @@ class Vectors:
 
 
 def _row_group(file: pq.ParquetFile, number: int, columns: list[str] | None) -> pa.RecordBatch:
-    return file.read_row_group(number, columns).combine_chunks().to_batches()[0]
+    # Threads cost more than they give: nearly all of a row group is one column.
+    return file.read_row_group(number, columns, use_threads=False).combine_chunks().to_batches()[0]
 
 
 def _making(file: Path) -> Making:
