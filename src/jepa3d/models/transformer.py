@@ -31,9 +31,17 @@ class Attention(nn.Module):
         lead = query.shape  # queries of all passes over one context are one sequence
         query = query.reshape(len(key_value), -1, self.num_heads, lead[-1] // self.num_heads).transpose(1, 2)
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        out = _attend(query, key, value, mask)
         out = out.transpose(1, 2).reshape(lead)
         return self.out(queries.pack(out) if queries else out)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        # The gradient of torch's kernel for bf16 on a CPU is three to eight times as slow as that for fp32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Mlp(nn.Sequential):
