@@ -99,7 +99,7 @@ def coordinate_columns(names: tuple[str, ...], columns: tuple[str, ...] | None) 
     if len(triples) == 1:
         return tuple(triples[0])
     found = f"{len(triples)} triples: {'; '.join(','.join(t) for t in triples)}" if triples else ", ".join(names)
-    raise ReadError(f"no columns x, y, z, but {found}; choose with --columns")
+    raise ReadError(f"no columns x, y, z, but {found}; choose with --columns of jepa3d prepare")
 
 
 def _attributes(have: set[str]) -> dict[str, tuple[str, ...]]:
