@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.teacher import Teacher, ema_update, load_module, normalise
+from jepa3d.models.transformer import Attention
 
 ENCODER = {
     "embed_dim": 12,
@@ -223,3 +225,29 @@ def test_a_network_of_another_kind_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
     save_file({"embeddings.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     refusal(tmp_path)
+
+
+def test_in_bf16_an_encoder_teaches_in_bf16_and_a_dvae_in_fp32():
+    patches, centers = torch.randn(2, 8, 8, 3), torch.randn(2, 8, 3)
+    for network, rounded in ((PointEncoder(**ENCODER), True), (DVAE(**CODES), False)):
+        teacher = Teacher([network])
+        exact = teacher(patches, centers)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = teacher(patches, centers)
+        assert found.dtype == torch.float32
+        assert_close(found, exact, rtol=0, atol=0.1)
+        assert torch.equal(found, exact) != rounded
+
+
+def test_attention_in_bf16_on_a_cpu_is_in_fp32(monkeypatch):
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def keep(query, *args, **more):
+        seen.append(query.dtype)
+        return attend(query, *args, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", keep)
+    attention, x = Attention(12, 3), torch.randn(2, 8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(x, x).dtype == torch.bfloat16
+    assert seen == [torch.float32]
