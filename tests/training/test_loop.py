@@ -214,7 +214,8 @@ def test_golden_curve(tiny, tmp_path, teacher):
     assert curves.keys() == golden.keys()
     for name, curve in curves.items():
         # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in double precision.
-        assert curve == pytest.approx(golden[name], rel=3e-3)
+        # After stage I it also turns codes over, the largest of many near ties: 3e-2 from one processor to another.
+        assert curve == pytest.approx(golden[name], rel=5e-2 if (teacher, name) == ("dvae", "jepa") else 3e-3)
 
 
 @pytest.mark.parametrize(
