@@ -214,7 +214,7 @@ def test_golden_curve(tiny, tmp_path, teacher):
     assert curves.keys() == golden.keys()
     for name, curve in curves.items():
         # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in double precision.
-        # In a dVAE it also turns codes and nearest points over, all near ties: 3e-2 later from one processor to another.
+        # In a dVAE it also turns near ties over, codes and nearest points: 3e-2 later from one processor to another.
         exact = {"dvae": 8, "jepa": 0}[name] if teacher == "dvae" else len(curve)
         assert curve[:exact] == pytest.approx(golden[name][:exact], rel=3e-3)
         assert curve == pytest.approx(golden[name], rel=5e-2)
