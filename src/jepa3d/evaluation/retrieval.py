@@ -5,7 +5,6 @@ the average precision is taken over the whole ranking (ties by number). Nothing 
 paired by query; their interval is the bootstrap's over queries, which says nothing about other training runs.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.heads import Classifier
-from jepa3d.models.ready import is_network, load_network
-from jepa3d.models.ready import load as load_encoder
+from jepa3d.models.ready import load_any
 
 D2_BINS = 64
 _RESAMPLES = 2000
@@ -100,14 +98,13 @@ def retrieval(
     scores: dict[str, np.ndarray] = {}
     labelled = None
     for name in models:
-        model = load_network(Path(name)) if is_network(name) else load_encoder(name)
+        model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
+        model = model if isinstance(model, Classifier) else encoder  # heads of others have no features of their own
         labelled = Labelled.of(load([data], encoder.num_points, "all", [up_axis], labels_key), data)
         clouds = labelled.test if part == "test" else labelled.train
         assert clouds.labels is not None
-        scores[name] = average_precision(
-            cosine(vectors_of(model if isinstance(model, Classifier) else encoder, clouds)), clouds.labels
-        )
+        scores[name] = average_precision(cosine(vectors_of(model, clouds)), clouds.labels)
         if name == models[0]:
             untrained = untrained_like(encoder, labelled.train)
             scores["untrained"] = average_precision(cosine(vectors_of(untrained, clouds)), clouds.labels)

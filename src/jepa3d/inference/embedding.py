@@ -97,7 +97,7 @@ def filled(encoder: PointEncoder, cloud: PointCloud, name: str) -> PointCloud:
     """
     try:
         seed = zlib.crc32(Path(name).name.encode("utf-8", "surrogateescape"))
-        if cloud.faces is None and max(encoder.num_groups, encoder.group_size) <= len(cloud) < encoder.num_points:
+        if cloud.faces is None and encoder.min_points <= len(cloud) < encoder.num_points:
             cloud = repeat(cloud, encoder.num_points, seed)
         return enough_points(cloud, encoder.num_points, seed).normalised()
     except ValueError as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jepa3d.inference import grouping
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
-from jepa3d.models.ready import fingerprint, is_network, load, load_network
+from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
@@ -123,9 +123,7 @@ def export(model: str, out: Path) -> None:
 
 
 def _load(model: str) -> Network:
-    if not is_network(model):
-        return load(model)
-    network = load_network(Path(model))
+    network = load_any(model)
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a network that segments; only encoders and classifiers are exported")
     return network
@@ -201,14 +199,10 @@ def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgra
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())  # a batch of 1 becomes a constant
     arrays = graph.arrays(clouds)
     batch = torch.export.Dim("batch", min=1)
-    points = torch.export.Dim("num_points", min=_fewest(encoder), max=MAX_POINTS)
+    points = torch.export.Dim("num_points", min=encoder.min_points, max=MAX_POINTS)
     shapes = {name: {0: batch, 1: points} if name == "points" else {0: batch} for name in graph.inputs}
     # Not strict, torch would take the `len` of a tensor for a constant.
     return torch.export.export(graph.module, tuple(map(torch.from_numpy, arrays)), dynamic_shapes=shapes, strict=True)
-
-
-def _fewest(encoder: PointEncoder) -> int:
-    return max(encoder.num_groups, encoder.group_size)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, graph: Graph, properties: dict[str, str], file: Path) -> None:
@@ -249,7 +243,7 @@ def _name_axes(graph) -> None:
 def _difference(graph: Graph, encoder: PointEncoder, name: str, run: Run) -> float:
     """The largest difference of a file's results from torch's. Raises ValueError beyond the tolerance."""
     generator, largest = torch.Generator().manual_seed(0), 0.0
-    for batch, count in zip(BATCHES, (_fewest(encoder), encoder.num_points, 2 * encoder.num_points), strict=True):
+    for batch, count in zip(BATCHES, (encoder.min_points, encoder.num_points, 2 * encoder.num_points), strict=True):
         points = torch.randn(batch, count, 3, generator=generator) * 30 + 100
         for key, found, wanted in zip(graph.outputs, run(*graph.arrays(points)), graph.expected(points), strict=False):
             difference = float(np.abs(found - wanted.numpy()).max())
@@ -270,7 +264,7 @@ _CARD = """\
 
 Exported by jepa3d. *To add before you publish: what it was trained on, and how well it does.*
 
-Input `points`: float32 [batch, num_points, 3], any unit, at least {fewest} points a cloud, z up as in training.
+Input `points`: float32 [batch, num_points, 3], any unit, at least {min_points} points a cloud, z up as in training.
 All clouds of a batch have equally many points.
 
 {outputs}
@@ -308,8 +302,7 @@ embedding = session.run(["embedding"], {{"patches": patches[None], "centers": ce
 
 def _card(network: Network, encoder: PointEncoder, differences: dict[str, float]) -> str:
     data: ModelCardData = type(network)._hub_mixin_info.model_card_data
-    sizes = {name: getattr(encoder, name) for name in ("num_points", "num_groups", "group_size")}
-    sizes["fewest"] = _fewest(encoder)
+    sizes = {name: getattr(encoder, name) for name in ("min_points", "num_points", "num_groups", "group_size")}
     if isinstance(network, PointEncoder):
         shape = f"[batch, {encoder.num_groups}, {encoder.width}]"
         outputs = f"Outputs: `embedding` [batch, {2 * encoder.width}] (mean and max of the tokens), `tokens` {shape}, "

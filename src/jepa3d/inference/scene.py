@@ -51,7 +51,7 @@ class Features:
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
-        self.least = least_points(encoder)
+        self.least = encoder.min_points
         self.corners = self.grid.corners
         self.coords, self.counts, around = tiles_of(self.grid, cells.coords, cells.counts)
         self.slots = np.where(self.counts[around] >= self.least, around, -1)  # tiles of each cell n k, or -1
@@ -153,11 +153,6 @@ class Features:
         return near[: int(np.searchsorted(np.cumsum(self.cells.counts[near]), self.least)) + 1]
 
 
-def least_points(encoder: PointEncoder) -> int:
-    """Points without which an encoder can do nothing: one a token, and a patch."""
-    return max(encoder.num_groups, encoder.group_size, 3)
-
-
 class Colors:
     """The three main directions of features (PCA) as red, green and blue; 2-98 % of each is the range.
 
@@ -214,7 +209,7 @@ def write_features(
     ):
         folder = Path(name)
         low, high, total, sample = _survey(scan, up_axis, _shown(progress, "reading", None))
-        least = least_points(encoder)
+        least = encoder.min_points
         if total < least:
             raise ReadError(f"{scan}: {total} points, at least {least} are needed")
         if (low == high).all():
@@ -272,12 +267,12 @@ def _grid(
     if tile is not None:
         grid = Grid(low, high, tile)
         grid.check()
-        if median_count(grid, sample) * total / len(sample) >= least_points(encoder):
+        if median_count(grid, sample) * total / len(sample) >= encoder.min_points:
             return grid
     suitable = Grid(low, high, choose_tile(low, high, sample, total, 2 * encoder.num_points))
     suitable.check()
     if tile is not None:
-        few = f"most tiles would have under {least_points(encoder)} points"
+        few = f"most tiles would have under {encoder.min_points} points"
         raise ValueError(f"--tile {tile:g}: {few}; try {suitable.tile:g}")
     return suitable
 

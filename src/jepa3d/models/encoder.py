@@ -42,7 +42,8 @@ class PointEncoder(
         position_every_block: bool = True,
     ):
         super().__init__()
-        if max(num_groups, group_size) > num_points:
+        self.min_points = max(num_groups, group_size)  # of a cloud
+        if self.min_points > num_points:
             raise ValueError(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
             )

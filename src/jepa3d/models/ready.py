@@ -36,10 +36,10 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
         raise ValueError(f"{model}: not a readable encoder ({(str(error).splitlines() or [''])[0]})") from error
 
 
-def is_network(model: str | Path) -> bool:
-    """Whether a folder is that of a classifier or a segmenter, or of a finished run that has one."""
+def load_any(model: str | Path) -> PointEncoder | Classifier | LinearClassifier | Segmenter:
+    """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`. Raises ValueError."""
     file = _network_folder(Path(model)) / "config.json"
-    return file.is_file() and "class_names" in file.read_text()
+    return load_network(Path(model)) if file.is_file() and "class_names" in file.read_text() else load(model)
 
 
 def load_network(run: Path) -> Classifier | LinearClassifier | Segmenter:

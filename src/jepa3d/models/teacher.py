@@ -39,10 +39,10 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Target tokens B M width of all patches (B M K 3)."""
-        targets, device = [], patches.device.type
+        targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
             exact = isinstance(network, DVAE)  # an arg-max code must not hang on rounding
-            with torch.autocast(device, enabled=False) if exact else nullcontext():
+            with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
             targets.append(torch.stack([normalise(tokens.float(), self.norm) for tokens in states]).mean(0))
         return torch.cat(targets, -1)
