@@ -6,6 +6,7 @@ import platform
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.ops import BatchGenerator, unit_sphere
+from jepa3d.training.engine import compile_blocks
+from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw
 from jepa3d.training.pretrain import make_task, with_cache
 
@@ -57,27 +60,36 @@ def random_clouds(batch: int, points: int) -> Tensor:
 class Training:
     """jepa3d's pretraining on one process: called with points B N 3 it takes a step as training/loop.py does."""
 
-    def __init__(self, config: PretrainConfig, objective: str = "jepa"):
+    def __init__(self, config: PretrainConfig, objective: str = "jepa", where: torch.device | None = None):
         # BatchNorm is calibrated on 32 clouds, so that this does not set the peak of the memory.
         self.clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
         self.config = config
         self.task = with_cache(make_task(config, objective, self.clouds, {}), self.clouds, config, None)
-        self.model = self.task.objective.train()
+        self.where = where or torch.device("cpu")
+        self.model = self.task.objective.train().to(self.where)
+        if config.compile == "yes":
+            compile_blocks(self.model)
+        self.repeated = Repeated(self.one_pass, self.model) if can_repeat(config, 1, self.where) else None
         self.optimizer, self.number = adamw(self.model, self.task.schedule), 0
 
     def __call__(self, points: Tensor) -> Tensor:
+        generator = BatchGenerator(self.config.seed, self.number)
+        output = (self.repeated or self.one_pass)(points, generator)
+        self.update()
+        self.number += 1
+        return output.loss.detach()
+
+    def one_pass(self, points: Tensor, generator: BatchGenerator) -> Any:
+        """Forward and backward."""
         config, task = self.config, self.task
-        generator = BatchGenerator(config.seed, self.number)
         if task.augments:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
         # Beyond 32 clouds those of others: as quick to read.
         targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
-            loss = self.model(points, generator, 0.0, *targets).loss
-        loss.backward()
-        self.update()
-        self.number += 1
-        return loss.detach()
+        with torch.autocast(self.where.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            output = self.model(points, generator, 0.0, *targets)
+        output.loss.backward()
+        return output
 
     def update(self) -> None:
         """What follows the gradients: clipping, AdamW, the teacher's moving average."""

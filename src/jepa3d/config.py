@@ -56,6 +56,7 @@ class TargetConfig:
     cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
     project: bool = False  # the paper's literal form: the same FC on the target too
     momentum: tuple[float, float] = (0.996, 1.0)  # of the EMA teacher, first and last step
+    view: float = 0.0  # weight of the view term: predict what the teacher says of another view of the whole shape
     sigreg: float = 0.0  # weight of SIGReg on the student's tokens; needed without a teacher
     num_slices: int = 256  # random directions of SIGReg
 

@@ -40,17 +40,58 @@ class BatchGenerator:
             self._generators[device] = torch.Generator(device).manual_seed(self._key)
         return self._generators[device]
 
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """This process's rows, `shape`, of draws in [0, 1) for the whole batch."""
+        total = self.total or shape[0]
+        assert self.first + shape[0] <= total, "more rows than the global batch has"
+        whole = torch.rand((total, *shape[1:]), generator=self.on(device), device=device)
+        return whole[self.first : self.first + shape[0]]
+
+    def choice(self, count: int) -> int:
+        """A whole number below `count`, one for the whole batch; made on the CPU."""
+        return int(count * uniform_scalar(self))
+
+
+class RepeatedDraws(BatchGenerator):
+    """Draws in buffers that `redraw` fills anew, so that a recorded step (training/graphs.py) can be repeated.
+
+    All its streams share `buffers`, (stream, shape) in the order of their first use, and `choices`.
+    """
+
+    def __init__(self, seed: int, step: int = 0, stream: str = "", parent: "RepeatedDraws | None" = None):
+        super().__init__(seed, step, stream=stream)
+        self.buffers: dict[tuple[str, int], Tensor] = parent.buffers if parent else {}
+        self.choices: dict[str, int] = parent.choices if parent else {}
+        self._count = 0
+
+    def stream(self, name: str) -> "RepeatedDraws":
+        return RepeatedDraws(self.seed, self.step, f"{self.name}/{name}", self)
+
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        key, self._count = (self.name, self._count), self._count + 1
+        if key not in self.buffers:
+            self.buffers[key] = super().uniform(shape, device)
+        return self.buffers[key]
+
+    def choice(self, count: int) -> int:
+        self.choices[self.name] = count
+        return super().choice(count)
+
+    def redraw(self, step: int) -> None:
+        """The draws of another step into the buffers."""
+        streams: dict[str, BatchGenerator] = {}
+        for (name, _), buffer in self.buffers.items():
+            stream = streams.setdefault(name, BatchGenerator(self.seed, step, stream=name))
+            torch.rand(buffer.shape, generator=stream.on(buffer.device), out=buffer)
+
 
 def uniform(generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device) -> Tensor:
     """Uniform draws in [0, 1) of `shape` whose first axis is the batch; None draws from torch's own state."""
     device = torch.device(device)
-    if not isinstance(generator, BatchGenerator):
-        made_on = device if generator is None else generator.device
-        return torch.rand(shape, generator=generator, device=made_on).to(device)
-    total = generator.total or shape[0]
-    assert generator.first + shape[0] <= total, "more rows than the global batch has"
-    whole = torch.rand((total, *shape[1:]), generator=generator.on(device), device=device)
-    return whole[generator.first : generator.first + shape[0]]
+    if isinstance(generator, BatchGenerator):
+        return generator.uniform(shape, device)
+    made_on = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=made_on).to(device)
 
 
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
@@ -91,6 +132,16 @@ def _quickfps():
     return torch_quickfps
 
 
+@cache
+def _triton():
+    """The sampler as one kernel on a GPU, where torch brought Triton; or None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from jepa3d import ops_triton
+
+    return ops_triton
+
+
 def farthest_point_sample(
     points: Tensor, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
 ) -> Tensor:
@@ -110,6 +161,8 @@ def farthest_point_sample(
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     if torch.compiler.is_exporting():
         return _farthest_point_sample_scan(points, num_samples, start)
+    if points.is_cuda and points.dtype == torch.float32 and (kernel := _triton()) and num_points <= kernel.MAX_POINTS:
+        return kernel.farthest_point_sample(points, num_samples, start)
     # Below some hundred points the batched loop is as fast.
     wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
     if wanted and (fast := _quickfps()):

@@ -33,6 +33,8 @@ def validate(config: PretrainConfig) -> None:
         raise ValueError(
             "teacher none needs target.sigreg above 0 (LeJEPA: 0.02), or everything collapses to one point"
         )
+    if target.view and (config.teacher == ("none",) or target.cache):
+        raise ValueError("target.view needs a teacher that is asked in every step: not teacher none, not target.cache")
     if config.init in ("dvae", *TEACHERS):
         raise ValueError(f"init {config.init!r}: generative, invariance, a folder or a Hub id")
     if target.cache and (moving := [name for name in config.teacher if name in ("ema", "none")]):

@@ -10,6 +10,7 @@ from jepa3d.data.transforms import (
     random_rotate_so3,
     random_scale,
     random_translate,
+    random_view,
 )
 from jepa3d.ops import BatchGenerator
 
@@ -100,3 +101,26 @@ def test_dropped_points_lie_on_the_first_and_their_share_varies_by_cloud():
     assert share.min() < 0.3
     kept = random_drop(POINTS, 0.8, BatchGenerator(0))[~dropped]
     assert torch.equal(kept, POINTS[~dropped])
+
+
+def test_a_view_is_part_of_the_turned_cloud_in_the_unit_sphere():
+    cloud = torch.randn(16, 400, 3, generator=torch.Generator().manual_seed(1))
+    counts = set()
+    for step in range(20):
+        view = random_view(cloud, BatchGenerator(0, step))
+        counts.add(view.shape[1])
+        assert torch.allclose(view.mean(1), torch.zeros(16, 3), atol=1e-5)
+        assert torch.allclose(view.norm(dim=-1).amax(1), torch.ones(16), atol=1e-5)
+    assert counts == {133, 222, 311, 400}
+
+
+def test_half_of_the_views_are_cut_by_a_plane():
+    """Of a ball of points a cut leaves less than a half-space on one side: its extent shrinks along one direction."""
+    cloud = torch.nn.functional.normalize(torch.randn(200, 2000, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
+    step = next(i for i in range(50) if random_view(cloud, BatchGenerator(0, i)).shape[1] == 667)
+    view = random_view(cloud, BatchGenerator(0, step))
+    directions = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
+    centred = view - (view.amax(1, keepdim=True) + view.amin(1, keepdim=True)) / 2
+    reach = (centred @ directions.T).amax(1) - (centred @ directions.T).amin(1)
+    flattened = (reach.amin(1) / reach.amax(1) < 0.85).float().mean()
+    assert 0.2 < flattened < 0.6

@@ -13,9 +13,10 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import group
-from jepa3d.objectives.jepa import JEPA, cosine_loss
+from jepa3d.objectives.jepa import JEPA, cosine_loss, pool_rows
 from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator
+from jepa3d.validate import validate
 
 SIZES = {
     "embed_dim": 12,
@@ -65,7 +66,9 @@ SAMPLERS = [{"sampler": {"name": name}} for name in ("random", "one_block")] + [
 ]
 
 
-@pytest.mark.parametrize("settings", [*VARIANTS, *SAMPLERS, {"target": {"unit": "block"}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*VARIANTS, *SAMPLERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}}], ids=str
+)
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(settings):
     objective = make(**settings).train()
     output = objective(clouds(), BatchGenerator(0))
@@ -333,3 +336,29 @@ def test_a_step_down_the_gradient_lowers_the_loss():
         optimizer.step()
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 0.001
+
+
+# ----------------------------------------------------------------------------------------- the view term
+
+
+def test_the_view_term_is_added_by_its_weight():
+    full, half = (make(target={"view": weight})(clouds(), BatchGenerator(0)) for weight in (1.0, 0.5))
+    assert_close(full.view, half.view)
+    assert_close(full.loss - half.loss, 0.5 * full.view)
+
+
+def test_pooling_of_packed_rows_is_that_of_each_context_alone():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    sample = TokenSample(torch.zeros(2, 3, dtype=torch.long), mask, torch.zeros(2, 1, 1, dtype=torch.long), 4)
+    rows = torch.randn(4, 5) - 3  # a padded 0 would be the maximum
+    want = torch.stack([torch.cat([part.mean(0), part.amax(0)]) for part in (rows[:3], rows[3:])])
+    assert_close(pool_rows(rows, sample), want)
+
+
+def test_the_view_term_needs_a_teacher_asked_in_every_step():
+    for settings in (
+        {"teacher": ["none"], "target": {"view": 1.0, "sigreg": 0.1}},
+        {"target": {"view": 1.0, "cache": True}},
+    ):
+        with pytest.raises(ValueError, match=r"target\.view needs a teacher"):
+            validate(resolve({"teacher": ["untrained"]}, settings))

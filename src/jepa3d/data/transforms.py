@@ -3,9 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform
+from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
+
+MAX_CUT, VIEW_SIZES = 0.4, 4  # of `random_view`: share of the points beyond the plane, numbers of points
 
 
 def random_scale(points: Tensor, low: float, high: float, generator: BatchGenerator | None = None) -> Tensor:
@@ -40,7 +43,7 @@ def random_translate(points: Tensor, reach: float, generator: BatchGenerator | N
     return points + reach * (2 * uniform(generator, (len(points), 1, 3), points.device) - 1)
 
 
-def random_jitter(points: Tensor, sigma: float, generator: BatchGenerator | None = None) -> Tensor:
+def random_jitter(points: Tensor, sigma: float | Tensor, generator: BatchGenerator | None = None) -> Tensor:
     """Each coordinate moved by normal noise of standard deviation sigma, cut at 3 sigma (Box and Muller 1958)."""
     u = uniform(generator, (len(points), 2, *points.shape[1:]), points.device)
     noise = (-2 * (1 - u[:, 0]).log()).sqrt() * (2 * math.pi * u[:, 1]).cos()
@@ -59,6 +62,28 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = N
     pick = (uniform(generator, (len(points), 1), points.device) * points.shape[1]).long()
     around = gather_points(points, pick)
     return gather_points(points, squared_distance(around, points)[:, 0].topk(count, largest=False).indices)
+
+
+def random_view(points: Tensor, generator: BatchGenerator) -> Tensor:
+    """Each cloud as another scan might show it: turned about z, cut by a plane, of uneven density, with noise.
+
+    One of `VIEW_SIZES` numbers of points for the batch, from a third to all of them. In half of the clouds up to
+    `MAX_CUT` of the points lie beyond the plane and go first; density falls along one direction by up to e^3 a radius;
+    noise has up to 2 % of the radius. In the unit sphere again.
+    """
+    points = random_rotate(points, generator.stream("turn"))
+    batch, num_points, _ = points.shape
+    draws = uniform(generator.stream("view"), (batch, 9), points.device)
+    away, along = (F.normalize(draws[:, at : at + 3] - 0.5, dim=1)[..., None] for at in (0, 3))
+    place = (points @ away)[..., 0]
+    cut = 2 * MAX_CUT * (draws[:, 6:7] - 0.5).clamp_min(0)
+    edge = place.sort(1).values.gather(1, ((1 - cut) * (num_points - 1)).long())
+    chance = -(-uniform(generator.stream("thin"), place.shape, points.device).clamp_min(1e-9).log()).log()
+    chance -= 3 * draws[:, 7:8] * (points @ along)[..., 0]  # Gumbel noise: the largest are a weighted draw
+    chance -= 100 * (1 + place - edge) * (place > edge)  # what lies beyond the plane comes last
+    count = round(num_points * (1 + 2 * generator.stream("count").choice(VIEW_SIZES) / (VIEW_SIZES - 1)) / 3)
+    points = gather_points(points, chance.topk(count, 1).indices)
+    return unit_sphere(random_jitter(points, 0.02 * draws[:, 8:, None], generator.stream("jitter")))
 
 
 def augment(

@@ -7,15 +7,17 @@ Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.config import PretrainConfig
+from jepa3d.data.transforms import random_view
 from jepa3d.models import sampling
 from jepa3d.models.decoder import ContextAwareDecoder
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.sampling import TokenSample
-from jepa3d.models.teacher import Teacher, ema_update
+from jepa3d.models.teacher import Teacher, ema_update, normalise
 from jepa3d.models.tokenizer import group, groups_at
 from jepa3d.objectives.collapse import collapse_figures, position_loss, row_figures
 from jepa3d.objectives.regularizers import sigreg
@@ -31,6 +33,7 @@ class JEPAOutput(NamedTuple):
     patch_index: Tensor  # B M K, the points of each patch
     encoded: Tensor  # n C, the encoder's context tokens
     sigreg: Tensor | None = None  # unweighted
+    view: Tensor | None = None  # unweighted
 
 
 class JEPA(nn.Module):
@@ -66,13 +69,22 @@ class JEPA(nn.Module):
                 f"must equal encoder.embed_dim {encoder.width}"
             )
         self.sampler = make_sampler(config)
+        if self.settings.view:
+            assert teacher
+            wide = 4 * encoder.width
+            self.view_head = nn.Sequential(
+                nn.Linear(2 * encoder.width, wide), nn.GELU(), nn.Linear(wide, 2 * teacher.width)
+            )
 
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor) -> JEPAOutput:
         """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`.
 
         `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
         """
-        encoder = self.encoder
+        encoder, viewed = self.encoder, None
+        if self.settings.view:
+            viewed = self.describe(random_view(points, generator.stream("view")), generator.stream("view/group"))
+            points = random_view(points, generator.stream("student"))
         if cached:
             grouped = groups_at(points, *cached[:2])
         else:
@@ -95,7 +107,18 @@ class JEPA(nn.Module):
         if settings.sigreg:
             penalty = sigreg(regularised, generator.stream("sigreg"), settings.num_slices)
             loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
-        return JEPAOutput(loss, prediction, target, sample, centers, index, encoded, penalty)
+        view_loss = None
+        if viewed is not None:
+            view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), viewed)
+            loss = loss + settings.view * view_loss
+        return JEPAOutput(loss, prediction, target, sample, centers, index, encoded, penalty, view_loss)
+
+    @torch.no_grad()
+    def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:
+        """What the teacher says of whole clouds B N 3: mean and max of its tokens, standardised over the batch."""
+        assert self.teacher
+        grouped = group(points, self.encoder.num_groups, self.encoder.group_size, generator)
+        return normalise(pool(self.teacher(grouped.patches, grouped.centers)), "standardize")
 
     def predict(
         self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
@@ -124,6 +147,8 @@ class JEPA(nn.Module):
         if self.settings.unit == "token":
             figures["position_loss"] = position_loss(output.target, gather_points(output.centers, output.sample.target))
         figures |= row_figures("encoded", output.encoded.detach())
+        if output.view is not None:
+            figures["view"] = output.view.item()
         if output.sigreg is not None:
             figures["sigreg"] = output.sigreg.item()
         tokens = output.sample.mask.sum(1).float().mean().item()
@@ -139,6 +164,13 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
+    """Mean and max B 2C of each sample's context tokens, packed rows n C."""
+    tokens, missing = sample.layout().pad(rows), ~sample.mask[..., None]
+    mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding is 0
+    return torch.cat([mean, tokens.masked_fill(missing, -torch.inf).amax(1)], -1)
 
 
 def make_sampler(config: PretrainConfig):

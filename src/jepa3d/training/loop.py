@@ -7,7 +7,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +33,7 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.plain import to_dict
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU, choose, compile_blocks, plain_settings, set_activation_checkpoints, tracker
+from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, cpu_seconds
 
@@ -65,6 +67,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
     began = cpu_seconds(), time.perf_counter()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of a context: most of a step
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
     AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
@@ -95,26 +98,44 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
         accelerator.wait_for_everyone()
 
+    def read(step: int) -> list[tuple[int, np.ndarray, Tensor]]:
+        """Of every pass of a step: the place of this process's first row in the batch, its shapes and their points."""
+        batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
+        places = [(part * accelerator.num_processes + rank) * share for part in range(config.accumulate)]
+        rows = [batch[first : first + share] for first in places]
+        return [
+            (first, row, to_device(clouds.batch(row), accelerator.device))
+            for first, row in zip(places, rows, strict=True)
+        ]
+
+    def one_pass(points: Tensor, generator: BatchGenerator, progress: float = 0.0, *targets: Tensor) -> Any:
+        """Forward and backward on one process's share of a pass."""
+        if task.augments:
+            points = augment(points, config.scale, config.rotate, config.translate, generator)
+        output = model(points, generator, progress, *targets)
+        accelerator.backward(output.loss / config.accumulate)
+        return output
+
     model.train()
+    repeatable = can_repeat(config, accelerator.num_processes, accelerator.device)
+    repeated = Repeated(one_pass, objective) if repeatable else None
+    batches = read_ahead(read, range(state["step"], total))
     with _stop_signals() as stop, progress, ExitStack() as at_end:
+        at_end.callback(batches.close)
         for tracking in accelerator.trackers:
             at_end.callback(tracking.finish)  # also when interrupted
         # ------------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
-            batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
             loss, output = torch.zeros((), device=accelerator.device), None
-            for part in range(config.accumulate):
-                first = (part * accelerator.num_processes + rank) * share
-                index = batch[first : first + share]
+            for part, (first, index, points) in enumerate(next(batches)):
                 generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
-                points = clouds.batch(index).to(accelerator.device)
-                if task.augments:
-                    points = augment(points, config.scale, config.rotate, config.translate, generator)
                 targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
                 last = part == config.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
-                    output = model(points, generator, step / total, *targets)
-                    accelerator.backward(output.loss / config.accumulate)
+                    if repeated:
+                        output = repeated(points, generator)
+                    else:
+                        output = one_pass(points, generator, step / total, *targets)
                 loss += output.loss.detach() / config.accumulate
 
             for group in optimizer.param_groups:
@@ -158,6 +179,22 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------
     return progress.stamp(state) | {"metrics": progress.last}
+
+
+def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
+    """read(step) for every step, in a thread, one step ahead of its use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(read, step) for step in steps[:1]]
+        for step in steps:
+            found = waiting.pop().result()
+            if step + 1 < steps.stop:
+                waiting.append(pool.submit(read, step + 1))
+            yield found
+
+
+def to_device(points: Tensor, device: torch.device) -> Tensor:
+    """Points on the device; to an accelerator without waiting for it."""
+    return points if device.type == "cpu" else points.pin_memory().to(device, non_blocking=True)
 
 
 def batch_index(
