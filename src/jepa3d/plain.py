@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -50,6 +51,46 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
         else:
             made[key] = _checked(name, value, kind)
     return cls(**made)
+
+
+def within(default: Any, allowed: str) -> Any:
+    """A field of a number, or a tuple of numbers, that must lie in a range such as "[0, 1)".
+
+    A subclass that gives the field another default keeps its range. "[0, 1] rising": no number below the one before it.
+    """
+    return dataclasses.field(default=default, metadata={"range": allowed})
+
+
+def range_of(cls: type, name: str) -> str | None:
+    """The range that `within` gave a field, here or in a base class."""
+    found = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
+    return next((part.metadata["range"] for part in found if part and "range" in part.metadata), None)
+
+
+def check_ranges(config: Any, where: str = "") -> None:
+    """ValueError that names the first number outside of its range, groups of settings included."""
+    for part in dataclasses.fields(config):
+        value, name = getattr(config, part.name), f"{where}{part.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        elif (allowed := range_of(type(config), part.name)) and value is not None:
+            _check_range(name, value, allowed)
+
+
+def _check_range(name: str, value: Any, allowed: str) -> None:
+    match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
+    assert match, allowed
+    opens, low, high, closes, rising = match.groups()
+    numbers = value if isinstance(value, tuple) else (value,)
+    large = all(number > float(low) or (opens == "[" and number == float(low)) for number in numbers)
+    small = all(number < float(high) or (closes == "]" and number == float(high)) for number in numbers)
+    if not (large and small):  # NaN is neither
+        said = f"positive and at most {high}" if (opens, low) == ("(", "0") else f"at least {low} and at most {high}"
+        raise ValueError(
+            f"{name} {value} must " + (f"be {said}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
+        )
+    if rising and list(numbers) != sorted(numbers):
+        raise ValueError(f"{name} {value} must satisfy low <= high")
 
 
 def to_dict(config: Any) -> dict:

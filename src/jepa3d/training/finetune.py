@@ -118,7 +118,7 @@ def begin(
     encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate_finetune(config)
-    runs.check_batch("batch_size", config.batch_size, config.accumulate)
+    runs.check_batch(config, "batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
     return config, encoder, started

@@ -1,6 +1,7 @@
 """Run folders: begun whole or not at all, continued only with the same settings and data, finished with their cost."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
+from jepa3d.config import RunConfig, stored
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.models.hub import Pretrained
-from jepa3d.plain import differences, merge, to_dict
+from jepa3d.plain import differences, to_dict
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
 
@@ -41,8 +43,7 @@ def is_finished(out: Path) -> bool:
 
 def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
-    before = json.loads((out / "config.json").read_text())
-    before = merge(to_dict(type(config)()), before)  # a setting that did not exist then was what is now its default
+    before = {key: value for key, value in stored(out).items() if key != "task"}
     if changed := differences(to_dict(config), before):
         name, (now, then) = next(iter(changed.items()))
         raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
@@ -76,12 +77,30 @@ def create(
     checkpoint.replace_folder(out, write, new=True)
 
 
-def check_batch(name: str, size: int, accumulate: int) -> None:
-    """ValueError for a batch that the processes and the passes of a step cannot share evenly."""
+def check_batch(config: RunConfig, name: str, size: int) -> None:
+    """ValueError for a batch that memory cannot hold, or that processes and passes of a step cannot share evenly."""
+    accumulate = config.accumulate
+    if ON_CPU:
+        _check_memory(config, name, size)
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
         raise ValueError(f"{name} {size} is not a multiple of the {processes} processes{passes}")
+
+
+def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
+    """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever the rest takes."""
+    encoder, memory = config.encoder, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)  # gradient, two moments
+    if weights > memory:
+        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
+        raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
+    kept = 1 if config.checkpoint_activations else 8  # a block, of each visible token; far fewer than there are
+    tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
+    needed = 4 * batch_size // config.accumulate * (tokens + 3 * encoder.num_points)
+    if needed > memory:
+        what = f"{name} {batch_size} needs {needed / 1e9:,.0f} GB or more a pass, this machine has {memory / 1e9:,.0f}"
+        raise ValueError(f"{what} GB; lower it or raise accumulate (now {config.accumulate})")
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
