@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jepa3d.plain import differences, from_dict, merge, nearest, to_dict, within
+from jepa3d.plain import differences, from_dict, merge, nearest, read_checked, sha256_of, to_dict, within
 
 
 @dataclass(frozen=True)
@@ -307,13 +307,18 @@ def _one_schedule(layer: dict, objective: str) -> dict:
 
 
 def stored(run: Path) -> dict:
-    """The settings of a run folder as this version names them: what is younger than the run has its default."""
+    """Settings of a run folder, with its "task"; what is younger than the run has its default. Raises ValueError."""
+    file, record = run / "config.json", run / "run.json"
+    written = read_checked(record).get("config") if record.exists() else None  # version 0.1.0 wrote none
+    if written not in (None, sha256_of(file)):
+        raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
     try:
-        values = json.loads((run / "config.json").read_text())
+        values = json.loads(file.read_text())
         task = values.pop("task", "pretrain")
-        config = resolve(values) if task == "pretrain" else from_dict(KINDS[task], values)
+        kind = FewshotConfig if "ways" in values else KINDS[task]  # a fold of few-shot is a run of classify
+        config = resolve(values) if task == "pretrain" else from_dict(kind, values)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{run}: config.json is not that of a run of this version ({error})") from error
+        raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error
     return {"task": task} | to_dict(config)
 
 

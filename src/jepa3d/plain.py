@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -115,11 +118,22 @@ def nearest(name: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -127,6 +141,59 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_checked(path: Path, value: dict) -> None:
+    """A JSON object with its own checksum, written whole."""
+    write_bytes(path, json.dumps({"sha256": _digest(value)} | value, indent=2).encode())
+
+
+def read_checked(path: Path, *needed: str) -> dict:
+    """What `write_checked` wrote. Raises ValueError, which names the file, where it is missing, damaged or lacks a key.
+
+    An object without a checksum (RUN/run.json, which people may edit; all of version 0.1.0) is taken as it is.
+    """
+    try:
+        value = json.loads(path.read_text())
+        written = value.pop("sha256", None)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: missing, cut off or damaged ({error})") from error
+    if written is not None and written != _digest(value):
+        raise ValueError(f"{path}: damaged: its checksum is not the one written")
+    if lacking := [key for key in needed if key not in value]:
+        raise ValueError(f"{path}: damaged: it has no {lacking[0]}")
+    return value
+
+
+def read_record(run: Path) -> dict:
+    """The run.json of a run folder. Raises ValueError where it is missing or damaged."""
+    record = read_checked(run / "run.json", "status", "data", "command")
+    for group, names in (("data", ("name", "shapes", "fingerprint")), ("cost", ("cpu_seconds", "wall_seconds"))):
+        if lacking := [name for name in names if name not in record.get(group, names)]:
+            raise ValueError(f"{run}/run.json: damaged: its {group} has no {lacking[0]}")
+    return record
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without those that a kill cut off or a disk damaged."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def sha256_of(path: Path) -> str | None:
+    """The checksum of a file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:

@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt as stop:
+        for process in multiprocessing.active_children():
+            process.terminate()  # or this one would wait until they have done what they have begun
         print(f"jepa3d: {str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 

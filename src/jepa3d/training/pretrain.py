@@ -81,6 +81,7 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
         raise ValueError(f"init {name}: not an encoder of this run's sizes (encoder.*)") from error
 
 
+@runs.exclusive
 def pretrain(
     config: PretrainConfig,
     out: Path,
