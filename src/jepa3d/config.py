@@ -1,27 +1,30 @@
 """Every setting, once. The defaults are the paper's (docs/method.md); presets and recipes override them.
 
 Order of precedence: command-line flags, then the recipe (YAML), then the preset, then these defaults.
+`within(default, range)` is the default of a number (or of each number of a tuple) and the range it must lie in.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from jepa3d.plain import differences, from_dict, merge, nearest, to_dict
+from jepa3d.plain import differences, from_dict, merge, nearest, read_checked, sha256_of, to_dict, within
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """Arguments of `PointEncoder`."""
 
-    embed_dim: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    num_groups: int = 64
-    group_size: int = 32
-    num_points: int = 2048
-    tokenizer_dim: int = 128
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.1
+    embed_dim: int = within(384, "[1, 16384]")
+    depth: int = within(12, "[1, 200]")
+    num_heads: int = within(6, "[1, 256]")
+    num_groups: int = within(64, "[1, 65536]")
+    group_size: int = within(32, "[1, 65536]")
+    num_points: int = within(2048, "[1, 1e7]")
+    tokenizer_dim: int = within(128, "[1, 16384]")
+    mlp_ratio: float = within(4.0, "(0, 64]")
+    drop_path: float = within(0.1, "[0, 1)")
     position_every_block: bool = True
 
 
@@ -30,18 +33,19 @@ class SamplerConfig:
     """Which tokens are context and target; ratios are fractions of the M tokens."""
 
     name: Literal["multi_block", "random", "one_block", "sequence"] = "multi_block"
-    num_targets: int = 4
-    target_ratio: tuple[float, float] = (0.15, 0.2)
-    context_ratio: tuple[float, float] | None = None  # (0.85, 1.0), the paper's; of sequence (0.4, 0.75)
-    min_context: int = 4
-    mask_ratio: float = 0.25  # of the random and one-block samplers
+    num_targets: int = within(4, "[1, 65536]")
+    target_ratio: tuple[float, float] = within((0.15, 0.2), "(0, 1] rising")
+    # None: (0.85, 1.0), the paper's; of sequence (0.4, 0.75)
+    context_ratio: tuple[float, float] | None = within(None, "(0, 1] rising")
+    min_context: int = within(4, "[1, 65536]")
+    mask_ratio: float = within(0.25, "(0, 1)")  # of the random and one-block samplers
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`; depth 0 lets the encoder predict."""
 
-    depth: int = 2
+    depth: int = within(2, "[0, 200]")
     cross_attention: bool = True
     stacked: bool = False
 
@@ -52,47 +56,52 @@ class TargetConfig:
 
     unit: Literal["token", "block"] = "token"
     norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 9
-    layers: int = 1  # the teacher's last blocks whose normalised outputs are averaged
+    layers: int = within(1, "[1, 200]")  # the teacher's last blocks whose normalised outputs are averaged
     cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
     project: bool = False  # the paper's literal form: the same FC on the target too
-    momentum: tuple[float, float] = (0.996, 1.0)  # of the EMA teacher, first and last step
-    view: float = 0.0  # weight of the view term: predict what the teacher says of another view of the whole shape
-    sigreg: float = 0.0  # weight of SIGReg on the student's tokens; needed without a teacher
-    num_slices: int = 256  # random directions of SIGReg
+    momentum: tuple[float, float] = within((0.996, 1.0), "[0, 1]")  # of the EMA teacher, first and last step
+    view: float = within(0.0, "[0, 1000]")  # weight of the view term: predict the teacher's vector of another view
+    sigreg: float = within(0.0, "[0, 1)")  # weight of SIGReg on the student's tokens; needed without a teacher
+    num_slices: int = within(256, "[1, 65536]")  # random directions of SIGReg
 
 
 @dataclass(frozen=True)
 class Schedule:
     """AdamW with linear warm-up and cosine decay to `min_lr`, and how long to train."""
 
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_epochs: float = 10
-    min_lr: float = 1e-6
-    clip_grad: float = 10.0
-    batch_size: int = 128
-    epochs: float = 300
-    max_steps: int | None = None  # ends the schedule here instead of after `epochs`
+    lr: float = within(1e-3, "(0, 100]")
+    weight_decay: float = within(0.05, "[0, 100]")
+    warmup_epochs: float = within(10, "[0, 1e6]")
+    min_lr: float = within(1e-6, "[0, 100]")
+    clip_grad: float = within(10.0, "(0, 1e9]")
+    batch_size: int = within(128, "[1, 1e6]")
+    epochs: float = within(300, "(0, 1e6]")
+    max_steps: int | None = within(None, "[1, 1e9]")  # ends the schedule here instead of after `epochs`
+
+
+SCHEDULE = tuple(part.name for part in fields(Schedule))
+
+
+def _schedule(config: Schedule) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SCHEDULE}
 
 
 @dataclass(frozen=True)
 class RunConfig(Schedule):
     """What every training run has beside its schedule."""
 
-    seed: int = 0
-    scale: tuple[float, float] = (0.8, 1.2)  # augmentation, per axis
+    seed: int = within(0, "[0, 4e9]")
+    scale: tuple[float, float] = within((0.8, 1.2), "(0, 1000] rising")  # augmentation, per axis
     rotate: bool = True  # augmentation, about the up axis
-    translate: float = 0.0  # augmentation, reach along each axis
+    translate: float = within(0.0, "[0, 1000]")  # augmentation, reach along each axis
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto: what a trial at the start finds fastest
     compile: Literal["no", "yes", "auto"] = "no"  # transformer blocks by torch.compile
-    accumulate: int = 1  # forward and backward passes a step, each on its share of the batch
+    accumulate: int = within(1, "[1, 1e6]")  # forward and backward passes a step, each on its share of the batch
     checkpoint_activations: bool = False  # compute blocks again for their gradient: less memory, more time
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    snapshot_every: int | None = None  # keep the encoder of every so many steps, for learning curves
-    track: str | None = (
-        None  # an experiment tracker that Accelerate knows, beside metrics.jsonl: tensorboard, wandb, ...
-    )
+    log_every: int = within(50, "[1, 1e9]")
+    checkpoint_every: int = within(1000, "[1, 1e9]")
+    snapshot_every: int | None = within(None, "[1, 1e9]")  # keep the encoder of every so many, for curves
+    track: str | None = None  # an experiment tracker of Accelerate's beside metrics.jsonl: tensorboard, wandb, ...
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -103,22 +112,22 @@ class DVAEConfig(Schedule):
     lr: float = 5e-4
     weight_decay: float = 5e-4
     batch_size: int = 64
-    num_points: int = 1024
-    width: int = 384
-    num_codes: int = 8192
-    tokenizer_dim: int = 128
-    dgcnn_dim: int = 128
-    folding_dim: int = 512
-    temperature: tuple[float, float] = (1.0, 0.0625)
-    kl_weight: float = 0.1
+    num_points: int = within(1024, "[1, 1e7]")
+    width: int = within(384, "[4, 16384]")
+    num_codes: int = within(8192, "[1, 1e6]")
+    tokenizer_dim: int = within(128, "[1, 16384]")
+    dgcnn_dim: int = within(128, "[1, 16384]")
+    folding_dim: int = within(512, "[1, 16384]")
+    temperature: tuple[float, float] = within((1.0, 0.0625), "(0, 1000]")
+    kl_weight: float = within(0.1, "[0, 1000]")
 
 
 @dataclass(frozen=True)
 class GenerativeConfig(Schedule):
     """The masked autoencoder: Point-MAE's settings."""
 
-    mask_ratio: float = 0.6
-    decoder_depth: int = 4
+    mask_ratio: float = within(0.6, "(0, 1)")
+    decoder_depth: int = within(4, "[1, 200]")
 
 
 @dataclass(frozen=True)
@@ -126,14 +135,14 @@ class InvarianceConfig(Schedule):
     """Views of one shape to one embedding: VICReg's weights, LeJEPA's."""
 
     regularizer: Literal["vicreg", "sigreg"] = "sigreg"
-    global_views: int = 2
-    partial_views: int = 2
-    partial_ratio: tuple[float, float] = (0.3, 0.6)  # of the points, one draw a batch
-    projector_dim: int = 2048
-    embedding_dim: int = 64
-    vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)  # weights of invariance, variance, covariance
-    sigreg: float = 0.02  # weight of SIGReg; the invariance has the rest
-    num_slices: int = 256
+    global_views: int = within(2, "[1, 64]")
+    partial_views: int = within(2, "[0, 64]")
+    partial_ratio: tuple[float, float] = within((0.3, 0.6), "(0, 1] rising")  # of the points, one draw a batch
+    projector_dim: int = within(2048, "[1, 65536]")
+    embedding_dim: int = within(64, "[1, 65536]")
+    vicreg: tuple[float, float, float] = within((25.0, 25.0, 1.0), "[0, 1e6]")  # invariance, variance, covariance
+    sigreg: float = within(0.02, "[0, 1)")  # weight of SIGReg; the invariance has the rest
+    num_slices: int = within(256, "[1, 65536]")
 
 
 # Teachers that need no stage I: the student's moving average, its frozen first weights, nobody.
@@ -166,9 +175,19 @@ class PretrainConfig(RunConfig):
             return ()
         return tuple(name for name in STAGE_ONE if name in (*self.teacher, self.init))
 
+    def __post_init__(self) -> None:
+        """The schedule in the group of the run's own objective is the run's; those of other groups are of stage I."""
+        if self.objective in STAGE_ONE:
+            own = replace(getattr(self, self.objective), **_schedule(self))
+            object.__setattr__(self, self.objective, own)
+
     def schedule(self, objective: str) -> Schedule:
-        """The schedule of an objective: 3D-JEPA's is the run's, each other has its own."""
-        return self if objective == "jepa" else getattr(self, objective)
+        """The run's schedule for its own objective, else that of a network of stage I."""
+        return self if objective == self.objective else getattr(self, objective)
+
+    def stage(self, name: str) -> "PretrainConfig":
+        """The run that trains a network of stage I, on its own schedule."""
+        return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -185,16 +204,16 @@ class FinetuneConfig(RunConfig):
     labels_key: str = "labels"  # of a .npz bundle
     up_axis: Literal["x", "y", "z"] = "z"
     init: str | None = None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
-    num_points: int | None = None  # a cloud, where not the encoder's own
-    num_groups: int | None = None  # patches a cloud, where not the encoder's own
+    num_points: int | None = within(None, "[1, 1e7]")  # a cloud, where not the encoder's own
+    num_groups: int | None = within(None, "[1, 65536]")  # patches a cloud, where not the encoder's own
     trained: Literal["all", "head"] = "all"  # head: the encoder stays as it is
-    layer_decay: float = 1.0  # factor of the learning rate from one block to the one before it
-    dropout: float = 0.5
-    label_smoothing: float = 0.0
-    labels: float = 1.0  # share of the train part that is labelled, drawn with the seed, stratified
-    validation: float = 0.2  # share of the labelled shapes kept to choose the epoch by; a source's own part wins
+    layer_decay: float = within(1.0, "(0, 1]")  # factor of the learning rate from one block to the one before it
+    dropout: float = within(0.5, "[0, 1)")
+    label_smoothing: float = within(0.0, "[0, 1)")
+    labels: float = within(1.0, "(0, 1]")  # share of the train part that is labelled, drawn with the seed, stratified
+    validation: float = within(0.2, "[0, 1)")  # share of these that chooses the epoch; a source's own part wins
     select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
-    votes: int = 1  # passes over scaled and moved copies of a test shape whose probabilities are averaged
+    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, probabilities averaged
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,7 @@ class SegmentConfig(FinetuneConfig):
     rotate: bool = False
     scale: tuple[float, float] = (0.8, 1.25)
     translate: float = 0.1
-    layers: tuple[int, int, int] | None = None  # blocks whose tokens are joined; None: after each third of the depth
+    layers: tuple[int, int, int] | None = within(None, "[0, 200]")  # blocks to join; None: each third
 
 
 @dataclass(frozen=True)
@@ -217,13 +236,14 @@ class FewshotConfig(FinetuneConfig):
     rotate: bool = False
     scale: tuple[float, float] = (2 / 3, 3 / 2)
     translate: float = 0.2
-    ways: int = 5
-    shots: int = 10
-    folds: int = 10
-    queries: int = 20  # test shapes a class
+    ways: int = within(5, "[2, 10000]")
+    shots: int = within(10, "[1, 1e6]")
+    folds: int = within(10, "[1, 10000]")
+    queries: int = within(20, "[1, 1e6]")  # test shapes a class
     method: Literal["finetune", "ncm", "logistic"] = "finetune"  # the last two on frozen features
 
 
+KINDS = {"pretrain": PretrainConfig, "classify": FinetuneConfig, "segment": SegmentConfig, "fewshot": FewshotConfig}
 # Settings that never change what is learned.
 BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
 SHAPENET55 = 52_470  # shapes in both of its lists
@@ -240,41 +260,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 60,
         "warmup_epochs": 2,
         "encoder": {
-            "embed_dim": 96,
-            "depth": 4,
-            "num_heads": 4,
-            "num_groups": 32,
-            "group_size": 16,
-            "num_points": 512,
-            "tokenizer_dim": 64,
-            "drop_path": 0.0,
+            "embed_dim": 96, "depth": 4, "num_heads": 4, "num_groups": 32, "group_size": 16, "num_points": 512,
+            "tokenizer_dim": 64, "drop_path": 0.0,
         },
         "generative": {"batch_size": 32, "epochs": 60, "warmup_epochs": 2},
         "invariance": {
-            "batch_size": 32,
-            "epochs": 30,
-            "warmup_epochs": 2,
-            "projector_dim": 256,
-            "embedding_dim": 64,
-            "num_slices": 64,
+            "batch_size": 32, "epochs": 30, "warmup_epochs": 2,
+            "projector_dim": 256, "embedding_dim": 64, "num_slices": 64,
         },
         "target": {"layers": 4, "num_slices": 64},  # slices of SIGReg, where it is on
         "dvae": {
-            "lr": 2e-3,
-            "kl_weight": 0.01,
-            "batch_size": 32,
-            "epochs": 15,
-            "warmup_epochs": 1,
-            "num_points": 512,
-            "width": 96,
-            "num_codes": 512,
-            "tokenizer_dim": 64,
-            "dgcnn_dim": 32,
-            "folding_dim": 128,
+            "lr": 2e-3, "kl_weight": 0.01, "batch_size": 32, "epochs": 15, "warmup_epochs": 1, "num_points": 512,
+            "width": 96, "num_codes": 512, "tokenizer_dim": 64, "dgcnn_dim": 32, "folding_dim": 128,
         },
     },
     "base": {"encoder": {"embed_dim": 768, "num_heads": 12}},
-}
+}  # fmt: skip
 
 
 def preset(name: str) -> dict:
@@ -291,8 +292,35 @@ def finetune_preset(name: str) -> dict:
 
 
 def resolve(*layers: dict) -> PretrainConfig:
-    """The configuration that layers of overrides give, weakest first."""
-    return from_dict(PretrainConfig, merge({}, *layers))
+    """The configuration that layers of overrides give, weakest first.
+
+    A schedule is written for each objective (`max_steps` is 3D-JEPA's, `generative.max_steps` the autoencoder's): in
+    every layer that of the run's objective is the run's.
+    """
+    objective = merge({}, *layers).get("objective", "jepa")
+    defaults = {objective: to_dict(PretrainConfig())[objective]} if objective in STAGE_ONE else {}
+    return from_dict(PretrainConfig, merge({}, *(_one_schedule(layer, objective) for layer in (defaults, *layers))))
+
+
+def _one_schedule(layer: dict, objective: str) -> dict:
+    own = layer.get(objective)
+    return layer | {key: own[key] for key in SCHEDULE if key in own} if isinstance(own, dict) else layer
+
+
+def stored(run: Path) -> dict:
+    """Settings of a run folder, with its "task"; what is younger than the run has its default. Raises ValueError."""
+    file, record = run / "config.json", run / "run.json"
+    written = read_checked(record).get("config") if record.exists() else None  # version 0.1.0 wrote none
+    if written not in (None, sha256_of(file)):
+        raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
+    try:
+        values = json.loads(file.read_text())
+        task = values.pop("task", "pretrain")
+        kind = FewshotConfig if "ways" in values else KINDS[task]  # a fold of few-shot is a run of classify
+        config = resolve(values) if task == "pretrain" else from_dict(kind, values)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error
+    return {"task": task} | to_dict(config)
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
@@ -301,7 +329,8 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     The paper pretrains on ShapeNet55, all shapes, for 150 or 300 epochs; how often a run logs, its
     seed and which way its data points are not the method's.
     """
-    paper = to_dict(PretrainConfig()) | {"data": ["ShapeNet55"], "split": "all"}
+    defaults = to_dict(resolve({"objective": config.objective}))  # a rival's schedule is compared with its own
+    paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
     ours = to_dict(config)
     for key in ("seed", "up_axis", *BOOKKEEPING):
         del ours[key]
@@ -312,6 +341,8 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
     for name in STAGE_ONE:
-        if name not in (*config.stages, config.objective):
+        if name == config.objective:
+            ours[name] = {key: value for key, value in ours[name].items() if key not in SCHEDULE}
+        elif name not in config.stages:
             del ours[name]
     return differences(ours, paper)

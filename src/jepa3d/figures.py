@@ -1,6 +1,5 @@
 """Pictures, the paper's Fig. 1, 4, 6 and 7 among them (`view` extra); a `path` may also be an open binary file."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -54,7 +53,7 @@ def read_metrics(run: Path) -> list[dict]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return read_metrics(path)
 
 
 def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shapes: int = 4) -> None:

@@ -1,7 +1,6 @@
 """`jepa3d info`: what a run, a source of shapes or this installation is, in plain lines."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from jepa3d.config import stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.figures import draw_contact_sheet
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import fingerprint, load_any
+from jepa3d.plain import read_checked, read_record
 from jepa3d.training import checkpoint
+from jepa3d.training.runs import outcome
 
 
 def describe(
@@ -28,11 +32,15 @@ def describe(
         _installation()
     elif (Path(path) / "run.json").is_file():
         _run(Path(path))
+    elif any((Path(path) / folder / "config.json").is_file() for folder in ("", "model", "encoder")):
+        _network(Path(path))
     elif (Path(path) / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
     else:
         clouds = load([path], 512 if path.startswith("synthetic") else 1, "all", [up_axis], labels_key, raw=True)
         _shapes(clouds)
+        if verify:
+            print("every cloud was read: none has NaN or infinite coordinates")
         if picture:
             rows = _spread(clouds.labels, len(clouds))
             titles = [clouds.class_names[clouds.labels[i]] if clouds.labels is not None else str(i) for i in rows]
@@ -54,24 +62,42 @@ def _installation() -> None:
 
 
 def _run(run: Path) -> None:
-    record, config = (json.loads((run / name).read_text()) for name in ("run.json", "config.json"))
-    data, cost = record["data"], record.get("cost")
-    print(f"{run}: {config['objective']}, {record['status']}, {record['command']}")
+    """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
+    config, record = stored(run), read_record(run)
+    data, cost, task = record["data"], record.get("cost"), config["task"]
+    print(f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}")
     print(f"data: {data['name']}, {data['shapes']:,} shapes, sha256 {data['fingerprint'][:16]}")
-    print("parameters: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in record["parameters"].items()))
+    if task != "pretrain":
+        print(f"begins with: {config['init'] or 'random weights'}")
+    if counts := record.get("parameters"):
+        print("parameters: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items()))
+    if folds := sum(1 for _ in run.glob("fold-*/results.json")):
+        print(f"{folds} of {config['folds']} folds done")
+    if (run / "results.json").is_file():
+        print(outcome(read_checked(run / "results.json")))
     if cost is None and (newest := checkpoint.latest(run / "checkpoints")):
-        cost = json.loads((newest / "state.json").read_text())
+        cost = read_checked(newest / "state.json")
     if cost:
-        print(
-            f"step {cost['step']:,}, {cost['cpu_seconds'] / 60:.1f} CPU-minutes, "
-            f"{cost['wall_seconds'] / 60:.1f} minutes, peak memory {cost['peak_memory'] / 2**30:.2f} GiB"
-        )
+        step = f"step {cost['step']:,}, " if "step" in cost else ""
+        peak = f", peak memory {cost['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in cost else ""
+        print(f"{step}{cost['cpu_seconds'] / 60:.1f} CPU-minutes, {cost['wall_seconds'] / 60:.1f} minutes{peak}")
         if cost.get("stage1_cpu_seconds"):
             print(f"before that, stage I and cached targets: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")
-    if record["departures"]:
+    if departures := record.get("departures"):
         print("departs from the paper's setting in:")
-        for name, (ours, paper) in record["departures"].items():
+        for name, (ours, paper) in departures.items():
             print(f"  {name}: {ours} (paper: {paper})")
+
+
+def _network(folder: Path) -> None:
+    """An encoder, or a network that jepa3d label or a fine-tuning run made."""
+    network = load_any(folder)
+    encoder = network if isinstance(network, PointEncoder) else network.encoder
+    count = sum(parameter.numel() for parameter in network.parameters())
+    print(f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}")
+    print(f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them")
+    if not isinstance(network, PointEncoder):
+        print(f"{len(network.class_names)} classes: {', '.join(network.class_names)}")
 
 
 def _shapes(clouds: PointClouds) -> None:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -52,6 +56,46 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
     return cls(**made)
 
 
+def within(default: Any, allowed: str) -> Any:
+    """A field of a number, or a tuple of numbers, that must lie in a range such as "[0, 1)".
+
+    A subclass that gives the field another default keeps its range. "[0, 1] rising": no number below the one before it.
+    """
+    return dataclasses.field(default=default, metadata={"range": allowed})
+
+
+def range_of(cls: type, name: str) -> str | None:
+    """The range that `within` gave a field, here or in a base class."""
+    found = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
+    return next((part.metadata["range"] for part in found if part and "range" in part.metadata), None)
+
+
+def check_ranges(config: Any, where: str = "") -> None:
+    """ValueError that names the first number outside of its range, groups of settings included."""
+    for part in dataclasses.fields(config):
+        value, name = getattr(config, part.name), f"{where}{part.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        elif (allowed := range_of(type(config), part.name)) and value is not None:
+            _check_range(name, value, allowed)
+
+
+def _check_range(name: str, value: Any, allowed: str) -> None:
+    match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
+    assert match, allowed
+    opens, low, high, closes, rising = match.groups()
+    numbers = value if isinstance(value, tuple) else (value,)
+    large = all(number > float(low) or (opens == "[" and number == float(low)) for number in numbers)
+    small = all(number < float(high) or (closes == "]" and number == float(high)) for number in numbers)
+    if not (large and small):  # NaN is neither
+        said = f"positive and at most {high}" if (opens, low) == ("(", "0") else f"at least {low} and at most {high}"
+        raise ValueError(
+            f"{name} {value} must " + (f"be {said}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
+        )
+    if rising and list(numbers) != sorted(numbers):
+        raise ValueError(f"{name} {value} must satisfy low <= high")
+
+
 def to_dict(config: Any) -> dict:
     """Plain JSON values (tuples as lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -74,11 +118,22 @@ def nearest(name: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -86,6 +141,59 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_checked(path: Path, value: dict) -> None:
+    """A JSON object with its own checksum, written whole."""
+    write_bytes(path, json.dumps({"sha256": _digest(value)} | value, indent=2).encode())
+
+
+def read_checked(path: Path, *needed: str) -> dict:
+    """What `write_checked` wrote. Raises ValueError, which names the file, where it is missing, damaged or lacks a key.
+
+    An object without a checksum (RUN/run.json, which people may edit; all of version 0.1.0) is taken as it is.
+    """
+    try:
+        value = json.loads(path.read_text())
+        written = value.pop("sha256", None)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: missing, cut off or damaged ({error})") from error
+    if written is not None and written != _digest(value):
+        raise ValueError(f"{path}: damaged: its checksum is not the one written")
+    if lacking := [key for key in needed if key not in value]:
+        raise ValueError(f"{path}: damaged: it has no {lacking[0]}")
+    return value
+
+
+def read_record(run: Path) -> dict:
+    """The run.json of a run folder. Raises ValueError where it is missing or damaged."""
+    record = read_checked(run / "run.json", "status", "data", "command")
+    for group, names in (("data", ("name", "shapes", "fingerprint")), ("cost", ("cpu_seconds", "wall_seconds"))):
+        if lacking := [name for name in names if name not in record.get(group, names)]:
+            raise ValueError(f"{run}/run.json: damaged: its {group} has no {lacking[0]}")
+    return record
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without those that a kill cut off or a disk damaged."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def sha256_of(path: Path) -> str | None:
+    """The checksum of a file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:

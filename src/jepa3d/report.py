@@ -1,6 +1,5 @@
 """`jepa3d report`: a run as one HTML file that needs nothing else; every text is escaped, every picture inside."""
 
-import json
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -9,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d import figures
-from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig, stored
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.models.heads import Classifier
 from jepa3d.models.teacher import load_module
 from jepa3d.page import Bar, facts, folded, note, page, picture, pictures, section, show, table, tiles
-from jepa3d.plain import differences, from_dict, to_dict, write_bytes
+from jepa3d.plain import differences, from_dict, read_checked, read_record, to_dict, write_bytes
 from jepa3d.training import checkpoint
 
 KINDS = {
@@ -59,10 +58,10 @@ def report(run: Path, data: str | None = None, out: Path | None = None, figures_
 
 def render(run: Path, data: str | None = None) -> str:
     """The page of a run (see `report`)."""
-    config, record = (json.loads((run / name).read_text()) for name in ("config.json", "run.json"))
-    kind = config.get("task") or config["objective"]
+    config, record = stored(run), read_record(run)
+    kind = config["objective"] if config["task"] == "pretrain" else config["task"]
     if kind in DEFAULTS:
-        result = json.loads(found.read_text()) if (found := run / "results.json").is_file() else None
+        result = read_checked(found) if (found := run / "results.json").is_file() else None
         parts = [*_outcome(run, config, result, data), _training(run, config)]
     else:
         parts = [_last_step(run, record), *_probes(run), _training(run, config), _collapse(run)]
@@ -223,7 +222,7 @@ def _last_step(run: Path, record: dict) -> str:
 def _probes(run: Path) -> Iterable[str]:
     """A table for every probe-*.json."""
     for path in sorted(run.glob("probe-*.json")):
-        probe = json.loads(path.read_text())
+        probe = read_checked(path)
         data, summary = probe["data"], probe["summary"]
         protocols, part = list(next(iter(summary.values()))), data.get("part", "test")
         rows = []
@@ -302,7 +301,7 @@ def _training(run: Path, config: dict) -> str:
 def _provenance(run: Path, config: dict, record: dict) -> str:
     data, cost = record["data"], record.get("cost")
     if cost is None and (newest := checkpoint.latest(run / "checkpoints")):
-        cost = json.loads((newest / "state.json").read_text())
+        cost = read_checked(newest / "state.json")
     rows = {
         "command": record["command"],
         "data": f"{data['name']}, {data['shapes']:,} shapes" if "shapes" in data else data["name"],

@@ -1,7 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
-import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -11,40 +11,54 @@ from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
 from jepa3d.cli import evaluating, exporting, finetuning, pretraining, reporting, scenes, using, viewing  # noqa: F401
 from jepa3d.cli.app import app
-from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE, stored
 from jepa3d.plain import from_dict, merge, read_recipe, to_dict
-
-_KINDS = {
-    "pretrain": PretrainConfig,
-    "classify": FinetuneConfig,
-    "segment": SegmentConfig,
-    "fewshot": FewshotConfig,
-}
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
     """What the flags of a training command override: the stored run when resuming, then preset and recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    parser.add_argument("--recipe")
-    parser.add_argument("--out")
+    for flag in ("--preset", "--recipe", "--out", "--objective"):
+        parser.add_argument(flag)
     parser.add_argument("--resume", action="store_true")
     known, _ = parser.parse_known_args(tokens)
     layers = []
-    stored = Path(known.out or "", "config.json")
-    if known.resume and known.out and stored.is_file():
-        before = json.loads(stored.read_text())
-        if (task := before.pop("task", "pretrain")) != command:
+    if known.resume and known.out and Path(known.out, "config.json").is_file():
+        before = stored(Path(known.out))
+        if (task := before.pop("task")) != command:
             raise ValueError(f"{known.out}: a run of jepa3d {task}, not {command}")
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
     if named := known.preset or recipe.pop("preset", None):
         layers.append(settings.preset(named) if command == "pretrain" else settings.finetune_preset(named))
     recipe.pop("preset", None)
+    layers.append(recipe)
     try:
-        return to_dict(from_dict(_KINDS[command], merge({}, *layers, recipe)))
+        if command != "pretrain":
+            return to_dict(from_dict(KINDS[command], merge({}, *layers)))
+        flag = {"objective": known.objective} if known.objective in STAGE_ONE else {}
+        return to_dict(settings.resolve(*layers, flag))
     except ValueError as error:
         raise ValueError(f"{known.recipe}: {error}" if known.recipe else str(error)) from error
+
+
+def _one_schedule(tokens: list[str], objective: str) -> list[str]:
+    """The words of a command where `--generative.lr` of a run with that objective is its `--lr`.
+
+    ValueError where both are given and differ.
+    """
+    words, given = [], {}
+    values = iter(tokens)
+    for word in values:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").removeprefix(f"{objective}.").replace("-", "_")
+        if not (flag.startswith("--") and name in SCHEDULE):
+            words.append(word)
+            continue
+        value = value if equals else next(values, "")
+        if given.setdefault(name, value) != value:
+            raise ValueError(f"{name} {given[name]} and {value}: {name} and {objective}.{name} are one in this run")
+    return words + [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,12 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
     try:
-        if tokens and (command := tokens[0]) in _KINDS:
-            app.config = [cyclopts.config.Dict({command: _weaker_settings(command, tokens)})]
+        if tokens and (command := tokens[0]) in KINDS:
+            weaker = _weaker_settings(command, tokens)
+            app.config = [cyclopts.config.Dict({command: weaker})]
+            if (objective := weaker.get("objective", "jepa")) in STAGE_ONE:
+                tokens = _one_schedule(tokens, objective)
         app(tokens)
     except (ValueError, OSError) as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt as stop:
+        for process in multiprocessing.active_children():
+            process.terminate()  # or this one would wait until they have done what they have begun
         print(f"jepa3d: {str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 

@@ -336,6 +336,8 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
             raw = store.points(row)
             if len(raw) < num_points:
                 raise ReadError(f"{path}: {store.key(row)} has {len(raw)} points, {num_points} are needed (num_points)")
+            with boundary(path):
+                check_cloud(raw, f"{store.key(row)}: ")
             raw_parts = store.parts(row)[None] if parts else None
             cloud, chosen = _standard(raw[None], num_points, TO_Z_UP["z"], path.name, raw_parts)
             points[i] = cloud[0]

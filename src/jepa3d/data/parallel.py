@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -58,8 +61,10 @@ def _parallel(chunks: list, work: Work, workers: int, preload: str) -> Iterator[
     def submit(number: int) -> None:
         running.extend((chunk, start(chunk)) for chunk in islice(left, number))
 
+    others = set(multiprocessing.active_children())
     try:
-        submit(4 * workers)
+        with _interrupts_later():
+            submit(4 * workers)
         while running:
             chunk, future = running.pop(0)
             try:
@@ -73,6 +78,22 @@ def _parallel(chunks: list, work: Work, workers: int, preload: str) -> Iterator[
             yield results
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # after Ctrl-C they would finish what they have begun
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Ctrl-C comes after this block; the processes that are started in it, and their own, never see it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # it would take SIGINT out of the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_done(future: Future) -> bool:
@@ -89,4 +110,13 @@ def _alone(executor: ProcessPoolExecutor, entry: Any, work: Work) -> Any:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """Wait for the death of the process that started the pool, however it died, and follow it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

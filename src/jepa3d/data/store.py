@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
-from jepa3d.plain import write_bytes
+from jepa3d.plain import naming, write_bytes
 
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
@@ -69,6 +69,7 @@ class Store:
         self.num_points: int | None = self.header["num_points"]
         self.class_names, self.part_names = tuple(self.header["class_names"]), tuple(self.header["part_names"])
         self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self._bytes: dict[int, int] = {}
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -86,14 +87,18 @@ class Store:
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
             raise ReadError(f"{path}: missing or cut off: {needed} bytes are needed for {len(self)} clouds")
+        if needed < 16 << 20:  # in memory: a mapped file that is cut off kills the process
+            return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may."""
+        """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may. Raises ReadError."""
+        path = self.path / self.header["shards"][index]["file"]
+        if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
+            raise ReadError(f"{path}: is gone or was cut off while it was read")  # touching its pages would be a crash
         if index not in self._open:
-            path = self.path / self.header["shards"][index]["file"]
             try:
-                self._open[index] = _map_safetensors(path)
+                self._bytes[index], self._open[index] = path.stat().st_size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
             if len(self._open) > 64:
@@ -151,6 +156,8 @@ class Store:
             begin, end = self.first[i : i + 2].tolist()
             if self._index_crc(begin, end) != shard["index_crc32"]:
                 raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
+            if wrong := [row for row in range(begin, end) if not np.isfinite(self.points(row)).all()]:
+                raise ReadError(f"{self.path}: {self.key(wrong[0])}: NaN or infinite coordinates ({len(wrong)} clouds)")
         path, begin = self.path / "index" / "keys.bin", 0
         text = path.read_bytes() if path.is_file() else b""
         for end, key in zip(self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True):
@@ -184,6 +191,8 @@ class StoredPoints:
         out = np.empty((len(rows), self.num_points, 3), np.float32)
         for i, row in enumerate(rows.tolist()):
             out[i] = self.store.points(row, self.num_points)
+            if not np.isfinite(out[i]).all():
+                raise ReadError(f"{self.store.path}: {self.store.key(row)}: NaN or infinite coordinates")
         if self.num_points != self.store.num_points:  # fewer points have another centroid and radius
             out -= out.mean(1, keepdims=True)
             out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]
@@ -299,7 +308,7 @@ class StoreWriter:
 
     def _append(self, name: str, content: bytes) -> int:
         """Write after what is committed. Returns the file's size."""
-        with (self._index / f"{name}.bin").open("r+b") as file:
+        with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)
             file.flush()

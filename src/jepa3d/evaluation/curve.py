@@ -1,6 +1,5 @@
 """Learning curves: probe accuracy of a run's snapshots against the CPU-minutes they cost (the paper's Fig. 1)."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +8,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jepa3d.config import BOOKKEEPING, differences
+from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.probe import PROTOCOLS, SELECTION, Part, run_protocol, shared_classes
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.plain import read_checked, read_metrics, read_record
 
 
 class Arm(NamedTuple):
@@ -71,7 +71,7 @@ def learning_curves(
 def _config(run: Path) -> dict:
     if not (run / "encoder").is_dir() or not (run / "untrained").is_dir():
         raise ValueError(f"{run}: not a finished run of an encoder")
-    return json.loads((run / "config.json").read_text())
+    return stored(run)
 
 
 def _curve(
@@ -85,12 +85,12 @@ def _curve(
     part: Part,
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
-    record = json.loads((run / "run.json").read_text())
+    record = read_record(run)
     cost = record["cost"]
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = read_checked(file) if file.exists() else {}
     known = before.get("points", {}) if before.get("fingerprint") == fingerprint else {}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    spent = {line["step"]: line["cpu_seconds"] for line in lines} | {cost["step"]: cost["cpu_seconds"]}
+    lines = [*read_metrics(run / "metrics.jsonl"), cost]
+    spent = {line["step"]: line["cpu_seconds"] for line in lines}
     spent = {0: 0.0} | {step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()}
     folders = {0: run / "untrained", cost["step"]: run / "encoder"}
     folders |= {int(folder.name.removeprefix("step-")): folder for folder in (run / "snapshots").glob("step-*")}

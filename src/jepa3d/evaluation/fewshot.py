@@ -13,7 +13,6 @@ W * S labels are too few to hold some out, so C, layer and pooling are fixed bef
 the two that `probe`'s logistic_10 chooses from. What a query shape is called depends on no other query shape.
 """
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,9 @@ from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.protocol import write_json
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.plain import read_checked, write_checked
 
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
@@ -83,13 +82,13 @@ def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: 
 def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
     """Write the episodes of the data of `fingerprint` as JSON, atomically."""
     rows = [{name: values.tolist() for name, values in episode._asdict().items()} for episode in episodes]
-    write_json(path, {"fingerprint": fingerprint, "episodes": rows})
+    write_checked(path, {"fingerprint": fingerprint, "episodes": rows})
 
 
 def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
     """The episodes of `save_episodes`. Raises ReadError for a damaged file and for episodes of other data."""
     with boundary(path):
-        record = json.loads(path.read_text())
+        record = read_checked(path)
         if record["fingerprint"] != fingerprint:
             raise ReadError(f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}")
         rows = [[np.array(row[name], np.int64) for name in Episode._fields] for row in record["episodes"]]

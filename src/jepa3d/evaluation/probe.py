@@ -13,7 +13,6 @@ Features are the tokens of a layer, pooled to one vector a shape; the result nam
 accuracies in per cent. With a fixed layer only C is chosen.
 """
 
-import json
 import time
 import warnings
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ from rich.table import Table
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
-from jepa3d.config import BOOKKEEPING, differences
+from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.data.store import SPLITS
@@ -38,6 +37,7 @@ from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.teacher import load_module
+from jepa3d.plain import read_record
 
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
@@ -229,7 +229,7 @@ def _seen(config: dict, data: str, part: Part) -> bool:
 
 def _pretraining(run: Path, config: dict) -> dict:
     """What a run was trained on and with, and what it cost."""
-    record = json.loads((run / "run.json").read_text())
+    record = read_record(run)
     return {key: config[key] for key in ("objective", "teacher", "split")} | {
         key: record.get(key) for key in ("data", "cost", "commit")
     }
@@ -239,7 +239,9 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     """A finished run's config and the networks to compare."""
     if not (run / "run.json").is_file():
         raise ValueError(f"{run}: not a run folder of jepa3d pretrain")
-    config = json.loads((run / "config.json").read_text())
+    config = stored(run)
+    if config["task"] != "pretrain":
+        raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe is of runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (run / export).is_dir():
         raise ValueError(f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume")

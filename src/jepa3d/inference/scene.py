@@ -2,9 +2,9 @@
 
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError, Reservoir, repeat
 from jepa3d.inference.cells import RECORD, Cells, Grid, choose_tile, median_count, sort_points, tiles_of
 from jepa3d.inference.points import chunks, write_las, write_ply
+from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.tokenizer import group
@@ -204,10 +205,10 @@ def write_features(
         encoder = encoder.to(torch.accelerator.current_accelerator())
     columns = TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as name,
+        writing(out),
+        _scratch(out.with_name(f".{out.name}.partial")) as folder,
         Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress,
     ):
-        folder = Path(name)
         low, high, total, sample = _survey(scan, up_axis, _shown(progress, "reading", None))
         least = encoder.min_points
         if total < least:
@@ -243,6 +244,17 @@ def write_features(
             cells.close()
         made.replace(out)
     print(f"{out}: {total:,} points, {encoder.width} features each, {(time.monotonic() - began) / 60:.1f} min")
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder that is gone afterwards; one that a killed run left there is cleared away first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:

@@ -1,16 +1,18 @@
 """Targets of frozen teachers, computed once a shape before training instead of in every step.
 
 RUN/cache/{centers,patches,tokens}.npy    one row a shape, memory-mapped; dropped when the run is finished
+RUN/cache/checksum.npy                    of each shape's row of the three
 RUN/cache/run.json                        how many batches of shapes are done, and what they cost
 
 A variant, not a shortcut to the same numbers: a shape keeps one grouping for the whole run (its patches are the
 same points, moved by each step's augmentation), and the teacher has seen the shape as it is, not augmented.
 """
 
-import json
 import os
 import shutil
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +25,10 @@ from torch import Tensor
 
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.protocol import write_json
 from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import groups_at
 from jepa3d.ops import farthest_point_sample, gather_points, knn
+from jepa3d.plain import naming, read_checked, write_checked
 from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import cpu_seconds
@@ -43,6 +45,7 @@ def columns(config: PretrainConfig, num_shapes: int, width: int) -> dict[str, tu
         "centers": (rows, whole),
         "patches": ((*rows, encoder.group_size), whole),
         "tokens": ((*rows, width), np.float16),
+        "checksum": ((num_shapes,), np.uint32),
     }
 
 
@@ -67,7 +70,7 @@ class CachedTargets:
         self.arrays = [] if folder else [np.zeros(shape, kind) for shape, kind in self.columns.values()]
 
     def __call__(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        centers, patches, tokens = (array[index] for array in self.arrays)
+        centers, patches, tokens, _ = (array[index] for array in self.arrays)
         return torch.from_numpy(centers.astype(int)), torch.from_numpy(patches.astype(int)), torch.from_numpy(tokens)
 
     @torch.no_grad()
@@ -77,12 +80,15 @@ class CachedTargets:
         Goes on where it was interrupted. Processes share each batch; the first one writes. Raises Interrupted.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
-        record = self._open(state.is_main_process)
+        if state.is_main_process:
+            self._open(lambda batch: batch_index(config.seed, batch, size, count, clouds.shard_sizes))
+        state.wait_for_everyone()  # how far it is, is known
+        record = self._record()
         before, cpu, wall = record["cost"], cpu_seconds(), time.perf_counter()
         teacher, share, total = teacher.to(state.device), size // state.num_processes, -(-count // size)
         rows = slice(state.process_index * share, (state.process_index + 1) * share)
         todo = range(record["batches"], total)
-        state.wait_for_everyone()  # all have read how far it is
+        state.wait_for_everyone()  # all have read it
         try:
             for batch in track(todo, "targets of the frozen teachers", disable=not (todo and state.is_main_process)):
                 index = batch_index(config.seed, batch, size, count, clouds.shard_sizes)
@@ -92,14 +98,15 @@ class CachedTargets:
                 grouped = groups_at(points, centers, patches)
                 found = gather([centers, patches, teacher(grouped.patches, grouped.centers)])
                 if state.is_main_process:
-                    for array, values in zip(self.arrays, found, strict=True):
+                    for array, values in zip(self.arrays, found, strict=False):
                         array[index] = values.cpu().numpy()
+                    self.arrays[-1][index] = self._checksums(index)
                     if self.folder and ((batch + 1) % SAVE_EVERY == 0 or batch + 1 == total):
                         for array in self.arrays:
                             cast(np.memmap, array).flush()
                         spent = {"cpu_seconds": cpu_seconds() - cpu, "wall_seconds": time.perf_counter() - wall}
                         cost = {name: before[name] + value for name, value in spent.items()}
-                        write_json(self.folder / "run.json", {"batches": batch + 1, "cost": cost})
+                        write_checked(self.folder / "run.json", {"batches": batch + 1, "cost": cost})
         except KeyboardInterrupt as stop:
             raise Interrupted("stopped while the teachers were asked, saved every few batches") from stop
         state.wait_for_everyone()
@@ -109,20 +116,40 @@ class CachedTargets:
         if self.folder:  # only now: what another machine wrote is seen by whoever opens the file after it
             self.arrays = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns]
 
-    def _open(self, writes: bool) -> dict[str, Any]:
-        """How far the targets in the folder are; the process that writes makes or opens its arrays."""
+    def _checksums(self, index: np.ndarray) -> list[int]:
+        """Of each shape's centers, patches and tokens, which a damaged row does not have."""
+        crc = np.zeros(len(index), np.uint32).tolist()
+        for array in self.arrays[:-1]:
+            crc = [zlib.crc32(row.tobytes(), before) for row, before in zip(array[index], crc, strict=True)]
+        return crc
+
+    def _record(self) -> dict[str, Any]:
+        """How many batches are done, and what they cost. Raises ValueError where it is damaged."""
+        record = self.folder and self.folder / "run.json"
+        return read_checked(record) if record and record.exists() else START
+
+    def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
+        """Make or open the arrays; the targets of damaged ones, which are named, will be computed again."""
         if self.folder is None:
-            return START
-        record = self.folder / "run.json"
-        done = json.loads(record.read_text()) if record.exists() else START
-        if writes:
-            self.folder.mkdir(exist_ok=True)
-            for name, (shape, kind) in self.columns.items():
-                path = self.folder / f"{name}.npy"
-                if not done["batches"]:
-                    np.lib.format.open_memmap(path, "w+", kind, shape).flush()
-                    if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-                        with path.open("r+b") as file:
-                            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-                self.arrays.append(np.load(path, mmap_mode="r+"))
-        return done
+            return
+        try:
+            done = self._record()["batches"]
+            self.arrays = [np.load(self.folder / f"{name}.npy", mmap_mode="r+") for name in self.columns if done]
+            for batch in range(done):
+                index = index_of(batch)
+                if (self.arrays[-1][index] != self._checksums(index)).any():
+                    raise ValueError(f"the targets of batch {batch} are not those written")
+            if done:
+                return
+        except (OSError, ValueError, EOFError) as error:
+            print(f"{self.folder}: damaged ({error}); its targets are computed again", flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        self.arrays = []
+        for name, (shape, kind) in self.columns.items():
+            path = self.folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", kind, shape).flush()
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+                with naming(path), path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            self.arrays.append(np.load(path, mmap_mode="r+"))

@@ -5,7 +5,6 @@ minutes for nothing. So `auto` times some steps of this model on this machine, a
 """
 
 import copy
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.transformer import Block
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import write_bytes
+from jepa3d.plain import read_checked, write_checked
 
 ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
 WARM_UP, STEPS = 2, 5  # of a trial
@@ -78,7 +77,7 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
         return config.mixed_precision, config.compile == "yes"
     file = run and run / "engine.json"
     if file and file.exists():
-        found = json.loads(file.read_text())
+        found = read_checked(file)
         return found["mixed_precision"], found["compile"]
     precisions = ("no", "bf16") if config.mixed_precision == "auto" else (config.mixed_precision,)
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
@@ -91,7 +90,7 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
         if file:
             measured = {_named(*how): value for how, value in seconds.items()}
             found = {"mixed_precision": precision, "compile": compiled, "seconds": measured}
-            write_bytes(file, json.dumps(found, indent=2).encode())
+            write_checked(file, found)
     return precision, compiled
 
 

@@ -5,7 +5,6 @@ OUT/start/    the encoder that every episode begins with     OUT/fold-N/        
 OUT/results.json            mean and standard deviation over folds
 """
 
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -20,7 +19,7 @@ from jepa3d.evaluation import fewshot
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result, moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.plain import to_dict
+from jepa3d.plain import read_checked, to_dict
 from jepa3d.training import runs
 from jepa3d.training.finetune import arm_settings, begin, finetune, init_name, num_points, pretraining_of
 from jepa3d.training.progress import cpu_seconds
@@ -28,6 +27,7 @@ from jepa3d.training.progress import cpu_seconds
 WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logistic": "frozen, logistic regression"}
 
 
+@runs.exclusive
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     """Score every fold and write their mean. Raises ValueError, before anything is written, and loop.Interrupted."""
     config = replace(config, select="last")  # W * S labels are too few to spare some
@@ -106,7 +106,7 @@ def _finetuned(
         data = Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names)
         folder = out / f"fold-{i}"
         finetune(fold, folder, (folder / "config.json").is_file(), data=data, encoder=encoder, protocol=name)
-        done = json.loads((folder / "results.json").read_text())
+        done = read_checked(folder / "results.json")
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         print(f"fold {i}: {scores[-1]:.1f} %", flush=True)

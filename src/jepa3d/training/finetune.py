@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig
+from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig, stored
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result
@@ -27,7 +27,7 @@ from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
-from jepa3d.plain import to_dict, write_bytes
+from jepa3d.plain import read_record, to_dict, write_bytes
 from jepa3d.training import checkpoint, runs
 from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate_finetune
@@ -36,6 +36,7 @@ Config = TypeVar("Config", bound=FinetuneConfig)
 FEW = 100  # labels below which none are spared to choose an epoch by
 
 
+@runs.exclusive
 def finetune(
     config: FinetuneConfig,
     out: Path,
@@ -76,14 +77,14 @@ def finetune(
     )  # fmt: skip
     state = fit(task, train, config, out, stop_at)
     if seen is not None:
-        network = type(network).from_pretrained(out / "best")
+        network = type(network).from_pretrained(checkpoint.put_back(out / "best"))
     if runs.is_main():
         checkpoint.replace_folder(out / "model", network.save_pretrained)
         predicted = predict(network, data.test, config.votes, config.seed)
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
         held = None if validation is None else figures(network, validation, predict(network, validation))[0]
-        record = json.loads((out / "run.json").read_text())
+        record = read_record(out)
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
         cost = runs.cost_of(out, state)
         result = Result(
@@ -118,7 +119,7 @@ def begin(
     encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate_finetune(config)
-    runs.check_batch("batch_size", config.batch_size, config.accumulate)
+    runs.check_batch(config, "batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
     return config, encoder, started
@@ -232,8 +233,8 @@ def pretraining_of(init: str | None) -> dict | None:
     around = [folder for folder in (Path(init), *Path(init).parents[:2]) if (folder / "run.json").is_file()]
     if not around or not (around[0] / "config.json").is_file():
         return None
-    config, record = (json.loads((around[0] / f"{name}.json").read_text()) for name in ("config", "run"))
-    if "objective" not in config:  # a fine-tuning run
+    config, record = stored(around[0]), read_record(around[0])
+    if config.pop("task") != "pretrain":
         return None
     which = Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")  # or a snapshot
     return config | {"encoder_of": which} | {name: record.get(name) for name in ("data", "cost", "commit")}

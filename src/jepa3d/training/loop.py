@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from jepa3d.config import RunConfig, Schedule
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.objectives.autoencoding import Autoencoding
@@ -30,13 +31,14 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import to_dict
+from jepa3d.plain import read_metrics, to_dict
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU, choose, compile_blocks, plain_settings, set_activation_checkpoints, tracker
 from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, cpu_seconds
 
+BAD_CLOUD = "find such clouds with jepa3d info DATA --verify, restore the file as it was, and --resume"
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 
 
@@ -81,13 +83,17 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     optimizer = adamw(objective, schedule, task.layer_decay)
     total = total_steps(schedule, len(clouds))
     state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0, "best": None}
-    if run and (newest := checkpoint.latest(run / "checkpoints")):
-        state = checkpoint.restore(newest, objective, optimizer)
+    metrics = run and run / "metrics.jsonl"
+    if run and checkpoint.latest(run / "checkpoints"):
+        state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
+        for line in damaged if accelerator.is_main_process else ():
+            print(line, flush=True)
+    elif metrics and any(line["step"] > config.checkpoint_every for line in read_metrics(metrics)):
+        raise ValueError(f"{run}/checkpoints: gone, though the run had begun: begin again with another --out")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     share, rank = schedule.batch_size // accelerator.num_processes // config.accumulate, accelerator.process_index
-    metrics = run and run / "metrics.jsonl"
     progress = Progress(metrics, state, total, schedule.batch_size, accelerator.is_main_process, began)
 
     def save(loss: float) -> None:
@@ -116,10 +122,11 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         accelerator.backward(output.loss / config.accumulate)
         return output
 
+    begun = state["step"]
     model.train()
     repeatable = can_repeat(config, accelerator.num_processes, accelerator.device)
     repeated = Repeated(one_pass, objective) if repeatable else None
-    batches = read_ahead(read, range(state["step"], total))
+    batches = read_ahead(read, range(begun, total))
     with _stop_signals() as stop, progress, ExitStack() as at_end:
         at_end.callback(batches.close)
         for tracking in accelerator.trackers:
@@ -127,7 +134,13 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         # ------------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
             loss, output = torch.zeros((), device=accelerator.device), None
-            for part, (first, index, points) in enumerate(next(batches)):
+            try:
+                passes = next(batches)
+            except ReadError as error:  # not the learning rate's fault
+                if step > begun and accelerator.num_processes == 1:
+                    save(0.0)
+                raise ReadError(f"{error}, read at step {step + 1}; {BAD_CLOUD}") from error
+            for part, (first, index, points) in enumerate(passes):
                 generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
                 targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
                 last = part == config.accumulate - 1

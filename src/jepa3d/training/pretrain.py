@@ -81,6 +81,7 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
         raise ValueError(f"init {name}: not an encoder of this run's sizes (encoder.*)") from error
 
 
+@runs.exclusive
 def pretrain(
     config: PretrainConfig,
     out: Path,
@@ -120,8 +121,7 @@ def pretrain(
     wait_for_everyone()
     for name in config.stages:
         folder = out / "stage1" / name
-        stage = replace(config, objective=name, snapshot_every=None)  # curves are drawn of the run, not of its stage I
-        pretrain(stage, folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
+        pretrain(config.stage(name), folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
@@ -203,4 +203,4 @@ def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     validate(config)
     for objective in (*config.stages, config.objective):
-        runs.check_batch(f"{objective}: batch_size", config.schedule(objective).batch_size, config.accumulate)
+        runs.check_batch(config, f"{objective}: batch_size", config.schedule(objective).batch_size)

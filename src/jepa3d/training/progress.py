@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from jepa3d.plain import write_bytes
+from jepa3d.plain import naming, read_metrics, write_bytes
 
 SHOWN = (
     "loss",
@@ -56,10 +56,9 @@ class Progress:
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state["step"]]
-            write_bytes(path, "".join(line + "\n" for line in kept).encode())
-            self.last = json.loads(kept[-1]) if kept else {}
+            kept = [line for line in read_metrics(path) if line["step"] <= state["step"]]
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self.last = kept[-1] if kept else {}
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -87,7 +86,7 @@ class Progress:
         left = (self.total - step) * here / done
         self.last = {"step": step, **figures, "samples_per_second": rate, **cost}
         if self.path:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(self.last) + "\n")
         text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
         if self.bar.disable:

@@ -1,20 +1,37 @@
 """Run folders: begun whole or not at all, continued only with the same settings and data, finished with their cost."""
 
-import json
+import functools
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from accelerate import PartialState
 from torch import nn
 
+from jepa3d.config import RunConfig, stored
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
+from jepa3d.locking import writing
 from jepa3d.models.hub import Pretrained
-from jepa3d.plain import differences, merge, to_dict
+from jepa3d.plain import differences, read_checked, read_record, sha256_of, to_dict, write_checked
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
+
+P = ParamSpec("P")
+
+
+def exclusive(train: Callable[Concatenate[Any, Path, P], Path]) -> Callable[Concatenate[Any, Path, P], Path]:
+    """A function (config, out, ...) that holds the lock of `out`. Raises ValueError where another command has it."""
+
+    @functools.wraps(train)
+    def locked(config: Any, out: Path, *arguments: P.args, **options: P.kwargs) -> Path:
+        with writing(out) if is_main() else nullcontext():
+            return train(config, out, *arguments, **options)
+
+    return locked
 
 
 def begin(out: Path, resume: bool) -> bool:
@@ -32,7 +49,7 @@ def begin(out: Path, resume: bool) -> bool:
 
 def is_finished(out: Path) -> bool:
     """Whether a run needs nothing more, which is said."""
-    finished = json.loads((out / "run.json").read_text())["status"] == "finished"
+    finished = read_record(out)["status"] == "finished"
     if finished:
         drop_scratch(out)  # a kill may have come between the two
         print(f"{out}: finished already")
@@ -41,8 +58,7 @@ def is_finished(out: Path) -> bool:
 
 def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
-    before = json.loads((out / "config.json").read_text())
-    before = merge(to_dict(type(config)()), before)  # a setting that did not exist then was what is now its default
+    before = {key: value for key, value in stored(out).items() if key != "task"}
     if changed := differences(to_dict(config), before):
         name, (now, then) = next(iter(changed.items()))
         raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
@@ -50,7 +66,7 @@ def check_unchanged(config: Any, out: Path) -> None:
 
 def check_same_data(clouds: PointClouds, out: Path) -> None:
     """A resumed run has the data it began with."""
-    before = json.loads((out / "run.json").read_text())["data"]
+    before = read_record(out)["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         raise ValueError(
             f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
@@ -68,7 +84,8 @@ def create(
 
     def write(partial: Path) -> None:
         write_json(partial / "config.json", config)
-        write_json(partial / "run.json", provenance() | {"status": "running", "data": data} | record)
+        running = {"status": "running", "config": sha256_of(partial / "config.json"), "data": data}
+        write_json(partial / "run.json", provenance() | running | record)
         for folder, network in networks.items():
             network.save_pretrained(partial / folder)
 
@@ -76,19 +93,37 @@ def create(
     checkpoint.replace_folder(out, write, new=True)
 
 
-def check_batch(name: str, size: int, accumulate: int) -> None:
-    """ValueError for a batch that the processes and the passes of a step cannot share evenly."""
+def check_batch(config: RunConfig, name: str, size: int) -> None:
+    """ValueError for a batch that memory cannot hold, or that processes and passes of a step cannot share evenly."""
+    accumulate = config.accumulate
+    if ON_CPU:
+        _check_memory(config, name, size)
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
         raise ValueError(f"{name} {size} is not a multiple of the {processes} processes{passes}")
 
 
+def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
+    """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever the rest takes."""
+    encoder, memory = config.encoder, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)  # gradient, two moments
+    if weights > memory:
+        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
+        raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
+    kept = 1 if config.checkpoint_activations else 8  # a block, of each visible token; far fewer than there are
+    tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
+    needed = 4 * batch_size // config.accumulate * (tokens + 3 * encoder.num_points)
+    if needed > memory:
+        what = f"{name} {batch_size} needs {needed / 1e9:,.0f} GB or more a pass, this machine has {memory / 1e9:,.0f}"
+        raise ValueError(f"{what} GB; lower it or raise accumulate (now {config.accumulate})")
+
+
 def cost_of(out: Path, state: dict) -> dict[str, float]:
     """What a run has cost; beside it what came before: stage I and cached targets."""
     cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
-    before = [json.loads(stage.read_text())["cost"] for stage in out.glob("stage1/*/run.json")]
-    before += [json.loads(file.read_text())["cost"] for file in out.glob("cache/run.json")]
+    before = [read_checked(stage, "cost")["cost"] for stage in out.glob("stage1/*/run.json")]
+    before += [read_checked(file)["cost"] for file in out.glob("cache/run.json")]
     for key in ("cpu_seconds", "wall_seconds"):
         cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
     return cost
@@ -96,9 +131,9 @@ def cost_of(out: Path, state: dict) -> dict[str, float]:
 
 def finish(out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None) -> None:
     """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
-    record = json.loads((out / "run.json").read_text())
+    record = read_record(out)
     if result:
-        write_json(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
+        write_checked(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
     write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
     drop_scratch(out)
 
@@ -129,15 +164,21 @@ def count_parameters(module: nn.Module, trained: bool = False) -> int:
 
 def show_result(out: Path) -> None:
     """Print what results.json says, in two lines."""
-    result = json.loads((out / "results.json").read_text())
-    data, cost = result["data"], result["cost"]
+    result = read_checked(out / "results.json")
+    if dropped := result["data"].get("dropped_classes"):
+        print(f"{dropped} classes that train or test lacks were dropped")
+    print(outcome(result))
+    minutes = result["cost"]["cpu_seconds"] / 60
+    print(f"{minutes:.1f} CPU-minutes; written: {out}; average seeds with: jepa3d results RUNS")
+
+
+def outcome(result: dict) -> str:
+    """A line of a results.json: figures, and how they were come by."""
+    data = result["data"]
     shown = {name.replace("_", " "): value for name, value in result["metrics"].items() if value is not None}
     metrics = ", ".join(f"{name} {value:.1f} %" for name, value in shown.items())
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
-    if dropped := data.get("dropped_classes"):
-        print(f"{dropped} classes that train or test lacks were dropped")
-    print(
+    return (
         f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
         f"(selection: {result['selection']}{votes}; {data['train']:,} train, {data['validation']:,} validation)"
     )
-    print(f"{cost['cpu_seconds'] / 60:.1f} CPU-minutes; written: {out}; average seeds with: jepa3d results RUNS")

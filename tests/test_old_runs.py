@@ -1,0 +1,70 @@
+"""What version 0.1.0 made is read, and goes on where it was (tests/old/README.md)."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jepa3d
+from jepa3d.cli import main
+from jepa3d.config import stored
+from jepa3d.data.store import Store
+from jepa3d.models.ready import load_network
+
+OLD = Path(__file__).parent / "old" / "runs.tar.xz"
+RUNS = {
+    "pretrain": "pretrain", "pretrain-unfinished": "pretrain", "generative-unfinished": "pretrain",
+    "dvae-unfinished": "pretrain", "classify": "classify", "classify-unfinished": "classify", "fewshot": "fewshot",
+    "fewshot-unfinished": "fewshot",
+}  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch) -> Path:
+    """The folder that holds them; commands run in it, as they did then."""
+    with tarfile.open(OLD) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*words) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    return stop.value.code or 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_run_goes_on_or_is_finished_already(old, capsys, name):
+    was = json.loads((old / name / "run.json").read_text())["status"]
+    assert call(RUNS[name], "--out", name, "--resume") == 0, capsys.readouterr().err
+    assert (f"{name}: finished already" in capsys.readouterr().out) == (was == "finished")
+    assert json.loads((old / name / "run.json").read_text())["status"] == "finished"
+
+
+def test_the_steps_of_an_old_rival_are_its_own(old):
+    assert stored(old / "generative-unfinished")["max_steps"] == 6
+    assert call("pretrain", "--out", "generative-unfinished", "--resume") == 0
+    lines = (old / "generative-unfinished" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 6
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_info_tells_of_every_old_run(old, capsys, name):
+    assert call("info", name) == 0
+    said = capsys.readouterr().out
+    assert "data: store, " in said
+    assert ("running" if name.endswith("unfinished") else "finished") in said
+
+
+def test_an_old_store_and_old_networks_are_read(old, capsys):
+    store = Store(old / "store")
+    store.verify()
+    assert len(store) == 32
+    assert call("info", "store", "--verify") == 0
+    capsys.readouterr()
+    cloud = np.random.default_rng(0).normal(size=(40, 3))
+    assert jepa3d.embed(cloud, jepa3d.load("pretrain")).shape == (1, 16)
+    assert load_network(old / "classify").class_names == ["ball", "disc"]
