@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 2  # version of the rules in this file: vectors of two versions cannot be compared
+LEAST = 64  # different points of a cloud that is kept for any encoder; one encoder needs its own `min_points`
 STEP = 0.6  # see `fill`
 
 

@@ -16,6 +16,7 @@ from jepa3d.data.io import read, sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
+from jepa3d.frame import FRAME
 from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
 
@@ -229,7 +230,7 @@ def embed_files(
         raise ValueError(f"{out}: exists and is no {'file' if single else 'folder'}; choose another --out")
     name = str(Path(model).absolute()) if Path(model).exists() else model
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
-    making = parquet.Making(name, fingerprint(encoder), layer, pooling, up_axis, width)
+    making = parquet.Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
     parts = out.with_name(f".{out.name}.parts") if single else out
     old = [out] if single and out.exists() else []
     begun = sorted(parts.glob("*.parquet")) if parts.is_dir() else []

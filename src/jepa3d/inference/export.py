@@ -110,6 +110,7 @@ def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     most: Any = torch.sym_min(count, 1 + encoder.num_points // encoder.min_points)  # turns, and itself
     nearest = distance.topk(most, largest=False).indices
     column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
+    column = torch.where(different < encoder.min_points, 2**30, column)  # out of bounds: the runtime raises
     source = gather_points(chosen, row)
     other = gather_points(chosen, gather_points(nearest, row).gather(2, column[..., None])[..., 0])
     return unit_sphere((source + frame.STEP * (source - other)).double()).float()

@@ -308,6 +308,7 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
         making = making_of(index)
         if making.up_axis != up_axis:
             raise ValueError(f"{index}: made with --up-axis {making.up_axis}, not {up_axis}")
+        making.check_frame(str(index))
         model, layer, pooling = model or making.model, making.layer, making.pooling
         if fingerprint(load(model)) != making.fingerprint:
             raise ValueError(f"{index}: made with another encoder than {model}; embed again, or --model")
