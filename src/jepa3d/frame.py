@@ -66,8 +66,7 @@ def frame(
     what draws farthest points, as `farthest_point_sample` does. Raises ValueError as `check` does, and for fewer than
     `least` different points.
     """
-    check(points)
-    cloud = points.astype(np.float64)
+    cloud = check(points)
     middle = (cloud.min(0) + cloud.max(0)) / 2  # of the box: the same in any order, and however often a point is there
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
@@ -109,16 +108,16 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
     return np.take_along_axis(some, np.take_along_axis(distance, some, 1).argsort(1, kind="stable"), 1)
 
 
-def check(points: np.ndarray) -> None:
-    """ValueError for what is no cloud N 3 of finite numbers."""
-    if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"points must be N x 3, found {points.dtype} {list(points.shape)}")
-    if not (np.issubdtype(points.dtype, np.integer) or np.issubdtype(points.dtype, np.floating)):
-        raise ValueError(f"points must be numbers, found {points.dtype}")
+def check(points: np.ndarray) -> np.ndarray:
+    """A copy in float64 of points N 3. Raises ValueError for another array, or one of NaN."""
+    if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
+        raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")
     if not len(points):
         raise ValueError("no points")
-    if not (np.abs(points) <= 1e30).all():
+    cloud = points.astype(np.float64)
+    if not (np.abs(cloud) <= 1e30).all():
         raise ValueError("NaN or infinite coordinates")
+    return cloud
 
 
 def too_few(count: int, different: int, least: int) -> str:

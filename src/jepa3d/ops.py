@@ -95,44 +95,46 @@ def _quickfps():
 
 
 def farthest_point_sample(
-    points: Tensor,
-    num_samples: int,
-    generator: torch.Generator | BatchGenerator | None = None,
-    start: Tensor | None = None,
+    points: Tensor, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
 ) -> Tensor:
     """Indices B num_samples of points each farthest from those before it (Eldar et al. 1997).
 
-    The first is `start` (B) where that is given, a random point where a generator is, else the point farthest from the
-    centroid, whatever the order of the points. Of equally far points the reference takes the lowest index, the compiled
-    back end any (lattices; clouds with duplicates beyond their distinct points).
+    Without a generator the first is the point farthest from the centroid, whatever the order of the
+    points; with one it is a random point. Of equally far points the reference takes the lowest index, the compiled back
+    end any (lattices; clouds with duplicates beyond their distinct points).
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
         raise ValueError(f"farthest point sampling: {num_samples} samples asked of {num_points} points")
     points = points.detach()
-    if start is None and generator is None:
+    if generator is None:
         start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
-    elif start is None:
+    else:
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     if torch.compiler.is_exporting():
         return farthest_point_scan(points, num_samples, start)[0]
-    # For batches of clouds below some hundred points the batched loop is as fast.
-    wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= (512 if batch > 1 else 32)
-    if wanted and (fast := _quickfps()):
-        # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
-        rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
-        swapped = points.clone(memory_format=torch.contiguous_format)
-        swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
-        index, start = fast.sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
-        return torch.where(index == 0, start, torch.where(index == start, 0, index))
-    return _farthest_point_sample_reference(points, num_samples, start)
+    # Below some hundred points the batched loop is as fast.
+    wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
+    sample = _farthest_point_sample_compiled if wanted and _quickfps() else _farthest_point_sample_reference
+    return sample(points, num_samples, start)
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
     """Indices of `farthest_point_sample` for one cloud N 3 float32; by numpy where there is no compiled back end."""
-    if _quickfps() is None:
+    if len(points) < 32 or _quickfps() is None:
         return numpy_farthest_point_sample(points, num_samples, start)
-    return farthest_point_sample(torch.from_numpy(points)[None], num_samples, start=torch.tensor([start]))[0].numpy()
+    first = torch.tensor([start])
+    return _farthest_point_sample_compiled(torch.from_numpy(points)[None], num_samples, first)[0].numpy()
+
+
+def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+    # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
+    batch, num_points, _ = points.shape
+    rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
+    swapped = points.clone(memory_format=torch.contiguous_format)
+    swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
+    index, start = _quickfps().sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
+    return torch.where(index == 0, start, torch.where(index == start, 0, index))
 
 
 def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Tensor) -> Tensor:

@@ -237,5 +237,5 @@ def test_map_coordinates_keep_their_shape():
 def test_a_cloud_of_one_repeated_point_is_refused():
     points = clouds(3)
     points[1] = points[1, 0]
-    with pytest.raises(ValueError, match="all points of a cloud are equal"):
+    with pytest.raises(ValueError, match="all points are equal"):
         PointEncoder(**SIZES).eval().embed(points)

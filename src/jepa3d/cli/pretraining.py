@@ -46,7 +46,7 @@ def prepare(
     reduce: str
         How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel (even, in linear time).
     short: str
-        A cloud of fewer points: repeat (from 64 on, each copy moved a little along the surface), or skip to leave it out.
+        A cloud of fewer points: repeat (64 at least; each copy is moved a little along the surface), or skip, left out.
     up_axis: str
         Of the files; by default what the benchmark has, else z.
     unit: str

@@ -109,7 +109,7 @@ class PointEncoder(
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
                 raise ValueError(f"points must be N x 3, B x N x 3 or a list of N x 3, found {list(clouds.shape)}")
-            clouds = as_array(clouds).reshape(-1, *clouds.shape[-2:])
+            clouds = as_array(clouds)[None] if clouds.ndim == 2 else as_array(clouds)
         if not len(clouds):
             raise ValueError("no clouds to embed")
         return torch.from_numpy(np.stack([self.frame(cloud).points for cloud in clouds])).to(self.norm.weight)
