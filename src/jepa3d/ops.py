@@ -133,7 +133,9 @@ def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Ten
     rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
     swapped = points.clone(memory_format=torch.contiguous_format)
     swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
-    index, start = _quickfps().sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
+    fast = _quickfps()
+    assert fast is not None
+    index, start = fast.sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
     return torch.where(index == 0, start, torch.where(index == start, 0, index))
 
 
