@@ -37,7 +37,7 @@ def command(*words) -> None:
 def test_files_and_folders_are_classified_into_a_csv(runs, tmp_path, capsys):
     (tmp_path / "scans").mkdir()
     np.save(tmp_path / "scans" / "a.npy", np.random.default_rng(0).normal(size=(500, 3)))
-    np.save(tmp_path / "scans" / "small.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    np.save(tmp_path / "scans" / "small.npy", np.random.default_rng(0).normal(size=(15, 3)))
     trimesh.creation.box().export(tmp_path / "box.ply")
     command("predict", runs / "classify", tmp_path / "scans", tmp_path / "box.ply", "--out", tmp_path / "classes.csv")
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
@@ -45,7 +45,7 @@ def test_files_and_folders_are_classified_into_a_csv(runs, tmp_path, capsys):
     for row in rows:
         assert {row["class"], row["second"]} < {"cup", "bowl", "jug"}
         assert float(row["probability"]) >= float(row["second_probability"]) >= 0
-    assert "small.npy: 20 points, at least 64 are needed" in capsys.readouterr().out
+    assert "small.npy: 15 points, at least 16 are needed" in capsys.readouterr().out
 
 
 def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_path):

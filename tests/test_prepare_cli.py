@@ -34,7 +34,7 @@ def test_a_folder_becomes_a_store_that_every_command_takes(scans, tmp_path, caps
     assert call("prepare", scans, "--out", store, "--points", 96, "--split", 0.34, "--workers", 1) == 0
     printed = capsys.readouterr().out
     assert "took 12 clouds (12 .off); left out 3" in printed
-    assert "box/few.xyz: 5 points, 96 are needed" in printed
+    assert "box/few.xyz: 5 points, at least 64 are needed" in printed
     assert "README.txt: no rows of numbers" in printed
     assert "tube/damaged.stl: " in printed
     assert "taken as z-up" in printed
@@ -104,8 +104,8 @@ def test_the_real_files_are_taken_or_left_with_a_reason(real_data, tmp_path, cap
     files, store = real_data / "files", tmp_path / "store"
     assert call("prepare", files, "--out", store, "--points", 1024) == 0
     printed = capsys.readouterr().out
-    assert "took 78 clouds (51 .h5, 16 .pts, 4 .pcd, 2 .ply, 2 .off, 1 .xyz, 1 .obj, 1 .stl)" in printed
-    assert "dales_426.xyz: 302 points" in printed
+    assert "took 79 clouds (51 .h5, 16 .pts, 4 .pcd, 2 .ply, 2 .off, 2 .xyz, 1 .obj, 1 .stl)" in printed
+    assert "1 clouds of fewer than 1,024 points were filled up (--short skip leaves them out)" in printed
     assert "pedestrian43.csv: no columns x, y, z, but 2 triples: origin_x,origin_y,origin_z; relative_x" in printed
     made = Store(store)
     assert made.class_names[-16:] == tuple(sorted(made.class_names[-16:]))

@@ -10,9 +10,12 @@ import hashlib
 import importlib.util
 from functools import cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
 
 _MAX_PAIRS = 2**26  # distances held at once by `knn`: 256 MiB of float32
 
@@ -160,19 +163,33 @@ def farthest_point_sample(
     else:
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     if torch.compiler.is_exporting():
-        return _farthest_point_sample_scan(points, num_samples, start)
+        return farthest_point_scan(points, num_samples, start)[0]
     if points.is_cuda and points.dtype == torch.float32 and (kernel := _triton()) and num_points <= kernel.MAX_POINTS:
         return kernel.farthest_point_sample(points, num_samples, start)
     # Below some hundred points the batched loop is as fast.
     wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
-    if wanted and (fast := _quickfps()):
-        # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
-        rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
-        swapped = points.clone(memory_format=torch.contiguous_format)
-        swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
-        index, start = fast.sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
-        return torch.where(index == 0, start, torch.where(index == start, 0, index))
-    return _farthest_point_sample_reference(points, num_samples, start)
+    sample = _farthest_point_sample_compiled if wanted and _quickfps() else _farthest_point_sample_reference
+    return sample(points, num_samples, start)
+
+
+def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
+    """Indices of `farthest_point_sample` for one cloud N 3 float32; by numpy where there is no compiled back end."""
+    if len(points) < 32 or _quickfps() is None:
+        return numpy_farthest_point_sample(points, num_samples, start)
+    first = torch.tensor([start])
+    return _farthest_point_sample_compiled(torch.from_numpy(points)[None], num_samples, first)[0].numpy()
+
+
+def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+    # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
+    batch, num_points, _ = points.shape
+    rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
+    swapped = points.clone(memory_format=torch.contiguous_format)
+    swapped[rows, start], swapped[:, 0] = points[:, 0], points[rows, start]
+    fast = _quickfps()
+    assert fast is not None
+    index, start = fast.sample_idx(swapped, num_samples, h=height, start_idx=0), start[:, None]
+    return torch.where(index == 0, start, torch.where(index == start, 0, index))
 
 
 def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
@@ -190,20 +207,25 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
     return torch.cat(picked, 1)
 
 
-def _farthest_point_sample_scan(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    """As the reference, as one step that an exported graph repeats instead of a thousand copies of it."""
+def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference, as one step that an exported graph repeats instead of a thousand copies of it.
+
+    Returns the indices B num_samples, and of each its squared distance from those before it (infinite for the first).
+    """
     from torch._higher_order_ops.scan import scan  # private in torch, and only export needs it
 
     planes = points.transpose(1, 2).contiguous()
 
-    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         current, distance = state
+        apart = distance.gather(1, current[:, None])[:, 0]
         x, y, z = (planes - planes.gather(2, current[:, None, None].expand(-1, 3, -1))).square().unbind(1)
         distance = torch.minimum(distance, x + y + z)
-        return (distance.argmax(1), distance), current.clone()
+        return (distance.argmax(1), distance), (current.clone(), apart)
 
     begin = start, torch.full_like(planes[:, 0], torch.inf)
-    return scan(step, begin, points.new_zeros(num_samples, 1))[1].transpose(0, 1)
+    index, apart = scan(step, begin, points.new_zeros(num_samples, 1))[1]
+    return index.transpose(0, 1), apart.transpose(0, 1)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:

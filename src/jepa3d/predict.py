@@ -3,23 +3,23 @@
 import colorsys
 import csv
 import io
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
-from jepa3d.data.io import enough_points
+from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load_network
-from jepa3d.ops import farthest_point_sample
 from jepa3d.plain import write_bytes
 
+Network = Classifier | LinearClassifier | Segmenter
 _CHUNK = 2**16  # points segmented at once
 
 
@@ -35,12 +35,12 @@ def predict_files(run: Path, paths: list[Path], out: Path, category: str | None 
     if missing := [path for path in paths if not path.exists()]:
         raise ReadError(f"{missing[0]}: no such file or folder")
     label = _category(network, category) if isinstance(network, Segmenter) else 0
-    clouds = _clouds(paths, network.encoder.num_points)
+    axes = TO_Z_UP[up_axis]
     if isinstance(network, Segmenter):
-        written = sum(_segment(network, name, cloud, label, out, TO_Z_UP[up_axis]) for name, cloud in clouds)
+        written = len(_of_each(paths, network, lambda name, cloud: _segment(network, name, cloud, label, out, axes)))
         what = f"{written:,} PLY files"
     else:
-        rows = [[name, *classify_cloud(network, cloud, TO_Z_UP[up_axis])] for name, cloud in clouds]
+        rows = _of_each(paths, network, lambda name, cloud: [name, *classify_cloud(network, cloud, axes)])
         written, what = len(rows), f"{len(rows):,} rows"
         buffer = io.StringIO()
         csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
@@ -61,8 +61,9 @@ def _category(network: Segmenter, category: str | None) -> int:
     return names.index(category) if category else 0
 
 
-def _clouds(paths: Iterable[Path], num_points: int) -> Iterator[tuple[str, PointCloud]]:
-    """Name and cloud of all that can be used; what cannot is said."""
+def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
+    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; what cannot is said."""
+    made = []
     for path in paths:
         entries = discover(path).entries
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
@@ -71,9 +72,10 @@ def _clouds(paths: Iterable[Path], num_points: int) -> Iterator[tuple[str, Point
                 cloud = entry.read()
                 if cloud.total:
                     print(f"{name}: a random {len(cloud):,} of its {cloud.total:,} points were read")
-                yield name, enough_points(cloud, num_points, zlib.crc32(name.encode("utf-8", "surrogateescape")))
-            except (ReadError, OSError) as error:
+                made.append(work(name, sampled(cloud, network.encoder.num_points)))
+            except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
                 print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+    return made
 
 
 @torch.no_grad()
@@ -81,8 +83,7 @@ def classify_cloud(
     network: Classifier | LinearClassifier, cloud: PointCloud, axes: np.ndarray
 ) -> tuple[str, float, str, float]:
     """The two most probable classes of a cloud, each with its probability; `axes` turns it z-up."""
-    points = torch.from_numpy(cloud.normalised().points @ axes.T)[None]
-    probability = network.predict(points)[0].softmax(-1)
+    probability = network.predict(cloud.points @ axes.T)[0].softmax(-1)
     value, index = probability.topk(2)
     (first, second), (a, b) = (network.class_names[i] for i in index), value.tolist()
     return first, round(a, 4), second, round(b, 4)
@@ -91,16 +92,14 @@ def classify_cloud(
 @torch.no_grad()
 def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.ndarray) -> np.ndarray:
     """The part N int16 of every point of a cloud of category `label`, however many points the network encodes."""
-    points = torch.from_numpy(cloud.normalised().points @ axes.T)[None]
-    chosen = points
-    if points.shape[1] > network.encoder.num_points:
-        chosen = points[:, farthest_point_sample(points, network.encoder.num_points)[0]]
-    center = chosen.mean(1, keepdim=True)  # of what is encoded, as in training; all points in its frame
-    radius = (chosen - center).norm(dim=-1).max()
-    seen, number = (chosen - center) / radius, torch.tensor([label])
+    points = cloud.points @ axes.T
+    seen, number = network.encoder.frame(points), torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]
-    encoded = network.encode(seen)
-    logits = (network.decode((chunk - center) / radius, *encoded, number) for chunk in points.split(_CHUNK, 1))
+    encoded = network.encode(torch.from_numpy(seen.points)[None])
+    logits = (
+        network.decode(torch.from_numpy(seen.place(points[at : at + _CHUNK]))[None], *encoded, number)
+        for at in range(0, len(points), _CHUNK)
+    )
     return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
 
 

@@ -126,7 +126,7 @@ def test_bad_files_are_left_out_each_with_one_reason(tmp_path, capsys):
     reasons = left_out(store)
     assert sorted(reasons) == ["README.txt", "b.npy", "c.npy", "d.npy", "f.off", "g.jpg"]
     assert "NaN" in reasons["c.npy"]
-    assert "9 points, 16 are needed" in reasons["d.npy"]
+    assert "9 points, at least 16 are needed" in reasons["d.npy"]
     assert not any("\n" in reason or str(tmp_path) in reason for reason in reasons.values())
     assert "took 3 clouds (3 .npy); left out 6:" in capsys.readouterr().out
 
@@ -391,14 +391,38 @@ def test_reduced_points_are_distinct_points_of_the_file_with_its_up_axis_on_z(tm
     assert store.points(0).std(0).argmax() == 2
 
 
-def test_short_clouds_are_repeated_with_noise(tmp_path):
-    source = folder(tmp_path / "in", "a.npy")
-    store = stored(source, tmp_path / "out", points=64, short="repeat")
-    assert among(SHAPES[0], back(store)[:40]) < 1e-5
-    assert among(back(store)[:40], SHAPES[0]) < 1e-5
-    assert len(np.unique(store.points(0), axis=0)) == 64
-    noise = np.linalg.norm(back(store)[40:, None] - SHAPES[0], axis=2).min(1)
-    assert 0 < noise.min() < noise.max() < 0.05 * store.columns["frame"][0, 3]
+def test_short_clouds_are_filled_up_by_copies_moved_along_the_surface(tmp_path, capsys):
+    cloud, rng = np.random.default_rng(3).normal(size=(70, 3)), np.random.default_rng(4)
+    source = folder(tmp_path / "in", "a.npy", "b.npy", clouds=[cloud, rng.permutation(np.tile(cloud, (2, 1)))[:130]])
+    store = stored(source, tmp_path / "out", points=200)
+    assert "2 clouds of fewer than 200 points were filled up" in capsys.readouterr().out
+    assert among(cloud, back(store)[:70]) < 1e-5
+    assert among(back(store)[:70], cloud) < 1e-5
+    assert len(np.unique(store.points(0), axis=0)) == 200
+    moved = np.linalg.norm(back(store)[70:, None] - cloud, axis=2).min(1)
+    assert 0 < moved.min() < moved.max() < 0.5 * store.columns["frame"][0, 3]
+
+
+def test_short_clouds_are_left_out_where_asked_and_always_below_64_different_points(tmp_path):
+    clouds = [np.random.default_rng(3).normal(size=(70, 3)), SHAPES[0], np.tile(SHAPES[1], (3, 1))]
+    source = folder(tmp_path / "in", "a.npy", "b.npy", "c.npy", clouds=clouds)
+    reasons = left_out(stored(source, tmp_path / "all", points=200))
+    assert reasons == {
+        "b.npy": "40 points, at least 64 are needed",
+        "c.npy": "40 different points of 120, at least 64 are needed",
+    }
+    folder(source, "d.npy", clouds=[np.random.default_rng(5).normal(size=(200, 3))])
+    assert keys(stored(source, tmp_path / "whole", points=200, short="skip")) == ["d.npy"]
+
+
+def test_attributes_of_copies_are_those_of_their_points(tmp_path):
+    points = np.random.default_rng(0).normal(size=(70, 3))
+    (tmp_path / "in").mkdir()
+    lines = np.c_[points, np.arange(70)]
+    np.savetxt(tmp_path / "in/a.csv", lines, delimiter=",", header="x,y,z,part", comments="")
+    store = stored(tmp_path / "in", tmp_path / "out", points=100, keep=("parts",))
+    assert np.allclose(back(store)[:70], points[store.parts(0)[:70]], atol=1e-4)
+    assert set(store.parts(0)[70:]) == set(store.parts(0)[:30])  # the farthest of them, once more
 
 
 def test_all_points_are_kept_where_asked(tmp_path):

@@ -108,7 +108,7 @@ def test_a_tile_s_features_are_the_encoder_s_own(model, tmp_path):
     encoder, unit = load(model), torch.from_numpy(points)[None]
     with torch.inference_mode():
         tokens, centers = encoder.tokens(unit)
-    at = torch.cdist(encoder.prepare(unit)[0], centers[0]).argmin(0)
+    at = torch.cdist(torch.from_numpy(encoder.frame(points).place(points)), centers[0]).argmin(0)
     assert np.abs(features[at] - tokens[0].numpy()).max() < 1e-3
 
 

@@ -102,7 +102,7 @@ def test_a_view_has_the_vector_of_embed_and_tokens_where_its_points_are(folder, 
     assert np.allclose(seen.vector, vector, atol=1e-5)
     assert len(seen.points) == seen.total == {"a": 100, "b": 3000, "c": 2048, "d": 500}[name]
     away = squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()  # centres are points
-    assert away.max() < (0.05 if name == "a" else 1e-5)  # copies of a's few are moved a little, and not drawn
+    assert away.max() < (0.3 if name == "a" else 1e-5)  # copies of a's few are moved a little, and not drawn
     assert (seen.colors is None) == (name != "d")
 
 
@@ -123,7 +123,7 @@ def test_no_more_points_are_drawn_than_a_browser_bears(encoder, items, monkeypat
 
 def test_a_cloud_of_too_few_points_is_named(encoder, tmp_path):
     np.save(tmp_path / "three.npy", np.eye(3))
-    with pytest.raises(ReadError, match=r"three\.npy: 3 points, at least 256 are needed"):
+    with pytest.raises(ReadError, match=r"three\.npy: 3 points, at least 32 are needed"):
         view_of(encoder, items_of(tmp_path / "three.npy")[0])
 
 

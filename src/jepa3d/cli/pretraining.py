@@ -19,7 +19,7 @@ def prepare(
     out: Path,
     points: int | Literal["all"] = 2048,
     reduce: Literal["fps", "random", "voxel"] = "fps",
-    short: Literal["skip", "repeat"] = "skip",
+    short: Literal["skip", "repeat"] = "repeat",
     up_axis: Literal["x", "y", "z"] | None = None,
     unit: str | None = None,
     split: str = "folder",
@@ -46,7 +46,7 @@ def prepare(
     reduce: str
         How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel (even, in linear time).
     short: str
-        A cloud of fewer points: skip it, or repeat points with noise of 0.5 % of the radius.
+        A cloud of fewer points: repeat (64 at least; each copy is moved a little along the surface), or skip, left out.
     up_axis: str
         Of the files; by default what the benchmark has, else z.
     unit: str

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
 MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
@@ -87,12 +88,12 @@ class PointCloud:
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
     """ReadError, which begins with `where`, for points n 3 that no shape has."""
-    if not len(points):
-        raise ReadError(f"{where}no points")
-    if not np.isfinite(points).all() or float(np.abs(points).max()) > 1e30:
-        raise ReadError(f"{where}NaN or infinite coordinates")
+    try:
+        check(points)
+    except ValueError as error:
+        raise ReadError(f"{where}{error}") from error
     if (points == points[0]).all():
-        raise ReadError(f"{where}{'one point only' if len(points) == 1 else 'all points are equal'}")
+        raise ReadError(where + too_few(len(points), 1, 2))
 
 
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
@@ -128,14 +129,14 @@ def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
     return cloud.take(index)
 
 
-def repeat(cloud: PointCloud, count: int, seed: int) -> PointCloud:
-    """`count` points: all of the cloud's, then repetitions, each moved by normal noise of 0.5 % of the radius."""
-    rng = np.random.default_rng(seed)
-    extra = rng.integers(0, len(cloud), count - len(cloud))
-    longer = cloud.take(np.concatenate([np.arange(len(cloud)), extra]))
-    radius = np.linalg.norm(cloud.points - cloud.points.mean(0), axis=1).max()
-    longer.points[len(cloud) :] += rng.normal(scale=0.005 * radius, size=(len(extra), 3))
-    return longer
+def filled(cloud: PointCloud, count: int) -> PointCloud:
+    """`count` of a cloud's fewer points: see `frame.fill`. Raises ReadError for fewer than LEAST different ones."""
+    different = np.unique(cloud.points, axis=0, return_index=True)[1]
+    if len(different) < (least := min(LEAST, count)):
+        raise ReadError(too_few(len(cloud), len(different), least))
+    cloud = reduce(cloud.take(different), len(different), "fps", 0)
+    points, source = fill(cloud.points, count)
+    return replace(cloud.take(source), points=points)
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:

@@ -42,12 +42,18 @@ def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
         return enough_points(read(path), num_points, seed).points
 
 
+def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
+    """The cloud, or more than `num_points` samples of the mesh, by default the same for equal meshes."""
+    if cloud.faces is None:
+        return cloud
+    cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
+    points = cloud.points.astype(np.float64)
+    return PointCloud.make(points + cloud.origin, normals=cloud.normals, label=cloud.label)
+
+
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
     """The cloud, or samples of the mesh, if that is at least `num_points`. Raises ReadError."""
-    if cloud.faces is not None:
-        cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
-        points = cloud.points.astype(np.float64)
-        return PointCloud.make(points + cloud.origin, normals=cloud.normals, label=cloud.label)
+    cloud = sampled(cloud, num_points, seed)
     if len(cloud) < num_points:
         raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
     return cloud

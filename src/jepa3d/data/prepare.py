@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
+from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
@@ -33,7 +33,7 @@ class Preparation:
 
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    short: Literal["skip", "repeat"] = "skip"  # what to do with a cloud of fewer points
+    short: Literal["skip", "repeat"] = "repeat"  # what to do with a cloud of fewer points
     up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark has it, else z
     unit: str | None = None  # of the files; only written down
     split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
@@ -84,7 +84,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
         print(note, flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
-    skipped, taken = list(source.skipped), Counter()
+    skipped, taken, fewer = list(source.skipped), Counter(), 0
     settings = json.loads(json.dumps(asdict(options)))
     try:
         with StoreWriter(out, settings, names, parts) as writer:
@@ -98,6 +98,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                         raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
                     continue
                 arrays, row = result
+                fewer += row.pop("count") < (options.points or 0)
                 if total := row.pop("total"):
                     source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
                     print(source.notes[-1])
@@ -106,6 +107,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after {taken.total():,} new clouds, kept; the same command goes on") from None
     finally:
+        if fewer:
+            source.notes.append(f"{fewer:,} clouds of fewer than {options.points:,} points were filled up")
+            print(f"{source.notes[-1]} (--short skip leaves them out)")
         if (out / "store.json").is_file():
             _report(out, source, taken, skipped)
     _show(out, taken, before, skipped)
@@ -128,19 +132,20 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     """A cloud's arrays as the store has them, and its row of the index. Raises ReadError."""
     cloud = entry.read()
     content = hash64(cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes()))
-    count, seed = options.points, zlib.crc32(entry.key.encode("utf-8", "surrogateescape")) + options.seed
+    count, seed = options.points, options.seed  # not of the key: equal files give equal clouds
     if cloud.faces is not None:
         cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
+    found = len(cloud)
     if missing := [name for name in options.keep if getattr(cloud, name) is None]:
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
-        raise ReadError(f"{len(cloud)} points, {count} are needed (--points, or --short repeat)")
+        raise ReadError(f"{len(cloud)} points, {count} are needed (--points, --short skip)")
     up = options.up_axis or entry.up_axis or "z"
     cloud = cloud.normalised()
     if count and len(cloud) > count:
         cloud = reduce(cloud, count, options.reduce, seed)
     elif count and len(cloud) < count:
-        cloud = repeat(reduce(cloud, len(cloud), options.reduce, seed), count, seed)
+        cloud = filled(cloud, count)
     elif count and options.reduce == "fps":
         cloud = reduce(cloud, count, "fps", seed)
     check_cloud(cloud.points, "of the points that are kept: ")
@@ -152,7 +157,13 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     for name in options.keep:
         values = getattr(cloud, name) @ axes.T if name == "normals" else getattr(cloud, name)
         arrays[name] = values.astype(kinds[name])
-    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content, "total": cloud.total}
+    return arrays, {
+        "up": up,
+        "frame": (*cloud.origin, cloud.scale),
+        "content": content,
+        "total": cloud.total,
+        "count": found,
+    }
 
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str

@@ -239,7 +239,8 @@ class StoreWriter:
             if self.header["settings"] != settings:
                 name = next(k for k in settings if self.header["settings"].get(k) != settings[k])
                 then = self.header["settings"].get(name)
-                raise ValueError(f"{path}: was begun with {name} = {then}, not {settings[name]}; choose another --out")
+                found = f"was begun with {name} = {then}, not {settings[name]}"
+                raise ValueError(f"{path}: {found}; choose another --out, or say what it was")
             if part_names and list(part_names) != self.header["part_names"]:
                 raise ValueError(f"{path}: has other part names; choose another --out")
             self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}

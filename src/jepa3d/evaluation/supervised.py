@@ -11,7 +11,7 @@ from jepa3d.data.transforms import augment
 from jepa3d.evaluation.classifiers import by_class, class_accuracy
 from jepa3d.evaluation.partseg import mean_iou, restricted_argmax
 from jepa3d.models.heads import Classifier, Segmenter
-from jepa3d.ops import BatchGenerator
+from jepa3d.ops import BatchGenerator, unit_sphere
 
 VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2  # of the copies that vote: Point-MAE's
 
@@ -29,7 +29,11 @@ def predict(
     predicted, probability = [], []
     for at in range(0, len(clouds), batch_size):
         index = np.arange(at, min(at + batch_size, len(clouds)))
-        points = network.encoder.prepare(clouds.batch(index))
+        points = clouds.batch(index)
+        if isinstance(network, Segmenter):  # parts belong to rows, which stay in their order
+            points = unit_sphere(points.double()).to(network.encoder.norm.weight)
+        else:
+            points = network.encoder.prepare(points)
         labels = np.zeros(len(index), int) if clouds.labels is None else clouds.labels[index]
         total = torch.zeros(())
         for vote in range(votes):

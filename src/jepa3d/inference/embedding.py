@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -12,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError, repeat
-from jepa3d.data.io import enough_points, read
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.data.io import read, sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
-from jepa3d.models.encoder import POOLINGS, PointEncoder
+from jepa3d.frame import FRAME
+from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
 
 BATCH = 32
@@ -64,7 +64,10 @@ def embed(
         if isinstance(cloud, (str, Path)):
             prepared += [prepare(encoder, item.read(), item.path, up_axis, item.z_up) for item in items_of(Path(cloud))]
         else:
-            made = PointCloud.make(np.asarray(cloud))
+            try:
+                made = PointCloud.make(as_array(cloud))
+            except ReadError as error:
+                raise ReadError(f"cloud {i}: {error}") from error
             prepared.append(prepare(encoder, made, f"cloud {i}", up_axis))
     if not prepared:
         raise ValueError("no clouds to embed")
@@ -89,26 +92,11 @@ def _check(up_axis: str, layer: int, pooling: str, encoder: PointEncoder) -> Non
         raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
 
 
-def filled(encoder: PointEncoder, cloud: PointCloud, name: str) -> PointCloud:
-    """At least `num_points` points of a cloud in the unit sphere; a mesh is sampled, alike for the same file name.
-
-    A cloud of fewer points is filled by repetition, if it has at least one a token and one a neighbour. Raises
-    ReadError that begins with the name.
-    """
-    try:
-        seed = zlib.crc32(Path(name).name.encode("utf-8", "surrogateescape"))
-        if cloud.faces is None and encoder.min_points <= len(cloud) < encoder.num_points:
-            cloud = repeat(cloud, encoder.num_points, seed)
-        return enough_points(cloud, encoder.num_points, seed).normalised()
-    except ValueError as error:
-        raise ReadError(f"{name}: {error}") from error
-
-
 def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z_up: bool = False) -> Tensor:
-    """The points num_points 3 of a cloud that the encoder sees. Raises ReadError that begins with the name."""
-    points = filled(encoder, cloud, name).points
+    """The points num_points 3 of a cloud or mesh that the encoder sees. Raises ReadError that begins with the name."""
     try:
-        return encoder.prepare(torch.from_numpy(points if z_up else points @ TO_Z_UP[up_axis].T)[None])[0].cpu()
+        points = sampled(cloud, encoder.num_points).points
+        return torch.from_numpy(encoder.frame(points if z_up else points @ TO_Z_UP[up_axis].T).points)
     except ValueError as error:
         raise ReadError(f"{name}: {error}") from error
 
@@ -116,7 +104,8 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
 @torch.inference_mode()
 def encode(encoder: PointEncoder, prepared: list[Tensor], layer: int, pooling: str) -> np.ndarray:
     """Vectors n E of prepared points."""
-    return encoder.embed(torch.stack(prepared).to(encoder.norm.weight.device), layer, pooling).float().cpu().numpy()
+    states, _ = encoder.states(torch.stack(prepared).to(encoder.norm.weight))
+    return pool(states[layer], pooling).float().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- what lies at a path
@@ -241,7 +230,7 @@ def embed_files(
         raise ValueError(f"{out}: exists and is no {'file' if single else 'folder'}; choose another --out")
     name = str(Path(model).absolute()) if Path(model).exists() else model
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
-    making = parquet.Making(name, fingerprint(encoder), layer, pooling, up_axis, width)
+    making = parquet.Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
     parts = out.with_name(f".{out.name}.parts") if single else out
     old = [out] if single and out.exists() else []
     begun = sorted(parts.glob("*.parquet")) if parts.is_dir() else []

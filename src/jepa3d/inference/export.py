@@ -17,12 +17,12 @@ from huggingface_hub import ModelCardData
 from rich.progress import track
 from torch import Tensor, nn
 
-from jepa3d.inference import grouping
+from jepa3d import frame
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
-from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
+from jepa3d.ops import farthest_point_scan, gather_points, squared_distance, unit_sphere
 
 try:
     import onnx
@@ -94,10 +94,26 @@ class ToClasses(nn.Module):
 
 
 def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """`encoder.prepare` without its checks of values, which no graph can hold."""
-    points = unit_sphere(points.double()).float()
+    """`frame` and its `fill` for clouds B N 3, as operations of a graph, which cannot hold their checks."""
+    points = points.double()
+    points = points - (points.amin(1, True) + points.amax(1, True)) / 2
+    points = (points / points.abs().amax((1, 2), True)).float()
     count: Any = torch.sym_min(points.shape[1], encoder.num_points)  # in a graph a number still open
-    return unit_sphere(gather_points(points, farthest_point_sample(points, count)))
+    order, apart = farthest_point_scan(
+        points, count, squared_distance(points, points.new_zeros(1, 3))[..., 0].argmax(1)
+    )
+    chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
+    place = torch.arange(encoder.num_points, device=points.device)
+    turn, row = place // different, place % different
+    among = torch.arange(count, device=points.device) < different  # what follows is there already
+    distance = squared_distance(chosen, chosen).masked_fill(~among[:, None], torch.inf)
+    most: Any = torch.sym_min(count, 1 + encoder.num_points // encoder.min_points)  # turns, and itself
+    nearest = distance.topk(most, largest=False).indices
+    column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
+    column = torch.where(different < encoder.min_points, 2**30, column)  # out of bounds: the runtime raises
+    source = gather_points(chosen, row)
+    other = gather_points(chosen, gather_points(nearest, row).gather(2, column[..., None])[..., 0])
+    return unit_sphere((source + frame.STEP * (source - other)).double()).float()
 
 
 def export(model: str, out: Path) -> None:
@@ -140,7 +156,7 @@ def _graphs(network: Network) -> list[Graph]:
 
     def patches(points: Tensor) -> tuple[np.ndarray, ...]:
         sizes = network.num_points, network.num_groups, network.group_size
-        parts = zip(*(grouping.group(cloud, *sizes) for cloud in points.numpy()), strict=True)
+        parts = zip(*(frame.group(cloud, *sizes) for cloud in points.numpy()), strict=True)
         return tuple(np.stack(part) for part in parts)
 
     vector = ("embedding", "tokens")
@@ -161,7 +177,7 @@ def _write(network: Network, folder: Path) -> dict[str, float]:
     properties = {name: str(getattr(encoder, name)) for name in ("num_points", "num_groups", "group_size")}
     if isinstance(network, PointEncoder):
         properties["fingerprint"] = fingerprint(network)
-        shutil.copyfile(grouping.__file__, folder / "grouping.py")
+        shutil.copyfile(frame.__file__, folder / "grouping.py")
     else:
         properties["class_names"] = json.dumps(network.class_names)
     for graph in track(_graphs(network), "exporting", transient=True):

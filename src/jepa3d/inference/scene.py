@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from sklearn.neighbors import KDTree
 from torch import Tensor
 
-from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError, Reservoir, repeat
+from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
 from jepa3d.inference.cells import RECORD, Cells, Grid, choose_tile, median_count, sort_points, tiles_of
 from jepa3d.inference.points import chunks, write_las, write_ply
 from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.tokenizer import group
-from jepa3d.ops import farthest_point_sample, three_nn_interpolate, unit_sphere
+from jepa3d.ops import three_nn_interpolate
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
@@ -133,16 +133,8 @@ class Features:
         share = min(1.0, _MOST / counts.sum())
         parts = [self.cells.read(cell, 0, int(np.ceil(n * share))) for cell, n in zip(cells, counts, strict=True)]
         xyz = np.concatenate(parts)["xyz"]
-        origin, wanted = xyz.mean(0), self.encoder.num_points
-        points = (xyz - origin).astype(np.float32)
-        if len(points) < wanted:
-            points = repeat(PointCloud(points, np.zeros(3)), wanted, 0).points
-        chosen = torch.from_numpy(points)[None]
-        if len(points) > wanted:
-            chosen = chosen[:, farthest_point_sample(unit_sphere(chosen), wanted)[0]]
-        center = chosen.mean(1)
-        radius = float((chosen - center).norm(dim=-1).max())
-        return origin + center[0].double().numpy(), radius or 1.0, unit_sphere(chosen)[0]
+        seen = self.encoder.frame(xyz, 1)  # copies of one point count as often as they are there
+        return seen.center, seen.radius, torch.from_numpy(seen.points)
 
     def _members(self, tile: int) -> np.ndarray:
         """The occupied cells of a tile."""

@@ -167,6 +167,7 @@ def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[li
         array = np.load(path, allow_pickle=False)
         if array.shape[-1] == making.embed_dim:
             return [query] * len(np.atleast_2d(array)), np.atleast_2d(array)
+    making.check_frame(str(index))
     encoder = load(model or making.model)
     if fingerprint(encoder) != making.fingerprint:
         raise ValueError(f"{index}: made with another encoder than {model or making.model}; embed again, or --model")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.frame import FRAME
 
 try:
     import pyarrow as pa
@@ -42,9 +43,18 @@ class Making:
     pooling: str
     up_axis: str
     embed_dim: int  # of the vectors
+    frame: int = 1  # version of frame.py; files of before have none
+
+    def check_frame(self, where: str) -> None:
+        """ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
+        if self.frame != FRAME:
+            found = f"{where}: its vectors were made by another version of jepa3d (frame {self.frame}, here {FRAME})"
+            raise ValueError(f"{found}; embed the clouds again, into another --out")
 
     def check(self, other: "Making", where: str) -> None:
         """ValueError naming the first difference; a model may go by two names."""
+        if self.frame != other.frame:
+            other.check_frame(where)
         for name, value in asdict(self).items():
             if name != "model" and value != (theirs := getattr(other, name)):
                 what = "another model" if name == "fingerprint" else f"{name.replace('_', '-')} {theirs}"

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError
-from jepa3d.inference.embedding import Item, filled, items_of, open_cloud
+from jepa3d.data.io import sampled
+from jepa3d.inference.embedding import Item, items_of, open_cloud
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
-from jepa3d.ops import farthest_point_sample, gather_points, three_nn_interpolate, unit_sphere
+from jepa3d.ops import three_nn_interpolate
 
 try:
     import viser
@@ -58,21 +59,18 @@ class View:
 @torch.inference_mode()
 def view_of(encoder: PointEncoder, item: Item, up_axis: str = "z", layer: int = -1, pooling: str = "mean_max") -> View:
     """The points and the vector are those of `prepare` and `embed`. Raises ReadError and OSError."""
-    cloud = item.read()
-    whole = filled(encoder, cloud, item.path)
-    turned = torch.from_numpy(whole.points if item.z_up else whole.points @ TO_Z_UP[up_axis].T)
-    points = seen = unit_sphere(turned[None].double()).float()
-    if len(whole) > encoder.num_points:  # as in encoder.prepare, but all points move along
-        sampled = gather_points(points, farthest_point_sample(points, encoder.num_points))
-        center = sampled.mean(1, keepdim=True)
-        seen, points = unit_sphere(sampled), (points - center) / (sampled - center).norm(dim=-1).amax()
-    states, centers = encoder.layer_tokens(seen)
-    count = len(cloud) if cloud.faces is None else len(whole)  # without repetitions
-    drawn = np.sort(np.random.default_rng(0).permutation(count)[:MAX_DRAWN])
-    points, colors = points[:, drawn], None if whole.colors is None else whole.colors[drawn]
-    weights = three_nn_interpolate(points, centers, torch.eye(centers.shape[1])[None])[0]
+    cloud = sampled(item.read(), encoder.num_points)
+    turned = cloud.points if item.z_up else cloud.points @ TO_Z_UP[up_axis].T
+    try:
+        seen = encoder.frame(turned)
+    except ValueError as error:
+        raise ReadError(f"{item.path}: {error}") from error
+    states, centers = encoder.states(torch.from_numpy(seen.points)[None])
+    drawn = np.sort(np.random.default_rng(0).permutation(len(cloud))[:MAX_DRAWN])
+    points, colors = seen.place(turned[drawn]), None if cloud.colors is None else cloud.colors[drawn]
+    weights = three_nn_interpolate(torch.from_numpy(points)[None], centers, torch.eye(centers.shape[1])[None])[0]
     vector = pool(states[layer], pooling)[0].numpy()
-    return View(item.path, cloud.total or count, points[0].numpy(), colors, states[-1][0], centers[0], weights, vector)
+    return View(item.path, cloud.total or len(cloud), points, colors, states[-1][0], centers[0], weights, vector)
 
 
 def nearest_to_ray(points: np.ndarray, origin, direction, reach: float = 0.05) -> int | None:
@@ -310,6 +308,7 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
         making = making_of(index)
         if making.up_axis != up_axis:
             raise ValueError(f"{index}: made with --up-axis {making.up_axis}, not {up_axis}")
+        making.check_frame(str(index))
         model, layer, pooling = model or making.model, making.layer, making.pooling
         if fingerprint(load(model)) != making.fingerprint:
             raise ValueError(f"{index}: made with another encoder than {model}; embed again, or --model")

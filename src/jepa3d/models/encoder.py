@@ -1,14 +1,20 @@
 """The point encoder: what every command trains, saves, loads and uses."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from jepa3d.frame import Frame, frame
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.layout import Layout, Ragged
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
-from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, unit_sphere
+from jepa3d.ops import BatchGenerator, sample_one
+
+Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]  # N 3, B N 3, or a list of N 3 of any N
 
 POOLINGS = ("mean_max", "mean", "max")
 
@@ -95,42 +101,59 @@ class PointEncoder(
         """Encoded tokens B M C of patches (B M K 3) and centers (B M 3) after each of the last `layers` blocks."""
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[-layers:]
 
-    def prepare(self, points: Tensor) -> Tensor:
-        """Clouds B N 3 in any unit as the encoder was trained on them: unit sphere, at most `num_points` by FPS."""
-        if points.ndim != 3 or points.shape[-1] != 3:
-            raise ValueError(f"points must be B x N x 3, got {tuple(points.shape)}")
-        if not torch.isfinite(points).all():
-            raise ValueError("points contain NaN or infinite coordinates")
-        if (points == points[:, :1]).all((1, 2)).any():
-            raise ValueError("all points of a cloud are equal")
-        points = unit_sphere(points.double()).to(self.norm.weight)  # in double first: map coordinates are large
-        if points.shape[1] > self.num_points:
-            points = unit_sphere(gather_points(points, farthest_point_sample(points, self.num_points)))
-        return points
+    def prepare(self, clouds: Clouds) -> Tensor:
+        """Clouds as the encoder sees them, B num_points 3 on its device: see `frame`. No gradient flows through it.
 
-    def layer_tokens(self, points: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Tokens of every layer (see `hidden_states`) and their centers B M 3, grouped deterministically."""
-        grouped = group(self.prepare(points), self.num_groups, self.group_size)
+        Raises ValueError for NaN, another shape, or fewer than `min_points` different points in a cloud.
+        """
+        if isinstance(clouds, Tensor | np.ndarray):
+            if clouds.ndim not in (2, 3):
+                raise ValueError(f"points must be N x 3, B x N x 3 or a list of N x 3, found {list(clouds.shape)}")
+            clouds = as_array(clouds)[None] if clouds.ndim == 2 else as_array(clouds)
+        if not len(clouds):
+            raise ValueError("no clouds to embed")
+        return torch.from_numpy(np.stack([self.frame(cloud).points for cloud in clouds])).to(self.norm.weight)
+
+    def frame(self, cloud: Tensor | np.ndarray, least: int | None = None) -> Frame:
+        """What the encoder sees of one cloud N 3, and where it lies. least: different points, instead of min_points."""
+        return frame(as_array(cloud), self.num_points, self.min_points if least is None else least, sample_one)
+
+    def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Tokens of every layer (see `hidden_states`) of prepared clouds, and their centers B M 3."""
+        grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
         return states, grouped.centers
 
-    def tokens(self, points: Tensor, layer: int = -1) -> tuple[Tensor, Tensor]:
+    def layer_tokens(self, points: Clouds) -> tuple[list[Tensor], Tensor]:
+        """Tokens of every layer (see `hidden_states`) and their centers B M 3, grouped deterministically."""
+        return self.states(self.prepare(points))
+
+    def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tensor, Tensor]:
         """Tokens B M C after block `layer` (0: the tokenizer's; -1: the encoder's output) and centers B M 3.
 
-        Centers are in the unit sphere of the cloud. Raises ValueError for NaN or too few points.
+        Takes what `embed` takes. Centers are in the unit sphere of what the encoder sees: see `frame`.
         """
         states, centers = self.layer_tokens(points)
         return states[layer], centers
 
-    def embed(self, points: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+    def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Tensor:
         """One vector a cloud, B E: pooled tokens; E = 2C for "mean_max", C for "mean" and "max".
 
-        `points` is B N 3 in any unit. Call `.eval()` first, as `from_pretrained` does: in training mode the
-        vector would depend on the rest of the batch.
+        `points` is one cloud N 3, clouds B N 3, or a list of N 3 of any N: tensors, or arrays of numpy, in any unit.
+        Call `.eval()` first, as `from_pretrained` does: in training mode the vector would depend on the rest of the
+        batch. Raises ValueError for NaN, another shape, or fewer than `min_points` different points.
         """
         return pool(self.tokens(points, layer)[0], pooling)
 
     forward = embed
+
+
+def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
+    """A tensor on any device, or what numpy takes for an array, as an array."""
+    if isinstance(cloud, Tensor):
+        cloud = cloud.detach().cpu()
+        return cloud.float().numpy() if cloud.dtype == torch.bfloat16 else cloud.numpy()
+    return np.asarray(cloud)
 
 
 def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:

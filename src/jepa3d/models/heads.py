@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.encoder import Clouds, PointEncoder
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
@@ -46,8 +46,8 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
         position = torch.cat([self.cls_position.expand(rows), position], 1)
         return encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))[-1]
 
-    def predict(self, points: Tensor) -> Tensor:
-        """Logits B classes of clouds B N 3 in any unit. Raises ValueError for NaN or too few points."""
+    def predict(self, points: Clouds) -> Tensor:
+        """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
         return self(self.encoder.prepare(points))
 
 
@@ -59,8 +59,8 @@ class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "
         self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
 
-    def predict(self, points: Tensor) -> Tensor:
-        """Logits B classes of clouds B N 3 in any unit. Raises ValueError for NaN or too few points."""
+    def predict(self, points: Clouds) -> Tensor:
+        """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
         return self.out(self.encoder.embed(points, self.layer, self.pooling))
 
 

@@ -1,0 +1,140 @@
+"""From any cloud to what the encoder sees: the one frame behind every vector, with numpy alone.
+
+Every command and call that asks an encoder goes through `frame`, so that a vector depends on the set of points and on
+nothing else: not on the order of rows, a file's name, a place in a list or a random number. `jepa3d export` puts this
+file beside the model as grouping.py. Within the package the compiled sampling of ops.py takes the place of the loop
+below and picks the same points.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+FRAME = 2  # version of the rules in this file: vectors of two versions cannot be compared
+LEAST = 64  # different points of a cloud that is kept for any encoder; one encoder needs its own `min_points`
+STEP = 0.6  # see `fill`
+
+
+class Frame(NamedTuple):
+    """What the encoder sees of a cloud, and where in the cloud's own coordinates that lies."""
+
+    points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
+    center: np.ndarray  # 3 float64
+    radius: float
+
+    def place(self, others: np.ndarray) -> np.ndarray:
+        """Any points (..., 3) of the cloud where the encoder would see them, float32."""
+        return ((others - self.center) / self.radius).astype(np.float32)
+
+
+def group(points: np.ndarray, num_points: int, num_groups: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of patches.onnx: patches num_groups group_size 3 and centers num_groups 3, float32, of a cloud N 3.
+
+    Any unit. Stack those of several clouds for a batch. The sizes stand in the model's metadata and its README. Raises
+    ValueError as `frame` does.
+
+    >>> patches, centers = group(cloud, 1024, 64, 24)
+    >>> session.run(["embedding"], {"patches": patches[None], "centers": centers[None]})
+    """
+    points = frame(points, num_points, max(num_groups, group_size)).points
+    start = int(_squares(points, points.mean(0)).argmax())
+    centers = points[farthest_point_sample(points, num_groups, start)]
+    return points[_nearest(centers, points, group_size)] - centers[:, None], centers
+
+
+def farthest_point_sample(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
+    """Indices num_samples of points N 3, each farthest from those before it; the first is `start`."""
+    distance = np.full(len(points), np.inf, points.dtype)
+    picked = np.empty(num_samples, np.int64)
+    for i in range(num_samples):
+        picked[i] = start
+        np.minimum(distance, _squares(points, points[start]), out=distance)
+        start = int(distance.argmax())
+    return picked
+
+
+def frame(
+    points: np.ndarray,
+    num_points: int,
+    least: int = 1,
+    sample: Callable[[np.ndarray, int, int], np.ndarray] = farthest_point_sample,
+) -> Frame:
+    """What the encoder sees of a cloud N 3 of any unit and number type: `num_points` points in the unit sphere.
+
+    Farthest points of more, and fewer filled up: see `fill`. A point that is there several times counts once. sample:
+    what draws farthest points, as `farthest_point_sample` does. Raises ValueError as `check` does, and for fewer than
+    `least` different points.
+    """
+    cloud = check(points)
+    middle = (cloud.min(0) + cloud.max(0)) / 2  # of the box: the same in any order, and however often a point is there
+    cloud -= middle
+    size = float(np.abs(cloud).max()) or 1.0
+    cloud = _distinct((cloud / size).astype(np.float32))  # in double until here: map coordinates are large
+    if len(cloud) < least:
+        raise ValueError(too_few(len(points), len(cloud), least))
+    start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
+    if len(cloud) != num_points:
+        cloud = cloud[sample(cloud, min(len(cloud), num_points), start)]
+    if len(cloud) < num_points:
+        cloud, _ = fill(cloud, num_points)
+    seen = cloud.astype(np.float64)
+    center = seen.mean(0)
+    seen -= center
+    radius = float(np.linalg.norm(seen, axis=1).max()) or 1.0
+    return Frame((seen / radius).astype(np.float32), middle + size * center, size * radius)
+
+
+def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """`num_points` points from fewer different ones, n 3 in farthest point order; and of which point each is a copy.
+
+    All points come first, then copies of them, turn after turn. A copy of turn t is moved away from the t-th nearest
+    point by STEP of that distance, to where the surface goes on: patches of many copies in one place are unlike any
+    that an encoder was trained on.
+    """
+    turn, row = np.divmod(np.arange(len(points), num_points), len(points))
+    source, k = points[row], min(int(turn[-1]), len(points) - 1)
+    copied = points[: min(len(points), len(row))]
+    nearest = np.concatenate([_nearest(copied[at : at + 256], points, k + 1) for at in range(0, len(copied), 256)])
+    away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)  # itself is the nearest
+    filled = np.concatenate([points, source + np.float32(STEP) * away])
+    return filled, np.r_[: len(points), row]
+
+
+def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
+    """Indices n k of the points nearest to each query, nearest first."""
+    distance = _squares(query[:, None], points)
+    some = np.argpartition(distance, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(some, np.take_along_axis(distance, some, 1).argsort(1, kind="stable"), 1)
+
+
+def check(points: np.ndarray) -> np.ndarray:
+    """A copy in float64 of points N 3. Raises ValueError for another array, or one of NaN."""
+    if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
+        raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")
+    if not len(points):
+        raise ValueError("no points")
+    cloud = points.astype(np.float64)
+    if not (np.abs(cloud) <= 1e30).all():
+        raise ValueError("NaN or infinite coordinates")
+    return cloud
+
+
+def too_few(count: int, different: int, least: int) -> str:
+    """What is said of a cloud of `count` points, `different` of them, where at least `least` are needed."""
+    if different == 1:
+        return "one point only" if count == 1 else "all points are equal"
+    found = f"{count} points" if count == different else f"{different} different points of {count:,}"
+    return f"{found}, at least {least} are needed"
+
+
+def _distinct(points: np.ndarray) -> np.ndarray:
+    """Each different point of n 3 once, in an order that depends on their values alone."""
+    key = points[:, 0] + np.sqrt(2.0) * points[:, 1] + np.pi * points[:, 2]  # far cheaper than to sort by rows
+    points = points[np.argsort(key, kind="stable")]
+    return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    x, y, z = (np.square(a[..., axis] - b[..., axis]) for axis in range(3))
+    return x + y + z
