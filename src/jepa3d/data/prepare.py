@@ -18,6 +18,7 @@ import numpy as np
 
 from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, reduce, repeat, sample_surface
 from jepa3d.data.entries import Entry, Source
+from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
@@ -135,7 +136,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
         raise ReadError(f"{len(cloud)} points, {count} are needed (--points, or --short repeat)")
-    up = options.up_axis or entry.up_axis or "z"
+    up = options.up_axis or entry.up_axis or cloud.up or "z"
     cloud = cloud.normalised()
     if count and len(cloud) > count:
         cloud = reduce(cloud, count, options.reduce, seed)
@@ -209,7 +210,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
 
     Raises ReadError for an archive that is damaged or has a member that would be written elsewhere.
     """
-    if not source.is_file() or source.suffix.lower() not in _ARCHIVES:
+    if not source.is_file() or source.suffix.lower() not in _ARCHIVES or refusal(source) is None:  # a.ply.gz is a file
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
