@@ -15,7 +15,7 @@ from jepa3d.data.text import to_bytes
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-_MOST_VERTICES = 20_000_000  # of a scene, whose nodes may show one mesh many times
+_MOST = 50_000_000  # vertices and corners of a scene, whose nodes may show one mesh many times
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing")  # extensions that change shapes and are read
 # Those that change none: how a surface looks, lights, notes.
 _LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|texture|lights|xmp|animation|audio)\w*")
@@ -49,31 +49,35 @@ class _Scene:
     def read(self) -> PointCloud:
         self._place_nodes()
         primitives = [
-            (node, place, primitive)
-            for node, place in self._shown()
+            (at, node, place, primitive)
+            for at, (node, place) in enumerate(self._shown())
             for primitive in self.json["meshes"][node["mesh"]]["primitives"]
-            if "POSITION" in primitive["attributes"] or _DRACO in primitive.get("extensions", {})
+            if "POSITION" in primitive["attributes"]
         ]
-        solid = [item for item in primitives if item[2].get("mode", 4) > 3]
-        chosen = solid or [item for item in primitives if item[2].get("mode", 4) == 0]
+        solid = [item for item in primitives if item[3].get("mode", 4) > 3]
+        chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
             raise ReadError("a scene of lines only" if primitives else "a scene without meshes")
-        if sum(self.json["accessors"][item[2]["attributes"]["POSITION"]]["count"] for item in chosen) > _MOST_VERTICES:
-            raise ReadError(f"a scene of more than {_MOST_VERTICES:,} vertices")
-        vertices, faces, colors, first = [], [], [], 0
-        for node, place, primitive in chosen:
-            points = self._positions(node, place, primitive)
-            vertices.append(points)
+        accessors = [
+            i for _, _, _, p in chosen for i in (p["attributes"]["POSITION"], p.get("indices")) if i is not None
+        ]
+        if sum(self.json["accessors"][i]["count"] for i in accessors) > _MOST:
+            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
+        vertices, faces, colors, known, total = [], [], [], {}, 0
+        for at, node, place, primitive in chosen:
+            attributes = primitive["attributes"]
+            shared = f"{at} {attributes} {primitive.get('targets')}"  # primitives of one shape may share its vertices
+            if shared not in known:
+                known[shared], points = total, self._positions(node, place, primitive)
+                vertices.append(points)
+                total += len(points)
+                if "COLOR_0" in attributes:
+                    colors.append(255 * self._values(attributes["COLOR_0"])[:, :3])
             if solid:
-                corners = _triangles(self._indices(primitive, len(points)), primitive.get("mode", 4)) + first
+                corners = _triangles(self._indices(primitive), primitive.get("mode", 4)) + known[shared]
                 faces.append(corners[:, ::-1] if np.linalg.det(place[:3, :3]) < 0 else corners)
-            elif "COLOR_0" in primitive["attributes"]:
-                colors.append(255 * self._values(primitive["attributes"]["COLOR_0"])[:, :3])
-            first += len(points)
-        points = np.concatenate(vertices)
-        whole = len(colors) == len(chosen)
-        kept = {"colors": to_bytes(np.concatenate(colors))} if colors and whole else {}
-        return mesh(points, np.concatenate(faces) if faces else np.empty((0, 3), np.int64), up="y", **kept)
+        kept = {"colors": to_bytes(np.concatenate(colors))} if len(colors) == len(vertices) else {}
+        return mesh(np.concatenate(vertices), np.concatenate([np.empty((0, 3), np.int64), *faces]), up="y", **kept)
 
     # ------------------------------------------------------------------------------------------ nodes
 
@@ -138,7 +142,9 @@ class _Scene:
                 out += part[:, None] * (np.einsum("nij,nj->ni", move[:, :3, :3], points) + move[:, :3, 3])
         return out
 
-    def _indices(self, primitive: dict, count: int) -> np.ndarray:
+    def _indices(self, primitive: dict) -> np.ndarray:
+        """The corners of a primitive's faces, vertices of its own from 0."""
+        count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
@@ -153,7 +159,7 @@ class _Scene:
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
-        if not 0 <= count <= _MOST_VERTICES * 3:
+        if not 0 <= count <= _MOST:
             raise ReadError(f"an accessor of {count} values")
         if "bufferView" in accessor:
             values = self._view(accessor["bufferView"], accessor.get("byteOffset", 0), count, width, kind)

@@ -62,7 +62,7 @@ def _inflated(path: Path) -> Iterator[Path]:
             while some := packed.read(1 << 20):
                 total += len(some)
                 if total > most:
-                    raise ReadError(f"holds more than {most:,} bytes, which is no likely file: unpack it to see")
+                    raise ReadError(f"holds more than {most:,} bytes, too many for its size; unpack it to read it")
                 out.write(some)
         yield file
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from jepa3d.data.boundary import check_claim
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.polygons import mesh, rows, strip, triangles, unix_lines, whole
+from jepa3d.data.polygons import Rows, mesh, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import columns_of
 
 _KINDS = {
@@ -131,16 +132,20 @@ def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndar
 
 def _elements_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Every element's columns; a row is a line."""
-    values, starts, counts = rows(unix_lines(data))
-    found, first = {}, 0
+    rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
         last = first + element.count
-        if last > len(starts):
-            raise ReadError(f"truncated: {max(len(starts) - first, 0)} of {element.count} of its {element.name} rows")
-        ends = starts[first:last] + counts[first:last]
-        found[element.name] = _columns(element, starts[first:last], ends, lambda at, _: values[at], lambda _: 1)
+        if last > len(rows):
+            raise ReadError(f"truncated: {max(len(rows) - first, 0)} of {element.count} of its {element.name} rows")
+        values, at = rows.numbers(first, last, integers=all(p.kind.kind != "f" for p in element.properties))
+        ends, cells = at + rows.counts[first:last], partial(_words, values)
+        found[element.name] = _columns(element, at, ends, cells, lambda _: 1)
         first = last
     return found
+
+
+def _words(values: np.ndarray, where: np.ndarray, _: np.dtype) -> np.ndarray:
+    return values[where]
 
 
 def _elements_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
@@ -256,12 +261,13 @@ def _chunks_of_text(path: Path, header: Header, vertex: Element, columns: list[i
         file.seek(header.start)
         lines, left = (line for line in file if line.strip()), vertex.count
         while left:
-            values, starts, counts = rows(b"".join(islice(lines, min(size, left))))
-            if not len(counts):
+            rows = Rows(b"".join(islice(lines, min(size, left))))
+            if not len(rows):
                 raise ReadError(f"truncated: {vertex.count - left} of {vertex.count} points")
-            if counts.min() <= max(columns):
+            if rows.counts.min() <= max(columns):
                 raise ReadError(
-                    f"truncated or damaged: point {vertex.count - left + int(counts.argmin())} is too short"
+                    f"truncated or damaged: point {vertex.count - left + int(rows.counts.argmin())} is too short"
                 )
-            yield values[starts[:, None] + columns]
-            left -= len(counts)
+            values, at = rows.numbers()
+            yield values[at[:, None] + columns]
+            left -= len(rows)

@@ -1,9 +1,12 @@
 """What the mesh readers share: lines of numbers, polygons and strips as triangles."""
 
+import re
+
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError
 
+_NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")  # as older compilers of Windows write it
 _MOST_CORNERS = 500  # of a concave polygon that is cut exactly: the time grows with the square
 
 
@@ -13,36 +16,47 @@ def unix_lines(text: bytes) -> bytes:
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
-def rows(text: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All numbers of a text, float64, and where each line that has any begins and how many it has.
+class Rows:
+    """The lines of a text that are not blank: `counts` words each, read as numbers when asked for."""
 
-    Raises ReadError for a word that is no number.
-    """
-    data = np.frombuffer(text, np.uint8)
-    blank = data <= 32
-    words = np.flatnonzero(~blank & np.concatenate([[True], blank[:-1]]))
-    counts = np.diff(np.searchsorted(words, np.append(np.flatnonzero(data == 10), len(data))), prepend=0)
-    counts = counts[counts > 0]
-    try:
-        values = np.fromstring(text, sep=" ") if len(words) else np.empty(0)
-    except ValueError:
-        values = np.empty(0)
-    if len(values) != len(words):
-        wrong = next((word for word in text.split() if not _is_number(word)), b"?")
+    def __init__(self, text: bytes):
+        self.text = text = _NAN.sub(b"nan", text) if b"#" in text else text
+        data = np.frombuffer(text, np.uint8)
+        blank = np.concatenate([[True], data <= 32])
+        self._words = np.append(np.flatnonzero(blank[:-1] > blank[1:]), len(data))  # where each begins
+        ends = np.searchsorted(self._words[:-1], np.append(np.flatnonzero(data == 10), len(data)))
+        counts = np.diff(ends, prepend=0)
+        self.counts = counts[counts > 0]
+        self._first = np.append(0, np.cumsum(self.counts))  # word of each row
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def numbers(self, first: int = 0, last: int | None = None, integers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """All numbers of some rows, float64, and where each row begins among them.
+
+        integers: int64 if all are, which is read ten times as fast. Raises ReadError for a word that is no number.
+        """
+        bounds = self._first[first : None if last is None else last + 1]
+        text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
+        for kind in (np.int64, np.float64) if integers else (np.float64,):
+            values = _parsed(text, kind) if text else np.empty(0, kind)
+            if len(values) == bounds[-1] - bounds[0]:
+                return values, bounds[:-1] - bounds[0]
+        wrong = next((word for word in text.split() if len(_parsed(word, np.float64)) != 1), b"?")
         raise ReadError(f"{wrong.decode('latin-1')[:40]!r} where a number should be")
-    return values, np.cumsum(counts) - counts, counts
 
 
-def _is_number(word: bytes) -> bool:
+def _parsed(text: bytes, kind: type) -> np.ndarray:
     try:
-        return np.isscalar(float(word)) and b"_" not in word
+        return np.fromstring(text, kind, sep=" ")
     except ValueError:
-        return False
+        return np.empty(0, kind)
 
 
 def whole(values: np.ndarray) -> np.ndarray:
     """Numbers of vertices as int64. Raises ReadError for fractions and what no file can hold."""
-    if not (np.abs(values) < 2**53).all() or (values != np.floor(values)).any():
+    if values.dtype.kind == "f" and not ((np.abs(values) < 2**53) & (values == np.floor(values))).all():
         raise ReadError("the vertices of its faces must be whole numbers")
     return values.astype(np.int64)
 

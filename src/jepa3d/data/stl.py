@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.polygons import mesh, unix_lines
+from jepa3d.data.polygons import Rows, mesh, unix_lines
 
 _TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 _HEAD = 84  # bytes: a title of 80 and the number of triangles
-_CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*)\s+([-+.\dni]\S*)\s+([-+.\dni]\S*)")
+_CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
 
 
 def read_stl(path: Path) -> PointCloud:
@@ -36,8 +36,8 @@ def read_stl(path: Path) -> PointCloud:
 
 
 def _in_text(text: bytes) -> np.ndarray:
-    corners = np.array(_CORNER.findall(text), np.float64).reshape(-1, 3)
-    begun, ended = (len(re.findall(word, text)) for word in (rb"\bfacet\s+normal\b", rb"\bendfacet\b"))
-    if not 3 * begun == 3 * ended == len(corners):
-        raise ReadError(f"truncated or damaged: {begun} facets begin, {ended} end, {len(corners)} vertices (3 a facet)")
+    corners = Rows(b"\n".join(_CORNER.findall(text))).numbers()[0].reshape(-1, 3)
+    facets = text.count(b"endfacet")
+    if len(corners) != 3 * facets or text.rfind(b"endsolid") < text.rfind(b"endfacet"):
+        raise ReadError(f"truncated or damaged: {facets} whole facets, {len(corners)} vertices, no endsolid at the end")
     return corners
