@@ -35,7 +35,7 @@ class Preparation:
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
     short: Literal["skip", "repeat"] = "skip"  # what to do with a cloud of fewer points
-    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark has it, else z
+    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark or format has it, else z
     unit: str | None = None  # of the files; only written down
     split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
     keep: tuple[Literal["normals", "colors", "parts"], ...] = ()
@@ -80,7 +80,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
     options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        print("axes are kept: taken as z-up (--up-axis says otherwise)")
+        print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         print(note, flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
