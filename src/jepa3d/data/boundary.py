@@ -21,8 +21,7 @@ _PARSER_ERRORS = (
     MemoryError, ImportError, StopIteration, NameError, SyntaxError, tokenize.TokenError, struct.error, zlib.error,
     lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
-for _parser in ("trimesh", "laspy"):
-    logging.getLogger(_parser).addHandler(logging.NullHandler())  # else they print beside the one line of the error
+logging.getLogger("laspy").addHandler(logging.NullHandler())  # else it prints beside the one line of the error
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def boundary(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
     except _PARSER_ERRORS as error:
-        kind = path.suffix[1:].upper()
+        kind = suffix_of(path)[1:].upper()
         raise ReadError(f"{path}: damaged or not a {kind} file ({line(error)})") from error
 
 
@@ -65,3 +64,8 @@ def module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ReadError(f"needs {name}: pip install 'jepa3d[io]'") from error
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says what a file is, in lower case; of a.ply.gz it is .ply."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()

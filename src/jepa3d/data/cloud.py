@@ -39,6 +39,7 @@ class PointCloud:
     faces: np.ndarray | None = None  # F 3 int64
     label: int | None = None  # where the file itself has one
     total: int | None = None  # points in the file, where more than MAX_POINTS
+    up: str | None = None  # the axis that is up where the file's format says so: y in glTF
 
     def __len__(self) -> int:
         return len(self.points)
@@ -65,6 +66,10 @@ class PointCloud:
         if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
             raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
         return PointCloud(points, origin, **attributes)
+
+    def to_z_up(self, up_axis: str) -> np.ndarray:
+        """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says none, `up_axis`."""
+        return TO_Z_UP[self.up or up_axis]
 
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at index, without faces."""
@@ -110,7 +115,7 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # uniform in a triangle: Osada et al. 2002, eq. 1
     points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
     normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
-    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, label=mesh.label)
+    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, label=mesh.label, up=mesh.up)
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:

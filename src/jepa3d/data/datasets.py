@@ -141,7 +141,7 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts)
     elif path.suffix == ".npz" and path.is_file() and clouds_in(path):
         found = _bundle(path, num_points, labels_key, parts)
     elif path.exists():
-        found = _files(path, num_points, split, limit, None if raw else TO_Z_UP[up_axis], parts)
+        found = _files(path, num_points, split, limit, None if raw else up_axis, parts)
         standard = True
     else:
         what = "no such file or folder"
@@ -259,12 +259,10 @@ def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     return {"parts": parts.astype(np.int16), "part_names": names}
 
 
-def _files(
-    path: Path, num_points: int, split: str, limit: int | None, axes: np.ndarray | None, parts: bool
-) -> PointClouds:
+def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
     """A folder, benchmark or single file, read whole: what `jepa3d prepare` reads, without a store.
 
-    Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with axes None
+    Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with up_axis None
     all stay raw, in an object array.
     """
     source = discover(path)
@@ -284,17 +282,18 @@ def _files(
                 raise ReadError(_NO_PARTS)
         digest.update(cloud.points.tobytes())
         one = cloud.points[None], cloud.parts[None].astype(np.int16) if parts and cloud.parts is not None else None
+        axes = None if up_axis is None else cloud.to_z_up(up_axis)
         clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
     labels = np.array([number[str(entry.label)] for entry in entries]) if labelled else None
     splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
-    points = _joined([cloud for cloud, _ in clouds], axes is None)
+    points = _joined([cloud for cloud, _ in clouds], up_axis is None)
     found = PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
     if not parts:
         return found
-    return replace(found, parts=_joined([own for _, own in clouds], axes is None), part_names=source.part_names)
+    return replace(found, parts=_joined([own for _, own in clouds], up_axis is None), part_names=source.part_names)
 
 
 def _joined(arrays: list, raw: bool) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
 from jepa3d.data.entries import Entry, Source
+from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
@@ -34,7 +35,7 @@ class Preparation:
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
     short: Literal["skip", "repeat"] = "repeat"  # what to do with a cloud of fewer points
-    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark has it, else z
+    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark or format has it, else z
     unit: str | None = None  # of the files; only written down
     split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
     keep: tuple[Literal["normals", "colors", "parts"], ...] = ()
@@ -79,7 +80,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
     options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        print("axes are kept: taken as z-up (--up-axis says otherwise)")
+        print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         print(note, flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
@@ -140,7 +141,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
         raise ReadError(f"{len(cloud)} points, {count} are needed (--points, --short skip)")
-    up = options.up_axis or entry.up_axis or "z"
+    up = options.up_axis or entry.up_axis or cloud.up or "z"
     cloud = cloud.normalised()
     if count and len(cloud) > count:
         cloud = reduce(cloud, count, options.reduce, seed)
@@ -220,7 +221,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
 
     Raises ReadError for an archive that is damaged or has a member that would be written elsewhere.
     """
-    if not source.is_file() or source.suffix.lower() not in _ARCHIVES:
+    if not source.is_file() or source.suffix.lower() not in _ARCHIVES or refusal(source) is None:  # a.ply.gz is a file
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import SPLIT_FOLDERS, Entry, Source, entries_of
-from jepa3d.data.io import SUFFIXES
+from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.text import check_table
 
 
@@ -75,9 +75,9 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
         for name in files:
             path = folder / name
             key = path.relative_to(root).as_posix()
-            if path.suffix.lower() not in SUFFIXES or name.startswith("._"):  # ._: what macOS adds to archives
-                alone = "; a few-shot fold is prepared by itself" if path.suffix == ".pkl" else ""
-                skipped.append((key, f"not a kind of file that is read{alone}"))
+            why = "written by macOS beside the file" if name.startswith("._") else refusal(path)
+            if why:
+                skipped.append((key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why))
                 continue
             try:
                 if path.suffix.lower() == ".txt":

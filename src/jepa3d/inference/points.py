@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary, check_claim, module
+from jepa3d.data.boundary import boundary, module
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import read
+from jepa3d.data.ply import read_header, vertex_chunks
 from jepa3d.data.scans import las_records
 from jepa3d.data.text import COMMENT, coordinate_columns, sniff
 
 CHUNK = 500_000  # points held at once
 _WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}  # LAS point formats without colours: the same with them
 _MESH = "a mesh; a scene is a cloud of points"
-_TYPES = {
-    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
-    "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
-    "double": "f8", "float64": "f8",
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -79,45 +75,10 @@ def _rows(lines: Iterator[str], delimiter: str | None, columns: list[int]) -> It
 
 
 def _ply(path: Path) -> Iterator[np.ndarray]:
-    """The vertices, where they come first and have no lists; other PLY files are read whole."""
-    with path.open("rb") as file:
-        header: list[list[str]] = []
-        while header[-1:] != [["end_header"]]:
-            text = file.readline(1000)
-            if not text or len(header) > 1000 or (not header and text.strip() != b"ply"):
-                raise ReadError("damaged or not a PLY file: its header has no end")
-            header.append(text.decode("ascii", "replace").split())
-        start = file.tell()
-    form = next((words[1] for words in header if words[:1] == ["format"] and len(words) > 1), "")
-    elements: dict[str, tuple[int, list]] = {}
-    for words in header:
-        if words[:1] == ["element"] and len(words) == 3:
-            elements[words[1]] = int(words[2]), []
-        elif words[:1] == ["property"] and elements:
-            next(reversed(elements.values()))[1].append((words[-1], _TYPES.get(words[1])))
-    count, properties = next(iter(elements.values()), (0, []))
-    if elements.get("face", (0,))[0]:
+    header = read_header(path)
+    if header.is_mesh:
         raise ReadError(_MESH)
-    names = [name for name, _ in properties]
-    if next(iter(elements), "") != "vertex" or not all(kind for _, kind in properties) or {*"xyz"} - {*names}:
-        yield from _others(path)
-    elif form == "ascii":
-        seen, columns = 0, [names.index(axis) for axis in "xyz"]
-        with path.open("rb") as file:
-            file.seek(start)
-            lines = (text.decode("ascii", "replace") for text in file)
-            for xyz in _rows(islice((text for text in lines if text.strip()), count), None, columns):
-                seen += len(xyz)
-                yield xyz
-        if seen < count:
-            raise ReadError(f"truncated: {seen} of {count} points")
-    else:
-        order = ">" if "big" in form else "<"
-        row = np.dtype([(name, order + kind) for name, kind in properties])
-        check_claim(path, start + count * row.itemsize, 1)
-        for at in range(0, count, CHUNK):
-            rows = np.fromfile(path, row, min(CHUNK, count - at), offset=start + at * row.itemsize)
-            yield np.stack([rows[axis].astype(np.float64) for axis in "xyz"], 1)
+    return vertex_chunks(path, header, CHUNK) or _others(path)
 
 
 def _others(path: Path) -> Iterator[np.ndarray]:
@@ -129,6 +90,8 @@ def _whole(path: Path, changed: int) -> np.ndarray:
     cloud = read(path)
     if cloud.faces is not None:
         raise ReadError(_MESH)
+    if cloud.total:
+        raise ReadError(f"only {len(cloud):,} of its {cloud.total:,} points are read so; unpack it first")
     return cloud.file_coordinates()
 
 

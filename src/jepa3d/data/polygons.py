@@ -1,0 +1,141 @@
+"""What the mesh readers share: lines of numbers, polygons and strips as triangles."""
+
+import re
+
+import numpy as np
+
+from jepa3d.data.cloud import PointCloud, ReadError
+
+_NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")  # as older compilers of Windows write it
+_MOST_CORNERS = 500  # of a concave polygon that is cut exactly: the time grows with the square
+
+
+def unix_lines(text: bytes) -> bytes:
+    """The text with every line end (CR LF, CR) as LF, and without the mark that Windows' editors put first."""
+    text = text.removeprefix(b"\xef\xbb\xbf")
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+
+
+class Rows:
+    """The lines of a text that are not blank: `counts` words each, read as numbers when asked for."""
+
+    def __init__(self, text: bytes):
+        self.text = text = _NAN.sub(b"nan", text) if b"#" in text else text
+        data = np.frombuffer(text, np.uint8)
+        blank = np.concatenate([[True], data <= 32])
+        self._words = np.append(np.flatnonzero(blank[:-1] > blank[1:]), len(data))  # where each begins
+        ends = np.searchsorted(self._words[:-1], np.append(np.flatnonzero(data == 10), len(data)))
+        counts = np.diff(ends, prepend=0)
+        self.counts = counts[counts > 0]
+        self._first = np.append(0, np.cumsum(self.counts))  # word of each row
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def numbers(self, first: int = 0, last: int | None = None, integers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """All numbers of some rows, float64, and where each row begins among them.
+
+        integers: int64 if all are, which is read ten times as fast. Raises ReadError for a word that is no number.
+        """
+        bounds = self._first[first : None if last is None else last + 1]
+        text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
+        for kind in (np.int64, np.float64) if integers else (np.float64,):
+            values = _parsed(text, kind) if text else np.empty(0, kind)
+            if len(values) == bounds[-1] - bounds[0]:
+                return values, bounds[:-1] - bounds[0]
+        wrong = next((word for word in text.split() if len(_parsed(word, np.float64)) != 1), b"?")
+        raise ReadError(f"{wrong.decode('latin-1')[:40]!r} where a number should be")
+
+
+def _parsed(text: bytes, kind: type) -> np.ndarray:
+    try:
+        return np.fromstring(text, kind, sep=" ")
+    except ValueError:
+        return np.empty(0, kind)
+
+
+def whole(values: np.ndarray) -> np.ndarray:
+    """Numbers of vertices as int64. Raises ReadError for fractions and what no file can hold."""
+    if values.dtype.kind == "f" and not ((np.abs(values) < 2**53) & (values == np.floor(values))).all():
+        raise ReadError("the vertices of its faces must be whole numbers")
+    return values.astype(np.int64)
+
+
+def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
+    """A mesh, or without faces a cloud. NaN vertices that no face uses are dropped. Raises ReadError."""
+    if not len(faces):
+        return PointCloud.make(vertices, **attributes)
+    _check_range(faces, len(vertices))
+    good = np.all(np.isfinite(vertices), axis=1)
+    if not good.all() and good[faces].all():
+        faces, vertices = (np.cumsum(good) - 1)[faces], vertices[good]
+        attributes = {k: v[good] if isinstance(v, np.ndarray) else v for k, v in attributes.items()}
+    return PointCloud.make(vertices, faces=faces, **attributes)
+
+
+def _check_range(corners: np.ndarray, count: int) -> None:
+    if len(corners) and (corners.min() < 0 or corners.max() >= count):
+        wrong = corners.max() if corners.max() >= count else corners.min()
+        raise ReadError(f"a face of vertex {int(wrong)}, but its {count} vertices are 0 to {count - 1}")
+
+
+def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Triangles [t, 3] of polygons: `sizes` [f] corners each, one after the other in `corners`.
+
+    Convex polygons become fans, concave ones are cut at their ears; those of fewer than three corners are dropped.
+    """
+    _check_range(corners, len(vertices))
+    starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
+    for size in np.unique(sizes[sizes >= 3]):
+        polygons = corners[starts[sizes == size][:, None] + np.arange(size)]
+        middle = np.arange(1, size - 1)
+        fan = np.stack([np.zeros_like(middle), middle, middle + 1], 1)
+        if size == 3 or size > _MOST_CORNERS:
+            found.append(polygons[:, fan].reshape(-1, 3))
+            continue
+        spokes = vertices[polygons[:, 1:]] - vertices[polygons[:, :1]]
+        normals = np.cross(spokes[:, :-1], spokes[:, 1:])
+        whole_normal = normals.sum(1)
+        concave = ((normals @ whole_normal[:, :, None])[..., 0] < 0).any(1)
+        found.append(polygons[~concave][:, fan].reshape(-1, 3))
+        for polygon, normal in zip(polygons[concave], whole_normal[concave], strict=True):
+            found.append(polygon[_ears(vertices[polygon], normal)])
+    return np.concatenate(found)
+
+
+def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """Triangles [n - 2, 3] of one concave polygon [n, 3]: cuts off a corner that holds no other, until three are left.
+
+    A polygon that crosses itself has no right answer: what is left of it becomes a fan.
+    """
+    axis = int(np.abs(normal).argmax())
+    flat = np.delete(corners, axis, 1)
+    flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]  # counter-clockwise
+
+    def side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return (b[0] - a[0]) * (c[..., 1] - a[1]) - (b[1] - a[1]) * (c[..., 0] - a[0])
+
+    left, found = list(range(len(corners))), []
+    while len(left) > 3:
+        for i in range(len(left)):
+            ear = left[i - 1], left[i], left[(i + 1) % len(left)]
+            a, b, c = flat[list(ear)]
+            others = flat[left]
+            inside = (side(a, b, others) > 0) & (side(b, c, others) > 0) & (side(c, a, others) > 0)
+            if side(a, b, c) > 0 and not inside.any():
+                found.append(ear)
+                del left[i]
+                break
+        else:
+            break
+    found += [(left[0], left[i], left[i + 1]) for i in range(1, len(left) - 1)]
+    return np.array(found)
+
+
+def strip(corners: np.ndarray) -> np.ndarray:
+    """Triangles [t, 3] of a strip, every second one turned over; a negative corner ends a strip and begins another."""
+    found = np.stack([corners[:-2], corners[1:-1], corners[2:]], 1)
+    ends = np.maximum.accumulate(np.where(corners < 0, np.arange(len(corners)), -1))[: len(found)]
+    turned = (np.arange(len(found)) - ends) % 2 == 0
+    found[turned] = found[turned][:, [1, 0, 2]]
+    return found[(found >= 0).all(1)]
