@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 
 # Lowest room first: a file may import its own room and those before it.
 ROOMS = [
-    {"ops", "allocator", "plain"},
+    {"ops", "allocator", "plain", "locking"},
     {"config", "validate"},
     {"models"},
     {"data"},

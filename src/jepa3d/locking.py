@@ -1,0 +1,29 @@
+"""One writer at a time: a lock beside what a command writes, which ends with the process, even a killed one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that this process writes; readers need none.
+
+    The lock is `.NAME.lock` beside it, and gone afterwards. Raises ValueError where another command holds it.
+    """
+    real = Path(os.path.realpath(path))  # whatever link or spelling leads there
+    real.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(real.with_name(f".{real.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{path}: another command is writing there; wait for it to end, or choose another") from None
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows keeps files that are open
+            os.unlink(lock.lock_file)  # while it is held: whoever opened it before sees that it has no name any more
+        lock.release()
