@@ -92,7 +92,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
             work = partial(_convert_all, options)
             for entry, result in mapped(work, entries, _CHUNK, workers, "preparing", __name__):
                 if isinstance(result, str):
-                    path = root / entry.key.partition("#")[0] if root.is_dir() else root
+                    path = root / entry.file if root.is_dir() else root
                     skipped.append((entry.key, result.removeprefix(f"{path}: ")))
                     if strict:
                         raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
@@ -102,7 +102,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                     source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
                     print(source.notes[-1])
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
-                taken[Path(entry.key.partition("#")[0]).suffix or source.layout] += 1
+                taken[Path(entry.file).suffix or source.layout] += 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after {taken.total():,} new clouds, kept; the same command goes on") from None
     finally:
