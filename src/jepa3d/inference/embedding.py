@@ -129,7 +129,7 @@ def embed_files(
     prune: forget what is no longer at `paths`, and files that are gone. Raises ValueError, also where another command
     writes, and ReadError where nothing can be used.
     """
-    from jepa3d.inference.vectors import Making, Vectors
+    from jepa3d.inference.vectors import Making, Vectors, write
 
     files, of = _files(out, share)
     encoder = load(model)
@@ -155,6 +155,8 @@ def embed_files(
                 there = Vectors(file, may_be_empty=True)
                 making.check(there.making, str(file))
                 known = dict(zip(there.column("path"), there.column("stamp"), strict=True))
+            elif of > 1:
+                write([], making, file)  # a share may have no clouds, yet its name says what n is
             mine = [item for item in items.values() if of == 1 or hash64(item.path.encode()) % of == number - 1]
             todo = [item for item in mine if known.get(item.path) != item.stamp]
             gone = {path for path in known.keys() - items.keys() if prune and _is_gone(path, inside)}
@@ -163,7 +165,7 @@ def embed_files(
             results = mapped(work, todo, BATCH, processes, "embedding", __name__)
             results = _on_device(results, encoder, layer, pooling) if on_device else results
             _collect(results, file, making, known.keys(), gone, counts)
-    if not counts["known"] + counts["new"]:
+    if counts["left out"] and not counts["known"] + counts["new"]:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
     print(
         f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
