@@ -1,6 +1,7 @@
 """Vectors of arrays and files: what is new, what changed, what cannot be used, and what an interruption leaves."""
 
 import os
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
 from jepa3d.inference import embedding as module
-from jepa3d.inference import vectors as parquet
-from jepa3d.inference.embedding import cloud_paths, embed_files, open_cloud
+from jepa3d.inference.clouds import cloud_paths, items_of, open_cloud
+from jepa3d.inference.embedding import embed_files
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
@@ -125,17 +126,26 @@ def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(model, scan
     assert same(rows(out), rows(tmp_path / "fresh.parquet"))
 
 
-def test_a_folder_of_parts_has_each_path_once_when_files_change(model, scans, tmp_path):
-    out = tmp_path / "vectors"
-    for share in ("1/2", "2/2"):
-        embed_files([scans], out, model, workers=1, share=share)
-    assert len(list(out.glob("*.parquet"))) == 2
-    np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
-    with pytest.raises(ValueError, match="without --share"):
-        [embed_files([scans], out, model, workers=1, share=share) for share in ("1/2", "2/2")]
-    embed_files([scans], out, model, workers=1)
-    embed_files([scans], tmp_path / "one.parquet", model, workers=1)
-    assert same(rows(out), rows(tmp_path / "one.parquet"))
+def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(model, scans, tmp_path):
+    out, one = tmp_path / "vectors", tmp_path / "one.parquet"
+
+    def change_and_compare(*shares: str) -> None:
+        np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
+        np.save(scans / "car" / f"{'-'.join(shares).replace('/', 'of')}.npy", RNG.normal(size=(300, 3)))
+        for share in shares:
+            embed_files([scans], out, model, workers=1, share=share)
+        embed_files([scans], one, model, workers=1)
+        assert same(rows(out), rows(one))
+
+    change_and_compare("1/2", "2/2")
+    change_and_compare("2/2", "1/2")
+    change_and_compare("1/1")  # both
+    assert sorted(file.name for file in out.iterdir()) == ["part-1of2.parquet", "part-2of2.parquet"]
+    with pytest.raises(ValueError, match="was begun with n = 2"):
+        embed_files([scans], out, model, workers=1, share="1/3")
+    (out / "copy.parquet").write_bytes((out / "part-1of2.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"copy\.parquet: not written"):
+        embed_files([scans], out, model, workers=1)
 
 
 def test_two_processes_give_what_one_gives(model, scans, tmp_path):
@@ -146,33 +156,32 @@ def test_two_processes_give_what_one_gives(model, scans, tmp_path):
 
 @pytest.mark.parametrize("stop", [0, 2, 5])
 def test_an_interrupted_run_keeps_its_vectors_and_goes_on(model, scans, tmp_path, monkeypatch, stop):
-    out, whole, add = tmp_path / "v.parquet", tmp_path / "whole.parquet", parquet.PartWriter.add
+    out, whole, mapped = tmp_path / "v.parquet", tmp_path / "whole.parquet", module.mapped
     embed_files([scans], whole, model, workers=1)
 
-    def stopping(self, row, made):
-        if len(self._rows) == stop:
-            raise KeyboardInterrupt
-        add(self, row, made)
+    def stopping(*arguments):
+        yield from islice(mapped(*arguments), stop)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(parquet.PartWriter, "add", stopping)
+        patch.setattr(module, "mapped", stopping)
         with pytest.raises(KeyboardInterrupt, match=f"stopped after {stop} new"):
             embed_files([scans], out, model, workers=1)
-    assert not out.exists()
+    assert out.exists() == (stop > 0)
     embed_files([scans], out, model, workers=1)
     assert same(rows(out), rows(whole))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scans", "v.parquet", "whole.parquet"]
 
 
-def test_a_merge_that_fails_leaves_the_old_file_and_the_new_parts(model, scans, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_leaves_the_old_file(model, scans, tmp_path, monkeypatch):
     out = tmp_path / "v.parquet"
     embed_files([scans / "cup"], out, model, workers=1)
     before = rows(out)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(OSError, match=r"v\.parquet: cannot be written \(disk full\)"):
             embed_files([scans], out, model, workers=1)
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] in ([], [".v.parquet.parts"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scans", "v.parquet"]
     assert same(rows(out), before)
     embed_files([scans], out, model, workers=1)
     assert len(rows(out)) == 6
@@ -193,11 +202,11 @@ def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
     np.savez(tmp_path / "many.npz", points=RNG.normal(size=(3, 140, 3)), names=np.array(["a", "b", "c"]))
     prepare(scans, tmp_path / "store", Preparation(points=128), workers=1)
     for path in (scans, tmp_path / "many.npz", tmp_path / "store"):
-        for item in module.items_of(path):
+        for item in items_of(path):
             found, z_up = open_cloud(item.path)
             assert np.array_equal(found.points, item.read().points)
             assert z_up == (path.name == "store")
-    assert [item.label for item in module.items_of(tmp_path / "many.npz")] == ["a", "b", "c"]
+    assert [item.label for item in items_of(tmp_path / "many.npz")] == ["a", "b", "c"]
     with pytest.raises(ReadError, match="no longer there"):
         open_cloud(f"{tmp_path / 'store'}#nothing")
 

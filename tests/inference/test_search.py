@@ -9,6 +9,7 @@ import torch
 
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
+from jepa3d.inference import lance
 from jepa3d.inference import vectors as parquet
 from jepa3d.inference.lance import VectorStore, create_or_update
 from jepa3d.inference.search import Condition, query_vectors, search
@@ -88,6 +89,27 @@ def test_conditions_mean_what_they_say():
     assert Condition.parse("label != a=b").holds(["a=b", "b", None]).tolist() == [False, True, True]
     assert Condition.parse("path~*/x?.ply").holds(["a/x1.ply", "a/x12.ply", "x1.ply"]).tolist() == [True, False, False]
     assert Condition.parse("path~[a]*").holds(["[a]b", "ab"]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(parquet, "ROWS", int(rng.integers(3, 90)))
+    monkeypatch.setattr(lance, "_SPARE", int(rng.integers(1, 9)))
+    few = rng.normal(size=(5, 12)).astype(np.float32)
+    which = rng.integers(5, size=200)  # of each vector some forty copies, anywhere
+    paths = [f"/{name:03d}.ply" for name in rng.permutation(200)]
+    columns = {"path": paths, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
+    write([table(MAKING, columns, few[which])], MAKING, tmp_path / "v.parquet")
+    create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
+    for query in (few[0], rng.normal(size=12)):
+        cosine = few.astype(float) @ query / np.linalg.norm(few, axis=1) / np.linalg.norm(query)
+        expected = [path for _, path in sorted(zip(-cosine[which], paths, strict=True))]
+        for k in (1, 7, 60, 200):
+            for name in ("v.parquet", "v.lancedb"):
+                hits = search(tmp_path / name, query, k)[0]
+                assert [hit.path for hit in hits] == expected[:k]
+                assert len({hit.cosine for hit in hits}) == len(set(which[[paths.index(hit.path) for hit in hits]]))
 
 
 @pytest.mark.parametrize("text", ["label", "colour=red", "num_points=many", "num_points~1*", "=x", "vector=1"])
@@ -207,6 +229,38 @@ def test_the_neighbours_of_a_stick_are_sticks_from_files_and_from_the_store(scan
         assert "[ball]" in said(capsys, "search", where, query, "--where", "label=ball")
     assert "4 deleted" in said(capsys, "index", store, "--out", store, "--delete", "label=stick")
     assert "[stick]" not in said(capsys, "search", store, query)
+
+
+def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, monkeypatch):
+    folder = scans / "scans" / "ball"
+    (folder / "0.xyz").rename(folder / "scan#1.xyz")
+    (folder / "1.xyz").rename(folder / "#.xyz")
+    np.savez(scans / "scans" / "many.npz", points=RNG.normal(size=(3, 150, 3)))
+    np.savetxt(scans / "scans" / "many.npz#1.xyz", RNG.normal(size=(150, 3)))
+    run("prepare", scans / "scans", "--points", "128", "--out", scans / "store#2")
+    (scans / "link").symlink_to(scans / "scans")
+    monkeypatch.chdir(scans)
+    run("embed", "scans", "store#2", "--model", scans / "model", "--out", "w.parquet")
+    run("index", "w.parquet", "--out", "w.lancedb")
+    total = len(Vectors("w.parquet"))
+    for query, path in (
+        ("scans/ball/scan#1.xyz", "scans/ball/scan#1.xyz"),
+        ("./scans/ball/../ball/#.xyz", "scans/ball/#.xyz"),
+        ("link/ball/scan#1.xyz", "scans/ball/scan#1.xyz"),
+        ("scans/many.npz#1", "scans/many.npz#1"),
+        ("scans/many.npz#1.xyz", "scans/many.npz#1.xyz"),
+        ("store#2#ball/#.xyz", "store#2#ball/#.xyz"),
+        ("store#2#many.npz#1", "store#2#many.npz#1"),
+        (scans / "scans" / "stick" / "0.xyz", "scans/stick/0.xyz"),
+    ):
+        for index in ("w.parquet", "w.lancedb"):
+            lines = said(capsys, "search", index, query, "-k", "100").splitlines()
+            found = [line.split("  ")[2] for line in lines[1:]]
+            assert len(found) == len(set(found)) == total - 1
+            assert path not in found
+            if not str(query).startswith("link"):
+                assert lines[0] == f"{path}:"
+            assert len(said(capsys, "search", index, query, "-k", "100", "--include-self").splitlines()) == total + 1
 
 
 def test_the_page_shows_the_query_and_its_neighbours_and_says_what_is_gone(scans, capsys):

@@ -26,7 +26,8 @@ from websockets.sync.client import connect
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
 from jepa3d.inference import view
-from jepa3d.inference.embedding import Item, embed, embed_files, items_of
+from jepa3d.inference.clouds import Item, items_of
+from jepa3d.inference.embedding import embed, embed_files
 from jepa3d.inference.view import nearest_to_ray, open_page, pca_colors, ramp, sample_roles, similarity, view_of
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.ops import squared_distance, three_nn_interpolate

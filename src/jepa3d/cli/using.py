@@ -30,7 +30,7 @@ def embed(
     paths: list[Path]
         Files, folders of files, or stores of jepa3d prepare.
     out: Path
-        A .parquet file; or a folder, to be filled by parts (for many machines and tens of millions of clouds).
+        A .parquet file; or a folder of one a share (for many machines and tens of millions of clouds).
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     up_axis: str
@@ -44,7 +44,7 @@ def embed(
     share: str
         i/n: of n commands that fill one folder, the one that does every n-th cloud from the i-th.
     prune: bool
-        Forget the rows of files that are gone.
+        Forget what is no longer at PATHS, and files that are gone.
     """
     from jepa3d.inference.embedding import embed_files
 
@@ -76,17 +76,19 @@ def index(
     from jepa3d.inference.lance import VectorStore, create_or_update
     from jepa3d.inference.search import Condition
     from jepa3d.inference.vectors import Vectors
+    from jepa3d.locking import writing
 
     conditions = [Condition.parse(text) for text in delete]
-    if vectors != out:
-        new, old = create_or_update(Vectors(vectors), out)
-        print(f"{out}: {new:,} new, {old:,} replaced")
-    store = VectorStore(out)
-    if conditions:
-        print(f"{out}: {store.delete(conditions):,} deleted")
-    if ann:
-        store.build()
-    print(f"{out}: {len(store):,} vectors{', indexed' if store.indexed else ''}")
+    with writing(out):
+        if vectors != out:
+            new, old = create_or_update(Vectors(vectors), out)
+            print(f"{out}: {new:,} new, {old:,} replaced")
+        store = VectorStore(out)
+        if conditions:
+            print(f"{out}: {store.delete(conditions):,} deleted")
+        if ann:
+            store.build()
+        print(f"{out}: {len(store):,} vectors{', indexed' if store.indexed else ''}")
 
 
 @app.command
@@ -111,7 +113,7 @@ def search(
     where_in: Path
         What jepa3d embed or index wrote.
     queries: list[str]
-        Clouds, meshes, folders of them, FILE#ROW of a file of many, or a .npy of vectors.
+        Clouds, meshes, folders of them, FILE#ROW of a file of many, STORE#KEY of a store, or a .npy of vectors.
     k: int
         Neighbours of each.
     where: tuple[str, ...]
@@ -172,5 +174,7 @@ def label(
         A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a terminal you are asked.
     """
     from jepa3d.inference.label import label as run
+    from jepa3d.locking import writing
 
-    run(paths, out, model, up_axis, clusters, names)
+    with writing(out):
+        run(paths, out, model, up_axis, clusters, names)

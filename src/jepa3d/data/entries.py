@@ -24,6 +24,12 @@ class Entry:
     split: str | None = None  # train, test or val
     up_axis: str | None = None  # where the layout's owner fixed one
     name: str | None = None  # of the cloud, where its file has names
+    row: int | None = None  # in a file of many, whose key ends in #row
+
+    @property
+    def file(self) -> str:
+        """The key without the row."""
+        return self.key if self.row is None else self.key.removesuffix(f"#{self.row}")
 
 
 @dataclass(frozen=True)
@@ -60,5 +66,5 @@ def entries_of(
                 raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
             half = SPLIT_FOLDERS[number]
         title = str(titles[row]) if len(titles) == count else None
-        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title))
+        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
     return entries

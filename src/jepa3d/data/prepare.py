@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
+from jepa3d.locking import writing
+from jepa3d.plain import write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
@@ -49,14 +52,15 @@ def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, str
     """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was interrupted.
 
     A store that is whole is extended by what is new. A folder of few-shot folds gives a store a fold, under `out`.
-    workers: processes, 0 one a core. strict: the first bad cloud stops it. Returns the stores. Raises ValueError.
+    workers: processes, 0 one a core. strict: the first bad cloud stops it. Returns the stores. Raises ValueError, also
+    where another command writes to `out`.
     """
     _check(options, workers)
     if not source.exists():
         raise ReadError(f"{source}: no such file or folder")
     if source.resolve() == out.resolve() or (source.is_dir() and out.resolve().is_relative_to(source.resolve())):
         raise ValueError(f"{out}: lies in the source {source}; choose another --out")
-    with unpacked(source, out) as root:
+    with writing(out), unpacked(source, out) as root:
         folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
         folds += sorted(root.glob("*.pkl")) if root.is_dir() and root.name.endswith("shot") else []
         if not folds:
@@ -93,7 +97,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
             work = partial(_convert_all, options)
             for entry, result in mapped(work, entries, _CHUNK, workers, "preparing", __name__):
                 if isinstance(result, str):
-                    path = root / entry.key.partition("#")[0] if root.is_dir() else root
+                    path = root / entry.file if root.is_dir() else root
                     skipped.append((entry.key, result.removeprefix(f"{path}: ")))
                     if strict:
                         raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
@@ -104,7 +108,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                     source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
                     print(source.notes[-1])
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
-                taken[Path(entry.key.partition("#")[0]).suffix or source.layout] += 1
+                taken[Path(entry.file).suffix or source.layout] += 1
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped after {taken.total():,} new clouds, kept; the same command goes on") from None
     finally:
@@ -225,6 +229,8 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):  # by a killed command: the lock is ours
+        shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
     try:
         print(f"unpacking {source}", flush=True)
@@ -255,7 +261,7 @@ def _report(out: Path, source: Source, taken: Counter, skipped: list[tuple[str, 
         "new": taken.total(),
         "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
     }
-    (out / "report.json").write_text(json.dumps(record, indent=1))
+    write_bytes(out / "report.json", json.dumps(record, indent=1).encode())
 
 
 def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]], lines: int = 40) -> None:

@@ -1,40 +1,35 @@
 """`jepa3d embed`: a vector a cloud, of arrays in memory or of files into Parquet, on all cores, adding what is new."""
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
-from jepa3d.data.io import read, sampled
+from jepa3d.data.io import sampled
 from jepa3d.data.parallel import mapped
-from jepa3d.data.sources import discover
-from jepa3d.data.store import Store, hash64
+from jepa3d.data.store import hash64
 from jepa3d.frame import FRAME
+from jepa3d.inference.clouds import Address, Item, items_of, printable
+from jepa3d.locking import writing
 from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
 
+if TYPE_CHECKING:  # needs the extra `search`
+    from jepa3d.inference.vectors import Making
+
 BATCH = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One cloud to embed."""
-
-    path: str  # see vectors.py
-    read: Callable[[], PointCloud]
-    stamp: int
-    label: str | None = None
-    z_up: bool = False  # as stored clouds are, whatever --up-axis says of files
-
-
-# ---------------------------------------------------------------------------------------------- in memory
+COMMIT_SECONDS = 60.0
 
 
 def embed(
@@ -74,11 +69,6 @@ def embed(
     return np.concatenate([encode(encoder, prepared[at : at + BATCH], layer, pooling) for at in _starts(prepared)])
 
 
-def cloud_paths(path: str | Path) -> list[str]:
-    """The paths of the clouds in a file, a folder or a store, as `embed` takes them."""
-    return [item.path for item in items_of(Path(path))]
-
-
 def _starts(items: Sequence) -> range:
     return range(0, len(items), BATCH)
 
@@ -108,76 +98,112 @@ def encode(encoder: PointEncoder, prepared: list[Tensor], layer: int, pooling: s
     return pool(states[layer], pooling).float().cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------- what lies at a path
+# ---------------------------------------------------------------------------------------------- files to Parquet
 
 
-def items_of(path: Path) -> list[Item]:
-    """The clouds of a file, folder or store. Raises ReadError."""
-    if (path / "store.json").is_file():
-        store, at = Store(path), str(path.resolve())
-        names = (*store.class_names, None)
-        return [
-            Item(
-                f"{at}#{printable(store.key(row))}",
-                partial(_stored, at, row),
-                int(store.columns["content"][row]),
-                names[store.columns["label"][row]],
-                True,
-            )
-            for row in range(len(store))
-        ]
-    if not path.exists() and "#" in path.name:
-        name = printable(str(path.absolute()))
-        return [Item(name, lambda: open_cloud(name)[0], 0, None, open_cloud(name)[1])]
-    if not path.exists():
-        raise ReadError(f"{path}: no such file or folder")
-    found, items = discover(path), []
-    for entry in found.entries:
-        inside, _, row = entry.key.partition("#") if not (path / entry.key).exists() else (entry.key, "", "")
-        file = path / inside if path.is_dir() else path
-        stamp = f"{file.stat().st_size} {file.stat().st_mtime_ns}" if file.is_file() else entry.key
-        name = printable(str(file.absolute())) + (f"#{row}" if row else "")
-        items.append(
-            Item(name, entry.read, hash64(stamp.encode("utf-8", "surrogateescape")), entry.label or entry.name)
-        )
-    for key, reason in found.skipped[:5]:
-        print(f"left out: {printable(key)}: {reason}")
-    if len(found.skipped) > 5:
-        print(f"left out: {len(found.skipped) - 5:,} more that are no clouds")
+def embed_files(
+    paths: list[Path],
+    out: Path,
+    model: str = "default",
+    up_axis: str = "z",
+    layer: int = -1,
+    pooling: str = "mean_max",
+    workers: int = 0,
+    share: str = "1/1",
+    prune: bool = False,
+) -> None:
+    """Embed every cloud at `paths` that is new or changed into `out`: a .parquet file, or a folder of one a share.
+
+    Interrupted, the same command goes on. share: "2/4" is the second of four commands that fill one folder.
+    prune: forget what is no longer at `paths`, and files that are gone. Raises ValueError, also where another command
+    writes, and ReadError where nothing can be used.
+    """
+    from jepa3d.inference.vectors import Making, Vectors, write
+
+    files, of = _files(out, share)
+    encoder = load(model)
+    _check(up_axis, layer, pooling, encoder)
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
+    name = str(Path(model).absolute()) if Path(model).exists() else model
+    layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
+    making = Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
+    items = _items(paths, prune)
+    inside = tuple(printable(os.path.abspath(path)) + sign for path in paths for sign in "/#")
+    on_device = torch.accelerator.is_available()
+    if on_device:
+        encoder = encoder.to(torch.accelerator.current_accelerator())
+    work = partial(_work, model, layer, pooling, up_axis, on_device)
+    counts: Counter[str] = Counter()
+    with ExitStack() as locks:
+        for file in files.values():
+            locks.enter_context(writing(file))
+        for number, file in files.items():
+            known: dict[str, int] = {}
+            if file.exists():
+                there = Vectors(file, may_be_empty=True)
+                making.check(there.making, str(file))
+                known = dict(zip(there.column("path"), there.column("stamp"), strict=True))
+            elif of > 1:
+                write([], making, file)  # a share may have no clouds, yet its name says what n is
+            mine = [item for item in items.values() if of == 1 or hash64(item.path.encode()) % of == number - 1]
+            todo = [item for item in mine if known.get(item.path) != item.stamp]
+            gone = {path for path in known.keys() - items.keys() if prune and _is_gone(path, inside)}
+            counts.update(known=len(known), unchanged=len(mine) - len(todo), forgotten=len(gone))
+            processes = workers or min(os.cpu_count() or 1, max(1, len(todo) // (4 * BATCH)))  # one takes seconds
+            results = mapped(work, todo, BATCH, processes, "embedding", __name__)
+            results = _on_device(results, encoder, layer, pooling) if on_device else results
+            _collect(results, file, making, known.keys(), gone, counts)
+    if counts["left out"] and not counts["known"] + counts["new"]:
+        raise ReadError(f"{paths[0]}: none of the clouds can be used")
+    print(
+        f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
+        f"{f', {gone:,} forgotten' if (gone := counts['forgotten']) else ''}; left out {counts['left out']:,}"
+    )
+
+
+def _files(out: Path, share: str) -> tuple[dict[int, Path], int]:
+    """The files to write by the number of their share, and of how many shares they are. Raises ValueError."""
+    first, _, of = share.partition("/")
+    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
+        raise ValueError(f"--share {share}: i/n, such as 2/4 for the second of four")
+    if out.suffix == ".parquet":
+        if int(of) > 1:
+            raise ValueError(f"--share {share}: needs a folder as --out, which is filled by parts, not a .parquet file")
+        if out.is_dir():
+            raise ValueError(f"{out}: exists and is no file; choose another --out")
+        return {1: out}, 1
+    if out.suffix or out.is_file():
+        hint = "; jepa3d index makes a .lancedb of them" if out.suffix == ".lancedb" else ""
+        raise ValueError(f"--out {out}: a .parquet file, or a folder of them, whose name has no dot{hint}")
+    begun = set()
+    for file in out.glob("*.parquet"):
+        if not (part := re.fullmatch(r"part-\d+of(\d+)\.parquet", file.name)):
+            raise ValueError(f"{file}: not written by this version of jepa3d embed --out {out}; choose another --out")
+        begun.add(int(part[1]))
+    if len(begun) > 1 or (int(of) > 1 and begun - {int(of)}):
+        raise ValueError(f"--share {share}: {out} was begun with n = {min(begun)}; a folder keeps its n")
+    count = begun.pop() if begun else int(of)
+    numbers = [int(first)] if int(of) > 1 else range(1, count + 1)  # without --share, all of them in turn
+    return {number: out / f"part-{number}of{count}.parquet" for number in numbers}, count
+
+
+def _items(paths: list[Path], prune: bool) -> dict[str, Item]:
+    """The clouds at all paths by their path; to forget what was there, a folder may be empty. Raises ReadError."""
+    items: dict[str, Item] = {}
+    for path in paths:
+        try:
+            items |= {item.path: item for item in items_of(path)}
+        except ReadError as error:
+            if not (prune and path.is_dir()):
+                raise
+            print(error)
     return items
 
 
-def open_cloud(path: str) -> tuple[PointCloud, bool]:
-    """The cloud of a `path` that `items_of` gave, and whether it is z-up whatever its file. Raises ReadError."""
-    if Path(path).exists():
-        return read(path), False
-    for at, sign in enumerate(path):
-        outer = Path(path[:at])
-        if sign == "#" and (outer / "store.json").is_file():
-            store = _open(str(outer))
-            rows = np.flatnonzero(store.columns["key"] == np.uint64(hash64(path[at + 1 :].encode())))
-            if len(rows):
-                return store.cloud(int(rows[0])), True
-        elif sign == "#" and outer.is_file() and path[at + 1 :].isdigit():
-            return read(outer, int(path[at + 1 :])), False
-    raise ReadError(f"{path}: no longer there")
-
-
-def printable(name: str) -> str:
-    """A file name that is not UTF-8 with its bytes spelled out, as Parquet and terminals need it."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-@lru_cache(maxsize=4)
-def _open(path: str) -> Store:
-    return Store(path)
-
-
-def _stored(path: str, row: int) -> PointCloud:
-    return _open(path).cloud(row)
-
-
-# ---------------------------------------------------------------------------------------------- files to Parquet
+def _is_gone(path: str, inside: tuple[str, ...]) -> bool:
+    """True of a cloud that is not among those found and lies below what was searched, or is nowhere."""
+    return path.startswith(inside) or Address.parse(path) is None
 
 
 @lru_cache(maxsize=1)
@@ -186,7 +212,7 @@ def _loaded(model: str) -> PointEncoder:
 
 
 def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
-    """In a process: of each item its vector (for an accelerator, its points) and number of points, or why not."""
+    """Worker. Returns per item (vector, point count), or (prepared points, point count), or an error text."""
     encoder, results, good = _loaded(model), [], []
     for item in items:
         try:
@@ -203,99 +229,45 @@ def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool,
     return [result if isinstance(result, str) else (np.asarray(next(made)), result) for result in results]
 
 
-def embed_files(
-    paths: list[Path],
-    out: Path,
-    model: str = "default",
-    up_axis: str = "z",
-    layer: int = -1,
-    pooling: str = "mean_max",
-    workers: int = 0,
-    share: str = "1/1",
-    prune: bool = False,
-) -> None:
-    """Embed every cloud at `paths` that is new or changed into `out`: one .parquet file, or a folder of parts.
+def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: str) -> Iterator:
+    """Results with vectors in place of prepared points, made by the one process that has the accelerator."""
+    while some := list(islice(results, BATCH)):
+        points = [torch.from_numpy(result[0]) for _, result in some if not isinstance(result, str)]
+        made = iter(encode(encoder, points, layer, pooling) if points else ())
+        yield from ((item, result if isinstance(result, str) else (next(made), result[1])) for item, result in some)
 
-    Interrupted, the same command goes on. share: "2/4" is the second of four commands that fill one folder.
-    prune: forget the rows of files that are gone. Raises ValueError, and ReadError where nothing can be used.
-    """
-    from jepa3d.inference import vectors as parquet
 
-    encoder, single = load(model), out.suffix == ".parquet"
-    _check(up_axis, layer, pooling, encoder)
-    first, of = _share(share, single)
-    if workers < 0:
-        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
-    if out.exists() and out.is_dir() == single:
-        raise ValueError(f"{out}: exists and is no {'file' if single else 'folder'}; choose another --out")
-    name = str(Path(model).absolute()) if Path(model).exists() else model
-    layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
-    making = parquet.Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
-    parts = out.with_name(f".{out.name}.parts") if single else out
-    old = [out] if single and out.exists() else []
-    begun = sorted(parts.glob("*.parquet")) if parts.is_dir() else []
-    known: dict[str, int] = {}
-    for file in [*old, *begun]:
-        there = parquet.Vectors(file)
-        making.check(there.making, str(file))
-        known |= zip(there.column("path"), there.column("stamp"), strict=True)
-    items = list({item.path: item for path in paths for item in items_of(path)}.values())[first - 1 :: of]
-    todo = [item for item in items if known.get(item.path) != item.stamp]
-    changed = [item.path for item in todo if item.path in known]
-    if changed and of > 1:
-        raise ValueError(f"{changed[0]}: changed since it was embedded; bring {out} up to date without --share first")
-    on_device = torch.accelerator.is_available()
-    finish = None
-    if on_device:
-        encoder = encoder.to(torch.accelerator.current_accelerator())
-        finish = partial(_encode_all, encoder, layer, pooling)
-    processes = workers or min(os.cpu_count() or 1, max(1, len(todo) // (4 * BATCH)))  # one takes seconds to start
-    work = partial(_work, model, layer, pooling, up_axis, on_device)
-    taken: list[str] = []
-    writer = parquet.PartWriter(parts, f"part-{first}of{of}", making, finish)
+def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: set[str], counts: Counter) -> None:
+    """Bring a file up to date with results, from time to time and at the end, also of an interrupted run."""
+    from jepa3d.inference.vectors import table, update
+
+    rows: dict[str, list] = {"path": [], "label": [], "num_points": [], "stamp": [], "vector": []}
+    last, cost = time.monotonic(), 0.0
+
+    def commit() -> None:
+        nonlocal last, cost
+        begun = time.monotonic()
+        if rows["path"] or gone:
+            update(file, making, table(making, rows, np.asarray(rows["vector"])), gone)
+            [values.clear() for values in (*rows.values(), gone)]
+        last = time.monotonic()
+        cost = last - begun
+
     try:
-        for item, result in mapped(work, todo, BATCH, processes, "embedding", __name__):
+        for item, result in results:
             if isinstance(result, str):
-                print(f"left out: {item.path}: {result.removeprefix(f'{item.path}: ')}")
+                dropped = "; its former vector is dropped" if item.path in known else ""
+                print(f"left out: {item.path}: {result.removeprefix(f'{item.path}: ')}{dropped}")
+                gone.update([item.path] if dropped else [])
+                counts["left out"] += 1
                 continue
-            writer.add(
-                {"path": item.path, "label": item.label, "num_points": result[1], "stamp": item.stamp}, result[0]
-            )
-            taken.append(item.path)
+            for name, value in zip(rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True):
+                rows[name].append(value)
+            counts["changed" if item.path in known else "new"] += 1
+            if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):  # the file is written as a whole
+                commit()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after {len(taken):,} new vectors, kept; the same command goes on") from None
+        done = counts["new"] + counts["changed"]
+        raise KeyboardInterrupt(f"stopped after {done:,} new vectors, kept; the same command goes on") from None
     finally:
-        writer.commit()
-    gone = [path for path in known if not _there(path)] if prune else []
-    replaced = set(taken) & set(changed)
-    if single and (taken or begun or gone):
-        parquet.merge(old, sorted(parts.glob("*.parquet")), making, out, set(gone))
-        shutil.rmtree(parts, ignore_errors=True)
-    elif replaced or gone:
-        for file in begun:
-            parquet.merge([file], [], making, file, replaced | set(gone))
-    if not (known or taken):
-        raise ReadError(f"{paths[0]}: none of the clouds can be used")
-    print(
-        f"{out}: {len(taken) - len(replaced):,} new, {len(replaced):,} changed, {len(items) - len(todo):,} unchanged"
-        f"{f', {len(gone):,} forgotten' if gone else ''}; left out {len(todo) - len(taken):,}"
-    )
-
-
-def _share(share: str, single: bool) -> tuple[int, int]:
-    first, _, of = share.partition("/")
-    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
-        raise ValueError(f"--share {share}: i/n, such as 2/4 for the second of four")
-    if single and int(of) > 1:
-        raise ValueError(f"--share {share}: needs a folder as --out, which is filled by parts, not a .parquet file")
-    return int(first), int(of)
-
-
-def _there(path: str) -> bool:
-    return Path(path).exists() or Path(path.partition("#")[0]).exists()
-
-
-def _encode_all(encoder: PointEncoder, layer: int, pooling: str, prepared: list[np.ndarray]) -> np.ndarray:
-    """Vectors of points that processes prepared, by the one process that has the accelerator."""
-    batches = [[torch.from_numpy(points) for points in prepared[at : at + BATCH]] for at in _starts(prepared)]
-    return np.concatenate([encode(encoder, batch, layer, pooling) for batch in batches])
+        commit()

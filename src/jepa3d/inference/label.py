@@ -25,7 +25,8 @@ from sklearn.preprocessing import StandardScaler
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import enough_points
 from jepa3d.figures import draw_contact_sheet
-from jepa3d.inference.embedding import embed_files, open_cloud
+from jepa3d.inference.clouds import open_cloud
+from jepa3d.inference.embedding import embed_files
 from jepa3d.inference.search import display
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.heads import LinearClassifier

@@ -1,6 +1,7 @@
-"""`jepa3d index`: vectors in a LanceDB store, for adding, deleting and searching millions without reading them all.
+"""`jepa3d index`: vectors of Parquet files in a LanceDB store, for adding, deleting and searching millions at once.
 
-Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search asks for it.
+Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search asks for it. Every
+change is one transaction of LanceDB: readers see the store before or after it, and a killed writer changes nothing.
 """
 
 import json
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.inference.search import Condition, Hit, regex
-from jepa3d.inference.vectors import FORMAT, ROWS, Making, Vectors, schema, to_numpy
+from jepa3d.inference.search import SLACK, Condition, Hit, rank, regex
+from jepa3d.inference.vectors import FORMAT, Making, Vectors, schema, to_numpy
 
 try:
     import lancedb
@@ -23,11 +24,15 @@ except ImportError as error:
     raise ValueError("a store of vectors needs LanceDB: pip install 'jepa3d[search]'") from error
 
 _TABLE = "vectors"
+_SPARE = 64  # rows asked for beyond those wanted, among which ties are seen
 _OLD = timedelta(hours=1)  # versions kept for those who read while it is written
 
 
 class VectorStore:
-    """A store that is there; `create_or_update` makes one. Raises ReadError for anything else."""
+    """A store that is there; `create_or_update` makes one. Raises ReadError for anything else.
+
+    Whoever changes it holds its lock, `jepa3d.locking.writing`.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -61,50 +66,46 @@ class VectorStore:
         return any("vector" in index.columns for index in self.table.list_indices())
 
     def search(self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None = None) -> list[Hit]:
-        """The k rows nearest to a query E, best first; exact, or by `probes` partitions of the index."""
-        ask = self.table.search(query).distance_type("cosine").select(["path", "label", "_distance"])
+        """The k rows nearest to a query E, as `rank` has them; exact, or by `probes` partitions of the index."""
+        columns = ["path", "label", "vector", "_distance"]
+        ask = self.table.search(query.astype(np.float32)).distance_type("cosine").select(columns)
         ask = ask.nprobes(probes) if probes else ask.bypass_vector_index()
         ask = ask.where(_sql(conditions)) if conditions else ask
-        rows = ask.limit(k).to_list()
-        return sorted((Hit(1 - r["_distance"], r["path"], r["label"]) for r in rows), key=lambda h: (-h.cosine, h.path))
+        rows = ask.limit(k + _SPARE).to_arrow()
+        distance = rows.column("_distance").to_pylist()
+        if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:  # there may be more that are as near
+            rows = ask.distance_range(None, distance[k - 1] + SLACK).limit(len(self)).to_arrow()
+        paths, labels = (rows.column(name).to_pylist() for name in columns[:2])
+        return rank(query, to_numpy(rows.column("vector")), paths, labels, k)
 
 
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     """Put vectors into a store, new or of the same making, in place of those of the same path.
 
     Returns how many rows are new and how many were there. Vectors of zero length are left out: no cosine finds them.
+    Raises ValueError and ReadError.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
-    if not path.exists():
-        kind = schema(vectors.making)
-        unique = {"lance-schema:unenforced-primary-key": "true"}  # or commands at the same time would double rows
-        kind = kind.set(0, pa.field("path", pa.string(), nullable=False, metadata=unique))
-        _connect(path).create_table(_TABLE, pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind)))
+    kind = schema(vectors.making)
+    reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
+    table = path / f"{_TABLE}.lance"
+    begun = not any((table / "_versions").glob("*.manifest"))  # what was killed before its first transaction
+    if not path.exists() or (path.is_dir() and begun and set(path.iterdir()) <= {table}):
+        _connect(path).create_table(_TABLE, reader)
         return len(VectorStore(path)), 0
     store = VectorStore(path)
     vectors.making.check(store.making, str(path))
-    new = old = 0
-    for batch in _batches(vectors, store.table.schema):
-        merging = store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-        result = merging.execute(pa.Table.from_batches([batch]))
-        new, old = new + result.num_inserted_rows, old + result.num_updated_rows
+    merging = store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+    result = merging.execute(reader)
     store.table.optimize(cleanup_older_than=_OLD)  # also brings what is new into the index
-    return new, old
+    return result.num_inserted_rows, result.num_updated_rows
 
 
-def _batches(vectors: Vectors, kind: Any) -> Iterator[Any]:
-    """Record batches of tens of thousands of rows: every write is a version of the store."""
-    waiting, count = [], 0
+def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in vectors.batches():
         good = np.linalg.norm(to_numpy(batch.column("vector")), axis=1) > 0
-        waiting.append(batch.filter(pa.array(good)))
-        count += len(waiting[-1])
-        if count >= 8 * ROWS:
-            yield pa.Table.from_batches(waiting).cast(kind).combine_chunks().to_batches()[0]
-            waiting, count = [], 0
-    if count:
-        yield pa.Table.from_batches(waiting).cast(kind).combine_chunks().to_batches()[0]
+        yield from pa.Table.from_batches([batch]).filter(pa.array(good)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:

@@ -2,25 +2,32 @@
 
 import json
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.figures import draw_contact_sheet
-from jepa3d.inference.embedding import cloud_paths, embed, open_cloud
+from jepa3d.inference.clouds import Address, cloud_paths, open_cloud
+from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.page import facts, note, page, picture, section, table
 from jepa3d.plain import write_bytes
 
+if TYPE_CHECKING:
+    from jepa3d.inference.lance import VectorStore
+
 COLUMNS = ("path", "label", "num_points")
+SLACK = 1e-5  # by which cosines in float32 may be wrong, in any order of summing
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "!=": operator.ne, "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
     "~": lambda value, pattern: re.fullmatch(regex(pattern), value, re.DOTALL) is not None,
@@ -78,31 +85,51 @@ def search(
     but: Sequence[str | None] | None = None,
     probes: int | None = None,
 ) -> list[list[Hit]]:
-    """The k rows of an index nearest to each query (q E) by cosine, best first, ties by path.
+    """The k rows of an index nearest to each query (q E) by cosine to six decimals, best first, ties by path.
 
     index: a Parquet file or folder of `jepa3d embed`, or a store of `jepa3d index`. where: see `Condition`; all must
-    hold. but: of each query a path to leave out. probes: approximate, by that many partitions of an indexed store.
-    Fewer come back where fewer remain. Raises ValueError for a query of other width, or that is not finite or zero.
+    hold. but: of each query a path to leave out, whatever links lead there. probes: approximate, by that many
+    partitions of an indexed store. Fewer come back where fewer remain. Raises ValueError for a query of other width,
+    or that is not finite or zero.
     """
     if k < 1:
         raise ValueError(f"-k {k}: a number from 1")
     index, conditions = Path(index), [Condition.parse(text) for text in where]
     found = _find(index, queries, k + (but is not None), conditions, probes)
-    hidden = but or [None] * len(found)
-    return [[hit for hit in hits if hit.path != path][:k] for hits, path in zip(found, hidden, strict=True)]
+    return [_without(hits, path)[:k] for hits, path in zip(found, but or [None] * len(found), strict=True)]
+
+
+def _without(hits: list[Hit], path: str | None) -> list[Hit]:
+    """Hits but for the one of a path, or of the file that it leads to."""
+    paths = [hit.path for hit in hits]
+    if path is not None and path not in paths:
+        path = next((p for p in paths if os.path.realpath(p) == os.path.realpath(path)), None)
+    return [hit for hit in hits if hit.path != path]
+
+
+def rank(query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list[str | None], k: int) -> list[Hit]:
+    """The k of vectors n E nearest to a query E of length 1.
+
+    Each cosine is summed by itself in float64 and rounded to six decimals, so that copies of a cloud tie wherever they
+    lie, and ties are in the order of their paths.
+    """
+    x = vectors.astype(np.float64)
+    cosine = np.round((x * query).sum(1) / np.linalg.norm(x, axis=1), 6)
+    return sorted(map(Hit, cosine.tolist(), paths, labels), key=_order)[:k]
+
+
+def _order(hit: Hit) -> tuple[float, str]:
+    return -hit.cosine, hit.path
 
 
 def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition], probes: int | None) -> list[list[Hit]]:
-    if is_store(index):
-        from jepa3d.inference.lance import VectorStore
-
-        store = VectorStore(index)
-        if probes and not store.indexed:
+    vectors = open_index(index)
+    if not isinstance(vectors, Vectors):
+        if probes and not vectors.indexed:
             raise ValueError(f"{index}: has no index for --probes; build one with jepa3d index --ann")
-        return [store.search(query, k, conditions, probes) for query in unit(queries, store.making)]
+        return [vectors.search(query, k, conditions, probes) for query in unit(queries, vectors.making)]
     if probes:
         raise ValueError(f"--probes {probes}: {index} is searched exactly; make a store of it with jepa3d index --ann")
-    vectors = Vectors(index)
     directions = unit(queries, vectors.making)
     best: list[list[Hit]] = [[] for _ in directions]
     for read in vectors.groups():
@@ -113,23 +140,22 @@ def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition],
         x = to_numpy(batch.column("vector"))
         x = x if len(rows) == len(x) else x[rows]
         length = np.linalg.norm(x, axis=1)
-        cosine = np.where(length > 0, (x @ directions.T).T / np.maximum(length, 1e-30), -1.0)
+        cosine = np.where(length > 0, (x @ directions.T.astype(np.float32)).T / np.maximum(length, 1e-30), -np.inf)
         names = None
-        for hits, scores in zip(best, cosine, strict=True):
-            top = np.argpartition(-scores, k - 1)[:k] if len(scores) > k else np.arange(len(scores))
-            top = top[scores[top] >= hits[-1].cosine] if len(hits) == k else top
+        for i, (query, scores) in enumerate(zip(directions, cosine, strict=True)):
+            worst = np.partition(scores, -k)[-k] if len(scores) > k else -2.0
+            worst = max(worst, best[i][-1].cosine) if len(best[i]) == k else worst
+            top = np.flatnonzero(scores >= worst - SLACK)
             if len(top):
                 names = names or read(["path", "label"])  # of few row groups: most are too far away
-                path, label = (names.column(i).take(rows[top]).to_pylist() for i in (0, 1))
-                hits += map(Hit, scores[top].tolist(), path, label)
-                hits.sort(key=lambda hit: (-hit.cosine, hit.path))
-                del hits[k:]
+                path, label = (names.column(column).take(rows[top]).to_pylist() for column in (0, 1))
+                best[i] = sorted(best[i] + rank(query, x[top], path, label, k), key=_order)[:k]
     return best
 
 
 def unit(queries: np.ndarray, making: Making) -> np.ndarray:
-    """Queries q E as directions. Raises ValueError."""
-    queries = np.atleast_2d(np.asarray(queries, np.float32))
+    """Queries q E as directions, float64. Raises ValueError."""
+    queries = np.atleast_2d(np.asarray(queries, np.float64))
     if queries.shape[-1] != making.embed_dim:
         raise ValueError(f"a query of {queries.shape[-1]} numbers, but the vectors have {making.embed_dim}")
     length = np.linalg.norm(queries, axis=-1, keepdims=True)
@@ -138,19 +164,22 @@ def unit(queries: np.ndarray, making: Making) -> np.ndarray:
     return queries / length
 
 
-def is_store(index: Path) -> bool:
-    """Whether an index is a store of `jepa3d index`. Raises ReadError where nothing is there."""
+def open_index(index: Path) -> "Vectors | VectorStore":
+    """What `jepa3d embed` or `index` wrote. Raises ReadError where nothing is there, or nothing is in it."""
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
-    return index.suffix == ".lancedb"
+    if index.suffix != ".lancedb":
+        return Vectors(index)
+    from jepa3d.inference.lance import VectorStore
+
+    store = VectorStore(index)
+    if not len(store):
+        raise ReadError(f"{index}: holds no vectors; add some with jepa3d index")
+    return store
 
 
 def making_of(index: Path) -> Making:
-    if is_store(index):
-        from jepa3d.inference.lance import VectorStore
-
-        return VectorStore(index).making
-    return Vectors(index).making
+    return open_index(index).making
 
 
 def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[list[str], np.ndarray]:
@@ -159,13 +188,14 @@ def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[li
     model: where the encoder of the index lies now. Raises ValueError where it is another.
     """
     making, path = making_of(index), Path(query)
-    if not path.exists() and "#" not in query:
+    if Address.parse(query) is None:
         raise ReadError(
             f"{query}: no such file; a query is a cloud or mesh ({' '.join(SUFFIXES)}), or a .npy of vectors"
         )
-    if path.suffix == ".npy":
-        array = np.load(path, allow_pickle=False)
-        if array.shape[-1] == making.embed_dim:
+    if path.suffix == ".npy" and path.is_file():
+        with boundary(path):
+            array = np.load(path, allow_pickle=False)
+        if array.ndim and array.shape[-1] == making.embed_dim:
             return [query] * len(np.atleast_2d(array)), np.atleast_2d(array)
     making.check_frame(str(index))
     encoder = load(model or making.model)

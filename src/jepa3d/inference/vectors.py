@@ -1,6 +1,8 @@
 """Vectors of clouds in Parquet: one row a cloud, and in the file's metadata what made them.
 
-path        absolute; "FILE#ROW" in a file of many clouds, "STORE#KEY" in a store; unique
+A file is replaced as a whole: readers see it as it was before or after a change, and a killed writer changes nothing.
+
+path        its address (clouds.py); unique
 label       the class that its folder or file gives it, else its name in a file of many, or null
 num_points  of the cloud as read
 stamp       hash of size and time of change, or of a stored cloud's content: equal means unchanged
@@ -9,9 +11,7 @@ vector      E float32, not normalised
 
 import json
 import os
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,7 @@ except ImportError as error:
     raise ValueError("vectors are kept in Parquet: pip install 'jepa3d[search]'") from error
 
 FORMAT = "jepa3d-vectors-1"
-ROWS = 8192  # of a row group
-COMMIT_SECONDS = 60.0
+ROWS = 8192  # of a row group, at least; the last has the rest
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def schema(making: Making) -> pa.Schema:
 
 
 def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Table:
-    """Columns path, label, num_points, stamp and vectors n E as a table."""
+    """Columns path, label, num_points and stamp, and vectors n E, as a table."""
     kind = schema(making)
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     columns = [pa.array(rows[name], kind.field(name).type) for name in kind.names[:-1]]
@@ -87,9 +86,12 @@ def to_numpy(column: Any) -> np.ndarray:
 
 
 class Vectors:
-    """The vectors in a Parquet file, or in all of a folder. Raises ReadError for others, ValueError for a mixture."""
+    """The vectors in a Parquet file, or in all of a folder.
 
-    def __init__(self, path: str | Path):
+    Raises ReadError for what is no such file or, unless it may be, empty; ValueError for a mixture.
+    """
+
+    def __init__(self, path: str | Path, may_be_empty: bool = False):
         self.path = Path(path)
         self.files = sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
         if not self.files:
@@ -97,6 +99,8 @@ class Vectors:
         self.making = _making(self.files[0])
         for file in self.files[1:]:
             self.making.check(_making(file), str(file))
+        if not may_be_empty and not len(self):
+            raise ReadError(f"{path}: holds no vectors; add some with jepa3d embed")
 
     def __len__(self) -> int:
         return sum(pq.read_metadata(file).num_rows for file in self.files)
@@ -107,7 +111,8 @@ class Vectors:
             try:
                 with pq.ParquetFile(file) as opened:
                     for i in range(opened.num_row_groups):
-                        yield partial(_row_group, opened, i)
+                        if opened.metadata.row_group(i).num_rows:  # files of earlier versions may have empty ones
+                            yield partial(_row_group, opened, i)
             except (pa.ArrowException, OSError) as error:
                 raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
@@ -135,64 +140,40 @@ def _making(file: Path) -> Making:
     return Making(**found)
 
 
-def write(tables: Iterator[pa.Table] | list[pa.Table], making: Making, path: Path) -> None:
-    """Tables or batches as a Parquet file, atomically and durably."""
+def write(tables: Iterable[pa.Table], making: Making, path: Path) -> None:
+    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and durably."""
     partial = path.with_name(f".{path.name}.partial")
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["label"]}
+    waiting, count = [], 0
     try:
         with pq.ParquetWriter(
             partial, schema(making), **options, use_byte_stream_split=["vector.list.element"]
         ) as writer:
             for some in tables:
-                writer.write(some, row_group_size=ROWS)
+                waiting.append(some)
+                count += len(some)
+                if count >= ROWS:
+                    writer.write_table(pa.concat_tables(waiting), 2 * ROWS)
+                    waiting, count = [], 0
+            if count:
+                writer.write_table(pa.concat_tables(waiting))
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
-def merge(old: list[Path], new: list[Path], making: Making, out: Path, dropped: set[str]) -> None:
-    """One file of the rows of `new`, and of those of `old` that are not replaced by them or dropped.
-
-    Nothing but a row group and the new paths is held in memory.
-    """
-    dropped = dropped.union(*(Vectors(file).column("path") for file in new))
+def update(path: Path, making: Making, new: pa.Table, dropped: set[str]) -> None:
+    """Put rows into a file, there or not, in place of those of the same path, and drop others. In bounded memory."""
+    dropped = dropped.union(new.column("path").to_pylist())
 
     def rows() -> Iterator[pa.Table]:
-        for file in old:
-            for batch in Vectors(file).batches():
-                keep = [path not in dropped for path in batch.column("path").to_pylist()]
-                yield pa.Table.from_batches([batch]).filter(pa.array(keep, pa.bool_()))
-        for file in new:
-            yield from (pa.Table.from_batches([batch]) for batch in Vectors(file).batches())
+        for batch in Vectors(path, may_be_empty=True).batches() if path.exists() else ():
+            keep = [name not in dropped for name in batch.column("path").to_pylist()]
+            yield pa.Table.from_batches([batch]).filter(pa.array(keep, pa.bool_()))
+        yield new
 
-    write(rows(), making, out)
-
-
-class PartWriter:
-    """Collects rows and makes them durable, a Parquet file at a time: every 8,192 rows or minute.
-
-    finish: makes the vectors n E of a file of what was added with its rows, where that is no vector yet.
-    """
-
-    def __init__(self, folder: Path, stem: str, making: Making, finish: Callable[[list], np.ndarray] | None = None):
-        self.folder, self.stem, self.making, self.finish = folder, stem, making, finish
-        self._rows, self._made, self._last = [], [], time.monotonic()
-
-    def add(self, row: dict[str, Any], made: np.ndarray) -> None:
-        """A row's path, label, num_points and stamp, and its vector."""
-        self._rows.append(row)
-        self._made.append(made)
-        if len(self._rows) >= ROWS or time.monotonic() - self._last > COMMIT_SECONDS:
-            self.commit()
-
-    def commit(self) -> None:
-        if self._rows:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            vectors = self.finish(self._made) if self.finish else np.stack(self._made)
-            columns = {name: [row[name] for row in self._rows] for name in self._rows[0]}
-            file = self.folder / f"{self.stem}-{uuid.uuid4().hex[:12]}.parquet"  # beside those of other commands
-            write([table(self.making, columns, vectors)], self.making, file)
-        self._rows, self._made, self._last = [], [], time.monotonic()
+    write(rows(), making, path)

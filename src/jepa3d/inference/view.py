@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import sampled
-from jepa3d.inference.embedding import Item, items_of, open_cloud
+from jepa3d.inference.clouds import Item, item_at, items_of
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
@@ -293,8 +293,7 @@ class Page:
 
 def _item(hit: Any) -> Item:
     """A neighbour. Raises ReadError where it is gone."""
-    cloud, z_up = open_cloud(hit.path)
-    return Item(hit.path, lambda: cloud, 0, hit.label, z_up)
+    return item_at(hit.path, hit.label)
 
 
 def open_page(paths: list[Path], model: str | None, index: Path | None, port: int, up_axis: str) -> Page:

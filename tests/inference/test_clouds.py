@@ -1,0 +1,139 @@
+"""Addresses: one text a cloud, which leads back to it whatever the names of the files around it."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.prepare import Preparation, prepare
+from jepa3d.inference.clouds import Address, cloud_paths, item_at, items_of, open_cloud
+
+NAMES = [
+    "a.npy",
+    "a#1.npy",
+    "#",
+    "1",
+    "#2",
+    "a.npz",
+    "a.npz#1",
+    "a.npz#0.npy",
+    "b c",
+    "b c#3",
+    "\udcff.npy",
+    "ä#.npy",
+    "a",
+]
+
+
+def cloud(number: int) -> np.ndarray:
+    """Points that tell which cloud they are of."""
+    return np.random.default_rng(number).normal([number, 0, 0], size=(70, 3))
+
+
+def write(path: Path, rng: np.random.Generator, number: int) -> int:
+    """A file of one cloud or a few, numbered from `number` on. Returns the next number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npz":
+        count = int(rng.integers(1, 4))
+        np.savez(path, points=np.stack([cloud(number + i) for i in range(count)]))
+        return number + count
+    if path.suffix == ".npy":
+        np.save(path, cloud(number))
+    else:
+        np.savetxt(path, cloud(number))
+    return number + 1
+
+
+def tree(root: Path, seed: int) -> Path:
+    """Files whose names are made of #, digits, suffixes and each other's names."""
+    rng, number = np.random.default_rng(seed), 0
+    for _ in range(8):
+        parts = [NAMES[i] for i in rng.integers(len(NAMES), size=rng.integers(1, 3))]
+        suffix = str(rng.choice([".npy", ".npz", ".xyz", ".npz#0.xyz", "#1.npy", ".npz#1"]))
+        path = root.joinpath(*parts[:-1], parts[-1] + suffix)
+        if not any(parent.is_file() for parent in path.parents) and not path.exists():
+            number = write(path, rng, number)
+    return root
+
+
+def originals(items) -> list[bytes]:
+    return [item.read().points.tobytes() for item in items]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_cloud_has_a_text_of_its_own_that_leads_back_to_it(tmp_path, seed, monkeypatch):
+    root = tree(tmp_path / "s#1", seed)
+    items = items_of(root)
+    assert len({item.path for item in items}) == len(items) == len(set(originals(items)))
+    monkeypatch.chdir(root)
+    for item, expected in zip(items, originals(items), strict=True):
+        for text in (item.path, os.path.relpath(item.path), f"{root}/../s#1/{os.path.relpath(item.path)}"):
+            found = item_at(text)
+            assert found.path == item.path
+            assert open_cloud(text)[0].points.tobytes() == expected
+            assert [one.path for one in items_of(Path(text))] == [item.path] or Path(text).exists()
+        assert str(Address.parse(item.path)) == item.path
+        assert pickle.loads(pickle.dumps(item)).read().points.tobytes() == expected
+        assert pickle.loads(pickle.dumps(found)).read().points.tobytes() == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_so_has_every_cloud_of_a_store(tmp_path, seed):
+    root, store = tree(tmp_path / "scans", seed), tmp_path / "st#0"
+    prepare(root, store, Preparation(points=64), workers=1)
+    write(tmp_path / "st.npz", np.random.default_rng(seed), 0)
+    items = items_of(store)
+    assert len({item.path for item in items}) == len(items)
+    for item in items[::2]:  # now these texts mean something else
+        Path(item.path).mkdir(parents=True, exist_ok=True)
+    assert all("/#" in item.path for item in items_of(store)[::2])
+    for item, expected in zip(items_of(store), originals(items), strict=True):
+        found, z_up = open_cloud(item.path)
+        assert found.points.tobytes() == expected
+        assert z_up
+
+
+def test_a_file_whose_name_has_a_sign_wins_over_the_row(tmp_path):
+    np.savez(tmp_path / "a.npz", points=np.stack([cloud(0), cloud(1)]))
+    assert cloud_paths(tmp_path) == [f"{tmp_path}/a.npz#0", f"{tmp_path}/a.npz#1"]
+    np.savetxt(tmp_path / "a.npz#1.xyz", cloud(2))
+    (tmp_path / "a.npz#1").mkdir()
+    np.savetxt(tmp_path / "a.npz#0", cloud(3))
+    assert cloud_paths(tmp_path) == [f"{tmp_path}/a.npz/#0", f"{tmp_path}/a.npz/#1", f"{tmp_path}/a.npz#1.xyz"]
+    assert Address.parse(tmp_path / "a.npz#0") == Address(f"{tmp_path}/a.npz#0")
+    assert Address.parse(tmp_path / "a.npz/#0") == Address(f"{tmp_path}/a.npz", "0")
+
+
+@pytest.mark.parametrize(
+    "text", ["no.xyz", "a.npz#x", "a.npz#", "a.npz#01", "a.npz#-1", "#0", "a#0", "a.npz#²", "", "\0"]
+)
+def test_what_is_nowhere_is_said(tmp_path, text, monkeypatch):
+    np.savez(tmp_path / "a.npz", points=cloud(0)[None])
+    monkeypatch.chdir(tmp_path / "..")
+    with pytest.raises(ReadError, match="no longer there"):
+        open_cloud(f"{tmp_path}/{text}" if text else f"{tmp_path}#")
+    with pytest.raises(ReadError, match="no such file or folder"):
+        items_of(tmp_path / (text or "none"))
+
+
+def test_a_row_beyond_the_last_is_said(tmp_path):
+    np.savez(tmp_path / "a.npz", points=cloud(0)[None])
+    with pytest.raises(ReadError, match=r"a\.npz"):
+        open_cloud(f"{tmp_path}/a.npz#1")
+
+
+def test_clouds_of_a_few_shot_fold_have_addresses(tmp_path):
+    items = [(cloud(i).astype(np.float32), np.array([i]), np.array(0)) for i in range(4)]
+    fold = {"train": items[:2], "test": items[2:]}
+    (tmp_path / "0.pkl").write_bytes(pickle.dumps(fold))
+    found = items_of(tmp_path / "0.pkl")
+    assert [Path(item.path).name for item in found] == [
+        "0.pkl#train#0",
+        "0.pkl#train#1",
+        "0.pkl#test#0",
+        "0.pkl#test#1",
+    ]
+    assert [open_cloud(item.path)[0].points.tobytes() for item in found] == originals(found)
