@@ -12,6 +12,7 @@ from sklearn.manifold import TSNE
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.curve import Arm
+from jepa3d.evaluation.fitting import one_thread
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
@@ -206,8 +207,9 @@ def draw_tsne(
     figure, grid = plt.subplots(1, 2, figsize=(9, 4.4 + legend))
     for axes, features, title in zip(grid, (before, after), ("before fine-tuning", "after fine-tuning"), strict=True):
         rows = features.astype(np.float64)
-        rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
-        plane = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0).fit_transform(rows)
+        with one_thread():
+            rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
+            plane = TSNE(perplexity=min(30, (len(rows) - 1) / 3), init="pca", random_state=0).fit_transform(rows)
         for i, label in enumerate(present):
             color = plt.get_cmap("tab10" if len(present) <= 10 else "tab20")(i % 20)
             marker = _MARKERS[i // 20 % len(_MARKERS)]

@@ -15,6 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from torch import nn
 
+from jepa3d.evaluation.fitting import one_thread
+
 # The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and the decay are
 # Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's train part, six times the
 # work (2,000 steps of 128) gained 0.2 to 1.0 points.
@@ -78,7 +80,8 @@ def predict(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.
 
     `c` matters to logistic regression only, `seed` to mlp3 only.
     """
-    with warnings.catch_warnings():  # LinearSVC on raw features stops at its default iterations, as in its protocol
+    with one_thread(), warnings.catch_warnings():
+        # LinearSVC on raw features stops at its default iterations, as in its protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return np.asarray(_classifier(protocol, c, len(y), seed).fit(train, y).predict(test))
 

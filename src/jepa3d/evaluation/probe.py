@@ -32,6 +32,7 @@ from jepa3d.data.io import ReadError
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
 from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.fitting import side_by_side
 from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
@@ -84,13 +85,10 @@ def run_protocol(
     choices = [(layer, c) for layer in layers for c in grid]
     best = choices[0]
     if len(choices) > 1:
-        fit, held = _fifth(y, seed)
-
-        def validation(choice: tuple[int, float]) -> float:
-            x = train[choice[0]]
-            return _accuracy(protocol, choice[1], x[fit], y[fit], x[held], y[held], seed=seed)
-
-        best = max(choices, key=validation)
+        fifth = [_fifth(y, seed)]
+        jobs = [(protocol, c, train[layer], y, fifth, {"seed": seed}) for layer, c in choices]
+        validation = side_by_side(_validation, jobs, len(jobs) * train[0].size)
+        best = choices[int(np.argmax(validation))]
     layer, c = best
     confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
     mean = float(np.nanmean(class_accuracy(confusion)))
@@ -98,6 +96,11 @@ def run_protocol(
         "accuracy": _overall(confusion), "mean_class_accuracy": mean, "layer": layer, "C": c or None,
         "confusion": confusion.tolist(),
     }  # fmt: skip
+
+
+def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], options: dict) -> float:
+    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice; options of `_accuracy`."""
+    return sum(_accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds)
 
 
 def _fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,23 +113,25 @@ def _fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _few_labels(train, y, test, y_test, layers, seed) -> dict:
     """10 labels a class (all of a smaller class), mean over 10 draws."""
-    rng, scores, chosen = np.random.default_rng(seed), [], []
+    rng, draws, jobs = np.random.default_rng(seed), [], []
     choices = [(layer, c) for layer in layers for c in _FEW_C_GRID]
     for _ in range(_DRAWS):
         shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
         labels = y[shots]
+        draws.append((shots, labels))
         number = min(5, np.bincount(labels).max())
         with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
             warnings.simplefilter("ignore", UserWarning)
             folds = list(StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels))
-        validation = {}
-        for layer, c in choices:
-            x = train[layer][shots]
-            validation[layer, c] = sum(_accuracy("logistic", c, x[a], labels[a], x[b], labels[b]) for a, b in folds)
-        layer, c = max(choices, key=validation.__getitem__)
-        scores.append(_accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test))
-        chosen.append([layer, c])
-    return {"accuracy": float(np.mean(scores)), "std_over_draws": float(np.std(scores, ddof=1)), "chosen": chosen}
+        jobs += [("logistic", c, train[layer][shots], labels, folds, {}) for layer, c in choices]
+    validation = np.array(side_by_side(_validation, jobs, sum(len(job[4]) * job[2].size for job in jobs)))
+    chosen = [choices[best] for best in validation.reshape(_DRAWS, -1).argmax(1)]
+    scores = [
+        _accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test)
+        for (shots, labels), (layer, c) in zip(draws, chosen, strict=True)
+    ]
+    std = float(np.std(scores, ddof=1))
+    return {"accuracy": float(np.mean(scores)), "std_over_draws": std, "chosen": [list(choice) for choice in chosen]}
 
 
 def shared_classes(clouds: PointClouds, part: Part = "test") -> tuple[PointClouds, PointClouds, int]:

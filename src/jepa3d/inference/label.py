@@ -19,11 +19,12 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import enough_points
+from jepa3d.evaluation.fitting import one_thread, side_by_side
 from jepa3d.figures import draw_contact_sheet
 from jepa3d.inference.clouds import open_cloud
 from jepa3d.inference.embedding import embed_files
@@ -93,7 +94,8 @@ def label(
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """Spherical k-means of vectors n E: the rows of each cluster, nearest to its centre first; largest first."""
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
+    with one_thread():
+        means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
     distance = np.linalg.norm(unit - means.cluster_centers_[means.labels_], axis=1)
     sizes = np.bincount(means.labels_, minlength=count)
     for number in np.argsort(-sizes, kind="stable"):
@@ -106,14 +108,22 @@ def fit(x: np.ndarray, y: np.ndarray):
 
     The strength of regularisation is chosen by the same folds, so the estimate is a little too good.
     """
-    heads = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in _CS]
     folds = min(5, int(np.bincount(y).min()))
-    if folds < 2:
-        return heads[1].fit(x, y), None
+    with one_thread():
+        if folds < 2:
+            return _head(_CS[1]).fit(x, y), None
+        scores = side_by_side(_cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size)
+        best = int(np.argmax(scores))
+        return _head(_CS[best]).fit(x, y), scores[best]
+
+
+def _head(c: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
+
+
+def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> float:
     split = StratifiedKFold(folds, shuffle=True, random_state=_SEED)
-    scores = [cross_val_score(head, x, y, cv=split).mean() for head in heads]
-    best = int(np.argmax(scores))
-    return heads[best].fit(x, y), float(scores[best])
+    return float(cross_val_score(_head(c), x, y, cv=split).mean())
 
 
 def read_names(file: Path, where: list[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Networks for downstream tasks: an encoder with a classification or a part segmentation head (paper IV-B)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
     """
+
+    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
 
     def __init__(self, encoder: dict[str, Any], class_names: list[str], dropout: float = 0.5):
         super().__init__()
@@ -54,6 +56,8 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
 class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
     """A linear head on an encoder's vectors, as `jepa3d label` fits it; `predict` as of `Classifier`."""
 
+    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
+
     def __init__(self, encoder: dict[str, Any], class_names: list[str], layer: int = -1, pooling: str = "mean_max"):
         super().__init__()
         self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
@@ -71,6 +75,8 @@ class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-se
     nearest centres, and the shape's global vector: -> 512 -> 256 -> parts. The first layer acts on tokens and is
     interpolated afterwards, which is the same sum (both are linear) at M/N of the cost.
     """
+
+    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
 
     def __init__(
         self,

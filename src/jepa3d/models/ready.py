@@ -4,11 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.hub import check_name, read_settings, similar
 
 DEFAULT = Path(__file__).parents[1] / "weights"
 
@@ -23,38 +21,44 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
     >>> encoder.embed(torch.randn(1, 2048, 3)).shape[1] == 2 * encoder.width
     True
     """
+    if model != "default" and not check_name(model, ("default",)):
+        return PointEncoder.from_pretrained(model, revision=revision)
     folder = DEFAULT if model == "default" else Path(model)
     folder = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
-    if Path(model).exists() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{model}: no encoder, and no run that has one: config.json is missing")
     try:
-        return PointEncoder.from_pretrained(folder if folder.is_dir() else str(model), revision=revision)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{model}: neither a folder nor a repository of the Hub that can be had ({reason})") from error
-    except (OSError, SafetensorError, RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{model}: not a readable encoder ({(str(error).splitlines() or [''])[0]})") from error
+        return PointEncoder.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{model}: not a readable encoder ({error})") from error
 
 
 def load_any(model: str | Path) -> PointEncoder | Classifier | LinearClassifier | Segmenter:
     """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`. Raises ValueError."""
-    file = _network_folder(Path(model)) / "config.json"
-    return load_network(Path(model)) if file.is_file() and "class_names" in file.read_text() else load(model)
+    folder = _network_folder(Path(model))
+    return load_network(model) if _has_head(folder) else load(model)
 
 
-def load_network(run: Path) -> Classifier | LinearClassifier | Segmenter:
+def _has_head(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and "class_names" in read_settings(folder)
+
+
+def load_network(run: str | Path) -> Classifier | LinearClassifier | Segmenter:
     """The network of a finished run of classify, segment or label, or in its model folder.
 
     Raises ValueError for anything else.
     """
-    folder = _network_folder(run)
+    folder = _network_folder(Path(run))
     try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = Segmenter if "parts_of" in config else LinearClassifier if "pooling" in config else Classifier
+        if not folder.exists():
+            raise ValueError(f"no such folder{similar(folder)}")
+        settings = read_settings(folder)
+        if "class_names" not in settings:
+            raise ValueError(f"{folder / 'config.json'}: is of a network without classes")
+        kind = Segmenter if "parts_of" in settings else LinearClassifier if "pooling" in settings else Classifier
         return kind.from_pretrained(folder)
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{run}: no finished run of jepa3d classify, segment or label ({reason})") from error
+    except ValueError as error:
+        raise ValueError(f"{run}: no finished run of jepa3d classify, segment or label ({error})") from error
 
 
 def _network_folder(run: Path) -> Path:

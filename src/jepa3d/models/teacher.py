@@ -1,6 +1,5 @@
 """What the student predicts: frozen networks, a moving average of the student itself, or several joined."""
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,12 +7,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.hub import check_name, local_folder, read_settings
 
 
 class Teacher(nn.Module):
@@ -82,18 +80,18 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
         mine.copy_(theirs)
 
 
-def load_module(path: str) -> DVAE | PointEncoder:
-    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is none."""
-    folder = Path(path)
-    exported = [sub for name in ("encoder", "dvae") if (sub := folder / name).is_dir()]
-    source = exported[0] if exported else folder
+def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
+    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is none.
+
+    known: other names that the setting takes, for the hint at a misspelt one.
+    """
     try:
-        if folder.exists():
-            is_dvae = "num_codes" in json.loads((source / "config.json").read_text())
-            return (DVAE if is_dvae else PointEncoder).from_pretrained(source)
-        return PointEncoder.from_pretrained(path)
-    except (OSError, HfHubHTTPError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        check_name(path, known)
+        exported = [sub for name in ("encoder", "dvae") if (sub := Path(path) / name).is_dir()]
+        folder = exported[0] if exported else local_folder(path)
+        return (DVAE if "num_codes" in read_settings(folder) else PointEncoder).from_pretrained(folder)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(
             f"{path}: no encoder or dVAE could be loaded ({reason}); "
             f"give a finished run, a folder of save_pretrained or a Hub id"

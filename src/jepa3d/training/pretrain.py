@@ -99,8 +99,8 @@ def pretrain(
         runs.check_unchanged(config, out)
         if runs.is_finished(out):
             return out
-    clouds = clouds_of(config, config.objective, clouds)
     networks = load_given(config, out if started else None)
+    clouds = clouds_of(config, config.objective, clouds)
     stage_clouds = {}
     if started:
         runs.check_same_data(clouds, out)
@@ -156,7 +156,9 @@ def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Networ
         return {}
     names = [*config.teacher, *([config.init] if config.init else [])]
     given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, *TEACHERS)]
-    return {name: load_module(str(started / "given" / str(i)) if started else name) for i, name in enumerate(given)}
+    if started:
+        return {name: load_module(str(started / "given" / str(i))) for i, name in enumerate(given)}
+    return {name: load_module(name, (*STAGE_ONE, *TEACHERS)) for name in given}
 
 
 def clouds_of(
