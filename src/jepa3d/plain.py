@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from jepa3d.locking import writing
+
 
 def merge(base: dict, *overrides: dict) -> dict:
     """Nested dictionaries, later ones winning key by key."""
@@ -130,17 +132,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
+    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind.
+
+    Makes the folders around it. Raises ValueError where another command writes the same file at this moment.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with naming(path), partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path), naming(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_checked(path: Path, value: dict) -> None:
