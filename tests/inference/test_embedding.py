@@ -92,7 +92,7 @@ def test_load_says_what_is_no_encoder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not one of PointEncoder"):
+    with pytest.raises(ValueError, match="not the settings of a PointEncoder: it lacks embed_dim"):
         load(tmp_path)
 
 
@@ -152,6 +152,17 @@ def test_two_processes_give_what_one_gives(model, scans, tmp_path):
     for workers in (1, 2):
         embed_files([scans], tmp_path / f"{workers}.parquet", model, workers=workers)
     assert same(rows(tmp_path / "1.parquet"), rows(tmp_path / "2.parquet"))
+
+
+def test_an_accelerator_gives_what_the_workers_give(model, scans, tmp_path, monkeypatch):
+    (scans / "cup" / "bad.npy").write_bytes(b"no array")
+    embed_files([scans], tmp_path / "cpu.parquet", model, workers=1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(module, "BATCH", 2)
+    embed_files([scans], tmp_path / "device.parquet", model, workers=1)
+    assert len(rows(tmp_path / "cpu.parquet")) == 6
+    assert same(rows(tmp_path / "cpu.parquet"), rows(tmp_path / "device.parquet"))
 
 
 @pytest.mark.parametrize("stop", [0, 2, 5])
