@@ -289,7 +289,7 @@ _CARD = """\
 
 Exported by jepa3d. *To add before you publish: what it was trained on, and how well it does.*
 
-Input `points`: float32 [batch, num_points, 3], any unit, at least {min_points} points a cloud, z up as in training.
+Input `points`: float32 [batch, num_points, 3], any unit, at least {min_points} different points a cloud, z up as in training.
 All clouds of a batch have equally many points.
 
 {outputs}
@@ -307,8 +307,8 @@ cloud = np.random.rand(2 * {num_points}, 3).astype(np.float32)
 ```
 
 The same in torch without jepa3d: `torch.export.load("{name}.pt2").module()(points)`. With it:
-`{kind}.from_pretrained(folder)`. Where points are equally far apart (regular grids, duplicates), each runtime may take
-others of them, and results differ by more than above.
+`{kind}.from_pretrained(folder)`. Where points are equally far apart (regular grids), each runtime may take others of
+them, and results differ by more than above.
 {more}"""
 
 _PATCHES = """
