@@ -289,8 +289,8 @@ _CARD = """\
 
 Exported by jepa3d. *To add before you publish: what it was trained on, and how well it does.*
 
-Input `points`: float32 [batch, num_points, 3], any unit, at least {min_points} different points a cloud, z up as in training.
-All clouds of a batch have equally many points.
+Input `points`: float32 [batch, num_points, 3], any unit, z up as in training, at least {min_points} different
+points a cloud (for fewer the runtime raises). All clouds of a batch have equally many points.
 
 {outputs}
 
