@@ -90,7 +90,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         found = read_settings(folder)
         # An argument younger than the file takes its default, which is how the network was before it.
         known = {name: value for name, value in found.items() if name in _arguments(cls)} | settings
-        _check(cls, known, f"{file}: not the settings of a {cls.__name__}")
+        _check(cls, known, f"{file}: is not one of {cls.__name__}")
         try:
             model = cls(**known)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
