@@ -41,8 +41,10 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             written = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: is missing") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing, cut off or damaged ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: cut off or damaged ({str(error).splitlines()[0]})") from error
     if written is not None and written != _digest(tensors):
         raise ValueError(f"{path}: damaged: its checksum is not the one written")
     return tensors
