@@ -133,6 +133,8 @@ def _check(cls: type, settings: dict[str, Any], begin: str) -> None:
         fits = isinstance(value, (int, float) if wanted is float else wanted)
         if not fits or (isinstance(value, bool) and wanted is not bool):
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {wanted.__name__}")
+        if wanted is int and value < 1 and name != "layer":  # -1 is the last
+            raise ValueError(f"{begin}: {name} is {value}, and at least 1 is needed")
         if part := getattr(cls, "PARTS", {}).get(name):
             _check(part, settings[name], f"{begin}: {name}")
 
