@@ -3,6 +3,7 @@
 import colorsys
 import csv
 import io
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,15 @@ def _category(network: Segmenter, category: str | None) -> int:
 
 
 def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
-    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; what cannot is said."""
-    made = []
+    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; says once what cannot."""
+    made, seen = [], set()
     for path in paths:
         entries = discover(path).entries
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
+            if os.path.abspath(name) in seen:
+                continue
+            seen.add(os.path.abspath(name))
             try:
                 cloud = entry.read()
                 if cloud.total:
@@ -75,6 +79,8 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
                 print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+    if len(made) < len(seen):
+        print(f"left out {len(seen) - len(made):,} of {len(seen):,} clouds")
     return made
 
 

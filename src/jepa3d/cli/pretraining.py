@@ -103,7 +103,7 @@ def pretrain(
     resume: bool
         Continue the run in --out, which was interrupted.
     dry_run: bool
-        Read some data, build, take two steps, print memory and time, write nothing.
+        Read some data, take two steps of every stage, print what the whole run will cost, write nothing.
     """
     from jepa3d.training import pretrain as training
     from jepa3d.training.loop import Interrupted

@@ -66,6 +66,7 @@ class PointClouds:
     split: np.ndarray | None = None  # n int8
     parts: np.ndarray | StoredParts | None = None  # n N int16, one label a point; only where `load` is asked for them
     part_names: tuple[str, ...] = ()  # names of the labels, which count through all classes; () where unnamed
+    available: int | None = None  # shapes that the source has of the split, where `load` was told a limit
 
     def __len__(self) -> int:
         return len(self.points)
@@ -127,8 +128,8 @@ def load(
     if len(loaded) == 1:
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
-    name = " + ".join(d.name for d in loaded)
-    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]))
+    name, available = " + ".join(d.name for d in loaded), sum(d.available or len(d) for d in loaded)
+    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]), available=available)
 
 
 def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts) -> PointClouds:
@@ -146,12 +147,12 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts)
     else:
         what = "no such file or folder"
         raise ReadError(f"{source}: {what}; give synthetic, a store, or files of {', '.join(SUFFIXES)}")
-    if split != "all":
-        found = found.subset(np.flatnonzero(_split_mask(found, split))[:limit])
+    if split != "all" or limit:
+        chosen = np.ones(len(found), bool) if split == "all" else _split_mask(found, split)
+        available = round((found.available or len(found)) * chosen.mean())
+        found = replace(found.subset(np.flatnonzero(chosen)[:limit]), available=available)
         if not len(found):
             raise ReadError(f"{source}: no shapes in its {split} part")
-    elif limit:
-        found = found.subset(np.arange(min(limit, len(found))))
     if standard:
         return found
     points, labels = _standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name, found.parts)
@@ -199,7 +200,8 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     split = (np.arange(len(made["points"])) % 4 == 3).astype(np.int8)  # a class comes every 21: none is left out
     digest = hashlib.sha256(made["points"].tobytes()).hexdigest()
     found = PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
-    return replace(found, parts=made["parts"], part_names=synthetic.PART_NAMES) if parts else found
+    own: dict[str, Any] = {"parts": made["parts"], "part_names": synthetic.PART_NAMES} if parts else {}
+    return replace(found, available=total, **own)
 
 
 def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
@@ -273,7 +275,7 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
         raise ReadError(f"{path}/{stray}: is in no train or test folder, but others are; move it, or: jepa3d prepare")
     if split != "all" and None not in in_split:
         entries = [entry for entry in entries if entry.split == split]
-    entries = entries[:limit]
+    available, entries = len(entries), entries[:limit]
     clouds, digest = [], hashlib.sha256()
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
@@ -291,9 +293,10 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
     points = _joined([cloud for cloud, _ in clouds], up_axis is None)
     found = PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
-    if not parts:
-        return found
-    return replace(found, parts=_joined([own for _, own in clouds], up_axis is None), part_names=source.part_names)
+    own: dict[str, Any] = (
+        {"parts": _joined([p for _, p in clouds], up_axis is None), "part_names": source.part_names} if parts else {}
+    )
+    return replace(found, available=available, **own)
 
 
 def _joined(arrays: list, raw: bool) -> np.ndarray:
@@ -316,8 +319,8 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     rows = np.arange(len(store))
     if split != "all" and (has_split or split != "train"):
         rows = np.flatnonzero(in_split == SPLITS.index(split))
-    rows = rows[:limit]
-    if not len(rows):
+    available, rows = len(rows), rows[:limit]
+    if not available:
         raise ReadError(f"{path}: no shapes in its {split} part")
     labels = np.asarray(store.columns["label"])[rows].astype(np.int64)
     labelled = bool((labels >= 0).all())
@@ -344,4 +347,4 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
                 own[i] = chosen[0]
     names = store.class_names if labelled else ()
     found = PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)
-    return replace(found, parts=own, part_names=store.part_names) if parts else found
+    return replace(found, parts=own, part_names=store.part_names if parts else (), available=available)

@@ -107,7 +107,7 @@ def items_of(path: Path) -> list[Item]:
             Item(str(address), address.open, int(stamp), label, True)
             for address, stamp, label in zip(addresses, content, labels, strict=True)
         ]
-    found = discover(path)
+    found = discover(Path(root))
     for key, reason in found.skipped[:5]:
         print(f"left out: {printable(key)}: {reason}")
     if len(found.skipped) > 5:

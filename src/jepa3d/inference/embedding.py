@@ -257,7 +257,8 @@ def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: 
         for item, result in results:
             if isinstance(result, str):
                 dropped = "; its former vector is dropped" if item.path in known else ""
-                print(f"left out: {item.path}: {result.removeprefix(f'{item.path}: ')}{dropped}")
+                reason = result.removeprefix(f"{item.path}: ").removeprefix(f"{item.path.partition('#')[0]}: ")
+                print(f"left out: {item.path}: {reason}{dropped}")
                 gone.update([item.path] if dropped else [])
                 counts["left out"] += 1
                 continue

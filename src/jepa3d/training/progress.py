@@ -49,6 +49,8 @@ class Progress:
         self.base = dict(state)
         self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
+        self.step_seconds = 0.0  # of a step, since the figures before the last
+        self.before = state["step"], time.perf_counter()
         self.bar = Bar(
             BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
@@ -77,6 +79,9 @@ class Progress:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of a step."""
+        now = step, time.perf_counter()
+        self.step_seconds = (now[1] - self.before[1]) / max(1, now[0] - self.before[0])
+        self.before = now
         if not self.shown:
             return
         cost = self.stamp({})
