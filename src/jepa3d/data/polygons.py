@@ -61,6 +61,11 @@ def whole(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Indices of `sizes[i]` items from `at[i]` on, for every i."""
+    return np.repeat(at - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+
+
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
     """A mesh, or without faces a cloud. NaN vertices that no face uses are dropped. Raises ReadError."""
     if not len(faces):
