@@ -128,7 +128,9 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    while len(left) > 3 and missed < len(left):
+    for _ in range(200 * len(corners)):  # a spiral needs 20 a corner
+        if len(left) == 3 or missed == len(left):
+            break
         at, missed = at % len(left), missed + 1
         ear = left[at - 1], left[at], left[(at + 1) % len(left)]
         a, b, c = (places[i] for i in ear)
