@@ -128,14 +128,13 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    for _ in range(200 * len(corners)):  # a spiral needs 20 a corner
-        if len(left) == 3 or missed == len(left):
-            break
+    tries = 100 * len(corners)  # so many for a hostile polygon; a spiral needs 20 a corner
+    while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
         ear = left[at - 1], left[at], left[(at + 1) % len(left)]
         a, b, c = (places[i] for i in ear)
         if side(a, b, *c) > 0:
-            x, y = others.T
+            (x, y), tries = others.T, tries - 1
             if not ((side(a, b, x, y) > 0) & (side(b, c, x, y) > 0) & (side(c, a, x, y) > 0)).any():
                 found.append(ear)
                 del left[at]
