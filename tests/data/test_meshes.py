@@ -143,6 +143,11 @@ def test_a_cloud_of_a_ply_file_is_read_in_chunks_as_it_is_whole(tmp_path):
         assert np.allclose(read(path).file_coordinates(), CUBE)
 
 
+def test_lists_that_a_ply_file_declares_and_lacks_do_not_matter(tmp_path):
+    found = read(written(tmp_path / "a.ply", PLY.format("ascii") + LIST.split("\n", 1)[1] + VERTICES))
+    assert np.allclose(found.file_coordinates(), CUBE)
+
+
 def test_triangle_strips_of_ply_are_faces(tmp_path):
     strips = "element tristrips 1\nproperty list int int vertex_indices\nend_header\n"
     found = read(written(tmp_path / "a.ply", PLY.format("ascii") + strips + VERTICES + "9 0 1 2 3 -1 4 5 6 7\n"))

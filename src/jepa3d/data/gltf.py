@@ -18,7 +18,7 @@ _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 _MOST = 50_000_000  # vertices and corners of a scene, whose nodes may show one mesh many times
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing")  # extensions that change shapes and are read
 # Those that change none: how a surface looks, lights, notes.
-_LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|texture|lights|xmp|animation|audio)\w*")
+_LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*")
 _DRACO, _MESHOPT, _INSTANCING = "KHR_draco_mesh_compression", "meshopt_compression", "EXT_mesh_gpu_instancing"
 
 

@@ -139,6 +139,8 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
         values, at = rows.numbers(first, last, integers=all(p.kind.kind != "f" for p in element.properties))
         ends = at + rows.counts[first:last]
         for p in element.properties:
+            if p.length is not None and element.count and (at == ends).all():
+                continue  # Blender declared lists that it did not write
             _check_rows(element, at < ends)
             if p.length is None:
                 columns[p.name], at = values[at], at + 1
