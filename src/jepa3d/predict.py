@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
@@ -36,12 +36,11 @@ def predict_files(run: Path, paths: list[Path], out: Path, category: str | None 
     if missing := [path for path in paths if not path.exists()]:
         raise ReadError(f"{missing[0]}: no such file or folder")
     label = _category(network, category) if isinstance(network, Segmenter) else 0
-    axes = TO_Z_UP[up_axis]
     if isinstance(network, Segmenter):
-        written = len(_of_each(paths, network, lambda name, cloud: _segment(network, name, cloud, label, out, axes)))
+        written = len(_of_each(paths, network, lambda n, cloud: _segment(network, n, cloud, label, out, up_axis)))
         what = f"{written:,} PLY files"
     else:
-        rows = _of_each(paths, network, lambda name, cloud: [name, *classify_cloud(network, cloud, axes)])
+        rows = _of_each(paths, network, lambda n, c: [n, *classify_cloud(network, c, c.to_z_up(up_axis))])
         written, what = len(rows), f"{len(rows):,} rows"
         buffer = io.StringIO()
         csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
@@ -109,8 +108,8 @@ def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.nd
     return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
 
 
-def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, axes: np.ndarray) -> int:
-    parts = segment_cloud(network, cloud, label, axes)
+def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, up_axis: str) -> int:
+    parts = segment_cloud(network, cloud, label, cloud.to_z_up(up_axis))
     colors = part_colors(network.parts_of[label])
     rows = np.empty(len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")])
     rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T

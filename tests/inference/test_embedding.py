@@ -1,5 +1,7 @@
 """Vectors of arrays and files: what is new, what changed, what cannot be used, and what an interruption leaves."""
 
+import base64
+import json
 import os
 from itertools import islice
 
@@ -70,6 +72,21 @@ def test_the_up_axis_is_turned(model):
     y_up = np.stack([cloud[:, 0], cloud[:, 2], -cloud[:, 1]], 1)
     assert np.allclose(embed(y_up, encoder, up_axis="y"), embed(cloud, encoder), atol=1e-4)
     assert not np.allclose(embed(y_up, encoder), embed(cloud, encoder), atol=1e-2)
+
+
+@pytest.mark.parametrize("up_axis", ["z", "y"])
+def test_gltf_is_turned_as_its_standard_says_whatever_else_is_said(model, tmp_path, up_axis):
+    encoder, cloud = load(model), RNG.normal(size=(150, 3)).astype(np.float32)
+    data = np.stack([cloud[:, 0], cloud[:, 2], -cloud[:, 1]], 1).tobytes()
+    scene = {
+        "asset": {"version": "2.0"},
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "mode": 0}]}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 150, "type": "VEC3"}],
+        "bufferViews": [{"buffer": 0, "byteLength": len(data)}],
+        "buffers": [{"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}],
+    }
+    (tmp_path / "a.gltf").write_text(json.dumps(scene))
+    assert np.allclose(embed(tmp_path / "a.gltf", encoder, up_axis=up_axis), embed(cloud, encoder), atol=1e-4)
 
 
 def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):

@@ -48,7 +48,7 @@ def prepare(
     short: str
         A cloud of fewer points: repeat (64 at least; each copy is moved a little along the surface), or skip, left out.
     up_axis: str
-        Of the files; by default what the benchmark has, else z.
+        Of the files; by default what the benchmark or format (glTF: y) has, else z.
     unit: str
         Of the files, written down for later; coordinates lead back to the file's own in any case.
     split: str

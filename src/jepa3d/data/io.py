@@ -101,10 +101,12 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".pcd": read_pcd, ".las": read_las, ".laz": read_las, ".e57": read_e57,
 }  # fmt: skip
 SUFFIXES = tuple(_READERS)
-_PYTHON = """pip install {0} {1}; python -c "import {0}; {0}.{2}.export('OUT.ply')\""""
+_PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
+_TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
+_PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangulate().save")
 _CONVERTED = {
-    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format("trimesh", "pycollada lxml networkx", "load('IN', force='mesh')")),
-    **dict.fromkeys((".vtk", ".vtp", ".vtu"), "in ParaView, to PLY"),
+    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
+    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
     **dict.fromkeys((".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"),
     **dict.fromkeys((".step", ".stp", ".iges", ".igs", ".brep"), "in FreeCAD, to STL"),
 }  # fmt: skip

@@ -86,7 +86,7 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
     """The points num_points 3 of a cloud or mesh that the encoder sees. Raises ReadError that begins with the name."""
     try:
         points = sampled(cloud, encoder.num_points).points
-        return torch.from_numpy(encoder.frame(points if z_up else points @ TO_Z_UP[up_axis].T).points)
+        return torch.from_numpy(encoder.frame(points if z_up else points @ cloud.to_z_up(up_axis).T).points)
     except ValueError as error:
         raise ReadError(f"{name}: {error}") from error
 

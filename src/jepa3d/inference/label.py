@@ -22,7 +22,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import enough_points
 from jepa3d.evaluation.fitting import one_thread, side_by_side
 from jepa3d.figures import draw_contact_sheet
@@ -183,7 +183,7 @@ def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: P
             try:
                 cloud, z_up = open_cloud(where[i])
                 points = enough_points(cloud, 1, 0).points
-                clouds.append(points if z_up else points @ TO_Z_UP[up_axis].T)
+                clouds.append(points if z_up else points @ cloud.to_z_up(up_axis).T)
                 titles.append(Path(where[i]).name)
             except (ReadError, OSError) as error:
                 missing.append(note(f"not drawn: {error}", "warning"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.figures import draw_contact_sheet
 from jepa3d.inference.clouds import Address, cloud_paths, open_cloud
@@ -225,7 +225,7 @@ def write_page(found: list[tuple[str, list[Hit]]], making: Making, index: Path, 
             try:
                 cloud, z_up = open_cloud(path)
                 points = enough_points(cloud, 1, 0).points
-                clouds.append(points if z_up else points @ TO_Z_UP[making.up_axis].T)
+                clouds.append(points if z_up else points @ cloud.to_z_up(making.up_axis).T)
                 titles.append(title)
             except (ReadError, OSError) as error:
                 missing.append(note(f"not drawn: {error}", "warning"))
