@@ -245,7 +245,7 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     if not (run / "run.json").is_file():
         raise ValueError(f"{run}: not a run folder of jepa3d pretrain")
     config = stored(run)
-    if config["task"] != "pretrain":
+    if "task" in config:
         raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe is of runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (run / export).is_dir():
