@@ -193,7 +193,7 @@ def finish(process: int, seconds: float = LIMIT) -> int | None:
     return None
 
 
-def left(session: int, patience: float = 5) -> list[str]:
+def left(session: int, patience: float = 60) -> list[str]:
     """Processes of a session that are still there after some seconds."""
     end = time.monotonic() + patience
     while True:
