@@ -15,6 +15,7 @@ Try i is a function of --seed and i. Prints one table; exit status 1 if any colu
 import argparse
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -52,6 +53,7 @@ from jepa3d.cli import main
 from jepa3d.data.store import Store
 from jepa3d.inference.vectors import Vectors, to_numpy
 
+UNREADABLE = "cannot be read: "
 LIMIT = 120  # seconds of a command, after which it hangs
 FAULTS = ("lost", "blocked", "traceback", "processes left", "files left", "differs", "unnoticed", "hangs")
 SIZES = {
@@ -222,9 +224,24 @@ class Rough:
         for name in (name for name in self.jobs if name in wanted):
             began, out = time.monotonic(), self.place(name, base)
             if code := self.run(name, self.jobs[name].words(out)):
-                raise SystemExit(f"undisturbed {name} ends with {code}: {self.said()}")
-            self.whole[name], self.seconds[name] = self.jobs[name].result(out), time.monotonic() - began
-        self.tried = [name for name in self.jobs if name in (commands or self.jobs)]
+                self.fault("undisturbed", name, "blocked", f"exit {code}: {self.said()}")
+                continue
+            self.whole[name], self.seconds[name] = self.result(name, out), time.monotonic() - began
+        self.tried = [name for name in self.whole if name in (commands or self.jobs)]
+
+    def result(self, name: str, out: Path) -> str:
+        """A checksum of what a command gave, computed in a process of its own, or why it cannot be read."""
+        there, process = self.base / "result", os.fork()
+        if not process:
+            try:
+                found = self.jobs[name].result(out)
+                found = sorted(found.items()) if isinstance(found, dict) else found
+                there.write_text(hashlib.sha256(repr(found).encode()).hexdigest())
+            except (OSError, ValueError, StopIteration, KeyError) as error:
+                there.write_text(f"{UNREADABLE}{error!r}")
+            os._exit(0)
+        finish(process)
+        return there.read_text()
 
     def place(self, name: str, folder: Path) -> Path:
         return folder / f"{name}{self.jobs[name].suffix}"
@@ -253,12 +270,10 @@ class Rough:
 
     def compare(self, part: str, name: str, out: Path, told: str = "") -> None:
         """Whether a result is the undisturbed one, and nothing lies beside it."""
-        try:
-            same = self.jobs[name].result(out) == self.whole[name]
-        except (OSError, ValueError, StopIteration, KeyError) as error:
-            self.fault(part, name, "lost", f"{error} {told}")
-            return
-        if not same:
+        found = self.result(name, out)
+        if found.startswith(UNREADABLE):
+            self.fault(part, name, "lost", f"{found} {told}")
+        elif found != self.whole[name]:
             self.fault(part, name, "differs", told)
         beside = [path.name for path in out.parent.rglob(".*") if path.suffix in (".partial", ".old", ".parts")]
         if beside or any("unpacked" in path.name for path in out.parent.iterdir()):
@@ -337,7 +352,7 @@ class Rough:
                 self.count(part, kind, "stopped" if code else "ended before")
                 if code == 2 and self.said().count("\n") != 1:
                     self.fault(part, kind, "traceback", f"{told}: more than a line: {self.said()}")
-                if code == 0 and "--resume" in words and self.jobs[name].result(out) != self.whole[name]:
+                if code == 0 and "--resume" in words and self.result(name, out) != self.whole[name]:
                     self.fault(part, kind, "unnoticed", told)
 
     def readers(self) -> dict[str, list[list[str]]]:
