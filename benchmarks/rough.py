@@ -9,7 +9,7 @@ two writers: every command twice at once into one place, then once more.
 damage: a bit turned over, half cut off, emptied or removed in a file of a run, store, vectors or index; then every
 reader of it. "unnoticed" counts runs that trained on or tested with what a damaged file holds.
 
-Try i is a function of --seed and i. Prints one table; exit status 1 if any column but the first three has more than 0.
+Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any column but the first three has more than 0.
 """
 
 import argparse
@@ -184,15 +184,16 @@ def start(words: list[str], log: Path) -> int:
 
 def finish(process: int, seconds: float = LIMIT) -> int | None:
     """Its exit status, minus the signal that ended it; None if it had to be killed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.killpg(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return None
+    end, done = time.monotonic() + seconds, 0
+    try:
+        while time.monotonic() < end and not done:
+            done, status = os.waitpid(process, os.WNOHANG)
+            time.sleep(0 if done else 0.005)
+    finally:
+        if not done:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status) if done else None
 
 
 def left(session: int, patience: float = 60) -> list[str]:
@@ -440,8 +441,8 @@ def rough(seed: int, count: int, parts: list[str], commands: list[str] | None = 
         base = Path(folder).resolve()
         made = Rough(base, seed, commands)
         tries = {"kills": made.kill, "two-writers": made.twice, "damage": made.damage}
-        for part in parts:
-            for number in range(count):
+        with contextlib.suppress(KeyboardInterrupt):
+            for number, part in ((number, part) for number in range(count) for part in parts):
                 tries[part](number)
         return made.show()
 
