@@ -9,7 +9,8 @@ two writers: every command twice at once into one place, then once more.
 damage: a bit turned over, half cut off, emptied or removed in a file of a run, store, vectors or index; then every
 reader of it. "unnoticed" counts runs that trained on or tested with what a damaged file holds.
 
-Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any column but the first three has more than 0.
+Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any column but the first
+three has more than 0.
 """
 
 import argparse
