@@ -64,7 +64,7 @@ def _installation() -> None:
 def _run(run: Path) -> None:
     """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
     config, record = stored(run), read_record(run)
-    data, cost, task = record["data"], record.get("cost"), config["task"]
+    data, cost, task = record["data"], record.get("cost"), config.get("task", "pretrain")
     print(f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}")
     print(f"data: {data['name']}, {data['shapes']:,} shapes, sha256 {data['fingerprint'][:16]}")
     if task != "pretrain":

@@ -179,9 +179,9 @@ def read_record(run: Path) -> dict:
     return record
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without those that a kill cut off or a disk damaged."""
-    lines = []
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, oldest first, without those being written, cut off by a kill or damaged."""
+    lines, path = [], run / "metrics.jsonl"
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)

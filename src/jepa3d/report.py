@@ -59,7 +59,7 @@ def report(run: Path, data: str | None = None, out: Path | None = None, figures_
 def render(run: Path, data: str | None = None) -> str:
     """The page of a run (see `report`)."""
     config, record = stored(run), read_record(run)
-    kind = config["objective"] if config["task"] == "pretrain" else config["task"]
+    kind = config.get("task") or config["objective"]
     if kind in DEFAULTS:
         result = read_checked(found) if (found := run / "results.json").is_file() else None
         parts = [*_outcome(run, config, result, data), _training(run, config)]

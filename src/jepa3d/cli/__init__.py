@@ -25,7 +25,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     layers = []
     if known.resume and known.out and Path(known.out, "config.json").is_file():
         before = stored(Path(known.out))
-        if (task := before.pop("task")) != command:
+        if (task := before.pop("task", "pretrain")) != command:
             raise ValueError(f"{known.out}: a run of jepa3d {task}, not {command}")
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}

@@ -89,7 +89,7 @@ def _curve(
     cost = record["cost"]
     before = read_checked(file) if file.exists() else {}
     known = before.get("points", {}) if before.get("fingerprint") == fingerprint else {}
-    lines = [*read_metrics(run / "metrics.jsonl"), cost]
+    lines = [*read_metrics(run), cost]
     spent = {line["step"]: line["cpu_seconds"] for line in lines}
     spent = {0: 0.0} | {step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()}
     folders = {0: run / "untrained", cost["step"]: run / "encoder"}

@@ -247,7 +247,7 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
         encoder = load_encoder(str(run))
         return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {"pretrained": encoder}
     config = stored(run)
-    if config["task"] != "pretrain":
+    if "task" in config:
         raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (run / export).is_dir():

@@ -88,7 +88,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
             print(line, flush=True)
-    elif metrics and any(line["step"] > config.checkpoint_every for line in read_metrics(metrics)):
+    elif run and not (run / task.export).exists() and _has_saved(run, config):
         raise ValueError(f"{run}/checkpoints: gone, though the run had begun: begin again with another --out")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
@@ -208,6 +208,11 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 def to_device(points: Tensor, device: torch.device) -> Tensor:
     """Points on the device; to an accelerator without waiting for it."""
     return points if device.type == "cpu" else points.pin_memory().to(device, non_blocking=True)
+
+
+def _has_saved(run: Path, config: RunConfig) -> bool:
+    """Whether a run came farther than its first checkpoint."""
+    return any(line["step"] > config.checkpoint_every for line in read_metrics(run))
 
 
 def batch_index(

@@ -58,7 +58,7 @@ class Progress:
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= state["step"]]
+            kept = [line for line in read_metrics(path.parent) if line["step"] <= state["step"]]
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.last = kept[-1] if kept else {}
 
