@@ -8,7 +8,6 @@ import numpy as np
 
 from jepa3d.data.boundary import boundary, check_claim, module
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.text import to_parts
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
@@ -115,7 +114,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
         if (normals := arrays.get("normals")) is not None and np.shape(normals) == np.shape(arrays["points"]):
             attributes["normals"] = np.asarray(normals, np.float32)
         if (parts := arrays.get("parts")) is not None and np.shape(parts) == (len(arrays["points"]),):
-            attributes["parts"] = to_parts(parts)
+            attributes["parts"] = parts
     if (label := arrays.get("label")) is not None and np.size(label) == 1:
         attributes["label"] = int(np.ravel(label)[0])
     return PointCloud.make(arrays["points"], **attributes)

@@ -10,6 +10,8 @@ from jepa3d.ops import farthest_point_sample
 
 MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
 ATTRIBUTES = ("normals", "colors", "parts")
+UNLABELLED = -1  # the part label of a point that has none
+_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)  # what files of larger or unknown types write for it
 # Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
@@ -35,7 +37,7 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    parts: np.ndarray | None = None  # N int32: part labels, from 0
+    parts: np.ndarray | None = None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
     faces: np.ndarray | None = None  # F 3 int64
     label: int | None = None  # where the file itself has one
     total: int | None = None  # points in the file, where more than MAX_POINTS
@@ -99,6 +101,36 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
         raise ReadError(f"{where}{error}") from error
     if (points == points[0]).all():
         raise ReadError(where + too_few(len(points), 1, 2))
+
+
+def to_parts(values: np.ndarray) -> np.ndarray:
+    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its integer type.
+
+    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for other values than
+    whole numbers from 0 to 32,767.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise ReadError(f"part labels must be whole numbers, found {values.dtype}")
+    whole = values.astype(np.float64)
+    known = (whole >= 0) & ~np.isin(whole, _IGNORED)  # False for NaN
+    if values.dtype.kind in "iu":
+        known &= values != np.iinfo(values.dtype).max
+    whole[~known] = UNLABELLED
+    if len(wrong := whole[(whole != np.floor(whole)) | (whole > 32_767)]):
+        raise ReadError(f"part labels must be whole numbers from 0 to 32767, found {wrong[0]:.10g}")
+    return whole.astype(np.int16)
+
+
+def to_bytes(colors: np.ndarray) -> np.ndarray:
+    """Colours N 3 as uint8, from 0-1, 0-255 or 16 bits; what is no number is 0."""
+    colors = np.asarray(colors)
+    if colors.dtype == np.uint8:
+        return colors
+    colors = np.nan_to_num(colors.astype(np.float64), posinf=0, neginf=0)
+    top = colors.max(initial=0)
+    colors = colors * 255 if 0 < top <= 1 else colors / 257 if top > 255 else colors
+    return colors.clip(0, 255).round().astype(np.uint8)
 
 
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:

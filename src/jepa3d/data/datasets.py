@@ -19,7 +19,7 @@ from torch import Tensor
 from jepa3d.data import synthetic
 from jepa3d.data.arrays import clouds_in
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud
+from jepa3d.data.cloud import TO_Z_UP, UNLABELLED, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
@@ -252,11 +252,14 @@ def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
         found = f"{parts.dtype} {list(parts.shape)}"
         raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
+    with boundary(path):
+        parts = to_parts(parts)
+        if alone := int((parts == UNLABELLED).all(1).sum()):
+            raise ReadError(f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like")
     names = tuple(str(name) for name in arrays.get("part_names", ()))
-    end = len(names) or 1 + np.iinfo(np.int16).max
-    if parts.min() < 0 or parts.max() >= end:
-        raise ReadError(f"{path}: {key} must be from 0 to {end - 1}, found {parts.min()} to {parts.max()}")
-    return {"parts": parts.astype(np.int16), "part_names": names}
+    if names and parts.max() >= len(names):
+        raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")
+    return {"parts": parts, "part_names": names}
 
 
 def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
@@ -280,8 +283,8 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
             if parts and cloud.parts is None:
                 raise ReadError(_NO_PARTS)
+            one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
         digest.update(cloud.points.tobytes())
-        one = cloud.points[None], cloud.parts[None].astype(np.int16) if parts and cloud.parts is not None else None
         axes = None if up_axis is None else cloud.to_z_up(up_axis)
         clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))

@@ -17,7 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
+from jepa3d.data.cloud import (
+    ATTRIBUTES,
+    MAX_POINTS,
+    TO_Z_UP,
+    UNLABELLED,
+    ReadError,
+    check_cloud,
+    filled,
+    reduce,
+    sample_surface,
+    to_parts,
+)
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
@@ -158,10 +169,13 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     axes = TO_Z_UP[up]
     kind = np.dtype(options.precision)
     arrays = {"points": (cloud.points @ axes.T).astype(kind)}
-    kinds = {"normals": np.float16, "colors": np.uint8, "parts": np.int16}
     for name in options.keep:
-        values = getattr(cloud, name) @ axes.T if name == "normals" else getattr(cloud, name)
-        arrays[name] = values.astype(kinds[name])
+        values = getattr(cloud, name)
+        arrays[name] = (values @ axes.T).astype(np.float16) if name == "normals" else values
+    if "parts" in arrays:
+        arrays["parts"] = to_parts(arrays["parts"])
+        if (arrays["parts"] == UNLABELLED).all():
+            raise ReadError("none of its points has a part label (--keep parts)")
     return arrays, {
         "up": up,
         "frame": (*cloud.origin, cloud.scale),

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from jepa3d.data.boundary import check_claim, line, module
-from jepa3d.data.cloud import PointCloud, ReadError, Reservoir
-from jepa3d.data.text import to_bytes, to_parts
+from jepa3d.data.cloud import PointCloud, ReadError, Reservoir, to_bytes
 
 
 def columns_of(raw, count: int) -> dict[str, np.ndarray]:
@@ -29,7 +28,7 @@ def columns_of(raw, count: int) -> dict[str, np.ndarray]:
         found["colors"] = to_bytes(stack(("red", "green", "blue")))
     for name in ("part", "label", "class", "classification"):
         if name in have and "parts" not in found:
-            found["parts"] = to_parts(stack((name,))[:, 0])
+            found["parts"] = stack((name,))[:, 0]
     return found
 
 
@@ -100,8 +99,7 @@ def read_las(path: Path) -> PointCloud:
     rows = reservoir.rows()
     colors = to_bytes(rows[:, 4:]) if color else None
     total = reservoir.total if reservoir.total > len(rows) else None
-    parts = to_parts(rows[:, 3]) if len(rows) else None
-    return PointCloud.make(rows[:, :3], parts=parts, colors=colors, total=total)
+    return PointCloud.make(rows[:, :3], parts=rows[:, 3] if len(rows) else None, colors=colors, total=total)
 
 
 def read_e57(path: Path) -> PointCloud:

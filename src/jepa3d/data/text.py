@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError, Reservoir
+from jepa3d.data.cloud import PointCloud, ReadError, Reservoir, to_bytes
 
 _CHUNK = 200_000  # lines parsed at once
 COMMENT = ("#", "//")
@@ -112,25 +112,7 @@ def _attributes(have: set[str]) -> dict[str, tuple[str, ...]]:
 def _typed(key: str, values: np.ndarray) -> np.ndarray:
     if key == "normals":
         return values.astype(np.float32)
-    if key == "colors":
-        return to_bytes(values)
-    return to_parts(values[:, 0])
-
-
-def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from 0-1, 0-255 or 16 bits."""
-    colors = np.nan_to_num(np.asarray(colors, np.float64))
-    top = colors.max(initial=0)
-    colors = colors * 255 if 0 < top <= 1 else colors / 257 if top > 255 else colors
-    return colors.clip(0, 255).round().astype(np.uint8)
-
-
-def to_parts(values: np.ndarray) -> np.ndarray:
-    """Part labels N as int32 from 0. Raises ReadError for anything but whole numbers from 0 to 32,767."""
-    whole = np.asarray(values, np.float64)
-    if not np.isin(whole, np.arange(32768)).all():
-        raise ReadError("part labels must be whole numbers from 0 to 32,767")
-    return whole.astype(np.int32)
+    return to_bytes(values) if key == "colors" else values[:, 0]
 
 
 def _plain(name: str) -> str:
