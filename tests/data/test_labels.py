@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from jepa3d.data.cloud import UNLABELLED, ReadError, to_bytes, to_parts
 from jepa3d.data.datasets import load
+from jepa3d.data.entries import entries_of
 from jepa3d.data.io import read
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
@@ -137,3 +138,68 @@ def test_points_without_label_teach_nothing(smoothing):
     assert torch.allclose(output.loss, wanted)
     right = (output.logits.argmax(-1) == parts)[known].float().mean().item()
     assert objective.metrics(output)["accuracy"] == pytest.approx(100 * right)
+
+
+# ---------------------------------------------------------------------------------------------- classes of arrays
+
+CLOUDS = np.random.default_rng(2).normal(size=(6, 80, 3)).astype(np.float32)
+
+
+def arrays(path, **values):
+    """An NPZ or HDF5 of 6 clouds of 80 points, with more arrays."""
+    if path.suffix == ".npz":
+        np.savez(path, points=CLOUDS, **values)
+    else:
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file.update({"data": CLOUDS, **values})
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64, np.float32])
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_a_label_a_cloud_is_its_class(tmp_path, suffix, kind, shape):
+    labels = np.array([0, 1, 2, 0, 1, 2]).astype(kind)
+    labels[3] = np.nan if kind == np.float32 else np.iinfo(kind).max
+    path = arrays(tmp_path / f"a{suffix}", label=labels.reshape(shape))
+    assert [entry.label for entry in entries_of(path, "a", None, None, None)] == ["0", "1", "2", None, "1", "2"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("shape", [(6, 80), (6, 80, 1)])
+def test_a_label_a_point_is_a_part(tmp_path, suffix, shape):
+    labels = np.random.default_rng(0).integers(-1, 13, (6, 80))
+    path = arrays(tmp_path / f"a{suffix}", label=labels.reshape(shape))
+    entries = entries_of(path, "a", None, None, None)
+    assert {entry.label for entry in entries} == {None}
+    for entry, wanted in zip(entries, labels, strict=True):
+        assert np.array_equal(to_parts(entry.read().parts), wanted)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+@pytest.mark.parametrize("shape", [(6, 40), (6, 79), (5,), (6, 80, 13), (6, 2, 2), (1,)])
+def test_labels_of_any_other_shape_are_refused_by_their_shape(tmp_path, suffix, shape):
+    path = arrays(tmp_path / f"a{suffix}", label=np.zeros(shape, np.int64))
+    with pytest.raises(
+        ReadError, match=r"\A.*a\..*: label has shape \[.*\]; it must be \[6\] or \[6, 1\] .*\Z"
+    ) as caught:
+        entries_of(path, "a", None, None, None)
+    assert str(list(shape)) in str(caught.value)
+
+
+def test_names_may_be_labels_and_fractions_may_not(tmp_path):
+    path = arrays(tmp_path / "a.npz", label=np.array(["cup", "axe"] * 3))
+    assert [entry.label for entry in entries_of(path, "a", None, None, None)] == ["cup", "axe"] * 3
+    with pytest.raises(ReadError, match="whole numbers or names, found float64"):
+        entries_of(arrays(tmp_path / "b.npz", label=np.arange(6) / 2), "b", None, None, None)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+def test_a_single_clouds_labels_are_parts(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npz":
+        np.savez(path, points=CLOUDS[0], label=np.arange(80) % 5)
+    else:
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file.update({"data": CLOUDS[0], "label": np.arange(80)[:, None] % 5})
+    assert np.array_equal(read(path).parts, np.arange(80) % 5)

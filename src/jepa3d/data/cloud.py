@@ -39,7 +39,6 @@ class PointCloud:
     colors: np.ndarray | None = None  # N 3 uint8
     parts: np.ndarray | None = None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
     faces: np.ndarray | None = None  # F 3 int64
-    label: int | None = None  # where the file itself has one
     total: int | None = None  # points in the file, where more than MAX_POINTS
     up: str | None = None  # the axis that is up where the file's format says so: y in glTF
 
@@ -147,7 +146,7 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # uniform in a triangle: Osada et al. 2002, eq. 1
     points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
     normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
-    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, label=mesh.label, up=mesh.up)
+    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, up=mesh.up)
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:

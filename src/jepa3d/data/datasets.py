@@ -4,7 +4,6 @@ The contract: fixed N, float32, unit sphere, z up, resampled once by farthest po
 """
 
 import hashlib
-import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data import synthetic
-from jepa3d.data.arrays import clouds_in
+from jepa3d.data.arrays import clouds_in, npz_headers, read_npz
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import TO_Z_UP, UNLABELLED, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
@@ -204,14 +203,11 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
 
 def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
     """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N and part_names."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if not name.startswith("raw_")}
+    with boundary(path):
+        headers = {name: kind for name, (_, kind) in npz_headers(path).items() if not name.startswith("raw_")}
+        arrays = read_npz(path, [name for name, kind in headers.items() if name == "points" or not kind.hasobject])
         points = arrays.get("points", np.empty(0))
         usable = points.ndim == 3 and points.shape[2] == 3 and len(points) and np.issubdtype(points.dtype, np.number)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ReadError(f"{path}: not a readable .npz bundle ({reason})") from error
     if not usable:
         found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
         raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
@@ -226,6 +222,8 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
     names = tuple(str(name) for name in arrays.get(f"{stem}_names", ()))
+    if labels is not None and np.issubdtype(labels.dtype, np.integer) and (labels < 0).any():
+        labels = None  # as of a store: of all shapes or of none
     split = arrays.get("split")
     for name, values in (("labels", labels), ("split", split)):
         if values is not None and values.shape != (len(points),):

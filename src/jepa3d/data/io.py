@@ -83,7 +83,7 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
     points = cloud.points.astype(np.float64)
-    return PointCloud.make(points + cloud.origin, normals=cloud.normals, label=cloud.label, up=cloud.up)
+    return PointCloud.make(points + cloud.origin, normals=cloud.normals, up=cloud.up)
 
 
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
