@@ -70,8 +70,8 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
             try:
                 cloud = entry.read()
-                if cloud.total:
-                    print(f"{name}: a random {len(cloud):,} of its {cloud.total:,} points were read")
+                for remark in cloud.remarks():
+                    print(f"{name}: {remark}")
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
                 print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")

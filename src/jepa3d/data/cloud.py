@@ -41,32 +41,40 @@ class PointCloud:
     faces: np.ndarray | None = None  # F 3 int64
     total: int | None = None  # points in the file, where more than MAX_POINTS
     up: str | None = None  # the axis that is up where the file's format says so: y in glTF
+    unseen: int = 0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
 
     def __len__(self) -> int:
         return len(self.points)
 
     @staticmethod
-    def make(xyz: np.ndarray, **attributes) -> "PointCloud":
+    def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
         """From coordinates N 3 of any number type, and attributes of as many rows.
 
-        Raises ReadError: no such array, no points, NaN or infinite, all equal, an attribute of other length.
+        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises ReadError: no such
+        array, no points, infinite ones, all equal, a mesh of NaN, an attribute of other length.
         """
         xyz = np.asarray(xyz)
         if xyz.ndim != 2 or xyz.shape[1] < 3 or not np.issubdtype(xyz.dtype, np.number) or np.iscomplexobj(xyz):
             raise ReadError(f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}")
-        xyz = xyz[:, :3].astype(np.float64)
+        xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
+        for name, values in attributes.items():
+            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
+                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
+        seen = ~np.isnan(xyz).any(1)
+        if faces is None and not seen.all():
+            xyz, unseen = xyz[seen], unseen + int((~seen).sum())
+            kept = {name: attributes.get(name) for name in ATTRIBUTES}
+            attributes |= {name: None if values is None else values[seen] for name, values in kept.items()}
+        if unseen and not len(xyz):
+            raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
         if not points.any():
             raise ReadError("all points are equal, up to rounding")
-        for name, values in attributes.items():
-            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
-                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
-        faces = attributes.get("faces")
         if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
             raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
-        return PointCloud(points, origin, **attributes)
+        return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
         """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says none, `up_axis`."""
@@ -86,6 +94,15 @@ class PointCloud:
         radius = np.linalg.norm(points, axis=1).max()
         origin = self.origin + center * self.scale
         return replace(self, points=(points / radius).astype(np.float32), origin=origin, scale=self.scale * radius)
+
+    def remarks(self) -> list[str]:
+        """What its reader should be told: that points of the file are not in it."""
+        said = []
+        if self.total:
+            said.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
+        if self.unseen:
+            said.append(f"{self.unseen:,} points that are NaN, where nothing was seen, were left out")
+        return said
 
     def file_coordinates(self) -> np.ndarray:
         """Points N 3 float64 in the file's own frame."""

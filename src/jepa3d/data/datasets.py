@@ -275,16 +275,19 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     if split != "all" and None not in in_split:
         entries = [entry for entry in entries if entry.split == split]
     entries = entries[:limit]
-    clouds, digest = [], hashlib.sha256()
+    clouds, digest, unseen = [], hashlib.sha256(), 0
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
             if parts and cloud.parts is None:
                 raise ReadError(_NO_PARTS)
             one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
+        unseen += cloud.unseen
         digest.update(cloud.points.tobytes())
         axes = None if up_axis is None else cloud.to_z_up(up_axis)
         clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
+    if unseen:
+        print(f"{path}: {unseen:,} points that are NaN, where nothing was seen, were left out")
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
