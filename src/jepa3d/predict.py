@@ -17,7 +17,7 @@ from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load_network
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 Network = Classifier | LinearClassifier | Segmenter
 _CHUNK = 2**16  # points segmented at once
@@ -71,10 +71,10 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
             try:
                 cloud = entry.read()
                 for remark in cloud.remarks():
-                    print(f"{name}: {remark}")
+                    print(printable(f"{name}: {remark}"))
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
-                print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+                print(printable(f"left out: {error if name in str(error) else f'{name}: {error}'}"))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Array files from strangers: they open no other file, fill no memory and run nothing."""
+"""Files from strangers: they open no other file, fill no memory, run nothing, and their names stay names."""
 
 import io
 import re
@@ -8,10 +8,12 @@ import zipfile
 import numpy as np
 import pytest
 
+from jepa3d.cli import main
 from jepa3d.data.arrays import clouds_in
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import load
 from jepa3d.data.io import read
+from jepa3d.plain import printable
 
 h5py = pytest.importorskip("h5py")
 POINTS = np.random.default_rng(0).normal(size=(80, 3))
@@ -135,3 +137,43 @@ def test_objects_are_refused_only_where_they_are_read(tmp_path):
     assert len(read(tmp_path / "b.npz")) == 80
     np.savez(tmp_path / "c.npz", points=POINTS[None], meta=np.array([{"scanner": "x"}]))
     assert len(load([str(tmp_path / "c.npz")], 16)) == 1
+
+
+# ---------------------------------------------------------------------------------------------- names
+
+EVIL = "a\x1b[31m\x1b]0;title\x07\rb\u202e.xyz"
+
+
+@pytest.mark.parametrize("text", [EVIL, "\x00", "\x9b31m", "\u2028", "\u2029", "\x7f", "\ue000"])
+def test_nothing_in_a_name_speaks_to_the_terminal(text):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert len(shown) == len(text)
+    assert "?" in shown
+
+
+def test_other_names_are_shown_as_they_are():
+    for name in ("Gr\u00f6\u00dfe.xyz", "\u70b9\u7fa4.ply", "a\u202fb c.xyz", "[red]"):
+        assert printable(name) == name
+    assert printable("\udcff.xyz") == r"\udcff.xyz"
+
+
+@pytest.mark.parametrize("command", ["prepare", "embed", "info"])
+def test_no_command_prints_control_characters_of_names(tmp_path, capsys, command):
+    root = tmp_path / "scans"
+    (root / "class\x1b[2J").mkdir(parents=True)
+    np.savetxt(root / "class\x1b[2J" / EVIL, POINTS)
+    np.savetxt(root / "class\x1b[2J" / f"again{EVIL}", POINTS)
+    (root / "class\x1b[2J" / f"bad{EVIL}").write_text("x\x1b[1m,y,z\n1,2,3\n")
+    (root / f"note\x1b[5m{EVIL}.md").write_text("no cloud")
+    store = tmp_path / "store"
+    prepared = ["prepare", root, "--out", store, "--points", "64", "--workers", "1"]
+    told = {"prepare": [prepared], "embed": [["embed", root, "--out", tmp_path / "v.parquet"]]}
+    told["info"] = [prepared, ["info", store]]
+    for words in told[command]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        assert not ended.value.code
+    printed = capsys.readouterr()
+    assert "a?[31m" in printed.out
+    assert all(c.isprintable() or c == "\n" for c in printed.out + printed.err)

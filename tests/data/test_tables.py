@@ -12,6 +12,7 @@ from jepa3d.data.cloud import to_parts
 from jepa3d.data.io import ReadError, read
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
+from jepa3d.inference.embedding import embed, embed_files
 from jepa3d.inference.points import chunks
 
 RNG = np.random.default_rng(0)
@@ -277,6 +278,21 @@ def test_points_that_were_not_seen_are_left_out_and_counted_aloud(tmp_path, caps
     store = Store(prepare(root, tmp_path / "store", Preparation(points=60), workers=1)[0])
     assert len(store) == 2
     assert "40 points that are NaN, where nothing was seen, left out in 2 clouds" in capsys.readouterr().out
+
+
+def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    points = np.random.default_rng(1).normal(size=(300, 3))
+    np.save(tmp_path / "whole.npy", points)
+    points = np.insert(points, [5, 9, 200], np.nan, 0)
+    np.save(tmp_path / "holes.npy", points)
+    assert np.array_equal(*(embed(tmp_path / f"{name}.npy") for name in ("whole", "holes")))
+    said = "3 points that are NaN"
+    assert f"holes.npy: {said}" in capsys.readouterr().out
+    embed_files([tmp_path], tmp_path / "v.parquet", workers=1)
+    assert f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cloud 0: NaN"):
+        embed(points)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.xyz", "a.csv", "a.pts"])

@@ -24,9 +24,7 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
-_NO_PARTS = (
-    "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or files with them"
-)
+_NO_PARTS = "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or such files"
 
 
 class StoredParts:

@@ -35,7 +35,7 @@ from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.store import StoreWriter, hash64
 from jepa3d.locking import writing
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
@@ -97,7 +97,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
-        print(note, flush=True)
+        print(printable(note), flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     skipped, taken, fewer, unseen = list(source.skipped), Counter(), 0, Counter()
@@ -117,7 +117,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 fewer += row.pop("count") < (options.points or 0)
                 if total := row.pop("total"):
                     source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
-                    print(source.notes[-1])
+                    print(printable(source.notes[-1]))
                 if hidden := row.pop("unseen"):
                     unseen[entry.key] = hidden
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
@@ -131,7 +131,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
         if unseen:
             which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
             source.notes.append(f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}")
-            print(source.notes[-1])
+            print(printable(source.notes[-1]))
         if (out / "store.json").is_file():
             _report(out, source, taken, skipped)
     _show(out, taken, before, skipped)
@@ -221,7 +221,8 @@ def _split(entries: list[Entry], split: str, root: Path, seed: int) -> list[Entr
     if split == "folder":
         some = [entry for entry in entries if entry.split is None]
         if some and len(some) < len(entries):
-            print(f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {some[0].key}")
+            told = f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {some[0].key}"
+            print(printable(told))
         return entries
     try:
         fraction = float(split)
@@ -298,6 +299,6 @@ def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]]
         + (":" if skipped else "")
     )
     for key, reason in skipped[:lines]:
-        print(f"  {key}: {reason}".encode(errors="backslashreplace").decode())  # names that are not UTF-8
+        print(printable(f"  {key}: {reason}"))
     if len(skipped) > lines:
         print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")
