@@ -132,12 +132,12 @@ def test_binary_data_is_no_table(tmp_path):
 
 def test_a_molecule_and_rows_without_a_place_are_told_apart(tmp_path):
     """An empty or NaN cell of x, y or z is a point that was not seen, a word there is an error."""
-    (tmp_path / "a.csv").write_text(
-        "x,y,z,i\n1,2,3,4\n,,,7\n4,5,6,\nnan,5,6,1\n7,8,NA,3\n-1.#IND,1,2,2\n7,8,8,1\n,,,\n"
-    )
-    cloud = read(tmp_path / "a.csv")
-    assert np.allclose(cloud.file_coordinates(), [[1, 2, 3], [4, 5, 6], [7, 8, 8]])
-    assert cloud.unseen == 4
+    rows = "1,2,3,4\n,,,7\n4,5,6,\nnan,5,6,1\n7,8,NA,3\n-1.#IND,1,2,2\n7,8,8,1\n,,,\n"
+    for first, more in (("", 0), (",,,1\n", 1), ("nan,nan,nan,\n", 1), ("1,,,1\n", 1)):
+        (tmp_path / "a.csv").write_text("x,y,z,i\n" + first + rows)
+        cloud = read(tmp_path / "a.csv")
+        assert np.allclose(cloud.file_coordinates(), [[1, 2, 3], [4, 5, 6], [7, 8, 8]])
+        assert cloud.unseen == 4 + more
     (tmp_path / "b.xyz").write_text("2\nwater\nH 0 0 0\nO 0 0 1\n")
     with pytest.raises(ReadError, match="no rows of numbers"):
         read(tmp_path / "b.xyz")

@@ -130,7 +130,8 @@ class Table:
                 numbers = [_is_number(field) for field in row]
                 plain = any(numbers[:3]) and all(_is_number(field, True) for field in row[:3])
                 names = self._split(self._above[-1][1], len(row)) if self._above else []
-                named = len(names) == len(row) and sum(numbers) >= 3 > sum(map(_is_number, names))
+                cells = sum(numbers) >= 3 or all(_is_number(field, True) for field in row)
+                named = len(names) == len(row) and cells and sum(map(_is_number, names)) < 3
                 if len(row) >= 3 and (plain or named):
                     self._skip, self._first, self._where = number - 1, line, f"line {number}"
                     return
