@@ -203,3 +203,18 @@ def test_a_single_clouds_labels_are_parts(tmp_path, suffix):
         with pytest.importorskip("h5py").File(path, "w") as file:
             file.update({"data": CLOUDS[0], "label": np.arange(80)[:, None] % 5})
     assert np.array_equal(read(path).parts, np.arange(80) % 5)
+
+
+@pytest.mark.parametrize("shape", [(6, 80), (6, 80, 1)])
+def test_a_bundle_whose_labels_are_of_points_serves_pretraining_and_segmentation(tmp_path, shape):
+    labels = np.random.default_rng(0).integers(-1, 13, (6, 80))
+    path = arrays(tmp_path / "a.npz", labels=labels.reshape(shape))
+    assert load([str(path)], 80, "all").labels is None
+    assert np.array_equal(load([str(path)], 80, "all", raw=True, parts=True).parts[:], labels)
+
+
+def test_a_bundles_labels_of_one_column_are_classes_and_of_any_other_shape_refused(tmp_path):
+    path = arrays(tmp_path / "a.npz", labels=np.arange(6)[:, None])
+    assert load([str(path)], 80, "all").labels.tolist() == list(range(6))
+    with pytest.raises(ReadError, match=r"labels has shape \[6, 10\]"):
+        load([str(arrays(tmp_path / "b.npz", labels=np.eye(6, 10)))], 80, "all")

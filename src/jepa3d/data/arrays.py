@@ -12,8 +12,9 @@ from typing import IO, Any
 import numpy as np
 
 from jepa3d.data.boundary import boundary, check_claim, module
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import UNLABELLED, PointCloud, ReadError, to_parts
 
+NO_PARTS = "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or such files"
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
 _NAMES = {
@@ -226,3 +227,22 @@ def read_array(path: Path, row: int | None) -> PointCloud:
         if (parts := arrays.get("parts")) is not None and np.shape(parts) in ((len(points),), (len(points), 1)):
             attributes["parts"] = np.reshape(parts, -1)
     return PointCloud.make(points, **attributes)
+
+
+def parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
+    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
+    key = "seg" if "seg" in arrays else "parts"
+    if key not in arrays:
+        raise ReadError(f"{path}: {NO_PARTS}")
+    parts, (count, size, _) = arrays[key], arrays["points"].shape
+    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
+        found = f"{parts.dtype} {list(parts.shape)}"
+        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
+    with boundary(path):
+        parts = to_parts(parts)
+        if alone := int((parts == UNLABELLED).all(1).sum()):
+            raise ReadError(f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like")
+    names = tuple(str(name) for name in arrays.get("part_names", ()))
+    if names and parts.max() >= len(names):
+        raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")
+    return {"parts": parts, "part_names": names}

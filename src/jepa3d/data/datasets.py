@@ -16,15 +16,13 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data import synthetic
-from jepa3d.data.arrays import clouds_in, npz_headers, read_npz
+from jepa3d.data.arrays import NO_PARTS, clouds_in, npz_headers, parts_in, read_npz
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import TO_Z_UP, UNLABELLED, ReadError, check_cloud, to_parts
+from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
-
-_NO_PARTS = "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or such files"
 
 
 class StoredParts:
@@ -215,11 +213,15 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         with boundary(path):
             check_cloud(cloud, f"shape {i}: ")
     labels = arrays.get(labels_key)
-    if labels is None and labels_key != "labels":
+    if labels is not None and labels.shape in (points.shape[:2], (*points.shape[:2], 1)):  # one a point
+        arrays, labels = {"parts": labels.reshape(points.shape[:2])} | arrays, None
+    elif labels is None and labels_key != "labels":
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
     names = tuple(str(name) for name in arrays.get(f"{stem}_names", ()))
+    if labels is not None and labels.shape == (len(points), 1):
+        labels = labels[:, 0]
     if labels is not None and np.issubdtype(labels.dtype, np.integer) and (labels < 0).any():
         labels = None  # as of a store: of all shapes or of none
     split = arrays.get("split")
@@ -236,26 +238,7 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
     if labels is not None and labels.max() >= len(names):
         raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
     found = PointClouds(path.name, digest, points, labels, names, split)
-    return replace(found, **_parts_in(arrays, path)) if parts else found
-
-
-def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
-    key = "seg" if "seg" in arrays else "parts"
-    if key not in arrays:
-        raise ReadError(f"{path}: {_NO_PARTS}")
-    parts, (count, size, _) = arrays[key], arrays["points"].shape
-    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
-        found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
-    with boundary(path):
-        parts = to_parts(parts)
-        if alone := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like")
-    names = tuple(str(name) for name in arrays.get("part_names", ()))
-    if names and parts.max() >= len(names):
-        raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")
-    return {"parts": parts, "part_names": names}
+    return replace(found, **parts_in(arrays, path)) if parts else found
 
 
 def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
@@ -278,7 +261,7 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
             if parts and cloud.parts is None:
-                raise ReadError(_NO_PARTS)
+                raise ReadError(NO_PARTS)
             one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
         unseen += cloud.unseen
         digest.update(cloud.points.tobytes())
@@ -327,7 +310,7 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     if store.num_points is not None and store.num_points < num_points:
         raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
     if parts and "parts" not in store.shard(0):
-        raise ReadError(f"{path}: {_NO_PARTS}")
+        raise ReadError(f"{path}: {NO_PARTS}")
     points: Any = StoredPoints(store, rows, num_points)
     own: Any = StoredParts(points) if parts else None
     if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):
