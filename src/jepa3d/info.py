@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jepa3d.config import stored
@@ -15,7 +16,7 @@ from jepa3d.evaluation.protocol import provenance
 from jepa3d.figures import draw_contact_sheet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
-from jepa3d.plain import read_checked, read_record
+from jepa3d.plain import printable, read_checked, read_record
 from jepa3d.training import checkpoint
 from jepa3d.training.runs import outcome
 
@@ -97,7 +98,7 @@ def _network(folder: Path) -> None:
     print(f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}")
     print(f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them")
     if not isinstance(network, PointEncoder):
-        print(f"{len(network.class_names)} classes: {', '.join(network.class_names)}")
+        print(printable(f"{len(network.class_names)} classes: {', '.join(network.class_names)}"))
 
 
 def _shapes(clouds: PointClouds) -> None:
@@ -112,7 +113,7 @@ def _shapes(clouds: PointClouds) -> None:
     counts = np.bincount(clouds.labels, minlength=len(clouds.class_names))
     print(
         f"{len(clouds.class_names)} classes: "
-        + ", ".join(f"{n} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
+        + ", ".join(f"{printable(n)} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
     )
 
 
@@ -141,7 +142,7 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
     if again.max() > 1:
         row = int(first[np.argmax(again > 1)])
-        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {store.key(row)}")
+        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {printable(store.key(row))}")
     _classes(store)
     if verify:
         store.verify()
@@ -163,7 +164,7 @@ def _classes(store: Store) -> None:
     table = Table("class", *(parts[i] for i in shown))
     for name, row in zip(names, cells, strict=True):
         if row.any():
-            table.add_row(name, *(f"{row[i]:,}" for i in shown))
+            table.add_row(escape(printable(name)), *(f"{row[i]:,}" for i in shown))
     table.add_row("all", *(f"{cells[:, i].sum():,}" for i in shown))
     Console().print(table)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,12 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: ? for control characters and the like, bytes that are not UTF-8 spelled out."""
+    plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
+    return "".join(plain).encode("utf-8", "backslashreplace").decode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

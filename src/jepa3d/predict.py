@@ -18,7 +18,7 @@ from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load_network
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 Network = Classifier | LinearClassifier | Segmenter
 _CHUNK = 2**16  # points segmented at once
@@ -73,11 +73,11 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
             seen.add(os.path.abspath(name))
             try:
                 cloud = entry.read()
-                if cloud.total:
-                    print(f"{name}: a random {len(cloud):,} of its {cloud.total:,} points were read")
+                for remark in cloud.remarks():
+                    print(printable(f"{name}: {remark}"))
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
-                print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+                print(printable(f"left out: {error if name in str(error) else f'{name}: {error}'}"))
     if len(made) < len(seen):
         print(f"left out {len(seen) - len(made):,} of {len(seen):,} clouds")
     return made

@@ -12,7 +12,7 @@ from jepa3d.allocator import keep_large_blocks
 from jepa3d.cli import evaluating, exporting, finetuning, pretraining, reporting, scenes, using, viewing  # noqa: F401
 from jepa3d.cli.app import app
 from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE, stored
-from jepa3d.plain import from_dict, merge, read_recipe, to_dict
+from jepa3d.plain import from_dict, merge, printable, read_recipe, to_dict
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
@@ -77,10 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
             process.terminate()  # or this one would wait until they have done what they have begun
-        print(f"jepa3d: {str(stop) or 'stopped'}", file=sys.stderr)
+        print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(error: Exception) -> int:
-    print(f"jepa3d: error: {error}", file=sys.stderr)
+    print(printable(f"jepa3d: error: {error}"), file=sys.stderr)
     return 2

@@ -60,7 +60,7 @@ def prepare(
     variant: str
         Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10, modelnet40.
     columns: tuple[str, ...]
-        Names of x, y and z in tables whose headers have others.
+        Names of x, y and z in tables whose headers have others; or of all columns of .bin files.
     seed: int
         Of mesh samples, reductions and the split.
     workers: int

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.plain import printable
 
 # What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
 _PARSER_ERRORS = (
@@ -34,7 +35,7 @@ def boundary(path: Path) -> Iterator[None]:
     except ReadError as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ReadError(f"{path}: {_printable(str(error))}") from error
+        raise ReadError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
     except _PARSER_ERRORS as error:
@@ -45,11 +46,7 @@ def boundary(path: Path) -> Iterator[None]:
 def line(error: Any) -> str:
     """The first line of an error, printable and short."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return _printable(text)[:200]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(text)[:200]
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:

@@ -4,7 +4,6 @@ The contract: fixed N, float32, unit sphere, z up, resampled once by farthest po
 """
 
 import hashlib
-import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,17 +16,13 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data import synthetic
-from jepa3d.data.arrays import clouds_in
+from jepa3d.data.arrays import NO_PARTS, clouds_in, npz_headers, parts_in, read_npz
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud
+from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
-
-_NO_PARTS = (
-    "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or files with them"
-)
 
 
 class StoredParts:
@@ -206,14 +201,11 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
 
 def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
     """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N and part_names."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if not name.startswith("raw_")}
+    with boundary(path):
+        headers = {name: kind for name, (_, kind) in npz_headers(path).items() if not name.startswith("raw_")}
+        arrays = read_npz(path, [name for name, kind in headers.items() if name == "points" or not kind.hasobject])
         points = arrays.get("points", np.empty(0))
         usable = points.ndim == 3 and points.shape[2] == 3 and len(points) and np.issubdtype(points.dtype, np.number)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ReadError(f"{path}: not a readable .npz bundle ({reason})") from error
     if not usable:
         found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
         raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
@@ -223,11 +215,17 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         with boundary(path):
             check_cloud(cloud, f"shape {i}: ")
     labels = arrays.get(labels_key)
-    if labels is None and labels_key != "labels":
+    if labels is not None and labels.shape in (points.shape[:2], (*points.shape[:2], 1)):  # one a point
+        arrays, labels = {"parts": labels.reshape(points.shape[:2])} | arrays, None
+    elif labels is None and labels_key != "labels":
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
     names = tuple(str(name) for name in arrays.get(f"{stem}_names", ()))
+    if labels is not None and labels.shape == (len(points), 1):
+        labels = labels[:, 0]
+    if labels is not None and np.issubdtype(labels.dtype, np.integer) and (labels < 0).any():
+        labels = None  # as of a store: of all shapes or of none
     split = arrays.get("split")
     for name, values in (("labels", labels), ("split", split)):
         if values is not None and values.shape != (len(points),):
@@ -242,23 +240,7 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
     if labels is not None and labels.max() >= len(names):
         raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
     found = PointClouds(path.name, digest, points, labels, names, split)
-    return replace(found, **_parts_in(arrays, path)) if parts else found
-
-
-def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
-    key = "seg" if "seg" in arrays else "parts"
-    if key not in arrays:
-        raise ReadError(f"{path}: {_NO_PARTS}")
-    parts, (count, size, _) = arrays[key], arrays["points"].shape
-    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
-        found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
-    names = tuple(str(name) for name in arrays.get("part_names", ()))
-    end = len(names) or 1 + np.iinfo(np.int16).max
-    if parts.min() < 0 or parts.max() >= end:
-        raise ReadError(f"{path}: {key} must be from 0 to {end - 1}, found {parts.min()} to {parts.max()}")
-    return {"parts": parts.astype(np.int16), "part_names": names}
+    return replace(found, **parts_in(arrays, path)) if parts else found
 
 
 def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
@@ -276,16 +258,19 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     if split != "all" and None not in in_split:
         entries = [entry for entry in entries if entry.split == split]
     available, entries = len(entries), entries[:limit]
-    clouds, digest = [], hashlib.sha256()
+    clouds, digest, unseen = [], hashlib.sha256(), 0
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
             if parts and cloud.parts is None:
-                raise ReadError(_NO_PARTS)
+                raise ReadError(NO_PARTS)
+            one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
+        unseen += cloud.unseen
         digest.update(cloud.points.tobytes())
-        one = cloud.points[None], cloud.parts[None].astype(np.int16) if parts and cloud.parts is not None else None
         axes = None if up_axis is None else cloud.to_z_up(up_axis)
         clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
+    if unseen:
+        print(f"{path}: {unseen:,} points that are NaN, where nothing was seen, were left out")
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
@@ -328,7 +313,7 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     if store.num_points is not None and store.num_points < num_points:
         raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
     if parts and "parts" not in store.shard(0):
-        raise ReadError(f"{path}: {_NO_PARTS}")
+        raise ReadError(f"{path}: {NO_PARTS}")
     points: Any = StoredPoints(store, rows, num_points)
     own: Any = StoredParts(points) if parts else None
     if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):

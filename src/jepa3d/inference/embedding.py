@@ -20,10 +20,11 @@ from jepa3d.data.io import sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64
 from jepa3d.frame import FRAME
-from jepa3d.inference.clouds import Address, Item, items_of, printable
+from jepa3d.inference.clouds import Address, Item, items_of, spelled
 from jepa3d.locking import writing
 from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
+from jepa3d.plain import printable
 
 if TYPE_CHECKING:  # needs the extra `search`
     from jepa3d.inference.vectors import Making
@@ -57,10 +58,16 @@ def embed(
     prepared = []
     for i, cloud in enumerate(clouds):
         if isinstance(cloud, (str, Path)):
-            prepared += [prepare(encoder, item.read(), item.path, up_axis, item.z_up) for item in items_of(Path(cloud))]
+            for item in items_of(Path(cloud)):
+                read = item.read()
+                for remark in read.remarks():
+                    print(printable(f"{item.path}: {remark}"))
+                prepared.append(prepare(encoder, read, item.path, up_axis, item.z_up))
         else:
             try:
                 made = PointCloud.make(as_array(cloud))
+                if made.unseen:
+                    raise ReadError("NaN or infinite coordinates")
             except ReadError as error:
                 raise ReadError(f"cloud {i}: {error}") from error
             prepared.append(prepare(encoder, made, f"cloud {i}", up_axis))
@@ -129,7 +136,7 @@ def embed_files(
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
     making = Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
     items = _items(paths, prune)
-    inside = tuple(printable(os.path.abspath(path)) + sign for path in paths for sign in "/#")
+    inside = tuple(spelled(os.path.abspath(path)) + sign for path in paths for sign in "/#")
     on_device = torch.accelerator.is_available()
     if on_device:
         encoder = encoder.to(torch.accelerator.current_accelerator())
@@ -159,6 +166,7 @@ def embed_files(
     print(
         f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
         f"{f', {gone:,} forgotten' if (gone := counts['forgotten']) else ''}; left out {counts['left out']:,}"
+        f"{f'; {unseen:,} points that are NaN were left out' if (unseen := counts['unseen']) else ''}"
     )
 
 
@@ -212,13 +220,13 @@ def _loaded(model: str) -> PointEncoder:
 
 
 def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
-    """Worker. Returns per item (vector, point count), or (prepared points, point count), or an error text."""
+    """Worker. Returns per item (vector or, if points_only, prepared points; count; points of NaN), or an error text."""
     encoder, results, good = _loaded(model), [], []
     for item in items:
         try:
             cloud = item.read()
             good.append(prepare(encoder, cloud, item.path, up_axis, item.z_up))
-            results.append(len(cloud))
+            results.append((len(cloud), cloud.unseen))
         except ReadError as error:
             results.append(str(error))
         except OSError as error:
@@ -226,7 +234,7 @@ def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool,
     if good and not points_only:
         good = list(encode(encoder, good, layer, pooling))
     made = iter(good)
-    return [result if isinstance(result, str) else (np.asarray(next(made)), result) for result in results]
+    return [result if isinstance(result, str) else (np.asarray(next(made)), *result) for result in results]
 
 
 def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: str) -> Iterator:
@@ -234,7 +242,7 @@ def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: st
     while some := list(islice(results, BATCH)):
         points = [torch.from_numpy(result[0]) for _, result in some if not isinstance(result, str)]
         made = iter(encode(encoder, points, layer, pooling) if points else ())
-        yield from ((item, result if isinstance(result, str) else (next(made), result[1])) for item, result in some)
+        yield from ((item, result if isinstance(result, str) else (next(made), *result[1:])) for item, result in some)
 
 
 def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: set[str], counts: Counter) -> None:
@@ -258,13 +266,14 @@ def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: 
             if isinstance(result, str):
                 dropped = "; its former vector is dropped" if item.path in known else ""
                 reason = result.removeprefix(f"{item.path}: ").removeprefix(f"{item.path.partition('#')[0]}: ")
-                print(f"left out: {item.path}: {reason}{dropped}")
+                print(printable(f"left out: {item.path}: {reason}{dropped}"))
                 gone.update([item.path] if dropped else [])
                 counts["left out"] += 1
                 continue
             for name, value in zip(rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True):
                 rows[name].append(value)
             counts["changed" if item.path in known else "new"] += 1
+            counts["unseen"] += result[2]
             if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):  # the file is written as a whole
                 commit()
     except KeyboardInterrupt:

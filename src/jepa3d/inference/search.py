@@ -21,7 +21,7 @@ from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.page import facts, note, page, picture, section, table
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
@@ -208,7 +208,7 @@ def show(name: str, hits: list[Hit]) -> None:
     """A line a neighbour: cosine, path, label."""
     print(f"{display(name)}:" + ("" if hits else " nothing found"))
     for hit in hits:
-        print(f"  {hit.cosine:.4f}  {display(hit.path)}" + (f"  [{hit.label}]" if hit.label else ""))
+        print(f"  {hit.cosine:.4f}  {display(hit.path)}" + (f"  [{printable(hit.label)}]" if hit.label else ""))
 
 
 def to_json(name: str, hits: list[Hit]) -> str:
@@ -239,6 +239,6 @@ def write_page(found: list[tuple[str, list[Hit]]], making: Making, index: Path, 
 
 
 def display(path: str) -> str:
-    """A path as seen from here, where it lies below."""
+    """A path as a terminal shows it, from here where it lies below."""
     here = f"{Path.cwd()}/"
-    return path.removeprefix(here)
+    return printable(path.removeprefix(here))
