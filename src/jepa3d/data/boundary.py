@@ -34,7 +34,7 @@ def boundary(path: Path) -> Iterator[None]:
     except ReadError as error:
         if str(error).startswith(f"{path}: "):
             raise
-        raise ReadError(f"{path}: {_printable(str(error))}") from error
+        raise ReadError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
     except _PARSER_ERRORS as error:
@@ -45,11 +45,17 @@ def boundary(path: Path) -> Iterator[None]:
 def line(error: Any) -> str:
     """The first line of an error, printable and short."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return _printable(text)[:200]
+    return printable(text)[:200]
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+def printable(text: str) -> str:
+    """Text on one line as terminals can have it: control characters and bytes that are no UTF-8 are spelled out."""
+    return "".join(c if c.isprintable() else _spelled(ord(c)) for c in text)
+
+
+def _spelled(code: int) -> str:
+    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # how Python keeps a byte of a file name
+    return f"\\x{byte:02x}" if byte < 0x100 else f"\\u{byte:04x}"
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:

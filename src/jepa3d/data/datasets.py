@@ -91,7 +91,7 @@ class PointClouds:
         return replace(self, **taken)
 
     def part(self, split: str) -> "PointClouds":
-        """The "train" or "test" part. ValueError when the source has none."""
+        """The "train", "test" or "val" part. ValueError when the source has none."""
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
         return self.subset(self.split == SPLITS.index(split))
@@ -232,8 +232,8 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
             raise ReadError(f"{path}: {len(points)} shapes but {name} {list(values.shape)}")
         if values is not None and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
             raise ReadError(f"{path}: {name} must be integers from 0, found {values.dtype}")
-    if split is not None and split.max() > 1:
-        raise ReadError(f"{path}: split must be 0 (train) or 1 (test), found {split.max()}")
+    if split is not None and split.max() >= len(SPLITS):
+        raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {split.max()}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if labels is not None and not names:
         names = tuple(str(i) for i in range(int(labels.max()) + 1))

@@ -10,8 +10,7 @@ import numpy as np
 from jepa3d.data.arrays import clouds_in, facts_in
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import read
-
-SPLIT_FOLDERS = ("train", "test", "val")
+from jepa3d.data.store import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,9 @@ def entries_of(
             own = names[number] if names else str(number)
         if "split" in facts:
             number = int(facts["split"][row])
-            if not 0 <= number < len(SPLIT_FOLDERS):
+            if not 0 <= number < len(SPLITS):
                 raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
-            half = SPLIT_FOLDERS[number]
+            half = SPLITS[number]
         title = str(titles[row]) if len(titles) == count else None
         entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
     return entries

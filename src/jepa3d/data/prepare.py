@@ -17,12 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
-from jepa3d.data.store import StoreWriter, hash64
+from jepa3d.data.splits import divide, lacking
+from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64
 from jepa3d.locking import writing
 from jepa3d.plain import write_bytes
 
@@ -80,7 +82,7 @@ def _check(options: Preparation, workers: int) -> None:
 
 def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
     source = discover(root, options.variant, options.columns)
-    entries = _split(source.entries, options.split, root, options.seed)
+    entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
     options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
@@ -120,6 +122,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     _show(out, taken, before, skipped)
     if not (out / "store.json").is_file():
         raise ReadError(f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}")
+    _show_lacking(Store(out))
     return out
 
 
@@ -187,36 +190,7 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------ splits, archives
-
-
-def _split(entries: list[Entry], split: str, root: Path, seed: int) -> list[Entry]:
-    """Entries with their split: those of the folders or lists, of one list, or a seeded, stratified fraction."""
-    if split == "folder":
-        some = [entry for entry in entries if entry.split is None]
-        if some and len(some) < len(entries):
-            print(f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {some[0].key}")
-        return entries
-    try:
-        fraction = float(split)
-    except ValueError:
-        return _split_by_list(entries, Path(split))
-    if not 0 < fraction < 1:
-        raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
-    rng, test = np.random.default_rng(seed), set()
-    for label in sorted({entry.label or "" for entry in entries}):
-        keys = [entry.key for entry in entries if (entry.label or "") == label]
-        test |= {keys[i] for i in rng.permutation(len(keys))[: round(fraction * len(keys))]}
-    return [replace(entry, split="test" if entry.key in test else "train") for entry in entries]
-
-
-def _split_by_list(entries: list[Entry], path: Path) -> list[Entry]:
-    if not path.is_file():
-        raise ReadError(f"--split {path}: folder, a fraction for test, or a file that lists the test clouds")
-    listed = {line.strip() for line in path.read_text().splitlines() if line.strip()}
-    if missing := listed - {entry.key for entry in entries}:
-        raise ReadError(f"{path}: lists {min(missing)!r}, which is not in the source")
-    return [replace(entry, split="test" if entry.key in listed else "train") for entry in entries]
+# ------------------------------------------------------------------------------------------------ archives
 
 
 @contextmanager
@@ -272,6 +246,13 @@ def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]]
         + (":" if skipped else "")
     )
     for key, reason in skipped[:lines]:
-        print(f"  {key}: {reason}".encode(errors="backslashreplace").decode())  # names that are not UTF-8
+        print(f"  {printable(key)}: {printable(reason)}")
     if len(skipped) > lines:
         print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")
+
+
+def _show_lacking(store: Store) -> None:
+    split, labels = np.asarray(store.columns["split"]), np.asarray(store.columns["label"])
+    train, test = (split == SPLITS.index(part) for part in ("train", "test"))
+    if train.any() and test.any() and (found := lacking(labels, train, test, store.class_names)):
+        print(f"in one part only, so that training and testing will leave them out: {', '.join(found)}")
