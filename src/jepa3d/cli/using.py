@@ -69,7 +69,7 @@ def index(
     out: Path
         The store, a folder whose name ends in .lancedb; new or of the same encoder.
     delete: tuple[str, ...]
-        Conditions as of search --where; rows for which all hold are deleted.
+        Conditions as of search --where, in quotes; rows for which all hold are deleted.
     ann: bool
         Build an index for approximate search (jepa3d search --probes).
     """
@@ -117,7 +117,7 @@ def search(
     k: int
         Neighbours of each.
     where: tuple[str, ...]
-        Conditions that all must hold: label=cup, path~*/train/*, num_points>=5000 (= != < <= > >= ~).
+        Conditions that all must hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000' (= != < <= > >= ~).
     min_cosine: float
         Leave out what is less like it.
     include_self: bool

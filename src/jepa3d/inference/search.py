@@ -57,13 +57,14 @@ class Condition:
         match = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text, re.DOTALL)
         if not match or match[1] not in COLUMNS:
             raise ValueError(
-                f"--where {text}: COLUMN OP VALUE, a column of {', '.join(COLUMNS)}, OP = != < <= > >= or ~"
+                f"condition {text!r}: 'COLUMN OP VALUE' in quotes, as the shell takes < > * ? for itself; "
+                f"columns {', '.join(COLUMNS)}; OP = != < <= > >= or ~"
             )
         column, compare, value = match.groups()
         if column != "num_points":
             return Condition(column, compare, value)
         if not re.fullmatch(r"\d+", value) or compare == "~":
-            raise ValueError(f"--where {text}: num_points is compared with a number")
+            raise ValueError(f"condition {text!r}: num_points is compared with a number, as in 'num_points>=1000'")
         return Condition(column, compare, int(value))
 
     def holds(self, values: list) -> np.ndarray:
