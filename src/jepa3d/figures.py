@@ -180,10 +180,14 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
     Image.open(drawn).convert("RGB").quantize(32).save(path, "PNG", optimize=True)
 
 
+def even_sample(points: np.ndarray) -> np.ndarray:
+    """At most as many of points N 3 as are drawn, from all of the cloud whatever the order in its file."""
+    return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
+
+
 def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     """A cloud as an image [size, size, 3] uint8: an even sample of all its points, the nearer hiding the farther."""
-    chosen = np.random.default_rng(0).permutation(len(points))[:_DOTS]
-    points = points[np.sort(chosen)].astype(np.float64)
+    points = even_sample(points).astype(np.float64)
     points -= points.mean(0)
     points /= max(np.linalg.norm(points, axis=1).max(), 1e-30)
     across, up, towards = _FRONT_RIGHT @ points.T

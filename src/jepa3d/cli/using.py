@@ -131,17 +131,18 @@ def search(
     html: Path
         A page with pictures of the queries and their neighbours.
     """
+    from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
 
-    making, found = searching.making_of(where_in), []
+    making, found, pairs = searching.making_of(where_in), [], neighbours.random_cosines(where_in)
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         but = None if include_self else names
         for name, hits in zip(names, searching.search(where_in, vectors, k, where, but, probes), strict=True):
             found.append((name, [hit for hit in hits if hit.cosine >= min_cosine]))
-            print(searching.to_json(*found[-1])) if json else searching.show(*found[-1])
+            print(neighbours.to_json(*found[-1], pairs)) if json else neighbours.show(*found[-1], pairs)
     if html is not None:
-        searching.write_page(found, making, where_in, html)
+        neighbours.write_page(found, making, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
 
 

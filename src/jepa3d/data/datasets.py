@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jepa3d.data import synthetic
 from jepa3d.data.arrays import clouds_in
-from jepa3d.data.boundary import boundary
+from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
@@ -225,7 +225,7 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
-    names = tuple(str(name) for name in arrays.get(f"{stem}_names", ()))
+    names = tuple(printable(str(name)) for name in arrays.get(f"{stem}_names", ()))
     split = arrays.get("split")
     for name, values in (("labels", labels), ("split", split)):
         if values is not None and values.shape != (len(points),):

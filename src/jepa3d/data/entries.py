@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.arrays import clouds_in, facts_in
+from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
@@ -51,7 +52,7 @@ def entries_of(
         return [Entry(key, partial(read, path, None, columns), label, split)]
     facts, entries = facts_in(path), []
     titles = facts.get("names", ())
-    names = [str(name) for name in facts.get("class_names", ())]
+    names = [_text(name) for name in facts.get("class_names", ())]
     for row in range(count):
         own, half = label, split
         if "label" in facts:
@@ -64,6 +65,11 @@ def entries_of(
             if not 0 <= number < len(SPLITS):
                 raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
             half = SPLITS[number]
-        title = str(titles[row]) if len(titles) == count else None
+        title = _text(titles[row]) if len(titles) == count else None
         entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
     return entries
+
+
+def _text(name: str | bytes) -> str:
+    """A name in a file, which may be the bytes of HDF5, on one line."""
+    return printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))

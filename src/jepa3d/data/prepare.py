@@ -1,26 +1,18 @@
 """`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what was left out."""
 
 import json
-import shutil
-import tarfile
-import tempfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from jepa3d.data.archives import unpacked
 from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
 from jepa3d.data.entries import Entry, Source
-from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.splits import divide, lacking
@@ -30,7 +22,6 @@ from jepa3d.plain import write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -188,41 +179,6 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
     return results
-
-
-# ------------------------------------------------------------------------------------------------ archives
-
-
-@contextmanager
-def unpacked(source: Path, out: Path) -> Iterator[Path]:
-    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it is.
-
-    Raises ReadError for an archive that is damaged or has a member that would be written elsewhere.
-    """
-    if not source.is_file() or source.suffix.lower() not in _ARCHIVES or refusal(source) is None:  # a.ply.gz is a file
-        yield source
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):  # by a killed command: the lock is ours
-        shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
-    try:
-        print(f"unpacking {source}", flush=True)
-        try:
-            if source.suffix.lower() == ".zip":
-                with zipfile.ZipFile(source) as archive:
-                    for name in archive.namelist():
-                        if not (folder / name).resolve().is_relative_to(folder):
-                            raise ReadError(f"{source}: member {name!r} would be written outside its folder")
-                    archive.extractall(folder)
-            else:
-                with tarfile.open(source) as archive:
-                    archive.extractall(folder, filter="data")
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-            raise ReadError(f"{source}: damaged or refused archive ({error})") from error
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ the report

@@ -6,7 +6,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
+from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import SUFFIXES, refusal
@@ -18,6 +20,8 @@ def discover(root: Path, variant: str | None = None, columns: tuple[str, ...] | 
     """What lies at `root`: a benchmark, a folder of files, or a file. Raises ReadError."""
     if root.suffix == ".pkl":
         source = fold_of(root)
+    elif root.is_file() and is_archive(root):
+        raise ReadError(f"{root}: {REFUSAL}")
     elif root.is_file():
         source = Source("file", entries_of(root, root.name, None, None, columns))
     else:
@@ -68,7 +72,8 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
         for name in files:
             path = folder / name
             key = path.relative_to(root).as_posix()
-            why = "written by macOS beside the file" if name.startswith("._") else refusal(path)
+            why = REFUSAL if is_archive(path) else refusal(path)
+            why = "written by macOS beside the file" if name.startswith("._") else why
             if why:
                 skipped.append((key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why))
                 continue
@@ -80,7 +85,8 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
                 continue
             found_files.append((path, key))
     places = classes_and_splits([Path(key).parts[:-1] for _, key in found_files], flat=bool(inner))
-    for (path, key), (label, split) in zip(found_files, places, strict=True):
+    for (path, key), (name, split) in zip(found_files, places, strict=True):
+        label = None if name is None else printable(name)  # it goes into JSON, Parquet and pictures
         try:
             entries += entries_of(path, key, label, split, columns)
         except ReadError as error:
