@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from jepa3d.config import PretrainConfig
-from jepa3d.data.boundary import printable
+from jepa3d.data.boundary import shortened
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.curve import Arm
 from jepa3d.evaluation.fitting import one_thread
@@ -206,10 +206,7 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """A title on few lines, its middle cut out where it is too long."""
-    title = printable(title)
-    if len(title) > (most := width * lines * 3 // 4):
-        title = f"{title[: most // 2]}…{title[most // 2 - most + 1 :]}"
-    return _text("\n".join(textwrap.wrap(title, width)[:lines]))
+    return _text("\n".join(textwrap.wrap(shortened(title, width * lines * 3 // 4), width)[:lines]))
 
 
 def draw_parts(points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target) -> None:

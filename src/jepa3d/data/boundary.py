@@ -53,6 +53,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else _spelled(ord(c)) for c in text)
 
 
+def shortened(text: str, most: int) -> str:
+    """Printable text of at most so many letters, its middle cut out: names differ at their ends."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[most // 2 - most :]}"
+
+
 def _spelled(code: int) -> str:
     byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # how Python keeps a byte of a file name
     return f"\\x{byte:02x}" if byte < 0x100 else f"\\u{byte:04x}"
