@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jepa3d.config import stored
+from jepa3d.data.boundary import printable
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.protocol import provenance
@@ -142,7 +143,7 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
     if again.max() > 1:
         row = int(first[np.argmax(again > 1)])
-        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {store.key(row)}")
+        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {printable(store.key(row))}")
     _classes(store)
     if verify:
         store.verify()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from jepa3d.data.boundary import left_out, printable
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
@@ -63,18 +64,25 @@ def _category(network: Segmenter, category: str | None) -> int:
 
 def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
     """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; what cannot is said."""
-    made = []
+    made, count = [], 0
     for path in paths:
-        entries = discover(path).entries
+        source = discover(path)
+        entries = source.entries
+        for key, reason in source.skipped:
+            print(left_out(str(path / key), reason))
+        count += len(source.skipped)
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
             try:
                 cloud = entry.read()
                 if cloud.total:
-                    print(f"{name}: a random {len(cloud):,} of its {cloud.total:,} points were read")
+                    print(f"{printable(name)}: a random {len(cloud):,} of its {cloud.total:,} points were read")
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
-                print(f"left out: {str(error) if name in str(error) else f'{name}: {error}'}")
+                print(left_out(name, str(error)))
+                count += 1
+    if count:
+        print(f"left out {count:,}")
     return made
 
 

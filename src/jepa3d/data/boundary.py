@@ -53,6 +53,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else _spelled(ord(c)) for c in text)
 
 
+def left_out(name: str, reason: str) -> str:
+    """A line on a file that cannot be used; where the reason begins with the file's path, it is not said twice."""
+    last = name.rsplit("/", 1)[-1]
+    for file in (last, last.rpartition("#")[0]):
+        at = reason.find(f"{file}: ") if file else -1
+        if at == 0 or (at > 0 and reason[at - 1] == "/"):
+            reason = reason[at + len(file) + 2 :]
+            break
+    return f"left out: {printable(name)}: {printable(reason)}"
+
+
 def shortened(text: str, most: int) -> str:
     """Printable text of at most so many letters, its middle cut out: names differ at their ends."""
     text = printable(text)

@@ -98,7 +98,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 arrays, row = result
                 fewer += row.pop("count") < (options.points or 0)
                 if total := row.pop("total"):
-                    source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
+                    source.notes.append(
+                        f"{printable(entry.key)}: a random {MAX_POINTS:,} of its {total:,} points were read"
+                    )
                     print(source.notes[-1])
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
                 taken[Path(entry.file).suffix or source.layout] += 1

@@ -13,7 +13,7 @@ import numpy as np
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import SUFFIXES
-from jepa3d.inference.clouds import Address, cloud_paths
+from jepa3d.inference.clouds import Address, listed, show_left_out
 from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
 from jepa3d.models.ready import fingerprint, load
@@ -197,4 +197,6 @@ def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[li
     encoder = load(model or making.model)
     if fingerprint(encoder) != making.fingerprint:
         raise ValueError(f"{index}: made with another encoder than {model or making.model}; embed again, or --model")
-    return cloud_paths(path), embed(path, encoder, making.up_axis, making.layer, making.pooling)
+    items, skipped = listed(path)
+    show_left_out(skipped)
+    return [item.path for item in items], embed(path, encoder, making.up_axis, making.layer, making.pooling)

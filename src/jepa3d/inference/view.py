@@ -19,7 +19,7 @@ from torch import Tensor
 from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import sampled
-from jepa3d.inference.clouds import Item, item_at, items_of
+from jepa3d.inference.clouds import Item, item_at, listed, show_left_out
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
@@ -312,7 +312,9 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
         model, layer, pooling = model or making.model, making.layer, making.pooling
         if fingerprint(load(model)) != making.fingerprint:
             raise ValueError(f"{index}: made with another encoder than {model}; embed again, or --model")
-    items = list({item.path: item for path in paths for item in items_of(path)}.values())
+    found = [listed(path) for path in paths]
+    items = list({item.path: item for some, _ in found for item in some}.values())
+    show_left_out([one for _, skipped in found for one in skipped])
     if not items:
         raise ReadError(f"{paths[0]}: no clouds there")
     look = functools.partial(view_of, load(model or "default"), up_axis=up_axis, layer=layer, pooling=pooling)
