@@ -20,7 +20,6 @@ from jepa3d.plain import write_bytes
 SAMPLE = 1000  # vectors of an index that are paired
 DRAWN, LISTED, PICTURED = 10, 100, 100  # neighbours drawn and listed of a query in a page, and queries drawn
 _GROUPS = 32  # of a large file, read for the sample
-_MEANING = "in brackets, how many of random pairs of the index are less alike"
 
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
@@ -51,10 +50,11 @@ def percentile(cosine: float, pairs: np.ndarray) -> float | None:
 
 def show(name: str, hits: list[Hit], pairs: np.ndarray) -> None:
     """A line a neighbour: cosine, path, label, and the per cent of random pairs that are less alike."""
-    print(f"{display(name)}:" + (f"  (cosine; {_MEANING})" if hits else " nothing found"))
+    print(f"{display(name)}:" + ("" if hits else " nothing found"))
     for hit in hits:
         label = f"  [{printable(hit.label)}]" if hit.label else ""
-        print(f"  {hit.cosine:.4f}  {display(hit.path)}{label}  ({_standing(hit, pairs)})")
+        standing = f"  (above {_standing(hit, pairs)} of random pairs)" if len(pairs) else ""
+        print(f"  {hit.cosine:.4f}  {display(hit.path)}{label}{standing}")
 
 
 def _standing(hit: Hit, pairs: np.ndarray) -> str:
