@@ -139,8 +139,9 @@ def search(
         names, vectors = searching.query_vectors(where_in, query, model)
         but = None if include_self else names
         for name, hits in zip(names, searching.search(where_in, vectors, k, where, but, probes), strict=True):
-            found.append((name, [hit for hit in hits if hit.cosine >= min_cosine]))
-            print(neighbours.to_json(*found[-1], pairs)) if json else neighbours.show(*found[-1], pairs)
+            near = [hit for hit in hits if hit.cosine >= min_cosine]
+            found.append((name, near))
+            print(neighbours.to_json(name, near, pairs)) if json else neighbours.show(name, near, pairs)
     if html is not None:
         neighbours.write_page(found, making, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
