@@ -1,4 +1,4 @@
-"""The table of formats in docs/data.md, made by writing a file of each and reading it back. Needs the extra `io`.
+"""The table of formats in docs/data.md: a file of each is written and read back. Needs the extras `io` and `dev`.
 
 python benchmarks/formats.py            # print it
 python benchmarks/formats.py --update   # write it into docs/data.md
@@ -53,6 +53,15 @@ def _e57(path: Path) -> None:
         file.write_scan_raw({f"cartesian{axis}": POINTS[:, i].copy() for i, axis in enumerate("XYZ")})
 
 
+def _ptx(path: Path) -> None:
+    head = ["20", "10", "0 0 0", "1 0 0", "0 1 0", "0 0 1", *(" ".join(map(str, row)) for row in np.eye(4))]
+    _text(path, "\n".join(head), " ", POINTS, np.ones(200), COLORS)
+
+
+def _bin(path: Path) -> None:
+    np.column_stack([POINTS, np.ones(200)]).astype("<f4").tofile(path)
+
+
 def _text(path: Path, header: str, delimiter: str, *columns: np.ndarray) -> None:
     np.savetxt(path, np.column_stack(columns), header=header, delimiter=delimiter, comments="", fmt="%.6f")
 
@@ -91,7 +100,9 @@ CASES = [
     ),
     (".txt", "header `X [m];Y [m];Z [m]`", "", lambda path: _text(path, "X [m];Y [m];Z [m]", ";", POINTS)),
     (".pts", "count, then lines", "", lambda path: _text(path, "200", " ", POINTS)),
-    *((".pcd", encoding, "io", _pcd) for encoding in ("ascii", "binary", "binary_compressed")),
+    *((".pcd", way, "io" if "_" in way else "", _pcd) for way in ("ascii", "binary", "binary_compressed")),
+    (".ptx", "scans, by their matrices", "", _ptx),
+    (".bin", "float32, `--columns x y z intensity`", "", _bin),
     (".las", "millimetres, colours, classification", "io", _las),
     (".laz", "the same, compressed", "io", _las),
     (".e57", "all scans, by their poses", "io", _e57),
@@ -117,7 +128,7 @@ def table() -> str:
         for suffix, what, extra, write in CASES:
             path = Path(folder) / f"{what if suffix == '.pcd' else 'a'}{suffix}"
             write(path)
-            cloud = read(path)
+            cloud = read(path, columns=("x", "y", "z", "intensity") if suffix == ".bin" else None)
             error = _error(cloud, BOX.vertices if cloud.faces is not None else POINTS)
             bound = next(bound for bound in (1e-6, 1e-5, 1e-4, 1e-3) if error < bound)
             kept = ", ".join(name for name in ATTRIBUTES if getattr(cloud, name) is not None)

@@ -5,7 +5,7 @@
 
 Input i of a reader is a function of --seed and i. Each reader runs in a process of its own, of bounded memory and
 time an input, which is started anew after a crash. Inputs that escape, crash or hang are kept in --keep. Exit status
-1 if there is one. Needs the extra `io`.
+1 if there is one. Needs the extras `io` and `dev`.
 """
 
 import argparse
@@ -43,11 +43,12 @@ READERS = (
     "csv",
     "pts",
     "pcd",
+    "ptx",
     "las",
     "laz",
     "e57",
 )
-TEXT = ("off", "obj", "stl", "ply", "gltf", "xyz", "csv", "pts", "pcd")
+TEXT = ("off", "obj", "stl", "ply", "gltf", "xyz", "csv", "pts", "pcd", "ptx")
 FIELDS = ("next input", "accepted", "refused")
 TOKENS = [
     b"0",
@@ -143,6 +144,9 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         return [kept(h5), kept(lambda file: h5(file, compression="gzip", chunks=True))]
     if reader == "pcd":
         return [pcd(encoding) for encoding in ("ascii", "binary", "binary_compressed")]
+    if reader == "ptx":
+        head = "4\n3\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n1 0 0 0\n0 1 0 0\n0 0 1 0\n5 6 7 1\n"
+        return [(table(head, " ") + b"\n") * scans for scans in (1, 2)]
     if reader in ("las", "laz"):
         return [kept(las), path.with_name(f"1.2.{reader}").read_bytes()]
     if reader == "e57":

@@ -1,11 +1,13 @@
 """The documents name lines and commands that exist."""
 
+import ast
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +20,61 @@ from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "jepa3d"
-REFERENCE = re.compile(r"`([\w/]+\.py):(\d+)` \(`(\w+)`\)")
+PAGES = ["README.md", "CONTRIBUTING.md", "src/jepa3d/weights/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
-def definition(path: str, name: str) -> int | None:
-    """The line of a definition in a source file."""
-    lines = (SOURCE / path).read_text().splitlines()
-    found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
-    return found[0] if found else None
+def definitions(file: Path) -> set[str]:
+    """Qualified names of the functions, classes and methods of a source file."""
+
+    def inside(node: ast.AST, before: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                yield before + child.name
+                yield from inside(child, f"{before}{child.name}.")
+
+    return set(inside(ast.parse(file.read_text()), ""))
 
 
-def test_method_refers_to_the_right_lines():
-    references = REFERENCE.findall((ROOT / "docs" / "method.md").read_text())
-    assert len(references) > 20
-    wrong = [
-        f"{p}:{n} {name} is at {definition(p, name)}" for p, n, name in references if int(n) != definition(p, name)
-    ]
-    assert not wrong
+def wrong_citations(text: str) -> list[str]:
+    """Everything in a text that looks like a source file and is neither one, nor FILE::NAME of what a file defines."""
+    wrong = []
+    for cited in re.findall(r"[\w./-]*\.py\b[\w:.#-]*", text):
+        path, separator, name = re.sub(r"[.:]$", "", cited).partition("::")
+        around = [ROOT / path, SOURCE / path, *([] if "/" in path else SOURCE.rglob(path))]
+        file = next((file for file in around if file.is_file()), None)
+        if file is None or (separator and name not in definitions(file)):
+            wrong.append(cited)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_source_that_a_page_cites_exists(page):
+    assert wrong_citations((ROOT / page).read_text()) == []
+
+
+def test_the_method_cites_the_code_of_its_parts():
+    assert len(re.findall(r"\w\.py::\w", (ROOT / "docs" / "method.md").read_text())) > 40
+
+
+@pytest.mark.parametrize(
+    "cited",
+    [
+        "models/encoder.py:None", "models/encoder.py:59", "`models/encoder.py:59` (`hidden_states`)", "nothing.py",
+        "models/encoder.py::nothing", "models/encoder.py::hidden_states", "models/encoder.py::", "models/encoder.py#L3",
+        "models/encoder.pyc", "encoder.py:", "data/encoder.py", "src/models/encoder.py", "encoder.py::Point-Encoder",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_as_a_citation_is_wrong(cited):
+    expected = cited not in ("models/encoder.pyc", "encoder.py:")  # another kind of file, and a colon of the sentence
+    assert bool(wrong_citations(f"see {cited} for it")) == expected
+
+
+def test_what_is_a_citation_is_right():
+    text = (
+        "`encoder.py`, models/encoder.py: a, `src/jepa3d/ops.py`. tests/test_docs.py::definitions; benchmarks/step.py"
+    )
+    assert wrong_citations(text + " models/encoder.py::PointEncoder.hidden_states.") == []
 
 
 @pytest.mark.parametrize("forbidden", [".cuda(", ".half(", '"cuda"', "except Exception", "pickle.load"])
@@ -42,10 +82,27 @@ def test_the_package_is_free_of(forbidden):
     assert [str(p) for p in SOURCE.rglob("*.py") if forbidden in p.read_text()] == []
 
 
+def tree(block: str) -> list[str]:
+    """Files that a drawn tree names: FOLDER/FILE.py, then files of that folder until the line ends or names another."""
+    found = []
+    for line in block.splitlines():
+        folder = ""
+        for word in re.findall(r"\S*\.py\S*", line):
+            assert re.fullmatch(r"(\w+/)*\w+\.py", word), f"{word}: no file of a tree"
+            folder = word[: word.rindex("/") + 1] if "/" in word else folder
+            found.append(folder + word.rpartition("/")[2])
+    return sorted(found)
+
+
 def test_the_readme_s_tree_is_the_tree():
-    text = (ROOT / "README.md").read_text()
-    missing = [p.name for p in SOURCE.rglob("*.py") if p.name != "__init__.py" and p.stem not in text]
-    assert not missing
+    block = re.search(r"```\nsrc/jepa3d/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block, "no block that begins with src/jepa3d/"
+    lines = block[1].splitlines()
+    inside = [line for line in lines if line.startswith("  ")]
+    on_disk = sorted(str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
+    assert tree("\n".join(inside)) == on_disk
+    folders = [word for line in lines if (word := line.split(" ")[0]).endswith("/")]
+    assert all((ROOT / folder).is_dir() for folder in folders)
 
 
 def blocks(language: str, document: str = "README.md") -> list[str]:

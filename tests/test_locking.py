@@ -11,6 +11,7 @@ import pytest
 
 from jepa3d import locking
 from jepa3d.locking import writing
+from jepa3d.plain import write_bytes
 
 HERE = f"import sys, time; sys.path.insert(0, {str(Path(locking.__file__).parent)!r}); from locking import writing\n"
 HOLD = HERE + "with writing(sys.argv[1]): print('held', flush=True); time.sleep(60)"
@@ -73,3 +74,22 @@ def test_many_writers_lose_nothing(tmp_path):
     adding = [subprocess.Popen([sys.executable, "-c", HERE + ADD, str(counter)]) for _ in range(4)]
     assert [process.wait(60) for process in adding] == [0] * 4
     assert counter.read_text() == "80"
+
+
+def test_a_file_is_whole_at_every_moment_however_many_write_it(tmp_path):
+    target, refused = tmp_path / "new" / "file", []
+
+    def write(letter: bytes) -> None:
+        for _ in range(50):
+            try:
+                write_bytes(target, letter * 100_000)
+            except ValueError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    [thread.start() for thread in threads]
+    while any(thread.is_alive() for thread in threads):
+        if target.exists():
+            assert target.read_bytes() in (b"a" * 100_000, b"b" * 100_000, b"c" * 100_000)
+    assert all("another command is writing there" in line for line in refused)
+    assert os.listdir(target.parent) == ["file"]

@@ -68,3 +68,9 @@ def test_an_old_store_and_old_networks_are_read(old, capsys):
     cloud = np.random.default_rng(0).normal(size=(40, 3))
     assert jepa3d.embed(cloud, jepa3d.load("pretrain")).shape == (1, 16)
     assert load_network(old / "classify").class_names == ["ball", "disc"]
+
+
+def test_info_tells_of_networks_that_stand_alone(old, capsys):
+    for path, said in (("classify/model", "Classifier"), ("pretrain/encoder", "PointEncoder")):
+        assert call("info", path) == 0
+        assert f"{path}: {said}, " in capsys.readouterr().out

@@ -90,3 +90,29 @@ def test_what_cannot_work_is_one_line(runs, tmp_path, monkeypatch, capsys, words
 def test_the_network_is_of_the_kind_that_was_trained(runs):
     assert isinstance(load_network(runs / "classify"), Classifier)
     assert isinstance(load_network(runs / "segment" / "model"), Segmenter)
+
+
+def test_what_is_left_out_is_said_once_and_counted_once(runs, tmp_path, monkeypatch, capsys):
+    """By predict and embed, of files given twice, by a relative path: a line each, its path once, and their number."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        np.save(f"scans/{i}.npy", rng.normal(size=(300, 3)))
+    np.save("scans/short.npy", rng.normal(size=(3, 3)))
+    (tmp_path / "scans" / "broken.ply").write_text("ply\nnonsense")
+    (tmp_path / "scans" / "empty.xyz").write_text("")
+    given = ["scans", "scans/short.npy", "scans/broken.ply", "scans/0.npy", str(tmp_path / "scans")]
+    for command, rows in (("predict", "3 rows"), ("embed", "3 new")):
+        words = [command, *([str(runs / "classify")] if command == "predict" else []), *given, "--out", "v.csv"]
+        words = [word if command == "predict" else word.replace("v.csv", "v.parquet") for word in words]
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert not ended.value.code
+        said = capsys.readouterr().out
+        lines = [line for line in said.splitlines() if line.startswith("left out: ")]
+        assert len(lines) == 3
+        for name in ("short.npy", "broken.ply", "empty.xyz"):
+            assert sum(line.count(name) for line in lines) == 1
+        assert rows in said
+        assert "left out 3" in said

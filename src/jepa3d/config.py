@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jepa3d.plain import differences, from_dict, merge, nearest, read_checked, sha256_of, to_dict, within
+from jepa3d.plain import differences, from_dict, merge, nearest, to_dict, within
 
 
 @dataclass(frozen=True)
@@ -308,19 +308,15 @@ def _one_schedule(layer: dict, objective: str) -> dict:
 
 
 def stored(run: Path) -> dict:
-    """Settings of a run folder, with its "task"; what is younger than the run has its default. Raises ValueError."""
-    file, record = run / "config.json", run / "run.json"
-    written = read_checked(record).get("config") if record.exists() else None  # version 0.1.0 wrote none
-    if written not in (None, sha256_of(file)):
-        raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
+    """Settings of a run folder, as in its config.json; a setting younger than the run has its default. ValueError."""
+    file = run / "config.json"
     try:
         values = json.loads(file.read_text())
-        task = values.pop("task", "pretrain")
-        kind = FewshotConfig if "ways" in values else KINDS[task]  # a fold of few-shot is a run of classify
-        config = resolve(values) if task == "pretrain" else from_dict(kind, values)
+        task = {"task": values.pop("task")} if "task" in values else {}
+        kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]  # folds too are few-shot's
+        return task | to_dict(from_dict(kind, values) if task else resolve(values))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error
-    return {"task": task} | to_dict(config)
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from jepa3d.data.datasets import load
 from jepa3d.evaluation.probe import probe, show
 from jepa3d.evaluation.protocol import write_json
 from jepa3d.figures import draw_blocks, draw_curves
-from jepa3d.training.pretrain import pretrain
+from jepa3d.training.pretrain import check, pretrain
 
 DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
 
@@ -21,8 +21,9 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):
         raise ValueError(f"{out}: exists and is not a demo; choose another --out")
-    changes = {"data": [source]} | ({"max_steps": max_steps} if max_steps else {})
+    changes = {"data": [source]} | ({} if max_steps is None else {"max_steps": max_steps})
     config = settings.resolve(settings.preset("tiny"), DEMO, changes)
+    check(config)
     print(f"making {shapes:,} shapes of {config.encoder.num_points} points", flush=True)
     clouds = load([source], config.encoder.num_points)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from jepa3d.evaluation.fitting import one_thread
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
+from jepa3d.plain import read_metrics
 
 Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"  # one for every 20 classes
@@ -54,14 +55,6 @@ def _cloud_axes(axes, reach: float, zoom: float) -> None:
 def _save(figure, path: Target) -> None:
     figure.savefig(path, dpi=110)
     _pyplot().close(figure)
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first; a line that is still being written is left out."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return read_metrics(path)
 
 
 def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shapes: int = 4) -> None:

@@ -110,6 +110,7 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
 
 def check(points: np.ndarray) -> np.ndarray:
     """A copy in float64 of points N 3. Raises ValueError for another array, or one of NaN."""
+    points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
         raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")
     if not len(points):
@@ -130,8 +131,8 @@ def too_few(count: int, different: int, least: int) -> str:
 
 def _distinct(points: np.ndarray) -> np.ndarray:
     """Each different point of n 3 once, in an order that depends on their values alone."""
-    key = points[:, 0] + np.sqrt(2.0) * points[:, 1] + np.pi * points[:, 2]  # far cheaper than to sort by rows
-    points = points[np.argsort(key, kind="stable")]
+    x, y, z = points.T.astype(np.float64)
+    points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]  # far cheaper than to sort by rows
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jepa3d.config import stored
-from jepa3d.data.boundary import printable
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.figures import draw_contact_sheet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
-from jepa3d.plain import read_checked, read_record
+from jepa3d.plain import printable, read_checked, read_record
 from jepa3d.training import checkpoint
 from jepa3d.training.runs import outcome
 
@@ -65,7 +65,7 @@ def _installation() -> None:
 def _run(run: Path) -> None:
     """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
     config, record = stored(run), read_record(run)
-    data, cost, task = record["data"], record.get("cost"), config["task"]
+    data, cost, task = record["data"], record.get("cost"), config.get("task", "pretrain")
     print(f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}")
     print(f"data: {data['name']}, {data['shapes']:,} shapes, sha256 {data['fingerprint'][:16]}")
     if task != "pretrain":
@@ -98,7 +98,7 @@ def _network(folder: Path) -> None:
     print(f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}")
     print(f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them")
     if not isinstance(network, PointEncoder):
-        print(f"{len(network.class_names)} classes: {', '.join(network.class_names)}")
+        print(printable(f"{len(network.class_names)} classes: {', '.join(network.class_names)}"))
 
 
 def _shapes(clouds: PointClouds) -> None:
@@ -114,7 +114,7 @@ def _shapes(clouds: PointClouds) -> None:
     counts = np.bincount(clouds.labels, minlength=len(clouds.class_names))
     print(
         f"{len(clouds.class_names)} classes: "
-        + ", ".join(f"{n} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
+        + ", ".join(f"{printable(n)} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
     )
 
 
@@ -165,7 +165,7 @@ def _classes(store: Store) -> None:
     table = Table("class", *(parts[i] for i in shown))
     for name, row in zip(names, cells, strict=True):
         if row.any():
-            table.add_row(name, *(f"{row[i]:,}" for i in shown))
+            table.add_row(escape(printable(name)), *(f"{row[i]:,}" for i in shown))
     table.add_row("all", *(f"{cells[:, i].sum():,}" for i in shown))
     Console().print(table)
 

@@ -12,9 +12,11 @@ from filelock import FileLock, Timeout
 def writing(path: str | Path) -> Iterator[None]:
     """Hold the lock of a file or folder that this process writes; readers need none.
 
-    The lock is `.NAME.lock` beside it, and gone afterwards. Raises ValueError where another command holds it.
+    The lock is `.NAME.lock` beside it, and gone afterwards, as are folders made for it that are still empty. Raises
+    ValueError where another command holds it.
     """
     real = Path(os.path.realpath(path))  # whatever link or spelling leads there
+    made = [folder for folder in real.parents if not folder.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(real.with_name(f".{real.name}.lock"))
     try:
@@ -27,3 +29,6 @@ def writing(path: str | Path) -> Iterator[None]:
         with suppress(PermissionError):  # Windows keeps files that are open
             os.unlink(lock.lock_file)  # while it is held: whoever opened it before sees that it has no name any more
         lock.release()
+        with suppress(OSError):  # the first that is not empty
+            for folder in made:
+                folder.rmdir()

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+
+from jepa3d.locking import writing
 
 
 def merge(base: dict, *overrides: dict) -> dict:
@@ -129,18 +132,27 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def printable(text: str) -> str:
+    """Text that a terminal only shows: ? for control characters and the like, bytes that are not UTF-8 spelled out."""
+    plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
+    return "".join(plain).encode("utf-8", "backslashreplace").decode()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind."""
+    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind.
+
+    Makes the folders around it. Raises ValueError where another command writes the same file at this moment.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with naming(path), partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path), naming(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_checked(path: Path, value: dict) -> None:
@@ -174,9 +186,9 @@ def read_record(run: Path) -> dict:
     return record
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without those that a kill cut off or a disk damaged."""
-    lines = []
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, oldest first, without those being written, cut off by a kill or damaged."""
+    lines, path = [], run / "metrics.jsonl"
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)

@@ -3,6 +3,7 @@
 import colorsys
 import csv
 import io
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from jepa3d.data.boundary import left_out, printable
-from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.data.boundary import left_out
+from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load_network
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 Network = Classifier | LinearClassifier | Segmenter
 _CHUNK = 2**16  # points segmented at once
@@ -36,12 +37,11 @@ def predict_files(run: Path, paths: list[Path], out: Path, category: str | None 
     if missing := [path for path in paths if not path.exists()]:
         raise ReadError(f"{missing[0]}: no such file or folder")
     label = _category(network, category) if isinstance(network, Segmenter) else 0
-    axes = TO_Z_UP[up_axis]
     if isinstance(network, Segmenter):
-        written = len(_of_each(paths, network, lambda name, cloud: _segment(network, name, cloud, label, out, axes)))
+        written = len(_of_each(paths, network, lambda n, cloud: _segment(network, n, cloud, label, out, up_axis)))
         what = f"{written:,} PLY files"
     else:
-        rows = _of_each(paths, network, lambda name, cloud: [name, *classify_cloud(network, cloud, axes)])
+        rows = _of_each(paths, network, lambda n, c: [n, *classify_cloud(network, c, c.to_z_up(up_axis))])
         written, what = len(rows), f"{len(rows):,} rows"
         buffer = io.StringIO()
         csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
@@ -63,8 +63,8 @@ def _category(network: Segmenter, category: str | None) -> int:
 
 
 def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
-    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; what cannot is said."""
-    made, count = [], 0
+    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; says once what cannot."""
+    made, count, seen = [], 0, set()
     for path in paths:
         source = discover(path)
         entries = source.entries
@@ -73,10 +73,13 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
         count += len(source.skipped)
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
+            if os.path.abspath(name) in seen:
+                continue
+            seen.add(os.path.abspath(name))
             try:
                 cloud = entry.read()
-                if cloud.total:
-                    print(f"{printable(name)}: a random {len(cloud):,} of its {cloud.total:,} points were read")
+                for remark in cloud.remarks():
+                    print(printable(f"{name}: {remark}"))
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
                 print(left_out(name, str(error)))
@@ -111,8 +114,8 @@ def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.nd
     return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
 
 
-def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, axes: np.ndarray) -> int:
-    parts = segment_cloud(network, cloud, label, axes)
+def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, up_axis: str) -> int:
+    parts = segment_cloud(network, cloud, label, cloud.to_z_up(up_axis))
     colors = part_colors(network.parts_of[label])
     rows = np.empty(len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")])
     rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T

@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa3d import figures
 from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig, stored
+from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
@@ -59,7 +60,7 @@ def report(run: Path, data: str | None = None, out: Path | None = None, figures_
 def render(run: Path, data: str | None = None) -> str:
     """The page of a run (see `report`)."""
     config, record = stored(run), read_record(run)
-    kind = config["objective"] if config["task"] == "pretrain" else config["task"]
+    kind = config.get("task") or config["objective"]
     if kind in DEFAULTS:
         result = read_checked(found) if (found := run / "results.json").is_file() else None
         parts = [*_outcome(run, config, result, data), _training(run, config)]
@@ -157,7 +158,7 @@ def _parts(run: Path, names: list[str]) -> str:
     first = order[: max((nth == 0).sum(), MOST_PARTS)]
     rows = first[_spread(len(first), MOST_PARTS)]
     titles = [names[labels[row]] for row in rows]
-    right = 100 * (truth[rows] == predicted[rows]).mean(1)
+    right = [100 * (predicted[row] == truth[row])[truth[row] != UNLABELLED].mean() for row in rows]
     told = ", ".join(f"{name} {share:.0f} %" for name, share in zip(titles, right, strict=True))
     return picture(
         partial(figures.draw_parts, points[rows], truth[rows], predicted[rows], titles),

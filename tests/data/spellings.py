@@ -41,7 +41,7 @@ def _number(rng: random.Random, value: float) -> str:
 
 
 def _lines(rng: random.Random, lines: list[str], comment: str = "") -> bytes:
-    """Lines with tabs or spaces, blank lines, comments, and one of the three line ends."""
+    """Lines with tabs or spaces, blank lines, comments, of any line end; with comments also of any encoding."""
     out = []
     for line in lines:
         out.append(
@@ -51,7 +51,8 @@ def _lines(rng: random.Random, lines: list[str], comment: str = "") -> bytes:
             out[-1] += f" {comment} v 1 2 3 Ma\xdf"
         if rng.random() < 0.1:
             out.append(rng.choice(("", "  ", *([comment + " a comment"] if comment else []))))
-    return rng.choice(("\n", "\r\n", "\r")).join(out).encode("latin-1") + rng.choice((b"", b"\n"))
+    text = rng.choice(("\n", "\r\n", "\r")).join([*out, *rng.choice(([], [""]))])
+    return text.encode(rng.choice(("latin-1", "latin-1", "utf-8-sig", "utf-16")) if comment else "latin-1")
 
 
 def off(rng: random.Random, shape: Polygons, folder: Path) -> Path:

@@ -103,6 +103,21 @@ def test_concave_polygons_keep_their_area_with_holes_bridged_by_an_edge(seed):
     assert np.abs(signed).sum() == pytest.approx(81 - inner)
 
 
+def test_a_spiral_of_many_corners_is_cut_exactly_or_refused():
+    for count in (1000, 1500):
+        turn = np.linspace(0, 12 * np.pi, count)
+        spiral = np.stack([turn * np.cos(turn), turn * np.sin(turn), 0 * turn], 1)
+        polygon = np.concatenate([spiral, 1.08 * spiral[::-1]])
+        x, y = polygon[:, :2].T
+        wanted = abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2
+        if count > 1000:
+            with pytest.raises(ReadError, match="a concave polygon of 3000 corners"):
+                triangles(polygon, np.array([2 * count]), np.arange(2 * count))
+        else:
+            a, b, c = polygon[triangles(polygon, np.array([2 * count]), np.arange(2 * count)).T]
+            assert np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2 == pytest.approx(wanted)
+
+
 # ---------------------------------------------------------------------------------------------- colours and clouds
 
 
@@ -126,6 +141,11 @@ def test_a_cloud_of_a_ply_file_is_read_in_chunks_as_it_is_whole(tmp_path):
         path = written(tmp_path / f"{form}.ply", header.encode("latin-1") + rows)
         assert np.array_equal(np.concatenate(list(chunks(path))), CUBE)
         assert np.allclose(read(path).file_coordinates(), CUBE)
+
+
+def test_lists_that_a_ply_file_declares_and_lacks_do_not_matter(tmp_path):
+    found = read(written(tmp_path / "a.ply", PLY.format("ascii") + LIST.split("\n", 1)[1] + VERTICES))
+    assert np.allclose(found.file_coordinates(), CUBE)
 
 
 def test_triangle_strips_of_ply_are_faces(tmp_path):

@@ -1,17 +1,19 @@
 """Probes: they find what is there, never choose on the test part, and say what they lack."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from jepa3d import config as settings
+from jepa3d.cli import main
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation import probe as probing
-from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.features import layer_features, untrained_like
 from jepa3d.evaluation.labelled import chosen_on, shared_classes
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, summarise
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
@@ -393,3 +395,35 @@ def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
     x, x_test = layer_features(encoder, train), layer_features(encoder, test)
     found = probing.run_protocol("logistic", x, train.labels, x_test, test.labels, [encoder.depth])
     assert 50 < found["accuracy"] < 90
+
+
+@pytest.mark.parametrize("where", ["folder", "run's folder", "default"])
+def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(where, tmp_path, shapes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    encoder = PointEncoder(16, 1, 2, 4, 8, 32)
+    monkeypatch.setattr("jepa3d.models.ready.DEFAULT", tmp_path / "own")
+    folder = tmp_path / {"folder": "own", "run's folder": "runs/mine/encoder", "default": "own"}[where]
+    encoder.save_pretrained(folder)
+    name = "default" if where == "default" else str(folder)
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main(["probe", name, "--data", shapes, "--protocols", "knn"])
+    assert not ended.value.code
+    assert sorted(folder.iterdir()) == before
+    result = json.loads((tmp_path / f"probe-shapes-{Path(name).name}-knn.json").read_text())
+    assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained"]
+    assert set(result["summary"]) == {"untrained", "pretrained", "gain"}
+    train, test, _ = shared_classes(load([shapes], 32, "all"))
+    untrained = untrained_like(encoder, train)
+    for row, model in zip(result["rows"], (untrained, encoder), strict=True):
+        halves = [layer_features(model, half) for half in (train, test)]
+        expected = run_protocol("knn", halves[0], train.labels, halves[1], test.labels, [0, 1])
+        assert row["scores"]["knn"]["confusion"] == expected["confusion"]
+
+
+def test_encoders_by_themselves_are_not_averaged(tmp_path):
+    for name in ("a", "b"):
+        PointEncoder(16, 1, 2, 4, 8, 32).save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="one by one"):
+        probing.probe([tmp_path / "a", tmp_path / "b"], "synthetic:24")

@@ -1,5 +1,7 @@
 """Mean average precision against its definition, and what stands beside it."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,34 @@ def test_d2_tells_a_ball_from_a_line_whatever_their_size_and_turn():
     found = d2_similarity(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn]))
     assert min(found[0, 1], found[2, 3]) > -0.1
     assert max(found[0, 2], found[1, 3]) < -0.4
+
+
+def test_blocks_of_any_size_give_the_same_numbers(monkeypatch):
+    """Ties included: histograms of equal clouds."""
+    labels, points = RNG.integers(0, 4, 30), RNG.normal(size=(30, 40, 3))
+    points[20:] = points[:10]
+    vectors = RNG.normal(size=(30, 5)).astype(np.float32)
+    whole = d2_similarity(points)
+    expected = average_precision(whole, labels), average_precision(cosine(vectors), labels)
+    histograms = module.d2_histograms(points)
+    assert np.array_equal(whole, -np.abs(histograms[:, None] - histograms[None]).sum(-1))
+    for numbers in (1, 30 * 64 * 7, 30 * 11, 10**9):
+        monkeypatch.setattr(module, "_NUMBERS", numbers)
+        assert np.array_equal(d2_similarity(points), whole)
+        found = module.precision_by_blocks(lambda rows: whole[rows], labels, 64)
+        np.testing.assert_array_equal(found, expected[0])
+        found = module.precision_by_blocks(lambda rows: cosine(vectors, rows), labels)
+        np.testing.assert_allclose(found, expected[1], rtol=1e-9)
+
+
+def test_memory_is_bounded_however_many_shapes(monkeypatch):
+    monkeypatch.setattr(module, "_NUMBERS", 2**16)
+    shapes = np.repeat(RNG.normal(size=(4, 8, 3)), 200, 0)
+    tracemalloc.start()
+    d2_similarity(shapes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 800 * 800 * 8 * 3 + 2**23  # the result twice, the draws of points; in one piece 330 MB
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_queries():

@@ -1,5 +1,7 @@
 """Vectors of arrays and files: what is new, what changed, what cannot be used, and what an interruption leaves."""
 
+import base64
+import json
 import os
 from itertools import islice
 
@@ -72,6 +74,21 @@ def test_the_up_axis_is_turned(model):
     assert not np.allclose(embed(y_up, encoder), embed(cloud, encoder), atol=1e-2)
 
 
+@pytest.mark.parametrize("up_axis", ["z", "y"])
+def test_gltf_is_turned_as_its_standard_says_whatever_else_is_said(model, tmp_path, up_axis):
+    encoder, cloud = load(model), RNG.normal(size=(150, 3)).astype(np.float32)
+    data = np.stack([cloud[:, 0], cloud[:, 2], -cloud[:, 1]], 1).tobytes()
+    scene = {
+        "asset": {"version": "2.0"},
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "mode": 0}]}],
+        "accessors": [{"bufferView": 0, "componentType": 5126, "count": 150, "type": "VEC3"}],
+        "bufferViews": [{"buffer": 0, "byteLength": len(data)}],
+        "buffers": [{"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}],
+    }
+    (tmp_path / "a.gltf").write_text(json.dumps(scene))
+    assert np.allclose(embed(tmp_path / "a.gltf", encoder, up_axis=up_axis), embed(cloud, encoder), atol=1e-4)
+
+
 def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
     encoder = load(model)
     assert embed(RNG.normal(size=(16, 3)), encoder).shape == (1, 64)
@@ -92,7 +109,7 @@ def test_load_says_what_is_no_encoder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not one of PointEncoder"):
+    with pytest.raises(ValueError, match="not the settings of a PointEncoder: it lacks embed_dim"):
         load(tmp_path)
 
 
@@ -152,6 +169,17 @@ def test_two_processes_give_what_one_gives(model, scans, tmp_path):
     for workers in (1, 2):
         embed_files([scans], tmp_path / f"{workers}.parquet", model, workers=workers)
     assert same(rows(tmp_path / "1.parquet"), rows(tmp_path / "2.parquet"))
+
+
+def test_an_accelerator_gives_what_the_workers_give(model, scans, tmp_path, monkeypatch):
+    (scans / "cup" / "bad.npy").write_bytes(b"no array")
+    embed_files([scans], tmp_path / "cpu.parquet", model, workers=1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(module, "BATCH", 2)
+    embed_files([scans], tmp_path / "device.parquet", model, workers=1)
+    assert len(rows(tmp_path / "cpu.parquet")) == 6
+    assert same(rows(tmp_path / "cpu.parquet"), rows(tmp_path / "device.parquet"))
 
 
 @pytest.mark.parametrize("stop", [0, 2, 5])

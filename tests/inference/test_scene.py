@@ -307,8 +307,8 @@ def test_a_las_scan_keeps_its_header_and_its_fields(model, tmp_path, xyz):
 
 def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
     bad = xyz.copy()
-    bad[7000, 1] = np.nan
-    np.save(tmp_path / "nan.npy", bad)
+    bad[7000, 1] = np.inf
+    np.save(tmp_path / "far.npy", bad)
     np.save(tmp_path / "few.npy", xyz[:12])
     np.save(tmp_path / "equal.npy", np.ones((300, 3)))
     np.save(tmp_path / "flat.npy", np.ones(300))
@@ -321,7 +321,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
         found[name].with_name(f"cut-{name}").write_bytes(content[: len(content) // 2])
     before = set(tmp_path.iterdir())
     reasons = {
-        "nan.npy": "NaN or infinite coordinates, first in point 7,000", "few.npy": "12 points, at least 16 are needed",
+        "far.npy": "infinite coordinates, first in point 7,000", "few.npy": "12 points, at least 16 are needed",
         "equal.npy": "all points are equal", "flat.npy": "expected an array", "empty.xyz": "empty file",
         "words.xyz": "damaged", "mesh.ply": "a mesh", "cut-a.las": "truncated", "cut-little.ply": "truncated",
         "cut-ascii.ply": "truncated|damaged", "gone.las": "cannot be read", "a.docx": "unknown kind|cannot be read",

@@ -83,8 +83,11 @@ def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, 
     for name, value in settings.items():
         wrong = "seven" if not isinstance(value, str) else 7
         damaged[json.dumps(settings | {name: wrong})] = f"{name} is {wrong!r}, not"
+        if isinstance(value, int) and name not in ("layer", "position_every_block"):
+            damaged[json.dumps(settings | {name: 0})] = f"{name} is 0, and at least 1"
     if "encoder" in settings:
         for name in SIZES:
+            damaged[json.dumps(settings | {"encoder": SIZES | {name: -2}})] = f"encoder: {name} is -2, and at least 1"
             damaged[json.dumps(settings | {"encoder": SIZES | {name: None}})] = f"encoder: {name} is None"
         misspelt = settings | {"encoder": SIZES | {"embed_dimm": 3}}
         damaged[json.dumps(misspelt)] = "embed_dimm is unknown; did you mean 'embed_dim'"

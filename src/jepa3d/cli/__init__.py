@@ -13,7 +13,7 @@ from jepa3d.allocator import keep_large_blocks
 from jepa3d.cli import evaluating, exporting, finetuning, pretraining, reporting, scenes, using, viewing  # noqa: F401
 from jepa3d.cli.app import app
 from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE, stored
-from jepa3d.plain import from_dict, merge, read_recipe, to_dict
+from jepa3d.plain import from_dict, merge, printable, read_recipe, to_dict
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
@@ -26,7 +26,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     layers = []
     if known.resume and known.out and Path(known.out, "config.json").is_file():
         before = stored(Path(known.out))
-        if (task := before.pop("task")) != command:
+        if (task := before.pop("task", "pretrain")) != command:
             raise ValueError(f"{known.out}: a run of jepa3d {task}, not {command}")
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
@@ -81,12 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
             process.terminate()  # or this one would wait until they have done what they have begun
-        print(f"jepa3d: {str(stop) or 'stopped'}", file=sys.stderr)
+        print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(error: Exception) -> int:
-    from jepa3d.data.boundary import printable
-
-    print(f"jepa3d: error: {printable(str(error))}", file=sys.stderr)
+    print(printable(f"jepa3d: error: {error}"), file=sys.stderr)
     return 2

@@ -23,12 +23,13 @@ def probe(
     per_class: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Show what runs learned: frozen features, named protocols, the untrained encoder beside them.
+    """Show what an encoder learned: frozen features, named protocols, the untrained encoder beside them.
 
     Parameters
     ----------
     runs: list[Path]
-        Finished runs; several seeds of one configuration give mean and standard deviation.
+        Finished runs; several seeds of one configuration give mean and standard deviation. Or one encoder: default (the
+        one in the package), a folder, or a Hub id.
     data: str
         Labelled shapes with a train and a test part.
     labels_key: str
@@ -46,7 +47,8 @@ def probe(
     per_class: str
         A protocol whose accuracy a class is printed too.
     out: Path
-        Where to write the result; probe-DATA.json in the first run by default.
+        Where to write the result; by default probe-DATA.json in the first run, or in the current folder
+        probe-MODEL-DATA.json.
     """
     from jepa3d.evaluation import probe as probing
     from jepa3d.evaluation.protocol import write_json
@@ -59,7 +61,9 @@ def probe(
     probing.show(result, per_class)
     special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
     special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
-    out = out or runs[0] / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
+    if not (run := (runs[0] / "run.json").is_file()):  # an encoder's own folder is left as it is
+        special.insert(0, runs[0].name)
+    out = out or (runs[0] if run else Path()) / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
     write_json(out, result)
     print(f"written: {out}")
 

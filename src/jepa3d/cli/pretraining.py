@@ -48,7 +48,7 @@ def prepare(
     short: str
         A cloud of fewer points: repeat (64 at least; each copy is moved a little along the surface), or skip, left out.
     up_axis: str
-        Of the files; by default what the benchmark has, else z.
+        Of the files; by default what the benchmark or format (glTF: y) has, else z.
     unit: str
         Of the files, written down for later; coordinates lead back to the file's own in any case.
     split: str
@@ -60,7 +60,7 @@ def prepare(
     variant: str
         Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10, modelnet40.
     columns: tuple[str, ...]
-        Names of x, y and z in tables whose headers have others.
+        Names of x, y and z in tables whose headers have others; or of all columns of .bin files.
     seed: int
         Of mesh samples, reductions and the split.
     workers: int
@@ -103,7 +103,7 @@ def pretrain(
     resume: bool
         Continue the run in --out, which was interrupted.
     dry_run: bool
-        Read some data, build, take two steps, print memory and time, write nothing.
+        Read some data, take two steps of every stage, print what the whole run will cost, write nothing.
     """
     from jepa3d.training import pretrain as training
     from jepa3d.training.loop import Interrupted

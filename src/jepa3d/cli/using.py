@@ -34,7 +34,7 @@ def embed(
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     up_axis: str
-        The files' up axis: x, y or z; a store knows its own.
+        The files' up axis: x, y or z; stores and glTF know their own.
     layer: int
         Of the encoder: 0 (tokenizer) to its depth, or -1, the last.
     pooling: str
@@ -169,7 +169,7 @@ def label(
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     up_axis: str
-        The files' up axis: x, y or z; a store knows its own.
+        The files' up axis: x, y or z; stores and glTF know their own.
     clusters: int
         How many to propose; by default the square root of half the clouds, at most 40.
     names: Path

@@ -31,7 +31,7 @@ def view(
     port: int
         Of the page, which only this machine can open; 0: any that is free.
     up_axis: str
-        The files' up axis: x, y or z; a store knows its own.
+        The files' up axis: x, y or z; stores and glTF know their own.
     """
     from jepa3d.inference.view import view as show
 

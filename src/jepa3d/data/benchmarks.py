@@ -17,11 +17,11 @@ import numpy as np
 
 from jepa3d.data.arrays import array_rows
 from jepa3d.data.boundary import boundary
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, to_parts
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
-from jepa3d.data.text import read_table, to_parts
+from jepa3d.data.text import read_table
 
 
 def check_counts(layout: str, entries: list[Entry], train: int, test: int, val: int = 0) -> list[str]:

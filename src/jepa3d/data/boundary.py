@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.plain import printable
 
 # What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
 _PARSER_ERRORS = (
@@ -48,11 +49,6 @@ def line(error: Any) -> str:
     return printable(text)[:200]
 
 
-def printable(text: str) -> str:
-    """Text on one line as terminals can have it: control characters and bytes that are no UTF-8 are spelled out."""
-    return "".join(c if c.isprintable() else _spelled(ord(c)) for c in text)
-
-
 def left_out(name: str, reason: str) -> str:
     """A line on a file that cannot be used; where the reason begins with the file's path, it is not said twice."""
     last = name.rsplit("/", 1)[-1]
@@ -68,11 +64,6 @@ def shortened(text: str, most: int) -> str:
     """Printable text of at most so many letters, its middle cut out: names differ at their ends."""
     text = printable(text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[most // 2 - most :]}"
-
-
-def _spelled(code: int) -> str:
-    byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # how Python keeps a byte of a file name
-    return f"\\x{byte:02x}" if byte < 0x100 else f"\\u{byte:04x}"
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:

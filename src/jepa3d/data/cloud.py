@@ -10,6 +10,8 @@ from jepa3d.ops import farthest_point_sample
 
 MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
 ATTRIBUTES = ("normals", "colors", "parts")
+UNLABELLED = -1  # the part label of a point that has none
+_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)  # what files of larger or unknown types write for it
 # Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
@@ -35,37 +37,44 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    parts: np.ndarray | None = None  # N int32: part labels, from 0
+    parts: np.ndarray | None = None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
     faces: np.ndarray | None = None  # F 3 int64
-    label: int | None = None  # where the file itself has one
     total: int | None = None  # points in the file, where more than MAX_POINTS
     up: str | None = None  # the axis that is up where the file's format says so: y in glTF
+    unseen: int = 0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
 
     def __len__(self) -> int:
         return len(self.points)
 
     @staticmethod
-    def make(xyz: np.ndarray, **attributes) -> "PointCloud":
+    def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
         """From coordinates N 3 of any number type, and attributes of as many rows.
 
-        Raises ReadError: no such array, no points, NaN or infinite, all equal, an attribute of other length.
+        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises ReadError: no such
+        array, no points, infinite ones, all equal, a mesh of NaN, an attribute of other length.
         """
         xyz = np.asarray(xyz)
         if xyz.ndim != 2 or xyz.shape[1] < 3 or not np.issubdtype(xyz.dtype, np.number) or np.iscomplexobj(xyz):
             raise ReadError(f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}")
-        xyz = xyz[:, :3].astype(np.float64)
+        xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
+        for name, values in attributes.items():
+            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
+                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
+        seen = ~np.isnan(xyz).any(1)
+        if faces is None and not seen.all():
+            xyz, unseen = xyz[seen], unseen + int((~seen).sum())
+            kept = {name: attributes.get(name) for name in ATTRIBUTES}
+            attributes |= {name: None if values is None else values[seen] for name, values in kept.items()}
+        if unseen and not len(xyz):
+            raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
         if not points.any():
             raise ReadError("all points are equal, up to rounding")
-        for name, values in attributes.items():
-            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
-                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
-        faces = attributes.get("faces")
         if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
             raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
-        return PointCloud(points, origin, **attributes)
+        return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
         """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says none, `up_axis`."""
@@ -86,6 +95,15 @@ class PointCloud:
         origin = self.origin + center * self.scale
         return replace(self, points=(points / radius).astype(np.float32), origin=origin, scale=self.scale * radius)
 
+    def remarks(self) -> list[str]:
+        """What its reader should be told: that points of the file are not in it."""
+        said = []
+        if self.total:
+            said.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
+        if self.unseen:
+            said.append(f"{self.unseen:,} points that are NaN, where nothing was seen, were left out")
+        return said
+
     def file_coordinates(self) -> np.ndarray:
         """Points N 3 float64 in the file's own frame."""
         return self.points.astype(np.float64) * self.scale + self.origin
@@ -99,6 +117,36 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
         raise ReadError(f"{where}{error}") from error
     if (points == points[0]).all():
         raise ReadError(where + too_few(len(points), 1, 2))
+
+
+def to_parts(values: np.ndarray) -> np.ndarray:
+    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its integer type.
+
+    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for other values than
+    whole numbers from 0 to 32,767.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise ReadError(f"part labels must be whole numbers, found {values.dtype}")
+    whole = values.astype(np.float64)
+    known = (whole >= 0) & ~np.isin(whole, _IGNORED)  # False for NaN
+    if values.dtype.kind in "iu":
+        known &= values != np.iinfo(values.dtype).max
+    whole[~known] = UNLABELLED
+    if len(wrong := whole[(whole != np.floor(whole)) | (whole > 32_767)]):
+        raise ReadError(f"part labels must be whole numbers from 0 to 32767, found {wrong[0]:.10g}")
+    return whole.astype(np.int16)
+
+
+def to_bytes(colors: np.ndarray) -> np.ndarray:
+    """Colours N 3 as uint8, from 0-1, 0-255 or 16 bits; what is no number is 0."""
+    colors = np.asarray(colors)
+    if colors.dtype == np.uint8:
+        return colors
+    colors = np.nan_to_num(colors.astype(np.float64), posinf=0, neginf=0)
+    top = colors.max(initial=0)
+    colors = colors * 255 if 0 < top <= 1 else colors / 257 if top > 255 else colors
+    return colors.clip(0, 255).round().astype(np.uint8)
 
 
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
@@ -115,7 +163,7 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # uniform in a triangle: Osada et al. 2002, eq. 1
     points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
     normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
-    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, label=mesh.label, up=mesh.up)
+    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, up=mesh.up)
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:

@@ -4,7 +4,6 @@ The contract: fixed N, float32, unit sphere, z up, resampled once by farthest po
 """
 
 import hashlib
-import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,17 +16,13 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data import synthetic
-from jepa3d.data.arrays import clouds_in
+from jepa3d.data.arrays import NO_PARTS, clouds_in, npz_headers, parts_in, read_npz
 from jepa3d.data.boundary import boundary, printable
-from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud
+from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
-
-_NO_PARTS = (
-    "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or files with them"
-)
 
 
 class StoredParts:
@@ -66,6 +61,7 @@ class PointClouds:
     split: np.ndarray | None = None  # n int8
     parts: np.ndarray | StoredParts | None = None  # n N int16, one label a point; only where `load` is asked for them
     part_names: tuple[str, ...] = ()  # names of the labels, which count through all classes; () where unnamed
+    available: int | None = None  # shapes that the source has of the split, where `load` was told a limit
 
     def __len__(self) -> int:
         return len(self.points)
@@ -127,8 +123,8 @@ def load(
     if len(loaded) == 1:
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
-    name = " + ".join(d.name for d in loaded)
-    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]))
+    name, available = " + ".join(d.name for d in loaded), sum(d.available or len(d) for d in loaded)
+    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]), available=available)
 
 
 def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts) -> PointClouds:
@@ -146,12 +142,12 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts)
     else:
         what = "no such file or folder"
         raise ReadError(f"{source}: {what}; give synthetic, a store, or files of {', '.join(SUFFIXES)}")
-    if split != "all":
-        found = found.subset(np.flatnonzero(_split_mask(found, split))[:limit])
+    if split != "all" or limit:
+        chosen = np.ones(len(found), bool) if split == "all" else _split_mask(found, split)
+        available = round((found.available or len(found)) * chosen.mean())
+        found = replace(found.subset(np.flatnonzero(chosen)[:limit]), available=available)
         if not len(found):
             raise ReadError(f"{source}: no shapes in its {split} part")
-    elif limit:
-        found = found.subset(np.arange(min(limit, len(found))))
     if standard:
         return found
     points, labels = _standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name, found.parts)
@@ -199,19 +195,17 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     split = (np.arange(len(made["points"])) % 4 == 3).astype(np.int8)  # a class comes every 21: none is left out
     digest = hashlib.sha256(made["points"].tobytes()).hexdigest()
     found = PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
-    return replace(found, parts=made["parts"], part_names=synthetic.PART_NAMES) if parts else found
+    own: dict[str, Any] = {"parts": made["parts"], "part_names": synthetic.PART_NAMES} if parts else {}
+    return replace(found, available=total, **own)
 
 
 def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
     """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N and part_names."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if not name.startswith("raw_")}
+    with boundary(path):
+        headers = {name: kind for name, (_, kind) in npz_headers(path).items() if not name.startswith("raw_")}
+        arrays = read_npz(path, [name for name, kind in headers.items() if name == "points" or not kind.hasobject])
         points = arrays.get("points", np.empty(0))
         usable = points.ndim == 3 and points.shape[2] == 3 and len(points) and np.issubdtype(points.dtype, np.number)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ReadError(f"{path}: not a readable .npz bundle ({reason})") from error
     if not usable:
         found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
         raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
@@ -221,11 +215,17 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         with boundary(path):
             check_cloud(cloud, f"shape {i}: ")
     labels = arrays.get(labels_key)
-    if labels is None and labels_key != "labels":
+    if labels is not None and labels.shape in (points.shape[:2], (*points.shape[:2], 1)):  # one a point
+        arrays, labels = {"parts": labels.reshape(points.shape[:2])} | arrays, None
+    elif labels is None and labels_key != "labels":
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
     names = tuple(printable(str(name)) for name in arrays.get(f"{stem}_names", ()))
+    if labels is not None and labels.shape == (len(points), 1):
+        labels = labels[:, 0]
+    if labels is not None and np.issubdtype(labels.dtype, np.integer) and (labels < 0).any():
+        labels = None  # as of a store: of all shapes or of none
     split = arrays.get("split")
     for name, values in (("labels", labels), ("split", split)):
         if values is not None and values.shape != (len(points),):
@@ -240,23 +240,7 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
     if labels is not None and labels.max() >= len(names):
         raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
     found = PointClouds(path.name, digest, points, labels, names, split)
-    return replace(found, **_parts_in(arrays, path)) if parts else found
-
-
-def _parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
-    key = "seg" if "seg" in arrays else "parts"
-    if key not in arrays:
-        raise ReadError(f"{path}: {_NO_PARTS}")
-    parts, (count, size, _) = arrays[key], arrays["points"].shape
-    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
-        found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
-    names = tuple(str(name) for name in arrays.get("part_names", ()))
-    end = len(names) or 1 + np.iinfo(np.int16).max
-    if parts.min() < 0 or parts.max() >= end:
-        raise ReadError(f"{path}: {key} must be from 0 to {end - 1}, found {parts.min()} to {parts.max()}")
-    return {"parts": parts.astype(np.int16), "part_names": names}
+    return replace(found, **parts_in(arrays, path)) if parts else found
 
 
 def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
@@ -273,17 +257,20 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
         raise ReadError(f"{path}/{stray}: is in no train or test folder, but others are; move it, or: jepa3d prepare")
     if split != "all" and None not in in_split:
         entries = [entry for entry in entries if entry.split == split]
-    entries = entries[:limit]
-    clouds, digest = [], hashlib.sha256()
+    available, entries = len(entries), entries[:limit]
+    clouds, digest, unseen = [], hashlib.sha256(), 0
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
             if parts and cloud.parts is None:
-                raise ReadError(_NO_PARTS)
+                raise ReadError(NO_PARTS)
+            one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
+        unseen += cloud.unseen
         digest.update(cloud.points.tobytes())
-        one = cloud.points[None], cloud.parts[None].astype(np.int16) if parts and cloud.parts is not None else None
         axes = None if up_axis is None else cloud.to_z_up(up_axis)
         clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
+    if unseen:
+        print(f"{path}: {unseen:,} points that are NaN, where nothing was seen, were left out")
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
@@ -291,9 +278,10 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
     points = _joined([cloud for cloud, _ in clouds], up_axis is None)
     found = PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
-    if not parts:
-        return found
-    return replace(found, parts=_joined([own for _, own in clouds], up_axis is None), part_names=source.part_names)
+    own: dict[str, Any] = (
+        {"parts": _joined([p for _, p in clouds], up_axis is None), "part_names": source.part_names} if parts else {}
+    )
+    return replace(found, available=available, **own)
 
 
 def _joined(arrays: list, raw: bool) -> np.ndarray:
@@ -316,8 +304,8 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     rows = np.arange(len(store))
     if split != "all" and (has_split or split != "train"):
         rows = np.flatnonzero(in_split == SPLITS.index(split))
-    rows = rows[:limit]
-    if not len(rows):
+    available, rows = len(rows), rows[:limit]
+    if not available:
         raise ReadError(f"{path}: no shapes in its {split} part")
     labels = np.asarray(store.columns["label"])[rows].astype(np.int64)
     labelled = bool((labels >= 0).all())
@@ -325,7 +313,7 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     if store.num_points is not None and store.num_points < num_points:
         raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
     if parts and "parts" not in store.shard(0):
-        raise ReadError(f"{path}: {_NO_PARTS}")
+        raise ReadError(f"{path}: {NO_PARTS}")
     points: Any = StoredPoints(store, rows, num_points)
     own: Any = StoredParts(points) if parts else None
     if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):
@@ -344,4 +332,4 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
                 own[i] = chosen[0]
     names = store.class_names if labelled else ()
     found = PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)
-    return replace(found, parts=own, part_names=store.part_names) if parts else found
+    return replace(found, parts=own, part_names=store.part_names if parts else (), available=available)

@@ -56,10 +56,7 @@ def entries_of(
     for row in range(count):
         own, half = label, split
         if "label" in facts:
-            number = int(np.ravel(facts["label"][row])[0])
-            if number < 0 or (names and number >= len(names)):
-                raise ReadError(f"{path}: label {number} of cloud {row} without class: there are {len(names)} names")
-            own = names[number] if names else str(number)
+            own = _class_of(facts["label"][row], names, f"{path}: label of cloud {row}")
         if "split" in facts:
             number = int(facts["split"][row])
             if not 0 <= number < len(SPLITS):
@@ -68,6 +65,18 @@ def entries_of(
         title = _text(titles[row]) if len(titles) == count else None
         entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
     return entries
+
+
+def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
+    """The class that a label of an array file means: a text, or a number; None for one below 0."""
+    if value.dtype.kind in "US":
+        return _text(value)
+    number = int(value)
+    if number < 0:
+        return None
+    if names and number >= len(names):
+        raise ReadError(f"{where}: {number} is without class: there are {len(names)} names")
+    return names[number] if names else str(number)
 
 
 def _text(name: str | bytes) -> str:

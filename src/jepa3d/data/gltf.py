@@ -18,7 +18,7 @@ _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 _MOST = 50_000_000  # vertices and corners of a scene, whose nodes may show one mesh many times
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing")  # extensions that change shapes and are read
 # Those that change none: how a surface looks, lights, notes.
-_LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|texture|lights|xmp|animation|audio)\w*")
+_LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*")
 _DRACO, _MESHOPT, _INSTANCING = "KHR_draco_mesh_compression", "meshopt_compression", "EXT_mesh_gpu_instancing"
 
 
@@ -105,11 +105,10 @@ class _Scene:
             if "mesh" not in node:
                 continue
             copies = [np.eye(4)]
-            if _INSTANCING in node.get("extensions", {}):
-                found = {k: self._values(v) for k, v in node["extensions"][_INSTANCING]["attributes"].items()}
-                names = {"TRANSLATION": "translation", "ROTATION": "rotation", "SCALE": "scale"}
-                found = {names[k]: v for k, v in found.items() if k in names}
-                copies = [_matrix({k: v[n] for k, v in found.items()}) for n in range(min(map(len, found.values())))]
+            if instances := node.get("extensions", {}).get(_INSTANCING):
+                found = {name.lower(): self._values(i) for name, i in instances["attributes"].items()}
+                count = min(len(values) for values in found.values())
+                copies = [_matrix({name: values[n] for name, values in found.items()}) for n in range(count)]
             shown += [(node, place @ copy) for copy in copies]
         return shown
 
@@ -118,10 +117,8 @@ class _Scene:
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
         """Vertices n 3 in the scene: of the shape's weights and, where a skin moves it, in the pose of its joints."""
         attributes = primitive["attributes"]
-        if (
-            _DRACO in primitive.get("extensions", {})
-            and "bufferView" not in self.json["accessors"][attributes["POSITION"]]
-        ):
+        packed = _DRACO in primitive.get("extensions", {})
+        if packed and "bufferView" not in self.json["accessors"][attributes["POSITION"]]:
             raise ReadError(f"needs {_DRACO}, which is not read; save it without")
         points = self._values(attributes["POSITION"]).astype(np.float64)
         weights = node.get("weights", self.json["meshes"][node["mesh"]].get("weights", ()))
@@ -201,10 +198,9 @@ class _Scene:
             head, _, data = uri.partition(",")
             return binascii.a2b_base64(unquote(data)) if head.endswith(";base64") else unquote_to_bytes(data)
         for name in (unquote(uri), uri):
-            file = self.path.parent / name
-            if not file.resolve().is_relative_to(self.path.parent.resolve()) or "://" in name:
+            if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ReadError(f"its buffer {name} is not in its folder: only those are opened")
-            if file.is_file():
+            if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")
 

@@ -15,7 +15,7 @@ from jepa3d.data.gltf import read_gltf
 from jepa3d.data.obj import read_obj
 from jepa3d.data.off import read_off
 from jepa3d.data.ply import read_ply
-from jepa3d.data.scans import read_e57, read_las, read_pcd
+from jepa3d.data.scans import read_bin, read_e57, read_las, read_pcd, read_ptx
 from jepa3d.data.stl import read_stl
 from jepa3d.data.text import read_table
 
@@ -25,7 +25,7 @@ _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or th
 def read(path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None) -> PointCloud:
     """The cloud, or mesh, of a file; of an array of clouds (HDF5, NPZ) that at `row`.
 
-    columns: names of x, y, z in a table whose header has others. Raises ReadError.
+    columns: names of x, y, z in a table whose header has others, or of all columns of a .bin. Raises ReadError.
     """
     path = Path(path)
     suffix = suffix_of(path)
@@ -38,7 +38,7 @@ def read(path: str | Path, row: int | None = None, columns: tuple[str, ...] | No
             raise ReadError("empty file")
         if suffix in ARRAY_SUFFIXES:
             return reader(file, row)
-        return read_table(file, columns) if reader is read_table else reader(file)
+        return reader(file, columns) if reader in (read_table, read_bin) else reader(file)
 
 
 def refusal(path: Path) -> str | None:
@@ -83,7 +83,7 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
     points = cloud.points.astype(np.float64)
-    return PointCloud.make(points + cloud.origin, normals=cloud.normals, label=cloud.label, up=cloud.up)
+    return PointCloud.make(points + cloud.origin, normals=cloud.normals, up=cloud.up)
 
 
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
@@ -98,13 +98,15 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".npy": read_array, ".npz": read_array, ".h5": read_array, ".hdf5": read_array,
     ".off": read_off, ".ply": read_ply, ".obj": read_obj, ".stl": read_stl, ".glb": read_gltf, ".gltf": read_gltf,
     ".xyz": read_table, ".txt": read_table, ".csv": read_table, ".pts": read_table, ".asc": read_table,
-    ".pcd": read_pcd, ".las": read_las, ".laz": read_las, ".e57": read_e57,
+    ".pcd": read_pcd, ".las": read_las, ".laz": read_las, ".e57": read_e57, ".ptx": read_ptx, ".bin": read_bin,
 }  # fmt: skip
 SUFFIXES = tuple(_READERS)
-_PYTHON = """pip install {0} {1}; python -c "import {0}; {0}.{2}.export('OUT.ply')\""""
+_PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
+_TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
+_PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangulate().save")
 _CONVERTED = {
-    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format("trimesh", "pycollada lxml networkx", "load('IN', force='mesh')")),
-    **dict.fromkeys((".vtk", ".vtp", ".vtu"), "in ParaView, to PLY"),
+    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
+    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
     **dict.fromkeys((".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"),
     **dict.fromkeys((".step", ".stp", ".iges", ".igs", ".brep"), "in FreeCAD, to STL"),
 }  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.polygons import Rows, mesh, triangles, unix_lines, whole
+from jepa3d.data.polygons import Rows, mesh, runs, triangles, unix_lines, whole
 from jepa3d.data.text import to_bytes
 
 _MAGIC = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
@@ -38,8 +38,7 @@ def read_off(path: Path) -> PointCloud:
     if (wrong := (sizes < 0) | (sizes >= rows.counts[first : first + num_faces])).any():
         face = int(wrong.argmax())
         raise ReadError(f"face {face} of {sizes[face]} vertices names {rows.counts[first + face] - 1}")
-    corners = np.repeat(at + 1 - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    return mesh(vertices, triangles(vertices, sizes, whole(values[corners])), colors=colors)
+    return mesh(vertices, triangles(vertices, sizes, whole(values[runs(at + 1, sizes)])), colors=colors)
 
 
 def _of_any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:

@@ -1,9 +1,8 @@
 """PLY, in text or binary: the only reader of its header and its rows."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jepa3d.data.boundary import check_claim
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.polygons import Rows, mesh, strip, triangles, unix_lines, whole
+from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import columns_of
 
 _KINDS = {
@@ -104,7 +103,7 @@ def read_ply(path: Path) -> PointCloud:
     with path.open("rb") as file:
         file.seek(header.start)
         data = file.read()
-    found = _elements_of_text(header, data) if header.order == "" else _elements_of_bytes(header, data)
+    found = _columns_of_bytes(header, data) if header.order else _columns_of_text(header, data)
     if "vertex" not in found:
         raise ReadError("no vertices")
     vertex = {name: values for name, values in found["vertex"].items() if isinstance(values, np.ndarray)}
@@ -130,51 +129,52 @@ def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndar
     return sizes, whole(values)
 
 
-def _elements_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
+def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Every element's columns; a row is a line."""
     rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
-        last = first + element.count
+        last, columns = first + element.count, {}
         if last > len(rows):
             raise ReadError(f"truncated: {max(len(rows) - first, 0)} of {element.count} of its {element.name} rows")
         values, at = rows.numbers(first, last, integers=all(p.kind.kind != "f" for p in element.properties))
-        ends, cells = at + rows.counts[first:last], partial(_words, values)
-        found[element.name] = _columns(element, at, ends, cells, lambda _: 1)
-        first = last
+        ends = at + rows.counts[first:last]
+        for p in element.properties:
+            if p.length is not None and element.count and (at == ends).all():
+                continue  # Blender declared lists that it did not write
+            _check_rows(element, at < ends)
+            if p.length is None:
+                columns[p.name], at = values[at], at + 1
+                continue
+            lengths, at = whole(values[at]), at + 1
+            _check_rows(element, (lengths >= 0) & (at + lengths <= ends))
+            columns[p.name], at = (lengths, values[runs(at, lengths)]), at + lengths
+        found[element.name], first = columns, last
     return found
 
 
-def _words(values: np.ndarray, where: np.ndarray, _: np.dtype) -> np.ndarray:
-    return values[where]
+def _check_rows(element: Element, good: np.ndarray) -> None:
+    if not good.all():
+        raise ReadError(f"truncated or damaged in row {int(good.argmin())} of its {element.name}")
 
 
-def _elements_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """Every element's columns; rows of lists are measured one by one, unless all are as long as the first."""
-    raw, found, at = np.frombuffer(data, np.uint8), {}, 0
-
-    def cells(where: np.ndarray, kind: np.dtype) -> np.ndarray:
-        return raw[where[:, None] + np.arange(kind.itemsize)].view(kind)[:, 0]
-
-    for element in header.elements:
+def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
+    """Every element's columns; rows of lists are walked one by one, unless all are as long as the first."""
+    found, at = {}, 0
+    for element in (e for e in header.elements if e.count):
         most = (len(data) - at) // sum((p.length or p.kind).itemsize for p in element.properties)
         if element.count > most:
             raise ReadError(f"truncated: at most {most} of {element.count} of its {element.name} rows")
-        if not element.count:
+        first, end = _walked(element, header.order, data, at, 1)
+        lengths = {i: int(c[0][0]) for i, c in enumerate(first.values()) if isinstance(c, tuple)}
+        table = np.frombuffer(data, row_type(element, lengths), min(element.count, (len(data) - at) // (end - at)), at)
+        if len(table) < element.count or any((table[f"length {i}"] != n).any() for i, n in lengths.items()):
+            found[element.name], at = _walked(element, header.order, data, at, element.count)
             continue
-        lengths, ends = _measured(element, header.order, data, at, 1)
-        table = np.frombuffer(
-            data, row_type(element, lengths), min(element.count, (len(data) - at) // (ends[1] - at)), at
-        )
-        if len(table) == element.count and all((table[f"length {i}"] == n).all() for i, n in lengths.items()):
-            found[element.name] = {
-                p.name: (np.full(len(table), lengths[i]), table[f"{i}"].reshape(-1)) if i in lengths else table[f"{i}"]
-                for i, p in enumerate(element.properties)
-            }
-            at += table.nbytes
-            continue
-        where = np.array(_measured(element, header.order, data, at, element.count)[1])
-        found[element.name] = _columns(element, where[:-1], where[1:], cells, lambda kind: kind.itemsize)
-        at = int(where[-1])
+        found[element.name] = {
+            p.name: (np.full(len(table), lengths[i]), table[f"{i}"].reshape(-1)) if i in lengths else table[f"{i}"]
+            for i, p in enumerate(element.properties)
+        }
+        at += table.nbytes
     return found
 
 
@@ -186,51 +186,27 @@ def row_type(element: Element, lengths: dict[int, int]) -> np.dtype:
     return np.dtype(fields)
 
 
-def _measured(element: Element, order: str, data: bytes, at: int, count: int) -> tuple[dict[int, int], list[int]]:
-    """Lengths of the last row's lists, by the number of the property, and the `count + 1` bounds of the rows."""
-    plan = [(i, p.length.itemsize if p.length else 0, p.kind.itemsize) for i, p in enumerate(element.properties)]
-    signed = {i for i, p in enumerate(element.properties) if p.length and p.length.kind == "i"}
-    lengths, ends, byteorder = {}, [at], "big" if order == ">" else "little"
+def _walked(element: Element, order: str, data: bytes, at: int, count: int) -> tuple[dict[str, Column], int]:
+    """Columns of `count` binary rows of any lengths from byte `at` on, and where they end."""
+    byteorder = "big" if order == ">" else "little"
+    plan = [
+        (p.length and p.length.itemsize, p.length is not None and p.length.kind == "i", p.kind.itemsize, [], [])
+        for p in element.properties
+    ]
     for row in range(count):
-        for i, number, width in plan:
+        for number, signed, width, lengths, pieces in plan:
             if number:
-                lengths[i] = int.from_bytes(data[at : at + number], byteorder, signed=i in signed)
-                width *= lengths[i]
-            at += number + width
-        if not ends[-1] < at <= len(data):
-            raise ReadError(f"truncated or damaged in row {row} of the {count} of its {element.name}")
-        ends.append(at)
-    return lengths, ends
-
-
-def _columns(
-    element: Element,
-    at: np.ndarray,
-    ends: np.ndarray,
-    cells: Callable[[np.ndarray, np.dtype], np.ndarray],
-    width: Callable[[np.dtype], int],
-) -> dict[str, Column]:
-    """An element's columns from where its rows begin and end, in words of a text or in bytes."""
-    found: dict[str, Column] = {}
-
-    def check(last: np.ndarray) -> None:
-        if (last > ends).any():
-            raise ReadError(
-                f"truncated or damaged: row {int((last > ends).argmax())} of its {element.name} is too short"
-            )
-
-    for p in element.properties:
-        if p.length is None:
-            check(at + width(p.kind))
-            found[p.name], at = cells(at, p.kind), at + width(p.kind)
-            continue
-        check(at + width(p.length))
-        lengths, at = whole(cells(at, p.length)), at + width(p.length)
-        last = at + lengths * width(p.kind)
-        check(np.where(lengths < 0, ends + 1, last))
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        found[p.name], at = (lengths, cells(np.repeat(at, lengths) + width(p.kind) * within, p.kind)), last
-    return found
+                lengths.append(int.from_bytes(data[at : at + number], byteorder, signed=signed))
+                at, width = at + number, max(lengths[-1], 0) * width
+            pieces.append(data[at : at + width])
+            at += width
+        if at > len(data):
+            raise ReadError(f"truncated or damaged in row {row} of {element.count} of its {element.name}")
+    columns: dict[str, Column] = {}
+    for p, (number, _, _, lengths, pieces) in zip(element.properties, plan, strict=True):
+        values = np.frombuffer(b"".join(pieces), p.kind)
+        columns[p.name] = (np.array(lengths), values) if number else values
+    return columns, at
 
 
 # ---------------------------------------------------------------------------------------------- in chunks
@@ -243,31 +219,26 @@ def vertex_chunks(path: Path, header: Header, size: int) -> Iterator[np.ndarray]
     if vertex.name != "vertex" or header.old_mac or {*"xyz"} - {*names} or any(p.length for p in vertex.properties):
         return None
     columns = [names.index(axis) for axis in "xyz"]
-    return (_chunks_of_bytes if header.order else _chunks_of_text)(path, header, vertex, columns, size)
+    return (_chunks_of_bytes if header.order else _chunks_of_text)(path, header.start, vertex, columns, size)
 
 
-def _chunks_of_bytes(
-    path: Path, header: Header, vertex: Element, columns: list[int], size: int
-) -> Iterator[np.ndarray]:
+def _chunks_of_bytes(path: Path, start: int, vertex: Element, columns: list[int], size: int) -> Iterator[np.ndarray]:
     kind = row_type(vertex, {})
-    check_claim(path, header.start + vertex.count * kind.itemsize, 1)
+    check_claim(path, start + vertex.count * kind.itemsize, 1)
     for at in range(0, vertex.count, size):
-        table = np.fromfile(path, kind, min(size, vertex.count - at), offset=header.start + at * kind.itemsize)
+        table = np.fromfile(path, kind, min(size, vertex.count - at), offset=start + at * kind.itemsize)
         yield np.stack([table[f"{i}"].astype(np.float64) for i in columns], 1)
 
 
-def _chunks_of_text(path: Path, header: Header, vertex: Element, columns: list[int], size: int) -> Iterator[np.ndarray]:
+def _chunks_of_text(path: Path, start: int, vertex: Element, columns: list[int], size: int) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
-        file.seek(header.start)
-        lines, left = (line for line in file if line.strip()), vertex.count
-        while left:
-            rows = Rows(b"".join(islice(lines, min(size, left))))
-            if not len(rows):
-                raise ReadError(f"truncated: {vertex.count - left} of {vertex.count} points")
-            if rows.counts.min() <= max(columns):
-                raise ReadError(
-                    f"truncated or damaged: point {vertex.count - left + int(rows.counts.argmin())} is too short"
-                )
+        file.seek(start)
+        lines = islice((line for line in file if line.strip()), vertex.count)
+        done = 0
+        while done < vertex.count:
+            rows = Rows(b"".join(islice(lines, size)))
+            if rows.counts.min(initial=99) <= max(columns) or not len(rows):
+                raise ReadError(f"truncated or damaged: {done} or a few more of {vertex.count} points")
             values, at = rows.numbers()
             yield values[at[:, None] + columns]
-            left -= len(rows)
+            done += len(rows)

@@ -7,11 +7,13 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError
 
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")  # as older compilers of Windows write it
-_MOST_CORNERS = 500  # of a concave polygon that is cut exactly: the time grows with the square
+_MOST_CORNERS = 2000  # of a concave polygon: the time may grow with the cube
 
 
 def unix_lines(text: bytes) -> bytes:
-    """The text with every line end (CR LF, CR) as LF, and without the mark that Windows' editors put first."""
+    """The text with every line end (CR LF, CR) as LF, without the mark that Windows' editors put first, no UTF-16."""
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        text = text.decode("utf-16", "replace").encode()
     text = text.removeprefix(b"\xef\xbb\xbf")
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
@@ -61,6 +63,11 @@ def whole(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Indices of `sizes[i]` items from `at[i]` on, for every i."""
+    return np.repeat(at - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+
+
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
     """A mesh, or without faces a cloud. NaN vertices that no face uses are dropped. Raises ReadError."""
     if not len(faces):
@@ -90,16 +97,19 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
         polygons = corners[starts[sizes == size][:, None] + np.arange(size)]
         middle = np.arange(1, size - 1)
         fan = np.stack([np.zeros_like(middle), middle, middle + 1], 1)
-        if size == 3 or size > _MOST_CORNERS:
+        if size == 3:
             found.append(polygons[:, fan].reshape(-1, 3))
             continue
         spokes = vertices[polygons[:, 1:]] - vertices[polygons[:, :1]]
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
-        whole_normal = normals.sum(1)
-        concave = ((normals @ whole_normal[:, :, None])[..., 0] < 0).any(1)
+        normal = normals.sum(1)
+        along = (normals @ normal[:, :, None])[..., 0]
+        concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
+        if size > _MOST_CORNERS and concave.any():
+            raise ReadError(f"a concave polygon of {size} corners, more than {_MOST_CORNERS}: cut it into triangles")
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
-        for polygon, normal in zip(polygons[concave], whole_normal[concave], strict=True):
-            found.append(polygon[_ears(vertices[polygon], normal)])
+        for polygon, up in zip(polygons[concave], normal[concave], strict=True):
+            found.append(polygon[_ears(vertices[polygon], up)])
     return np.concatenate(found)
 
 
@@ -112,22 +122,25 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     flat = np.delete(corners, axis, 1)
     flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]  # counter-clockwise
 
-    def side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-        return (b[0] - a[0]) * (c[..., 1] - a[1]) - (b[1] - a[1]) * (c[..., 0] - a[0])
+    def side(a, b, x, y):
+        """Above 0 where (x, y) lies left of the line from a to b."""
+        return (b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
 
-    left, found = list(range(len(corners))), []
-    while len(left) > 3:
-        for i in range(len(left)):
-            ear = left[i - 1], left[i], left[(i + 1) % len(left)]
-            a, b, c = flat[list(ear)]
-            others = flat[left]
-            inside = (side(a, b, others) > 0) & (side(b, c, others) > 0) & (side(c, a, others) > 0)
-            if side(a, b, c) > 0 and not inside.any():
+    places, others = [tuple(place) for place in flat.tolist()], flat
+    left, found, at, missed = list(range(len(corners))), [], 0, 0
+    tries = 100 * len(corners)  # so many for a hostile polygon; a spiral needs 20 a corner
+    while len(left) > 3 and missed < len(left) and tries:
+        at, missed = at % len(left), missed + 1
+        ear = left[at - 1], left[at], left[(at + 1) % len(left)]
+        a, b, c = (places[i] for i in ear)
+        if side(a, b, *c) > 0:
+            (x, y), tries = others.T, tries - 1
+            if not ((side(a, b, x, y) > 0) & (side(b, c, x, y) > 0) & (side(c, a, x, y) > 0)).any():
                 found.append(ear)
-                del left[i]
-                break
-        else:
-            break
+                del left[at]
+                others, missed = np.delete(others, at, 0), 0
+                continue
+        at += 1
     found += [(left[0], left[i], left[i + 1]) for i in range(1, len(left) - 1)]
     return np.array(found)
 

@@ -10,15 +10,25 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa3d.data.archives import unpacked
-from jepa3d.data.boundary import printable
-from jepa3d.data.cloud import ATTRIBUTES, MAX_POINTS, TO_Z_UP, ReadError, check_cloud, filled, reduce, sample_surface
+from jepa3d.data.cloud import (
+    ATTRIBUTES,
+    MAX_POINTS,
+    TO_Z_UP,
+    UNLABELLED,
+    ReadError,
+    check_cloud,
+    filled,
+    reduce,
+    sample_surface,
+    to_parts,
+)
 from jepa3d.data.entries import Entry, Source
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.splits import divide, lacking
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64
 from jepa3d.locking import writing
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
@@ -65,8 +75,8 @@ def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, str
 def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: all, or a number from 1")
-    if options.columns is not None and len(options.columns) != 3:
-        raise ValueError(f"--columns {' '.join(options.columns)}: the names of x, y and z")
+    if options.columns is not None and len(options.columns) < 3:
+        raise ValueError(f"--columns {' '.join(options.columns)}: the names of x, y and z, or of all columns of a .bin")
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
 
@@ -79,10 +89,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
-        print(note, flush=True)
+        print(printable(note), flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
-    skipped, taken, fewer = list(source.skipped), Counter(), 0
+    skipped, taken, fewer, unseen = list(source.skipped), Counter(), 0, Counter()
     settings = json.loads(json.dumps(asdict(options)))
     try:
         with StoreWriter(out, settings, names, parts) as writer:
@@ -98,10 +108,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 arrays, row = result
                 fewer += row.pop("count") < (options.points or 0)
                 if total := row.pop("total"):
-                    source.notes.append(
-                        f"{printable(entry.key)}: a random {MAX_POINTS:,} of its {total:,} points were read"
-                    )
-                    print(source.notes[-1])
+                    source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
+                    print(printable(source.notes[-1]))
+                if hidden := row.pop("unseen"):
+                    unseen[entry.key] = hidden
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
                 taken[Path(entry.file).suffix or source.layout] += 1
     except KeyboardInterrupt:
@@ -110,6 +120,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
         if fewer:
             source.notes.append(f"{fewer:,} clouds of fewer than {options.points:,} points were filled up")
             print(f"{source.notes[-1]} (--short skip leaves them out)")
+        if unseen:
+            which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
+            source.notes.append(f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}")
+            print(printable(source.notes[-1]))
         if (out / "store.json").is_file():
             _report(out, source, taken, skipped)
     _show(out, taken, before, skipped)
@@ -133,6 +147,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     """A cloud's arrays as the store has them, and its row of the index. Raises ReadError."""
     cloud = entry.read()
     content = hash64(cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes()))
+    told = {"total": cloud.total, "unseen": cloud.unseen}
     count, seed = options.points, options.seed  # not of the key: equal files give equal clouds
     if cloud.faces is not None:
         cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
@@ -154,17 +169,25 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     axes = TO_Z_UP[up]
     kind = np.dtype(options.precision)
     arrays = {"points": (cloud.points @ axes.T).astype(kind)}
-    kinds = {"normals": np.float16, "colors": np.uint8, "parts": np.int16}
+    if options.precision == "float16":
+        _check_rounding(cloud.points @ axes.T, arrays["points"])
     for name in options.keep:
-        values = getattr(cloud, name) @ axes.T if name == "normals" else getattr(cloud, name)
-        arrays[name] = values.astype(kinds[name])
-    return arrays, {
-        "up": up,
-        "frame": (*cloud.origin, cloud.scale),
-        "content": content,
-        "total": cloud.total,
-        "count": found,
-    }
+        values = getattr(cloud, name)
+        arrays[name] = (values @ axes.T).astype(np.float16) if name == "normals" else values
+    if "parts" in arrays:
+        arrays["parts"] = to_parts(arrays["parts"])
+        if (arrays["parts"] == UNLABELLED).all():
+            raise ReadError("none of its points has a part label (--keep parts)")
+    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content, "count": found, **told}
+
+
+def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
+    """ReadError where float16 moves points n 3 of the unit sphere by over 1 % of their extent: a far one scales all."""
+    error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
+    extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
+    if error > 0.01 * extent:
+        far = "a point far out sets its scale; remove it, or --precision float32"
+        raise ReadError(f"float16 moves its points by {100 * error / max(extent, 1e-30):.0f} % of their extent: {far}")
 
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
@@ -204,7 +227,7 @@ def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]]
         + (":" if skipped else "")
     )
     for key, reason in skipped[:lines]:
-        print(f"  {printable(key)}: {printable(reason)}")
+        print(printable(f"  {key}: {reason}"))
     if len(skipped) > lines:
         print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")
 

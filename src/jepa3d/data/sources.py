@@ -8,10 +8,11 @@ from pathlib import Path
 
 from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
-from jepa3d.data.boundary import printable
+from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import SUFFIXES, refusal
+from jepa3d.data.scans import NO_COLUMNS
 from jepa3d.data.splits import SPLIT_OF, classes_and_splits
 from jepa3d.data.text import check_table
 
@@ -78,10 +79,13 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
                 skipped.append((key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why))
                 continue
             try:
-                if path.suffix.lower() == ".txt":
-                    check_table(path)
+                with boundary(path):
+                    if path.suffix.lower() == ".txt":
+                        check_table(path)
+                    if path.suffix.lower() == ".bin" and columns is None:  # or a mesh's buffer
+                        raise ReadError(NO_COLUMNS)
             except ReadError as error:  # a README is no damaged cloud
-                skipped.append((key, str(error)))
+                skipped.append((key, str(error).removeprefix(f"{path}: ")))
                 continue
             found_files.append((path, key))
     places = classes_and_splits([Path(key).parts[:-1] for _, key in found_files], flat=bool(inner))

@@ -17,17 +17,15 @@ def read_stl(path: Path) -> PointCloud:
     """All solids of an STL file. A binary one may begin with the word solid, and have a few bytes too many."""
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")
-    have, rest = divmod(max(len(data) - _HEAD, 0), _TRIANGLE.itemsize)
-    text = re.match(rb"\s*solid\b", data, re.IGNORECASE) and re.search(rb"facet\s+normal", data, re.IGNORECASE)
-    if text and (claimed, rest) != (have, 0):
+    have = max(len(data) - _HEAD, 0) // _TRIANGLE.itemsize
+    exact = len(data) == _HEAD + claimed * _TRIANGLE.itemsize
+    if not exact and re.match(rb"\s*solid\b.*(facet\s+normal|endsolid)", data, re.IGNORECASE | re.DOTALL):
         corners = _in_text(unix_lines(data).lower())
-    elif re.match(rb"\s*solid\b", data, re.IGNORECASE) and re.search(rb"endsolid", data, re.IGNORECASE):
-        raise ReadError("an STL file without triangles")
     elif len(data) < _HEAD:
         raise ReadError("not an STL file: neither text that begins with solid nor long enough for a binary header")
     elif claimed != have:
-        what = "truncated or not an STL file" if claimed > have else "damaged or not an STL file"
-        raise ReadError(f"{what}: its header counts {claimed} triangles, it has {have}")
+        what = "truncated" if claimed > have else "damaged"
+        raise ReadError(f"{what} or not an STL file: its header counts {claimed} triangles, it has {have}")
     else:
         corners = np.frombuffer(data, _TRIANGLE, have, _HEAD)["corners"].reshape(-1, 3)
     if not len(corners):

@@ -27,6 +27,7 @@ from jepa3d.plain import naming, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
+_UNFINISHED = (".store.json.partial", ".store.json.lock")  # what a command killed at its first write leaves
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
     "label": ("<i4", ()),  # index of class_names, -1 none
@@ -225,7 +226,7 @@ class StoreWriter:
         self.header: dict[str, Any] = {}
         self._new = not (path / "store.json").is_file()
         if self._new:
-            if path.exists() and (not path.is_dir() or any(p.suffix != ".partial" for p in path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(p.name not in _UNFINISHED for p in path.iterdir())):
                 raise ValueError(f"{path}: exists and is not a store; choose another --out")
             self.header = {"format": FORMAT, "complete": False, "settings": settings, "shards": []}
             self.header |= {"num_points": settings["points"], "class_names": [], "part_names": list(part_names)}

@@ -99,7 +99,7 @@ def _curve(
     before = read_checked(file) if file.exists() else {}
     same = (before.get("fingerprint"), before.get("selection")) == (data.fingerprint, data.rule)
     known = before["points"] if same else {}
-    lines = [*read_metrics(run / "metrics.jsonl"), cost]
+    lines = [*read_metrics(run), cost]
     spent = {line["step"]: line["cpu_seconds"] for line in lines}
     spent = {0: 0.0} | {step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()}
     folders = {0: run / "untrained", cost["step"]: run / "encoder"}

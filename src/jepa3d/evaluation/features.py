@@ -1,11 +1,11 @@
-"""Frozen features of every depth of a network, pooled to one vector a cloud."""
+"""Frozen features of every depth of a network, pooled to one vector a cloud; the encoder to compare with."""
 
 import numpy as np
 import torch
 
 from jepa3d.data.datasets import PointClouds
 from jepa3d.models.dvae import DVAE
-from jepa3d.models.encoder import PointEncoder, pool
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.tokenizer import group
 
 
@@ -26,3 +26,12 @@ def layer_features(
             states = model.features(grouped.patches, grouped.centers)
         layers.append(torch.stack([pool(tokens, pooling) for tokens in states]).cpu())
     return torch.cat(layers, 1).numpy()
+
+
+def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
+    """A new encoder of the same settings, its BatchNorm statistics those of the clouds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = PointEncoder(**vars(encoder)["_hub_mixin_config"]).eval()
+    calibrate_batchnorm(made, clouds.batch(np.arange(min(len(clouds), 1024))))
+    return made

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from jepa3d.config import FinetuneConfig
-from jepa3d.data.cloud import ReadError
+from jepa3d.data.cloud import UNLABELLED, ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.splits import lacking
 from jepa3d.data.store import SPLITS
@@ -66,6 +66,8 @@ class Labelled:
         layout = json.loads(report.read_text()).get("layout") if report.is_file() else None
         parts: dict[str, Any] = {}
         if kept.parts is not None:
+            if alone := int((kept.parts[:] == UNLABELLED).all(1).sum()):
+                raise ReadError(f"{clouds.name}: {alone} shapes have no labelled point; leave them out")
             train = halves["train"]
             assert train.labels is not None
             found = category_parts(clouds.part_names, train.labels, train.parts, names)

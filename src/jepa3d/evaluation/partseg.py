@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jepa3d.data.cloud import UNLABELLED
+
 
 def category_parts(
     part_names: Sequence[str], labels: np.ndarray, parts: Any, class_names: Sequence[str]
@@ -24,7 +26,8 @@ def category_parts(
     for label, category in enumerate(class_names):
         named = np.array([i for i, owner in enumerate(owners) if owner == category], np.int64)
         rows = np.flatnonzero(np.asarray(labels) == label)
-        observed = np.flatnonzero(np.bincount(np.asarray(parts[rows]).ravel()))
+        own = np.asarray(parts[rows])
+        observed = np.flatnonzero(np.bincount(own[own != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
             name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
             raise ValueError(f"part {other[0]} ({name}) in a shape of {category}, whose parts are {named.tolist()}")
@@ -58,15 +61,19 @@ def mean_iou(
 
     A shape's IoU is the mean over its category's parts of intersection / union, 1 for a part that is in neither.
     instance_miou: mean over all shapes. category_miou: mean over the categories that have shapes of the mean over
-    theirs, which are in per_category by name. point_accuracy: points that are right. Raises ValueError.
+    theirs, which are in per_category by name. point_accuracy: points that are right. Points whose truth is UNLABELLED
+    count nowhere. Raises ValueError.
     """
     if predicted.shape != truth.shape or predicted.ndim != 2 or not predicted.size:
         raise ValueError(
             f"parts predicted {list(predicted.shape)}, true {list(truth.shape)}: both must be [n, N], n > 0"
         )
     _check_labels(labels, len(truth), parts_of)
-    if min(predicted.min(), truth.min()) < 0:
-        raise ValueError("part ids must be from 0")
+    if min(predicted.min(), truth.min() - UNLABELLED) < 0:
+        raise ValueError("part ids must be from 0, or -1 of a point without label")
+    labelled = truth != UNLABELLED
+    if not labelled.any(1).all():
+        raise ValueError(f"{int((~labelled.any(1)).sum())} shapes have no labelled point")
     size = 1 + max(int(predicted.max()), int(truth.max()), *(int(own.max(initial=0)) for own in parts_of))
     belongs = np.zeros((len(parts_of), size), bool)  # C P
     for label, own in enumerate(parts_of):
@@ -77,9 +84,9 @@ def mean_iou(
         flat = np.arange(len(parts))[:, None] * size + parts
         return np.bincount(flat[where], minlength=len(parts) * size).reshape(-1, size)
 
-    right, every = predicted == truth, np.ones(truth.shape, bool)
+    right = predicted == truth
     both = count(truth, right)
-    either = count(truth, every) + count(predicted, every) - both
+    either = count(truth, labelled) + count(predicted, labelled) - both
     iou = np.where(either == 0, 1.0, both / np.maximum(either, 1))
     own = belongs[labels]
     shape_iou = 100 * np.where(own, iou, 0).sum(1) / own.sum(1)
@@ -87,7 +94,7 @@ def mean_iou(
     return {
         "instance_miou": float(shape_iou.mean()),
         "category_miou": float(np.mean(list(per_category.values()))),
-        "point_accuracy": float(100 * right.mean()),
+        "point_accuracy": float(100 * right[labelled].mean()),
         "per_category": per_category,
     }
 

@@ -29,13 +29,14 @@ from sklearn.model_selection import StratifiedKFold
 from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
-from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.features import layer_features, untrained_like
 from jepa3d.evaluation.fitting import side_by_side
 from jepa3d.evaluation.labelled import Part, chosen_on, fifth, has_validation, shared_classes
 from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import load as load_encoder
 from jepa3d.models.teacher import load_module
 from jepa3d.plain import read_record
 
@@ -87,7 +88,7 @@ def run_protocol(
         return _few_labels(train, y, test, y_test, layers, seed)
     grid = _C_GRID if protocol == "logistic" else (0.0,)
     choices = [(layer, c) for layer in layers for c in grid]
-    best = choices[0]
+    layer, c = choices[0]
     if len(choices) > 1:
         x, labels, folds = train, y, [fifth(y, seed)]
         if held:
@@ -95,8 +96,7 @@ def run_protocol(
             folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
         jobs = [(protocol, c, x[layer], labels, folds, {"seed": seed}) for layer, c in choices]
         validation = side_by_side(_validation, jobs, len(jobs) * x[0].size)
-        best = choices[int(np.argmax(validation))]
-    layer, c = best
+        layer, c = choices[int(np.argmax(validation))]
     confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
     mean = float(np.nanmean(class_accuracy(confusion)))
     return {
@@ -129,8 +129,8 @@ def _few_labels(train, y, test, y_test, layers, seed) -> dict:
         _accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test)
         for (shots, labels), (layer, c) in zip(draws, chosen, strict=True)
     ]
-    std = float(np.std(scores, ddof=1))
-    return {"accuracy": float(np.mean(scores)), "std_over_draws": std, "chosen": [list(choice) for choice in chosen]}
+    found = moments(scores)
+    return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": [list(choice) for choice in chosen]}
 
 
 def probe(
@@ -145,8 +145,8 @@ def probe(
 ) -> dict:
     """Probe finished runs, each beside its own untrained encoder and its frozen teacher; returns the result record.
 
-    `part` is what is scored (see `shared_classes`). `layer` None chooses the best on validation; otherwise 0
-    (tokenizer) to depth. Raises ValueError.
+    runs: or one encoder, as of `jepa3d.load`, beside an untrained one of its settings. `part` is what is scored (see
+    `shared_classes`). `layer` None chooses the best on validation, 0 is the tokenizer. Raises ValueError.
     """
     started = time.perf_counter()
     if unknown := set(protocols) - set(PROTOCOLS):
@@ -159,16 +159,17 @@ def probe(
             raise ValueError(f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged")
     seeds = [config["seed"] for config, _ in found.values()]
     if len(set(seeds)) < len(runs):
-        raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged")
+        raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one")
     clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
     train, test, dropped = shared_classes(clouds, part)
     held = chosen_on(clouds, train, part)
     y, y_test = train.labels, test.labels
     assert y is not None
     assert y_test is not None
-    names = [clouds.class_names[label] for label in np.unique(y)]
-    rows = []
+    names, rows = [clouds.class_names[label] for label in np.unique(y)], []
     for run, (config, models) in found.items():
+        if "untrained" not in models and isinstance(given := models.get("pretrained"), PointEncoder):
+            models = {"untrained": untrained_like(given, train, config["seed"]), **models}
         for name, model in models.items():
             x, x_test = (layer_features(model, half, pooling) for half in (train, test))
             x_held = (
@@ -192,8 +193,8 @@ def probe(
     return provenance() | {
         "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
                  "train": len(train), "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
-        "pretraining": {str(run): _pretraining(run, config) for run, (config, _) in found.items()},
-        "seen_in_pretraining": any(_seen(config, data, part) for config, _ in found.values()),
+        "pretraining": {str(run): _pretraining(run, c) for run, (c, _) in found.items() if "task" in c},
+        "seen_in_pretraining": any(_seen(config, data, part) for config, _ in found.values()),  # as far as is known
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
         "selection": selection_rule(part, clouds),
@@ -220,12 +221,13 @@ def _pretraining(run: Path, config: dict) -> dict:
 
 
 def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
-    """A finished run's config and the networks to compare."""
+    """A finished run's config and the networks to compare; of an encoder by itself, what is known of it."""
     if not (run / "run.json").is_file():
-        raise ValueError(f"{run}: not a run folder of jepa3d pretrain")
+        encoder = load_encoder(str(run))
+        return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {"pretrained": encoder}
     config = stored(run)
-    if config["task"] != "pretrain":
-        raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe is of runs of jepa3d pretrain")
+    if "task" in config:
+        raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (run / export).is_dir():
         raise ValueError(f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume")
@@ -244,7 +246,6 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
 
     These are of the overall accuracy; beside them stand those of the mean class accuracy where a protocol has one.
     """
-
     table: dict[str, dict] = {}
     for protocol in protocols:
         for key in ("accuracy", "mean_class_accuracy"):
@@ -289,9 +290,8 @@ def show(result: dict, per_class: str | None = None) -> None:
             f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "") for s in scores.values()
         ]
         table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
-    console = Console()
     print(title)
-    Console(width=max(console.width, 100)).print(table)
+    Console(width=max(Console().width, 100)).print(table)
     if per_class is not None:
         _show_classes(result, per_class)
     for row in result["rows"]:

@@ -5,6 +5,8 @@ the average precision is taken over the whole ranking (ties by number). Nothing 
 paired by query; their interval is the bootstrap's over queries, which says nothing about other training runs.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,47 +15,79 @@ from rich.console import Console
 from rich.table import Table
 
 from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.store import StoredPoints
+from jepa3d.evaluation.features import untrained_like
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
+from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
 D2_BINS = 64
 _RESAMPLES = 2000
+_NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
 
 
-def average_precision(similarity: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Average precision n of every shape as a query among the others, NaN where it is alone in its class.
+def average_precision(similarity: np.ndarray, labels: np.ndarray, first: int = 0) -> np.ndarray:
+    """Average precision q of shapes first, first + 1 ... as queries among the others, NaN for one alone in its class.
 
-    similarity: n n, larger is nearer; the diagonal is ignored. labels: n.
+    similarity: q n, larger is nearer; a query's own is ignored. labels: n.
     """
     ranked = np.array(similarity, np.float64)
-    np.fill_diagonal(ranked, -np.inf)
+    queries = np.arange(len(ranked))
+    ranked[queries, first + queries] = -np.inf
     order = np.argsort(-ranked, 1, kind="stable")[:, :-1]
-    relevant = labels[order] == labels[:, None]
+    relevant = labels[order] == labels[first + queries][:, None]
     count = relevant.sum(1)
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
     return np.where(count > 0, (precision * relevant).sum(1) / np.maximum(count, 1), np.nan)
 
 
-def cosine(vectors: np.ndarray) -> np.ndarray:
+def precision_by_blocks(similarity: Callable[[slice], np.ndarray], labels: np.ndarray, width: int = 1) -> np.ndarray:
+    """`average_precision` n of all shapes, a block of queries at a time, so that memory is bounded whatever n.
+
+    similarity: of the rows in a slice to all, q n. width: numbers it needs for each pair of a query and a shape.
+    """
+    blocks = _blocks(len(labels), width)
+    return np.concatenate([average_precision(similarity(block), labels, block.start) for block in blocks])
+
+
+def cosine(vectors: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+    """Cosines q n of the vectors in `rows` with all n."""
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit @ unit.T
+    return unit[rows] @ unit.T
 
 
-def d2_similarity(points: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Minus the L1 distance of D2 shape histograms of clouds n N 3 (Osada et al. 2002).
+def d2_histograms(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarray:
+    """D2 shape histograms n 64 of clouds n N 3 (Osada et al. 2002).
 
-    D2: the distances of 32,768 random pairs of points, divided by their mean, in 64 bins up to 3.
+    The distances of 32,768 random pairs of points, divided by their mean, in 64 bins up to 3.
     """
     rng = np.random.default_rng(seed)
     histograms = np.empty((len(points), D2_BINS))
-    for i, cloud in enumerate(points):
+    for i in range(len(points)):
+        cloud = points[i]
         first, second = cloud[rng.integers(0, len(cloud), (2, 2**15))]
         distance = np.linalg.norm(first - second, axis=1)
         histograms[i] = np.histogram(distance / distance.mean(), D2_BINS, (0, 3))[0] / len(distance)
-    return -np.abs(histograms[:, None] - histograms[None]).sum(-1)
+    return histograms
+
+
+def d2_similarity(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarray:
+    """Minus the L1 distances n n of the D2 histograms of clouds n N 3."""
+    histograms = d2_histograms(points, seed)
+    return np.concatenate([_likeness(histograms, block) for block in _blocks(len(points), D2_BINS)])
+
+
+def _likeness(histograms: np.ndarray, rows: slice) -> np.ndarray:
+    """Minus the L1 distances q n of the histograms in `rows` to all n; needs 64 numbers a pair on the way."""
+    return -np.abs(histograms[rows, None] - histograms[None]).sum(-1)
+
+
+def _blocks(count: int, width: int = 1) -> list[slice]:
+    """Slices of `count` rows; those of one and all rows make few pairs, each of `width` numbers."""
+    size = max(1, _NUMBERS // (count * width))
+    return [slice(at, at + size) for at in range(0, count, size)]
 
 
 @torch.inference_mode()
@@ -68,15 +102,6 @@ def vectors_of(model: PointEncoder | Classifier, clouds: PointClouds, batch_size
         else:
             found.append(model.embed(points))
     return torch.cat(found).numpy()
-
-
-def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings, its BatchNorm statistics those of the clouds."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        made = PointEncoder(**vars(encoder)["_hub_mixin_config"]).eval()
-    calibrate_batchnorm(made, clouds.batch(np.arange(min(len(clouds), 1024))))
-    return made
 
 
 def paired_interval(gain: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -104,11 +129,12 @@ def retrieval(
         labelled = Labelled.of(load([data], encoder.num_points, "all", [up_axis], labels_key), data)
         clouds = labelled.test if part == "test" else labelled.train
         assert clouds.labels is not None
-        scores[name] = average_precision(cosine(vectors_of(model, clouds)), clouds.labels)
+        scores[name] = _of_vectors(vectors_of(model, clouds), clouds.labels)
         if name == models[0]:
             untrained = untrained_like(encoder, labelled.train)
-            scores["untrained"] = average_precision(cosine(vectors_of(untrained, clouds)), clouds.labels)
-            scores["D2 histograms"] = average_precision(d2_similarity(clouds.points[:]), clouds.labels)
+            scores["untrained"] = _of_vectors(vectors_of(untrained, clouds), clouds.labels)
+            histograms = d2_histograms(clouds.points)
+            scores["D2 histograms"] = precision_by_blocks(partial(_likeness, histograms), clouds.labels, D2_BINS)
     assert labelled is not None
     kept = np.isfinite(scores[models[0]])
     found: dict[str, dict[str, Any]] = {}
@@ -124,6 +150,10 @@ def retrieval(
         "classes": len(labelled.class_names),
         "results": found,
     } | provenance()
+
+
+def _of_vectors(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return precision_by_blocks(partial(cosine, vectors), labels)
 
 
 def show(result: dict[str, Any]) -> None:

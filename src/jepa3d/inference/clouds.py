@@ -31,9 +31,9 @@ class Address:
     def __str__(self) -> str:
         """Text that `parse` turns back into this, as long as the files are there."""
         if self.part is None:
-            return printable(self.file)
-        text = printable(f"{self.file}#{self.part}")
-        return text if Address.parse(text) == self else printable(f"{self.file}/#{self.part}")
+            return spelled(self.file)
+        text = spelled(f"{self.file}#{self.part}")
+        return text if Address.parse(text) == self else spelled(f"{self.file}/#{self.part}")
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
@@ -113,7 +113,7 @@ def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
             Item(str(address), address.open, int(stamp), label, True)
             for address, stamp, label in zip(addresses, content, labels, strict=True)
         ], []
-    found, items = discover(path), []
+    found, items = discover(Path(root)), []
     for entry in found.entries:
         address = _address(entry, root)
         try:
@@ -144,13 +144,13 @@ def open_cloud(path: str) -> tuple[PointCloud, bool]:
     return item.read(), item.z_up
 
 
-def printable(name: str) -> str:
+def spelled(name: str) -> str:
     """A file name that is not UTF-8 with its bytes spelled out, as Parquet and terminals need it."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _original(name: str) -> str:
-    r"""A name that `printable` spelled out, with its bytes again: \xff and so on, from 80 upwards."""
+    r"""A name that `spelled` wrote, with its bytes again: \xff and so on, from 80 upwards."""
     return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
 
 

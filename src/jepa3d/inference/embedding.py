@@ -21,10 +21,11 @@ from jepa3d.data.io import sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64
 from jepa3d.frame import FRAME
-from jepa3d.inference.clouds import Address, Item, items_of, listed, printable, show_left_out
+from jepa3d.inference.clouds import Address, Item, items_of, listed, show_left_out, spelled
 from jepa3d.locking import writing
 from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
+from jepa3d.plain import printable
 
 if TYPE_CHECKING:  # needs the extra `search`
     from jepa3d.inference.vectors import Making
@@ -58,10 +59,16 @@ def embed(
     prepared = []
     for i, cloud in enumerate(clouds):
         if isinstance(cloud, (str, Path)):
-            prepared += [prepare(encoder, item.read(), item.path, up_axis, item.z_up) for item in items_of(Path(cloud))]
+            for item in items_of(Path(cloud)):
+                read = item.read()
+                for remark in read.remarks():
+                    print(printable(f"{item.path}: {remark}"))
+                prepared.append(prepare(encoder, read, item.path, up_axis, item.z_up))
         else:
             try:
                 made = PointCloud.make(as_array(cloud))
+                if made.unseen:
+                    raise ReadError("NaN or infinite coordinates")
             except ReadError as error:
                 raise ReadError(f"cloud {i}: {error}") from error
             prepared.append(prepare(encoder, made, f"cloud {i}", up_axis))
@@ -87,7 +94,7 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
     """The points num_points 3 of a cloud or mesh that the encoder sees. Raises ReadError that begins with the name."""
     try:
         points = sampled(cloud, encoder.num_points).points
-        return torch.from_numpy(encoder.frame(points if z_up else points @ TO_Z_UP[up_axis].T).points)
+        return torch.from_numpy(encoder.frame(points if z_up else points @ cloud.to_z_up(up_axis).T).points)
     except ValueError as error:
         raise ReadError(f"{name}: {error}") from error
 
@@ -130,7 +137,7 @@ def embed_files(
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
     making = Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
     items, skipped = _items(paths, prune)
-    inside = tuple(printable(os.path.abspath(path)) + sign for path in paths for sign in "/#")
+    inside = tuple(spelled(os.path.abspath(path)) + sign for path in paths for sign in "/#")
     on_device = torch.accelerator.is_available()
     if on_device:
         encoder = encoder.to(torch.accelerator.current_accelerator())
@@ -160,6 +167,7 @@ def embed_files(
     print(
         f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
         f"{f', {gone:,} forgotten' if (gone := counts['forgotten']) else ''}; left out {counts['left out']:,}"
+        f"{f'; {unseen:,} points that are NaN were left out' if (unseen := counts['unseen']) else ''}"
     )
 
 
@@ -220,13 +228,13 @@ def _loaded(model: str) -> PointEncoder:
 
 
 def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
-    """Worker. Returns per item (vector, point count), or (prepared points, point count), or an error text."""
+    """Worker. Returns per item (vector or, if points_only, prepared points; count; points of NaN), or an error text."""
     encoder, results, good = _loaded(model), [], []
     for item in items:
         try:
             cloud = item.read()
             good.append(prepare(encoder, cloud, item.path, up_axis, item.z_up))
-            results.append(len(cloud))
+            results.append((len(cloud), cloud.unseen))
         except ReadError as error:
             results.append(str(error))
         except OSError as error:
@@ -234,7 +242,7 @@ def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool,
     if good and not points_only:
         good = list(encode(encoder, good, layer, pooling))
     made = iter(good)
-    return [result if isinstance(result, str) else (np.asarray(next(made)), result) for result in results]
+    return [result if isinstance(result, str) else (np.asarray(next(made)), *result) for result in results]
 
 
 def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: str) -> Iterator:
@@ -242,7 +250,7 @@ def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: st
     while some := list(islice(results, BATCH)):
         points = [torch.from_numpy(result[0]) for _, result in some if not isinstance(result, str)]
         made = iter(encode(encoder, points, layer, pooling) if points else ())
-        yield from ((item, result if isinstance(result, str) else (next(made), result[1])) for item, result in some)
+        yield from ((item, result if isinstance(result, str) else (next(made), *result[1:])) for item, result in some)
 
 
 def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: set[str], counts: Counter) -> None:
@@ -272,6 +280,7 @@ def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: 
             for name, value in zip(rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True):
                 rows[name].append(value)
             counts["changed" if item.path in known else "new"] += 1
+            counts["unseen"] += result[2]
             if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):  # the file is written as a whole
                 commit()
     except KeyboardInterrupt:

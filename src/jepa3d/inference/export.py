@@ -103,17 +103,26 @@ def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
         points, count, squared_distance(points, points.new_zeros(1, 3))[..., 0].argmax(1)
     )
     chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
-    place = torch.arange(encoder.num_points, device=points.device)
-    turn, row = place // different, place % different
-    among = torch.arange(count, device=points.device) < different  # what follows is there already
-    distance = squared_distance(chosen, chosen).masked_fill(~among[:, None], torch.inf)
-    most: Any = torch.sym_min(count, 1 + encoder.num_points // encoder.min_points)  # turns, and itself
-    nearest = distance.topk(most, largest=False).indices
-    column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
-    column = torch.where(different < encoder.min_points, 2**30, column)  # out of bounds: the runtime raises
+    row = torch.arange(encoder.num_points, device=points.device) % different
+    row = torch.where(different < encoder.min_points, 2**30, row)  # out of bounds: the runtime raises
     source = gather_points(chosen, row)
-    other = gather_points(chosen, gather_points(nearest, row).gather(2, column[..., None])[..., 0])
-    return unit_sphere((source + frame.STEP * (source - other)).double()).float()
+    copied = (different < encoder.num_points).any()  # most clouds have enough points, and distances of all pairs cost
+    most: Any = torch.sym_min(count, 1 + encoder.num_points // encoder.min_points)  # turns, and a point itself
+
+    def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
+        among = torch.arange(chosen.shape[1], device=chosen.device) < different  # what follows is there already
+        distance = squared_distance(chosen, chosen).masked_fill(~among[:, None], torch.inf)
+        nearest = distance.topk(most, largest=False).indices
+        turn = torch.arange(source.shape[1], device=chosen.device)
+        turn, row = turn // different, turn % different
+        column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
+        other = gather_points(chosen, gather_points(nearest, row).gather(2, column[..., None])[..., 0])
+        return frame.STEP * (source - other)
+
+    away = torch.cond(
+        copied, moved, lambda chosen, different, source: torch.zeros_like(source), (chosen, different, source)
+    )
+    return unit_sphere((source + away).double()).float()
 
 
 def export(model: str, out: Path) -> None:
@@ -280,8 +289,8 @@ _CARD = """\
 
 Exported by jepa3d. *To add before you publish: what it was trained on, and how well it does.*
 
-Input `points`: float32 [batch, num_points, 3], any unit, at least {min_points} points a cloud, z up as in training.
-All clouds of a batch have equally many points.
+Input `points`: float32 [batch, num_points, 3], any unit, z up as in training, at least {min_points} different
+points a cloud (for fewer the runtime raises). All clouds of a batch have equally many points.
 
 {outputs}
 
@@ -298,8 +307,8 @@ cloud = np.random.rand(2 * {num_points}, 3).astype(np.float32)
 ```
 
 The same in torch without jepa3d: `torch.export.load("{name}.pt2").module()(points)`. With it:
-`{kind}.from_pretrained(folder)`. Where points are equally far apart (regular grids, duplicates), each runtime may take
-others of them, and results differ by more than above.
+`{kind}.from_pretrained(folder)`. Where points are equally far apart (regular grids), each runtime may take others of
+them, and results differ by more than above.
 {more}"""
 
 _PATCHES = """

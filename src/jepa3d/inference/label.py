@@ -21,7 +21,6 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.evaluation.fitting import one_thread, side_by_side
 from jepa3d.inference.embedding import embed_files
@@ -30,7 +29,7 @@ from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.heads import LinearClassifier
 from jepa3d.models.ready import load
 from jepa3d.page import note, page, section
-from jepa3d.plain import write_bytes
+from jepa3d.plain import printable, write_bytes
 
 SHOWN = 6  # representatives of a cluster
 _CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the head's regularisation that are tried
@@ -153,7 +152,8 @@ def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
     known = {}
     print("clusters.html shows them. A name for each; the same for several is fine, nothing skips, Ctrl-D ends.")
     for number, group in enumerate(groups, 1):
-        print(f"{number}: {len(group):,} clouds, such as {', '.join(display(Path(where[i]).name) for i in group[:3])}")
+        some = printable(", ".join(Path(where[i]).name for i in group[:3]))
+        print(f"{number}: {len(group):,} clouds, such as {some}")
         try:
             name = input("   name: ").strip()
         except EOFError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.boundary import printable
-from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import enough_points
 from jepa3d.figures import draw_contact_sheet, even_sample
 from jepa3d.inference.clouds import open_cloud
@@ -73,7 +73,7 @@ def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Points n 3 of a cloud as they are drawn, z-up. Raises ReadError and OSError."""
     cloud, z_up = open_cloud(path)
     points = enough_points(cloud, 1, 0).points
-    return even_sample(points if z_up else points @ TO_Z_UP[up_axis].T)
+    return even_sample(points if z_up else points @ cloud.to_z_up(up_axis).T)
 
 
 def draw(paths: Sequence[str], titles: Sequence[str], up_axis: str, caption: str) -> list[str]:

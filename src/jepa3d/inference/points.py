@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jepa3d.data.boundary import boundary, module
-from jepa3d.data.cloud import ReadError
+from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import read
 from jepa3d.data.ply import read_header, vertex_chunks
-from jepa3d.data.scans import las_records
-from jepa3d.data.text import COMMENT, coordinate_columns, sniff
+from jepa3d.data.scans import las_records, ptx_rows
+from jepa3d.data.text import Table
 
 CHUNK = 500_000  # points held at once
 _WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}  # LAS point formats without colours: the same with them
@@ -23,13 +22,13 @@ _MESH = "a mesh; a scene is a cloud of points"
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def chunks(path: Path) -> Iterator[np.ndarray]:
-    """All points of a file, float64 n 3 a chunk, in its order and coordinates.
+def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
+    """All points of a file but those of NaN, float64 n 3 a chunk, in its order and coordinates.
 
-    LAS, LAZ, PLY, NPY and tables need the memory of a chunk; other kinds are read whole. Raises ReadError, also for
-    NaN and infinite coordinates and for meshes.
+    LAS, LAZ, PLY, NPY, PTX and tables need the memory of a chunk; other kinds are read whole. tell: is called at the
+    end with the number of points of NaN. Raises ReadError, also for infinite coordinates and for meshes.
     """
-    reader, row = _READERS.get(path.suffix.lower(), _others), 0
+    reader, row, unseen = _READERS.get(path.suffix.lower(), _others), 0, 0
     with boundary(path):
         if path.stat().st_size == 0:
             raise ReadError("empty file")
@@ -38,12 +37,14 @@ def chunks(path: Path) -> Iterator[np.ndarray]:
         with boundary(path):
             xyz = next(parts, None)
         if xyz is None:
-            return
-        usable = (np.abs(xyz) < 1e30).all(1)  # False for NaN
-        if not usable.all():
-            raise ReadError(f"{path}: NaN or infinite coordinates, first in point {row + int(usable.argmin()):,}")
-        yield xyz
+            return tell(unseen)
+        wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
+        if wrong.any():
+            raise ReadError(f"{path}: infinite coordinates, first in point {row + int(wrong.argmax()):,}")
         row += len(xyz)
+        if (seen := ~np.isnan(xyz).any(1)).any():
+            yield xyz if seen.all() else xyz[seen]
+        unseen += int((~seen).sum())
 
 
 def _las(path: Path) -> Iterator[np.ndarray]:
@@ -61,17 +62,11 @@ def _npy(path: Path) -> Iterator[np.ndarray]:
 
 
 def _table(path: Path) -> Iterator[np.ndarray]:
-    with path.open(encoding="utf-8-sig") as file:
-        head = list(islice(file, 50))
-        header, skip, delimiter = sniff(head)
-        columns = [header.index(name) for name in coordinate_columns(tuple(header), None)] if header else [0, 1, 2]
-        yield from _rows(islice(chain(head, file), skip, None), delimiter, columns)
+    return Table(path).rows(CHUNK, attributes=False)
 
 
-def _rows(lines: Iterator[str], delimiter: str | None, columns: list[int]) -> Iterator[np.ndarray]:
-    wanted = (line for line in lines if line.strip() and not line.startswith(COMMENT))
-    while some := list(islice(wanted, CHUNK)):
-        yield np.loadtxt(some, delimiter=delimiter, usecols=columns, ndmin=2, comments=None)
+def _ptx(path: Path) -> Iterator[np.ndarray]:
+    return (rows[:, :3] for rows in ptx_rows(path, CHUNK))
 
 
 def _ply(path: Path) -> Iterator[np.ndarray]:
@@ -82,21 +77,23 @@ def _ply(path: Path) -> Iterator[np.ndarray]:
 
 
 def _others(path: Path) -> Iterator[np.ndarray]:
-    yield _whole(path, path.stat().st_mtime_ns)
+    cloud = _whole(path, path.stat().st_mtime_ns)
+    yield cloud.file_coordinates()
+    yield np.full((cloud.unseen, 3), np.nan)
 
 
 @lru_cache(maxsize=1)
-def _whole(path: Path, changed: int) -> np.ndarray:
+def _whole(path: Path, changed: int) -> PointCloud:
     cloud = read(path)
     if cloud.faces is not None:
         raise ReadError(_MESH)
     if cloud.total:
         raise ReadError(f"only {len(cloud):,} of its {cloud.total:,} points are read so; unpack it first")
-    return cloud.file_coordinates()
+    return cloud
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".las": _las, ".laz": _las, ".ply": _ply, ".npy": _npy,
+    ".las": _las, ".laz": _las, ".ply": _ply, ".npy": _npy, ".ptx": _ptx,
     ".xyz": _table, ".txt": _table, ".csv": _table, ".pts": _table, ".asc": _table,
 }  # fmt: skip
 

@@ -299,7 +299,12 @@ def _shown(progress: Progress, doing: str, total: int | None) -> Callable[[int],
 def _survey(scan: Path, up_axis: str, shown: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """Corners low and high of the z-up box, number of points, and of a random part coordinates and index n 4."""
     low, high, total, reservoir = np.full(3, np.inf), np.full(3, -np.inf), 0, Reservoir(SAMPLE)
-    for part in chunks(scan):
+
+    def tell(unseen: int) -> None:
+        if unseen:
+            print(f"{scan}: {unseen:,} points that are NaN, where nothing was seen, are left out of the output")
+
+    for part in chunks(scan, tell):
         xyz = part @ TO_Z_UP[up_axis].T.astype(np.float64)
         low, high = np.minimum(low, xyz.min(0)), np.maximum(high, xyz.max(0))
         reservoir.add(np.column_stack([xyz, np.arange(total, total + len(xyz))]))

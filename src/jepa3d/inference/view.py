@@ -61,7 +61,7 @@ class View:
 def view_of(encoder: PointEncoder, item: Item, up_axis: str = "z", layer: int = -1, pooling: str = "mean_max") -> View:
     """The points and the vector are those of `prepare` and `embed`. Raises ReadError and OSError."""
     cloud = sampled(item.read(), encoder.num_points)
-    turned = cloud.points if item.z_up else cloud.points @ TO_Z_UP[up_axis].T
+    turned = cloud.points if item.z_up else cloud.points @ cloud.to_z_up(up_axis).T
     try:
         seen = encoder.frame(turned)
     except ValueError as error:

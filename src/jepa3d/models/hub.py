@@ -41,8 +41,10 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             written = (file.metadata() or {}).get("sha256")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: is missing") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing, cut off or damaged ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: cut off or damaged ({str(error).splitlines()[0]})") from error
     if written is not None and written != _digest(tensors):
         raise ValueError(f"{path}: damaged: its checksum is not the one written")
     return tensors
@@ -90,7 +92,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         found = read_settings(folder)
         # An argument younger than the file takes its default, which is how the network was before it.
         known = {name: value for name, value in found.items() if name in _arguments(cls)} | settings
-        _check(cls, known, f"{file}: not the settings of a {cls.__name__}")
+        _check(cls, known, f"{file}: is not one of {cls.__name__}")
         try:
             model = cls(**known)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -131,6 +133,8 @@ def _check(cls: type, settings: dict[str, Any], begin: str) -> None:
         fits = isinstance(value, (int, float) if wanted is float else wanted)
         if not fits or (isinstance(value, bool) and wanted is not bool):
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {wanted.__name__}")
+        if wanted is int and value < 1 and name != "layer":  # -1 is the last
+            raise ValueError(f"{begin}: {name} is {value}, and at least 1 is needed")
         if part := getattr(cls, "PARTS", {}).get(name):
             _check(part, settings[name], f"{begin}: {name}")
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa3d.data.cloud import UNLABELLED
 from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.ops import BatchGenerator
 
@@ -16,7 +17,9 @@ class SupervisedOutput(NamedTuple):
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with label smoothing. `frozen`: the encoder stays as it is, its BatchNorms too.
+    """Cross-entropy with label smoothing, over the points that have a label.
+
+    `frozen`: the encoder stays as it is, its BatchNorms too.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
@@ -43,7 +46,8 @@ class Supervised(nn.Module):
             logits, target = self.network(points, labels, generator), parts
         else:
             logits, target = self.network(points, generator), labels
-        loss = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), label_smoothing=self.label_smoothing)
+        flat, smoothing = logits.flatten(0, -2).float(), self.label_smoothing
+        loss = F.cross_entropy(flat, target.flatten(), ignore_index=UNLABELLED, label_smoothing=smoothing)
         return SupervisedOutput(loss, logits, target)
 
     def after_step(self, progress: float) -> None:
@@ -51,4 +55,5 @@ class Supervised(nn.Module):
 
     def metrics(self, output: SupervisedOutput) -> dict[str, float]:
         """Accuracy on the batch, per cent."""
-        return {"accuracy": 100 * (output.logits.argmax(-1) == output.target).float().mean().item()}
+        right = (output.logits.argmax(-1) == output.target)[output.target != UNLABELLED]
+        return {"accuracy": 100 * right.float().mean().item()}

@@ -234,7 +234,7 @@ def pretraining_of(init: str | None) -> dict | None:
     if not around or not (around[0] / "config.json").is_file():
         return None
     config, record = stored(around[0]), read_record(around[0])
-    if config.pop("task") != "pretrain":
+    if "task" in config:  # a fine-tuning run
         return None
     which = Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")  # or a snapshot
     return config | {"encoder_of": which} | {name: record.get(name) for name in ("data", "cost", "commit")}

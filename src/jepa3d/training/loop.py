@@ -65,7 +65,7 @@ class Task:
 def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None) -> dict:
     """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
 
-    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, and the last metrics.
+    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds.
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
     began = cpu_seconds(), time.perf_counter()
@@ -88,7 +88,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
             print(line, flush=True)
-    elif metrics and any(line["step"] > config.checkpoint_every for line in read_metrics(metrics)):
+    elif run and not (run / task.export).exists() and _has_saved(run, config):
         raise ValueError(f"{run}/checkpoints: gone, though the run had begun: begin again with another --out")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
@@ -191,7 +191,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------
-    return progress.stamp(state) | {"metrics": progress.last}
+    return progress.stamp(state) | {"metrics": progress.last, "step_seconds": progress.step_seconds}
 
 
 def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
@@ -208,6 +208,11 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 def to_device(points: Tensor, device: torch.device) -> Tensor:
     """Points on the device; to an accelerator without waiting for it."""
     return points if device.type == "cpu" else points.pin_memory().to(device, non_blocking=True)
+
+
+def _has_saved(run: Path, config: RunConfig) -> bool:
+    """Whether a run came farther than its first checkpoint."""
+    return any(line["step"] > config.checkpoint_every for line in read_metrics(run))
 
 
 def batch_index(

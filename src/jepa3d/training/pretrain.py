@@ -8,6 +8,7 @@ RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      target
 """
 
 import copy
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.loop import Task, fit
+from jepa3d.training.optim import total_steps
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
@@ -183,22 +185,45 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Resolve data, build, take two steps of every stage, print memory and time, write nothing."""
+    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write nothing."""
     check(config)
-    networks = load_given(config, None)
+    networks, spent, memory, disk = load_given(config, None), [], 0.0, 0
     for stage in (*config.stages, config.objective):
         schedule = config.schedule(stage)
         clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
+        shapes = clouds.available or len(clouds)
         task = make_task(config, stage, clouds, networks)
-        task = replace(task, schedule=replace(schedule, max_steps=2))
-        state = fit(with_cache(task, clouds, config, None), clouds, replace(config, log_every=1), None)
+        began, teacher = time.perf_counter(), teacher_to_cache(config, task)
+        task = with_cache(replace(task, schedule=replace(schedule, max_steps=2)), clouds, config, None)
+        if teacher:
+            disk += cache.num_bytes(cache.columns(config, shapes, teacher.width))
+            spent.append(("asking the teachers", (time.perf_counter() - began) * shapes / len(clouds)))
+        state = fit(task, clouds, replace(config, log_every=1), None)
         networks[stage] = task.module
+        steps, size = total_steps(schedule, shapes), count_parameters(task.module)
+        spent.append((f"{stage} {steps:,} steps of {schedule.batch_size}", steps * state["step_seconds"]))
+        unread = 0 if clouds.shard_sizes else (shapes - len(clouds)) * clouds.points[0].nbytes
+        memory = max(memory, state["peak_memory"] + (unread if runs.ON_CPU else 0))
+        # Two checkpoints of weights and two moments; what is kept before and after, and on the way.
+        snapshots = steps // config.snapshot_every if config.snapshot_every and stage == config.objective else 0
+        disk += 4 * (6 * count_parameters(task.objective, True) + size * (2 + snapshots))
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
             f"2 steps of {schedule.batch_size} in {state['wall_seconds']:.1f} s, "
-            f"peak memory {state['peak_memory'] / 2**30:.2f} GiB, "
-            f"{count_parameters(task.module) / 1e6:.2f} M parameters in the {task.export}; nothing written"
+            f"{size / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
+    if is_main():
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
+        print(f"the whole run on {shapes:,} shapes takes about {duration(sum(s for _, s in spent))} here: {parts}")
+        print(f"it needs about {memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def check(config: PretrainConfig) -> None:

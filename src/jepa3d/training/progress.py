@@ -49,6 +49,8 @@ class Progress:
         self.base = dict(state)
         self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
+        self.step_seconds = 0.0  # of a step, since the figures before the last
+        self.before = state["step"], time.perf_counter()
         self.bar = Bar(
             BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
@@ -56,7 +58,7 @@ class Progress:
         )  # fmt: skip
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= state["step"]]
+            kept = [line for line in read_metrics(path.parent) if line["step"] <= state["step"]]
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.last = kept[-1] if kept else {}
 
@@ -77,6 +79,9 @@ class Progress:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of a step."""
+        now = step, time.perf_counter()
+        self.step_seconds = (now[1] - self.before[1]) / max(1, now[0] - self.before[0])
+        self.before = now
         if not self.shown:
             return
         cost = self.stamp({})

@@ -58,6 +58,9 @@ def is_finished(out: Path) -> bool:
 
 def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
+    file, written = out / "config.json", read_record(out).get("config")  # version 0.1.0 wrote none
+    if written not in (None, sha256_of(file)):
+        raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
     before = {key: value for key, value in stored(out).items() if key != "task"}
     if changed := differences(to_dict(config), before):
         name, (now, then) = next(iter(changed.items()))
