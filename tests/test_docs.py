@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from jepa3d.cli import main
+from jepa3d.cli.app import app
 from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -109,8 +111,56 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 def commands_of(document: str) -> list[list[str]]:
     """Words of every line of a document's shell blocks that calls jepa3d, but for the page that would wait."""
-    lines = [line.split("#")[0].split() for block in blocks("sh", document) for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks("sh", document) for line in block.splitlines()]
     return [words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"]  # test_view.py's
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "src/jepa3d/weights/README.md"]
+DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+def unquoted(line: str) -> str:
+    """What a shell reads of a line outside quotes and comments."""
+    line = re.sub(r"'[^']*'|\"[^\"$`]*\"|\\.", "", line)
+    return re.split(r"(?:^|\s)#", line)[0]
+
+
+def taken_by_the_shell(line: str) -> list[str]:
+    """Words with < > * ? outside quotes, but for runs of several seeds, which the shell is to list."""
+    words = [word for word in unquoted(line).split() if re.search(r"[<>*?;&()]", word)]
+    return [word for word in words if not re.fullmatch(r"runs/[$\w-]+[*?]", word)]
+
+
+def commands_in(document: str) -> list[str]:
+    """Every line that calls jepa3d: in blocks of shell, and in a line of text between backquotes."""
+    text = (ROOT / document).read_text()
+    lines = [line for block in blocks("sh", document) for line in block.splitlines()]
+    lines += re.findall(r"(?<!`)`(jepa3d [^`\n]*)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [line for line in lines if re.search(r"\bjepa3d ", line)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_shell_takes_nothing_of_a_command_for_itself(document):
+    """An unquoted num_points>=1000 writes a file named =1000, and * and ? are replaced by names of files."""
+    assert [line for line in commands_in(document) if taken_by_the_shell(line)] == []
+
+
+def test_what_a_shell_would_take_is_found():
+    for line in ("search a b --where num_points>=1", "index a --delete path~*/x", "embed scan?.xyz", "embed a>b"):
+        assert len(taken_by_the_shell(f"jepa3d {line}")) == 1
+    for line in ("search --where 'num_points>=1' \"path~*\"  # > and *", r"embed a\*b", "probe runs/jepa-?"):
+        assert taken_by_the_shell(f"jepa3d {line}") == []
+
+
+@pytest.mark.parametrize("command", sorted(app))
+def test_help_quotes_what_a_shell_would_take(command, capsys):
+    """Examples in a command's help are words with an operator or a pattern next to letters."""
+    if command.startswith("-"):
+        return
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert re.findall(r"\w[<>]=?\w|\w~\S*[*?]", re.sub(r"'[^']*'", "", said)) == []
 
 
 def run(words: list[str], capsys) -> None:

@@ -1,5 +1,8 @@
 """Pictures, the paper's Fig. 1, 4, 6 and 7 among them (`view` extra); a `path` may also be an open binary file."""
 
+import io
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from jepa3d.config import PretrainConfig
+from jepa3d.data.boundary import shortened
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.curve import Arm
 from jepa3d.evaluation.fitting import one_thread
@@ -20,6 +24,9 @@ from jepa3d.plain import read_metrics
 
 Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"  # one for every 20 classes
+_DOTS = 4096  # of a cloud in a contact sheet
+# Rows: to the right, up and towards the one who looks, from 30 degrees above and 60 to the left of x.
+_FRONT_RIGHT = np.array([[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]])
 
 
 def _pyplot():
@@ -144,20 +151,55 @@ def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Clouds N 3, z up, side by side, seen from the front right."""
+    """Clouds N 3, z up, side by side, seen from the front right, as a PNG of few colours; titles are wrapped."""
     plt = _pyplot()
+    dpi, cell, caption = 110, 190, 46  # pixels
     columns = min(6, len(clouds))
     rows = -(-len(clouds) // columns)
-    figure = plt.figure(figsize=(1.7 * columns, 1.8 * rows))
+    width, height = columns * cell, rows * (cell + caption)
+    figure = plt.figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     for i, (points, title) in enumerate(zip(clouds, titles, strict=True)):
-        axes = figure.add_subplot(rows, columns, i + 1, projection="3d")
-        points = points - points.mean(0)
-        points = points[: 2**13] / np.linalg.norm(points, axis=1).max()
-        axes.scatter(*points.T, s=1, c=points[:, 2], cmap="viridis", depthshade=False)
-        _cloud_axes(axes, 0.8, 1.3)
-        axes.set_title(_text(title[-24:]), fontsize=7, pad=0)
-    figure.subplots_adjust(0, 0, 1, 0.97, 0, 0.05)
-    _save(figure, path)
+        left, top = cell * (i % columns), height - (cell + caption) * (i // columns)
+        figure.figimage(_pixels(points, cell), left, top - cell, origin="upper")
+        x, y = (left + cell / 2) / width, (top - cell) / height
+        figure.text(x, y, _caption(title), fontsize=7, ha="center", va="top", linespacing=1.1)
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks is drawn as a box
+        figure.savefig(drawn, format="png", dpi=dpi)
+    plt.close(figure)
+    from PIL import Image  # matplotlib brings it
+
+    Image.open(drawn).convert("RGB").quantize(32).save(path, "PNG", optimize=True)
+
+
+def even_sample(points: np.ndarray) -> np.ndarray:
+    """At most as many of points N 3 as are drawn, from all of the cloud whatever the order in its file."""
+    return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
+
+
+def _pixels(points: np.ndarray, size: int) -> np.ndarray:
+    """A cloud as an image [size, size, 3] uint8: an even sample of all its points, the nearer hiding the farther."""
+    points = even_sample(points).astype(np.float64)
+    points -= points.mean(0)
+    points /= max(np.linalg.norm(points, axis=1).max(), 1e-30)
+    across, up, towards = _FRONT_RIGHT @ points.T
+    nearest_last = np.argsort(towards, kind="stable")
+    height = points[nearest_last, 2]
+    colors = _pyplot().get_cmap("viridis")((height - height.min()) / max(np.ptp(height), 1e-30))[:, :3]
+    x, y = ((1 + 0.94 * at[nearest_last]) * size / 2 for at in (across, -up))
+    image = np.full((size, size, 3), 255, np.uint8)
+    side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))  # of a dot
+    shifts = np.indices((side, side)).reshape(2, -1) - side // 2
+    at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts  # points, 2, pixels of a dot
+    at = at.transpose(0, 2, 1).reshape(-1, 2).clip(0, size - 1)
+    image[at[:, 0], at[:, 1]] = np.repeat((255 * colors).astype(np.uint8), side * side, axis=0)
+    return image
+
+
+def _caption(title: str, width: int = 28, lines: int = 3) -> str:
+    """A title on few lines, its middle cut out where it is too long."""
+    return _text("\n".join(textwrap.wrap(shortened(title, width * lines * 3 // 4), width)[:lines]))
 
 
 def draw_parts(points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target) -> None:

@@ -106,7 +106,8 @@ def _shapes(clouds: PointClouds) -> None:
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     print(f"{clouds.name}: {len(clouds):,} shapes of {span} points, sha256 {clouds.fingerprint}")
     if clouds.split is not None:
-        print(f"split: {int((clouds.split == 0).sum()):,} train, {int((clouds.split == 1).sum()):,} test")
+        counts = np.bincount(clouds.split, minlength=len(SPLITS))
+        print("split: " + ", ".join(f"{n:,} {part}" for part, n in zip(SPLITS, counts, strict=True) if n))
     if clouds.labels is None:
         print("no labels")
         return

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
@@ -63,9 +64,13 @@ def _category(network: Segmenter, category: str | None) -> int:
 
 def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
     """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; says once what cannot."""
-    made, seen = [], set()
+    made, count, seen = [], 0, set()
     for path in paths:
-        entries = discover(path).entries
+        source = discover(path)
+        entries = source.entries
+        for key, reason in source.skipped:
+            print(left_out(str(path / key), reason))
+        count += len(source.skipped)
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
             name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
             if os.path.abspath(name) in seen:
@@ -77,9 +82,10 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
                     print(printable(f"{name}: {remark}"))
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
             except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
-                print(printable(f"left out: {error if name in str(error) else f'{name}: {error}'}"))
-    if len(made) < len(seen):
-        print(f"left out {len(seen) - len(made):,} of {len(seen):,} clouds")
+                print(left_out(name, str(error)))
+                count += 1
+    if count:
+        print(f"left out {count:,}")
     return made
 
 

@@ -14,7 +14,8 @@ from jepa3d.data.io import ReadError
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation import probe as probing
 from jepa3d.evaluation.features import layer_features, untrained_like
-from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, shared_classes, summarise
+from jepa3d.evaluation.labelled import chosen_on, shared_classes
+from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, summarise
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 
 
@@ -195,19 +196,38 @@ def clouds(labels, split) -> PointClouds:
     return PointClouds("set", "f", points, None if labels is None else np.array(labels), names, split)
 
 
-def test_classes_of_one_half_are_dropped_and_counted():
+def test_classes_of_one_half_are_dropped_and_named(capsys):
     split = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     train, test, dropped = shared_classes(clouds([0, 1, 2, 0, 0, 1, 3, 4], split))
     assert train.labels.tolist() == [0, 1, 0]
     assert test.labels.tolist() == [0, 1]
-    assert dropped == 3
+    assert dropped == ["c (1 train, 0 test)", "d (0 train, 1 test)", "e (0 train, 1 test)"]
+    assert "3 classes dropped" in (said := capsys.readouterr().out)
+    assert all(name in said for name in dropped)
     assert train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
 def test_a_source_s_validation_part_is_neither_train_nor_test():
-    train, test, _ = shared_classes(clouds([0, 1, 0, 1, 0, 1], np.array([0, 0, 0, 1, 1, 2])))
+    source = clouds([0, 1, 0, 1, 0, 1, 0], np.array([0, 0, 0, 1, 1, 2, 2]))
+    train, test, _ = shared_classes(source)
     assert train.points[:, 0, 0].tolist() == [0, 6, 12]
     assert test.points[:, 0, 0].tolist() == [18, 24]
+    assert chosen_on(source, train, "test").points[:, 0, 0].tolist() == [30, 36]
+    train, test, _ = shared_classes(source, "validation")
+    assert test.points[:, 0, 0].tolist() == [30, 36]
+    assert chosen_on(source, train, "validation") is None
+
+
+def test_a_source_s_validation_part_chooses_layer_and_c():
+    """Of two layers one tells the classes of train apart by a number of each shape, the other by what they are."""
+    y = np.repeat([0, 1], 20)
+    good, rng = np.eye(2)[y] + np.random.default_rng(0).normal(scale=0.8, size=(40, 2)), np.random.default_rng(1)
+    features = np.stack([np.eye(2)[y], good])  # layer 0 knows the answer in train alone
+    x_test = np.stack([rng.normal(size=(40, 2)), np.eye(2)[y]])
+    found = run_protocol("logistic", features, y, x_test, y, [0, 1])
+    assert (found["layer"], found["accuracy"] < 80) == (0, True)
+    found = run_protocol("logistic", features, y, x_test, y, [0, 1], held=(x_test, y))
+    assert (found["layer"], found["accuracy"]) == (1, 100)
 
 
 def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
@@ -216,7 +236,7 @@ def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     train, validation, dropped = shared_classes(source, "validation")
     assert np.bincount(train.labels).tolist() == [8, 8, 8, 8]
     assert np.bincount(validation.labels).tolist() == [2, 2, 2, 2]
-    assert dropped == 0
+    assert not dropped
     seen = {float(value) for half in (train, validation) for value in half.points[:, 0, 0]}
     assert seen == {float(value) for value in source.points[:40, 0, 0]}  # all of train, none of test, none twice
     again = shared_classes(source, "validation")[1]

@@ -61,6 +61,8 @@ def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
     rows = table(out / "names.csv")
     assert 8 <= len(rows) <= 24
     assert {row["name"] for row in rows} == {""}
+    assert [row["cluster"] for row in rows] == sorted(row["cluster"] for row in rows)
+    assert {row["cluster"] for row in rows} == set("1234")
     assert not (out / "labels.csv").exists()
     names = [(f"scans/{i:02}.xyz", kinds[i % 3]) for i in range(12) if i % 3 < classes]
     names_csv = "\n".join(["path,name", *(f"{scans}/{path},{name}" for path, name in names)])
@@ -82,6 +84,18 @@ def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
         assert float(there["probability"]) == pytest.approx(float(row["probability"]), abs=2e-3)
     saved = load_network(out)
     assert torch.equal(saved.encoder.norm.weight, load(scans / "model").norm.weight)
+
+
+def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_said(scans, capsys):
+    out = scans / "out"
+    out.mkdir()
+    named = [(0, "ball"), (3, "ball"), (1, "stick"), (2, "plate")]
+    (out / "names.csv").write_text("path,name\n" + "".join(f"{scans}/scans/{i:02}.xyz,{n}\n" for i, n in named))
+    label([scans / "scans"], out, str(scans / "model"), clusters=5)
+    said = capsys.readouterr().out
+    assert "one cloud of plate, stick; name a second of each" in said
+    assert "--clusters 5: not used" in said
+    assert not (out / "clusters.html").exists()
 
 
 def test_whoever_sits_there_is_asked(scans, monkeypatch):

@@ -9,10 +9,11 @@ import torch
 
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
-from jepa3d.inference import lance
+from jepa3d.inference import lance, neighbours
 from jepa3d.inference import vectors as parquet
 from jepa3d.inference.lance import VectorStore, create_or_update
-from jepa3d.inference.search import Condition, query_vectors, search
+from jepa3d.inference.neighbours import percentile, random_cosines
+from jepa3d.inference.search import Condition, Hit, query_vectors, search
 from jepa3d.inference.vectors import Making, Vectors, table, write
 from jepa3d.models.encoder import PointEncoder
 
@@ -114,7 +115,7 @@ def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("text", ["label", "colour=red", "num_points=many", "num_points~1*", "=x", "vector=1"])
 def test_a_condition_that_cannot_be_is_refused(text):
-    with pytest.raises(ValueError, match="--where"):
+    with pytest.raises(ValueError, match="condition"):
         Condition.parse(text)
 
 
@@ -261,6 +262,54 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
             if not str(query).startswith("link"):
                 assert lines[0] == f"{path}:"
             assert len(said(capsys, "search", index, query, "-k", "100", "--include-self").splitlines()) == total + 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 40, 500])
+def test_a_cosine_stands_among_random_pairs_of_the_index(tmp_path, rows, monkeypatch):
+    """Exactly where the index is small; of a larger one by a sample, whose figure is close."""
+    write([rows_of(rows)], MAKING, tmp_path / "v.parquet")
+    create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
+    unit = X[:rows].astype(float) / np.linalg.norm(X[:rows], axis=1)[:, None]
+    every = (unit @ unit.T)[np.triu_indices(rows, 1)]
+    for index in (tmp_path / "v.parquet", tmp_path / "v.lancedb"):
+        pairs = random_cosines(index)
+        assert np.allclose(pairs, np.sort(every))
+        assert np.array_equal(pairs, random_cosines(index))
+    for cosine in (-1.0, 0.0, 0.2, 0.9, 1.0):
+        share = None if rows == 1 else 100 * (every < cosine).mean()
+        assert percentile(cosine, pairs) == (None if share is None else pytest.approx(share, abs=0.06))
+    monkeypatch.setattr(neighbours, "SAMPLE", 150)
+    for index in (tmp_path / "v.parquet", tmp_path / "v.lancedb"):
+        if rows == 500:
+            assert percentile(0.2, random_cosines(index)) == pytest.approx(percentile(0.2, pairs), abs=5)
+
+
+def rows_of(count: int) -> pa.Table:
+    return rows(np.arange(500) < count)
+
+
+def test_search_says_how_a_cosine_stands_in_lines_json_and_page(scans, capsys):
+    query, index = scans / "scans" / "stick" / "2.xyz", scans / "v.parquet"
+    lines = said(capsys, "search", index, query, "-k", "2", "--html", scans / "p.html").splitlines()
+    (line,) = said(capsys, "search", index, query, "-k", "2", "--json").splitlines()
+    for text, hit in zip(lines[1:], json.loads(line)["hits"], strict=True):
+        assert text.endswith(f"(above {hit['percentile']:.1f} % of random pairs)")
+        assert f"<td>{hit['percentile']:.1f} %</td>" in (scans / "p.html").read_text()
+        assert hit["percentile"] > 50
+
+
+def test_a_page_is_bounded_and_says_what_it_leaves_out(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "PICTURED", 3)
+    clouds = sorted(map(str, (scans / "scans").rglob("*.xyz")))
+    hits = [Hit(0.9 - i / 1000, clouds[i % 8], "stick") for i in range(150)]
+    making, pairs = Vectors(scans / "v.parquet").making, random_cosines(scans / "v.parquet")
+    neighbours.write_page([(clouds[0], hits)] * 5, making, scans / "v.parquet", pairs, tmp_path / "p.html")
+    html = (tmp_path / "p.html").read_text()
+    assert html.count("data:image/png") == 3
+    assert "the first 10 of 150" in html
+    assert "50 more are not listed here" in html
+    assert "Pictures are of the first 3 of 5 queries" in html
+    assert len(html) < 100_000 * 5
 
 
 def test_the_page_shows_the_query_and_its_neighbours_and_says_what_is_gone(scans, capsys):

@@ -258,8 +258,8 @@ def test_neighbours_are_of_the_cloud_but_itself_and_open(opened, index, items):
     assert page.view.name == items["a"].path
     assert sorted(hit.path for hit in page.hits) == sorted(items[name].path for name in "bcd")
     assert [button.visible for button in page.buttons] == [True] * 3 + [False] * 3
-    nearest, cosine, label = page.hits[0].path, page.hits[0].cosine, page.hits[0].label
-    assert page.buttons[0].label == f"{cosine:.4f}  {label or ''}  {Path(nearest).name}"
+    nearest, cosine = page.hits[0].path, page.hits[0].cosine
+    assert page.buttons[0].label == f"1:  {cosine:.4f}  {Path(nearest).name}"
     page.callback(lambda _: page.show(view._item(page.hits[0])))(None)
     assert page.view.name == nearest
     assert nearest not in {hit.path for hit in page.hits}

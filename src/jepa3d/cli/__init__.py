@@ -1,6 +1,7 @@
 """The command line: parse, call, print."""
 
 import argparse
+import io
 import multiprocessing
 import sys
 from pathlib import Path
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; a mistake of the user is one line and exit status 2, an interrupted run 130."""
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot have are spelled out
+            stream.reconfigure(errors="backslashreplace")
     try:
         if tokens and (command := tokens[0]) in KINDS:
             weaker = _weaker_settings(command, tokens)

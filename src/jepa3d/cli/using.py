@@ -69,7 +69,7 @@ def index(
     out: Path
         The store, a folder whose name ends in .lancedb; new or of the same encoder.
     delete: tuple[str, ...]
-        Conditions as of search --where; rows for which all hold are deleted.
+        Conditions as of search --where, in quotes; rows for which all hold are deleted.
     ann: bool
         Build an index for approximate search (jepa3d search --probes).
     """
@@ -117,7 +117,7 @@ def search(
     k: int
         Neighbours of each.
     where: tuple[str, ...]
-        Conditions that all must hold: label=cup, path~*/train/*, num_points>=5000 (= != < <= > >= ~).
+        Conditions that all must hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000' (= != < <= > >= ~).
     min_cosine: float
         Leave out what is less like it.
     include_self: bool
@@ -131,17 +131,19 @@ def search(
     html: Path
         A page with pictures of the queries and their neighbours.
     """
+    from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
 
-    making, found = searching.making_of(where_in), []
+    making, found, pairs = searching.making_of(where_in), [], neighbours.random_cosines(where_in)
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         but = None if include_self else names
         for name, hits in zip(names, searching.search(where_in, vectors, k, where, but, probes), strict=True):
-            found.append((name, [hit for hit in hits if hit.cosine >= min_cosine]))
-            print(searching.to_json(*found[-1])) if json else searching.show(*found[-1])
+            near = [hit for hit in hits if hit.cosine >= min_cosine]
+            found.append((name, near))
+            print(neighbours.to_json(name, near, pairs)) if json else neighbours.show(name, near, pairs)
     if html is not None:
-        searching.write_page(found, making, where_in, html)
+        neighbours.write_page(found, making, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from jepa3d.data.arrays import array_rows
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import PointCloud, ReadError, to_parts
-from jepa3d.data.entries import SPLIT_FOLDERS, Entry, Source, entries_of
+from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import read
+from jepa3d.data.store import SPLITS
 from jepa3d.data.text import read_table
 
 
@@ -206,7 +207,7 @@ def _shapenetpart(root: Path) -> Source:
             side = root / synset / "points_label" / f"{path.stem}.seg"
             found[f"{synset}/{path.stem}"] = partial(_with_parts, path, side, firsts[name], SHAPENETPART[name])
     listed = {}
-    for split in SPLIT_FOLDERS:
+    for split in SPLITS:
         path = root / "train_test_split" / f"shuffled_{split}_file_list.json"
         if path.is_file():
             with boundary(path):

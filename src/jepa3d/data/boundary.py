@@ -49,6 +49,23 @@ def line(error: Any) -> str:
     return printable(text)[:200]
 
 
+def left_out(name: str, reason: str) -> str:
+    """A line on a file that cannot be used; where the reason begins with the file's path, it is not said twice."""
+    last = name.rsplit("/", 1)[-1]
+    for file in (last, last.rpartition("#")[0]):
+        at = reason.find(f"{file}: ") if file else -1
+        if at == 0 or (at > 0 and reason[at - 1] == "/"):
+            reason = reason[at + len(file) + 2 :]
+            break
+    return f"left out: {printable(name)}: {printable(reason)}"
+
+
+def shortened(text: str, most: int) -> str:
+    """Printable text of at most so many letters, its middle cut out: names differ at their ends."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[most // 2 - most :]}"
+
+
 def check_claim(path: Path, claimed: int, factor: int) -> None:
     """ReadError, before anything is allocated, where a header claims more bytes than `factor` times the file's."""
     if claimed > factor * path.stat().st_size:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jepa3d.data import synthetic
 from jepa3d.data.arrays import NO_PARTS, clouds_in, npz_headers, parts_in, read_npz
-from jepa3d.data.boundary import boundary
+from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
@@ -87,7 +87,7 @@ class PointClouds:
         return replace(self, **taken)
 
     def part(self, split: str) -> "PointClouds":
-        """The "train" or "test" part. ValueError when the source has none."""
+        """The "train", "test" or "val" part. ValueError when the source has none."""
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
         return self.subset(self.split == SPLITS.index(split))
@@ -221,7 +221,7 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
         raise ReadError(f"{path}: has no labels {labels_key!r}; it has {known}")
     stem = labels_key.removeprefix("labels").strip("_") or "class"
-    names = tuple(str(name) for name in arrays.get(f"{stem}_names", ()))
+    names = tuple(printable(str(name)) for name in arrays.get(f"{stem}_names", ()))
     if labels is not None and labels.shape == (len(points), 1):
         labels = labels[:, 0]
     if labels is not None and np.issubdtype(labels.dtype, np.integer) and (labels < 0).any():
@@ -232,8 +232,8 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
             raise ReadError(f"{path}: {len(points)} shapes but {name} {list(values.shape)}")
         if values is not None and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
             raise ReadError(f"{path}: {name} must be integers from 0, found {values.dtype}")
-    if split is not None and split.max() > 1:
-        raise ReadError(f"{path}: split must be 0 (train) or 1 (test), found {split.max()}")
+    if split is not None and split.max() >= len(SPLITS):
+        raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {split.max()}")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if labels is not None and not names:
         names = tuple(str(i) for i in range(int(labels.max()) + 1))

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.arrays import clouds_in, facts_in
+from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import read
-
-SPLIT_FOLDERS = ("train", "test", "val")
+from jepa3d.data.store import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +52,17 @@ def entries_of(
         return [Entry(key, partial(read, path, None, columns), label, split)]
     facts, entries = facts_in(path), []
     titles = facts.get("names", ())
-    names = [str(name) for name in facts.get("class_names", ())]
+    names = [_text(name) for name in facts.get("class_names", ())]
     for row in range(count):
         own, half = label, split
         if "label" in facts:
             own = _class_of(facts["label"][row], names, f"{path}: label of cloud {row}")
         if "split" in facts:
             number = int(facts["split"][row])
-            if not 0 <= number < len(SPLIT_FOLDERS):
+            if not 0 <= number < len(SPLITS):
                 raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
-            half = SPLIT_FOLDERS[number]
-        title = str(titles[row]) if len(titles) == count else None
+            half = SPLITS[number]
+        title = _text(titles[row]) if len(titles) == count else None
         entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
     return entries
 
@@ -70,10 +70,15 @@ def entries_of(
 def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
     """The class that a label of an array file means: a text, or a number; None for one below 0."""
     if value.dtype.kind in "US":
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return _text(value)
     number = int(value)
     if number < 0:
         return None
     if names and number >= len(names):
         raise ReadError(f"{where}: {number} is without class: there are {len(names)} names")
     return names[number] if names else str(number)
+
+
+def _text(name: str | bytes) -> str:
+    """A name in a file, which may be the bytes of HDF5, on one line."""
+    return printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))

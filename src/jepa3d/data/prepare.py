@@ -1,22 +1,15 @@
 """`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what was left out."""
 
 import json
-import shutil
-import tarfile
-import tempfile
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from jepa3d.data.archives import unpacked
 from jepa3d.data.cloud import (
     ATTRIBUTES,
     MAX_POINTS,
@@ -30,16 +23,15 @@ from jepa3d.data.cloud import (
     to_parts,
 )
 from jepa3d.data.entries import Entry, Source
-from jepa3d.data.io import refusal
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
-from jepa3d.data.store import StoreWriter, hash64
+from jepa3d.data.splits import divide, lacking
+from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64
 from jepa3d.locking import writing
 from jepa3d.plain import printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz")
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ def _check(options: Preparation, workers: int) -> None:
 
 def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
     source = discover(root, options.variant, options.columns)
-    entries = _split(source.entries, options.split, root, options.seed)
+    entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
     options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
@@ -137,6 +129,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     _show(out, taken, before, skipped)
     if not (out / "store.json").is_file():
         raise ReadError(f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}")
+    _show_lacking(Store(out))
     return out
 
 
@@ -213,71 +206,6 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------ splits, archives
-
-
-def _split(entries: list[Entry], split: str, root: Path, seed: int) -> list[Entry]:
-    """Entries with their split: those of the folders or lists, of one list, or a seeded, stratified fraction."""
-    if split == "folder":
-        some = [entry for entry in entries if entry.split is None]
-        if some and len(some) < len(entries):
-            told = f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {some[0].key}"
-            print(printable(told))
-        return entries
-    try:
-        fraction = float(split)
-    except ValueError:
-        return _split_by_list(entries, Path(split))
-    if not 0 < fraction < 1:
-        raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
-    rng, test = np.random.default_rng(seed), set()
-    for label in sorted({entry.label or "" for entry in entries}):
-        keys = [entry.key for entry in entries if (entry.label or "") == label]
-        test |= {keys[i] for i in rng.permutation(len(keys))[: round(fraction * len(keys))]}
-    return [replace(entry, split="test" if entry.key in test else "train") for entry in entries]
-
-
-def _split_by_list(entries: list[Entry], path: Path) -> list[Entry]:
-    if not path.is_file():
-        raise ReadError(f"--split {path}: folder, a fraction for test, or a file that lists the test clouds")
-    listed = {line.strip() for line in path.read_text().splitlines() if line.strip()}
-    if missing := listed - {entry.key for entry in entries}:
-        raise ReadError(f"{path}: lists {min(missing)!r}, which is not in the source")
-    return [replace(entry, split="test" if entry.key in listed else "train") for entry in entries]
-
-
-@contextmanager
-def unpacked(source: Path, out: Path) -> Iterator[Path]:
-    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it is.
-
-    Raises ReadError for an archive that is damaged or has a member that would be written elsewhere.
-    """
-    if not source.is_file() or source.suffix.lower() not in _ARCHIVES or refusal(source) is None:  # a.ply.gz is a file
-        yield source
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):  # by a killed command: the lock is ours
-        shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
-    try:
-        print(f"unpacking {source}", flush=True)
-        try:
-            if source.suffix.lower() == ".zip":
-                with zipfile.ZipFile(source) as archive:
-                    for name in archive.namelist():
-                        if not (folder / name).resolve().is_relative_to(folder):
-                            raise ReadError(f"{source}: member {name!r} would be written outside its folder")
-                    archive.extractall(folder)
-            else:
-                with tarfile.open(source) as archive:
-                    archive.extractall(folder, filter="data")
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-            raise ReadError(f"{source}: damaged or refused archive ({error})") from error
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 # ------------------------------------------------------------------------------------------------ the report
 
 
@@ -302,3 +230,10 @@ def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]]
         print(printable(f"  {key}: {reason}"))
     if len(skipped) > lines:
         print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")
+
+
+def _show_lacking(store: Store) -> None:
+    split, labels = np.asarray(store.columns["split"]), np.asarray(store.columns["label"])
+    train, test = (split == SPLITS.index(part) for part in ("train", "test"))
+    if train.any() and test.any() and (found := lacking(labels, train, test, store.class_names)):
+        print(f"in one part only, so that training and testing will leave them out: {', '.join(found)}")

@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
-from jepa3d.data.boundary import boundary
+from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.entries import SPLIT_FOLDERS, Entry, Source, entries_of
+from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
+from jepa3d.data.splits import SPLIT_OF, classes_and_splits
 from jepa3d.data.text import check_table
 
 
@@ -19,6 +21,8 @@ def discover(root: Path, variant: str | None = None, columns: tuple[str, ...] | 
     """What lies at `root`: a benchmark, a folder of files, or a file. Raises ReadError."""
     if root.suffix == ".pkl":
         source = fold_of(root)
+    elif root.is_file() and is_archive(root):
+        raise ReadError(f"{root}: {REFUSAL}")
     elif root.is_file():
         source = Source("file", entries_of(root, root.name, None, None, columns))
     else:
@@ -47,16 +51,8 @@ def walk(root: Path, failed: Callable[[OSError], None]) -> Iterable[tuple[Path, 
         yield Path(folder), folders, sorted(files)
 
 
-def _class_depth(folders: list[tuple[str, ...]]) -> int:
-    """How many folders stand around those of the classes, as an archive's own does around all of its files."""
-    depth = 0
-    while len({names[depth : depth + 1] for names in folders}) == 1 and min(map(len, folders)) > depth + 1:
-        depth += 1
-    return depth
-
-
 def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> Source:
-    """Any tree of files: the first sub-folder not around all is a class, one named train, test or val a split."""
+    """Any tree of files; its folders are classes and splits: see splits.py."""
     entries, skipped, notes, part_names = [], [], [], ()
     inner, found_files = [], []
 
@@ -77,7 +73,8 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
         for name in files:
             path = folder / name
             key = path.relative_to(root).as_posix()
-            why = "written by macOS beside the file" if name.startswith("._") else refusal(path)
+            why = REFUSAL if is_archive(path) else refusal(path)
+            why = "written by macOS beside the file" if name.startswith("._") else why
             if why:
                 skipped.append((key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why))
                 continue
@@ -91,18 +88,17 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
                 skipped.append((key, str(error).removeprefix(f"{path}: ")))
                 continue
             found_files.append((path, key))
-    folders_of = [Path(key).parts[:-1] for _, key in found_files]
-    classes = [tuple(part for part in parts if part not in SPLIT_FOLDERS) for parts in folders_of]
-    depth = _class_depth(classes) if classes and not inner else 0
-    for (path, key), parts, names in zip(found_files, folders_of, classes, strict=True):
-        label = names[depth] if len(names) > depth else None
-        split = next((part for part in parts if part in SPLIT_FOLDERS), None)
+    places = classes_and_splits([Path(key).parts[:-1] for _, key in found_files], flat=bool(inner))
+    for (path, key), (name, split) in zip(found_files, places, strict=True):
+        label = None if name is None else printable(name)  # it goes into JSON, Parquet and pictures
         try:
             entries += entries_of(path, key, label, split, columns)
         except ReadError as error:
             entries.append(Entry(key, partial(_refuse, str(error)), label, split))
     if len(inner) == 1 and len(entries) == len(inner[0].entries):  # the benchmark in a folder of its archive
         return replace(inner[0], entries=entries, skipped=skipped)
+    if both := sorted({entry.label for entry in entries if entry.label and entry.label.lower() in SPLIT_OF}):
+        notes.append(f"folder {', '.join(both)}: taken as a class, not as a split")
     layout = "folder"
     if names := MESH_COUNTS.get(frozenset(entry.label for entry in entries)):
         layout = names[0]

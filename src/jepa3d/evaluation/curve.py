@@ -11,7 +11,8 @@ from rich.table import Table
 from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.probe import PROTOCOLS, SELECTION, Part, run_protocol, shared_classes
+from jepa3d.evaluation.labelled import Part, chosen_on, shared_classes
+from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, selection_rule
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, read_metrics, read_record
@@ -33,6 +34,16 @@ class Arm(NamedTuple):
         return float(self.minutes.mean(0)[first]) if first < len(self.steps) else None
 
 
+class _Data(NamedTuple):
+    """What encoders are probed on."""
+
+    train: PointClouds
+    test: PointClouds
+    held: PointClouds | None  # the source's own validation part
+    fingerprint: str
+    rule: str  # how layer and C are chosen
+
+
 def learning_curves(
     runs: list[Path],
     data: str,
@@ -49,17 +60,18 @@ def learning_curves(
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r}: one of {', '.join(PROTOCOLS)}")
     configs = [_config(run) for run in runs]
-    loaded: dict[int, tuple[PointClouds, PointClouds, str]] = {}
+    loaded: dict[int, _Data] = {}
     found = []
     for run, config in zip(runs, configs, strict=True):
         num_points = config["encoder"]["num_points"]
         if num_points not in loaded:
             clouds = load([data], num_points, "all", [up_axis], labels_key)
             train, test, _ = shared_classes(clouds, part)
-            loaded[num_points] = train, test, clouds.fingerprint
+            held = chosen_on(clouds, train, part)
+            loaded[num_points] = _Data(train, test, held, clouds.fingerprint, selection_rule(part, clouds))
         special = [labels_key] * (labels_key != "labels") + [part] * (part != "test")
         file = run / f"curve-{'-'.join([Path(data).stem.replace(':', '-'), *special, protocol])}.json"
-        found.append(_curve(run, config["seed"], file, *loaded[num_points], protocol, part))
+        found.append(_curve(run, config["seed"], file, loaded[num_points], protocol))
     arms: list[tuple[dict, list[int]]] = []
     ignored = {"seed", *BOOKKEEPING}
     for i, config in enumerate(configs):
@@ -78,23 +90,22 @@ def _curve(
     run: Path,
     seed: int,
     file: Path,
-    train: PointClouds,
-    test: PointClouds,
-    fingerprint: str,
+    data: _Data,
     protocol: str,
-    part: Part,
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
     record = read_record(run)
     cost = record["cost"]
     before = read_checked(file) if file.exists() else {}
-    known = before.get("points", {}) if before.get("fingerprint") == fingerprint else {}
+    same = (before.get("fingerprint"), before.get("selection")) == (data.fingerprint, data.rule)
+    known = before["points"] if same else {}
     lines = [*read_metrics(run), cost]
     spent = {line["step"]: line["cpu_seconds"] for line in lines}
     spent = {0: 0.0} | {step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()}
     folders = {0: run / "untrained", cost["step"]: run / "encoder"}
     folders |= {int(folder.name.removeprefix("step-")): folder for folder in (run / "snapshots").glob("step-*")}
     points: dict[int, list[float]] = {}
+    train, test, held = data.train, data.test, data.held
     assert train.labels is not None
     assert test.labels is not None
     for step in track(sorted(folders), f"probing {run}", transient=True):
@@ -103,9 +114,10 @@ def _curve(
             continue
         model = PointEncoder.from_pretrained(folders[step])
         x, x_test = layer_features(model, train), layer_features(model, test)
-        score = run_protocol(protocol, x, train.labels, x_test, test.labels, list(range(len(x))), seed)
+        x_held = None if held is None or held.labels is None else (layer_features(model, held), held.labels)
+        score = run_protocol(protocol, x, train.labels, x_test, test.labels, list(range(len(x))), seed, x_held)
         points[step] = [spent[step] / 60, score["accuracy"]]
-    kept = {"fingerprint": fingerprint, "protocol": protocol, "selection": SELECTION[part], "points": points}
+    kept = {"fingerprint": data.fingerprint, "protocol": protocol, "selection": data.rule, "points": points}
     if len(points) > len(known):
         write_json(file, provenance() | kept)
     return points
@@ -133,4 +145,4 @@ def show_curves(arms: list[Arm], protocol: str, part: Part = "test") -> None:
         )
     Console(width=max(Console().width, 60 + 18 * len(arms))).print(table)
     print(f"{protocol}, overall accuracy % on the {part} part, which scores every snapshot and selects none")
-    print(f"within a snapshot: {SELECTION[part]}")
+    print("within a snapshot: layer and C are chosen as by jepa3d probe; the files curve-*.json say on what")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary
+from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS
@@ -65,6 +65,12 @@ def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: 
         hint = f"; with {fewer[0]} test shapes a class there are enough" if fewer.any() else ""
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
         raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
+    names = dict(enumerate(clouds.class_names))
+    some = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
+    if few := [f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in some]:
+        print(
+            f"not drawn, for want of {shots} train and {queries} test shapes: {printable(', '.join(few))}", flush=True
+        )
 
     def draw(fold: int) -> Episode:
         rng = np.random.default_rng([seed, ways, shots, fold])

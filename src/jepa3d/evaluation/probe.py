@@ -10,29 +10,28 @@
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
 Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling. Figures are overall
-accuracies in per cent. With a fixed layer only C is chosen.
+accuracies in per cent. With a fixed layer only C is chosen. A source's own validation part
+takes the place of the fifth.
 """
 
 import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from sklearn.metrics import confusion_matrix
-from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.model_selection import StratifiedKFold
 
 from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.data.io import ReadError
-from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
 from jepa3d.evaluation.features import layer_features, untrained_like
 from jepa3d.evaluation.fitting import side_by_side
+from jepa3d.evaluation.labelled import Part, chosen_on, fifth, has_validation, shared_classes
 from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.models.dvae import DVAE
@@ -45,12 +44,15 @@ PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
 _SHOTS, _DRAWS = 10, 10
-_CHOICES = "layer and C on a held-out fifth of train (5 folds of the labels for logistic_10)"
-SELECTION = {
-    "test": f"{_CHOICES}; test used once",
-    "validation": f"{_CHOICES}; scored on another fifth of train, test not used",
-}
-Part = Literal["test", "validation"]
+
+
+def selection_rule(part: Part, clouds: PointClouds) -> str:
+    """How layer and C are chosen, and what `part` of the clouds is scored."""
+    own = has_validation(clouds)
+    held = "the validation part" if own and part == "test" else "a held-out fifth of train"
+    other = "the validation part" if own else "another fifth of train"
+    scored = "test used once" if part == "test" else f"scored on {other}, test not used"
+    return f"layer and C on {held} (5 folds of the labels for logistic_10); {scored}"
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
@@ -75,9 +77,11 @@ def run_protocol(
     y_test: np.ndarray,
     layers: list[int],
     seed: int = 0,
+    held: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> dict:
     """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10).
 
+    held: features and labels to choose layer and C on; None: a fifth of train.
     All but logistic_10 also return mean_class_accuracy and confusion: rows true, columns predicted, sorted classes.
     """
     if protocol == "logistic_10":
@@ -86,9 +90,12 @@ def run_protocol(
     choices = [(layer, c) for layer in layers for c in grid]
     layer, c = choices[0]
     if len(choices) > 1:
-        fifth = [_fifth(y, seed)]
-        jobs = [(protocol, c, train[layer], y, fifth, {"seed": seed}) for layer, c in choices]
-        validation = side_by_side(_validation, jobs, len(jobs) * train[0].size)
+        x, labels, folds = train, y, [fifth(y, seed)]
+        if held:
+            x, labels = np.concatenate([train, held[0]], 1), np.concatenate([y, held[1]])
+            folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
+        jobs = [(protocol, c, x[layer], labels, folds, {"seed": seed}) for layer, c in choices]
+        validation = side_by_side(_validation, jobs, len(jobs) * x[0].size)
         layer, c = choices[int(np.argmax(validation))]
     confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
     mean = float(np.nanmean(class_accuracy(confusion)))
@@ -101,14 +108,6 @@ def run_protocol(
 def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], options: dict) -> float:
     """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice; options of `_accuracy`."""
     return sum(_accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds)
-
-
-def _fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of four fifths and of a held-out fifth, stratified where the classes are large enough."""
-    counts = np.unique(y, return_counts=True)[1]
-    stratify = y if counts.min() > 1 and len(y) // 5 >= len(counts) else None
-    fit, held = train_test_split(np.arange(len(y)), test_size=0.2, random_state=seed, stratify=stratify)
-    return fit, held
 
 
 def _few_labels(train, y, test, y_test, layers, seed) -> dict:
@@ -132,31 +131,6 @@ def _few_labels(train, y, test, y_test, layers, seed) -> dict:
     ]
     found = moments(scores)
     return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": [list(choice) for choice in chosen]}
-
-
-def shared_classes(clouds: PointClouds, part: Part = "test") -> tuple[PointClouds, PointClouds, int]:
-    """Train and test parts with the classes present in both, and how many classes were dropped.
-
-    `part` "validation" leaves the test part alone: a held-out fifth of train (always the same) takes its place.
-    """
-    if clouds.labels is None:
-        raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
-    if clouds.split is None:
-        raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
-    labels, (in_train, in_test) = clouds.labels, (clouds.split == SPLITS.index(name) for name in ("train", "test"))
-    if part == "validation":
-        if in_train.sum() < 5:
-            raise ReadError(f"{clouds.name}: {in_train.sum()} train shapes, and validation needs a fifth of them")
-        clouds, labels = clouds.subset(in_train), labels[in_train]
-        in_train = np.isin(np.arange(len(labels)), _fifth(labels, seed=0)[0])
-        in_test = ~in_train
-    both = np.intersect1d(labels[in_train], labels[in_test])
-    if len(both) < 2:
-        raise ReadError(f"{clouds.name}: {len(both)} classes in both train and {part}, a probe needs at least 2")
-    if np.bincount(labels[in_train])[both].max() < 2:
-        raise ReadError(f"{clouds.name}: one train shape a class, a probe needs two to choose on one of them")
-    kept = np.isin(labels, both)
-    return clouds.subset(kept & in_train), clouds.subset(kept & in_test), len(np.unique(labels)) - len(both)
 
 
 def probe(
@@ -188,6 +162,7 @@ def probe(
         raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one")
     clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
     train, test, dropped = shared_classes(clouds, part)
+    held = chosen_on(clouds, train, part)
     y, y_test = train.labels, test.labels
     assert y is not None
     assert y_test is not None
@@ -197,12 +172,16 @@ def probe(
             models = {"untrained": untrained_like(given, train, config["seed"]), **models}
         for name, model in models.items():
             x, x_test = (layer_features(model, half, pooling) for half in (train, test))
+            x_held = (
+                None if held is None or held.labels is None else (layer_features(model, held, pooling), held.labels)
+            )
             depth = len(x) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
             layers = list(range(depth + 1)) if layer is None else [min(layer, depth)]
             scores = {
-                protocol: run_protocol(protocol, x, y, x_test, y_test, layers, config["seed"]) for protocol in protocols
+                protocol: run_protocol(protocol, x, y, x_test, y_test, layers, config["seed"], x_held)
+                for protocol in protocols
             }
             for score in scores.values():
                 if "confusion" in score:
@@ -218,7 +197,7 @@ def probe(
         "seen_in_pretraining": any(_seen(config, data, part) for config, _ in found.values()),  # as far as is known
         "pooling": pooling,
         "layer": "best on validation" if layer is None else layer,
-        "selection": SELECTION[part],
+        "selection": selection_rule(part, clouds),
         "seeds": sorted(seeds),
         "class_names": names,
         "rows": rows,
@@ -315,8 +294,6 @@ def show(result: dict, per_class: str | None = None) -> None:
     Console(width=max(Console().width, 100)).print(table)
     if per_class is not None:
         _show_classes(result, per_class)
-    if data["dropped_classes"]:
-        print(f"{data['dropped_classes']} classes missing from one half were dropped")
     for row in result["rows"]:
         if "dvae" in row:
             print(

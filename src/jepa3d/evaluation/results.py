@@ -288,7 +288,9 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     shared = [f"{name} {_told(value)}" for name, value in result["settings"].items() if name not in settings]
     notes = [*_mixtures(arms), *notes, *([f"shared settings: {', '.join(shared)}"] if shared else [])]
     name = f"{data.get('name')} ({data['variant']})" if data.get("variant") else data.get("name")
-    dropped = f" ({data['dropped_classes']} more dropped)" if data.get("dropped_classes") else ""
+    dropped = data.get("dropped_classes") or 0
+    dropped = dropped if isinstance(dropped, int) else len(dropped)  # results of older versions only count them
+    dropped = f" ({dropped} more dropped)" if dropped else ""
     counts = f"{_told(data.get('classes'))} classes{dropped}, {_told(data.get('test'))} test shapes"
     title = f"{result['task']}, {name}: {counts}{protocol}; per cent, mean ± std over seeds"
     return Sheet(title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)], notes)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
-from jepa3d.plain import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,14 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
 
 def items_of(path: Path) -> list[Item]:
     """The clouds of a file, folder or store, or that of an address. Raises ReadError."""
+    return listed(path)[0]
+
+
+def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
+    """The clouds as of `items_of`, and the files there that are none, each with the reason. Raises ReadError."""
     if not os.path.exists(path):
         try:
-            return [item_at(path)]
+            return [item_at(path)], []
         except ReadError:
             raise ReadError(f"{path}: no such file or folder") from None
     root = os.path.abspath(path)
@@ -107,13 +112,8 @@ def items_of(path: Path) -> list[Item]:
         return [
             Item(str(address), address.open, int(stamp), label, True)
             for address, stamp, label in zip(addresses, content, labels, strict=True)
-        ]
-    found = discover(Path(root))
-    for key, reason in found.skipped[:5]:
-        print(printable(f"left out: {key}: {reason}"))
-    if len(found.skipped) > 5:
-        print(f"left out: {len(found.skipped) - 5:,} more that are no clouds")
-    items = []
+        ], []
+    found, items = discover(Path(root)), []
     for entry in found.entries:
         address = _address(entry, root)
         try:
@@ -122,7 +122,15 @@ def items_of(path: Path) -> list[Item]:
         except OSError:
             stamp = 0  # its reader says what is missing
         items.append(Item(str(address), entry.read, stamp, entry.label or entry.name))
-    return items
+    return items, found.skipped
+
+
+def show_left_out(skipped: list[tuple[str, str]]) -> None:
+    """A line for each of the first five files that are no clouds, and one for all others."""
+    for key, reason in skipped[:5]:
+        print(left_out(key, reason))
+    if len(skipped) > 5:
+        print(f"left out: {len(skipped) - 5:,} more that are no clouds")
 
 
 def cloud_paths(path: str | Path) -> list[str]:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64
 from jepa3d.frame import FRAME
-from jepa3d.inference.clouds import Address, Item, items_of, spelled
+from jepa3d.inference.clouds import Address, Item, items_of, listed, show_left_out, spelled
 from jepa3d.locking import writing
 from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
 from jepa3d.models.ready import fingerprint, load
@@ -135,13 +136,13 @@ def embed_files(
     name = str(Path(model).absolute()) if Path(model).exists() else model
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
     making = Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
-    items = _items(paths, prune)
+    items, skipped = _items(paths, prune)
     inside = tuple(spelled(os.path.abspath(path)) + sign for path in paths for sign in "/#")
     on_device = torch.accelerator.is_available()
     if on_device:
         encoder = encoder.to(torch.accelerator.current_accelerator())
     work = partial(_work, model, layer, pooling, up_axis, on_device)
-    counts: Counter[str] = Counter()
+    counts = Counter({"left out": skipped})
     with ExitStack() as locks:
         for file in files.values():
             locks.enter_context(writing(file))
@@ -161,7 +162,7 @@ def embed_files(
             results = mapped(work, todo, BATCH, processes, "embedding", __name__)
             results = _on_device(results, encoder, layer, pooling) if on_device else results
             _collect(results, file, making, known.keys(), gone, counts)
-    if counts["left out"] and not counts["known"] + counts["new"]:
+    if items and not counts["known"] + counts["new"]:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
     print(
         f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
@@ -196,17 +197,24 @@ def _files(out: Path, share: str) -> tuple[dict[int, Path], int]:
     return {number: out / f"part-{number}of{count}.parquet" for number in numbers}, count
 
 
-def _items(paths: list[Path], prune: bool) -> dict[str, Item]:
-    """The clouds at all paths by their path; to forget what was there, a folder may be empty. Raises ReadError."""
+def _items(paths: list[Path], prune: bool) -> tuple[dict[str, Item], int]:
+    """The clouds at all paths by their path, and how many files are none, which are named.
+
+    To forget what was there, a folder may be empty. Raises ReadError.
+    """
     items: dict[str, Item] = {}
+    count = 0
     for path in paths:
         try:
-            items |= {item.path: item for item in items_of(path)}
+            found, skipped = listed(path)
+            items |= {item.path: item for item in found}
+            show_left_out(skipped)
+            count += len(skipped)
         except ReadError as error:
             if not (prune and path.is_dir()):
                 raise
             print(error)
-    return items
+    return items, count
 
 
 def _is_gone(path: str, inside: tuple[str, ...]) -> bool:
@@ -265,8 +273,7 @@ def _collect(results: Iterator, file: Path, making: "Making", known: Any, gone: 
         for item, result in results:
             if isinstance(result, str):
                 dropped = "; its former vector is dropped" if item.path in known else ""
-                reason = result.removeprefix(f"{item.path}: ").removeprefix(f"{item.path.partition('#')[0]}: ")
-                print(printable(f"left out: {item.path}: {reason}{dropped}"))
+                print(left_out(item.path, result) + dropped)
                 gone.update([item.path] if dropped else [])
                 counts["left out"] += 1
                 continue

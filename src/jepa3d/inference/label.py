@@ -1,7 +1,7 @@
 """`jepa3d label`: from unlabelled clouds to a classifier: clusters, a few names, a linear head, and every label.
 
 OUT/vectors.parquet  of the clouds, by the frozen encoder
-OUT/names.csv        path, name: the clouds nearest to each cluster's centre; fill in what you know, add any others
+OUT/names.csv        path, name, cluster: the clouds nearest to each centre; fill in names you know, add any others
 OUT/clusters.html    these clouds, drawn
 OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
 OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first
@@ -11,7 +11,6 @@ import csv
 import io
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +22,13 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.io import enough_points
 from jepa3d.evaluation.fitting import one_thread, side_by_side
-from jepa3d.figures import draw_contact_sheet
-from jepa3d.inference.clouds import open_cloud
 from jepa3d.inference.embedding import embed_files
-from jepa3d.inference.search import display
+from jepa3d.inference.neighbours import display, draw
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.heads import LinearClassifier
 from jepa3d.models.ready import load
-from jepa3d.page import note, page, picture, section
+from jepa3d.page import note, page, section
 from jepa3d.plain import printable, write_bytes
 
 SHOWN = 6  # representatives of a cluster
@@ -60,6 +56,8 @@ def label(
     x = np.concatenate([to_numpy(batch.column(0)) for batch in vectors.batches(["vector"])])
     names = names or out / "names.csv"
     known = read_names(names, where) if names.is_file() else {}
+    if known and clusters is not None:
+        print(f"--clusters {clusters}: not used, since {names} has names already; another --out proposes clusters anew")
     if not known:
         count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
         if not 2 <= count <= len(x):
@@ -67,8 +65,9 @@ def label(
         groups = list(cluster(x, count))
         _write_page(groups, where, up_axis, out / "clusters.html")
         known = _ask(groups, where) if sys.stdin.isatty() else {}
-        rows = [(where[i], known.get(where[i], "")) for group in groups for i in group[:SHOWN]]
-        _write_csv(out / "names.csv", [("path", "name"), *rows])
+        numbered = ((number, i) for number, group in enumerate(groups, 1) for i in group[:SHOWN])
+        rows = [(where[i], known.get(where[i], ""), number) for number, i in numbered]
+        _write_csv(out / "names.csv", [("path", "name", "cluster"), *rows])
         print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
     if len(set(known.values())) < 2:
         print(f"to go on: names of two classes at least in {out / 'names.csv'}, and the same command")
@@ -86,7 +85,9 @@ def label(
 
     found = [(where[i], *cells(i, first), *cells(i, second)) for i in order]
     _write_csv(out / "labels.csv", [("path", "class", "probability", "second", "second_probability"), *found])
-    told = "one of a class, so no estimate" if estimate is None else f"{100 * estimate:.1f} % right, cross-validated"
+    alone = [printable(str(name)) for name, count in zip(classes, np.bincount(y), strict=True) if count == 1]
+    told = f"no estimate while there is one cloud of {', '.join(alone)}; name a second of each, and run this again"
+    told = told if estimate is None else f"{100 * estimate:.1f} % right, cross-validated"
     print(f"{len(rows):,} named clouds of {len(classes)} classes: {told}")
     print(f"written: {out / 'labels.csv'}, {len(x):,} clouds, least certain first; jepa3d predict {out} labels others")
 
@@ -179,18 +180,11 @@ def _save(head, model: str, layer: int, pooling: str, classes: list[str], folder
 def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: Path) -> None:
     sections = []
     for number, group in enumerate(groups, 1):
-        clouds, titles, missing = [], [], []
-        for i in group[:SHOWN]:
-            try:
-                cloud, z_up = open_cloud(where[i])
-                points = enough_points(cloud, 1, 0).points
-                clouds.append(points if z_up else points @ cloud.to_z_up(up_axis).T)
-                titles.append(Path(where[i]).name)
-            except (ReadError, OSError) as error:
-                missing.append(note(f"not drawn: {error}", "warning"))
-        drawn = [picture(partial(draw_contact_sheet, clouds, titles), "nearest to the centre first")] if clouds else []
-        files = note(", ".join(display(where[i]) for i in group[:SHOWN]))
-        sections.append(section(f"{number}: {len(group):,} clouds", *drawn, *missing, files))
+        paths = [where[i] for i in group[:SHOWN]]
+        titles = [Path(path).name for path in paths]
+        files = note(", ".join(map(display, paths)))
+        drawn = draw(paths, titles, up_axis, "nearest to the centre first")
+        sections.append(section(f"{number}: {len(group):,} clouds", *drawn, files))
     write_bytes(out, page("Clusters", f"{len(groups)} clusters", "spherical k-means of vectors", sections).encode())
 
 

@@ -1,12 +1,10 @@
 """`jepa3d search`: the nearest vectors by cosine, exactly, from Parquet files, in the memory of a row group."""
 
-import json
 import operator
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,11 @@ import numpy as np
 
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.io import SUFFIXES, enough_points
-from jepa3d.figures import draw_contact_sheet
-from jepa3d.inference.clouds import Address, cloud_paths, open_cloud
+from jepa3d.data.io import SUFFIXES
+from jepa3d.inference.clouds import Address, listed, show_left_out
 from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
 from jepa3d.models.ready import fingerprint, load
-from jepa3d.page import facts, note, page, picture, section, table
-from jepa3d.plain import printable, write_bytes
 
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
@@ -57,13 +52,14 @@ class Condition:
         match = re.fullmatch(r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*", text, re.DOTALL)
         if not match or match[1] not in COLUMNS:
             raise ValueError(
-                f"--where {text}: COLUMN OP VALUE, a column of {', '.join(COLUMNS)}, OP = != < <= > >= or ~"
+                f"condition {text!r}: 'COLUMN OP VALUE' in quotes, as the shell takes < > * ? for itself; "
+                f"columns {', '.join(COLUMNS)}; OP = != < <= > >= or ~"
             )
         column, compare, value = match.groups()
         if column != "num_points":
             return Condition(column, compare, value)
         if not re.fullmatch(r"\d+", value) or compare == "~":
-            raise ValueError(f"--where {text}: num_points is compared with a number")
+            raise ValueError(f"condition {text!r}: num_points is compared with a number, as in 'num_points>=1000'")
         return Condition(column, compare, int(value))
 
     def holds(self, values: list) -> np.ndarray:
@@ -201,44 +197,6 @@ def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[li
     encoder = load(model or making.model)
     if fingerprint(encoder) != making.fingerprint:
         raise ValueError(f"{index}: made with another encoder than {model or making.model}; embed again, or --model")
-    return cloud_paths(path), embed(path, encoder, making.up_axis, making.layer, making.pooling)
-
-
-def show(name: str, hits: list[Hit]) -> None:
-    """A line a neighbour: cosine, path, label."""
-    print(f"{display(name)}:" + ("" if hits else " nothing found"))
-    for hit in hits:
-        print(f"  {hit.cosine:.4f}  {display(hit.path)}" + (f"  [{printable(hit.label)}]" if hit.label else ""))
-
-
-def to_json(name: str, hits: list[Hit]) -> str:
-    """A line of JSON a query."""
-    return json.dumps({"query": name, "hits": [{"rank": i + 1, **vars(hit)} for i, hit in enumerate(hits)]})
-
-
-def write_page(found: list[tuple[str, list[Hit]]], making: Making, index: Path, out: Path) -> None:
-    """A page of every query and its neighbours, drawn. Clouds that are no longer there are said."""
-    sections = []
-    for name, hits in found:
-        clouds, titles, missing = [], [], []
-        for path, title in [(name, "query"), *((hit.path, f"{hit.cosine:.3f} {Path(hit.path).name}") for hit in hits)]:
-            try:
-                cloud, z_up = open_cloud(path)
-                points = enough_points(cloud, 1, 0).points
-                clouds.append(points if z_up else points @ cloud.to_z_up(making.up_axis).T)
-                titles.append(title)
-            except (ReadError, OSError) as error:
-                missing.append(note(f"not drawn: {error}", "warning"))
-        rows = [(i + 1, f"{hit.cosine:.4f}", hit.label, display(hit.path)) for i, hit in enumerate(hits)]
-        drawn = [picture(partial(draw_contact_sheet, clouds, titles), f"{display(name)} and its neighbours")]
-        sections.append(
-            section(display(name), *(drawn if clouds else []), *missing, table(("", "cosine", "label", "file"), rows))
-        )
-    settings = facts({"index": str(index), "encoder": making.model, "fingerprint": making.fingerprint})
-    write_bytes(out, page("Nearest shapes", f"{len(found)} queries", "by cosine", [*sections, settings]).encode())
-
-
-def display(path: str) -> str:
-    """A path as a terminal shows it, from here where it lies below."""
-    here = f"{Path.cwd()}/"
-    return printable(path.removeprefix(here))
+    items, skipped = listed(path)
+    show_left_out(skipped)
+    return [item.path for item in items], embed(path, encoder, making.up_axis, making.layer, making.pooling)

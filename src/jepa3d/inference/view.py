@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import sampled
-from jepa3d.inference.clouds import Item, item_at, items_of
+from jepa3d.inference.clouds import Item, item_at, listed, show_left_out
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
@@ -171,7 +172,7 @@ class Page:
         self.generator = torch.Generator().manual_seed(0)
         self.lock = threading.RLock()  # viser calls back from many threads, and from the same when a value is set
         gui, count = server.gui, len(items)
-        names = [f"{row + 1}  {item.label or ''}  {Path(item.path).name}" for row, item in enumerate(items)]
+        names = [f"{row + 1}:  {shortened(Path(item.path).name, 24)}" for row, item in enumerate(items)]
         listed = count <= MAX_LISTED
         self.choices: Any = names if listed else range(1, count + 1)
         self.text = gui.add_html("")
@@ -196,7 +197,7 @@ class Page:
                 try:
                     action(event)
                 except (ValueError, OSError) as error:  # ReadError among them
-                    self._say(f"<b>not shown</b>: {html.escape(str(error))}")
+                    self._say(f"<b>not shown</b>: {html.escape(printable(str(error)))}")
 
         return call
 
@@ -215,7 +216,7 @@ class Page:
             self.chooser.value = self.choices[self.row]
         self.view, self.picked = self.look(item), None
         points = self.view.points
-        self.title = " ".join(html.escape(part) for part in (Path(item.path).name, item.label) if part)
+        self.title = " ".join(html.escape(printable(part)) for part in (Path(item.path).name, item.label) if part)
         self.cloud = self._draw("/cloud", points, float(np.clip(1.2 / np.sqrt(len(points)), 0.004, 0.02)))
         self.colours.options = (HEIGHT, *([] if self.view.colors is None else [OWN]), PCA, SIMILARITY, SAMPLE)
         self.recolour()
@@ -281,11 +282,11 @@ class Page:
             if not button.visible:
                 continue
             hit, x = self.hits[at], 0.62 * (at - (len(self.hits) - 1) / 2)
-            button.label = f"{hit.cosine:.4f}  {hit.label or ''}  {Path(hit.path).name}"
+            button.label = f"{at + 1}:  {hit.cosine:.4f}  {shortened(Path(hit.path).name, 24)}"
             try:
                 points = self.look(_item(hit)).points
                 self._draw(name, 0.28 * points[:: -(-len(points) // 2048)], 0.012, (x, 0.0, -1.5))
-                title = f"{hit.cosine:.3f} {hit.label or Path(hit.path).name}"[:24]
+                title = f"{at + 1}:  {hit.cosine:.3f}\n{shortened(Path(hit.path).name, 12)}"
                 scene.add_label(f"{name}/title", title, position=(0.0, 0.0, -0.33), anchor="top-center")
             except (ReadError, OSError) as error:
                 button.label += f"  not drawn: {error}"
@@ -311,7 +312,9 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
         model, layer, pooling = model or making.model, making.layer, making.pooling
         if fingerprint(load(model)) != making.fingerprint:
             raise ValueError(f"{index}: made with another encoder than {model}; embed again, or --model")
-    items = list({item.path: item for path in paths for item in items_of(path)}.values())
+    found = [listed(path) for path in paths]
+    items = list({item.path: item for some, _ in found for item in some}.values())
+    show_left_out([one for _, skipped in found for one in skipped])
     if not items:
         raise ReadError(f"{paths[0]}: no clouds there")
     look = functools.partial(view_of, load(model or "default"), up_axis=up_axis, layer=layer, pooling=pooling)

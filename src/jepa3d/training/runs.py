@@ -168,8 +168,6 @@ def count_parameters(module: nn.Module, trained: bool = False) -> int:
 def show_result(out: Path) -> None:
     """Print what results.json says, in two lines."""
     result = read_checked(out / "results.json")
-    if dropped := result["data"].get("dropped_classes"):
-        print(f"{dropped} classes that train or test lacks were dropped")
     print(outcome(result))
     minutes = result["cost"]["cpu_seconds"] / 60
     print(f"{minutes:.1f} CPU-minutes; written: {out}; average seeds with: jepa3d results RUNS")

@@ -1,0 +1,57 @@
+"""Contact sheets: all of a cloud whatever the order of its points, captions that keep what comes first, few bytes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jepa3d import figures
+from jepa3d.figures import draw_contact_sheet
+
+RNG = np.random.default_rng(0)
+
+
+def sheet(clouds: list[np.ndarray], titles: list[str]) -> bytes:
+    file = io.BytesIO()
+    draw_contact_sheet(clouds, titles, file)
+    return file.getvalue()
+
+
+def extent(png: bytes) -> np.ndarray:
+    """Of what is drawn above the caption: first and last row and column."""
+    ink = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[:190] < 240).any(2)
+    return np.concatenate([np.flatnonzero(ink.any(axis))[[0, -1]] for axis in (0, 1)])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("count", [300, 8192, 50_000])
+def test_a_sorted_scan_is_drawn_whole(axis, count):
+    cloud = RNG.uniform(-1, 1, (count, 3)) * [1, 0.7, 0.5]
+    in_order = cloud[np.argsort(cloud[:, axis])]
+    some, all_of_it = extent(sheet([in_order], ["a"])), extent(sheet([cloud], ["a"]))
+    assert np.abs(some - all_of_it).max() <= 12  # pixels of 190
+
+
+@pytest.mark.parametrize("cloud", [np.zeros((5, 3)), np.eye(3)[:1], np.arange(6.0).reshape(2, 3), np.full((9, 3), 1e8)])
+def test_clouds_without_extent_are_drawn(cloud):
+    assert Image.open(io.BytesIO(sheet([cloud], ["a"]))).size == (190, 236)
+
+
+@pytest.mark.parametrize(
+    "name", ["scan.ply", "very_long_" * 20, "scan of a tree\n\x1b[31m", "a" * 300, "$x_1$ 鉢.ply", ""]
+)
+def test_a_caption_keeps_its_cosine_and_few_lines(name, capfd):
+    said = figures._caption(f"0.9312 {name}")
+    lines = said.split("\n")
+    assert lines[0].startswith("0.9312")
+    assert len(lines) <= 3
+    assert max(map(len, lines)) <= 28 + 2  # a $ is written \$
+    assert all(line.isprintable() for line in lines)
+    sheet([RNG.normal(size=(50, 3))], [f"0.9312 {name}"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_query_and_ten_neighbours_are_a_hundred_kilobytes_at_most():
+    clouds = [RNG.uniform(size=(20_000, 3)) for _ in range(11)]  # worse than any surface
+    assert len(sheet(clouds, [f"0.9{i:03} {'long name ' * 9}" for i in range(11)])) * 4 / 3 < 100_000
