@@ -108,10 +108,11 @@ def test_a_file_whose_name_has_a_sign_wins_over_the_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["no.xyz", "a.npz#x", "a.npz#", "a.npz#01", "a.npz#-1", "#0", "a#0", "a.npz#²", "", "\0"]
+    "text", ["no.xyz", "a.npz#x", "a.npz#", "a.npz#01", "a.npz#-1", "#0", "a#0", "a.npz#²", "b.xyz#0", "", "\0"]
 )
 def test_what_is_nowhere_is_said(tmp_path, text, monkeypatch):
     np.savez(tmp_path / "a.npz", points=cloud(0)[None])
+    np.savetxt(tmp_path / "b.xyz", cloud(0))
     monkeypatch.chdir(tmp_path / "..")
     with pytest.raises(ReadError, match="no longer there"):
         open_cloud(f"{tmp_path}/{text}" if text else f"{tmp_path}#")

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa3d.data.arrays import ARRAY_SUFFIXES
 from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
+
+_PARTS = {".pkl": "(train|test)#[0-9]+"} | dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")  # of files of many clouds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Address:
                 if is_store(file):
                     if _row_of(file, part) is not None:
                         return Address(file, part)
-                elif os.path.isfile(file) and re.fullmatch("0|[1-9][0-9]*|(train|test)#[0-9]+", part):
+                elif re.fullmatch(_PARTS.get(os.path.splitext(file)[1].lower(), "(?!)"), part) and os.path.isfile(file):
                     return Address(file, part)
         return None
 

@@ -157,12 +157,12 @@ def embed_files(
             mine = [item for item in items.values() if of == 1 or hash64(item.path.encode()) % of == number - 1]
             todo = [item for item in mine if known.get(item.path) != item.stamp]
             gone = {path for path in known.keys() - items.keys() if prune and _is_gone(path, inside)}
-            counts.update(known=len(known), unchanged=len(mine) - len(todo), forgotten=len(gone))
+            counts.update(known=len(known), tried=len(todo), unchanged=len(mine) - len(todo), forgotten=len(gone))
             processes = workers or min(os.cpu_count() or 1, max(1, len(todo) // (4 * BATCH)))  # one takes seconds
             results = mapped(work, todo, BATCH, processes, "embedding", __name__)
             results = _on_device(results, encoder, layer, pooling) if on_device else results
             _collect(results, file, making, known.keys(), gone, counts)
-    if items and not counts["known"] + counts["new"]:
+    if counts["tried"] and not counts["known"] + counts["new"]:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
     print(
         f"{out}: {counts['new']:,} new, {counts['changed']:,} changed, {counts['unchanged']:,} unchanged"
