@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
-from jepa3d.plain import naming, write_bytes
+from jepa3d.plain import naming, sha256_of, write_bytes
 
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
@@ -55,20 +55,21 @@ class Store:
         self.path = Path(path)
         try:
             self.header = json.loads((self.path / "store.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ReadError(f"{path}: not a store of jepa3d prepare ({error})") from error
-        if not isinstance(self.header, dict):
-            raise ReadError(f"{path}: not a store of jepa3d prepare")
-        if self.header.get("format") != FORMAT:
-            raise ReadError(f"{path}: store of format {self.header.get('format')!r}, this version reads {FORMAT!r}")
-        if not (unfinished or self.header["complete"]):
+            found, shards = self.header.get("format"), self.header.get("shards", ())
+            self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
+            self._start = np.cumsum([0] + [shard["points"] for shard in shards])
+            self.num_points: int | None = self.header["num_points"]
+            self.class_names, self.part_names = (tuple(self.header[f"{kind}_names"]) for kind in ("class", "part"))
+            complete = self.header["complete"]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ReadError(f"{path}: not a store of jepa3d prepare, or damaged ({error})") from error
+        if found != FORMAT:
+            raise ReadError(f"{path}: store of format {found!r}, this version reads {FORMAT!r}")
+        if not (unfinished or complete):
             raise ReadError(f"{path}: an unfinished store; run its jepa3d prepare again, it goes on")
-        shards = self.header["shards"]
-        self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
-        self._start = np.cumsum([0] + [shard["points"] for shard in shards])
         self.columns = {name: self._column(name) for name in COLUMNS}
-        self.num_points: int | None = self.header["num_points"]
-        self.class_names, self.part_names = tuple(self.header["class_names"]), tuple(self.header["part_names"])
+        if not any(isinstance(column, np.memmap) for column in self.columns.values()):
+            self._check_index()
         self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._bytes: dict[int, int] = {}
 
@@ -136,8 +137,7 @@ class Store:
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
         """Points n 3 of a cloud's store frame in its file's own frame, float64."""
         *origin, scale = self.columns["frame"][row].tolist()
-        axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(np.float64)
-        return np.asarray(points, np.float64) @ axes * scale + origin
+        return np.asarray(points, np.float64) @ TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float) * scale + origin
 
     def key(self, row: int) -> str:
         """The path of a cloud's file in its source, with its row where the file has many."""
@@ -150,15 +150,12 @@ class Store:
         """Compare every checksum. Raises ReadError naming the first file that differs."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
-            if not path.is_file():
-                raise ReadError(f"{path}: is missing")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != shard["sha256"]:
-                raise ReadError(f"{path}: its checksum is not the one written")
-            begin, end = self.first[i : i + 2].tolist()
-            if self._index_crc(begin, end) != shard["index_crc32"]:
-                raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
-            if wrong := [row for row in range(begin, end) if not np.isfinite(self.points(row)).all()]:
+            if (found := sha256_of(path)) != shard["sha256"]:
+                raise ReadError(f"{path}: {'its checksum is not the one written' if found else 'is missing'}")
+            rows = range(*self.first[i : i + 2].tolist())
+            if wrong := [row for row in rows if not np.isfinite(self.points(row)).all()]:
                 raise ReadError(f"{self.path}: {self.key(wrong[0])}: NaN or infinite coordinates ({len(wrong)} clouds)")
+        self._check_index()
         path, begin = self.path / "index" / "keys.bin", 0
         text = path.read_bytes() if path.is_file() else b""
         for end, key in zip(self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True):
@@ -166,11 +163,14 @@ class Store:
                 raise ReadError(f"{path}: its text is not the one written")
             begin = end
 
-    def _index_crc(self, begin: int, end: int) -> int:
-        crc = 0
-        for name in COLUMNS:
-            crc = zlib.crc32(np.ascontiguousarray(self.columns[name][begin:end]).tobytes(), crc)
-        return crc
+    def _check_index(self) -> None:
+        """Raises ReadError where the index is not the one written."""
+        for i, shard in enumerate(self.header["shards"]):
+            (begin, end), crc = self.first[i : i + 2].tolist(), 0
+            for name in COLUMNS:
+                crc = zlib.crc32(np.ascontiguousarray(self.columns[name][begin:end]).tobytes(), crc)
+            if crc != shard["index_crc32"]:
+                raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
 
 
 class StoredPoints:
