@@ -205,6 +205,21 @@ def test_nan_where_no_face_is_does_not_matter(tmp_path):
         assert (len(found), area(found)) == (8, pytest.approx(6))
 
 
+def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    written(folder / "a.off.gz", gzip.compress(f"OFF\n8 6 0\n{VERTICES}{FACES}".encode()))
+    written(folder / "b.dae", "<COLLADA/>")
+    written(folder / "README.md", "# Scans")
+    prepare(folder, tmp_path / "store", Preparation(points=64), workers=1)
+    prepare(folder / "a.off.gz", tmp_path / "one", Preparation(points=64), workers=1)  # a file, not an archive
+    assert len(Store(tmp_path / "store")) == len(Store(tmp_path / "one")) == 1
+    report = json.loads((tmp_path / "store" / "report.json").read_text())
+    reasons = {entry["file"]: entry["reason"] for entry in report["skipped"]}
+    assert "convert it first" in reasons["b.dae"]
+    assert reasons["README.md"] == "unknown kind of file"
+
+
 # ---------------------------------------------------------------------------------------------- glTF
 
 

@@ -9,9 +9,8 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 from jepa3d.data.polygons import mesh, strip
-from jepa3d.data.text import to_bytes
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}

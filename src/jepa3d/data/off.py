@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 from jepa3d.data.polygons import Rows, mesh, runs, triangles, unix_lines, whole
-from jepa3d.data.text import to_bytes
 
 _MAGIC = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
 

@@ -193,7 +193,8 @@ class StoredPoints:
         for i, row in enumerate(rows.tolist()):
             out[i] = self.store.points(row, self.num_points)
             if not np.isfinite(out[i]).all():
-                raise ReadError(f"{self.store.path}: {self.store.key(row)}: NaN or infinite coordinates")
+                said = f"NaN or infinite coordinates (jepa3d info {self.store.path} --verify finds all of them)"
+                raise ReadError(f"{self.store.path}: {self.store.key(row)}: {said}")
         if self.num_points != self.store.num_points:  # fewer points have another centroid and radius
             out -= out.mean(1, keepdims=True)
             out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]

@@ -62,10 +62,8 @@ class Table:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...] | None = None, names: tuple[str, ...] = ()):
-        self.path, self.encoding = path, encoding_of(path)
         self._header = ""
-        with self._open() as file:
-            self._scan(file)
+        self._scan(path)
         row = _fields(self._first, self.mark)
         columns = columns if columns and len(columns) == 3 else None  # more are those of a .bin beside it
         names = names or self._names(row, columns)
@@ -108,12 +106,13 @@ class Table:
         errors = "surrogateescape" if self.encoding.startswith("utf-8") else "replace"
         return self.path.open(encoding=self.encoding, errors=errors)
 
-    def _scan(self, file: TextIO) -> None:
+    def _scan(self, path: Path) -> None:
         """Find the first row of numbers, whatever stands above it: comments, counts, names, a title."""
+        self.path, self.encoding = path, encoding_of(path)
         self._above: list[tuple[int, str]] = []  # lines of other text, with their numbers
         self._comments = deque[str](maxlen=1000)  # the last of those that may be a header
         self._count: int | None = None
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST), ""), 1):
+        for number, line in enumerate(self._first_lines(), 1):
             text = line.strip()
             if len(line) >= _LONGEST:
                 raise ReadError(f"line {number} is no row of a table: it has {_LONGEST:,} characters or more")
@@ -145,6 +144,10 @@ class Table:
         first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
         raise ReadError(f"no rows of numbers{first}")
 
+    def _first_lines(self) -> Iterator[str]:
+        with self._open() as file:
+            yield from iter(lambda: file.readline(_LONGEST), "")
+
     def _split(self, text: str, width: int) -> list[str]:
         """Names of a line above the numbers: the split, by this delimiter or another, that has `width` names."""
         text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(",;|\t ")
@@ -166,17 +169,16 @@ class Table:
                 return tuple(names)
         for comment in reversed(self._comments):  # CloudCompare: //X Y Z R G B
             names = self._split(comment, filled)
-            if set("xyz") <= set(names) and (len(names) == filled or (len(names) < filled and set(names) <= _KNOWN)):
+            if set(map(_plain, columns or "xyz")) <= set(names) and (
+                len(names) == filled or (len(names) < filled and set(names) <= _KNOWN)
+            ):
                 return tuple(names)
         return ()
 
 
 def check_table(path: Path) -> None:
     """ReadError for a file that is no table of numbers, such as a README."""
-    table = Table.__new__(Table)
-    table.path, table.encoding = path, encoding_of(path)
-    with table._open() as file:
-        table._scan(file)
+    Table.__new__(Table)._scan(path)  # whatever its columns are called
 
 
 def encoding_of(path: Path) -> str:

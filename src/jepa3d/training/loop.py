@@ -38,7 +38,7 @@ from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, cpu_seconds
 
-BAD_CLOUD = "find such clouds with jepa3d info DATA --verify, restore the file as it was, and --resume"
+BAD_CLOUD = "restore the file as it was (jepa3d info DATA --verify finds such clouds), then --resume"
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 
 
