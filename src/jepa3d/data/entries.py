@@ -79,6 +79,6 @@ def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
     return names[number] if names else str(number)
 
 
-def _text(name: str | bytes) -> str:
+def _text(name: object) -> str:
     """A name in a file, which may be the bytes of HDF5, on one line."""
     return printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))

@@ -134,6 +134,9 @@ def export(model: str, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     network = _load(model).float()
+    encoder = network if isinstance(network, PointEncoder) else network.encoder
+    if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:  # no graph has such a `fill`
+        raise ValueError(f"{model}: cannot be exported: num_groups or group_size would have to be at least {needed}")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
