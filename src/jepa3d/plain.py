@@ -167,9 +167,13 @@ def read_checked(path: Path, *needed: str) -> dict:
     """
     try:
         value = json.loads(path.read_text())
-        written = value.pop("sha256", None)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: missing, cut off or damaged ({error})") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or cut off ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged: it holds no named values")
+    written = value.pop("sha256", None)
     if written is not None and written != _digest(value):
         raise ValueError(f"{path}: damaged: its checksum is not the one written")
     if lacking := [key for key in needed if key not in value]:

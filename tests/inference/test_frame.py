@@ -391,7 +391,6 @@ REFUSED = {
     "one too few": (shape(15), "15 points, at least 16 are needed"),
     "copies of 15": (np.tile(shape(15), (20, 1)), "15 different points of 300, at least 16 are needed"),
     "no points": (np.zeros((0, 3)), "no points"),
-    "NaN": (np.where(np.arange(300).reshape(-1, 3) == 4, np.nan, shape(100)), "NaN or infinite coordinates"),
     "infinite": (np.where(np.arange(300).reshape(-1, 3) == 4, -np.inf, shape(100)), "NaN or infinite coordinates"),
 }
 
@@ -421,6 +420,20 @@ def test_what_is_too_little_is_refused_everywhere_in_the_same_words(
         said.append(str(error.value))
     assert all(text.endswith(reason) for text in said), said
     assert {text.removesuffix(reason) for text in said} <= {"", "cloud 1: ", f"{tmp_path / 'cloud.npy'}: "}
+
+
+def test_nan_is_refused_in_memory_and_left_out_of_files(encoder, tmp_path):
+    whole = shape(100)
+    holed = np.insert(whole, 7, np.nan, axis=0)
+    for action in (
+        lambda: encoder.embed(holed),
+        lambda: embed([holed], encoder),
+        lambda: frame.group(holed, 128, 16, 8),
+    ):
+        with pytest.raises(ValueError, match="NaN or infinite coordinates"):
+            action()
+    vectors = [embed(saved(tmp_path, cloud), encoder) for cloud in (whole, holed)]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [15, 16, 64, 100])

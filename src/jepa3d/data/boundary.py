@@ -39,6 +39,8 @@ def boundary(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
     except _PARSER_ERRORS as error:
+        if str(error).startswith(f"{path}: "):
+            raise ReadError(printable(str(error))) from error
         kind = suffix_of(path)[1:].upper()
         raise ReadError(f"{path}: damaged or not a {kind} file ({line(error)})") from error
 
