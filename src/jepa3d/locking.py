@@ -26,7 +26,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(PermissionError):  # Windows keeps files that are open
+        with suppress(OSError):  # Windows keeps files that are open; the folder may be gone
             os.unlink(lock.lock_file)  # while it is held: whoever opened it before sees that it has no name any more
         lock.release()
         with suppress(OSError):  # the first that is not empty

@@ -8,6 +8,8 @@ Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float 
 
 import hashlib
 import importlib.util
+import os
+import shutil
 from functools import cache
 
 import numpy as np
@@ -137,8 +139,9 @@ def _quickfps():
 
 @cache
 def _triton():
-    """The sampler as one kernel on a GPU, where torch brought Triton; or None."""
-    if importlib.util.find_spec("triton") is None:
+    """The sampler as one kernel on a GPU, where there is Triton and the C compiler that it needs; or None."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if importlib.util.find_spec("triton") is None or compiler is None:
         return None
     from jepa3d import ops_triton
 

@@ -93,9 +93,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     skipped, taken, fewer, unseen = list(source.skipped), Counter(), 0, Counter()
-    settings = json.loads(json.dumps(asdict(options)))
+    settings, begun = json.loads(json.dumps(asdict(options))), False
     try:
         with StoreWriter(out, settings, names, parts) as writer:
+            begun = True
             entries, before = _new(entries, writer.keys())
             work = partial(_convert_all, options)
             for entry, result in mapped(work, entries, _CHUNK, workers, "preparing", __name__):
@@ -124,7 +125,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
             which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
             source.notes.append(f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}")
             print(printable(source.notes[-1]))
-        if (out / "store.json").is_file():
+        if begun and (out / "store.json").is_file():
             _report(out, source, taken, skipped)
     _show(out, taken, before, skipped)
     if not (out / "store.json").is_file():

@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,7 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
+_OPENING = Lock()
 _UNFINISHED = (".store.json.partial", ".store.json.lock")  # what a command killed at its first write leaves
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
@@ -96,17 +98,18 @@ class Store:
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may. Raises ReadError."""
         path = self.path / self.header["shards"][index]["file"]
-        if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
-            raise ReadError(f"{path}: is gone or was cut off while it was read")  # touching its pages would be a crash
-        if index not in self._open:
-            try:
-                self._bytes[index], self._open[index] = path.stat().st_size, _map_safetensors(path)
-            except (OSError, ValueError, KeyError) as error:
-                raise ReadError(f"{path}: not a readable shard ({error})") from error
-            if len(self._open) > 64:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return self._open[index]
+        with _OPENING:  # the thread that reads ahead shares the store
+            if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
+                raise ReadError(f"{path}: is gone or was cut off while it was read")  # its pages would be a crash
+            if index not in self._open:
+                try:
+                    self._bytes[index], self._open[index] = path.stat().st_size, _map_safetensors(path)
+                except (OSError, ValueError, KeyError) as error:
+                    raise ReadError(f"{path}: not a readable shard ({error})") from error
+                if len(self._open) > 64:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(index)
+            return self._open[index]
 
     def _span(self, row: int) -> tuple[int, slice]:
         """Shard of a cloud, and its rows there."""

@@ -91,7 +91,7 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")
-    return Item(str(address), address.open, 0, label, address.z_up)
+    return Item(str(address), address.open, _stamp(address), label, address.z_up)
 
 
 def items_of(path: Path) -> list[Item]:
@@ -119,13 +119,19 @@ def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     found, items = discover(Path(root)), []
     for entry in found.entries:
         address = _address(entry, root)
-        try:
-            status = os.stat(address.file)
-            stamp = hash64(f"{status.st_size} {status.st_mtime_ns}".encode())
-        except OSError:
-            stamp = 0  # its reader says what is missing
-        items.append(Item(str(address), entry.read, stamp, entry.label or entry.name))
+        items.append(Item(str(address), entry.read, _stamp(address), entry.label or entry.name))
     return items, found.skipped
+
+
+def _stamp(address: Address) -> int:
+    """What differs when a cloud changed: of a stored one its content, else size and time of change of its file."""
+    if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
+        return int(_store(address.file)[0].columns["content"][row])
+    try:
+        status = os.stat(address.file)
+    except OSError:
+        return 0  # its reader says what is missing
+    return hash64(f"{status.st_size} {status.st_mtime_ns}".encode())
 
 
 def show_left_out(skipped: list[tuple[str, str]]) -> None:

@@ -30,6 +30,7 @@ from jepa3d.models.heads import LinearClassifier
 from jepa3d.models.ready import load
 from jepa3d.page import note, page, section
 from jepa3d.plain import printable, write_bytes
+from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # representatives of a cluster
 _CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the head's regularisation that are tried
@@ -56,6 +57,8 @@ def label(
     x = np.concatenate([to_numpy(batch.column(0)) for batch in vectors.batches(["vector"])])
     names = names or out / "names.csv"
     known = read_names(names, where) if names.is_file() else {}
+    if not known and names != out / "names.csv":
+        raise ReadError(f"{names}: no names of these clouds")
     if known and clusters is not None:
         print(f"--clusters {clusters}: not used, since {names} has names already; another --out proposes clusters anew")
     if not known:
@@ -174,7 +177,7 @@ def _save(head, model: str, layer: int, pooling: str, classes: list[str], folder
     with torch.no_grad():
         network.out.weight.copy_(torch.from_numpy(weight))
         network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
-    network.save_pretrained(folder)
+    replace_folder(folder, network.save_pretrained)
 
 
 def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: Path) -> None:

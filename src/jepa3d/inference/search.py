@@ -139,7 +139,7 @@ def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition],
         cosine = np.where(length > 0, (x @ directions.T.astype(np.float32)).T / np.maximum(length, 1e-30), -np.inf)
         names = None
         for i, (query, scores) in enumerate(zip(directions, cosine, strict=True)):
-            worst = np.partition(scores, -k)[-k] if len(scores) > k else -2.0
+            worst = max(np.partition(scores, -k)[-k], -2.0) if len(scores) > k else -2.0  # a zero vector is no hit
             worst = max(worst, best[i][-1].cosine) if len(best[i]) == k else worst
             top = np.flatnonzero(scores >= worst - SLACK)
             if len(top):

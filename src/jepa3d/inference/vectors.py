@@ -112,7 +112,7 @@ class Vectors:
                 with pq.ParquetFile(file) as opened:
                     for i in range(opened.num_row_groups):
                         if opened.metadata.row_group(i).num_rows:  # files of earlier versions may have empty ones
-                            yield partial(_row_group, opened, i)
+                            yield partial(_row_group, opened, i, file)
             except (pa.ArrowException, OSError) as error:
                 raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
@@ -125,9 +125,11 @@ class Vectors:
         return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
 
 
-def _row_group(file: pq.ParquetFile, number: int, columns: list[str] | None) -> pa.RecordBatch:
-    # Threads cost more than they give: nearly all of a row group is one column.
-    return file.read_row_group(number, columns, use_threads=False).combine_chunks().to_batches()[0]
+def _row_group(opened: pq.ParquetFile, number: int, file: Path, columns: list[str] | None) -> pa.RecordBatch:
+    try:  # threads cost more than they give: nearly all of a row group is one column
+        return opened.read_row_group(number, columns, use_threads=False).combine_chunks().to_batches()[0]
+    except (pa.ArrowException, OSError) as error:
+        raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
 
 def _making(file: Path) -> Making:

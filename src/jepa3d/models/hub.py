@@ -1,6 +1,7 @@
 """Saving and loading a network: a folder or a Hub repository of config.json and model.safetensors."""
 
 import hashlib
+import http.client
 import inspect
 import json
 import re
@@ -221,7 +222,7 @@ def _unreachable() -> str:
         urllib.request.urlopen(request, timeout=_REACHED_WITHIN).close()
     except urllib.error.HTTPError:
         return ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         return "" if isinstance(reason, ssl.SSLError) else f"{constants.ENDPOINT} cannot be reached: {reason}"
     return ""

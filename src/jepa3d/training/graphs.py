@@ -76,7 +76,7 @@ class Repeated:
                     parameter.grad = None
         device.current_stream().wait_stream(aside)
         graph = device.CUDAGraph()
-        with device.graph(graph, pool=self.pool):
+        with device.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
             output = self.run(seen, RepeatedDraws(draws.seed, draws.step, parent=draws))
         self.pool = graph.pool()
         for buffer, value in zip(self.model.buffers(), kept, strict=True):

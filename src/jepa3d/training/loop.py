@@ -206,8 +206,10 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 
 
 def to_device(points: Tensor, device: torch.device) -> Tensor:
-    """Points on the device; to an accelerator without waiting for it."""
-    return points if device.type == "cpu" else points.pin_memory().to(device, non_blocking=True)
+    """Points on the device; to a GPU without waiting for it."""
+    if torch.get_device_module(device).__name__ != "torch.cuda":
+        return points.to(device)
+    return points.pin_memory().to(device, non_blocking=True)
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
