@@ -58,7 +58,7 @@ UNREADABLE = "cannot be read: "
 LIMIT = 120  # seconds of a command, after which it hangs
 FAULTS = ("lost", "blocked", "traceback", "processes left", "files left", "differs", "unnoticed", "hangs")
 SIZES = {
-    "embed-dim": 16, "depth": 2, "num-heads": 2, "num-groups": 8, "group-size": 8, "num-points": 64,
+    "embed-dim": 16, "depth": 2, "num-heads": 2, "num-groups": 8, "group-size": 8, "num-points": 56,
     "tokenizer-dim": 8,
 }  # fmt: skip
 ENCODER = [word for name, value in SIZES.items() for word in (f"--encoder.{name}", str(value))]

@@ -447,3 +447,15 @@ def test_a_browser_shows_the_page_on_a_screen_and_a_telephone(classified, tmp_pa
     width = re.search(r"<title>(\d+)</title>", browse(tmp_path / "telephone.html", "--dump-dom"))
     assert width is not None
     assert 300 <= int(width[1]) <= 360
+
+
+def test_damaged_predictions_are_named(tmp_path):
+    from jepa3d.data.cloud import ReadError
+    from jepa3d.report import _predictions
+
+    file = tmp_path / "predictions.npz"
+    np.savez(file, label=np.arange(300))
+    for content in (file.read_bytes()[:400], b"\0" + file.read_bytes()[1:], b""):
+        file.write_bytes(content)
+        with pytest.raises(ReadError, match=r"predictions\.npz: "):
+            _predictions(tmp_path)

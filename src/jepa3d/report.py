@@ -9,6 +9,7 @@ import numpy as np
 
 from jepa3d import figures
 from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig, stored
+from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
@@ -148,9 +149,16 @@ def _classes(details: dict) -> str:
     )
 
 
+def _predictions(run: Path) -> dict[str, np.ndarray]:
+    """The arrays of RUN/predictions.npz. Raises ReadError where it is missing or damaged."""
+    file = run / "predictions.npz"
+    with boundary(file), np.load(file, allow_pickle=False) as saved:
+        return {name: saved[name] for name in saved.files}
+
+
 def _parts(run: Path, names: list[str]) -> str:
-    with np.load(run / "predictions.npz", allow_pickle=False) as saved:
-        points, truth, predicted, labels = (saved[name] for name in ("points", "parts", "predicted", "label"))
+    saved = _predictions(run)
+    points, truth, predicted, labels = (saved[name] for name in ("points", "parts", "predicted", "label"))
     nth = np.zeros(len(labels), int)  # 0 for the first of each category, 1 for the second, …
     for label in np.unique(labels):
         nth[labels == label] = np.arange((labels == label).sum())
@@ -194,9 +202,8 @@ def _test_features(run: Path, config: dict, data: str) -> tuple[np.ndarray, np.n
     shapes = Labelled.load(settings, network.encoder.num_points).test
     labels = shapes.labels
     assert labels is not None
-    with np.load(run / "predictions.npz", allow_pickle=False) as saved:
-        if not np.array_equal(labels, saved["label"]):
-            raise ValueError(f"{shapes.name}: its test part is not what the run was tested on")
+    if not np.array_equal(labels, _predictions(run)["label"]):
+        raise ValueError(f"{shapes.name}: its test part is not what the run was tested on")
     rows = _spread(len(labels), MOST_TSNE)
     before, after = (layer_features(model, shapes.subset(rows))[-1] for model in (start, network.encoder))
     return before, after, labels[rows]

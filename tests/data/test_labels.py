@@ -1,5 +1,6 @@
 """Part labels: nothing that a file says in them costs the cloud; where they are used they are checked."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from jepa3d.data.datasets import load
 from jepa3d.data.entries import entries_of
 from jepa3d.data.io import read
 from jepa3d.data.prepare import Preparation, prepare
+from jepa3d.data.sources import discover
 from jepa3d.data.store import Store
 from jepa3d.evaluation.partseg import category_parts, mean_iou
 from jepa3d.models.heads import Segmenter
@@ -218,3 +220,21 @@ def test_a_bundles_labels_of_one_column_are_classes_and_of_any_other_shape_refus
     assert load([str(path)], 80, "all").labels.tolist() == list(range(6))
     with pytest.raises(ReadError, match=r"labels has shape \[6, 10\]"):
         load([str(arrays(tmp_path / "b.npz", labels=np.eye(6, 10)))], 80, "all")
+
+
+def test_colours_are_fractions_only_where_they_are_no_whole_numbers():
+    assert to_bytes(np.array([[1.02, 0.5, 0.2]])).tolist() == [[255, 128, 51]]
+    assert to_bytes(np.array([[1, 0, 1]], np.uint16)).tolist() == [[1, 0, 1]]
+
+
+def test_texts_of_hdf5_are_classes(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["data"] = np.random.default_rng(0).normal(size=(4, 30, 3))
+        file.create_dataset("label", data=["cup", "bowl"] * 2, dtype=h5py.string_dtype())
+    assert [entry.label for entry in discover(tmp_path / "a.h5").entries] == ["cup", "bowl"] * 2
+
+
+def test_an_array_whose_points_come_last_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(3, 80)))
+    with pytest.raises(ReadError, match="points first"):
+        read(tmp_path / "a.npy")

@@ -275,6 +275,29 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
     halves = np.tile(np.float32([0.5, 0.5, 0, 0]), (8, 1))
     found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + halves.tobytes()))
     assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # half as the one joint puts it, half as the other
+    found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + (halves / 2).tobytes()))
+    assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # weights count by their share
+    with pytest.raises(ReadError, match="a skin whose joint 2 is not in the scene"):
+        read(
+            gltf(
+                tmp_path / "a.gltf",
+                lambda s: (skin(s), s["scenes"][0].update(nodes=[0, 1])),
+                joints.tobytes() + halves.tobytes(),
+            )
+        )
+
+
+def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
+    found = read(gltf(tmp_path / "a.gltf", lambda s: s["nodes"][0].update(rotation=[0, 0, 2, 2])))
+    assert (area(found), box(found).round(6).tolist()) == (pytest.approx(6), [[-1, 0, 0], [0, 1, 1]])
+
+    def dark(scene):
+        scene["accessors"].append(
+            {"bufferView": 2, "componentType": 5121, "normalized": True, "count": 8, "type": "VEC3"}
+        )
+        scene["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = 2
+
+    assert read(gltf(tmp_path / "a.gltf", dark, b"\1" * 24)).colors.max() == 1
 
 
 @pytest.mark.parametrize(
@@ -284,6 +307,8 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
         (lambda s: s.update(extensionsRequired=["FOO_bar"]), "needs FOO_bar"),
         (lambda s: s["bufferViews"][0].update(extensions={"EXT_meshopt_compression": {}}), "EXT_meshopt_compression"),
         (lambda s: (s["accessors"][0].pop("bufferView"), s["meshes"][0]["primitives"][0].update(
+            extensions={"KHR_draco_mesh_compression": {}})), "needs KHR_draco_mesh_compression"),
+        (lambda s: (s["accessors"][1].pop("bufferView"), s["meshes"][0]["primitives"][0].update(
             extensions={"KHR_draco_mesh_compression": {}})), "needs KHR_draco_mesh_compression"),
         (lambda s: s["buffers"][0].update(uri="gone%20.bin"), "its buffer gone .bin is not beside it"),
         (lambda s: s["buffers"][0].update(uri="../a.bin"), "is not in its folder"),

@@ -13,7 +13,7 @@ from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.splits import SPLIT_OF, classes_and_splits, divide, lacking
 from jepa3d.data.store import SPLITS, Store
 
-CLASSES = ("ball", "rod", "disc", "Train", "test", "Validation", "testbed", "training set")
+CLASSES = ("ball", "rod", "disc", "Train", "test", "Validation", "testbed", "training camp")
 CASES = (str.lower, str.upper, str.title)
 RNG = np.random.default_rng(0)
 
@@ -133,3 +133,10 @@ def test_the_third_part_means_validation_in_every_source(tmp_path):
         every = load([str(path)], 16, "all")
         assert {part: len(every.part(part)) for part in SPLITS} == dict.fromkeys(SPLITS, 4), path
         assert [len(load([str(path)], 16, part)) for part in ("train", "test")] == [4, 4]
+
+
+@pytest.mark.parametrize("names", [("train_data", "test_data"), ("01_train", "02_test"), ("Training Set", "Test Set")])
+def test_what_is_added_to_the_name_of_a_split_does_not_matter(names):
+    folders = [(split, label) for split in names for label in ("ball", "dataset")]
+    splits = [split for split in ("train", "test") for _ in range(2)]
+    assert classes_and_splits(folders, False) == list(zip(["ball", "dataset"] * 2, splits, strict=True))

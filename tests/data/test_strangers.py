@@ -83,7 +83,7 @@ def test_groups_and_texts_in_place_of_numbers_are_refused(tmp_path):
     assert "data is a group" in refusal(tmp_path / "a.h5")
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file.create_dataset("data", data=np.array([["a"] * 3] * 80, object), dtype=h5py.string_dtype())
-    assert "holds objects" in refusal(tmp_path / "b.h5")
+    assert "expected an array of points" in refusal(tmp_path / "b.h5")
 
 
 def zeros(path, count: int) -> None:

@@ -138,3 +138,10 @@ def test_clouds_of_a_few_shot_fold_have_addresses(tmp_path):
         "0.pkl#test#1",
     ]
     assert [open_cloud(item.path)[0].points.tobytes() for item in found] == originals(found)
+
+
+def test_a_row_that_is_named_by_itself_has_the_stamp_it_has_in_its_folder(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(3, 40, 3)))
+    whole = {item.path: item.stamp for item in items_of(tmp_path)}
+    alone = items_of(Path(f"{tmp_path}/a.npy#1"))[0]
+    assert alone.stamp == whole[alone.path] != 0

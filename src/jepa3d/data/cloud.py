@@ -56,6 +56,8 @@ class PointCloud:
         xyz = np.asarray(xyz)
         if xyz.ndim != 2 or xyz.shape[1] < 3 or not np.issubdtype(xyz.dtype, np.number) or np.iscomplexobj(xyz):
             raise ReadError(f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}")
+        if len(xyz) == 3 and xyz.shape[1] > 32:
+            raise ReadError(f"expected an array of points [n, 3], found {list(xyz.shape)}: turn it over, points first")
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
         for name, values in attributes.items():
             if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
@@ -139,13 +141,14 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from 0-1, 0-255 or 16 bits; what is no number is 0."""
+    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0-255 or 16 bits; what is no number is 0."""
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
         return colors
+    whole = colors.dtype.kind in "iu"
     colors = np.nan_to_num(colors.astype(np.float64), posinf=0, neginf=0)
     top = colors.max(initial=0)
-    colors = colors * 255 if 0 < top <= 1 else colors / 257 if top > 255 else colors
+    colors = colors * 255 if not whole and 0 < top < 2 else colors / 257 if top > 255 else colors
     return colors.clip(0, 255).round().astype(np.uint8)
 
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
+from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.polygons import mesh, strip
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -36,7 +36,7 @@ class _Scene:
             data, self.binary = _chunks(data)
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
-        if not version.startswith("2."):
+        if version.split(".")[0] != "2":
             raise ReadError(f"glTF {version} is not read, only 2.0")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
@@ -71,11 +71,13 @@ class _Scene:
                 vertices.append(points)
                 total += len(points)
                 if "COLOR_0" in attributes:
-                    colors.append(255 * self._values(attributes["COLOR_0"])[:, :3])
+                    colors.append(
+                        (255 * self._values(attributes["COLOR_0"])[:, :3].clip(0, 1)).round().astype(np.uint8)
+                    )
             if solid:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4)) + known[shared]
                 faces.append(corners[:, ::-1] if np.linalg.det(place[:3, :3]) < 0 else corners)
-        kept = {"colors": to_bytes(np.concatenate(colors))} if len(colors) == len(vertices) else {}
+        kept = {"colors": np.concatenate(colors)} if len(colors) == len(vertices) else {}
         return mesh(np.concatenate(vertices), np.concatenate([np.empty((0, 3), np.int64), *faces]), up="y", **kept)
 
     # ------------------------------------------------------------------------------------------ nodes
@@ -130,19 +132,27 @@ class _Scene:
         bind = np.tile(np.eye(4), (len(skin["joints"]), 1, 1))
         if "inverseBindMatrices" in skin:
             bind = self._values(skin["inverseBindMatrices"]).reshape(-1, 4, 4).transpose(0, 2, 1)[: len(bind)]
+        if outside := set(skin["joints"]) - self.places.keys():
+            raise ReadError(f"a skin whose joint {min(outside)} is not in the scene")
         moves, out = np.stack([self.places[joint] for joint in skin["joints"]]) @ bind, np.zeros_like(points)
+        total = np.zeros((len(points), 1))
         for set_ in range(sum(name.startswith("JOINTS_") for name in attributes)):
             joints, parts = self._values(attributes[f"JOINTS_{set_}"]), self._values(attributes[f"WEIGHTS_{set_}"])
             for joint, part in zip(joints.T, parts.T, strict=True):
                 move = moves[joint]
                 out += part[:, None] * (np.einsum("nij,nj->ni", move[:, :3, :3], points) + move[:, :3, 3])
-        return out
+                total += part[:, None]
+        return np.where(total > 0, out / np.where(total > 0, total, 1), points)
 
     def _indices(self, primitive: dict) -> np.ndarray:
         """The corners of a primitive's faces, vertices of its own from 0."""
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
+        accessor = self.json["accessors"][primitive["indices"]]
+        if accessor["count"] and "bufferView" not in accessor and "sparse" not in accessor:
+            packed = _DRACO if _DRACO in primitive.get("extensions", {}) else "indices without a buffer"
+            raise ReadError(f"needs {packed}, which is not read; save it without")
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
             raise ReadError(f"a face of vertex {corners.max()}, but only {count} vertices")
@@ -193,9 +203,11 @@ class _Scene:
     def _load(self, uri: str | None) -> bytes:
         if uri is None:
             return self.binary
-        if uri.startswith("data:"):
+        if uri[:5].lower() == "data:":
             head, _, data = uri.partition(",")
-            return binascii.a2b_base64(unquote(data)) if head.endswith(";base64") else unquote_to_bytes(data)
+            if not head.lower().endswith(";base64"):
+                return unquote_to_bytes(data)
+            return binascii.a2b_base64(unquote(data).replace("-", "+").replace("_", "/"))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ReadError(f"its buffer {name} is not in its folder: only those are opened")
@@ -216,14 +228,15 @@ def _chunks(data: bytes) -> tuple[bytes, bytes]:
         size, kind = int.from_bytes(data[at : at + 4], "little"), data[at + 4 : at + 8]
         found.setdefault(kind, data[at + 8 : at + 8 + size])
         at += 8 + size
-    return found[b"JSON"], found.get(b"BIN\0", b"")
+    return found[b"JSON"].rstrip(b"\0 "), found.get(b"BIN\0", b"")
 
 
 def _matrix(node: dict) -> np.ndarray:
     """A node's transform [4, 4]: its matrix, or translation, rotation and scale."""
     if "matrix" in node:
         return np.array(node["matrix"], np.float64).reshape(4, 4).T
-    x, y, z, w = np.asarray(node.get("rotation", (0, 0, 0, 1)), np.float64)
+    turned = np.asarray(node.get("rotation", (0, 0, 0, 1)), np.float64)
+    x, y, z, w = turned / (np.linalg.norm(turned) or 1.0)  # those of whole numbers have about unit length only
     turn = np.array([
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
         [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],

@@ -11,7 +11,7 @@ from jepa3d.data.polygons import Rows, mesh, triangles, unix_lines, whole
 
 def read_obj(path: Path) -> PointCloud:
     """The polygons of an OBJ file; without any its vertices as a cloud, whatever lines join them."""
-    text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes())).replace(b"\\\n", b" ")
+    text = re.sub(rb"\\[ \t]*\n", b" ", re.sub(rb"#.*", b"", unix_lines(path.read_bytes())))
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
         raise ReadError(f"free-form surfaces ({surface[1].decode()}) are not read; convert it to polygons")
 

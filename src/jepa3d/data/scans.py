@@ -58,7 +58,7 @@ def read_pcd(path: Path) -> PointCloud:
         elif way == "binary":
             check_claim(path, file.tell() + size, 1)
             data = np.frombuffer(file.read(size), row)
-            if len(file.read(row.itemsize)) == row.itemsize:
+            if len(more := file.read(row.itemsize)) == row.itemsize and any(more):  # zeros are padding
                 raise ReadError(f"damaged: more follows than the {count:,} points that its header says")
         elif way == "binary_compressed":  # all of a field, then all of the next
             packed, unpacked = (int.from_bytes(file.read(4), "little") for _ in range(2))
@@ -223,8 +223,8 @@ def ptx_rows(path: Path, size: int = 200_000) -> Iterator[np.ndarray]:
     A scan is its columns and rows, the scanner's place and axes, a matrix that acts on rows, and a line a point:
     x y z intensity [r g b], zeros where no light came back.
     """
-    with path.open(encoding="latin-1") as file:
-        at = 0
+    with path.open(encoding="latin-1") as text:
+        file, at = (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip()), 0  # less a BOM
         while head := list(islice(file, 10)):
             if not "".join(head).strip():
                 break

@@ -13,7 +13,7 @@ from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
-from jepa3d.data.splits import SPLIT_OF, classes_and_splits
+from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
 
 
@@ -97,7 +97,7 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
             entries.append(Entry(key, partial(_refuse, str(error)), label, split))
     if len(inner) == 1 and len(entries) == len(inner[0].entries):  # the benchmark in a folder of its archive
         return replace(inner[0], entries=entries, skipped=skipped)
-    if both := sorted({entry.label for entry in entries if entry.label and entry.label.lower() in SPLIT_OF}):
+    if both := sorted({entry.label for entry in entries if entry.label and split_of(entry.label)}):
         notes.append(f"folder {', '.join(both)}: taken as a class, not as a split")
     layout = "folder"
     if names := MESH_COUNTS.get(frozenset(entry.label for entry in entries)):

@@ -1,5 +1,6 @@
 """Classes and splits: from the names of folders, by a fraction or a list, and which classes a split leaves out."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,14 @@ from jepa3d.data.entries import Entry
 
 SPLIT_OF = {  # what the name of a folder, in lower case, says
     "train": "train", "training": "train", "test": "test", "testing": "test",
-    "val": "val", "valid": "val", "validation": "val",
+    "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val", "eval": "val",
 }  # fmt: skip
+_ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")  # to such a name: 01_train, Test Set, train_data
+
+
+def split_of(name: str) -> str | None:
+    """The split that the name of a folder says, in any case; None for other names."""
+    return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
 def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple[str | None, str | None]]:
@@ -31,13 +38,13 @@ def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple
             inside[names[:depth]].add(name)
 
     def splits_in(names: set[str]) -> set[str]:
-        return {SPLIT_OF[name.lower()] for name in names if name.lower() in SPLIT_OF}
+        return {split for name in names if (split := split_of(name))}
 
     levels = [
         set().union(*(inside[at] for at in inside if len(at) == depth))
         for depth in range(max(map(len, inside), default=-1) + 1)
     ]
-    all_named = [depth for depth, names in enumerate(levels) if all(name.lower() in SPLIT_OF for name in names)]
+    all_named = [depth for depth, names in enumerate(levels) if all(map(split_of, names))]
     # Of several such levels (a class `test` in folders train and test) the one with most splits.
     level = max(all_named, key=lambda depth: (len(splits_in(levels[depth])), -depth), default=None)
 
@@ -45,13 +52,13 @@ def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple
         if level is not None:
             return depth == level
         beside, within = inside[names[:depth]], inside.get(names[: depth + 1], set())
-        return names[depth].lower() in SPLIT_OF and (len(splits_in(beside)) > 1 or not beside.isdisjoint(within))
+        return split_of(names[depth]) is not None and (len(splits_in(beside)) > 1 or not beside.isdisjoint(within))
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
         """The folders but that of the split, and the split."""
         at = next((depth for depth in range(len(names)) if is_split(names, depth)), None)
-        return (names, None) if at is None else (names[:at] + names[at + 1 :], SPLIT_OF[names[at].lower()])
+        return (names, None) if at is None else (names[:at] + names[at + 1 :], split_of(names[at]))
 
     found = [divided(names) for names in folders]
     classes, depth = {names for names, _ in found}, 0

@@ -15,7 +15,6 @@ import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +27,6 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
-_OPENING = Lock()
 _UNFINISHED = (".store.json.partial", ".store.json.lock")  # what a command killed at its first write leaves
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
@@ -98,18 +96,17 @@ class Store:
     def shard(self, index: int) -> dict[str, np.ndarray]:
         """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may. Raises ReadError."""
         path = self.path / self.header["shards"][index]["file"]
-        with _OPENING:  # the thread that reads ahead shares the store
-            if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
-                raise ReadError(f"{path}: is gone or was cut off while it was read")  # its pages would be a crash
-            if index not in self._open:
-                try:
-                    self._bytes[index], self._open[index] = path.stat().st_size, _map_safetensors(path)
-                except (OSError, ValueError, KeyError) as error:
-                    raise ReadError(f"{path}: not a readable shard ({error})") from error
-                if len(self._open) > 64:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(index)
-            return self._open[index]
+        if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
+            raise ReadError(f"{path}: is gone or was cut off while it was read")  # touching its pages would be a crash
+        if (found := self._open.get(index)) is None:
+            try:
+                self._bytes[index], found = path.stat().st_size, _map_safetensors(path)
+            except (OSError, ValueError, KeyError) as error:
+                raise ReadError(f"{path}: not a readable shard ({error})") from error
+            self._open[index] = found
+            if len(self._open) > 64:  # the first one, so that two threads may share a store without a lock
+                self._open.popitem(last=False)
+        return found
 
     def _span(self, row: int) -> tuple[int, slice]:
         """Shard of a cloud, and its rows there."""
