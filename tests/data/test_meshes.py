@@ -347,3 +347,13 @@ def test_gltf_is_y_up_whatever_the_other_files_are(tmp_path):
     for said, axis in stores.items():
         prepare(tmp_path / "in", tmp_path / str(said), Preparation(points=256, up_axis=said), workers=1)
         assert np.ptp(Store(tmp_path / str(said)).cloud(0).points, axis=0).argmax() == axis
+
+
+def test_a_hidden_node_of_gltf_is_left_out_with_what_hangs_on_it(tmp_path):
+    def hidden(scene):
+        off = {"extensions": {"KHR_node_visibility": {"visible": False}}, "translation": [5, 0, 0], "children": [2]}
+        scene["nodes"] += [{"mesh": 0} | off, {"mesh": 0}]
+        scene["scenes"][0]["nodes"] = [0, 1]
+
+    found = read(gltf(tmp_path / "a.gltf", hidden))
+    assert (area(found), box(found).tolist()) == (pytest.approx(6), [[0, 0, 0], [1, 1, 1]])

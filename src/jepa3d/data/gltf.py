@@ -15,7 +15,11 @@ from jepa3d.data.polygons import mesh, strip
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 _MOST = 50_000_000  # vertices and corners of a scene, whose nodes may show one mesh many times
-_GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing")  # extensions that change shapes and are read
+_GEOMETRY = (
+    "KHR_mesh_quantization",
+    "EXT_mesh_gpu_instancing",
+    "KHR_node_visibility",
+)  # extensions that change shapes and are read
 # Those that change none: how a surface looks, lights, notes.
 _LOOKS = re.compile(r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*")
 _DRACO, _MESHOPT, _INSTANCING = "KHR_draco_mesh_compression", "meshopt_compression", "EXT_mesh_gpu_instancing"
@@ -43,6 +47,7 @@ class _Scene:
                 raise ReadError(f"needs {name}, which is not read; save it without")
         self.nodes: list[dict] = self.json.get("nodes", [])
         self.places: dict[int, np.ndarray] = {}  # of each node of the scene its matrix
+        self.hidden: set[int] = set()  # nodes of the scene that are not shown
         self.buffers: dict[int, bytes] = {}
 
     def read(self) -> PointCloud:
@@ -88,13 +93,15 @@ class _Scene:
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
         else:
             roots = sorted(set(range(len(self.nodes))) - {c for node in self.nodes for c in node.get("children", ())})
-        waiting = [(root, np.eye(4)) for root in roots]
+        waiting = [(root, np.eye(4), True) for root in roots]
         while waiting:
-            i, above = waiting.pop()
+            i, above, visible = waiting.pop()
             if i in self.places or i < 0:
                 raise ReadError(f"node {i} is reached twice")
             self.places[i] = above @ _matrix(self.nodes[i])
-            waiting += [(child, self.places[i]) for child in self.nodes[i].get("children", ())]
+            visible &= self.nodes[i].get("extensions", {}).get("KHR_node_visibility", {}).get("visible", True)
+            self.hidden |= set() if visible else {i}
+            waiting += [(child, self.places[i], visible) for child in self.nodes[i].get("children", ())]
 
     def _shown(self) -> list[tuple[dict, np.ndarray]]:
         """Nodes with meshes and where they are, one entry an instance."""
@@ -103,7 +110,7 @@ class _Scene:
         shown = []
         for i, place in sorted(self.places.items()):
             node = self.nodes[i]
-            if "mesh" not in node:
+            if "mesh" not in node or i in self.hidden:
                 continue
             copies = [np.eye(4)]
             if instances := node.get("extensions", {}).get(_INSTANCING):
