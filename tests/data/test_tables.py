@@ -437,3 +437,11 @@ def test_e57_without_scans_or_valid_points(tmp_path):
     cloud = read(tmp_path / "some.e57")
     assert np.allclose(cloud.file_coordinates(), POINTS[np.arange(30) % 3 > 0], atol=1e-3)
     assert cloud.unseen == 10
+
+
+@pytest.mark.parametrize("below", ["m,m,m,-", "float,float,float,int", "m,m,m,-\nsurveyed,surveyed,surveyed,"])
+def test_units_and_types_may_stand_below_the_names(tmp_path, below):
+    points = np.random.default_rng(0).normal(size=(80, 3))
+    lines = [f"{z:.6f},{x:.6f},{y:.6f},1" for x, y, z in points]
+    (tmp_path / "a.csv").write_text("\n".join(["z,x,y,intensity", below, *lines]))
+    assert np.allclose(read(tmp_path / "a.csv").file_coordinates(), points, atol=1e-5)

@@ -159,11 +159,13 @@ class Table:
         """The header's names, from the last line above the numbers or from a comment; () where there is none."""
         filled = len(row) - next((i for i, field in enumerate(reversed(row)) if field), 0)
         if self._above:
-            number, self._header = self._above[-1]
-            names = self._split(self._header, filled)
+            wanted = set(map(_plain, columns or "xyz"))
+            splits = [(at, text, self._split(text, filled)) for at, text in self._above]
+            named = [found for found in splits if wanted <= set(found[2]) and len(found[2]) == filled]
+            number, self._header, names = named[-1] if named else splits[-1]  # units may stand below the names
             if len(names) == len(row) - 1 and self._first.startswith('"') and self._first.count('"') == 2:
                 names.insert(0, "")  # R's row names have no name
-            if len(names) in (filled, len(row)) or set(map(_plain, columns or "xyz")) <= set(names):
+            if len(names) in (filled, len(row)) or wanted <= set(names):
                 if len(names) > len(row) and self.mark is None and names[:3] != list("xyz"):
                     raise ReadError(f"line {number} names {len(names)} columns, {self._where} has {len(row)}")
                 return tuple(names)
