@@ -52,10 +52,9 @@ def precision_by_blocks(similarity: Callable[[slice], np.ndarray], labels: np.nd
     return np.concatenate([average_precision(similarity(block), labels, block.start) for block in blocks])
 
 
-def cosine(vectors: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
-    """Cosines q n of the vectors in `rows` with all n."""
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit[rows] @ unit.T
+def unit_length(vectors: np.ndarray) -> np.ndarray:
+    """Vectors n E at length 1; a zero vector stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def d2_histograms(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarray:
@@ -73,13 +72,7 @@ def d2_histograms(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarra
     return histograms
 
 
-def d2_similarity(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarray:
-    """Minus the L1 distances n n of the D2 histograms of clouds n N 3."""
-    histograms = d2_histograms(points, seed)
-    return np.concatenate([_likeness(histograms, block) for block in _blocks(len(points), D2_BINS)])
-
-
-def _likeness(histograms: np.ndarray, rows: slice) -> np.ndarray:
+def likeness(histograms: np.ndarray, rows: slice) -> np.ndarray:
     """Minus the L1 distances q n of the histograms in `rows` to all n; needs 64 numbers a pair on the way."""
     return -np.abs(histograms[rows, None] - histograms[None]).sum(-1)
 
@@ -134,7 +127,7 @@ def retrieval(
             untrained = untrained_like(encoder, labelled.train)
             scores["untrained"] = _of_vectors(vectors_of(untrained, clouds), clouds.labels)
             histograms = d2_histograms(clouds.points)
-            scores["D2 histograms"] = precision_by_blocks(partial(_likeness, histograms), clouds.labels, D2_BINS)
+            scores["D2 histograms"] = precision_by_blocks(partial(likeness, histograms), clouds.labels, D2_BINS)
     assert labelled is not None
     kept = np.isfinite(scores[models[0]])
     found: dict[str, dict[str, Any]] = {}
@@ -153,7 +146,8 @@ def retrieval(
 
 
 def _of_vectors(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return precision_by_blocks(partial(cosine, vectors), labels)
+    unit = unit_length(vectors)
+    return precision_by_blocks(lambda rows: unit[rows] @ unit.T, labels)
 
 
 def show(result: dict[str, Any]) -> None:
