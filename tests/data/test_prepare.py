@@ -473,3 +473,12 @@ def test_fewer_points_of_a_store_are_those_of_farthest_points_of_the_file(tmp_pa
     store = stored(source, tmp_path / "out", points=64)
     ours, theirs = load([str(store.path)], num_points), load([str(source)], num_points)
     assert np.allclose(ours.points[:], theirs.points, atol=1e-5)
+
+
+def test_a_refused_continuation_leaves_the_report_as_it_was(tmp_path):
+    source, out = folder(tmp_path / "source", "a.npy", "b.npy"), tmp_path / "store"
+    stored(source, out, points=32)
+    before = (out / "report.json").read_text()
+    with pytest.raises(ValueError, match="points"):
+        stored(source, out, points=24)
+    assert (out / "report.json").read_text() == before

@@ -121,3 +121,14 @@ def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
 def test_a_number_of_clusters_that_cannot_be(scans):
     with pytest.raises(ValueError, match="--clusters 25: from 2"):
         label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)
+
+
+def test_a_list_without_names_costs_no_names_given_before(scans):
+    out, model = scans / "labels", str(scans / "model")
+    label([scans / "scans"], out, model, clusters=2)
+    text = (out / "names.csv").read_text().replace(",,", ",cup,", 1)
+    (out / "names.csv").write_text(text)
+    (scans / "blank.csv").write_text("path,name\n")
+    with pytest.raises(ReadError, match="no names of these clouds"):
+        label([scans / "scans"], out, model, names=scans / "blank.csv")
+    assert (out / "names.csv").read_text() == text

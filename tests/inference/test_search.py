@@ -334,3 +334,23 @@ def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
     PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(scans / "other")
     with pytest.raises(ValueError, match="another encoder"):
         query_vectors(scans / "v.parquet", str(query), str(scans / "other"))
+
+
+def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
+    file = tmp_path / "v.parquet"
+    write([rows(np.ones(500, bool))], MAKING, file)
+    content = bytearray(file.read_bytes())
+    for at in range(40, len(content) // 2):
+        content[at] ^= 0x5A
+    file.write_bytes(content)
+    with pytest.raises(ReadError, match=r"v\.parquet: damaged"):
+        search(file, X[0])
+
+
+def test_vectors_of_zero_length_are_never_found(tmp_path):
+    file, zero = tmp_path / "v.parquet", np.zeros((50, MAKING.embed_dim), np.float32)
+    zero[:2] = X[:2]
+    names = [f"{i}" for i in range(50)]
+    columns = {"path": names, "label": names, "num_points": [9] * 50, "stamp": [1] * 50}
+    write([table(MAKING, columns, zero)], MAKING, file)
+    assert sorted(hit.path for hit in search(file, X[0], k=10)[0]) == ["0", "1"]
