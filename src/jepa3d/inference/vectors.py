@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,14 @@ def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Tabl
     return pa.Table.from_arrays(
         [*columns, pa.FixedSizeListArray.from_arrays(flat, type=kind.field("vector").type)], schema=kind
     )
+
+
+def with_errors(made: pa.Table, failed: dict[str, list[str]]) -> pa.Table:
+    """The rows of `table` and those of clouds without a vector: path and error, all else null."""
+    kind = made.schema.append(pa.field("error", pa.string()))
+    columns = [failed.get(field.name, pa.nulls(len(failed["path"]), field.type)) for field in kind]
+    lacking = pa.table(dict(zip(kind.names, columns, strict=True)), kind)
+    return pa.concat_tables([made.append_column(kind.field("error"), pa.nulls(len(made), pa.string())), lacking])
 
 
 def to_numpy(column: Any) -> np.ndarray:
@@ -166,6 +175,21 @@ def write(tables: Iterable[pa.Table], making: Making, path: Path) -> None:
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_apart(rows: pa.Table, making: Making, path: Path) -> None:
+    """Make a Parquet file of the rows of `with_errors` that have a vector, and FOLDER/failed/NAME of the others.
+
+    `path` comes last, so that both are whole where it is, even of several writers; a killed one leaves .partial-*.
+    """
+    failed = path.parent / "failed" / path.name
+    failed.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        good, bad = Path(folder, "good"), Path(folder, "bad")
+        pq.write_table(rows.filter(rows["error"].is_valid()).select(["path", "error"]), bad)
+        write([rows.filter(rows["error"].is_null()).drop_columns("error")], making, good)
+        bad.replace(failed)
+        good.replace(path)
 
 
 def update(path: Path, making: Making, new: pa.Table, dropped: set[str]) -> None:
