@@ -54,6 +54,11 @@ def test_rows_are_those_of_embed_and_a_failed_file_is_one(tmp_path):
     assert "no such file" in bad[1]["error"]
 
 
+def test_it_is_imported_when_asked_for():
+    code = "import sys, jepa3d; assert 'pyarrow' not in sys.modules; jepa3d.Embedder; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_a_path_may_be_a_folder_or_an_address_and_no_cloud_is_lost(tmp_path):
     make_scans(tmp_path / "scans", 2)
     np.save(tmp_path / "many.npy", RNG.normal(size=(3, 200, 3)))
