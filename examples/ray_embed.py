@@ -1,4 +1,4 @@
-"""Embed any number of clouds on a Ray cluster: a Parquet file a partition, and another of what failed there.
+"""Embed any number of clouds on a Ray cluster: a Parquet file a partition, what failed in it a row with its error.
 
 find /shared/scans -type f | sort | split --lines 10000 - lists/   # a partition is a file of absolute paths
 python examples/ray_embed.py lists/ /shared/vectors                # run again, it does what is left
@@ -6,56 +6,55 @@ jepa3d search /shared/vectors scan.ply
 """
 
 import shutil
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cyclopts
 import pyarrow.parquet as pq
 import ray
 
 import jepa3d
-from jepa3d.inference.vectors import write_apart
+from jepa3d.inference.vectors import write
 from jepa3d.locking import writing
 
 
-def finished(part: Path, out: Path) -> bool:
-    file = out / f"{part.name}.parquet"
+def finished(part: Path, file: Path) -> bool:
     return file.exists() and file.stat().st_mtime >= part.stat().st_mtime
 
 
 class EmbedPartition(jepa3d.Embedder):
-    """An actor: takes a list, writes OUT/LIST.parquet and OUT/failed/LIST.parquet, returns how many rows they have."""
+    """An actor: takes a list and the file to write, returns how many rows of it have a vector, and how many not."""
 
     def __call__(self, batch):
-        part, out = Path(batch["part"][0]), Path(batch["out"][0])
-        good, bad = out / f"{part.name}.parquet", out / "failed" / f"{part.name}.parquet"
-        if not finished(part, out):  # or a node died just after it
-            paths = dict.fromkeys(part.read_text(errors="surrogateescape").strip("\n").split("\n"))
-            write_apart(super().__call__({"path": paths}), self.making, good)
-        return batch | {"vectors": [pq.read_metadata(good).num_rows], "failed": [pq.read_metadata(bad).num_rows]}
+        part, file = Path(batch["part"][0]), Path(batch["file"][0])
+        if not finished(part, file):  # or a node died just after it
+            paths = part.read_text(errors="surrogateescape").strip("\n").split("\n")
+            with TemporaryDirectory(prefix=".partial-", dir=file.parent) as mine:  # one given up for dead may go on
+                write([super().__call__({"path": paths})], self.making, Path(mine, "new"), errors=True)
+                Path(mine, "new").replace(file)
+        errors = pq.read_table(file, columns=["error"])["error"]
+        return batch | {"vectors": [errors.null_count], "failed": [len(errors) - errors.null_count]}
 
 
 def main(lists: Path, out: Path, *, model: str = "default", cpus: int = 1, gpus: float = 0) -> None:
     """Embed the partitions in LISTS that OUT lacks, by actors of so many cores and GPUs; all nodes see the folders."""
-    begun, clouds, failed, out = time.time(), 0, 0, out.absolute()
-    parts = sorted(file.absolute() for file in lists.iterdir())
+    clouds, failed, out = 0, 0, out.absolute()
+    files = {part.absolute(): out / f"{part.name}.parquet" for part in sorted(lists.iterdir())}
     with writing(out):  # one command at a time
         [shutil.rmtree(partial) for partial in out.glob(".partial-*")]  # of killed actors
-        left = [{"part": str(part), "out": str(out)} for part in parts if not finished(part, out)]
-        print(f"{len(parts):,} partitions, {len(left):,} to do", flush=True)
+        left = [{"part": str(part), "file": str(file)} for part, file in files.items() if not finished(part, file)]
+        print(f"{len(files):,} partitions, {len(left):,} to do", flush=True)
         if left:
+            out.mkdir(exist_ok=True)
             ray.init(log_to_driver=False)
             ray.data.DataContext.get_current().enable_progress_bars = False
-            actors = ray.data.ActorPoolStrategy(min_size=1, max_size=int(ray.cluster_resources()["CPU"]) // cpus)
-            options = {"compute": actors, "num_cpus": cpus, "num_gpus": gpus, "batch_size": 1}
+            options = {"num_cpus": cpus, "num_gpus": gpus, "batch_size": 1}  # as many actors as there is room for
             given = {"model": str(Path(model).absolute()) if Path(model).exists() else model, "workers": cpus}
-            rows = ray.data.from_items(left, override_num_blocks=len(left))
-            rows = rows.map_batches(EmbedPartition, fn_constructor_kwargs=given, **options)
-            for number, row in enumerate(rows.iter_rows(), 1):
+            done = ray.data.from_items(left, override_num_blocks=len(left))
+            for row in done.map_batches(EmbedPartition, fn_constructor_kwargs=given, **options).iter_rows():
                 clouds, failed = clouds + row["vectors"] + row["failed"], failed + row["failed"]
-                done = f"{Path(row['part']).name}: {row['vectors']:,} vectors, {row['failed']:,} failed"
-                print(f"{done}; {number:,} of {len(left):,}, {clouds / (time.time() - begun):.0f}/s", flush=True)
-        print(f"{out}: {clouds:,} clouds in {time.time() - begun:.0f} s, {failed:,} failed", flush=True)
+                print(f"{row['file']}: {row['vectors']} vectors, {row['failed']} failed; {clouds:,} done", flush=True)
+        print(f"{out}: {clouds:,} clouds done, {failed:,} of them failed", flush=True)
 
 
 cyclopts.run(main)

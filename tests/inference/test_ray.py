@@ -18,9 +18,10 @@ import pytest
 
 import jepa3d
 from jepa3d.data import parallel
+from jepa3d.data.cloud import ReadError
 from jepa3d.inference.embedding import embed_files
 from jepa3d.inference.search import search
-from jepa3d.inference.vectors import Vectors, to_numpy
+from jepa3d.inference.vectors import Vectors, to_numpy, write
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_embed.py"
 RNG = np.random.default_rng(0)
@@ -52,6 +53,26 @@ def test_rows_are_those_of_embed_and_a_failed_file_is_one(tmp_path):
     assert all(row["vector"] is None and row["num_points"] is None for row in bad)
     assert "damaged" in bad[0]["error"]
     assert "no such file" in bad[1]["error"]
+
+
+def test_readers_take_the_rows_that_have_vectors(tmp_path):
+    paths = make_scans(tmp_path / "scans", 3)
+    embedder, folder = jepa3d.Embedder(), tmp_path / "vectors"
+    folder.mkdir()
+    write([embedder({"path": paths[::-1]})], embedder.making, folder / "a.parquet", errors=True)
+    write([embedder({"path": paths[3:]})], embedder.making, folder / "none.parquet", errors=True)
+    found = Vectors(folder)
+    assert len(found) == 3
+    assert found.column("path") == paths[2::-1]
+    for path in paths[:3]:
+        assert [(hit.path, hit.cosine) for hit in search(folder, jepa3d.embed(path), 1)[0]] == [(path, 1.0)]
+    assert len(search(folder, jepa3d.embed(paths[0]), 9, where=["num_points=200"])[0]) == 3
+    with pytest.raises(ReadError, match="holds no vectors"):
+        Vectors(folder / "none.parquet")
+    np.save(paths[0], RNG.normal(size=(300, 3)))
+    embed_files([tmp_path / "scans"], folder / "a.parquet")
+    assert pq.read_schema(folder / "a.parquet").names[-1] == "vector"
+    assert sorted(Vectors(folder / "a.parquet").column("path")) == paths[:3]
 
 
 def test_it_is_imported_when_asked_for():
@@ -165,29 +186,25 @@ def test_a_cluster_that_loses_a_node_embeds_every_file_once(cluster, tmp_path):
         watch.start()
         for line in running.stdout:
             said.append(line)
-            if "2 failed; 3 of 8" in line:  # both nodes have embedded, both have begun more
+            if "; 78 done" in line:  # both nodes have embedded, both have begun more
                 cluster.kill(cluster.nodes[1])
                 killed = True
         watch.cancel()
     assert running.returncode == 0, "".join(said)
     assert killed
-    assert [line.split()[1] for line in said if line.startswith(f"{out}: ") and "16 failed" in line] == ["208"]
-
-    def stored() -> dict[str, list[str]]:
-        files = out.rglob("*.parquet")
-        return {str(file.relative_to(out)): sorted(pq.read_table(file)["path"].to_pylist()) for file in files}
-
+    assert f"{out}: 208 clouds done, 16 of them failed\n" in said
+    stored = {file.name: pq.read_table(file).to_pylist() for file in out.glob("*.parquet")}
+    assert sorted(stored) == [f"part-{part}.parquet" for part in range(8)]
     for part, expected in enumerate(paths):
-        assert stored()[f"part-{part}.parquet"] == expected[:24]
-        assert stored()[f"failed/part-{part}.parquet"] == expected[24:]
-    assert len(stored()) == 16
-    errors = sorted(pq.read_table(out / "failed" / "part-0.parquet")["error"].to_pylist())
-    assert [error.removeprefix(f"{path}: ")[:7] for path, error in zip(paths[0][24:], errors, strict=True)] == [
-        "damaged", "no such",
-    ]  # fmt: skip
+        rows = sorted(stored[f"part-{part}.parquet"], key=lambda row: row["path"])
+        assert [row["path"] for row in rows] == expected  # every file once
+        assert [row["vector"] is None for row in rows] == [False] * 24 + [True] * 2
+        assert [row["error"] is None for row in rows] == [True] * 24 + [False] * 2
+    assert len(Vectors(out)) == 8 * 24
     assert [hit.path for hit in search(out, jepa3d.embed(paths[5][7]), 1)[0]] == [paths[5][7]]
 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.parquet")}
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert "8 partitions, 0 to do" in again.stdout, again.stderr
+    assert again.returncode == 0, again.stderr
+    assert "8 partitions, 0 to do" in again.stdout
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == before

@@ -22,7 +22,7 @@ class Embedder:
     model, up_axis, layer and pooling are those of `jepa3d embed`; workers: the processes that read and embed, so that
     a file whose parser crashes costs its own row only. `making` is what `jepa3d embed` writes beside such vectors.
 
-    >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, concurrency=8)
+    >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, num_cpus=1)
     """
 
     def __init__(
@@ -30,17 +30,16 @@ class Embedder:
     ):
         self.encoder, self.workers = load(model), workers
         self.making = embedding.making_for(model, self.encoder, up_axis, layer, pooling)
-        on_device = torch.accelerator.is_available()  # Ray hides the GPU from an actor that did not ask for one
-        if on_device:
+        self.on_device = torch.accelerator.is_available()  # Ray hides the GPU from an actor that did not ask for one
+        if self.on_device:
             self.encoder = self.encoder.to(torch.accelerator.current_accelerator())
-        self.on_device = on_device
-        self.work = partial(embedding.embed_items, model, self.making.layer, pooling, up_axis, on_device)
+        self.work = partial(embedding.embed_items, model, self.making.layer, pooling, up_axis, self.on_device)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> pa.Table:
         """Rows of `vectors.py` and the column `error`, for every cloud of every path in the column `path`.
 
-        A path is a file, a folder, a store, or the address of one cloud. What cannot be used is a row of its path and
-        its error, all else null. Rows come in any order, those with vectors first.
+        A path, taken once, is a file, a folder, a store, or the address of one cloud. What cannot be used is a row of
+        its path and its error, all else null. Rows with vectors come first.
         """
         items: list[Item] = []
         failed: dict[str, list[str]] = {"path": [], "error": []}
@@ -49,7 +48,7 @@ class Embedder:
             failed["path"].append(spelled(path))
             failed["error"].append(left_out(path, reason).removeprefix("left out: "))
 
-        for path in map(str, batch["path"]):
+        for path in dict.fromkeys(map(str, batch["path"])):
             try:
                 found, skipped = listed(Path(path))
             except (ValueError, OSError) as error:
@@ -59,9 +58,8 @@ class Embedder:
             for key, reason in skipped:
                 fail(f"{path}/{key}", reason)
         chunks = [items[at : at + embedding.BATCH] for at in range(0, len(items), embedding.BATCH)]
-        results = zip(
-            items, chain.from_iterable(isolated(chunks, self.work, self.workers, embedding.__name__)), strict=True
-        )
+        made = chain.from_iterable(isolated(chunks, self.work, self.workers, embedding.__name__))
+        results = zip(items, made, strict=True)
         if self.on_device:
             results = embedding.encode_on_device(results, self.encoder, self.making.layer, self.making.pooling)
         rows: dict[str, list] = {"path": [], "label": [], "num_points": [], "stamp": [], "vector": []}
@@ -71,4 +69,4 @@ class Embedder:
                 continue
             for name, value in zip(rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True):
                 rows[name].append(value)
-        return with_errors(table(self.making, rows, np.asarray(rows["vector"])), failed)
+        return with_errors(table(self.making, rows, np.asarray(rows["vector"])), self.making, failed)
