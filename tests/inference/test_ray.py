@@ -20,6 +20,7 @@ import jepa3d
 from jepa3d.data import parallel
 from jepa3d.data.cloud import ReadError
 from jepa3d.inference.embedding import embed_files
+from jepa3d.inference.lance import create_or_update
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy, write
 
@@ -67,6 +68,7 @@ def test_readers_take_the_rows_that_have_vectors(tmp_path):
     for path in paths[:3]:
         assert [(hit.path, hit.cosine) for hit in search(folder, jepa3d.embed(path), 1)[0]] == [(path, 1.0)]
     assert len(search(folder, jepa3d.embed(paths[0]), 9, where=["num_points=200"])[0]) == 3
+    assert create_or_update(found, tmp_path / "store.lancedb") == (3, 0)
     with pytest.raises(ReadError, match="holds no vectors"):
         Vectors(folder / "none.parquet")
     np.save(paths[0], RNG.normal(size=(300, 3)))
