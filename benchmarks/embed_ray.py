@@ -2,22 +2,23 @@
 
     python benchmarks/embed_ray.py             # 1,600 meshes of ModelNet's sizes, 2 rounds: some minutes
 
-Every way is run on 64 meshes and on all of them, as whole processes, in turn; the rate is that of the difference, and
-start-up what is left. CPU seconds are those of a way that has one process. The second table splits them.
+Every way is run on 64 meshes and on all of them, as whole processes, in turn; the difference is what a cloud takes,
+start-up what is left. CPU seconds are those of all processes of a way, Ray's own too, looked at five times a second;
+unlike clouds a second they hold on a machine that does other things besides. The second table splits them.
 """
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
 
 import numpy as np
+import psutil
 import torch
 from common import machine
 from prepare import make_meshes
@@ -30,9 +31,18 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_embed.py"
 FEW, PARTITIONS = 64, 16
 
 
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def measured(command: list[str]) -> np.ndarray:
+    """Wall and CPU seconds of a command with all of its processes."""
+    begun, used = time.perf_counter(), {}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None:
+            for process in [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    used[process.pid] = sum(process.cpu_times()[:2])
+            time.sleep(0.2)
+    if running.returncode:
+        raise SystemExit(f"failed: {' '.join(command)[:200]}")
+    return np.array([time.perf_counter() - begun, sum(used.values())])
 
 
 def parts(folder: Path) -> str:
@@ -72,32 +82,29 @@ def main() -> None:
             "jepa3d embed --workers 2": [*jepa3d, "embed", "--workers", "2", "--out", str(work / "v.parquet")],
             "examples/ray_embed.py": [sys.executable, str(EXAMPLE)],
         }
-        rates, starts, used = ({way: [] for way in ways} for _ in range(3))
+        found: dict[str, list[np.ndarray]] = {way: [] for way in ways}
         for _ in range(options.rounds):
             for way, command in ways.items():
-                walls = []
+                spent = []
                 for kind, some in (("few", files[:FEW]), ("all", files)):
                     (work / "v.parquet").unlink(missing_ok=True)
                     shutil.rmtree(work / "vectors", ignore_errors=True)
                     ray = way.startswith("examples")
-                    more = [str(work / kind / "lists"), str(work / "vectors")] if ray else some
-                    begun, cpu = time.perf_counter(), cpu_seconds()
-                    subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                    walls.append(time.perf_counter() - begun)
-                    spent = cpu_seconds() - cpu
-                rates[way].append((len(files) - FEW) / (walls[1] - walls[0]))
-                starts[way].append(walls[0] - FEW / rates[way][-1])
-                used[way].append(1000 * spent / len(files))
+                    spent.append(
+                        measured([*command, *([str(work / kind / "lists"), str(work / "vectors")] if ray else some)])
+                    )
+                each = (spent[1] - spent[0]) / (len(files) - FEW)
+                found[way].append(np.concatenate([each, spent[0] - FEW * each]))
         clouds = work / "clouds"
         clouds.mkdir()
         for i in range(512):
             np.save(clouds / f"{i}.npy", np.random.default_rng(i).normal(size=(2048, 3)).astype(np.float32))
         split = {".npy of 2,048 points": parts(clouds), "meshes": parts(work / "all")}
     print(f"\n{len(files):,} meshes: {machine()}, load {os.getloadavg()[2]:.1f}; medians of {options.rounds} rounds\n")
-    print("| | clouds/s, started | start-up, s | CPU ms a cloud, start-up included |\n|---|---|---|---|")
+    print("| | clouds/s | CPU ms a cloud | start-up, s | start-up, CPU s |\n|---|---|---|---|---|")
     for way in ways:
-        cpu = f"{median(used[way]):.1f}" if way.endswith("1") else "-"
-        print(f"| `{way}` | {median(rates[way]):.0f} | {median(starts[way]):.0f} | {cpu} |")
+        wall, cpu, start, start_cpu = np.median(found[way], 0)
+        print(f"| `{way}` | {1 / wall:.0f} | {1000 * cpu:.1f} | {start:.0f} | {start_cpu:.0f} |")
     print("\n| CPU ms a cloud, one core | read | prepare | encode | all |\n|---|---|---|---|---|")
     for kind, row in split.items():
         print(f"| {kind} | {row} |")
