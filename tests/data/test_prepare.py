@@ -217,7 +217,7 @@ def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_orde
     entries = [Entry(str(i), partial(made, i)) for i in range(8)]
     entries[2], entries[6] = Entry("2", partial(os._exit, 1)), Entry("6", partial(os._exit, 1))
     found = []
-    for results in parallel._parallel(
+    for results in parallel.isolated(
         [[entry] for entry in entries], partial(module._convert_all, Preparation(points=16)), 1, "jepa3d"
     ):
         found += results

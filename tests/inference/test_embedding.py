@@ -126,8 +126,8 @@ def test_fingerprints_differ_with_one_weight(model):
 
 def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(model, scans, tmp_path, monkeypatch, capsys):
     out, read = tmp_path / "v.parquet", []
-    work = module._work
-    monkeypatch.setattr(module, "_work", lambda *args: read.extend(i.path for i in args[-1]) or work(*args))
+    work = module.embed_items
+    monkeypatch.setattr(module, "embed_items", lambda *args: read.extend(i.path for i in args[-1]) or work(*args))
     embed_files([scans], out, model, workers=1)
     assert len(rows(out)) == len(read) == 6
     np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))

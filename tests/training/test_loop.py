@@ -251,6 +251,35 @@ def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
     assert apart < 0.02 * moved
 
 
+KILLED_ONCE = """
+import os, signal
+from jepa3d.cli import main
+from jepa3d.training import loop
+rate = loop.learning_rate
+def killed(schedule, step, *sizes):
+    if step == 3 and os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rate(schedule, step, *sizes)
+loop.learning_rate = killed
+main()
+"""
+
+
+def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tmp_path):
+    """The same command begins the run and continues it; step 3 is done twice, its figures are kept once."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    launch += ["--max-restarts", "2"]
+    for name, code in (("whole", COMMAND[-1]), ("killed", KILLED_ONCE)):
+        command = [*COMMAND[:-1], code, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / name), "--resume"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=180, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 3/6") == (1 if name == "whole" else 2)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
 def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrained(tiny, tmp_path):
     run = pretrain(tiny(init="generative", max_steps=1, lr=1e-12, min_lr=0.0, weight_decay=0.0), tmp_path / "run")
     begun, ended = weights(run, "stage1/generative/encoder"), weights(run)

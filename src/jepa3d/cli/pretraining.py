@@ -101,7 +101,7 @@ def pretrain(
     out: Path
         Run folder to make; required unless --dry-run.
     resume: bool
-        Continue the run in --out, which was interrupted.
+        Continue the run in --out, which was interrupted; under torchrun --max-restarts, begin it as well.
     dry_run: bool
         Read some data, take two steps of every stage, print what the whole run will cost, write nothing.
     """

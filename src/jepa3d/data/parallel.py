@@ -29,14 +29,14 @@ def mapped(work: Work, entries: list, chunk: int, workers: int, doing: str, prel
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20) as progress:
         task = progress.add_task(doing, total=len(entries), rate="")
-        results = map(work, chunks) if workers == 1 else _parallel(chunks, work, workers, preload)
+        results = map(work, chunks) if workers == 1 else isolated(chunks, work, workers, preload)
         for some, found in zip(chunks, results, strict=True):
             yield from zip(some, found, strict=True)
             done = progress.tasks[0]
             progress.update(task, advance=len(some), rate=f"{(done.completed + len(some)) / (done.elapsed or 1):.0f}/s")
 
 
-def _parallel(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
+def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
     """`work` of every chunk, in order. An entry whose parser kills its process is found and skipped."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)

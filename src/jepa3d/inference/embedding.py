@@ -126,22 +126,19 @@ def embed_files(
     prune: forget what is no longer at `paths`, and files that are gone. Raises ValueError, also where another command
     writes, and ReadError where nothing can be used.
     """
-    from jepa3d.inference.vectors import Making, Vectors, write
+    from jepa3d.inference.vectors import Vectors, write
 
     files, of = _files(out, share)
     encoder = load(model)
-    _check(up_axis, layer, pooling, encoder)
+    making = making_for(model, encoder, up_axis, layer, pooling)
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
-    name = str(Path(model).absolute()) if Path(model).exists() else model
-    layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
-    making = Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
     items, skipped = _items(paths, prune)
     inside = tuple(spelled(os.path.abspath(path)) + sign for path in paths for sign in "/#")
     on_device = torch.accelerator.is_available()
     if on_device:
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    work = partial(_work, model, layer, pooling, up_axis, on_device)
+    work = partial(embed_items, model, making.layer, pooling, up_axis, on_device)
     counts = Counter({"left out": skipped})
     with ExitStack() as locks:
         for file in files.values():
@@ -160,7 +157,7 @@ def embed_files(
             counts.update(known=len(known), tried=len(todo), unchanged=len(mine) - len(todo), forgotten=len(gone))
             processes = workers or min(os.cpu_count() or 1, max(1, len(todo) // (4 * BATCH)))  # one takes seconds
             results = mapped(work, todo, BATCH, processes, "embedding", __name__)
-            results = _on_device(results, encoder, layer, pooling) if on_device else results
+            results = encode_on_device(results, encoder, layer, pooling) if on_device else results
             _collect(results, file, making, known.keys(), gone, counts)
     if counts["tried"] and not counts["known"] + counts["new"]:
         raise ReadError(f"{paths[0]}: none of the clouds can be used")
@@ -169,6 +166,16 @@ def embed_files(
         f"{f', {gone:,} forgotten' if (gone := counts['forgotten']) else ''}; left out {counts['left out']:,}"
         f"{f'; {unseen:,} points that are NaN were left out' if (unseen := counts['unseen']) else ''}"
     )
+
+
+def making_for(model: str, encoder: PointEncoder, up_axis: str, layer: int, pooling: str) -> "Making":
+    """What is written beside vectors of these settings; `encoder` is the model's. Raises ValueError."""
+    from jepa3d.inference.vectors import Making
+
+    _check(up_axis, layer, pooling, encoder)
+    name = str(Path(model).absolute()) if Path(model).exists() else model
+    layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
+    return Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
 
 
 def _files(out: Path, share: str) -> tuple[dict[int, Path], int]:
@@ -227,7 +234,7 @@ def _loaded(model: str) -> PointEncoder:
     return load(model)
 
 
-def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
+def embed_items(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
     """Worker. Returns per item (vector or, if points_only, prepared points; count; points of NaN), or an error text."""
     encoder, results, good = _loaded(model), [], []
     for item in items:
@@ -245,7 +252,7 @@ def _work(model: str, layer: int, pooling: str, up_axis: str, points_only: bool,
     return [result if isinstance(result, str) else (np.asarray(next(made)), *result) for result in results]
 
 
-def _on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: str) -> Iterator:
+def encode_on_device(results: Iterator, encoder: PointEncoder, layer: int, pooling: str) -> Iterator:
     """Results with vectors in place of prepared points, made by the one process that has the accelerator."""
     while some := list(islice(results, BATCH)):
         points = [torch.from_numpy(result[0]) for _, result in some if not isinstance(result, str)]

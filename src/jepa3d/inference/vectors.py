@@ -7,6 +7,7 @@ label       the class that its folder or file gives it, else its name in a file 
 num_points  of the cloud as read
 stamp       hash of size and time of change, or of a stored cloud's content: equal means unchanged
 vector      E float32, not normalised
+error       only in files of `Embedder`: why a cloud has no vector; such rows are none of `Vectors`
 """
 
 import json
@@ -61,11 +62,12 @@ class Making:
                 raise ValueError(f"{where}: its vectors were made with {what} ({now}); choose another --out or --model")
 
 
-def schema(making: Making) -> pa.Schema:
+def schema(making: Making, errors: bool = False) -> pa.Schema:
     number = pa.field("element", pa.float32(), nullable=False)
     fields = [("path", pa.string()), ("label", pa.string()), ("num_points", pa.int64()), ("stamp", pa.uint64())]
     metadata = {"jepa3d": json.dumps({"format": FORMAT} | asdict(making))}
-    return pa.schema([*fields, ("vector", pa.list_(number, making.embed_dim))], metadata)
+    fields += [("vector", pa.list_(number, making.embed_dim)), *([("error", pa.string())] if errors else [])]
+    return pa.schema(fields, metadata)
 
 
 def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Table:
@@ -76,6 +78,15 @@ def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Tabl
     return pa.Table.from_arrays(
         [*columns, pa.FixedSizeListArray.from_arrays(flat, type=kind.field("vector").type)], schema=kind
     )
+
+
+def with_errors(made: pa.Table, making: Making, failed: dict[str, list[str]]) -> pa.Table:
+    """The rows of `table`, and those of clouds without a vector: path and error, all else null."""
+    kind = schema(making, errors=True)
+    columns = [failed.get(field.name, pa.nulls(len(failed["path"]), field.type)) for field in kind]
+    lacking = pa.table(dict(zip(kind.names, columns, strict=True)), kind)
+    good = made.append_column(kind.field("error"), pa.nulls(len(made), pa.string()))
+    return pa.concat_tables([good, lacking])
 
 
 def to_numpy(column: Any) -> np.ndarray:
@@ -103,7 +114,7 @@ class Vectors:
             raise ReadError(f"{path}: holds no vectors; add some with jepa3d embed")
 
     def __len__(self) -> int:
-        return sum(pq.read_metadata(file).num_rows for file in self.files)
+        return sum(_count(file) for file in self.files)
 
     def groups(self) -> Iterator[Callable[[list[str] | None], pa.RecordBatch]]:
         """A function for every row group, in the order of the files, that reads some or all of its columns."""
@@ -112,7 +123,9 @@ class Vectors:
                 with pq.ParquetFile(file) as opened:
                     for i in range(opened.num_row_groups):
                         if opened.metadata.row_group(i).num_rows:  # files of earlier versions may have empty ones
-                            yield partial(_row_group, opened, i, file)
+                            good = _good(opened, i)
+                            if good is None or good.true_count:
+                                yield partial(_row_group, opened, i, file, good)
             except (pa.ArrowException, OSError) as error:
                 raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
@@ -125,9 +138,28 @@ class Vectors:
         return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
 
 
-def _row_group(opened: pq.ParquetFile, number: int, file: Path, columns: list[str] | None) -> pa.RecordBatch:
+def _count(file: Path) -> int:
+    """The rows that have a vector."""
+    with pq.ParquetFile(file) as opened:
+        errors = "error" in opened.schema_arrow.names
+        return opened.read(["error"])["error"].null_count if errors else opened.metadata.num_rows
+
+
+def _good(opened: pq.ParquetFile, number: int) -> pa.BooleanArray | None:
+    """Which rows of a row group have a vector; None where all do."""
+    if "error" not in opened.schema_arrow.names:
+        return None
+    return opened.read_row_group(number, ["error"])["error"].is_null().combine_chunks()
+
+
+def _row_group(
+    opened: pq.ParquetFile, number: int, file: Path, good: pa.BooleanArray | None, columns: list[str] | None
+) -> pa.RecordBatch:
     try:  # threads cost more than they give: nearly all of a row group is one column
-        return opened.read_row_group(number, columns, use_threads=False).combine_chunks().to_batches()[0]
+        found = opened.read_row_group(number, columns, use_threads=False)
+        if good is not None:
+            found = found.filter(good).select([name for name in found.column_names if name != "error"])
+        return found.combine_chunks().to_batches()[0]
     except (pa.ArrowException, OSError) as error:
         raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
 
@@ -142,14 +174,17 @@ def _making(file: Path) -> Making:
     return Making(**found)
 
 
-def write(tables: Iterable[pa.Table], making: Making, path: Path) -> None:
-    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and durably."""
+def write(tables: Iterable[pa.Table], making: Making, path: Path, errors: bool = False) -> None:
+    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and durably.
+
+    errors: the tables are those of `with_errors`.
+    """
     partial = path.with_name(f".{path.name}.partial")
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["label"]}
     waiting, count = [], 0
     try:
         with pq.ParquetWriter(
-            partial, schema(making), **options, use_byte_stream_split=["vector.list.element"]
+            partial, schema(making, errors), **options, use_byte_stream_split=["vector.list.element"]
         ) as writer:
             for some in tables:
                 waiting.append(some)

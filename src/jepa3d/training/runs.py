@@ -35,14 +35,17 @@ def exclusive(train: Callable[Concatenate[Any, Path, P], Path]) -> Callable[Conc
 
 
 def begin(out: Path, resume: bool) -> bool:
-    """Whether `out` is a run to be continued. ValueError where it may be neither made nor continued."""
+    """Whether `out` is a run to be continued. ValueError where it may be neither made nor continued.
+
+    Where torchrun restarts a command, `resume` is also right the first time: it is the same command every time.
+    """
     started, existed = (out / "config.json").exists(), out.exists()
     wait_for_everyone()  # all have looked before the first one writes
     if existed and not (resume and started):
         raise ValueError(
             f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
         )
-    if resume and not started:
+    if resume and not started and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         raise ValueError(f"{out}: no run to resume")
     return started
 
