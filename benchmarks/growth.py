@@ -76,7 +76,7 @@ def make_encoder(preset: str, **sizes: int) -> PointEncoder:
 
 
 def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainConfig]:
-    config = settings.resolve({"teacher": ["ema"], "batch_size": batch})
+    config = settings.resolve({"teacher": ["ema"], "batch_size": batch, "mixed_precision": "no"})
     clouds = PointClouds("random", "", random_clouds(batch, config.encoder.num_points).numpy())
     return make_task(config, "jepa", clouds, {}), clouds, config
 

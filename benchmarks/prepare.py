@@ -111,7 +111,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
     """Clouds/s, a round each, of preset tiny's training step, of reading files on one worker, of batches of a store."""
-    config = settings.resolve(settings.preset("tiny"))
+    config = settings.resolve(settings.preset("tiny"), {"mixed_precision": "no"})
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
     entries, options = discover(folder).entries, Preparation(points=POINTS)
     rates: dict[str, list[float]] = {"step": [], "files": [], "store": []}

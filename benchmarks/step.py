@@ -3,7 +3,7 @@
     pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
     python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
     python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
-    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # jepa3d as `auto` may choose
+    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # as `auto` chooses with AMX
 
 One process a contender; all are built and warmed up, then asked in turn, round by round, for the time of some steps on
 the same random clouds, the peers in fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is

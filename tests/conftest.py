@@ -16,6 +16,7 @@ from jepa3d.data.synthetic import CLASS_NAMES, make_shapes
 
 TINY = {
     "teacher": "ema",
+    "mixed_precision": "no",  # numbers are compared in fp32, whatever the machine
     "batch_size": 8,
     "max_steps": 6,
     "log_every": 1,

@@ -94,7 +94,8 @@ class RunConfig(Schedule):
     scale: tuple[float, float] = within((0.8, 1.2), "(0, 1000] rising")  # augmentation, per axis
     rotate: bool = True  # augmentation, about the up axis
     translate: float = within(0.0, "[0, 1000]")  # augmentation, reach along each axis
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto: what a trial at the start finds fastest
+    # auto: bf16 on GPUs that have it and processors with AMX, else no; measure: what a trial at the start finds faster
+    mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = "auto"
     compile: Literal["no", "yes", "auto"] = "no"  # transformer blocks by torch.compile
     accumulate: int = within(1, "[1, 1e6]")  # forward and backward passes a step, each on its share of the batch
     checkpoint_activations: bool = False  # compute blocks again for their gradient: less memory, more time
@@ -312,6 +313,8 @@ def stored(run: Path) -> dict:
     file = run / "config.json"
     try:
         values = json.loads(file.read_text())
+        if values.get("mixed_precision") == "auto":  # of an older version: a trial. Now a run writes what auto came to
+            values["mixed_precision"] = "measure"
         task = {"task": values.pop("task")} if "task" in values else {}
         kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]  # folds too are few-shot's
         return task | to_dict(from_dict(kind, values) if task else resolve(values))
@@ -326,8 +329,10 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     seed and which way its data points are not the method's.
     """
     defaults = to_dict(resolve({"objective": config.objective}))  # a rival's schedule is compared with its own
-    paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
+    paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all", "mixed_precision": "no"}
     ours = to_dict(config)
+    if config.mixed_precision == "auto":  # not yet known
+        del ours["mixed_precision"]
     for key in ("seed", "up_axis", *BOOKKEEPING):
         del ours[key]
     if num_shapes == SHAPENET55:

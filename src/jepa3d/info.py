@@ -18,6 +18,7 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.plain import printable, read_checked, read_record
 from jepa3d.training import checkpoint
+from jepa3d.training.engine import named, started_with
 from jepa3d.training.runs import outcome
 
 
@@ -72,6 +73,9 @@ def _run(run: Path) -> None:
         print(f"begins with: {config['init'] or 'random weights'}")
     if counts := record.get("parameters"):
         print("parameters: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items()))
+    if engine := started_with(run):
+        device = f" on {engine['device']}" if "device" in engine else ""
+        print(f"computed in {named(engine['mixed_precision'], engine['compile'])}{device}")
     if folds := sum(1 for _ in run.glob("fold-*/results.json")):
         print(f"{folds} of {config['folds']} folds done")
     if (run / "results.json").is_file():

@@ -184,7 +184,11 @@ def read_checked(path: Path, *needed: str) -> dict:
 def read_record(run: Path) -> dict:
     """The run.json of a run folder. Raises ValueError where it is missing or damaged."""
     record = read_checked(run / "run.json", "status", "data", "command")
-    for group, names in (("data", ("name", "shapes", "fingerprint")), ("cost", ("cpu_seconds", "wall_seconds"))):
+    groups = {
+        "data": ("name", "shapes", "fingerprint"), "cost": ("cpu_seconds", "wall_seconds"),
+        "engine": ("mixed_precision", "compile"),
+    }  # fmt: skip
+    for group, names in groups.items():
         if lacking := [name for name in names if name not in record.get(group, names)]:
             raise ValueError(f"{run}/run.json: damaged: its {group} has no {lacking[0]}")
     return record

@@ -50,8 +50,8 @@ def validate_finetune(config: FinetuneConfig) -> None:
         passes = f" a pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
         raise ValueError(f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes")
     if isinstance(config, FewshotConfig):
-        if "auto" in (config.mixed_precision, config.compile):
-            raise ValueError("mixed_precision and compile auto: folds are too short for a trial; say which")
+        if config.mixed_precision == "measure" or config.compile == "auto":
+            raise ValueError("mixed_precision measure and compile auto: folds are too short for a trial; say which")
         if config.labels != 1:
             raise ValueError(f"labels {config.labels}: all shots of an episode are labelled")
         if config.votes > 1 and config.method != "finetune":

@@ -94,6 +94,35 @@ def test_selection_fits_on_four_fifths_and_scores_the_rest(calls):
     assert [(len(fit), len(held)) for _, _, fit, _, held, _ in calls] == [(72, 18), (72, 18), (90, 60)]
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_quick_probe_fits_once_a_draw_and_chooses_nothing(protocol, calls):
+    """As many fits as scores, each with the C that it was told, on the layer that it was told."""
+    result = run_protocol(protocol, *data((8.0, 0.0, 8.0)), [2], c=0.1)
+    assert len(calls) == (3 if protocol == "logistic_10" else 1)
+    assert {c for _, c, *_ in calls} == ({0.1} if protocol.startswith("logistic") else {0.0})
+    assert result["accuracy"] > 97
+    if protocol == "logistic_10":
+        assert result["chosen"] == [[2, 0.1]] * 3
+    else:
+        assert (result["layer"], result["C"]) == (2, 0.1 if protocol == "logistic" else None)
+
+
+def test_a_quick_probe_uses_the_last_layer_and_says_so(tmp_path, shapes, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PointEncoder(16, 2, 2, 16, 8, 64, tokenizer_dim=8).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(SystemExit) as ended:
+        main(["probe", "encoder", "--data", shapes, "--quick", "--protocols", "logistic", "logistic_10"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layer last" in said
+    assert "selection: none, quick: layer and C are fixed (C 0.1); test used once" in said
+    (file,) = tmp_path.glob("probe-*.json")
+    assert file.stem.endswith("-quick")
+    for row in json.loads(file.read_text())["rows"]:
+        assert (row["scores"]["logistic"]["layer"], row["scores"]["logistic"]["C"]) == (2, 0.1)
+        assert row["scores"]["logistic_10"]["chosen"] == [[2, 0.1]] * 10
+
+
 def test_a_fixed_layer_is_used_and_only_c_is_chosen(calls):
     result = run_protocol("logistic", *data((0.0, 8.0)), [0])
     assert result["layer"] == 0

@@ -1,4 +1,4 @@
-"""Cached targets, passes of a step, recomputed activations, and what is chosen by a trial."""
+"""Cached targets, passes of a step, recomputed activations, and what is chosen by rule or by a trial."""
 
 import json
 import os
@@ -16,14 +16,20 @@ from test_loop import COMMAND, losses, same, weights
 from torch.testing import assert_close
 
 from jepa3d import config as settings
+from jepa3d import info
 from jepa3d.models import decoder, encoder
 from jepa3d.models.tokenizer import BatchNorm, group
 from jepa3d.ops import BatchGenerator, farthest_point_sample
+from jepa3d.plain import write_checked
 from jepa3d.training import cache, engine, loop
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import clouds_of, make_task, pretrain, with_cache
 
 CACHED = {"teacher": "untrained", "target": {"cache": True}}
+
+
+def record(run):
+    return json.loads((run / "run.json").read_text())
 
 
 def lines(run):
@@ -162,6 +168,107 @@ def test_recomputed_activations_change_nothing(tiny, tmp_path, overrides, monkey
     assert again
 
 
+# ------------------------------------------------------------------------------------- the rule
+
+
+class GPU:
+    """What torch's module of a device says of it."""
+
+    def __init__(self, bf16: bool):
+        self.bf16 = bf16
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return self.bf16 or including_emulation
+
+    def get_device_name(self) -> str:
+        return "GPU of 2030"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "amx", "precision", "name"),
+    [
+        (None, True, "bf16", "CPU with AMX"), (None, False, "no", "CPU"), (GPU(True), False, "bf16", "GPU of 2030"),
+        (GPU(False), True, "no", "GPU of 2030"),
+    ],
+)  # fmt: skip
+def test_auto_is_bf16_on_gpus_that_have_it_and_with_amx_and_fp32_elsewhere(
+    tiny, monkeypatch, capsys, gpu, amx, precision, name
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(engine, "ON_CPU", gpu is None)
+    monkeypatch.setattr(torch, "get_device_module", lambda: gpu)
+    monkeypatch.setattr(engine, "PartialState", lambda cpu: SimpleNamespace(is_main_process=True))
+    monkeypatch.setattr(engine, "broadcast_object_list", lambda found: found)
+    assert engine.settle(tiny(mixed_precision="auto")).mixed_precision == precision
+    said = {"no": "fp32"}.get(precision, precision)
+    assert capsys.readouterr().out == f"computing in {said} on {name} (mixed_precision auto)\n"
+    assert engine.settle(tiny(mixed_precision="fp16")).mixed_precision == "fp16"
+
+
+def test_auto_is_fp32_where_torch_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not engine.has_fast_bf16()
+    monkeypatch.setattr(engine, "ON_CPU", False)
+    monkeypatch.setattr(torch, "get_device_module", lambda: SimpleNamespace())
+    assert not engine.has_fast_bf16()
+
+
+def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(tiny, tmp_path, monkeypatch, capsys):
+    run, amx = tmp_path / "run", [True]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx[0])
+    config = tiny(mixed_precision="auto", max_steps=4, **CACHED)
+    with pytest.raises(Interrupted):
+        pretrain(config, run, stop_at=2)
+    assert json.loads((run / "config.json").read_text())["mixed_precision"] == "bf16"
+    assert record(run)["engine"] == {"mixed_precision": "bf16", "compile": False, "device": "CPU with AMX"}
+    assert record(run)["departures"]["mixed_precision"] == ["bf16", "no"]
+    amx[0] = False
+    capsys.readouterr()
+    pretrain(config, run, resume=True)
+    said = capsys.readouterr().out
+    assert f"{run}: begun in bf16 on CPU with AMX; goes on in bf16 on CPU\n" in said
+    assert "mixed_precision auto" not in said
+    assert losses(pretrain(tiny(mixed_precision="bf16", max_steps=4, **CACHED), tmp_path / "bf16")) == losses(run)
+    info.describe(str(run))
+    assert "computed in bf16 on CPU with AMX\n" in capsys.readouterr().out
+
+
+def test_a_run_begun_in_fp32_by_an_older_version_stays_in_it(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        pretrain(tiny(max_steps=4), run, stop_at=2)
+    edit_json(run / "run.json", lambda found: found.pop("engine"))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    pretrain(tiny(mixed_precision="auto", max_steps=4), run, resume=True)
+    assert losses(run) == losses(pretrain(tiny(max_steps=4), tmp_path / "fp32"))
+
+
+@pytest.mark.parametrize("tried", [True, False], ids=["after its trial", "before its trial"])
+def test_auto_of_an_older_version_was_a_trial(tiny, tmp_path, monkeypatch, tried):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        pretrain(tiny(mixed_precision="bf16", max_steps=4), run, stop_at=2)
+    edit_json(run / "config.json", lambda found: found.update(mixed_precision="auto"))
+    edit_json(run / "run.json", lambda found: (found.pop("engine"), found.pop("config")))
+    if tried:
+        write_checked(run / "engine.json", {"mixed_precision": "bf16", "compile": False, "seconds": {"bf16": 1.0}})
+    monkeypatch.setattr(engine, "trial", lambda *_: 1 / 0 if tried else {("bf16", False): 1.0})
+    assert settings.stored(run)["mixed_precision"] == "measure"
+    pretrain(tiny(mixed_precision="measure", max_steps=4), run, resume=True)
+    assert losses(run) == losses(pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16"))
+
+
+def edit_json(file, change):
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def test_two_processes_take_what_the_first_one_finds(monkeypatch, tiny):
+    monkeypatch.setattr(engine, "broadcast_object_list", lambda found: ["bf16"])
+    assert engine.settle(tiny(mixed_precision="auto")).mixed_precision == "bf16"
+
+
 # ------------------------------------------------------------------------------------- the trial
 
 
@@ -173,12 +280,13 @@ def test_a_trial_chooses_the_fastest_and_a_resume_keeps_it(tiny, tmp_path, monke
         return {how: 1.0 + (how[0] == "no") for how in hows}
 
     monkeypatch.setattr(engine, "trial", trial)
-    config = tiny(mixed_precision="auto", max_steps=4)
+    config = tiny(mixed_precision="measure", max_steps=4)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "run", stop_at=2)
     pretrain(config, tmp_path / "run", resume=True)
     assert tried == [[("no", False), ("bf16", False)]]
-    assert json.loads((tmp_path / "run" / "engine.json").read_text())["mixed_precision"] == "bf16"
+    found = record(tmp_path / "run")["engine"]
+    assert (found["mixed_precision"], found["compile"], found["seconds"]) == ("bf16", False, {"fp32": 2.0, "bf16": 1.0})
     assert "trial, ms a pass: fp32 2000, bf16 1000; taken: bf16" in capsys.readouterr().out
     bf16 = pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")
     assert losses(bf16) == losses(tmp_path / "run")
@@ -195,7 +303,7 @@ def test_a_trial_leaves_the_run_as_it_was(tiny, tmp_path, monkeypatch):
         return {("no", False): 1.0}
 
     monkeypatch.setattr(engine, "trial", trial)
-    assert same(weights(plain), weights(pretrain(tiny(mixed_precision="auto", max_steps=2), tmp_path / "auto")))
+    assert same(weights(plain), weights(pretrain(tiny(mixed_precision="measure", max_steps=2), tmp_path / "run")))
 
 
 def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeypatch):
@@ -251,7 +359,7 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     assert losses(run("two")) == pytest.approx(losses(one), rel=1e-4)
     one = pretrain(replace(config, accumulate=2), tmp_path / "one-2")
     assert losses(run("two-2", "--accumulate", "2")) == pytest.approx(losses(one), rel=1e-4)
-    assert (run("auto", "--mixed-precision", "auto") / "engine.json").exists()
+    assert record(run("measure", "--mixed-precision", "measure"))["engine"]["seconds"].keys() == {"fp32", "bf16"}
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "more", stop_at=2)
     assert losses(run("more", "--resume")) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), "begun by one process"

@@ -11,6 +11,7 @@ from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import enough_points
 from jepa3d.figures import draw_contact_sheet, even_sample
+from jepa3d.inference import mapped
 from jepa3d.inference.clouds import open_cloud
 from jepa3d.inference.search import Hit, open_index
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
@@ -36,9 +37,10 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
     if not isinstance(vectors, Vectors):
         rows = np.sort(rng.permutation(len(vectors))[:SAMPLE]).tolist()
         return to_numpy(vectors.table.take_offsets(rows).select(["vector"]).to_arrow().column("vector"))
-    count = sum(1 for _ in vectors.groups())
+    count = sum(1 for _ in mapped.groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
-    found = [to_numpy(read(["vector"]).column(0)) for i, read in enumerate(vectors.groups()) if i in chosen]
+    groups = enumerate(mapped.groups(vectors))
+    found = [to_numpy(read(["vector"]).column(0)) for i, (read, _) in groups if i in chosen]
     rows = np.sort(rng.permutation(sum(map(len, found)))[:SAMPLE])
     return np.concatenate(found)[rows]
 

@@ -1,4 +1,8 @@
-"""`jepa3d search`: the nearest vectors by cosine, exactly, from Parquet files, in the memory of a row group."""
+"""`jepa3d search`: the nearest vectors by cosine, exactly, from Parquet files, in the memory of a row group.
+
+Cosines in float32 leave few candidates, which are compared in float64 (`rank`). Many vectors are read from a copy that
+is mapped into memory (mapped.py).
+"""
 
 import operator
 import os
@@ -13,6 +17,7 @@ import numpy as np
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import SUFFIXES
+from jepa3d.inference import mapped
 from jepa3d.inference.clouds import Address, listed, show_left_out
 from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Making, Vectors, to_numpy
@@ -128,20 +133,23 @@ def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition],
         raise ValueError(f"--probes {probes}: {index} is searched exactly; make a store of it with jepa3d index --ann")
     directions = unit(queries, vectors.making)
     best: list[list[Hit]] = [[] for _ in directions]
-    for read in vectors.groups():
+    for read, lengths in mapped.groups(vectors):
         batch = read(["vector", *{condition.column for condition in conditions}])
         rows = np.arange(len(batch))
         for condition in conditions:
             rows = rows[condition.holds(batch.column(condition.column).take(rows).to_pylist())]
         x = to_numpy(batch.column("vector"))
-        x = x if len(rows) == len(x) else x[rows]
-        length = np.linalg.norm(x, axis=1)
+        if len(rows) < len(x):
+            x, lengths = x[rows], lengths if lengths is None else lengths[rows]
+        length = np.linalg.norm(x, axis=1) if lengths is None else lengths
         cosine = np.where(length > 0, (x @ directions.T.astype(np.float32)).T / np.maximum(length, 1e-30), -np.inf)
         names = None
         for i, (query, scores) in enumerate(zip(directions, cosine, strict=True)):
-            worst = max(np.partition(scores, -k)[-k], -2.0) if len(scores) > k else -2.0  # a zero vector is no hit
-            worst = max(worst, best[i][-1].cosine) if len(best[i]) == k else worst
+            worst = best[i][-1].cosine if len(best[i]) == k else -2.0  # a zero vector is no hit
             top = np.flatnonzero(scores >= worst - SLACK)
+            if len(top) > k:
+                worst = max(worst, np.partition(scores[top], -k)[-k])
+                top = top[scores[top] >= worst - SLACK]
             if len(top):
                 names = names or read(["path", "label"])  # of few row groups: most are too far away
                 path, label = (names.column(column).take(rows[top]).to_pylist() for column in (0, 1))

@@ -93,6 +93,8 @@ def to_numpy(column: Any) -> np.ndarray:
     """A vector column, or a batch's, as n E float32."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1) for chunk in chunks if len(chunk)]
+    if len(parts) == 1:
+        return parts[0]  # not copied
     return np.concatenate(parts) if parts else np.empty((0, column.type.list_size), np.float32)
 
 

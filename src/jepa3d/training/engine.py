@@ -1,14 +1,16 @@
-"""How a run computes: precision and compilation, by a trial where wanted, what trades time for memory; trackers.
+"""How a run computes: precision and compilation, by rule or by a trial, what trades time for memory; trackers.
 
-bf16 doubles the speed of one processor and halves that of another; `torch.compile` gains a fifth, or costs two
-minutes for nothing. So `auto` times some steps of this model on this machine, and writes down what it found.
+bf16 doubles the speed of one processor and halves that of another: `mixed_precision` auto is a rule that looks at the
+machine alone. A trial (`mixed_precision` measure, `compile` auto) times some steps of this model. RUN/run.json says
+what was taken, and a resumed run keeps to it.
 """
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,17 +19,19 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from jepa3d.config import RunConfig
+from jepa3d.config import RunConfig, stored
 from jepa3d.data.datasets import PointClouds
+from jepa3d.evaluation.protocol import write_json
 from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.transformer import Block
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import read_checked, write_checked
+from jepa3d.plain import read_checked, read_record
 
 ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
 WARM_UP, STEPS = 2, 5  # of a trial
 How = tuple[str, bool]  # precision, whether compiled
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
@@ -71,27 +75,75 @@ def compile_blocks(objective: nn.Module) -> None:
             module.compile(dynamic=True)
 
 
+def has_fast_bf16() -> bool:
+    """Whether bf16 is quicker than fp32 here: a GPU with bf16 of its own, or without a GPU a processor with AMX."""
+    if not ON_CPU:
+        supported = getattr(torch.get_device_module(), "is_bf16_supported", None)  # Apple's GPUs have no answer
+        return supported is not None and supported(including_emulation=False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
+    return amx is not None and amx()
+
+
+def settle(config: Config, run: Path | None = None) -> Config:
+    """The configuration with mixed_precision auto replaced by bf16 or no: as the started `run` has it, else by rule."""
+    if config.mixed_precision != "auto":
+        return config
+    if run:
+        return replace(config, mixed_precision=stored(run)["mixed_precision"])
+    state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
+    precision = broadcast_object_list(found)[0]  # every process as the first one
+    if state.is_main_process:
+        print(f"computing in {named(precision)} on {device_name()} (mixed_precision auto)", flush=True)
+    return replace(config, mixed_precision=precision)
+
+
+def device_name() -> str:
+    """What computes here, for the record: a GPU's own name, "CPU with AMX" or "CPU"."""
+    if not ON_CPU:
+        name_of = getattr(torch.get_device_module(), "get_device_name", None)
+        return name_of() if name_of else str(torch.accelerator.current_accelerator())
+    return "CPU with AMX" if has_fast_bf16() else "CPU"
+
+
 def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) -> How:
-    """Precision and whether to compile; what is `auto` by a trial, whose result RUN/engine.json keeps for a resume."""
-    if "auto" not in (config.mixed_precision, config.compile):
-        return config.mixed_precision, config.compile == "yes"
-    file = run and run / "engine.json"
-    if file and file.exists():
-        found = read_checked(file)
-        return found["mixed_precision"], found["compile"]
-    precisions = ("no", "bf16") if config.mixed_precision == "auto" else (config.mixed_precision,)
+    """Precision and whether to compile: those that the run began with, else those of its settings, or of a trial."""
+    found: dict[str, Any] | None = started_with(run) if run else None
+    if found is None:
+        config = settle(config)
+        found = {"mixed_precision": config.mixed_precision, "compile": config.compile == "yes"}
+        if config.mixed_precision == "measure" or config.compile == "auto":
+            found = _measured(task, clouds, config)
+        if run and PartialState(cpu=ON_CPU).is_main_process:
+            write_json(run / "run.json", read_record(run) | {"engine": found | {"device": device_name()}})
+    elif found.get("device", device_name()) != device_name() and PartialState(cpu=ON_CPU).is_main_process:
+        how = named(found["mixed_precision"], found["compile"])
+        print(f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}", flush=True)
+    return found["mixed_precision"], found["compile"]
+
+
+def started_with(run: Path) -> dict[str, Any] | None:
+    """Precision, compilation and device that a run began with; None where it has not begun, or an old run did not say.
+
+    Raises ValueError for a damaged record.
+    """
+    if found := read_record(run).get("engine"):
+        return found
+    old = run / "engine.json"  # where trials of earlier versions were kept
+    return read_checked(old, "mixed_precision", "compile") if old.exists() else None
+
+
+def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
+    """What a trial finds quickest, and the seconds of everything tried; the first process says so."""
+    precisions = ("no", "bf16") if config.mixed_precision == "measure" else (config.mixed_precision,)
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
     seconds = trial(task, clouds, config, [(precision, compiled) for precision in precisions for compiled in ways])
     choice = [min(seconds, key=seconds.__getitem__)]
     precision, compiled = broadcast_object_list(choice)[0]  # every process as the first one
     if PartialState(cpu=ON_CPU).is_main_process:
-        tried = ", ".join(f"{_named(*how)} {1000 * value:.0f}" for how, value in seconds.items())
-        print(f"trial, ms a pass: {tried}; taken: {_named(precision, compiled)}", flush=True)
-        if file:
-            measured = {_named(*how): value for how, value in seconds.items()}
-            found = {"mixed_precision": precision, "compile": compiled, "seconds": measured}
-            write_checked(file, found)
-    return precision, compiled
+        tried = ", ".join(f"{named(*how)} {1000 * value:.0f}" for how, value in seconds.items())
+        print(f"trial, ms a pass: {tried}; taken: {named(precision, compiled)}", flush=True)
+    measured = {named(*how): value for how, value in seconds.items()}
+    return {"mixed_precision": precision, "compile": compiled, "seconds": measured}
 
 
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
@@ -120,12 +172,13 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
             except RuntimeError as error:  # no compiler, say, or no kernel of that precision
                 if len(copies) == 1 or state.num_processes > 1:  # the others would wait for this one
                     raise
-                print(f"trial of {_named(*how)}: {str(error).splitlines()[0]}", flush=True)
+                print(f"trial of {named(*how)}: {str(error).splitlines()[0]}", flush=True)
                 del copies[how]
             objective.zero_grad()
             times[how].append(time.perf_counter() - start)
     return {how: median(times[how][WARM_UP:]) for how in copies}
 
 
-def _named(precision: str, compiled: bool) -> str:
+def named(precision: str, compiled: bool = False) -> str:
+    """A precision and whether compiled, in words."""
     return ("fp32" if precision == "no" else precision) + (", compiled" if compiled else "")

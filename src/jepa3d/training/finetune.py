@@ -29,6 +29,7 @@ from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import read_record, to_dict, write_bytes
 from jepa3d.training import checkpoint, runs
+from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate_finetune
 
@@ -99,7 +100,7 @@ def finetune(
             metrics=metrics,
             validation=held,
             details=details,
-            settings=arm_settings(config),
+            settings=arm_settings(config) | {"mixed_precision": state["mixed_precision"]},
             cost=cost,
         )
         runs.finish(out, cost, state["metrics"], result)
@@ -116,6 +117,7 @@ def begin(
     Raises ValueError for settings that cannot work or are not those that the run began with.
     """
     started = runs.begin(out, resume)
+    config = settle(config, out if started else None)
     encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate_finetune(config)

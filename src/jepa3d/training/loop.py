@@ -65,7 +65,8 @@ class Task:
 def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None) -> dict:
     """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
 
-    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds.
+    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds,
+    mixed_precision (as used).
     Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
     """
     began = cpu_seconds(), time.perf_counter()
@@ -191,7 +192,8 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------
-    return progress.stamp(state) | {"metrics": progress.last, "step_seconds": progress.step_seconds}
+    found = {"metrics": progress.last, "step_seconds": progress.step_seconds, "mixed_precision": precision}
+    return progress.stamp(state) | found
 
 
 def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:

@@ -28,6 +28,7 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
 from jepa3d.training import cache, checkpoint, runs
+from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.optim import total_steps
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
@@ -96,6 +97,7 @@ def pretrain(
     Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
     started = runs.begin(out, resume)
+    config = settle(config, out if started else None)
     check(config)
     if started:
         runs.check_unchanged(config, out)
@@ -186,7 +188,7 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
 
 def dry_run(config: PretrainConfig) -> None:
     """Resolve data, build, take two steps of every stage, print what the whole run will cost, write nothing."""
-    check(config)
+    check(config := settle(config))
     networks, spent, memory, disk = load_given(config, None), [], 0.0, 0
     for stage in (*config.stages, config.objective):
         schedule = config.schedule(stage)

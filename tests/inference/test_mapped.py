@@ -1,0 +1,159 @@
+"""The mapped copy of large vectors: the same answers, never those of other vectors."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jepa3d.inference import mapped
+from jepa3d.inference.neighbours import random_cosines
+from jepa3d.inference.search import search
+from jepa3d.inference.vectors import Making, Vectors, table, update, write
+from jepa3d.locking import writing
+
+MAKING = Making("m", "0123", -1, "mean_max", "z", 12)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(900, 12)).astype(np.float32)
+X[::7] = X[3]  # ties, which are in the order of their paths
+X[5::50] = 0  # never found
+QUERIES = np.concatenate([X[3:5], RNG.normal(size=(3, 12))])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Every index is worth a copy, and has several row groups."""
+    monkeypatch.setattr(mapped, "WORTH", 1)
+    monkeypatch.setattr("jepa3d.inference.vectors.ROWS", 100)
+    mapped._open.cache_clear()
+
+
+def rows(first: int, end: int, scale: float = 1.0):
+    names = [f"/s/{i:04d}.ply" for i in range(first, end)]
+    columns = {
+        "path": names, "label": [f"c{i % 3}" for i in range(first, end)], "num_points": list(range(first, end)),
+        "stamp": [0] * len(names),
+    }  # fmt: skip
+    return table(MAKING, columns, X[first:end] * scale)
+
+
+@pytest.fixture
+def index(tmp_path):
+    path = tmp_path / "v.parquet"
+    write((rows(at, at + 100) for at in range(0, 900, 100)), MAKING, path)
+    return path
+
+
+def without_copy(index, *arguments, **options):
+    """The answer of the Parquet file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapped, "WORTH", 10**9)
+        return search(index, *arguments, **options)
+
+
+@pytest.mark.parametrize("k", [1, 10, 890])
+@pytest.mark.parametrize("where", [(), ("label=c1",), ("num_points>=850", "label!=c0")], ids=str)
+def test_the_answers_are_those_of_the_parquet_file(index, k, where):
+    expected = without_copy(index, QUERIES, k, where)
+    assert not mapped.copy_of(index).exists()
+    for _ in range(2):  # the one that makes the copy, and one that finds it
+        assert search(index, QUERIES, k, where) == expected
+        assert mapped.copy_of(index).exists()
+    assert np.array_equal(random_cosines(index), random_cosines(index))
+    assert {path.name for path in index.parent.iterdir()} == {"v.parquet", "v.parquet.arrow"}
+
+
+def test_nothing_is_read_from_parquet_once_the_copy_is_there(index, monkeypatch):
+    expected = search(index, QUERIES, 5)
+    monkeypatch.setattr(Vectors, "groups", lambda self: 1 / 0)
+    assert search(index, QUERIES, 5) == expected
+
+
+def test_few_vectors_have_no_copy(index, monkeypatch):
+    monkeypatch.setattr(mapped, "WORTH", 901)
+    search(index, QUERIES, 5)
+    assert not mapped.copy_of(index).exists()
+
+
+def test_rows_added_dropped_and_replaced_are_seen_by_the_next_search(index):
+    search(index, QUERIES, 5)
+    assert search(index, X[4], 1)[0][0].path == "/s/0004.ply"
+    update(index, MAKING, rows(0, 0), {"/s/0004.ply"})
+    assert search(index, X[4], 900) == without_copy(index, X[4], 900)
+    assert "/s/0004.ply" not in [hit.path for hit in search(index, X[4], 900)[0]]
+    update(index, MAKING, rows(4, 5), set())
+    assert search(index, X[4], 1)[0][0].path == "/s/0004.ply"
+    update(index, MAKING, rows(4, 5, scale=-1.0), set())  # the same size
+    assert search(index, X[4], 1)[0][0].path != "/s/0004.ply"
+    assert search(index, QUERIES, 9) == without_copy(index, QUERIES, 9)
+
+
+def test_a_file_more_in_a_folder_is_seen(tmp_path):
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    write([rows(0, 300)], MAKING, folder / "0.parquet")
+    assert search(folder, X[400], 1)[0][0].cosine < 1
+    write([rows(300, 900)], MAKING, folder / "1.parquet")
+    assert search(folder, X[401], 1)[0][0].path == "/s/0401.ply"
+    assert mapped.copy_of(folder) == tmp_path / "vectors.arrow"
+    (folder / "1.parquet").unlink()
+    assert search(folder, X[401], 300) == without_copy(folder, X[401], 300)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "of other vectors", "text"])
+def test_a_copy_that_cannot_be_used_is_made_again(index, tmp_path, damage):
+    expected = search(index, QUERIES, 5)
+    copy = mapped.copy_of(index)
+    whole = copy.read_bytes()
+    mapped._open.cache_clear()
+    if damage == "of other vectors":
+        write([rows(0, 50)], MAKING, tmp_path / "w.parquet")
+        search(tmp_path / "w.parquet", QUERIES, 5)
+        shutil.copy(mapped.copy_of(tmp_path / "w.parquet"), copy)
+    else:
+        copy.write_bytes({"cut off": whole[:-500], "empty": b"", "text": b"text" * 100}[damage])
+    assert search(index, QUERIES, 5) == expected
+    assert copy.stat().st_size == len(whole)
+
+
+def test_where_no_copy_can_be_written_parquet_is_searched_and_that_is_said(index, monkeypatch, capsys):
+    expected = without_copy(index, QUERIES, 5)
+    with writing(mapped.copy_of(index)):
+        assert search(index, QUERIES, 5) == expected
+    assert "searching without v.parquet.arrow: " in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mapped.os, "fsync", full)
+    assert search(index, QUERIES, 5) == expected
+    assert "No space left" in capsys.readouterr().err
+    assert {path.name for path in index.parent.iterdir()} == {"v.parquet"}
+
+
+def test_vectors_that_change_while_they_are_copied_are_not_kept(index, monkeypatch):
+    batches = Vectors.batches
+
+    def changed(self, columns=None):
+        yield from batches(self, columns)
+        os.utime(index, ns=(1, 1))
+
+    monkeypatch.setattr(Vectors, "batches", changed)
+    assert search(index, QUERIES, 5) == without_copy(index, QUERIES, 5)
+    assert not mapped.copy_of(index).exists()
+
+
+def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
+    program = (
+        "import sys, numpy as np; from jepa3d.inference import mapped; from jepa3d.inference.search import search\n"
+        "mapped.WORTH = 1; print([[h.path for h in hits] for hits in search(sys.argv[1], np.load(sys.argv[2]), 7)])"
+    )
+    np.save(index.with_name("q.npy"), QUERIES)
+    command = [sys.executable, "-c", program, str(index), str(index.with_name("q.npy"))]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = {process.communicate(timeout=120)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert said == {str([[hit.path for hit in hits] for hits in search(index, QUERIES, 7)])}
+    assert {path.name for path in index.parent.iterdir()} == {"v.parquet", "v.parquet.arrow", "q.npy"}
