@@ -80,7 +80,8 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"init {name}: not an encoder of this run's sizes (encoder.*)") from error
+        hint = "encoder.*; with encoder.qkv_bias where version 0.1.0 made it"
+        raise ValueError(f"init {name}: not an encoder of this run's sizes ({hint})") from error
 
 
 @runs.exclusive
