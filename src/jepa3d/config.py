@@ -214,7 +214,7 @@ class FinetuneConfig(RunConfig):
     labels: float = within(1.0, "(0, 1]")  # share of the train part that is labelled, drawn with the seed, stratified
     validation: float = within(0.2, "[0, 1)")  # share of these that chooses the epoch; a source's own part wins
     select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
-    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, probabilities averaged
+    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, logits averaged
 
 
 @dataclass(frozen=True)
