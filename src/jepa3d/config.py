@@ -315,7 +315,7 @@ def stored(run: Path) -> dict:
         values = json.loads(file.read_text())
         task = {"task": values.pop("task")} if "task" in values else {}
         kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]  # folds too are few-shot's
-        values = merge({"encoder": {"qkv_bias": True}}, values)  # which version 0.1.0 had and did not name
+        values = merge({"encoder": {"qkv_bias": True}}, values)  # so it was before it had a name
         return task | to_dict(from_dict(kind, values) if task else resolve(values))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error

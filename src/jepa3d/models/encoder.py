@@ -35,7 +35,7 @@ class PointEncoder(
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
 
-    BEFORE: ClassVar = {"qkv_bias": True}  # what version 0.1.0 made and its config.json does not say
+    BEFORE: ClassVar = {"qkv_bias": True}  # where config.json does not say: so it was then
 
     def __init__(
         self,

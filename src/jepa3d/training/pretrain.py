@@ -80,7 +80,7 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError as error:
-        hint = "encoder.*; with encoder.qkv_bias where version 0.1.0 made it"
+        hint = "encoder.*; encoder.qkv_bias for one older than that setting"
         raise ValueError(f"init {name}: not an encoder of this run's sizes ({hint})") from error
 
 
