@@ -11,7 +11,7 @@ import jepa3d
 from jepa3d.cli import main
 from jepa3d.config import stored
 from jepa3d.data.store import Store
-from jepa3d.models.ready import load_network
+from jepa3d.models.ready import fingerprint, load_network
 
 OLD = Path(__file__).parent / "old" / "runs.tar.xz"
 RUNS = {
@@ -64,10 +64,33 @@ def test_an_old_store_and_old_networks_are_read(old, capsys):
     store.verify()
     assert len(store) == 32
     assert call("info", "store", "--verify") == 0
-    capsys.readouterr()
-    cloud = np.random.default_rng(0).normal(size=(40, 3))
-    assert jepa3d.embed(cloud, jepa3d.load("pretrain")).shape == (1, 16)
-    assert load_network(old / "classify").class_names == ["ball", "disc"]
+
+
+def test_old_networks_keep_their_biases_and_give_the_same_vectors(old):
+    """Numbers and fingerprint are version 0.1.0's; its files do not say that queries, keys and values have biases."""
+    cloud, encoder = np.random.default_rng(0).normal(size=(40, 3)), jepa3d.load("pretrain")
+    vector = jepa3d.embed(cloud, encoder)
+    assert vector.shape == (1, 16)
+    assert vector[0, :4] == pytest.approx([0.47088712, 0.2050521, -0.25379604, 2.0934849], rel=1e-4)
+    assert fingerprint(encoder) == "fef3df7c38cd0b8e"
+    assert encoder.blocks[0].attention.query.bias is not None
+    network = load_network(old / "classify")
+    assert network.class_names == ["ball", "disc"]
+    assert network.predict(cloud).tolist()[0] == pytest.approx([-7.9576e-05, 0.01040523], rel=1e-2)
+
+
+def test_what_begins_from_an_old_network_has_its_biases(old, capsys):
+    classify = ("classify", "--data", "store", "--init", "pretrain", "--max-steps", 2, "--batch-size", 4)
+    assert call(*classify, "--out", "classes") == 0, capsys.readouterr().err
+    assert stored(old / "classes")["encoder"]["qkv_bias"] is True
+    assert load_network(old / "classes").encoder.blocks[0].attention.query.bias is not None
+    recipe = {"encoder": stored(old / "pretrain")["encoder"], "teacher": "ema", "sampler": {"name": "random"}}
+    del recipe["encoder"]["qkv_bias"]
+    (old / "recipe.yaml").write_text(json.dumps(recipe | {"data": "store", "batch_size": 4, "max_steps": 2}))
+    pretrain = ("pretrain", "--recipe", "recipe.yaml", "--init", "pretrain/encoder", "--out", "warm")
+    assert call(*pretrain) == 2
+    assert "pretrain/encoder: not an encoder of this run's sizes (encoder.*" in capsys.readouterr().err
+    assert call(*pretrain, "--encoder.qkv-bias") == 0, capsys.readouterr().err
 
 
 def test_info_tells_of_networks_that_stand_alone(old, capsys):

@@ -91,7 +91,10 @@ def test_a_range_given_backwards_is_refused(name):
         (("--encoder.num-groups", "4000"), "encoder.num_groups 4000 must not exceed encoder.num_points"),
         (("--seed", "-1"), "seed -1"),
         (("--epochs", "inf"), "epochs inf"),
-        (("--sampler.name", "random", "--sampler.mask-ratio", "0.999"), "sampler.mask_ratio 0.999 leaves none"),
+        (
+            ("--objective", "generative", "--encoder.num-groups", "1", "--sampler.num-targets", "1"),
+            "generative.mask_ratio 0.6",
+        ),
     ],
     ids=str,
 )

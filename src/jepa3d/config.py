@@ -26,6 +26,7 @@ class EncoderConfig:
     mlp_ratio: float = within(4.0, "(0, 64]")
     drop_path: float = within(0.1, "[0, 1)")
     position_every_block: bool = True
+    qkv_bias: bool = False  # of queries, keys and values: none in Point-MAE and ACT
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SamplerConfig:
     name: Literal["multi_block", "random", "one_block", "sequence"] = "multi_block"
     num_targets: int = within(4, "[1, 65536]")
     target_ratio: tuple[float, float] = within((0.15, 0.2), "(0, 1] rising")
-    # None: (0.85, 1.0), the paper's; of sequence (0.4, 0.75)
+    # None: (0.85, 1.0), the paper's; of sequence (0.4, 0.75), of the tokens that targets leave
     context_ratio: tuple[float, float] | None = within(None, "(0, 1] rising")
     min_context: int = within(4, "[1, 65536]")
     mask_ratio: float = within(0.25, "(0, 1)")  # of the random and one-block samplers
@@ -214,7 +215,7 @@ class FinetuneConfig(RunConfig):
     labels: float = within(1.0, "(0, 1]")  # share of the train part that is labelled, drawn with the seed, stratified
     validation: float = within(0.2, "[0, 1)")  # share of these that chooses the epoch; a source's own part wins
     select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
-    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, probabilities averaged
+    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, logits averaged
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _one_schedule(layer: dict, objective: str) -> dict:
 
 
 def stored(run: Path) -> dict:
-    """Settings of a run folder, as in its config.json; a setting younger than the run has its default. ValueError."""
+    """Settings of a run folder, as in its config.json; one younger than the run is as it was then. ValueError."""
     file = run / "config.json"
     try:
         values = json.loads(file.read_text())
@@ -317,6 +318,7 @@ def stored(run: Path) -> dict:
             values["mixed_precision"] = "measure"
         task = {"task": values.pop("task")} if "task" in values else {}
         kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]  # folds too are few-shot's
+        values = merge({"encoder": {"qkv_bias": True}}, values)  # so it was before it had a name
         return task | to_dict(from_dict(kind, values) if task else resolve(values))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error

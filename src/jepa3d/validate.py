@@ -32,7 +32,7 @@ def validate(config: PretrainConfig) -> None:
     masks = {"generative": "generative" in used, "sampler": config.sampler.name in ("random", "one_block")}
     for name in (name for name, masked in masks.items() if masked):
         ratio = getattr(config, name).mask_ratio
-        if round(ratio * encoder.num_groups) >= encoder.num_groups:
+        if max(1, int(ratio * encoder.num_groups)) >= encoder.num_groups:
             raise ValueError(f"{name}.mask_ratio {ratio} leaves none of encoder.num_groups {encoder.num_groups}")
     if "dvae" in used:
         if dvae.num_points < max(encoder.num_groups, encoder.group_size):

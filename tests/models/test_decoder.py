@@ -132,6 +132,20 @@ def test_gradients_do_not_depend_on_the_layout(inputs):
     assert_close(*grads)
 
 
+def test_weights_are_drawn_as_in_the_parents_decoder():
+    """Xavier-uniform, C = 384: sqrt(6 / (in + out)), of query, key and value that of one matrix C x 3C."""
+    torch.manual_seed(0)
+    block = ContextAwareDecoder(384, 1).blocks[0]
+    bounds = {"query": 0.0625, "key_value": 0.0625, "out": 0.0883883, "mlp.0": 0.0559017, "mlp.2": 0.0559017}
+    for name, bound in bounds.items():
+        layer = block.mlp if name.startswith("mlp") else block.attention
+        weight = layer.get_submodule(name.removeprefix("mlp.")).weight
+        assert weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=1e-2)
+    assert torch.equal(block.attention.out.bias, torch.zeros(384))
+    assert torch.equal(block.mlp[0].bias, torch.zeros(4 * 384))
+
+
 def test_without_cross_attention_there_are_none_of_its_weights():
     names = [name for name, _ in make(cross_attention=False).named_parameters()]
     assert names

@@ -129,10 +129,14 @@ def test_impossible_sizes_are_errors():
         PointEncoder(**SIZES | {"num_heads": 5})
 
 
-def test_the_default_is_the_papers_size():
+def test_the_default_has_the_parents_parameters():
+    """Point-MAE's and ACT's encoder: no biases of queries, keys and values; with them 12 x 3 x 384 more."""
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in PointEncoder().parameters())
-    assert 21.5e6 < count < 22.5e6
+        counts = [sum(p.numel() for p in PointEncoder(qkv_bias=bias).parameters()) for bias in (False, True)]
+        without = [name for name, _ in PointEncoder(depth=1).named_parameters() if "attention" in name]
+    assert counts == [21_825_024, 21_838_848]
+    parts = ("query.weight", "key_value.weight", "out.weight", "out.bias")
+    assert without == [f"blocks.0.attention.{part}" for part in parts]
 
 
 # ------------------------------------------------------------------------- calibration, attention

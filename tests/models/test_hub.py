@@ -83,7 +83,7 @@ def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, 
     for name, value in settings.items():
         wrong = "seven" if not isinstance(value, str) else 7
         damaged[json.dumps(settings | {name: wrong})] = f"{name} is {wrong!r}, not"
-        if isinstance(value, int) and name not in ("layer", "position_every_block"):
+        if isinstance(value, int) and not isinstance(value, bool) and name != "layer":
             damaged[json.dumps(settings | {name: 0})] = f"{name} is 0, and at least 1"
     if "encoder" in settings:
         for name in SIZES:

@@ -67,7 +67,8 @@ def test_contexts_and_targets_share_no_token_and_have_the_sizes_asked(sampler, n
         options = options | {"target_ratio": tuple(ratio / 2 for ratio in options["target_ratio"])}
     sample = sampler(clouds(num_tokens, seed=seed), BatchGenerator(seed), **options)
     check(sample, num_tokens)
-    low, high = (max(1, round(ratio * num_tokens)) for ratio in options["target_ratio"])
+    whole = int if sampler is sequence else round
+    low, high = (max(1, whole(ratio * num_tokens)) for ratio in options["target_ratio"])
     assert sample.target.shape[:2] == (B, options["num_targets"])
     assert low <= sample.target.shape[2] <= high
     context_size = round(options["context_ratio"][1] * num_tokens)
@@ -80,7 +81,7 @@ def test_contexts_and_targets_share_no_token_and_have_the_sizes_asked(sampler, n
 def test_random_and_one_block_split_the_tokens_in_two(sampler, num_tokens, seed, ratio):
     sample = sampler(clouds(num_tokens, seed=seed), BatchGenerator(seed), mask_ratio=ratio)
     check(sample, num_tokens)
-    assert sample.target.shape == (B, 1, max(1, round(ratio * num_tokens)))
+    assert sample.target.shape == (B, 1, max(1, int(ratio * num_tokens)))
     for context, target in zip(contexts(sample), sample.target.flatten(1).tolist(), strict=True):
         assert sorted(context + target) == list(range(num_tokens))
 
@@ -124,8 +125,10 @@ def test_a_plain_generator_works_too(sampler):
 @pytest.mark.parametrize("sampler", ALL)
 @pytest.mark.parametrize("seed", range(4))
 def test_two_half_batches_are_the_whole_batch(sampler, seed):
-    """min_context 16 makes some samples, not all, be drawn again."""
-    options = {} if sampler in (random, one_block) else {"min_context": 16}
+    """min_context makes some samples, not all, be drawn again."""
+    options = {multi_block: {"min_context": 16}, sequence: {"context_ratio": (0.6, 0.6), "min_context": 16}}.get(
+        sampler, {}
+    )
     centers = clouds(64, seed=seed)
     whole = sampler(centers, BatchGenerator(seed), **options)
     halves = [sampler(centers[i : i + 4], BatchGenerator(seed, 0, i, B), **options) for i in (0, 4)]
@@ -192,16 +195,27 @@ def greedy_walk(cloud: torch.Tensor) -> list[int]:
 
 
 def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
+    """The context is a run of int(0.55 x left) of the tokens left beside the targets (Point-JEPA's ContextSampler)."""
     centers = clouds(32)
-    sample = sequence(centers, BatchGenerator(1))
+    sample = sequence(centers, BatchGenerator(1), context_ratio=(0.55, 0.55))
     for cloud, context, targets in zip(centers, contexts(sample), sample.target.tolist(), strict=True):
         walk = greedy_walk(cloud)
         for block in targets:
             start = walk.index(block[0])
             assert block == walk[start : start + len(block)]
-        hidden = {token for block in targets for token in block}
-        first, last = (f(map(walk.index, context)) for f in (min, max))
-        assert set(context) == set(walk[first : last + 1]) - hidden
+        left = [token for token in walk if token not in {token for block in targets for token in block}]
+        first = min(map(left.index, context))
+        assert set(context) == set(left[first : first + len(context)])
+        assert len(context) == int(0.55 * len(left))
+
+
+def test_the_sequence_sampler_takes_as_many_tokens_as_point_jepa():
+    """Of 64 tokens: 17.7 of context (a plain loop of 200,000 draws), at least int(0.4 x 16), and targets of 9 to 12."""
+    samples = [sequence(clouds(64, 32, step), BatchGenerator(0, step)) for step in range(60)]
+    lengths = torch.cat([sample.mask.sum(1) for sample in samples]).float()
+    assert lengths.mean().item() == pytest.approx(17.7, abs=0.4)
+    assert lengths.min() >= 6
+    assert {sample.target.shape[2] for sample in samples} == {9, 10, 11, 12}
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -209,7 +223,7 @@ def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
 
 @pytest.mark.parametrize("sampler", [multi_block, sequence])
 def test_a_context_that_stays_empty_is_an_error_that_names_the_setting(sampler):
-    with pytest.raises(ValueError, match="min_context = 4 of 24 tokens beside 4 targets of 22"):
+    with pytest.raises(ValueError, match=r"min_context = 4 of 24 tokens beside 4 targets of 2[12]"):
         sampler(clouds(24), BatchGenerator(0), target_ratio=(0.9, 0.9))
 
 
@@ -244,7 +258,13 @@ def test_an_impossible_ratio_is_an_error(name, ratio):
 @pytest.mark.parametrize("sampler", [random, one_block])
 def test_a_mask_ratio_that_leaves_no_context_is_an_error(sampler):
     with pytest.raises(ValueError, match="mask_ratio leaves no context"):
-        sampler(clouds(24), BatchGenerator(0), mask_ratio=0.99)
+        sampler(clouds(24), BatchGenerator(0), mask_ratio=1.0)
+
+
+@pytest.mark.parametrize("sampler", [random, one_block])
+def test_masks_are_counted_as_by_point_mae(sampler):
+    """int(0.6 x 128) = 76, where rounding would give 77."""
+    assert sampler(clouds(128), BatchGenerator(0), mask_ratio=0.6).target.shape[2] == 76
 
 
 def test_more_targets_than_tokens_is_an_error():

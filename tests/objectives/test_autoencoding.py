@@ -1,7 +1,5 @@
 """Stage I and its schedules."""
 
-import math
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -31,19 +29,17 @@ def scheduled(dvae, progress: float, config: DVAEConfig) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("progress", "temperature", "kl_weight"),
+    ("step", "temperature", "kl_weight"),
     [
-        (0.0, 1.0, 0.0),
-        (0.25, (1 + 0.0625) / 2, 0.05),
-        (0.125, 0.0625 + (1 - 0.0625) * (1 + math.cos(math.pi / 4)) / 2, 0.025),
-        (0.5, 0.0625, 0.1),
-        (1.0, 0.0625, 0.1),
+        (0, 1.0, 0.0), (10_000, 0.9770577, 0.0), (25_000, 0.8627063, 0.005449674), (35_000, 0.7440580, 0.0146447),
+        (50_000, 0.53125, 0.0345492), (60_000, 0.3863983, 0.05), (100_000, 0.0625, 0.0975528),
+        (110_000, 0.0625, 0.1), (200_000, 0.0625, 0.1),
     ],
-)
-def test_temperature_falls_by_a_cosine_and_kl_rises_linearly_over_the_first_half(
-    progress, temperature, kl_weight, dvae
-):
-    assert scheduled(dvae, progress, DVAEConfig()) == pytest.approx((temperature, kl_weight))
+)  # fmt: skip
+def test_temperature_and_kl_weight_are_acts_of_a_run_of_200_000_steps(step, temperature, kl_weight, dvae):
+    """`temp` (1 to 0.0625) and `kldweight` (0 to 0.1) of its configuration, both of ntime 100,000."""
+    progress = step / 200_000
+    assert scheduled(dvae, progress, DVAEConfig()) == pytest.approx((temperature, kl_weight), rel=1e-5)
 
 
 def test_schedules_follow_the_configuration(dvae):

@@ -38,7 +38,7 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.ndim < 2 or parameter.grad.any(), name
 
 
-@pytest.mark.parametrize(("ratio", "masked"), [(0.6, 10), (0.25, 4)])
+@pytest.mark.parametrize(("ratio", "masked"), [(0.6, 9), (0.25, 4)])
 def test_targets_are_the_masked_patches(ratio, masked):
     output = make(mask_ratio=ratio)(clouds(), BatchGenerator(0))
     centers, patches, _ = group(clouds(), 16, 8, BatchGenerator(0).stream("group"))
@@ -67,6 +67,19 @@ def test_masked_points_that_no_visible_patch_holds_do_not_change_the_prediction(
         predictions.append(objective(points, BatchGenerator(0)).prediction)
     assert torch.equal(predictions[0], predictions[1])
     assert not torch.equal(predictions[0], predictions[2])
+
+
+def test_the_tokenizers_norms_see_masked_patches_too_as_in_point_mae():
+    """In training: a batch of 4 x 16 patches of 8 points, of which 9 are masked, has one mean of 512 rows."""
+    objective, points = make().train(), clouds()
+    first, norm = objective.encoder.tokenizer.linear1, objective.encoder.tokenizer.norm1
+    norm.reset_running_stats()
+    patches = group(points, 16, 8, BatchGenerator(0).stream("group")).patches
+    objective(points, BatchGenerator(0))
+    rows = first(patches.reshape(-1, 3))
+    assert len(rows) == 512
+    assert_close(norm.running_mean, 0.1 * rows.mean(0))
+    assert_close(norm.running_var, 0.9 + 0.1 * rows.var(0))
 
 
 def test_chamfer_l2_is_the_sum_of_mean_squared_nearest_distances():

@@ -67,7 +67,7 @@ SAMPLERS = [{"sampler": {"name": name}} for name in ("random", "one_block")] + [
 
 
 @pytest.mark.parametrize(
-    "settings", [*VARIANTS, *SAMPLERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}}], ids=str
+    "settings", [*VARIANTS, *SAMPLERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}, "ema": True}], ids=str
 )
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(settings):
     objective = make(**settings).train()

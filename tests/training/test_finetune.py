@@ -14,6 +14,7 @@ from jepa3d.cli import main
 from jepa3d.config import FinetuneConfig, SegmentConfig
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation.labelled import Labelled, stratified
+from jepa3d.evaluation.supervised import predict
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier
 from jepa3d.plain import from_dict, merge
@@ -139,6 +140,16 @@ def test_layer_decay_slows_the_early_layers():
     assert scale[id(network.encoder.blocks[1].mlp[0].weight)] == 0.5
     assert scale[id(network.encoder.blocks[0].mlp[0].weight)] == 0.25
     assert scale[id(network.encoder.tokenizer.linear1.weight)] == 0.125
+
+
+def test_votes_average_logits_as_in_point_mae(config, monkeypatch):
+    """Means of 8, 0, 0 and 0, 3, 3: the first class wins; by probabilities, 0.36 against 0.61, it would lose."""
+    said = iter([[8.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 3.0, 0.0]])
+    monkeypatch.setattr(Classifier, "forward", lambda _, points: torch.tensor([next(said)] * len(points)))
+    shapes = Labelled.load(config(), 64).test
+    found = predict(Classifier(ENCODER, ["a", "b", "c"]), shapes, votes=3, batch_size=len(shapes))
+    assert set(found["predicted"]) == {0}
+    assert found["probability"][0] == pytest.approx([0.631, 0.324, 0.044], abs=1e-3)
 
 
 def test_votes_are_counted_and_repeatable(config, tmp_path):

@@ -72,6 +72,7 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
         return make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine"))
     if protocol == "mlp3":
         return make_pipeline(StandardScaler(), MLP3(seed))
+    # LinearSVC's default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the older one, True.
     return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
 
 
@@ -81,7 +82,7 @@ def predict(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.
     `c` matters to logistic regression only, `seed` to mlp3 only.
     """
     with one_thread(), warnings.catch_warnings():
-        # LinearSVC on raw features stops at its default iterations, as in its protocol.
+        # LinearSVC on raw features stops at its 1,000 iterations where it needs more, as in its protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return np.asarray(_classifier(protocol, c, len(y), seed).fit(train, y).predict(test))
 

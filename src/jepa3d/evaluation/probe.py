@@ -5,8 +5,8 @@
 | logistic    | standardised | logistic regression                     | C and layer: a fifth of train      |
 | logistic_10 | standardised | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
 | knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
-| svc_linear  | as they are  | SVC(linear, C=0.012) (point2vec)        | layer: a fifth of train            |
-| linear_svc  | as they are  | LinearSVC() (Point-M2AE)                | layer: a fifth of train            |
+| svc_linear  | as they are  | SVC(linear, C=0.012) (Point-M2AE)       | layer: a fifth of train            |
+| linear_svc  | as they are  | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
 Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling. Figures are overall

@@ -22,7 +22,7 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """`predicted`, n classes or n N parts within each shape's category; of a classifier also `probability` n classes.
 
-    With several votes, the outputs for as many randomly scaled and moved copies are averaged.
+    With several votes, the logits of as many randomly scaled and moved copies are averaged (Point-MAE).
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     network.eval().to(device)
@@ -43,13 +43,13 @@ def predict(
                 logits = network(seen, torch.from_numpy(labels).to(device))
             else:
                 logits = network(seen)
-            total = total + logits.float().softmax(-1).cpu()
+            total = total + logits.float().cpu()
         if isinstance(network, Segmenter):
             parts_of = [np.array(parts) for parts in network.parts_of]
             predicted.append(restricted_argmax(total.numpy(), labels, parts_of).astype(np.int16))
         else:
             predicted.append(total.argmax(-1).numpy().astype(np.int16))
-            probability.append(total.numpy() / votes)
+            probability.append((total / votes).softmax(-1).numpy())
     out = {"predicted": np.concatenate(predicted)}
     return out | ({"probability": np.concatenate(probability)} if probability else {})
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jepa3d.models.layout import Joint, Ragged
-from jepa3d.models.transformer import Attention, Mlp, init_weights
+from jepa3d.models.transformer import Attention, Mlp, init_xavier
 
 
 class ContextAwareBlock(nn.Module):
@@ -15,13 +15,13 @@ class ContextAwareBlock(nn.Module):
     and the same for every block. Without `cross_attention` it is a plain block (Table V, second row).
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross_attention: bool):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross_attention: bool, qkv_bias: bool = False):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention, self.mlp = Attention(dim, num_heads), Mlp(dim, mlp_ratio)
+        self.attention, self.mlp = Attention(dim, num_heads, qkv_bias), Mlp(dim, mlp_ratio)
         self.crosses = cross_attention
         if cross_attention:
-            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, num_heads)
+            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
         """Rows of `joint` in, the same rows out, now of every pass; of the `last` block only the mask tokens.
@@ -55,13 +55,16 @@ class ContextAwareDecoder(nn.Module):
         cross_attention: bool = True,
         stacked: bool = False,
         position_every_block: bool = True,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.stacked, self.position_every_block, self.checkpoints = stacked, position_every_block, False
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.blocks = nn.ModuleList(ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
-        self.apply(init_weights)
+        self.apply(init_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The point encoder: what every command trains, saves, loads and uses."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ class PointEncoder(
 ):
     """PointNet tokens and a plain pre-LN transformer; positions are added at every block, or once.
 
-    The defaults are the paper's encoder (22.1 M parameters). Weights travel as safetensors:
+    The defaults are the paper's encoder (21.8 M parameters). Weights travel as safetensors:
     `save_pretrained(folder)`, `PointEncoder.from_pretrained(folder or Hub id)`.
 
     >>> encoder = PointEncoder().eval()
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
+
+    BEFORE: ClassVar = {"qkv_bias": True}  # where config.json does not say: so it was then
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class PointEncoder(
         mlp_ratio: float = 4.0,
         drop_path: float = 0.1,
         position_every_block: bool = True,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.min_points = max(num_groups, group_size)  # of a cloud
@@ -58,7 +62,7 @@ class PointEncoder(
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(embed_dim, tokenizer_dim)
         self.position = position_embedding(embed_dim)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.blocks.apply(init_weights)  # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
 

@@ -66,6 +66,8 @@ class Pretrained(nn.Module, ModelHubMixin):
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        for name in getattr(self, "PARTS", {}):  # whole: what a part does not say is what `BEFORE` says
+            vars(self)["_hub_mixin_config"][name] = vars(getattr(self, name))["_hub_mixin_config"]
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(weights, save_directory / "model.safetensors")
 
@@ -90,8 +92,7 @@ class Pretrained(nn.Module, ModelHubMixin):
             token=token, local_files_only=local_files_only,
         )  # fmt: skip
         file, weights = folder / "config.json", folder / "model.safetensors"
-        found = read_settings(folder)
-        # An argument younger than the file takes its default, which is how the network was before it.
+        found = _as_made(cls, read_settings(folder))
         known = {name: value for name, value in found.items() if name in _arguments(cls)} | settings
         _check(cls, known, f"{file}: is not one of {cls.__name__}")
         try:
@@ -115,6 +116,13 @@ class Pretrained(nn.Module, ModelHubMixin):
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
     return {name: value for name, value in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+
+
+def _as_made(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file, an argument younger than it as the network was before: `cls.BEFORE`, else its default."""
+    made = getattr(cls, "BEFORE", {}) | settings
+    parts = {name: part for name, part in getattr(cls, "PARTS", {}).items() if isinstance(made.get(name), dict)}
+    return made | {name: _as_made(part, made[name]) for name, part in parts.items()}
 
 
 def _check(cls: type, settings: dict[str, Any], begin: str) -> None:

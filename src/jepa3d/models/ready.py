@@ -67,7 +67,8 @@ def _network_folder(run: Path) -> Path:
 
 def fingerprint(encoder: PointEncoder) -> str:
     """16 hexadecimal digits over the settings and weights of an encoder: equal for equal vectors."""
-    digest = hashlib.sha256(json.dumps(vars(encoder)["_hub_mixin_config"], sort_keys=True).encode())
+    settings = {name: value for name, value in vars(encoder)["_hub_mixin_config"].items() if name not in encoder.BEFORE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())  # names of weights tell the rest
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(values.detach().float().cpu().contiguous().numpy().tobytes())

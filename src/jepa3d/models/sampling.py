@@ -46,27 +46,28 @@ def multi_block(
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
         raise ValueError(f"num_targets {num_targets} exceeds the {num_tokens} tokens")
-    target_size = _size(target_ratio, num_tokens, generator)
-    context_size = _size(context_ratio, num_tokens, generator)
+    target_size = max(1, round(_fraction(target_ratio, generator) * num_tokens))
+    context_size = max(1, round(_fraction(context_ratio, generator) * num_tokens))
 
     def draw() -> tuple[Tensor, Tensor]:
         seeds = farthest_point_sample(centers, num_targets, generator)
         target = _balls(centers, gather_points(centers, seeds), target_size)
-        return _random_ball(centers, context_size, generator), target
+        block = _balls(centers, _random_token(centers, generator), context_size)
+        return _membership(block, num_tokens) & ~_membership(target, num_tokens), target
 
-    return _without_targets(draw, num_tokens, min_context)
+    return _enough(draw, num_tokens, min_context)
 
 
 def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """A random subset of round(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    """A random subset of int(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
-    size = _size((mask_ratio, mask_ratio), centers.shape[1], None)
+    size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     return _complement(order[:, :size], centers.shape[1])
 
 
 def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """One ball of round(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
-    size = _size((mask_ratio, mask_ratio), centers.shape[1], None)
+    """One ball of int(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
     return _complement(_balls(centers, start, size)[:, 0], centers.shape[1])
 
@@ -79,24 +80,29 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one; blocks are spans of it.
+    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one, which sets out at the token
+    with the smallest coordinate sum (Saito et al. 2024, section 3.2).
 
-    The walk begins at the token with the smallest coordinate sum (Saito et al. 2024, section 3.2).
+    Targets are spans of int(fraction * M) tokens. The context is a run of int(fraction * left) of the tokens that they
+    leave, in the order of the walk: it reaches over targets.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
-    target_size = _size(target_ratio, num_tokens, generator)
-    context_size = _size(context_ratio, num_tokens, generator)
-
-    def spans(count: int, size: int) -> Tensor:
-        start = (uniform(generator, (batch, count), centers.device) * (num_tokens - size + 1)).long()
-        places = start[..., None] + torch.arange(size, device=centers.device)
-        return order.gather(1, places.flatten(1)).view(batch, count, size)
+    size = max(1, int(_fraction(target_ratio, generator) * num_tokens))
+    share = _fraction(context_ratio, generator)
 
     def draw() -> tuple[Tensor, Tensor]:
-        return spans(1, context_size)[:, 0], spans(num_targets, target_size)
+        start = (uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)).long()
+        places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
+        left = ~_membership(places, num_tokens)  # along the walk
+        count = left.sum(1, keepdim=True)
+        length = (share * count).long().clamp_min(1)
+        first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()
+        rank = left.cumsum(1) - 1
+        run = left & (rank >= first) & (rank < first + length)
+        return torch.zeros_like(run).scatter_(1, order, run), order.gather(1, places).view(batch, num_targets, size)
 
-    return _without_targets(draw, num_tokens, min_context)
+    return _enough(draw, num_tokens, min_context)
 
 
 def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
@@ -111,13 +117,12 @@ def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
     return (context & target).sum() / context.sum()
 
 
-def _size(ratio: tuple[float, float], num_tokens: int, generator: Generator | None) -> int:
-    """round(fraction * M) for one fraction a batch."""
+def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
+    """One fraction a batch."""
     low, high = ratio
     if not 0 < low <= high <= 1:
         raise ValueError(f"a ratio {ratio} must satisfy 0 < low <= high <= 1")
-    fraction = low if low == high else low + (high - low) * uniform_scalar(generator)
-    return max(1, round(fraction * num_tokens))
+    return low if low == high else low + (high - low) * uniform_scalar(generator)
 
 
 def _random_token(centers: Tensor, generator: Generator) -> Tensor:
@@ -128,10 +133,6 @@ def _random_token(centers: Tensor, generator: Generator) -> Tensor:
 def _balls(centers: Tensor, around: Tensor, size: int) -> Tensor:
     """Indices B A size of the tokens nearest to each of `around` (B A 3)."""
     return squared_distance(around, centers).topk(size, largest=False).indices
-
-
-def _random_ball(centers: Tensor, size: int, generator: Generator) -> Tensor:
-    return _balls(centers, _random_token(centers, generator), size)[:, 0]
 
 
 def _membership(index: Tensor, num_tokens: int) -> Tensor:
@@ -156,10 +157,9 @@ def _complement(target: Tensor, num_tokens: int) -> TokenSample:
     return TokenSample(*_compact(~_membership(target, num_tokens), counts), target[:, None], sum(counts))
 
 
-def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
-    """Remove every target token from the context; redraw the samples that keep too few."""
-    block, target = draw()
-    context = _membership(block, num_tokens) & ~_membership(target, num_tokens)
+def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
+    """What `draw` makes, membership B M of the contexts and targets B A T; samples with too few tokens drawn again."""
+    context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
         counts = lengths.tolist()  # the one time in a step that the host reads from the device
@@ -167,9 +167,8 @@ def _without_targets(draw, num_tokens: int, min_context: int) -> TokenSample:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:
             short = (lengths < min_context)[:, None]
-            block, again = draw()
-            target = torch.where(short[..., None], again, target)
-            context = torch.where(short, _membership(block, num_tokens) & ~_membership(again, num_tokens), context)
+            again, targets = draw()
+            context, target = torch.where(short, again, context), torch.where(short[..., None], targets, target)
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
         f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "

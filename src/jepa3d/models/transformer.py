@@ -1,5 +1,7 @@
 """Pre-LN transformer parts shared by encoder and decoder."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +13,13 @@ from jepa3d.ops import BatchGenerator, uniform
 class Attention(nn.Module):
     """Multi-head attention of queries B Q C over keys B S C, or of packed rows, each laid out as told."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.key_value = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None) -> Tensor:
@@ -53,10 +55,10 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """Self-attention and MLP, each pre-normalised and residual; `keep` scales each sample's or row's two branches."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, qkv_bias)
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(self, x: Tensor, layout: Layout | None = None, keep: Tensor | None = None) -> Tensor:
@@ -79,8 +81,23 @@ def position_embedding(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
+def init_xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases (the decoder of Point-MAE and ACT).
+
+    Query, key and value are there one matrix C x 3C, which has one bound.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Attention):  # after its layers: `apply` ends with the whole
+        bound = math.sqrt(6 / (4 * module.out.in_features))
+        nn.init.uniform_(module.query.weight, -bound, bound)
+        nn.init.uniform_(module.key_value.weight, -bound, bound)
+
+
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal 0.02 for Linear weights, zeros for biases, ones and zeros for norms (ViT, Point-MAE)."""
+    """Truncated normal 0.02 for Linear weights, zeros for biases (the encoder of Point-MAE and ACT)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

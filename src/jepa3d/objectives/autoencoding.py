@@ -11,10 +11,10 @@ from jepa3d.ops import BatchGenerator
 
 
 class Autoencoding(nn.Module):
-    """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0, linearly.
+    """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0 by another.
 
-    Point-BERT's schedules count steps (100,000 of them, the KL term from the 10,000th); here both are spread over
-    the first half of the run, so that they scale with its length.
+    Point-BERT and ACT count steps: the temperature takes the first 100,000, the KL weight as many from the 10,000th.
+    Of their 200,000 that is a half, and a half from a twentieth on: shares of the run, here.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -24,10 +24,10 @@ class Autoencoding(nn.Module):
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> DVAEOutput:
         """`progress` is the finished fraction of the run, 0 to 1."""
         dvae, (warm, cold) = self.dvae, self.config.temperature
-        done = min(1.0, 2 * progress)
-        temperature = cold + (warm - cold) * (1 + math.cos(math.pi * done)) / 2
+        temperature = cold + (warm - cold) * (1 - _risen(2 * progress))
+        kl_weight = self.config.kl_weight * _risen(2 * progress - 0.1)
         centers, patches, _ = group(points, dvae.num_groups, dvae.group_size, generator.stream("group"))
-        return dvae(patches, centers, temperature, self.config.kl_weight * done, generator.stream("gumbel"))
+        return dvae(patches, centers, temperature, kl_weight, generator.stream("gumbel"))
 
     def after_step(self, progress: float) -> None:
         """Nothing to do."""
@@ -35,3 +35,8 @@ class Autoencoding(nn.Module):
     def metrics(self, output: DVAEOutput) -> dict[str, float]:
         """The parts of the loss and the code perplexity."""
         return {name: value.item() for name, value in output._asdict().items() if name != "loss"}
+
+
+def _risen(done: float) -> float:
+    """0 to 1 along half a cosine, while `done` goes from 0 to 1."""
+    return (1 - math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

@@ -37,6 +37,7 @@ class Generative(nn.Module):
             cross_attention=False,
             stacked=True,
             position_every_block=encoder.position_every_block,
+            qkv_bias=config.encoder.qkv_bias,
         )
         self.head = nn.Linear(encoder.width, 3 * encoder.group_size)
 
@@ -46,7 +47,9 @@ class Generative(nn.Module):
         centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
-        tokens, position = encoder.visible(patches, centers, sample.context, layout)
+        # All patches become tokens, as there: the norms' statistics are of masked ones too.
+        tokens = layout.pack(gather_points(encoder.tokenizer(patches), sample.context))
+        position = layout.pack(encoder.position(gather_points(centers, sample.context)))
         encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]
         masked = encoder.position(gather_points(centers, sample.target))
         decoded = self.decoder(encoded, layout, position, masked)[:, 0]

@@ -59,6 +59,7 @@ class JEPA(nn.Module):
             settings.cross_attention,
             settings.stacked,
             encoder.position_every_block,
+            config.encoder.qkv_bias,
         )
         target_width = teacher.width if teacher else encoder.width
         self.projection = nn.Linear(encoder.width, target_width)

@@ -45,9 +45,10 @@ def total_steps(schedule: Schedule, num_samples: int) -> int:
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:
-    """Linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth of the run), then a cosine to `min_lr`."""
+    """Linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth of the run), then a cosine to `min_lr`.
+
+    The cosine counts from the first step, not from the end of the warm-up, as timm's of Point-MAE and ACT does.
+    """
     warmup = min(schedule.warmup_epochs * num_samples / schedule.batch_size, total / 10)
-    if step < warmup:
-        return schedule.min_lr + (schedule.lr - schedule.min_lr) * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(total - warmup, 1)
-    return schedule.min_lr + (schedule.lr - schedule.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2
+    return schedule.min_lr + (schedule.lr - schedule.min_lr) * share

@@ -81,7 +81,8 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
     try:
         encoder.load_state_dict(source.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"init {name}: not an encoder of this run's sizes (encoder.*)") from error
+        hint = "encoder.*; encoder.qkv_bias for one older than that setting"
+        raise ValueError(f"init {name}: not an encoder of this run's sizes ({hint})") from error
 
 
 @runs.exclusive
