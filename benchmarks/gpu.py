@@ -37,6 +37,7 @@ from jepa3d import config as settings
 from jepa3d import ops
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
+from jepa3d.data.procedural import make_procedural
 from jepa3d.data.synthetic import CLASS_NAMES, make_shape
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.ops import BatchGenerator, unit_sphere
@@ -45,14 +46,15 @@ from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import make_task, pretrain
 
 SHARES = {"same": 0.12, "step": 0.25, "train": 0.63}  # of the budget
-# Encoders of 5 M parameters: the recipe of the one in the package, and the same with the view term.
+# The encoder of the package, and the clouds that its views are cut from.
 LARGE = {
-    "num_points": 1024, "num_groups": 64, "group_size": 24, "embed_dim": 256, "depth": 6, "num_heads": 8,
-    "tokenizer_dim": 96,
+    "num_points": 1024, "num_groups": 64, "group_size": 20, "embed_dim": 192, "depth": 6, "num_heads": 6,
+    "tokenizer_dim": 48,
 }  # fmt: skip
+DRAWN = 2 * LARGE["num_points"]
 ARMS: dict[str, dict[str, Any]] = {
-    "joined": {"teacher": ["ema", "untrained"]},
     "view": {"teacher": ["ema", "untrained"], "target": {"view": 1.0}},
+    "joined": {"teacher": ["ema", "untrained"]},
 }
 
 
@@ -277,18 +279,17 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
 
 def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespace) -> dict:
     """Train the arms, each in a process and an equal part of the time, on the same shapes."""
-    end = time.monotonic() + budget
-    points = shapes_made(84 if rehearse else arguments.shapes, 256 if rehearse else 2048, LARGE["num_points"])
+    end, count = time.monotonic() + budget, 84 if rehearse else arguments.shapes
+    kinds = [shapes_made(kind, count // 2) for kind in (built_in, procedural)]
     if arguments.sweethome:
         raw = np.load(arguments.sweethome)["points"].astype(np.float32) @ np.array(
             [[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32
         )
-        own = unit_sphere(torch.from_numpy(raw).to(device()))
-        index = ops.farthest_point_sample(own, LARGE["num_points"])
-        own = unit_sphere(ops.gather_points(own, index)).cpu().numpy()
-        points = np.concatenate([points, *[own] * round(0.7 * len(points) / len(own))])  # 42 % of all, as before
+        own = in_order(unit_sphere(torch.from_numpy(raw)).numpy())
+        kinds += [own] * round(0.3 * count / len(own))  # a quarter of all
+    points = np.concatenate(kinds)
     np.save(out / "shapes.npy", points)
-    print(f"{len(points):,} shapes", flush=True)
+    print(f"{len(points):,} shapes after {budget - (end - time.monotonic()):.0f} s", flush=True)
     for i, arm in enumerate(arguments.arms):
         share = (end - time.monotonic()) / (len(arguments.arms) - i)
         command = [sys.executable, __file__, "--out", out, "--parts", "arm", "--arms", arm, "--budget", share - 15]
@@ -300,19 +301,27 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
     }
 
 
-def shapes_made(count: int, drawn: int, num_points: int) -> np.ndarray:
-    """Built-in shapes count num_points 3 float32, those of `synthetic`, by all cores; FPS on the device."""
+def shapes_made(make: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+    """Shapes count DRAWN 3 float32 in farthest point order, made by all cores."""
     with multiprocessing.get_context("spawn").Pool() as pool:
-        raw = np.stack(pool.starmap(one_shape, [(i, max(drawn, 2 * num_points)) for i in range(count)], chunksize=64))
+        return in_order(np.stack(pool.map(make, range(count), chunksize=64)))
+
+
+def in_order(raw: np.ndarray) -> np.ndarray:
+    """Clouds n N 3 as n DRAWN 3 in farthest point order, sampled on the device."""
     done = []
-    for at in range(0, count, 256):
+    for at in range(0, len(raw), 256):
         clouds = torch.from_numpy(raw[at : at + 256]).to(device())
-        done.append(unit_sphere(ops.gather_points(clouds, ops.farthest_point_sample(clouds, num_points))).cpu())
+        done.append(unit_sphere(ops.gather_points(clouds, ops.farthest_point_sample(clouds, DRAWN))).cpu())
     return torch.cat(done).numpy()
 
 
-def one_shape(i: int, num_points: int) -> np.ndarray:
-    return make_shape(i % len(CLASS_NAMES), num_points, np.random.default_rng([0, i]))[0]
+def built_in(i: int) -> np.ndarray:
+    return make_shape(i % len(CLASS_NAMES), 3 * DRAWN // 2, np.random.default_rng([0, i]))[0]
+
+
+def procedural(i: int) -> np.ndarray:
+    return make_procedural(i, 3 * DRAWN // 2)
 
 
 def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict:
@@ -320,12 +329,11 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict
     end = time.monotonic() + budget
     overrides: dict[str, Any] = {
         "rotate": True, "mixed_precision": "bf16", "batch_size": 8 if rehearse else batch, "log_every": 100,
-        "warmup_epochs": 1, "checkpoint_every": 10**6, "encoder": {} if rehearse else LARGE,
-        "target": {"layers": 4 if rehearse else LARGE["depth"]},
+        "warmup_epochs": 1, "checkpoint_every": 10**6, "encoder": LARGE, "target": {"layers": LARGE["depth"]},
     }  # fmt: skip
     points = np.load(out / "shapes.npy")
     config = settings.resolve(settings.preset("tiny"), merge({}, overrides, ARMS[name]))
-    clouds = PointClouds("built-in shapes", "", points[:, : config.encoder.num_points])
+    clouds = PointClouds("built-in shapes", "", points)
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
     trial = 2 if rehearse else 200  # its second half: graphs are recorded in the first

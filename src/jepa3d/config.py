@@ -61,7 +61,7 @@ class TargetConfig:
     cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
     project: bool = False  # the paper's literal form: the same FC on the target too
     momentum: tuple[float, float] = within((0.996, 1.0), "[0, 1]")  # of the EMA teacher, first and last step
-    view: float = within(0.0, "[0, 1000]")  # weight of the view term: predict the teacher's vector of another view
+    view: float = within(0.0, "[0, 1000]")  # weight of the view term: predict the teacher's vector of the whole cloud
     sigreg: float = within(0.0, "[0, 1)")  # weight of SIGReg on the student's tokens; needed without a teacher
     num_slices: int = within(256, "[1, 65536]")  # random directions of SIGReg
 
@@ -147,8 +147,7 @@ class InvarianceConfig(Schedule):
     num_slices: int = within(256, "[1, 65536]")
 
 
-# Teachers that need no stage I: the student's moving average, its frozen first weights, nobody.
-TEACHERS = ("ema", "untrained", "none")
+TEACHERS = ("ema", "untrained", "none")  # need no stage I: the moving average, the frozen first weights, nobody
 # Objectives whose networks can teach.
 STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = ("dvae", "generative", "invariance")
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-FRAME = 2  # version of the rules in this file: vectors of two versions cannot be compared
+FRAME = 3  # version of the rules in this file: vectors of two versions cannot be compared
 LEAST = 64  # different points of a cloud that is kept for any encoder; one encoder needs its own `min_points`
 STEP = 0.6  # see `fill`
+ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # see `without_strays`
 
 
 class Frame(NamedTuple):
@@ -59,20 +60,26 @@ def frame(
     num_points: int,
     least: int = 1,
     sample: Callable[[np.ndarray, int, int], np.ndarray] = farthest_point_sample,
+    keep_strays: bool = False,
 ) -> Frame:
     """What the encoder sees of a cloud N 3 of any unit and number type: `num_points` points in the unit sphere.
 
-    Farthest points of more, and fewer filled up: see `fill`. A point that is there several times counts once. sample:
-    what draws farthest points, as `farthest_point_sample` does. Raises ValueError as `check` does, and for fewer than
-    `least` different points.
+    Farthest points of more, and fewer filled up: see `fill`. A point that is there several times counts once, and
+    strays not at all (`without_strays`), unless `keep_strays`. sample: what draws farthest points, as
+    `farthest_point_sample` does. Raises ValueError as `check` does, and for fewer than `least` different points.
     """
     cloud = check(points)
-    middle = (cloud.min(0) + cloud.max(0)) / 2  # of the box: the same in any order, and however often a point is there
+    place = (cloud.min(0) + cloud.max(0)) / 2  # of the box: the same in any order, and however often a point is there
+    cloud = _distinct(cloud - place)
+    different = len(cloud)
+    if not keep_strays:
+        cloud = cloud[without_strays(cloud, least)]
+    middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
-    cloud = _distinct((cloud / size).astype(np.float32))  # in double until here: map coordinates are large
-    if len(cloud) < least:
-        raise ValueError(too_few(len(points), len(cloud), least))
+    cloud = (cloud / size).astype(np.float32)  # in double until here: map coordinates are large
+    if different < least:
+        raise ValueError(too_few(len(points), different, least))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
     if len(cloud) != num_points:
         cloud = cloud[sample(cloud, min(len(cloud), num_points), start)]
@@ -82,22 +89,64 @@ def frame(
     center = seen.mean(0)
     seen -= center
     radius = float(np.linalg.norm(seen, axis=1).max()) or 1.0
-    return Frame((seen / radius).astype(np.float32), middle + size * center, size * radius)
+    return Frame((seen / radius).astype(np.float32), place + middle + size * center, size * radius)
+
+
+def without_strays(points: np.ndarray, least: int = 1) -> np.ndarray:
+    """Which of different points n 3, as indices in order, lie where others are; a clean cloud keeps nearly all.
+
+    Points are counted in a grid over the box with three cells a point, at most `MAX_CELLS` along its longest side. In
+    the cell of a stray and the 26 around it lie fewer than `ALONE` points, itself among them (of many points: fewer
+    than an eighth of them would put there, spread evenly through the box; of fewer than 256: fewer than n / 64). Then
+    again in the box of the rest, until nothing goes: one point far off puts all others into one cell at first; at most
+    `ROUNDS` times, as often as a graph can do it (inference/graph_frame.py). A cloud that would lose more than
+    `MAX_STRAYS` of its points, or keep fewer than `least`, is no surface with strays and keeps all.
+    """
+    kept = np.arange(len(points))
+    for _ in range(ROUNDS):
+        cells = min(MAX_CELLS, max(2, round((3 * len(kept)) ** (1 / 3))))
+        left = points[kept]
+        low = left.min(0)
+        width = float((left.max(0) - low).max()) or 1.0
+        cell = ((left - low) * ((cells - 1e-6) / width)).astype(np.int64) @ (cells * cells, cells, 1)
+        count = np.bincount(cell, minlength=cells**3).reshape(cells, cells, cells)
+        for axis in range(3):
+            one = np.swapaxes(count, 0, axis)
+            three = one.copy()
+            three[1:] += one[:-1]
+            three[:-1] += one[1:]
+            count = np.swapaxes(three, 0, axis)
+        few = min(ALONE * max(1.0, 3 * len(kept) / cells**3), len(kept) / 64)
+        good = count.ravel()[cell] >= few
+        if good.all():
+            break
+        kept = kept[good]
+    return np.arange(len(points)) if len(kept) < max(least, (1 - MAX_STRAYS) * len(points)) else kept
+
+
+def are_kept(points: np.ndarray, least: int = 1) -> np.ndarray:
+    """Which points of any cloud n 3 `frame` keeps, a mask [n]; copies of a point share its lot."""
+    centred = points - (points.min(0) + points.max(0)) / 2
+    different, which = np.unique(centred, axis=0, return_inverse=True)
+    kept = np.zeros(len(different), bool)
+    kept[without_strays(different, least)] = True
+    return kept[which.reshape(-1)]
 
 
 def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     """`num_points` points from fewer different ones, n 3 in farthest point order; and of which point each is a copy.
 
     All points come first, then copies of them, turn after turn. A copy of turn t is moved away from the t-th nearest
-    point by STEP of that distance, to where the surface goes on: patches of many copies in one place are unlike any
-    that an encoder was trained on.
+    point by STEP of that distance, a little less the later it comes, to where the surface goes on: patches of many
+    copies in one place are unlike any that an encoder was trained on.
     """
     turn, row = np.divmod(np.arange(len(points), num_points), len(points))
     source, k = points[row], min(int(turn[-1]), len(points) - 1)
     copied = points[: min(len(points), len(row))]
     nearest = np.concatenate([_nearest(copied[at : at + 256], points, k + 1) for at in range(0, len(copied), 256)])
     away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)  # itself is the nearest
-    filled = np.concatenate([points, source + np.float32(STEP) * away])
+    step = (STEP * (1 - row / (4 * len(points)))).astype(np.float32)  # else copies of two neighbours are equally far
+    filled = np.concatenate([points, source + step[:, None] * away])
     return filled, np.r_[: len(points), row]
 
 
@@ -131,7 +180,7 @@ def too_few(count: int, different: int, least: int) -> str:
 
 def _distinct(points: np.ndarray) -> np.ndarray:
     """Each different point of n 3 once, in an order that depends on their values alone."""
-    x, y, z = points.T.astype(np.float64)
+    x, y, z = points.T
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]  # far cheaper than to sort by rows
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 

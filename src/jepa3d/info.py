@@ -174,7 +174,7 @@ def _classes(store: Store) -> None:
     Console().print(table)
 
 
-def _spread(labels: np.ndarray | None, count: int, shown: int = 36) -> list[int]:
+def _spread(labels: np.ndarray | None, count: int, shown: int = 60) -> list[int]:
     """At most `shown` indices, as many classes as there are room for first."""
     if labels is None:
         return np.unique(np.linspace(0, count - 1, shown).astype(int)).tolist()

@@ -482,3 +482,23 @@ def test_a_refused_continuation_leaves_the_report_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="points"):
         stored(source, out, points=24)
     assert (out / "report.json").read_text() == before
+
+
+def test_stray_points_of_own_files_are_left_out_and_told_of(tmp_path, capsys):
+    """Farthest points would be most of them."""
+    rng = np.random.default_rng(0)
+    ball = rng.normal(size=(5000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    (tmp_path / "s").mkdir()
+    np.savetxt(tmp_path / "s" / "scan.xyz", np.concatenate([ball, rng.uniform(-3, 3, (200, 3))]))
+    prepare(tmp_path / "s", tmp_path / "clean", Preparation(points=256), workers=1)
+    assert "stray points left out in 1 clouds, most in scan.xyz (--keep-strays keeps them)" in capsys.readouterr().out
+    prepare(tmp_path / "s", tmp_path / "all", Preparation(points=256, keep_strays=True), workers=1)
+    off = [
+        np.abs(
+            np.linalg.norm(store.points(0) * store.columns["frame"][0][3] + store.columns["frame"][0][:3], axis=1) - 1
+        )
+        for store in (Store(tmp_path / "clean"), Store(tmp_path / "all"))
+    ]
+    assert (off[0] > 0.1).sum() < 20
+    assert (off[1] > 0.1).sum() > 100

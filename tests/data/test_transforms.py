@@ -1,9 +1,14 @@
 """Augmentations: within their ranges, a draw a sample, and the up axis left alone."""
 
+import numpy as np
 import pytest
 import torch
 
+from jepa3d import frame
 from jepa3d.data.transforms import (
+    MAX_CLUTTER,
+    VIEW_SHARES,
+    fill,
     random_drop,
     random_jitter,
     random_rotate,
@@ -103,24 +108,49 @@ def test_dropped_points_lie_on_the_first_and_their_share_varies_by_cloud():
     assert torch.equal(kept, POINTS[~dropped])
 
 
-def test_a_view_is_part_of_the_turned_cloud_in_the_unit_sphere():
-    cloud = torch.randn(16, 400, 3, generator=torch.Generator().manual_seed(1))
-    counts = set()
+def ball(clouds: int, count: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(
+        torch.randn(clouds, count, 3, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
+
+
+def views_of(cloud: torch.Tensor, num_points: int, share: float) -> torch.Tensor:
+    """Views of the first step that keeps this share of the points."""
+    choices = (BatchGenerator(0, i).stream("count").choice(len(VIEW_SHARES)) for i in range(50))
+    step = next(i for i, choice in enumerate(choices) if VIEW_SHARES[choice] == share)
+    return random_view(cloud, num_points, BatchGenerator(0, step))
+
+
+def test_a_view_has_all_its_points_in_the_unit_sphere_whatever_share_is_kept():
     for step in range(20):
-        view = random_view(cloud, BatchGenerator(0, step))
-        counts.add(view.shape[1])
+        view = random_view(ball(16, 400), 200, BatchGenerator(0, step))
+        assert view.shape == (16, 200, 3)
         assert torch.allclose(view.mean(1), torch.zeros(16, 3), atol=1e-5)
         assert torch.allclose(view.norm(dim=-1).amax(1), torch.ones(16), atol=1e-5)
-    assert counts == {133, 222, 311, 400}
 
 
 def test_half_of_the_views_are_cut_by_a_plane():
-    """Of a ball of points a cut leaves less than a half-space on one side: its extent shrinks along one direction."""
-    cloud = torch.nn.functional.normalize(torch.randn(200, 2000, 3, generator=torch.Generator().manual_seed(1)), dim=-1)
-    step = next(i for i in range(50) if random_view(cloud, BatchGenerator(0, i)).shape[1] == 667)
-    view = random_view(cloud, BatchGenerator(0, step))
+    """Of a sphere a cut leaves less than a half-space on one side: its extent shrinks along one direction."""
+    view = views_of(ball(200, 2000), 1000, 1)
     directions = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
     centred = view - (view.amax(1, keepdim=True) + view.amin(1, keepdim=True)) / 2
     reach = (centred @ directions.T).amax(1) - (centred @ directions.T).amin(1)
     flattened = (reach.amin(1) / reach.amax(1) < 0.85).float().mean()
     assert 0.2 < flattened < 0.6
+
+
+def test_a_third_of_the_views_has_clutter_and_at_most_a_tenth_of_their_points():
+    view = views_of(ball(200, 2000), 1000, 1)
+    inside = (view - view.median(1, keepdim=True).values).norm(dim=-1) < 0.5
+    share = inside.float().mean(1)
+    whole = (view.mean(1).norm(dim=-1) < 0.02) & ((view.amin(1) + view.amax(1)).abs().amax(1) < 0.1)  # neither cut
+    assert 0.15 < (share[whole] > 0.005).float().mean() < 0.5
+    assert share[whole].max() < MAX_CLUTTER
+
+
+def test_few_points_are_filled_up_as_the_frame_fills_one_cloud():
+    points = torch.randn(3, 130, 3, generator=torch.Generator().manual_seed(1))
+    filled = fill(points, 700)
+    want = np.stack([frame.fill(cloud, 700)[0] for cloud in points.numpy()])
+    assert np.allclose(filled, want, atol=1e-6)
+    assert torch.equal(fill(points, 130), points)

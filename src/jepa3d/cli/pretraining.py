@@ -28,6 +28,7 @@ def prepare(
     variant: str | None = None,
     columns: tuple[str, ...] | None = None,
     seed: int = 0,
+    keep_strays: Annotated[bool, Parameter(negative=())] = False,
     workers: int = 0,
     strict: bool = False,
 ) -> None:
@@ -63,6 +64,8 @@ def prepare(
         Names of x, y and z in tables whose headers have others; or of all columns of .bin files.
     seed: int
         Of mesh samples, reductions and the split.
+    keep_strays: bool
+        Keep points that lie where hardly any other does, as benchmarks always do; else they are left out first.
     workers: int
         Processes; 0 is one a core.
     strict: bool
@@ -74,7 +77,7 @@ def prepare(
     names = tuple(name for text in columns or () for name in text.split(","))
     options = Preparation(
         None if points == "all" else points, reduce, short, up_axis, unit, split, keep, precision, variant,
-        names or None, seed,
+        names or None, seed, keep_strays,
     )  # fmt: skip
     for store in run(source, out, options, workers, strict):
         print(f"see it with: jepa3d info {store}; train on it with: jepa3d pretrain --data {store} --out RUN")

@@ -22,6 +22,7 @@ def embed(
     workers: int = 0,
     share: str = "1/1",
     prune: Annotated[bool, Parameter(negative=())] = False,
+    keep_strays: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """Turn clouds into vectors, kept in Parquet; run again, it adds what is new or changed.
 
@@ -45,10 +46,12 @@ def embed(
         i/n: of n commands that fill one folder, the one that does every n-th cloud from the i-th.
     prune: bool
         Forget what is no longer at PATHS, and files that are gone.
+    keep_strays: bool
+        Also encode points that lie where hardly any other does, which are left out otherwise.
     """
     from jepa3d.inference.embedding import embed_files
 
-    embed_files(paths, out, model, up_axis, layer, pooling, workers, share, prune)
+    embed_files(paths, out, model, up_axis, layer, pooling, workers, share, prune, keep_strays)
 
 
 @app.command

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from jepa3d.data import synthetic
+from jepa3d.data import procedural, synthetic
 from jepa3d.data.arrays import NO_PARTS, clouds_in, npz_headers, parts_in, read_npz
 from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
@@ -136,12 +136,14 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts)
         return _store(path, num_points, split, limit, up_axis, parts)
     elif path.suffix == ".npz" and path.is_file() and clouds_in(path):
         found = _bundle(path, num_points, labels_key, parts)
-    elif path.exists():
+    elif path.exists() or procedural.count_of(path):
         found = _files(path, num_points, split, limit, None if raw else up_axis, parts)
         standard = True
     else:
         what = "no such file or folder"
-        raise ReadError(f"{source}: {what}; give synthetic, a store, or files of {', '.join(SUFFIXES)}")
+        raise ReadError(
+            f"{source}: {what}; give synthetic, procedural:COUNT, a store, or files of {', '.join(SUFFIXES)}"
+        )
     if split != "all" or limit:
         chosen = np.ones(len(found), bool) if split == "all" else _split_mask(found, split)
         available = round((found.available or len(found)) * chosen.mean())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jepa3d.data import procedural
 from jepa3d.data.archives import unpacked
 from jepa3d.data.cloud import (
     ATTRIBUTES,
@@ -27,6 +28,7 @@ from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.splits import divide, lacking
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64
+from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
 from jepa3d.plain import printable, write_bytes
 
@@ -49,6 +51,7 @@ class Preparation:
     variant: str | None = None
     columns: tuple[str, ...] | None = None
     seed: int = 0
+    keep_strays: bool = False  # of own files; those of a benchmark stay as published
 
 
 def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False) -> list[Path]:
@@ -59,7 +62,7 @@ def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, str
     where another command writes to `out`.
     """
     _check(options, workers)
-    if not source.exists():
+    if not source.exists() and not procedural.count_of(source):
         raise ReadError(f"{source}: no such file or folder")
     if source.resolve() == out.resolve() or (source.is_dir() and out.resolve().is_relative_to(source.resolve())):
         raise ValueError(f"{out}: lies in the source {source}; choose another --out")
@@ -85,6 +88,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     source = discover(root, options.variant, options.columns)
     entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
+    as_published = source.layout not in ("folder", "file")
+    options = replace(options, keep_strays=options.keep_strays or as_published)
     options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
@@ -93,6 +98,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     skipped, taken, fewer, unseen = list(source.skipped), Counter(), 0, Counter()
+    strays = Counter()
     settings, begun = json.loads(json.dumps(asdict(options))), False
     try:
         with StoreWriter(out, settings, names, parts) as writer:
@@ -113,6 +119,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                     print(printable(source.notes[-1]))
                 if hidden := row.pop("unseen"):
                     unseen[entry.key] = hidden
+                if lost := row.pop("strays"):
+                    strays[entry.key] = lost
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
                 taken[Path(entry.file).suffix or source.layout] += 1
     except KeyboardInterrupt:
@@ -121,6 +129,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
         if fewer:
             source.notes.append(f"{fewer:,} clouds of fewer than {options.points:,} points were filled up")
             print(f"{source.notes[-1]} (--short skip leaves them out)")
+        if strays:
+            which = f"in {len(strays):,} clouds, most in {strays.most_common(1)[0][0]}"
+            source.notes.append(f"{strays.total():,} stray points left out {which}")
+            print(printable(f"{source.notes[-1]} (--keep-strays keeps them)"))
         if unseen:
             which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
             source.notes.append(f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}")
@@ -158,6 +170,9 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     if count and len(cloud) < count and options.short == "skip":
         raise ReadError(f"{len(cloud)} points, {count} are needed (--points, --short skip)")
     up = options.up_axis or entry.up_axis or cloud.up or "z"
+    if count and not options.keep_strays:
+        cloud = cloud.take(np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST)))
+    told["strays"] = found - len(cloud)
     cloud = cloud.normalised()
     if count and len(cloud) > count:
         cloud = reduce(cloud, count, options.reduce, seed)

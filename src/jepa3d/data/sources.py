@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from jepa3d.data import procedural
 from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
 from jepa3d.data.boundary import boundary, printable
@@ -18,7 +19,9 @@ from jepa3d.data.text import check_table
 
 
 def discover(root: Path, variant: str | None = None, columns: tuple[str, ...] | None = None) -> Source:
-    """What lies at `root`: a benchmark, a folder of files, or a file. Raises ReadError."""
+    """What lies at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`. Raises ReadError."""
+    if count := procedural.count_of(root):
+        return Source("procedural", [Entry(str(i), partial(procedural.read, i), up_axis="z") for i in range(count)])
     if root.suffix == ".pkl":
         source = fold_of(root)
     elif root.is_file() and is_archive(root):

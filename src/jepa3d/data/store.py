@@ -237,7 +237,7 @@ class StoreWriter:
             write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
-            self.header = store.header
+            self.header = store.header | {"settings": {"keep_strays": True} | store.header["settings"]}
             if self.header["settings"] != settings:
                 name = next(k for k in settings if self.header["settings"].get(k) != settings[k])
                 then = self.header["settings"].get(name)

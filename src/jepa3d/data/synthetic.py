@@ -73,7 +73,7 @@ def _bezier(*controls: Floats) -> np.ndarray:
     return points[0]
 
 
-def _turn(points: np.ndarray, angle: float) -> np.ndarray:
+def turn(points: np.ndarray, angle: float) -> np.ndarray:
     """Points [..., 3] turned about z by `angle` radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
@@ -98,7 +98,7 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
     if kind == 4:
         return [_lathe([(0, 0), (radius, 0), (radius / 2, 0.05), (thick, 0.06), (thick, height)])]
     foot = _tube([(0, 0, height / 8), (radius, 0, 0)], 0.03)
-    return [_tube([(0, 0, 0), (0, 0, height)], thick), *(_turn(foot, i * 2 * np.pi / 5) for i in range(5))]
+    return [_tube([(0, 0, 0), (0, 0, height)], thick), *(turn(foot, i * 2 * np.pi / 5) for i in range(5))]
 
 
 def _back(rng: Rng, width: float, rear: float, foot: float, height: float, thick: float) -> list[np.ndarray]:
@@ -219,7 +219,7 @@ def _rocket(rng: Rng, u: Draw) -> Parts:
     yield "body", _tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
     yield "nose", _lathe(_bezier((radius, body), (radius, body + nose / 2), (0, body + nose)))
     fin = _box((chord / 2, 0, 0), (chord, 0.04, radius + span), u(0.3, 1), (u(-0.4, 0.1), 0))[..., [2, 1, 0]]
-    yield "fin", *(_turn(fin, angle) for angle in np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:])
+    yield "fin", *(turn(fin, angle) for angle in np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:])
 
 
 def _car(rng: Rng, u: Draw) -> Parts:
@@ -275,16 +275,21 @@ CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
 PART_NAMES: tuple[str, ...] = tuple(f"{c}/{part}" for c in _CLASSES for part in _CLASSES[c][0].split())
 
 
-def _sample(triangles: np.ndarray, count: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each [count]."""
+def sample_triangles(
+    triangles: np.ndarray, count: int, rng: Rng, weight: np.ndarray | int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each [count].
+
+    weight: of the triangles [t], times their area.
+    """
     a, b, c = triangles.swapaxes(0, 1)
-    area = np.cumsum(np.linalg.norm(np.cross(b - a, c - a), axis=1))
+    area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
     return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
 
 
-def _normalise(points: np.ndarray) -> np.ndarray:
+def normalise(points: np.ndarray) -> np.ndarray:
     """Points with the centroid moved to 0 and the farthest one scaled to distance 1."""
     points = points - points.mean(axis=0)
     return points / np.linalg.norm(points, axis=1).max()
@@ -306,13 +311,13 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
             parts.append(np.full(len(triangles[-1]), PART_NAMES.index(f"{name}/{part}"), np.int16))
 
     lost = rng.uniform(0, MAX_OCCLUSION) if rng.random() < OCCLUDED_SHAPES else 0
-    points, chosen = _sample(np.concatenate(triangles), int(np.ceil(num_points / (1 - lost))), rng)
-    points = _normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
+    points, chosen = sample_triangles(np.concatenate(triangles), int(np.ceil(num_points / (1 - lost))), rng)
+    points = normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
     plane, ball = points @ rng.normal(size=3), -np.linalg.norm(points - points[0], axis=1)
     kept = np.sort(np.argsort(plane if rng.random() < 0.5 else ball)[:num_points])  # in the order drawn
 
-    points = _turn(points[kept], rng.uniform(0, 2 * np.pi))
-    points = _normalise(points + rng.normal(scale=rng.uniform(*NOISE), size=points.shape))
+    points = turn(points[kept], rng.uniform(0, 2 * np.pi))
+    points = normalise(points + rng.normal(scale=rng.uniform(*NOISE), size=points.shape))
     return points.astype(np.float32), np.concatenate(parts)[chosen[kept]]
 
 

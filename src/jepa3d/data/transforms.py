@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
-MAX_CUT, VIEW_SIZES = 0.4, 4  # of `random_view`: share of the points beyond the plane, numbers of points
+MAX_CUT, MAX_CLUTTER, VIEW_SHARES = 0.5, 0.1, (1, 1, 1 / 2, 1 / 4, 1 / 8)  # of `random_view`
 
 
 def random_scale(points: Tensor, low: float, high: float, generator: BatchGenerator | None = None) -> Tensor:
@@ -64,26 +65,49 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = N
     return gather_points(points, squared_distance(around, points)[:, 0].topk(count, largest=False).indices)
 
 
-def random_view(points: Tensor, generator: BatchGenerator) -> Tensor:
-    """Each cloud as another scan might show it: turned about z, cut by a plane, of uneven density, with noise.
+def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> Tensor:
+    """Each cloud B M 3, in farthest point order, as a scan might show it, B num_points 3 in the unit sphere.
 
-    One of `VIEW_SIZES` numbers of points for the batch, from a third to all of them. In half of the clouds up to
-    `MAX_CUT` of the points lie beyond the plane and go first; density falls along one direction by up to e^3 a radius;
-    noise has up to 2 % of the radius. In the unit sphere again.
+    Turned about z. In half of the clouds up to `MAX_CUT` of the points lie beyond a plane and are gone. Of the rest a
+    share of `VIEW_SHARES`, one for the batch, is kept: evenly, or in half of the clouds with a density that falls along
+    one direction by up to e^3 a radius. Noise of up to 2 % of the radius; in a third of the clouds up to `MAX_CLUTTER`
+    of the points lie anywhere in the ball. Filled up as `frame` fills clouds of few points.
     """
     points = random_rotate(points, generator.stream("turn"))
-    batch, num_points, _ = points.shape
-    draws = uniform(generator.stream("view"), (batch, 9), points.device)
+    batch, drawn, _ = points.shape
+    draws = uniform(generator.stream("view"), (batch, 11), points.device)
     away, along = (F.normalize(draws[:, at : at + 3] - 0.5, dim=1)[..., None] for at in (0, 3))
     place = (points @ away)[..., 0]
     cut = 2 * MAX_CUT * (draws[:, 6:7] - 0.5).clamp_min(0)
-    edge = place.sort(1).values.gather(1, ((1 - cut) * (num_points - 1)).long())
+    edge = place.sort(1).values.gather(1, ((1 - cut) * (drawn - 1)).long())
+    even = -torch.arange(drawn, device=points.device) / drawn
     chance = -(-uniform(generator.stream("thin"), place.shape, points.device).clamp_min(1e-9).log()).log()
     chance -= 3 * draws[:, 7:8] * (points @ along)[..., 0]  # Gumbel noise: the largest are a weighted draw
+    chance = torch.where(draws[:, 8:9] < 0.5, even, chance)
     chance -= 100 * (1 + place - edge) * (place > edge)  # what lies beyond the plane comes last
-    count = round(num_points * (1 + 2 * generator.stream("count").choice(VIEW_SIZES) / (VIEW_SIZES - 1)) / 3)
+    count = round(num_points * VIEW_SHARES[generator.stream("count").choice(len(VIEW_SHARES))])
     points = gather_points(points, chance.topk(count, 1).indices)
-    return unit_sphere(random_jitter(points, 0.02 * draws[:, 8:, None], generator.stream("jitter")))
+    points = random_jitter(points, 0.02 * draws[:, 9:10, None], generator.stream("jitter"))
+    stray = uniform(generator.stream("clutter"), (batch, count, 4), points.device)
+    anywhere = F.normalize(stray[..., 1:] - 0.5, dim=-1) * (2 * stray[..., 1:] - 1).abs().amax(-1, keepdim=True)
+    cluttered = stray[..., :1] < 3 * MAX_CLUTTER * (draws[:, 10:, None] - 2 / 3)
+    return unit_sphere(fill(torch.where(cluttered, anywhere, points), num_points))
+
+
+def fill(points: Tensor, num_points: int) -> Tensor:
+    """Clouds B n 3 filled up to B num_points 3 with moved copies of their points, as `frame.py::fill` does for one."""
+    count = points.shape[1]
+    if count == num_points:
+        return points
+    extra = torch.arange(num_points - count, device=points.device)
+    turn, row = extra // count, extra % count
+    k = (num_points - 1) // count
+    copied = points[:, : min(count, num_points - count)]
+    nearest = squared_distance(copied, points).topk(k + 1, largest=False).indices[..., 1:]
+    source = points[:, row]
+    away = source - gather_points(points, nearest[:, row, turn % k])
+    step = STEP * (1 - row / (4 * count))
+    return torch.cat([points, source + step[:, None] * away], 1)
 
 
 def augment(

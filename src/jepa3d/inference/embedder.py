@@ -33,7 +33,7 @@ class Embedder:
         self.on_device = torch.accelerator.is_available()  # Ray hides the GPU from an actor that did not ask for one
         if self.on_device:
             self.encoder = self.encoder.to(torch.accelerator.current_accelerator())
-        self.work = partial(embedding.embed_items, model, self.making.layer, pooling, up_axis, self.on_device)
+        self.work = partial(embedding.embed_items, model, self.making, self.on_device)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> pa.Table:
         """Rows of `vectors.py` and the column `error`, for every cloud of every path in the column `path`.

@@ -119,6 +119,7 @@ def embed_files(
     workers: int = 0,
     share: str = "1/1",
     prune: bool = False,
+    keep_strays: bool = False,
 ) -> None:
     """Embed every cloud at `paths` that is new or changed into `out`: a .parquet file, or a folder of one a share.
 
@@ -130,6 +131,7 @@ def embed_files(
 
     files, of = _files(out, share)
     encoder = load(model)
+    encoder.keep_strays = keep_strays
     making = making_for(model, encoder, up_axis, layer, pooling)
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
@@ -138,7 +140,7 @@ def embed_files(
     on_device = torch.accelerator.is_available()
     if on_device:
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    work = partial(embed_items, model, making.layer, pooling, up_axis, on_device)
+    work = partial(embed_items, model, making, on_device)
     counts = Counter({"left out": skipped})
     with ExitStack() as locks:
         for file in files.values():
@@ -175,7 +177,7 @@ def making_for(model: str, encoder: PointEncoder, up_axis: str, layer: int, pool
     _check(up_axis, layer, pooling, encoder)
     name = str(Path(model).absolute()) if Path(model).exists() else model
     layer, width = layer % (encoder.depth + 1), encoder.width * len(pooling.split("_"))
-    return Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME)
+    return Making(name, fingerprint(encoder), layer, pooling, up_axis, width, FRAME, encoder.keep_strays)
 
 
 def _files(out: Path, share: str) -> tuple[dict[int, Path], int]:
@@ -234,20 +236,21 @@ def _loaded(model: str) -> PointEncoder:
     return load(model)
 
 
-def embed_items(model: str, layer: int, pooling: str, up_axis: str, points_only: bool, items: list[Item]) -> list:
+def embed_items(model: str, making: "Making", points_only: bool, items: list[Item]) -> list:
     """Worker. Returns per item (vector or, if points_only, prepared points; count; points of NaN), or an error text."""
     encoder, results, good = _loaded(model), [], []
+    encoder.keep_strays = making.keep_strays
     for item in items:
         try:
             cloud = item.read()
-            good.append(prepare(encoder, cloud, item.path, up_axis, item.z_up))
+            good.append(prepare(encoder, cloud, item.path, making.up_axis, item.z_up))
             results.append((len(cloud), cloud.unseen))
         except ReadError as error:
             results.append(str(error))
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
     if good and not points_only:
-        good = list(encode(encoder, good, layer, pooling))
+        good = list(encode(encoder, good, making.layer, making.pooling))
     made = iter(good)
     return [result if isinstance(result, str) else (np.asarray(next(made)), *result) for result in results]
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from jepa3d import frame
+from jepa3d.inference.graph_frame import prepared
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
-from jepa3d.ops import farthest_point_scan, gather_points, squared_distance, unit_sphere
 
 try:
     import onnx
@@ -59,7 +58,7 @@ class FromPoints(nn.Module):
         self.encoder = encoder
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        grouped = group(_prepared(self.encoder, points), self.encoder.num_groups, self.encoder.group_size)
+        grouped = group(prepared(self.encoder, points), self.encoder.num_groups, self.encoder.group_size)
         tokens = self.encoder.features(grouped.patches, grouped.centers)[0]
         return pool(tokens), tokens, grouped.centers
 
@@ -84,45 +83,13 @@ class ToClasses(nn.Module):
         self.network = network
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        points = _prepared(self.network.encoder, points)
+        points = prepared(self.network.encoder, points)
         if isinstance(self.network, Classifier):
             return (self.network(points),)
         encoder = self.network.encoder
         grouped = group(points, encoder.num_groups, encoder.group_size)
         states = encoder.hidden_states(encoder.tokenizer(grouped.patches), encoder.position(grouped.centers))
         return (self.network.out(pool(states[self.network.layer], self.network.pooling)),)
-
-
-def _prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """`frame` and its `fill` for clouds B N 3, as operations of a graph, which cannot hold their checks."""
-    points = points.double()
-    points = points - (points.amin(1, True) + points.amax(1, True)) / 2
-    points = (points / points.abs().amax((1, 2), True)).float()
-    count: Any = torch.sym_min(points.shape[1], encoder.num_points)  # in a graph a number still open
-    order, apart = farthest_point_scan(
-        points, count, squared_distance(points, points.new_zeros(1, 3))[..., 0].argmax(1)
-    )
-    chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
-    row = torch.arange(encoder.num_points, device=points.device) % different
-    row = torch.where(different < encoder.min_points, 2**30, row)  # out of bounds: the runtime raises
-    source = gather_points(chosen, row)
-    copied = (different < encoder.num_points).any()  # most clouds have enough points, and distances of all pairs cost
-    most: Any = torch.sym_min(count, 1 + encoder.num_points // encoder.min_points)  # turns, and a point itself
-
-    def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
-        among = torch.arange(chosen.shape[1], device=chosen.device) < different  # what follows is there already
-        distance = squared_distance(chosen, chosen).masked_fill(~among[:, None], torch.inf)
-        nearest = distance.topk(most, largest=False).indices
-        turn = torch.arange(source.shape[1], device=chosen.device)
-        turn, row = turn // different, turn % different
-        column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
-        other = gather_points(chosen, gather_points(nearest, row).gather(2, column[..., None])[..., 0])
-        return frame.STEP * (source - other)
-
-    away = torch.cond(
-        copied, moved, lambda chosen, different, source: torch.zeros_like(source), (chosen, different, source)
-    )
-    return unit_sphere((source + away).double()).float()
 
 
 def export(model: str, out: Path) -> None:

@@ -203,6 +203,7 @@ def query_vectors(index: Path, query: str, model: str | None = None) -> tuple[li
             return [query] * len(np.atleast_2d(array)), np.atleast_2d(array)
     making.check_frame(str(index))
     encoder = load(model or making.model)
+    encoder.keep_strays = making.keep_strays
     if fingerprint(encoder) != making.fingerprint:
         raise ValueError(f"{index}: made with another encoder than {model or making.model}; embed again, or --model")
     items, skipped = listed(path)

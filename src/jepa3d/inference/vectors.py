@@ -44,6 +44,7 @@ class Making:
     up_axis: str
     embed_dim: int  # of the vectors
     frame: int = 1  # version of frame.py; files of before have none
+    keep_strays: bool = False
 
     def check_frame(self, where: str) -> None:
         """ValueError for vectors of a version of jepa3d that saw other points of a cloud."""

@@ -301,7 +301,7 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
     """The page, served and showing the first cloud. Raises ValueError, ReadError and OSError."""
     if up_axis not in TO_Z_UP:
         raise ValueError(f"--up-axis {up_axis}: one of {', '.join(TO_Z_UP)}")
-    layer, pooling = -1, "mean_max"
+    layer, pooling, keep_strays = -1, "mean_max", False
     if index is not None:
         from jepa3d.inference.search import making_of
 
@@ -309,7 +309,7 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
         if making.up_axis != up_axis:
             raise ValueError(f"{index}: made with --up-axis {making.up_axis}, not {up_axis}")
         making.check_frame(str(index))
-        model, layer, pooling = model or making.model, making.layer, making.pooling
+        model, layer, pooling, keep_strays = model or making.model, making.layer, making.pooling, making.keep_strays
         if fingerprint(load(model)) != making.fingerprint:
             raise ValueError(f"{index}: made with another encoder than {model}; embed again, or --model")
     found = [listed(path) for path in paths]
@@ -317,7 +317,9 @@ def open_page(paths: list[Path], model: str | None, index: Path | None, port: in
     show_left_out([one for _, skipped in found for one in skipped])
     if not items:
         raise ReadError(f"{paths[0]}: no clouds there")
-    look = functools.partial(view_of, load(model or "default"), up_axis=up_axis, layer=layer, pooling=pooling)
+    encoder = load(model or "default")
+    encoder.keep_strays = keep_strays
+    look = functools.partial(view_of, encoder, up_axis=up_axis, layer=layer, pooling=pooling)
     server = serve(port)
     try:
         page = Page(server, items, look, index)

@@ -35,6 +35,7 @@ class PointEncoder(
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
 
+    keep_strays = False  # of clouds: see frame.py; True on an encoder whose clouds must lose nothing
     BEFORE: ClassVar = {"qkv_bias": True}  # where config.json does not say: so it was then
 
     def __init__(
@@ -120,7 +121,8 @@ class PointEncoder(
 
     def frame(self, cloud: Tensor | np.ndarray, least: int | None = None) -> Frame:
         """What the encoder sees of one cloud N 3, and where it lies. least: different points, instead of min_points."""
-        return frame(as_array(cloud), self.num_points, self.min_points if least is None else least, sample_one)
+        least = self.min_points if least is None else least
+        return frame(as_array(cloud), self.num_points, least, sample_one, self.keep_strays)
 
     def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
         """Tokens of every layer (see `hidden_states`) of prepared clouds, and their centers B M 3."""

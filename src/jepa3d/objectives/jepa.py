@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.config import PretrainConfig
-from jepa3d.data.transforms import random_view
+from jepa3d.data.transforms import random_rotate, random_view
 from jepa3d.models import sampling
 from jepa3d.models.decoder import ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder, pool
@@ -21,7 +21,7 @@ from jepa3d.models.teacher import Teacher, ema_update, normalise
 from jepa3d.models.tokenizer import group, groups_at
 from jepa3d.objectives.collapse import collapse_figures, position_loss, row_figures
 from jepa3d.objectives.regularizers import sigreg
-from jepa3d.ops import BatchGenerator, gather_points
+from jepa3d.ops import BatchGenerator, gather_points, unit_sphere
 
 
 class JEPAOutput(NamedTuple):
@@ -80,12 +80,15 @@ class JEPA(nn.Module):
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor) -> JEPAOutput:
         """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`.
 
+        With the view term the points, `num_points` or more, are in farthest point order, and the student sees a
+        damaged view of each cloud (`random_view`) and predicts also what the teacher says of the whole, undamaged one.
         `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
         """
         encoder, viewed = self.encoder, None
         if self.settings.view:
-            viewed = self.describe(random_view(points, generator.stream("view")), generator.stream("view/group"))
-            points = random_view(points, generator.stream("student"))
+            whole = unit_sphere(random_rotate(points[:, : encoder.num_points], generator.stream("view/turn")))
+            viewed = self.describe(whole, generator.stream("view/group"))
+            points = random_view(points, encoder.num_points, generator.stream("student"))
         if cached:
             grouped = groups_at(points, *cached[:2])
         else:

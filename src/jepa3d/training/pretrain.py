@@ -9,6 +9,7 @@ RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      target
 
 import copy
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from jepa3d import config as settings
 from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
@@ -169,10 +171,14 @@ def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Networ
 def clouds_of(
     config: PretrainConfig, objective: str, loaded: PointClouds | None = None, limit: int | None = None
 ) -> PointClouds:
-    """The data at the number of points of an objective; `loaded` if that is it."""
+    """The data at the number of points of an objective, twice that for views where it has them; `loaded` if it is."""
     num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
-    if loaded is not None and loaded.points.shape[1] == num_points:
+    viewed = objective == "jepa" and config.target.view > 0
+    if loaded is not None and loaded.points.shape[1] in (num_points, 2 * num_points if viewed else num_points):
         return loaded
+    if viewed:  # of which a view still has enough when some are cut away
+        with suppress(ReadError):
+            return load(config.data, 2 * num_points, config.split, config.up_axis, limit=limit)
     return load(config.data, num_points, config.split, config.up_axis, limit=limit)
 
 
