@@ -17,5 +17,5 @@ check: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[io,view,search,ray,export,track,fast,docs,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[io,view,search,ray,export,vit,track,fast,docs,dev]'
 	touch $@

@@ -68,6 +68,16 @@ def shapes(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def vit(tmp_path_factory) -> str:
+    """The folder of an image transformer of random weights: 2 layers, 36 wide."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 52}
+    folder = tmp_path_factory.mktemp("vit")
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real bundles, $JEPA3D_DATA; skips without it."""
     folder = Path(os.environ.get("JEPA3D_DATA", "missing"))

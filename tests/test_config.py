@@ -147,14 +147,24 @@ def test_differences_are_dotted_names_with_both_values():
     assert settings.differences(one, one) == {}
 
 
+FAITHFUL = {
+    "data": ["disk/ShapeNet55"], "split": "all", "dvae": {"backbone": "google/vit-base-patch16-384"},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("changes", [{}, {"epochs": 150}, {"seed": 3, "log_every": 1, "checkpoint_every": 5}])
 def test_the_papers_run_departs_in_nothing(changes):
-    assert settings.departures(settings.resolve({"data": ["disk/pc"], "split": "all"}, changes), 52_470) == {}
+    assert settings.departures(settings.resolve(FAITHFUL, changes), 52_470) == {}
+
+
+def test_the_points_only_dvae_is_a_departure():
+    config = settings.resolve({"data": ["disk/pc"], "split": "all"})
+    assert settings.departures(config, 52_470) == {"dvae.backbone": (None, "google/vit-base-patch16-384")}
 
 
 def test_saying_that_shapenet55_is_y_up_is_no_departure():
     """Its files are y up, so no faithful run can leave the default."""
-    config = settings.resolve({"data": ["disk/ShapeNet55"], "split": "all", "up_axis": ["y"]})
+    config = settings.resolve(FAITHFUL, {"up_axis": ["y"]})
     assert settings.departures(config, 52_470) == {}
 
 
@@ -178,9 +188,8 @@ def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
     ],
 )  # fmt: skip
 def test_what_departs_is_listed_and_nothing_else(changes, name):
-    faithful = {"data": ["ShapeNet55"], "split": "all"}
     num_shapes = 10 if name == "data" else 52_470
-    assert list(settings.departures(settings.resolve(faithful, changes), num_shapes)) == [name]
+    assert list(settings.departures(settings.resolve(FAITHFUL, changes), num_shapes)) == [name]
 
 
 def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():

@@ -175,5 +175,6 @@ def test_the_rivals_recipes_give_the_runs_they_gave(resolved, name, steps):
 
 def test_a_rival_departs_in_its_own_schedule_only():
     faithful = {"data": ["ShapeNet55"], "split": "all", "objective": "dvae"}
+    faithful["dvae"] = {"backbone": "google/vit-base-patch16-384"}
     found = settings.departures(settings.resolve(faithful, {"max_steps": 7}), 52_470)
     assert found == {"objective": ("dvae", "jepa"), "max_steps": (7, None)}

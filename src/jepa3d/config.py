@@ -109,7 +109,7 @@ class RunConfig(Schedule):
 
 @dataclass(frozen=True)
 class DVAEConfig(Schedule):
-    """Stage I: the paper's teacher (ACT's settings), on points only."""
+    """Stage I: the paper's teacher (ACT's settings)."""
 
     lr: float = 5e-4
     weight_decay: float = 5e-4
@@ -122,6 +122,7 @@ class DVAEConfig(Schedule):
     folding_dim: int = within(512, "[1, 16384]")
     temperature: tuple[float, float] = within((1.0, 0.0625), "(0, 1000]")
     kl_weight: float = within(0.1, "[0, 1000]")
+    backbone: str | None = None  # folder or Hub id of the frozen ViT between the DGCNNs; None: points only
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teacher": ["ema", "untrained"],
         "rotate": False,
         "sampler": {"name": "random", "mask_ratio": 0.6},
-        "batch_size": 32,
-        "epochs": 60,
-        "warmup_epochs": 2,
+        "batch_size": 32, "epochs": 60, "warmup_epochs": 2,
         "encoder": {
             "embed_dim": 96, "depth": 4, "num_heads": 4, "num_groups": 32, "group_size": 16, "num_points": 512,
             "tokenizer_dim": 64, "drop_path": 0.0,
@@ -331,15 +330,14 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     """
     defaults = to_dict(resolve({"objective": config.objective}))  # a rival's schedule is compared with its own
     paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all", "mixed_precision": "no"}
+    paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
-    if config.mixed_precision == "auto":  # not yet known
-        del ours["mixed_precision"]
-    for key in ("seed", "up_axis", *BOOKKEEPING):
+    unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
+    for key in ("seed", "up_axis", *unknown, *BOOKKEEPING):
         del ours[key]
     if num_shapes == SHAPENET55:
         ours["data"] = paper["data"]
-    if ours["epochs"] == 150:
-        ours["epochs"] = 300
+    ours["epochs"] = 300 if ours["epochs"] == 150 else ours["epochs"]
     if not config.target.sigreg:
         del ours["target"]["num_slices"]
     for name in STAGE_ONE:

@@ -1,7 +1,7 @@
-"""The discrete autoencoder of ACT's first stage, on points alone: the paper's frozen teacher.
+"""The discrete autoencoder of ACT's first stage: the paper's frozen teacher, with its image transformer or without.
 
-tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> DGCNN -> folding decoder. The second
-DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode and the arg-max
+tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN -> folding decoder. The
+second DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode and the arg-max
 code instead of a Gumbel sample. (Dong et al. 2023, section 4; Yu et al. 2022 for the networks.)
 """
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jepa3d.models.backbone import PromptedViT
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer
 from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
@@ -112,7 +113,10 @@ class DVAEOutput(NamedTuple):
 
 
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
-    """Discrete variational autoencoder of patches. `features` is the teacher's voice."""
+    """Discrete variational autoencoder of patches. `features` is the teacher's voice.
+
+    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only.
+    """
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         tokenizer_dim: int = 128,
         dgcnn_dim: int = 128,
         folding_dim: int = 512,
+        backbone: str = "",
     ):
         super().__init__()
         self.width, self.num_codes = width, num_codes
@@ -136,6 +141,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
         self.to_features = TokenDGCNN(width, width, dgcnn_dim)
         self.decoder = FoldingDecoder(width, group_size, folding_dim)
+        self.backbone = PromptedViT(backbone, width) if backbone else None
 
     def _logits(self, patches: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
@@ -148,7 +154,14 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
         """Deterministic teacher tokens B M width, its only layer: arg-max codes through the second DGCNN."""
         logits, neighbours = self._logits(patches, centers)
-        return [self.to_features(self.codebook[logits.argmax(-1)], neighbours)]
+        return [self._features(self.codebook[logits.argmax(-1)], centers, neighbours)]
+
+    def _features(
+        self, tokens: Tensor, centers: Tensor, neighbours: Tensor, generator: BatchGenerator | None = None
+    ) -> Tensor:
+        if self.backbone is not None:
+            tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
+        return self.to_features(tokens, neighbours)
 
     def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Fine reconstruction B M K 3 of patches from their arg-max codes."""
@@ -167,7 +180,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)
         gumbel = -torch.log(-torch.log(noise))
         soft = F.softmax((logits + gumbel) / temperature, -1)
-        coarse, fine = self.decoder(self.to_features(soft @ self.codebook, neighbours))
+        coarse, fine = self.decoder(self._features(soft @ self.codebook, centers, neighbours, generator))
         coarse_loss, fine_loss = chamfer_l1(coarse, patches), chamfer_l1(fine, patches)
         usage = F.softmax(logits, -1).mean(1)  # a cloud's mean code distribution, B codes
         # KL(uniform || usage): no code may be forgotten (Yu et al. 2022).

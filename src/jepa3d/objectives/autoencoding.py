@@ -1,4 +1,4 @@
-"""Stage I: train the dVAE whose tokens 3D-JEPA will predict (ACT's first stage without its image transformer)."""
+"""Stage I: train the dVAE whose tokens 3D-JEPA will predict (ACT's first stage)."""
 
 import math
 

@@ -20,6 +20,7 @@ from jepa3d import config as settings
 from jepa3d.config import STAGE_ONE, TEACHERS, PretrainConfig
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
+from jepa3d.models.backbone import reference
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.teacher import Teacher, load_module
@@ -67,7 +68,8 @@ def make_dvae(config: PretrainConfig) -> DVAE:
         name: getattr(part, name)
         for name in ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
     }
-    return DVAE(num_groups=student.num_groups, group_size=student.group_size, **sizes)
+    backbone = reference(part.backbone) if part.backbone else ""
+    return DVAE(num_groups=student.num_groups, group_size=student.group_size, backbone=backbone, **sizes)
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
@@ -123,6 +125,8 @@ def pretrain(
                 "trained": count_parameters(task.objective, True),
             },
         }
+        if task.export == "dvae" and (backbone := task.module.backbone):
+            created["backbone"] = {"name": backbone.name, "sha256": backbone.sha256}
         given = {f"given/{i}": network for i, network in enumerate(networks.values())}
         runs.create(out, settings.to_dict(config), clouds, created, given)
     wait_for_everyone()

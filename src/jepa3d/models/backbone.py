@@ -1,0 +1,121 @@
+"""The frozen image transformer between the dVAE's two DGCNNs, steered by learned prompts (ACT, Dong et al. 2023).
+
+Its weights are never part of a run: a dVAE holds the name of their folder or Hub id, and their checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa3d.models.hub import first_line, load_file, local_folder, read_settings
+from jepa3d.models.transformer import position_embedding
+from jepa3d.ops import BatchGenerator, uniform
+from jepa3d.plain import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import ViTModel
+
+NUM_PROMPTS = 64  # a layer
+DROPOUT = 0.1  # of the prompts, in training
+HINT = "no run holds a ViT's weights: name their folder or Hub id, dvae.backbone, or backbone in a dVAE's config.json"
+
+
+class PromptedViT(nn.Module):
+    """A frozen ViT over the tokens of a cloud, with new prompt tokens in front of them at every layer.
+
+    Only its transformer layers and last norm are used, no image patches, class token or image positions. Trained are
+    the prompts, their positions, the MLP of the token positions and the two linear maps between the widths.
+    """
+
+    def __init__(self, name: str, width: int):
+        super().__init__()
+        vit, sha256 = load_vit(name)
+        self.name, self.sha256 = name, sha256
+        self._frozen = (vit,)  # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
+        dim = vit.config.hidden_size
+        self.enter, self.leave = nn.Linear(width, dim), nn.Linear(dim, width)
+        self.position = position_embedding(dim)
+        self.prompts, self.prompt_positions = (
+            nn.Parameter(nn.init.trunc_normal_(torch.empty(len(vit.layers), NUM_PROMPTS, dim), std=0.02))
+            for _ in range(2)
+        )
+        # Travels with the trained weights, so that neither a checkpoint nor an export meets another ViT.
+        self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
+        self.register_load_state_dict_pre_hook(check_digest)
+
+    def forward(self, tokens: Tensor, centers: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Tokens B M width after all layers; positions are added again at every layer, as in ACT."""
+        vit = self._frozen[0]
+        hidden, position = self.enter(tokens), self.position(centers)
+        for layer, prompts, places in zip(vit.layers, self.prompts, self.prompt_positions, strict=True):
+            prompts = prompts.expand(len(tokens), -1, -1)
+            if self.training:
+                kept = uniform(generator, tuple(prompts.shape), prompts.device) >= DROPOUT
+                prompts = prompts * kept / (1 - DROPOUT)
+            hidden = layer(torch.cat([prompts + places, hidden + position], 1))[:, NUM_PROMPTS:]
+        return self.leave(vit.layernorm(hidden))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedViT:
+        self._frozen[0]._apply(fn, recurse)  # to another device
+        return super()._apply(fn, recurse)
+
+
+def check_digest(module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object) -> None:
+    """Before weights are loaded. Raises ValueError where they were trained with another ViT."""
+    found = state_dict.get(f"{prefix}digest")
+    if found is not None and bytes(found.tolist()).hex() != module.sha256:
+        raise ValueError(
+            f"backbone {module.name}: not the ViT that this dVAE was trained with: the sha256 of its "
+            f"model.safetensors is {module.sha256[:16]}..., then {bytes(found.tolist()).hex()[:16]}..."
+        )
+
+
+def load_vit(name: str) -> tuple[ViTModel, str]:
+    """The frozen ViT of a folder or Hub id, and the sha256 of its model.safetensors.
+
+    Raises ValueError, one line, where transformers is not installed or there is no such ViT.
+    """
+    try:
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import ViTConfig, ViTModel
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ValueError(f"backbone {name} needs transformers: pip install 'jepa3d[vit]'") from error
+    try:
+        folder = local_folder(name)
+        settings, weights = read_settings(folder), folder / "model.safetensors"
+        if (kind := settings.get("model_type")) != "vit":
+            raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and vit is needed")
+        tensors = load_file(weights)
+    except ValueError as error:
+        raise ValueError(f"backbone {str(error).removeprefix('backbone ')}; {HINT}") from error
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # it reports weights that it does not use, those of a classifier
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = ViTModel.from_pretrained(
+            None, config=ViTConfig(**settings), state_dict=tensors, dtype=torch.float32, add_pooling_layer=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (StrictDataclassError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"backbone {name}: no ViT can be made of it ({first_line(error)}); {HINT}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    vit, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"backbone {weights}: not the weights of a ViT: {missing[0]} is missing; {HINT}")
+    sha256 = sha256_of(weights)
+    assert sha256 is not None  # just read
+    return vit.requires_grad_(False).eval(), sha256
+
+
+def reference(name: str) -> str:
+    """A backbone as it is written down: a folder by its absolute path, so that any command finds it."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
