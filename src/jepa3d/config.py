@@ -56,7 +56,7 @@ class TargetConfig:
     """What is compared: one cosine a token or a block, of a teacher's tokens as they are or normalised."""
 
     unit: Literal["token", "block"] = "token"
-    norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 9
+    norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 8
     layers: int = within(1, "[1, 200]")  # the teacher's last blocks whose normalised outputs are averaged
     cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
     project: bool = False  # the paper's literal form: the same FC on the target too

@@ -69,6 +69,15 @@ def test_it_is_the_vit_s_own_layers_with_new_prompts_at_each(vit):
     assert prompted.prompts.shape == (len(own.layers), 64, own.config.hidden_size)
 
 
+def test_a_classifier_s_folder_gives_the_vit_inside_it(vit, tmp_path):
+    """Such are the published ones: every name begins with vit., and a head comes after it."""
+    tensors = {f"vit.{name}": value for name, value in load_file(f"{vit}/model.safetensors").items()}
+    save_file(tensors | {"classifier.weight": torch.zeros(3, 36)}, tmp_path / "model.safetensors")
+    shutil.copy(f"{vit}/config.json", tmp_path)
+    inside, plain = (load_vit(str(folder))[0].state_dict() for folder in (tmp_path, vit))
+    assert all(torch.equal(inside[name], value) for name, value in plain.items())
+
+
 def test_the_features_are_of_codes_that_went_through_the_vit(dvae, grouped):
     dvae.eval()
     centers = grouped[1]
