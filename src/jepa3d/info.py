@@ -73,6 +73,8 @@ def _run(run: Path) -> None:
         print(f"begins with: {config['init'] or 'random weights'}")
     if counts := record.get("parameters"):
         print("parameters: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items()))
+    if backbone := record.get("backbone"):
+        print(f"image transformer, not in the run: {backbone['name']}, sha256 {backbone['sha256'][:16]}")
     if engine := started_with(run):
         device = f" on {engine['device']}" if "device" in engine else ""
         print(f"computed in {named(engine['mixed_precision'], engine['compile'])}{device}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from jepa3d.info import describe
 from jepa3d.plain import read_metrics, sha256_of
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import dry_run, pretrain
@@ -38,7 +39,7 @@ def test_twenty_steps_of_both_stages_resumed_once_each(config, tmp_path):
     assert "backbone" not in json.loads((plain / "run.json").read_text())
 
 
-def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(config, vit, tmp_path):
+def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(config, vit, tmp_path, capsys):
     with pytest.raises(Interrupted):
         pretrain(config.stage("dvae"), tmp_path / "stage", stop_at=2)
     with pytest.raises(Interrupted):
@@ -52,6 +53,8 @@ def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(config
     for stage in (tmp_path / "stage", tmp_path / "run" / "stage1" / "dvae"):
         record = json.loads((stage / "run.json").read_text())
         assert record["backbone"] == {"name": vit, "sha256": sha256_of(Path(vit) / "model.safetensors")}
+        describe(str(stage))
+        assert f"not in the run: {vit}, sha256 {record['backbone']['sha256'][:16]}" in capsys.readouterr().out
 
 
 def test_a_resumed_stage_refuses_another_vit(config, vit, tiny, tmp_path):
