@@ -218,7 +218,7 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     points = torch.from_numpy(made["points"][:2])
     scope: dict = {"points": points}
     exec(blocks("python")[0], scope)
-    assert scope["vectors"].shape == (40, 192)
+    assert scope["vectors"].shape == (40, 384)
     exec(blocks("python")[1], scope)
     assert scope["vectors"].shape == (2, 192)
     assert scope["tokens"].shape == (2, 32, 96)
@@ -240,7 +240,7 @@ def test_the_commands_of_the_site_run_in_order(document, tmp_path, monkeypatch, 
     for text in blocks("python", document):
         scope: dict = {}
         exec(text, scope)
-        assert scope["vectors"].shape == (50, 192)
+        assert scope["vectors"].shape == (50, 384)
 
 
 def test_the_site_has_every_document_and_no_dead_link(tmp_path):
