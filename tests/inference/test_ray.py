@@ -98,7 +98,7 @@ def crash(items: list) -> list:
     """Work whose process dies of one item."""
     if any(item.path.endswith("bad.ply") for item in items):
         os._exit(1)
-    return [(np.ones(192, np.float32), 200, 0)] * len(items)
+    return [(np.ones(384, np.float32), 200, 0)] * len(items)
 
 
 def test_a_file_whose_parser_crashes_costs_its_own_row(tmp_path):
