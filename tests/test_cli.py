@@ -108,7 +108,8 @@ def test_probe_writes_every_protocol_for_every_model(run, shapes, tmp_path, caps
     out = tmp_path / "probe.json"
     assert call("probe", run, "--data", shapes, "--protocols", "logistic", "knn", "--out", out) == 0
     result = json.loads(out.read_text())
-    assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained"]
+    by_hand = ["histograms", "geometry"]
+    assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert all(set(row["scores"]) == {"logistic", "knn"} for row in result["rows"])
     assert (result["data"]["train"], result["data"]["test"], result["data"]["classes"]) == (32, 16, 3)
     gain = result["rows"][1]["scores"]["knn"]["accuracy"] - result["rows"][0]["scores"]["knn"]["accuracy"]
@@ -146,7 +147,8 @@ def test_a_dvae_teacher_is_trained_first_and_probed_beside(shapes, tmp_path):
     assert "stage1_cpu_seconds" in json.loads((out / "run.json").read_text())["cost"]
     assert call("probe", out, "--data", shapes, "--protocols", "svc_linear", "--layer", 2) == 0
     rows = json.loads((out / "probe-blobs-layer2-svc_linear.json").read_text())["rows"]
-    assert [row["model"] for row in rows] == ["untrained", "stage1 dvae", "pretrained"]
+    by_hand = ["histograms", "geometry"]
+    assert [row["model"] for row in rows] == ["untrained", "stage1 dvae", "pretrained", *by_hand]
 
 
 def test_a_finished_run_serves_as_teacher(run, shapes, tmp_path):

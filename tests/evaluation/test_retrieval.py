@@ -1,80 +1,73 @@
-"""Mean average precision against its definition, and what stands beside it."""
+"""Mean average precision against its definition, what stands beside it, and corrupted queries."""
 
 import tracemalloc
-from functools import partial
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from jepa3d.cli import main
+from jepa3d.data import corruptions
+from jepa3d.data.corruptions import KINDS
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import retrieval as module
-from jepa3d.evaluation.retrieval import average_precision, paired_interval, retrieval
+from jepa3d.evaluation.descriptors import Descriptor, cosine, minus_l1
+from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search, sturdiness
 from jepa3d.models.encoder import PointEncoder
 
 RNG = np.random.default_rng(0)
-
-
-def cosine(vectors: np.ndarray) -> np.ndarray:
-    unit = module.unit_length(vectors)
-    return unit @ unit.T
-
-
-def d2_similarity(points: np.ndarray) -> np.ndarray:
-    return module.likeness(module.d2_histograms(points), slice(None))
+BASELINES = ["untrained", "histograms", "geometry"]
 
 
 def test_average_precision_is_scikit_learn_s_for_every_query():
-    labels, similarity = RNG.integers(0, 4, 40), cosine(RNG.normal(size=(40, 5)))
-    found = average_precision(similarity, labels)
+    vectors, labels = RNG.normal(size=(40, 5)), RNG.integers(0, 4, 40)
+    similarity = cosine(vectors, vectors)
+    nearest, found = ranked(similarity, labels, np.arange(40))
     for i in range(40):
         others = np.arange(40) != i
         assert found[i] == pytest.approx(average_precision_score((labels == labels[i])[others], similarity[i, others]))
+        assert nearest[i] == (labels[others][similarity[i, others].argmax()] == labels[i])
 
 
 def test_a_shape_alone_in_its_class_has_no_precision_and_the_query_does_not_find_itself():
     similarity = np.array([[9.0, 1.0, 2.0], [1.0, 9.0, 0.0], [2.0, 0.0, 9.0]])
-    found = average_precision(similarity, np.array([0, 0, 1]))
-    assert found[0] == pytest.approx(0.5)
-    assert found[1] == pytest.approx(1.0)
-    assert np.isnan(found[2])
+    nearest, found = ranked(similarity, np.array([0, 0, 1]), np.arange(3))
+    assert found[:2].tolist() == pytest.approx([0.5, 1])
+    assert nearest[:2].tolist() == [0, 1]
+    assert np.isnan([nearest[2], found[2]]).all()
 
 
-def test_d2_tells_a_ball_from_a_line_whatever_their_size_and_turn():
-    ball, line = RNG.normal(size=(500, 3)), np.outer(RNG.uniform(size=500), [1, 0, 0])
-    turn = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
-    found = d2_similarity(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn]))
-    assert min(found[0, 1], found[2, 3]) > -0.1
-    assert max(found[0, 2], found[1, 3]) < -0.4
+def test_some_queries_find_what_they_find_among_all():
+    labels, similarity, own = RNG.integers(0, 4, 40), RNG.normal(size=(40, 40)), np.array([3, 17, 30])
+    np.testing.assert_array_equal(
+        ranked(similarity[own], labels, own), ranked(similarity, labels, np.arange(40))[:, own]
+    )
 
 
-def test_blocks_of_any_size_give_the_same_numbers(monkeypatch):
+@pytest.mark.parametrize("likeness", [cosine, minus_l1])
+def test_blocks_of_any_size_give_the_same_numbers(monkeypatch, likeness):
     """Ties included: histograms of equal clouds."""
-    labels, points = RNG.integers(0, 4, 30), RNG.normal(size=(30, 40, 3))
-    points[20:] = points[:10]
-    vectors = RNG.normal(size=(30, 5)).astype(np.float32)
-    whole = d2_similarity(points)
-    expected = average_precision(whole, labels), average_precision(cosine(vectors), labels)
-    histograms = module.d2_histograms(points)
-    assert np.array_equal(whole, -np.abs(histograms[:, None] - histograms[None]).sum(-1))
-    for numbers in (1, 30 * 64 * 7, 30 * 11, 10**9):
+    labels, vectors = RNG.integers(0, 4, 30), RNG.normal(size=(30, 64))
+    if likeness is minus_l1:  # equal cosines may differ by rounding
+        vectors[20:] = vectors[:10]
+    expected = ranked(likeness(vectors, vectors), labels, np.arange(30))
+    for numbers in (1, 30 * 7, 30 * 11, 10**9):
         monkeypatch.setattr(module, "_NUMBERS", numbers)
-        found = module.precision_by_blocks(partial(module.likeness, histograms), labels, 64)
-        np.testing.assert_array_equal(found, expected[0])
-        found = module.precision_by_blocks(lambda rows: cosine(vectors)[rows], labels)
-        np.testing.assert_allclose(found, expected[1], rtol=1e-9)
+        found = search(likeness, vectors, vectors, labels, np.arange(30))
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-def test_memory_is_bounded_however_many_shapes(monkeypatch):
+@pytest.mark.parametrize("likeness", [cosine, minus_l1])
+def test_memory_is_bounded_however_many_shapes(monkeypatch, likeness):
     monkeypatch.setattr(module, "_NUMBERS", 2**16)
-    shapes = np.repeat(RNG.normal(size=(4, 8, 3)), 200, 0)
-    histograms = module.d2_histograms(shapes)
+    vectors = RNG.normal(size=(3000, 8))
     tracemalloc.start()
-    module.precision_by_blocks(partial(module.likeness, histograms), np.arange(800) % 4, 64)
+    search(likeness, vectors, vectors, np.arange(3000) % 4, np.arange(3000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**23  # in one piece 330 MB
+    assert peak < 2**23  # in one piece over 300 MB
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_queries():
@@ -84,19 +77,112 @@ def test_the_interval_holds_the_mean_and_narrows_with_queries():
     assert high - low > 4 * (higher - lower)
 
 
-def test_the_table_has_the_models_the_untrained_encoder_and_d2(tmp_path, monkeypatch, capsys):
-    shapes = make_shapes(120, 256, seed=0)
-    np.savez(tmp_path / "s.npz", points=shapes["points"], labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
+@pytest.fixture
+def given(tmp_path) -> tuple[str, str]:
+    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points each."""
+    made = make_shapes(120, 512, seed=0)["points"]
+    np.savez(tmp_path / "s.npz", points=made, labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
     torch.manual_seed(0)
-    encoder = PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16)
-    encoder.save_pretrained(tmp_path / "one")
-    result = retrieval([str(tmp_path / "one")] * 2, str(tmp_path / "s.npz"))
+    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "one")
+    return str(tmp_path / "one"), str(tmp_path / "s.npz")
+
+
+def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarray]) -> None:
+    """What `watched` makes of each descriptor's name and vectors takes their place."""
+    asked = module._asked
+
+    def changed(*args, **options):
+        for encoder, descriptors, clouds, labels in asked(*args, **options):
+            seen = {
+                name: Descriptor(lambda points, name=name, of=of: watched(name, of(points)), likeness)
+                for name, (of, likeness) in descriptors.items()
+            }
+            yield encoder, seen, clouds, labels
+
+    monkeypatch.setattr(module, "_asked", changed)
+
+
+def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(given, monkeypatch, capsys):
+    model, data = given
+    result = retrieval([model] * 2, data)
     assert result["queries"] == 60
-    assert list(result["results"]) == [str(tmp_path / "one"), "untrained", "D2 histograms"]
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "vectors_of", lambda model, clouds: np.eye(4)[clouds.labels])
-        perfect = retrieval([str(tmp_path / "one")], str(tmp_path / "s.npz"))["results"]
-    assert perfect[str(tmp_path / "one")]["map"] == pytest.approx(100)
-    assert perfect["D2 histograms"]["first_minus_this"] == pytest.approx(100 - perfect["D2 histograms"]["map"])
+    assert list(result["results"]) == [model, *BASELINES]
+    for name in BASELINES:
+        low, high = result["results"][name]["interval"]
+        assert low <= result["results"][name]["first_minus_this"] <= high
     module.show(result)
-    assert "60 queries of 4 classes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "60 queries of 4 classes" in shown
+    assert all(name in shown for name in BASELINES)
+    labels = np.arange(120)[1::2] // 2 % 4
+    spy_on_baselines(monkeypatch, lambda name, vectors: np.eye(4)[labels] if name == model else vectors)
+    perfect = retrieval([model], data)["results"]
+    assert perfect[model]["map"] == pytest.approx(100)
+    assert perfect[model]["nearest"] == 100
+    assert perfect["histograms"]["first_minus_this"] == pytest.approx(100 - perfect["histograms"]["map"])
+
+
+def test_no_baseline_s_statistics_are_of_the_searched_part(given, monkeypatch):
+    """The test part is exchanged for another; what the descriptors say of one cloud stays."""
+    model, data = given
+    cloud = torch.from_numpy(make_shapes(1, 512, seed=3)["points"])
+
+    def said() -> list[np.ndarray]:
+        encoder, descriptors, *_ = next(module._asked([model], data, "labels", "z", "test"))
+        return [descriptor.of(encoder.prepare(cloud)) for descriptor in descriptors.values()]
+
+    before = said()
+    arrays = dict(np.load(data))
+    arrays["points"][arrays["split"] == 1] *= [1, 0.3, 2]
+    np.savez(data, **arrays)
+    for one, other in zip(before, said(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_corrupted_queries_have_a_row_a_kind_and_a_column_a_vector(given, monkeypatch, tmp_path, capsys):
+    model, data = given
+    monkeypatch.setattr(module, "QUERIES", 20)
+    with pytest.raises(SystemExit) as ended:
+        main(["retrieval", model, "--data", data, "--corruptions", "--out", str(tmp_path / "c.json")])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    result = sturdiness([model], data)
+    assert list(result["corruptions"]) == ["clean", *KINDS]
+    assert result["queries"] == 20
+    for kind, row in result["corruptions"].items():
+        assert kind in shown
+        assert list(row["results"]) == [model, *BASELINES]
+        for values in row["results"].values():
+            for figures in values.values():
+                assert len(figures) == len(row["levels"])
+                assert all(0 <= figure <= 100 for figure in figures)
+    assert "drop local *" in shown
+    assert "jitter *" not in shown
+    assert (tmp_path / "c.json").is_file()
+
+
+def test_corrupted_queries_are_whole_clouds_searched_among_the_clean_others(given, monkeypatch):
+    """A corruption gets the source's 512 points, the encoder 128; a query left as it is finds what a clean one does."""
+    model, data = given
+    sizes = set()
+
+    def unchanged(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
+        sizes.add(points.shape)
+        return points
+
+    monkeypatch.setattr(module, "corrupt", unchanged)
+    rows = sturdiness([model], data)["corruptions"]
+    assert sizes == {(512, 3)}
+    for kind, row in rows.items():
+        if len(row["levels"]) == 1:
+            assert row["results"] == rows["clean"]["results"], kind
+
+
+def test_dirt_is_told_from_clean(given, monkeypatch):
+    """A corruption that makes one shape of all leaves chance."""
+    model, data = given
+    same = make_shapes(1, 512, seed=9)["points"][0]
+    monkeypatch.setattr(module, "corrupt", lambda points, *_: same)
+    row = sturdiness([model], data)["corruptions"]["256 points"]["results"][model]
+    assert row["nearest"][0] < 60
+    assert corruptions.corrupt(same, "256 points", 0, 0).shape == (256, 3)

@@ -24,7 +24,7 @@ def probe(
     per_class: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Show what an encoder learned: frozen features, named protocols, the untrained encoder beside them.
+    """Show what an encoder learned: frozen features under named protocols, beside an untrained encoder and others.
 
     Parameters
     ----------
@@ -159,9 +159,10 @@ def retrieval(
     labels_key: str = "labels",
     up_axis: str = "z",
     part: Literal["test", "train"] = "test",
+    corruptions: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Show how well vectors find shapes of their class: mean average precision, beside an untrained encoder and D2.
+    """Show how well vectors find shapes of their class, beside an untrained encoder and vectors made by hand.
 
     Parameters
     ----------
@@ -175,13 +176,16 @@ def retrieval(
         The data's up axis: x, y or z.
     part: str
         What is searched: test, or train, to choose an encoder by.
+    corruptions: bool
+        Instead, show what is found for corrupted queries: noise, strays, cuts, turns, PointCloud-C's seven kinds.
     out: Path
         Where to write the result, as JSON.
     """
     from jepa3d.evaluation import retrieval as retrieving
     from jepa3d.evaluation.protocol import write_json
 
-    result = retrieving.retrieval(models, data, labels_key, up_axis, part)
+    ask = retrieving.sturdiness if corruptions else retrieving.retrieval
+    result = ask(models, data, labels_key, up_axis, part)
     retrieving.show(result)
     if out is not None:
         write_json(out, result)

@@ -28,6 +28,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from jepa3d.config import BOOKKEEPING, differences, stored
 from jepa3d.data.datasets import PointClouds, load
+from jepa3d.evaluation import descriptors
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
 from jepa3d.evaluation.features import layer_features, untrained_like
 from jepa3d.evaluation.fitting import side_by_side
@@ -150,11 +151,11 @@ def probe(
     part: Part = "test",
     quick: bool = False,
 ) -> dict:
-    """Probe finished runs, each beside its own untrained encoder and its frozen teacher; returns the result record.
+    """Probe finished runs, each beside its untrained encoder, its frozen teacher and the vectors of descriptors.py.
 
-    runs: or one encoder, as of `jepa3d.load`, beside an untrained one of its settings. `part` is what is scored (see
-    `shared_classes`). `layer` None chooses the best on validation, 0 is the tokenizer. `quick` chooses nothing: `layer`
-    None is then the last, and C is fixed. Raises ValueError.
+    Returns the result record. runs: or one encoder, as of `jepa3d.load`, beside an untrained one of its settings.
+    `part` is what is scored (see `shared_classes`). `layer` None chooses the best on validation, 0 is the tokenizer.
+    `quick` chooses nothing: `layer` None is then the last, and C is fixed. Raises ValueError.
     """
     started = time.perf_counter()
     if unknown := set(protocols) - set(PROTOCOLS):
@@ -175,14 +176,20 @@ def probe(
     assert y is not None
     assert y_test is not None
     names, rows = [clouds.class_names[label] for label in np.unique(y)], []
+    by_hand: dict[str, list[np.ndarray]] = {}
     for run, (config, models) in found.items():
-        if "untrained" not in models and isinstance(given := models.get("pretrained"), PointEncoder):
-            models = {"untrained": untrained_like(given, train, config["seed"]), **models}
-        for name, model in models.items():
-            x, x_test = (layer_features(model, half, pooling) for half in (train, test))
-            x_held = (
-                None if held is None or held.labels is None else (layer_features(model, held, pooling), held.labels)
-            )
+        if isinstance(given := models.get("pretrained"), PointEncoder):
+            if "untrained" not in models:
+                models = {"untrained": untrained_like(given, train, config["seed"]), **models}
+            by_hand = by_hand or descriptors.features(given, train, test, held)  # the same for every seed
+        for name in (*models, *by_hand):
+            model = models.get(name)
+            if model is None:
+                x, x_test, features = by_hand[name]
+            else:
+                x, x_test = (layer_features(model, half, pooling) for half in (train, test))
+                features = np.empty(0) if held is None else layer_features(model, held, pooling)
+            x_held = None if held is None or held.labels is None else (features, held.labels)
             depth = len(x) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
@@ -322,11 +329,11 @@ def _show_classes(result: dict, protocol: str) -> None:
     counts = next(iter(found.values()))[0].sum(1)
     columns = {model: np.mean([class_accuracy(table) for table in tables], 0) for model, tables in found.items()}
     if "pretrained" in columns:
-        columns["pretrained - untrained"] = columns["pretrained"] - columns["untrained"]
+        columns["gain"] = columns["pretrained"] - columns["untrained"]
     table = Table(f"{protocol}, accuracy %", "shapes", *columns)
 
     def add(name: str, count: int, values: list[float]) -> None:
-        cells = [f"{value:{'+' if ' - ' in column else ''}.1f}" for value, column in zip(values, columns, strict=True)]
+        cells = [f"{value:{'+' if column == 'gain' else ''}.1f}" for value, column in zip(values, columns, strict=True)]
         table.add_row(escape(name), f"{count:,}", *cells)
 
     for name, count, *values in zip(result["class_names"], counts, *columns.values(), strict=True):

@@ -1,21 +1,28 @@
-"""`jepa3d retrieval`: mean average precision of frozen vectors on labelled shapes, beside an untrained encoder and D2.
+"""`jepa3d retrieval`: how well frozen vectors find labelled shapes, beside an untrained encoder and hand-made vectors.
 
-Every shape of the part is a query once; the others of it are ranked by cosine, those of its class are relevant, and
+Every shape of the part is a query once; the others of it are ranked by likeness, those of its class are relevant, and
 the average precision is taken over the whole ranking (ties by number). Nothing is trained, chosen or tuned. Gains are
 paired by query; their interval is the bootstrap's over queries, which says nothing about other training runs.
+
+`sturdiness` asks with corrupted queries in the clean part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from jepa3d.data.arrays import npz_headers
+from jepa3d.data.corruptions import KINDS, corrupt
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.data.store import StoredPoints
+from jepa3d.data.store import Store
+from jepa3d.evaluation.descriptors import Descriptor, baselines, cosine
 from jepa3d.evaluation.features import untrained_like
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import provenance
@@ -23,77 +30,51 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
-D2_BINS = 64
+QUERIES = 400  # of `sturdiness`; where there are five severities, half as many at each
+_FITTED = 1024  # train shapes whose statistics standardise a baseline
 _RESAMPLES = 2000
 _NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
 
 
-def average_precision(similarity: np.ndarray, labels: np.ndarray, first: int = 0) -> np.ndarray:
-    """Average precision q of shapes first, first + 1 ... as queries among the others, NaN for one alone in its class.
+def ranked(similarity: np.ndarray, labels: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Of each query whether the nearest shape is of its class, and its average precision: 2 q, or NaN.
 
-    similarity: q n, larger is nearer; a query's own is ignored. labels: n.
+    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. own: q, the queries' own numbers
+    among the n, which are left out.
     """
-    ranked = np.array(similarity, np.float64)
-    queries = np.arange(len(ranked))
-    ranked[queries, first + queries] = -np.inf
-    order = np.argsort(-ranked, 1, kind="stable")[:, :-1]
-    relevant = labels[order] == labels[first + queries][:, None]
+    similarity, rows = np.array(similarity, np.float64), np.arange(len(own))
+    similarity[rows, own] = -np.inf
+    order = np.argsort(-similarity, 1, kind="stable")[:, :-1]
+    relevant = labels[order] == labels[own][:, None]
     count = relevant.sum(1)
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
-    return np.where(count > 0, (precision * relevant).sum(1) / np.maximum(count, 1), np.nan)
+    average = (precision * relevant).sum(1) / np.maximum(count, 1)
+    return np.where(count > 0, [relevant[:, 0], average], np.nan)
 
 
-def precision_by_blocks(similarity: Callable[[slice], np.ndarray], labels: np.ndarray, width: int = 1) -> np.ndarray:
-    """`average_precision` n of all shapes, a block of queries at a time, so that memory is bounded whatever n.
-
-    similarity: of the rows in a slice to all, q n. width: numbers it needs for each pair of a query and a shape.
-    """
-    blocks = _blocks(len(labels), width)
-    return np.concatenate([average_precision(similarity(block), labels, block.start) for block in blocks])
-
-
-def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Vectors n E at length 1; a zero vector stays zero."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def d2_histograms(points: np.ndarray | StoredPoints, seed: int = 0) -> np.ndarray:
-    """D2 shape histograms n 64 of clouds n N 3 (Osada et al. 2002).
-
-    The distances of 32,768 random pairs of points, divided by their mean, in 64 bins up to 3.
-    """
-    rng = np.random.default_rng(seed)
-    histograms = np.empty((len(points), D2_BINS))
-    for i in range(len(points)):
-        cloud = points[i]
-        first, second = cloud[rng.integers(0, len(cloud), (2, 2**15))]
-        distance = np.linalg.norm(first - second, axis=1)
-        histograms[i] = np.histogram(distance / distance.mean(), D2_BINS, (0, 3))[0] / len(distance)
-    return histograms
-
-
-def likeness(histograms: np.ndarray, rows: slice) -> np.ndarray:
-    """Minus the L1 distances q n of the histograms in `rows` to all n; needs 64 numbers a pair on the way."""
-    return -np.abs(histograms[rows, None] - histograms[None]).sum(-1)
-
-
-def _blocks(count: int, width: int = 1) -> list[slice]:
-    """Slices of `count` rows; those of one and all rows make few pairs, each of `width` numbers."""
-    size = max(1, _NUMBERS // (count * width))
-    return [slice(at, at + size) for at in range(0, count, size)]
+def search(
+    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    labels: np.ndarray,
+    own: np.ndarray,
+) -> np.ndarray:
+    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time: memory is bounded whatever n."""
+    size = max(1, _NUMBERS // len(gallery))
+    blocks = [slice(at, at + size) for at in range(0, len(own), size)]
+    return np.concatenate([ranked(likeness(queries[b], gallery), labels, own[b]) for b in blocks], 1)
 
 
 @torch.inference_mode()
-def vectors_of(model: PointEncoder | Classifier, clouds: PointClouds, batch_size: int = 64) -> np.ndarray:
-    """Vectors n E: an encoder's `embed`, a classifier's [class token ; max over tokens]."""
+def vectors_of(model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16) -> np.ndarray:
+    """Vectors n E of prepared clouds n N 3: an encoder's as `embed`, a classifier's [class token ; max over tokens]."""
     found = []
-    for at in range(0, len(clouds), batch_size):
-        points = clouds.batch(np.arange(at, min(at + batch_size, len(clouds))))
+    for batch in points.split(batch_size):
         if isinstance(model, Classifier):
-            tokens = model.encode(model.encoder.prepare(points))
+            tokens = model.encode(batch)
             found.append(torch.cat([tokens[:, 0], pool(tokens[:, 1:], "max")], -1))
         else:
-            found.append(model.embed(points))
+            found.append(pool(model.states(batch)[0][-1]))
     return torch.cat(found).numpy()
 
 
@@ -108,46 +89,102 @@ def paired_interval(gain: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def retrieval(
     models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
 ) -> dict[str, Any]:
-    """mAP of each model on a part of labelled shapes, of the first one's untrained encoder, and of D2 histograms.
+    """mAP and nearest neighbours of each model on a part of labelled shapes; of the first one's baselines too.
 
-    models: encoders as of `jepa3d.load`, or runs of jepa3d classify. Classes that train or test lacks are left out.
-    Raises ValueError and ReadError.
+    models: encoders as of `jepa3d.load`, or runs of jepa3d classify. Baselines: its untrained encoder, `baselines`.
+    Classes that train or test lacks are left out. Raises ValueError and ReadError.
     """
     scores: dict[str, np.ndarray] = {}
-    labelled = None
+    record: dict[str, Any] = {}
+    for encoder, descriptors, clouds, labels in _asked(models, data, labels_key, up_axis, part):
+        points = encoder.prepare(clouds.points[:])
+        for name, (of, likeness) in descriptors.items():
+            vectors = of(points)
+            scores[name] = search(likeness, vectors, vectors, labels, np.arange(len(labels)))
+        record = _record("retrieval", clouds, labels_key, part)
+    first = scores[models[0]]
+    kept = np.isfinite(first[1])
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in scores.items():
+        nearest, average = 100 * values[:, kept].mean(1)
+        found[name] = {"map": float(average), "nearest": float(nearest)}
+        if name != models[0]:
+            gain = 100 * (first - values)[1, kept]
+            found[name] |= {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
+    return record | {"queries": int(kept.sum()), "results": found} | provenance()
+
+
+def sturdiness(
+    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
+) -> dict[str, Any]:
+    """What `retrieval` finds for queries corrupted before the frame, in the clean part without their own shape.
+
+    Clouds have as many points as their source, where it is a bundle or a store. At most `QUERIES` seeded queries. Of
+    every kind, lists over its severities. Raises ValueError and ReadError.
+    """
+    kinds = {"clean": {"levels": [0], "trained": True}}
+    kinds |= {name: {"levels": list(kind.levels), "trained": kind.trained} for name, kind in KINDS.items()}
+    found: dict[str, dict[str, Any]] = {name: kind | {"results": {}} for name, kind in kinds.items()}
+    record: dict[str, Any] = {}
+    for encoder, descriptors, clouds, labels in _asked(models, data, labels_key, up_axis, part, whole=True):
+        own = np.flatnonzero(np.bincount(labels)[labels] > 1)
+        own = np.sort(np.random.default_rng(0).permutation(own)[:QUERIES])
+        points = encoder.prepare(clouds.points[:])
+        gallery = {name: of(points) for name, (of, _) in descriptors.items()}
+        for kind, row in found.items():
+            row["results"] |= {name: {"nearest": [], "map": []} for name in descriptors}
+            asked = own[:: 1 if len(row["levels"]) == 1 else 2]
+            for severity in range(len(row["levels"])):
+                if kind == "clean":
+                    dirty = points[asked]
+                else:
+                    dirty = encoder.prepare([corrupt(clouds.points[i], kind, severity, i) for i in asked])
+                for name, (of, likeness) in descriptors.items():
+                    nearest, average = 100 * search(likeness, of(dirty), gallery[name], labels, asked).mean(1)
+                    row["results"][name]["nearest"].append(float(nearest))
+                    row["results"][name]["map"].append(float(average))
+        record = _record("sturdiness", clouds, labels_key, part) | {"queries": len(own)}
+    return record | {"corruptions": found} | provenance()
+
+
+def _asked(
+    models: list[str], data: str, labels_key: str, up_axis: str, part: str, whole: bool = False
+) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], PointClouds, np.ndarray]]:
+    """Of every model its encoder, its descriptor (the first with its baselines), the shapes of the part, their labels.
+
+    whole: clouds with all points that the source has.
+    """
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
         model = model if isinstance(model, Classifier) else encoder  # heads of others have no features of their own
-        labelled = Labelled.of(load([data], encoder.num_points, "all", [up_axis], labels_key), data)
+        count = _points_in(data, encoder.num_points) if whole else encoder.num_points
+        labelled = Labelled.of(load([data], count, "all", [up_axis], labels_key), data)
+        descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
+        if name == models[0]:
+            train = labelled.train
+            some = np.sort(np.random.default_rng(0).permutation(len(train))[:_FITTED])
+            untrained = untrained_like(encoder, train)
+            descriptors["untrained"] = Descriptor(partial(vectors_of, untrained), cosine)
+            descriptors |= baselines(encoder, encoder.prepare(train.points[some]))
         clouds = labelled.test if part == "test" else labelled.train
         assert clouds.labels is not None
-        scores[name] = _of_vectors(vectors_of(model, clouds), clouds.labels)
-        if name == models[0]:
-            untrained = untrained_like(encoder, labelled.train)
-            scores["untrained"] = _of_vectors(vectors_of(untrained, clouds), clouds.labels)
-            histograms = d2_histograms(clouds.points)
-            scores["D2 histograms"] = precision_by_blocks(partial(likeness, histograms), clouds.labels, D2_BINS)
-    assert labelled is not None
-    kept = np.isfinite(scores[models[0]])
-    found: dict[str, dict[str, Any]] = {}
-    for name, values in scores.items():
-        gain = 100 * (scores[models[0]] - values)[kept]
-        found[name] = {"map": 100 * float(values[kept].mean())}
-        if name != models[0]:
-            found[name] |= {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
-    return {
-        "task": "retrieval",
-        "data": {"name": labelled.name, "fingerprint": labelled.fingerprint, "labels_key": labels_key, "part": part},
-        "queries": int(kept.sum()),
-        "classes": len(labelled.class_names),
-        "results": found,
-    } | provenance()
+        yield encoder, descriptors, clouds, clouds.labels
 
 
-def _of_vectors(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    unit = unit_length(vectors)
-    return precision_by_blocks(lambda rows: unit[rows] @ unit.T, labels)
+def _points_in(data: str, least: int) -> int:
+    """Points of every cloud of a bundle or a store, `least` of other data, whose clouds differ."""
+    path, count = Path(data), None
+    if (path / "store.json").is_file():
+        count = Store(path).num_points
+    elif path.suffix == ".npz" and path.is_file() and len(shape := npz_headers(path).get("points", ((),))[0]) == 3:
+        count = shape[1]
+    return max(least, count or 0)
+
+
+def _record(task: str, clouds: PointClouds, labels_key: str, part: str) -> dict[str, Any]:
+    data = {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels_key": labels_key, "part": part}
+    return {"task": task, "data": data, "classes": len(clouds.class_names)}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -155,17 +192,32 @@ def show(result: dict[str, Any]) -> None:
     data = result["data"]
     print(
         f"\n{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} queries of "
-        f"{result['classes']} classes; mean average precision %, cosine of frozen vectors, nothing chosen"
+        f"{result['classes']} classes; mean average precision and nearest shape right %, frozen vectors, nothing chosen"
     )
     table = Table()
-    for name in ("", "mAP", "first - this", "95 %, paired by query"):
-        table.add_column(name)
-    for name, values in result["results"].items():
-        low, high = values.get("interval", (0, 0))
-        gain = values.get("first_minus_this")
-        table.add_row(
-            name,
-            f"{values['map']:.1f}",
-            *(("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")),
-        )
+    if result["task"] == "sturdiness":
+        _show_corruptions(result["corruptions"], table)
+    else:
+        for name in ("", "mAP", "nearest", "mAP: first - this", "95 %, paired by query"):
+            table.add_column(name)
+        for name, values in result["results"].items():
+            gain = values.get("first_minus_this")
+            low, high = values.get("interval", (0, 0))
+            compared = ("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")
+            table.add_row(name, f"{values['map']:.1f}", f"{values['nearest']:.1f}", *compared)
     Console(width=max(100, Console().width)).print(table)
+
+
+def _show_corruptions(corruptions: dict[str, dict[str, Any]], table: Table) -> None:
+    """Fill a table: a row a kind, nearest / mAP of every vector, means over severities."""
+    print(
+        "Queries are corrupted before the frame and searched among the clean shapes, without their own. The first "
+        f"seven kinds: mean of PointCloud-C's five severities, at each every second query. At most {QUERIES} queries.\n"
+        "* the encoder of the package was never trained with it"
+    )
+    table.add_column("nearest right / mAP")
+    for name in next(iter(corruptions.values()))["results"]:
+        table.add_column(name)
+    for kind, row in corruptions.items():
+        cells = [f"{np.mean(v['nearest']):.1f} / {np.mean(v['map']):.1f}" for v in row["results"].values()]
+        table.add_row(kind + " *" * (not row["trained"]), *cells)
