@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/jepa3d demo --out demo
 
 test: .venv/ready check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check src tests benchmarks
