@@ -22,6 +22,7 @@ from jepa3d.data.cloud import TO_Z_UP, ReadError, check_cloud, to_parts
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store, StoredPoints
+from jepa3d.frame import LEAST, are_kept
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
 
@@ -251,7 +252,7 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with up_axis None
     all stay raw, in an object array.
     """
-    source = discover(path)
+    source, raw = discover(path), up_axis is None
     entries = source.entries
     in_split = [entry.split for entry in entries]
     if None in in_split and any(s is not None for s in in_split):
@@ -264,6 +265,9 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
+            if source.layout in ("folder", "file") and not raw:  # as `jepa3d prepare` does
+                kept = np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST))
+                cloud = cloud.take(kept) if len(kept) >= num_points else cloud
             if parts and cloud.parts is None:
                 raise ReadError(NO_PARTS)
             one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
