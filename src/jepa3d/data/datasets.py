@@ -265,7 +265,7 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
         with boundary(path / entry.key if path.is_dir() else path):
             cloud = enough_points(entry.read(), num_points, seed=zlib.crc32(entry.key.encode()))
-            if source.layout in ("folder", "file") and not raw:  # as `jepa3d prepare` does
+            if source.own and not raw:  # as `jepa3d prepare` does
                 kept = np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST))
                 cloud = cloud.take(kept) if len(kept) >= num_points else cloud
             if parts and cloud.parts is None:

@@ -42,6 +42,11 @@ class Source:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # files that are no clouds: key, reason
     notes: list[str] = field(default_factory=list)  # what its reader should know, such as a wrong count
 
+    @property
+    def own(self) -> bool:
+        """Somebody's own files, whose stray points are left out; a benchmark's clouds stay as published."""
+        return self.layout in ("folder", "file")
+
 
 def entries_of(
     path: Path, key: str, label: str | None, split: str | None, columns: tuple[str, ...] | None

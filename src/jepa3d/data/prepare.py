@@ -88,9 +88,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     source = discover(root, options.variant, options.columns)
     entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
-    as_published = source.layout not in ("folder", "file")
-    options = replace(options, keep_strays=options.keep_strays or as_published)
-    options = replace(options, keep=tuple(name for name in ATTRIBUTES if name in keep))
+    keep = tuple(name for name in ATTRIBUTES if name in keep)
+    options = replace(options, keep=keep, keep_strays=options.keep_strays or not source.own)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):

@@ -128,7 +128,7 @@ def _size(rng: Rng) -> np.ndarray:
     return size
 
 
-def _copies(rng: Rng, about: np.ndarray, center: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Matrices [n, 3, 3] and shifts [n, 3] that repeat a part: once, mirrored, in a ring or in a row."""
     kind, one = rng.random(), np.eye(3)[None]
     if kind < 0.2:
@@ -167,7 +167,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
             loft, place = loft + (moved - place), moved
         boxes.append((place, half))
         triangles.append(_triangles(loft))
-        copies.append(_copies(rng, about, place, half))
+        copies.append(_copies(rng, about, half))
     times = np.array([len(turns) for turns, _ in copies])
     part = np.repeat(np.arange(len(triangles)), [len(some) for some in triangles])
     points, chosen = sample_triangles(np.concatenate(triangles), count, rng, times[part])
@@ -231,11 +231,8 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
         keep[:] = True
     points = points[keep]
     if lost:
-        points = points[
-            np.argsort(points @ rng.normal(size=3), kind="stable")[
-                : max(num_points, int(len(points) * rng.uniform(0.7, 1)))
-            ]
-        ]
+        order = np.argsort(points @ rng.normal(size=3), kind="stable")
+        points = points[order[: max(num_points, int(len(points) * rng.uniform(0.7, 1)))]]
     points = points[rng.permutation(len(points))[:num_points]]
     points = turn(points, rng.uniform(0, 2 * np.pi))
     points = normalise(points + rng.normal(scale=rng.uniform(0, NOISE), size=points.shape))
