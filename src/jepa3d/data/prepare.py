@@ -34,6 +34,7 @@ from jepa3d.plain import printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
+Attribute = Literal["normals", "colors", "parts"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Preparation:
     up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark or format has it, else z
     unit: str | None = None  # of the files; only written down
     split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
-    keep: tuple[Literal["normals", "colors", "parts"], ...] = ()
+    keep: tuple[Attribute, ...] = ()
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None
     columns: tuple[str, ...] | None = None
@@ -88,8 +89,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     source = discover(root, options.variant, options.columns)
     entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
-    keep = tuple(name for name in ATTRIBUTES if name in keep)
-    options = replace(options, keep=keep, keep_strays=options.keep_strays or not source.own)
+    ordered: tuple[Attribute, ...] = tuple(sorted(keep, key=ATTRIBUTES.index))
+    options = replace(options, keep=ordered, keep_strays=options.keep_strays or not source.own)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
