@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool, standardise_vectors
 from jepa3d.models.layout import Ragged
+from jepa3d.models.ready import fingerprint
 from jepa3d.models.tokenizer import group
 from jepa3d.models.transformer import Attention, drop_path_scales
 from jepa3d.ops import BatchGenerator
@@ -137,6 +138,49 @@ def test_the_default_has_the_parents_parameters():
     assert counts == [21_825_024, 21_838_848]
     parts = ("query.weight", "key_value.weight", "out.weight", "out.bias")
     assert without == [f"blocks.0.attention.{part}" for part in parts]
+
+
+# ------------------------------------------------------------------------------ standardised vectors
+
+
+def test_standardised_vectors_have_mean_0_and_deviation_1_over_the_clouds_given(encoder):
+    points, others = clouds(40, seed=1), clouds(5, seed=2)
+    before = {layer: encoder.embed(others, layer) for layer in (0, 1, 2, -1)}
+    known = encoder.embed(points)
+    standardise_vectors(encoder, points, batch_size=16)
+    vectors = encoder.embed(points)
+    assert_close(vectors.mean(0), torch.zeros(48), atol=1e-5, rtol=0)
+    assert_close(vectors.std(0, correction=0), torch.ones(48), atol=1e-5, rtol=0)
+    expected = (before[-1] - known.mean(0)) / known.std(0, correction=0)
+    assert_close(encoder.embed(others), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(encoder.embed(others, 2), encoder.embed(others))
+    for name, part in (("mean", slice(24)), ("max", slice(24, None))):
+        assert torch.equal(encoder.embed(others, pooling=name), encoder.embed(others)[:, part])
+    for layer in (0, 1):
+        assert torch.equal(encoder.embed(others, layer), before[layer])
+
+
+def test_standardising_again_does_not_add_up(encoder):
+    standardise_vectors(encoder, clouds(40, seed=1))
+    once = encoder.embed(clouds())
+    standardise_vectors(encoder, clouds(40, seed=1))
+    assert torch.equal(encoder.embed(clouds()), once)
+
+
+def test_a_standardised_encoder_is_saved_loaded_and_told_apart(encoder, tmp_path):
+    before, fresh = fingerprint(encoder), PointEncoder(**SIZES).eval()
+    standardise_vectors(encoder, clouds(40, seed=1))
+    encoder.save_pretrained(tmp_path)
+    loaded = PointEncoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.embed(clouds()), encoder.embed(clouds()))
+    assert fingerprint(loaded) == fingerprint(encoder) != before
+    fresh.load_weights(encoder)
+    assert fingerprint(fresh) == before
+
+
+def test_a_channel_that_never_varies_does_not_divide_by_zero(encoder):
+    standardise_vectors(encoder, clouds(1).expand(4, -1, -1))
+    assert encoder.embed(clouds()).isfinite().all()
 
 
 # ------------------------------------------------------------------------- calibration, attention

@@ -5,7 +5,7 @@ import torch
 
 from jepa3d.data.datasets import PointClouds
 from jepa3d.models.dvae import DVAE
-from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool, standardise_vectors
 from jepa3d.models.tokenizer import group
 
 
@@ -29,9 +29,12 @@ def layer_features(
 
 
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings, its BatchNorm statistics those of the clouds."""
+    """A new encoder of the same settings, its statistics (BatchNorm, vectors where they are standardised) the clouds'."""
+    settings, points = vars(encoder)["_hub_mixin_config"], clouds.batch(np.arange(min(len(clouds), 1024)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = PointEncoder(**vars(encoder)["_hub_mixin_config"]).eval()
-    calibrate_batchnorm(made, clouds.batch(np.arange(min(len(clouds), 1024))))
+        made = PointEncoder(**settings | {"standardised": False}).eval()
+    calibrate_batchnorm(made, points)
+    if encoder.vector_mean is not None:
+        standardise_vectors(made, points)
     return made

@@ -74,7 +74,7 @@ def vectors_of(model: PointEncoder | Classifier, points: Tensor, batch_size: int
             tokens = model.encode(batch)
             found.append(torch.cat([tokens[:, 0], pool(tokens[:, 1:], "max")], -1))
         else:
-            found.append(pool(model.states(batch)[0][-1]))
+            found.append(model.pool(model.states(batch)[0][-1]))
     return torch.cat(found).numpy()
 
 

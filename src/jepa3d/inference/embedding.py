@@ -23,7 +23,7 @@ from jepa3d.data.store import hash64
 from jepa3d.frame import FRAME
 from jepa3d.inference.clouds import Address, Item, items_of, listed, show_left_out, spelled
 from jepa3d.locking import writing
-from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array, pool
+from jepa3d.models.encoder import POOLINGS, PointEncoder, as_array
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.plain import printable
 
@@ -103,7 +103,7 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
 def encode(encoder: PointEncoder, prepared: list[Tensor], layer: int, pooling: str) -> np.ndarray:
     """Vectors n E of prepared points."""
     states, _ = encoder.states(torch.stack(prepared).to(encoder.norm.weight))
-    return pool(states[layer], pooling).float().cpu().numpy()
+    return encoder.pool(states[layer], layer, pooling).float().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- files to Parquet

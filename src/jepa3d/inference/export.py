@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from jepa3d import frame
 from jepa3d.inference.graph_frame import prepared
-from jepa3d.models.encoder import PointEncoder, pool
+from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
@@ -60,7 +60,7 @@ class FromPoints(nn.Module):
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
         grouped = group(prepared(self.encoder, points), self.encoder.num_groups, self.encoder.group_size)
         tokens = self.encoder.features(grouped.patches, grouped.centers)[0]
-        return pool(tokens), tokens, grouped.centers
+        return self.encoder.pool(tokens), tokens, grouped.centers
 
 
 class FromPatches(nn.Module):
@@ -72,7 +72,7 @@ class FromPatches(nn.Module):
 
     def forward(self, patches: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
         tokens = self.encoder.features(patches, centers)[0]
-        return pool(tokens), tokens
+        return self.encoder.pool(tokens), tokens
 
 
 class ToClasses(nn.Module):
@@ -89,7 +89,8 @@ class ToClasses(nn.Module):
         encoder = self.network.encoder
         grouped = group(points, encoder.num_groups, encoder.group_size)
         states = encoder.hidden_states(encoder.tokenizer(grouped.patches), encoder.position(grouped.centers))
-        return (self.network.out(pool(states[self.network.layer], self.network.pooling)),)
+        layer, pooling = self.network.layer, self.network.pooling
+        return (self.network.out(encoder.pool(states[layer], layer, pooling)),)
 
 
 def export(model: str, out: Path) -> None:
@@ -131,7 +132,7 @@ def _graphs(network: Network) -> list[Graph]:
 
     def expected(points: Tensor) -> tuple[Tensor, ...]:
         tokens, centers = network.tokens(points)
-        return pool(tokens), tokens, centers
+        return network.pool(tokens), tokens, centers
 
     def patches(points: Tensor) -> tuple[np.ndarray, ...]:
         sizes = network.num_points, network.num_groups, network.group_size

@@ -20,7 +20,7 @@ from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.inference.clouds import Item, item_at, listed, show_left_out
-from jepa3d.models.encoder import PointEncoder, pool
+from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.sampling import multi_block
 from jepa3d.ops import three_nn_interpolate
@@ -70,7 +70,7 @@ def view_of(encoder: PointEncoder, item: Item, up_axis: str = "z", layer: int = 
     drawn = np.sort(np.random.default_rng(0).permutation(len(cloud))[:MAX_DRAWN])
     points, colors = seen.place(turned[drawn]), None if cloud.colors is None else cloud.colors[drawn]
     weights = three_nn_interpolate(torch.from_numpy(points)[None], centers, torch.eye(centers.shape[1])[None])[0]
-    vector = pool(states[layer], pooling)[0].numpy()
+    vector = encoder.pool(states[layer], layer, pooling)[0].numpy()
     return View(item.path, cloud.total or len(cloud), points, colors, states[-1][0], centers[0], weights, vector)
 
 

@@ -36,7 +36,9 @@ class PointEncoder(
     """
 
     keep_strays = False  # of clouds: see frame.py; True on an encoder whose clouds must lose nothing
-    BEFORE: ClassVar = {"qkv_bias": True}  # where config.json does not say: so it was then
+    BEFORE: ClassVar = {"qkv_bias": True, "standardised": False}  # where config.json does not say: so it was then
+    vector_mean: Tensor | None
+    vector_std: Tensor | None
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class PointEncoder(
         drop_path: float = 0.1,
         position_every_block: bool = True,
         qkv_bias: bool = False,
+        standardised: bool = False,
     ):
         super().__init__()
         self.min_points = max(num_groups, group_size)  # of a cloud
@@ -65,6 +68,8 @@ class PointEncoder(
         self.position = position_embedding(embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
+        for name in ("vector_mean", "vector_std"):  # of `standardise_vectors`
+            self.register_buffer(name, torch.ones(2 * embed_dim) if standardised else None)
         self.blocks.apply(init_weights)  # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
 
     def hidden_states(
@@ -149,9 +154,25 @@ class PointEncoder(
         Call `.eval()` first, as `from_pretrained` does: in training mode the vector would depend on the rest of the
         batch. Raises ValueError for NaN, another shape, or fewer than `min_points` different points.
         """
-        return pool(self.tokens(points, layer)[0], pooling)
+        return self.pool(self.tokens(points, layer)[0], layer, pooling)
 
     forward = embed
+
+    def load_weights(self, source: nn.Module) -> None:
+        """Take weights and BatchNorm statistics of an encoder of the same sizes. Raises RuntimeError for another."""
+        weights = {name: value for name, value in source.state_dict().items() if not name.startswith("vector_")}
+        self.load_state_dict(weights)
+
+    def pool(self, tokens: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+        """Tokens B M C of block `layer` as one vector B E a cloud; of the last block standardised, where that is known.
+
+        "mean_max": E = 2C; "mean" and "max": E = C. See `standardise_vectors`.
+        """
+        vectors = pool(tokens, pooling)
+        if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
+            return vectors
+        part = {"mean_max": slice(None), "mean": slice(self.width), "max": slice(self.width, None)}[pooling]
+        return (vectors - self.vector_mean[part]) / self.vector_std[part]
 
 
 def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
@@ -188,3 +209,17 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.synchronised = momentum, True
     encoder.train(was_training)
+
+
+@torch.no_grad()
+def standardise_vectors(encoder: PointEncoder, points: Tensor, batch_size: int = 64) -> None:
+    """Make every channel of the encoder's vectors have mean 0 and standard deviation 1 over `points` (n N 3).
+
+    Without it a few channels of large spread, and the mean that all clouds share, decide which vectors are alike.
+    """
+    encoder.vector_mean = encoder.vector_std = None
+    vectors = torch.cat([encoder.embed(batch) for batch in points.split(batch_size)]).double()
+    weight = encoder.norm.weight
+    encoder.vector_mean = vectors.mean(0).to(weight)
+    encoder.vector_std = vectors.std(0, correction=0).clamp_min(1e-6).to(weight)
+    vars(encoder)["_hub_mixin_config"]["standardised"] = True

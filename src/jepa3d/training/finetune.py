@@ -147,7 +147,7 @@ def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | No
         raise ValueError(f"--init {source}: not an encoder")
     sizes = {name: value for name in ("num_points", "num_groups") if (value := getattr(config, name)) is not None}
     encoder = PointEncoder(**vars(encoder_config(loaded)) | sizes)
-    encoder.load_state_dict(loaded.state_dict())
+    encoder.load_weights(loaded)
     return encoder
 
 

@@ -22,7 +22,7 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.models.backbone import reference
 from jepa3d.models.dvae import DVAE
-from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
+from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, standardise_vectors
 from jepa3d.models.teacher import Teacher, load_module
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.autoencoding import Autoencoding
@@ -48,8 +48,7 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         dvae = make_dvae(config)
         return Task(Autoencoding(config.dvae, dvae), schedule, "dvae", dvae)
     encoder = PointEncoder(**vars(config.encoder))
-    sample = np.random.default_rng(config.seed).permutation(len(clouds))[:512]
-    calibrate_batchnorm(encoder, clouds.batch(sample))  # an EMA teacher reads these statistics from step 1
+    calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))  # an EMA teacher reads these statistics from step 1
     if objective == "generative":
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
@@ -59,6 +58,11 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         warm_start(encoder, networks[config.init], config.init)
     networks["ema"] = copy.deepcopy(encoder)
     return Task(JEPA(config, encoder, make_teacher(config, networks)), schedule, "encoder", encoder)
+
+
+def _some(seed: int, count: int) -> np.ndarray:
+    """The 512 shapes, or all of fewer, whose statistics an encoder is given."""
+    return np.random.default_rng(seed).permutation(count)[:512]
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
@@ -83,7 +87,7 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
     """Weights and statistics of `source`. ValueError where it is not the same architecture."""
     try:
-        encoder.load_state_dict(source.state_dict())
+        encoder.load_weights(source)
     except RuntimeError as error:
         hint = "encoder.*; encoder.qkv_bias for one older than that setting"
         raise ValueError(f"init {name}: not an encoder of this run's sizes ({hint})") from error
@@ -140,6 +144,8 @@ def pretrain(
         checkpoint.replace_folder(out / "untrained", fresh.module.save_pretrained)
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
+        if isinstance(task.module, PointEncoder):
+            standardise_vectors(task.module.eval(), clouds.batch(_some(config.seed, len(clouds))))
         checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
         runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
