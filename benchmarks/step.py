@@ -9,7 +9,8 @@ One process a contender; all are built and warmed up, then asked in turn, round 
 the same random clouds, the peers in fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is
 left out.
 
-A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s is the median of the rounds; ratios and shares are made within a round, then their median is taken.
+A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s is the median of the
+rounds; ratios and shares are made within a round, then their median is taken.
 "tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those executed, forward and
 backward (matrix products, convolutions and attention), the mean of the warm-up's steps: Point-JEPA and jepa3d draw
 the sizes of their blocks. GEMM peak: the best 2048^3 fp32 product in the same process and round on the same threads.

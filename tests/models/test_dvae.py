@@ -1,8 +1,7 @@
 """The discrete autoencoder that teaches."""
 
-import math
-
 import json
+import math
 
 import pytest
 import torch

@@ -158,10 +158,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
         """Deterministic teacher tokens B M width, its only layer: codes through the second DGCNN."""
         logits, neighbours = self._logits(patches, centers)
-        if self.expected_code:
-            code = F.softmax(logits, -1) @ self.codebook
-        else:
-            code = self.codebook[logits.argmax(-1)]
+        code = F.softmax(logits, -1) @ self.codebook if self.expected_code else self.codebook[logits.argmax(-1)]
         return [self._features(code, centers, neighbours)]
 
     def _features(

@@ -82,7 +82,7 @@ class JEPA(nn.Module):
 
         With the view term the points, `num_points` or more, are in farthest point order, and the student sees a
         damaged view of each cloud (`random_view`) and predicts also what the teacher says of the whole, undamaged one.
-        With several masks a cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724) B in the output counts all of them.
+        With several masks a cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724) the output's B counts all of them.
         `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
         """
         encoder, viewed = self.encoder, None
