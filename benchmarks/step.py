@@ -9,7 +9,8 @@ One process a contender; all are built and warmed up, then asked in turn, round 
 the same random clouds, the peers in fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is
 left out.
 
-samples/s is the median of the rounds; ratios and shares are made within a round, then their median is taken.
+A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s is the median of the
+rounds; ratios and shares are made within a round, then their median is taken.
 "tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those executed, forward and
 backward (matrix products, convolutions and attention), the mean of the warm-up's steps: Point-JEPA and jepa3d draw
 the sizes of their blocks. GEMM peak: the best 2048^3 fp32 product in the same process and round on the same threads.
@@ -47,6 +48,7 @@ class Contender:
     build: Callable[..., tuple[nn.Module, peers.Step]]
     arguments: tuple
     tuned: bool = True
+    masks: int = 1  # a cloud
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         }
     teachers = {
         "EMA teacher": {"teacher": ["ema"]},
+        "EMA teacher, 2 masks a cloud": {"teacher": ["ema"], "sampler": {"masks": 2}},
         "cached frozen teacher": {"teacher": ["untrained"], "target": {"cache": True}},
     }
     shared["encoder"] = {"num_points": POINTS["small"]}
     found = {
-        f"jepa3d small, {name}{suffix}": Contender(ours, ("small", "jepa", shared | overrides))
+        f"jepa3d small, {name}{suffix}": Contender(
+            ours, ("small", "jepa", shared | overrides), masks=overrides.get("sampler", {}).get("masks", 1)
+        )
         for name, overrides in teachers.items()
     }
     given = {
@@ -97,7 +102,7 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
         keep_large_blocks()
     torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
-    points = random_clouds(setting.batch, setting.points)
+    points = random_clouds(setting.batch // contender.masks, setting.points)
     model, step = contender.build(*contender.arguments)
     with count_flops() as counter:
         losses = [step(points).item() for _ in range(WARM_UP)]

@@ -62,6 +62,13 @@ def test_rows_of_two_halves_are_the_whole_batch_draw_after_draw():
     assert len({uniform_scalar(generator) for generator in (whole, *halves)}) == 1
 
 
+def test_repeated_rows_of_two_halves_are_those_of_the_whole_batch():
+    whole, *halves = (BatchGenerator(1, 2, first, total).repeated(2) for first, total in [(0, None), (0, 6), (3, 6)])
+    rows = torch.cat([uniform(half, (6, 5), "cpu") for half in halves])
+    assert torch.equal(rows, uniform(whole, (12, 5), "cpu"))
+    assert len(rows.unique(dim=0)) == 12
+
+
 def test_a_plain_generator_draws_from_its_own_state():
     shape = (2, 3)
     expected = torch.rand(shape, generator=torch.Generator().manual_seed(7))

@@ -16,6 +16,8 @@ from jepa3d import config as settings
 from jepa3d.cli import main
 from jepa3d.config import FinetuneConfig, SegmentConfig
 from jepa3d.plain import from_dict, merge, read_recipe
+from jepa3d.training.compare import BASELINES
+from jepa3d.training.grid import read_grid
 from jepa3d.validate import validate_finetune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -156,6 +158,15 @@ def test_the_published_folds_are_run_as_they_are(run, tmp_path):
     assert len(result["details"]["folds"]) == 2
     assert not (tmp_path / "run" / "episodes.json").exists()
     assert "Point-MAE" in run("results", tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_grids_resolve(path):
+    """Every arm with every seed and rate: settings are known, and can be trained."""
+    grid = read_grid(path, {"data": ["synthetic:40"]}, BASELINES)
+    assert grid.reference in grid.arms
+    assert len(grid.arms) > 1
+    assert all(config.data == ("synthetic:40",) for config in grid.arms.values())
 
 
 @pytest.mark.parametrize("name", ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment"])

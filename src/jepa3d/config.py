@@ -40,6 +40,7 @@ class SamplerConfig:
     context_ratio: tuple[float, float] | None = within(None, "(0, 1] rising")
     min_context: int = within(4, "[1, 65536]")
     mask_ratio: float = within(0.25, "(0, 1)")  # of the random and one-block samplers
+    masks: int = within(1, "[1, 256]")  # drawn per cloud and step; the teacher encodes the cloud once for all of them
 
 
 @dataclass(frozen=True)

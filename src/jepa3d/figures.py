@@ -17,6 +17,8 @@ from jepa3d.data.boundary import shortened
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.curve import Arm
 from jepa3d.evaluation.fitting import one_thread
+from jepa3d.evaluation.outcomes import METRICS
+from jepa3d.evaluation.paired import Row
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
@@ -147,6 +149,30 @@ def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
+    """Differences with their 95 % intervals, a panel a metric, a line for every set and arm or baseline."""
+    plt = _pyplot()
+    shown = [(row, row.difference) for row in rows if row.difference]
+    lines = list(dict.fromkeys((row.data, row.name) for row, _ in shown))
+    figure, grid = plt.subplots(
+        1, len(METRICS), figsize=(3 + 2.4 * len(METRICS), 1.4 + 0.28 * len(lines)), sharey=True, layout="constrained"
+    )
+    colors = {"better": "tab:green", "worse": "tab:red", "undecided": "0.5"}
+    for axes, (metric, name) in zip(grid, METRICS.items(), strict=True):
+        for row, gain in shown:
+            if row.metric == metric:
+                at, color = lines.index((row.data, row.name)), colors[gain.verdict]
+                axes.plot([gain.low, gain.high], [at, at], color=color, lw=2)
+                axes.plot(gain.mean, at, "o", color=color, ms=5)
+        axes.axvline(0, color="0.3", lw=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    grid[0].set_yticks(range(len(lines)), [_text(f"{name}, {data}") for data, name in lines], fontsize=8)
+    grid[0].invert_yaxis()
+    figure.suptitle(_text(f"{title}, points"), fontsize=10)
     _save(figure, path)
 
 

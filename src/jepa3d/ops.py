@@ -39,6 +39,11 @@ class BatchGenerator:
         """An independent generator for one use, so that one use's draws never shift another's."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
+    def repeated(self, times: int) -> "BatchGenerator":
+        """A generator for a batch in which every row stands `times` times, one after another."""
+        total = self.total and self.total * times
+        return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
+
     def on(self, device: torch.device) -> torch.Generator:
         """The underlying generator, which lives where its draws are needed."""
         if device not in self._generators:
@@ -71,6 +76,9 @@ class RepeatedDraws(BatchGenerator):
 
     def stream(self, name: str) -> "RepeatedDraws":
         return RepeatedDraws(self.seed, self.step, f"{self.name}/{name}", self)
+
+    def repeated(self, times: int) -> "RepeatedDraws":
+        return self
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         key, self._count = (self.name, self._count), self._count + 1

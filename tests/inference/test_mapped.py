@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from jepa3d.inference import mapped
 from jepa3d.inference.neighbours import random_cosines
-from jepa3d.inference.search import search
+from jepa3d.inference.search import HALF_SLACK, _cosines, search
 from jepa3d.inference.vectors import Making, Vectors, table, update, write
 from jepa3d.locking import writing
 
@@ -53,13 +54,14 @@ def without_copy(index, *arguments, **options):
         return search(index, *arguments, **options)
 
 
+@pytest.mark.parametrize("queries", [QUERIES, QUERIES[:1], QUERIES[4:]], ids=["many", "one in the file", "one"])
 @pytest.mark.parametrize("k", [1, 10, 890])
 @pytest.mark.parametrize("where", [(), ("label=c1",), ("num_points>=850", "label!=c0")], ids=str)
-def test_the_answers_are_those_of_the_parquet_file(index, k, where):
-    expected = without_copy(index, QUERIES, k, where)
+def test_the_answers_are_those_of_the_parquet_file(index, queries, k, where):
+    expected = without_copy(index, queries, k, where)
     assert not mapped.copy_of(index).exists()
     for _ in range(2):  # the one that makes the copy, and one that finds it
-        assert search(index, QUERIES, k, where) == expected
+        assert search(index, queries, k, where) == expected
         assert mapped.copy_of(index).exists()
     assert np.array_equal(random_cosines(index), random_cosines(index))
     assert {path.name for path in index.parent.iterdir()} == {"v.parquet", "v.parquet.arrow"}
@@ -157,3 +159,29 @@ def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
     assert [process.returncode for process in running] == [0, 0, 0]
     assert said == {str([[hit.path for hit in hits] for hits in search(index, QUERIES, 7)])}
     assert {path.name for path in index.parent.iterdir()} == {"v.parquet", "v.parquet.arrow", "q.npy"}
+
+
+@pytest.mark.parametrize("width", [3, 384, 4096])
+def test_half_precision_errs_by_less_than_half_of_its_slack(width):
+    """Also where all products have one sign, and where they cancel."""
+    rng = np.random.default_rng(1)
+    x = np.concatenate([np.ones((1, width)), rng.random((200, width)), rng.normal(size=(200, width))])
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    group = mapped.Group(lambda names: pytest.fail("not read"), np.ones(len(x)), torch.from_numpy(x).half())
+    for query in (x[0], x[5], x[300], -x[5]):
+        scores, slack = _cosines(group, x, query[None].astype(np.float64))
+        assert slack == HALF_SLACK
+        assert np.abs(scores[0] - x.astype(np.float64) @ query).max() < HALF_SLACK / 2
+
+
+def test_neighbours_that_half_precision_cannot_tell_apart_are_found_in_their_order(tmp_path):
+    """200 vectors whose cosines with the query differ by 1e-5, shuffled: in half precision many are one number."""
+    angles, order = np.arccos(0.9 - 1e-5 * np.arange(200)), np.random.default_rng(2).permutation(200)
+    x = np.zeros((200, 12), np.float32)
+    x[order, 0], x[order, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
+    names = [f"/s/{i:04d}.ply" for i in range(200)]
+    columns = {"path": names, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
+    write([table(MAKING, columns, x)], MAKING, tmp_path / "v.parquet")
+    found = search(tmp_path / "v.parquet", np.eye(12)[0], 50)[0]
+    assert [hit.path for hit in found] == [names[i] for i in order[:50]]
+    assert len({np.float16(hit.cosine) for hit in found}) < 5

@@ -1,5 +1,6 @@
 """The discrete autoencoder that teaches."""
 
+import json
 import math
 
 import pytest
@@ -105,15 +106,30 @@ def test_gumbel_noise_draws_codes_as_often_as_their_softmax_says(dvae, grouped):
 # ---------------------------------------------------------------------------------------- teacher
 
 
-def test_features_are_the_second_network_on_the_arg_max_codes(dvae, grouped):
+def test_features_are_the_second_network_on_the_expected_codes(dvae, grouped):
     patches, centers = grouped
     dvae.eval()
     neighbours = knn(centers, centers, 4)
-    codes = dvae.to_logits(dvae.tokenizer(patches), neighbours).argmax(-1)
-    assert torch.equal(dvae.codes(*grouped), codes)
-    assert torch.equal(dvae.features(*grouped)[0], dvae.to_features(dvae.codebook[codes], neighbours))
+    logits = dvae.to_logits(dvae.tokenizer(patches), neighbours)
+    expected = sum(
+        share[..., None] * code for share, code in zip(logits.softmax(-1).unbind(-1), dvae.codebook, strict=True)
+    )
+    assert_close(dvae.features(*grouped)[0], dvae.to_features(expected, neighbours))
     assert dvae.features(*grouped)[0].shape == (3, 8, dvae.width)
+    assert torch.equal(dvae.codes(*grouped), logits.argmax(-1))
     assert dvae.reconstruct(*grouped).shape == (3, 8, 8, 3)
+
+
+def test_a_dvae_stored_before_expected_codes_speaks_in_arg_max_codes(dvae, grouped, tmp_path):
+    dvae.eval().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["expected_code"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = DVAE.from_pretrained(tmp_path)
+    neighbours = knn(grouped[1], grouped[1], 4)
+    spoken = loaded.to_features(loaded.codebook[loaded.codes(*grouped)], neighbours)
+    assert torch.equal(loaded.features(*grouped)[0], spoken)
+    assert not torch.allclose(dvae.features(*grouped)[0], spoken, atol=1e-3)
 
 
 def test_features_are_deterministic(dvae, grouped):

@@ -127,6 +127,22 @@ def test_a_generator_makes_the_step_again_at_decoder_depth_0_too():
     assert one == two
 
 
+@pytest.mark.parametrize("settings", [{}, {"ema": True, "target": {"view": 1.0}}, {"decoder": {"depth": 0}}], ids=str)
+def test_several_masks_of_a_cloud_have_their_own_draws_and_one_answer_of_the_teacher(settings):
+    objective, asked = make(sampler={"masks": 3}, **settings).train(), []
+    objective.teacher.register_forward_hook(lambda module, inputs, tokens: asked.append(tokens))
+    output = objective(clouds(), BatchGenerator(0))
+    tokens = asked[-1]
+    assert len(tokens) == B
+    for row, sample in enumerate(output.sample.target):
+        assert_close(output.target[row], tokens[row // 3][sample])
+    assert output.prediction.shape == output.target.shape == (3 * B, *output.sample.target.shape[1:], 12)
+    chosen = output.sample.target.flatten(1).sort(1).values.view(B, 3, -1)
+    assert any(len(masks.unique(dim=0)) > 1 for masks in chosen)
+    assert torch.equal(output.centers[::3], output.centers[1::3])
+    output.loss.backward()
+
+
 def test_an_averaged_teacher_moves_after_a_step_and_a_frozen_one_does_not():
     for ema, first, last in [(True, 0.5, 1.0), (False, 0.5, 1.0)]:
         objective = make(ema=ema, target={"momentum": (first, last)})

@@ -1,4 +1,4 @@
-"""What an encoder learned: probe, curve, results, retrieval."""
+"""What an encoder learned: probe, curve, results, retrieval, compare."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -190,3 +190,54 @@ def retrieval(
     if out is not None:
         write_json(out, result)
         print(f"written: {out}")
+
+
+@app.command
+def compare(
+    grid: Path,
+    /,
+    *,
+    data: tuple[str, ...] = (),
+    score: tuple[str, ...] = (),
+    labels_key: tuple[str, ...] = ("labels",),
+    up_axis: tuple[str, ...] = (),
+    part: Literal["test", "validation"] = "test",
+    out: Path,
+) -> None:
+    """Train the arms of a grid with the same seeds and say which are better: paired differences, 95 % intervals.
+
+    Interrupted, the same command goes on; arms and seeds that were added are trained, what is finished is not.
+
+    Parameters
+    ----------
+    grid: Path
+        A YAML file of arms, seeds and a reference: see docs/protocols.md and recipes/compare/.
+    data: tuple[str, ...]
+        What is trained on, without labels; by default what the grid's settings name.
+    score: tuple[str, ...]
+        Labelled shapes with a train and a test part, to score on; by default the data.
+    labels_key: tuple[str, ...]
+        The labels of the scored .npz bundles: one, or one each.
+    up_axis: tuple[str, ...]
+        Of what is scored, x, y or z: one, or one each; without --score of the data too. Else the grid says the data's.
+    part: str
+        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+    out: Path
+        The folder of the comparison: its runs, tables and picture.
+    """
+    from jepa3d.evaluation.outcomes import LabelledSet
+    from jepa3d.training import compare as comparing
+    from jepa3d.training.grid import read_grid
+    from jepa3d.training.loop import Interrupted
+
+    common = {"data": list(data)} if data else {}
+    common |= {"up_axis": list(up_axis)} if up_axis and not score else {}
+    plan = read_grid(grid, common, comparing.BASELINES)
+    trained_on = plan.arms[plan.reference]
+    axes = up_axis or (("z",) if score else trained_on.up_axis)
+    sets = LabelledSet.each(score or trained_on.data, labels_key, axes)
+    try:
+        comparing.compare(plan, sets, part, out)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"{stop}; continue with the same command") from None
+    print(f"written: {out / 'table.md'}, compare.json and compare.png")

@@ -115,16 +115,19 @@ def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.
     return sum(_accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds)
 
 
+def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
+    """The labelled rows of each of 10 draws, 10 a class (all of a smaller class), from the labels y [n]."""
+    rng = np.random.default_rng(seed)
+    return [
+        np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)]) for _ in range(_DRAWS)
+    ]
+
+
 def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -> dict:
     """10 labels a class (all of a smaller class), mean over 10 draws."""
-    rng, draws, jobs = np.random.default_rng(seed), [], []
+    draws, jobs = [(shots, y[shots]) for shots in few_labels(y, seed)], []
     choices = [(layer, c) for layer in layers for c in grid]
-    for _ in range(_DRAWS):
-        shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
-        labels = y[shots]
-        draws.append((shots, labels))
-        if len(choices) == 1:
-            continue
+    for shots, labels in draws if len(choices) > 1 else ():
         number = min(5, np.bincount(labels).max())
         with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
             warnings.simplefilter("ignore", UserWarning)
@@ -210,7 +213,7 @@ def probe(
         "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
                  "train": len(train), "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
         "pretraining": {str(run): _pretraining(run, c) for run, (c, _) in found.items() if "task" in c},
-        "seen_in_pretraining": any(_seen(config, data, part) for config, _ in found.values()),  # as far as is known
+        "seen_in_pretraining": any(was_seen(config, data, part) for config, _ in found.values()),  # as far as is known
         "pooling": pooling,
         "layer": layer if layer is not None else "last" if quick else "best on validation",
         "selection": selection_rule(part, clouds, quick),
@@ -222,7 +225,7 @@ def probe(
     }  # fmt: skip
 
 
-def _seen(config: dict, data: str, part: Part) -> bool:
+def was_seen(config: dict, data: str, part: Part) -> bool:
     """Whether a run was pretrained (without labels) on what is scored."""
     same = Path(data).name in {Path(source).name for source in config["data"]}
     return same and config["split"] in ("all", "test" if part == "test" else "train")

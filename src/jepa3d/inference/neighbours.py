@@ -40,7 +40,7 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
     count = sum(1 for _ in mapped.groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
     groups = enumerate(mapped.groups(vectors))
-    found = [to_numpy(read(["vector"]).column(0)) for i, (read, _) in groups if i in chosen]
+    found = [to_numpy(group.read(["vector"]).column(0)) for i, group in groups if i in chosen]
     rows = np.sort(rng.permutation(sum(map(len, found)))[:SAMPLE])
     return np.concatenate(found)[rows]
 

@@ -1,13 +1,13 @@
 """The discrete autoencoder of ACT's first stage: the paper's frozen teacher, with its image transformer or without.
 
 tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN -> folding decoder. The
-second DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode and the arg-max
+second DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode, and the expected
 code instead of a Gumbel sample. (Dong et al. 2023, section 4; Yu et al. 2022 for the networks.)
 """
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +115,11 @@ class DVAEOutput(NamedTuple):
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     """Discrete variational autoencoder of patches. `features` is the teacher's voice.
 
-    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only.
+    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only. `expected_code`:
+    the teacher reads softmax(logits) @ codebook of a patch instead of its one most likely code.
     """
+
+    BEFORE: ClassVar = {"expected_code": False}  # where config.json does not say: so it was then
 
     def __init__(
         self,
@@ -129,9 +132,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         dgcnn_dim: int = 128,
         folding_dim: int = 512,
         backbone: str = "",
+        expected_code: bool = True,
     ):
         super().__init__()
-        self.width, self.num_codes = width, num_codes
+        self.width, self.num_codes, self.expected_code = width, num_codes, expected_code
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
         # Logits over the batch, so that patches differ in them from the first step, at a scale that the Gumbel
@@ -152,9 +156,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
-        """Deterministic teacher tokens B M width, its only layer: arg-max codes through the second DGCNN."""
+        """Deterministic teacher tokens B M width, its only layer: codes through the second DGCNN."""
         logits, neighbours = self._logits(patches, centers)
-        return [self._features(self.codebook[logits.argmax(-1)], centers, neighbours)]
+        code = F.softmax(logits, -1) @ self.codebook if self.expected_code else self.codebook[logits.argmax(-1)]
+        return [self._features(code, centers, neighbours)]
 
     def _features(
         self, tokens: Tensor, centers: Tensor, neighbours: Tensor, generator: BatchGenerator | None = None
@@ -165,7 +170,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
 
     def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Fine reconstruction B M K 3 of patches from their arg-max codes."""
-        return self.decoder(self.features(patches, centers)[-1])[1]
+        logits, neighbours = self._logits(patches, centers)
+        return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[1]
 
     def forward(
         self,

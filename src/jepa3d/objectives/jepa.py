@@ -69,7 +69,7 @@ class JEPA(nn.Module):
                 f"target.project applies one layer to prediction and target, so the teacher's width {target_width} "
                 f"must equal encoder.embed_dim {encoder.width}"
             )
-        self.sampler = make_sampler(config)
+        self.sampler, self.masks = make_sampler(config), config.sampler.masks
         if self.settings.view:
             assert teacher
             wide = 4 * encoder.width
@@ -82,6 +82,7 @@ class JEPA(nn.Module):
 
         With the view term the points, `num_points` or more, are in farthest point order, and the student sees a
         damaged view of each cloud (`random_view`) and predicts also what the teacher says of the whole, undamaged one.
+        With several masks a cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724) the output's B counts all of them.
         `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
         """
         encoder, viewed = self.encoder, None
@@ -94,7 +95,9 @@ class JEPA(nn.Module):
         else:
             grouped = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         centers, patches, index = grouped
-        sample = self.sampler(centers, generator.stream("sampler"))
+        several = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
+        draws = generator.repeated(self.masks)
+        sample = self.sampler(several(centers), draws.stream("sampler"))
         # The teacher first: what it needs is free again before the student's activations are kept.
         if cached:
             tokens = cached[2].float()
@@ -102,9 +105,9 @@ class JEPA(nn.Module):
             tokens = self.teacher(patches, centers)
         else:
             tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
-        prediction, encoded = self.predict(patches, centers, sample, generator.stream("drop_path"))
+        prediction, encoded = self.predict(several(patches), several(centers), sample, draws.stream("drop_path"))
         settings, regularised = self.settings, encoded if self.teacher else tokens.flatten(0, 1)
-        target = gather_points(tokens, sample.target)
+        target = gather_points(several(tokens), sample.target)
         if settings.project:
             target = self.projection(target)
         loss, penalty = cosine_loss(prediction, target, settings.unit), None
@@ -113,9 +116,11 @@ class JEPA(nn.Module):
             loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
         view_loss = None
         if viewed is not None:
-            view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), viewed)
+            view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), several(viewed))
             loss = loss + settings.view * view_loss
-        return JEPAOutput(loss, prediction, target, sample, centers, index, encoded, penalty, view_loss)
+        return JEPAOutput(
+            loss, prediction, target, sample, several(centers), several(index), encoded, penalty, view_loss
+        )
 
     @torch.no_grad()
     def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:

@@ -46,6 +46,10 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved."""
 
 
+class Diverged(ValueError):
+    """The loss is no finite number any more."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What the loop trains: an objective, its schedule, and the name of what it exports."""
@@ -66,8 +70,8 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
     """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
 
     Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds,
-    mixed_precision (as used).
-    Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving.
+    step_cpu_seconds, mixed_precision (as used).
+    Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving, and Diverged.
     """
     began = cpu_seconds(), time.perf_counter()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of a context: most of a step
@@ -99,7 +103,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
 
     def save(loss: float) -> None:
         if not math.isfinite(loss):  # never replace a good checkpoint by a spoilt one
-            raise ValueError(f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})")
+            raise Diverged(f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})")
         if run and accelerator.is_main_process:
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
             checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
@@ -166,7 +170,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             if step % config.log_every == 0 or step in (1, total) or snapshot or looked:
                 mean = accelerator.reduce(loss, "mean").item()
                 if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})")
+                    raise Diverged(f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})")
                 epoch = step * schedule.batch_size / len(clouds)
                 figures = {
                     "loss": mean,
@@ -192,7 +196,8 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
         # ------------------------------------------------------------------------------------------------
-    found = {"metrics": progress.last, "step_seconds": progress.step_seconds, "mixed_precision": precision}
+    found = {"metrics": progress.last, "mixed_precision": precision}
+    found |= {"step_seconds": progress.step_seconds, "step_cpu_seconds": progress.step_cpu_seconds}
     return progress.stamp(state) | found
 
 

@@ -9,9 +9,11 @@ RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      target
 
 import copy
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +36,12 @@ from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.optim import total_steps
+from jepa3d.training.progress import cpu_seconds
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
+TIMED_STEPS = 9  # of a stage whose cost is measured; the first is not timed
 
 
 def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]) -> Task:
@@ -203,24 +207,57 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
     return task
 
 
-def dry_run(config: PretrainConfig) -> None:
-    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write nothing."""
-    check(config := settle(config))
-    networks, spent, memory, disk = load_given(config, None), [], 0.0, 0
+class StageTrial(NamedTuple):
+    """Some steps of one stage on a few clouds, and what they cost; nothing is written."""
+
+    stage: str
+    task: Task
+    clouds: PointClouds
+    shapes: int  # that the whole data has
+    steps: int  # of the whole stage
+    asking: (
+        np.ndarray
+    )  # wall and CPU seconds of asking the teachers about all shapes; 0 unless their targets are cached
+    state: dict  # of `fit`
+
+
+def try_stages(config: PretrainConfig, steps: int) -> Iterator[StageTrial]:
+    """Take `steps` steps of every stage, on the clouds of two batches."""
+    networks = load_given(config, None)
     for stage in (*config.stages, config.objective):
         schedule = config.schedule(stage)
         clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
         shapes = clouds.available or len(clouds)
         task = make_task(config, stage, clouds, networks)
-        began, teacher = time.perf_counter(), teacher_to_cache(config, task)
-        task = with_cache(replace(task, schedule=replace(schedule, max_steps=2)), clouds, config, None)
-        if teacher:
-            disk += cache.num_bytes(cache.columns(config, shapes, teacher.width))
-            spent.append(("asking the teachers", (time.perf_counter() - began) * shapes / len(clouds)))
-        state = fit(task, clouds, replace(config, log_every=1), None)
+        began = np.array([time.perf_counter(), cpu_seconds()])
+        task = with_cache(replace(task, schedule=replace(schedule, max_steps=steps)), clouds, config, None)
+        asking = np.array([time.perf_counter(), cpu_seconds()]) - began if task.targets else np.zeros(2)
+        state = fit(task, clouds, replace(config, log_every=steps, snapshot_every=None), None)
         networks[stage] = task.module
-        steps, size = total_steps(schedule, shapes), count_parameters(task.module)
-        spent.append((f"{stage} {steps:,} steps of {schedule.batch_size}", steps * state["step_seconds"]))
+        whole = total_steps(schedule, shapes)
+        yield StageTrial(stage, task, clouds, shapes, whole, asking * (shapes / len(clouds)), state)
+
+
+def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
+    """CPU-seconds of a run before its own first step (stage I, asking teachers), and of each of its steps; measured."""
+    before, step = 0.0, 0.0
+    for trial in try_stages(settle(config), TIMED_STEPS):
+        step = trial.state["step_cpu_seconds"]
+        before += trial.asking[1] + (trial.steps * step if trial.stage != config.objective else 0.0)
+    return before, step
+
+
+def dry_run(config: PretrainConfig) -> None:
+    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write nothing."""
+    check(config := settle(config))
+    spent, memory, disk = [], 0.0, 0
+    for trial in try_stages(config, 2):
+        stage, task, clouds, shapes, steps, asking, state = trial
+        if teacher := teacher_to_cache(config, task):
+            disk += cache.num_bytes(cache.columns(config, shapes, teacher.width))
+            spent.append(("asking the teachers", asking[0]))
+        size, batch = count_parameters(task.module), config.schedule(stage).batch_size
+        spent.append((f"{stage} {steps:,} steps of {batch}", steps * state["step_seconds"]))
         unread = 0 if clouds.shard_sizes else (shapes - len(clouds)) * clouds.points[0].nbytes
         memory = max(memory, state["peak_memory"] + (unread if runs.ON_CPU else 0))
         # Two checkpoints of weights and two moments; what is kept before and after, and on the way.
@@ -228,7 +265,7 @@ def dry_run(config: PretrainConfig) -> None:
         disk += 4 * (6 * count_parameters(task.objective, True) + size * (2 + snapshots))
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
-            f"2 steps of {schedule.batch_size} in {state['wall_seconds']:.1f} s, "
+            f"2 steps of {batch} in {state['wall_seconds']:.1f} s, "
             f"{size / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
     if is_main():

@@ -49,8 +49,8 @@ class Progress:
         self.base = dict(state)
         self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
-        self.step_seconds = 0.0  # of a step, since the figures before the last
-        self.before = state["step"], time.perf_counter()
+        self.step_seconds, self.step_cpu_seconds = 0.0, 0.0  # of a step, since the figures before the last
+        self.before = state["step"], time.perf_counter(), cpu_seconds()
         self.bar = Bar(
             BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
@@ -79,8 +79,9 @@ class Progress:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of a step."""
-        now = step, time.perf_counter()
-        self.step_seconds = (now[1] - self.before[1]) / max(1, now[0] - self.before[0])
+        now = step, time.perf_counter(), cpu_seconds()
+        steps = max(1, now[0] - self.before[0])
+        self.step_seconds, self.step_cpu_seconds = ((now[i] - self.before[i]) / steps for i in (1, 2))
         self.before = now
         if not self.shown:
             return

@@ -1,0 +1,357 @@
+"""A grid from end to end: trained once, scored once, resumed, refused in one line where it cannot be right."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jepa3d import config as settings
+from jepa3d.cli import main
+from jepa3d.evaluation import outcomes
+from jepa3d.evaluation.outcomes import METRICS, LabelledSet
+from jepa3d.evaluation.paired import difference
+from jepa3d.objectives.jepa import JEPA
+from jepa3d.training import compare as comparing
+from jepa3d.training import grid as grids
+from jepa3d.training.compare import BASELINES, Comparison
+from jepa3d.training.grid import at_equal_time, read_grid
+from jepa3d.training.pretrain import cpu_costs, pretrain
+
+ARMS = {"base": {}, "block": {"sampler": {"name": "multi_block", "num_targets": 2, "min_context": 1}}}
+
+
+@pytest.fixture(scope="module")
+def write_grid(tiny, tmp_path_factory):
+    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each; None leaves a key out."""
+
+    def write(**changes) -> Path:
+        folder = tmp_path_factory.mktemp("grid")
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(settings.to_dict(tiny(max_steps=4, sampler={"name": "random"})))
+        )
+        grid = {"recipe": "recipe.yaml", "arms": ARMS, "reference": "base", "seeds": [0, 1]} | changes
+        path = folder / "grid.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in grid.items() if value is not None}, sort_keys=False)
+        )
+        return path
+
+    return write
+
+
+def call(*words, code: int = 0) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *map(str, words)])
+    assert (stop.value.code or 0) == code
+
+
+@pytest.fixture(scope="module")
+def made(write_grid, tmp_path_factory) -> tuple[Path, Path]:
+    """A grid and the folder of its comparison, scored on the test part of the data."""
+    grid, out = write_grid(title="two masks"), tmp_path_factory.mktemp("made") / "out"
+    call(grid, "--out", out)
+    return grid, out
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> tuple[Path, Path]:
+    """The same, to be changed."""
+    return made[0], Path(shutil.copytree(made[1], tmp_path / "out"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder" / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ a whole grid
+
+
+def test_a_comparison_has_every_run_row_and_file(made):
+    _, out = made
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["base-0", "base-1", "block-0", "block-1"]
+    record = json.loads((out / "compare.json").read_text())
+    rows = [(row["metric"], row["name"]) for row in record["rows"]]
+    assert rows == [(metric, name) for metric in METRICS for name in ("base", "block", *BASELINES)]
+    assert record["arms"]["block"]["overrides"] == ARMS["block"]
+    assert record["arms"]["base"]["cpu_minutes"] > 0
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "log.txt").read_text().count("step 4/4") == 4
+    table = (out / "table.md").read_text()
+    assert table.startswith("### two masks; reference: base\n")
+    assert "| block | sampler.name multi_block, " in table
+    for said in ("seeds 0, 1; equal steps", "test used once", "shapes of 3 classes, test part", "Made by `", "95 %"):
+        assert said in table
+    assert "pretraining" not in table  # the test part was not seen in it
+
+
+def test_the_figures_are_those_of_the_kept_outcomes(made):
+    _, out = made
+    record = json.loads((out / "compare.json").read_text())
+    for metric in METRICS:
+        tables = {}
+        for arm in ARMS:
+            files = [next((out / "runs" / f"{arm}-{seed}").glob("scores-encoder-*.json")) for seed in (0, 1)]
+            kept = [json.loads(file.read_text())["outcomes"][metric] for file in files]
+            tables[arm] = np.array(kept, float)
+        found = {row["name"]: row for row in record["rows"] if row["metric"] == metric}
+        assert found["block"]["values"] == pytest.approx(tables["block"].mean(1))
+        assert tuple(found["block"]["difference"].values()) == difference(tables["block"], tables["base"])
+        assert found["base"]["difference"] is None
+        for name in ("histograms", "geometry"):  # the same vectors for every seed; only labels are drawn
+            assert metric == "logistic_10" or len(set(found[name]["values"])) == 1
+
+
+def test_the_same_command_again_makes_nothing_anew(copied, monkeypatch, capsys):
+    grid, out = copied
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    table = (out / "table.md").read_text().rpartition("Made by")[0]
+    for name in ("pretrain", "encoded", "made_by_hand"):
+        monkeypatch.setattr(comparing, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    call(grid, "--out", out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
+    assert (out / "table.md").read_text().rpartition("Made by")[0] == table
+    printed = capsys.readouterr().out
+    assert "run 4 of 4: block-1: " in printed
+    assert "better" in printed or "undecided" in printed or "worse" in printed
+
+
+def test_an_interrupted_comparison_goes_on_with_the_same_command(made, tmp_path, monkeypatch, capsys):
+    grid, out = made[0], tmp_path / "out"
+
+    def stopped(config, folder, resume, **options):
+        return pretrain(config, folder, resume, stop_at=2 if folder.name == "block-0" else None, **options)
+
+    monkeypatch.setattr(comparing, "pretrain", stopped)
+    call(grid, "--out", out, code=130)
+    assert "saved; continue with the same command" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["base-0", "block-0"]
+    assert not (out / "runs" / "block-0" / "encoder").exists()
+    monkeypatch.undo()
+    call(grid, "--out", out)
+    for name in ("base-0", "block-0", "block-1"):
+        ours, theirs = weights(out / "runs" / name), weights(made[1] / "runs" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_arm_and_a_seed_may_be_added_and_other_data_scored(copied, write_grid, shapes, bundle, capsys):
+    _, out = copied
+    runs = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/encoder/*")}
+    added = write_grid(arms=ARMS | {"fast": {"lr": 0.002}}, seeds=[0, 1, 2])
+    call(added, "--out", out, "--score", bundle, shapes, "--part", "validation")
+    assert len(list((out / "runs").iterdir())) == 9
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    record = json.loads((out / "compare.json").read_text())
+    assert len(record["rows"]) == 2 * len(METRICS) * 6
+    assert len(record["rows"][0]["values"]) == 3
+    assert record["arms"]["fast"]["lr"] == 0.002
+    table = (out / "table.md").read_text()
+    assert "scored shapes were among the unlabelled ones of pretraining: base, block, fast" in table
+    assert "validation part" in table
+
+
+def test_a_changed_arm_is_refused_by_name(copied, write_grid, capsys):
+    _, out = copied
+    changed = write_grid(arms={"base": {}, "block": {"sampler": {"name": "one_block"}}})
+    call(changed, "--out", out, code=2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "grid.yaml: arms.block: " in said
+    assert "began with sampler.name = multi_block, not one_block" in said
+
+
+def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsys):
+    forward = JEPA.forward
+
+    def spoilt(self, points, generator, *rest):
+        found = forward(self, points, generator, *rest)
+        bad = self.settings.norm == "layernorm" and generator.step >= 2
+        return found._replace(loss=found.loss * float("nan")) if bad else found
+
+    monkeypatch.setattr(JEPA, "forward", spoilt)
+    arms = {"base": {}, "block": {"target": {"norm": "layernorm"}}}
+    grid, out = write_grid(arms=arms, seeds=[0]), tmp_path / "out"
+    call(grid, "--out", out)
+    assert "run 2 of 2: block-0: failed: the loss is nan at step 3" in capsys.readouterr().out
+    record = json.loads((out / "compare.json").read_text())
+    assert [row["name"] for row in record["rows"] if row["metric"] == "map"] == ["base", *BASELINES]
+    assert "the loss is nan" in record["arms"]["block"]["failed"]
+    table = (out / "table.md").read_text()
+    assert table.count("| block | - | - | - | failed | - |") == len(METRICS)
+    assert "NOTE: one seed" in table
+    monkeypatch.undo()
+    call(grid, "--out", out)  # is not tried again
+    assert "run 2 of 2: block-0: failed: the loss is nan at step 3" in capsys.readouterr().out
+    swapped = write_grid(arms=arms, seeds=[0], reference="block")
+    call(swapped, "--out", out)
+    assert all(row["difference"] is None for row in json.loads((out / "compare.json").read_text())["rows"])
+
+
+# ------------------------------------------------------------------------------------------------ bad grids
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arm": {}}, "setting 'arm' is unknown; did you mean 'arms'?"),
+        ({"arms": {}}, "arms: none given, and at least one is needed"),
+        ({"arms": None}, "arms is missing"),
+        ({"arms": [1]}, "setting 'arms': [1] is not dict"),
+        ({"reference": "bas"}, "reference 'bas' is no arm; did you mean 'base'?"),
+        ({"arms": {"base": {"sampler": {"nam": "x"}}}}, "arms.base: setting 'sampler.nam' is unknown; did you mean"),
+        ({"arms": {"base": {"encoder": {"num_heads": 7}}}}, "arms.base: encoder.embed_dim 24 is not a multiple"),
+        ({"arms": {"base": [1]}}, "arms.base: the settings in which it differs, {} for none, not [1]"),
+        ({"arms": {"base": {}, "a/b": {}}}, "arms.a/b: a name of letters, digits"),
+        ({"arms": {"base": {}, "untrained": {}}}, "arms.untrained: a name of letters, digits"),
+        ({"arms": {"base": {"seed": 3}}}, "arms.base: seed is set by the grid, for all arms alike"),
+        ({"arms": {"base": {"lr": 0.1}}, "lr": [0.1]}, "arms.base: lr is set by the grid, for all arms alike"),
+        ({"arms": {"base": {"objective": "dvae"}}}, "arms.base: objective dvae trains no encoder"),
+        ({"settings": {"enc": {}}}, "setting 'enc' is unknown"),
+        ({"preset": "tiny"}, "preset or recipe: one of the two is needed"),
+        ({"recipe": None, "preset": "tin"}, "preset 'tin' is unknown; did you mean 'tiny'?"),
+        ({"recipe": "none.yaml"}, "none.yaml: not a readable recipe"),
+        ({"seeds": []}, "seeds []: one at least, and each only once"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: one at least, and each only once"),
+        ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
+        ({"equal": "time"}, "equal 'time': steps, or {cpu_minutes: M} with M above 0"),
+        ({"equal": {"cpu_minutes": 0}}, "equal {'cpu_minutes': 0}: steps, or"),
+        ({"arms": {"base": {}, "long": {"max_steps": 6}}}, "equal steps, but they are base 4, long 6"),
+    ],
+)
+def test_a_bad_grid_is_one_line_that_names_file_and_key(write_grid, changes, said, tmp_path, capsys):
+    grid = write_grid(**changes)
+    call(grid, "--out", tmp_path / "out", code=2)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"jepa3d: error: {grid}: ")
+    assert said in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, capsys):
+    np.savez(tmp_path / "bare.npz", points=np.random.default_rng(0).normal(size=(40, 64, 3)))
+    call(write_grid(), "--data", tmp_path / "bare.npz", "--out", tmp_path / "out", code=2)
+    assert "has no labels, and a probe needs them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ equal time, rates
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """CPU-seconds before the first step and of a step, by the sampler's name; the order in which they were asked."""
+    known, asked = {"random": (0.0, 0.5), "multi_block": (10.0, 1.0), "one_block": (0.0, 2.0)}, []
+    monkeypatch.setattr(
+        grids, "cpu_costs", lambda config: asked.append(config.sampler.name) or known[config.sampler.name]
+    )
+    return known, asked
+
+
+def test_equal_time_gives_steps_by_cost_and_keeps_them(write_grid, costs, tmp_path):
+    known, asked = costs
+    timed = {"arms": ARMS, "equal": {"cpu_minutes": 1}}
+    grid = read_grid(write_grid(**timed), {})
+    steps = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
+    assert steps == {"base": 120, "block": 50}  # 60 s / 0.5 s, and less 10 s of stage I, 50 s / 1 s
+    assert asked == ["random", "multi_block"] * 3  # in turns
+    known |= {name: (2 * before, 2 * step) for name, (before, step) in known.items()}  # the machine is busier
+    asked.clear()
+    assert {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()} == steps
+    assert not asked
+    timed["arms"] = ARMS | {"one": {"sampler": {"name": "one_block"}}}
+    grid = read_grid(write_grid(**timed), {})
+    found = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
+    assert found == steps | {"one": 30}  # measured beside an arm that is known, as if the machine were as it was
+    assert set(asked) == {"one_block", "random"}
+
+
+def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refused(write_grid, costs, tmp_path):
+    timed = {"arms": ARMS, "equal": {"cpu_minutes": 1}}
+    at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
+    timed["arms"] = ARMS | {"block": {"sampler": {"name": "one_block"}}}
+    with pytest.raises(ValueError, match=r"grid.yaml: arms.block: sampler.name was multi_block when its cost"):
+        at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
+    costs[0]["multi_block"] = (66.0, 1.0)
+    with pytest.raises(ValueError, match=r"arms.block: stage I alone takes 1.1 of 1 CPU-minutes"):
+        at_equal_time(read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other")
+
+
+def test_the_cost_of_stage_one_comes_before_the_first_step(tiny):
+    before, step = cpu_costs(tiny(max_steps=4))
+    assert before == 0
+    assert step > 0
+    before, step = cpu_costs(tiny(max_steps=4, init="generative", generative={"max_steps": 1000}))
+    assert before > 100 * step > 0  # a thousand steps of the autoencoder
+
+
+def test_equal_time_trains_each_arm_for_its_steps(write_grid, costs, tmp_path):
+    costs[0].update(random=(0.0, 0.5), multi_block=(0.0, 1.0))
+    grid = write_grid(equal={"cpu_minutes": 0.05}, seeds=[0])
+    call(grid, "--out", tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "equal CPU time, 0.05 minutes a run" in table
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert {arm: values["steps"] for arm, values in record["arms"].items()} == {"base": 6, "block": 3}
+    spent = json.loads((tmp_path / "out" / "runs" / "base-0" / "run.json").read_text())["cost"]
+    assert spent["step"] == 6
+    assert record["arms"]["base"]["cpu_minutes"] == pytest.approx(spent["cpu_seconds"] / 60)
+
+
+def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp_path, monkeypatch):
+    """Outcomes by script: base is best at the first rate, block at the second; on test it is the other way round."""
+    grid = read_grid(write_grid(lr=[0.001, 0.002]), {}, BASELINES)
+    looked = []
+
+    def scripted(folder, name, vectors, shapes, seed):
+        looked.append((folder.name, name, shapes.part))
+        slow, base = "lr0.001" in folder.name, folder.name.startswith("base")
+        best = (slow == base) == (shapes.part == "validation")
+        return dict.fromkeys(METRICS, np.full(len(shapes.y_scored), 90.0 if best else 10.0))
+
+    monkeypatch.setattr(comparing, "kept_outcomes", scripted)
+    comparison = Comparison(grid, [LabelledSet(bundle)], "test", tmp_path)
+    comparison.run()
+    assert comparison.rates == {"base": 0.001, "block": 0.002}
+    tested = {run for run, name, part in looked if part == "test" and name == "encoder"}
+    assert tested == {"base-lr0.001-0", "base-lr0.001-1", "block-lr0.002-0", "block-lr0.002-1"}
+    chosen = {run for run, _, part in looked if part == "validation"}
+    assert chosen == {f"{arm}-lr{rate}-0" for arm in ARMS for rate in (0.001, 0.002)}
+    assert len(list((tmp_path / "runs").iterdir())) == 6  # the first seed's runs are used again
+    assert "learning rate of 0.001, 0.002, by 10 labels a class on the validation part, seed 0" in comparison.notes()[0]
+
+
+def test_the_validation_part_is_no_test_shape(bundle):
+    parts = {part: outcomes.Shapes.read(LabelledSet(bundle), 64, part) for part in ("test", "validation")}
+    tested = {cloud.tobytes() for cloud in parts["test"].scored.points[:]}
+    validated = {cloud.tobytes() for half in parts["validation"][2:4] for cloud in half.points[:]}
+    assert not tested & validated
+    assert parts["test"].key != parts["validation"].key
+
+
+def test_a_rate_is_that_of_the_arm_s_own_objective(write_grid):
+    arms = {"base": {}, "rival": {"objective": "generative"}, "taught": {"teacher": "generative"}}
+    grid = read_grid(write_grid(arms=arms, lr=[0.5], settings={"generative": {"lr": 0.004, "max_steps": 4}}), {})
+    assert grid.config("base", 0, 0.5).lr == 0.5
+    rival, taught = grid.config("rival", 3, 0.5), grid.config("taught", 0, 0.5)
+    assert (rival.lr, rival.generative.lr, rival.seed) == (0.5, 0.5, 3)
+    assert (taught.lr, taught.generative.lr, taught.schedule("generative").lr) == (0.5, 0.004, 0.004)
+    assert read_grid(write_grid(arms=arms, settings={"generative": {"lr": 0.004}}), {}).arms["rival"].lr == 0.004
+
+
+def test_flags_say_what_is_trained_on_and_scored(write_grid, monkeypatch, tmp_path):
+    """--up-axis is that of the data too where nothing else is scored."""
+    seen = []
+    monkeypatch.setattr(comparing, "compare", lambda plan, sets, part, out: seen.append((plan, sets, part)))
+    call(write_grid(), "--data", "a.npz", "--up-axis", "y", "--out", tmp_path)
+    call(write_grid(), "--data", "a.npz", "--score", "b.npz", "c.npz", "--up-axis", "y", "z", "--labels-key", "labels",
+         "fine", "--part", "validation", "--out", tmp_path)  # fmt: skip
+    (first, sets, part), (second, others, validation) = seen
+    assert (first.arms["base"].data, first.arms["base"].up_axis) == (("a.npz",), ("y",))
+    assert (sets, part, validation) == ([LabelledSet("a.npz", "labels", "y")], "test", "validation")
+    assert second.arms["base"].up_axis == ("z",)
+    assert others == [LabelledSet("b.npz", "labels", "y"), LabelledSet("c.npz", "fine", "z")]
