@@ -29,7 +29,7 @@ def layer_features(
 
 
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings, its statistics (BatchNorm, vectors where they are standardised) the clouds'."""
+    """A new encoder of the same settings, with the clouds' statistics in BatchNorm and, as there, in its vectors."""
     settings, points = vars(encoder)["_hub_mixin_config"], clouds.batch(np.arange(min(len(clouds), 1024)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -52,7 +52,8 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         dvae = make_dvae(config)
         return Task(Autoencoding(config.dvae, dvae), schedule, "dvae", dvae)
     encoder = PointEncoder(**vars(config.encoder))
-    calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))  # an EMA teacher reads these statistics from step 1
+    # An EMA teacher reads these statistics from step 1.
+    calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
     if objective == "generative":
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
