@@ -1,6 +1,7 @@
 """The house rules that a reader relies on."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
@@ -16,7 +17,7 @@ ROOMS = [
     {"training"},
     {"inference"},
     {"demo", "info", "predict", "report"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 # The probe loads networks and data but no trainer; the loop stamps runs with their provenance.
 
@@ -44,3 +45,45 @@ def test_imports_go_down_only():
 
 def test_no_file_is_too_long_to_read():
     assert {p.name: n for p in SOURCE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350} == {}
+
+
+# What Windows or macOS lack. A function that has an alternative may use them; nothing may when it is imported.
+LINUX_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "curses", "syslog", "readline"}
+LINUX_NAMES = {
+    "fork", "sysconf", "pread", "pwrite", "posix_fallocate", "sched_getaffinity", "getuid", "geteuid", "killpg",
+    "uname", "SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "SIGPIPE", "pthread_sigmask", "mkfifo",
+}  # fmt: skip
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a file is imported: everything but the bodies of functions, whose defaults and decorators do."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in (child.args, *child.decorator_list):
+                yield from at_import(part)
+        elif not isinstance(child, ast.Lambda):
+            yield from at_import(child)
+
+
+def only_on_linux(source: str) -> set[str]:
+    found = set()
+    for node in at_import(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & LINUX_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(alias.name for alias in node.names)} & (LINUX_MODULES | LINUX_NAMES)
+        elif isinstance(node, ast.Attribute):
+            found |= {node.attr} & LINUX_NAMES
+    return found
+
+
+def test_what_only_linux_has_is_found():
+    for source in ("import resource", "import os\nX = os.sysconf", "from os import fork"):
+        assert only_on_linux(source)
+    assert only_on_linux("import signal\ndef stop(number=signal.SIGKILL): pass") == {"SIGKILL"}
+    assert not only_on_linux("import os, signal\ndef f():\n    import resource\n    os.fork()")
+
+
+def test_no_file_needs_linux_to_be_imported():
+    assert {p.name: found for p in SOURCE.rglob("*.py") if (found := only_on_linux(p.read_text()))} == {}

@@ -21,7 +21,7 @@ from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "jepa3d"
-PAGES = ["README.md", "CONTRIBUTING.md", "src/jepa3d/weights/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src/jepa3d/weights/README.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -116,7 +116,7 @@ def commands_of(document: str) -> list[list[str]]:
     return [words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"]  # test_view.py's
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "src/jepa3d/weights/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src/jepa3d/weights/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -30,7 +30,7 @@ def merge(base: dict, *overrides: dict) -> dict:
 def read_recipe(path: str | Path) -> dict:
     """A recipe's overrides and the name of its preset. ValueError for anything but a mapping."""
     try:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):

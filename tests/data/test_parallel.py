@@ -46,8 +46,9 @@ def is_there(process: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_workers_of_a_stopped_command_are_gone_within_seconds(tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_the_workers_of_a_stopped_command_are_gone_within_seconds(tmp_path, name):
+    number = signal.Signals[name]
     (tmp_path / "slow_work.py").write_text(WORK)
     (tmp_path / "main.py").write_text(MAIN)
     seen = tmp_path / "seen"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import multiprocessing
 import os
 from itertools import islice
 
@@ -165,7 +166,10 @@ def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(mode
         embed_files([scans], out, model, workers=1)
 
 
-def test_two_processes_give_what_one_gives(model, scans, tmp_path):
+@pytest.mark.parametrize("method", sorted({*multiprocessing.get_all_start_methods()} - {"fork"}))
+def test_two_processes_give_what_one_gives(model, scans, tmp_path, monkeypatch, method):
+    """However the processes are started; Windows has `spawn` only."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [method])
     for workers in (1, 2):
         embed_files([scans], tmp_path / f"{workers}.parquet", model, workers=workers)
     assert same(rows(tmp_path / "1.parquet"), rows(tmp_path / "2.parquet"))

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -337,6 +336,7 @@ def test_a_second_command_on_a_run_is_refused_by_name(tiny, cut, tmp_path):
 @pytest.mark.parametrize("limit", [2_000, 30_000, 60_000])
 def test_a_full_disk_names_the_file_and_what_was_whole_stays(tiny, cut, tmp_path, limit):
     """A limit on the size of files stands for the disk: small ones fit, weights or moments do not."""
+    resource = pytest.importorskip("resource")
     run = shutil.copytree(cut[0], tmp_path / "run")
     before = {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".jsonl"}
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -40,6 +41,8 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     """`work` of every chunk, in order. An entry whose parser kills its process is found and skipped."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # the most that Python allows there
     if method == "forkserver":
         context.set_forkserver_preload([preload])
 

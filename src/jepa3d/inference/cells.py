@@ -1,6 +1,5 @@
 """Points of a scene sorted by grid cell on disk, so that any cell is one read: an external bucket sort."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,13 +123,13 @@ class Cells:
     def __init__(self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray):
         self.grid, self.keys, self.counts, self.coords = grid, keys, counts, coords  # n, n, n 3
         self.starts = np.cumsum(counts) - counts
-        self._file = path.open("rb")
+        self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
         """Records of the cell-th cell from its first-th point."""
         count = int(self.counts[cell]) - first if count is None else count
-        size, at = RECORD.itemsize, int(self.starts[cell]) + first
-        return np.frombuffer(os.pread(self._file.fileno(), count * size, at * size), RECORD)
+        self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
+        return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
         """The occupied cells among those at coords n 3."""

@@ -1,11 +1,11 @@
 """Progress of a run: a line or a bar for people, metrics.jsonl for programs, and what the run has cost."""
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -35,6 +35,10 @@ def peak_memory() -> int:
     """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
     if torch.accelerator.is_available() and hasattr(torch.get_device_module(), "max_memory_allocated"):
         return torch.get_device_module().max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

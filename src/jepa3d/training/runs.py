@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
+import psutil
 from accelerate import PartialState
 from torch import nn
 
@@ -112,7 +113,7 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
     """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever the rest takes."""
-    encoder, memory = config.encoder, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    encoder, memory = config.encoder, psutil.virtual_memory().total
     weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)  # gradient, two moments
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
