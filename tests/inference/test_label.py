@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.evaluation.classifiers import fit_head
 from jepa3d.inference import label as module
-from jepa3d.inference.label import cluster, fit, label, read_names
+from jepa3d.inference.label import cluster, label, read_names
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load, load_network
 from jepa3d.predict import predict_files
@@ -48,9 +49,9 @@ def test_clusters_are_those_of_the_vectors_nearest_first():
 
 def test_the_head_is_estimated_on_what_it_did_not_see():
     y = np.repeat(np.arange(3), 20)
-    assert fit(RNG.normal(size=(60, 50)), y)[1] < 0.6
-    assert fit(np.eye(3)[y] + RNG.normal(scale=0.1, size=(60, 3)), y)[1] > 0.95
-    assert fit(np.eye(3), np.arange(3))[1] is None
+    assert fit_head(RNG.normal(size=(60, 50)), y)[1] < 0.6
+    assert fit_head(np.eye(3)[y] + RNG.normal(scale=0.1, size=(60, 3)), y)[1] > 0.95
+    assert fit_head(np.eye(3), np.arange(3))[1] is None
 
 
 @pytest.mark.parametrize("classes", [2, 3])

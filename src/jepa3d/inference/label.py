@@ -14,15 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.evaluation.fitting import one_thread, side_by_side
+from jepa3d.evaluation.classifiers import fit_head, set_head
+from jepa3d.evaluation.fitting import one_thread
 from jepa3d.inference.embedding import embed_files
 from jepa3d.inference.neighbours import display, draw
 from jepa3d.inference.vectors import Vectors, to_numpy
@@ -33,7 +30,6 @@ from jepa3d.plain import printable, write_bytes
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # representatives of a cluster
-_CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the head's regularisation that are tried
 _SEED = 0
 
 
@@ -77,7 +73,7 @@ def label(
         return
     rows = np.array([i for i, path in enumerate(where) if path in known])
     classes, y = np.unique([known[where[i]] for i in rows], return_inverse=True)
-    head, estimate = fit(x[rows], y)
+    head, estimate = fit_head(x[rows], y)
     probability = head.predict_proba(x)
     _save(head, model, vectors.making.layer, vectors.making.pooling, classes.tolist(), out / "model")
     order = np.argsort(probability.max(1), kind="stable")
@@ -105,29 +101,6 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     for number in np.argsort(-sizes, kind="stable"):
         inside = np.flatnonzero(means.labels_ == number)
         yield inside[np.argsort(distance[inside], kind="stable")]
-
-
-def fit(x: np.ndarray, y: np.ndarray):
-    """Logistic regression on standardised vectors n E of classes n, and its cross-validated accuracy, or None.
-
-    The strength of regularisation is chosen by the same folds, so the estimate is a little too good.
-    """
-    folds = min(5, int(np.bincount(y).min()))
-    with one_thread():
-        if folds < 2:
-            return _head(_CS[1]).fit(x, y), None
-        scores = side_by_side(_cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size)
-        best = int(np.argmax(scores))
-        return _head(_CS[best]).fit(x, y), scores[best]
-
-
-def _head(c: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-
-
-def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> float:
-    split = StratifiedKFold(folds, shuffle=True, random_state=_SEED)
-    return float(cross_val_score(_head(c), x, y, cv=split).mean())
 
 
 def read_names(file: Path, where: list[str]) -> dict[str, str]:
@@ -165,18 +138,12 @@ def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
     return known
 
 
-def _save(head, model: str, layer: int, pooling: str, classes: list[str], folder: Path) -> None:
-    """Encoder and head in one network; the standardisation becomes part of the head's weights."""
+def _save(head: Pipeline, model: str, layer: int, pooling: str, classes: list[str], folder: Path) -> None:
+    """Encoder and head in one network."""
     encoder = load(model)
-    scale, linear = head[0], head[1]
-    weight, bias = linear.coef_ / scale.scale_, linear.intercept_
-    if len(classes) == 2:  # scikit-learn has one row: the second class against the first
-        weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
     network = LinearClassifier(vars(encoder)["_hub_mixin_config"], classes, layer, pooling)
     network.encoder.load_state_dict(encoder.state_dict())
-    with torch.no_grad():
-        network.out.weight.copy_(torch.from_numpy(weight))
-        network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
+    set_head(network, head)
     replace_folder(folder, network.save_pretrained)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa3d.models.encoder import Clouds, PointEncoder
+from jepa3d.models.encoder import Clouds, PointEncoder, pool
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
@@ -54,7 +54,7 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
 
 
 class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
-    """A linear head on an encoder's vectors, as `jepa3d label` fits it; `predict` as of `Classifier`."""
+    """A linear head on an encoder's vectors, as `jepa3d label` fits it and head-first fine-tuning begins with it."""
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
 
@@ -63,9 +63,16 @@ class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "
         self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
 
+    def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Logits B classes of clouds B N 3 in the unit sphere; `generator` draws grouping and drop-path."""
+        encoder, grouped = self.encoder, _group(self.encoder, points, generator)
+        tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
+        states = encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))
+        return self.out(pool(states[self.layer], self.pooling))
+
     def predict(self, points: Clouds) -> Tensor:
         """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
-        return self.out(self.encoder.embed(points, self.layer, self.pooling))
+        return self(self.encoder.prepare(points))
 
 
 class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-segmentation"], license="apache-2.0"):
