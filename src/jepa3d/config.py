@@ -209,7 +209,8 @@ class FinetuneConfig(RunConfig):
     init: str | None = None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
     num_points: int | None = within(None, "[1, 1e7]")  # a cloud, where not the encoder's own
     num_groups: int | None = within(None, "[1, 65536]")  # patches a cloud, where not the encoder's own
-    trained: Literal["all", "head"] = "all"  # head: the encoder stays as it is
+    # head: the encoder stays as it is; head_first: a linear head is fitted to it, then all weights are trained
+    trained: Literal["all", "head", "head_first"] = "all"
     layer_decay: float = within(1.0, "(0, 1]")  # factor of the learning rate from one block to the one before it
     dropout: float = within(0.5, "[0, 1)")
     label_smoothing: float = within(0.0, "[0, 1)")

@@ -17,7 +17,7 @@ from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import sampled
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
-from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load_network
 from jepa3d.plain import printable, write_bytes
 
@@ -92,12 +92,20 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
 @torch.no_grad()
 def classify_cloud(
     network: Classifier | LinearClassifier, cloud: PointCloud, axes: np.ndarray
-) -> tuple[str, float, str, float]:
-    """The two most probable classes of a cloud, each with its probability; `axes` turns it z-up."""
-    probability = network.predict(cloud.points @ axes.T)[0].softmax(-1)
-    value, index = probability.topk(2)
+) -> tuple[str, float | str, str, float]:
+    """The two most probable classes of a cloud, each with its probability; `axes` turns it z-up.
+
+    Of a cloud unlike every class: `UNKNOWN`, an empty probability, then the most probable class.
+    """
+    points, unknown = network.encoder.prepare(cloud.points @ axes.T), False
+    if isinstance(network, LinearClassifier):
+        vectors = network.vectors(points)
+        unknown, logits = bool(network.unknown(vectors)), network.out(vectors)
+    else:
+        logits = network(points)
+    value, index = logits[0].softmax(-1).topk(2)
     (first, second), (a, b) = (network.class_names[i] for i in index), value.tolist()
-    return first, round(a, 4), second, round(b, 4)
+    return (UNKNOWN, "", first, round(a, 4)) if unknown else (first, round(a, 4), second, round(b, 4))
 
 
 @torch.no_grad()

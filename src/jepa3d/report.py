@@ -14,7 +14,7 @@ from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
-from jepa3d.models.heads import Classifier
+from jepa3d.models.ready import load_network
 from jepa3d.models.teacher import load_module
 from jepa3d.page import Bar, facts, folded, note, page, picture, pictures, section, show, table, tiles
 from jepa3d.plain import differences, from_dict, read_checked, read_record, to_dict, write_bytes
@@ -197,7 +197,7 @@ def _test_features(run: Path, config: dict, data: str) -> tuple[np.ndarray, np.n
     for folder in (run / "start", run / "model"):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
-    start, network = load_module(str(run / "start")), Classifier.from_pretrained(run / "model")
+    start, network = load_module(str(run / "start")), load_network(run)
     settings = from_dict(FinetuneConfig, {k: v for k, v in config.items() if k != "task"} | {"data": data})
     shapes = Labelled.load(settings, network.encoder.num_points).test
     labels = shapes.labels

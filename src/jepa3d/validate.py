@@ -49,6 +49,10 @@ def validate_finetune(config: FinetuneConfig) -> None:
     if config.batch_size < 2 * config.accumulate:
         passes = f" a pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
         raise ValueError(f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes")
+    if config.trained == "head_first" and isinstance(config, SegmentConfig):
+        raise ValueError("trained head_first is for classes of whole shapes; segment takes all or head")
+    if config.trained == "head_first" and config.init is None:
+        raise ValueError("trained head_first needs --init, an encoder; from scratch take all")
     if isinstance(config, FewshotConfig):
         if config.mixed_precision == "measure" or config.compile == "auto":
             raise ValueError("mixed_precision measure and compile auto: folds are too short for a trial; say which")

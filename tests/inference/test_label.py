@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.evaluation.classifiers import fit_head
 from jepa3d.inference import label as module
-from jepa3d.inference.label import cluster, fit, label, read_names
+from jepa3d.inference.label import cluster, label, read_names
+from jepa3d.inference.unknown import FEWEST, known_clouds
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load, load_network
 from jepa3d.predict import predict_files
@@ -48,9 +50,9 @@ def test_clusters_are_those_of_the_vectors_nearest_first():
 
 def test_the_head_is_estimated_on_what_it_did_not_see():
     y = np.repeat(np.arange(3), 20)
-    assert fit(RNG.normal(size=(60, 50)), y)[1] < 0.6
-    assert fit(np.eye(3)[y] + RNG.normal(scale=0.1, size=(60, 3)), y)[1] > 0.95
-    assert fit(np.eye(3), np.arange(3))[1] is None
+    assert fit_head(RNG.normal(size=(60, 50)), y)[1] < 0.6
+    assert fit_head(np.eye(3)[y] + RNG.normal(scale=0.1, size=(60, 3)), y)[1] > 0.95
+    assert fit_head(np.eye(3), np.arange(3))[1] is None
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -132,3 +134,59 @@ def test_a_list_without_names_costs_no_names_given_before(scans):
     with pytest.raises(ReadError, match="no names of these clouds"):
         label([scans / "scans"], out, model, names=scans / "blank.csv")
     assert (out / "names.csv").read_text() == text
+
+
+def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
+    y, rng = np.repeat([0, 1, 2], [12, 9, 1]), np.random.default_rng(1)
+    x = np.concatenate([3 * np.eye(6)[y] + rng.normal(size=(22, 6)), rng.normal(size=(40, 6))])
+    found, z = known_clouds(x, np.arange(22), y), (x - x.mean(0)) / x.std(0)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    best = []
+    for i in range(21):  # the last is alone in its class
+        others = [np.flatnonzero((y == c) & (np.arange(22) != i)) for c in range(3)]
+        means = [z[rows].mean(0) for rows in others]
+        best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
+    assert found.least == pytest.approx(min(best))
+    with pytest.raises(ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"):
+        known_clouds(x, np.arange(3, 22), y[3:])
+
+
+@pytest.fixture
+def named(scans):
+    """24 more scans, and a CSV that names all balls and sticks: the 16 plates are unlike them."""
+    for i in range(24):
+        points = np.loadtxt(scans / "scans" / f"{i:02}.xyz")
+        np.savetxt(scans / "scans" / f"{24 + i:02}.xyz", points + RNG.normal(scale=0.02, size=points.shape))
+    rows = [f"{scans}/scans/{i:02}.xyz,{('ball', 'stick')[i % 3]}" for i in range(48) if i % 3 < 2]
+    (scans / "names.csv").write_text("path,name\n" + "\n".join(rows))
+    return scans
+
+
+def test_clouds_unlike_every_named_one_are_called_unknown(named, capsys):
+    out, model = named / "out", str(named / "model")
+    label([named / "scans"], out, model, names=named / "names.csv", unknown=True)
+    rows = table(out / "labels.csv")
+    plates = {row["path"] for row in rows if int(row["path"][-6:-4]) % 3 == 2}
+    unknown = {row["path"] for row in rows if row["class"] == "unknown"}
+    assert len(plates & unknown) > 12
+    assert len(unknown - plates) <= 2  # of 32: one in 20
+    assert f"{len(unknown)} clouds are called unknown" in capsys.readouterr().out
+    for row in rows:
+        assert (row["probability"] == "") == (row["class"] == "unknown")
+        assert row["second"] in ("ball", "stick")
+    assert [row["class"] == "unknown" for row in rows] == [True] * len(unknown) + [False] * (48 - len(unknown))
+    predict_files(out, [named / "scans"], named / "p.csv")
+    assert {row["file"] for row in table(named / "p.csv") if row["class"] == "unknown"} == unknown
+    label([named / "scans"], out, model, names=named / "names.csv")
+    assert {row["class"] for row in table(out / "labels.csv")} == {"ball", "stick"}
+
+
+def test_unknown_is_no_name_of_a_class_then_and_needs_enough_named_clouds(named):
+    text = (named / "names.csv").read_text()
+    (named / "names.csv").write_text(text.replace(",stick", ",unknown"))
+    with pytest.raises(ValueError, match=r"names\.csv has a class of that name"):
+        label([named / "scans"], named / "out", str(named / "model"), names=named / "names.csv", unknown=True)
+    (named / "names.csv").write_text("\n".join(text.splitlines()[:10]))
+    with pytest.raises(ValueError, match="there are 9; name more"):
+        label([named / "scans"], named / "out", str(named / "model"), names=named / "names.csv", unknown=True)
+    assert not (named / "out" / "labels.csv").exists()

@@ -13,10 +13,13 @@ from jepa3d import config as settings
 from jepa3d.cli import main
 from jepa3d.config import FinetuneConfig, SegmentConfig
 from jepa3d.data.synthetic import make_shapes
+from jepa3d.evaluation.classifiers import fit_head
+from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled, stratified
 from jepa3d.evaluation.supervised import predict
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.models.heads import Classifier
+from jepa3d.models.heads import Classifier, LinearClassifier
+from jepa3d.models.ready import load_network
 from jepa3d.plain import from_dict, merge
 from jepa3d.training import finetune as training
 from jepa3d.training.finetune import finetune
@@ -129,6 +132,62 @@ def test_a_frozen_encoder_stays_and_the_head_learns(config, tmp_path):
     assert all(torch.equal(value, end[f"encoder.{name}"]) for name, value in start.items())
     assert end["cls_token"].any()
     assert result(run)["protocol"] == "fine-tuned, head only"
+
+
+@pytest.fixture
+def head_first(config, tmp_path):
+    """A function: overrides -> settings of a run from an encoder, head first."""
+    torch.manual_seed(5)
+    PointEncoder(**ENCODER).save_pretrained(tmp_path / "given")
+    given = {"init": str(tmp_path / "given"), "trained": "head_first"}
+    return lambda **overrides: config(**given | overrides)
+
+
+def test_head_first_begins_as_the_frozen_probe(head_first):
+    config = head_first()
+    data, encoder = Labelled.load(config, 64), training.start_encoder(config, None)
+    said = predict(training.make_network(config, data, data.train, encoder), data.test)
+    head = fit_head(layer_features(encoder, data.train)[-1], data.train.labels)[0]
+    expected = head.predict_proba(layer_features(encoder, data.test)[-1])
+    np.testing.assert_allclose(said["probability"], expected, atol=1e-4)
+    assert (said["predicted"] == data.test.labels).mean() > 0.5
+
+
+def test_head_first_trains_all_but_the_statistics_of_batchnorm(head_first, tmp_path):
+    run = finetune(head_first(), tmp_path / "run")
+    start, end = load_file(run / "start" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    same = {name for name, value in start.items() if torch.equal(value, end[f"encoder.{name}"])}
+    kept = ("running_mean", "running_var", "num_batches_tracked")
+    assert same == {name for name in start if name.endswith(kept)} != set()
+    assert result(run)["protocol"] == "fine-tuned, head first"
+    assert isinstance(load_network(run), LinearClassifier)
+
+
+def test_a_resumed_head_first_run_is_the_uninterrupted_one(head_first, tmp_path):
+    whole = finetune(head_first(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        finetune(head_first(), tmp_path / "cut", stop_at=5)
+    cut = finetune(head_first(), tmp_path / "cut", resume=True)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert result(whole)["metrics"] == result(cut)["metrics"]
+
+
+def test_head_first_takes_one_label_a_class(head_first, tmp_path):
+    run = finetune(head_first(labels=0.01, max_steps=2), tmp_path / "run")
+    assert result(run)["data"]["train"] == result(run)["data"]["classes"]
+
+
+def test_head_first_needs_an_encoder_and_whole_shapes(config, segment_config, tmp_path):
+    with pytest.raises(ValueError, match="head_first needs --init"):
+        finetune(config(trained="head_first"), tmp_path / "run")
+    with pytest.raises(ValueError, match="segment takes all or head"):
+        finetune(segment_config(trained="head_first", init="default"), tmp_path / "run")
+
+
+def test_the_encoder_of_the_package_is_a_beginning(config):
+    encoder = training.start_encoder(config(init="default", num_points=256, num_groups=32), None)
+    assert (encoder.width, encoder.num_points, encoder.num_groups) == (192, 256, 32)
 
 
 def test_layer_decay_slows_the_early_layers():

@@ -160,6 +160,7 @@ def label(
     up_axis: str = "z",
     clusters: int | None = None,
     names: Path | None = None,
+    unknown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """From unlabelled clouds to a classifier: clusters, names for a few of them, and a label for every cloud.
 
@@ -177,9 +178,11 @@ def label(
         How many to propose; by default the square root of half the clouds, at most 40.
     names: Path
         A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a terminal you are asked.
+    unknown: bool
+        Call clouds that are unlike every named one unknown; of the named classes one in 20 is, wrongly.
     """
     from jepa3d.inference.label import label as run
     from jepa3d.locking import writing
 
     with writing(out):
-        run(paths, out, model, up_axis, clusters, names)
+        run(paths, out, model, up_axis, clusters, names, unknown)

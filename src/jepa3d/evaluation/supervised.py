@@ -10,15 +10,16 @@ from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.evaluation.classifiers import by_class, class_accuracy
 from jepa3d.evaluation.partseg import mean_iou, restricted_argmax
-from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
 
+Network = Classifier | LinearClassifier | Segmenter
 VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2  # of the copies that vote: Point-MAE's
 
 
 @torch.no_grad()
 def predict(
-    network: Classifier | Segmenter, clouds: PointClouds, votes: int = 1, seed: int = 0, batch_size: int = 64
+    network: Network, clouds: PointClouds, votes: int = 1, seed: int = 0, batch_size: int = 64
 ) -> dict[str, np.ndarray]:
     """`predicted`, n classes or n N parts within each shape's category; of a classifier also `probability` n classes.
 
@@ -54,14 +55,14 @@ def predict(
     return out | ({"probability": np.concatenate(probability)} if probability else {})
 
 
-def score(network: Classifier | Segmenter, clouds: PointClouds) -> float:
+def score(network: Network, clouds: PointClouds) -> float:
     """The figure that chooses an epoch: overall accuracy, or instance mIoU, per cent."""
     metrics = figures(network, clouds, predict(network, clouds))[0]
     return metrics["instance_miou" if isinstance(network, Segmenter) else "overall_accuracy"]
 
 
 def figures(
-    network: Classifier | Segmenter, clouds: PointClouds, predicted: dict[str, np.ndarray]
+    network: Network, clouds: PointClouds, predicted: dict[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics in per cent, and their details by class or category."""
     assert clouds.labels is not None

@@ -83,14 +83,7 @@ class ToClasses(nn.Module):
         self.network = network
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        points = prepared(self.network.encoder, points)
-        if isinstance(self.network, Classifier):
-            return (self.network(points),)
-        encoder = self.network.encoder
-        grouped = group(points, encoder.num_groups, encoder.group_size)
-        states = encoder.hidden_states(encoder.tokenizer(grouped.patches), encoder.position(grouped.centers))
-        layer, pooling = self.network.layer, self.network.pooling
-        return (self.network.out(encoder.pool(states[layer], layer, pooling)),)
+        return (self.network(prepared(self.network.encoder, points)),)
 
 
 def export(model: str, out: Path) -> None:

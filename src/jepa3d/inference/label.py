@@ -4,7 +4,8 @@ OUT/vectors.parquet  of the clouds, by the frozen encoder
 OUT/names.csv        path, name, cluster: the clouds nearest to each centre; fill in names you know, add any others
 OUT/clusters.html    these clouds, drawn
 OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
-OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first
+OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first.
+                     Of an unknown cloud the class is `unknown`, the probability empty, the second its likeliest class
 """
 
 import csv
@@ -16,24 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.evaluation.fitting import one_thread, side_by_side
+from jepa3d.evaluation.classifiers import fit_head, set_head
+from jepa3d.evaluation.fitting import one_thread
 from jepa3d.inference.embedding import embed_files
 from jepa3d.inference.neighbours import display, draw
+from jepa3d.inference.unknown import Known, known_clouds
 from jepa3d.inference.vectors import Vectors, to_numpy
-from jepa3d.models.heads import LinearClassifier
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.heads import UNKNOWN, LinearClassifier
 from jepa3d.models.ready import load
 from jepa3d.page import note, page, section
 from jepa3d.plain import printable, write_bytes
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # representatives of a cluster
-_CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the head's regularisation that are tried
 _SEED = 0
 
 
@@ -44,10 +44,12 @@ def label(
     up_axis: str = "z",
     clusters: int | None = None,
     names: Path | None = None,
+    unknown: bool = False,
 ) -> None:
     """Embed the clouds at `paths`, propose clusters, and with names (a CSV, or asked for) train and label all.
 
-    clusters: their number; by default the square root of half the clouds, at most 40. Raises ValueError and ReadError.
+    clusters: their number; by default the square root of half the clouds, at most 40. unknown: call clouds that are
+    unlike every named one unknown. Raises ValueError and ReadError.
     """
     if names is not None and not names.is_file():
         raise ReadError(f"--names {names}: no such file")
@@ -77,21 +79,29 @@ def label(
         return
     rows = np.array([i for i, path in enumerate(where) if path in known])
     classes, y = np.unique([known[where[i]] for i in rows], return_inverse=True)
-    head, estimate = fit(x[rows], y)
-    probability = head.predict_proba(x)
-    _save(head, model, vectors.making.layer, vectors.making.pooling, classes.tolist(), out / "model")
-    order = np.argsort(probability.max(1), kind="stable")
+    if unknown and UNKNOWN in classes:
+        raise ValueError(f"--unknown: {names} has a class of that name; give it another")
+    seen = known_clouds(x, rows, y) if unknown else None
+    head, estimate = fit_head(x[rows], y)
+    making = vectors.making
+    network = _network(head, load(model), making.layer, making.pooling, classes.tolist(), seen)
+    replace_folder(out / "model", network.save_pretrained)
+    probability, unlike = head.predict_proba(x), network.unknown(torch.from_numpy(x)).numpy()
+    order = np.argsort(np.where(unlike, 0, probability.max(1)), kind="stable")
     first, second = np.argsort(-probability, 1, kind="stable")[:, :2].T
 
-    def cells(i: int, best: np.ndarray) -> tuple[str, str]:
-        return classes[best[i]], f"{probability[i, best[i]]:.4f}"
+    def cells(i: int) -> tuple[str, ...]:
+        (a, b), (c, d) = ((classes[k], f"{probability[i, k]:.4f}") for k in (first[i], second[i]))
+        return (UNKNOWN, "", a, b) if unlike[i] else (a, b, c, d)
 
-    found = [(where[i], *cells(i, first), *cells(i, second)) for i in order]
+    found = [(where[i], *cells(i)) for i in order]
     _write_csv(out / "labels.csv", [("path", "class", "probability", "second", "second_probability"), *found])
     alone = [printable(str(name)) for name, count in zip(classes, np.bincount(y), strict=True) if count == 1]
     told = f"no estimate while there is one cloud of {', '.join(alone)}; name a second of each, and run this again"
     told = told if estimate is None else f"{100 * estimate:.1f} % right, cross-validated"
     print(f"{len(rows):,} named clouds of {len(classes)} classes: {told}")
+    if unknown:
+        print(f"{unlike.sum():,} clouds are called unknown; of those of the named classes about 1 in 20 is")
     print(f"written: {out / 'labels.csv'}, {len(x):,} clouds, least certain first; jepa3d predict {out} labels others")
 
 
@@ -105,29 +115,6 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     for number in np.argsort(-sizes, kind="stable"):
         inside = np.flatnonzero(means.labels_ == number)
         yield inside[np.argsort(distance[inside], kind="stable")]
-
-
-def fit(x: np.ndarray, y: np.ndarray):
-    """Logistic regression on standardised vectors n E of classes n, and its cross-validated accuracy, or None.
-
-    The strength of regularisation is chosen by the same folds, so the estimate is a little too good.
-    """
-    folds = min(5, int(np.bincount(y).min()))
-    with one_thread():
-        if folds < 2:
-            return _head(_CS[1]).fit(x, y), None
-        scores = side_by_side(_cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size)
-        best = int(np.argmax(scores))
-        return _head(_CS[best]).fit(x, y), scores[best]
-
-
-def _head(c: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
-
-
-def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> float:
-    split = StratifiedKFold(folds, shuffle=True, random_state=_SEED)
-    return float(cross_val_score(_head(c), x, y, cv=split).mean())
 
 
 def read_names(file: Path, where: list[str]) -> dict[str, str]:
@@ -165,19 +152,18 @@ def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
     return known
 
 
-def _save(head, model: str, layer: int, pooling: str, classes: list[str], folder: Path) -> None:
-    """Encoder and head in one network; the standardisation becomes part of the head's weights."""
-    encoder = load(model)
-    scale, linear = head[0], head[1]
-    weight, bias = linear.coef_ / scale.scale_, linear.intercept_
-    if len(classes) == 2:  # scikit-learn has one row: the second class against the first
-        weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
-    network = LinearClassifier(vars(encoder)["_hub_mixin_config"], classes, layer, pooling)
+def _network(
+    head: Pipeline, encoder: PointEncoder, layer: int, pooling: str, classes: list[str], known: Known | None
+) -> LinearClassifier:
+    """Encoder, head, and where `known` is given what is unlike every class, in one network."""
+    least = known.least if known else -1.0
+    network = LinearClassifier(vars(encoder)["_hub_mixin_config"], classes, layer, pooling, least)
     network.encoder.load_state_dict(encoder.state_dict())
-    with torch.no_grad():
-        network.out.weight.copy_(torch.from_numpy(weight))
-        network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
-    replace_folder(folder, network.save_pretrained)
+    set_head(network, head)
+    if known:
+        for name in ("shift", "spread", "means"):
+            getattr(network, name).copy_(torch.from_numpy(getattr(known, name)))
+    return network
 
 
 def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: Path) -> None:

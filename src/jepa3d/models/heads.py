@@ -11,6 +11,8 @@ from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
 
+UNKNOWN = "unknown"  # what a cloud unlike every class is called
+
 
 class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
     """[class token ; max over tokens] -> 256 -> 256 -> classes with BatchNorm, ReLU, dropout (Point-MAE, ACT).
@@ -54,18 +56,51 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
 
 
 class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
-    """A linear head on an encoder's vectors, as `jepa3d label` fits it; `predict` as of `Classifier`."""
+    """A linear head on an encoder's vectors, as `jepa3d label` fits it and head-first fine-tuning begins with it.
+
+    A cloud is unknown where the cosine of its vector, standardised, to the nearest class mean is under `least_likeness`
+    (-1: never; see inference/unknown.py). That changes no logit.
+    """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
 
-    def __init__(self, encoder: dict[str, Any], class_names: list[str], layer: int = -1, pooling: str = "mean_max"):
+    def __init__(
+        self,
+        encoder: dict[str, Any],
+        class_names: list[str],
+        layer: int = -1,
+        pooling: str = "mean_max",
+        least_likeness: float = -1.0,
+    ):
         super().__init__()
         self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
+        self.least_likeness = least_likeness
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
+        if least_likeness > -1:
+            self.shift, self.spread = (nn.Buffer(torch.ones(self.out.in_features)) for _ in range(2))
+            self.means = nn.Buffer(torch.ones_like(self.out.weight))
+
+    def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """Logits B classes of clouds B N 3 in the unit sphere; `generator` draws grouping and drop-path."""
+        return self.out(self.vectors(points, generator))
+
+    def vectors(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+        """What the head sees, B E, of what `forward` takes."""
+        encoder, grouped = self.encoder, _group(self.encoder, points, generator)
+        tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
+        states = encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))
+        return encoder.pool(states[self.layer], self.layer, self.pooling)
+
+    def unknown(self, vectors: Tensor) -> Tensor:
+        """Mask B of the vectors B E that are unlike every class."""
+        if self.least_likeness <= -1:
+            return torch.zeros(len(vectors), dtype=torch.bool)
+        likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
+        return likeness.amax(-1) < self.least_likeness
 
     def predict(self, points: Clouds) -> Tensor:
         """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
-        return self.out(self.encoder.embed(points, self.layer, self.pooling))
+        return self(self.encoder.prepare(points))
 
 
 class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-segmentation"], license="apache-2.0"):

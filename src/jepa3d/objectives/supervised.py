@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.data.cloud import UNLABELLED
-from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator
 
 
@@ -19,22 +19,26 @@ class SupervisedOutput(NamedTuple):
 class Supervised(nn.Module):
     """Cross-entropy with label smoothing, over the points that have a label.
 
-    `frozen`: the encoder stays as it is, its BatchNorms too.
+    `trained` "head": the encoder stays as it is. "head_first": its BatchNorms keep their statistics, all else learns.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
     """
 
-    def __init__(self, network: Classifier | Segmenter, label_smoothing: float = 0.0, frozen: bool = False):
+    def __init__(
+        self, network: Classifier | LinearClassifier | Segmenter, label_smoothing: float = 0.0, trained: str = "all"
+    ):
         super().__init__()
-        self.network, self.label_smoothing, self.frozen = network, label_smoothing, frozen
-        if frozen:
+        self.network, self.label_smoothing, self.trained = network, label_smoothing, trained
+        if trained == "head":
             network.encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Supervised":
         super().train(mode)
-        if self.frozen:
+        if self.trained == "head":
             self.network.encoder.eval()
+        elif self.trained == "head_first":
+            self.network.encoder.tokenizer.eval()  # no other part of it has a BatchNorm
         return self
 
     def forward(

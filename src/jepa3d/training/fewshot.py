@@ -21,7 +21,7 @@ from jepa3d.evaluation.protocol import Result, moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.plain import read_checked, to_dict
 from jepa3d.training import runs
-from jepa3d.training.finetune import arm_settings, begin, finetune, init_name, num_points, pretraining_of
+from jepa3d.training.finetune import FINETUNED, arm_settings, begin, finetune, init_name, num_points, pretraining_of
 from jepa3d.training.progress import cpu_seconds
 
 WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logistic": "frozen, logistic regression"}
@@ -35,7 +35,8 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     if started and runs.is_finished(out):
         return out
     clouds, folds, drawn = _folds(config, num_points(config), out / "episodes.json")
-    head = ", head only" if config.method == "finetune" and config.trained == "head" else ""
+    head = FINETUNED[config.trained].removeprefix("fine-tuned").removesuffix(", all weights")
+    head = head if config.method == "finetune" else ""
     name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}{head}"
     if encoder is None and config.method != "finetune":
         torch.manual_seed(config.seed)

@@ -20,11 +20,14 @@ import torch
 
 from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig, stored
 from jepa3d.data.datasets import PointClouds
+from jepa3d.evaluation.classifiers import fit_head, set_head
+from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result
-from jepa3d.evaluation.supervised import figures, predict, score
+from jepa3d.evaluation.supervised import Network, figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.ready import DEFAULT
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import read_record, to_dict, write_bytes
@@ -34,6 +37,9 @@ from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate_finetune
 
 Config = TypeVar("Config", bound=FinetuneConfig)
+FINETUNED = {
+    "all": "fine-tuned, all weights", "head": "fine-tuned, head only", "head_first": "fine-tuned, head first",
+}  # fmt: skip
 FEW = 100  # labels below which none are spared to choose an epoch by
 
 
@@ -71,7 +77,7 @@ def finetune(
     seen = {"validation": validation, "best-on-test": data.test, "last": None}[select]
     part = "test" if select == "best-on-test" else "validation"
     look = (lambda: score(network, seen)) if seen is not None else None
-    objective = Supervised(network, config.label_smoothing, config.trained == "head")
+    objective = Supervised(network, config.label_smoothing, config.trained)
     task = Task(
         objective, config, "model", network, targets=partial(_targets, train), look=look, looks_at=part,
         layer_decay=config.layer_decay,
@@ -142,7 +148,7 @@ def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | No
     source = str(own) if own else config.init
     if source is None:
         return None
-    loaded = load_module(source)
+    loaded = load_module(str(DEFAULT) if source == "default" else source)
     if not isinstance(loaded, PointEncoder):
         raise ValueError(f"--init {source}: not an encoder")
     sizes = {name: value for name in ("num_points", "num_groups") if (value := getattr(config, name)) is not None}
@@ -162,19 +168,22 @@ def num_points(config: FinetuneConfig) -> int:
     return config.num_points or config.encoder.num_points
 
 
-def make_network(
-    config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
-) -> Classifier | Segmenter:
-    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where there is one."""
+def make_network(config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None) -> Network:
+    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where there is one.
+
+    Head first, its head is fitted to the encoder's vectors of the train shapes.
+    """
     sizes = {"num_points": num_points(config), "num_groups": config.num_groups or config.encoder.num_groups}
     arguments: dict[str, Any] = vars(config.encoder) | sizes
     torch.manual_seed(config.seed)
     if isinstance(config, SegmentConfig):
         depth = config.encoder.depth
         layers = list(config.layers or (max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth))
-        network: Classifier | Segmenter = Segmenter(
+        network: Network = Segmenter(
             arguments, list(data.class_names), list(data.part_names), data.parts_of, layers, config.dropout
         )
+    elif config.trained == "head_first":
+        network = LinearClassifier(arguments, list(data.class_names))
     else:
         network = Classifier(arguments, list(data.class_names), config.dropout)
     if encoder is None:
@@ -182,6 +191,9 @@ def make_network(
         calibrate_batchnorm(network.encoder, train.batch(sample))
     else:
         network.encoder.load_state_dict(encoder.state_dict())
+    if isinstance(network, LinearClassifier):
+        assert train.labels is not None
+        set_head(network, fit_head(layer_features(network.encoder, train)[-1], train.labels)[0])
     return network
 
 
@@ -201,8 +213,7 @@ def protocol_name(config: FinetuneConfig) -> str:
     """What is trained, in words."""
     if isinstance(config, SegmentConfig):
         return "part segmentation" + ("" if config.trained == "all" else ", head only")
-    weights = {"all": "fine-tuned, all weights", "head": "fine-tuned, head only"}[config.trained]
-    return weights + (f", layer decay {config.layer_decay}" if config.layer_decay != 1 else "")
+    return FINETUNED[config.trained] + (f", layer decay {config.layer_decay}" if config.layer_decay != 1 else "")
 
 
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
