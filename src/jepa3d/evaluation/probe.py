@@ -116,11 +116,10 @@ def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.
 
 
 def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -> dict:
-    """10 labels a class (all of a smaller class), mean over 10 draws."""
-    rng, draws, jobs = np.random.default_rng(seed), [], []
+    """10 labels a class, mean over 10 draws."""
+    draws, jobs = [], []
     choices = [(layer, c) for layer in layers for c in grid]
-    for _ in range(_DRAWS):
-        shots = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)])
+    for shots in few_labels(y, seed):
         labels = y[shots]
         draws.append((shots, labels))
         if len(choices) == 1:
@@ -138,6 +137,12 @@ def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -
     ]
     found = moments(scores)
     return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": [list(choice) for choice in chosen]}
+
+
+def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Indices of 10 labels a class, all of a smaller class: of ten draws."""
+    rng, classes = np.random.default_rng(seed), [np.flatnonzero(y == k) for k in np.unique(y)]
+    return [np.concatenate([rng.permutation(own)[:_SHOTS] for own in classes]) for _ in range(_DRAWS)]
 
 
 def probe(

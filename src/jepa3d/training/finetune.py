@@ -24,7 +24,7 @@ from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result
 from jepa3d.evaluation.supervised import figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.models.heads import Classifier, Segmenter, thirds
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import read_record, to_dict, write_bytes
@@ -170,8 +170,7 @@ def make_network(
     arguments: dict[str, Any] = vars(config.encoder) | sizes
     torch.manual_seed(config.seed)
     if isinstance(config, SegmentConfig):
-        depth = config.encoder.depth
-        layers = list(config.layers or (max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth))
+        layers = list(config.layers or thirds(config.encoder.depth))
         network: Classifier | Segmenter = Segmenter(
             arguments, list(data.class_names), list(data.part_names), data.parts_of, layers, config.dropout
         )
