@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jepa3d import config as settings
 from jepa3d.data.synthetic import CLASS_NAMES, make_shapes
+from jepa3d.models.encoder import PointEncoder
 
 TINY = {
     "teacher": "ema",
@@ -84,3 +86,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("set JEPA3D_DATA to the folder of real bundles")
     return folder
+
+
+@pytest.fixture
+def encoder_and_data(tmp_path) -> tuple[str, str]:
+    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points each."""
+    made = make_shapes(120, 512, seed=0)["points"]
+    np.savez(tmp_path / "s.npz", points=made, labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
+    torch.manual_seed(0)
+    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "one")
+    return str(tmp_path / "one"), str(tmp_path / "s.npz")

@@ -1,4 +1,4 @@
-"""Mean average precision against its definition, what stands beside it, and corrupted queries."""
+"""Mean average precision against its definition, and what stands beside it."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -8,14 +8,10 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from jepa3d.cli import main
-from jepa3d.data import corruptions
-from jepa3d.data.corruptions import KINDS
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import retrieval as module
 from jepa3d.evaluation.descriptors import Descriptor, cosine, minus_l1
-from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search, sturdiness
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search
 
 RNG = np.random.default_rng(0)
 BASELINES = ["untrained", "histograms", "geometry"]
@@ -77,33 +73,23 @@ def test_the_interval_holds_the_mean_and_narrows_with_queries():
     assert high - low > 4 * (higher - lower)
 
 
-@pytest.fixture
-def given(tmp_path) -> tuple[str, str]:
-    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points each."""
-    made = make_shapes(120, 512, seed=0)["points"]
-    np.savez(tmp_path / "s.npz", points=made, labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
-    torch.manual_seed(0)
-    PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "one")
-    return str(tmp_path / "one"), str(tmp_path / "s.npz")
-
-
 def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarray]) -> None:
     """What `watched` makes of each descriptor's name and vectors takes their place."""
-    asked = module._asked
+    opened = module.opened
 
     def changed(*args, **options):
-        for encoder, descriptors, clouds, labels in asked(*args, **options):
+        for encoder, descriptors, train, clouds in opened(*args, **options):
             seen = {
                 name: Descriptor(lambda points, name=name, of=of: watched(name, of(points)), likeness)
                 for name, (of, likeness) in descriptors.items()
             }
-            yield encoder, seen, clouds, labels
+            yield encoder, seen, train, clouds
 
-    monkeypatch.setattr(module, "_asked", changed)
+    monkeypatch.setattr(module, "opened", changed)
 
 
-def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(given, monkeypatch, capsys):
-    model, data = given
+def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(encoder_and_data, monkeypatch, capsys):
+    model, data = encoder_and_data
     result = retrieval([model] * 2, data)
     assert result["queries"] == 60
     assert list(result["results"]) == [model, *BASELINES]
@@ -122,13 +108,13 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(give
     assert perfect["histograms"]["first_minus_this"] == pytest.approx(100 - perfect["histograms"]["map"])
 
 
-def test_no_baseline_s_statistics_are_of_the_searched_part(given, monkeypatch):
+def test_no_baseline_s_statistics_are_of_the_searched_part(encoder_and_data, monkeypatch):
     """The test part is exchanged for another; what the descriptors say of one cloud stays."""
-    model, data = given
+    model, data = encoder_and_data
     cloud = torch.from_numpy(make_shapes(1, 512, seed=3)["points"])
 
     def said() -> list[np.ndarray]:
-        encoder, descriptors, *_ = next(module._asked([model], data, "labels", "z", "test"))
+        encoder, descriptors, *_ = next(module.opened([model], data, "labels", "z", "test"))
         return [descriptor.of(encoder.prepare(cloud)) for descriptor in descriptors.values()]
 
     before = said()
@@ -137,52 +123,3 @@ def test_no_baseline_s_statistics_are_of_the_searched_part(given, monkeypatch):
     np.savez(data, **arrays)
     for one, other in zip(before, said(), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_corrupted_queries_have_a_row_a_kind_and_a_column_a_vector(given, monkeypatch, tmp_path, capsys):
-    model, data = given
-    monkeypatch.setattr(module, "QUERIES", 20)
-    with pytest.raises(SystemExit) as ended:
-        main(["retrieval", model, "--data", data, "--corruptions", "--out", str(tmp_path / "c.json")])
-    assert not ended.value.code
-    shown = capsys.readouterr().out
-    result = sturdiness([model], data)
-    assert list(result["corruptions"]) == ["clean", *KINDS]
-    assert result["queries"] == 20
-    for kind, row in result["corruptions"].items():
-        assert kind in shown
-        assert list(row["results"]) == [model, *BASELINES]
-        for values in row["results"].values():
-            for figures in values.values():
-                assert len(figures) == len(row["levels"])
-                assert all(0 <= figure <= 100 for figure in figures)
-    assert "drop local *" in shown
-    assert "jitter *" not in shown
-    assert (tmp_path / "c.json").is_file()
-
-
-def test_corrupted_queries_are_whole_clouds_searched_among_the_clean_others(given, monkeypatch):
-    """A corruption gets the source's 512 points, the encoder 128; a query left as it is finds what a clean one does."""
-    model, data = given
-    sizes = set()
-
-    def unchanged(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
-        sizes.add(points.shape)
-        return points
-
-    monkeypatch.setattr(module, "corrupt", unchanged)
-    rows = sturdiness([model], data)["corruptions"]
-    assert sizes == {(512, 3)}
-    for kind, row in rows.items():
-        if len(row["levels"]) == 1:
-            assert row["results"] == rows["clean"]["results"], kind
-
-
-def test_dirt_is_told_from_clean(given, monkeypatch):
-    """A corruption that makes one shape of all leaves chance."""
-    model, data = given
-    same = make_shapes(1, 512, seed=9)["points"][0]
-    monkeypatch.setattr(module, "corrupt", lambda points, *_: same)
-    row = sturdiness([model], data)["corruptions"]["256 points"]["results"][model]
-    assert row["nearest"][0] < 60
-    assert corruptions.corrupt(same, "256 points", 0, 0).shape == (256, 3)

@@ -7,6 +7,8 @@ from cyclopts import Parameter
 
 from jepa3d.cli.app import app
 
+_CHOICES = ("best", "mean_max", None, False, None)  # of a probe, where none was made
+
 
 @app.command
 def probe(
@@ -22,6 +24,8 @@ def probe(
     part: Literal["test", "validation"] = "test",
     quick: bool = False,
     per_class: str | None = None,
+    corruptions: Annotated[bool, Parameter(negative=())] = False,
+    parts: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
     """Show what an encoder learned: frozen features under named protocols, beside an untrained encoder and others.
@@ -49,22 +53,35 @@ def probe(
         Choose nothing: the last layer (or --layer) and C 0.1. Takes a fraction of the time.
     per_class: str
         A protocol whose accuracy a class is printed too.
+    corruptions: bool
+        Instead, accuracy on corrupted shapes: noise, strays, cuts, turns, PointCloud-C's seven kinds.
+    parts: bool
+        Instead, how well the parts of shapes are told point by point, by features of every point.
     out: Path
         Where to write the result; by default probe-DATA.json in the first run, or in the current folder
         probe-MODEL-DATA.json.
     """
+    from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
     from jepa3d.evaluation.protocol import write_json
 
-    if layer != "best" and not layer.isdigit():
-        raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
-    probing.check_per_class(per_class, protocols or probing.PROTOCOLS)
-    at = None if layer == "best" else int(layer)
-    result = probing.probe(runs, data, labels_key, up_axis, at, pooling, protocols or probing.PROTOCOLS, part, quick)
-    probing.show(result, per_class)
-    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (at is not None)
+    if corruptions or parts:
+        if (corruptions and parts) or (layer, pooling, protocols, quick, per_class) != _CHOICES:
+            other = "--layer, --pooling, --protocols, --quick, --per-class"
+            raise ValueError(f"--corruptions and --parts: one of them, and without {other}")
+        ask, show = (dense.probe_parts, dense.show) if parts else (corrupted.probe_corrupted, corrupted.show)
+        show(result := ask([str(run) for run in runs], data, labels_key, up_axis, part))
+    else:
+        if layer != "best" and not layer.isdigit():
+            raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
+        probing.check_per_class(per_class, protocols or probing.PROTOCOLS)
+        at = None if layer == "best" else int(layer)
+        names = protocols or probing.PROTOCOLS
+        result = probing.probe(runs, data, labels_key, up_axis, at, pooling, names, part, quick)
+        probing.show(result, per_class)
+    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (layer != "best")
     special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
-    special += ["quick"] * quick
+    special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     if not (run := (runs[0] / "run.json").is_file()):  # an encoder's own folder is left as it is
         special.insert(0, runs[0].name)
     out = out or (runs[0] if run else Path()) / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
@@ -181,12 +198,12 @@ def retrieval(
     out: Path
         Where to write the result, as JSON.
     """
+    from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
     from jepa3d.evaluation.protocol import write_json
 
-    ask = retrieving.sturdiness if corruptions else retrieving.retrieval
-    result = ask(models, data, labels_key, up_axis, part)
-    retrieving.show(result)
+    ask, show = (corrupted.search_corrupted, corrupted.show) if corruptions else (retrieving.retrieval, retrieving.show)
+    show(result := ask(models, data, labels_key, up_axis, part))
     if out is not None:
         write_json(out, result)
         print(f"written: {out}")

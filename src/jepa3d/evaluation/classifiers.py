@@ -79,15 +79,21 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
     return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
 
 
-def predict(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Labels [n] of features test [n, E] by a protocol's classifier fitted on train [m, E] and y [m].
+def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0):
+    """A protocol's classifier, of scikit-learn, fitted on features x [m, E] and labels y [m].
 
     `c` matters to logistic regression only, `seed` to mlp3 only.
     """
     with one_thread(), warnings.catch_warnings():
         # LinearSVC on raw features stops at its 1,000 iterations where it needs more, as in its protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return np.asarray(_classifier(protocol, c, len(y), seed).fit(train, y).predict(test))
+        return _classifier(protocol, c, len(y), seed).fit(x, y)
+
+
+def predict(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Labels [n] of features test [n, E] by a classifier as of `fitted`, on train [m, E] and y [m]."""
+    with one_thread():
+        return np.asarray(fitted(protocol, c, train, y, seed).predict(test))
 
 
 def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:

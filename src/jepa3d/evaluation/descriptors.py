@@ -104,11 +104,11 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> np.ndarray:
     weighted by flatness; t t^T of the longest, weighted by linearity; the mean, from the centre. Then ten quantiles of
     the distances to the other centres, the distance from the centroid, the height, the distance from the up axis.
     """
-    return in_batches(lambda batch: pool(_surface(batch, num_groups, group_size)).numpy(), points)
+    return in_batches(lambda batch: pool(surface(batch, num_groups, group_size)[0]).numpy(), points)
 
 
-def _surface(points: Tensor, num_groups: int, group_size: int) -> Tensor:
-    """The 89 numbers B M 89 of `geometry`, double."""
+def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """The 89 numbers B M 89 of `geometry`, double, and the tokens' centres B M 3."""
     grouped = group(points, num_groups, group_size)
     centers = grouped.centers.double()
     placed = grouped.patches.double() + centers[:, :, None]
@@ -129,7 +129,7 @@ def _surface(points: Tensor, num_groups: int, group_size: int) -> Tensor:
     at = torch.linspace(0.05, 0.95, 10, dtype=others.dtype)
     found += [others.quantile(at, -1).movedim(0, -1), centers.norm(dim=-1, keepdim=True)]
     found += [centers[..., 2:], centers[..., :2].norm(dim=-1, keepdim=True)]
-    return torch.cat(found, -1)
+    return torch.cat(found, -1), grouped.centers
 
 
 def _product(direction: Tensor) -> Tensor:

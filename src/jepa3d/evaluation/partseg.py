@@ -59,10 +59,26 @@ def mean_iou(
 ) -> dict[str, Any]:
     """How well parts predicted n N fit the truth n N of shapes of categories labels n, in per cent.
 
-    A shape's IoU is the mean over its category's parts of intersection / union, 1 for a part that is in neither.
-    instance_miou: mean over all shapes. category_miou: mean over the categories that have shapes of the mean over
-    theirs, which are in per_category by name. point_accuracy: points that are right. Points whose truth is UNLABELLED
-    count nowhere. Raises ValueError.
+    instance_miou: mean over all shapes of their IoU. category_miou: mean over the categories that have shapes of the
+    mean over theirs, which are in per_category by name. point_accuracy: points that are right. Points whose truth is
+    UNLABELLED count nowhere. Raises ValueError.
+    """
+    iou = shape_iou(predicted, truth, labels, parts_of)
+    per_category = {class_names[label]: float(iou[labels == label].mean()) for label in np.unique(labels)}
+    return {
+        "instance_miou": float(iou.mean()),
+        "category_miou": float(np.mean(list(per_category.values()))),
+        "point_accuracy": float(100 * (predicted == truth)[truth != UNLABELLED].mean()),
+        "per_category": per_category,
+    }
+
+
+def shape_iou(
+    predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
+) -> np.ndarray:
+    """IoU n of each shape in per cent: the mean over its category's parts of intersection / union.
+
+    1 for a part that is in neither. Arguments and errors as of `mean_iou`.
     """
     if predicted.shape != truth.shape or predicted.ndim != 2 or not predicted.size:
         raise ValueError(
@@ -84,19 +100,11 @@ def mean_iou(
         flat = np.arange(len(parts))[:, None] * size + parts
         return np.bincount(flat[where], minlength=len(parts) * size).reshape(-1, size)
 
-    right = predicted == truth
-    both = count(truth, right)
+    both = count(truth, predicted == truth)
     either = count(truth, labelled) + count(predicted, labelled) - both
     iou = np.where(either == 0, 1.0, both / np.maximum(either, 1))
     own = belongs[labels]
-    shape_iou = 100 * np.where(own, iou, 0).sum(1) / own.sum(1)
-    per_category = {class_names[label]: float(shape_iou[labels == label].mean()) for label in np.unique(labels)}
-    return {
-        "instance_miou": float(shape_iou.mean()),
-        "category_miou": float(np.mean(list(per_category.values()))),
-        "point_accuracy": float(100 * right[labelled].mean()),
-        "per_category": per_category,
-    }
+    return 100 * np.where(own, iou, 0).sum(1) / own.sum(1)
 
 
 def _check_labels(labels: np.ndarray, count: int, parts_of: Sequence[np.ndarray]) -> None:

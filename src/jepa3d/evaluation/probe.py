@@ -115,16 +115,8 @@ def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.
     return sum(_accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds)
 
 
-def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
-    """The labelled rows of each of 10 draws, 10 a class (all of a smaller class), from the labels y [n]."""
-    rng = np.random.default_rng(seed)
-    return [
-        np.concatenate([rng.permutation(np.flatnonzero(y == k))[:_SHOTS] for k in np.unique(y)]) for _ in range(_DRAWS)
-    ]
-
-
 def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -> dict:
-    """10 labels a class (all of a smaller class), mean over 10 draws."""
+    """10 labels a class, mean over 10 draws."""
     draws, jobs = [(shots, y[shots]) for shots in few_labels(y, seed)], []
     choices = [(layer, c) for layer in layers for c in grid]
     for shots, labels in draws if len(choices) > 1 else ():
@@ -141,6 +133,12 @@ def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -
     ]
     found = moments(scores)
     return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": [list(choice) for choice in chosen]}
+
+
+def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Indices of 10 labels a class, all of a smaller class: of ten draws."""
+    rng, classes = np.random.default_rng(seed), [np.flatnonzero(y == k) for k in np.unique(y)]
+    return [np.concatenate([rng.permutation(own)[:_SHOTS] for own in classes]) for _ in range(_DRAWS)]
 
 
 def probe(

@@ -3,8 +3,6 @@
 Every shape of the part is a query once; the others of it are ranked by likeness, those of its class are relevant, and
 the average precision is taken over the whole ranking (ties by number). Nothing is trained, chosen or tuned. Gains are
 paired by query; their interval is the bootstrap's over queries, which says nothing about other training runs.
-
-`sturdiness` asks with corrupted queries in the clean part.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,18 +17,16 @@ from rich.table import Table
 from torch import Tensor
 
 from jepa3d.data.arrays import npz_headers
-from jepa3d.data.corruptions import KINDS, corrupt
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import Store
 from jepa3d.evaluation.descriptors import Descriptor, baselines, cosine
 from jepa3d.evaluation.features import untrained_like
-from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.labelled import shared_classes
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
-QUERIES = 400  # of `sturdiness`; where there are five severities, half as many at each
 _FITTED = 1024  # train shapes whose statistics standardise a baseline
 _RESAMPLES = 2000
 _NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
@@ -96,12 +92,13 @@ def retrieval(
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
-    for encoder, descriptors, clouds, labels in _asked(models, data, labels_key, up_axis, part):
-        points = encoder.prepare(clouds.points[:])
+    for encoder, descriptors, _, clouds in opened(models, data, labels_key, up_axis, part):
+        points, labels = encoder.prepare(clouds.points[:]), clouds.labels
+        assert labels is not None
         for name, (of, likeness) in descriptors.items():
             vectors = of(points)
             scores[name] = search(likeness, vectors, vectors, labels, np.arange(len(labels)))
-        record = _record("retrieval", clouds, labels_key, part)
+        record = data_record("retrieval", clouds, labels_key, part)
     first = scores[models[0]]
     kept = np.isfinite(first[1])
     found: dict[str, dict[str, Any]] = {}
@@ -114,62 +111,27 @@ def retrieval(
     return record | {"queries": int(kept.sum()), "results": found} | provenance()
 
 
-def sturdiness(
-    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
-) -> dict[str, Any]:
-    """What `retrieval` finds for queries corrupted before the frame, in the clean part without their own shape.
-
-    Clouds have as many points as their source, where it is a bundle or a store. At most `QUERIES` seeded queries. Of
-    every kind, lists over its severities. Raises ValueError and ReadError.
-    """
-    kinds = {"clean": {"levels": [0], "trained": True}}
-    kinds |= {name: {"levels": list(kind.levels), "trained": kind.trained} for name, kind in KINDS.items()}
-    found: dict[str, dict[str, Any]] = {name: kind | {"results": {}} for name, kind in kinds.items()}
-    record: dict[str, Any] = {}
-    for encoder, descriptors, clouds, labels in _asked(models, data, labels_key, up_axis, part, whole=True):
-        own = np.flatnonzero(np.bincount(labels)[labels] > 1)
-        own = np.sort(np.random.default_rng(0).permutation(own)[:QUERIES])
-        points = encoder.prepare(clouds.points[:])
-        gallery = {name: of(points) for name, (of, _) in descriptors.items()}
-        for kind, row in found.items():
-            row["results"] |= {name: {"nearest": [], "map": []} for name in descriptors}
-            asked = own[:: 1 if len(row["levels"]) == 1 else 2]
-            for severity in range(len(row["levels"])):
-                if kind == "clean":
-                    dirty = points[asked]
-                else:
-                    dirty = encoder.prepare([corrupt(clouds.points[i], kind, severity, i) for i in asked])
-                for name, (of, likeness) in descriptors.items():
-                    nearest, average = 100 * search(likeness, of(dirty), gallery[name], labels, asked).mean(1)
-                    row["results"][name]["nearest"].append(float(nearest))
-                    row["results"][name]["map"].append(float(average))
-        record = _record("sturdiness", clouds, labels_key, part) | {"queries": len(own)}
-    return record | {"corruptions": found} | provenance()
-
-
-def _asked(
+def opened(
     models: list[str], data: str, labels_key: str, up_axis: str, part: str, whole: bool = False
-) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], PointClouds, np.ndarray]]:
-    """Of every model its encoder, its descriptor (the first with its baselines), the shapes of the part, their labels.
+) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], PointClouds, PointClouds]]:
+    """Of every model its encoder, its descriptor (the first with its baselines), the train part and the part asked for.
 
-    whole: clouds with all points that the source has.
+    part: train, test or validation, see `shared_classes`. whole: clouds with all points that the source has.
     """
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
         model = model if isinstance(model, Classifier) else encoder  # heads of others have no features of their own
         count = _points_in(data, encoder.num_points) if whole else encoder.num_points
-        labelled = Labelled.of(load([data], count, "all", [up_axis], labels_key), data)
+        clouds = load([data], count, "all", [up_axis], labels_key)
+        train, scored, _ = shared_classes(clouds, "validation" if part == "validation" else "test")
         descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
         if name == models[0]:
-            train = labelled.train
             some = np.sort(np.random.default_rng(0).permutation(len(train))[:_FITTED])
             untrained = untrained_like(encoder, train)
             descriptors["untrained"] = Descriptor(partial(vectors_of, untrained), cosine)
             descriptors |= baselines(encoder, encoder.prepare(train.points[some]))
-        clouds = labelled.test if part == "test" else labelled.train
-        assert clouds.labels is not None
-        yield encoder, descriptors, clouds, clouds.labels
+        yield encoder, descriptors, train, train if part == "train" else scored
 
 
 def _points_in(data: str, least: int) -> int:
@@ -182,9 +144,11 @@ def _points_in(data: str, least: int) -> int:
     return max(least, count or 0)
 
 
-def _record(task: str, clouds: PointClouds, labels_key: str, part: str) -> dict[str, Any]:
+def data_record(task: str, clouds: PointClouds, labels_key: str, part: str) -> dict[str, Any]:
+    """What a result says of the shapes that are asked about."""
+    assert clouds.labels is not None
     data = {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels_key": labels_key, "part": part}
-    return {"task": task, "data": data, "classes": len(clouds.class_names)}
+    return {"task": task, "data": data, "classes": len(np.unique(clouds.labels))}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -194,30 +158,10 @@ def show(result: dict[str, Any]) -> None:
         f"\n{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} queries of "
         f"{result['classes']} classes; mean average precision and nearest shape right %, frozen vectors, nothing chosen"
     )
-    table = Table()
-    if result["task"] == "sturdiness":
-        _show_corruptions(result["corruptions"], table)
-    else:
-        for name in ("", "mAP", "nearest", "mAP: first - this", "95 %, paired by query"):
-            table.add_column(name)
-        for name, values in result["results"].items():
-            gain = values.get("first_minus_this")
-            low, high = values.get("interval", (0, 0))
-            compared = ("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")
-            table.add_row(name, f"{values['map']:.1f}", f"{values['nearest']:.1f}", *compared)
+    table = Table("", "mAP", "nearest", "mAP: first - this", "95 %, paired by query")
+    for name, values in result["results"].items():
+        gain = values.get("first_minus_this")
+        low, high = values.get("interval", (0, 0))
+        compared = ("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")
+        table.add_row(name, f"{values['map']:.1f}", f"{values['nearest']:.1f}", *compared)
     Console(width=max(100, Console().width)).print(table)
-
-
-def _show_corruptions(corruptions: dict[str, dict[str, Any]], table: Table) -> None:
-    """Fill a table: a row a kind, nearest / mAP of every vector, means over severities."""
-    print(
-        "Queries are corrupted before the frame and searched among the clean shapes, without their own. The first "
-        f"seven kinds: mean of PointCloud-C's five severities, at each every second query. At most {QUERIES} queries.\n"
-        "* the encoder of the package was never trained with it"
-    )
-    table.add_column("nearest right / mAP")
-    for name in next(iter(corruptions.values()))["results"]:
-        table.add_column(name)
-    for kind, row in corruptions.items():
-        cells = [f"{np.mean(v['nearest']):.1f} / {np.mean(v['map']):.1f}" for v in row["results"].values()]
-        table.add_row(kind + " *" * (not row["trained"]), *cells)

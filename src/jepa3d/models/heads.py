@@ -161,6 +161,11 @@ class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-se
         return torch.cat(chosen, -1), grouped.centers
 
 
+def thirds(depth: int) -> tuple[int, int, int]:
+    """The blocks that end each third of an encoder, whose tokens are joined for dense tasks: 4, 8 and 12 of 12."""
+    return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
+
+
 class Hidden(nn.Module):
     """Linear, BatchNorm, ReLU, dropout on rows (n, in) -> (n, out)."""
 

@@ -26,7 +26,7 @@ from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result
 from jepa3d.evaluation.supervised import Network, figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
+from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter, thirds
 from jepa3d.models.ready import DEFAULT
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
@@ -177,8 +177,7 @@ def make_network(config: FinetuneConfig, data: Labelled, train: PointClouds, enc
     arguments: dict[str, Any] = vars(config.encoder) | sizes
     torch.manual_seed(config.seed)
     if isinstance(config, SegmentConfig):
-        depth = config.encoder.depth
-        layers = list(config.layers or (max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth))
+        layers = list(config.layers or thirds(config.encoder.depth))
         network: Network = Segmenter(
             arguments, list(data.class_names), list(data.part_names), data.parts_of, layers, config.dropout
         )
