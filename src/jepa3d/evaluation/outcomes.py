@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.classifiers import predict
@@ -123,7 +124,9 @@ def kept_outcomes(
 def encoded(folder: Path, shapes: Shapes) -> Vectors:
     """Vectors by the encoder in a folder."""
     encoder = PointEncoder.from_pretrained(folder)
-    return Vectors(layer_features(encoder, shapes.train)[-1], layer_features(encoder, shapes.scored)[-1], cosine)
+    pooled = [torch.from_numpy(layer_features(encoder, half)[-1]) for half in (shapes.train, shapes.scored)]
+    train, scored = (encoder.cpu().standardise(vectors).numpy() for vectors in pooled)
+    return Vectors(train, scored, cosine)
 
 
 def made_by_hand(folder: Path, name: str, shapes: Shapes) -> Vectors:

@@ -148,7 +148,7 @@ class PointEncoder(
         return states[layer], centers
 
     def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """One vector a cloud, B E: pooled tokens; E = 2C for "mean_max", C for "mean" and "max".
+        """One vector a cloud, B E: pooled tokens, standardised; E = 2C for "mean_max", C for "mean" and "max".
 
         `points` is one cloud N 3, clouds B N 3, or a list of N 3 of any N: tensors, or arrays of numpy, in any unit.
         Call `.eval()` first, as `from_pretrained` does: in training mode the vector would depend on the rest of the
@@ -164,11 +164,11 @@ class PointEncoder(
         self.load_state_dict(weights)
 
     def pool(self, tokens: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """Tokens B M C of block `layer` as one vector B E a cloud; of the last block standardised, where that is known.
+        """Tokens B M C of block `layer` as one vector B E a cloud, as of `embed`."""
+        return self.standardise(pool(tokens, pooling), layer, pooling)
 
-        "mean_max": E = 2C; "mean" and "max": E = C. See `standardise_vectors`.
-        """
-        vectors = pool(tokens, pooling)
+    def standardise(self, vectors: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+        """Pooled tokens B E of block `layer`; of the last block standardised, where its statistics are known."""
         if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
             return vectors
         part = {"mean_max": slice(None), "mean": slice(self.width), "max": slice(self.width, None)}[pooling]

@@ -70,6 +70,15 @@ def _some(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
+def to_export(network: Network, clouds: PointClouds, seed: int) -> Network:
+    """A copy of an encoder whose vectors are standardised by some of the clouds; a dVAE as it is."""
+    if isinstance(network, DVAE):
+        return network
+    network = copy.deepcopy(network).eval()
+    standardise_vectors(network, clouds.batch(_some(seed, len(clouds))))
+    return network
+
+
 def make_dvae(config: PretrainConfig) -> DVAE:
     """On the student's grouping."""
     part, student = config.dvae, config.encoder
@@ -146,12 +155,10 @@ def pretrain(
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
         fresh = task if not config.init else make_task(replace(config, init=None), config.objective, clouds, networks)
-        checkpoint.replace_folder(out / "untrained", fresh.module.save_pretrained)
+        checkpoint.replace_folder(out / "untrained", to_export(fresh.module, clouds, config.seed).save_pretrained)
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
-        if isinstance(task.module, PointEncoder):
-            standardise_vectors(task.module.eval(), clouds.batch(_some(config.seed, len(clouds))))
-        checkpoint.replace_folder(out / task.export, task.module.save_pretrained)
+        checkpoint.replace_folder(out / task.export, to_export(task.module, clouds, config.seed).save_pretrained)
         runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
     return out
