@@ -104,7 +104,8 @@ def test_damaged_weights_name_their_file_and_what_is_wrong(saved, tmp_path, kind
     draw = random.Random(kind)
     shutil.copytree(saved / kind, tmp_path / kind)
     file = tmp_path / kind / "model.safetensors"
-    whole, content = load_file(file), file.read_bytes()
+    whole = {name: values.clone() for name, values in load_file(file).items()}  # some versions map the file
+    content = file.read_bytes()
     name = draw.choice(sorted(name for name in whole if whole[name].ndim))
     damaged = {
         f"{name} is missing": {k: v for k, v in whole.items() if k != name},
