@@ -154,7 +154,7 @@ def test_head_first_begins_as_the_frozen_probe(head_first):
 
 
 def test_head_first_trains_all_but_the_statistics_of_batchnorm(head_first, tmp_path):
-    run = finetune(head_first(), tmp_path / "run")
+    run = finetune(head_first(select="last"), tmp_path / "run")
     start, end = load_file(run / "start" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
     same = {name for name, value in start.items() if torch.equal(value, end[f"encoder.{name}"])}
     kept = ("running_mean", "running_var", "num_batches_tracked")
@@ -163,11 +163,23 @@ def test_head_first_trains_all_but_the_statistics_of_batchnorm(head_first, tmp_p
     assert isinstance(load_network(run), LinearClassifier)
 
 
+def test_head_first_keeps_the_fitted_head_where_no_epoch_is_better(head_first, tmp_path, capsys):
+    config = head_first(max_steps=34)  # at a rate that spoils it
+    data, encoder = Labelled.load(config, 64), training.start_encoder(config, None)
+    train, validation = data.divide(1.0, 0.2, 0)
+    begun = training.make_network(config, data, train, encoder)
+    run = finetune(config, tmp_path / "run")
+    kept = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in begun.state_dict().items())
+    said = 100 * (predict(begun, validation)["predicted"] == validation.labels).mean()
+    assert f"step 0/34, the head fitted: validation {said:.4g}" in capsys.readouterr().out
+
+
 def test_a_resumed_head_first_run_is_the_uninterrupted_one(head_first, tmp_path):
-    whole = finetune(head_first(), tmp_path / "whole")
+    whole = finetune(head_first(select="last"), tmp_path / "whole")
     with pytest.raises(Interrupted):
-        finetune(head_first(), tmp_path / "cut", stop_at=5)
-    cut = finetune(head_first(), tmp_path / "cut", resume=True)
+        finetune(head_first(select="last"), tmp_path / "cut", stop_at=5)
+    cut = finetune(head_first(select="last"), tmp_path / "cut", resume=True)
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, cut)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert result(whole)["metrics"] == result(cut)["metrics"]

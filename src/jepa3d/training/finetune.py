@@ -80,7 +80,7 @@ def finetune(
     objective = Supervised(network, config.label_smoothing, config.trained)
     task = Task(
         objective, config, "model", network, targets=partial(_targets, train), look=look, looks_at=part,
-        layer_decay=config.layer_decay,
+        layer_decay=config.layer_decay, looks_first=config.trained == "head_first",
     )  # fmt: skip
     state = fit(task, train, config, out, stop_at)
     if seen is not None:

@@ -64,6 +64,7 @@ class Task:
     look: Callable[[], float] | None = None  # a score after every epoch; the weights of the best are kept in RUN/best
     looks_at: str = "validation"  # or test: the part that it scores
     layer_decay: float = 1.0
+    looks_first: bool = False  # look also before the first step: the head is fitted already
 
 
 def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None) -> dict:
@@ -127,8 +128,23 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         accelerator.backward(output.loss / config.accumulate)
         return output
 
+    def look(step: int) -> float:
+        """The network's score now; its weights are kept where none so far was better."""
+        assert task.look
+        score = task.look()
+        model.train()
+        if state["best"] is None or score > state["best"]["score"]:
+            state["best"] = {"step": step, "score": score}
+            if run and accelerator.is_main_process:
+                checkpoint.replace_folder(run / "best", task.module.save_pretrained)
+        return score
+
     begun = state["step"]
     model.train()
+    if task.look and task.looks_first and begun == 0:
+        score = look(0)
+        if accelerator.is_main_process:
+            print(f"step 0/{total:,}, the head fitted: {task.looks_at} {score:.4g}", flush=True)
     repeatable = can_repeat(config, accelerator.num_processes, accelerator.device)
     repeated = Repeated(one_pass, objective) if repeatable else None
     batches = read_ahead(read, range(begun, total))
@@ -179,13 +195,8 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                     "grad_norm": 0.0 if norm is None else norm.item(),
                 }
                 figures |= objective.metrics(cast(Any, output))
-                if task.look and looked:
-                    figures[task.looks_at] = score = task.look()
-                    model.train()
-                    if state["best"] is None or score > state["best"]["score"]:
-                        state["best"] = {"step": step, "score": score}
-                        if run and accelerator.is_main_process:
-                            checkpoint.replace_folder(run / "best", task.module.save_pretrained)
+                if looked:
+                    figures[task.looks_at] = look(step)
                 progress.log(step, figures)
                 accelerator.log(figures, step)
             if run and snapshot and accelerator.is_main_process:

@@ -1,0 +1,113 @@
+"""How well clouds of classes that nobody named are told from the others: five measures, whole classes left out.
+
+    python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz
+    python benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
+
+Train part only. A draw leaves out three classes of ten and names some clouds of each other class. The threshold of each
+measure is what all but one in twenty of the named clouds reach when held out. Mean and sample standard deviation over
+draws: area under the ROC curve; clouds of named classes called unknown, in %; clouds of classes left out called so.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from jepa3d.data.datasets import load
+from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.fitting import one_thread
+from jepa3d.inference.unknown import FALSE_ALARMS, known_clouds, unit
+from jepa3d.models.ready import load as load_encoder
+
+LEFT_OUT, MOST = 0.3, 600  # share of the classes; clouds scored of those named, and of those left out
+Measured = tuple[float, np.ndarray]  # a threshold, and the likeness of all clouds
+
+
+def by_class_mean(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
+    found = known_clouds(x, rows, y)
+    return found.least, (unit((x - found.shift) / found.spread) @ found.means.T).max(1)
+
+
+def by_nearest(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
+    cosines = unit(x) @ unit(x[rows]).T
+    held = cosines[rows]
+    np.fill_diagonal(held, -1)
+    return threshold(held.max(1)), cosines.max(1)
+
+
+def by_logits(how: Callable[[np.ndarray], np.ndarray]) -> Callable[..., Measured]:
+    def measure(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
+        head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+        held = np.empty(len(rows))
+        for fit, out in KFold(20, shuffle=True, random_state=0).split(rows):
+            held[out] = how(clone(head).fit(x[rows[fit]], y[fit]).decision_function(x[rows[out]]))
+        return threshold(held), how(head.fit(x[rows], y).decision_function(x))
+
+    return measure
+
+
+def threshold(held: np.ndarray) -> float:
+    return float(np.sort(held)[int(FALSE_ALARMS * (len(held) + 1)) - 1])
+
+
+def standardised(measure: Callable[..., Measured]) -> Callable[..., Measured]:
+    return lambda x, rows, y: measure((x - x.mean(0)) / x.std(0), rows, y)
+
+
+MEASURES = {
+    "cosine to the nearest class mean, standardised": by_class_mean,  # what jepa3d label --unknown does
+    "cosine to the nearest named cloud, standardised": standardised(by_nearest),
+    "cosine to the nearest named cloud": by_nearest,
+    "largest logit": by_logits(lambda z: z.max(1)),
+    "largest probability": by_logits(lambda z: softmax(z, 1).max(1)),
+}
+
+
+def draw(x: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> dict[str, tuple[float, float, float]]:
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation([c for c in np.unique(labels) if (labels == c).sum() >= shots + 3])
+    inside = np.sort(classes[round(LEFT_OUT * len(classes)) :])
+    rows = np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:shots] for c in inside])
+    y = np.searchsorted(inside, labels[rows])
+    others = np.setdiff1d(np.arange(len(labels)), rows)
+    parts = [others[np.isin(labels[others], inside, invert=out)] for out in (False, True)]
+    ours, strange = (rng.permutation(part)[:MOST] for part in parts)
+    truth, scored, found = np.repeat([1, 0], [len(ours), len(strange)]), np.r_[ours, strange], {}
+    for name, measure in MEASURES.items():
+        least, likeness = measure(x, rows, y)
+        called = [100 * float((likeness[part] < least).mean()) for part in (ours, strange)]
+        found[name] = (100 * roc_auc_score(truth, likeness[scored]), *called)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--labels-key", default="labels")
+    parser.add_argument("--up-axis", default="z")
+    parser.add_argument("--shots", type=int, nargs="+", default=[5, 20])
+    parser.add_argument("--draws", type=int, default=10)
+    options = parser.parse_args()
+    encoder = load_encoder()
+    clouds = load([options.data], encoder.num_points, "train", [options.up_axis], options.labels_key)
+    assert clouds.labels is not None
+    x = layer_features(encoder, clouds)[-1]
+    for shots in options.shots:
+        with one_thread():
+            draws = [draw(x, clouds.labels, shots, seed) for seed in range(options.draws)]
+        print(f"\n| {shots} named clouds a class | AUROC | false alarms | found |\n|---|---|---|---|")
+        for name in MEASURES:
+            figures = np.array([found[name] for found in draws])
+            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(figures.mean(0), figures.std(0, ddof=1), strict=True)]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
