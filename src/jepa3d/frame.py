@@ -15,6 +15,9 @@ FRAME = 3  # version of the rules in this file: vectors of two versions cannot b
 LEAST = 64  # different points of a cloud that is kept for any encoder; one encoder needs its own `min_points`
 STEP = 0.6  # see `fill`
 ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # see `without_strays`
+_ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
+# Turns 12 3 3: each of a cloud's own axes up, either end first; among them those that `own_axes` may confuse.
+TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(np.float32)
 
 
 class Frame(NamedTuple):
@@ -23,10 +26,12 @@ class Frame(NamedTuple):
     points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
     center: np.ndarray  # 3 float64
     radius: float
+    turn: np.ndarray | None = None  # 3 3 float64, where the cloud was turned into its own axes
 
     def place(self, others: np.ndarray) -> np.ndarray:
         """Any points (..., 3) of the cloud where the encoder would see them, float32."""
-        return ((others - self.center) / self.radius).astype(np.float32)
+        away = others - self.center
+        return ((away if self.turn is None else away @ self.turn.T) / self.radius).astype(np.float32)
 
 
 def group(points: np.ndarray, num_points: int, num_groups: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,17 +66,22 @@ def frame(
     least: int = 1,
     sample: Callable[[np.ndarray, int, int], np.ndarray] = farthest_point_sample,
     keep_strays: bool = False,
+    upright: bool = True,
 ) -> Frame:
     """What the encoder sees of a cloud N 3 of any unit and number type: `num_points` points in the unit sphere.
 
     Farthest points of more, and fewer filled up: see `fill`. A point that is there several times counts once, and
     strays not at all (`without_strays`), unless `keep_strays`. sample: what draws farthest points, as
-    `farthest_point_sample` does. Raises ValueError as `check` does, and for fewer than `least` different points.
+    `farthest_point_sample` does. upright: as the cloud stands, else turned into its own axes (`own_axes`). Raises
+    ValueError as `check` does, and for fewer than `least` different points.
     """
     cloud = check(points)
     place = (cloud.min(0) + cloud.max(0)) / 2  # of the box: the same in any order, and however often a point is there
     cloud = _distinct(cloud - place)
-    different = len(cloud)
+    different, turn = len(cloud), None
+    if not upright:
+        turn = own_axes(cloud)
+        cloud = _distinct(cloud @ turn.T)  # sorted again, by where points lie now: ties are in this order
     if not keep_strays:
         cloud = cloud[without_strays(cloud, least)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
@@ -89,7 +99,26 @@ def frame(
     center = seen.mean(0)
     seen -= center
     radius = float(np.linalg.norm(seen, axis=1).max()) or 1.0
-    return Frame((seen / radius).astype(np.float32), place + middle + size * center, size * radius)
+    center = middle + size * center
+    return Frame(
+        (seen / radius).astype(np.float32), place + (center if turn is None else center @ turn), size * radius, turn
+    )
+
+
+def own_axes(points: np.ndarray) -> np.ndarray:
+    """The turn 3 3 that brings a cloud n 3 into its own axes, the one along which it is flattest first.
+
+    However a cloud is turned, it comes to lie in the same place. The axes are of the directions in which points lie
+    from their mean, each counting once however far, so that strays weigh little; the first two point to where they are
+    skew. A shape that looks alike from both ends of an axis may have either first; one with equal axes, say a cube, may
+    come to lie anyhow.
+    """
+    away = points - points.mean(0)
+    away /= np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-300)
+    axes = np.linalg.eigh(away.T @ away)[1]
+    axes *= np.where(((away @ axes) ** 3).sum(0) < 0, -1, 1)
+    axes[:, 2] *= np.sign(np.linalg.det(axes))
+    return axes.T
 
 
 def without_strays(points: np.ndarray, least: int = 1) -> np.ndarray:

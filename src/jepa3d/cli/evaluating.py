@@ -40,7 +40,7 @@ def probe(
     labels_key: str
         The labels of a .npz bundle.
     up_axis: str
-        The data's up axis: x, y or z.
+        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is turned.
     layer: str
         best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
     pooling: str
@@ -190,7 +190,7 @@ def retrieval(
     labels_key: str
         The labels of a .npz bundle.
     up_axis: str
-        The data's up axis: x, y or z.
+        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is turned.
     part: str
         What is searched: test, or train, to choose an encoder by.
     corruptions: bool

@@ -31,9 +31,14 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     return {
-        "histograms": Descriptor(shape_histograms, minus_l1),
-        "geometry": Descriptor(standardised(of, train), cosine),
+        "histograms": Descriptor(partial(_mean_over_poses, encoder, shape_histograms), minus_l1),
+        "geometry": Descriptor(standardised(partial(_mean_over_poses, encoder, of), train), cosine),
     }
+
+
+def _mean_over_poses(encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor) -> np.ndarray:
+    """Vectors of prepared clouds as the encoder's are: in one pose, or the mean over several."""
+    return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
 
 def features(encoder: PointEncoder, train: PointClouds, *others: PointClouds | None) -> dict[str, list[np.ndarray]]:

@@ -20,11 +20,12 @@ def layer_features(
     for at in range(0, len(clouds), batch_size):
         points = clouds.batch(np.arange(at, min(at + batch_size, len(clouds)))).to(device)
         if isinstance(model, PointEncoder):
-            states = model.layer_tokens(points)[0]
+            poses = [model.states(pose)[0] for pose in model.poses(model.prepare(points))]
         else:
             grouped = group(points, model.num_groups, model.group_size)
-            states = model.features(grouped.patches, grouped.centers)
-        layers.append(torch.stack([pool(tokens, pooling) for tokens in states]).cpu())
+            poses = [model.features(grouped.patches, grouped.centers)]
+        pooled = [torch.stack([pool(tokens, pooling) for tokens in states]) for states in poses]
+        layers.append(torch.stack(pooled).mean(0).cpu())
     return torch.cat(layers, 1).numpy()
 
 
@@ -34,6 +35,7 @@ def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = PointEncoder(**settings | {"standardised": False}).eval()
+    made.upright = encoder.upright
     calibrate_batchnorm(made, points)
     if encoder.vector_mean is not None:
         standardise_vectors(made, points)

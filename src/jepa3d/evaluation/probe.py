@@ -170,7 +170,7 @@ def probe(
     seeds = [config["seed"] for config, _ in found.values()]
     if len(set(seeds)) < len(runs):
         raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one")
-    clouds = load([data], first["encoder"]["num_points"], "all", [up_axis], labels_key)
+    clouds = load([data], first["encoder"]["num_points"], "all", [up_axis.replace("none", "z")], labels_key)
     train, test, dropped = shared_classes(clouds, part)
     held = None if quick else chosen_on(clouds, train, part)
     y, y_test = train.labels, test.labels
@@ -179,6 +179,8 @@ def probe(
     names, rows = [clouds.class_names[label] for label in np.unique(y)], []
     by_hand: dict[str, list[np.ndarray]] = {}
     for run, (config, models) in found.items():
+        for model in models.values():
+            model.upright = up_axis != "none"
         if isinstance(given := models.get("pretrained"), PointEncoder):
             if "untrained" not in models:
                 models = {"untrained": untrained_like(given, train, config["seed"]), **models}

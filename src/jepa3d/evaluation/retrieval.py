@@ -70,7 +70,7 @@ def vectors_of(model: PointEncoder | Classifier, points: Tensor, batch_size: int
             tokens = model.encode(batch)
             found.append(torch.cat([tokens[:, 0], pool(tokens[:, 1:], "max")], -1))
         else:
-            found.append(model.pool(model.states(batch)[0][-1]))
+            found.append(model.vectors(batch))
     return torch.cat(found).numpy()
 
 
@@ -123,7 +123,8 @@ def opened(
         encoder = model if isinstance(model, PointEncoder) else model.encoder
         model = model if isinstance(model, Classifier) else encoder  # heads of others have no features of their own
         count = _points_in(data, encoder.num_points) if whole else encoder.num_points
-        clouds = load([data], count, "all", [up_axis], labels_key)
+        encoder.upright = up_axis != "none"
+        clouds = load([data], count, "all", [up_axis if encoder.upright else "z"], labels_key)
         train, scored, _ = shared_classes(clouds, "validation" if part == "validation" else "test")
         descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
         if name == models[0]:

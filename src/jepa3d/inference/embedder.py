@@ -30,6 +30,7 @@ class Embedder:
     ):
         self.encoder, self.workers = load(model), workers
         self.making = embedding.making_for(model, self.encoder, up_axis, layer, pooling)
+        self.encoder.upright = up_axis != "none"
         self.on_device = torch.accelerator.is_available()  # Ray hides the GPU from an actor that did not ask for one
         if self.on_device:
             self.encoder = self.encoder.to(torch.accelerator.current_accelerator())

@@ -1,5 +1,6 @@
 """`jepa3d embed`: a vector a cloud, of arrays in memory or of files into Parquet, on all cores, adding what is new."""
 
+import copy
 import os
 import re
 import time
@@ -44,14 +45,18 @@ def embed(
     """Vectors n E float32 of clouds: one array N 3, many (n N 3, or a list of arrays of any N), or paths.
 
     A path is a file, a folder of files, or a store, and gives a vector for every cloud there, in the order of
-    `cloud_paths`. encoder: `jepa3d.load()` by default. up_axis: x, y or z of the clouds; a store knows its own.
-    layer and pooling: see `PointEncoder.embed`. Raises ValueError for a cloud of NaN or too few points, naming it.
+    `cloud_paths`. encoder: `jepa3d.load()` by default. up_axis: x, y or z of the clouds, a store knows its own; or
+    none, for vectors that are the same however a cloud is turned. layer and pooling: see `PointEncoder.embed`. Raises
+    ValueError for a cloud of NaN or too few points, naming it.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2
     """
     encoder = load() if encoder is None else encoder
     _check(up_axis, layer, pooling, encoder)
+    if up_axis == "none":
+        encoder = copy.copy(encoder)  # the caller's stays as it is
+        encoder.upright = False
     if isinstance(clouds, (str, Path)):
         clouds = [clouds]
     if isinstance(clouds, (np.ndarray, Tensor)):
@@ -82,8 +87,8 @@ def _starts(items: Sequence) -> range:
 
 
 def _check(up_axis: str, layer: int, pooling: str, encoder: PointEncoder) -> None:
-    if up_axis not in TO_Z_UP:
-        raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}")
+    if up_axis not in (*TO_Z_UP, "none"):
+        raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}, none")
     if not -1 <= layer <= encoder.depth:
         raise ValueError(f"layer {layer}: 0 (tokenizer) to {encoder.depth}, or -1 for the last")
     if pooling not in POOLINGS:
@@ -94,7 +99,8 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
     """The points num_points 3 of a cloud or mesh that the encoder sees. Raises ReadError that begins with the name."""
     try:
         points = sampled(cloud, encoder.num_points).points
-        return torch.from_numpy(encoder.frame(points if z_up else points @ cloud.to_z_up(up_axis).T).points)
+        standing = z_up or up_axis == "none"
+        return torch.from_numpy(encoder.frame(points if standing else points @ cloud.to_z_up(up_axis).T).points)
     except ValueError as error:
         raise ReadError(f"{name}: {error}") from error
 
@@ -102,8 +108,7 @@ def prepare(encoder: PointEncoder, cloud: PointCloud, name: str, up_axis: str, z
 @torch.inference_mode()
 def encode(encoder: PointEncoder, prepared: list[Tensor], layer: int, pooling: str) -> np.ndarray:
     """Vectors n E of prepared points."""
-    states, _ = encoder.states(torch.stack(prepared).to(encoder.norm.weight))
-    return encoder.pool(states[layer], layer, pooling).float().cpu().numpy()
+    return encoder.vectors(torch.stack(prepared).to(encoder.norm.weight), layer, pooling).float().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- files to Parquet
@@ -131,7 +136,7 @@ def embed_files(
 
     files, of = _files(out, share)
     encoder = load(model)
-    encoder.keep_strays = keep_strays
+    encoder.keep_strays, encoder.upright = keep_strays, up_axis != "none"
     making = making_for(model, encoder, up_axis, layer, pooling)
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
@@ -239,7 +244,7 @@ def _loaded(model: str) -> PointEncoder:
 def embed_items(model: str, making: "Making", points_only: bool, items: list[Item]) -> list:
     """Worker. Returns per item (vector or, if points_only, prepared points; count; points of NaN), or an error text."""
     encoder, results, good = _loaded(model), [], []
-    encoder.keep_strays = making.keep_strays
+    encoder.keep_strays, encoder.upright = making.keep_strays, making.up_axis != "none"
     for item in items:
         try:
             cloud = item.read()

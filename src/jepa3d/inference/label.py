@@ -51,6 +51,8 @@ def label(
     clusters: their number; by default the square root of half the clouds, at most 40. unknown: call clouds that are
     unlike every named one unknown. Raises ValueError and ReadError.
     """
+    if up_axis == "none":
+        raise ValueError("--up-axis none: label needs x, y or z; jepa3d predict takes clouds as they stand")
     if names is not None and not names.is_file():
         raise ReadError(f"--names {names}: no such file")
     embed_files(paths, out / "vectors.parquet", model, up_axis)

@@ -75,7 +75,7 @@ def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Points n 3 of a cloud as they are drawn, z-up. Raises ReadError and OSError."""
     cloud, z_up = open_cloud(path)
     points = enough_points(cloud, 1, 0).points
-    return even_sample(points if z_up else points @ cloud.to_z_up(up_axis).T)
+    return even_sample(points if z_up else points @ cloud.to_z_up("z" if up_axis == "none" else up_axis).T)
 
 
 def draw(paths: Sequence[str], titles: Sequence[str], up_axis: str, caption: str) -> list[str]:

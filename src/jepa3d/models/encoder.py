@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from jepa3d.frame import Frame, frame
+from jepa3d.frame import TURNS, Frame, frame
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.layout import Layout, Ragged
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
@@ -36,6 +36,7 @@ class PointEncoder(
     """
 
     keep_strays = False  # of clouds: see frame.py; True on an encoder whose clouds must lose nothing
+    upright = True  # clouds stand as they are given, z up; False: vectors are the same however a cloud is turned
     BEFORE: ClassVar = {"qkv_bias": True, "standardised": False}  # where config.json does not say: so it was then
     vector_mean: Tensor | None
     vector_std: Tensor | None
@@ -127,7 +128,16 @@ class PointEncoder(
     def frame(self, cloud: Tensor | np.ndarray, least: int | None = None) -> Frame:
         """What the encoder sees of one cloud N 3, and where it lies. least: different points, instead of min_points."""
         least = self.min_points if least is None else least
-        return frame(as_array(cloud), self.num_points, least, sample_one, self.keep_strays)
+        return frame(as_array(cloud), self.num_points, least, sample_one, self.keep_strays, self.upright)
+
+    def poses(self, prepared: Tensor) -> list[Tensor]:
+        """Prepared clouds B N 3 in every pose whose vectors are averaged: one, or all `TURNS` if not `upright`."""
+        return [prepared] if self.upright else [prepared @ turn.mT for turn in torch.from_numpy(TURNS).to(prepared)]
+
+    def vectors(self, prepared: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+        """One vector a prepared cloud, see `embed`."""
+        poses = self.poses(prepared)
+        return torch.stack([self.pool(self.states(pose)[0][layer], layer, pooling) for pose in poses]).mean(0)
 
     def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
         """Tokens of every layer (see `hidden_states`) of prepared clouds, and their centers B M 3."""
@@ -154,7 +164,7 @@ class PointEncoder(
         Call `.eval()` first, as `from_pretrained` does: in training mode the vector would depend on the rest of the
         batch. Raises ValueError for NaN, another shape, or fewer than `min_points` different points.
         """
-        return self.pool(self.tokens(points, layer)[0], layer, pooling)
+        return self.vectors(self.prepare(points), layer, pooling)
 
     forward = embed
 
