@@ -169,9 +169,11 @@ def test_the_grids_resolve(path):
     assert all(config.data == ("synthetic:40",) for config in grid.arms.values())
 
 
-@pytest.mark.parametrize("name", ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment"])
+@pytest.mark.parametrize(
+    "name", ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment", "head-first-classify"]
+)
 def test_the_other_downstream_recipes_resolve(name):
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     kind = SegmentConfig if "segment" in name else FinetuneConfig
-    config = from_dict(kind, merge(settings.finetune_preset(recipe.pop("preset")), recipe))
-    validate_finetune(replace(config, data="x"))
+    config = from_dict(kind, merge(settings.finetune_preset(recipe.pop("preset", "small")), recipe))
+    validate_finetune(replace(config, data="x", init="default"))

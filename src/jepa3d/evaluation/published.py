@@ -182,6 +182,8 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
         found.append(f"{100 * share:g} % of the labels")
     if settings.get("trained") == "head" or "frozen" in result["protocol"] or "head only" in result["protocol"]:
         found.append("frozen encoder")
+    if settings.get("trained") == "head_first":
+        found.append("a linear head, fitted first")
     if result["task"] == "fewshot" and (folds := len((result.get("details") or {}).get("folds", ()))) != 10:
         found.append(f"{folds} folds, not 10")
     return found
