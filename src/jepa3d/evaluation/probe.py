@@ -180,7 +180,8 @@ def probe(
     by_hand: dict[str, list[np.ndarray]] = {}
     for run, (config, models) in found.items():
         for model in models.values():
-            model.upright = up_axis != "none"
+            if isinstance(model, PointEncoder):
+                model.upright = up_axis != "none"
         if isinstance(given := models.get("pretrained"), PointEncoder):
             if "untrained" not in models:
                 models = {"untrained": untrained_like(given, train, config["seed"]), **models}
