@@ -13,7 +13,7 @@ from jepa3d.plain import read_recipe
 FINETUNING = {"classify", "segment", "scanobjectnn", "modelnet40", "shapenetpart"}  # resolved in test_recipes.py
 RECIPES = [
     path
-    for path in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+    for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     if not FINETUNING.intersection(path.stem.split("-"))
 ]
 

@@ -81,8 +81,9 @@ def test_a_classifier_s_folder_gives_the_vit_inside_it(vit, tmp_path):
 def test_the_features_are_of_codes_that_went_through_the_vit(dvae, grouped):
     dvae.eval()
     centers = grouped[1]
-    with_it, codes, neighbours = dvae.features(*grouped)[0], dvae.codes(*grouped), knn(centers, centers, 4)
-    through = dvae.backbone(dvae.codebook[codes], centers)
+    with_it, neighbours = dvae.features(*grouped)[0], knn(centers, centers, 4)
+    logits = dvae.to_logits(dvae.tokenizer(grouped[0]), neighbours)
+    through = dvae.backbone(logits.softmax(-1) @ dvae.codebook, centers)
     assert_close(with_it, dvae.to_features(through, neighbours))
     dvae.backbone = None
     assert (dvae.features(*grouped)[0] - with_it).abs().max() > 0.1

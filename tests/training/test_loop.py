@@ -301,7 +301,7 @@ def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrai
     run = pretrain(tiny(init="generative", max_steps=1, lr=1e-12, min_lr=0.0, weight_decay=0.0), tmp_path / "run")
     begun, ended = weights(run, "stage1/generative/encoder"), weights(run)
     for name, value in begun.items():
-        if "running" not in name and "num_batches" not in name:
+        if not any(part in name for part in ("running", "num_batches", "vector_")):  # statistics: one step moves them
             torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=0)
     assert same(weights(run, "untrained"), weights(pretrain(tiny(max_steps=1), tmp_path / "cold"), "untrained"))
 

@@ -162,7 +162,7 @@ def _cosines(group: mapped.Group, x: np.ndarray, directions: np.ndarray) -> tupl
     """Cosines q n of directions q E with the vectors x n E of a group, -inf of a zero vector; the slack they need."""
     if group.directions is not None and len(directions) <= FEW:
         # One by one: the product with a vector is several times as fast as that with a matrix of few columns.
-        made = [group.directions @ torch.from_numpy(query).half() for query in directions]
+        made = [group.directions @ torch.from_numpy(query).to(torch.float16) for query in directions]
         scores, slack = torch.stack(made).float().numpy(), HALF_SLACK
     else:
         scores, slack = (x @ directions.T.astype(np.float32)).T, SLACK
