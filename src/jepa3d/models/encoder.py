@@ -228,7 +228,7 @@ def standardise_vectors(encoder: PointEncoder, points: Tensor, batch_size: int =
     Without it a few channels of large spread, and the mean that all clouds share, decide which vectors are alike.
     """
     encoder.vector_mean = encoder.vector_std = None
-    vectors = torch.cat([encoder.embed(batch) for batch in points.split(batch_size)]).double()
+    vectors = torch.cat([encoder.embed(batch).cpu() for batch in points.split(batch_size)]).double()
     weight = encoder.norm.weight
     encoder.vector_mean = vectors.mean(0).to(weight)
     encoder.vector_std = vectors.std(0, correction=0).clamp_min(1e-6).to(weight)
