@@ -21,9 +21,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jepa3d.data.datasets import load
+from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.fitting import one_thread
-from jepa3d.inference.unknown import FALSE_ALARMS, known_clouds, unit
+from jepa3d.inference.unknown import FALSE_ALARMS, known_clouds
 from jepa3d.models.ready import load as load_encoder
 
 LEFT_OUT, MOST = 0.3, 600  # share of the classes; clouds scored of those named, and of those left out
@@ -32,11 +33,11 @@ Measured = tuple[float, np.ndarray]  # a threshold, and the likeness of all clou
 
 def by_class_mean(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
     found = known_clouds(x, rows, y)
-    return found.least, (unit((x - found.shift) / found.spread) @ found.means.T).max(1)
+    return found.least, (unit_length((x - found.shift) / found.spread) @ found.means.T).max(1)
 
 
 def by_nearest(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
-    cosines = unit(x) @ unit(x[rows]).T
+    cosines = unit_length(x) @ unit_length(x[rows]).T
     held = cosines[rows]
     np.fill_diagonal(held, -1)
     return threshold(held.max(1)), cosines.max(1)

@@ -40,7 +40,7 @@ class BatchGenerator:
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
-        """A generator for a batch in which every row stands `times` times, one after another."""
+        """A generator for the batch in which each row is repeated `times` times, copies side by side."""
         total = self.total and self.total * times
         return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
 

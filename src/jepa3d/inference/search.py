@@ -143,6 +143,8 @@ def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition],
         rows = np.arange(len(batch))
         for condition in conditions:
             rows = rows[condition.holds(batch.column(condition.column).take(rows).to_pylist())]
+        if not len(rows):
+            continue
         x, names = to_numpy(batch.column("vector")), None
         scores, slack = _cosines(group, x, directions)
         for i, query in enumerate(directions):
@@ -159,21 +161,22 @@ def _find(index: Path, queries: np.ndarray, k: int, conditions: list[Condition],
 
 
 def _cosines(group: mapped.Group, x: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, float]:
-    """Cosines q n of directions q E with the vectors x n E of a group, -inf of a zero vector; the slack they need."""
+    """Cosines q n of queries q E with the vectors x n E of a group, and the slack that their precision needs.
+
+    The cosine of a zero vector is -inf.
+    """
+    length = np.linalg.norm(x, axis=1) if group.lengths is None else group.lengths
     if group.directions is not None and len(directions) <= FEW:
         # One by one: the product with a vector is several times as fast as that with a matrix of few columns.
         made = [group.directions @ torch.from_numpy(query).to(torch.float16) for query in directions]
         scores, slack = torch.stack(made).float().numpy(), HALF_SLACK
     else:
-        scores, slack = (x @ directions.T.astype(np.float32)).T, SLACK
-    length = np.linalg.norm(x, axis=1) if group.lengths is None else group.lengths
-    if slack == SLACK:
-        scores = scores / np.maximum(length, 1e-30)
+        scores, slack = (x @ directions.T.astype(np.float32)).T / np.maximum(length, 1e-30), SLACK
     return np.where(length > 0, scores, -np.inf), slack
 
 
 def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
-    """Places of the scores that may be of the k best and not under `worst`, though wrong by half of `slack`."""
+    """Indices of the scores that may belong to the k best and reach `worst`, if each may err by half of `slack`."""
     top = np.flatnonzero(scores >= worst - slack)
     if len(top) > k:
         worst = max(worst, np.partition(scores[top], -k)[-k])

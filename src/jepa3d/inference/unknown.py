@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jepa3d.evaluation.descriptors import unit_length
+
 FALSE_ALARMS = 0.05  # share of clouds of the named classes that are called unknown
 FEWEST = 19  # named clouds from which on so small a share can be measured: the lowest of 19 is one case of 20
 
@@ -27,7 +29,7 @@ def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
     named cloud takes no part in that. Raises ValueError for fewer than `FEWEST` others.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
-    named = unit((x[rows] - shift) / spread)
+    named = unit_length((x[rows] - shift) / spread)
     sums = np.stack([named[y == number].sum(0) for number in range(y.max() + 1)])
     inside = np.flatnonzero(np.bincount(y)[y] > 1)
     if len(inside) < FEWEST:
@@ -35,12 +37,7 @@ def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
             f"--unknown: its threshold needs {FEWEST} named clouds at least, of classes that have two or more, "
             f"and there are {len(inside)}; name more"
         )
-    cosines, alone = named @ unit(sums).T, np.arange(len(y))
-    cosines[alone, y] = (named * unit(sums[y] - named)).sum(1)
+    cosines, alone = named @ unit_length(sums).T, np.arange(len(y))
+    cosines[alone, y] = (named * unit_length(sums[y] - named)).sum(1)
     least = np.sort(cosines[inside].max(1))[int(FALSE_ALARMS * (len(inside) + 1)) - 1]
-    return Known(shift, spread, unit(sums), float(least))
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Vectors n E of length 1."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return Known(shift, spread, unit_length(sums), float(least))

@@ -96,8 +96,8 @@ class JEPA(nn.Module):
             grouped = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
         centers, patches, index = grouped
         several = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
-        draws = generator.repeated(self.masks)
-        sample = self.sampler(several(centers), draws.stream("sampler"))
+        every_center, draws = several(centers), generator.repeated(self.masks)
+        sample = self.sampler(every_center, draws.stream("sampler"))
         # The teacher first: what it needs is free again before the student's activations are kept.
         if cached:
             tokens = cached[2].float()
@@ -105,7 +105,7 @@ class JEPA(nn.Module):
             tokens = self.teacher(patches, centers)
         else:
             tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
-        prediction, encoded = self.predict(several(patches), several(centers), sample, draws.stream("drop_path"))
+        prediction, encoded = self.predict(several(patches), every_center, sample, draws.stream("drop_path"))
         settings, regularised = self.settings, encoded if self.teacher else tokens.flatten(0, 1)
         target = gather_points(several(tokens), sample.target)
         if settings.project:
@@ -118,9 +118,7 @@ class JEPA(nn.Module):
         if viewed is not None:
             view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), several(viewed))
             loss = loss + settings.view * view_loss
-        return JEPAOutput(
-            loss, prediction, target, sample, several(centers), several(index), encoded, penalty, view_loss
-        )
+        return JEPAOutput(loss, prediction, target, sample, every_center, several(index), encoded, penalty, view_loss)
 
     @torch.no_grad()
     def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:

@@ -80,7 +80,7 @@ def to_export(network: Network, clouds: PointClouds, seed: int) -> Network:
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
-    """On the student's grouping."""
+    """The stage-I dVAE, with the student's num_groups and group_size."""
     part, student = config.dvae, config.encoder
     sizes = {
         name: getattr(part, name)
