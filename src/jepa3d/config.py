@@ -50,6 +50,8 @@ class DecoderConfig:
     depth: int = within(2, "[0, 200]")
     cross_attention: bool = True
     stacked: bool = False
+    isolated: bool = False  # mask tokens see the context only, not each other
+    ranks: bool = False  # the decoder is told the order of the tokens along each axis, not their coordinates
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,8 @@ class PretrainConfig(RunConfig):
     @property
     def stages(self) -> tuple[Literal["dvae", "generative", "invariance"], ...]:
         """Names of the networks that stage I has to train first."""
-        if self.objective != "jepa":
-            return ()
-        return tuple(name for name in STAGE_ONE if name in (*self.teacher, self.init))
+        named = (*self.teacher, self.init) if self.objective == "jepa" else ()
+        return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
         """The schedule in the group of the run's own objective is the run's; those of other groups are of stage I."""
@@ -327,8 +328,7 @@ def stored(run: Path) -> dict:
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
     """Settings of a run on `num_shapes` shapes that depart from the paper's, as dotted name -> (here, paper).
 
-    The paper pretrains on ShapeNet55, all shapes, for 150 or 300 epochs; how often a run logs, its
-    seed and which way its data points are not the method's.
+    The paper's: ShapeNet55, all shapes, 150 or 300 epochs. Logging, seed and up axis are not the method's.
     """
     defaults = to_dict(resolve({"objective": config.objective}))  # a rival's schedule is compared with its own
     paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all", "mixed_precision": "no"}

@@ -24,6 +24,8 @@ def validate(config: PretrainConfig) -> None:
         raise ValueError(f"target.cache needs frozen teachers, not {moving[0]} (teacher {', '.join(config.teacher)})")
     if target.layers > encoder.depth:
         raise ValueError(f"target.layers {target.layers} exceeds encoder.depth {encoder.depth}")
+    if config.decoder.depth == 0 and (config.decoder.isolated or config.decoder.ranks):
+        raise ValueError("decoder.isolated and decoder.ranks need a decoder: decoder.depth 1 or more")
     if config.sampler.num_targets > encoder.num_groups:
         raise ValueError(
             f"sampler.num_targets {config.sampler.num_targets} exceeds encoder.num_groups {encoder.num_groups}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
+from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder, token_ranks
 from jepa3d.models.layout import Joint, Ragged
 
 B, V, A, T, C = 2, 5, 3, 4, 12
@@ -85,6 +85,28 @@ def test_the_position_of_a_target_token_is_felt_by_the_rest_of_its_block(inputs)
     moved[:, 0, 0] = torch.randn(B, C)
     change = decoder(*context, target_position) - decoder(*context, moved)
     assert change[:, 0, 1:].abs().amax(-1).min() > 0.001
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("cross_attention", [True, False])
+def test_an_isolated_mask_token_is_predicted_as_if_it_were_alone(depth, cross_attention, inputs):
+    decoder = make(depth=depth, cross_attention=cross_attention, isolated=True)
+    *context, target_position = inputs
+    together = decoder(*context, target_position)
+    alone = [decoder(*context, place) for place in target_position.flatten(1, 2)[:, :, None, None].unbind(1)]
+    assert_close(together.flatten(1, 2), torch.cat(alone, 1)[:, :, 0])
+    changed = context[0].clone()
+    changed[7] = torch.randn(C)  # the last of the second sample
+    felt = (decoder(changed, *context[1:], target_position) - together).abs().amax(-1)
+    assert felt[1].min() > 0.001
+    assert felt[0].max() == 0
+
+
+def test_ranks_say_the_order_along_each_axis_and_nothing_else():
+    centers = torch.tensor([[[0.0, 5.0, 1.0], [0.1, -3.0, 2.0], [9.0, 4.0, 3.0]]])
+    assert_close(token_ranks(centers), torch.tensor([[[-1.0, 1, -1], [0, -1, 0], [1, 0, 1]]]))
+    assert torch.equal(token_ranks(centers), token_ranks(centers**3))
+    assert token_ranks(centers[:, :1]).tolist() == [[[-1, -1, -1]]]
 
 
 def reference_block(block: ContextAwareBlock, x, context):

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from jepa3d.config import resolve
+from jepa3d.models.decoder import token_ranks
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import TokenSample
@@ -64,10 +65,13 @@ VARIANTS = [
 SAMPLERS = [{"sampler": {"name": name}} for name in ("random", "one_block")] + [
     {"sampler": {"name": "sequence", "target_ratio": (0.1, 0.15), "context_ratio": (0.6, 0.9), "min_context": 1}}
 ]
+DECODERS = [{"decoder": {"isolated": True, "ranks": ranks, "cross_attention": ranks}} for ranks in (True, False)]
 
 
 @pytest.mark.parametrize(
-    "settings", [*VARIANTS, *SAMPLERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}, "ema": True}], ids=str
+    "settings",
+    [*VARIANTS, *SAMPLERS, *DECODERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}, "ema": True}],
+    ids=str,
 )
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(settings):
     objective = make(**settings).train()
@@ -83,6 +87,17 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(settings
             assert parameter.grad.isfinite().all(), name
             assert parameter.ndim < 2 or parameter.grad.any(), name
     assert objective.decoder.mask_token.grad.any()
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+def test_with_ranks_the_decoder_is_not_told_how_far_apart_targets_are(ranks):
+    objective, grouped = make(decoder={"ranks": ranks}).eval(), group(clouds(), 16, 8)
+    sample = objective.sampler(grouped.centers, BatchGenerator(0))
+    moved, token = grouped.centers.clone(), sample.target[0, 0, 0]
+    moved[0, token] += 1e-4
+    assert torch.equal(token_ranks(moved), token_ranks(grouped.centers))
+    told = [objective.predict(grouped.patches, centers, sample)[0] for centers in (grouped.centers, moved)]
+    assert torch.equal(*told) is ranks
 
 
 def test_the_target_carries_a_gradient_only_when_it_is_projected():

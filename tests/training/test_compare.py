@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from jepa3d import config as settings
 from jepa3d.cli import main
@@ -279,6 +281,22 @@ def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refuse
     costs[0]["multi_block"] = (66.0, 1.0)
     with pytest.raises(ValueError, match=r"arms.block: stage I alone takes 1.1 of 1 CPU-minutes"):
         at_equal_time(read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other")
+
+
+def test_arms_share_a_stage_one_of_the_same_settings_and_seed(write_grid, tiny, tmp_path):
+    block = ARMS["block"] | {"teacher": ["dvae"]}
+    longer = {"teacher": ["dvae"], "dvae": {"max_steps": 3}}
+    arms = {"base": {"teacher": ["dvae"]}, "block": block, "longer": longer}
+    call(write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out")
+    made = {run.parents[2].name: run.parent for run in tmp_path.glob("out/runs/*/stage1/dvae/run.json")}
+    costs = {name: json.loads((run / "run.json").read_text())["cost"]["wall_seconds"] for name, run in made.items()}
+    for seed in (0, 1):
+        assert costs[f"base-{seed}"] == costs[f"block-{seed}"] != costs[f"longer-{seed}"], "copied, not trained again"
+    assert costs["base-0"] != costs["base-1"]
+    alone = tiny(max_steps=4, sampler={"name": "random"}, teacher=["dvae"], dvae={"max_steps": 2}, seed=1)
+    alone = pretrain(replace(alone, sampler=replace(alone.sampler, **ARMS["block"]["sampler"])), tmp_path / "alone")
+    assert_close(weights(made["block-1"].parents[1]), weights(alone), rtol=0, atol=0)
+    call(write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out")  # goes on
 
 
 def test_the_cost_of_stage_one_comes_before_the_first_step(tiny):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from jepa3d.models.layout import Joint, Ragged
-from jepa3d.models.transformer import Attention, Mlp, init_xavier
+from jepa3d.models.transformer import Attention, Mlp, init_xavier, position_embedding
 
 
 class ContextAwareBlock(nn.Module):
@@ -13,10 +13,20 @@ class ContextAwareBlock(nn.Module):
 
     The cross-attention's query is normalised; its key and value are the encoder's output, normalised already
     and the same for every block. Without `cross_attention` it is a plain block (Table V, second row).
+    With `isolated` every token attends to the context alone, so that mask tokens do not see each other.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, cross_attention: bool, qkv_bias: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        cross_attention: bool,
+        qkv_bias: bool = False,
+        isolated: bool = False,
+    ):
         super().__init__()
+        self.isolated = isolated
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention, self.mlp = Attention(dim, num_heads, qkv_bias), Mlp(dim, mlp_ratio)
         self.crosses = cross_attention
@@ -29,11 +39,12 @@ class ContextAwareBlock(nn.Module):
         `context` [n, C] is projected to key and value once a sample, for all its passes.
         """
         normed = self.norm1(x)
+        seen, keys = (normed[: joint.context.num_rows], joint.context) if self.isolated else (normed, joint)
         if last:  # nobody reads the context's rows after it: they are keys and values only
             x, queries = x[-joint.num_masked :], normed[-joint.num_masked :]
         else:
             x, queries = joint.every_pass(x), normed
-        x = x + self.attention(queries, normed, joint, joint)
+        x = x + self.attention(queries, seen, joint, keys)
         if self.crosses:
             x = x + self.cross_attention(self.cross_norm(x), context, joint, joint.context)
         return x + self.mlp(self.norm2(x))
@@ -43,7 +54,9 @@ class ContextAwareDecoder(nn.Module):
     """Predicts every target token from the encoded context and the positions of the target's centres.
 
     One pass a target block, all of them batched as B*A, so that a block never sees another block's mask
-    tokens (the paper's equation); `stacked` puts all blocks in one pass (its overview picture).
+    tokens (the paper's equation); `stacked` puts all blocks in one pass (its overview picture). With `isolated`
+    no mask token sees any other (AsymDSD, arXiv 2506.21724), so one pass is enough. With `ranks` the decoder has
+    positions of its own, of `token_ranks` (MPL-MAE, arXiv 2606.31570, without its gate).
     """
 
     def __init__(
@@ -56,13 +69,16 @@ class ContextAwareDecoder(nn.Module):
         stacked: bool = False,
         position_every_block: bool = True,
         qkv_bias: bool = False,
+        isolated: bool = False,
+        ranks: bool = False,
     ):
         super().__init__()
-        self.stacked, self.position_every_block, self.checkpoints = stacked, position_every_block, False
+        self.stacked, self.position_every_block, self.checkpoints = stacked or isolated, position_every_block, False
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.blocks = nn.ModuleList(
-            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias) for _ in range(depth)
+            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias, isolated) for _ in range(depth)
         )
+        self.position = position_embedding(dim) if ranks else None
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
         self.apply(init_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -92,3 +108,11 @@ class ContextAwareDecoder(nn.Module):
     def predictions(x: Tensor, target_position: Tensor) -> Tensor:
         """The mask tokens, the last rows of x, as B A T C."""
         return x[-target_position.shape[:3].numel() :].view(target_position.shape)
+
+
+def token_ranks(centers: Tensor) -> Tensor:
+    """Where each of the centers B M 3 stands among all of its cloud's, along each axis: -1 the lowest, 1 the highest.
+
+    The order of the tokens is told, but not how far apart they are, which alone says much of a shape.
+    """
+    return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jepa3d.config import PretrainConfig
 from jepa3d.data.transforms import random_rotate, random_view
 from jepa3d.models import sampling
-from jepa3d.models.decoder import ContextAwareDecoder
+from jepa3d.models.decoder import ContextAwareDecoder, token_ranks
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.sampling import TokenSample
 from jepa3d.models.teacher import Teacher, ema_update, normalise
@@ -60,6 +60,8 @@ class JEPA(nn.Module):
             settings.stacked,
             encoder.position_every_block,
             config.encoder.qkv_bias,
+            settings.isolated,
+            settings.ranks,
         )
         target_width = teacher.width if teacher else encoder.width
         self.projection = nn.Linear(encoder.width, target_width)
@@ -136,6 +138,10 @@ class JEPA(nn.Module):
         target_position = encoder.position(gather_points(centers, sample.target))
         if len(decoder.blocks):
             context = encoder.hidden_states(tokens, position, layout, generator)[-1]
+            if decoder.position:
+                places = decoder.position(token_ranks(centers))
+                position = layout.pack(gather_points(places, sample.context))
+                target_position = gather_points(places, sample.target)
             return self.projection(decoder(context, layout, position, target_position)), context
         # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
         x, position, joint = decoder.assemble(tokens, layout, position, target_position)

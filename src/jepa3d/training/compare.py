@@ -187,7 +187,8 @@ class Comparison:
         elif not (folder.exists() and read_record(folder)["status"] == "finished"):
             try:
                 with self._quiet():
-                    pretrain(config, folder, folder.exists(), clouds=self._load(config))
+                    trained = sorted(run.parent for run in self.out.glob("runs/*/stage1/*/run.json"))
+                    pretrain(config, folder, folder.exists(), clouds=self._load(config), stage_one=trained)
             except Diverged as error:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})

@@ -9,7 +9,7 @@ RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      target
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -114,9 +114,11 @@ def pretrain(
     resume: bool = False,
     stop_at: int | None = None,
     clouds: PointClouds | None = None,
+    stage_one: Iterable[Path] = (),
 ) -> Path:
     """Run `config` into the folder `out`, stage I first for every network that 3D-JEPA needs and does not get.
 
+    A finished run of `stage_one` whose settings are those that stage I needs is copied instead of trained again.
     Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
     started = runs.begin(out, resume)
@@ -150,6 +152,9 @@ def pretrain(
     wait_for_everyone()
     for name in config.stages:
         folder = out / "stage1" / name
+        if is_main() and not folder.exists():
+            runs.copy_twin(config.stage(name), folder, stage_one)
+        wait_for_everyone()
         pretrain(config.stage(name), folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)

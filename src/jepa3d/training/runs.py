@@ -3,7 +3,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -12,7 +12,7 @@ import psutil
 from accelerate import PartialState
 from torch import nn
 
-from jepa3d.config import RunConfig, stored
+from jepa3d.config import STAGE_ONE, PretrainConfig, RunConfig, stored
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.locking import writing
@@ -66,9 +66,27 @@ def check_unchanged(config: Any, out: Path) -> None:
     if written not in (None, sha256_of(file)):
         raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
     before = {key: value for key, value in stored(out).items() if key != "task"}
-    if changed := differences(to_dict(config), before):
+    if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
         raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
+
+
+def read_by(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's settings that its objective reads; of 3D-JEPA and supervised runs all."""
+    objective = settings.get("objective", "jepa")
+    if objective == "jepa":
+        return settings
+    others = {"sampler", "decoder", "target", "teacher", "init", *STAGE_ONE} - {objective}
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> None:
+    """Copy to `out` the first of the candidates that is finished and has the settings of `config`, if there is one."""
+    asked = read_by(to_dict(config))
+    for run in candidates:
+        if read_record(run)["status"] == "finished" and not differences(asked, read_by(stored(run))):
+            checkpoint.replace_folder(out, functools.partial(shutil.copytree, run, dirs_exist_ok=True), new=True)
+            return
 
 
 def check_same_data(clouds: PointClouds, out: Path) -> None:
