@@ -1,10 +1,11 @@
-"""The encoder of the package against geometry made by hand: mAP, kNN, 10 labels, with paired intervals.
+"""The encoder of the package against geometry made by hand: mAP, kNN, 10 labels, with paired
+intervals.
 
     python benchmarks/ahead.py modelnet10_1024.npz                # test part, used once
     python benchmarks/ahead.py psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Both see the same clouds. Nothing is chosen: the last layer, C 0.1, as `jepa3d probe --quick` and `jepa3d retrieval`.
-The interval is that of `jepa3d compare` for one training run: over test shapes.
+Both see the same clouds. Nothing is chosen: the last layer, C 0.1, as `jepa3d probe --quick` and
+`jepa3d retrieval`. The interval is that of `jepa3d compare` for one training run: over test shapes.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from jepa3d.evaluation.retrieval import vectors_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--labels-key", default="labels")
     parser.add_argument("--up-axis", default="z")
@@ -33,15 +36,23 @@ def main() -> None:
         "default": Vectors(vectors_of(encoder, train), vectors_of(encoder, scored), cosine),
         "geometry": Vectors(of(train), of(scored), likeness),
     }
-    found = {name: outcomes(vectors, shapes.y, shapes.y_scored, seed=0) for name, vectors in made.items()}
-    print(f"{shapes.name}: {len(shapes.train):,} train, {len(shapes.scored):,} test shapes, seed 0\n")
-    print("| | default | geometry | default - geometry, 95 % over shapes | |\n|---|---|---|---|---|")
+    found = {
+        name: outcomes(vectors, shapes.y, shapes.y_scored, seed=0) for name, vectors in made.items()
+    }
+    print(
+        f"{shapes.name}: {len(shapes.train):,} train, {len(shapes.scored):,} test shapes, seed 0\n"
+    )
+    print(
+        "| | default | geometry | default - geometry, 95 % over shapes | |\n|---|---|---|---|---|"
+    )
     for metric, meaning in METRICS.items():
         ours, theirs = (found[name][metric][None] for name in made)
         kept = np.isfinite(ours + theirs)[0]
         gain = difference(ours[:, kept], theirs[:, kept])
         means = f"{ours[:, kept].mean():.1f} | {theirs[:, kept].mean():.1f}"
-        print(f"| {meaning} | {means} | {gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f}) | {gain.verdict} |")
+        print(
+            f"| {meaning} | {means} | {gain.mean:+.1f} ({gain.low:+.1f} to {gain.high:+.1f}) | {gain.verdict} |"
+        )
 
 
 if __name__ == "__main__":

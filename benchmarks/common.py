@@ -1,4 +1,6 @@
-"""What the benchmarks share: the machine's name and its GEMM peak, counted FLOPs, random clouds, a training step."""
+"""What the benchmarks share: the machine's name and its GEMM peak, counted FLOPs, random clouds, a
+training step.
+"""
 
 import math
 import os
@@ -23,7 +25,9 @@ from jepa3d.training.optim import adamw
 from jepa3d.training.pretrain import make_task, with_cache
 
 ATTENTION = {  # on a CPU; torch counts that of CUDA only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        sdpa_flop_count(q, k, v)
+    ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
@@ -31,14 +35,18 @@ ATTENTION = {  # on a CPU; torch counts that of CUDA only
 
 
 def count_flops() -> FlopCounterMode:
-    """A context whose `get_total_flops()` are those executed by matrix products, convolutions and attention."""
+    """A context whose `get_total_flops()` are those executed by matrix products, convolutions and
+    attention.
+    """
     return FlopCounterMode(display=False, custom_mapping=ATTENTION)
 
 
 def machine() -> str:
     """Processor, cores, threads, torch and date of a measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()
+    )
     threads = torch.get_num_threads()
     return f"{cpu}, {os.cpu_count()} cores, threads: {threads}, torch {torch.__version__}, {date.today()}"
 
@@ -58,18 +66,28 @@ def random_clouds(batch: int, points: int) -> Tensor:
 
 
 class Training:
-    """jepa3d's pretraining on one process: called with points B N 3 it takes a step as training/loop.py does."""
+    """jepa3d's pretraining on one process: called with points B N 3 it takes a step as
+    training/loop.py does.
+    """
 
-    def __init__(self, config: PretrainConfig, objective: str = "jepa", where: torch.device | None = None):
+    def __init__(
+        self, config: PretrainConfig, objective: str = "jepa", where: torch.device | None = None
+    ):
         # BatchNorm is calibrated on 32 clouds, so that this does not set the peak of the memory.
-        self.clouds = PointClouds("random", "", random_clouds(32, config.encoder.num_points).numpy())
+        self.clouds = PointClouds(
+            "random", "", random_clouds(32, config.encoder.num_points).numpy()
+        )
         self.config = config
-        self.task = with_cache(make_task(config, objective, self.clouds, {}), self.clouds, config, None)
+        self.task = with_cache(
+            make_task(config, objective, self.clouds, {}), self.clouds, config, None
+        )
         self.where = where or torch.device("cpu")
         self.model = self.task.objective.train().to(self.where)
         if config.compile == "yes":
             compile_blocks(self.model)
-        self.repeated = Repeated(self.one_pass, self.model) if can_repeat(config, 1, self.where) else None
+        self.repeated = (
+            Repeated(self.one_pass, self.model) if can_repeat(config, 1, self.where) else None
+        )
         self.optimizer, self.number = adamw(self.model, self.task.schedule), 0
 
     def __call__(self, points: Tensor) -> Tensor:
@@ -86,7 +104,9 @@ class Training:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
         # Beyond 32 clouds those of others: as quick to read.
         targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
-        with torch.autocast(self.where.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+        with torch.autocast(
+            self.where.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"
+        ):
             output = self.model(points, generator, 0.0, *targets)
         output.loss.backward()
         return output

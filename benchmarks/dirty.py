@@ -2,8 +2,9 @@
 
     python benchmarks/dirty.py --data $JEPA3D_DATA --out dirty
 
-A gallery of all test shapes of ModelNet10 and PSB, z up; 100 seeded queries made from them, each damaged in one way;
-all of it through files and the command line. Prints how often the own original is the nearest, a kind of damage.
+A gallery of all test shapes of ModelNet10 and PSB, z up; 100 seeded queries made from them, each
+damaged in one way; all of it through files and the command line. Prints how often the own original
+is the nearest, a kind of damage.
 """
 
 import argparse
@@ -60,17 +61,26 @@ def holed(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 DAMAGE: dict[str, Damage] = {
-    "strays": strays, "half": half, "256 points": sparse, "turned": turned, "jittered": jittered, "NaN rows": holed,
-}  # fmt: skip
+    "strays": strays,
+    "half": half,
+    "256 points": sparse,
+    "turned": turned,
+    "jittered": jittered,
+    "NaN rows": holed,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--part", choices=["train", "test"], default="test", help="train: to try things out")
+    parser.add_argument(
+        "--part", choices=["train", "test"], default="test", help="train: to try things out"
+    )
     arguments = parser.parse_args()
     out, rng = arguments.out, np.random.default_rng(0)
     (out / "gallery").mkdir(parents=True)
@@ -79,8 +89,14 @@ def main() -> None:
     for name, up in SETS.items():
         bundle = np.load(arguments.data / name)
         clouds = bundle["points"][bundle["split"] == (arguments.part == "test")].astype(np.float32)
-        clouds = clouds @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32) if up == "y" else clouds
-        clouds /= np.linalg.norm(clouds - clouds.mean(1, keepdims=True), axis=2).max(1)[:, None, None]
+        clouds = (
+            clouds @ np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32)
+            if up == "y"
+            else clouds
+        )
+        clouds /= np.linalg.norm(clouds - clouds.mean(1, keepdims=True), axis=2).max(1)[
+            :, None, None
+        ]
         file = out / "gallery" / f"{Path(name).stem}.npy"
         np.save(file, clouds)
         shapes += [(f"{file.name}#{i}", cloud - cloud.mean(0)) for i, cloud in enumerate(clouds)]
@@ -89,12 +105,19 @@ def main() -> None:
         kind = list(DAMAGE)[i % len(DAMAGE)]
         name, cloud = shapes[row]
         query = out / "queries" / f"{i:03d} {kind}.xyz"
-        scanned = 25 * DAMAGE[kind](cloud.astype(float), rng) + (4000, -700, 90)  # a scanner's own coordinates
+        scanned = 25 * DAMAGE[kind](cloud.astype(float), rng) + (
+            4000,
+            -700,
+            90,
+        )  # a scanner's own coordinates
         np.savetxt(query, scanned[rng.permutation(len(scanned))], fmt="%.4f")
         wanted[query.name] = name, kind
     jepa3d = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
     index = str(out / "gallery.parquet")
-    subprocess.run([*jepa3d, "embed", str(out / "gallery"), "--out", index, "--model", arguments.model], check=True)
+    subprocess.run(
+        [*jepa3d, "embed", str(out / "gallery"), "--out", index, "--model", arguments.model],
+        check=True,
+    )
     asked = [*jepa3d, "search", index, str(out / "queries"), "-k", "1", "--json"]
     lines = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()
     answers = [json.loads(line) for line in lines if line.startswith("{")]

@@ -1,10 +1,11 @@
-"""`jepa3d embed` against the script that people write: one process, the same encoder, batches of 32.
+"""`jepa3d embed` against the script that people write: one process, the same encoder, batches of
+32.
 
     python benchmarks/embed.py                 # 1,600 meshes of ModelNet's sizes, 3 rounds: some minutes
     python benchmarks/embed.py --folder DIR    # on your own .off files
 
-Whole processes, start-up included, interleaved; medians over rounds, ratios made within a round. The second table is
-`jepa3d embed` on a store of the same shapes, and again where nothing is new.
+Whole processes, start-up included, interleaved; medians over rounds, ratios made within a round.
+The second table is `jepa3d embed` on a store of the same shapes, and again where nothing is new.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def seconds(command: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1600)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path)
@@ -41,15 +44,29 @@ def main() -> None:
         if not options.folder:
             make_meshes(folder, options.count)
         count = len(list(folder.rglob("*.off")))
-        subprocess.run([*jepa3d, "prepare", str(folder), "--out", str(work / "store")], check=True, capture_output=True)
+        subprocess.run(
+            [*jepa3d, "prepare", str(folder), "--out", str(work / "store")],
+            check=True,
+            capture_output=True,
+        )
         out = work / "v.parquet"
         ways = {
             "baseline": [sys.executable, str(BASELINE), str(folder), str(work / "v.npy")],
             "jepa3d embed": [*jepa3d, "embed", str(folder), "--out", str(out)],
-            "jepa3d embed --workers 1": [*jepa3d, "embed", str(folder), "--out", str(out), "--workers", "1"],
+            "jepa3d embed --workers 1": [
+                *jepa3d,
+                "embed",
+                str(folder),
+                "--out",
+                str(out),
+                "--workers",
+                "1",
+            ],
             "jepa3d embed, of a store": [*jepa3d, "embed", str(work / "store"), "--out", str(out)],
         }
-        times: dict[str, list[float]] = {way: [] for way in ways} | {"jepa3d embed, nothing new": []}
+        times: dict[str, list[float]] = {way: [] for way in ways} | {
+            "jepa3d embed, nothing new": []
+        }
         for _ in range(options.rounds):
             for way, command in ways.items():
                 out.unlink(missing_ok=True)

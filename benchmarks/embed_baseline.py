@@ -1,4 +1,5 @@
-"""What people write to get vectors of a folder of meshes: `benchmarks/embed.py` compares `jepa3d embed` to it.
+"""What people write to get vectors of a folder of meshes: `benchmarks/embed.py` compares `jepa3d
+embed` to it.
 
 python benchmarks/embed_baseline.py FOLDER OUT
 """

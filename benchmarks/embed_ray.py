@@ -1,10 +1,12 @@
-"""`examples/ray_embed.py` on one machine beside `jepa3d embed`: clouds a second once both have started.
+"""`examples/ray_embed.py` on one machine beside `jepa3d embed`: clouds a second once both have
+started.
 
     python benchmarks/embed_ray.py             # 1,600 meshes of ModelNet's sizes, 2 rounds: some minutes
 
-Every way is run on 64 meshes and on all of them, as whole processes, in turn; the difference is what a cloud takes,
-start-up what is left. CPU seconds are those of all processes of a way, Ray's own too, looked at five times a second;
-unlike clouds a second they hold on a machine that does other things besides. The second table splits them.
+Every way is run on 64 meshes and on all of them, as whole processes, in turn; the difference is
+what a cloud takes, start-up what is left. CPU seconds are those of all processes of a way, Ray's
+own too, looked at five times a second; unlike clouds a second they hold on a machine that does
+other things besides. The second table splits them.
 """
 
 import argparse
@@ -36,7 +38,10 @@ def measured(command: list[str]) -> np.ndarray:
     begun, used = time.perf_counter(), {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
-            for process in [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]:
+            for process in [
+                psutil.Process(running.pid),
+                *psutil.Process(running.pid).children(recursive=True),
+            ]:
                 with suppress(psutil.NoSuchProcess):
                     used[process.pid] = sum(process.cpu_times()[:2])
             time.sleep(0.2)
@@ -55,7 +60,10 @@ def parts(folder: Path) -> str:
         times = [time.process_time()]
         clouds = [item.read() for item in some]
         times.append(time.process_time())
-        ready = [prepare(encoder, cloud, item.path, "z") for cloud, item in zip(clouds, some, strict=True)]
+        ready = [
+            prepare(encoder, cloud, item.path, "z")
+            for cloud, item in zip(clouds, some, strict=True)
+        ]
         times.append(time.process_time())
         encode(encoder, ready, -1, "mean_max")
         times.append(time.process_time())
@@ -64,7 +72,9 @@ def parts(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1600)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
@@ -76,10 +86,26 @@ def main() -> None:
         for kind, some in (("few", files[:FEW]), ("all", files)):
             (work / kind / "lists").mkdir(parents=True, exist_ok=True)
             for part in range(PARTITIONS):
-                (work / kind / "lists" / f"{part:02d}").write_text("\n".join(some[part::PARTITIONS]))
+                (work / kind / "lists" / f"{part:02d}").write_text(
+                    "\n".join(some[part::PARTITIONS])
+                )
         ways = {
-            "jepa3d embed --workers 1": [*jepa3d, "embed", "--workers", "1", "--out", str(work / "v.parquet")],
-            "jepa3d embed --workers 2": [*jepa3d, "embed", "--workers", "2", "--out", str(work / "v.parquet")],
+            "jepa3d embed --workers 1": [
+                *jepa3d,
+                "embed",
+                "--workers",
+                "1",
+                "--out",
+                str(work / "v.parquet"),
+            ],
+            "jepa3d embed --workers 2": [
+                *jepa3d,
+                "embed",
+                "--workers",
+                "2",
+                "--out",
+                str(work / "v.parquet"),
+            ],
             "examples/ray_embed.py": [sys.executable, str(EXAMPLE)],
         }
         found: dict[str, list[np.ndarray]] = {way: [] for way in ways}
@@ -91,16 +117,30 @@ def main() -> None:
                     shutil.rmtree(work / "vectors", ignore_errors=True)
                     ray = way.startswith("examples")
                     spent.append(
-                        measured([*command, *([str(work / kind / "lists"), str(work / "vectors")] if ray else some)])
+                        measured(
+                            [
+                                *command,
+                                *(
+                                    [str(work / kind / "lists"), str(work / "vectors")]
+                                    if ray
+                                    else some
+                                ),
+                            ]
+                        )
                     )
                 each = (spent[1] - spent[0]) / (len(files) - FEW)
                 found[way].append(np.concatenate([each, spent[0] - FEW * each]))
         clouds = work / "clouds"
         clouds.mkdir()
         for i in range(512):
-            np.save(clouds / f"{i}.npy", np.random.default_rng(i).normal(size=(2048, 3)).astype(np.float32))
+            np.save(
+                clouds / f"{i}.npy",
+                np.random.default_rng(i).normal(size=(2048, 3)).astype(np.float32),
+            )
         split = {".npy of 2,048 points": parts(clouds), "meshes": parts(work / "all")}
-    print(f"\n{len(files):,} meshes: {machine()}, load {os.getloadavg()[2]:.1f}; medians of {options.rounds} rounds\n")
+    print(
+        f"\n{len(files):,} meshes: {machine()}, load {os.getloadavg()[2]:.1f}; medians of {options.rounds} rounds\n"
+    )
     print("| | clouds/s | CPU ms a cloud | start-up, s | start-up, CPU s |\n|---|---|---|---|---|")
     for way in ways:
         wall, cpu, start, start_cpu = np.median(found[way], 0)

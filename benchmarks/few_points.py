@@ -1,7 +1,9 @@
-"""How clouds of few points are best filled up: python benchmarks/few_points.py PSB.npz (y up, split, labels_coarse).
+"""How clouds of few points are best filled up: python benchmarks/few_points.py PSB.npz (y up,
+split, labels_coarse).
 
-Each shape of the train part, of classes of at least 8, is cut to a few random points and searched among all others,
-which are whole. Prints how often the nearest is of its class, per cent, for `frame.fill` and other rules in its place.
+Each shape of the train part, of classes of at least 8, is cut to a few random points and searched
+among all others, which are whole. Prints how often the nearest is of its class, per cent, for
+`frame.fill` and other rules in its place.
 """
 
 import sys
@@ -12,11 +14,15 @@ from jepa3d import embed, frame, load
 
 
 def as_they_are(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
-    return points[np.arange(-(-len(points) // 64) * 64) % len(points)], None  # a multiple of 64: a batch is one tensor
+    return points[
+        np.arange(-(-len(points) // 64) * 64) % len(points)
+    ], None  # a multiple of 64: a batch is one tensor
 
 
 def moved_by_noise(share: float = 0.0, spacings: float = 0.0):
-    """Copies with normal noise of a share of the largest distance from the middle, or of the median spacing."""
+    """Copies with normal noise of a share of the largest distance from the middle, or of the median
+    spacing.
+    """
 
     def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
         noise = np.random.RandomState(0).standard_normal((num_points, 3)).astype(np.float32)
@@ -30,15 +36,22 @@ def moved_by_noise(share: float = 0.0, spacings: float = 0.0):
 
 
 RULES = {
-    "as they are": as_they_are, "copies in place": moved_by_noise(), "noise 0.5 %": moved_by_noise(0.005),
-    "noise 2 %": moved_by_noise(0.02), "noise 0.6 spacings": moved_by_noise(0, 0.6), "frame.fill": frame.fill,
-}  # fmt: skip
+    "as they are": as_they_are,
+    "copies in place": moved_by_noise(),
+    "noise 0.5 %": moved_by_noise(0.005),
+    "noise 2 %": moved_by_noise(0.02),
+    "noise 0.6 spacings": moved_by_noise(0, 0.6),
+    "frame.fill": frame.fill,
+}
 
 
 def main(path: str) -> None:
     data, encoder = np.load(path), load()
     train = data["split"] == 0
-    labels, clouds = data["labels_coarse"][train].astype(int), data["points"][train].astype(np.float32)
+    labels, clouds = (
+        data["labels_coarse"][train].astype(int),
+        data["points"][train].astype(np.float32),
+    )
     some = np.isin(labels, np.flatnonzero(np.bincount(labels) >= 8))
     labels, clouds = labels[some], clouds[some]
 
@@ -47,13 +60,18 @@ def main(path: str) -> None:
         return made / np.linalg.norm(made, axis=1, keepdims=True)
 
     whole = vectors(clouds)
-    print(f"{len(clouds)} shapes, {len(set(labels))} classes; whole {right(whole, whole, labels):.1f}")
+    print(
+        f"{len(clouds)} shapes, {len(set(labels))} classes; whole {right(whole, whole, labels):.1f}"
+    )
     for count in (512, 256, 64):
         rng = np.random.default_rng(count)
         cut = [cloud[rng.choice(len(cloud), count, replace=False)] for cloud in clouds]
         for name, rule in RULES.items():
             frame.fill = rule
-            print(f"{count:4d} points, {name:20s} {right(vectors(cut), whole, labels):.1f}", flush=True)
+            print(
+                f"{count:4d} points, {name:20s} {right(vectors(cut), whole, labels):.1f}",
+                flush=True,
+            )
 
 
 def right(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray) -> float:

@@ -1,4 +1,5 @@
-"""The table of formats in docs/data.md: a file of each is written and read back. Needs the extras `io` and `dev`.
+"""The table of formats in docs/data.md: a file of each is written and read back. Needs the extras
+`io` and `dev`.
 
 python benchmarks/formats.py            # print it
 python benchmarks/formats.py --update   # write it into docs/data.md
@@ -44,17 +45,30 @@ def _las(path: Path) -> None:
     made = laspy.create(file_version="1.4", point_format=7)
     made.header.scales = [0.001] * 3
     made.x, made.y, made.z = POINTS.T
-    made.classification, made.red, made.green, made.blue = PARTS, *(COLORS.T.astype(np.uint16) * 257)
+    made.classification, made.red, made.green, made.blue = (
+        PARTS,
+        *(COLORS.T.astype(np.uint16) * 257),
+    )
     made.write(str(path))
 
 
 def _e57(path: Path) -> None:
     with pye57.E57(str(path), "w") as file:
-        file.write_scan_raw({f"cartesian{axis}": POINTS[:, i].copy() for i, axis in enumerate("XYZ")})
+        file.write_scan_raw(
+            {f"cartesian{axis}": POINTS[:, i].copy() for i, axis in enumerate("XYZ")}
+        )
 
 
 def _ptx(path: Path) -> None:
-    head = ["20", "10", "0 0 0", "1 0 0", "0 1 0", "0 0 1", *(" ".join(map(str, row)) for row in np.eye(4))]
+    head = [
+        "20",
+        "10",
+        "0 0 0",
+        "1 0 0",
+        "0 1 0",
+        "0 0 1",
+        *(" ".join(map(str, row)) for row in np.eye(4)),
+    ]
     _text(path, "\n".join(head), " ", POINTS, np.ones(200), COLORS)
 
 
@@ -63,7 +77,9 @@ def _bin(path: Path) -> None:
 
 
 def _text(path: Path, header: str, delimiter: str, *columns: np.ndarray) -> None:
-    np.savetxt(path, np.column_stack(columns), header=header, delimiter=delimiter, comments="", fmt="%.6f")
+    np.savetxt(
+        path, np.column_stack(columns), header=header, delimiter=delimiter, comments="", fmt="%.6f"
+    )
 
 
 def _mesh(path: Path) -> None:
@@ -88,19 +104,37 @@ CASES = [
     (".glb", "scene of meshes", "", _mesh),
     (".gltf", "scene of meshes", "", lambda path: path.write_bytes(_gltf())),
     (".npy", "n x 3 or more", "", lambda path: np.save(path, POINTS)),
-    (".npz", "`points`, `normals`, `seg`", "", lambda path: np.savez(path, points=POINTS, normals=NORMALS, seg=PARTS)),
+    (
+        ".npz",
+        "`points`, `normals`, `seg`",
+        "",
+        lambda path: np.savez(path, points=POINTS, normals=NORMALS, seg=PARTS),
+    ),
     (".h5", "`data`, `normal`, `pid` (also `.hdf5`)", "io", _h5),
     (".xyz", "no header, spaces", "", lambda path: _text(path, "", " ", POINTS)),
-    (".asc", "CloudCompare's `//X Y Z R G B`", "", lambda path: _text(path, "//X Y Z R G B", " ", POINTS, COLORS)),
+    (
+        ".asc",
+        "CloudCompare's `//X Y Z R G B`",
+        "",
+        lambda path: _text(path, "//X Y Z R G B", " ", POINTS, COLORS),
+    ),
     (
         ".csv",
         "header `x,y,z,nx,ny,nz,label`",
         "",
         lambda path: _text(path, "x,y,z,nx,ny,nz,label", ",", POINTS, NORMALS, PARTS),
     ),
-    (".txt", "header `X [m];Y [m];Z [m]`", "", lambda path: _text(path, "X [m];Y [m];Z [m]", ";", POINTS)),
+    (
+        ".txt",
+        "header `X [m];Y [m];Z [m]`",
+        "",
+        lambda path: _text(path, "X [m];Y [m];Z [m]", ";", POINTS),
+    ),
     (".pts", "count, then lines", "", lambda path: _text(path, "200", " ", POINTS)),
-    *((".pcd", way, "io" if "_" in way else "", _pcd) for way in ("ascii", "binary", "binary_compressed")),
+    *(
+        (".pcd", way, "io" if "_" in way else "", _pcd)
+        for way in ("ascii", "binary", "binary_compressed")
+    ),
     (".ptx", "scans, by their matrices", "", _ptx),
     (".bin", "float32, `--columns x y z intensity`", "", _bin),
     (".las", "millimetres, colours, classification", "io", _las),
@@ -135,16 +169,24 @@ def table() -> str:
             mesh = "mesh" in what
             assert mesh == (cloud.faces is not None), f"{path}: {what}"
             lines.append(f"| `{suffix}` | {what} | {bound:.0e} | {kept} | {extra} |")
-    assert {case[0] for case in CASES} | {".hdf5"} == set(SUFFIXES), "a format is missing from the table"
+    assert {case[0] for case in CASES} | {".hdf5"} == set(SUFFIXES), (
+        "a format is missing from the table"
+    )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--update", action="store_true")
     made = table()
     print(made)
     if parser.parse_args().update:
-        text = re.sub(r"(<!-- formats -->\n).*(<!-- /formats -->)", lambda m: m[1] + made + "\n" + m[2],
-                      DOCUMENT.read_text(), flags=re.DOTALL)  # fmt: skip
+        text = re.sub(
+            r"(<!-- formats -->\n).*(<!-- /formats -->)",
+            lambda m: m[1] + made + "\n" + m[2],
+            DOCUMENT.read_text(),
+            flags=re.DOTALL,
+        )
         DOCUMENT.write_text(text)

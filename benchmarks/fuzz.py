@@ -1,11 +1,12 @@
-"""Damaged files by the thousand against every reader of `jepa3d.data.io`: may anything but ReadError or OSError leave?
+"""Damaged files by the thousand against every reader of `jepa3d.data.io`: may anything but
+ReadError or OSError leave?
 
     python benchmarks/fuzz.py --inputs 100000 --seconds 300            # at most 300 s a reader
     python benchmarks/fuzz.py --readers off,las --inputs 2000 --seed 1
 
-Input i of a reader is a function of --seed and i. Each reader runs in a process of its own, of bounded memory and
-time an input, which is started anew after a crash. Inputs that escape, crash or hang are kept in --keep. Exit status
-1 if there is one. Needs the extras `io` and `dev`.
+Input i of a reader is a function of --seed and i. Each reader runs in a process of its own, of
+bounded memory and time an input, which is started anew after a crash. Inputs that escape, crash or
+hang are kept in --keep. Exit status 1 if there is one. Needs the extras `io` and `dev`.
 """
 
 import argparse
@@ -105,13 +106,20 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         import pye57
 
         with pye57.E57(str(file), "w") as made:
-            made.write_scan_raw({f"cartesian{axis}": points[:, i].astype(np.float64) for i, axis in enumerate("XYZ")})
+            made.write_scan_raw(
+                {
+                    f"cartesian{axis}": points[:, i].astype(np.float64)
+                    for i, axis in enumerate("XYZ")
+                }
+            )
 
     def h5(file, **options) -> None:
         import h5py
 
         with h5py.File(file, "w") as made:
-            made.create_dataset("data", data=np.stack([points] * 3) if options else points, **options)
+            made.create_dataset(
+                "data", data=np.stack([points] * 3) if options else points, **options
+            )
             made.create_dataset("label", data=np.arange(3) if options else np.arange(1))
 
     def pcd(encoding: str) -> bytes:
@@ -122,24 +130,42 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         return kept(lambda file: made.save(file, encoding=pypcd4.Encoding(encoding)))
 
     def table(head: str, mark: str) -> bytes:
-        return (head + "\n".join(mark.join(f"{v:.4f}" for v in row) + f"{mark}2" for row in points)).encode()
+        return (
+            head + "\n".join(mark.join(f"{v:.4f}" for v in row) + f"{mark}2" for row in points)
+        ).encode()
 
     if reader in ("off", "glb", "obj"):
         cloud = trimesh.PointCloud(points)
-        return [kept(box.export)] + ([kept(cloud.export)] if reader != "off" else [b"COFF\n3 0 0\n0 0 0 1 1 1 1\n" * 2])
+        return [kept(box.export)] + (
+            [kept(cloud.export)] if reader != "off" else [b"COFF\n3 0 0\n0 0 0 1 1 1 1\n" * 2]
+        )
     if reader == "stl":
         return [kept(box.export), kept(lambda file: box.export(file, file_type="stl_ascii"))]
     if reader == "ply":
         both, ways = (box, trimesh.PointCloud(points, np.uint8(rgb % 255))), ("ascii", "binary")
-        return [kept(lambda file, s=shape, w=way: s.export(file, encoding=w)) for shape in both for way in ways]
+        return [
+            kept(lambda file, s=shape, w=way: s.export(file, encoding=w))
+            for shape in both
+            for way in ways
+        ]
     if reader == "gltf":
         made = trimesh.exchange.gltf.export_gltf(trimesh.Scene(box), embed_buffers=True)
         return [made["model.gltf"]]
     if reader == "npy":
-        return [kept(lambda file: np.save(file, points)), kept(lambda file: np.save(file, np.stack([points] * 2)))]
+        return [
+            kept(lambda file: np.save(file, points)),
+            kept(lambda file: np.save(file, np.stack([points] * 2))),
+        ]
     if reader == "npz":
-        zipped = kept(lambda file: np.savez_compressed(file, points=np.stack([points] * 2), label=np.arange(2)))
-        return [kept(lambda file: np.savez(file, points=points, normals=points, seg=np.arange(12))), zipped]
+        zipped = kept(
+            lambda file: np.savez_compressed(
+                file, points=np.stack([points] * 2), label=np.arange(2)
+            )
+        )
+        return [
+            kept(lambda file: np.savez(file, points=points, normals=points, seg=np.arange(12))),
+            zipped,
+        ]
     if reader == "h5":
         return [kept(h5), kept(lambda file: h5(file, compression="gzip", chunks=True))]
     if reader == "pcd":
@@ -164,12 +190,16 @@ def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) 
     """One to four damages."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         size, kind = len(content), rng.randrange(10 if text else 8)
-        at = rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 400) + 1)  # headers more often
+        at = (
+            rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 400) + 1)
+        )  # headers more often
         end = min(size, at + rng.choice((1, 4, 16, 200)))
         if kind == 0:
             content = content[:at]
         elif kind in (1, 2) and at < size:
-            content = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+            content = (
+                content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+            )
         elif kind == 3:
             content = content[:at] + content[end:]
         elif kind == 4:
@@ -182,7 +212,9 @@ def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) 
             content = content[:at] + word + content[at + rng.choice((0, len(word))) :]
         elif kind == 7:
             content = (
-                content[:at] + rng.randbytes(end - at) + content[end:] if rng.random() < 0.95 else rng.randbytes(size)
+                content[:at] + rng.randbytes(end - at) + content[end:]
+                if rng.random() < 0.95
+                else rng.randbytes(size)
             )
         elif places := list(re.finditer(rb"[\w.+-]+", content[:4000])):
             place, other = rng.choice(places), rng.choice(places)
@@ -197,7 +229,9 @@ def rezip(archive: bytes, others: list[bytes], rng: random.Random) -> bytes:
     with zipfile.ZipFile(streams.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
         hit = rng.choice(old.namelist())
         for name in old.namelist():
-            new.writestr(name, mutate(old.read(name), others, True, rng) if name == hit else old.read(name))
+            new.writestr(
+                name, mutate(old.read(name), others, True, rng) if name == hit else old.read(name)
+            )
     return made.getvalue()
 
 
@@ -253,7 +287,9 @@ def child(reader: str, arguments) -> None:
             counts[1] += 1
         except (io.ReadError, OSError) as error:
             counts[2] += 1
-            if isinstance(error, io.ReadError) and ("\n" in str(error) or not str(error).startswith(f"{path}: ")):
+            if isinstance(error, io.ReadError) and (
+                "\n" in str(error) or not str(error).startswith(f"{path}: ")
+            ):
                 escape(keep, path, counts[0] - 1, error)
         except BaseException as error:
             escape(keep, path, counts[0] - 1, error)
@@ -267,14 +303,19 @@ def escape(keep: Path, path: Path, index: int, error: BaseException) -> None:
     saved = keep / f"{path.suffix[1:]}-{index}{path.suffix}"
     shutil.copy(path, saved)
     where = traceback.extract_tb(error.__traceback__)[-1]
-    line = {"what": f"{type(error).__name__}: {str(error)[:150]} ({where.filename}:{where.lineno})", "file": str(saved)}
+    line = {
+        "what": f"{type(error).__name__}: {str(error)[:150]} ({where.filename}:{where.lineno})",
+        "file": str(saved),
+    }
     with open(keep / "escapes.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def fuzz(reader: str, arguments) -> bool:
     """Runs a reader's inputs, prints its row; whether it was clean."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as folder:
         counts, keep, ended, begin = (
             Path(folder, "counts"),
             Path(arguments.keep),
@@ -284,8 +325,24 @@ def fuzz(reader: str, arguments) -> bool:
         counts.write_bytes(bytes(24))
         log = keep / "escapes.jsonl"
         log.write_text("")
-        command = [sys.executable, __file__, "--child", reader, "--folder", folder, "--keep", str(keep)]
-        command += ["--inputs", str(arguments.inputs), "--seed", str(arguments.seed), "--limit", str(arguments.limit)]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            reader,
+            "--folder",
+            folder,
+            "--keep",
+            str(keep),
+        ]
+        command += [
+            "--inputs",
+            str(arguments.inputs),
+            "--seed",
+            str(arguments.seed),
+            "--limit",
+            str(arguments.limit),
+        ]
         while (left := arguments.seconds - (time.monotonic() - begin)) > 0:
             status = subprocess.run([*command, "--seconds", str(left)], check=False).returncode
             done, accepted, refused = struct.unpack("3q", counts.read_bytes())
@@ -295,11 +352,18 @@ def fuzz(reader: str, arguments) -> bool:
                 sys.exit(f"{reader}: the child itself failed")
             saved = keep / f"{reader}-{done - 1}.{reader}"
             shutil.copy(Path(folder, f"input.{reader}"), saved)
-            ended["time-out" if -status == signal.SIGALRM else "crash"].append(f"signal {-status} {saved}")
+            ended["time-out" if -status == signal.SIGALRM else "crash"].append(
+                f"signal {-status} {saved}"
+            )
         took = time.monotonic() - begin
     escapes = [json.loads(line) for line in log.read_text().splitlines()]
     bad = [len(escapes), len(ended["crash"]), len(ended["time-out"])]
-    print("".join(f"{cell:>10}" for cell in (reader, done, accepted, refused, *bad, round(done / took))), flush=True)
+    print(
+        "".join(
+            f"{cell:>10}" for cell in (reader, done, accepted, refused, *bad, round(done / took))
+        ),
+        flush=True,
+    )
     for what, file in sorted({re.sub(r"\d+", "#", e["what"]): e["file"] for e in escapes}.items()):
         print(f"    {what}: {file}")
     for kind, files in ended.items():
@@ -308,20 +372,35 @@ def fuzz(reader: str, arguments) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=3000, help="of each reader")
     parser.add_argument("--readers", default=",".join(READERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="of each reader, at most")
-    parser.add_argument("--limit", type=float, default=10, help="seconds of an input that count as a hang")
-    parser.add_argument("--keep", default=tempfile.gettempdir() + "/fuzz", help="folder of inputs that do harm")
+    parser.add_argument(
+        "--limit", type=float, default=10, help="seconds of an input that count as a hang"
+    )
+    parser.add_argument(
+        "--keep", default=tempfile.gettempdir() + "/fuzz", help="folder of inputs that do harm"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return child(arguments.child, arguments)
     Path(arguments.keep).mkdir(parents=True, exist_ok=True)
-    columns = ("reader", "inputs", "accepted", "refused", "escapes", "crashes", "time-outs", "inputs/s")
+    columns = (
+        "reader",
+        "inputs",
+        "accepted",
+        "refused",
+        "escapes",
+        "crashes",
+        "time-outs",
+        "inputs/s",
+    )
     print("".join(f"{column:>10}" for column in columns))
     return sys.exit(not all([fuzz(reader, arguments) for reader in arguments.readers.split(",")]))
 

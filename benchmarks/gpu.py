@@ -1,12 +1,14 @@
-"""What a GPU is asked in ten minutes: the same numbers as the CPU, the paper's step, an encoder trained.
+"""What a GPU is asked in ten minutes: the same numbers as the CPU, the paper's step, an encoder
+trained.
 
     python benchmarks/gpu.py --out gpu --budget 540
     python benchmarks/gpu.py --out gpu --budget 300 --parts train --sweethome sweethome3d_2048.npz
     python benchmarks/gpu.py --out gpu --rehearse      # every part at sizes of seconds, on a machine without a GPU too
 
-Needs the package's core dependencies and no network: `pip wheel --no-deps -w wheels . trimesh` makes what a machine
-with torch and the libraries of its world still lacks. The parts run one after another, each in a process of its own,
-so that a part that fails leaves the others their time, and what was found so far is in OUT/*.json:
+Needs the package's core dependencies and no network: `pip wheel --no-deps -w wheels . trimesh`
+makes what a machine with torch and the libraries of its world still lacks. The parts run one after
+another, each in a process of its own, so that a part that fails leaves the others their time, and
+what was found so far is in OUT/*.json:
 
 same   FPS, neighbours, vectors, every objective's loss and gradient, a resumed run, bf16: device beside CPU
 step   samples/s and memory of the paper's step in every precision, eager and compiled; where its time goes
@@ -48,9 +50,14 @@ from jepa3d.training.pretrain import make_task, pretrain
 SHARES = {"same": 0.12, "step": 0.25, "train": 0.63}  # of the budget
 # The encoder of the package, and the clouds that its views are cut from.
 LARGE = {
-    "num_points": 1024, "num_groups": 64, "group_size": 20, "embed_dim": 192, "depth": 6, "num_heads": 6,
+    "num_points": 1024,
+    "num_groups": 64,
+    "group_size": 20,
+    "embed_dim": 192,
+    "depth": 6,
+    "num_heads": 6,
     "tokenizer_dim": 48,
-}  # fmt: skip
+}
 DRAWN = 2 * LARGE["num_points"]
 ARMS: dict[str, dict[str, Any]] = {
     "view": {"teacher": ["ema", "untrained"], "target": {"view": 1.0}},
@@ -80,7 +87,7 @@ def seconds(call: Callable[[], Any], tries: int = 5) -> float:
     return float(np.median(times[1:]))
 
 
-# ---------------------------------------------------------------------------------------------- the same numbers
+# --------------------------------------------------------------------------------- the same numbers
 
 
 def same(out: Path, budget: float, rehearse: bool) -> dict:
@@ -89,7 +96,10 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
 
     def check(name: str, error: float, allowed: float) -> None:
         found[name] = {"error": error, "allowed": allowed, "good": bool(error <= allowed)}
-        print(f"{'ok  ' if error <= allowed else 'BAD '} {name}: {error:.3g} (at most {allowed:g})", flush=True)
+        print(
+            f"{'ok  ' if error <= allowed else 'BAD '} {name}: {error:.3g} (at most {allowed:g})",
+            flush=True,
+        )
 
     points = random_clouds(8, 2048)
     there = points.to(device())
@@ -97,11 +107,17 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
         cloud, start = points[:, :count].contiguous(), torch.arange(8)
         want = ops._farthest_point_sample_reference(cloud, samples, start)
         got = ops._farthest_point_sample_reference(cloud.to(device()), samples, start.to(device()))
-        check(f"FPS {count} to {samples}, loop: indices that differ", (got.cpu() != want).float().mean().item(), 0.001)
+        check(
+            f"FPS {count} to {samples}, loop: indices that differ",
+            (got.cpu() != want).float().mean().item(),
+            0.001,
+        )
         if there.is_cuda and (kernel := ops._triton()):
             got = kernel.farthest_point_sample(cloud.to(device()), samples, start.to(device()))
             check(
-                f"FPS {count} to {samples}, Triton: indices that differ", (got.cpu() != want).float().mean().item(), 0
+                f"FPS {count} to {samples}, Triton: indices that differ",
+                (got.cpu() != want).float().mean().item(),
+                0,
             )
     near = ops.knn(there[:, :64], there, 32).cpu() != ops.knn(points[:, :64], points, 32)
     check("neighbours that differ", near.float().mean().item(), 0.001)
@@ -118,11 +134,15 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
         "dvae": {},
     }.items():
         config = settings.resolve(settings.preset("tiny"), overrides, {"teacher": ["ema"]})
-        base = objective_gradient(config, name.partition(",")[0], points[:, :512], torch.device("cpu"))
+        base = objective_gradient(
+            config, name.partition(",")[0], points[:, :512], torch.device("cpu")
+        )
         here = objective_gradient(config, name.partition(",")[0], points[:, :512], device())
         check(f"{name}: loss", abs(here[0] - base[0]) / abs(base[0]), 1e-4)
         check(f"{name}: gradient", ((here[1] - base[1]).norm() / base[1].norm()).item(), 5e-3)
-        half = objective_gradient(config, name.partition(",")[0], points[:, :512], device(), torch.bfloat16)
+        half = objective_gradient(
+            config, name.partition(",")[0], points[:, :512], device(), torch.bfloat16
+        )
         check(f"{name}: loss in bf16", abs(half[0] - base[0]) / abs(base[0]), 0.05)
     clouds = PointClouds("random", "", random_clouds(64, 512).numpy())
     eight = {"max_steps": 8, "checkpoint_every": 4, "log_every": 4, "mixed_precision": "no"}
@@ -135,21 +155,32 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
         pretrain(config, runs / "stopped", resume=True, clouds=clouds)
     pretrain(config, runs / "whole", clouds=clouds)
     vectors = [
-        PointEncoder.from_pretrained(runs / name / "encoder").embed(points[:, :512]) for name in ("stopped", "whole")
+        PointEncoder.from_pretrained(runs / name / "encoder").embed(points[:, :512])
+        for name in ("stopped", "whole")
     ]
-    check("a resumed run: vectors", ((vectors[0] - vectors[1]).norm() / vectors[1].norm()).item(), 1e-3)
+    check(
+        "a resumed run: vectors",
+        ((vectors[0] - vectors[1]).norm() / vectors[1].norm()).item(),
+        1e-3,
+    )
     for name, overrides in {"": {}, ", view": {"target": {"view": 1.0}}}.items():
         losses = []
         for repeats in (False, True):
-            training = Training(settings.resolve(settings.preset("tiny"), overrides), where=device())
+            training = Training(
+                settings.resolve(settings.preset("tiny"), overrides), where=device()
+            )
             training.repeated = training.repeated if repeats else None
             losses.append(torch.stack([training(there[:, :512]).clone() for _ in range(12)]))
         check(f"12 steps as graphs{name}: loss", (losses[0] - losses[1]).abs().max().item(), 1e-2)
     return found
 
 
-def objective_gradient(config: PretrainConfig, objective: str, points, where, dtype=None) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of an objective's first step, with draws made on the CPU whatever the device."""
+def objective_gradient(
+    config: PretrainConfig, objective: str, points, where, dtype=None
+) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of an objective's first step, with draws made on the CPU whatever the
+    device.
+    """
     clouds = PointClouds("random", "", points.numpy())
     rand, randn = torch.rand, torch.randn
 
@@ -157,7 +188,9 @@ def objective_gradient(config: PretrainConfig, objective: str, points, where, dt
         return draw(*shape, generator=generator, **others).to(device or "cpu")
 
     with (
-        patch.object(BatchGenerator, "on", lambda self, _: torch.Generator().manual_seed(self._key)),
+        patch.object(
+            BatchGenerator, "on", lambda self, _: torch.Generator().manual_seed(self._key)
+        ),
         patch.object(torch, "rand", lambda *shape, **others: on_cpu(rand, *shape, **others)),
         patch.object(torch, "randn", lambda *shape, **others: on_cpu(randn, *shape, **others)),
     ):
@@ -169,7 +202,7 @@ def objective_gradient(config: PretrainConfig, objective: str, points, where, dt
     return loss.item(), torch.cat(gradient).float().cpu()
 
 
-# ---------------------------------------------------------------------------------------------- the paper's step
+# --------------------------------------------------------------------------------- the paper's step
 
 
 def step(out: Path, budget: float, rehearse: bool) -> dict:
@@ -179,13 +212,19 @@ def step(out: Path, budget: float, rehearse: bool) -> dict:
     shape = settings.resolve(size).encoder
     ways: dict[str, dict] = {
         "bf16": {"mixed_precision": "bf16"},
-        "bf16, random masks": {"mixed_precision": "bf16", "sampler": {"name": "random", "mask_ratio": 0.6}},
-        "bf16, random masks, no graph": {"mixed_precision": "bf16", "sampler": {"name": "random", "mask_ratio": 0.6}},
+        "bf16, random masks": {
+            "mixed_precision": "bf16",
+            "sampler": {"name": "random", "mask_ratio": 0.6},
+        },
+        "bf16, random masks, no graph": {
+            "mixed_precision": "bf16",
+            "sampler": {"name": "random", "mask_ratio": 0.6},
+        },
         "fp32": {},
         "TF32": {"tf32": True},
         "bf16, batch 512": {"mixed_precision": "bf16", "batch": 4 * batch},
         "bf16, compiled": {"mixed_precision": "bf16", "compile": "yes"},
-    }  # fmt: skip
+    }
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training/loop.py
     found["matrix rate, TFLOP/s"] = matrix_rate(512 if rehearse else 8192)
     print(found, flush=True)
@@ -209,13 +248,26 @@ def step(out: Path, budget: float, rehearse: bool) -> dict:
             torch.accelerator.reset_peak_memory_stats()
         with count_flops() as counter:
             training(points)
-        taken = seconds(lambda training=training, points=points: [training(points) for _ in range(5)], 3) / 5
-        peak = torch.accelerator.max_memory_allocated() / 2**30 if torch.accelerator.is_available() else 0.0
+        taken = (
+            seconds(
+                lambda training=training, points=points: [training(points) for _ in range(5)], 3
+            )
+            / 5
+        )
+        peak = (
+            torch.accelerator.max_memory_allocated() / 2**30
+            if torch.accelerator.is_available()
+            else 0.0
+        )
         flop = counter.get_total_flops()
         found[name] = {
-            "samples/s": rows / taken, "ms": 1000 * taken, "GiB": peak, "GFLOP a sample": flop / rows / 1e9,
-            "TFLOP/s": flop / taken / 1e12, "first seconds": first,
-        }  # fmt: skip
+            "samples/s": rows / taken,
+            "ms": 1000 * taken,
+            "GiB": peak,
+            "GFLOP a sample": flop / rows / 1e9,
+            "TFLOP/s": flop / taken / 1e12,
+            "first seconds": first,
+        }
         print(name, {key: round(value, 2) for key, value in found[name].items()}, flush=True)
         if name in ("bf16", "bf16, random masks"):
             found[f"profile, {name}"] = profile(training, points, out / f"profile-{len(found)}.txt")
@@ -224,17 +276,24 @@ def step(out: Path, budget: float, rehearse: bool) -> dict:
     for batch_size, count, samples in ((128, 2048, 64), (128, 2048, 128), (32, 8192, 1024)):
         cloud = random_clouds(batch_size if not rehearse else 2, count).to(device())
         start = torch.zeros(len(cloud), dtype=torch.long, device=device())
-        loop = seconds(lambda c=cloud, s=start, n=samples: ops._farthest_point_sample_reference(c, n, s), 3)
+        loop = seconds(
+            lambda c=cloud, s=start, n=samples: ops._farthest_point_sample_reference(c, n, s), 3
+        )
         found[f"FPS {batch_size} x {count} to {samples}"] = {
             "loop ms": 1000 * loop,
             "ms": 1000 * seconds(lambda c=cloud, n=samples: ops.farthest_point_sample(c, n), 3),
         }
-    encoder, clouds = PointEncoder(**vars(shape)).to(device()).eval(), random_clouds(batch, 2048).to(device())
+    encoder, clouds = (
+        PointEncoder(**vars(shape)).to(device()).eval(),
+        random_clouds(batch, 2048).to(device()),
+    )
     with torch.inference_mode():
         found["embed, samples/s"] = batch / seconds(lambda: encoder.embed(clouds))
         with torch.autocast(device().type, torch.bfloat16):
             found["embed in bf16, samples/s"] = batch / seconds(lambda: encoder.embed(clouds))
-    print({key: value for key, value in found.items() if "FPS" in key or "embed" in key}, flush=True)
+    print(
+        {key: value for key, value in found.items() if "FPS" in key or "embed" in key}, flush=True
+    )
     return found
 
 
@@ -245,7 +304,9 @@ def matrix_rate(size: int) -> float:
 
 
 def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str, float]:
-    """Of a step: kernels, the device's busy share, time in launches and waits; the table of operations in `file`."""
+    """Of a step: kernels, the device's busy share, time in launches and waits; the table of
+    operations in `file`.
+    """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if points.is_cuda:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -257,11 +318,15 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
         wait()
         wall = time.perf_counter() - began
     averages = found.key_averages()
-    on_device = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [
+        event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     kernels = [event for event in on_device if not event.is_user_annotation]
 
     def of(word: str) -> float:
-        return sum(event.self_cpu_time_total for event in averages if word in event.key) / steps / 1000
+        return (
+            sum(event.self_cpu_time_total for event in averages if word in event.key) / steps / 1000
+        )
 
     order = "self_device_time_total" if points.is_cuda else "self_cpu_time_total"
     file.write_text(averages.table(sort_by=order, row_limit=40, max_name_column_width=70))
@@ -274,7 +339,7 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
     }
 
 
-# ---------------------------------------------------------------------------------------------- an encoder
+# --------------------------------------------------------------------------------------- an encoder
 
 
 def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespace) -> dict:
@@ -292,12 +357,27 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
     print(f"{len(points):,} shapes after {budget - (end - time.monotonic()):.0f} s", flush=True)
     for i, arm in enumerate(arguments.arms):
         share = (end - time.monotonic()) / (len(arguments.arms) - i)
-        command = [sys.executable, __file__, "--out", out, "--parts", "arm", "--arms", arm, "--budget", share - 15]
+        command = [
+            sys.executable,
+            __file__,
+            "--out",
+            out,
+            "--parts",
+            "arm",
+            "--arms",
+            arm,
+            "--budget",
+            share - 15,
+        ]
         command += ["--batch", arguments.batch, *(["--rehearse"] if rehearse else [])]
-        subprocess.run([str(word) for word in command], timeout=None if rehearse else share, check=True)
+        subprocess.run(
+            [str(word) for word in command], timeout=None if rehearse else share, check=True
+        )
     (out / "shapes.npy").unlink()
     return {
-        arm: json.loads((out / f"{arm}.json").read_text()) for arm in arguments.arms if (out / f"{arm}.json").exists()
+        arm: json.loads((out / f"{arm}.json").read_text())
+        for arm in arguments.arms
+        if (out / f"{arm}.json").exists()
     }
 
 
@@ -312,7 +392,9 @@ def in_order(raw: np.ndarray) -> np.ndarray:
     done = []
     for at in range(0, len(raw), 256):
         clouds = torch.from_numpy(raw[at : at + 256]).to(device())
-        done.append(unit_sphere(ops.gather_points(clouds, ops.farthest_point_sample(clouds, DRAWN))).cpu())
+        done.append(
+            unit_sphere(ops.gather_points(clouds, ops.farthest_point_sample(clouds, DRAWN))).cpu()
+        )
     return torch.cat(done).numpy()
 
 
@@ -325,34 +407,56 @@ def procedural(i: int) -> np.ndarray:
 
 
 def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict:
-    """Train one arm in the time that is left: as many steps as a short trial says, and a seventh fewer."""
+    """Train one arm in the time that is left: as many steps as a short trial says, and a seventh
+    fewer.
+    """
     end = time.monotonic() + budget
     overrides: dict[str, Any] = {
-        "rotate": True, "mixed_precision": "bf16", "batch_size": 8 if rehearse else batch, "log_every": 100,
-        "warmup_epochs": 1, "checkpoint_every": 10**6, "encoder": LARGE, "target": {"layers": LARGE["depth"]},
-    }  # fmt: skip
+        "rotate": True,
+        "mixed_precision": "bf16",
+        "batch_size": 8 if rehearse else batch,
+        "log_every": 100,
+        "warmup_epochs": 1,
+        "checkpoint_every": 10**6,
+        "encoder": LARGE,
+        "target": {"layers": LARGE["depth"]},
+    }
     points = np.load(out / "shapes.npy")
     config = settings.resolve(settings.preset("tiny"), merge({}, overrides, ARMS[name]))
     clouds = PointClouds("built-in shapes", "", points)
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
     trial = 2 if rehearse else 200  # its second half: graphs are recorded in the first
-    pretrain(settings.resolve(settings.to_dict(config), {"max_steps": trial}), runs / "trial", clouds=clouds)
-    lines = [json.loads(line) for line in (runs / "trial" / "metrics.jsonl").read_text().splitlines()]
-    rate = (lines[-1]["step"] - lines[-2]["step"]) / (lines[-1]["wall_seconds"] - lines[-2]["wall_seconds"])
+    pretrain(
+        settings.resolve(settings.to_dict(config), {"max_steps": trial}),
+        runs / "trial",
+        clouds=clouds,
+    )
+    lines = [
+        json.loads(line) for line in (runs / "trial" / "metrics.jsonl").read_text().splitlines()
+    ]
+    rate = (lines[-1]["step"] - lines[-2]["step"]) / (
+        lines[-1]["wall_seconds"] - lines[-2]["wall_seconds"]
+    )
     steps = 6 if rehearse else max(100, int(0.85 * rate * (end - time.monotonic())))
     every = max(1, steps // 5)
     print(f"{name}: {rate:.1f} steps/s, {steps:,} steps", flush=True)
-    config = settings.resolve(settings.to_dict(config), {"max_steps": steps, "snapshot_every": every})
+    config = settings.resolve(
+        settings.to_dict(config), {"max_steps": steps, "snapshot_every": every}
+    )
     done = threading.Event()
-    watch = threading.Thread(target=keep_latest, args=(runs / "run", out / f"{name}.safetensors", done))
+    watch = threading.Thread(
+        target=keep_latest, args=(runs / "run", out / f"{name}.safetensors", done)
+    )
     watch.start()
     try:
         pretrain(config, runs / "run", clouds=clouds)
     finally:
         done.set()
         watch.join()
-    metrics = [json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     return {
         "config": settings.to_dict(config),
         "steps/s": rate,
@@ -366,11 +470,16 @@ def keep_latest(run: Path, file: Path, done: threading.Event) -> None:
     last = None
     while True:
         finished = done.wait(2)
-        found = sorted(run.glob("snapshots/*")) + [folder for folder in [run / "encoder"] if folder.exists()]
+        found = sorted(run.glob("snapshots/*")) + [
+            folder for folder in [run / "encoder"] if folder.exists()
+        ]
         if found and found[-1] != last:
             last = found[-1]
             state = PointEncoder.from_pretrained(last).state_dict()
-            half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            half = {
+                key: value.half() if value.is_floating_point() else value
+                for key, value in state.items()
+            }
             save_file(half, file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
         if finished:
@@ -385,14 +494,18 @@ def write(file: Path, found: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--budget", type=float, default=540, help="seconds for all parts")
     parser.add_argument("--parts", nargs="+", choices=[*SHARES, "arm"], default=list(SHARES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--shapes", type=int, default=60_000, help="built-in shapes to train on")
     parser.add_argument("--batch", type=int, default=256, help="of training")
-    parser.add_argument("--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, trained on beside them")
+    parser.add_argument(
+        "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, trained on beside them"
+    )
     parser.add_argument("--rehearse", action="store_true", help="sizes of seconds")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -405,13 +518,24 @@ def main() -> None:
         elif part == "train":
             write(out / "train.json", train(out, arguments.budget, rehearse, arguments))
         else:
-            write(out / f"{part}.json", {"same": same, "step": step}[part](out, arguments.budget, rehearse))
+            write(
+                out / f"{part}.json",
+                {"same": same, "step": step}[part](out, arguments.budget, rehearse),
+            )
         return
-    card = torch.get_device_module().get_device_name() if torch.accelerator.is_available() else "no accelerator"
+    card = (
+        torch.get_device_module().get_device_name()
+        if torch.accelerator.is_available()
+        else "no accelerator"
+    )
     print(f"{card}, torch {torch.__version__}, {os.cpu_count()} cores", flush=True)
     for part in arguments.parts:
         left = end - time.monotonic()
-        budget = left * SHARES[part] / sum(SHARES[other] for other in arguments.parts[arguments.parts.index(part) :])
+        budget = (
+            left
+            * SHARES[part]
+            / sum(SHARES[other] for other in arguments.parts[arguments.parts.index(part) :])
+        )
         command = [sys.executable, *sys.argv, "--parts", part, "--budget", str(budget)]
         began = time.perf_counter()
         try:

@@ -1,19 +1,22 @@
-"""How time and memory grow with points, tokens, batch and shapes; and how many clouds a second an encoder takes.
+"""How time and memory grow with points, tokens, batch and shapes; and how many clouds a second an
+encoder takes.
 
     python benchmarks/growth.py                                            # some 5 minutes on two cores
     python benchmarks/growth.py --figure docs/growth.png --json figures.json
 
-The paper's encoder (preset small) with random weights, on clouds of normal points, fp32; times are medians of 3
-rounds after one of warm-up. Slopes are least squares of log cost on log work: 1 is linear, 0 no growth; "larger half"
-leaves out the small sizes, where what does not grow is most of the cost.
+The paper's encoder (preset small) with random weights, on clouds of normal points, fp32; times are
+medians of 3 rounds after one of warm-up. Slopes are least squares of log cost on log work: 1 is
+linear, 0 no growth; "larger half" leaves out the small sizes, where what does not grow is most of
+the cost.
 
-Points: `encoder.embed`, which first reduces a cloud to num_points 2,048; tokens and their neighbours stay the same.
-Tokens: forward and backward of 3D-JEPA with an EMA teacher, 16 points and 32 neighbours a token. FLOPs are of matrix
-products, attention's among them, without the neighbour search.
-Batch: whole steps of the training loop, each batch size in a process of its own, one after the other; peak memory is
-its largest resident set, libraries included. Shapes: the index is as large as it says (650 MB of temporary disk at ten
-million), but all its shards are links to one file of 32 MiB, so that reading is from memory and no disk is measured;
-what is done once a batch is the median of 30 batches.
+Points: `encoder.embed`, which first reduces a cloud to num_points 2,048; tokens and their
+neighbours stay the same. Tokens: forward and backward of 3D-JEPA with an EMA teacher, 16 points and
+32 neighbours a token. FLOPs are of matrix products, attention's among them, without the neighbour
+search. Batch: whole steps of the training loop, each batch size in a process of its own, one after
+the other; peak memory is its largest resident set, libraries included. Shapes: the index is as
+large as it says (650 MB of temporary disk at ten million), but all its shards are links to one file
+of 32 MiB, so that reading is from memory and no disk is measured; what is done once a batch is the
+median of 30 batches.
 """
 
 import argparse
@@ -58,7 +61,9 @@ PRESETS, EMBED_SIZES, EMBED_BATCHES = ("tiny", "small"), (1024, 2048), (1, 32, 1
 Growth = dict[str, dict[int, list[float]]]  # cost -> work -> its figure in every round
 
 
-def interleaved(actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS, clouds: int = 1) -> dict:
+def interleaved(
+    actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS, clouds: int = 1
+) -> dict:
     """Milliseconds a cloud, a round each, of actions (cost, work); a first round is not counted."""
     found: dict = {cost: {} for cost, _ in actions}
     for i in range(rounds + 1):
@@ -66,7 +71,9 @@ def interleaved(actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS
             began = time.perf_counter()
             action()
             if i:
-                found[cost].setdefault(work, []).append((time.perf_counter() - began) * 1000 / clouds)
+                found[cost].setdefault(work, []).append(
+                    (time.perf_counter() - began) * 1000 / clouds
+                )
     return found
 
 
@@ -83,7 +90,10 @@ def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainCo
 
 @torch.no_grad()
 def grow_points() -> Growth:
-    """From points to vectors; `prepare` is the unit sphere and, above 2,048 points, farthest points."""
+    """From points to vectors;
+
+    `prepare` is the unit sphere and, above 2,048 points, farthest points.
+    """
     encoder, actions = make_encoder("small"), {}
     for size in CLOUD_SIZES:
         points = random_clouds(CLOUDS, size)
@@ -93,7 +103,9 @@ def grow_points() -> Growth:
 
 
 def grow_tokens() -> Growth:
-    """A pretraining step's forward and backward; grouping is farthest points and the neighbour search."""
+    """A pretraining step's forward and backward; grouping is farthest points and the neighbour
+    search.
+    """
     objective, actions, flops = make_pretraining(CLOUDS)[0].objective.train(), {}, {}
 
     def step(points: Tensor, tokens: int) -> None:
@@ -116,7 +128,10 @@ def grow_batch() -> Growth:
     for batch in BATCHES:
         with get_context("spawn").Pool(1) as pool:
             times, found["peak MiB"][batch] = pool.apply(pretraining_steps, (batch,))
-        found["ms a step"][batch], found["ms a cloud"][batch] = times, [taken / batch for taken in times]
+        found["ms a step"][batch], found["ms a cloud"][batch] = (
+            times,
+            [taken / batch for taken in times],
+        )
     return found
 
 
@@ -129,14 +144,19 @@ def pretraining_steps(batch: int) -> tuple[list[float], list[float]]:
     task.objective.after_step = lambda progress: (after(progress), ends.append(time.perf_counter()))
     with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
         fit(task, clouds, config, None)
-    # Not getrusage: Linux carries ru_maxrss over exec, so that this process would be charged with its parent's memory.
+    # Not getrusage: Linux carries ru_maxrss over exec, so that this process would be charged with
+    # its parent's memory.
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return (1000 * np.diff(ends)[1:]).tolist(), [peak / 2**10]  # the second step begins with the log of the first
+    return (1000 * np.diff(ends)[1:]).tolist(), [
+        peak / 2**10
+    ]  # the second step begins with the log of the first
 
 
 def grow_shapes() -> Growth:
-    """A store from its header to a batch of 128 clouds of 2,048 points, in the order that training takes."""
+    """A store from its header to a batch of 128 clouds of 2,048 points, in the order that training
+    takes.
+    """
     found: Growth = {}
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "points.safetensors"
@@ -156,8 +176,12 @@ def grow_shapes() -> Growth:
             batches = iter([batch_index(0, step, *order) for step in range(31)])
             steps = itertools.count()
             often = {
-                ("indices of a batch", count): lambda order=order, steps=steps: batch_index(0, next(steps), *order),
-                ("reading a batch", count): lambda points=points, batches=batches: points[next(batches)],
+                ("indices of a batch", count): lambda order=order, steps=steps: batch_index(
+                    0, next(steps), *order
+                ),
+                ("reading a batch", count): lambda points=points, batches=batches: points[
+                    next(batches)
+                ],
             }
             for cost, of_count in (interleaved(once) | interleaved(often, rounds=30)).items():
                 found.setdefault(cost, {}).update(of_count)
@@ -174,7 +198,9 @@ def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
         encoder.embed(points)
 
     cases = list(itertools.product((1, everything), PRESETS, EMBED_SIZES, EMBED_BATCHES))
-    for threads, preset, size, batch in reversed(cases):  # the call that starts other threads is a long one
+    for threads, preset, size, batch in reversed(
+        cases
+    ):  # the call that starts other threads is a long one
         encoder, points = make_encoder(preset, num_points=size), random_clouds(batch, size)
         actions[threads, (preset, size, batch)] = partial(embed, encoder, points, threads)
     found = interleaved(actions)
@@ -205,7 +231,10 @@ def print_growth(work: str, growth: Growth) -> None:
     for row in zip(*columns, strict=True):
         print(f"| {row[0][0]:,} | {' | '.join(figure(cost) for _, cost in row)} |")
     for name, first in {"slope": 0, "slope, larger half": len(columns[0]) // 2}.items():
-        print(f"| {name} | {' | '.join(f'{slope(column[first:]):.2f}' for column in columns)} |", flush=True)
+        print(
+            f"| {name} | {' | '.join(f'{slope(column[first:]):.2f}' for column in columns)} |",
+            flush=True,
+        )
 
 
 def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) -> None:
@@ -219,17 +248,28 @@ def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) 
 
 
 def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
-    """A panel a kind of work: costs against it, and a line of slope 1 through the first cost at the most work."""
+    """A panel a kind of work: costs against it, and a line of slope 1 through the first cost at the
+    most work.
+    """
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, (work, (unit, growth)) in zip(drawing.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (work, (unit, growth)) in zip(
+        drawing.subplots(1, len(panels)), panels.items(), strict=True
+    ):
         for cost, figures in growth.items():
             middle = medians(figures)
             axes.loglog(list(middle), list(middle.values()), "o-", markersize=4, label=cost)
         axes.set_ylim(axes.get_ylim())  # the line may leave the panel
         (*_, (most, highest)) = medians(next(iter(growth.values()))).items()
-        axes.loglog([most / 1e5, most], [highest / 1e5, highest], "--", color="gray", zorder=0, label="slope 1")
+        axes.loglog(
+            [most / 1e5, most],
+            [highest / 1e5, highest],
+            "--",
+            color="gray",
+            zorder=0,
+            label="slope 1",
+        )
         axes.set(xlabel=work, ylabel=unit, xlim=(min(middle) / 1.3, most * 1.3))
         axes.set_xticks(list(middle)[::2], [f"{size:,}" for size in list(middle)[::2]])
         axes.set_xticks([], minor=True)
@@ -239,7 +279,9 @@ def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--figure", type=Path, help="draw the growths to this file")
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     arguments = parser.parse_args()
@@ -248,7 +290,12 @@ def main() -> None:
     panels = {}
     for work, title, unit, measure in (
         ("points a cloud", "From points to vectors", "ms", grow_points),
-        ("tokens a cloud", "Forward and backward of a pretraining step", "ms or GFLOP", grow_tokens),
+        (
+            "tokens a cloud",
+            "Forward and backward of a pretraining step",
+            "ms or GFLOP",
+            grow_tokens,
+        ),
         ("clouds a batch", "Pretraining steps, 2,048 points", "ms or MiB", grow_batch),
         ("shapes in the store", "Store and epoch order, batch 128; ms", "ms", grow_shapes),
     ):
@@ -263,7 +310,10 @@ def main() -> None:
     print_throughput(rates)
     if arguments.json:
         figures = {work: growth for work, (_, growth) in panels.items()}
-        cases = {of: {", ".join(map(str, case)): every for case, every in found.items()} for of, found in rates.items()}
+        cases = {
+            of: {", ".join(map(str, case)): every for case, every in found.items()}
+            for of, found in rates.items()
+        }
         arguments.json.write_text(
             json.dumps({"machine": machine(), **figures, "clouds/s, by threads": cases}, indent=1)
         )

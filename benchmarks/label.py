@@ -1,8 +1,10 @@
-"""`jepa3d label` from 5 named shapes a class: PSB, 21 coarse classes, named in the train half, scored on the test half.
+"""`jepa3d label` from 5 named shapes a class: PSB, 21 coarse classes, named in the train half,
+scored on the test half.
 
     python benchmarks/label.py $JEPA3D_DATA/psb/psb_2048.npz
 
-Mean and sample standard deviation over draws of the named shapes; nothing is chosen on the test half.
+Mean and sample standard deviation over draws of the named shapes; nothing is chosen on the test
+half.
 """
 
 import argparse
@@ -16,7 +18,9 @@ from jepa3d.inference.label import label
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--draws", type=int, default=5)
@@ -33,7 +37,11 @@ def main() -> None:
         for seed in range(options.draws):
             rng = np.random.default_rng(seed)
             halves = [np.flatnonzero((classes == c) & (split == 0)) for c in both]
-            rows = [(paths[i], names[classes[i]]) for half in halves for i in rng.permutation(half)[: options.shots]]
+            rows = [
+                (paths[i], names[classes[i]])
+                for half in halves
+                for i in rng.permutation(half)[: options.shots]
+            ]
             with (out / "names.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([("path", "name"), *rows])
             label([options.bundle], out / "labels", options.model, "y", names=out / "names.csv")

@@ -1,9 +1,11 @@
-"""Where a pretraining step's time goes: part by part, and by kind of operation, against the machine's GEMM peak.
+"""Where a pretraining step's time goes: part by part, and by kind of operation, against the
+machine's GEMM peak.
 
     python benchmarks/parts.py                  # paper size, 1,024 points, batch 32, EMA teacher
 
-The step is cut where one part hands tensors to the next, forward and backward, so that each is timed alone; the parts
-take turns, medians over rounds. GEMM peak: the best 2048^3 fp32 product of each round, in the same process.
+The step is cut where one part hands tensors to the next, forward and backward, so that each is
+timed alone; the parts take turns, medians over rounds. GEMM peak: the best 2048^3 fp32 product of
+each round, in the same process.
 """
 
 import argparse
@@ -34,17 +36,25 @@ KINDS = {
 def step(points: Tensor, training: Training, number: int, run: Callable) -> None:
     """One step, cut in parts: `run(name, work)` calls work and returns what it returns."""
     config, objective = training.config, training.model
-    encoder, decoder, generator = objective.encoder, objective.decoder, BatchGenerator(config.seed, number)
+    encoder, decoder, generator = (
+        objective.encoder,
+        objective.decoder,
+        BatchGenerator(config.seed, number),
+    )
     network = objective.teacher.networks[0]
 
     def grouping():
         moved = augment(points, config.scale, config.rotate, config.translate, generator)
-        centers, patches, _ = group(moved, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        centers, patches, _ = group(
+            moved, encoder.num_groups, encoder.group_size, generator.stream("group")
+        )
         return centers, patches, objective.sampler(centers, generator.stream("sampler"))
 
     centers, patches, sample = run("grouping, sampling", grouping)
     layout = sample.layout()
-    tokens, position = run("student: tokenizer", lambda: encoder.visible(patches, centers, sample.context, layout))
+    tokens, position = run(
+        "student: tokenizer", lambda: encoder.visible(patches, centers, sample.context, layout)
+    )
     cut = [x.detach().requires_grad_() for x in (tokens, position)]
     hidden = lambda: encoder.hidden_states(*cut, layout, generator.stream("drop_path"))[-1]  # noqa: E731
     context = run("student: encoder", hidden)
@@ -57,7 +67,9 @@ def step(points: Tensor, training: Training, number: int, run: Callable) -> None
     prediction = run("decoder", predict)
     with torch.no_grad():
         taught = run("teacher: tokenizer", lambda: network.tokenizer(patches))
-        tokens_of_all = run("teacher: encoder", lambda: network.hidden_states(taught, network.position(centers))[-1])
+        tokens_of_all = run(
+            "teacher: encoder", lambda: network.hidden_states(taught, network.position(centers))[-1]
+        )
     target = gather_points(tokens_of_all, sample.target)
     end = prediction.detach().requires_grad_()
     cosine_loss(end, target).backward()
@@ -70,7 +82,9 @@ def step(points: Tensor, training: Training, number: int, run: Callable) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
@@ -105,7 +119,9 @@ def main() -> None:
         for name, seconds in spent.items():
             rounds.setdefault(name, []).append(seconds)
     print(f"Batch {arguments.batch}, fp32, {machine()}; median of {arguments.rounds} rounds\n")
-    print("| part, forward and backward | GFLOP/sample | ms | % of the step | % of GEMM peak |\n|---|---|---|---|---|")
+    print(
+        "| part, forward and backward | GFLOP/sample | ms | % of the step | % of GEMM peak |\n|---|---|---|---|---|"
+    )
     whole = rounds["whole step"]
     for name, seconds in rounds.items():
         share = 100 * median(a / b for a, b in zip(seconds, whole, strict=True))
@@ -118,7 +134,8 @@ def main() -> None:
     events = found.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     shares = {
-        kind: sum(event.self_cpu_time_total for event in events if event.key.startswith(names)) / total
+        kind: sum(event.self_cpu_time_total for event in events if event.key.startswith(names))
+        / total
         for kind, names in KINDS.items()
     }
     shares["the rest: element by element, norms, sums, copies"] = 1 - sum(shares.values())

@@ -1,13 +1,15 @@
-"""The pretraining step of Point-MAE, Point-JEPA and point2vec by their own code, on one CPU in fp32, for step.py.
+"""The pretraining step of Point-MAE, Point-JEPA and point2vec by their own code, on one CPU in
+fp32, for step.py.
 
-Each function takes the folder of a checkout and returns the peer's model and `step(points B N 3) -> loss`: one step of
-its own training with its published configuration, that is augmentation, grouping, masking, forward, loss, backward,
-AdamW and, where there is one, the teacher's moving average. Left out is what is done once an epoch or for the log.
+Each function takes the folder of a checkout and returns the peer's model and `step(points B N 3) ->
+loss`: one step of its own training with its published configuration, that is augmentation,
+grouping, masking, forward, loss, backward, AdamW and, where there is one, the teacher's moving
+average. Left out is what is done once an epoch or for the log.
 
-The folders are not edited, and nothing of theirs is copied here. What needs CUDA or is not about the step is replaced
-by a stand-in in `sys.modules`, also where the real one is installed. Farthest points and neighbours are those of
-`jepa3d.ops`, the compiled one included, so that no peer is slower for them than jepa3d is. Package names clash between
-peers: one a process.
+The folders are not edited, and nothing of theirs is copied here. What needs CUDA or is not about
+the step is replaced by a stand-in in `sys.modules`, also where the real one is installed. Farthest
+points and neighbours are those of `jepa3d.ops`, the compiled one included, so that no peer is
+slower for them than jepa3d is. Package names clash between peers: one a process.
 
     Point-MAE   github.com/Pang-Yatian/Point-MAE    7445a68
     Point-JEPA  github.com/Ayumu-J-S/Point-JEPA     c36b51c
@@ -38,9 +40,14 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
     _stand_in("easydict", EasyDict=_EasyDict)
     _stand_in("termcolor", colored=None)
     _stand_in("knn_cuda", KNN=_KNN)
-    _stand_in("pointnet2_ops", pointnet2_utils=SimpleNamespace(furthest_point_sample=_fps, gather_operation=_gather))
+    _stand_in(
+        "pointnet2_ops",
+        pointnet2_utils=SimpleNamespace(furthest_point_sample=_fps, gather_operation=_gather),
+    )
     _stand_in("extensions.chamfer_dist", ChamferDistanceL1=None, ChamferDistanceL2=_ChamferL2)
-    _stand_in("datasets", folder / "datasets", build_dataset_from_cfg=None)  # whose __init__ would import every reader
+    _stand_in(
+        "datasets", folder / "datasets", build_dataset_from_cfg=None
+    )  # whose __init__ would import every reader
     _stand_in("tools", folder / "tools")
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *arguments, **options: self
     logging.disable(logging.INFO)
@@ -67,12 +74,16 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
 def point_jepa(folder: Path) -> tuple[nn.Module, Step]:
     """configs/Point-JEPA/pretraining/shapenet.yaml."""
     torch.Tensor.half = torch.Tensor.float  # its forward halves the context's tokens; fp32 here
-    return _lightning(folder, "pointjepa", "point_jepa.PointJepa", "configs/Point-JEPA/pretraining/shapenet.yaml")
+    return _lightning(
+        folder, "pointjepa", "point_jepa.PointJepa", "configs/Point-JEPA/pretraining/shapenet.yaml"
+    )
 
 
 def point2vec(folder: Path) -> tuple[nn.Module, Step]:
     """configs/pretraining/shapenet.yaml."""
-    return _lightning(folder, "point2vec", "point2vec.Point2Vec", "configs/pretraining/shapenet.yaml")
+    return _lightning(
+        folder, "point2vec", "point2vec.Point2Vec", "configs/pretraining/shapenet.yaml"
+    )
 
 
 def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.Module, Step]:
@@ -90,7 +101,9 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
     )
     _stand_in("pytorch3d.ops.utils", masked_gather=ops.gather_points)
     _stand_in("pytorch3d.transforms", euler_angles_to_matrix=_euler_angles_to_matrix)
-    _stand_in(f"{package}.models", folder / package / "models")  # whose __init__ would import every downstream task
+    _stand_in(
+        f"{package}.models", folder / package / "models"
+    )  # whose __init__ would import every downstream task
     sys.path.insert(0, str(folder))
 
     read = yaml.safe_load((folder / config).read_text())
@@ -100,7 +113,9 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
     make = getattr(import_module(f"{package}.models.{module}"), cls)
     for key, parameter in inspect.signature(make).parameters.items():
         if parameter.annotation is float and key in settings:
-            settings[key] = float(settings[key])  # YAML 1.1 reads 1e-3 as text, Lightning's parser as a number
+            settings[key] = float(
+                settings[key]
+            )  # YAML 1.1 reads 1e-3 as text, Lightning's parser as a number
     model = make(**settings)
     batches = 41_952 // read["data"]["init_args"]["batch_size"]  # of ShapeNet55's train part
     model.trainer = SimpleNamespace(max_epochs=epochs, estimated_stepping_batches=epochs * batches)
@@ -114,7 +129,9 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
 
         def closure() -> Tensor:
             nonlocal loss
-            loss = model.training_step((points.clone(), None), 0)  # it augments, writing into its argument
+            loss = model.training_step(
+                (points.clone(), None), 0
+            )  # it augments, writing into its argument
             optimizer.zero_grad()
             loss.backward()
             return loss
@@ -162,7 +179,9 @@ class _LightningModule(nn.Module):
     device, loggers = torch.device("cpu"), ()
 
     def save_hyperparameters(self) -> None:
-        self.hparams = SimpleNamespace(**inspect.currentframe().f_back.f_locals)  # the arguments of its __init__
+        self.hparams = SimpleNamespace(
+            **inspect.currentframe().f_back.f_locals
+        )  # the arguments of its __init__
 
     def on_fit_start(self) -> None: ...
 
@@ -193,7 +212,9 @@ def _gather(features: Tensor, index: Tensor) -> Tensor:
     return ops.gather_points(features.transpose(1, 2), index).transpose(1, 2)
 
 
-def _sample_farthest_points(points: Tensor, K: int, random_start_point: bool) -> tuple[Tensor, Tensor]:
+def _sample_farthest_points(
+    points: Tensor, K: int, random_start_point: bool
+) -> tuple[Tensor, Tensor]:
     index = ops.farthest_point_sample(points, K, torch.default_generator)
     return ops.gather_points(points, index), index
 

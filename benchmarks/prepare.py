@@ -1,11 +1,13 @@
-"""`jepa3d prepare` against the script that people write, on meshes of ModelNet's sizes: time, memory, and the loader.
+"""`jepa3d prepare` against the script that people write, on meshes of ModelNet's sizes: time,
+memory, and the loader.
 
     python benchmarks/prepare.py                     # 800 meshes, 3 rounds: some minutes
     python benchmarks/prepare.py --count 4899 --rounds 1 # as many as ModelNet10 has
 
-Whole processes, start-up included, interleaved; medians over rounds. The baseline samples 2,048 points; jepa3d samples
-4,096 and puts 2,048 of them in farthest point order, hashes and checks. Memory is measured in runs of their own, on
-twice and eight times `count` files (hard links, so that only the number differs).
+Whole processes, start-up included, interleaved; medians over rounds. The baseline samples 2,048
+points; jepa3d samples 4,096 and puts 2,048 of them in farthest point order, hashes and checks.
+Memory is measured in runs of their own, on twice and eight times `count` files (hard links, so that
+only the number differs).
 """
 
 import argparse
@@ -33,19 +35,37 @@ from jepa3d.data.sources import discover
 from jepa3d.training.loop import fit
 from jepa3d.training.pretrain import make_task
 
-CLASSES = ("bathtub", "bed", "chair", "desk", "dresser", "lamp", "sofa", "table", "vase", "airplane")
+CLASSES = (
+    "bathtub",
+    "bed",
+    "chair",
+    "desk",
+    "dresser",
+    "lamp",
+    "sofa",
+    "table",
+    "vase",
+    "airplane",
+)
 FACES = (300, 60_000)  # of a mesh, log-uniform
 BASELINE = Path(__file__).with_name("prepare_baseline.py")
 POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60  # the loader check, at the sizes of preset tiny
 
 
 def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
-    """Meshes CLASS/train|test/CLASS_0001.off; every other one shares no vertices between faces. Returns the faces."""
+    """Meshes CLASS/train|test/CLASS_0001.off; every other one shares no vertices between faces.
+
+    Returns the faces.
+    """
     total = 0
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         name = CLASSES[i % len(CLASSES)]
-        faces = [_faces(loft) for _, *lofts in synthetic._CLASSES[name][1](rng, rng.uniform) for loft in lofts]
+        faces = [
+            _faces(loft)
+            for _, *lofts in synthetic._CLASSES[name][1](rng, rng.uniform)
+            for loft in lofts
+        ]
         soup = np.concatenate(faces).reshape(-1, 3) * 40
         vertices, faces = soup, np.arange(len(soup)).reshape(-1, 3)
         if i % 2:
@@ -55,10 +75,21 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
         while len(faces) + 3 <= target:  # a face that is cut in four adds three
             some = rng.permutation(len(faces))[: (target - len(faces)) // 3]
             vertices, faces = trimesh.remesh.subdivide(vertices, faces, some)
-        path = folder / name / ("test" if i // len(CLASSES) % 5 == 4 else "train") / f"{name}_{i:05d}.off"
+        path = (
+            folder
+            / name
+            / ("test" if i // len(CLASSES) % 5 == 4 else "train")
+            / f"{name}_{i:05d}.off"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ["OFF", f"{len(vertices)} {len(faces)} 0", *("{:.6f} {:.6f} {:.6f}".format(*v) for v in vertices)]
-        path.write_text("\n".join([*lines, *("3 {} {} {}".format(*f) for f in faces.tolist())]) + "\n")
+        lines = [
+            "OFF",
+            f"{len(vertices)} {len(faces)} 0",
+            *("{:.6f} {:.6f} {:.6f}".format(*v) for v in vertices),
+        ]
+        path.write_text(
+            "\n".join([*lines, *("3 {} {} {}".format(*f) for f in faces.tolist())]) + "\n"
+        )
         total += len(faces)
     return total
 
@@ -72,7 +103,15 @@ def _faces(loft: np.ndarray) -> np.ndarray:
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
     """Each way to prepare `folder`, by name."""
-    ours = [sys.executable, "-c", "from jepa3d.cli import main; main()", "prepare", str(folder), "--points", "2048"]
+    ours = [
+        sys.executable,
+        "-c",
+        "from jepa3d.cli import main; main()",
+        "prepare",
+        str(folder),
+        "--points",
+        "2048",
+    ]
     return {
         "baseline": [sys.executable, str(BASELINE), str(folder), str(out)],
         "jepa3d, 1 worker": [*ours, "--out", str(out), "--workers", "1"],
@@ -81,9 +120,11 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
-    """Seconds, and if sampled (every 20 ms) the peak MiB of the largest process and of all processes together.
+    """Seconds, and if sampled (every 20 ms) the peak MiB of the largest process and of all
+    processes together.
 
-    Not getrusage: Linux carries ru_maxrss over exec, so that a child is charged with this process's memory.
+    Not getrusage: Linux carries ru_maxrss over exec, so that a child is charged with this process's
+    memory.
     """
     began, largest, together = time.perf_counter(), 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -97,20 +138,29 @@ def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """KiB: largest VmHWM, and sum of VmRSS, of a process and its descendants; shared pages count in each."""
+    """KiB: largest VmHWM, and sum of VmRSS, of a process and its descendants; shared pages count in
+    each.
+    """
     high, total = 0, 0
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
             with contextlib.suppress(OSError):  # ended meanwhile
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-                high, total = max(high, int(fields.get("VmHWM", 0))), total + int(fields.get("VmRSS", 0))
+                fields = {
+                    line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")
+                }
+                high, total = (
+                    max(high, int(fields.get("VmHWM", 0))),
+                    total + int(fields.get("VmRSS", 0)),
+                )
     return high, total
 
 
 def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
-    """Clouds/s, a round each, of preset tiny's training step, of reading files on one worker, of batches of a store."""
+    """Clouds/s, a round each, of preset tiny's training step, of reading files on one worker, of
+    batches of a store.
+    """
     config = settings.resolve(settings.preset("tiny"), {"mixed_precision": "no"})
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
     entries, options = discover(folder).entries, Preparation(points=POINTS)
@@ -121,7 +171,10 @@ def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
         task = make_task(config, "jepa", synthetic_clouds, {})
         task = replace(task, schedule=replace(task.schedule, max_steps=STEPS))
         after = task.objective.after_step
-        task.objective.after_step = lambda at, after=after, times=times: (after(at), times.append(time.perf_counter()))
+        task.objective.after_step = lambda at, after=after, times=times: (
+            after(at),
+            times.append(time.perf_counter()),
+        )
         fit(task, synthetic_clouds, replace(config, log_every=STEPS), None)
         rates["step"].append((STEPS - SKIP) * BATCH / (times[-1] - times[SKIP - 1]))
 
@@ -142,7 +195,9 @@ def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -153,11 +208,18 @@ def main() -> None:
         for path in sorted(few.rglob("*.off")):
             for copies in (2, 8):
                 for copy in range(copies):
-                    link = scratch / str(copies) / path.relative_to(few).with_stem(f"{path.stem}_{copy}")
+                    link = (
+                        scratch
+                        / str(copies)
+                        / path.relative_to(few).with_stem(f"{path.stem}_{copy}")
+                    )
                     link.parent.mkdir(parents=True, exist_ok=True)
                     os.link(path, link)
         size = sum(path.stat().st_size for path in few.rglob("*.off")) / 2**20
-        print(f"{arguments.count} meshes, {faces:,} faces, {size:.0f} MiB; {os.cpu_count()} cores\n", flush=True)
+        print(
+            f"{arguments.count} meshes, {faces:,} faces, {size:.0f} MiB; {os.cpu_count()} cores\n",
+            flush=True,
+        )
 
         names = list(commands(few, scratch))
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -170,15 +232,25 @@ def main() -> None:
             ratio = median(b / s for b, s in zip(seconds["baseline"], seconds[name], strict=True))
             every = " ".join(f"{s:.1f}" for s in seconds[name])
             print(f"| {name} | {every} | {median(seconds[name]):.1f} | {ratio:.2f} |", flush=True)
-        print("\n| jepa3d, 2 workers | largest process, MiB | all processes, shared pages in each |\n|---|---|---|")
+        print(
+            "\n| jepa3d, 2 workers | largest process, MiB | all processes, shared pages in each |\n|---|---|---|"
+        )
         for copies in (2, 8):
             out = scratch / f"memory-{copies}"
-            _, own, tree = run(commands(scratch / str(copies), out)["jepa3d, 2 workers"], sample=True)
+            _, own, tree = run(
+                commands(scratch / str(copies), out)["jepa3d, 2 workers"], sample=True
+            )
             print(f"| {copies * arguments.count:,} files | {own:.0f} | {tree:.0f} |", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
             rates = loader(few, scratch / "out-0-2", arguments.rounds)
-        print(f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|")
-        names = {"step": "step of preset tiny", "files": "files, one worker", "store": "batches of a store"}
+        print(
+            f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|"
+        )
+        names = {
+            "step": "step of preset tiny",
+            "files": "files, one worker",
+            "store": "batches of a store",
+        }
         for name, what in names.items():
             ratio = median(r / s for r, s in zip(rates[name], rates["step"], strict=True))
             every = " ".join(f"{r:,.0f}" for r in rates[name])

@@ -1,4 +1,5 @@
-"""What people write to make point clouds of a folder of meshes: `benchmarks/prepare.py` compares it to jepa3d.
+"""What people write to make point clouds of a folder of meshes: `benchmarks/prepare.py` compares it
+to jepa3d.
 
 python benchmarks/prepare_baseline.py FOLDER OUT
 """

@@ -1,11 +1,13 @@
-"""Every command of the README on small data, alone and beside a busy core: seconds, processor seconds, and the ratio.
+"""Every command of the README on small data, alone and beside a busy core: seconds, processor
+seconds, and the ratio.
 
     python benchmarks/readme.py [--steps 50] [--only embed probe] [--demo]
 
-The commands run in order in a folder of their own, twice: first alone, then beside a loop that keeps one core busy at
-lower priority (nice 10). Training is cut to --steps. A command that waits actively for other threads shows as a ratio
-far above 1, of the processor seconds too; none may take more than twice its time alone. `view` waits for a reader, so
-it is left out. --demo adds `jepa3d demo` with as many steps.
+The commands run in order in a folder of their own, twice: first alone, then beside a loop that
+keeps one core busy at lower priority (nice 10). Training is cut to --steps. A command that waits
+actively for other threads shows as a ratio far above 1, of the processor seconds too; none may take
+more than twice its time alone. `view` waits for a reader, so it is left out. --demo adds `jepa3d
+demo` with as many steps.
 """
 
 import argparse
@@ -47,7 +49,12 @@ def write_data(folder: Path) -> None:
         np.save(folder / "scans" / f"{i}.npy", points)
     np.savetxt(folder / "scan.xyz", made["points"][0])
     labels, split = np.arange(300) // 3 % 5, (np.arange(300) % 3 > 0).astype(np.int8)
-    common = {"points": made["points"], "labels": labels, "split": split, "class_names": [f"kind{i}" for i in range(5)]}
+    common = {
+        "points": made["points"],
+        "labels": labels,
+        "split": split,
+        "class_names": [f"kind{i}" for i in range(5)],
+    }
     np.savez(folder / "labelled.npz", **common)
     np.savez(folder / "parts.npz", **common, seg=2 * labels[:, None] + (made["points"][..., 2] > 0))
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -55,7 +62,11 @@ def write_data(folder: Path) -> None:
 
 @contextmanager
 def busy_core(wanted: bool):
-    loop = subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", "while True: pass"]) if wanted else None
+    loop = (
+        subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", "while True: pass"])
+        if wanted
+        else None
+    )
     try:
         yield
     finally:
@@ -65,22 +76,33 @@ def busy_core(wanted: bool):
 
 
 def run(words: list[str], folder: Path) -> tuple[float, float]:
-    """Wall and processor seconds of a command and of the processes it waited for; SystemExit where it fails."""
+    """Wall and processor seconds of a command and of the processes it waited for;
+
+    SystemExit where it fails.
+    """
     with (folder / "said.txt").open("w+") as said:
         began = time.perf_counter()
-        started = subprocess.Popen([*PROGRAM, *words], cwd=folder, stdout=said, stderr=subprocess.STDOUT)
+        started = subprocess.Popen(
+            [*PROGRAM, *words], cwd=folder, stdout=said, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(started.pid, 0)
         started.returncode = os.waitstatus_to_exitcode(status)
         if started.returncode:
             said.seek(0)
-            sys.exit(f"jepa3d {shlex.join(words)}: exit status {started.returncode}\n{said.read()[-2000:]}")
+            sys.exit(
+                f"jepa3d {shlex.join(words)}: exit status {started.returncode}\n{said.read()[-2000:]}"
+            )
     return time.perf_counter() - began, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only", nargs="+", help="report these commands alone; those before them run all the same")
+    parser.add_argument(
+        "--only", nargs="+", help="report these commands alone; those before them run all the same"
+    )
     parser.add_argument("--demo", action="store_true")
     options = parser.parse_args()
     todo = commands(options.steps)

@@ -1,16 +1,18 @@
-"""Rough handling by the hundred: kills, two writers at once, damaged files. What was whole stays whole, nothing blocks.
+"""Rough handling by the hundred: kills, two writers at once, damaged files. What was whole stays
+whole, nothing blocks.
 
     python benchmarks/rough.py --count 100                    # tries a part
     python benchmarks/rough.py --part kills --count 30 --seed 1 --commands pretrain embed
 
-kills: every command that writes is stopped at a random moment (SIGKILL, or Ctrl-C to its whole group), sometimes
-again in its rerun, and then run to its end: it must succeed, and give what an undisturbed one gives.
-two writers: every command twice at once into one place, then once more.
-damage: a bit turned over, half cut off, emptied or removed in a file of a run, store, vectors or index; then every
-reader of it. "unnoticed" counts runs that trained on or tested with what a damaged file holds.
+kills: every command that writes is stopped at a random moment (SIGKILL, or Ctrl-C to its whole
+group), sometimes again in its rerun, and then run to its end: it must succeed, and give what an
+undisturbed one gives. two writers: every command twice at once into one place, then once more.
+damage: a bit turned over, half cut off, emptied or removed in a file of a run, store, vectors or
+index; then every reader of it. "unnoticed" counts runs that trained on or tested with what a
+damaged file holds.
 
-Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any column but the first
-three has more than 0.
+Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any
+column but the first three has more than 0.
 """
 
 import argparse
@@ -56,11 +58,25 @@ from jepa3d.inference.vectors import Vectors, to_numpy
 
 UNREADABLE = "cannot be read: "
 LIMIT = 120  # seconds of a command, after which it hangs
-FAULTS = ("lost", "blocked", "traceback", "processes left", "files left", "differs", "unnoticed", "hangs")
+FAULTS = (
+    "lost",
+    "blocked",
+    "traceback",
+    "processes left",
+    "files left",
+    "differs",
+    "unnoticed",
+    "hangs",
+)
 SIZES = {
-    "embed-dim": 16, "depth": 2, "num-heads": 2, "num-groups": 8, "group-size": 8, "num-points": 56,
+    "embed-dim": 16,
+    "depth": 2,
+    "num-heads": 2,
+    "num-groups": 8,
+    "group-size": 8,
+    "num-points": 56,
     "tokenizer-dim": 8,
-}  # fmt: skip
+}
 ENCODER = [word for name, value in SIZES.items() for word in (f"--encoder.{name}", str(value))]
 STEPS = ["--batch-size", "8", "--checkpoint-every", "3", "--log-every", "2"]
 
@@ -79,21 +95,35 @@ class Job:
         return [self.words(out)[0], "--out", str(out), "--resume"] if resume else self.words(out)
 
 
-# ------------------------------------------------------------------------------------------------ material, commands
+# ------------------------------------------------------------------------------- material, commands
 
 
 def make_shapes(folder: Path) -> None:
-    """48 clouds in three classes as files with a train and a test part, and as a bundle with part labels; a scene."""
+    """48 clouds in three classes as files with a train and a test part, and as a bundle with part
+    labels; a scene.
+    """
     rng, labels = np.random.default_rng(0), np.arange(48) % 3
-    points = rng.normal(size=(48, 96, 3)) * np.array([[1, 1, 1], [1, 1, 6], [1, 6, 6]])[labels][:, None]
+    points = (
+        rng.normal(size=(48, 96, 3)) * np.array([[1, 1, 1], [1, 1, 6], [1, 6, 6]])[labels][:, None]
+    )
     for i, cloud in enumerate(points):
-        file = folder / "shapes" / ("test" if i % 4 == 3 else "train") / f"kind{labels[i]}" / f"{i}.npy"
+        file = (
+            folder
+            / "shapes"
+            / ("test" if i % 4 == 3 else "train")
+            / f"kind{labels[i]}"
+            / f"{i}.npy"
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, cloud)
     np.savez(
-        folder / "parts.npz", points=points.astype(np.float32), labels=labels, split=np.int8(np.arange(48) % 4 // 3),
-        seg=(2 * labels[:, None] + (points[..., 0] > 0)).astype(np.int16), class_names=[f"kind{i}" for i in range(3)],
-    )  # fmt: skip
+        folder / "parts.npz",
+        points=points.astype(np.float32),
+        labels=labels,
+        split=np.int8(np.arange(48) % 4 // 3),
+        seg=(2 * labels[:, None] + (points[..., 0] > 0)).astype(np.int16),
+        class_names=[f"kind{i}" for i in range(3)],
+    )
     np.save(folder / "scan.npy", rng.normal(size=(4000, 3)) * [3, 3, 0.3])
     files = sorted((folder / "shapes").rglob("*.npy"))
     rows = [f"{file},{file.parent.name}" for file in files[::4]]
@@ -110,7 +140,19 @@ def jobs(base: Path) -> dict[str, Job]:
 
     masks = ["--sampler.name", "random", "--sampler.mask-ratio", "0.5", "--teacher", "ema"]
     parts = ["--data", str(base / "parts.npz"), "--max-steps", "8", *STEPS]
-    few = ["--ways", "2", "--shots", "3", "--queries", "3", "--folds", "2", "--max-steps", "6", *STEPS]
+    few = [
+        "--ways",
+        "2",
+        "--shots",
+        "3",
+        "--queries",
+        "3",
+        "--folds",
+        "2",
+        "--max-steps",
+        "6",
+        *STEPS,
+    ]
     return {
         "prepare": job("", clouds_in, "prepare", shapes, "--points", "64", "--workers", "2"),
         "pretrain": job("", weights_in, "pretrain", *masks, *data, *ENCODER, resumes=True),
@@ -119,15 +161,23 @@ def jobs(base: Path) -> dict[str, Job]:
         "fewshot": job("", folds_in, "fewshot", "--data", store, *few, "--init", run, resumes=True),
         "embed": job(".parquet", vectors_in, "embed", shapes, "--model", run, "--workers", "2"),
         "index": job(".lancedb", rows_in, "index", str(base / "embed.parquet")),
-        "label": job("", labels_in, "label", shapes, "--model", run, "--names", str(base / "names.csv")),
+        "label": job(
+            "", labels_in, "label", shapes, "--model", run, "--names", str(base / "names.csv")
+        ),
         "scene": job(".ply", Path.read_bytes, "scene", str(base / "scan.npy"), "--model", run),
         "export": job("", weights_in, "export", run),
     }
 
 
 def weights_in(out: Path) -> dict[str, bytes]:
-    folder = next(f for f in (out / "encoder", out / "model", out / "hub", out) if (f / "model.safetensors").is_file())
-    return {name: values.tobytes() for name, values in load_file(folder / "model.safetensors").items()}
+    folder = next(
+        f
+        for f in (out / "encoder", out / "model", out / "hub", out)
+        if (f / "model.safetensors").is_file()
+    )
+    return {
+        name: values.tobytes() for name, values in load_file(folder / "model.safetensors").items()
+    }
 
 
 def folds_in(out: Path) -> list[float]:
@@ -143,7 +193,9 @@ def clouds_in(out: Path) -> dict[str, bytes]:
 def vectors_in(out: Path) -> dict[str, bytes]:
     vectors = Vectors(out)
     rows = np.concatenate([to_numpy(batch.column(0)) for batch in vectors.batches(["vector"])])
-    return {path: row.round(3).tobytes() for path, row in zip(vectors.column("path"), rows, strict=True)}
+    return {
+        path: row.round(3).tobytes() for path, row in zip(vectors.column("path"), rows, strict=True)
+    }
 
 
 def rows_in(out: Path) -> int:
@@ -156,16 +208,19 @@ def labels_in(out: Path) -> list[str]:
     return sorted(line.split(",")[0] for line in (out / "labels.csv").read_text().splitlines())
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 
 
 def start(words: list[str], log: Path) -> int:
-    """A command in a process of its own session, forked from this one, which has the imports; its number."""
+    """A command in a process of its own session, forked from this one, which has the imports; its
+    number.
+    """
     process = os.fork()
     if process:
         return process
     os.setsid()
-    weakref.finalize._registry.clear()  # or its end would clear away this process's temporary folders
+    # or its end would clear away this process's temporary folders
+    weakref.finalize._registry.clear()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     code = 1
@@ -232,7 +287,9 @@ class Rough:
         self.tried = [name for name in self.whole if name in (commands or self.jobs)]
 
     def result(self, name: str, out: Path) -> str:
-        """A checksum of what a command gave, computed in a process of its own, or why it cannot be read."""
+        """A checksum of what a command gave, computed in a process of its own, or why it cannot be
+        read.
+        """
         there, process = self.base / "result", os.fork()
         if not process:
             try:
@@ -277,11 +334,15 @@ class Rough:
             self.fault(part, name, "lost", f"{found} {told}")
         elif found != self.whole[name]:
             self.fault(part, name, "differs", told)
-        beside = [path.name for path in out.parent.rglob(".*") if path.suffix in (".partial", ".old", ".parts")]
+        beside = [
+            path.name
+            for path in out.parent.rglob(".*")
+            if path.suffix in (".partial", ".old", ".parts")
+        ]
         if beside or any("unpacked" in path.name for path in out.parent.iterdir()):
             self.fault(part, name, "files left", f"{beside} {told}")
 
-    # -------------------------------------------------------------------------------------------- kills
+    # ---------------------------------------------------------------------------------------- kills
 
     def kill(self, number: int) -> None:
         draw = random.Random(f"{self.seed} kill {number}")
@@ -291,7 +352,10 @@ class Rough:
             out = self.place(name, Path(folder))
             told = []
             for _ in range(draw.choice((1, 1, 2))):
-                sign, after = draw.choice((signal.SIGKILL, signal.SIGINT)), draw.uniform(0, self.seconds[name])
+                sign, after = (
+                    draw.choice((signal.SIGKILL, signal.SIGINT)),
+                    draw.uniform(0, self.seconds[name]),
+                )
                 process = start(job.again(out), self.base / "log")
                 time.sleep(after)
                 with contextlib.suppress(ProcessLookupError):
@@ -308,7 +372,7 @@ class Rough:
             else:
                 self.compare(part, name, out, str(told))
 
-    # -------------------------------------------------------------------------------------------- two writers
+    # ---------------------------------------------------------------------------------- two writers
 
     def twice(self, number: int) -> None:
         draw = random.Random(f"{self.seed} twice {number}")
@@ -319,7 +383,10 @@ class Rough:
             first = start(job.again(out), self.base / "log1")
             time.sleep(draw.choice((0, draw.uniform(0, self.seconds[name]))))
             second = start(job.again(out), self.base / "log")
-            codes = [self.check(name, finish(p), log, part) for p, log in ((first, "log1"), (second, "log"))]
+            codes = [
+                self.check(name, finish(p), log, part)
+                for p, log in ((first, "log1"), (second, "log"))
+            ]
             self.count(part, name, "tries")
             self.count(part, name, "stopped" if any(codes) else "ended before")
             if all(codes):
@@ -329,7 +396,7 @@ class Rough:
                 self.fault(part, name, "blocked", self.said())
             self.compare(part, name, out, f"{codes}")
 
-    # -------------------------------------------------------------------------------------------- damage
+    # --------------------------------------------------------------------------------------- damage
 
     def damage(self, number: int) -> None:
         draw = random.Random(f"{self.seed} damage {number}")
@@ -342,7 +409,9 @@ class Rough:
             if kind.endswith("unfinished"):
                 source = self.unfinished(name)
             (shutil.copytree if source.is_dir() else shutil.copy)(source, out)
-            files = sorted(path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file())
+            files = sorted(
+                path for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file()
+            )
             file = draw.choice([path for path in files if path.suffix != ".md"])
             how = draw.choice(("flip", "flip", "cut off", "emptied", "removed"))
             spoil(file, how, draw)
@@ -383,14 +452,21 @@ class Rough:
                 ["report", "OUT"],
                 ["embed", shapes, "--model", "OUT", "--out", "DIR/v.parquet"],
             ],
-            "classify": [["info", "OUT"], ["report", "OUT"], ["predict", "OUT", *query, "--out", "DIR/p.csv"]],
+            "classify": [
+                ["info", "OUT"],
+                ["report", "OUT"],
+                ["predict", "OUT", *query, "--out", "DIR/p.csv"],
+            ],
             "fewshot": [["info", "OUT"], ["results", "OUT"]],
             "prepare": [["info", "OUT"], ["info", "OUT", "--verify"], [*train, *masks]],
             "embed": [
                 ["search", "OUT", *query],
                 ["embed", shapes, "--model", str(self.base / "pretrain"), "--out", "OUT"],
             ],
-            "index": [["search", "OUT", *query], ["index", str(self.base / "embed.parquet"), "--out", "OUT"]],
+            "index": [
+                ["search", "OUT", *query],
+                ["index", str(self.base / "embed.parquet"), "--out", "OUT"],
+            ],
         }
 
     def unfinished(self, name: str) -> Path:
@@ -407,7 +483,7 @@ class Rough:
                 shutil.rmtree(out)
         return out
 
-    # -------------------------------------------------------------------------------------------- the table
+    # ------------------------------------------------------------------------------------ the table
 
     def show(self) -> int:
         """Print the table; how many faults there were."""
@@ -449,7 +525,9 @@ def rough(seed: int, count: int, parts: list[str], commands: list[str] | None = 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--part", nargs="*", default=["kills", "two-writers", "damage"])

@@ -1,16 +1,18 @@
-"""The sampling kernels, farthest points and nearest neighbours (their share of a training step: parts.py).
+"""The sampling kernels, farthest points and nearest neighbours (their share of a training step:
+parts.py).
 
     python benchmarks/sampling.py                                # some 2 minutes
     python benchmarks/sampling.py --rounds 3 --json figures.json
 
-Kernels: ms a cloud on one thread, random clouds, contenders interleaved, median of rounds. "jepa3d" is
-what a user gets: `ops.farthest_point_sample`, with torch-quickfps below it where installed, and `ops.knn`. Other
-libraries are measured where they are installed: `pip install fpsample torch-fps` (the latter compiles at its first
-call, with ninja); torch-cluster and pytorch3d build from source.
+Kernels: ms a cloud on one thread, random clouds, contenders interleaved, median of rounds. "jepa3d"
+is what a user gets: `ops.farthest_point_sample`, with torch-quickfps below it where installed, and
+`ops.knn`. Other libraries are measured where they are installed: `pip install fpsample torch-fps`
+(the latter compiles at its first call, with ninja); torch-cluster and pytorch3d build from source.
 
-"exact" of farthest points: yes, the indices of the textbook loop from the same start; ties, they part only where the
-loop finds points equally far. All are told to start at a cloud's first point, which is the one farthest from the
-centroid, where `farthest_point_sample` starts. Of neighbours: the sets of scipy's tree, whose distances are float64.
+"exact" of farthest points: yes, the indices of the textbook loop from the same start; ties, they
+part only where the loop finds points equally far. All are told to start at a cloud's first point,
+which is the one farthest from the centroid, where `farthest_point_sample` starts. Of neighbours:
+the sets of scipy's tree, whose distances are float64.
 """
 
 import argparse
@@ -32,10 +34,18 @@ from jepa3d import ops
 from jepa3d.allocator import keep_large_blocks
 
 BATCH, NEIGHBOURS = 128, 32
-FPS = {(1024, 64): 32, (2048, 128): 16, (8192, 512): 4, (8192, 1024): 4, (100_000, 4096): 1}  # clouds, one at a time
+FPS = {
+    (1024, 64): 32,
+    (2048, 128): 16,
+    (8192, 512): 4,
+    (8192, 1024): 4,
+    (100_000, 4096): 1,
+}  # clouds, one at a time
 KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # clouds, as one batch
 OTHERS = ("torch_quickfps", "fpsample", "torch_fps", "torch_cluster", "pytorch3d")
-INSTALLED = {name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)}
+INSTALLED = {
+    name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)
+}
 
 Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds a call, the call
 
@@ -43,13 +53,17 @@ Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds a cal
 def starting_farthest(count: int, num_points: int) -> Tensor:
     """Random clouds whose first point is the one farthest from the centroid."""
     points = random_clouds(count, num_points)
-    for cloud, farthest in zip(points, ops.farthest_point_sample(points, 1)[:, 0].tolist(), strict=True):
+    for cloud, farthest in zip(
+        points, ops.farthest_point_sample(points, 1)[:, 0].tolist(), strict=True
+    ):
         cloud[[0, farthest]] = cloud[[farthest, 0]]
     return points
 
 
 def textbook(points: Tensor, num_samples: int) -> Tensor:
-    """Farthest points of a cloud N 3, the loop of PointNet++'s ports; their masked update is slower than `minimum`."""
+    """Farthest points of a cloud N 3, the loop of PointNet++'s ports; their masked update is slower
+    than `minimum`.
+    """
     distance = torch.full((len(points),), torch.inf)
     picked, current = torch.zeros(num_samples, dtype=torch.long), torch.tensor(0)
     for i in range(num_samples):
@@ -70,7 +84,9 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
     def in_numpy(run: Callable, *options: int) -> tuple[int, Callable[[], Tensor]]:
         arrays = list(points[:few].numpy())
         return few, lambda: torch.from_numpy(
-            np.stack([run(cloud, num_samples, *options, start_idx=0) for cloud in arrays]).astype(np.int64)
+            np.stack([run(cloud, num_samples, *options, start_idx=0) for cloud in arrays]).astype(
+                np.int64
+            )
         )
 
     found: Contenders = {
@@ -79,20 +95,33 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
         "jepa3d": singly(lambda cloud: sample(cloud, num_samples)),
     }
     if len(points) == BATCH:
-        found[f"jepa3d, reference, batch {BATCH}"] = BATCH, lambda: reference(points, num_samples, start)
+        found[f"jepa3d, reference, batch {BATCH}"] = (
+            BATCH,
+            lambda: reference(points, num_samples, start),
+        )
         found[f"jepa3d, batch {BATCH}"] = BATCH, lambda: sample(points, num_samples)
     if quick := INSTALLED.get("torch_quickfps"):
-        found["torch_quickfps"] = singly(lambda cloud: quick.sample_idx(cloud, num_samples, start_idx=0))
+        found["torch_quickfps"] = singly(
+            lambda cloud: quick.sample_idx(cloud, num_samples, start_idx=0)
+        )
     if fpsample := INSTALLED.get("fpsample"):
-        height = 3 if num_points < 8192 else 5 if num_points < 100_000 else 7  # its documentation: 3, 5 or 7, 9
-        found["fpsample, bucket_fps_kdline_sampling"] = in_numpy(fpsample.bucket_fps_kdline_sampling, height)
+        height = (
+            3 if num_points < 8192 else 5 if num_points < 100_000 else 7
+        )  # its documentation: 3, 5 or 7, 9
+        found["fpsample, bucket_fps_kdline_sampling"] = in_numpy(
+            fpsample.bucket_fps_kdline_sampling, height
+        )
         found["fpsample, fps_sampling"] = in_numpy(fpsample.fps_sampling)
     if torch_fps := INSTALLED.get("torch_fps"):
         run, valid = torch_fps.farthest_point_sampling, torch.ones(1, num_points, dtype=torch.bool)
-        found["torch_fps"] = singly(lambda cloud: run(cloud, valid, num_samples, start_idx=start[:1]))
+        found["torch_fps"] = singly(
+            lambda cloud: run(cloud, valid, num_samples, start_idx=start[:1])
+        )
     if cluster := INSTALLED.get("torch_cluster"):
         ratio = num_samples / num_points  # may round up to one sample more
-        found["torch_cluster"] = singly(lambda cloud: cluster.fps(cloud[0], None, ratio, False)[:num_samples])
+        found["torch_cluster"] = singly(
+            lambda cloud: cluster.fps(cloud[0], None, ratio, False)[:num_samples]
+        )
     if "pytorch3d" in INSTALLED:
         from pytorch3d.ops import sample_farthest_points
 
@@ -106,17 +135,27 @@ def searches(points: Tensor, centers: Tensor) -> Contenders:
 
     def scipy() -> Tensor:
         pairs = zip(points.numpy(), centers.numpy(), strict=True)
-        return torch.from_numpy(np.stack([cKDTree(cloud).query(query, NEIGHBOURS)[1] for cloud, query in pairs]))
+        return torch.from_numpy(
+            np.stack([cKDTree(cloud).query(query, NEIGHBOURS)[1] for cloud, query in pairs])
+        )
 
     found: Contenders = {
         "scipy cKDTree, build and query": (batch, scipy),
-        "torch.cdist and topk": (batch, lambda: torch.cdist(centers, points).topk(NEIGHBOURS, largest=False).indices),
+        "torch.cdist and topk": (
+            batch,
+            lambda: torch.cdist(centers, points).topk(NEIGHBOURS, largest=False).indices,
+        ),
         "jepa3d": (batch, lambda: ops.knn(centers, points, NEIGHBOURS)),
     }
     if cluster := INSTALLED.get("torch_cluster"):
-        of_point, of_center = (torch.arange(batch).repeat_interleave(x.shape[1]) for x in (points, centers))
+        of_point, of_center = (
+            torch.arange(batch).repeat_interleave(x.shape[1]) for x in (points, centers)
+        )
         flat = points.flatten(0, 1), centers.flatten(0, 1), NEIGHBOURS, of_point, of_center
-        found["torch_cluster"] = batch, lambda: cluster.knn(*flat)[1].view(batch, -1, NEIGHBOURS) % num_points
+        found["torch_cluster"] = (
+            batch,
+            lambda: cluster.knn(*flat)[1].view(batch, -1, NEIGHBOURS) % num_points,
+        )
     return found
 
 
@@ -153,8 +192,14 @@ def farthest_points(rounds: int) -> dict[str, dict]:
         points = starting_farthest(BATCH if num_points < 100_000 else few, num_points)
         contenders = samplers(points, num_samples, few)
         expected = torch.stack([textbook(cloud, num_samples) for cloud in points[:few]])
-        exact = {name: exactness(points[:few], run()[:few], expected) for name, (_, run) in contenders.items()}
-        figures[f"{num_points:,} -> {num_samples:,}"] = {"ms": interleaved(contenders, rounds), "exact": exact}
+        exact = {
+            name: exactness(points[:few], run()[:few], expected)
+            for name, (_, run) in contenders.items()
+        }
+        figures[f"{num_points:,} -> {num_samples:,}"] = {
+            "ms": interleaved(contenders, rounds),
+            "exact": exact,
+        }
     return figures
 
 
@@ -163,10 +208,15 @@ def neighbours(rounds: int) -> dict[str, dict]:
     figures = {}
     for (num_points, num_queries), batch in KNN.items():
         points = starting_farthest(batch, num_points)
-        contenders = searches(points, ops.gather_points(points, ops.farthest_point_sample(points, num_queries)))
+        contenders = searches(
+            points, ops.gather_points(points, ops.farthest_point_sample(points, num_queries))
+        )
         found = {name: run().sort(-1).values for name, (_, run) in contenders.items()}
         expected = next(iter(found.values()))
-        exact = {name: (index == expected).all(-1).double().mean().item() for name, index in found.items()}
+        exact = {
+            name: (index == expected).all(-1).double().mean().item()
+            for name, index in found.items()
+        }
         size = f"{num_queries:,} x {NEIGHBOURS} of {num_points:,}"
         figures[size] = {"ms": interleaved(contenders, rounds), "exact": exact}
     return figures
@@ -181,7 +231,10 @@ def milliseconds(times: list[float] | None) -> str:
 
 
 def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
-    """A row a contender, a column a size; `exact` makes one word of a contender's figures at all sizes."""
+    """A row a contender, a column a size;
+
+    `exact` makes one word of a contender's figures at all sizes.
+    """
     print(f"| ms a cloud | {' | '.join(figures)} | exact |\n|{'---|' * (len(figures) + 2)}")
     for name in next(iter(figures.values()))["ms"]:
         cells = [milliseconds(part["ms"].get(name)) for part in figures.values()]
@@ -190,7 +243,9 @@ def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every round's figures to this file")
     arguments = parser.parse_args()
@@ -198,15 +253,25 @@ def main() -> None:
     torch.set_num_threads(1)
     sampled = farthest_points(arguments.rounds)
     print(f"\nFarthest point sampling: {machine()}; median of {arguments.rounds} rounds\n")
-    print_table(sampled, lambda words: next(word for word in ("no", "ties", "yes") if word in words))
+    print_table(
+        sampled, lambda words: next(word for word in ("no", "ties", "yes") if word in words)
+    )
     size, part = list(sampled.items())[-1]
-    ratio = median(a / b for a, b in zip(part["ms"]["textbook loop in torch"], part["ms"]["jepa3d"], strict=True))
+    ratio = median(
+        a / b
+        for a, b in zip(part["ms"]["textbook loop in torch"], part["ms"]["jepa3d"], strict=True)
+    )
     print(f"\n{size}: jepa3d is {ratio:.0f} times as fast as the textbook loop.")
-    print(f"Not installed: {', '.join(name for name in OTHERS if name not in INSTALLED) or 'none'}.")
+    print(
+        f"Not installed: {', '.join(name for name in OTHERS if name not in INSTALLED) or 'none'}."
+    )
 
     searched = neighbours(arguments.rounds)
     print(f"\nNearest neighbours: {machine()}; median of {arguments.rounds} rounds\n")
-    print_table(searched, lambda shares: "yes" if min(shares) == 1 else f"{100 * min(shares):.2f} % of queries")
+    print_table(
+        searched,
+        lambda shares: "yes" if min(shares) == 1 else f"{100 * min(shares):.2f} % of queries",
+    )
 
     if arguments.json:
         figures = {"machine": machine(), "sampling": sampled, "neighbours": searched}

@@ -1,4 +1,5 @@
-"""Time and memory of `jepa3d scene` on a synthetic LAS of a given number of points. Needs the extra `io`.
+"""Time and memory of `jepa3d scene` on a synthetic LAS of a given number of points. Needs the extra
+`io`.
 
 python benchmarks/scene.py --points 1e6 5e6 --model ENCODER [--out features.parquet]
 """
@@ -16,11 +17,18 @@ import laspy
 import numpy as np
 from common import machine
 
-DENSITY, PER_OBJECT, CHUNK = 50, 4000, 1_000_000  # points a square metre; of each object; written at once
+DENSITY, PER_OBJECT, CHUNK = (
+    50,
+    4000,
+    1_000_000,
+)  # points a square metre; of each object; written at once
 
 
 def make(path: Path, total: int) -> None:
-    """Hills of 5 m, and on them boxes and cylinders of 1 to 6 m, which have half of the points; UTM coordinates."""
+    """Hills of 5 m, and on them boxes and cylinders of 1 to 6 m, which have half of the points;
+
+    UTM coordinates.
+    """
     rng, side = np.random.default_rng(0), np.sqrt(total / 2 / DENSITY)
     header = laspy.LasHeader(version="1.4", point_format=6)
     header.scales, header.offsets = np.full(3, 0.001), np.array([500_000.0, 4_000_000.0, 0.0])
@@ -32,12 +40,20 @@ def make(path: Path, total: int) -> None:
             u, v = rng.random((2, objects, PER_OBJECT))
             radius, height = rng.uniform(0.5, 3, (2, objects, 1))
             angle = 2 * np.pi * u
-            reach = np.where(rng.random((objects, 1)) < 0.5, 1, 1 / np.maximum(abs(np.cos(angle)), abs(np.sin(angle))))
+            reach = np.where(
+                rng.random((objects, 1)) < 0.5,
+                1,
+                1 / np.maximum(abs(np.cos(angle)), abs(np.sin(angle))),
+            )
             middle = _on_ground(rng.random((objects, 2)) * side)
             top = rng.random((objects, PER_OBJECT)) < 0.3
             reach = radius * reach * np.where(top, np.sqrt(rng.random(top.shape)), 1)
-            shape = np.stack([reach * np.cos(angle), reach * np.sin(angle), height * np.where(top, 1, v)], -1)
-            xyz = np.concatenate([ground, (shape + middle[:, None]).reshape(-1, 3)]) + header.offsets
+            shape = np.stack(
+                [reach * np.cos(angle), reach * np.sin(angle), height * np.where(top, 1, v)], -1
+            )
+            xyz = (
+                np.concatenate([ground, (shape + middle[:, None]).reshape(-1, 3)]) + header.offsets
+            )
             records = laspy.ScaleAwarePointRecord.zeros(count, header=header)
             records["x"], records["y"], records["z"] = rng.permutation(xyz).T
             file.write_points(records)
@@ -48,7 +64,9 @@ def _on_ground(xy: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--points", type=float, nargs="+", default=[1e6, 5e6])
     parser.add_argument("--model", default="default")
     parser.add_argument("--out", default="features.ply", help="its suffix says what is written")
@@ -72,4 +90,6 @@ if __name__ == "__main__":
             seconds = time.perf_counter() - began
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
             size = out.stat().st_size / 1e9
-            print(f"{total:,} points: {seconds:.0f} s, {total / seconds:,.0f} points/s, {peak:.2f} GiB, {size:.2f} GB")
+            print(
+                f"{total:,} points: {seconds:.0f} s, {total / seconds:,.0f} points/s, {peak:.2f} GiB, {size:.2f} GB"
+            )

@@ -1,12 +1,14 @@
-"""A million vectors: exact search in Parquet, a copy of it, LanceDB, FAISS; recall, latency, memory, disk, restart.
+"""A million vectors: exact search in Parquet, a copy of it, LanceDB, FAISS; recall, latency,
+memory, disk, restart.
 
     python benchmarks/search.py --store STORE              # STORE: of jepa3d prepare, some thousand shapes or more
     python benchmarks/search.py --store STORE --count 100000
 
-The vectors are made of those of the store's shapes by the package's encoder: each is a point between two of them that
-are near each other, with noise of a tenth of their distance. Queries are shapes of the store that were left out. Each
-way runs in a process of its own; the truth is numpy's in float64. CPU is the processor time of all threads a query,
-which a busy machine inflates less than the clock. pip install faiss-cpu to have it beside.
+The vectors are made of those of the store's shapes by the package's encoder: each is a point
+between two of them that are near each other, with noise of a tenth of their distance. Queries are
+shapes of the store that were left out. Each way runs in a process of its own; the truth is numpy's
+in float64. CPU is the processor time of all threads a query, which a busy machine inflates less
+than the clock. pip install faiss-cpu to have it beside.
 """
 
 import argparse
@@ -51,7 +53,10 @@ def make(store: Path, count: int, folder: Path) -> None:
             two = near[one, rng.integers(0, 20, n)]
             step = made[two] - made[one]
             noise = (
-                rng.normal(size=step.shape) * 0.1 * np.linalg.norm(step, axis=1, keepdims=True) / step.shape[1] ** 0.5
+                rng.normal(size=step.shape)
+                * 0.1
+                * np.linalg.norm(step, axis=1, keepdims=True)
+                / step.shape[1] ** 0.5
             )
             names = [f"/shapes/{i:08d}.ply" for i in range(at, at + n)]
             rows = {"path": names, "label": [None] * n, "num_points": [1024] * n, "stamp": [0] * n}
@@ -110,7 +115,9 @@ def build(way: str, folder: Path) -> None:
         faiss.normalize_L2(x)
         index = faiss.IndexFlatIP(x.shape[1])
         if way == "FAISS, IVF_FLAT":
-            index = faiss.IndexIVFFlat(index, x.shape[1], int(len(x) ** 0.5), faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexIVFFlat(
+                index, x.shape[1], int(len(x) ** 0.5), faiss.METRIC_INNER_PRODUCT
+            )
             index.train(x[:: max(1, len(x) // 100_000)].copy())
         index.add(x)
         faiss.write_index(index, str(faiss_index(folder, way)))
@@ -153,7 +160,14 @@ def ask(way: str, folder: Path, probes: int) -> None:
     used = (time.process_time() - used) / (count - 1) * 1000
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     low, high = np.percentile(times[1:], [50, 95]) * 1000
-    found = {"first": first, "p50": low, "p95": high, "cpu": used, "recall": right / (K * count), "peak": peak}
+    found = {
+        "first": first,
+        "p50": low,
+        "p95": high,
+        "cpu": used,
+        "recall": right / (K * count),
+        "peak": peak,
+    }
     print(json.dumps(found))
 
 
@@ -163,7 +177,9 @@ def size(path: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--probes", type=int, nargs="+", default=[10, 40])
@@ -183,16 +199,27 @@ def main() -> None:
         return
 
     def run(*role: str) -> tuple[str, float]:
-        command = [sys.executable, __file__, "--store", str(options.store), "--count", str(options.count)]
+        command = [
+            sys.executable,
+            __file__,
+            "--store",
+            str(options.store),
+            "--count",
+            str(options.count),
+        ]
         start = time.perf_counter()
-        done = subprocess.run([*command, "--role", *role], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--role", *role], check=True, capture_output=True, text=True
+        )
         return done.stdout, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder:
         run("make", folder)
         run("truth", folder)
         print(f"{options.count:,} vectors: {machine()}; recall@{K} and times of single queries\n")
-        print("| | build, s | disk, MB | first answer, s | p50, ms | p95, ms | CPU, ms | recall@10 | peak RSS, MiB |")
+        print(
+            "| | build, s | disk, MB | first answer, s | p50, ms | p95, ms | CPU, ms | recall@10 | peak RSS, MiB |"
+        )
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
         for way in options.ways:
             try:

@@ -1,19 +1,21 @@
-"""The pretraining step: jepa3d beside Point-MAE, Point-JEPA and point2vec, each by its own code (see peers.py).
+"""The pretraining step: jepa3d beside Point-MAE, Point-JEPA and point2vec, each by its own code
+(see peers.py).
 
     pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
     python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
     python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
     python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # as `auto` chooses with AMX
 
-One process a contender; all are built and warmed up, then asked in turn, round by round, for the time of some steps on
-the same random clouds, the peers in fp32. So all must fit in memory together, 1.5 to 3 GiB each at batch 32. Loading is
-left out.
+One process a contender; all are built and warmed up, then asked in turn, round by round, for the
+time of some steps on the same random clouds, the peers in fp32. So all must fit in memory together,
+1.5 to 3 GiB each at batch 32. Loading is left out.
 
-A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s is the median of the
-rounds; ratios and shares are made within a round, then their median is taken.
-"tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those executed, forward and
-backward (matrix products, convolutions and attention), the mean of the warm-up's steps: Point-JEPA and jepa3d draw
-the sizes of their blocks. GEMM peak: the best 2048^3 fp32 product in the same process and round on the same threads.
+A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s
+is the median of the rounds; ratios and shares are made within a round, then their median is taken.
+"tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those
+executed, forward and backward (matrix products, convolutions and attention), the mean of the
+warm-up's steps: Point-JEPA and jepa3d draw the sizes of their blocks. GEMM peak: the best 2048^3
+fp32 product in the same process and round on the same threads.
 """
 
 import argparse
@@ -59,7 +61,9 @@ class Setting:
 
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
-    """All by name; those of jepa3d with a teacher, else the first, are what the others are compared with."""
+    """All by name; those of jepa3d with a teacher, else the first, are what the others are compared
+    with.
+    """
     shared: dict = {"mixed_precision": arguments.mixed_precision}
     suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
     if arguments.size == "tiny":
@@ -75,7 +79,9 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     shared["encoder"] = {"num_points": POINTS["small"]}
     found = {
         f"jepa3d small, {name}{suffix}": Contender(
-            ours, ("small", "jepa", shared | overrides), masks=overrides.get("sampler", {}).get("masks", 1)
+            ours,
+            ("small", "jepa", shared | overrides),
+            masks=overrides.get("sampler", {}).get("masks", 1),
         )
         for name, overrides in teachers.items()
     }
@@ -97,7 +103,10 @@ def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers
 
 
 def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
-    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s; 0 ends."""
+    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s;
+
+    0 ends.
+    """
     if contender.tuned:
         keep_large_blocks()
     torch.set_num_threads(setting.threads)
@@ -108,8 +117,12 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
         losses = [step(points).item() for _ in range(WARM_UP)]
     if not all(map(math.isfinite, losses)):
         raise ValueError(f"losses {losses}: this is no training step")
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    pipe.send({"flop": counter.get_total_flops() / WARM_UP / setting.batch, "parameters": parameters})
+    parameters = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    pipe.send(
+        {"flop": counter.get_total_flops() / WARM_UP / setting.batch, "parameters": parameters}
+    )
     while steps := pipe.recv():
         peak = gemm_peak()
         began = time.perf_counter()
@@ -119,11 +132,16 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # GiB, on Linux
 
 
-def measure(found: dict[str, Contender], setting: Setting, rounds: int, steps: int) -> dict[str, dict]:
+def measure(
+    found: dict[str, Contender], setting: Setting, rounds: int, steps: int
+) -> dict[str, dict]:
     """Figures of every contender: rates and peaks have one entry a round."""
     spawn = multiprocessing.get_context("spawn")
     pipes, figures = {}, {}
-    for name, contender in found.items():  # one after another, so that none is built on a busy machine
+    for (
+        name,
+        contender,
+    ) in found.items():  # one after another, so that none is built on a busy machine
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=work, args=(theirs, contender, setting), daemon=True).start()
         theirs.close()  # else a worker that died would be waited for
@@ -157,7 +175,9 @@ def print_table(figures: dict[str, dict]) -> None:
     for name, part in figures.items():
         rates, flop = part["rates"], part["flop"]
         pairs = [zip(figures[base]["rates"], rates, strict=True) for base in bases]
-        times = " | ".join(f"{median(ours / theirs for ours, theirs in pair):.2f}" for pair in pairs)
+        times = " | ".join(
+            f"{median(ours / theirs for ours, theirs in pair):.2f}" for pair in pairs
+        )
         share = median(rate * flop / peak for rate, peak in zip(rates, part["peaks"], strict=True))
         print(
             f"| {name} | {median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) | {times} | {flop / 1e9:.2f} "
@@ -166,7 +186,9 @@ def print_table(figures: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--point-mae", type=Path, help="checkout of the peer; so the next two")
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
@@ -181,11 +203,16 @@ def main() -> None:
     setting = Setting(arguments.batch, POINTS[arguments.size], arguments.threads)
     torch.set_num_threads(setting.threads)
     figures = measure(contenders(arguments), setting, arguments.rounds, arguments.steps)
-    print(f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}: {machine()}; ", end="")
+    print(
+        f"\nA pretraining step, {setting.points:,} points, batch {setting.batch}: {machine()}; ",
+        end="",
+    )
     print(f"median of {arguments.rounds} rounds of {arguments.steps} steps\n")
     print_table(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), **vars(setting), "contenders": figures}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"machine": machine(), **vars(setting), "contenders": figures}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/store.py                    # 10,000,000 clouds: an index of 650 MB in a temporary folder
 
-The large store has an index but only its first shard (the points would be 123 GB); the small one is real.
+The large store has an index but only its first shard (the points would be 123 GB); the small one is
+real.
 """
 
 import argparse
@@ -26,8 +27,16 @@ def make_index(path: Path, clouds: int) -> None:
     (path / "index").mkdir(parents=True)
     for begin in range(0, clouds, 500_000):
         rows = np.arange(begin, min(begin + 500_000, clouds))
-        values = {"end": (rows + 1) * POINTS, "label": rows % 40, "split": rows % 5 == 4, "key": rows, "content": rows,
-                  "key_end": (rows + 1) * 12, "up": rows * 0 + 2, "frame": np.eye(4)[rows * 0 + 3]}  # fmt: skip
+        values = {
+            "end": (rows + 1) * POINTS,
+            "label": rows % 40,
+            "split": rows % 5 == 4,
+            "key": rows,
+            "content": rows,
+            "key_end": (rows + 1) * 12,
+            "up": rows * 0 + 2,
+            "frame": np.eye(4)[rows * 0 + 3],
+        }
         for name, (kind, _) in COLUMNS.items():
             with (path / "index" / f"{name}.bin").open("ab") as file:
                 file.write(values[name].astype(kind).tobytes())
@@ -35,7 +44,13 @@ def make_index(path: Path, clouds: int) -> None:
             file.write("".join(f"{row:08d}.npy" for row in rows.tolist()).encode())
     counts = [min(PER_SHARD, clouds - at) for at in range(0, clouds, PER_SHARD)]
     shards = [
-        {"file": f"points-{i:05d}.safetensors", "clouds": n, "points": n * POINTS, "sha256": "0" * 64, "index_crc32": 0}
+        {
+            "file": f"points-{i:05d}.safetensors",
+            "clouds": n,
+            "points": n * POINTS,
+            "sha256": "0" * 64,
+            "index_crc32": 0,
+        }
         for i, n in enumerate(counts)
     ]
     header = {"format": FORMAT, "complete": True, "settings": {"reduce": "fps"}, "shards": shards}
@@ -59,7 +74,9 @@ def resident() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clouds", type=int, default=10_000_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +88,9 @@ def main() -> None:
         )
         print(f"| open | {timed(lambda: Store(large))} |")
         store = Store(large)
-        print(f"| label and key of a cloud | {timed(lambda: (store.columns['label'][7_777], store.key(7_777)))} |")
+        print(
+            f"| label and key of a cloud | {timed(lambda: (store.columns['label'][7_777], store.key(7_777)))} |"
+        )
         print(f"| memory grown by opening | {resident() - before:,.0f} MiB |")
         train = np.flatnonzero(np.asarray(store.columns["split"]) == 0)
         points = StoredPoints(store, train, POINTS)
@@ -79,10 +98,14 @@ def main() -> None:
         print(
             f"| rows of the train part | {timed(lambda: np.flatnonzero(np.asarray(store.columns['split']) == 0), 3)} |"
         )
-        print(f"| order of an epoch | {timed(lambda: epoch_order.__wrapped__(0, 1, len(train), sizes), 3)} |")
+        print(
+            f"| order of an epoch | {timed(lambda: epoch_order.__wrapped__(0, 1, len(train), sizes), 3)} |"
+        )
         batch_index(0, 0, 128, len(train), sizes)
         step = iter(range(1, 100))
-        print(f"| indices of a batch of 128 | {timed(lambda: batch_index(0, next(step), 128, len(train), sizes))} |")
+        print(
+            f"| indices of a batch of 128 | {timed(lambda: batch_index(0, next(step), 128, len(train), sizes))} |"
+        )
         print(f"| memory grown by all of it | {resident() - before:,.0f} MiB |")
 
         rng = np.random.default_rng(0)
@@ -95,7 +118,9 @@ def main() -> None:
         points = StoredPoints(Store(small), np.arange(20_000), 1024)
         batches = iter(rng.permutation(20_000).reshape(-1, 32))
         once = timed(lambda: points[next(batches)], 400)
-        print(f"\nA batch of 32 clouds, 1,024 of their 2,048 points, of a real store of 20,000 (234 MiB): {once}")
+        print(
+            f"\nA batch of 32 clouds, 1,024 of their 2,048 points, of a real store of 20,000 (234 MiB): {once}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""How well clouds of classes that nobody named are told from the others: five measures, whole classes left out.
+"""How well clouds of classes that nobody named are told from the others: five measures, whole
+classes left out.
 
-    python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz
-    python benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
+    python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz python
+    benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Train part only. A draw leaves out three classes of ten and names some clouds of each other class. The threshold of each
-measure is what all but one in twenty of the named clouds reach when held out. Mean and sample standard deviation over
-draws: area under the ROC curve; clouds of named classes called unknown, in %; clouds of classes left out called so.
+Train part only. A draw leaves out three classes of ten and names some clouds of each other class.
+The threshold of each measure is what all but one in twenty of the named clouds reach when held out.
+Mean and sample standard deviation over draws: area under the ROC curve; clouds of named classes
+called unknown, in %; clouds of classes left out called so.
 """
 
 import argparse
@@ -27,7 +29,10 @@ from jepa3d.evaluation.fitting import one_thread
 from jepa3d.inference.unknown import FALSE_ALARMS, known_clouds
 from jepa3d.models.ready import load as load_encoder
 
-LEFT_OUT, MOST = 0.3, 600  # share of the classes; clouds scored of those named, and of those left out
+LEFT_OUT, MOST = (
+    0.3,
+    600,
+)  # share of the classes; clouds scored of those named, and of those left out
 Measured = tuple[float, np.ndarray]  # a threshold, and the likeness of all clouds
 
 
@@ -63,7 +68,8 @@ def standardised(measure: Callable[..., Measured]) -> Callable[..., Measured]:
 
 
 MEASURES = {
-    "cosine to the nearest class mean, standardised": by_class_mean,  # what jepa3d label --unknown does
+    # what jepa3d label --unknown does
+    "cosine to the nearest class mean, standardised": by_class_mean,
     "cosine to the nearest named cloud, standardised": standardised(by_nearest),
     "cosine to the nearest named cloud": by_nearest,
     "largest logit": by_logits(lambda z: z.max(1)),
@@ -71,7 +77,9 @@ MEASURES = {
 }
 
 
-def draw(x: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> dict[str, tuple[float, float, float]]:
+def draw(
+    x: np.ndarray, labels: np.ndarray, shots: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
     rng = np.random.default_rng(seed)
     classes = rng.permutation([c for c in np.unique(labels) if (labels == c).sum() >= shots + 3])
     inside = np.sort(classes[round(LEFT_OUT * len(classes)) :])
@@ -89,7 +97,9 @@ def draw(x: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("--labels-key", default="labels")
     parser.add_argument("--up-axis", default="z")
@@ -97,16 +107,23 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     options = parser.parse_args()
     encoder = load_encoder()
-    clouds = load([options.data], encoder.num_points, "train", [options.up_axis], options.labels_key)
+    clouds = load(
+        [options.data], encoder.num_points, "train", [options.up_axis], options.labels_key
+    )
     assert clouds.labels is not None
     x = layer_features(encoder, clouds)[-1]
     for shots in options.shots:
         with one_thread():
             draws = [draw(x, clouds.labels, shots, seed) for seed in range(options.draws)]
-        print(f"\n| {shots} named clouds a class | AUROC | false alarms | found |\n|---|---|---|---|")
+        print(
+            f"\n| {shots} named clouds a class | AUROC | false alarms | found |\n|---|---|---|---|"
+        )
         for name in MEASURES:
             figures = np.array([found[name] for found in draws])
-            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(figures.mean(0), figures.std(0, ddof=1), strict=True)]
+            cells = [
+                f"{m:.1f} ± {s:.1f}"
+                for m, s in zip(figures.mean(0), figures.std(0, ddof=1), strict=True)
+            ]
             print(f"| {name} | {' | '.join(cells)} |")
 
 

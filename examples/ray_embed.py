@@ -1,4 +1,5 @@
-"""Embed any number of clouds on a Ray cluster: a Parquet file a partition, what failed in it a row with its error.
+"""Embed any number of clouds on a Ray cluster: a Parquet file a partition, what failed in it a row
+with its error.
 
 find /shared/scans -type f | sort | split --lines 10000 - lists/   # a partition is a file of absolute paths
 python examples/ray_embed.py lists/ /shared/vectors                # run again, it does what is left
@@ -23,37 +24,61 @@ def finished(part: Path, file: Path) -> bool:
 
 
 class EmbedPartition(jepa3d.Embedder):
-    """An actor: takes a list and the file to write, returns how many rows of it have a vector, and how many not."""
+    """An actor: takes a list and the file to write, returns how many rows of it have a vector, and
+    how many not.
+    """
 
     def __call__(self, batch):
         part, file = Path(batch["part"][0]), Path(batch["file"][0])
         if not finished(part, file):  # or a node died just after it
             paths = part.read_text(errors="surrogateescape").strip("\n").split("\n")
-            with TemporaryDirectory(prefix=".partial-", dir=file.parent) as mine:  # one given up for dead may go on
-                write([super().__call__({"path": paths})], self.making, Path(mine, "new"), errors=True)
+            with TemporaryDirectory(
+                prefix=".partial-", dir=file.parent
+            ) as mine:  # one given up for dead may go on
+                write(
+                    [super().__call__({"path": paths})], self.making, Path(mine, "new"), errors=True
+                )
                 Path(mine, "new").replace(file)
         errors = pq.read_table(file, columns=["error"])["error"]
         return batch | {"vectors": [errors.null_count], "failed": [len(errors) - errors.null_count]}
 
 
 def main(lists: Path, out: Path, *, model: str = "default", cpus: int = 1, gpus: float = 0) -> None:
-    """Embed the partitions in LISTS that OUT lacks, by actors of so many cores and GPUs; all nodes see the folders."""
+    """Embed the partitions in LISTS that OUT lacks, by actors of so many cores and GPUs; all nodes
+    see the folders.
+    """
     clouds, failed, out = 0, 0, out.absolute()
     files = {part.absolute(): out / f"{part.name}.parquet" for part in sorted(lists.iterdir())}
     with writing(out):  # one command at a time
         [shutil.rmtree(partial) for partial in out.glob(".partial-*")]  # of killed actors
-        left = [{"part": str(part), "file": str(file)} for part, file in files.items() if not finished(part, file)]
+        left = [
+            {"part": str(part), "file": str(file)}
+            for part, file in files.items()
+            if not finished(part, file)
+        ]
         print(f"{len(files):,} partitions, {len(left):,} to do", flush=True)
         if left:
             out.mkdir(exist_ok=True)
             ray.init(log_to_driver=False)
             ray.data.DataContext.get_current().enable_progress_bars = False
-            options = {"num_cpus": cpus, "num_gpus": gpus, "batch_size": 1}  # as many actors as there is room for
-            given = {"model": str(Path(model).absolute()) if Path(model).exists() else model, "workers": cpus}
+            options = {
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "batch_size": 1,
+            }  # as many actors as there is room for
+            given = {
+                "model": str(Path(model).absolute()) if Path(model).exists() else model,
+                "workers": cpus,
+            }
             done = ray.data.from_items(left, override_num_blocks=len(left))
-            for row in done.map_batches(EmbedPartition, fn_constructor_kwargs=given, **options).iter_rows():
+            for row in done.map_batches(
+                EmbedPartition, fn_constructor_kwargs=given, **options
+            ).iter_rows():
                 clouds, failed = clouds + row["vectors"] + row["failed"], failed + row["failed"]
-                print(f"{row['file']}: {row['vectors']} vectors, {row['failed']} failed; {clouds:,} done", flush=True)
+                print(
+                    f"{row['file']}: {row['vectors']} vectors, {row['failed']} failed; {clouds:,} done",
+                    flush=True,
+                )
         print(f"{out}: {clouds:,} clouds done, {failed:,} of them failed", flush=True)
 
 

@@ -24,17 +24,35 @@ TINY = {
     "log_every": 1,
     "checkpoint_every": 2,
     "encoder": {
-        "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
-        "tokenizer_dim": 8, "drop_path": 0.1,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_groups": 16,
+        "group_size": 8,
+        "num_points": 64,
+        "tokenizer_dim": 8,
+        "drop_path": 0.1,
     },
     "target": {"norm": "standardize", "num_slices": 8},
     "generative": {"batch_size": 8, "max_steps": 4, "decoder_depth": 1},
-    "invariance": {"batch_size": 8, "max_steps": 4, "projector_dim": 16, "embedding_dim": 8, "num_slices": 8},
-    "dvae": {
-        "batch_size": 8, "max_steps": 4, "num_points": 64, "width": 24, "num_codes": 32, "tokenizer_dim": 8,
-        "dgcnn_dim": 8, "folding_dim": 16,
+    "invariance": {
+        "batch_size": 8,
+        "max_steps": 4,
+        "projector_dim": 16,
+        "embedding_dim": 8,
+        "num_slices": 8,
     },
-}  # fmt: skip
+    "dvae": {
+        "batch_size": 8,
+        "max_steps": 4,
+        "num_points": 64,
+        "width": 24,
+        "num_codes": 32,
+        "tokenizer_dim": 8,
+        "dgcnn_dim": 8,
+        "folding_dim": 16,
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +61,13 @@ def bundle(tmp_path_factory) -> str:
     made = make_shapes(48, 128, seed=3)
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     split = np.tile([0, 0, 1], 16).astype(np.int8)
-    np.savez(path, points=made["points"], labels=np.arange(48) // 3 % 3, split=split, class_names=CLASS_NAMES[:3])
+    np.savez(
+        path,
+        points=made["points"],
+        labels=np.arange(48) // 3 % 3,
+        split=split,
+        class_names=CLASS_NAMES[:3],
+    )
     return str(path)
 
 
@@ -58,14 +82,23 @@ def shapes(tmp_path_factory) -> str:
     """240 shapes of three easy classes with part labels, a third of them test."""
     rng = np.random.default_rng(0)
     labels = np.arange(240) % 3
-    points = rng.normal(size=(240, 128, 3)) * np.array([[1, 1, 1], [1, 1, 0.05], [1, 0.05, 0.05]])[labels][:, None]
+    points = (
+        rng.normal(size=(240, 128, 3))
+        * np.array([[1, 1, 1], [1, 1, 0.05], [1, 0.05, 0.05]])[labels][:, None]
+    )
     parts = 2 * labels[:, None] + (points[..., 0] > 0)
     path = tmp_path_factory.mktemp("easy") / "shapes.npz"
     np.savez(
-        path, points=points.astype(np.float32), labels=labels, split=(np.arange(240) // 3 % 3 == 2).astype(np.int8),
-        class_names=["ball", "disc", "rod"], seg=parts.astype(np.int16),
-        part_names=[f"{name}/{end}" for name in ("ball", "disc", "rod") for end in ("left", "right")],
-    )  # fmt: skip
+        path,
+        points=points.astype(np.float32),
+        labels=labels,
+        split=(np.arange(240) // 3 % 3 == 2).astype(np.int8),
+        class_names=["ball", "disc", "rod"],
+        seg=parts.astype(np.int16),
+        part_names=[
+            f"{name}/{end}" for name in ("ball", "disc", "rod") for end in ("left", "right")
+        ],
+    )
     return str(path)
 
 
@@ -73,7 +106,12 @@ def shapes(tmp_path_factory) -> str:
 def vit(tmp_path_factory) -> str:
     """The folder of an image transformer of random weights: 2 layers, 36 wide."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 52}
+    sizes = {
+        "hidden_size": 36,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 52,
+    }
     folder = tmp_path_factory.mktemp("vit")
     transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(folder)
     return str(folder)
@@ -90,9 +128,13 @@ def real_data() -> Path:
 
 @pytest.fixture
 def encoder_and_data(tmp_path) -> tuple[str, str]:
-    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points each."""
+    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points
+    each.
+    """
     made = make_shapes(120, 512, seed=0)["points"]
-    np.savez(tmp_path / "s.npz", points=made, labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2)
+    np.savez(
+        tmp_path / "s.npz", points=made, labels=np.arange(120) // 2 % 4, split=np.arange(120) % 2
+    )
     torch.manual_seed(0)
     PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(tmp_path / "one")
     return str(tmp_path / "one"), str(tmp_path / "s.npz")

@@ -1,4 +1,6 @@
-"""Tiny copies of the published benchmarks, in the form that their owners give them (counts of shapes apart)."""
+"""Tiny copies of the published benchmarks, in the form that their owners give them (counts of
+shapes apart).
+"""
 
 import json
 import pickle
@@ -7,14 +9,27 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-MODELNET10 = ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet")
+MODELNET10 = (
+    "bathtub",
+    "bed",
+    "chair",
+    "desk",
+    "dresser",
+    "monitor",
+    "night_stand",
+    "sofa",
+    "table",
+    "toilet",
+)
 SYNSETS = {"Airplane": "02691156", "Bag": "02773838", "Car": "02958343"}
 SEGMENTATION = "shapenetcore_partanno_segmentation_benchmark_v0"
 
 
 def shape(number: int, count: int) -> np.ndarray:
     """A cloud, longest along y, off the origin."""
-    return (np.random.default_rng(number).normal(size=(count, 3)) * (1, 4, 2) + (5, 6, 7)).astype(np.float32)
+    return (np.random.default_rng(number).normal(size=(count, 3)) * (1, 4, 2) + (5, 6, 7)).astype(
+        np.float32
+    )
 
 
 def text(path: Path, *lines: str) -> None:
@@ -66,12 +81,26 @@ def modelnet10_meshes(root: Path) -> None:
         for split, number in (("train", 1), ("test", 900)):
             path = root / name / split / f"{name}_{number:04d}.off"
             header = "OFF4 4 0" if path.name == "bed_0001.off" else "OFF\n4 4 0"
-            text(path, header, "0 0 0", "30 0 0", "0 60 0", "0 0 120", "3 0 2 1", "3 0 1 3", "3 0 3 2", "3 1 2 3")
+            text(
+                path,
+                header,
+                "0 0 0",
+                "30 0 0",
+                "0 60 0",
+                "0 0 120",
+                "3 0 2 1",
+                "3 0 1 3",
+                "3 0 3 2",
+                "3 1 2 3",
+            )
     text(root / "README.txt", "Princeton ModelNet")
 
 
 def fewshot(root: Path, protocol: int = 2) -> None:
-    items = [(np.tile(shape(i, 8192), 2), label, i) for i, label in enumerate((3, np.int64(17), np.array([3])))]
+    items = [
+        (np.tile(shape(i, 8192), 2), label, i)
+        for i, label in enumerate((3, np.int64(17), np.array([3])))
+    ]
     for fold in range(2):
         path = root / "ModelNetFewshot/5way_10shot" / f"{fold}.pkl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +121,19 @@ def scanobjectnn(root: Path) -> None:
                 with h5py.File(path, "w") as file:
                     file["data"] = np.stack([shape(label, 2048) for label in labels + extra])
                     file["label"] = np.array(labels + extra)
-                    file["mask"] = np.tile(np.where(np.arange(2048) < 1024, -1, 3), (len(labels + extra), 1))
+                    file["mask"] = np.tile(
+                        np.where(np.arange(2048) < 1024, -1, 3), (len(labels + extra), 1)
+                    )
 
 
 def _shapenetpart(root: Path) -> list[tuple[str, int]]:
-    """The category and split lists; returns SYNSET/ID and the first global part label of each shape."""
-    text(root / "synsetoffset2category.txt", *(f"{name}\t{synset}" for name, synset in SYNSETS.items()))
+    """The category and split lists; returns SYNSET/ID and the first global part label of each
+    shape.
+    """
+    text(
+        root / "synsetoffset2category.txt",
+        *(f"{name}\t{synset}" for name, synset in SYNSETS.items()),
+    )
     shapes = [("02691156/a1", 0), ("02773838/b1", 4), ("02958343/c1", 6 + 2), ("02691156/a2", 0)]
     for split, part in (("train", shapes[:2]), ("val", shapes[2:3]), ("test", shapes[3:])):
         path = root / "train_test_split" / f"shuffled_{split}_file_list.json"
@@ -112,7 +148,11 @@ def parts_of(first: int, count: int) -> np.ndarray:
 def shapenetpart_normals(root: Path) -> None:
     for i, (key, first) in enumerate(_shapenetpart(root)):
         count = 2500 + i
-        rows = [shape(i, count), np.tile([0, 1, 0], (count, 1)), first + parts_of(first, count)[:, None]]
+        rows = [
+            shape(i, count),
+            np.tile([0, 1, 0], (count, 1)),
+            first + parts_of(first, count)[:, None],
+        ]
         table(root / f"{key}.txt", np.concatenate(rows, 1), " ")
 
 
@@ -120,4 +160,6 @@ def shapenetpart_points(root: Path) -> None:
     for i, (key, first) in enumerate(_shapenetpart(root)):
         synset, name = key.split("/")
         table(root / synset / "points" / f"{name}.pts", shape(i, 2500 + i), " ")
-        text(root / synset / "points_label" / f"{name}.seg", *map(str, 1 + parts_of(first, 2500 + i)))
+        text(
+            root / synset / "points_label" / f"{name}.seg", *map(str, 1 + parts_of(first, 2500 + i))
+        )

@@ -1,4 +1,6 @@
-"""The command line: a run from end to end, and every mistake as one line, status 2 and nothing left behind."""
+"""The command line: a run from end to end, and every mistake as one line, status 2 and nothing left
+behind.
+"""
 
 import importlib.util
 import json
@@ -16,21 +18,42 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.training import pretrain as training
 
 TINY = {
-    "encoder.embed-dim": 16, "encoder.depth": 2, "encoder.num-heads": 2, "encoder.num-groups": 8,
-    "encoder.group-size": 8, "encoder.num-points": 64, "encoder.tokenizer-dim": 8,
-    "sampler.num-targets": 2, "sampler.min-context": 1, "batch-size": 4, "max-steps": 3, "log-every": 1,
+    "encoder.embed-dim": 16,
+    "encoder.depth": 2,
+    "encoder.num-heads": 2,
+    "encoder.num-groups": 8,
+    "encoder.group-size": 8,
+    "encoder.num-points": 64,
+    "encoder.tokenizer-dim": 8,
+    "sampler.num-targets": 2,
+    "sampler.min-context": 1,
+    "batch-size": 4,
+    "max-steps": 3,
+    "log-every": 1,
     "teacher": "ema",
-}  # fmt: skip
+}
 TINY_DVAE = {
-    "teacher": "dvae", "dvae.batch-size": 4, "dvae.max-steps": 3, "dvae.num-points": 64, "dvae.width": 16,
-    "dvae.num-codes": 16, "dvae.tokenizer-dim": 8, "dvae.dgcnn-dim": 4, "dvae.folding-dim": 8,
-}  # fmt: skip
+    "teacher": "dvae",
+    "dvae.batch-size": 4,
+    "dvae.max-steps": 3,
+    "dvae.num-points": 64,
+    "dvae.width": 16,
+    "dvae.num-codes": 16,
+    "dvae.tokenizer-dim": 8,
+    "dvae.dgcnn-dim": 4,
+    "dvae.folding-dim": 8,
+}
 
 
 def flags(*groups: dict) -> list[str]:
     """Command-line words of settings, later groups winning; None leaves one out."""
     settings = {key: value for group in groups for key, value in group.items()}
-    return [word for key, value in settings.items() if value is not None for word in (f"--{key}", *str(value).split())]
+    return [
+        word
+        for key, value in settings.items()
+        if value is not None
+        for word in (f"--{key}", *str(value).split())
+    ]
 
 
 def call(*words) -> int:
@@ -50,15 +73,26 @@ def refusal(capsys, *words) -> str:
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
 def write_shapes(path: Path, **changes) -> Path:
-    """48 blobs of 96 points in three classes that differ in their proportions; the last 16 are the test part."""
+    """48 blobs of 96 points in three classes that differ in their proportions; the last 16 are the
+    test part.
+    """
     rng = np.random.default_rng(0)
     labels = np.arange(48) % 3
-    points = rng.normal(size=(48, 96, 3)) * np.array([[1, 1, 1], [1, 1, 6], [1, 6, 6]])[labels][:, None]
-    arrays = {"points": points.astype(np.float32), "labels": labels, "split": (np.arange(48) >= 32).astype(np.int8)}
+    points = (
+        rng.normal(size=(48, 96, 3)) * np.array([[1, 1, 1], [1, 1, 6], [1, 6, 6]])[labels][:, None]
+    )
+    arrays = {
+        "points": points.astype(np.float32),
+        "labels": labels,
+        "split": (np.arange(48) >= 32).astype(np.int8),
+    }
     arrays = arrays | {"class_names": np.array(["ball", "stick", "plate"])} | changes
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
     return path
@@ -77,11 +111,13 @@ def run(tmp_path_factory, shapes) -> Path:
     return out
 
 
-# -------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 def test_pretrain_writes_a_whole_run(run, shapes):
-    assert {"config.json", "run.json", "metrics.jsonl", "encoder", "untrained"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "run.json", "metrics.jsonl", "encoder", "untrained"} <= {
+        p.name for p in run.iterdir()
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(0 < line["loss"] < 2 for line in lines)
@@ -94,14 +130,21 @@ def test_pretrain_writes_a_whole_run(run, shapes):
 
 
 def test_the_encoder_of_a_run_loads_embeds_and_differs_from_the_untrained_one(run):
-    trained, untrained = (PointEncoder.from_pretrained(run / name) for name in ("encoder", "untrained"))
+    trained, untrained = (
+        PointEncoder.from_pretrained(run / name) for name in ("encoder", "untrained")
+    )
     points = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
     assert trained.embed(points).shape == (2, 32)
     assert not torch.allclose(trained.embed(points), untrained.embed(points))
 
 
 def test_no_pickle_is_written(run):
-    assert {p.suffix for p in run.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".safetensors", ".md"}
+    assert {p.suffix for p in run.rglob("*") if p.is_file()} <= {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".md",
+    }
 
 
 def test_probe_writes_every_protocol_for_every_model(run, shapes, tmp_path, capsys):
@@ -111,8 +154,15 @@ def test_probe_writes_every_protocol_for_every_model(run, shapes, tmp_path, caps
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert all(set(row["scores"]) == {"logistic", "knn"} for row in result["rows"])
-    assert (result["data"]["train"], result["data"]["test"], result["data"]["classes"]) == (32, 16, 3)
-    gain = result["rows"][1]["scores"]["knn"]["accuracy"] - result["rows"][0]["scores"]["knn"]["accuracy"]
+    assert (result["data"]["train"], result["data"]["test"], result["data"]["classes"]) == (
+        32,
+        16,
+        3,
+    )
+    gain = (
+        result["rows"][1]["scores"]["knn"]["accuracy"]
+        - result["rows"][0]["scores"]["knn"]["accuracy"]
+    )
     assert result["summary"]["gain"]["knn"]["mean"] == pytest.approx(gain)
     printed = capsys.readouterr().out
     assert "pretrained - untrained" in printed
@@ -120,7 +170,21 @@ def test_probe_writes_every_protocol_for_every_model(run, shapes, tmp_path, caps
 
 
 def test_probe_writes_into_the_run_unless_told(run, shapes):
-    assert call("probe", run, "--data", shapes, "--protocols", "svc_linear", "--layer", 1, "--pooling", "max") == 0
+    assert (
+        call(
+            "probe",
+            run,
+            "--data",
+            shapes,
+            "--protocols",
+            "svc_linear",
+            "--layer",
+            1,
+            "--pooling",
+            "max",
+        )
+        == 0
+    )
     result = json.loads((run / "probe-blobs-layer1-max-svc_linear.json").read_text())
     assert result["rows"][0]["scores"]["svc_linear"]["layer"] == 1
     assert result["pooling"] == "max"
@@ -154,8 +218,12 @@ def test_a_dvae_teacher_is_trained_first_and_probed_beside(shapes, tmp_path):
 def test_a_finished_run_serves_as_teacher(run, shapes, tmp_path):
     out = tmp_path / "run"
     assert call("pretrain", *flags(TINY, {"data": shapes, "teacher": run}), "--out", out) == 0
-    taught, teacher = (PointEncoder.from_pretrained(p) for p in (out / "given" / "0", run / "encoder"))
-    assert all(torch.equal(a, b) for a, b in zip(taught.parameters(), teacher.parameters(), strict=True))
+    taught, teacher = (
+        PointEncoder.from_pretrained(p) for p in (out / "given" / "0", run / "encoder")
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(taught.parameters(), teacher.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("out", [[], ["--out", "run"]], ids=["without out", "with out"])
@@ -181,7 +249,9 @@ def test_an_interrupted_run_goes_on_from_the_command_line(run, shapes, tmp_path,
     out = tmp_path / "run"
     real = training.pretrain
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "pretrain", lambda config, out, resume: real(config, out, resume, stop_at=2))
+        patch.setattr(
+            training, "pretrain", lambda config, out, resume: real(config, out, resume, stop_at=2)
+        )
         assert call("pretrain", *flags(TINY, {"data": shapes}), "--out", out) == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -190,14 +260,18 @@ def test_an_interrupted_run_goes_on_from_the_command_line(run, shapes, tmp_path,
     assert call("probe", out, "--data", shapes) == 2
     assert call("pretrain", "--out", out, "--resume") == 0
     for weights in ("encoder", "untrained"):
-        ours, whole = ((folder / weights / "model.safetensors").read_bytes() for folder in (out, run))
+        ours, whole = (
+            (folder / weights / "model.safetensors").read_bytes() for folder in (out, run)
+        )
         assert ours == whole
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="pictures need matplotlib")
 def test_the_demo_ends_and_draws_pictures(tmp_path, monkeypatch):
     for name, fewer in (("_DRAWS", 2), ("_C_GRID", (0.01,)), ("_FEW_C_GRID", (0.01,))):
-        monkeypatch.setattr(f"jepa3d.evaluation.probe.{name}", fewer)  # the demo's time is the probe's
+        monkeypatch.setattr(
+            f"jepa3d.evaluation.probe.{name}", fewer
+        )  # the demo's time is the probe's
     out = tmp_path / "demo"
     assert call("demo", "--max-steps", 3, "--shapes", 200, "--out", out) == 0
     for name in ("blocks.png", "curves.png"):
@@ -212,7 +286,7 @@ def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, capsys):
     assert list(listing(tmp_path)) == ["thesis.txt"]
 
 
-# ------------------------------------------------------------------------------------------ which setting wins
+# ------------------------------------------------------------------------------- which setting wins
 
 
 @pytest.fixture
@@ -228,15 +302,26 @@ def resolved(monkeypatch):
     return resolve
 
 
-def test_flags_win_over_the_recipe_it_over_the_preset_and_that_over_the_defaults(resolved, tmp_path):
+def test_flags_win_over_the_recipe_it_over_the_preset_and_that_over_the_defaults(
+    resolved, tmp_path
+):
     recipe = tmp_path / "a.yaml"
-    recipe.write_text("encoder:\n  embed_dim: 32\n  num_heads: 8\ndata: [a, b]\nup_axis: [x, y]\nmax_steps: 7\n")
-    config = resolved("--preset", "tiny", "--recipe", recipe, "--encoder.num-heads", 2, "--no-rotate")
+    recipe.write_text(
+        "encoder:\n  embed_dim: 32\n  num_heads: 8\ndata: [a, b]\nup_axis: [x, y]\nmax_steps: 7\n"
+    )
+    config = resolved(
+        "--preset", "tiny", "--recipe", recipe, "--encoder.num-heads", 2, "--no-rotate"
+    )
     assert config.encoder.num_heads == 2
     assert config.encoder.embed_dim == 32
     assert config.encoder.depth == 4
     assert config.encoder.mlp_ratio == 4.0
-    assert (config.data, config.up_axis, config.max_steps, config.rotate) == (("a", "b"), ("x", "y"), 7, False)
+    assert (config.data, config.up_axis, config.max_steps, config.rotate) == (
+        ("a", "b"),
+        ("x", "y"),
+        7,
+        False,
+    )
 
 
 def test_a_list_given_by_flag_replaces_that_of_the_recipe(resolved, tmp_path):
@@ -260,7 +345,7 @@ def test_without_anything_the_settings_are_the_papers(resolved):
     assert resolved() == training.PretrainConfig()
 
 
-# ------------------------------------------------------------------------------------------ mistakes of the user
+# ----------------------------------------------------------------------------- mistakes of the user
 
 
 @pytest.mark.parametrize(
@@ -296,7 +381,9 @@ def test_without_anything_the_settings_are_the_papers(resolved):
     ],
     ids=str,
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(shapes, tmp_path, capsys, changes, said):
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    shapes, tmp_path, capsys, changes, said
+):
     out = tmp_path / "run"
     printed = refusal(capsys, "pretrain", *flags(TINY, {"data": shapes}, changes), "--out", out)
     assert said in printed
@@ -317,9 +404,13 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(shapes
     ],
     ids=str,
 )
-def test_settings_of_stage_one_are_refused_before_anything_is_written(shapes, tmp_path, capsys, changes, said):
+def test_settings_of_stage_one_are_refused_before_anything_is_written(
+    shapes, tmp_path, capsys, changes, said
+):
     out = tmp_path / "run"
-    printed = refusal(capsys, "pretrain", *flags(TINY, TINY_DVAE, {"data": shapes}, changes), "--out", out)
+    printed = refusal(
+        capsys, "pretrain", *flags(TINY, TINY_DVAE, {"data": shapes}, changes), "--out", out
+    )
     assert said in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -335,7 +426,9 @@ def test_an_existing_folder_is_refused_and_untouched(run, shapes, tmp_path, caps
 
 
 def test_resuming_nothing_is_refused(shapes, tmp_path, capsys):
-    printed = refusal(capsys, "pretrain", *flags(TINY, {"data": shapes}), "--out", tmp_path / "run", "--resume")
+    printed = refusal(
+        capsys, "pretrain", *flags(TINY, {"data": shapes}), "--out", tmp_path / "run", "--resume"
+    )
     assert "no run to resume" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -354,7 +447,9 @@ def test_out_is_asked_for(shapes, capsys):
 
 
 def test_an_unknown_preset_names_the_nearest(shapes, tmp_path, capsys):
-    printed = refusal(capsys, "pretrain", "--preset", "tyni", *flags({"data": shapes}), "--out", tmp_path / "run")
+    printed = refusal(
+        capsys, "pretrain", "--preset", "tyni", *flags({"data": shapes}), "--out", tmp_path / "run"
+    )
     assert "did you mean 'tiny'" in printed
     assert list(tmp_path.iterdir()) == []
 
@@ -374,12 +469,16 @@ def test_an_unknown_preset_names_the_nearest(shapes, tmp_path, capsys):
 def test_a_wrong_recipe_is_refused(shapes, tmp_path, capsys, text, said):
     recipe = tmp_path / "a.yaml"
     recipe.write_text(text)
-    printed = refusal(capsys, "pretrain", "--recipe", recipe, *flags({"data": shapes}), "--out", tmp_path / "run")
+    printed = refusal(
+        capsys, "pretrain", "--recipe", recipe, *flags({"data": shapes}), "--out", tmp_path / "run"
+    )
     assert said in printed
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("flag", "nearest"), [("--encoder.dept", "--encoder.depth"), ("--batchsize", "--batch-size")])
+@pytest.mark.parametrize(
+    ("flag", "nearest"), [("--encoder.dept", "--encoder.depth"), ("--batchsize", "--batch-size")]
+)
 def test_an_unknown_flag_suggests_the_nearest(shapes, tmp_path, capsys, flag, nearest):
     code = call("pretrain", *flags(TINY, {"data": shapes}), "--out", tmp_path / "run", flag, 3)
     assert code == 2
@@ -399,11 +498,18 @@ def test_data_with_nan_names_file_and_shape(tmp_path, capsys):
 def test_a_teacher_folder_without_a_model_is_one_line_on_a_real_terminal(shapes, tmp_path):
     """In a process of its own: libraries write to the terminal past pytest's capture."""
     (tmp_path / "empty").mkdir()
-    words = ["pretrain", *flags(TINY, {"data": shapes, "teacher": tmp_path / "empty"}), "--out", tmp_path / "run"]
+    words = [
+        "pretrain",
+        *flags(TINY, {"data": shapes, "teacher": tmp_path / "empty"}),
+        "--out",
+        tmp_path / "run",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "from jepa3d.cli import main; main()", *map(str, words)],
-        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 2
     assert not (tmp_path / "run").exists()
     assert str(tmp_path / "empty") in done.stderr
@@ -419,7 +525,9 @@ def test_probing_shapes_without_labels_or_split_is_refused(run, tmp_path, capsys
 
 
 def test_labels_that_do_not_exist_are_refused(run, shapes, capsys):
-    assert "labels_fine" in refusal(capsys, "probe", run, "--data", shapes, "--labels-key", "labels_fine")
+    assert "labels_fine" in refusal(
+        capsys, "probe", run, "--data", shapes, "--labels-key", "labels_fine"
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from jepa3d import config as settings
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
 from jepa3d.plain import read_recipe
 
-FINETUNING = {"classify", "segment", "scanobjectnn", "modelnet40", "shapenetpart"}  # resolved in test_recipes.py
+FINETUNING = {
+    "classify",
+    "segment",
+    "scanobjectnn",
+    "modelnet40",
+    "shapenetpart",
+}  # resolved in test_recipes.py
 RECIPES = [
     path
     for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -21,22 +27,54 @@ RECIPES = [
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("encoder.embed_dim", 384), ("encoder.depth", 12), ("encoder.num_heads", 6), ("encoder.num_groups", 64),
-        ("encoder.group_size", 32), ("encoder.num_points", 2048), ("encoder.drop_path", 0.1),
-        ("sampler.name", "multi_block"), ("sampler.num_targets", 4), ("sampler.target_ratio", (0.15, 0.2)),
-        ("sampler.context_ratio", None), ("sampler.mask_ratio", 0.25),
-        ("decoder.depth", 2), ("decoder.cross_attention", True), ("decoder.stacked", False),
-        ("lr", 1e-3), ("weight_decay", 0.05), ("batch_size", 128), ("warmup_epochs", 10), ("epochs", 300),
-        ("objective", "jepa"), ("teacher", ("dvae",)), ("scale", (0.8, 1.2)), ("rotate", True),
-        ("dvae.lr", 5e-4), ("dvae.weight_decay", 5e-4), ("dvae.batch_size", 64), ("dvae.epochs", 300),
-        ("dvae.warmup_epochs", 10), ("dvae.clip_grad", 10), ("dvae.num_points", 1024), ("dvae.width", 384),
-        ("dvae.num_codes", 8192), ("dvae.temperature", (1.0, 0.0625)), ("dvae.kl_weight", 0.1),
-        ("target.momentum", (0.996, 1.0)), ("target.layers", 1), ("encoder.position_every_block", True),
-        ("generative.mask_ratio", 0.6), ("generative.decoder_depth", 4), ("generative.lr", 1e-3),
-        ("generative.weight_decay", 0.05), ("generative.batch_size", 128), ("generative.epochs", 300),
-        ("invariance.vicreg", (25.0, 25.0, 1.0)), ("invariance.sigreg", 0.02),
+        ("encoder.embed_dim", 384),
+        ("encoder.depth", 12),
+        ("encoder.num_heads", 6),
+        ("encoder.num_groups", 64),
+        ("encoder.group_size", 32),
+        ("encoder.num_points", 2048),
+        ("encoder.drop_path", 0.1),
+        ("sampler.name", "multi_block"),
+        ("sampler.num_targets", 4),
+        ("sampler.target_ratio", (0.15, 0.2)),
+        ("sampler.context_ratio", None),
+        ("sampler.mask_ratio", 0.25),
+        ("decoder.depth", 2),
+        ("decoder.cross_attention", True),
+        ("decoder.stacked", False),
+        ("lr", 1e-3),
+        ("weight_decay", 0.05),
+        ("batch_size", 128),
+        ("warmup_epochs", 10),
+        ("epochs", 300),
+        ("objective", "jepa"),
+        ("teacher", ("dvae",)),
+        ("scale", (0.8, 1.2)),
+        ("rotate", True),
+        ("dvae.lr", 5e-4),
+        ("dvae.weight_decay", 5e-4),
+        ("dvae.batch_size", 64),
+        ("dvae.epochs", 300),
+        ("dvae.warmup_epochs", 10),
+        ("dvae.clip_grad", 10),
+        ("dvae.num_points", 1024),
+        ("dvae.width", 384),
+        ("dvae.num_codes", 8192),
+        ("dvae.temperature", (1.0, 0.0625)),
+        ("dvae.kl_weight", 0.1),
+        ("target.momentum", (0.996, 1.0)),
+        ("target.layers", 1),
+        ("encoder.position_every_block", True),
+        ("generative.mask_ratio", 0.6),
+        ("generative.decoder_depth", 4),
+        ("generative.lr", 1e-3),
+        ("generative.weight_decay", 0.05),
+        ("generative.batch_size", 128),
+        ("generative.epochs", 300),
+        ("invariance.vicreg", (25.0, 25.0, 1.0)),
+        ("invariance.sigreg", 0.02),
     ],
-)  # fmt: skip
+)
 def test_the_defaults_are_the_papers(name, value):
     found = PretrainConfig()
     for part in name.split("."):
@@ -52,7 +90,17 @@ def test_settings_are_frozen():
 @pytest.mark.parametrize("name", ["small", "base"])
 def test_a_preset_resolves_and_changes_sizes_never_the_method(name):
     config, paper = settings.resolve(settings.preset(name)), PretrainConfig()
-    for part in ("sampler", "decoder", "target", "objective", "teacher", "scale", "rotate", "data", "split"):
+    for part in (
+        "sampler",
+        "decoder",
+        "target",
+        "objective",
+        "teacher",
+        "scale",
+        "rotate",
+        "data",
+        "split",
+    ):
         assert getattr(config, part) == getattr(paper, part)
 
 
@@ -61,8 +109,13 @@ def test_tiny_alone_has_what_learned_most_in_minutes():
     changed = settings.differences(settings.to_dict(config), settings.to_dict(paper))
     parts = ("objective", "sampler", "decoder", "target", "teacher", "scale", "rotate")
     assert {name for name in changed if name.split(".")[0] in parts} == {
-        "sampler.name", "sampler.mask_ratio", "target.layers", "target.num_slices", "teacher", "rotate",
-    }  # fmt: skip
+        "sampler.name",
+        "sampler.mask_ratio",
+        "target.layers",
+        "target.num_slices",
+        "teacher",
+        "rotate",
+    }
 
 
 def test_small_is_the_paper_and_the_others_are_not():
@@ -94,13 +147,29 @@ def test_an_unknown_key_names_the_nearest(values, said):
 @pytest.mark.parametrize(
     "values",
     [
-        {"lr": "fast"}, {"lr": True}, {"lr": None}, {"batch_size": 3.5}, {"batch_size": True}, {"batch_size": "4"},
-        {"rotate": 1}, {"rotate": "no"}, {"teacher": 3}, {"max_steps": "many"}, {"max_steps": 1.5},
-        {"data": 3}, {"data": [3]}, {"scale": 0.8}, {"scale": [0.8]}, {"scale": [0.8, 1, 1.2]}, {"scale": ["a", "b"]},
-        {"encoder": 3}, {"encoder": None}, {"encoder": {"depth": [2]}},
+        {"lr": "fast"},
+        {"lr": True},
+        {"lr": None},
+        {"batch_size": 3.5},
+        {"batch_size": True},
+        {"batch_size": "4"},
+        {"rotate": 1},
+        {"rotate": "no"},
+        {"teacher": 3},
+        {"max_steps": "many"},
+        {"max_steps": 1.5},
+        {"data": 3},
+        {"data": [3]},
+        {"scale": 0.8},
+        {"scale": [0.8]},
+        {"scale": [0.8, 1, 1.2]},
+        {"scale": ["a", "b"]},
+        {"encoder": 3},
+        {"encoder": None},
+        {"encoder": {"depth": [2]}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_wrong_type_is_refused_with_name_and_value(values):
     (name, value), *_ = values.items()
     with pytest.raises(ValueError, match=name) as caught:
@@ -135,31 +204,42 @@ def test_layers_are_not_changed_by_merging():
     assert before == PRESETS
 
 
-@pytest.mark.parametrize("config", [settings.resolve(PRESETS[name], {"max_steps": 7}) for name in PRESETS])
+@pytest.mark.parametrize(
+    "config", [settings.resolve(PRESETS[name], {"max_steps": 7}) for name in PRESETS]
+)
 def test_a_configuration_survives_its_dictionary(config):
     assert settings.from_dict(PretrainConfig, settings.to_dict(config)) == config
     assert settings.from_dict(DVAEConfig, settings.to_dict(config.dvae)) == config.dvae
 
 
 def test_differences_are_dotted_names_with_both_values():
-    one, two = settings.to_dict(PretrainConfig()), settings.to_dict(settings.resolve({"lr": 2.0, "dvae": {"width": 8}}))
+    one, two = (
+        settings.to_dict(PretrainConfig()),
+        settings.to_dict(settings.resolve({"lr": 2.0, "dvae": {"width": 8}})),
+    )
     assert settings.differences(two, one) == {"lr": (2.0, 1e-3), "dvae.width": (8, 384)}
     assert settings.differences(one, one) == {}
 
 
 FAITHFUL = {
-    "data": ["disk/ShapeNet55"], "split": "all", "dvae": {"backbone": "google/vit-base-patch16-384"},
-}  # fmt: skip
+    "data": ["disk/ShapeNet55"],
+    "split": "all",
+    "dvae": {"backbone": "google/vit-base-patch16-384"},
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"epochs": 150}, {"seed": 3, "log_every": 1, "checkpoint_every": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"epochs": 150}, {"seed": 3, "log_every": 1, "checkpoint_every": 5}]
+)
 def test_the_papers_run_departs_in_nothing(changes):
     assert settings.departures(settings.resolve(FAITHFUL, changes), 52_470) == {}
 
 
 def test_the_points_only_dvae_is_a_departure():
     config = settings.resolve({"data": ["disk/pc"], "split": "all"})
-    assert settings.departures(config, 52_470) == {"dvae.backbone": (None, "google/vit-base-patch16-384")}
+    assert settings.departures(config, 52_470) == {
+        "dvae.backbone": (None, "google/vit-base-patch16-384")
+    }
 
 
 def test_saying_that_shapenet55_is_y_up_is_no_departure():
@@ -169,7 +249,9 @@ def test_saying_that_shapenet55_is_y_up_is_no_departure():
 
 
 def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
-    config = settings.resolve(PRESETS["tiny"], {"data": ["ShapeNet55"], "split": "all", "teacher": "dvae"})
+    config = settings.resolve(
+        PRESETS["tiny"], {"data": ["ShapeNet55"], "split": "all", "teacher": "dvae"}
+    )
     found = settings.departures(config, 52_470)
     assert found["encoder.embed_dim"] == (96, 384)
     assert found["dvae.num_codes"] == (512, 8192)
@@ -181,12 +263,16 @@ def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"data": ["scans"]}, "data"), ({"split": "train"}, "split"), ({"teacher": "ema"}, "teacher"),
-        ({"epochs": 200}, "epochs"), ({"rotate": False}, "rotate"),
-        ({"sampler": {"num_targets": 3}}, "sampler.num_targets"), ({"target": {"norm": "layernorm"}}, "target.norm"),
+        ({"data": ["scans"]}, "data"),
+        ({"split": "train"}, "split"),
+        ({"teacher": "ema"}, "teacher"),
+        ({"epochs": 200}, "epochs"),
+        ({"rotate": False}, "rotate"),
+        ({"sampler": {"num_targets": 3}}, "sampler.num_targets"),
+        ({"target": {"norm": "layernorm"}}, "target.norm"),
         ({"max_steps": 5}, "max_steps"),
     ],
-)  # fmt: skip
+)
 def test_what_departs_is_listed_and_nothing_else(changes, name):
     num_shapes = 10 if name == "data" else 52_470
     assert list(settings.departures(settings.resolve(FAITHFUL, changes), num_shapes)) == [name]
@@ -197,7 +283,9 @@ def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
     assert not any(name.startswith("dvae") for name in settings.departures(config, 10))
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "", "lr: [", "3", "\x00"], ids=["list", "empty", "cut", "3", "binary"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "", "lr: [", "3", "\x00"], ids=["list", "empty", "cut", "3", "binary"]
+)
 def test_a_recipe_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"a\.yaml: ") as caught:
@@ -211,7 +299,9 @@ def test_a_missing_recipe_is_named(tmp_path):
 
 
 def test_a_recipe_cannot_run_code(tmp_path):
-    (tmp_path / "a.yaml").write_text(f"teacher: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    (tmp_path / "a.yaml").write_text(
+        f"teacher: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n"
+    )
     with pytest.raises(ValueError, match="not a readable recipe"):
         read_recipe(tmp_path / "a.yaml")
     assert not (tmp_path / "made").exists()

@@ -21,7 +21,13 @@ from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "jepa3d"
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src/jepa3d/weights/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "src/jepa3d/weights/README.md",
+]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -38,7 +44,9 @@ def definitions(file: Path) -> set[str]:
 
 
 def wrong_citations(text: str) -> list[str]:
-    """Everything in a text that looks like a source file and is neither one, nor FILE::NAME of what a file defines."""
+    """Everything in a text that looks like a source file and is neither one, nor FILE::NAME of what
+    a file defines.
+    """
     wrong = []
     for cited in re.findall(r"[\w./-]*\.py\b[\w:.#-]*", text):
         path, separator, name = re.sub(r"[.:]$", "", cited).partition("::")
@@ -61,30 +69,49 @@ def test_the_method_cites_the_code_of_its_parts():
 @pytest.mark.parametrize(
     "cited",
     [
-        "models/encoder.py:None", "models/encoder.py:59", "`models/encoder.py:59` (`hidden_states`)", "nothing.py",
-        "models/encoder.py::nothing", "models/encoder.py::hidden_states", "models/encoder.py::", "models/encoder.py#L3",
-        "models/encoder.pyc", "encoder.py:", "data/encoder.py", "src/models/encoder.py", "encoder.py::Point-Encoder",
+        "models/encoder.py:None",
+        "models/encoder.py:59",
+        "`models/encoder.py:59` (`hidden_states`)",
+        "nothing.py",
+        "models/encoder.py::nothing",
+        "models/encoder.py::hidden_states",
+        "models/encoder.py::",
+        "models/encoder.py#L3",
+        "models/encoder.pyc",
+        "encoder.py:",
+        "data/encoder.py",
+        "src/models/encoder.py",
+        "encoder.py::Point-Encoder",
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_as_a_citation_is_wrong(cited):
-    expected = cited not in ("models/encoder.pyc", "encoder.py:")  # another kind of file, and a colon of the sentence
+    expected = cited not in (
+        "models/encoder.pyc",
+        "encoder.py:",
+    )  # another kind of file, and a colon of the sentence
     assert bool(wrong_citations(f"see {cited} for it")) == expected
 
 
 def test_what_is_a_citation_is_right():
     text = (
-        "`encoder.py`, models/encoder.py: a, `src/jepa3d/ops.py`. tests/test_docs.py::definitions; benchmarks/step.py"
+        "`encoder.py`, models/encoder.py: a, `src/jepa3d/ops.py`. tests/test_docs.py::definitions;"
     )
+    text += " benchmarks/step.py"
     assert wrong_citations(text + " models/encoder.py::PointEncoder.hidden_states.") == []
 
 
-@pytest.mark.parametrize("forbidden", [".cuda(", ".half(", '"cuda"', "except Exception", "pickle.load"])
+@pytest.mark.parametrize(
+    "forbidden", [".cuda(", ".half(", '"cuda"', "except Exception", "pickle.load"]
+)
 def test_the_package_is_free_of(forbidden):
     assert [str(p) for p in SOURCE.rglob("*.py") if forbidden in p.read_text()] == []
 
 
 def tree(block: str) -> list[str]:
-    """Files that a drawn tree names: FOLDER/FILE.py, then files of that folder until the line ends or names another."""
+    """Files that a drawn tree names:
+
+    FOLDER/FILE.py, then files of that folder until the line ends or names another.
+    """
     found = []
     for line in block.splitlines():
         folder = ""
@@ -100,7 +127,9 @@ def test_the_readme_s_tree_is_the_tree():
     assert block, "no block that begins with src/jepa3d/"
     lines = block[1].splitlines()
     inside = [line for line in lines if line.startswith("  ")]
-    on_disk = sorted(str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py")
+    on_disk = sorted(
+        str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"
+    )
     assert tree("\n".join(inside)) == on_disk
     folders = [word for line in lines if (word := line.split(" ")[0]).endswith("/")]
     assert all((ROOT / folder).is_dir() for folder in folders)
@@ -111,12 +140,26 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def commands_of(document: str) -> list[list[str]]:
-    """Words of every line of a document's shell blocks that calls jepa3d, but for the page that would wait."""
-    lines = [shlex.split(line, comments=True) for block in blocks("sh", document) for line in block.splitlines()]
-    return [words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"]  # test_view.py's
+    """Words of every line of a document's shell blocks that calls jepa3d, but for the page that
+    would wait.
+    """
+    lines = [
+        shlex.split(line, comments=True)
+        for block in blocks("sh", document)
+        for line in block.splitlines()
+    ]
+    return [
+        words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"
+    ]  # test_view.py's
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src/jepa3d/weights/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "src/jepa3d/weights/README.md",
+]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -136,20 +179,33 @@ def commands_in(document: str) -> list[str]:
     """Every line that calls jepa3d: in blocks of shell, and in a line of text between backquotes."""
     text = (ROOT / document).read_text()
     lines = [line for block in blocks("sh", document) for line in block.splitlines()]
-    lines += re.findall(r"(?<!`)`(jepa3d [^`\n]*)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines += re.findall(
+        r"(?<!`)`(jepa3d [^`\n]*)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
     return [line for line in lines if re.search(r"\bjepa3d ", line)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_shell_takes_nothing_of_a_command_for_itself(document):
-    """An unquoted num_points>=1000 writes a file named =1000, and * and ? are replaced by names of files."""
+    """An unquoted num_points>=1000 writes a file named =1000, and * and ? are replaced by names of
+    files.
+    """
     assert [line for line in commands_in(document) if taken_by_the_shell(line)] == []
 
 
 def test_what_a_shell_would_take_is_found():
-    for line in ("search a b --where num_points>=1", "index a --delete path~*/x", "embed scan?.xyz", "embed a>b"):
+    for line in (
+        "search a b --where num_points>=1",
+        "index a --delete path~*/x",
+        "embed scan?.xyz",
+        "embed a>b",
+    ):
         assert len(taken_by_the_shell(f"jepa3d {line}")) == 1
-    for line in ("search --where 'num_points>=1' \"path~*\"  # > and *", r"embed a\*b", "probe runs/jepa-?"):
+    for line in (
+        "search --where 'num_points>=1' \"path~*\"  # > and *",
+        r"embed a\*b",
+        "probe runs/jepa-?",
+    ):
         assert taken_by_the_shell(f"jepa3d {line}") == []
 
 
@@ -193,9 +249,22 @@ def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
     np.savetxt(tmp_path / "scan.xyz", made["points"][0])
     split, labels = (np.arange(150) % 3 > 0).astype(np.int8), np.arange(150) // 3 % 5
     names = [f"kind{i}" for i in range(5)]
-    np.savez(tmp_path / "labelled.npz", points=made["points"], labels=labels, split=split, class_names=names)
+    np.savez(
+        tmp_path / "labelled.npz",
+        points=made["points"],
+        labels=labels,
+        split=split,
+        class_names=names,
+    )
     parts = 2 * labels[:, None] + (made["points"][..., 2] > 0)
-    np.savez(tmp_path / "parts.npz", points=made["points"], labels=labels, split=split, class_names=names, seg=parts)
+    np.savez(
+        tmp_path / "parts.npz",
+        points=made["points"],
+        labels=labels,
+        split=split,
+        class_names=names,
+        seg=parts,
+    )
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     commands = commands_of("README.md")
@@ -257,9 +326,20 @@ def test_the_commands_of_the_site_run_in_order(document, tmp_path, monkeypatch, 
 
 def test_the_site_has_every_document_and_no_dead_link(tmp_path):
     config = (ROOT / "mkdocs.yml").read_text()
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(re.findall(r"- (\w+\.md)", config))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == set(
+        re.findall(r"- (\w+\.md)", config)
+    )
     mkdocs = pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", mkdocs.__name__, "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        mkdocs.__name__,
+        "build",
+        "--strict",
+        "--quiet",
+        "-d",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").is_file()
@@ -279,17 +359,26 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 @pytest.mark.parametrize(
-    "command", ["parts.py --batch 2 --rounds 1", "step.py --size tiny --batch 4 --rounds 1 --steps 1"], ids=str
+    "command",
+    ["parts.py --batch 2 --rounds 1", "step.py --size tiny --batch 4 --rounds 1 --steps 1"],
+    ids=str,
 )
 def test_the_benchmarks_of_the_step_run(command):
     script, *flags = command.split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *flags],
-        capture_output=True, text=True, timeout=180, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("| whole step", "| jepa3d tiny"))]
+    rows = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("| whole step", "| jepa3d tiny"))
+    ]
     assert len(rows) == (1 if script == "parts.py" else 3)
 
 
@@ -307,6 +396,8 @@ sys.modules["IPython.display"] = SimpleNamespace(Image=lambda path: path.stat().
     script = tmp_path / "tour.py"
     script.write_text("\n".join([shim, *code, "assert vectors.shape == (8, 192)"]))
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert "step 60/60" in done.stdout

@@ -1,4 +1,6 @@
-"""Contact sheets: all of a cloud whatever the order of its points, captions that keep what comes first, few bytes."""
+"""Contact sheets: all of a cloud whatever the order of its points, captions that keep what comes
+first, few bytes.
+"""
 
 import io
 
@@ -33,13 +35,16 @@ def test_a_sorted_scan_is_drawn_whole(axis, count):
     assert np.abs(some - all_of_it).max() <= 12  # pixels of 190
 
 
-@pytest.mark.parametrize("cloud", [np.zeros((5, 3)), np.eye(3)[:1], np.arange(6.0).reshape(2, 3), np.full((9, 3), 1e8)])
+@pytest.mark.parametrize(
+    "cloud", [np.zeros((5, 3)), np.eye(3)[:1], np.arange(6.0).reshape(2, 3), np.full((9, 3), 1e8)]
+)
 def test_clouds_without_extent_are_drawn(cloud):
     assert Image.open(io.BytesIO(sheet([cloud], ["a"]))).size == (190, 236)
 
 
 @pytest.mark.parametrize(
-    "name", ["scan.ply", "very_long_" * 20, "scan of a tree\n\x1b[31m", "a" * 300, "$x_1$ 鉢.ply", ""]
+    "name",
+    ["scan.ply", "very_long_" * 20, "scan of a tree\n\x1b[31m", "a" * 300, "$x_1$ 鉢.ply", ""],
 )
 def test_a_caption_keeps_its_cosine_and_few_lines(name, capfd):
     said = figures._caption(f"0.9312 {name}")
@@ -54,4 +59,6 @@ def test_a_caption_keeps_its_cosine_and_few_lines(name, capfd):
 
 def test_a_query_and_ten_neighbours_are_a_hundred_kilobytes_at_most():
     clouds = [RNG.uniform(size=(20_000, 3)) for _ in range(11)]  # worse than any surface
-    assert len(sheet(clouds, [f"0.9{i:03} {'long name ' * 9}" for i in range(11)])) * 4 / 3 < 100_000
+    assert (
+        len(sheet(clouds, [f"0.9{i:03} {'long name ' * 9}" for i in range(11)])) * 4 / 3 < 100_000
+    )

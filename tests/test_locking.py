@@ -1,4 +1,6 @@
-"""One writer at a time, whatever the spelling; a killed writer blocks nobody and nothing is left lying."""
+"""One writer at a time, whatever the spelling; a killed writer blocks nobody and nothing is left
+lying.
+"""
 
 import os
 import signal
@@ -35,7 +37,10 @@ def test_a_second_writer_is_refused_and_a_killed_one_blocks_nobody(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         for spelling in (out, tmp_path / "link" / "run", out / ".." / "run"):
-            with pytest.raises(ValueError, match="run: another command is writing there"), writing(spelling):
+            with (
+                pytest.raises(ValueError, match="run: another command is writing there"),
+                writing(spelling),
+            ):
                 pass
         with writing(tmp_path / "deep" / "run2"):
             pass
@@ -49,7 +54,11 @@ def test_a_second_writer_is_refused_and_a_killed_one_blocks_nobody(tmp_path):
 def test_a_lock_is_free_after_an_error_and_refused_within_a_process(tmp_path):
     with pytest.raises(KeyError), writing(tmp_path / "a"):
         raise KeyError
-    with writing(tmp_path / "a"), pytest.raises(ValueError, match="another command"), writing(tmp_path / "a"):
+    with (
+        writing(tmp_path / "a"),
+        pytest.raises(ValueError, match="another command"),
+        writing(tmp_path / "a"),
+    ):
         pass
     refused = []
 

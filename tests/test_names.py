@@ -1,4 +1,6 @@
-"""Names as people have them: bytes that are no UTF-8, control characters, archives; one clean line everywhere."""
+"""Names as people have them: bytes that are no UTF-8, control characters, archives; one clean line
+everywhere.
+"""
 
 import csv
 import io
@@ -21,7 +23,13 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier
 
 RNG = np.random.default_rng(0)
-NAMES = [b"b\xe9ton/caf\xe9.npy", b"b\xe9ton/b.npy", b"x/\x1b[31mred.npy", b"x/a\nline.npy", b"x/plain.npy"]
+NAMES = [
+    b"b\xe9ton/caf\xe9.npy",
+    b"b\xe9ton/b.npy",
+    b"x/\x1b[31mred.npy",
+    b"x/a\nline.npy",
+    b"x/plain.npy",
+]
 BAD = b"x/bad\x1b[31m\xff.ply"
 
 
@@ -32,9 +40,19 @@ def scans(tmp_path, monkeypatch):
     for name in (*NAMES, BAD):
         path = os.fsdecode(name)
         os.makedirs(f"scans/{os.path.dirname(path)}", exist_ok=True)
-        np.save(f"scans/{path}", RNG.normal(size=(200, 3))) if name != BAD else open(f"scans/{path}", "w").close()
+        np.save(f"scans/{path}", RNG.normal(size=(200, 3))) if name != BAD else open(
+            f"scans/{path}", "w"
+        ).close()
     torch.manual_seed(0)
-    sizes = dict(embed_dim=32, depth=2, num_heads=2, num_groups=16, group_size=8, num_points=128, tokenizer_dim=16)
+    sizes = dict(
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_groups=16,
+        group_size=8,
+        num_points=128,
+        tokenizer_dim=16,
+    )
     PointEncoder(**sizes).save_pretrained(tmp_path / "model")
     Classifier(sizes, ["b\\udce9ton", "x"]).save_pretrained(tmp_path / "run" / "model")
     return tmp_path
@@ -69,7 +87,9 @@ def test_every_command_takes_such_names_and_prints_them_clean(scans, capfd):
     assert "5 new" in said(capfd, "embed store --model model --out s.parquet")
     said(capfd, "predict run scans --out p.csv")
     with open("p.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        assert {row["file"] for row in csv.DictReader(file)} == {f"scans/{os.fsdecode(name)}" for name in NAMES}
+        assert {row["file"] for row in csv.DictReader(file)} == {
+            f"scans/{os.fsdecode(name)}" for name in NAMES
+        }
     assert embed("scans", PointEncoder.from_pretrained(scans / "model")).shape == (5, 64)
 
 
@@ -85,17 +105,23 @@ def test_predict_names_each_left_out_file_once_and_counts_it_once(scans, capfd):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("/a/s/b.ply", "s/b.ply: no points"), ("s/b.ply", "s/b.ply: no points"), ("b.ply", "no points"),
-        ("/a/s/b.npz#3", "s/b.npz: no points"), ("/a/s/b.npz#3", "/a/s/b.npz#3: no points"),
-        ("/a/x: y.ply", "x: y.ply: no points"), ("/a/s/b.ply", "/a/s/b.ply: no points"),
+        ("/a/s/b.ply", "s/b.ply: no points"),
+        ("s/b.ply", "s/b.ply: no points"),
+        ("b.ply", "no points"),
+        ("/a/s/b.npz#3", "s/b.npz: no points"),
+        ("/a/s/b.npz#3", "/a/s/b.npz#3: no points"),
+        ("/a/x: y.ply", "x: y.ply: no points"),
+        ("/a/s/b.ply", "/a/s/b.ply: no points"),
     ],
-)  # fmt: skip
+)
 def test_a_left_out_file_is_named_once(name, reason):
     assert left_out(name, reason) == f"left out: {name}: no points"
 
 
 def test_every_character_is_printed_on_one_line():
-    text = "".join(map(chr, [*range(0x250), 0x2028, 0x202E, *range(0xDC80, 0xDD00), 0x9262, 0x1F600]))
+    text = "".join(
+        map(chr, [*range(0x250), 0x2028, 0x202E, *range(0xDC80, 0xDD00), 0x9262, 0x1F600])
+    )
     made = printable(text)
     assert not any(unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" for c in made)
     made.encode()
@@ -121,14 +147,19 @@ def test_commands_that_read_files_in_place_say_what_to_do_with_an_archive(scans,
     np.save(content, RNG.normal(size=(200, 3)))
     packed(scans / name, {"set/x/1.npy": content.getvalue()})
     for command in (
-        f"embed {name} --model model --out a.parquet", f"label {name} --model model --out lab",
-        f"predict run {name} --out a.csv", f"info {name}", f"view {name} --model model --port 0",
-    ):  # fmt: skip
+        f"embed {name} --model model --out a.parquet",
+        f"label {name} --model model --out lab",
+        f"predict run {name} --out a.csv",
+        f"info {name}",
+        f"view {name} --model model --port 0",
+    ):
         text = said(capfd, command, code=2)
         assert text.startswith("jepa3d: error: ")
         assert text.endswith(f"{name}: {archives.REFUSAL}\n")
     (scans / name).rename(scans / "scans" / name)
-    assert f"left out: {name}: an archive: unpack it" in said(capfd, "embed scans --model model --out v.parquet")
+    assert f"left out: {name}: an archive: unpack it" in said(
+        capfd, "embed scans --model model --out v.parquet"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
@@ -141,7 +172,12 @@ def test_an_archive_out_of_proportion_is_refused_before_it_is_written(tmp_path, 
     ):
         pass
     monkeypatch.setattr(archives, "_MOST", (10_000, 1 << 30))
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000}))
-    with pytest.raises(ReadError, match="5,000,000 are free"), archives.unpacked(tmp_path / name, tmp_path / "out"):
+    monkeypatch.setattr(
+        archives.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000})
+    )
+    with (
+        pytest.raises(ReadError, match="5,000,000 are free"),
+        archives.unpacked(tmp_path / name, tmp_path / "out"),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]

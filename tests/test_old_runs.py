@@ -15,10 +15,15 @@ from jepa3d.models.ready import fingerprint, load_network
 
 OLD = Path(__file__).parent / "old" / "runs.tar.xz"
 RUNS = {
-    "pretrain": "pretrain", "pretrain-unfinished": "pretrain", "generative-unfinished": "pretrain",
-    "dvae-unfinished": "pretrain", "classify": "classify", "classify-unfinished": "classify", "fewshot": "fewshot",
+    "pretrain": "pretrain",
+    "pretrain-unfinished": "pretrain",
+    "generative-unfinished": "pretrain",
+    "dvae-unfinished": "pretrain",
+    "classify": "classify",
+    "classify-unfinished": "classify",
+    "fewshot": "fewshot",
     "fewshot-unfinished": "fewshot",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -67,7 +72,9 @@ def test_an_old_store_and_old_networks_are_read(old, capsys):
 
 
 def test_old_networks_keep_their_biases_and_give_the_same_vectors(old):
-    """Numbers and fingerprint are version 0.1.0's; its files do not say that queries, keys and values have biases."""
+    """Numbers and fingerprint are version 0.1.0's; its files do not say that queries, keys and
+    values have biases.
+    """
     cloud, encoder = np.random.default_rng(0).normal(size=(40, 3)), jepa3d.load("pretrain")
     vector = jepa3d.embed(cloud, encoder)
     assert vector.shape == (1, 16)
@@ -80,16 +87,42 @@ def test_old_networks_keep_their_biases_and_give_the_same_vectors(old):
 
 
 def test_what_begins_from_an_old_network_has_its_biases(old, capsys):
-    classify = ("classify", "--data", "store", "--init", "pretrain", "--max-steps", 2, "--batch-size", 4)
+    classify = (
+        "classify",
+        "--data",
+        "store",
+        "--init",
+        "pretrain",
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+    )
     assert call(*classify, "--out", "classes") == 0, capsys.readouterr().err
     assert stored(old / "classes")["encoder"]["qkv_bias"] is True
     assert load_network(old / "classes").encoder.blocks[0].attention.query.bias is not None
-    recipe = {"encoder": stored(old / "pretrain")["encoder"], "teacher": "ema", "sampler": {"name": "random"}}
+    recipe = {
+        "encoder": stored(old / "pretrain")["encoder"],
+        "teacher": "ema",
+        "sampler": {"name": "random"},
+    }
     del recipe["encoder"]["qkv_bias"]
-    (old / "recipe.yaml").write_text(json.dumps(recipe | {"data": "store", "batch_size": 4, "max_steps": 2}))
-    pretrain = ("pretrain", "--recipe", "recipe.yaml", "--init", "pretrain/encoder", "--out", "warm")
+    (old / "recipe.yaml").write_text(
+        json.dumps(recipe | {"data": "store", "batch_size": 4, "max_steps": 2})
+    )
+    pretrain = (
+        "pretrain",
+        "--recipe",
+        "recipe.yaml",
+        "--init",
+        "pretrain/encoder",
+        "--out",
+        "warm",
+    )
     assert call(*pretrain) == 2
-    assert "pretrain/encoder: not an encoder of this run's sizes (encoder.*" in capsys.readouterr().err
+    assert (
+        "pretrain/encoder: not an encoder of this run's sizes (encoder.*" in capsys.readouterr().err
+    )
     assert call(*pretrain, "--encoder.qkv-bias") == 0, capsys.readouterr().err
 
 

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from jepa3d import ops
-from jepa3d.ops import BatchGenerator, farthest_point_sample, knn, squared_distance, uniform, uniform_scalar
+from jepa3d.ops import (
+    BatchGenerator,
+    farthest_point_sample,
+    knn,
+    squared_distance,
+    uniform,
+    uniform_scalar,
+)
 
 
 def clouds(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,16 +44,22 @@ def test_same_seed_step_and_stream_draw_the_same():
     assert uniform_scalar(one) == uniform_scalar(two)
 
 
-@pytest.mark.parametrize(("seed", "step", "stream"), [(4, 5, "group"), (3, 6, "group"), (3, 5, "sampler")])
+@pytest.mark.parametrize(
+    ("seed", "step", "stream"), [(4, 5, "group"), (3, 6, "group"), (3, 5, "sampler")]
+)
 def test_another_seed_step_or_stream_draws_otherwise(seed, step, stream):
     reference = uniform(BatchGenerator(3, 5).stream("group"), (8,), "cpu")
-    assert not torch.isin(uniform(BatchGenerator(seed, step).stream(stream), (8,), "cpu"), reference).any()
+    assert not torch.isin(
+        uniform(BatchGenerator(seed, step).stream(stream), (8,), "cpu"), reference
+    ).any()
 
 
 def test_one_stream_does_not_shift_another():
     base = BatchGenerator(0)
     uniform(base.stream("a"), (100,), "cpu")
-    assert torch.equal(uniform(base.stream("b"), (4,), "cpu"), uniform(BatchGenerator(0).stream("b"), (4,), "cpu"))
+    assert torch.equal(
+        uniform(base.stream("b"), (4,), "cpu"), uniform(BatchGenerator(0).stream("b"), (4,), "cpu")
+    )
 
 
 def test_a_generator_moves_on():
@@ -55,7 +68,9 @@ def test_a_generator_moves_on():
 
 
 def test_rows_of_two_halves_are_the_whole_batch_draw_after_draw():
-    whole, *halves = (BatchGenerator(1, 2, first, total) for first, total in [(0, None), (0, 6), (3, 6)])
+    whole, *halves = (
+        BatchGenerator(1, 2, first, total) for first, total in [(0, None), (0, 6), (3, 6)]
+    )
     for shape in [(3,), (3, 5)]:
         rows = torch.cat([uniform(half, shape, "cpu") for half in halves])
         assert torch.equal(rows, uniform(whole, (6, *shape[1:]), "cpu"))
@@ -63,7 +78,10 @@ def test_rows_of_two_halves_are_the_whole_batch_draw_after_draw():
 
 
 def test_repeated_rows_of_two_halves_are_those_of_the_whole_batch():
-    whole, *halves = (BatchGenerator(1, 2, first, total).repeated(2) for first, total in [(0, None), (0, 6), (3, 6)])
+    whole, *halves = (
+        BatchGenerator(1, 2, first, total).repeated(2)
+        for first, total in [(0, None), (0, 6), (3, 6)]
+    )
     rows = torch.cat([uniform(half, (6, 5), "cpu") for half in halves])
     assert torch.equal(rows, uniform(whole, (12, 5), "cpu"))
     assert len(rows.unique(dim=0)) == 12
@@ -76,7 +94,9 @@ def test_a_plain_generator_draws_from_its_own_state():
     scalar = torch.rand((), generator=torch.Generator().manual_seed(7)).item()
     assert uniform_scalar(torch.Generator().manual_seed(7)) == scalar
     start = (torch.rand(2, generator=torch.Generator().manual_seed(7)) * 40).long()
-    assert torch.equal(farthest_point_sample(clouds(2, 40), 5, torch.Generator().manual_seed(7))[:, 0], start)
+    assert torch.equal(
+        farthest_point_sample(clouds(2, 40), 5, torch.Generator().manual_seed(7))[:, 0], start
+    )
 
 
 # --------------------------------------------------------------------------------- farthest points
@@ -84,9 +104,13 @@ def test_a_plain_generator_draws_from_its_own_state():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), num_points=st.integers(1, 40), share=st.floats(0.01, 1))
-def test_each_point_is_the_farthest_from_those_before_it_and_the_first_from_the_centroid(seed, num_points, share):
+def test_each_point_is_the_farthest_from_those_before_it_and_the_first_from_the_centroid(
+    seed, num_points, share
+):
     points, num_samples = clouds(3, num_points, seed=seed).double(), math.ceil(share * num_points)
-    for cloud, index in zip(points, farthest_point_sample(points.float(), num_samples).tolist(), strict=True):
+    for cloud, index in zip(
+        points, farthest_point_sample(points.float(), num_samples).tolist(), strict=True
+    ):
         assert len(set(index)) == len(index) == num_samples
         before = cloud.mean(0, keepdim=True)
         for count, pick in enumerate(index, 1):
@@ -104,13 +128,20 @@ def test_farthest_points_are_those_of_a_loop():
 def test_farthest_points_from_a_random_start_are_those_of_a_loop():
     points = clouds(5, 30)
     index = farthest_point_sample(points, 12, BatchGenerator(1))
-    assert index.tolist() == [fps_by_loop(c, 12, first) for c, first in zip(points, index[:, 0].tolist(), strict=True)]
+    assert index.tolist() == [
+        fps_by_loop(c, 12, first) for c, first in zip(points, index[:, 0].tolist(), strict=True)
+    ]
     assert len(set(index[:, 0].tolist())) > 1
 
 
 def test_random_starts_reach_every_point():
     points = clouds(1, 4).expand(200, -1, -1)
-    assert set(farthest_point_sample(points, 1, BatchGenerator(0)).flatten().tolist()) == {0, 1, 2, 3}
+    assert set(farthest_point_sample(points, 1, BatchGenerator(0)).flatten().tolist()) == {
+        0,
+        1,
+        2,
+        3,
+    }
 
 
 def test_of_equally_far_points_the_lowest_index_wins():
@@ -153,12 +184,18 @@ def compiled_and_reference(points, num_samples, monkeypatch, generator=None):
     compiled = farthest_point_sample(points, num_samples, generator and BatchGenerator(generator))
     assert len(calls) == 1, "the compiled back end takes the whole batch"
     monkeypatch.setattr(ops, "_quickfps", lambda: None)
-    return compiled, farthest_point_sample(points, num_samples, generator and BatchGenerator(generator))
+    return compiled, farthest_point_sample(
+        points, num_samples, generator and BatchGenerator(generator)
+    )
 
 
-@pytest.mark.parametrize(("num_points", "num_samples"), [(1024, 64), (1024, 1024), (2048, 128), (1500, 700)])
+@pytest.mark.parametrize(
+    ("num_points", "num_samples"), [(1024, 64), (1024, 1024), (2048, 128), (1500, 700)]
+)
 @pytest.mark.parametrize("generator", [None, 3])
-def test_the_compiled_back_end_gives_the_reference_indices(num_points, num_samples, generator, monkeypatch):
+def test_the_compiled_back_end_gives_the_reference_indices(
+    num_points, num_samples, generator, monkeypatch
+):
     points = clouds(2, num_points)
     compiled, reference = compiled_and_reference(points, num_samples, monkeypatch, generator)
     assert torch.equal(compiled, reference)
@@ -178,7 +215,9 @@ def test_the_compiled_back_end_takes_the_same_coordinates_where_points_repeat(mo
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_only_float32_goes_to_the_compiled_back_end(dtype, monkeypatch):
-    monkeypatch.setattr(ops, "_quickfps", lambda: pytest.fail("the compiled back end rounds to float32"))
+    monkeypatch.setattr(
+        ops, "_quickfps", lambda: pytest.fail("the compiled back end rounds to float32")
+    )
     assert len(set(farthest_point_sample(clouds(1, 1024).to(dtype), 64)[0].tolist())) == 64
 
 
@@ -187,7 +226,9 @@ def test_only_float32_goes_to_the_compiled_back_end(dtype, monkeypatch):
 
 def test_squared_distance_is_that_of_a_loop():
     a, b = clouds(2, 3), clouds(2, 4, seed=1)
-    expected = [[[square(p, q) for q in y] for p in x] for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    expected = [
+        [[square(p, q) for q in y] for p in x] for x, y in zip(a.tolist(), b.tolist(), strict=True)
+    ]
     assert_close(squared_distance(a, b), torch.tensor(expected))
 
 
@@ -200,7 +241,12 @@ def test_squared_distance_survives_a_far_origin():
 @pytest.mark.parametrize("k", [1, 7, 30])
 def test_neighbours_are_those_of_a_full_sort(k):
     points, query = clouds(3, 30), clouds(3, 11, seed=1)
-    expected = (query[:, :, None].double() - points[:, None].double()).square().sum(-1).argsort(-1)[..., :k]
+    expected = (
+        (query[:, :, None].double() - points[:, None].double())
+        .square()
+        .sum(-1)
+        .argsort(-1)[..., :k]
+    )
     assert torch.equal(knn(query, points, k), expected)
 
 
@@ -209,7 +255,9 @@ def test_neighbours_in_chunks_are_the_neighbours(max_pairs, monkeypatch):
     points, query = clouds(3, 30), clouds(3, 11, seed=1)
     whole, calls = knn(query, points, 5), []
     monkeypatch.setattr(ops, "_MAX_PAIRS", max_pairs)
-    monkeypatch.setattr(ops, "squared_distance", lambda a, b: calls.append(a.shape[1]) or squared_distance(a, b))
+    monkeypatch.setattr(
+        ops, "squared_distance", lambda a, b: calls.append(a.shape[1]) or squared_distance(a, b)
+    )
     assert torch.equal(knn(query, points, 5), whole)
     assert max(calls) == max(1, max_pairs // 90)
 
@@ -232,7 +280,10 @@ def test_gather_takes_the_rows_of_the_same_cloud(shape):
 
 
 def test_interpolation_gives_back_the_features_at_the_centres():
-    centers, features = clouds(2, 9), torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1))
+    centers, features = (
+        clouds(2, 9),
+        torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(1)),
+    )
     assert_close(ops.three_nn_interpolate(centers, centers, features), features, atol=1e-4, rtol=0)
 
 
@@ -245,7 +296,9 @@ def test_interpolation_is_that_of_a_loop():
             gaps = [square(query[b, q].tolist(), c) for c in centers[b].tolist()]
             nearest = sorted(range(9), key=gaps.__getitem__)[:3]
             weights = [1 / (gaps[i] + 1e-8) for i in nearest]
-            expected = sum(w / sum(weights) * features[b, i] for w, i in zip(weights, nearest, strict=True))
+            expected = sum(
+                w / sum(weights) * features[b, i] for w, i in zip(weights, nearest, strict=True)
+            )
             assert_close(out[b, q], expected)
 
 

@@ -1,4 +1,6 @@
-"""The package around the code: what a start imports, versions that agree, and a wheel that works by itself."""
+"""The package around the code: what a start imports, versions that agree, and a wheel that works by
+itself.
+"""
 
 import ast
 import importlib.util
@@ -24,25 +26,41 @@ def text(name: str) -> str:
 
 PROJECT = text("pyproject.toml")
 VERSION = re.search(r'^version = "(.+)"$', PROJECT, re.MULTILINE)[1]
-HEAVY = ("torch", "numpy", "scipy", "sklearn", "accelerate", "huggingface_hub", "safetensors", "matplotlib", "pyarrow")
+HEAVY = (
+    "torch",
+    "numpy",
+    "scipy",
+    "sklearn",
+    "accelerate",
+    "huggingface_hub",
+    "safetensors",
+    "matplotlib",
+    "pyarrow",
+)
 
 
 def python(*words, **options) -> str:
     """What a Python process prints; it has to end well."""
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **options
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# -------------------------------------------------------------------------------------------------------- the start
+# ---------------------------------------------------------------------------------------- the start
 
 
-@pytest.mark.parametrize("command", [None, "--help", "--version", "pretrain --help", "embed --help"])
+@pytest.mark.parametrize(
+    "command", [None, "--help", "--version", "pretrain --help", "embed --help"]
+)
 def test_a_start_imports_none_of_the_heavy_packages(command):
     code = "import jepa3d, sys\n"
     if command:
         code += f"from jepa3d.cli import main\ntry:\n    main({command.split()})\nexcept SystemExit:\n    pass\n"
-    printed = python("-c", code + f"print('imported:', *(name for name in {HEAVY} if name in sys.modules))")
+    printed = python(
+        "-c", code + f"print('imported:', *(name for name in {HEAVY} if name in sys.modules))"
+    )
     assert printed.splitlines()[-1].strip() == "imported:"
 
 
@@ -72,7 +90,7 @@ def test_the_module_is_the_command_and_a_record_names_the_command():
     assert python("-c", code).splitlines()[-1] == "jepa3d"
 
 
-# ------------------------------------------------------------------------------------------------------ the project
+# -------------------------------------------------------------------------------------- the project
 
 
 def test_the_version_is_the_same_everywhere():
@@ -82,7 +100,11 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_every_workflow_and_template_is_read_as_yaml():
-    files = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"]
+    files = [
+        *ROOT.glob(".github/**/*.yml"),
+        ROOT / ".pre-commit-config.yaml",
+        ROOT / "CITATION.cff",
+    ]
     read = {file.name: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
     for name in ("test.yml", "publish.yml"):
         steps = [step for job in read[name]["jobs"].values() for step in job["steps"]]
@@ -106,14 +128,20 @@ def test_pre_commit_has_the_pinned_versions():
     assert all(version in pinned for hook in hooks for version in hook["additional_dependencies"])
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("hatchling"), reason="builds a wheel, which needs hatchling")
+@pytest.mark.skipif(
+    not importlib.util.find_spec("hatchling"), reason="builds a wheel, which needs hatchling"
+)
 def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
-    """Installed into a folder of its own, with no path to the source, it gives the vector that the source gives."""
+    """Installed into a folder of its own, with no path to the source, it gives the vector that the
+    source gives.
+    """
     pq = pytest.importorskip("pyarrow.parquet")
     python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     (wheel,) = tmp_path.glob(f"jepa3d-{VERSION}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"jepa3d/py.typed", "jepa3d/__main__.py", "jepa3d/weights/model.safetensors"} <= set(names)
+    assert {"jepa3d/py.typed", "jepa3d/__main__.py", "jepa3d/weights/model.safetensors"} <= set(
+        names
+    )
     assert all(name.startswith(("jepa3d/", f"jepa3d-{VERSION}.dist-info/")) for name in names)
     target = tmp_path / "installed"
     python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
@@ -121,12 +149,26 @@ def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(target), *packages])}
     # -S: no .pth file of an editable installation adds the source
     found = python(
-        "-S", "-c", "import jepa3d; print(jepa3d.__file__, jepa3d.__version__)", cwd=tmp_path, env=environment
+        "-S",
+        "-c",
+        "import jepa3d; print(jepa3d.__file__, jepa3d.__version__)",
+        cwd=tmp_path,
+        env=environment,
     )
     assert found.split() == [str(target / "jepa3d" / "__init__.py"), VERSION]
     cloud = np.random.default_rng(0).normal(size=(2000, 3))
     np.save(tmp_path / "cloud.npy", cloud)
-    command = ["-S", "-m", "jepa3d", "embed", "cloud.npy", "--out", "vectors.parquet", "--workers", "1"]
+    command = [
+        "-S",
+        "-m",
+        "jepa3d",
+        "embed",
+        "cloud.npy",
+        "--out",
+        "vectors.parquet",
+        "--workers",
+        "1",
+    ]
     python(*command, cwd=tmp_path, env=environment)
     assert pq.read_table(tmp_path / "vectors.parquet")["vector"][0].as_py() == pytest.approx(
         jepa3d.embed([cloud])[0], abs=1e-5

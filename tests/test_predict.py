@@ -12,9 +12,15 @@ from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.models.ready import load_network
 
 ENCODER = {
-    "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
-    "tokenizer_dim": 8, "drop_path": 0.0,
-}  # fmt: skip
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "drop_path": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +30,9 @@ def runs(tmp_path_factory):
     torch.manual_seed(0)
     Classifier(ENCODER, ["cup", "bowl", "jug"]).save_pretrained(root / "classify" / "model")
     names = ["body", "handle", "lid", "spout"]
-    Segmenter(ENCODER, ["cup", "pot"], names, [[0, 1], [2, 3]], [1, 2]).save_pretrained(root / "segment" / "model")
+    Segmenter(ENCODER, ["cup", "pot"], names, [[0, 1], [2, 3]], [1, 2]).save_pretrained(
+        root / "segment" / "model"
+    )
     return root
 
 
@@ -39,9 +47,19 @@ def test_files_and_folders_are_classified_into_a_csv(runs, tmp_path, capsys):
     np.save(tmp_path / "scans" / "a.npy", np.random.default_rng(0).normal(size=(500, 3)))
     np.save(tmp_path / "scans" / "small.npy", np.random.default_rng(0).normal(size=(15, 3)))
     trimesh.creation.box().export(tmp_path / "box.ply")
-    command("predict", runs / "classify", tmp_path / "scans", tmp_path / "box.ply", "--out", tmp_path / "classes.csv")
+    command(
+        "predict",
+        runs / "classify",
+        tmp_path / "scans",
+        tmp_path / "box.ply",
+        "--out",
+        tmp_path / "classes.csv",
+    )
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
-    assert [row["file"] for row in rows] == [str(tmp_path / "scans" / "a.npy"), str(tmp_path / "box.ply")]
+    assert [row["file"] for row in rows] == [
+        str(tmp_path / "scans" / "a.npy"),
+        str(tmp_path / "box.ply"),
+    ]
     for row in rows:
         assert {row["class"], row["second"]} < {"cup", "bowl", "jug"}
         assert float(row["probability"]) >= float(row["second_probability"]) >= 0
@@ -49,9 +67,19 @@ def test_files_and_folders_are_classified_into_a_csv(runs, tmp_path, capsys):
 
 
 def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_path):
-    points = np.random.default_rng(0).normal(size=(700, 3)) + np.array([5e5, 6e6, 100.0])  # a map's, in metres
+    points = np.random.default_rng(0).normal(size=(700, 3)) + np.array(
+        [5e5, 6e6, 100.0]
+    )  # a map's, in metres
     np.savetxt(tmp_path / "scan.xyz", points, fmt="%.4f")
-    command("predict", runs / "segment", tmp_path / "scan.xyz", "--category", "pot", "--out", tmp_path / "parts")
+    command(
+        "predict",
+        runs / "segment",
+        tmp_path / "scan.xyz",
+        "--category",
+        "pot",
+        "--out",
+        tmp_path / "parts",
+    )
     written = trimesh.load(tmp_path / "parts" / "scan.xyz.ply")
     np.testing.assert_allclose(written.vertices, points, atol=1e-3)
     raw = (tmp_path / "parts" / "scan.xyz.ply").read_bytes()
@@ -60,16 +88,25 @@ def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_pat
     rows = np.frombuffer(body, [("xyz", "<f8", 3), ("rgb", "u1", 3), ("part", "<i2")])
     assert len(rows) == 700
     assert set(rows["part"]) <= {2, 3}
-    assert len({(part, *rgb) for part, rgb in zip(rows["part"], map(tuple, rows["rgb"]), strict=True)}) <= 2
+    assert (
+        len({(part, *rgb) for part, rgb in zip(rows["part"], map(tuple, rows["rgb"]), strict=True)})
+        <= 2
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["segment", "a.npy", "--out", "new"], "--category is missing: one of cup, pot"),
-        (["segment", "a.npy", "--out", "new", "--category", "jug"], "--category jug: one of cup, pot"),
+        (
+            ["segment", "a.npy", "--out", "new", "--category", "jug"],
+            "--category jug: one of cup, pot",
+        ),
         (["classify", "missing.npy", "--out", "new"], "missing.npy: no such file"),
-        (["nothing", "a.npy", "--out", "new"], "no finished run of jepa3d classify, segment or label"),
+        (
+            ["nothing", "a.npy", "--out", "new"],
+            "no finished run of jepa3d classify, segment or label",
+        ),
         (["classify", "a.npy", "--out", "a.npy"], "a.npy: exists already"),
         (["classify", "short.npy", "--out", "new"], "none of the clouds can be used"),
     ],
@@ -93,7 +130,9 @@ def test_the_network_is_of_the_kind_that_was_trained(runs):
 
 
 def test_what_is_left_out_is_said_once_and_counted_once(runs, tmp_path, monkeypatch, capsys):
-    """By predict and embed, of files given twice, by a relative path: a line each, its path once, and their number."""
+    """By predict and embed, of files given twice, by a relative path: a line each, its path once,
+    and their number.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
     rng = np.random.default_rng(0)
@@ -104,8 +143,16 @@ def test_what_is_left_out_is_said_once_and_counted_once(runs, tmp_path, monkeypa
     (tmp_path / "scans" / "empty.xyz").write_text("")
     given = ["scans", "scans/short.npy", "scans/broken.ply", "scans/0.npy", str(tmp_path / "scans")]
     for command, rows in (("predict", "3 rows"), ("embed", "3 new")):
-        words = [command, *([str(runs / "classify")] if command == "predict" else []), *given, "--out", "v.csv"]
-        words = [word if command == "predict" else word.replace("v.csv", "v.parquet") for word in words]
+        words = [
+            command,
+            *([str(runs / "classify")] if command == "predict" else []),
+            *given,
+            "--out",
+            "v.csv",
+        ]
+        words = [
+            word if command == "predict" else word.replace("v.csv", "v.parquet") for word in words
+        ]
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert not ended.value.code

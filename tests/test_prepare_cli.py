@@ -13,7 +13,9 @@ from jepa3d.data.store import Store
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """Twelve boxes and cylinders in class folders, a cloud of too few points, a README, a damaged mesh."""
+    """Twelve boxes and cylinders in class folders, a cloud of too few points, a README, a damaged
+    mesh.
+    """
     root = tmp_path / "scans"
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -31,7 +33,9 @@ def scans(tmp_path) -> Path:
 
 def test_a_folder_becomes_a_store_that_every_command_takes(scans, tmp_path, capsys):
     store = tmp_path / "store"
-    assert call("prepare", scans, "--out", store, "--points", 96, "--split", 0.34, "--workers", 1) == 0
+    assert (
+        call("prepare", scans, "--out", store, "--points", 96, "--split", 0.34, "--workers", 1) == 0
+    )
     printed = capsys.readouterr().out
     assert "took 12 clouds (12 .off); left out 3" in printed
     assert "box/few.xyz: 5 points, at least 64 are needed" in printed
@@ -48,7 +52,9 @@ def test_a_folder_becomes_a_store_that_every_command_takes(scans, tmp_path, caps
 def test_info_describes_a_store_and_draws_it(scans, tmp_path, capsys):
     store = tmp_path / "store"
     (scans / "box" / "again.off").write_bytes((scans / "box" / "0.off").read_bytes())
-    assert call("prepare", scans, "--out", store, "--points", 64, "--workers", 1, "--unit", "mm") == 0
+    assert (
+        call("prepare", scans, "--out", store, "--points", 64, "--workers", 1, "--unit", "mm") == 0
+    )
     capsys.readouterr()
     assert call("info", store, "--verify", "--picture", tmp_path / "sheet.png") == 0
     printed = capsys.readouterr().out
@@ -57,14 +63,30 @@ def test_info_describes_a_store_and_draws_it(scans, tmp_path, capsys):
     assert "1 clouds repeat another, such as box/0.off" in printed
     assert "every checksum is as written" in printed
     rows = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
-    assert {name.strip(): count.strip() for name, count in rows} == {"box": "7", "tube": "6", "all": "13"}
+    assert {name.strip(): count.strip() for name, count in rows} == {
+        "box": "7",
+        "tube": "6",
+        "all": "13",
+    }
     assert (tmp_path / "sheet.png").stat().st_size > 5_000
 
 
 def test_a_file_of_too_many_points_is_thinned_and_that_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jepa3d.data.cloud.Reservoir.__init__.__defaults__", (200, 0))
     np.savetxt(tmp_path / "scan.xyz", np.random.default_rng(0).normal(size=(900, 3)))
-    assert call("prepare", tmp_path / "scan.xyz", "--out", tmp_path / "store", "--points", 64, "--workers", 1) == 0
+    assert (
+        call(
+            "prepare",
+            tmp_path / "scan.xyz",
+            "--out",
+            tmp_path / "store",
+            "--points",
+            64,
+            "--workers",
+            1,
+        )
+        == 0
+    )
     assert "scan.xyz: a random 1,000,000 of its 900 points were read" in capsys.readouterr().out
 
 
@@ -85,7 +107,9 @@ def test_a_single_file_serves_as_data(scans, tmp_path, capsys):
     ids=str,
 )
 def test_a_wrong_preparation_is_one_line_and_leaves_nothing(scans, tmp_path, capsys, words, said):
-    assert said in refusal(capsys, "prepare", scans, "--out", tmp_path / "store", "--workers", 1, *words)
+    assert said in refusal(
+        capsys, "prepare", scans, "--out", tmp_path / "store", "--workers", 1, *words
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scans"]
 
 
@@ -104,14 +128,28 @@ def test_the_real_files_are_taken_or_left_with_a_reason(real_data, tmp_path, cap
     files, store = real_data / "files", tmp_path / "store"
     assert call("prepare", files, "--out", store, "--points", 1024) == 0
     printed = capsys.readouterr().out
-    assert "took 79 clouds (51 .h5, 16 .pts, 4 .pcd, 2 .ply, 2 .off, 2 .xyz, 1 .obj, 1 .stl)" in printed
-    assert "1 clouds of fewer than 1,024 points were filled up (--short skip leaves them out)" in printed
-    assert "pedestrian43.csv: no columns x, y, z, but 2 triples: origin_x,origin_y,origin_z; relative_x" in printed
+    assert (
+        "took 79 clouds (51 .h5, 16 .pts, 4 .pcd, 2 .ply, 2 .off, 2 .xyz, 1 .obj, 1 .stl)"
+        in printed
+    )
+    assert (
+        "1 clouds of fewer than 1,024 points were filled up (--short skip leaves them out)"
+        in printed
+    )
+    assert (
+        "pedestrian43.csv: no columns x, y, z, but 2 triples: origin_x,origin_y,origin_z; relative_x"
+        in printed
+    )
     made = Store(store)
     assert made.class_names[-16:] == tuple(sorted(made.class_names[-16:]))
     assert set(made.class_names) >= {"Airplane", "Table", "0", "9"}
     words = ["--columns", "relative_x", "relative_y", "relative_z", "--points", 64]
-    assert call("prepare", files / "pedestrian43.csv", "--out", tmp_path / "one", *words, "--workers", 1) == 0
+    assert (
+        call(
+            "prepare", files / "pedestrian43.csv", "--out", tmp_path / "one", *words, "--workers", 1
+        )
+        == 0
+    )
     rows = np.loadtxt(files / "pedestrian43.csv", delimiter=",", skiprows=1, usecols=(3, 4, 5))
     one = Store(tmp_path / "one")
     back = one.file_coordinates(0, one.points(0))

@@ -1,4 +1,6 @@
-"""Every number has a range beside its default, and what lies outside of it is refused by name; one schedule a run."""
+"""Every number has a range beside its default, and what lies outside of it is refused by name; one
+schedule a run.
+"""
 
 import dataclasses
 import functools
@@ -49,7 +51,11 @@ def test_a_number_outside_of_its_range_is_refused_by_name(command, path, kind, a
     low, high = map(float, re.findall(r"[\d.e]+", allowed))
     draw, whole = random.Random(name), "int" in str(kind) and "float" not in str(kind)
     wrong: list = [low - draw.uniform(1, 1e9), high + draw.uniform(1, 1e12), low - 1, 10 * high + 1]
-    wrong = [int(value) for value in wrong] if whole else [*wrong, math.nan, math.inf, -math.inf, low - 1e-9]
+    wrong = (
+        [int(value) for value in wrong]
+        if whole
+        else [*wrong, math.nan, math.inf, -math.inf, low - 1e-9]
+    )
     config = KINDS[command](**({} if command == "pretrain" else {"data": "x"}))
     check = validate if command == "pretrain" else validate_finetune
     size = str(kind).count("float" if not whole else "int") if "tuple" in str(kind) else 0
@@ -65,11 +71,19 @@ def test_a_number_outside_of_its_range_is_refused_by_name(command, path, kind, a
 @pytest.mark.parametrize("command", KINDS)
 def test_the_defaults_and_presets_lie_within(command):
     for preset in settings.PRESETS:
-        overrides = settings.preset(preset) if command == "pretrain" else settings.finetune_preset(preset)
-        check_ranges(settings.resolve(overrides) if command == "pretrain" else from_dict(KINDS[command], overrides))
+        overrides = (
+            settings.preset(preset) if command == "pretrain" else settings.finetune_preset(preset)
+        )
+        check_ranges(
+            settings.resolve(overrides)
+            if command == "pretrain"
+            else from_dict(KINDS[command], overrides)
+        )
 
 
-@pytest.mark.parametrize("name", ["sampler.target_ratio", "sampler.context_ratio", "invariance.partial_ratio", "scale"])
+@pytest.mark.parametrize(
+    "name", ["sampler.target_ratio", "sampler.context_ratio", "invariance.partial_ratio", "scale"]
+)
 def test_a_range_given_backwards_is_refused(name):
     with pytest.raises(ValueError, match="low <= high"):
         validate(changed(PretrainConfig(), tuple(name.split(".")), (0.9, 0.2)))
@@ -86,13 +100,26 @@ def test_a_range_given_backwards_is_refused(name):
         (("--dvae.kl-weight", "-1"), "dvae.kl_weight -1"),
         (("--invariance.vicreg", "-25", "25", "1"), "invariance.vicreg (-25.0, 25.0, 1.0)"),
         (("--encoder.embed-dim", "1000000000000"), "encoder.embed_dim 1000000000000 must be"),
-        (("--encoder.embed-dim", "16384", "--encoder.num-heads", "1", "--encoder.depth", "200"), "this machine has"),
+        (
+            ("--encoder.embed-dim", "16384", "--encoder.num-heads", "1", "--encoder.depth", "200"),
+            "this machine has",
+        ),
         (("--encoder.num-heads", "5"), "not a multiple of num_heads 5"),
-        (("--encoder.num-groups", "4000"), "encoder.num_groups 4000 must not exceed encoder.num_points"),
+        (
+            ("--encoder.num-groups", "4000"),
+            "encoder.num_groups 4000 must not exceed encoder.num_points",
+        ),
         (("--seed", "-1"), "seed -1"),
         (("--epochs", "inf"), "epochs inf"),
         (
-            ("--objective", "generative", "--encoder.num-groups", "1", "--sampler.num-targets", "1"),
+            (
+                "--objective",
+                "generative",
+                "--encoder.num-groups",
+                "1",
+                "--sampler.num-targets",
+                "1",
+            ),
             "generative.mask_ratio 0.6",
         ),
     ],
@@ -100,7 +127,18 @@ def test_a_range_given_backwards_is_refused(name):
 )
 def test_refused_at_the_command_line_before_anything_is_written(tmp_path, capsys, words, said):
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "--data", "synthetic:8", "--teacher", "ema", *words, "--out", str(tmp_path / "run")])
+        main(
+            [
+                "pretrain",
+                "--data",
+                "synthetic:8",
+                "--teacher",
+                "ema",
+                *words,
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
     printed = capsys.readouterr().err
     assert stop.value.code == 2
     assert said in printed
@@ -108,7 +146,7 @@ def test_refused_at_the_command_line_before_anything_is_written(tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ one schedule a run
+# ------------------------------------------------------------------------------- one schedule a run
 
 
 @pytest.fixture
@@ -128,10 +166,21 @@ def resolved(monkeypatch):
 
 @pytest.mark.parametrize("objective", ["jepa", "generative", "invariance", "dvae"])
 @pytest.mark.parametrize("preset", ["small", "tiny"])
-def test_the_flags_of_the_schedule_are_the_run_s_whatever_the_objective(resolved, objective, preset):
-    flags = {"lr": 3e-3, "weight_decay": 0.01, "warmup_epochs": 3.0, "min_lr": 1e-5, "clip_grad": 5.0, "batch_size": 12}
+def test_the_flags_of_the_schedule_are_the_run_s_whatever_the_objective(
+    resolved, objective, preset
+):
+    flags = {
+        "lr": 3e-3,
+        "weight_decay": 0.01,
+        "warmup_epochs": 3.0,
+        "min_lr": 1e-5,
+        "clip_grad": 5.0,
+        "batch_size": 12,
+    }
     flags |= {"epochs": 7.0, "max_steps": 9}
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words = [
+        word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
     config = resolved("--preset", preset, "--objective", objective, *words)
     assert {name: getattr(config.schedule(objective), name) for name in SCHEDULE} == flags
     assert settings.resolve(to_dict(config)) == config
@@ -141,27 +190,63 @@ def test_the_flags_of_the_schedule_are_the_run_s_whatever_the_objective(resolved
 def test_a_preset_s_schedule_of_the_objective_is_the_run_s(resolved, objective):
     config = resolved("--preset", "tiny", "--objective", objective)
     for name, value in settings.PRESETS["tiny"][objective].items():
-        assert getattr(config.schedule(objective) if name in SCHEDULE else getattr(config, objective), name) == value
+        assert (
+            getattr(
+                config.schedule(objective) if name in SCHEDULE else getattr(config, objective), name
+            )
+            == value
+        )
 
 
 def test_the_rival_s_own_flag_is_another_name_and_two_that_differ_are_refused(resolved, capsys):
     config = resolved(
-        "--recipe", RECIPES / "tiny-paper.yaml", "--objective", "generative", "--generative.max-steps", 440
+        "--recipe",
+        RECIPES / "tiny-paper.yaml",
+        "--objective",
+        "generative",
+        "--generative.max-steps",
+        440,
     )
     assert config.schedule("generative").max_steps == 440
-    config = resolved("--recipe", RECIPES / "tiny-generative.yaml", "--generative.max_steps=7", "--max-steps", 7)
+    config = resolved(
+        "--recipe", RECIPES / "tiny-generative.yaml", "--generative.max_steps=7", "--max-steps", 7
+    )
     assert config.max_steps == 7
-    words = ["pretrain", "--objective", "invariance", "--max-steps", "5", "--invariance.max-steps", "6", "--dry-run"]
+    words = [
+        "pretrain",
+        "--objective",
+        "invariance",
+        "--max-steps",
+        "5",
+        "--invariance.max-steps",
+        "6",
+        "--dry-run",
+    ]
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "max_steps 5 and 6: max_steps and invariance.max_steps are one in this run" in capsys.readouterr().err
+    assert (
+        "max_steps 5 and 6: max_steps and invariance.max_steps are one in this run"
+        in capsys.readouterr().err
+    )
 
 
 def test_stage_one_keeps_its_own_schedule(resolved):
-    words = ("--preset", "tiny", "--teacher", "generative", "--max-steps", 670, "--generative.max-steps", 480)
+    words = (
+        "--preset",
+        "tiny",
+        "--teacher",
+        "generative",
+        "--max-steps",
+        670,
+        "--generative.max-steps",
+        480,
+    )
     config = resolved(*words, "--lr", 2e-3)
-    assert (config.schedule("jepa").max_steps, config.schedule("generative").max_steps) == (670, 480)
+    assert (config.schedule("jepa").max_steps, config.schedule("generative").max_steps) == (
+        670,
+        480,
+    )
     stage = config.stage("generative")
     assert (stage.objective, stage.max_steps, stage.lr) == ("generative", 480, 1e-3)
     assert stage.schedule("generative") is stage
@@ -170,7 +255,12 @@ def test_stage_one_keeps_its_own_schedule(resolved):
 @pytest.mark.parametrize(("name", "steps"), [("generative", 4400), ("invariance", 1150)])
 def test_the_rivals_recipes_give_the_runs_they_gave(resolved, name, steps):
     schedule = resolved("--recipe", RECIPES / f"tiny-{name}.yaml").schedule(name)
-    assert (schedule.max_steps, schedule.batch_size, schedule.lr, schedule.warmup_epochs) == (steps, 32, 1e-3, 2)
+    assert (schedule.max_steps, schedule.batch_size, schedule.lr, schedule.warmup_epochs) == (
+        steps,
+        32,
+        1e-3,
+        2,
+    )
 
 
 def test_a_rival_departs_in_its_own_schedule_only():

@@ -63,30 +63,67 @@ def test_the_tiny_paper_recipe_departs_from_the_paper_in_sizes_and_rates_only():
     recipe = read_recipe(RECIPES / "tiny-paper.yaml")
     config = settings.resolve(settings.preset(recipe.pop("preset")), recipe)
     groups = {name.split(".")[0] for name in settings.departures(config, 52_470)}
-    assert groups == {"batch_size", "epochs", "max_steps", "warmup_epochs", "encoder", "dvae", "split"}
+    assert groups == {
+        "batch_size",
+        "epochs",
+        "max_steps",
+        "warmup_epochs",
+        "encoder",
+        "dvae",
+        "split",
+    }
 
 
 def test_the_rivals_recipes_differ_from_the_recommended_one_in_objective_and_rotation_only():
     configs = []
     for name in ("tiny", "tiny-generative", "tiny-invariance"):
         recipe = read_recipe(RECIPES / f"{name}.yaml")
-        configs.append(settings.to_dict(settings.resolve(settings.preset(recipe.pop("preset")), recipe)))
+        configs.append(
+            settings.to_dict(settings.resolve(settings.preset(recipe.pop("preset")), recipe))
+        )
     for rival in configs[1:]:
         changed = set(settings.differences(rival, configs[0])) - set(settings.BOOKKEEPING)
-        own = {name for name in changed if name.partition(".")[0] in ("epochs", "max_steps", rival["objective"])}
-        assert changed - own == {"objective", "rotate"}  # and its schedule: max_steps ends it, whatever the epochs
+        own = {
+            name
+            for name in changed
+            if name.partition(".")[0] in ("epochs", "max_steps", rival["objective"])
+        }
+        assert changed - own == {
+            "objective",
+            "rotate",
+        }  # and its schedule: max_steps ends it, whatever the epochs
         assert {name.rpartition(".")[2] for name in own} <= {"epochs", "max_steps"}
 
 
 def test_bf16_is_one_flag(bundle):
-    sizes = ["--encoder.num-points", "64", "--encoder.num-groups", "16", "--encoder.group-size", "8"]
-    command = [*COMMAND, "pretrain", "--preset", "tiny", "--teacher", "ema", "--data", bundle, *sizes, "--dry-run"]
-    done = subprocess.run([*command, "--mixed-precision", "bf16"], capture_output=True, text=True, timeout=120)
+    sizes = [
+        "--encoder.num-points",
+        "64",
+        "--encoder.num-groups",
+        "16",
+        "--encoder.group-size",
+        "8",
+    ]
+    command = [
+        *COMMAND,
+        "pretrain",
+        "--preset",
+        "tiny",
+        "--teacher",
+        "ema",
+        "--data",
+        bundle,
+        *sizes,
+        "--dry-run",
+    ]
+    done = subprocess.run(
+        [*command, "--mixed-precision", "bf16"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "dry run, jepa" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ downstream
+# --------------------------------------------------------------------------------------- downstream
 
 
 @pytest.fixture
@@ -105,19 +142,37 @@ def run(capsys):
 
 @pytest.mark.parametrize("variant", ["obj_bg", "obj_only", "pb_t50_rs"])
 def test_scanobjectnn_runs_at_paper_size_from_its_download(run, tmp_path, variant):
-    """Two steps of the whole model, on HDF5 files of the published names and arrays; batches are small."""
+    """Two steps of the whole model, on HDF5 files of the published names and arrays; batches are
+    small.
+    """
     folder = tmp_path / "h5_files" / ("main_split_nobg" if variant == "obj_only" else "main_split")
     folder.mkdir(parents=True)
     for part, labels in (("training", [0, 4, 0, 4]), ("test", [4, 0])):
         tail = "_augmentedrot_scale75" if variant == "pb_t50_rs" else ""
         with h5py.File(folder / f"{part}_objectdataset{tail}.h5", "w") as file:
-            file["data"] = np.random.default_rng(len(labels)).normal(size=(len(labels), 2048, 3)).astype(np.float32)
+            file["data"] = (
+                np.random.default_rng(len(labels))
+                .normal(size=(len(labels), 2048, 3))
+                .astype(np.float32)
+            )
             file["label"] = np.array(labels)
             file["mask"] = np.full((len(labels), 2048), 3)
     store, out = tmp_path / "store", tmp_path / "run"
     run("prepare", tmp_path / "h5_files", "--out", store, "--variant", variant, "--workers", 1)
     recipe = RECIPES / "scanobjectnn.yaml"
-    run("classify", "--recipe", recipe, "--data", store, "--out", out, "--max-steps", 2, "--batch-size", 2)
+    run(
+        "classify",
+        "--recipe",
+        recipe,
+        "--data",
+        store,
+        "--out",
+        out,
+        "--max-steps",
+        2,
+        "--batch-size",
+        2,
+    )
     result = json.loads((out / "results.json").read_text())
     assert result["data"]["variant"] == f"ScanObjectNN {variant}"
     assert (result["settings"]["num_groups"], result["settings"]["depth"]) == (128, 12)
@@ -125,11 +180,32 @@ def test_scanobjectnn_runs_at_paper_size_from_its_download(run, tmp_path, varian
 
 
 def test_shapenetpart_runs_at_paper_size_from_its_download(run, tmp_path):
-    layouts.shapenetpart_normals(tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal")
+    layouts.shapenetpart_normals(
+        tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal"
+    )
     store, out = tmp_path / "store", tmp_path / "run"
-    run("prepare", tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal", "--out", store, "--workers", 1)
+    run(
+        "prepare",
+        tmp_path / "shapenetcore_partanno_segmentation_benchmark_v0_normal",
+        "--out",
+        store,
+        "--workers",
+        1,
+    )
     recipe = RECIPES / "shapenetpart.yaml"
-    run("segment", "--recipe", recipe, "--data", store, "--out", out, "--max-steps", 2, "--batch-size", 2)
+    run(
+        "segment",
+        "--recipe",
+        recipe,
+        "--data",
+        store,
+        "--out",
+        out,
+        "--max-steps",
+        2,
+        "--batch-size",
+        2,
+    )
     result = json.loads((out / "results.json").read_text())
     assert set(result["metrics"]) == {"instance_miou", "category_miou", "point_accuracy"}
     assert result["data"]["train"] == 1
@@ -142,7 +218,9 @@ def test_the_published_folds_are_run_as_they_are(run, tmp_path):
     for fold in range(2):
         items = {
             part: [
-                (rng.normal(size=(8192, 6)).astype(np.float32), label, 0) for label in range(5) for _ in range(count)
+                (rng.normal(size=(8192, 6)).astype(np.float32), label, 0)
+                for label in range(5)
+                for _ in range(count)
             ]
             for part, count in (("train", 10), ("test", 20))
         }
@@ -152,7 +230,18 @@ def test_the_published_folds_are_run_as_they_are(run, tmp_path):
     store = tmp_path / "store"
     run("prepare", tmp_path / "ModelNetFewshot", "--out", store, "--points", 512, "--workers", 1)
     recipe = RECIPES / "modelnet40-fewshot.yaml"
-    sizes = ["--preset", "tiny", "--num-points", 512, "--num-groups", 32, "--folds", 2, "--max-steps", 2]
+    sizes = [
+        "--preset",
+        "tiny",
+        "--num-points",
+        512,
+        "--num-groups",
+        32,
+        "--folds",
+        2,
+        "--max-steps",
+        2,
+    ]
     run("fewshot", "--recipe", recipe, "--data", store, "--out", tmp_path / "run", *sizes)
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(result["details"]["folds"]) == 2
@@ -160,7 +249,9 @@ def test_the_published_folds_are_run_as_they_are(run, tmp_path):
     assert "Point-MAE" in run("results", tmp_path / "run")
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES / "compare").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_the_grids_resolve(path):
     """Every arm with every seed and rate: settings are known, and can be trained."""
     grid = read_grid(path, {"data": ["synthetic:40"]}, BASELINES)
@@ -170,7 +261,8 @@ def test_the_grids_resolve(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment", "head-first-classify"]
+    "name",
+    ["modelnet40-1k", "modelnet40-8k", "tiny-classify", "tiny-segment", "head-first-classify"],
 )
 def test_the_other_downstream_recipes_resolve(name):
     recipe = read_recipe(RECIPES / f"{name}.yaml")

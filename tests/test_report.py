@@ -28,11 +28,23 @@ from jepa3d.plain import to_dict
 from jepa3d.report import report
 from jepa3d.training.pretrain import pretrain
 
-NAMES = ["<b>&", "$x$ 'y'", "_cone"]  # what must not become a tag, a formula, or disappear from a legend
+NAMES = [
+    "<b>&",
+    "$x$ 'y'",
+    "_cone",
+]  # what must not become a tag, a formula, or disappear from a legend
 ENCODER = {
-    "embed_dim": 16, "depth": 2, "num_heads": 2, "num_groups": 8, "group_size": 8, "num_points": 64, "tokenizer_dim": 8
-}  # fmt: skip
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 8,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+}
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Page(HTMLParser):
@@ -48,7 +60,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.references += [
+            value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
+        ]
         if tag in self.words:
             self.words[tag].append("")
         if tag == "tr":
@@ -73,7 +87,10 @@ class Page(HTMLParser):
 
     @property
     def pictures(self) -> list[np.ndarray]:
-        pngs = [base64.b64decode(value.removeprefix("data:image/png;base64,")) for value in self.references]
+        pngs = [
+            base64.b64decode(value.removeprefix("data:image/png;base64,"))
+            for value in self.references
+        ]
         return [matplotlib.image.imread(io.BytesIO(png)) for png in pngs]
 
 
@@ -97,17 +114,32 @@ def log(run: Path, lines: list[dict]) -> None:
     write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-# ------------------------------------------------------------------------------------------------- runs to report
+# ----------------------------------------------------------------------------------- runs to report
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, tiny) -> Path:
     """A real run of 3D-JEPA with a stage I, and the result of a probe."""
-    run = pretrain(tiny(teacher=["ema", "generative"], seed=5), tmp_path_factory.mktemp("runs") / "a <i> & run")
-    means = {"logistic": {"mean": 61.24, "std": 1.26, "runs": 3}, "knn": {"mean": 50.0, "std": None, "runs": 1}}
+    run = pretrain(
+        tiny(teacher=["ema", "generative"], seed=5), tmp_path_factory.mktemp("runs") / "a <i> & run"
+    )
+    means = {
+        "logistic": {"mean": 61.24, "std": 1.26, "runs": 3},
+        "knn": {"mean": 50.0, "std": None, "runs": 1},
+    }
     probe = {
-        "data": {"name": "B&B.npz", "labels": "labels_coarse", "train": 40, "test": 20, "classes": 3},
-        "pooling": "mean_max", "layer": "best on validation", "selection": "C on validation", "seeds": [0, 1, 2],
-        "seen_in_pretraining": True, "summary": {"untrained": means, "pretrained": means, "gain": means},
-    }  # fmt: skip
+        "data": {
+            "name": "B&B.npz",
+            "labels": "labels_coarse",
+            "train": 40,
+            "test": 20,
+            "classes": 3,
+        },
+        "pooling": "mean_max",
+        "layer": "best on validation",
+        "selection": "C on validation",
+        "seeds": [0, 1, 2],
+        "seen_in_pretraining": True,
+        "summary": {"untrained": means, "pretrained": means, "gain": means},
+    }
     write(run / "probe-B.json", probe)
     return run
 
@@ -121,23 +153,50 @@ def copied(pretrained, tmp_path) -> Path:
 def downstream(run: Path, config: FinetuneConfig, task: str, **result) -> Path:
     """What every fine-tuning run has; `result` goes into results.json."""
     write(run / "config.json", {"task": task} | to_dict(config))
-    record = provenance() | {"status": "finished", "data": {"name": "D & co", "fingerprint": "f00d", "shapes": 32}}
+    record = provenance() | {
+        "status": "finished",
+        "data": {"name": "D & co", "fingerprint": "f00d", "shapes": 32},
+    }
     cost = {"step": 9, "cpu_seconds": 90.0, "wall_seconds": 60.0, "peak_memory": 2**29}
-    write(run / "run.json", record | {"command": "jepa3d <command>", "parameters": {"model": 1_500_000}, "cost": cost})
+    write(
+        run / "run.json",
+        record | {"command": "jepa3d <command>", "parameters": {"model": 1_500_000}, "cost": cost},
+    )
     log(
         run,
         [
-            {"step": i, "loss": 3 / i, "accuracy": 20.0 * i} | ({"validation": 9.0 * i} if i > 2 else {})
+            {"step": i, "loss": 3 / i, "accuracy": 20.0 * i}
+            | ({"validation": 9.0 * i} if i > 2 else {})
             for i in (1, 2, 3, 4)
         ],
     )
     common = {
-        "task": task, "protocol": "fine-tuned, all weights", "init": "runs/<pre>", "seed": 7, "votes": 1,
-        "pretraining": {"objective": "jepa", "teacher": ["ema"], "seed": 3, "data": {"name": "P&Q"}, "cost": {}},
-        "data": {"name": "D & co", "variant": "obj_bg", "classes": 3, "train": 20, "validation": 5, "test": 16,
-                 "labels": 0.5},
-        "selection": "validation", "validation": None, "cost": cost, "settings": {},
-    }  # fmt: skip
+        "task": task,
+        "protocol": "fine-tuned, all weights",
+        "init": "runs/<pre>",
+        "seed": 7,
+        "votes": 1,
+        "pretraining": {
+            "objective": "jepa",
+            "teacher": ["ema"],
+            "seed": 3,
+            "data": {"name": "P&Q"},
+            "cost": {},
+        },
+        "data": {
+            "name": "D & co",
+            "variant": "obj_bg",
+            "classes": 3,
+            "train": 20,
+            "validation": 5,
+            "test": 16,
+            "labels": 0.5,
+        },
+        "selection": "validation",
+        "validation": None,
+        "cost": cost,
+        "settings": {},
+    }
     write(run / "results.json", common | result)
     return run
 
@@ -147,9 +206,11 @@ def shapes(tmp_path_factory) -> dict[str, np.ndarray]:
     """Path and arrays of a bundle of 48 labelled shapes, 16 of them its test part."""
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     arrays = {
-        "points": make_shapes(48, 96, seed=1)["points"], "labels": np.arange(48) // 3 % 3,
-        "split": np.tile([0, 0, 1], 16).astype(np.int8), "class_names": np.array(NAMES),
-    }  # fmt: skip
+        "points": make_shapes(48, 96, seed=1)["points"],
+        "labels": np.arange(48) // 3 % 3,
+        "split": np.tile([0, 0, 1], 16).astype(np.int8),
+        "class_names": np.array(NAMES),
+    }
     np.savez(path, **arrays)
     return {"path": str(path)} | arrays
 
@@ -158,11 +219,24 @@ def shapes(tmp_path_factory) -> dict[str, np.ndarray]:
 def classified(tmp_path, shapes) -> Path:
     torch.manual_seed(0)
     config = FinetuneConfig(data=shapes["path"], lr=0.123, init="runs/<pre>")
-    per_class = {name: {"accuracy": 10.0 * i + 0.25, "count": 5 + i} for i, name in enumerate(NAMES)}
-    details = {"per_class": per_class, "confusion": [[4, 1, 0], [0, 3, 3], [0, 0, 5]], "class_names": NAMES}
+    per_class = {
+        name: {"accuracy": 10.0 * i + 0.25, "count": 5 + i} for i, name in enumerate(NAMES)
+    }
+    details = {
+        "per_class": per_class,
+        "confusion": [[4, 1, 0], [0, 3, 3], [0, 0, 5]],
+        "class_names": NAMES,
+    }
     metrics = {"overall_accuracy": 75.0, "mean_class_accuracy": 71.5}
     validation = {"overall_accuracy": 80.5, "mean_class_accuracy": 79.5}
-    run = downstream(tmp_path / "cls", config, "classify", metrics=metrics, details=details, validation=validation)
+    run = downstream(
+        tmp_path / "cls",
+        config,
+        "classify",
+        metrics=metrics,
+        details=details,
+        validation=validation,
+    )
     network = Classifier(ENCODER, NAMES).eval()
     network.save_pretrained(run / "model")
     PointEncoder(**ENCODER).save_pretrained(run / "start")
@@ -184,21 +258,32 @@ def segmented(tmp_path) -> Path:
     return run
 
 
-# ------------------------------------------------------------------------------------------------- pretraining
+# -------------------------------------------------------------------------------------- pretraining
 def test_a_pretraining_run_is_told_whole(pretrained):
     page, record = read(pretrained), json.loads((pretrained / "run.json").read_text())
     assert page.words["h1"] == ["a <i> & run finished"]
     assert page.words["h2"] == [
-        "Frozen features on B&B.npz, labels_coarse", "Training", "Collapse", "Sampled blocks",
-        "Departures from the paper", "Provenance", "Settings",
-    ]  # fmt: skip
+        "Frozen features on B&B.npz, labels_coarse",
+        "Training",
+        "Collapse",
+        "Sampled blocks",
+        "Departures from the paper",
+        "Provenance",
+        "Settings",
+    ]
     assert len(page.pictures) == 3  # curves of the run and of its stage I, blocks
     assert ["pretrained", "61.2 ± 1.3", "50.0"] in page.rows
     assert ["pretrained - untrained", "+61.2 ± 1.3", "+50.0"] in page.rows
-    assert "seeds 0, 1, 2. Selection: C on validation. The test part was among the (unlabelled)" in page.text
+    assert (
+        "seeds 0, 1, 2. Selection: C on validation. The test part was among the (unlabelled)"
+        in page.text
+    )
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])
     assert any(f"torch {torch.__version__}" in value for value in page.words["dd"])
-    assert any("6 steps, " in value and "CPU-minutes before that: stage I" in value for value in page.words["dd"])
+    assert any(
+        "6 steps, " in value and "CPU-minutes before that: stage I" in value
+        for value in page.words["dd"]
+    )
     for name, (ours, paper) in record["departures"].items():
         assert [name, show(ours), show(paper)] in page.rows
     assert ["seed", "5", "0"] in page.rows  # not the paper's affair, but no default
@@ -210,8 +295,14 @@ def test_a_pretraining_run_is_told_whole(pretrained):
 def test_collapse_figures_are_those_of_the_last_step(pretrained):
     last = figures.read_metrics(pretrained)[-1]
     rows = {row[0]: row[1:] for row in read(pretrained).rows if len(row) == 4}
-    for words, name in (("predictions", "prediction"), ("targets", "target"), ("encoder's tokens", "encoded")):
-        assert rows[words] == [f"{last[f'{name}_{figure}']:.3g}" for figure in ("std", "cosine", "rankme")]
+    for words, name in (
+        ("predictions", "prediction"),
+        ("targets", "target"),
+        ("encoder's tokens", "encoded"),
+    ):
+        assert rows[words] == [
+            f"{last[f'{name}_{figure}']:.3g}" for figure in ("std", "cosine", "rankme")
+        ]
 
 
 def test_data_that_went_away_costs_a_picture_only(copied, bundle):
@@ -219,7 +310,9 @@ def test_data_that_went_away_costs_a_picture_only(copied, bundle):
     write(copied / "config.json", config | {"data": ["/no/such/<file>.npz"]})
     page = read(copied)
     assert len(page.pictures) == 2
-    assert any(text.startswith("Left out: /no/such/<file>.npz: no such file") for text in page.words["p"])
+    assert any(
+        text.startswith("Left out: /no/such/<file>.npz: no such file") for text in page.words["p"]
+    )
     assert len(read(copied, data=bundle).pictures) == 3
 
 
@@ -246,32 +339,46 @@ def test_other_objectives_have_no_blocks(copied, objective):
 
 def test_an_unfinished_run_has_a_report(copied):
     record = json.loads((copied / "run.json").read_text())
-    write(copied / "run.json", {k: v for k, v in record.items() if k != "cost"} | {"status": "running"})
+    write(
+        copied / "run.json",
+        {k: v for k, v in record.items() if k != "cost"} | {"status": "running"},
+    )
     cost = {"step": 4, "cpu_seconds": 30, "wall_seconds": 60, "peak_memory": 2**30}
     write(copied / "checkpoints" / "step-0000004" / "state.json", cost)
     lines = (copied / "metrics.jsonl").read_text()
     write(copied / "metrics.jsonl", lines + '{"step": 7, "lo')  # being written
     page = read(copied)
     assert page.words["h1"] == ["copy running"]
-    assert "4 steps, 0.5 CPU-minutes, 1.0 minutes, 1.00 GiB of memory at the peak" in page.words["dd"]
+    assert (
+        "4 steps, 0.5 CPU-minutes, 1.0 minutes, 1.00 GiB of memory at the peak" in page.words["dd"]
+    )
     (copied / "metrics.jsonl").unlink()
     shutil.rmtree(copied / "stage1")
     assert "No step has been logged." in read(copied).words["p"]
 
 
-# ------------------------------------------------------------------------------------------------- downstream
+# --------------------------------------------------------------------------------------- downstream
 def test_a_classifier_is_told_whole(classified):
     page = read(classified)
     features = "Features before and after fine-tuning"
     assert page.words["h2"] == ["Result", "Classes", features, "Training", "Provenance", "Settings"]
     assert len(page.pictures) == 3  # confusion, t-SNE, curves
-    assert "75.0 %16 test shapes, standard error 10.8; validation 80.5 %" in page.text  # sqrt(75 * 25 / 16)
+    assert (
+        "75.0 %16 test shapes, standard error 10.8; validation 80.5 %" in page.text
+    )  # sqrt(75 * 25 / 16)
     assert "71.5 %16 test shapes; validation 79.5 %" in page.text
     facts = {
-        "fine-tuned, all weights", "the epoch was chosen on validation; the test part was used once", "runs/<pre>",
-        "objective jepa; teacher ema; data P&Q; seed 3", "D & co, obj_bg", "20 train, 5 validation, 16 test", "50 %",
-        "7", "9 steps, 1.5 CPU-minutes, 1.0 minutes, 0.50 GiB of memory at the peak", "model 1.50 M",
-    }  # fmt: skip
+        "fine-tuned, all weights",
+        "the epoch was chosen on validation; the test part was used once",
+        "runs/<pre>",
+        "objective jepa; teacher ema; data P&Q; seed 3",
+        "D & co, obj_bg",
+        "20 train, 5 validation, 16 test",
+        "50 %",
+        "7",
+        "9 steps, 1.5 CPU-minutes, 1.0 minutes, 0.50 GiB of memory at the peak",
+        "model 1.50 M",
+    }
     assert facts <= set(page.words["dd"])
     assert ["<b>&", "5", "0.2"] in page.rows
     assert [NAMES[1], NAMES[2], "3", "50 %"] in page.rows  # the most frequent mistake
@@ -284,11 +391,16 @@ def test_a_choice_on_test_is_marked(classified):
     result = json.loads((classified / "results.json").read_text())
     write(classified / "results.json", result | {"selection": "best on test"})
     page = read(classified)
-    assert any(text.startswith("The epoch was chosen on the test part: compare only") for text in page.words["p"])
+    assert any(
+        text.startswith("The epoch was chosen on the test part: compare only")
+        for text in page.words["p"]
+    )
     assert "class='warning'" in (classified / "report.html").read_text()
 
 
-def test_features_are_drawn_only_of_the_shapes_that_were_tested(classified, bundle, shapes, tmp_path):
+def test_features_are_drawn_only_of_the_shapes_that_were_tested(
+    classified, bundle, shapes, tmp_path
+):
     moved = tmp_path / "moved.npz"
     shutil.copy(shapes["path"], moved)
     config = json.loads((classified / "config.json").read_text())
@@ -297,7 +409,11 @@ def test_features_are_drawn_only_of_the_shapes_that_were_tested(classified, bund
     assert len(page.pictures) == 2
     assert any(text.startswith("Left out: ") and "no such file" in text for text in page.words["p"])
     assert len(read(classified, data=str(moved)).pictures) == 3
-    np.savez(moved, **{name: shapes[name] for name in ("points", "labels", "class_names")}, split=1 - shapes["split"])
+    np.savez(
+        moved,
+        **{name: shapes[name] for name in ("points", "labels", "class_names")},
+        split=1 - shapes["split"],
+    )
     with pytest.raises(ValueError, match="not what the run was tested on"):
         report(classified, data=str(moved))
 
@@ -334,7 +450,7 @@ def test_an_unfinished_fine_tuning_has_a_report(classified):
     assert len(page.pictures) == 1
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 def test_the_pictures_are_there_as_files_too(segmented, tmp_path):
     shown = report(segmented, figures_to=tmp_path / "figures").read_text().count("<img ")
     files = sorted((tmp_path / "figures").iterdir())
@@ -353,7 +469,10 @@ def test_the_command_writes_where_it_is_told(pretrained, tmp_path, capsys):
 def test_mistakes_are_one_line(pretrained, tmp_path, capsys):
     for words, message in (
         ([tmp_path], "not a run folder, it has no config.json"),
-        ([pretrained, "--out", tmp_path / "no" / "page.html"], "names an .html file in a folder that exists"),
+        (
+            [pretrained, "--out", tmp_path / "no" / "page.html"],
+            "names an .html file in a folder that exists",
+        ),
         ([pretrained, "--out", tmp_path], "names an .html file in a folder that exists"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -364,13 +483,16 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys):
         assert printed.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------- parts of a page
+# ---------------------------------------------------------------------------------- parts of a page
 def test_every_text_is_escaped():
     bad = "<script>&'\""
     made = [
-        note(bad), tiles([(bad, bad, bad)]), facts({bad: bad, "list": [bad]}), table([bad], [[bad]], strong=bad),
+        note(bad),
+        tiles([(bad, bad, bad)]),
+        facts({bad: bad, "list": [bad]}),
+        table([bad], [[bad]], strong=bad),
         picture(lambda file: figures.draw_confusion(np.eye(2, dtype=int), [bad, bad], file), bad),
-    ]  # fmt: skip
+    ]
     for text in made:
         assert "<script" not in text
         assert html.escape(bad) in text
@@ -378,8 +500,15 @@ def test_every_text_is_escaped():
 
 def test_values_and_bars():
     assert [show(value) for value in (None, "", True, 1e-06, 0.05, 300.0, [1, None], "x")] == [
-        "-", "-", "yes", "1e-06", "0.05", "300", "1, -", "x",
-    ]  # fmt: skip
+        "-",
+        "-",
+        "yes",
+        "1e-06",
+        "0.05",
+        "300",
+        "1, -",
+        "x",
+    ]
     widths = re.findall(r"--at:([\d.]+)%", table([""], [[Bar(12.34)], [Bar(-1)], [Bar(101)]]))
     assert widths == ["12.3", "0.0", "100.0"]
 
@@ -402,9 +531,14 @@ def test_tsne_is_repeatable_and_takes_many_classes():
 
 
 def test_predicted_parts_are_drawn_as_predicted(tmp_path):
-    points, parts = np.random.default_rng(0).normal(size=(3, 60, 3)), np.arange(180).reshape(3, 60) % 3
+    points, parts = (
+        np.random.default_rng(0).normal(size=(3, 60, 3)),
+        np.arange(180).reshape(3, 60) % 3,
+    )
     titles = ["$a$", "_b", "c"]
-    same, other = (drawn(figures.draw_parts, points, parts, given, titles) for given in (parts, parts[:, ::-1]))
+    same, other = (
+        drawn(figures.draw_parts, points, parts, given, titles) for given in (parts, parts[:, ::-1])
+    )
     assert same != other
     figures.draw_parts(points, parts, parts, titles, tmp_path / "parts.png")
     assert (tmp_path / "parts.png").read_bytes() == same
@@ -417,18 +551,30 @@ def test_curves_of_nothing_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------- a browser
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+# ---------------------------------------------------------------------------------------- a browser
+@pytest.mark.skipif(
+    BROWSER is None, reason="no chromium, chromium-browser or google-chrome on PATH"
+)
 def test_a_browser_shows_the_page_on_a_screen_and_a_telephone(classified, tmp_path):
     page = report(classified)
 
     def browse(file: Path, *options: str) -> str:
         command = [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-            *options, file.as_uri(),
-        ]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-sync",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            *options,
+            file.as_uri(),
+        ]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=True
+        ).stdout
 
     shown = browse(page, "--dump-dom")
     headings = [html.unescape(text) for text in re.findall(r"<h2>(.*?)</h2>", shown)]
@@ -440,7 +586,8 @@ def test_a_browser_shows_the_page_on_a_screen_and_a_telephone(classified, tmp_pa
     assert image.shape[1] == 1000
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50  # text, tiles, bars and pictures
 
-    # The page in a frame as wide as a telephone must not scroll sideways, pictures and tables within it may.
+    # The page in a frame as wide as a telephone must not scroll sideways, pictures and tables
+    # within it may.
     frame = f'<iframe width=360 height=700 srcdoc="{html.escape(page.read_text())}"></iframe>'
     measure = "onload = () => document.title = document.querySelector('iframe').contentDocument.body.scrollWidth"
     write(tmp_path / "telephone.html", f"{frame}<script>{measure}</script>")

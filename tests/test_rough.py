@@ -1,4 +1,6 @@
-"""The short form of benchmarks/rough.py: some kills, two writers and damaged files, drawn with a seed."""
+"""The short form of benchmarks/rough.py: some kills, two writers and damaged files, drawn with a
+seed.
+"""
 
 import subprocess
 import sys
@@ -19,5 +21,7 @@ ROUGH = Path(__file__).parent.parent / "benchmarks" / "rough.py"
     ids=["kills", "damage"],
 )
 def test_nothing_is_lost_and_nothing_blocks(words):
-    done = subprocess.run([sys.executable, str(ROUGH), "--seed", "1", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROUGH), "--seed", "1", *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,13 +1,17 @@
 """Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).
 
-The names of this module are imported when they are first used (PEP 562): torch alone takes over a second to import,
-and `jepa3d --help` needs none of it.
+The names of this module are imported when they are first used (PEP 562): torch alone takes over a
+second to import, and `jepa3d --help` needs none of it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["PointEncoder", "embed", "load"]  # not Embedder: `from jepa3d import *` would need the extra `search`
+__all__ = [
+    "PointEncoder",
+    "embed",
+    "load",
+]  # not Embedder: `from jepa3d import *` would need the extra `search`
 
 _MODULES = {
     "Embedder": "jepa3d.inference.embedder",
@@ -26,7 +30,10 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
 else:
 
     def __getattr__(name: str):
-        """Import a public name on its first use; `__version__` is that of the installed distribution."""
+        """Import a public name on its first use;
+
+        `__version__` is that of the installed distribution.
+        """
         if name == "__version__":
             from importlib.metadata import version
 

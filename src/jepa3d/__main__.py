@@ -1,4 +1,7 @@
-"""The command line as a module: `python -m jepa3d`, and on several processes `torchrun -m jepa3d`."""
+"""The command line as a module:
+
+`python -m jepa3d`, and on several processes `torchrun -m jepa3d`.
+"""
 
 import sys
 

@@ -1,7 +1,9 @@
-"""Every setting, once. The defaults are the paper's (docs/method.md); presets and recipes override them.
+"""Every setting, once. The defaults are the paper's (docs/method.md); presets and recipes override
+them.
 
-Order of precedence: command-line flags, then the recipe (YAML), then the preset, then these defaults.
-`within(default, range)` is the default of a number (or of each number of a tuple) and the range it must lie in.
+Order of precedence: command-line flags, then the recipe (YAML), then the preset, then these
+defaults. `within(default, range)` is the default of a number (or of each number of a tuple) and the
+range it must lie in.
 """
 
 import json
@@ -40,7 +42,9 @@ class SamplerConfig:
     context_ratio: tuple[float, float] | None = within(None, "(0, 1] rising")
     min_context: int = within(4, "[1, 65536]")
     mask_ratio: float = within(0.25, "(0, 1)")  # of the random and one-block samplers
-    masks: int = within(1, "[1, 256]")  # drawn per cloud and step; the teacher encodes the cloud once for all of them
+    masks: int = within(
+        1, "[1, 256]"
+    )  # drawn per cloud and step; the teacher encodes the cloud once for all of them
 
 
 @dataclass(frozen=True)
@@ -51,21 +55,37 @@ class DecoderConfig:
     cross_attention: bool = True
     stacked: bool = False
     isolated: bool = False  # mask tokens see the context only, not each other
-    ranks: bool = False  # the decoder is told the order of the tokens along each axis, not their coordinates
+    ranks: bool = (
+        False  # the decoder is told the order of the tokens along each axis, not their coordinates
+    )
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """What is compared: one cosine a token or a block, of a teacher's tokens as they are or normalised."""
+    """What is compared: one cosine a token or a block, of a teacher's tokens as they are or
+    normalised.
+    """
 
     unit: Literal["token", "block"] = "token"
-    norm: Literal["none", "layernorm", "center", "standardize"] = "standardize"  # the paper names none: deviation 8
-    layers: int = within(1, "[1, 200]")  # the teacher's last blocks whose normalised outputs are averaged
-    cache: bool = False  # frozen teachers are asked once a shape, before training, not in every step
+    norm: Literal["none", "layernorm", "center", "standardize"] = (
+        "standardize"  # the paper names none: deviation 8
+    )
+    layers: int = within(
+        1, "[1, 200]"
+    )  # the teacher's last blocks whose normalised outputs are averaged
+    cache: bool = (
+        False  # frozen teachers are asked once a shape, before training, not in every step
+    )
     project: bool = False  # the paper's literal form: the same FC on the target too
-    momentum: tuple[float, float] = within((0.996, 1.0), "[0, 1]")  # of the EMA teacher, first and last step
-    view: float = within(0.0, "[0, 1000]")  # weight of the view term: predict the teacher's vector of the whole cloud
-    sigreg: float = within(0.0, "[0, 1)")  # weight of SIGReg on the student's tokens; needed without a teacher
+    momentum: tuple[float, float] = within(
+        (0.996, 1.0), "[0, 1]"
+    )  # of the EMA teacher, first and last step
+    view: float = within(
+        0.0, "[0, 1000]"
+    )  # weight of the view term: predict the teacher's vector of the whole cloud
+    sigreg: float = within(
+        0.0, "[0, 1)"
+    )  # weight of SIGReg on the student's tokens; needed without a teacher
     num_slices: int = within(256, "[1, 65536]")  # random directions of SIGReg
 
 
@@ -80,7 +100,9 @@ class Schedule:
     clip_grad: float = within(10.0, "(0, 1e9]")
     batch_size: int = within(128, "[1, 1e6]")
     epochs: float = within(300, "(0, 1e6]")
-    max_steps: int | None = within(None, "[1, 1e9]")  # ends the schedule here instead of after `epochs`
+    max_steps: int | None = within(
+        None, "[1, 1e9]"
+    )  # ends the schedule here instead of after `epochs`
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
@@ -98,15 +120,24 @@ class RunConfig(Schedule):
     scale: tuple[float, float] = within((0.8, 1.2), "(0, 1000] rising")  # augmentation, per axis
     rotate: bool = True  # augmentation, about the up axis
     translate: float = within(0.0, "[0, 1000]")  # augmentation, reach along each axis
-    # auto: bf16 on GPUs that have it and processors with AMX, else no; measure: what a trial at the start finds faster
+    # auto: bf16 on GPUs that have it and processors with AMX, else no; measure: what a trial at the
+    # start finds faster
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = "auto"
     compile: Literal["no", "yes", "auto"] = "no"  # transformer blocks by torch.compile
-    accumulate: int = within(1, "[1, 1e6]")  # forward and backward passes a step, each on its share of the batch
-    checkpoint_activations: bool = False  # compute blocks again for their gradient: less memory, more time
+    accumulate: int = within(
+        1, "[1, 1e6]"
+    )  # forward and backward passes a step, each on its share of the batch
+    checkpoint_activations: bool = (
+        False  # compute blocks again for their gradient: less memory, more time
+    )
     log_every: int = within(50, "[1, 1e9]")
     checkpoint_every: int = within(1000, "[1, 1e9]")
-    snapshot_every: int | None = within(None, "[1, 1e9]")  # keep the encoder of every so many, for curves
-    track: str | None = None  # an experiment tracker of Accelerate's beside metrics.jsonl: tensorboard, wandb, ...
+    snapshot_every: int | None = within(
+        None, "[1, 1e9]"
+    )  # keep the encoder of every so many, for curves
+    track: str | None = (
+        None  # an experiment tracker of Accelerate's beside metrics.jsonl: tensorboard, wandb, ...
+    )
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
 
@@ -125,7 +156,9 @@ class DVAEConfig(Schedule):
     folding_dim: int = within(512, "[1, 16384]")
     temperature: tuple[float, float] = within((1.0, 0.0625), "(0, 1000]")
     kl_weight: float = within(0.1, "[0, 1000]")
-    backbone: str | None = None  # folder or Hub id of the frozen ViT between the DGCNNs; None: points only
+    backbone: str | None = (
+        None  # folder or Hub id of the frozen ViT between the DGCNNs; None: points only
+    )
 
 
 @dataclass(frozen=True)
@@ -143,17 +176,29 @@ class InvarianceConfig(Schedule):
     regularizer: Literal["vicreg", "sigreg"] = "sigreg"
     global_views: int = within(2, "[1, 64]")
     partial_views: int = within(2, "[0, 64]")
-    partial_ratio: tuple[float, float] = within((0.3, 0.6), "(0, 1] rising")  # of the points, one draw a batch
+    partial_ratio: tuple[float, float] = within(
+        (0.3, 0.6), "(0, 1] rising"
+    )  # of the points, one draw a batch
     projector_dim: int = within(2048, "[1, 65536]")
     embedding_dim: int = within(64, "[1, 65536]")
-    vicreg: tuple[float, float, float] = within((25.0, 25.0, 1.0), "[0, 1e6]")  # invariance, variance, covariance
+    vicreg: tuple[float, float, float] = within(
+        (25.0, 25.0, 1.0), "[0, 1e6]"
+    )  # invariance, variance, covariance
     sigreg: float = within(0.02, "[0, 1)")  # weight of SIGReg; the invariance has the rest
     num_slices: int = within(256, "[1, 65536]")
 
 
-TEACHERS = ("ema", "untrained", "none")  # need no stage I: the moving average, the frozen first weights, nobody
+TEACHERS = (
+    "ema",
+    "untrained",
+    "none",
+)  # need no stage I: the moving average, the frozen first weights, nobody
 # Objectives whose networks can teach.
-STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = ("dvae", "generative", "invariance")
+STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = (
+    "dvae",
+    "generative",
+    "invariance",
+)
 
 
 @dataclass(frozen=True)
@@ -164,8 +209,12 @@ class PretrainConfig(RunConfig):
     split: Literal["train", "test", "all"] = "train"
     up_axis: tuple[Literal["x", "y", "z"], ...] = ("z",)
     objective: Literal["jepa", "generative", "invariance", "dvae"] = "jepa"
-    teacher: tuple[str, ...] = ("dvae",)  # one or more of TEACHERS, STAGE_ONE, folders and Hub ids, joined
-    init: str | None = None  # the student's first weights: generative, invariance, a folder or Hub id
+    teacher: tuple[str, ...] = (
+        "dvae",
+    )  # one or more of TEACHERS, STAGE_ONE, folders and Hub ids, joined
+    init: str | None = (
+        None  # the student's first weights: generative, invariance, a folder or Hub id
+    )
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -180,7 +229,9 @@ class PretrainConfig(RunConfig):
         return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
-        """The schedule in the group of the run's own objective is the run's; those of other groups are of stage I."""
+        """The schedule in the group of the run's own objective is the run's; those of other groups
+        are of stage I.
+        """
         if self.objective in STAGE_ONE:
             own = replace(getattr(self, self.objective), **_schedule(self))
             object.__setattr__(self, self.objective, own)
@@ -196,9 +247,11 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's, ACT's).
+    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's,
+    ACT's).
 
-    `encoder` is that of a run from scratch; with `init` it is what the loaded encoder was made with.
+    `encoder` is that of a run from scratch; with `init` it is what the loaded encoder was made
+    with.
     """
 
     lr: float = 5e-4
@@ -207,30 +260,47 @@ class FinetuneConfig(RunConfig):
     data: str = ""  # shapes with labels and a test part
     labels_key: str = "labels"  # of a .npz bundle
     up_axis: Literal["x", "y", "z"] = "z"
-    init: str | None = None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
+    init: str | None = (
+        None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
+    )
     num_points: int | None = within(None, "[1, 1e7]")  # a cloud, where not the encoder's own
-    num_groups: int | None = within(None, "[1, 65536]")  # patches a cloud, where not the encoder's own
-    # head: the encoder stays as it is; head_first: a linear head is fitted to it, then all weights are trained
+    num_groups: int | None = within(
+        None, "[1, 65536]"
+    )  # patches a cloud, where not the encoder's own
+    # head: the encoder stays as it is; head_first: a linear head is fitted to it, then all weights
+    # are trained
     trained: Literal["all", "head", "head_first"] = "all"
-    layer_decay: float = within(1.0, "(0, 1]")  # factor of the learning rate from one block to the one before it
+    layer_decay: float = within(
+        1.0, "(0, 1]"
+    )  # factor of the learning rate from one block to the one before it
     dropout: float = within(0.5, "[0, 1)")
     label_smoothing: float = within(0.0, "[0, 1)")
-    labels: float = within(1.0, "(0, 1]")  # share of the train part that is labelled, drawn with the seed, stratified
-    validation: float = within(0.2, "[0, 1)")  # share of these that chooses the epoch; a source's own part wins
-    select: Literal["validation", "last", "best-on-test"] = "validation"  # which epoch's weights are kept
+    labels: float = within(
+        1.0, "(0, 1]"
+    )  # share of the train part that is labelled, drawn with the seed, stratified
+    validation: float = within(
+        0.2, "[0, 1)"
+    )  # share of these that chooses the epoch; a source's own part wins
+    select: Literal["validation", "last", "best-on-test"] = (
+        "validation"  # which epoch's weights are kept
+    )
     votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, logits averaged
 
 
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's, which scales all axes alike)."""
+    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's, which scales all
+    axes alike).
+    """
 
     lr: float = 2e-4
     batch_size: int = 16
     rotate: bool = False
     scale: tuple[float, float] = (0.8, 1.25)
     translate: float = 0.1
-    layers: tuple[int, int, int] | None = within(None, "[0, 200]")  # blocks to join; None: each third
+    layers: tuple[int, int, int] | None = within(
+        None, "[0, 200]"
+    )  # blocks to join; None: each third
 
 
 @dataclass(frozen=True)
@@ -248,43 +318,72 @@ class FewshotConfig(FinetuneConfig):
     method: Literal["finetune", "ncm", "logistic"] = "finetune"  # the last two on frozen features
 
 
-KINDS = {"pretrain": PretrainConfig, "classify": FinetuneConfig, "segment": SegmentConfig, "fewshot": FewshotConfig}
+KINDS = {
+    "pretrain": PretrainConfig,
+    "classify": FinetuneConfig,
+    "segment": SegmentConfig,
+    "fewshot": FewshotConfig,
+}
 # Settings that never change what is learned.
 BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
 SHAPENET55 = 52_470  # shapes in both of its lists
 
-# A preset changes sizes. `tiny` is for runs of minutes: rates, and what 3D-JEPA predicts, are those that learned most
-# in them (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective at its sizes.
+# A preset changes sizes. `tiny` is for runs of minutes: rates, and what 3D-JEPA predicts, are those
+# that learned most in them (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective
+# at its sizes.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "tiny": {
         "teacher": ["ema", "untrained"],
         "rotate": False,
         "sampler": {"name": "random", "mask_ratio": 0.6},
-        "batch_size": 32, "epochs": 60, "warmup_epochs": 2,
+        "batch_size": 32,
+        "epochs": 60,
+        "warmup_epochs": 2,
         "encoder": {
-            "embed_dim": 96, "depth": 4, "num_heads": 4, "num_groups": 32, "group_size": 16, "num_points": 512,
-            "tokenizer_dim": 64, "drop_path": 0.0,
+            "embed_dim": 96,
+            "depth": 4,
+            "num_heads": 4,
+            "num_groups": 32,
+            "group_size": 16,
+            "num_points": 512,
+            "tokenizer_dim": 64,
+            "drop_path": 0.0,
         },
         "generative": {"batch_size": 32, "epochs": 60, "warmup_epochs": 2},
         "invariance": {
-            "batch_size": 32, "epochs": 30, "warmup_epochs": 2,
-            "projector_dim": 256, "embedding_dim": 64, "num_slices": 64,
+            "batch_size": 32,
+            "epochs": 30,
+            "warmup_epochs": 2,
+            "projector_dim": 256,
+            "embedding_dim": 64,
+            "num_slices": 64,
         },
         "target": {"layers": 4, "num_slices": 64},  # slices of SIGReg, where it is on
         "dvae": {
-            "lr": 2e-3, "kl_weight": 0.01, "batch_size": 32, "epochs": 15, "warmup_epochs": 1, "num_points": 512,
-            "width": 96, "num_codes": 512, "tokenizer_dim": 64, "dgcnn_dim": 32, "folding_dim": 128,
+            "lr": 2e-3,
+            "kl_weight": 0.01,
+            "batch_size": 32,
+            "epochs": 15,
+            "warmup_epochs": 1,
+            "num_points": 512,
+            "width": 96,
+            "num_codes": 512,
+            "tokenizer_dim": 64,
+            "dgcnn_dim": 32,
+            "folding_dim": 128,
         },
     },
     "base": {"encoder": {"embed_dim": 768, "num_heads": 12}},
-}  # fmt: skip
+}
 
 
 def preset(name: str) -> dict:
     """The overrides of a preset. ValueError names the nearest one."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}")
+        raise ValueError(
+            f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}"
+        )
     return PRESETS[name]
 
 
@@ -297,28 +396,42 @@ def finetune_preset(name: str) -> dict:
 def resolve(*layers: dict) -> PretrainConfig:
     """The configuration that layers of overrides give, weakest first.
 
-    A schedule is written for each objective (`max_steps` is 3D-JEPA's, `generative.max_steps` the autoencoder's): in
-    every layer that of the run's objective is the run's.
+    A schedule is written for each objective (`max_steps` is 3D-JEPA's, `generative.max_steps` the
+    autoencoder's): in every layer that of the run's objective is the run's.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     defaults = {objective: to_dict(PretrainConfig())[objective]} if objective in STAGE_ONE else {}
-    return from_dict(PretrainConfig, merge({}, *(_one_schedule(layer, objective) for layer in (defaults, *layers))))
+    return from_dict(
+        PretrainConfig,
+        merge({}, *(_one_schedule(layer, objective) for layer in (defaults, *layers))),
+    )
 
 
 def _one_schedule(layer: dict, objective: str) -> dict:
     own = layer.get(objective)
-    return layer | {key: own[key] for key in SCHEDULE if key in own} if isinstance(own, dict) else layer
+    return (
+        layer | {key: own[key] for key in SCHEDULE if key in own}
+        if isinstance(own, dict)
+        else layer
+    )
 
 
 def stored(run: Path) -> dict:
-    """Settings of a run folder, as in its config.json; one younger than the run is as it was then. ValueError."""
+    """Settings of a run folder, as in its config.json; one younger than the run is as it was then.
+
+    ValueError.
+    """
     file = run / "config.json"
     try:
         values = json.loads(file.read_text())
-        if values.get("mixed_precision") == "auto":  # of an older version: a trial. Now a run writes what auto came to
+        if (
+            values.get("mixed_precision") == "auto"
+        ):  # of an older version: a trial. Now a run writes what auto came to
             values["mixed_precision"] = "measure"
         task = {"task": values.pop("task")} if "task" in values else {}
-        kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]  # folds too are few-shot's
+        kind = (
+            FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]
+        )  # folds too are few-shot's
         values = merge({"encoder": {"qkv_bias": True}}, values)  # so it was before it had a name
         return task | to_dict(from_dict(kind, values) if task else resolve(values))
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -326,12 +439,21 @@ def stored(run: Path) -> dict:
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
-    """Settings of a run on `num_shapes` shapes that depart from the paper's, as dotted name -> (here, paper).
+    """Settings of a run on `num_shapes` shapes that depart from the paper's, as dotted name ->
+    (here, paper).
 
-    The paper's: ShapeNet55, all shapes, 150 or 300 epochs. Logging, seed and up axis are not the method's.
+    The paper's: ShapeNet55, all shapes, 150 or 300 epochs. Logging, seed and up axis are not the
+    method's.
     """
-    defaults = to_dict(resolve({"objective": config.objective}))  # a rival's schedule is compared with its own
-    paper = defaults | {"objective": "jepa", "data": ["ShapeNet55"], "split": "all", "mixed_precision": "no"}
+    defaults = to_dict(
+        resolve({"objective": config.objective})
+    )  # a rival's schedule is compared with its own
+    paper = defaults | {
+        "objective": "jepa",
+        "data": ["ShapeNet55"],
+        "split": "all",
+        "mixed_precision": "no",
+    }
     paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
     unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []

@@ -14,7 +14,8 @@ DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
 
 
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
-    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; an interrupted demo goes on.
+    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; an interrupted demo goes
+    on.
 
     Raises ValueError when `out` is something else than a demo's folder.
     """
@@ -34,5 +35,7 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     result = probe([run], source, protocols=("logistic", "logistic_10", "knn"))
     show(result)
     write_json(out / "probe.json", result)
-    files = ", ".join(os.path.join(out, name) for name in ("blocks.png", "curves.png", "probe.json"))
+    files = ", ".join(
+        os.path.join(out, name) for name in ("blocks.png", "curves.png", "probe.json")
+    )
     print(f"written: {files}; the encoder: {run / 'encoder'}")

@@ -29,23 +29,38 @@ def describe(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Print what `path` is; `picture` is where a contact sheet of shapes goes. Raises ValueError for anything else."""
+    """Print what `path` is;
+
+    `picture` is where a contact sheet of shapes goes. Raises ValueError for anything else.
+    """
     if path is None:
         _installation()
     elif (Path(path) / "run.json").is_file():
         _run(Path(path))
-    elif any((Path(path) / folder / "config.json").is_file() for folder in ("", "model", "encoder")):
+    elif any(
+        (Path(path) / folder / "config.json").is_file() for folder in ("", "model", "encoder")
+    ):
         _network(Path(path))
     elif (Path(path) / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
     else:
-        clouds = load([path], 512 if path.startswith("synthetic") else 1, "all", [up_axis], labels_key, raw=True)
+        clouds = load(
+            [path],
+            512 if path.startswith("synthetic") else 1,
+            "all",
+            [up_axis],
+            labels_key,
+            raw=True,
+        )
         _shapes(clouds)
         if verify:
             print("every cloud was read: none has NaN or infinite coordinates")
         if picture:
             rows = _spread(clouds.labels, len(clouds))
-            titles = [clouds.class_names[clouds.labels[i]] if clouds.labels is not None else str(i) for i in rows]
+            titles = [
+                clouds.class_names[clouds.labels[i]] if clouds.labels is not None else str(i)
+                for i in rows
+            ]
             draw_contact_sheet([clouds.points[i] for i in rows], titles, picture)
             print(f"written: {picture}")
 
@@ -67,14 +82,21 @@ def _run(run: Path) -> None:
     """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
     config, record = stored(run), read_record(run)
     data, cost, task = record["data"], record.get("cost"), config.get("task", "pretrain")
-    print(f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}")
+    print(
+        f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}"
+    )
     print(f"data: {data['name']}, {data['shapes']:,} shapes, sha256 {data['fingerprint'][:16]}")
     if task != "pretrain":
         print(f"begins with: {config['init'] or 'random weights'}")
     if counts := record.get("parameters"):
-        print("parameters: " + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items()))
+        print(
+            "parameters: "
+            + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+        )
     if backbone := record.get("backbone"):
-        print(f"image transformer, not in the run: {backbone['name']}, sha256 {backbone['sha256'][:16]}")
+        print(
+            f"image transformer, not in the run: {backbone['name']}, sha256 {backbone['sha256'][:16]}"
+        )
     if engine := started_with(run):
         device = f" on {engine['device']}" if "device" in engine else ""
         print(f"computed in {named(engine['mixed_precision'], engine['compile'])}{device}")
@@ -86,10 +108,16 @@ def _run(run: Path) -> None:
         cost = read_checked(newest / "state.json")
     if cost:
         step = f"step {cost['step']:,}, " if "step" in cost else ""
-        peak = f", peak memory {cost['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in cost else ""
-        print(f"{step}{cost['cpu_seconds'] / 60:.1f} CPU-minutes, {cost['wall_seconds'] / 60:.1f} minutes{peak}")
+        peak = (
+            f", peak memory {cost['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in cost else ""
+        )
+        print(
+            f"{step}{cost['cpu_seconds'] / 60:.1f} CPU-minutes, {cost['wall_seconds'] / 60:.1f} minutes{peak}"
+        )
         if cost.get("stage1_cpu_seconds"):
-            print(f"before that, stage I and cached targets: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes")
+            print(
+                f"before that, stage I and cached targets: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes"
+            )
     if departures := record.get("departures"):
         print("departs from the paper's setting in:")
         for name, (ours, paper) in departures.items():
@@ -101,8 +129,12 @@ def _network(folder: Path) -> None:
     network = load_any(folder)
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     count = sum(parameter.numel() for parameter in network.parameters())
-    print(f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}")
-    print(f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them")
+    print(
+        f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}"
+    )
+    print(
+        f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them"
+    )
     if not isinstance(network, PointEncoder):
         print(printable(f"{len(network.class_names)} classes: {', '.join(network.class_names)}"))
 
@@ -113,7 +145,10 @@ def _shapes(clouds: PointClouds) -> None:
     print(f"{clouds.name}: {len(clouds):,} shapes of {span} points, sha256 {clouds.fingerprint}")
     if clouds.split is not None:
         counts = np.bincount(clouds.split, minlength=len(SPLITS))
-        print("split: " + ", ".join(f"{n:,} {part}" for part, n in zip(SPLITS, counts, strict=True) if n))
+        print(
+            "split: "
+            + ", ".join(f"{n:,} {part}" for part, n in zip(SPLITS, counts, strict=True) if n)
+        )
     if clouds.labels is None:
         print("no labels")
         return
@@ -138,9 +173,13 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
         return
     counts = np.diff(columns["end"], prepend=0)
     if not store.num_points:
-        print(f"points a cloud: {counts.min():,} to {counts.max():,}, median {int(np.median(counts)):,}")
+        print(
+            f"points a cloud: {counts.min():,} to {counts.max():,}, median {int(np.median(counts)):,}"
+        )
     radius, unit = columns["frame"][:, 3], header["settings"]["unit"] or "units of the files"
-    print(f"radius: {radius.min():.4g} to {radius.max():.4g}, median {np.median(radius):.4g} {unit}")
+    print(
+        f"radius: {radius.min():.4g} to {radius.max():.4g}, median {np.median(radius):.4g} {unit}"
+    )
     axes = np.bincount(columns["up"], minlength=3)
     print(
         "up axis of the files, turned to z here: "
@@ -149,14 +188,19 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
     if again.max() > 1:
         row = int(first[np.argmax(again > 1)])
-        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {printable(store.key(row))}")
+        print(
+            f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {printable(store.key(row))}"
+        )
     _classes(store)
     if verify:
         store.verify()
         print("every checksum is as written")
     if picture:
         rows = _spread(np.asarray(columns["label"]), len(store))
-        titles = [store.key(i) if columns["label"][i] < 0 else store.class_names[columns["label"][i]] for i in rows]
+        titles = [
+            store.key(i) if columns["label"][i] < 0 else store.class_names[columns["label"][i]]
+            for i in rows
+        ]
         draw_contact_sheet([np.asarray(store.points(i), np.float32) for i in rows], titles, picture)
         print(f"written: {picture}")
 

@@ -1,7 +1,7 @@
 """Sampling and neighbourhood operators on batched point clouds.
 
-Each has one plain torch reference that runs on any device. A faster back end is chosen in exactly one
-place, `farthest_point_sample`, and returns the same indices.
+Each has one plain torch reference that runs on any device. A faster back end is chosen in exactly
+one place, `farthest_point_sample`, and returns the same indices.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """
@@ -25,12 +25,14 @@ _MAX_PAIRS = 2**26  # distances held at once by `knn`: 256 MiB of float32
 class BatchGenerator:
     """Random draws for one process's rows of a global batch.
 
-    Every draw is made for the whole batch from (seed, step, stream) and cut to this process's rows. So P
-    processes together draw what one process would, a resumed run draws what an uninterrupted one would,
-    and a checkpoint has no generator state to keep.
+    Every draw is made for the whole batch from (seed, step, stream) and cut to this process's rows.
+    So P processes together draw what one process would, a resumed run draws what an uninterrupted
+    one would, and a checkpoint has no generator state to keep.
     """
 
-    def __init__(self, seed: int, step: int = 0, first: int = 0, total: int | None = None, stream: str = ""):
+    def __init__(
+        self, seed: int, step: int = 0, first: int = 0, total: int | None = None, stream: str = ""
+    ):
         self.seed, self.step, self.first, self.total, self.name = seed, step, first, total, stream
         key = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest()
         self._key, self._generators = int.from_bytes(key, "big"), {}
@@ -40,7 +42,9 @@ class BatchGenerator:
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
-        """A generator for the batch in which each row is repeated `times` times, copies side by side."""
+        """A generator for the batch in which each row is repeated `times` times, copies side by
+        side.
+        """
         total = self.total and self.total * times
         return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
 
@@ -63,12 +67,15 @@ class BatchGenerator:
 
 
 class RepeatedDraws(BatchGenerator):
-    """Draws in buffers that `redraw` fills anew, so that a recorded step (training/graphs.py) can be repeated.
+    """Draws in buffers that `redraw` fills anew, so that a recorded step (training/graphs.py) can
+    be repeated.
 
     All its streams share `buffers`, (stream, shape) in the order of their first use, and `choices`.
     """
 
-    def __init__(self, seed: int, step: int = 0, stream: str = "", parent: "RepeatedDraws | None" = None):
+    def __init__(
+        self, seed: int, step: int = 0, stream: str = "", parent: "RepeatedDraws | None" = None
+    ):
         super().__init__(seed, step, stream=stream)
         self.buffers: dict[tuple[str, int], Tensor] = parent.buffers if parent else {}
         self.choices: dict[str, int] = parent.choices if parent else {}
@@ -98,8 +105,13 @@ class RepeatedDraws(BatchGenerator):
             torch.rand(buffer.shape, generator=stream.on(buffer.device), out=buffer)
 
 
-def uniform(generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device) -> Tensor:
-    """Uniform draws in [0, 1) of `shape` whose first axis is the batch; None draws from torch's own state."""
+def uniform(
+    generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device
+) -> Tensor:
+    """Uniform draws in [0, 1) of `shape` whose first axis is the batch;
+
+    None draws from torch's own state.
+    """
     device = torch.device(device)
     if isinstance(generator, BatchGenerator):
         return generator.uniform(shape, device)
@@ -147,7 +159,9 @@ def _quickfps():
 
 @cache
 def _triton():
-    """The sampler as one kernel on a GPU, where there is Triton and the C compiler that it needs; or None."""
+    """The sampler as one kernel on a GPU, where there is Triton and the C compiler that it needs;
+    or None.
+    """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if importlib.util.find_spec("triton") is None or compiler is None:
         return None
@@ -162,12 +176,15 @@ def farthest_point_sample(
     """Indices B num_samples of points each farthest from those before it (Eldar et al. 1997).
 
     Without a generator the first is the point farthest from the centroid, whatever the order of the
-    points; with one it is a random point. Of equally far points the reference takes the lowest index, the compiled back
-    end any (lattices; clouds with duplicates beyond their distinct points).
+    points; with one it is a random point. Of equally far points the reference takes the lowest
+    index, the compiled back end any (lattices; clouds with duplicates beyond their distinct
+    points).
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
-        raise ValueError(f"farthest point sampling: {num_samples} samples asked of {num_points} points")
+        raise ValueError(
+            f"farthest point sampling: {num_samples} samples asked of {num_points} points"
+        )
     points = points.detach()
     if generator is None:
         start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
@@ -175,24 +192,38 @@ def farthest_point_sample(
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     if torch.compiler.is_exporting():
         return farthest_point_scan(points, num_samples, start)[0]
-    if points.is_cuda and points.dtype == torch.float32 and (kernel := _triton()) and num_points <= kernel.MAX_POINTS:
+    if (
+        points.is_cuda
+        and points.dtype == torch.float32
+        and (kernel := _triton())
+        and num_points <= kernel.MAX_POINTS
+    ):
         return kernel.farthest_point_sample(points, num_samples, start)
     # Below some hundred points the batched loop is as fast.
     wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
-    sample = _farthest_point_sample_compiled if wanted and _quickfps() else _farthest_point_sample_reference
+    sample = (
+        _farthest_point_sample_compiled
+        if wanted and _quickfps()
+        else _farthest_point_sample_reference
+    )
     return sample(points, num_samples, start)
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Indices of `farthest_point_sample` for one cloud N 3 float32; by numpy where there is no compiled back end."""
+    """Indices of `farthest_point_sample` for one cloud N 3 float32; by numpy where there is no
+    compiled back end.
+    """
     if len(points) < 32 or _quickfps() is None:
         return numpy_farthest_point_sample(points, num_samples, start)
     first = torch.tensor([start])
-    return _farthest_point_sample_compiled(torch.from_numpy(points)[None], num_samples, first)[0].numpy()
+    return _farthest_point_sample_compiled(torch.from_numpy(points)[None], num_samples, first)[
+        0
+    ].numpy()
 
 
 def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and back.
+    # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and
+    # back.
     batch, num_points, _ = points.shape
     rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
     swapped = points.clone(memory_format=torch.contiguous_format)
@@ -219,18 +250,24 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
 
 
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference, as one step that an exported graph repeats instead of a thousand copies of it.
+    """As the reference, as one step that an exported graph repeats instead of a thousand copies of
+    it.
 
-    Returns the indices B num_samples, and of each its squared distance from those before it (infinite for the first).
+    Returns the indices B num_samples, and of each its squared distance from those before it
+    (infinite for the first).
     """
     from torch._higher_order_ops.scan import scan  # private in torch, and only export needs it
 
     planes = points.transpose(1, 2).contiguous()
 
-    def step(state: tuple[Tensor, Tensor], _: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def step(
+        state: tuple[Tensor, Tensor], _: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         current, distance = state
         apart = distance.gather(1, current[:, None])[:, 0]
-        x, y, z = (planes - planes.gather(2, current[:, None, None].expand(-1, 3, -1))).square().unbind(1)
+        x, y, z = (
+            (planes - planes.gather(2, current[:, None, None].expand(-1, 3, -1))).square().unbind(1)
+        )
         distance = torch.minimum(distance, x + y + z)
         return (distance.argmax(1), distance), (current.clone(), apart)
 
@@ -240,7 +277,9 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the matmul form."""
+    """Squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the
+    matmul form.
+    """
     total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
     for axis in (1, 2):
         total += (a[..., :, None, axis] - b[..., None, :, axis]).square_()
@@ -253,9 +292,15 @@ def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
     if not 1 <= k <= num_points:
         raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
     # An exported graph holds for any batch, so nothing in it may be split by the batch's size.
-    rows = query.shape[1] if torch.compiler.is_exporting() else max(1, _MAX_PAIRS // (batch * num_points))
+    rows = (
+        query.shape[1]
+        if torch.compiler.is_exporting()
+        else max(1, _MAX_PAIRS // (batch * num_points))
+    )
     query, points = query.detach(), points.detach()
-    parts = [squared_distance(q, points).topk(k, largest=False).indices for q in query.split(rows, 1)]
+    parts = [
+        squared_distance(q, points).topk(k, largest=False).indices for q in query.split(rows, 1)
+    ]
     return torch.cat(parts, 1)
 
 
@@ -267,12 +312,15 @@ def gather_points(values: Tensor, index: Tensor) -> Tensor:
 
 
 def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    """Features B M C of centers (B M 3) at query (B N 3): three nearest, inverse squared distance (PointNet++)."""
+    """Features B M C of centers (B M 3) at query (B N 3): three nearest, inverse squared distance
+    (PointNet++).
+    """
     index = knn(query, centers, 3)
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
-    # As a product with a matrix of three entries a row: its gradient is a product too, not a scatter.
+    # As a product with a matrix of three entries a row: its gradient is a product too, not a
+    # scatter.
     dense = weight.new_zeros(*query.shape[:2], centers.shape[1]).scatter_(-1, index, weight)
     return dense.to(features.dtype) @ features
 
@@ -285,19 +333,25 @@ def unit_sphere(points: Tensor) -> Tensor:
 
 
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3): half the sum of mean nearest distances each way."""
+    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3): half the sum of mean nearest
+    distances each way.
+    """
     one, other = _to_nearest(a, b)
     return (one.norm(dim=-1).mean() + other.norm(dim=-1).mean()) / 2
 
 
 def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3): mean squared nearest distances, both ways summed."""
+    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3): mean squared nearest distances,
+    both ways summed.
+    """
     one, other = _to_nearest(a, b)
     return one.square().sum(-1).mean() + other.square().sum(-1).mean()
 
 
 def _to_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets of each point to the nearest of the other set; neighbours carry no gradient, distances to them do."""
+    """Offsets of each point to the nearest of the other set; neighbours carry no gradient,
+    distances to them do.
+    """
     with torch.no_grad():
         pairs = squared_distance(a, b)
         of_a, of_b = pairs.argmin(-1).flatten(0, -2), pairs.argmin(-2).flatten(0, -2)

@@ -1,4 +1,6 @@
-"""Farthest point sampling on a GPU as one Triton kernel, where the torch loop launches eight a sample."""
+"""Farthest point sampling on a GPU as one Triton kernel, where the torch loop launches eight a
+sample.
+"""
 
 import torch
 import triton
@@ -30,7 +32,8 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    """Indices B num_samples of points B N 3 float32 on a GPU, N at most `MAX_POINTS`, from `start` B.
+    """Indices B num_samples of points B N 3 float32 on a GPU, N at most `MAX_POINTS`, from `start`
+    B.
 
     The same as the torch loop's: products and sums are not fused, so distances round alike.
     """
@@ -40,7 +43,13 @@ def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Te
     warps = min(32, max(1, block // 256))
     with torch.get_device_module(points.device).device(points.device):  # where Triton launches
         _sample[(batch,)](
-            points.contiguous(), start, index, num_points, num_samples,
-            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+            points.contiguous(),
+            start,
+            index,
+            num_points,
+            num_samples,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
     return index

@@ -1,6 +1,8 @@
-"""A page in one HTML file: no script, no network, pictures inside; for screens, telephones and paper.
+"""A page in one HTML file: no script, no network, pictures inside; for screens, telephones and
+paper.
 
-Every function escapes the texts that it is given and returns HTML; only `section` and `page` take HTML.
+Every function escapes the texts that it is given and returns HTML; only `section` and `page` take
+HTML.
 """
 
 import base64
@@ -102,14 +104,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):
-            return (
-                f"<div class=bar><i style='--at:{max(0.0, min(100.0, value)):.1f}%'></i><span>{value:.1f}</span></div>"
-            )
+            width = max(0.0, min(100.0, value))
+            return f"<div class=bar><i style='--at:{width:.1f}%'></i><span>{value:.1f}</span></div>"
         return escape(show(value))
 
     top = "".join(f"<th>{escape(name)}</th>" for name in header)
     lines = (
-        f"<tr{' class=strong' if row[0] == strong else ''}>" + "".join(f"<td>{cell(v)}</td>" for v in row) + "</tr>"
+        f"<tr{' class=strong' if row[0] == strong else ''}>"
+        + "".join(f"<td>{cell(v)}</td>" for v in row)
+        + "</tr>"
         for row in rows
     )
     head = f"<thead><tr>{top}</tr></thead>" if any(header) else ""
@@ -153,4 +156,6 @@ def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
 
 def pictures(html: str) -> list[bytes]:
     """The PNGs of a page, in its order."""
-    return [base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([\w+/=]+)", html)]
+    return [
+        base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([\w+/=]+)", html)
+    ]

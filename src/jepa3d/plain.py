@@ -1,4 +1,6 @@
-"""Frozen dataclasses of settings from plain values (YAML, JSON) and back, and files that are written whole."""
+"""Frozen dataclasses of settings from plain values (YAML, JSON) and back, and files that are
+written whole.
+"""
 
 import dataclasses
 import difflib
@@ -32,7 +34,9 @@ def read_recipe(path: str | Path) -> dict:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path}: not a readable recipe: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a YAML mapping of settings")
     return recipe
@@ -62,7 +66,8 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
 def within(default: Any, allowed: str) -> Any:
     """A field of a number, or a tuple of numbers, that must lie in a range such as "[0, 1)".
 
-    A subclass that gives the field another default keeps its range. "[0, 1] rising": no number below the one before it.
+    A subclass that gives the field another default keeps its range. "[0, 1] rising": no number
+    below the one before it.
     """
     return dataclasses.field(default=default, metadata={"range": allowed})
 
@@ -70,7 +75,9 @@ def within(default: Any, allowed: str) -> Any:
 def range_of(cls: type, name: str) -> str | None:
     """The range that `within` gave a field, here or in a base class."""
     found = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
-    return next((part.metadata["range"] for part in found if part and "range" in part.metadata), None)
+    return next(
+        (part.metadata["range"] for part in found if part and "range" in part.metadata), None
+    )
 
 
 def check_ranges(config: Any, where: str = "") -> None:
@@ -88,12 +95,21 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
     assert match, allowed
     opens, low, high, closes, rising = match.groups()
     numbers = value if isinstance(value, tuple) else (value,)
-    large = all(number > float(low) or (opens == "[" and number == float(low)) for number in numbers)
-    small = all(number < float(high) or (closes == "]" and number == float(high)) for number in numbers)
+    large = all(
+        number > float(low) or (opens == "[" and number == float(low)) for number in numbers
+    )
+    small = all(
+        number < float(high) or (closes == "]" and number == float(high)) for number in numbers
+    )
     if not (large and small):  # NaN is neither
-        said = f"positive and at most {high}" if (opens, low) == ("(", "0") else f"at least {low} and at most {high}"
+        said = (
+            f"positive and at most {high}"
+            if (opens, low) == ("(", "0")
+            else f"at least {low} and at most {high}"
+        )
         raise ValueError(
-            f"{name} {value} must " + (f"be {said}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
+            f"{name} {value} must "
+            + (f"be {said}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
         )
     if rising and list(numbers) != sorted(numbers):
         raise ValueError(f"{name} {value} must satisfy low <= high")
@@ -133,15 +149,19 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal only shows: ? for control characters and the like, bytes that are not UTF-8 spelled out."""
+    """Text that a terminal only shows: ? for control characters and the like, bytes that are not
+    UTF-8 spelled out.
+    """
     plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
     return "".join(plain).encode("utf-8", "backslashreplace").decode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves nothing behind.
+    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves
+    nothing behind.
 
-    Makes the folders around it. Raises ValueError where another command writes the same file at this moment.
+    Makes the folders around it. Raises ValueError where another command writes the same file at
+    this moment.
     """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path), naming(path):
@@ -161,9 +181,11 @@ def write_checked(path: Path, value: dict) -> None:
 
 
 def read_checked(path: Path, *needed: str) -> dict:
-    """What `write_checked` wrote. Raises ValueError, which names the file, where it is missing, damaged or lacks a key.
+    """What `write_checked` wrote. Raises ValueError, which names the file, where it is missing,
+    damaged or lacks a key.
 
-    An object without a checksum (RUN/run.json, which people may edit; all of version 0.1.0) is taken as it is.
+    An object without a checksum (RUN/run.json, which people may edit; all of version 0.1.0) is
+    taken as it is.
     """
     try:
         value = json.loads(path.read_text())
@@ -185,9 +207,10 @@ def read_record(run: Path) -> dict:
     """The run.json of a run folder. Raises ValueError where it is missing or damaged."""
     record = read_checked(run / "run.json", "status", "data", "command")
     groups = {
-        "data": ("name", "shapes", "fingerprint"), "cost": ("cpu_seconds", "wall_seconds"),
+        "data": ("name", "shapes", "fingerprint"),
+        "cost": ("cpu_seconds", "wall_seconds"),
         "engine": ("mixed_precision", "compile"),
-    }  # fmt: skip
+    }
     for group, names in groups.items():
         if lacking := [name for name in names if name not in record.get(group, names)]:
             raise ValueError(f"{run}/run.json: damaged: its {group} has no {lacking[0]}")
@@ -195,7 +218,9 @@ def read_record(run: Path) -> dict:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first, without those being written, cut off by a kill or damaged."""
+    """The lines of a run's metrics.jsonl, oldest first, without those being written, cut off by a
+    kill or damaged.
+    """
     lines, path = [], run / "metrics.jsonl"
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -221,7 +246,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"setting {name!r}: {value!r} is not one of {', '.join(map(str, args))}")
+            raise ValueError(
+                f"setting {name!r}: {value!r} is not one of {', '.join(map(str, args))}"
+            )
         return value
     if origin is tuple:
         items = [value] if isinstance(value, str) else value

@@ -1,4 +1,6 @@
-"""A fine-tuned network on files: a CSV of classes, or coloured PLYs of parts in the files' own coordinates."""
+"""A fine-tuned network on files: a CSV of classes, or coloured PLYs of parts in the files' own
+coordinates.
+"""
 
 import colorsys
 import csv
@@ -25,11 +27,14 @@ Network = Classifier | LinearClassifier | Segmenter
 _CHUNK = 2**16  # points segmented at once
 
 
-def predict_files(run: Path, paths: list[Path], out: Path, category: str | None = None, up_axis: str = "z") -> None:
-    """Classify every cloud at `paths` into the CSV `out`, or segment it into a PLY in the folder `out`.
+def predict_files(
+    run: Path, paths: list[Path], out: Path, category: str | None = None, up_axis: str = "z"
+) -> None:
+    """Classify every cloud at `paths` into the CSV `out`, or segment it into a PLY in the folder
+    `out`.
 
-    Files that cannot be used are named and left out. Raises ValueError for a network, category or output that cannot
-    work, and ReadError where no file can be used.
+    Files that cannot be used are named and left out. Raises ValueError for a network, category or
+    output that cannot work, and ReadError where no file can be used.
     """
     network = load_network(run)
     if out.exists():
@@ -38,13 +43,21 @@ def predict_files(run: Path, paths: list[Path], out: Path, category: str | None 
         raise ReadError(f"{missing[0]}: no such file or folder")
     label = _category(network, category) if isinstance(network, Segmenter) else 0
     if isinstance(network, Segmenter):
-        written = len(_of_each(paths, network, lambda n, cloud: _segment(network, n, cloud, label, out, up_axis)))
+        written = len(
+            _of_each(
+                paths, network, lambda n, cloud: _segment(network, n, cloud, label, out, up_axis)
+            )
+        )
         what = f"{written:,} PLY files"
     else:
-        rows = _of_each(paths, network, lambda n, c: [n, *classify_cloud(network, c, c.to_z_up(up_axis))])
+        rows = _of_each(
+            paths, network, lambda n, c: [n, *classify_cloud(network, c, c.to_z_up(up_axis))]
+        )
         written, what = len(rows), f"{len(rows):,} rows"
         buffer = io.StringIO()
-        csv.writer(buffer).writerows([["file", "class", "probability", "second", "second_probability"], *rows])
+        csv.writer(buffer).writerows(
+            [["file", "class", "probability", "second", "second_probability"], *rows]
+        )
         if rows:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(out, buffer.getvalue().encode("utf-8", "surrogateescape"))
@@ -62,8 +75,12 @@ def _category(network: Segmenter, category: str | None) -> int:
     return names.index(category) if category else 0
 
 
-def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]) -> list:
-    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; says once what cannot."""
+def _of_each(
+    paths: Iterable[Path], network: Network, work: Callable[[str, PointCloud], Any]
+) -> list:
+    """What `work` makes of the name and cloud (of a mesh, samples) of all that can be used; says
+    once what cannot.
+    """
     made, count, seen = [], 0, set()
     for path in paths:
         source = discover(path)
@@ -72,7 +89,11 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
             print(left_out(str(path / key), reason))
         count += len(source.skipped)
         for entry in track(entries, f"reading {path}", transient=True, disable=len(entries) < 20):
-            name = str(path / entry.key) if path.is_dir() else str(path) + entry.key.removeprefix(path.name)
+            name = (
+                str(path / entry.key)
+                if path.is_dir()
+                else str(path) + entry.key.removeprefix(path.name)
+            )
             if os.path.abspath(name) in seen:
                 continue
             seen.add(os.path.abspath(name))
@@ -81,7 +102,10 @@ def _of_each(paths: Iterable[Path], network: Network, work: Callable[[str, Point
                 for remark in cloud.remarks():
                     print(printable(f"{name}: {remark}"))
                 made.append(work(name, sampled(cloud, network.encoder.num_points)))
-            except (ValueError, OSError) as error:  # ReadError, and what the encoder's frame refuses
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # ReadError, and what the encoder's frame refuses
                 print(left_out(name, str(error)))
                 count += 1
     if count:
@@ -105,32 +129,54 @@ def classify_cloud(
         logits = network(points)
     value, index = logits[0].softmax(-1).topk(2)
     (first, second), (a, b) = (network.class_names[i] for i in index), value.tolist()
-    return (UNKNOWN, "", first, round(a, 4)) if unknown else (first, round(a, 4), second, round(b, 4))
+    return (
+        (UNKNOWN, "", first, round(a, 4)) if unknown else (first, round(a, 4), second, round(b, 4))
+    )
 
 
 @torch.no_grad()
-def segment_cloud(network: Segmenter, cloud: PointCloud, label: int, axes: np.ndarray) -> np.ndarray:
-    """The part N int16 of every point of a cloud of category `label`, however many points the network encodes."""
+def segment_cloud(
+    network: Segmenter, cloud: PointCloud, label: int, axes: np.ndarray
+) -> np.ndarray:
+    """The part N int16 of every point of a cloud of category `label`, however many points the
+    network encodes.
+    """
     points = cloud.points @ axes.T
     seen, number = network.encoder.frame(points), torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]
     encoded = network.encode(torch.from_numpy(seen.points)[None])
     logits = (
-        network.decode(torch.from_numpy(seen.place(points[at : at + _CHUNK]))[None], *encoded, number)
+        network.decode(
+            torch.from_numpy(seen.place(points[at : at + _CHUNK]))[None], *encoded, number
+        )
         for at in range(0, len(points), _CHUNK)
     )
-    return np.concatenate([restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits])
+    return np.concatenate(
+        [restricted_argmax(part.numpy(), number.numpy(), parts_of)[0] for part in logits]
+    )
 
 
-def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, up_axis: str) -> int:
+def _segment(
+    network: Segmenter, name: str, cloud: PointCloud, label: int, out: Path, up_axis: str
+) -> int:
     parts = segment_cloud(network, cloud, label, cloud.to_z_up(up_axis))
     colors = part_colors(network.parts_of[label])
-    rows = np.empty(len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")])
+    rows = np.empty(
+        len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")]
+    )
     rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T
     rows["rgb"], rows["part"] = [colors[part] for part in parts.tolist()], parts
     used = [f"comment part {part} {network.part_names[part]}" for part in network.parts_of[label]]
-    names = [f"property double {axis}" for axis in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", *used, f"element vertex {len(cloud)}", *names]
+    names = [f"property double {axis}" for axis in "xyz"] + [
+        f"property uchar {c}" for c in ("red", "green", "blue")
+    ]
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        *used,
+        f"element vertex {len(cloud)}",
+        *names,
+    ]
     header += ["property short part", "end_header", ""]
     file = out / (Path(name).name.replace("#", "-") + ".ply")
     while file.exists():  # files of one name in different folders
@@ -143,4 +189,7 @@ def _segment(network: Segmenter, name: str, cloud: PointCloud, label: int, out: 
 def part_colors(parts: list[int]) -> dict[int, tuple[int, int, int]]:
     """A colour a part, evenly spaced in hue."""
     hues = [colorsys.hsv_to_rgb(i / len(parts), 0.75, 0.95) for i in range(len(parts))]
-    return {part: (round(255 * r), round(255 * g), round(255 * b)) for part, (r, g, b) in zip(parts, hues, strict=True)}
+    return {
+        part: (round(255 * r), round(255 * g), round(255 * b))
+        for part, (r, g, b) in zip(parts, hues, strict=True)
+    }

@@ -1,6 +1,15 @@
-"""Checks of settings that can be made before any data is read; the range of each number stands in config.py."""
+"""Checks of settings that can be made before any data is read; the range of each number stands in
+config.py.
+"""
 
-from jepa3d.config import TEACHERS, FewshotConfig, FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from jepa3d.config import (
+    TEACHERS,
+    FewshotConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    SegmentConfig,
+)
 from jepa3d.plain import check_ranges
 
 
@@ -17,28 +26,41 @@ def validate(config: PretrainConfig) -> None:
             "teacher none needs target.sigreg above 0 (LeJEPA: 0.02), or everything collapses to one point"
         )
     if target.view and (config.teacher == ("none",) or target.cache):
-        raise ValueError("target.view needs a teacher that is asked in every step: not teacher none, not target.cache")
+        raise ValueError(
+            "target.view needs a teacher that is asked in every step: not teacher none, not target.cache"
+        )
     if config.init in ("dvae", *TEACHERS):
         raise ValueError(f"init {config.init!r}: generative, invariance, a folder or a Hub id")
     if target.cache and (moving := [name for name in config.teacher if name in ("ema", "none")]):
-        raise ValueError(f"target.cache needs frozen teachers, not {moving[0]} (teacher {', '.join(config.teacher)})")
+        raise ValueError(
+            f"target.cache needs frozen teachers, not {moving[0]} (teacher {', '.join(config.teacher)})"
+        )
     if target.layers > encoder.depth:
         raise ValueError(f"target.layers {target.layers} exceeds encoder.depth {encoder.depth}")
     if config.decoder.depth == 0 and (config.decoder.isolated or config.decoder.ranks):
-        raise ValueError("decoder.isolated and decoder.ranks need a decoder: decoder.depth 1 or more")
+        raise ValueError(
+            "decoder.isolated and decoder.ranks need a decoder: decoder.depth 1 or more"
+        )
     if config.sampler.num_targets > encoder.num_groups:
         raise ValueError(
             f"sampler.num_targets {config.sampler.num_targets} exceeds encoder.num_groups {encoder.num_groups}"
         )
     used = (config.objective, *config.stages)
-    masks = {"generative": "generative" in used, "sampler": config.sampler.name in ("random", "one_block")}
+    masks = {
+        "generative": "generative" in used,
+        "sampler": config.sampler.name in ("random", "one_block"),
+    }
     for name in (name for name, masked in masks.items() if masked):
         ratio = getattr(config, name).mask_ratio
         if max(1, int(ratio * encoder.num_groups)) >= encoder.num_groups:
-            raise ValueError(f"{name}.mask_ratio {ratio} leaves none of encoder.num_groups {encoder.num_groups}")
+            raise ValueError(
+                f"{name}.mask_ratio {ratio} leaves none of encoder.num_groups {encoder.num_groups}"
+            )
     if "dvae" in used:
         if dvae.num_points < max(encoder.num_groups, encoder.group_size):
-            raise ValueError(f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size")
+            raise ValueError(
+                f"dvae.num_points {dvae.num_points} is less than encoder.num_groups or group_size"
+            )
         if dvae.width % 4:
             raise ValueError(f"dvae.width {dvae.width} must be a multiple of 4")
 
@@ -50,30 +72,42 @@ def validate_finetune(config: FinetuneConfig) -> None:
         raise ValueError("--data is missing: labelled shapes with a train and a test part")
     if config.batch_size < 2 * config.accumulate:
         passes = f" a pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
-        raise ValueError(f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes")
+        raise ValueError(
+            f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes"
+        )
     if config.trained == "head_first" and isinstance(config, SegmentConfig):
-        raise ValueError("trained head_first is for classes of whole shapes; segment takes all or head")
+        raise ValueError(
+            "trained head_first is for classes of whole shapes; segment takes all or head"
+        )
     if config.trained == "head_first" and config.init is None:
         raise ValueError("trained head_first needs --init, an encoder; from scratch take all")
     if isinstance(config, FewshotConfig):
         if config.mixed_precision == "measure" or config.compile == "auto":
-            raise ValueError("mixed_precision measure and compile auto: folds are too short for a trial; say which")
+            raise ValueError(
+                "mixed_precision measure and compile auto: folds are too short for a trial; say which"
+            )
         if config.labels != 1:
             raise ValueError(f"labels {config.labels}: all shots of an episode are labelled")
         if config.votes > 1 and config.method != "finetune":
             raise ValueError(f"votes {config.votes}: frozen features have none")
     layers = config.layers or () if isinstance(config, SegmentConfig) else ()
     if wrong := [layer for layer in layers if layer > config.encoder.depth]:
-        raise ValueError(f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}")
+        raise ValueError(
+            f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}"
+        )
 
 
 def _validate_run(config: RunConfig) -> None:
     check_ranges(config)
     encoder = config.encoder
     if encoder.embed_dim % encoder.num_heads:
-        raise ValueError(f"encoder.embed_dim {encoder.embed_dim} is not a multiple of num_heads {encoder.num_heads}")
+        raise ValueError(
+            f"encoder.embed_dim {encoder.embed_dim} is not a multiple of num_heads {encoder.num_heads}"
+        )
     if encoder.embed_dim * encoder.mlp_ratio < 1:
-        raise ValueError(f"encoder.mlp_ratio {encoder.mlp_ratio} of embed_dim {encoder.embed_dim} is less than 1")
+        raise ValueError(
+            f"encoder.mlp_ratio {encoder.mlp_ratio} of embed_dim {encoder.embed_dim} is less than 1"
+        )
     for name in ("num_groups", "group_size"):
         if getattr(encoder, name) > encoder.num_points:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""One random mesh in many legal spellings: writers of OFF, OBJ, PLY, STL and glTF that choose as `rng` says."""
+"""One random mesh in many legal spellings: writers of OFF, OBJ, PLY, STL and glTF that choose as
+`rng` says.
+"""
 
 import base64
 import gzip
@@ -25,9 +27,13 @@ def polygons(rng: random.Random, sizes: tuple[int, ...] = (3, 3, 4, 4, 5, 6, 8))
     vertices, faces, area = [], [], 0.0
     while len(faces) < 2 or rng.random() < 0.8:
         count = rng.choice(sizes)
-        angles = (np.arange(count) + [rng.uniform(0.25, 0.75) for _ in range(count)]) * 2 * np.pi / count
+        angles = (
+            (np.arange(count) + [rng.uniform(0.25, 0.75) for _ in range(count)]) * 2 * np.pi / count
+        )
         radii = np.array([rng.uniform(0.2, 3) for _ in range(count)])
-        gaps = np.diff(np.append(angles, angles[0] + 2 * np.pi))  # all below pi: the centre sees every edge
+        gaps = np.diff(
+            np.append(angles, angles[0] + 2 * np.pi)
+        )  # all below pi: the centre sees every edge
         turn = np.linalg.qr(np.array([[rng.gauss(0, 1) for _ in range(3)] for _ in range(3)]))[0]
         flat = np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
         faces.append(list(range(len(vertices), len(vertices) + count)))
@@ -41,18 +47,23 @@ def _number(rng: random.Random, value: float) -> str:
 
 
 def _lines(rng: random.Random, lines: list[str], comment: str = "") -> bytes:
-    """Lines with tabs or spaces, blank lines, comments, of any line end; with comments also of any encoding."""
+    """Lines with tabs or spaces, blank lines, comments, of any line end; with comments also of any
+    encoding.
+    """
     out = []
     for line in lines:
         out.append(
-            rng.choice(("", " ", "\t")) * (rng.random() < 0.2) + line.replace(" ", rng.choice((" ", "  ", "\t")))
+            rng.choice(("", " ", "\t")) * (rng.random() < 0.2)
+            + line.replace(" ", rng.choice((" ", "  ", "\t")))
         )
         if comment and rng.random() < 0.2:
             out[-1] += f" {comment} v 1 2 3 Ma\xdf"
         if rng.random() < 0.1:
             out.append(rng.choice(("", "  ", *([comment + " a comment"] if comment else []))))
     text = rng.choice(("\n", "\r\n", "\r")).join([*out, *rng.choice(([], [""]))])
-    return text.encode(rng.choice(("latin-1", "latin-1", "utf-8-sig", "utf-16")) if comment else "latin-1")
+    return text.encode(
+        rng.choice(("latin-1", "latin-1", "utf-8-sig", "utf-16")) if comment else "latin-1"
+    )
 
 
 def off(rng: random.Random, shape: Polygons, folder: Path) -> Path:
@@ -60,10 +71,19 @@ def off(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     width = 3 * ("N" in magic) + ("C" in magic) * rng.choice((3, 4)) + 2 * ("ST" in magic)
     counts = f"{len(shape.vertices)} {len(shape.faces)} {rng.choice((0, 99))}"
     lines = rng.choice(
-        ([magic, counts], [f"{magic} {counts}"], [magic + counts] if magic == "OFF" else [magic, counts])
+        (
+            [magic, counts],
+            [f"{magic} {counts}"],
+            [magic + counts] if magic == "OFF" else [magic, counts],
+        )
     )
     for vertex in shape.vertices:
-        lines.append(" ".join([_number(rng, v) for v in vertex] + [_number(rng, rng.random()) for _ in range(width)]))
+        lines.append(
+            " ".join(
+                [_number(rng, v) for v in vertex]
+                + [_number(rng, rng.random()) for _ in range(width)]
+            )
+        )
     for face in shape.faces:
         color = rng.choice(([], ["3"], ["255", "0", "9"], ["0.1", "0.5", "1.0", "1"]))
         lines.append(" ".join([str(len(face)), *map(str, face), *color]))
@@ -75,7 +95,13 @@ def off(rng: random.Random, shape: Polygons, folder: Path) -> Path:
 def obj(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     lines, colors = ["mtllib missing.mtl", "vt 0 0", "vt 0.5 1 0", "vn 0 0 1"], rng.random() < 0.5
     vertices = [
-        " ".join(["v", *(_number(rng, v) for v in vertex), *(["0.1 0.2 1"] if colors else rng.choice(([], ["1.0"])))])
+        " ".join(
+            [
+                "v",
+                *(_number(rng, v) for v in vertex),
+                *(["0.1 0.2 1"] if colors else rng.choice(([], ["1.0"]))),
+            ]
+        )
         for vertex in shape.vertices
     ]
     between, done = rng.random() < 0.5, 0  # faces between the vertices, or after them
@@ -89,7 +115,10 @@ def obj(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         refs = [ref + rng.choice(("", "/1", "//1", "/2/1", "/-1/-1")) for ref in refs]
         at = rng.randrange(1, len(refs))
         line = " ".join(["f", *refs[:at], *(["\\\n"] if rng.random() < 0.2 else []), *refs[at:]])
-        lines += [*rng.choice(([], ["usemtl a"], ["g b"], ["s off"], ["l 1 2"], ["p 1"], ["o v 1"])), line]
+        lines += [
+            *rng.choice(([], ["usemtl a"], ["g b"], ["s off"], ["l 1 2"], ["p 1"], ["o v 1"])),
+            line,
+        ]
     path = folder / "a.obj"
     path.write_bytes(_lines(rng, lines, "#"))
     return path
@@ -98,7 +127,15 @@ def obj(rng: random.Random, shape: Polygons, folder: Path) -> Path:
 def ply(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     order = rng.choice(("", "<", ">"))
     double, index = rng.random() < 0.5, rng.choice(("uchar", "short", "int", "uint32", "int8"))
-    kinds = {"uchar": "u1", "int8": "i1", "short": "i2", "int": "i4", "uint32": "u4", "float": "f4", "double": "f8"}
+    kinds = {
+        "uchar": "u1",
+        "int8": "i1",
+        "short": "i2",
+        "int": "i4",
+        "uint32": "u4",
+        "float": "f4",
+        "double": "f8",
+    }
     number = rng.choice(("uchar", "int", "short"))
     coordinate = "double" if double else "float"
     vertex = [(axis, coordinate) for axis in "xyz"]
@@ -112,7 +149,9 @@ def ply(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     vertex += rng.sample(extra, rng.randrange(4))
     rng.shuffle(vertex)
     face = [(rng.choice(("vertex_indices", "vertex_index")), f"list {number} {index}")]
-    face += rng.sample([("texcoord", "list uchar float"), ("red", "uchar"), ("texnumber", "int")], rng.randrange(3))
+    face += rng.sample(
+        [("texcoord", "list uchar float"), ("red", "uchar"), ("texnumber", "int")], rng.randrange(3)
+    )
     rng.shuffle(face)
     edges = [("vertex1", "int"), ("vertex2", "int")]
 
@@ -125,13 +164,28 @@ def ply(rng: random.Random, shape: Polygons, folder: Path) -> Path:
             return [rng.randrange(100) for _ in range(rng.randrange(4))]
         return rng.randrange(100)
 
-    elements = {"vertex": (len(shape.vertices), vertex), "face": (len(shape.faces), face), "edge": (3, edges)}
+    elements = {
+        "vertex": (len(shape.vertices), vertex),
+        "face": (len(shape.faces), face),
+        "edge": (3, edges),
+    }
     names = rng.sample(list(elements), 3) if rng.random() < 0.5 else ["vertex", "face"]
     form = {"": "ascii", "<": "binary_little_endian", ">": "binary_big_endian"}[order]
-    header, rows = ["ply", f"format {form} 1.0", "comment Wei\xdf: element vertex 7", "obj_info  num_cols 512"], []
+    header, rows = (
+        [
+            "ply",
+            f"format {form} 1.0",
+            "comment Wei\xdf: element vertex 7",
+            "obj_info  num_cols 512",
+        ],
+        [],
+    )
     for name in names:
         count, properties = elements[name]
-        header += [f"element {name} {count}", *(f"property {kind} {what}" for what, kind in properties)]
+        header += [
+            f"element {name} {count}",
+            *(f"property {kind} {what}" for what, kind in properties),
+        ]
         header += ["comment"] * rng.randrange(2)
         for row in range(count):
             rows.append([(kind, value(what, kind, row, name)) for what, kind in properties])
@@ -157,11 +211,15 @@ def stl(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     """Of triangles only."""
     corners, path = shape.vertices[np.array(shape.faces)], folder / "a.stl"
     if rng.random() < 0.5:
-        table = np.zeros(len(corners), [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+        table = np.zeros(
+            len(corners), [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")]
+        )
         table["corners"], table["attribute"] = corners, rng.randrange(65536)
         title = rng.choice((b"", b"solid facet", b"  solid binary", b"\xff" * 80))
         tail = bytes(rng.randrange(256) for _ in range(rng.choice((0, 0, 1, 2, 7, 49))))
-        path.write_bytes(title.ljust(80, b" ") + len(corners).to_bytes(4, "little") + table.tobytes() + tail)
+        path.write_bytes(
+            title.ljust(80, b" ") + len(corners).to_bytes(4, "little") + table.tobytes() + tail
+        )
         return path
     solids = rng.randrange(1, len(corners) + 1)
     lines = []
@@ -181,14 +239,18 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     """Of triangles only, in the primitives, nodes, buffers and accessors that glTF allows."""
     views, accessors, data = [], [], b""
 
-    def accessor(values: np.ndarray, kind: int, normalized: bool = False, sparse: bool = False) -> int:
+    def accessor(
+        values: np.ndarray, kind: int, normalized: bool = False, sparse: bool = False
+    ) -> int:
         nonlocal data
 
         def view(array: np.ndarray, gap: int = 0) -> int:
             nonlocal data
             size = array.dtype.itemsize * array.shape[1]
             rows = np.zeros((len(array), size + gap), np.uint8)
-            rows[:, :size] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).reshape(-1, size)
+            rows[:, :size] = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).reshape(
+                -1, size
+            )
             data += bytes(-len(data) % 4)
             views.append({"buffer": 0, "byteOffset": len(data), "byteLength": rows.size})
             if gap:
@@ -209,7 +271,10 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
             found["bufferView"] = view(base)
             found["sparse"] = {
                 "count": 1,
-                "indices": {"bufferView": view(np.array([[len(values) - 1]], np.uint16)), "componentType": 5123},
+                "indices": {
+                    "bufferView": view(np.array([[len(values) - 1]], np.uint16)),
+                    "componentType": 5123,
+                },
                 "values": {"bufferView": view(values[-1:])},
             }
         else:
@@ -230,15 +295,22 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
             turn[:3, 3] = low
             node = {"matrix": turn.T.ravel().tolist()}
         if rng.random() < 0.3 and (inside >= 0).all():
-            attributes = {"POSITION": accessor(np.round(inside * 65535).astype(np.uint16), 5123, True)}
+            attributes = {
+                "POSITION": accessor(np.round(inside * 65535).astype(np.uint16), 5123, True)
+            }
             used = ["KHR_mesh_quantization"]
         else:
-            attributes = {"POSITION": accessor(inside.astype(np.float32), 5126, sparse=rng.random() < 0.3)}
+            attributes = {
+                "POSITION": accessor(inside.astype(np.float32), 5126, sparse=rng.random() < 0.3)
+            }
         count, primitives = len(points), []
         indices = np.arange(count)
         for triangle in indices.reshape(-1, 3) if rng.random() < 0.4 else [indices]:
             kind = rng.choice(((5121, np.uint8), (5123, np.uint16), (5125, np.uint32)))
-            primitive = {"attributes": attributes, "indices": accessor(triangle[:, None].astype(kind[1]), kind[0])}
+            primitive = {
+                "attributes": attributes,
+                "indices": accessor(triangle[:, None].astype(kind[1]), kind[0]),
+            }
             if len(triangle) == 3:
                 primitive["mode"] = rng.choice((4, 5, 6))
             primitives.append(primitive)
@@ -249,9 +321,16 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
     roots = list(range(len(nodes)))
     if rng.random() < 0.5:  # a parent that undoes what a child does
         nodes += [{"children": roots, "translation": [1, 2, 3]}]
-        nodes += [{"children": [len(nodes) - 1], "translation": [-1, -2, -3], "rotation": [0, 0, 0, 1]}]
+        nodes += [
+            {"children": [len(nodes) - 1], "translation": [-1, -2, -3], "rotation": [0, 0, 0, 1]}
+        ]
         roots = [len(nodes) - 1]
-    scene: dict = {"asset": {"version": "2.0"}, "meshes": meshes, "accessors": accessors, "bufferViews": views}
+    scene: dict = {
+        "asset": {"version": "2.0"},
+        "meshes": meshes,
+        "accessors": accessors,
+        "bufferViews": views,
+    }
     scene |= {"nodes": nodes, "extensionsUsed": [*used, "KHR_materials_unlit"], "materials": [{}]}
     if rng.random() < 0.8:
         scene["scenes"] = [{"nodes": roots}, {"nodes": []}]
@@ -261,10 +340,19 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         text = json.dumps(scene).encode()
         text += b" " * (-len(text) % 4)
         data += bytes(-len(data) % 4)
-        chunks = [len(text).to_bytes(4, "little"), b"JSON", text, len(data).to_bytes(4, "little"), b"BIN\0", data]
+        chunks = [
+            len(text).to_bytes(4, "little"),
+            b"JSON",
+            text,
+            len(data).to_bytes(4, "little"),
+            b"BIN\0",
+            data,
+        ]
         body = b"".join(chunks)
         path = folder / "a.glb"
-        path.write_bytes(b"glTF" + (2).to_bytes(4, "little") + (12 + len(body)).to_bytes(4, "little") + body)
+        path.write_bytes(
+            b"glTF" + (2).to_bytes(4, "little") + (12 + len(body)).to_bytes(4, "little") + body
+        )
         return path
     if rng.random() < 0.5:
         uri = "data:application/octet-stream;base64," + base64.b64encode(data).decode()

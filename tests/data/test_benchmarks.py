@@ -1,4 +1,6 @@
-"""Every benchmark, as it lies on people's disks, to a store that trains; what is missing or wrong is one line."""
+"""Every benchmark, as it lies on people's disks, to a store that trains; what is missing or wrong
+is one line.
+"""
 
 import json
 import os
@@ -35,56 +37,89 @@ class Layout:
 
 CASES = {
     "ShapeNet55": Layout(
-        layouts.shapenet55, "ShapeNet55-34",
+        layouts.shapenet55,
+        "ShapeNet55-34",
         [("02691156", "train"), ("03001627", "train"), ("02691156", "test")],
         "ShapeNet55: 2 of 41,952 train, 1 of 10,518 test shapes",
     ),
     "ModelNet10 normals": Layout(
-        layouts.modelnet_normals, "modelnet40_normal_resampled",
+        layouts.modelnet_normals,
+        "modelnet40_normal_resampled",
         [("bed", "train"), ("night_stand", "train"), ("bed", "test")],
-        "2 of 3,991 train, 1 of 908 test", "modelnet10",
+        "2 of 3,991 train, 1 of 908 test",
+        "modelnet10",
     ),
     "ModelNet40 normals": Layout(
-        layouts.modelnet_normals, "modelnet40_normal_resampled",
-        [("airplane", "train"), ("bed", "train"), ("night_stand", "train"), ("bed", "test"), ("airplane", "test")],
-        "3 of 9,843 train, 2 of 2,468 test", "modelnet40",
+        layouts.modelnet_normals,
+        "modelnet40_normal_resampled",
+        [
+            ("airplane", "train"),
+            ("bed", "train"),
+            ("night_stand", "train"),
+            ("bed", "test"),
+            ("airplane", "test"),
+        ],
+        "3 of 9,843 train, 2 of 2,468 test",
+        "modelnet40",
     ),
     "ModelNet40 HDF5": Layout(
-        layouts.modelnet_hdf5, "modelnet40_ply_hdf5_2048",
+        layouts.modelnet_hdf5,
+        "modelnet40_ply_hdf5_2048",
         [("bed", "train"), ("airplane", "train"), ("bathtub", "test")],
         "2 of 9,840 train, 1 of 2,468 test",
     ),
     "ModelNet10 meshes": Layout(
-        layouts.modelnet10_meshes, "ModelNet10",
+        layouts.modelnet10_meshes,
+        "ModelNet10",
         [(name, split) for name in layouts.MODELNET10 for split in ("test", "train")],
-        "ModelNet10 meshes: 10 of 3,991 train, 10 of 908 test", up="z",
+        "ModelNet10 meshes: 10 of 3,991 train, 10 of 908 test",
+        up="z",
     ),
     "ScanObjectNN obj_bg": Layout(
-        layouts.scanobjectnn, "h5_files", [("bag", "train"), ("toilet", "train"), ("chair", "test")],
-        "ScanObjectNN obj_bg: 2 of 2,309 train, 1 of 581 test", "obj_bg", parts=[{0, 1}] * 3,
+        layouts.scanobjectnn,
+        "h5_files",
+        [("bag", "train"), ("toilet", "train"), ("chair", "test")],
+        "ScanObjectNN obj_bg: 2 of 2,309 train, 1 of 581 test",
+        "obj_bg",
+        parts=[{0, 1}] * 3,
     ),
     "ScanObjectNN obj_only": Layout(
-        layouts.scanobjectnn, "h5_files", [("bag", "train"), ("toilet", "train"), ("chair", "test")],
-        "ScanObjectNN obj_only: 2 of 2,309 train", "obj_only", parts=[{0, 1}] * 3,
+        layouts.scanobjectnn,
+        "h5_files",
+        [("bag", "train"), ("toilet", "train"), ("chair", "test")],
+        "ScanObjectNN obj_only: 2 of 2,309 train",
+        "obj_only",
+        parts=[{0, 1}] * 3,
     ),
     "ScanObjectNN pb_t50_rs": Layout(
-        layouts.scanobjectnn, "h5_files",
-        [("bag", "train"), ("toilet", "train"), ("door", "train"), ("chair", "test"), ("door", "test")],
-        "ScanObjectNN pb_t50_rs: 3 of 11,416 train, 2 of 2,882 test", "pb_t50_rs", parts=[{0, 1}] * 5,
+        layouts.scanobjectnn,
+        "h5_files",
+        [
+            ("bag", "train"),
+            ("toilet", "train"),
+            ("door", "train"),
+            ("chair", "test"),
+            ("door", "test"),
+        ],
+        "ScanObjectNN pb_t50_rs: 3 of 11,416 train, 2 of 2,882 test",
+        "pb_t50_rs",
+        parts=[{0, 1}] * 5,
     ),
     "ShapeNetPart normals": Layout(
-        layouts.shapenetpart_normals, f"{layouts.SEGMENTATION}_normal",
+        layouts.shapenetpart_normals,
+        f"{layouts.SEGMENTATION}_normal",
         [("Airplane", "train"), ("Airplane", "test"), ("Bag", "train"), ("Car", "val")],
         "2 of 12,137 train, 1 of 2,874 test, 1 of 1,870 val",
         parts=[{0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5}, {8, 9, 10, 11}],
     ),
     "ShapeNetPart points": Layout(
-        layouts.shapenetpart_points, layouts.SEGMENTATION,
+        layouts.shapenetpart_points,
+        layouts.SEGMENTATION,
         [("Airplane", "train"), ("Airplane", "test"), ("Bag", "train"), ("Car", "val")],
         "2 of 12,137 train, 1 of 2,874 test, 1 of 1,870 val",
         parts=[{0, 1, 2, 3}, {0, 1, 2, 3}, {4, 5}, {8, 9, 10, 11}],
     ),
-}  # fmt: skip
+}
 
 
 def written(write: Callable[[Path], None], root: Path) -> Path:
@@ -129,7 +164,9 @@ def test_a_benchmark_becomes_a_store_that_trains(tmp_path, tiny, capsys, name):
             x, y, z = points.T
             *origin, scale = store.columns["frame"][row]
             back = np.stack([x, z, -y], 1) * scale + origin
-            assert np.abs(back[:, None] - entry.read().file_coordinates()).max(2).min(1).max() < 1e-4
+            assert (
+                np.abs(back[:, None] - entry.read().file_coordinates()).max(2).min(1).max() < 1e-4
+            )
         assert points[:, 2].std() > max(points[:, 0].std(), points[:, 1].std())
     run = pretrain(tiny(data=[str(store.path)], max_steps=None, epochs=1), tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
@@ -144,7 +181,9 @@ def test_few_shot_folds_become_a_store_each(tmp_path, tiny, write):
     stores = prepare(source, tmp_path / "folds", options, workers=1)
     inner = tmp_path / "folds/ModelNetFewshot/5way_10shot"
     assert stores == [inner / "0", inner / "1"]
-    assert [clouds_of(Store(path)) for path in stores] == [[("3", "train"), ("17", "train"), ("3", "test")]] * 2
+    assert [clouds_of(Store(path)) for path in stores] == [
+        [("3", "train"), ("17", "train"), ("3", "test")]
+    ] * 2
     assert (Store(stores[0]).columns["up"] == 1).all()
     assert Store(stores[0]).cloud(0).normals.shape == (64, 3)
     run = pretrain(tiny(data=[str(inner / "1")], max_steps=None, epochs=1), tmp_path / "run")
@@ -196,7 +235,9 @@ def test_the_only_variant_there_needs_no_choice(tmp_path):
         (layouts.shapenetpart_points, None, "synsetoffset2category.txt", "shapenet.org"),
     ],
 )
-def test_a_missing_list_is_named_with_where_its_owner_publishes_it(tmp_path, write, variant, gone, owner):
+def test_a_missing_list_is_named_with_where_its_owner_publishes_it(
+    tmp_path, write, variant, gone, owner
+):
     source = written(write, tmp_path / "download")
     (source / gone).unlink()
     message = refusal(source, variant)
@@ -237,8 +278,11 @@ def test_a_label_without_class_is_refused(tmp_path):
         file["label"][0] = 15
     layouts.text(parts / "synsetoffset2category.txt", "Spoon\t02691156")
     for source, variant, label in (
-        (normals, "modelnet40", "spoon"), (hdf5, None, "2"), (scans, "obj_bg", "15"), (parts, None, "Spoon"),
-    ):  # fmt: skip
+        (normals, "modelnet40", "spoon"),
+        (hdf5, None, "2"),
+        (scans, "obj_bg", "15"),
+        (parts, None, "Spoon"),
+    ):
         message = refusal(source, variant)
         assert label in message
         assert "without class" in message
@@ -251,7 +295,10 @@ def test_a_part_number_of_another_category_is_left_out(tmp_path, number):
     side.write_text(side.read_text().replace("1", str(number)))
     store = stored(source, tmp_path / "store")
     assert [label for label, _ in clouds_of(store)] == ["Airplane", "Airplane", "Bag"]
-    assert "category has 1-4" in json.loads((store.path / "report.json").read_text())["skipped"][0]["reason"]
+    assert (
+        "category has 1-4"
+        in json.loads((store.path / "report.json").read_text())["skipped"][0]["reason"]
+    )
 
 
 class Harmful:
@@ -271,9 +318,16 @@ def test_a_pickle_that_would_run_something_is_refused_and_not_run(tmp_path, prot
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"train": 1, "test": []}),
-                pickle.dumps({"train": [(1,)], "test": []}), pickle.dumps({"train": [], "test": []})[:-9]],
-)  # fmt: skip
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps([1]),
+        pickle.dumps({"train": 1, "test": []}),
+        pickle.dumps({"train": [(1,)], "test": []}),
+        pickle.dumps({"train": [], "test": []})[:-9],
+    ],
+)
 def test_a_damaged_fold_is_refused(tmp_path, content):
     path = tmp_path / "0.pkl"
     path.write_bytes(content)
@@ -285,4 +339,8 @@ def test_shapes_in_no_list_are_told_and_never_train(tmp_path, capsys):
     (source / "02773838/b2.txt").write_bytes((source / "02773838/b1.txt").read_bytes())
     store = stored(source, tmp_path / "store")
     assert "1 shapes are in none of its split lists" in capsys.readouterr().out
-    assert [len(load([str(store.path)], 32, split)) for split in ("train", "test", "all")] == [2, 1, 5]
+    assert [len(load([str(store.path)], 32, split)) for split in ("train", "test", "all")] == [
+        2,
+        1,
+        5,
+    ]

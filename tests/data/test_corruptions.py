@@ -17,7 +17,9 @@ def ball(count: int = 1024) -> np.ndarray:
 
 
 CLOUD = ball()
-EVERY = [(kind, severity) for kind, (_, levels, _) in KINDS.items() for severity in range(len(levels))]
+EVERY = [
+    (kind, severity) for kind, (_, levels, _) in KINDS.items() for severity in range(len(levels))
+]
 ROWS = {row.tobytes() for row in CLOUD}
 
 
@@ -47,10 +49,13 @@ def test_every_kind_gives_finite_float32_the_same_again_and_leaves_its_input_alo
 @pytest.mark.parametrize(
     ("kind", "kept"),
     [
-        ("drop global", [768, 640, 512, 384, 256]), ("drop local", [924, 824, 724, 624, 524]),
-        ("256 points", [256]), ("half cut away", [512]), ("partial (40 % cut)", [614]),
+        ("drop global", [768, 640, 512, 384, 256]),
+        ("drop local", [924, 824, 724, 624, 524]),
+        ("256 points", [256]),
+        ("half cut away", [512]),
+        ("partial (40 % cut)", [614]),
     ],
-)  # fmt: skip
+)
 def test_what_takes_points_away_keeps_the_others_as_they_were(kind, kept):
     for severity, count in enumerate(kept):
         found = corrupt(CLOUD, kind, severity, 0)
@@ -62,10 +67,12 @@ def test_what_takes_points_away_keeps_the_others_as_they_were(kind, kept):
 @pytest.mark.parametrize(
     ("kind", "added", "reach"),
     [
-        ("add global", [10, 20, 30, 40, 50], 1), ("add local", [100, 200, 300, 400, 500], 1),
-        ("5 % strays", [51], 1.5), ("one far stray", [1], 3),
+        ("add global", [10, 20, 30, 40, 50], 1),
+        ("add local", [100, 200, 300, 400, 500], 1),
+        ("5 % strays", [51], 1.5),
+        ("one far stray", [1], 3),
     ],
-)  # fmt: skip
+)
 def test_what_adds_points_keeps_all_the_cloud_has_and_stays_within_its_reach(kind, added, reach):
     for severity, count in enumerate(added):
         found = corrupt(CLOUD, kind, severity, 0)
@@ -111,8 +118,12 @@ def test_turns_keep_every_distance_and_handedness(kind):
 
 
 def test_turns_any_way_are_even_over_the_sphere():
-    """The up axis comes to lie anywhere: each coordinate has mean 0 and mean square 1/3, and so has the angle's."""
-    up = np.stack([corrupt(np.eye(3, dtype=np.float32), "turned any way", 0, shape) for shape in range(2000)])
+    """The up axis comes to lie anywhere: each coordinate has mean 0 and mean square 1/3, and so has
+    the angle's.
+    """
+    up = np.stack(
+        [corrupt(np.eye(3, dtype=np.float32), "turned any way", 0, shape) for shape in range(2000)]
+    )
     assert np.abs(up.mean(0)).max() < 0.06
     assert np.abs((up**2).mean(0) - 1 / 3).max() < 0.04
 

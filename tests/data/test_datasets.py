@@ -1,4 +1,6 @@
-"""Sources to `PointClouds`: unit sphere, z up, exactly num_points by farthest points; damage as one line."""
+"""Sources to `PointClouds`: unit sphere, z up, exactly num_points by farthest points; damage as one
+line.
+"""
 
 import hashlib
 import os
@@ -26,7 +28,9 @@ def bundle(tmp_path):
 
     def write(name: str = "shapes.npz", **arrays) -> str:
         arrays = {"points": SHAPES} | arrays
-        np.savez(tmp_path / name, **{key: value for key, value in arrays.items() if value is not None})
+        np.savez(
+            tmp_path / name, **{key: value for key, value in arrays.items() if value is not None}
+        )
         return str(tmp_path / name)
 
     return write
@@ -65,7 +69,7 @@ def read_error(source, num_points: int = 16, split: str = "all", **options) -> s
     return message
 
 
-# ---------------------------------------------------------------------------------------- the contract of points
+# --------------------------------------------------------------------------- the contract of points
 
 
 def test_clouds_are_float32_in_the_unit_sphere(bundle):
@@ -81,7 +85,9 @@ def test_points_are_chosen_by_farthest_point_sampling(bundle):
     crowds = np.repeat(corners, 20, 0)[RNG.permutation(160)] + 0.01 * RNG.normal(size=(5, 160, 3))
     picked = load([bundle(points=crowds.astype(np.float32))], 8, "all").points
     octant = (picked > 0) @ (1, 2, 4)
-    assert (np.sort(octant, axis=1) == np.arange(8)).all()  # one of each crowd, which chance almost never gives
+    assert (
+        np.sort(octant, axis=1) == np.arange(8)
+    ).all()  # one of each crowd, which chance almost never gives
 
 
 def test_z_up_shapes_stay_as_they_are(bundle):
@@ -92,13 +98,19 @@ def test_z_up_shapes_stay_as_they_are(bundle):
 def test_the_up_axis_becomes_z_by_a_rotation(bundle, axis, up):
     turned, plain = load([bundle()], 40, "all", [axis]).points, standard(SHAPES)
     assert np.allclose(turned[..., 2], plain[..., up], atol=1e-5)
-    assert np.allclose(turned @ turned.swapaxes(1, 2), plain @ plain.swapaxes(1, 2), atol=1e-4)  # lengths and angles
-    assert np.allclose(np.linalg.det(turned[:, :3]), np.linalg.det(plain[:, :3]), atol=1e-4)  # not mirrored
+    assert np.allclose(
+        turned @ turned.swapaxes(1, 2), plain @ plain.swapaxes(1, 2), atol=1e-4
+    )  # lengths and angles
+    assert np.allclose(
+        np.linalg.det(turned[:, :3]), np.linalg.det(plain[:, :3]), atol=1e-4
+    )  # not mirrored
 
 
 def test_y_up_is_turned_as_the_published_sets_are(bundle):
     x, y, z = np.moveaxis(standard(SHAPES), -1, 0)
-    assert np.allclose(load([bundle()], 40, "all", ["y"]).points, np.stack([x, -z, y], -1), atol=1e-5)
+    assert np.allclose(
+        load([bundle()], 40, "all", ["y"]).points, np.stack([x, -z, y], -1), atol=1e-5
+    )
 
 
 def test_an_unknown_up_axis_is_refused_in_one_line(bundle):
@@ -125,13 +137,17 @@ def test_the_same_source_gives_identical_arrays_twice(tmp_path, bundle, kind):
     if kind == "folder":
         trimesh.creation.box().export(tmp_path / "box.off")
         write_clouds(tmp_path, "a.npy")
-    source = {"bundle": bundle, "folder": lambda: str(tmp_path), "synthetic": lambda: "synthetic:8"}[kind]()
+    source = {
+        "bundle": bundle,
+        "folder": lambda: str(tmp_path),
+        "synthetic": lambda: "synthetic:8",
+    }[kind]()
     one, two = (load([source], 16, "all") for _ in range(2))
     assert np.array_equal(one.points, two.points)
     assert one.fingerprint == two.fingerprint
 
 
-# ------------------------------------------------------------------------------------------------------ bundles
+# ------------------------------------------------------------------------------------------ bundles
 
 
 def test_a_bundle_gives_labels_names_and_split(bundle):
@@ -148,7 +164,10 @@ def test_a_bundle_gives_labels_names_and_split(bundle):
 
 def test_labels_key_chooses_labels_and_their_names(bundle):
     source = bundle(
-        labels=np.zeros(12, int), labels_x=np.arange(12) % 2, x_names=np.array(["p", "q"]), class_names=np.array(["a"])
+        labels=np.zeros(12, int),
+        labels_x=np.arange(12) % 2,
+        x_names=np.array(["p", "q"]),
+        class_names=np.array(["a"]),
     )
     found = load([source], 16, "all", labels_key="labels_x")
     assert np.array_equal(found.labels, np.arange(12) % 2)
@@ -161,7 +180,10 @@ def test_labels_without_names_are_named_by_number(bundle):
 
 def test_the_fingerprint_of_a_bundle_is_its_files_sha256(bundle):
     source = bundle()
-    assert load([source], 16, "all").fingerprint == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    assert (
+        load([source], 16, "all").fingerprint
+        == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    )
 
 
 def test_a_bundle_without_split_counts_as_train(bundle):
@@ -206,11 +228,23 @@ def all_equal() -> np.ndarray:
         ({"split": np.zeros(11, np.int8)}, "split"),
     ],
     ids=[
-        "nan", "inf", "all equal", "too few points", "two columns", "no shapes", "text for points",
-        "no points", "nothing", "pickled", "labels too short", "text for labels", "fractions for labels",
-        "fewer names than labels", "split too short",
+        "nan",
+        "inf",
+        "all equal",
+        "too few points",
+        "two columns",
+        "no shapes",
+        "text for points",
+        "no points",
+        "nothing",
+        "pickled",
+        "labels too short",
+        "text for labels",
+        "fractions for labels",
+        "fewer names than labels",
+        "split too short",
     ],
-)  # fmt: skip
+)
 def test_a_bundle_that_cannot_be_used_is_refused(bundle, arrays, said):
     assert said in read_error(bundle(**arrays))
 
@@ -224,7 +258,9 @@ def test_labels_that_the_bundle_lacks_are_refused_naming_those_it_has(bundle):
 
 @pytest.mark.parametrize("labels_key", ["points", "split", "class_names"])
 def test_labels_key_must_name_labels(bundle, labels_key):
-    source = bundle(labels=np.arange(12), split=np.zeros((12, 1)), class_names=np.array(list("abcdefghijk")))
+    source = bundle(
+        labels=np.arange(12), split=np.zeros((12, 1)), class_names=np.array(list("abcdefghijk"))
+    )
     read_error(source, labels_key=labels_key)
 
 
@@ -239,11 +275,13 @@ def test_a_damaged_bundle_is_refused(tmp_path, bundle, content):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("points.npy", b"no array")
     else:
-        path.write_bytes({"empty": b"", "text": b"hello\nyou\n", "half": whole[: len(whole) // 2]}[content])
+        path.write_bytes(
+            {"empty": b"", "text": b"hello\nyou\n", "half": whole[: len(whole) // 2]}[content]
+        )
     read_error(path)
 
 
-# ------------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def test_a_folder_mixes_kinds_of_files(tmp_path):
@@ -269,7 +307,14 @@ def test_sub_folders_are_classes_in_alphabetical_order(tmp_path):
 
 
 def test_train_and_test_folders_are_the_split(tmp_path):
-    write_clouds(tmp_path, "axe/train/1.npy", "axe/test/2.npy", "cup/train/3.npy", "cup/test/4.npy", "cup/test/5.npy")
+    write_clouds(
+        tmp_path,
+        "axe/train/1.npy",
+        "axe/test/2.npy",
+        "cup/train/3.npy",
+        "cup/test/4.npy",
+        "cup/test/5.npy",
+    )
     every, train, test = (load([str(tmp_path)], 16, split) for split in ("all", "train", "test"))
     assert every.split.tolist() == [1, 0, 1, 1, 0]
     assert every.labels.tolist() == [0, 0, 1, 1, 1]
@@ -312,7 +357,7 @@ def test_one_bad_file_of_a_folder_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------- ShapeNet55
+# --------------------------------------------------------------------------------------- ShapeNet55
 
 
 def test_shapenet55_lists_give_files_synsets_and_split(tmp_path):
@@ -321,8 +366,12 @@ def test_shapenet55_lists_give_files_synsets_and_split(tmp_path):
     assert (len(every), len(train), len(test)) == (5, 3, 2)
     assert every.split.tolist() == [0, 0, 0, 1, 1]
     assert [every.class_names[i] for i in every.labels] == [
-        "02691156", "03001627", "03001627", "02691156", "04379243"
-    ]  # fmt: skip
+        "02691156",
+        "03001627",
+        "03001627",
+        "02691156",
+        "04379243",
+    ]
     assert np.array_equal(every.points, np.concatenate([train.points, test.points]))
 
 
@@ -340,7 +389,7 @@ def test_a_listed_file_that_is_missing_is_named(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------- sources and limits
+# ------------------------------------------------------------------------------- sources and limits
 
 
 def test_several_sources_are_one_after_the_other_each_with_its_up_axis(tmp_path, bundle):
@@ -367,7 +416,9 @@ def test_up_axes_that_match_no_source_are_refused(bundle):
 
 def test_limit_is_a_source_and_keeps_the_first(bundle):
     source = bundle(split=(np.arange(12) < 4).astype(np.int8))
-    assert np.array_equal(load([source], 16, "train", limit=3).points, load([source], 16, "train").points[:3])
+    assert np.array_equal(
+        load([source], 16, "train", limit=3).points, load([source], 16, "train").points[:3]
+    )
     assert len(load([source, source], 16, "all", limit=3)) == 6
     assert len(load([source], 16, "test", limit=50)) == 4
 
@@ -428,9 +479,11 @@ def test_the_test_part_of_a_small_synthetic_set_is_no_train_part_of_a_larger():
     assert not (small.points[:, None] == large.points[None]).all((2, 3)).any()
 
 
-# ------------------------------------------------------------------------------------------------------- part labels
+# -------------------------------------------------------------------------------------- part labels
 
-SIDES = (5 + RNG.random((12, 40, 3))) * RNG.choice([-1, 1], (12, 40, 3))  # no point near x = 0, so its sign stays
+SIDES = (5 + RNG.random((12, 40, 3))) * RNG.choice(
+    [-1, 1], (12, 40, 3)
+)  # no point near x = 0, so its sign stays
 SIDE_PARTS = 2 * np.arange(12)[:, None] + (SIDES[..., 0] > 0)  # which shape, and which side of it
 
 
@@ -445,7 +498,9 @@ def with_parts(root: Path, kind: str) -> str:
             np.savetxt(path, rows, delimiter=",", header="x,y,z,part", comments="")
         return str(root / "files")
     name = "parts" if kind == "bundle of parts" else "seg"
-    np.savez(root / "sides.npz", points=SIDES, split=split, labels=np.arange(12), **{name: SIDE_PARTS})
+    np.savez(
+        root / "sides.npz", points=SIDES, split=split, labels=np.arange(12), **{name: SIDE_PARTS}
+    )
     if "store" not in kind:
         return str(root / "sides.npz")
     stores = {
@@ -454,17 +509,31 @@ def with_parts(root: Path, kind: str) -> str:
         "whole store": Preparation(points=None),
         "random store": Preparation(points=32, reduce="random"),
     }
-    return str(prepare(root / "sides.npz", root / "store", replace(stores[kind], keep=("parts",)), workers=1)[0])
+    return str(
+        prepare(
+            root / "sides.npz", root / "store", replace(stores[kind], keep=("parts",)), workers=1
+        )[0]
+    )
 
 
-KINDS = ["bundle", "bundle of parts", "files", "store", "longer store", "whole store", "random store"]
+KINDS = [
+    "bundle",
+    "bundle of parts",
+    "files",
+    "store",
+    "longer store",
+    "whole store",
+    "random store",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_stay_with_their_points(tmp_path, kind):
     source = with_parts(tmp_path, kind)
     plain, found = (load([source], 16, "all", parts=wanted) for wanted in (False, True))
-    order = np.r_[8:12, 0:8] if kind == "files" else np.arange(12)  # of folders, test is before train
+    order = (
+        np.r_[8:12, 0:8] if kind == "files" else np.arange(12)
+    )  # of folders, test is before train
     assert (plain.parts, plain.part_names) == (None, ())
     assert np.array_equal(plain.points[:], found.points[:])
     assert found.parts.shape == (12, 16)
@@ -476,7 +545,9 @@ def test_parts_stay_with_their_points(tmp_path, kind):
     assert found.parts[np.zeros(12, bool)].shape == (0, 16)
     test = load([source], 16, "test", parts=True)
     for part in (test, found.part("test")):
-        assert np.array_equal(part.parts[:], 2 * np.arange(8, 12)[:, None] + (part.points[:][..., 0] > 0))
+        assert np.array_equal(
+            part.parts[:], 2 * np.arange(8, 12)[:, None] + (part.points[:][..., 0] > 0)
+        )
     assert np.array_equal(found.subset(np.arange(12) % 3 == 1).parts[:], expected[1::3])
 
 
@@ -498,7 +569,9 @@ def test_parts_turn_with_the_shape_and_raw_parts_are_all_of_them(tmp_path):
 
 def test_part_names_come_along_from_a_bundle(bundle):
     seg = np.arange(12 * 40).reshape(12, 40) % 3
-    found = load([bundle(seg=seg, part_names=np.array(["a/x", "a/y", "b/x"]))], 16, "all", parts=True)
+    found = load(
+        [bundle(seg=seg, part_names=np.array(["a/x", "a/y", "b/x"]))], 16, "all", parts=True
+    )
     assert found.part_names == ("a/x", "a/y", "b/x")
 
 
@@ -527,7 +600,9 @@ def test_shapenetpart_gives_global_parts_and_their_names(tmp_path):
 def test_a_source_without_parts_says_what_has_them(tmp_path, bundle, kind):
     source = bundle() if kind in ("bundle", "store") else str(tmp_path / "files")
     if kind == "store":
-        source = str(prepare(Path(source), tmp_path / "store", Preparation(points=16), workers=1)[0])
+        source = str(
+            prepare(Path(source), tmp_path / "store", Preparation(points=16), workers=1)[0]
+        )
     write_clouds(tmp_path / "files", "a.npy")
     if kind == "meshes":
         (tmp_path / "files" / "a.npy").unlink()

@@ -27,7 +27,9 @@ FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
 
 def write(path: Path, points: np.ndarray = POINTS) -> Path:
-    """A cloud in the format of the suffix; a name that begins with ascii, binary, ... chooses the encoding."""
+    """A cloud in the format of the suffix; a name that begins with ascii, binary, ... chooses the
+    encoding.
+    """
     kind = path.suffix[1:]
     if kind == "npy":
         np.save(path, points)
@@ -43,15 +45,22 @@ def write(path: Path, points: np.ndarray = POINTS) -> Path:
         made = laspy.create(file_version="1.4", point_format=7)
         made.header.scales, made.header.offsets = [0.001] * 3, points.mean(0).round()
         made.x, made.y, made.z = points.T
-        made.classification, made.red, made.green, made.blue = PARTS, *(COLORS.T.astype(np.uint16) * 257)
+        made.classification, made.red, made.green, made.blue = (
+            PARTS,
+            *(COLORS.T.astype(np.uint16) * 257),
+        )
         made.write(str(path))
     elif kind == "e57":
         with pye57.E57(str(path), "w") as file:
             pose = points.mean(0).round()  # pye57 writes single precision
-            columns = {f"cartesian{axis}": (points - pose)[:, i].copy() for i, axis in enumerate("XYZ")}
+            columns = {
+                f"cartesian{axis}": (points - pose)[:, i].copy() for i, axis in enumerate("XYZ")
+            }
             file.write_scan_raw(columns, translation=pose)
     elif kind in ("ply", "obj"):
-        trimesh.PointCloud(points).export(path, **({"encoding": path.stem} if kind == "ply" else {}))
+        trimesh.PointCloud(points).export(
+            path, **({"encoding": path.stem} if kind == "ply" else {})
+        )
     else:
         np.savetxt(path, points, fmt="%.4f", delimiter="," if kind == "csv" else " ")
     return path
@@ -66,7 +75,19 @@ def refusal(path: Path, **options) -> str:
     return message
 
 
-EXACT = ["a.npy", "a.npz", "a.h5", "a.las", "a.laz", "a.e57", "a.xyz", "a.txt", "a.csv", "a.pts", "a.asc"]
+EXACT = [
+    "a.npy",
+    "a.npz",
+    "a.h5",
+    "a.las",
+    "a.laz",
+    "a.e57",
+    "a.xyz",
+    "a.txt",
+    "a.csv",
+    "a.pts",
+    "a.asc",
+]
 SINGLE = ["ascii.ply", "binary.ply", "a.obj", "ascii.pcd", "binary.pcd", "binary_compressed.pcd"]
 
 
@@ -87,7 +108,11 @@ def test_random_clouds_keep_their_millimetres_on_a_map(tmp_path_factory, name, s
 @pytest.mark.parametrize("name", ["a.off", "a.obj", "a.stl", "a.ply", "a.glb", "a.gltf"])
 def test_a_mesh_keeps_its_extent_and_faces(tmp_path, name):
     box = trimesh.creation.box((1, 2, 4))
-    scene = trimesh.exchange.gltf.export_gltf(trimesh.Scene(box), embed_buffers=True) if name == "a.gltf" else {}
+    scene = (
+        trimesh.exchange.gltf.export_gltf(trimesh.Scene(box), embed_buffers=True)
+        if name == "a.gltf"
+        else {}
+    )
     (tmp_path / name).write_bytes(scene["model.gltf"]) if scene else box.export(tmp_path / name)
     mesh = read(tmp_path / name)
     assert len(mesh.faces) == 12
@@ -112,10 +137,14 @@ def test_ply_properties_come_in_any_order(tmp_path):
     names = ["label", "blue", "z", "nx", "red", "x", "ny", "green", "y", "nz"]
     columns = dict(zip(("x", "y", "z", "nx", "ny", "nz"), np.c_[POINTS, NORMALS].T, strict=True))
     columns |= dict(zip(("red", "green", "blue"), COLORS.T, strict=True)) | {"label": PARTS}
-    kinds = {name: "uchar" if name in ("label", "red", "green", "blue") else "double" for name in names}
+    kinds = {
+        name: "uchar" if name in ("label", "red", "green", "blue") else "double" for name in names
+    }
     head = "".join(f"property {kinds[name]} {name}\n" for name in names)
     rows = "\n".join(" ".join(str(columns[name][i]) for name in names) for i in range(40))
-    (tmp_path / "a.ply").write_text(f"ply\nformat ascii 1.0\nelement vertex 40\n{head}end_header\n{rows}\n")
+    (tmp_path / "a.ply").write_text(
+        f"ply\nformat ascii 1.0\nelement vertex 40\n{head}end_header\n{rows}\n"
+    )
     cloud = read(tmp_path / "a.ply")
     assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-6)
     assert np.allclose(cloud.normals, NORMALS)
@@ -129,7 +158,9 @@ def test_pcd_carries_rgb_and_labels(tmp_path, encoding):
     if encoding == "ascii":  # as digits, a float of colours is rounded to 0
         rgb = rgb.view(np.uint32)
     kinds = (np.float32, np.float32, np.float32, rgb.dtype, np.uint32)
-    made = pypcd4.PointCloud.from_points([*POINTS.T, rgb, PARTS], ("x", "y", "z", "rgb", "label"), kinds)
+    made = pypcd4.PointCloud.from_points(
+        [*POINTS.T, rgb, PARTS], ("x", "y", "z", "rgb", "label"), kinds
+    )
     made.save(tmp_path / "a.pcd", encoding=pypcd4.Encoding(encoding))
     cloud = read(tmp_path / "a.pcd")
     assert np.array_equal(cloud.parts, PARTS)
@@ -138,11 +169,17 @@ def test_pcd_carries_rgb_and_labels(tmp_path, encoding):
 
 @pytest.mark.parametrize(
     ("header", "mark"),
-    [("x,y,z,r,g,b", ","), ('"X","Y","Z","R","G","B"', ","),
-     ("X [m];Y [m];Z [m];red;green;blue", ";"), ("//X Y Z R G B", " ")],
-)  # fmt: skip
+    [
+        ("x,y,z,r,g,b", ","),
+        ('"X","Y","Z","R","G","B"', ","),
+        ("X [m];Y [m];Z [m];red;green;blue", ";"),
+        ("//X Y Z R G B", " "),
+    ],
+)
 def test_a_header_names_the_columns(tmp_path, header, mark):
-    rows = [mark.join(map(str, [*point, *color])) for point, color in zip(POINTS, COLORS, strict=True)]
+    rows = [
+        mark.join(map(str, [*point, *color])) for point, color in zip(POINTS, COLORS, strict=True)
+    ]
     (tmp_path / "a.csv").write_text("\n".join([header, *rows]))
     cloud = read(tmp_path / "a.csv")
     assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-6)
@@ -165,7 +202,9 @@ def test_an_empty_file_and_a_folder_are_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.8])
-@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.h5", "a.las", "a.laz", "a.e57", *SINGLE[:2], *SINGLE[3:]])
+@pytest.mark.parametrize(
+    "name", ["a.npz", "a.npy", "a.h5", "a.las", "a.laz", "a.e57", *SINGLE[:2], *SINGLE[3:]]
+)
 def test_a_truncated_file_is_refused(tmp_path, name, cut):
     path = write(tmp_path / name)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * cut)])
@@ -182,9 +221,15 @@ def test_coordinates_that_are_no_places_are_refused(tmp_path, name, bad):
 
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("1 2\n3 4\n", "columns"), ("1 2 3\n4 5\n6 7 8\n", "not a"), ("1 2 3\n", "one point"), ("1 2 3\n" * 5, "equal"),
-     ("x y z\na b c\n", "no rows"), ("x y z x\n1 2 3 4\n", "two columns")],
-)  # fmt: skip
+    [
+        ("1 2\n3 4\n", "columns"),
+        ("1 2 3\n4 5\n6 7 8\n", "not a"),
+        ("1 2 3\n", "one point"),
+        ("1 2 3\n" * 5, "equal"),
+        ("x y z\na b c\n", "no rows"),
+        ("x y z x\n1 2 3 4\n", "two columns"),
+    ],
+)
 def test_a_table_that_is_none_is_refused(tmp_path, content, word):
     (tmp_path / "a.xyz").write_text(content)
     assert word in refusal(tmp_path / "a.xyz")
@@ -196,7 +241,9 @@ def test_one_of_two_triples_is_chosen_by_name(tmp_path):
     assert "ax,ay,az" in message
     assert "bx,by,bz" in message
     assert "--columns" in message
-    assert np.allclose(read(tmp_path / "a.csv", columns=("bx", "by", "bz")).file_coordinates()[1], (5, 6, 7))
+    assert np.allclose(
+        read(tmp_path / "a.csv", columns=("bx", "by", "bz")).file_coordinates()[1], (5, 6, 7)
+    )
 
 
 def test_a_mesh_without_area_is_refused(tmp_path):
@@ -205,7 +252,9 @@ def test_a_mesh_without_area_is_refused(tmp_path):
         read_points(tmp_path / "a.off", 16)
 
 
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root reads all, and Windows has no such modes")
+@pytest.mark.skipif(
+    getattr(os, "geteuid", lambda: 0)() == 0, reason="root reads all, and Windows has no such modes"
+)
 def test_an_unreadable_file_is_refused(tmp_path):
     write(tmp_path / "a.xyz").chmod(0)
     refusal(tmp_path / "a.xyz")
@@ -221,7 +270,9 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(("name", "module"), [("a.h5", "h5py"), ("a.las", "laspy"), ("a.e57", "pye57")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("a.h5", "h5py"), ("a.las", "laspy"), ("a.e57", "pye57")]
+)
 def test_a_missing_parser_says_how_to_get_it(tmp_path, monkeypatch, name, module):
     path = write(tmp_path / name)
     monkeypatch.setitem(sys.modules, module, None)
@@ -254,7 +305,18 @@ def test_a_larger_table_is_a_uniform_part_and_the_same_each_time(tmp_path, monke
 
 
 def test_nothing_but_read_errors_leave_damaged_files(tmp_path):
-    command = [sys.executable, FUZZ, "--readers", "las,laz", "--inputs", "80", "--seconds", "8", "--keep", tmp_path]
+    command = [
+        sys.executable,
+        FUZZ,
+        "--readers",
+        "las,laz",
+        "--inputs",
+        "80",
+        "--seconds",
+        "8",
+        "--keep",
+        tmp_path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

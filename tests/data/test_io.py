@@ -41,23 +41,34 @@ def read_error(path: Path, num_points: int = 16) -> str:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("a.off", {}), ("a.obj", {}), ("a.stl", {}), ("a.glb", {}), ("A.OFF", {"file_type": "off"}),
-        ("a.ply", {}), ("ascii.ply", {"encoding": "ascii"}), ("ascii.stl", {"file_type": "stl_ascii"}),
+        ("a.off", {}),
+        ("a.obj", {}),
+        ("a.stl", {}),
+        ("a.glb", {}),
+        ("A.OFF", {"file_type": "off"}),
+        ("a.ply", {}),
+        ("ascii.ply", {"encoding": "ascii"}),
+        ("ascii.stl", {"file_type": "stl_ascii"}),
     ],
-)  # fmt: skip
+)
 def test_a_mesh_is_sampled_on_its_surface_twice_as_densely_as_needed(tmp_path, name, options):
     points = read_points(write_mesh(tmp_path / name, **options), 1200)
     assert points.shape == (2400, 3)
     assert points.dtype == np.float32
     assert np.allclose(np.ptp(points, axis=0), (1, 2, 4), atol=0.1)
-    low, high = points.min(0), points.max(0)  # reaches the faces themselves, up to the centroid's shift
+    low, high = (
+        points.min(0),
+        points.max(0),
+    )  # reaches the faces themselves, up to the centroid's shift
     on_face = np.minimum(points - low, high - points).min(1) < 1e-5
     assert on_face.all()
 
 
 def test_a_mesh_is_sampled_by_area_not_by_triangle(tmp_path):
     fine = BOX.subdivide_to_size(0.2)
-    far = trimesh.creation.box((2.0, 2.0, 4.0), transform=trimesh.transformations.translation_matrix((50, 0, 0)))
+    far = trimesh.creation.box(
+        (2.0, 2.0, 4.0), transform=trimesh.transformations.translation_matrix((50, 0, 0))
+    )
     path = write_mesh(tmp_path / "two.ply", trimesh.util.concatenate([fine, far]))
     points = read_points(path, 2000)
     assert np.mean(points[:, 0] > 0) == pytest.approx(far.area / (far.area + fine.area), abs=0.05)
@@ -70,7 +81,8 @@ def test_mesh_samples_depend_on_the_seed_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("a.npy", {}), ("a.ply", {}), ("ascii.ply", {"encoding": "ascii"}), ("a.obj", {})]
+    ("name", "options"),
+    [("a.npy", {}), ("a.ply", {}), ("ascii.ply", {"encoding": "ascii"}), ("a.obj", {})],
 )
 def test_a_cloud_is_taken_as_it_is_up_to_its_centroid(tmp_path, name, options):
     path = write_cloud(tmp_path / name, CLOUD + 3, **options)
@@ -98,7 +110,9 @@ def test_an_off_header_on_one_line_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["npy", "off", "ply", "obj", "stl", "glb"])
-@pytest.mark.parametrize("content", [b"", b"this is a letter,\nnot a shape\n"], ids=["empty", "text"])
+@pytest.mark.parametrize(
+    "content", [b"", b"this is a letter,\nnot a shape\n"], ids=["empty", "text"]
+)
 def test_a_file_that_is_something_else_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content)
@@ -177,7 +191,14 @@ def test_a_face_of_missing_vertices_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros(60), np.zeros((60, 2)), np.zeros((2, 60, 3)), np.full((60, 3), "1.0"), np.zeros((0, 3))]
+    "array",
+    [
+        np.zeros(60),
+        np.zeros((60, 2)),
+        np.zeros((2, 60, 3)),
+        np.full((60, 3), "1.0"),
+        np.zeros((0, 3)),
+    ],
 )
 def test_an_array_that_is_no_cloud_is_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
@@ -191,7 +212,9 @@ def test_a_refusal_comes_without_warnings(tmp_path, content):
         path.write_text("this is a letter")
     else:
         np.save(path, np.full((60, 3), np.inf) if content == "infinite npy" else np.zeros((0, 3)))
-    with warnings.catch_warnings():  # each would be lines on the terminal beside the one of the error
+    with (
+        warnings.catch_warnings()
+    ):  # each would be lines on the terminal beside the one of the error
         warnings.simplefilter("error")
         read_error(path)
 
@@ -205,7 +228,9 @@ def test_an_unknown_suffix_names_the_allowed_ones(tmp_path):
     assert ".off" in read_error(tmp_path / "a.docx")
 
 
-@pytest.mark.parametrize("name", ["airplane_79.off", "air_terminal.ply", "strawberry.obj", "tuna_fish_can_part.stl"])
+@pytest.mark.parametrize(
+    "name", ["airplane_79.off", "air_terminal.ply", "strawberry.obj", "tuna_fish_can_part.stl"]
+)
 def test_files_as_people_have_them_are_read(name):
     path = Path(os.environ.get("JEPA3D_DATA", ""), "files", name)
     if "JEPA3D_DATA" not in os.environ or not path.is_file():

@@ -1,4 +1,6 @@
-"""Part labels: nothing that a file says in them costs the cloud; where they are used they are checked."""
+"""Part labels: nothing that a file says in them costs the cloud; where they are used they are
+checked.
+"""
 
 import h5py
 import numpy as np
@@ -20,7 +22,18 @@ from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
 
 POINTS = np.random.default_rng(0).normal(size=(80, 3)).round(4)
-KINDS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32, np.float64]
+KINDS = [
+    np.int8,
+    np.uint8,
+    np.int16,
+    np.uint16,
+    np.int32,
+    np.uint32,
+    np.int64,
+    np.uint64,
+    np.float32,
+    np.float64,
+]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -29,7 +42,9 @@ def test_labels_of_any_type_are_read_and_its_largest_value_is_none(seed, kind):
     rng = np.random.default_rng(seed)
     labels, known = rng.integers(0, 100, 50), rng.random(50) < 0.7
     integer = np.issubdtype(kind, np.integer)
-    ignored = [np.iinfo(kind).max if integer else np.nan] + ([] if integer and np.iinfo(kind).min == 0 else [-1, -100])
+    ignored = [np.iinfo(kind).max if integer else np.nan] + (
+        [] if integer and np.iinfo(kind).min == 0 else [-1, -100]
+    )
     values = np.where(known, labels, 0).astype(kind)
     values[~known] = rng.choice(np.array(ignored, kind), (~known).sum())
     found = to_parts(values)
@@ -39,7 +54,9 @@ def test_labels_of_any_type_are_read_and_its_largest_value_is_none(seed, kind):
 
 @pytest.mark.parametrize("bad", [0.5, 40_000, 1e9, np.inf])
 def test_other_labels_are_named_where_they_are_used(bad):
-    with pytest.raises(ReadError, match=r"\Apart labels must be whole numbers from 0 to 32767, found .*\Z"):
+    with pytest.raises(
+        ReadError, match=r"\Apart labels must be whole numbers from 0 to 32767, found .*\Z"
+    ):
         to_parts(np.array([0, 1, bad]))
 
 
@@ -83,7 +100,9 @@ def test_a_store_keeps_what_is_unlabelled_and_leaves_out_what_is_wrong(tmp_path,
     write(root / "none.ply", [-1] * 80)
     plain = Store(prepare(root, tmp_path / "plain", Preparation(points=64), workers=1)[0])
     assert len(plain) == 3
-    store = Store(prepare(root, tmp_path / "parts", Preparation(points=None, keep=("parts",)), workers=1)[0])
+    store = Store(
+        prepare(root, tmp_path / "parts", Preparation(points=None, keep=("parts",)), workers=1)[0]
+    )
     printed = capsys.readouterr().out
     assert "large.ply: part labels must be whole numbers from 0 to 32767, found 40000" in printed
     assert "none.ply: none of its points has a part label" in printed
@@ -96,7 +115,9 @@ def test_a_bundle_of_ignored_points_is_read_and_one_of_nothing_else_is_refused(t
     points = np.random.default_rng(1).normal(size=(6, 80, 3)).astype(np.float32)
     seg = np.tile(np.arange(80) % 4, (6, 1))
     seg[:, :9] = -1
-    np.savez(tmp_path / "a.npz", points=points, labels=np.arange(6) % 2, seg=seg, split=np.arange(6) % 2)
+    np.savez(
+        tmp_path / "a.npz", points=points, labels=np.arange(6) % 2, seg=seg, split=np.arange(6) % 2
+    )
     assert (load([str(tmp_path / "a.npz")], 80, "all", parts=True).parts == -1).sum() == 6 * 9
     seg[2] = -1
     np.savez(tmp_path / "b.npz", points=points, labels=np.arange(6) % 2, seg=seg)
@@ -122,13 +143,26 @@ def test_points_without_label_count_nowhere(seed):
 
 def test_shapes_without_any_label_have_no_mean_iou():
     with pytest.raises(ValueError, match="1 shapes have no labelled point"):
-        mean_iou(np.zeros((2, 4), int), np.array([[0] * 4, [-1] * 4]), np.zeros(2, int), [np.arange(3)], ("cup",))
+        mean_iou(
+            np.zeros((2, 4), int),
+            np.array([[0] * 4, [-1] * 4]),
+            np.zeros(2, int),
+            [np.arange(3)],
+            ("cup",),
+        )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_points_without_label_teach_nothing(smoothing):
     torch.manual_seed(0)
-    sizes = {"num_points": 64, "num_groups": 8, "group_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    sizes = {
+        "num_points": 64,
+        "num_groups": 8,
+        "group_size": 8,
+        "embed_dim": 24,
+        "depth": 1,
+        "num_heads": 2,
+    }
     network = Segmenter(sizes, ["cup"], ["a", "b", "c"], [[0, 1, 2]], [1], 0.0)
     objective = Supervised(network, smoothing).eval()
     points, labels = torch.randn(2, 64, 3), torch.zeros(2, dtype=torch.long)
@@ -136,13 +170,15 @@ def test_points_without_label_teach_nothing(smoothing):
     parts[:, ::2] = UNLABELLED
     output = objective(points, BatchGenerator(0), 0.0, labels, parts)
     known = parts != UNLABELLED
-    wanted = torch.nn.functional.cross_entropy(output.logits[known], parts[known], label_smoothing=smoothing)
+    wanted = torch.nn.functional.cross_entropy(
+        output.logits[known], parts[known], label_smoothing=smoothing
+    )
     assert torch.allclose(output.loss, wanted)
     right = (output.logits.argmax(-1) == parts)[known].float().mean().item()
     assert objective.metrics(output)["accuracy"] == pytest.approx(100 * right)
 
 
-# ---------------------------------------------------------------------------------------------- classes of arrays
+# -------------------------------------------------------------------------------- classes of arrays
 
 CLOUDS = np.random.default_rng(2).normal(size=(6, 80, 3)).astype(np.float32)
 
@@ -164,7 +200,14 @@ def test_a_label_a_cloud_is_its_class(tmp_path, suffix, kind, shape):
     labels = np.array([0, 1, 2, 0, 1, 2]).astype(kind)
     labels[3] = np.nan if kind == np.float32 else np.iinfo(kind).max
     path = arrays(tmp_path / f"a{suffix}", label=labels.reshape(shape))
-    assert [entry.label for entry in entries_of(path, "a", None, None, None)] == ["0", "1", "2", None, "1", "2"]
+    assert [entry.label for entry in entries_of(path, "a", None, None, None)] == [
+        "0",
+        "1",
+        "2",
+        None,
+        "1",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])

@@ -1,4 +1,6 @@
-"""Meshes: what a file means does not depend on how it is spelled, and what is not read is refused by name."""
+"""Meshes: what a file means does not depend on how it is spelled, and what is not read is refused
+by name.
+"""
 
 import base64
 import gzip
@@ -29,7 +31,9 @@ OBJ = "".join(f"v {line}\n" for line in VERTICES.splitlines())
 SQUARE = "".join(f"f {' '.join(str(i + 1) for i in quad)}\n" for quad in QUADS)
 PLY = "ply\nformat {} 1.0\nelement vertex 8\nproperty float x\nproperty float y\nproperty float z\n"
 LIST = "element face 6\nproperty list uchar int vertex_indices\nend_header\n"
-FACET = "facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+FACET = (
+    "facet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\nendloop\nendfacet\n"
+)
 
 
 def area(cloud: PointCloud) -> float:
@@ -56,7 +60,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------- any spelling
+# ------------------------------------------------------------------------------------- any spelling
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -82,8 +86,14 @@ def test_a_mesh_that_is_cut_off_is_refused(tmp_path, writer, seed):
     path = writer(rng, polygons(rng, (3,)), tmp_path)
     content = path.read_bytes().rstrip(b"\r\n \t")
     if writer is spellings.obj:  # whose faces may end anywhere: its last vertices are cut
-        content = b"\n".join(line for line in content.replace(b"\r", b"\n").split(b"\n") if b"v" not in line[:2])
-    within = rng.randrange(75, 90) if writer is spellings.stl else int(len(content) * rng.uniform(0.2, 0.7))
+        content = b"\n".join(
+            line for line in content.replace(b"\r", b"\n").split(b"\n") if b"v" not in line[:2]
+        )
+    within = (
+        rng.randrange(75, 90)
+        if writer is spellings.stl
+        else int(len(content) * rng.uniform(0.2, 0.7))
+    )
     path.write_bytes(content[:-within])  # of STL in its last triangle: before, a solid may end
     refusal(path)
 
@@ -93,7 +103,9 @@ def test_concave_polygons_keep_their_area_with_holes_bridged_by_an_edge(seed):
     rng = np.random.default_rng(seed)
     outer = np.array([[0, 0], [9, 0], [9, 9], [0, 9]], float)
     hole = np.array([[3, 3], [3, 5], [5, 6], [6, 3]], float) + rng.uniform(-0.5, 0.5, (4, 2))
-    flat = np.concatenate([outer, outer[:1], hole, hole[:1]])[np.roll(np.arange(10), rng.integers(10))]
+    flat = np.concatenate([outer, outer[:1], hole, hole[:1]])[
+        np.roll(np.arange(10), rng.integers(10))
+    ]
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     found = triangles(flat @ turn[:2], np.array([10]), np.arange(10))
     a, b, c = flat[found.T]
@@ -118,7 +130,7 @@ def test_a_spiral_of_many_corners_is_cut_exactly_or_refused():
             assert np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2 == pytest.approx(wanted)
 
 
-# ---------------------------------------------------------------------------------------------- colours and clouds
+# ------------------------------------------------------------------------------- colours and clouds
 
 
 @pytest.mark.parametrize("color", ["255 0 51", "1.0 0.0 0.2", "255 0 51 255"])
@@ -133,10 +145,15 @@ def test_colours_of_vertices_are_no_coordinates(tmp_path, color):
 
 
 def test_a_cloud_of_a_ply_file_is_read_in_chunks_as_it_is_whole(tmp_path):
-    for form, kind in (("ascii", None), ("binary_little_endian", "<f4"), ("binary_big_endian", ">f4")):
+    for form, kind in (
+        ("ascii", None),
+        ("binary_little_endian", "<f4"),
+        ("binary_big_endian", ">f4"),
+    ):
         rows = VERTICES.encode() if kind is None else CUBE.astype(kind).tobytes()
         header = (
-            PLY.format(form) + "comment Wei\xdf\nelement face 0\nproperty list uchar int vertex_indices\nend_header\n"
+            PLY.format(form)
+            + "comment Wei\xdf\nelement face 0\nproperty list uchar int vertex_indices\nend_header\n"
         )
         path = written(tmp_path / f"{form}.ply", header.encode("latin-1") + rows)
         assert np.array_equal(np.concatenate(list(chunks(path))), CUBE)
@@ -144,19 +161,25 @@ def test_a_cloud_of_a_ply_file_is_read_in_chunks_as_it_is_whole(tmp_path):
 
 
 def test_lists_that_a_ply_file_declares_and_lacks_do_not_matter(tmp_path):
-    found = read(written(tmp_path / "a.ply", PLY.format("ascii") + LIST.split("\n", 1)[1] + VERTICES))
+    found = read(
+        written(tmp_path / "a.ply", PLY.format("ascii") + LIST.split("\n", 1)[1] + VERTICES)
+    )
     assert np.allclose(found.file_coordinates(), CUBE)
 
 
 def test_triangle_strips_of_ply_are_faces(tmp_path):
     strips = "element tristrips 1\nproperty list int int vertex_indices\nend_header\n"
-    found = read(written(tmp_path / "a.ply", PLY.format("ascii") + strips + VERTICES + "9 0 1 2 3 -1 4 5 6 7\n"))
+    found = read(
+        written(
+            tmp_path / "a.ply", PLY.format("ascii") + strips + VERTICES + "9 0 1 2 3 -1 4 5 6 7\n"
+        )
+    )
     assert (len(found.faces), area(found)) == (4, pytest.approx(2))
     a, b, c = found.points[found.faces.T]
     assert (np.cross(b - a, c - a)[:, 2] > 0).all()  # every second one is turned over
 
 
-# ---------------------------------------------------------------------------------------------- refused by name
+# ---------------------------------------------------------------------------------- refused by name
 
 SHORT = FACES.rsplit("\n", 3)[0] + "\n"
 
@@ -168,32 +191,76 @@ SHORT = FACES.rsplit("\n", 3)[0] + "\n"
         ("a.off", f"nOFF\n3\n8 6 0\n{VERTICES}{FACES}", "nOFF is not read"),
         ("a.off", "OFF BINARY\n\0\0\0\x08", "OFF BINARY is not read"),
         ("a.off", f"OFF\n8 6 0\n{VERTICES}{SHORT}", "truncated"),
-        ("a.off", f"OFF\n8 6 0\n{VERTICES}{FACES}".replace("4 1", "7 1"), "face 5 of 7 vertices names 4"),
+        (
+            "a.off",
+            f"OFF\n8 6 0\n{VERTICES}{FACES}".replace("4 1", "7 1"),
+            "face 5 of 7 vertices names 4",
+        ),
         ("a.off", f"OFF\n8 6 0\n{VERTICES}{FACES}".replace("7 5", "7 8"), "a face of vertex 8"),
         ("a.off", f"OFF\n8 6 0\n{VERTICES}{FACES}".replace("7 5", "7 1.5"), "whole numbers"),
         ("a.off", f"OFF\n8 6 0\n{VERTICES.replace('1 1 1', '1 nan 1')}{FACES}", "NaN or infinite"),
         ("a.obj", OBJ + SQUARE.replace("8 6", "0 6"), "a face of vertex -1"),
         ("a.obj", OBJ.replace("1", "0,5") + SQUARE, "'0,5' where a number should be"),
         ("a.obj", OBJ + "cstype bspline\nsurf 0 1 0 1 1 2 3 4\n", "free-form surfaces"),
-        ("a.ply", PLY.format("ascii") + LIST + VERTICES + SHORT, "truncated: 4 of 6 of its face rows"),
-        ("a.ply", PLY.format("ascii").replace("8", "9" * 12) + LIST + VERTICES + FACES, "truncated"),
-        ("a.ply", PLY.format("binary_little_endian").replace("8", "9" * 12) + LIST + "x" * 99, "truncated"),
-        ("a.ply", PLY.format("binary_little_endian") + LIST.replace("uchar", "uint") + "\xff" * 500, "truncated"),
-        ("a.ply", PLY.format("ascii").replace("float", "real") + LIST + VERTICES + FACES, "no type is called 'real'"),
-        ("a.ply", PLY.format("binary_middle_endian") + LIST + VERTICES + FACES, "its format is none of"),
-        ("a.ply", PLY.format("ascii").replace(" z", " height") + LIST + VERTICES + FACES, "x, y, height"),
+        (
+            "a.ply",
+            PLY.format("ascii") + LIST + VERTICES + SHORT,
+            "truncated: 4 of 6 of its face rows",
+        ),
+        (
+            "a.ply",
+            PLY.format("ascii").replace("8", "9" * 12) + LIST + VERTICES + FACES,
+            "truncated",
+        ),
+        (
+            "a.ply",
+            PLY.format("binary_little_endian").replace("8", "9" * 12) + LIST + "x" * 99,
+            "truncated",
+        ),
+        (
+            "a.ply",
+            PLY.format("binary_little_endian") + LIST.replace("uchar", "uint") + "\xff" * 500,
+            "truncated",
+        ),
+        (
+            "a.ply",
+            PLY.format("ascii").replace("float", "real") + LIST + VERTICES + FACES,
+            "no type is called 'real'",
+        ),
+        (
+            "a.ply",
+            PLY.format("binary_middle_endian") + LIST + VERTICES + FACES,
+            "its format is none of",
+        ),
+        (
+            "a.ply",
+            PLY.format("ascii").replace(" z", " height") + LIST + VERTICES + FACES,
+            "x, y, height",
+        ),
         ("a.stl", f"solid a\n{FACET}{FACET[:-10]}", "truncated"),
         ("a.stl", f"solid a\n{FACET}", "no endsolid"),
         ("a.stl", "solid a\nendsolid a\n", "without triangles"),
-        ("a.stl", b"\0" * 80 + b"\x02\0\0\0" + b"\x01" * 50, "truncated or not an STL file: its header counts 2"),
-        ("a.stl", b"\0" * 80 + b"\x01\0\0\0" + b"\x01" * 150, "its header counts 1 triangles, it has 3"),
+        (
+            "a.stl",
+            b"\0" * 80 + b"\x02\0\0\0" + b"\x01" * 50,
+            "truncated or not an STL file: its header counts 2",
+        ),
+        (
+            "a.stl",
+            b"\0" * 80 + b"\x01\0\0\0" + b"\x01" * 150,
+            "its header counts 1 triangles, it has 3",
+        ),
         ("a.dae", "<COLLADA/>", "convert it first: pip install trimesh"),
-        ("a.3mf", "PK", "convert it first"), ("a.vtk", "# vtk", "convert it first"), ("a.vtp", "<VTKFile/>", "convert"),
-        ("a.fbx", "Kaydara", "convert it first: in Blender"), ("a.step", "ISO-10303-21;", "convert it first"),
-        ("a.tar.gz", b"\x1f\x8b", "unknown kind of file"), ("a.ply.gz", "ply\n", "Not a gzipped file"),
+        ("a.3mf", "PK", "convert it first"),
+        ("a.vtk", "# vtk", "convert it first"),
+        ("a.vtp", "<VTKFile/>", "convert"),
+        ("a.fbx", "Kaydara", "convert it first: in Blender"),
+        ("a.step", "ISO-10303-21;", "convert it first"),
+        ("a.tar.gz", b"\x1f\x8b", "unknown kind of file"),
+        ("a.ply.gz", "ply\n", "Not a gzipped file"),
         ("a.ply.gz", gzip.compress(bytes(70 << 20)), "too many for its size"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_read_says_why(tmp_path, name, content, reason):
     assert reason in refusal(written(tmp_path / name, content))
 
@@ -212,7 +279,9 @@ def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
     written(folder / "b.dae", "<COLLADA/>")
     written(folder / "README.md", "# Scans")
     prepare(folder, tmp_path / "store", Preparation(points=64), workers=1)
-    prepare(folder / "a.off.gz", tmp_path / "one", Preparation(points=64), workers=1)  # a file, not an archive
+    prepare(
+        folder / "a.off.gz", tmp_path / "one", Preparation(points=64), workers=1
+    )  # a file, not an archive
     assert len(Store(tmp_path / "store")) == len(Store(tmp_path / "one")) == 1
     report = json.loads((tmp_path / "store" / "report.json").read_text())
     reasons = {entry["file"]: entry["reason"] for entry in report["skipped"]}
@@ -220,7 +289,7 @@ def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
     assert reasons["README.md"] == "unknown kind of file"
 
 
-# ---------------------------------------------------------------------------------------------- glTF
+# --------------------------------------------------------------------------------------------- glTF
 
 
 def gltf(path: Path, change=lambda scene: None, extra: bytes = b"") -> Path:
@@ -228,15 +297,20 @@ def gltf(path: Path, change=lambda scene: None, extra: bytes = b"") -> Path:
     data = CUBE.tobytes() + CORNERS.astype("<u2").tobytes() + extra
     views = [(0, 96), (96, 72), (168, len(extra))]
     scene = {
-        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+        "asset": {"version": "2.0"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1}]}],
         "accessors": [
             {"bufferView": 0, "componentType": 5126, "count": 8, "type": "VEC3"},
             {"bufferView": 1, "componentType": 5123, "count": 36, "type": "SCALAR"},
         ],
         "bufferViews": [{"buffer": 0, "byteOffset": at, "byteLength": size} for at, size in views],
-        "buffers": [{"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}],
-    }  # fmt: skip
+        "buffers": [
+            {"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}
+        ],
+    }
     change(scene)
     path.write_text(json.dumps(scene))
     return path
@@ -244,8 +318,12 @@ def gltf(path: Path, change=lambda scene: None, extra: bytes = b"") -> Path:
 
 def test_instances_skins_and_weights_move_vertices(tmp_path):
     def instances(scene):
-        scene["accessors"].append({"bufferView": 2, "componentType": 5126, "count": 3, "type": "VEC3"})
-        scene["nodes"][0]["extensions"] = {"EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": 2}}}
+        scene["accessors"].append(
+            {"bufferView": 2, "componentType": 5126, "count": 3, "type": "VEC3"}
+        )
+        scene["nodes"][0]["extensions"] = {
+            "EXT_mesh_gpu_instancing": {"attributes": {"TRANSLATION": 2}}
+        }
         scene["extensionsRequired"] = ["EXT_mesh_gpu_instancing"]
 
     places = np.array([[0, 0, 0], [5, 0, 0], [10, 0, 0]], "<f4").tobytes()
@@ -253,7 +331,9 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
     assert (area(found), box(found).tolist()) == (pytest.approx(18), [[0, 0, 0], [11, 1, 1]])
 
     def weights(scene):
-        scene["accessors"].append({"bufferView": 2, "componentType": 5126, "count": 8, "type": "VEC3"})
+        scene["accessors"].append(
+            {"bufferView": 2, "componentType": 5126, "count": 8, "type": "VEC3"}
+        )
         scene["meshes"][0]["primitives"][0]["targets"] = [{"POSITION": 2}]
         scene["meshes"][0]["weights"] = [0.5]
 
@@ -263,18 +343,30 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
     def skin(scene):
         kinds = [(5121, "VEC4", 0), (5126, "VEC4", 32)]
         for kind, name, at in kinds:
-            values = {"bufferView": 2, "byteOffset": at, "componentType": kind, "count": 8, "type": name}
+            values = {
+                "bufferView": 2,
+                "byteOffset": at,
+                "componentType": kind,
+                "count": 8,
+                "type": name,
+            }
             scene["accessors"].append(values)
         scene["meshes"][0]["primitives"][0]["attributes"] |= {"JOINTS_0": 2, "WEIGHTS_0": 3}
         scene["skins"] = [{"joints": [1, 2]}]
-        scene["nodes"] = [{"mesh": 0, "skin": 0, "scale": [9, 9, 9]}, {"translation": [0, 0, 6]}, {"scale": [2, 2, 2]}]
+        scene["nodes"] = [
+            {"mesh": 0, "skin": 0, "scale": [9, 9, 9]},
+            {"translation": [0, 0, 6]},
+            {"scale": [2, 2, 2]},
+        ]
         scene["scenes"] = [{"nodes": [0, 1, 2]}]
 
     joints = np.zeros((8, 4), "u1")
     joints[:, 1] = 1
     halves = np.tile(np.float32([0.5, 0.5, 0, 0]), (8, 1))
     found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + halves.tobytes()))
-    assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # half as the one joint puts it, half as the other
+    assert np.allclose(
+        box(found), [[0, 0, 3], [1.5, 1.5, 4.5]]
+    )  # half as the one joint puts it, half as the other
     found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + (halves / 2).tobytes()))
     assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # weights count by their share
     with pytest.raises(ReadError, match="a skin whose joint 2 is not in the scene"):
@@ -289,7 +381,10 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
 
 def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
     found = read(gltf(tmp_path / "a.gltf", lambda s: s["nodes"][0].update(rotation=[0, 0, 2, 2])))
-    assert (area(found), box(found).round(6).tolist()) == (pytest.approx(6), [[-1, 0, 0], [0, 1, 1]])
+    assert (area(found), box(found).round(6).tolist()) == (
+        pytest.approx(6),
+        [[-1, 0, 0], [0, 1, 1]],
+    )
 
     def dark(scene):
         scene["accessors"].append(
@@ -303,32 +398,60 @@ def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda s: s.update(extensionsRequired=["KHR_draco_mesh_compression"]), "needs KHR_draco_mesh_compression"),
+        (
+            lambda s: s.update(extensionsRequired=["KHR_draco_mesh_compression"]),
+            "needs KHR_draco_mesh_compression",
+        ),
         (lambda s: s.update(extensionsRequired=["FOO_bar"]), "needs FOO_bar"),
-        (lambda s: s["bufferViews"][0].update(extensions={"EXT_meshopt_compression": {}}), "EXT_meshopt_compression"),
-        (lambda s: (s["accessors"][0].pop("bufferView"), s["meshes"][0]["primitives"][0].update(
-            extensions={"KHR_draco_mesh_compression": {}})), "needs KHR_draco_mesh_compression"),
-        (lambda s: (s["accessors"][1].pop("bufferView"), s["meshes"][0]["primitives"][0].update(
-            extensions={"KHR_draco_mesh_compression": {}})), "needs KHR_draco_mesh_compression"),
-        (lambda s: s["buffers"][0].update(uri="gone%20.bin"), "its buffer gone .bin is not beside it"),
+        (
+            lambda s: s["bufferViews"][0].update(extensions={"EXT_meshopt_compression": {}}),
+            "EXT_meshopt_compression",
+        ),
+        (
+            lambda s: (
+                s["accessors"][0].pop("bufferView"),
+                s["meshes"][0]["primitives"][0].update(
+                    extensions={"KHR_draco_mesh_compression": {}}
+                ),
+            ),
+            "needs KHR_draco_mesh_compression",
+        ),
+        (
+            lambda s: (
+                s["accessors"][1].pop("bufferView"),
+                s["meshes"][0]["primitives"][0].update(
+                    extensions={"KHR_draco_mesh_compression": {}}
+                ),
+            ),
+            "needs KHR_draco_mesh_compression",
+        ),
+        (
+            lambda s: s["buffers"][0].update(uri="gone%20.bin"),
+            "its buffer gone .bin is not beside it",
+        ),
         (lambda s: s["buffers"][0].update(uri="../a.bin"), "is not in its folder"),
         (lambda s: s["buffers"][0].update(uri="/etc/passwd"), "is not in its folder"),
         (lambda s: s["buffers"][0].update(uri="http://localhost/a.bin"), "is not in its folder"),
         (lambda s: s["buffers"][0].update(byteLength=999), "truncated: buffer 0 has 168 of 999"),
         (lambda s: s["accessors"][0].update(count=99), "99 values"),
         (lambda s: s["accessors"][0].update(count=10**12), "more than 50,000,000"),
-        (lambda s: s["nodes"].append({"children": [0, 1]}) or s["scenes"][0].update(nodes=[1]), "reached twice"),
+        (
+            lambda s: s["nodes"].append({"children": [0, 1]}) or s["scenes"][0].update(nodes=[1]),
+            "reached twice",
+        ),
         (lambda s: s["meshes"][0]["primitives"][0].update(mode=1), "lines only"),
         (lambda s: s["asset"].update(version="1.0"), "glTF 1.0 is not read"),
         (lambda s: s["scenes"][0].update(nodes=[]), "without meshes"),
     ],
-)  # fmt: skip
+)
 def test_what_gltf_cannot_be_read_without_is_named(tmp_path, change, reason):
     assert reason in refusal(gltf(tmp_path / "a.gltf", change))
 
 
 def test_a_glb_of_points_is_a_cloud(tmp_path):
-    found = read(gltf(tmp_path / "a.gltf", lambda s: s["meshes"][0]["primitives"][0].update(mode=0)))
+    found = read(
+        gltf(tmp_path / "a.gltf", lambda s: s["meshes"][0]["primitives"][0].update(mode=0))
+    )
     assert found.faces is None
     assert np.array_equal(found.file_coordinates(), CUBE)
 
@@ -345,13 +468,19 @@ def test_gltf_is_y_up_whatever_the_other_files_are(tmp_path):
         assert np.ptp(points, axis=0).argmax() == 2
     stores = {None: 2, "y": 2, "z": 1}  # what is said wins
     for said, axis in stores.items():
-        prepare(tmp_path / "in", tmp_path / str(said), Preparation(points=256, up_axis=said), workers=1)
+        prepare(
+            tmp_path / "in", tmp_path / str(said), Preparation(points=256, up_axis=said), workers=1
+        )
         assert np.ptp(Store(tmp_path / str(said)).cloud(0).points, axis=0).argmax() == axis
 
 
 def test_a_hidden_node_of_gltf_is_left_out_with_what_hangs_on_it(tmp_path):
     def hidden(scene):
-        off = {"extensions": {"KHR_node_visibility": {"visible": False}}, "translation": [5, 0, 0], "children": [2]}
+        off = {
+            "extensions": {"KHR_node_visibility": {"visible": False}},
+            "translation": [5, 0, 0],
+            "children": [2],
+        }
         scene["nodes"] += [{"mesh": 0} | off, {"mesh": 0}]
         scene["scenes"][0]["nodes"] = [0, 1]
 

@@ -56,10 +56,15 @@ def test_the_workers_of_a_stopped_command_are_gone_within_seconds(tmp_path, name
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path)]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env=os.environ | {"SEEN": str(seen), "PYTHONPATH": paths},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
+    )
     end = time.monotonic() + 60
     while len(list(seen.iterdir())) < 2 and time.monotonic() < end:
         time.sleep(0.05)

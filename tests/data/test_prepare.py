@@ -1,4 +1,6 @@
-"""Anybody's files to a store: splits, bad files, interruptions, archives, and coordinates that lead back."""
+"""Anybody's files to a store: splits, bad files, interruptions, archives, and coordinates that lead
+back.
+"""
 
 import io
 import json
@@ -25,7 +27,9 @@ from jepa3d.data.entries import Entry
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import SPLITS, Store
 
-SHAPES = np.random.default_rng(0).normal(size=(24, 40, 3)).astype(np.float32) * np.array([1, 2, 3], np.float32)
+SHAPES = np.random.default_rng(0).normal(size=(24, 40, 3)).astype(np.float32) * np.array(
+    [1, 2, 3], np.float32
+)
 
 
 def folder(root: Path, *names: str, clouds=SHAPES) -> Path:
@@ -48,40 +52,63 @@ def rows(store: Store) -> list[tuple[str, str | None, str | None]]:
     """Key, class and split of every cloud."""
     names, splits = (*store.class_names, None), (*SPLITS, None)
     labels = zip(store.columns["label"], store.columns["split"], strict=True)
-    return [(key, names[label], splits[split]) for key, (label, split) in zip(keys(store), labels, strict=True)]
+    return [
+        (key, names[label], splits[split])
+        for key, (label, split) in zip(keys(store), labels, strict=True)
+    ]
 
 
 def same(one: Store, two: Store) -> bool:
     """The same clouds in the same order, whatever their shards."""
-    return rows(one) == rows(two) and all(np.array_equal(one.points(i), two.points(i)) for i in range(len(one)))
+    return rows(one) == rows(two) and all(
+        np.array_equal(one.points(i), two.points(i)) for i in range(len(one))
+    )
 
 
 def left_out(store: Store) -> dict[str, str]:
-    return {row["file"]: row["reason"] for row in json.loads((store.path / "report.json").read_text())["skipped"]}
+    return {
+        row["file"]: row["reason"]
+        for row in json.loads((store.path / "report.json").read_text())["skipped"]
+    }
 
 
-# ------------------------------------------------------------------------------------------- classes and splits
+# ------------------------------------------------------------------------------- classes and splits
 
 
 def test_folders_are_classes_and_splits(tmp_path):
-    source = folder(tmp_path / "in", "axe/train/1.npy", "axe/test/2.npy", "cup/train/deep/3.npy", "cup/val/4.npy")
+    source = folder(
+        tmp_path / "in",
+        "axe/train/1.npy",
+        "axe/test/2.npy",
+        "cup/train/deep/3.npy",
+        "cup/val/4.npy",
+    )
     assert rows(stored(source, tmp_path / "out")) == [
-        ("axe/test/2.npy", "axe", "test"), ("axe/train/1.npy", "axe", "train"),
-        ("cup/train/deep/3.npy", "cup", "train"), ("cup/val/4.npy", "cup", "val"),
-    ]  # fmt: skip
+        ("axe/test/2.npy", "axe", "test"),
+        ("axe/train/1.npy", "axe", "train"),
+        ("cup/train/deep/3.npy", "cup", "train"),
+        ("cup/val/4.npy", "cup", "val"),
+    ]
 
 
 def test_a_folder_around_all_classes_is_no_class(tmp_path):
     source = folder(tmp_path / "in", "set/axe/1.npy", "set/cup/2.npy")
     (source / "set/._rubbish.npy").write_text("what macOS adds")
-    assert rows(stored(source, tmp_path / "out")) == [("set/axe/1.npy", "axe", None), ("set/cup/2.npy", "cup", None)]
+    assert rows(stored(source, tmp_path / "out")) == [
+        ("set/axe/1.npy", "axe", None),
+        ("set/cup/2.npy", "cup", None),
+    ]
 
 
 def test_a_fraction_is_stratified_and_always_the_same(tmp_path):
-    source = folder(tmp_path / "in", *(f"{c}/{i:02d}.npy" for c, n in (("axe", 16), ("cup", 8)) for i in range(n)))
+    source = folder(
+        tmp_path / "in",
+        *(f"{c}/{i:02d}.npy" for c, n in (("axe", 16), ("cup", 8)) for i in range(n)),
+    )
     one, two, other = (
-        stored(source, tmp_path / str(i), split="0.25", seed=seed) for i, seed in enumerate((0, 0, 1))
-    )  # fmt: skip
+        stored(source, tmp_path / str(i), split="0.25", seed=seed)
+        for i, seed in enumerate((0, 0, 1))
+    )
     test = [label for _, label, split in rows(one) if split == "test"]
     assert (test.count("axe"), test.count("cup")) == (4, 2)
     assert rows(one) == rows(two)
@@ -95,7 +122,9 @@ def test_a_list_names_the_test_clouds(tmp_path):
     assert [split for _, _, split in rows(store)] == ["test", "train", "test"]
 
 
-@pytest.mark.parametrize(("split", "said"), [("list", "d.npy"), ("1.5", "between 0 and 1"), ("missing.txt", "missing")])
+@pytest.mark.parametrize(
+    ("split", "said"), [("list", "d.npy"), ("1.5", "between 0 and 1"), ("missing.txt", "missing")]
+)
 def test_a_split_that_cannot_be_is_refused(tmp_path, split, said):
     source = folder(tmp_path / "in", "a.npy")
     if split == "list":
@@ -106,7 +135,7 @@ def test_a_split_that_cannot_be_is_refused(tmp_path, split, said):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 def with_bad_files(root: Path) -> Path:
@@ -197,7 +226,7 @@ def test_links_to_folders_are_followed_but_never_in_a_circle(tmp_path):
     assert list(left_out(store)) == ["dangling.npy"]
 
 
-# -------------------------------------------------------------------------------------- processes, interruptions
+# ------------------------------------------------------------------------- processes, interruptions
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
@@ -218,7 +247,10 @@ def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_orde
     entries[2], entries[6] = Entry("2", partial(os._exit, 1)), Entry("6", partial(os._exit, 1))
     found = []
     for results in parallel.isolated(
-        [[entry] for entry in entries], partial(module._convert_all, Preparation(points=16)), 1, "jepa3d"
+        [[entry] for entry in entries],
+        partial(module._convert_all, Preparation(points=16)),
+        1,
+        "jepa3d",
     ):
         found += results
         if len(found) == 1:
@@ -226,7 +258,9 @@ def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_orde
     assert [i for i, result in enumerate(found) if isinstance(result, str)] == [2, 6]
     assert found[2] == "its parser crashed"
     for i in (0, 1, 3, 4, 5, 7):
-        assert np.array_equal(found[i][0]["points"], module.convert(entries[i], Preparation(points=16))[0]["points"])
+        assert np.array_equal(
+            found[i][0]["points"], module.convert(entries[i], Preparation(points=16))[0]["points"]
+        )
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 8])
@@ -264,7 +298,9 @@ def test_running_again_adds_what_is_new(tmp_path, capsys):
     assert np.array_equal(store.points(0), before)
 
 
-@pytest.mark.parametrize("options", [{"points": 17}, {"precision": "float16"}, {"seed": 1}, {"reduce": "random"}])
+@pytest.mark.parametrize(
+    "options", [{"points": 17}, {"precision": "float16"}, {"seed": 1}, {"reduce": "random"}]
+)
 def test_a_store_is_not_continued_with_other_settings(tmp_path, options):
     source = folder(tmp_path / "in", "a.npy")
     stored(source, tmp_path / "out")
@@ -286,7 +322,9 @@ def test_places_where_no_store_may_be_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("writes", [0, 1, 5, 10, 11, 12, 17, 23, 34])
-def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(tmp_path, monkeypatch, writes):
+def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(
+    tmp_path, monkeypatch, writes
+):
     source, done = folder(tmp_path / "in", *(f"{i}.npy" for i in range(9))), []
     whole = stored(source, tmp_path / "whole")
     monkeypatch.setattr(storing, "SHARD_BYTES", 3 * 16 * 12)
@@ -311,7 +349,7 @@ def test_a_full_disk_is_one_line_keeps_what_was_committed_and_leaves_no_trace(tm
     assert same(store, whole)
 
 
-# ----------------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 def zipped(path: Path, members: dict[str, bytes]) -> Path:
@@ -338,7 +376,9 @@ def as_bytes(cloud: np.ndarray) -> bytes:
 
 @pytest.mark.parametrize(("pack", "name"), [(zipped, "set.zip"), (tarred, "set.tar.gz")])
 def test_an_archive_is_its_folder(tmp_path, pack, name):
-    members = {f"set/{label}/1.npy": as_bytes(cloud) for label, cloud in zip("ab", SHAPES, strict=False)}
+    members = {
+        f"set/{label}/1.npy": as_bytes(cloud) for label, cloud in zip("ab", SHAPES, strict=False)
+    }
     store = stored(pack(tmp_path / name, members), tmp_path / "out")
     plain = stored(folder(tmp_path / "in", "set/a/1.npy", "set/b/1.npy"), tmp_path / "plain")
     assert same(store, plain)
@@ -349,7 +389,9 @@ def test_an_archive_is_its_folder(tmp_path, pack, name):
 @pytest.mark.parametrize(("pack", "name"), [(zipped, "set.zip"), (tarred, "set.tgz")])
 def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, pack, name, member):
     source = pack(tmp_path / name, {"a.npy": as_bytes(SHAPES[0]), member: as_bytes(SHAPES[1])})
-    if pack is tarred and member.startswith("/"):  # tar's own rule: the leading / is dropped, and all stays inside
+    if pack is tarred and member.startswith(
+        "/"
+    ):  # tar's own rule: the leading / is dropped, and all stays inside
         assert len(stored(source, tmp_path / "out")) == 2
     else:
         with pytest.raises(ReadError, match=name):
@@ -361,7 +403,9 @@ def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, pack, name, 
 
 @pytest.mark.parametrize("name", ["set.zip", "set.tar.gz", "set.tar"])
 def test_a_damaged_archive_is_refused(tmp_path, name):
-    whole = (zipped if name.endswith("zip") else tarred)(tmp_path / name, {"a.npy": as_bytes(SHAPES)}).read_bytes()
+    whole = (zipped if name.endswith("zip") else tarred)(
+        tmp_path / name, {"a.npy": as_bytes(SHAPES)}
+    ).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ReadError, match=name) as caught:
         stored(tmp_path / name, tmp_path / "out")
@@ -369,7 +413,7 @@ def test_a_damaged_archive_is_refused(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-# ------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 
 def back(store: Store, row: int = 0) -> np.ndarray:
@@ -385,7 +429,12 @@ def among(points: np.ndarray, cloud: np.ndarray) -> float:
 @pytest.mark.parametrize("up", ["x", "y", "z"])
 def test_reduced_points_are_distinct_points_of_the_file_with_its_up_axis_on_z(tmp_path, reduce, up):
     cloud = SHAPES[0] * (np.eye(3)["xyz".index(up)] * 9 + 1).astype(np.float32)
-    store = stored(folder(tmp_path / "in", "a.npy", clouds=[cloud]), tmp_path / "out", reduce=reduce, up_axis=up)
+    store = stored(
+        folder(tmp_path / "in", "a.npy", clouds=[cloud]),
+        tmp_path / "out",
+        reduce=reduce,
+        up_axis=up,
+    )
     assert len(np.unique(store.points(0), axis=0)) == 16
     assert among(back(store), cloud) < 1e-4
     assert store.points(0).std(0).argmax() == 2
@@ -393,7 +442,12 @@ def test_reduced_points_are_distinct_points_of_the_file_with_its_up_axis_on_z(tm
 
 def test_short_clouds_are_filled_up_by_copies_moved_along_the_surface(tmp_path, capsys):
     cloud, rng = np.random.default_rng(3).normal(size=(70, 3)), np.random.default_rng(4)
-    source = folder(tmp_path / "in", "a.npy", "b.npy", clouds=[cloud, rng.permutation(np.tile(cloud, (2, 1)))[:130]])
+    source = folder(
+        tmp_path / "in",
+        "a.npy",
+        "b.npy",
+        clouds=[cloud, rng.permutation(np.tile(cloud, (2, 1)))[:130]],
+    )
     store = stored(source, tmp_path / "out", points=200)
     assert "2 clouds of fewer than 200 points were filled up" in capsys.readouterr().out
     assert among(cloud, back(store)[:70]) < 1e-5
@@ -427,7 +481,11 @@ def test_attributes_of_copies_are_those_of_their_points(tmp_path):
 
 def test_all_points_are_kept_where_asked(tmp_path):
     clouds = [SHAPES[0], SHAPES[1, :7], SHAPES[2, :23]]
-    store = stored(folder(tmp_path / "in", "a.npy", "b.npy", "c.npy", clouds=clouds), tmp_path / "out", points=None)
+    store = stored(
+        folder(tmp_path / "in", "a.npy", "b.npy", "c.npy", clouds=clouds),
+        tmp_path / "out",
+        points=None,
+    )
     assert store.num_points is None
     for row, cloud in enumerate(clouds):
         assert np.allclose(back(store, row), cloud, atol=1e-5)
@@ -437,8 +495,12 @@ def test_attributes_are_kept_with_their_points(tmp_path):
     points, parts = SHAPES[0], np.arange(40)
     lines = np.concatenate([points, points, np.tile(parts[:, None], 4)], 1)
     (tmp_path / "in").mkdir()
-    np.savetxt(tmp_path / "in/a.csv", lines, delimiter=",", header="x,y,z,nx,ny,nz,r,g,b,part", comments="")
-    store = stored(tmp_path / "in", tmp_path / "out", keep=("parts", "normals", "colors"), up_axis="y")
+    np.savetxt(
+        tmp_path / "in/a.csv", lines, delimiter=",", header="x,y,z,nx,ny,nz,r,g,b,part", comments=""
+    )
+    store = stored(
+        tmp_path / "in", tmp_path / "out", keep=("parts", "normals", "colors"), up_axis="y"
+    )
     found = store.cloud(0)
     assert np.allclose(back(store), points[found.parts], atol=1e-4)
     x, y, z = points[found.parts].T
@@ -450,13 +512,17 @@ def test_attributes_are_kept_with_their_points(tmp_path):
 
 def test_half_precision_is_off_by_no_more_than_is_said(tmp_path):
     source = folder(tmp_path / "in", *(f"{i}.npy" for i in range(24)))
-    full, half = (stored(source, tmp_path / kind, precision=kind) for kind in ("float32", "float16"))
+    full, half = (
+        stored(source, tmp_path / kind, precision=kind) for kind in ("float32", "float16")
+    )
     error = np.array([np.abs(half.points(i) - full.points(i)).max() for i in range(24)])
     assert half.points(0).dtype == np.float16
     assert 0 < error.max() < 0.00025
 
 
-@given(place=st.tuples(*[st.floats(-6e6, 6e6)] * 3), up=st.sampled_from("xyz"), seed=st.integers(0, 99))
+@given(
+    place=st.tuples(*[st.floats(-6e6, 6e6)] * 3), up=st.sampled_from("xyz"), seed=st.integers(0, 99)
+)
 @settings(max_examples=10, deadline=None, derandomize=True)
 def test_map_coordinates_come_back_to_a_millimetre(tmp_path_factory, place, up, seed):
     tmp_path = tmp_path_factory.mktemp("map")
@@ -492,11 +558,18 @@ def test_stray_points_of_own_files_are_left_out_and_told_of(tmp_path, capsys):
     (tmp_path / "s").mkdir()
     np.savetxt(tmp_path / "s" / "scan.xyz", np.concatenate([ball, rng.uniform(-3, 3, (200, 3))]))
     prepare(tmp_path / "s", tmp_path / "clean", Preparation(points=256), workers=1)
-    assert "stray points left out in 1 clouds, most in scan.xyz (--keep-strays keeps them)" in capsys.readouterr().out
+    assert (
+        "stray points left out in 1 clouds, most in scan.xyz (--keep-strays keeps them)"
+        in capsys.readouterr().out
+    )
     prepare(tmp_path / "s", tmp_path / "all", Preparation(points=256, keep_strays=True), workers=1)
     off = [
         np.abs(
-            np.linalg.norm(store.points(0) * store.columns["frame"][0][3] + store.columns["frame"][0][:3], axis=1) - 1
+            np.linalg.norm(
+                store.points(0) * store.columns["frame"][0][3] + store.columns["frame"][0][:3],
+                axis=1,
+            )
+            - 1
         )
         for store in (Store(tmp_path / "clean"), Store(tmp_path / "all"))
     ]

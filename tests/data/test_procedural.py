@@ -12,8 +12,10 @@ from jepa3d.data.procedural import make_procedural
 from jepa3d.data.store import Store
 
 KNOWN = [
-    [0.060930, 0.426725, -0.453050], [-0.013864, 0.024049, 0.327101], [0.625026, 0.207015, -0.553307],
-]  # fmt: skip
+    [0.060930, 0.426725, -0.453050],
+    [-0.013864, 0.024049, 0.327101],
+    [0.625026, 0.207015, -0.553307],
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +60,14 @@ def test_a_store_of_them_is_the_same_with_any_number_of_processes(tmp_path):
     assert all(np.array_equal(one.points(i), two.points(i)) for i in range(9))
     read = load(["procedural:9"], 256)
     assert read.points.shape == (9, 256, 3)
-    assert np.allclose(np.sort(read.points[3], 0), np.sort(one.points(3), 0), atol=2e-3)  # kept in half precision
+    assert np.allclose(
+        np.sort(read.points[3], 0), np.sort(one.points(3), 0), atol=2e-3
+    )  # kept in half precision
 
 
-@pytest.mark.parametrize("source", ["procedural:", "procedural:0", "procedural:many", "procedural:-3"])
+@pytest.mark.parametrize(
+    "source", ["procedural:", "procedural:0", "procedural:many", "procedural:-3"]
+)
 def test_a_wrong_count_is_refused_in_one_line(source):
     with pytest.raises(ReadError, match=f"^{source}: give procedural:COUNT with a COUNT from 1$"):
         load([source], 64)

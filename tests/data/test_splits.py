@@ -1,4 +1,6 @@
-"""Classes and splits: what names of folders mean, whatever their case, and that no class is lost without a word."""
+"""Classes and splits: what names of folders mean, whatever their case, and that no class is lost
+without a word.
+"""
 
 from pathlib import Path
 
@@ -31,9 +33,15 @@ def test_any_names_of_splits_at_either_level_around_any_classes(data):
     draw = data.draw
     names = {part: [n for n, p in SPLIT_OF.items() if p == part] for part in SPLITS}
     parts = draw(st.sets(st.sampled_from(SPLITS), min_size=2))
-    written = {part: draw(st.sampled_from(CASES))(draw(st.sampled_from(names[part]))) for part in sorted(parts)}
+    written = {
+        part: draw(st.sampled_from(CASES))(draw(st.sampled_from(names[part])))
+        for part in sorted(parts)
+    }
     classes = sorted({"cone", "cup", *draw(st.sets(st.sampled_from(CLASSES), max_size=4))})
-    outside, inside = draw(st.sampled_from([(), ("set",), ("set", "v1")])), draw(st.sampled_from([(), ("raw",)]))
+    outside, inside = (
+        draw(st.sampled_from([(), ("set",), ("set", "v1")])),
+        draw(st.sampled_from([(), ("raw",)])),
+    )
     split_first = draw(st.booleans())
     expected = {}
     for part in parts:
@@ -58,7 +66,10 @@ def test_any_names_of_splits_at_either_level_around_any_classes(data):
 )
 def test_a_folder_named_like_a_split_among_others(folders, found):
     wanted = [tuple(part or None for part in text.split(":")) for text in found.split()]
-    assert classes_and_splits([tuple(name.split("/")) for name in folders.split()], flat=False) == wanted
+    assert (
+        classes_and_splits([tuple(name.split("/")) for name in folders.split()], flat=False)
+        == wanted
+    )
 
 
 def test_a_class_named_test_is_kept_and_said(tmp_path, capsys):
@@ -75,7 +86,11 @@ def test_a_class_named_test_is_kept_and_said(tmp_path, capsys):
     seed=st.integers(0, 99),
 )
 def test_a_fraction_leaves_a_shape_of_each_class_in_each_part(sizes, share, seed):
-    entries = [Entry(f"{name}/{i}", lambda: None, name or None) for name, count in sizes.items() for i in range(count)]
+    entries = [
+        Entry(f"{name}/{i}", lambda: None, name or None)
+        for name, count in sizes.items()
+        for i in range(count)
+    ]
     divided = divide(entries, str(share), seed)
     assert [entry.key for entry in divided] == [entry.key for entry in entries]
     for name, count in sizes.items():
@@ -84,7 +99,15 @@ def test_a_fraction_leaves_a_shape_of_each_class_in_each_part(sizes, share, seed
 
 
 def test_prepare_names_the_classes_that_a_part_lacks(tmp_path, capsys):
-    source = folder(tmp_path / "in", "ball/1.npy", "ball/2.npy", "rod/1.npy", "cup/1.npy", "cup/2.npy", "cup/3.npy")
+    source = folder(
+        tmp_path / "in",
+        "ball/1.npy",
+        "ball/2.npy",
+        "rod/1.npy",
+        "cup/1.npy",
+        "cup/2.npy",
+        "cup/3.npy",
+    )
     (source / "cup/3.npy").write_text("damaged")
     prepare(source, tmp_path / "out", Preparation(points=16, split="0.2"), 1)
     said = capsys.readouterr().out
@@ -94,7 +117,10 @@ def test_prepare_names_the_classes_that_a_part_lacks(tmp_path, capsys):
 
 
 def test_a_fraction_in_place_of_the_folders_split_is_said(tmp_path, capsys):
-    source = folder(tmp_path / "in", *(f"{part}/{c}/{i}.npy" for part in ("Train", "Test") for c in "ab" for i in "12"))
+    source = folder(
+        tmp_path / "in",
+        *(f"{part}/{c}/{i}.npy" for part in ("Train", "Test") for c in "ab" for i in "12"),
+    )
     (path,) = prepare(source, tmp_path / "out", Preparation(points=16, split="0.25"), 1)
     assert "takes the place of the split" in capsys.readouterr().out
     assert np.bincount(Store(path).columns["split"]).tolist() == [6, 2]
@@ -113,7 +139,9 @@ def test_what_a_part_lacks_is_counted(rows):
 
 def test_the_third_part_means_validation_in_every_source(tmp_path):
     """Folders, a store of them, an NPZ and an HDF5: no training on it, no testing on it."""
-    names = [f"{part}/{c}/{i}.npy" for part in ("train", "TEST", "Valid") for c in "ab" for i in range(2)]
+    names = [
+        f"{part}/{c}/{i}.npy" for part in ("train", "TEST", "Valid") for c in "ab" for i in range(2)
+    ]
     source = folder(tmp_path / "in", *names)
     prepare(source, tmp_path / "store", Preparation(points=16), 1)
     split, labels = np.repeat([0, 1, 2], 4), np.tile([0, 0, 1, 1], 3)
@@ -135,8 +163,12 @@ def test_the_third_part_means_validation_in_every_source(tmp_path):
         assert [len(load([str(path)], 16, part)) for part in ("train", "test")] == [4, 4]
 
 
-@pytest.mark.parametrize("names", [("train_data", "test_data"), ("01_train", "02_test"), ("Training Set", "Test Set")])
+@pytest.mark.parametrize(
+    "names", [("train_data", "test_data"), ("01_train", "02_test"), ("Training Set", "Test Set")]
+)
 def test_what_is_added_to_the_name_of_a_split_does_not_matter(names):
     folders = [(split, label) for split in names for label in ("ball", "dataset")]
     splits = [split for split in ("train", "test") for _ in range(2)]
-    assert classes_and_splits(folders, False) == list(zip(["ball", "dataset"] * 2, splits, strict=True))
+    assert classes_and_splits(folders, False) == list(
+        zip(["ball", "dataset"] * 2, splits, strict=True)
+    )

@@ -1,4 +1,6 @@
-"""A store on disk: what is written comes back, only what is needed is read, damage is found, training is the same."""
+"""A store on disk: what is written comes back, only what is needed is read, damage is found,
+training is the same.
+"""
 
 import json
 import os
@@ -33,13 +35,17 @@ def unit(cloud: np.ndarray) -> np.ndarray:
 SHAPES = np.stack([unit(cloud) for cloud in RNG.normal(size=(20, 32, 3))])
 
 
-def write(path: Path, clouds=SHAPES, points: int | None = 32, names: tuple[str, ...] = ("axe", "cup")) -> Store:
+def write(
+    path: Path, clouds=SHAPES, points: int | None = 32, names: tuple[str, ...] = ("axe", "cup")
+) -> Store:
     """A store of clouds named c0, c1, ..., of alternate classes, the last quarter test."""
     with StoreWriter(path, {"points": points, "reduce": "fps"}, names, ()) as writer:
         for i, cloud in enumerate(clouds):
             split, label = "train" if i < 0.75 * len(clouds) else "test", names[i % 2]
             arrays = {"points": cloud, "parts": np.full(len(cloud), i, np.int16)}
-            writer.add(f"c{i}", arrays, label=label, split=split, up="y", frame=(1, 2, 3, i + 1), content=i)
+            writer.add(
+                f"c{i}", arrays, label=label, split=split, up="y", frame=(1, 2, 3, i + 1), content=i
+            )
     return Store(path)
 
 
@@ -51,7 +57,9 @@ def small_shards(monkeypatch):
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 2000), st.booleans())
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_clouds_of_any_length_come_back_from_shards_of_any_size(tmp_path_factory, lengths, shard_bytes, half):
+def test_clouds_of_any_length_come_back_from_shards_of_any_size(
+    tmp_path_factory, lengths, shard_bytes, half
+):
     clouds = [RNG.normal(size=(n, 3)).astype(np.float16 if half else np.float32) for n in lengths]
     before, storing.SHARD_BYTES = storing.SHARD_BYTES, shard_bytes
     try:
@@ -111,7 +119,9 @@ def test_parts_and_subsets_stay_unread_and_are_the_same_clouds(tmp_path, small_s
 
 def test_loading_a_store_is_loading_its_folder(tmp_path):
     for i, cloud in enumerate(RNG.normal(size=(6, 90, 3))):
-        (tmp_path / "in" / "ab"[i % 2] / ("test" if i > 3 else "train")).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "ab"[i % 2] / ("test" if i > 3 else "train")).mkdir(
+            parents=True, exist_ok=True
+        )
         np.save(tmp_path / "in" / "ab"[i % 2] / ("test" if i > 3 else "train") / f"{i}.npy", cloud)
     prepare(tmp_path / "in", tmp_path / "store", Preparation(points=32), workers=1)
     for split in ("train", "test", "all"):
@@ -141,11 +151,18 @@ def test_more_points_than_a_store_has_and_another_up_axis_are_refused(tmp_path):
         load([path], 32, up_axis=["y"])
 
 
-# ------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("name", ["points-00000.safetensors", "points-00004.safetensors", "index/keys.bin",
-                                  *(f"index/{name}.bin" for name in COLUMNS)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "points-00000.safetensors",
+        "points-00004.safetensors",
+        "index/keys.bin",
+        *(f"index/{name}.bin" for name in COLUMNS),
+    ],
+)
 @pytest.mark.parametrize("at", [0.0, 0.5, 0.999])
 def test_verify_finds_one_flipped_bit(tmp_path, small_shards, name, at):
     write(tmp_path / "store").verify()
@@ -176,7 +193,9 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(tmp_path, small_shards):
         store.verify()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"name": "a game"}', '{"format": "jepa3d-store-2"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"name": "a game"}', '{"format": "jepa3d-store-2"}']
+)
 def test_a_store_of_another_kind_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "store.json").write_text(content)
     for use in (Store, lambda path: write(path), lambda path: load([str(path)], 32)):
@@ -188,7 +207,9 @@ def test_a_store_of_another_kind_is_refused_and_left_alone(tmp_path, content):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 6, 11, 12, 13, 20])
-def test_a_store_whose_writer_was_killed_is_refused_until_it_is_continued(tmp_path, monkeypatch, small_shards, stop):
+def test_a_store_whose_writer_was_killed_is_refused_until_it_is_continued(
+    tmp_path, monkeypatch, small_shards, stop
+):
     """Killed at any write to the disk, without a word."""
     (tmp_path / "in").mkdir()
     for i, cloud in enumerate(SHAPES):
@@ -239,7 +260,7 @@ def test_an_interrupted_commit_is_made_once(tmp_path, monkeypatch, fails):
     assert [store.key(i) for i in range(8)] == [f"c{i}" for i in range(8)]
 
 
-# ---------------------------------------------------------------------------------------------- order, training
+# ---------------------------------------------------------------------------------- order, training
 
 
 @given(st.lists(st.integers(1, 9), max_size=90), st.integers(0, 3), st.integers(0, 3))
@@ -270,7 +291,9 @@ def test_epochs_differ_and_batches_are_the_stream_of_epochs():
 
 def test_the_order_is_the_same_in_any_process():
     code = "import sys; from jepa3d.training.loop import epoch_order as f; print(f(3, 2, 120, (3,) * 40).tolist())"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert json.loads(said) == epoch_order(3, 2, 120, (3,) * 40).tolist()
 
 
@@ -302,15 +325,22 @@ def test_a_million_clouds_open_without_being_read(tmp_path):
     count, points = 1_000_000, 2048
     (tmp_path / "index").mkdir()
     for name, (kind, tail) in COLUMNS.items():
-        os.truncate(_touched(tmp_path / f"index/{name}.bin"), count * np.dtype(kind).itemsize * int(np.prod(tail)))
+        os.truncate(
+            _touched(tmp_path / f"index/{name}.bin"),
+            count * np.dtype(kind).itemsize * int(np.prod(tail)),
+        )
     columns: dict[str, Callable] = {
-        name: np.memmap(tmp_path / f"index/{name}.bin", COLUMNS[name][0]) for name in ("end", "label", "key_end")
+        name: np.memmap(tmp_path / f"index/{name}.bin", COLUMNS[name][0])
+        for name in ("end", "label", "key_end")
     }
     columns["end"][:] = np.arange(1, count + 1) * points
     columns["label"][777_777] = 1
     columns["key_end"][777_777:] = 9
     _touched(tmp_path / "index/keys.bin").write_bytes(b"the/one.x")
-    shards = [{"file": f"points-{i:05d}.safetensors", "clouds": 1000, "points": 1000 * points} for i in range(1000)]
+    shards = [
+        {"file": f"points-{i:05d}.safetensors", "clouds": 1000, "points": 1000 * points}
+        for i in range(1000)
+    ]
     header = {"format": FORMAT, "complete": True, "settings": {"reduce": "fps"}, "shards": shards}
     header |= {"num_points": points, "class_names": ["axe", "cup"], "part_names": []}
     (tmp_path / "store.json").write_text(json.dumps(header))

@@ -1,4 +1,6 @@
-"""Files from strangers: they open no other file, fill no memory, run nothing, and their names stay names."""
+"""Files from strangers: they open no other file, fill no memory, run nothing, and their names stay
+names.
+"""
 
 import io
 import re
@@ -51,7 +53,13 @@ def virtual(file, other):
     file.create_virtual_dataset("data", layout)
 
 
-OTHERS = [external_link, soft_link_through_an_external_group, soft_link_in_a_circle, external_storage, virtual]
+OTHERS = [
+    external_link,
+    soft_link_through_an_external_group,
+    soft_link_in_a_circle,
+    external_storage,
+    virtual,
+]
 
 
 @pytest.mark.parametrize("way", OTHERS, ids=lambda way: way.__name__)
@@ -82,15 +90,22 @@ def test_groups_and_texts_in_place_of_numbers_are_refused(tmp_path):
         file["data/x"] = POINTS
     assert "data is a group" in refusal(tmp_path / "a.h5")
     with h5py.File(tmp_path / "b.h5", "w") as file:
-        file.create_dataset("data", data=np.array([["a"] * 3] * 80, object), dtype=h5py.string_dtype())
+        file.create_dataset(
+            "data", data=np.array([["a"] * 3] * 80, object), dtype=h5py.string_dtype()
+        )
     assert "expected an array of points" in refusal(tmp_path / "b.h5")
 
 
 def zeros(path, count: int) -> None:
     """An NPZ whose points are `count` compressed zeros, written piece by piece."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (count // 24, 3)})
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("points.npy", "w") as file:
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (count // 24, 3)}
+    )
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("points.npy", "w") as file,
+    ):
         file.write(header.getvalue())
         for _ in range(count // (1 << 20)):
             file.write(bytes(1 << 20))
@@ -106,7 +121,9 @@ def test_a_compressed_archive_that_would_fill_the_memory_is_refused(tmp_path):
 
 def test_compressed_hdf5_is_bounded_too(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        data = file.create_dataset("data", (12 << 20, 3), np.float64, chunks=(1 << 20, 3), compression="gzip")
+        data = file.create_dataset(
+            "data", (12 << 20, 3), np.float64, chunks=(1 << 20, 3), compression="gzip"
+        )
         data[: 1 << 20] = 0
     assert "claim" in refusal(tmp_path / "a.h5")
 
@@ -114,7 +131,9 @@ def test_compressed_hdf5_is_bounded_too(tmp_path):
 @pytest.mark.parametrize("claim", [81, 10**6, 10**12, 2**63])
 def test_a_member_that_claims_more_than_it_holds_is_refused(tmp_path, claim):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (claim, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (claim, 3)}
+    )
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("points.npy", header.getvalue() + POINTS.tobytes())
     assert "claims" in refusal(tmp_path / "a.npz")
@@ -139,7 +158,7 @@ def test_objects_are_refused_only_where_they_are_read(tmp_path):
     assert len(load([str(tmp_path / "c.npz")], 16)) == 1
 
 
-# ---------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 EVIL = "a\x1b[31m\x1b]0;title\x07\rb\u202e.xyz"
 

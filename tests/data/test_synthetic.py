@@ -1,4 +1,6 @@
-"""The built-in shapes: reproducible one by one, balanced, in the unit sphere, parts of their own class."""
+"""The built-in shapes: reproducible one by one, balanced, in the unit sphere, parts of their own
+class.
+"""
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ def test_arrays_have_the_documented_shapes_and_types(made):
     n = 2 * len(CLASS_NAMES)
     kinds = {name: (array.shape, array.dtype) for name, array in made.items()}
     assert kinds == {
-        "points": ((n, 128, 3), np.float32), "labels": ((n,), np.int64), "parts": ((n, 128), np.int16)
-    }  # fmt: skip
+        "points": ((n, 128, 3), np.float32),
+        "labels": ((n,), np.int64),
+        "parts": ((n, 128), np.int16),
+    }
 
 
 def test_the_same_seed_makes_the_same_shapes(made):
@@ -35,7 +39,9 @@ def test_a_longer_set_begins_with_a_shorter_one(made):
 
 
 def test_no_two_shapes_are_equal(made):
-    assert len(np.unique(made["points"].reshape(len(made["points"]), -1), axis=0)) == len(made["points"])
+    assert len(np.unique(made["points"].reshape(len(made["points"]), -1), axis=0)) == len(
+        made["points"]
+    )
 
 
 def test_classes_are_balanced(made):

@@ -23,7 +23,9 @@ LABELS = RNG.integers(0, 9, 30)
 
 def number(value: float, rng: random.Random, comma: bool) -> str:
     """A coordinate as one program or another writes it."""
-    text = rng.choice([f"{value:.4f}", f"{value:.4f}", f"{value:.6e}", f"{value:+.5f}", repr(float(value))])
+    text = rng.choice(
+        [f"{value:.4f}", f"{value:.4f}", f"{value:.6e}", f"{value:+.5f}", repr(float(value))]
+    )
     return text.replace(".", ",") if comma else text
 
 
@@ -32,7 +34,10 @@ def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
     suffix = rng.choice([".xyz", ".txt", ".csv", ".pts", ".asc"])
     mark = rng.choice([" ", "  ", "\t", ",", ", ", ";", "; ", "|", " \t "])
     comma = mark.strip() not in (",", "|") and rng.random() < 0.3
-    extra = {"gps_time": [f"{1e5 + i:.2f}" for i in range(30)], "Scalar_field": [str(i % 7) for i in range(30)]}
+    extra = {
+        "gps_time": [f"{1e5 + i:.2f}" for i in range(30)],
+        "Scalar_field": [str(i % 7) for i in range(30)],
+    }
     columns = {axis: [number(v, rng, comma) for v in POINTS[:, i]] for i, axis in enumerate("xyz")}
     if rng.random() < 0.5:
         names = rng.choice([("r", "g", "b"), ("red", "green", "blue")])
@@ -43,7 +48,9 @@ def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
     header = rng.choice(["none", "line", "line", "comment", "quoted"])
     order = list(columns)
     if header == "none":
-        columns = {axis: columns[axis] for axis in "xyz"} | {name: columns[name] for name in order[3:] if name in extra}
+        columns = {axis: columns[axis] for axis in "xyz"} | {
+            name: columns[name] for name in order[3:] if name in extra
+        }
         order = list(columns)
     else:
         rng.shuffle(order)
@@ -59,9 +66,11 @@ def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
     names = mark.join(spelled[name] for name in order)
     counted = rng.random() < 0.3
     above = {
-        "none": [], "line": [names + tail], "comment": [rng.choice(["#", "# ", "//", "// "]) + names],
+        "none": [],
+        "line": [names + tail],
+        "comment": [rng.choice(["#", "# ", "//", "// "]) + names],
         "quoted": [mark.join(f'"{spelled[name]}"' for name in order)],
-    }[header]  # fmt: skip
+    }[header]
     above += ["30"] if counted else []
     lines += reversed(above) if rng.random() < 0.5 else above
     rows = [mark.join(cell(columns[name][i]) for name in order) + tail for i in range(30)]
@@ -74,7 +83,9 @@ def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
         rows.insert(7, names + tail)  # two exports in one file
     end = rng.choice(["\n", "\n", "\r\n", "\r"])
     text = end.join([*lines, *rows]) + rng.choice(["", end, end + end])
-    coding = rng.choice(["utf-8", "utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be"])
+    coding = rng.choice(
+        ["utf-8", "utf-8", "utf-8-sig", "latin-1", "utf-16", "utf-16-le", "utf-16-be"]
+    )
     named = header != "none"
     parts = named and bool({"label", "classification", "class"} & set(order))
     return text.encode(coding), suffix, named and bool({"r", "red"} & set(order)), parts
@@ -160,7 +171,9 @@ LETTERS = {"f": "F", "i": "I", "u": "U"}
 
 def lzf(data: bytes) -> bytes:
     """LZF without compression: runs of literals."""
-    return b"".join(bytes([len(data[at : at + 32]) - 1]) + data[at : at + 32] for at in range(0, len(data), 32))
+    return b"".join(
+        bytes([len(data[at : at + 32]) - 1]) + data[at : at + 32] for at in range(0, len(data), 32)
+    )
 
 
 def pcd(rng: random.Random, points: np.ndarray = POINTS) -> tuple[bytes, bool]:
@@ -170,26 +183,37 @@ def pcd(rng: random.Random, points: np.ndarray = POINTS) -> tuple[bytes, bool]:
     labelled = rng.random() < 0.5
     if labelled:
         fields.append(("label", rng.choice(["<u1", "<i4", "<u4", "<f4"]), 1, LABELS))
-    for name, kind, count in (("intensity", "<f4", 1), ("ring", "<u2", 1), ("fpfh", "<f4", 33), ("noise", "<i2", 0)):
+    for name, kind, count in (
+        ("intensity", "<f4", 1),
+        ("ring", "<u2", 1),
+        ("fpfh", "<f4", 33),
+        ("noise", "<i2", 0),
+    ):
         if rng.random() < 0.4:
             fields.append((name, kind, count, np.arange(30)))
     if rng.random() < 0.3:
         rng.shuffle(fields)
     padded = []
     for field in fields:
-        padded += [field] + ([("_", "<u1", rng.randrange(4), np.zeros(30))] if rng.random() < 0.3 else [])
+        padded += [field] + (
+            [("_", "<u1", rng.randrange(4), np.zeros(30))] if rng.random() < 0.3 else []
+        )
     row = np.dtype([(f"f{i}", kind, (count,)) for i, (_, kind, count, _) in enumerate(padded)])
     data = np.zeros(30, row)
     for i, (_, kind, count, values) in enumerate(padded):
         data[f"f{i}"] = np.repeat(values[:, None], count, 1).astype(kind)
     case = rng.choice([str.lower, str.upper])
     header = {
-        "VERSION": rng.choice([".7", "0.7", ".6", ".5"]), "FIELDS": " ".join(case(name) for name, *_ in padded),
+        "VERSION": rng.choice([".7", "0.7", ".6", ".5"]),
+        "FIELDS": " ".join(case(name) for name, *_ in padded),
         "SIZE": " ".join(kind[2] for _, kind, *_ in padded),
         "TYPE": " ".join(LETTERS[kind[1]] for _, kind, *_ in padded),
-        "COUNT": " ".join(str(count) for _, _, count, _ in padded), "WIDTH": "10", "HEIGHT": "3",
-        "VIEWPOINT": "0 0 0 1 0 0 0", "POINTS": "30",
-    }  # fmt: skip
+        "COUNT": " ".join(str(count) for _, _, count, _ in padded),
+        "WIDTH": "10",
+        "HEIGHT": "3",
+        "VIEWPOINT": "0 0 0 1 0 0 0",
+        "POINTS": "30",
+    }
     if rng.random() < 0.3 and all(count == 1 for _, _, count, _ in padded):
         del header["COUNT"]
     for key in (["VIEWPOINT"], ["VERSION"], rng.choice([["POINTS"], ["WIDTH", "HEIGHT"], []])):
@@ -201,7 +225,10 @@ def pcd(rng: random.Random, points: np.ndarray = POINTS) -> tuple[bytes, bool]:
     end = rng.choice(["\n", "\n", "\r\n"])
     head = (end.join(lines) + end).encode()
     if way == "ascii":
-        rows = (" ".join(repr(v.item()) for field in row.names for v in data[field][i]) for i in range(30))
+        rows = (
+            " ".join(repr(v.item()) for field in row.names for v in data[field][i])
+            for i in range(30)
+        )
         return head + end.join(rows).encode(), labelled
     if way == "binary":
         return head + data.tobytes(), labelled
@@ -251,7 +278,7 @@ def test_a_pcd_that_cannot_be_read_says_why(tmp_path, old, new, said, way):
         read(tmp_path / "a.pcd")
 
 
-# ---------------------------------------------------------------------------------------------- points not seen
+# ---------------------------------------------------------------------------------- points not seen
 
 
 def organised(path, way: str) -> None:
@@ -277,7 +304,10 @@ def test_points_that_were_not_seen_are_left_out_and_counted_aloud(tmp_path, caps
     assert told == [20]
     store = Store(prepare(root, tmp_path / "store", Preparation(points=60), workers=1)[0])
     assert len(store) == 2
-    assert "40 points that are NaN, where nothing was seen, left out in 2 clouds" in capsys.readouterr().out
+    assert (
+        "40 points that are NaN, where nothing was seen, left out in 2 clouds"
+        in capsys.readouterr().out
+    )
 
 
 def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path, capsys):
@@ -290,7 +320,10 @@ def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path,
     said = "3 points that are NaN"
     assert f"holes.npy: {said}" in capsys.readouterr().out
     embed_files([tmp_path], tmp_path / "v.parquet", workers=1)
-    assert f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out" in capsys.readouterr().out
+    assert (
+        f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out"
+        in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="cloud 0: NaN"):
         embed(points)
 
@@ -327,15 +360,21 @@ def test_a_float16_store_says_what_an_outlier_does_to_a_cloud(tmp_path, capsys):
     points = np.random.default_rng(3).normal(size=(500, 3))
     np.save(root / "good.npy", points)
     np.save(root / "far.npy", np.concatenate([points, [[1e5, 0, 0]]]))
-    store = Store(prepare(root, tmp_path / "half", Preparation(points=None, precision="float16"), workers=1)[0])
+    store = Store(
+        prepare(root, tmp_path / "half", Preparation(points=None, precision="float16"), workers=1)[
+            0
+        ]
+    )
     printed = capsys.readouterr().out
     assert len(store) == 1
     assert "far.npy: float16 moves its points by " in printed
     assert "--precision float32" in printed
-    assert len(Store(prepare(root, tmp_path / "single", Preparation(points=None), workers=1)[0])) == 2
+    assert (
+        len(Store(prepare(root, tmp_path / "single", Preparation(points=None), workers=1)[0])) == 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------- PTX, BIN, LAS, E57
+# ------------------------------------------------------------------------------- PTX, BIN, LAS, E57
 
 
 def ptx(path, scans: int, color: bool, cut: int = 0) -> np.ndarray:
@@ -345,11 +384,16 @@ def ptx(path, scans: int, color: bool, cut: int = 0) -> np.ndarray:
         points = rng.normal(size=(20, 3)).round(4)
         points[[2, 7, 11]] = 0
         angle, move = rng.random(), rng.normal(size=3) * 50
-        turn = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        turn = np.array(
+            [[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+        )
         matrix = np.block([[turn, np.zeros((3, 1))], [move, np.ones((1, 1))]])
         lines += ["4", "5", *[" ".join(map(str, row)) for row in np.vstack([move, np.eye(3)])]]
         lines += [" ".join(map(repr, row.tolist())) for row in matrix]
-        lines += [" ".join(map(str, row)) + " 0.5" + (" 10 20 30" if color else "") for row in points.tolist()]
+        lines += [
+            " ".join(map(str, row)) + " 0.5" + (" 10 20 30" if color else "")
+            for row in points.tolist()
+        ]
         places.append(np.delete(points, [2, 7, 11], 0) @ turn + move)
     path.write_text("\n".join(lines[: len(lines) - cut]) + "\n")
     return np.concatenate(places)
@@ -366,24 +410,35 @@ def test_ptx_scans_are_placed_and_what_was_not_seen_is_left_out(tmp_path, scans,
     assert np.allclose(np.concatenate(list(chunks(tmp_path / "a.ptx"))), places)
 
 
-@pytest.mark.parametrize(("cut", "said"), [(1, "truncated: 19 of 20"), (25, "no head"), (20, "truncated: 0 of 20")])
+@pytest.mark.parametrize(
+    ("cut", "said"), [(1, "truncated: 19 of 20"), (25, "no head"), (20, "truncated: 0 of 20")]
+)
 def test_a_ptx_that_is_cut_off_says_where(tmp_path, cut, said):
     ptx(tmp_path / "a.ptx", 2, False, cut)
     with pytest.raises(ReadError, match=said):
         read(tmp_path / "a.ptx")
 
 
-@pytest.mark.parametrize("names", [("x", "y", "z"), ("x", "y", "z", "intensity"), ("x", "y", "z", "intensity", "ring")])
+@pytest.mark.parametrize(
+    "names", [("x", "y", "z"), ("x", "y", "z", "intensity"), ("x", "y", "z", "intensity", "ring")]
+)
 def test_a_bin_is_read_by_the_names_of_its_columns(tmp_path, names):
     rows = np.zeros((30, len(names)), "<f4")
     rows[:, :3] = POINTS
     root = tmp_path / "velodyne"
     root.mkdir()
     (root / "000000.bin").write_bytes(rows.tobytes())
-    assert np.allclose(read(root / "000000.bin", columns=names).file_coordinates(), POINTS, atol=1e-4)
-    store = Store(prepare(root, tmp_path / "store", Preparation(points=None, columns=names), workers=1)[0])
+    assert np.allclose(
+        read(root / "000000.bin", columns=names).file_coordinates(), POINTS, atol=1e-4
+    )
+    store = Store(
+        prepare(root, tmp_path / "store", Preparation(points=None, columns=names), workers=1)[0]
+    )
     assert len(store) == 1
-    with pytest.raises(ReadError, match="does not say what its columns are: jepa3d prepare --columns x y z intensity"):
+    with pytest.raises(
+        ReadError,
+        match="does not say what its columns are: jepa3d prepare --columns x y z intensity",
+    ):
         read(root / "000000.bin")
     with pytest.raises(ReadError, match="are no rows of 7 float32"):
         read(root / "000000.bin", columns=(*"xyzabcd",))
@@ -407,7 +462,9 @@ def test_a_las_header_that_says_too_few_points_is_refused(tmp_path):
 def test_a_compressed_pcd_without_its_decompressor_says_how_to_get_it(tmp_path, monkeypatch):
     content = lzf(POINTS.astype("<f4").T.tobytes())
     head = "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 30\nDATA binary_compressed\n"
-    (tmp_path / "a.pcd").write_bytes(head.encode() + struct.pack("<II", len(content), 360) + content)
+    (tmp_path / "a.pcd").write_bytes(
+        head.encode() + struct.pack("<II", len(content), 360) + content
+    )
     assert np.allclose(read(tmp_path / "a.pcd").file_coordinates(), POINTS, atol=1e-4)
     monkeypatch.setitem(sys.modules, "lzf", None)
     with pytest.raises(ReadError, match=r"needs lzf: pip install 'jepa3d\[io\]'"):
@@ -439,7 +496,9 @@ def test_e57_without_scans_or_valid_points(tmp_path):
     assert cloud.unseen == 10
 
 
-@pytest.mark.parametrize("below", ["m,m,m,-", "float,float,float,int", "m,m,m,-\nsurveyed,surveyed,surveyed,"])
+@pytest.mark.parametrize(
+    "below", ["m,m,m,-", "float,float,float,int", "m,m,m,-\nsurveyed,surveyed,surveyed,"]
+)
 def test_units_and_types_may_stand_below_the_names(tmp_path, below):
     points = np.random.default_rng(0).normal(size=(80, 3))
     lines = [f"{z:.6f},{x:.6f},{y:.6f},1" for x, y, z in points]

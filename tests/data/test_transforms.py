@@ -42,7 +42,9 @@ def test_rotation_is_rigid_and_not_a_mirror():
     turned = random_rotate(POINTS, BatchGenerator(0))
     gaps = (POINTS[:, :, None] - POINTS[:, None]).norm(dim=-1)
     assert torch.allclose((turned[:, :, None] - turned[:, None]).norm(dim=-1), gaps, atol=1e-4)
-    assert torch.allclose(torch.linalg.det(turned[:, :3]), torch.linalg.det(POINTS[:, :3]), atol=1e-3)
+    assert torch.allclose(
+        torch.linalg.det(turned[:, :3]), torch.linalg.det(POINTS[:, :3]), atol=1e-3
+    )
 
 
 def test_every_sample_is_turned_by_its_own_angle_over_the_whole_circle():
@@ -70,7 +72,9 @@ def test_the_points_given_are_not_changed(transform):
 @pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
 def test_half_a_batch_on_each_of_two_processes_is_the_whole_batch(transform):
     whole = transform(POINTS, BatchGenerator(0, total=16))
-    halves = [transform(POINTS[at : at + 8], BatchGenerator(0, first=at, total=16)) for at in (0, 8)]
+    halves = [
+        transform(POINTS[at : at + 8], BatchGenerator(0, first=at, total=16)) for at in (0, 8)
+    ]
     assert torch.equal(torch.cat(halves), whole)
 
 
@@ -80,7 +84,9 @@ def test_a_rotation_of_so3_is_rigid_and_uniform():
     assert torch.allclose(turned @ turned.transpose(1, 2), axes, atol=1e-5)
     assert torch.allclose(torch.linalg.det(turned), torch.ones(4000), atol=1e-5)
     assert turned.mean(0).abs().max() < 0.05
-    heights = turned[:, 2, 2].sort().values  # of a uniform rotation, the height of the up axis is uniform (Archimedes)
+    heights = (
+        turned[:, 2, 2].sort().values
+    )  # of a uniform rotation, the height of the up axis is uniform (Archimedes)
     assert (heights - torch.linspace(-1, 1, 4000)).abs().max() < 0.08
 
 
@@ -130,9 +136,13 @@ def test_a_view_has_all_its_points_in_the_unit_sphere_whatever_share_is_kept():
 
 
 def test_half_of_the_views_are_cut_by_a_plane():
-    """Of a sphere a cut leaves less than a half-space on one side: its extent shrinks along one direction."""
+    """Of a sphere a cut leaves less than a half-space on one side: its extent shrinks along one
+    direction.
+    """
     view = views_of(ball(200, 2000), 1000, 1)
-    directions = torch.nn.functional.normalize(torch.randn(500, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(500, 3, generator=torch.Generator().manual_seed(2)), dim=-1
+    )
     centred = view - (view.amax(1, keepdim=True) + view.amin(1, keepdim=True)) / 2
     reach = (centred @ directions.T).amax(1) - (centred @ directions.T).amin(1)
     flattened = (reach.amin(1) / reach.amax(1) < 0.85).float().mean()
@@ -143,7 +153,9 @@ def test_a_third_of_the_views_has_clutter_and_at_most_a_tenth_of_their_points():
     view = views_of(ball(200, 2000), 1000, 1)
     inside = (view - view.median(1, keepdim=True).values).norm(dim=-1) < 0.5
     share = inside.float().mean(1)
-    whole = (view.mean(1).norm(dim=-1) < 0.02) & ((view.amin(1) + view.amax(1)).abs().amax(1) < 0.1)  # neither cut
+    whole = (view.mean(1).norm(dim=-1) < 0.02) & (
+        (view.amin(1) + view.amax(1)).abs().amax(1) < 0.1
+    )  # neither cut
     assert 0.15 < (share[whole] > 0.005).float().mean() < 0.5
     assert share[whole].max() < MAX_CLUTTER
 

@@ -1,4 +1,6 @@
-"""Two commands into one store, and a command that is killed at any moment: nothing lost, nobody blocked."""
+"""Two commands into one store, and a command that is killed at any moment: nothing lost, nobody
+blocked.
+"""
 
 import itertools
 import os
@@ -45,7 +47,10 @@ def prepare_and_be_killed(at: int, source, out) -> None:
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     storing.SHARD_BYTES = 1
-    watched, calls = {module.__file__ for module in (preparing, storing, locking, plain, pathlib)}, itertools.count()
+    watched, calls = (
+        {module.__file__ for module in (preparing, storing, locking, plain, pathlib)},
+        itertools.count(),
+    )
 
     def count(frame, event, _):
         if frame.f_code.co_filename in watched and next(calls) == at:
@@ -66,11 +71,16 @@ def test_a_killed_prepare_goes_on_from_any_moment(archive, tmp_path):
             prepare_and_be_killed(int(at), archive, out)
         prepare(archive, out, OPTIONS, workers=1)
         assert content(out) == content(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*map(str, range(20)), "whole"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*map(str, range(20)), "whole"]
+    )
 
 
 def test_a_second_prepare_into_a_store_is_refused(archive, tmp_path):
-    with writing(tmp_path / "st"), pytest.raises(ValueError, match="st: another command is writing there"):
+    with (
+        writing(tmp_path / "st"),
+        pytest.raises(ValueError, match="st: another command is writing there"),
+    ):
         prepare(archive, tmp_path / "st", OPTIONS, workers=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -87,8 +97,14 @@ def test_two_prepares_at_once_leave_a_store_that_is_read(archive, tmp_path):
         "--out",
         tmp_path / "st",
     ]
-    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
     ends = [(process.communicate()[1], process.returncode) for process in both]
     assert any(code == 0 for _, code in ends)
-    assert all(code == 0 or (code == 2 and b"another command is writing there" in said) for said, code in ends)
+    assert all(
+        code == 0 or (code == 2 and b"another command is writing there" in said)
+        for said, code in ends
+    )
     assert len(content(tmp_path / "st")) == 6

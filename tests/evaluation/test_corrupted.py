@@ -16,7 +16,10 @@ from jepa3d.evaluation.probe import QUICK_C, few_labels
 from jepa3d.evaluation.retrieval import opened
 
 BASELINES = ["untrained", "histograms", "geometry"]
-ASK = {"retrieval": (search_corrupted, ["nearest", "map"]), "probe": (probe_corrupted, ["logistic_10", "knn"])}
+ASK = {
+    "retrieval": (search_corrupted, ["nearest", "map"]),
+    "probe": (probe_corrupted, ["logistic_10", "knn"]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,9 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ASK)
-def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(encoder_and_data, command, tmp_path, capsys):
+def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(
+    encoder_and_data, command, tmp_path, capsys
+):
     model, data = encoder_and_data
     out = tmp_path / "c.json"
     with pytest.raises(SystemExit) as ended:
@@ -50,7 +55,9 @@ def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(encoder_and_da
 
 
 @pytest.mark.parametrize("command", ASK)
-def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(encoder_and_data, command, monkeypatch):
+def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
+    encoder_and_data, command, monkeypatch
+):
     """A corruption gets the source's 512 points, the encoder 128."""
     model, data = encoder_and_data
     sizes = set()
@@ -81,11 +88,16 @@ def test_dirt_is_told_from_clean(encoder_and_data, command, monkeypatch):
 def test_clean_shapes_are_told_as_classifiers_fitted_to_train_tell_them(encoder_and_data):
     model, data = encoder_and_data
     found = probe_corrupted([model], data)["corruptions"]["clean"]["results"]
-    encoder, descriptors, train, test = next(opened([model], data, "labels", "z", "test", whole=True))
+    encoder, descriptors, train, test = next(
+        opened([model], data, "labels", "z", "test", whole=True)
+    )
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[:20])
     for name, (of, _) in descriptors.items():
         x, x_test = of(encoder.prepare(train.points)), of(encoder.prepare(test.points[asked]))
-        draws = [predict("logistic", QUICK_C, x[s], train.labels[s], x_test) for s in few_labels(train.labels, 0)]
+        draws = [
+            predict("logistic", QUICK_C, x[s], train.labels[s], x_test)
+            for s in few_labels(train.labels, 0)
+        ]
         right = np.mean([told == test.labels[asked] for told in draws])
         assert found[name]["logistic_10"] == [pytest.approx(100 * right)]
         told = predict("knn", 0, x, train.labels, x_test)

@@ -14,9 +14,15 @@ from jepa3d.training.pretrain import pretrain
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny):
     def run(name, **overrides):
-        return pretrain(tiny(max_steps=4, snapshot_every=2, **overrides), tmp_path_factory.mktemp("runs") / name)
+        return pretrain(
+            tiny(max_steps=4, snapshot_every=2, **overrides), tmp_path_factory.mktemp("runs") / name
+        )
 
-    return [run("ema-0"), run("ema-1", seed=1), run("warm-0", init="generative", generative={"max_steps": 2})]
+    return [
+        run("ema-0"),
+        run("ema-1", seed=1),
+        run("warm-0", init="generative", generative={"max_steps": 2}),
+    ]
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def scored(monkeypatch):
     return calls
 
 
-def test_a_curve_has_the_untrained_encoder_each_snapshot_and_the_end_at_their_cost(runs, bundle, scored):
+def test_a_curve_has_the_untrained_encoder_each_snapshot_and_the_end_at_their_cost(
+    runs, bundle, scored
+):
     ema, warm = learning_curves(runs, bundle, protocol="knn")
     assert (ema.name, ema.seeds, ema.steps) == ("ema", [0, 1], [0, 2, 4])
     assert (warm.name, warm.seeds, warm.steps) == ("warm", [0], [0, 2, 4])
@@ -60,20 +68,30 @@ def test_scores_are_kept_and_those_of_other_data_are_not_used(runs, bundle, scor
     assert len(scored) == 6
 
 
-def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(runs, bundle, scored, monkeypatch):
+def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(
+    runs, bundle, scored, monkeypatch
+):
     sizes = []
     monkeypatch.setattr(
-        curves, "layer_features", lambda model, clouds: sizes.append(len(clouds)) or np.zeros((1, 1, 1))
+        curves,
+        "layer_features",
+        lambda model, clouds: sizes.append(len(clouds)) or np.zeros((1, 1, 1)),
     )
     for part in ("test", "validation", "validation"):
         learning_curves(runs[:1], bundle, protocol="logistic", part=part)
-    assert sizes == [32, 16] * 3 + [25, 7] * 3  # train and what is scored of the untrained encoder and two snapshots
+    assert (
+        sizes == [32, 16] * 3 + [25, 7] * 3
+    )  # train and what is scored of the untrained encoder and two snapshots
     assert (runs[0] / "curve-shapes-validation-logistic.json").exists()
 
 
 def test_the_time_to_an_accuracy_is_the_first_from_which_it_stays_reached():
     arm = Arm(
-        "a", [0, 1], [0, 1, 2, 3], np.array([[0, 1, 2, 3], [0, 3, 4, 5.0]]), np.array([[1, 5, 3, 6], [1, 7, 3, 6]])
+        "a",
+        [0, 1],
+        [0, 1, 2, 3],
+        np.array([[0, 1, 2, 3], [0, 3, 4, 5.0]]),
+        np.array([[1, 5, 3, 6], [1, 7, 3, 6]]),
     )
     assert arm.minutes_to(6) == 4  # 6 at step 1 was lost again
     assert arm.minutes_to(3) == 2
@@ -81,9 +99,22 @@ def test_the_time_to_an_accuracy_is_the_first_from_which_it_stays_reached():
     assert arm.minutes_to(7) is None
 
 
-def test_the_command_prints_when_each_reaches_the_other_and_draws(runs, bundle, scored, tmp_path, capsys):
+def test_the_command_prints_when_each_reaches_the_other_and_draws(
+    runs, bundle, scored, tmp_path, capsys
+):
     with pytest.raises(SystemExit):
-        main(["curve", *map(str, runs), "--data", bundle, "--protocol", "linear_svc", "--out", str(tmp_path / "c.png")])
+        main(
+            [
+                "curve",
+                *map(str, runs),
+                "--data",
+                bundle,
+                "--protocol",
+                "linear_svc",
+                "--out",
+                str(tmp_path / "c.png"),
+            ]
+        )
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "warm's final after" in printed
@@ -92,7 +123,11 @@ def test_the_command_prints_when_each_reaches_the_other_and_draws(runs, bundle, 
 
 @pytest.mark.parametrize("wrong", ["folder", "protocol"])
 def test_what_is_no_run_is_refused(runs, bundle, tmp_path, wrong):
-    with pytest.raises(ValueError, match="not a finished run" if wrong == "folder" else "one of logistic"):
+    with pytest.raises(
+        ValueError, match="not a finished run" if wrong == "folder" else "one of logistic"
+    ):
         learning_curves(
-            [tmp_path] if wrong == "folder" else runs, bundle, protocol="knn" if wrong == "folder" else "svm"
+            [tmp_path] if wrong == "folder" else runs,
+            bundle,
+            protocol="knn" if wrong == "folder" else "svm",
         )

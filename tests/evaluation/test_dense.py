@@ -1,4 +1,6 @@
-"""Parts from features of points: found where they are there, chosen without the test part, at all points."""
+"""Parts from features of points: found where they are there, chosen without the test part, at all
+points.
+"""
 
 import json
 
@@ -74,7 +76,9 @@ def test_tokens_of_a_center_are_found_there(model):
     seen = encoder.prepare(np.random.default_rng(0).normal(size=(2, 300, 3)))
     states, centers = encoder.states(seen)
     expected = torch.cat([states[layer] for layer in thirds(3)], -1)
-    torch.testing.assert_close(token_features(encoder, seen, centers), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        token_features(encoder, seen, centers), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_local_features_of_a_point_depend_on_no_other_point_asked_about(model):
@@ -82,8 +86,13 @@ def test_local_features_of_a_point_depend_on_no_other_point_asked_about(model):
     seen = encoder.prepare(np.random.default_rng(0).normal(size=(2, 300, 3)))
     for name, features in local_features(encoder).items():
         found = features(seen, seen)
-        assert found.shape[-1] == {"geometry": 89, "positions": 34, "geometry and positions": 123}[name]
-        torch.testing.assert_close(features(seen, seen[:, 5:9]), found[:, 5:9], rtol=1e-4, atol=1e-4)
+        assert (
+            found.shape[-1]
+            == {"geometry": 89, "positions": 34, "geometry and positions": 123}[name]
+        )
+        torch.testing.assert_close(
+            features(seen, seen[:, 5:9]), found[:, 5:9], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_every_point_of_a_cloud_is_told_strays_among_them(model, tmp_path):
@@ -94,7 +103,13 @@ def test_every_point_of_a_cloud_is_told_strays_among_them(model, tmp_path):
     parts = (points[..., 0] > 0).astype(np.int16)
     file = tmp_path / "s.npz"
     labels = np.arange(40) % 2
-    np.savez(file, points=points.astype(np.float32), labels=labels, split=np.arange(40) // 2 % 2, seg=parts)
+    np.savez(
+        file,
+        points=points.astype(np.float32),
+        labels=labels,
+        split=np.arange(40) // 2 % 2,
+        seg=parts,
+    )
     encoder, clouds = PointEncoder.from_pretrained(model), load([str(file)], 128, "all", parts=True)
     _, seen, placed = next(dense._batches(encoder, clouds))
     assert placed.shape == (16, 128, 3)
@@ -124,7 +139,9 @@ def test_a_category_of_one_part_is_that_part_everywhere():
     assert classifier.predict(np.ones((2, 3))).tolist() == [7, 7]
 
 
-@pytest.mark.parametrize("flags", [["--quick"], ["--corruptions"], ["--layer", "1"], ["--protocols", "knn"]])
+@pytest.mark.parametrize(
+    "flags", [["--quick"], ["--corruptions"], ["--layer", "1"], ["--protocols", "knn"]]
+)
 def test_choices_of_other_protocols_are_refused(model, shapes, flags, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["probe", model, "--data", shapes, "--parts", *flags])

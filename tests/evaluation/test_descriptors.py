@@ -38,25 +38,34 @@ def test_each_of_the_four_histograms_sums_to_one(encoder):
 def test_histograms_tell_a_ball_from_a_line_whatever_their_size_and_turn(encoder):
     ball, line = RNG.normal(size=(500, 3)), np.outer(RNG.uniform(size=500), [1, 0, 0])
     turn = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
-    found = shape_histograms(encoder.prepare(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn])))
+    found = shape_histograms(
+        encoder.prepare(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn]))
+    )
     shapes = minus_l1(found[:, : 3 * BINS], found[:, : 3 * BINS])  # heights change with a turn
     assert min(shapes[0, 1], shapes[2, 3]) > -0.3
     assert max(shapes[0, 2], shapes[1, 3]) < -1.5
 
 
 def test_histograms_of_known_shapes():
-    """A3 of points on a line: 0 or 180 degrees and nothing between, areas 0; heights of a level line: one bin."""
+    """A3 of points on a line:
+
+    0 or 180 degrees and nothing between, areas 0; heights of a level line: one bin.
+    """
     line = np.outer(np.linspace(-1, 1, 128), [1, 0, 0])[None]
     d2, a3, d3, height = shape_histograms(torch.from_numpy(line).float()).reshape(4, BINS)
     assert a3[0] + a3[-1] == pytest.approx(1)
     assert a3[-1] == pytest.approx(1 / 3, abs=0.02)  # the first of three is the middle one
     assert d3[0] > 0.9
     assert height[BINS // 2] == 1
-    np.testing.assert_allclose(d2, 2 * (1 - (np.arange(BINS) + 0.5) / BINS) / BINS, atol=0.008)  # a triangle
+    np.testing.assert_allclose(
+        d2, 2 * (1 - (np.arange(BINS) + 0.5) / BINS) / BINS, atol=0.008
+    )  # a triangle
 
 
 def test_the_surface_around_a_token_is_described():
-    """Of a level plane: the smallest share is 0, the flattest direction up; and of its tokens the height is 0."""
+    """Of a level plane: the smallest share is 0, the flattest direction up; and of its tokens the
+    height is 0.
+    """
     side = np.linspace(-0.7, 0.7, 16)
     plane = np.stack([*np.meshgrid(side, side), np.zeros((16, 16))], -1).reshape(1, 256, 3)
     mean = geometry(torch.from_numpy(plane).float(), 16, 8)[0, :89]
@@ -66,7 +75,9 @@ def test_the_surface_around_a_token_is_described():
         assert up[5] > 0.3
         assert np.abs(up[:5]).max() < 1e-6
     assert mean[-2] == pytest.approx(0, abs=1e-9)
-    assert mean[-3] == pytest.approx(mean[-1])  # in a level plane the centroid is as far as the axis
+    assert mean[-3] == pytest.approx(
+        mean[-1]
+    )  # in a level plane the centroid is as far as the axis
 
 
 def test_no_descriptor_depends_on_the_order_of_points_or_on_the_rest_of_a_batch(encoder):
@@ -76,7 +87,9 @@ def test_no_descriptor_depends_on_the_order_of_points_or_on_the_rest_of_a_batch(
     for descriptor in baselines(encoder, train).values():
         found = descriptor.of(encoder.prepare(given))
         np.testing.assert_array_equal(found, descriptor.of(encoder.prepare(shuffled)))
-        np.testing.assert_allclose(found[-1:], descriptor.of(encoder.prepare(given[-1:])), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            found[-1:], descriptor.of(encoder.prepare(given[-1:])), rtol=1e-6, atol=1e-6
+        )
         assert np.isfinite(found).all()
 
 
@@ -86,8 +99,12 @@ def test_standardising_reads_the_train_clouds_alone(encoder):
     np.testing.assert_allclose(of(train).mean(0), 0, atol=1e-6)
     assert of(train).std(0).max() == pytest.approx(1)
     together = of(gallery)
-    np.testing.assert_allclose(np.concatenate([of(cloud[None]) for cloud in gallery]), together, rtol=1e-5, atol=1e-6)
-    assert not np.allclose(together, standardised(lambda points: geometry(points, 16, 8), gallery)(gallery))
+    np.testing.assert_allclose(
+        np.concatenate([of(cloud[None]) for cloud in gallery]), together, rtol=1e-5, atol=1e-6
+    )
+    assert not np.allclose(
+        together, standardised(lambda points: geometry(points, 16, 8), gallery)(gallery)
+    )
 
 
 def test_likenesses_against_their_definitions():

@@ -1,4 +1,6 @@
-"""Few-shot: fair, repeatable episodes, published folds whole or not at all, classifiers that learn from the support."""
+"""Few-shot: fair, repeatable episodes, published folds whole or not at all, classifiers that learn
+from the support.
+"""
 
 import json
 import pickle
@@ -31,7 +33,9 @@ METHODS = ("ncm", "logistic")
 
 def clouds(train: list[int], test: list[int], points: int = 4) -> PointClouds:
     """So many shapes of each class in train and test, in a mixed order, and one of class 0 in val."""
-    labels = np.concatenate([np.repeat(np.arange(len(train)), counts) for counts in (train, test)] + [[0]])
+    labels = np.concatenate(
+        [np.repeat(np.arange(len(train)), counts) for counts in (train, test)] + [[0]]
+    )
     split = np.repeat([0, 1, 2], [sum(train), sum(test), 1]).astype(np.int8)
     order = np.random.default_rng(0).permutation(len(labels))
     made = np.random.default_rng(1).normal(size=(len(labels), points, 3)).astype(np.float32)
@@ -43,7 +47,7 @@ def same(one: Episode, two: Episode) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ drawn episodes
+# ----------------------------------------------------------------------------------- drawn episodes
 
 
 def test_episodes_have_so_many_shapes_of_each_class_and_none_twice():
@@ -59,7 +63,9 @@ def test_episodes_have_so_many_shapes_of_each_class_and_none_twice():
 
 def test_an_episode_depends_on_seed_and_fold_but_not_on_their_number():
     data = clouds([12] * 8, [9] * 8)
-    ten, three, again = (draw_episodes(data, 3, 4, count, seed=1, queries=5) for count in (10, 3, 10))
+    ten, three, again = (
+        draw_episodes(data, 3, 4, count, seed=1, queries=5) for count in (10, 3, 10)
+    )
     assert all(map(same, ten, again))
     assert all(map(same, ten, three))
     assert not any(same(ten[i], ten[j]) for i in range(10) for j in range(i))
@@ -71,7 +77,9 @@ def test_an_episode_depends_on_seed_and_fold_but_not_on_their_number():
 def test_every_class_and_shape_has_its_turn():
     data = clouds([4] * 5, [3] * 5)
     episodes = draw_episodes(data, 2, 2, 80, seed=0, queries=2)
-    assert set(np.concatenate([e.support for e in episodes])) == set(np.flatnonzero(data.split == 0))
+    assert set(np.concatenate([e.support for e in episodes])) == set(
+        np.flatnonzero(data.split == 0)
+    )
     assert set(np.concatenate([e.query for e in episodes])) == set(np.flatnonzero(data.split == 1))
 
 
@@ -90,9 +98,14 @@ def test_too_few_classes_or_shapes_is_one_line_that_tells_what_would_do():
         "with 3 test shapes a class there are enough"
     )
     assert len(draw_episodes(data, 3, 5, 1, seed=0, queries=3)) == 1
-    with pytest.raises(ReadError, match=r"4 classes with 5 train and 1 test shapes each are needed, 3 are there$"):
+    with pytest.raises(
+        ReadError, match=r"4 classes with 5 train and 1 test shapes each are needed, 3 are there$"
+    ):
         draw_episodes(data, 4, 5, 1, seed=0, queries=1)
-    for lacking, what in ((replace(data, labels=None), "labels"), (replace(data, split=None), "train/test split")):
+    for lacking, what in (
+        (replace(data, labels=None), "labels"),
+        (replace(data, split=None), "train/test split"),
+    ):
         with pytest.raises(ReadError, match=f"made: has no {what}"):
             draw_episodes(lacking, 2, 1, 1, seed=0, queries=1)
 
@@ -105,12 +118,15 @@ def test_episodes_are_saved_and_read_again_for_the_same_data_only(tmp_path):
     assert all(map(same, drawn, read))
     assert [path.name for path in tmp_path.iterdir()] == ["episodes.json"]
     with pytest.raises(
-        ReadError, match=r"episodes\.json: has episodes of the data aaaaaaaaaaaa, these are bbbbbbbbbbbb$"
+        ReadError,
+        match=r"episodes\.json: has episodes of the data aaaaaaaaaaaa, these are bbbbbbbbbbbb$",
     ):
         load_episodes(tmp_path / "episodes.json", "b" * 64)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"fingerprint": "a"}', '{"fingerprint": "a", "episodes": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{}", '{"fingerprint": "a"}', '{"fingerprint": "a", "episodes": [{}]}']
+)
 def test_a_damaged_file_of_episodes_is_one_line(tmp_path, text):
     (tmp_path / "episodes.json").write_text(text)
     with pytest.raises(ReadError, match=r"episodes\.json: damaged"):
@@ -126,7 +142,11 @@ def test_the_fold_of_an_episode_is_numbered_from_0():
     train, test = fold_of(data, episode)
     assert train.labels.tolist() == np.repeat(np.arange(3), 2).tolist()
     assert test.labels.tolist() == np.repeat(np.arange(3), 4).tolist()
-    assert train.class_names == test.class_names == tuple(f"class {number}" for number in episode.classes)
+    assert (
+        train.class_names
+        == test.class_names
+        == tuple(f"class {number}" for number in episode.classes)
+    )
     assert np.array_equal(train.points, data.points[episode.support])
     assert np.array_equal(test.points, data.points[episode.query])
 
@@ -143,14 +163,16 @@ def test_episodes_of_other_labels_or_more_shapes_are_refused():
             fold_of(other, episode)
 
 
-# ------------------------------------------------------------------------------------------------ published folds
+# ---------------------------------------------------------------------------------- published folds
 
 
 def download(root: Path, setting: str, folds: int = 2, queries: int = 2) -> Path:
     """Folds of two ways and one shot, as their owner's pickles."""
     for fold in range(folds):
         rng = np.random.default_rng(fold)
-        items = [(rng.normal(size=(32, 6)), label, 30 - label) for label in (1, 0, *[0, 1] * queries)]
+        items = [
+            (rng.normal(size=(32, 6)), label, 30 - label) for label in (1, 0, *[0, 1] * queries)
+        ]
         path = root / setting / f"{fold}.pkl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pickle.dumps({"train": items[:2], "test": items[2:]}))
@@ -201,10 +223,13 @@ def test_other_folders_are_no_published_folds(tmp_path, bundle):
 def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_path):
     out = stored(download(tmp_path / "source", "2way_1shot", folds=3), tmp_path / "out")
     with pytest.raises(
-        ReadError, match=r"2way_1shot/3: is missing, and 10 folds are needed; run its jepa3d prepare again"
+        ReadError,
+        match=r"2way_1shot/3: is missing, and 10 folds are needed; run its jepa3d prepare again",
     ):
         published_folds(out, 16, "z", 2, 1, 10, 2)
-    with pytest.raises(ReadError, match=r"2way_1shot/0: 2 classes of 20 test shapes are needed, it has \[2, 2\]"):
+    with pytest.raises(
+        ReadError, match=r"2way_1shot/0: 2 classes of 20 test shapes are needed, it has \[2, 2\]"
+    ):
         published_folds(out, 16, "z", 2, 1, 3, 20)
     with pytest.raises(ReadError, match="z-up already"):
         published_folds(out, 16, "y", 2, 1, 3, 2)
@@ -220,7 +245,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
         published_folds(out, 16, "z", 2, 1, 3, 2)
 
 
-# ------------------------------------------------------------------------------------------------ frozen features
+# ---------------------------------------------------------------------------------- frozen features
 
 
 def features(y: np.ndarray, gap: float, seed: int) -> np.ndarray:
@@ -233,28 +258,42 @@ def test_separable_features_score_100_and_noise_chance():
     y, y_query = np.repeat(np.arange(5), 10), np.tile(np.arange(5), 200)
     for method in METHODS:
         assert (predict(method, features(y, 9, 1), y, features(y_query, 9, 2)) == y_query).all()
-        assert 0.15 < (predict(method, features(y, 0, 1), y, features(y_query, 0, 2)) == y_query).mean() < 0.25
+        assert (
+            0.15
+            < (predict(method, features(y, 0, 1), y, features(y_query, 0, 2)) == y_query).mean()
+            < 0.25
+        )
 
 
 def test_nearest_class_mean_by_hand():
-    """Support (3, 1), (1, 3) of class 4 and (-1, 1), (1, -1) of class 7 have mean (1, 1); less it and of length 1:
+    """Support (3, 1), (1, 3) of class 4 and (-1, 1), (1, -1) of class 7 have mean (1, 1); less it
+    and of length 1:
 
-    class 4 is (1, 0), (0, 1), its mean along (1, 1); class 7 is (-1, 0), (0, -1), its mean along (-1, -1).
+    class 4 is (1, 0), (0, 1), its mean along (1, 1); class 7 is (-1, 0), (0, -1), its mean along
+    (-1, -1).
     """
     support, y = np.array([[3.0, 1], [1, 3], [-1, 1], [1, -1]]), np.array([4, 4, 7, 7])
-    query = np.array([[1.5, 0.6], [0.9, 0.9], [1.2, 0.7], [9, -6]])  # less (1, 1): sums 0.1, -0.2, -0.1, 1
+    query = np.array(
+        [[1.5, 0.6], [0.9, 0.9], [1.2, 0.7], [9, -6]]
+    )  # less (1, 1): sums 0.1, -0.2, -0.1, 1
     assert predict("ncm", support, y, query).tolist() == [4, 7, 7, 4]
 
 
 def test_ncm_counts_directions_not_lengths_of_shapes():
-    """About (0, 0): of length 1 class 0 is along (1, 1), but its plain mean (5, 0.5) would call (-1, 5) class 1."""
+    """About (0, 0): of length 1 class 0 is along (1, 1), but its plain mean (5, 0.5) would call
+    (-1, 5) class 1.
+    """
     support, y = np.array([[10.0, 0], [0, 1], [-10, 0], [0, -1]]), np.array([0, 0, 1, 1])
     assert predict("ncm", support, y, np.array([[-1.0, 5], [1, -5]])).tolist() == [0, 1]
 
 
 def test_ncm_counts_directions_not_lengths_of_means():
-    """Class 1 is spread 60 degrees about (0, 1), its mean of length 0.5; at 50 degrees it is nearer than (1, 0)."""
-    support = np.array([[1, 0], [1, 0], [0.75**0.5, 0.5], [-(0.75**0.5), 0.5], [-1, -0.5], [-1, -0.5]])
+    """Class 1 is spread 60 degrees about (0, 1), its mean of length 0.5; at 50 degrees it is nearer
+    than (1, 0).
+    """
+    support = np.array(
+        [[1, 0], [1, 0], [0.75**0.5, 0.5], [-(0.75**0.5), 0.5], [-1, -0.5], [-1, -0.5]]
+    )
     angles = np.deg2rad([40, 50])
     query = np.stack([np.cos(angles), np.sin(angles)], 1)
     assert predict("ncm", support, np.array([0, 0, 1, 1, 2, 2]), query).tolist() == [0, 1]
@@ -282,7 +321,9 @@ def test_logistic_regression_standardises_by_the_support():
 
 @pytest.fixture
 def fake_layers(monkeypatch) -> list[int]:
-    """`layer_features` replaced: two layers, noise and the first point of each cloud; returns the sizes asked for."""
+    """`layer_features` replaced: two layers, noise and the first point of each cloud; returns the
+    sizes asked for.
+    """
     asked = []
 
     def layers(_model, part):
@@ -306,7 +347,9 @@ def test_a_shape_is_encoded_once_and_each_episode_gets_its_own(fake_layers):
     data = labelled_by_place(clouds([4] * 5, [3] * 5))
     episodes = draw_episodes(data, 3, 2, 6, seed=0, queries=2)
     assert run_frozen(None, data, episodes, "ncm") == [100.0] * 6
-    assert fake_layers == [len({row for episode in episodes for row in np.concatenate(episode[:2]).tolist()})]
+    assert fake_layers == [
+        len({row for episode in episodes for row in np.concatenate(episode[:2]).tolist()})
+    ]
 
 
 def test_frozen_episodes_equal_their_folds_scored_one_by_one(fake_layers):

@@ -48,7 +48,9 @@ def test_a_classifier_is_fitted_on_one_thread(protocol, monkeypatch):
 
     seen, made = [], classifiers._classifier
     monkeypatch.setattr(classifiers, "_STEPS", 2)
-    monkeypatch.setattr(classifiers, "_classifier", lambda *choice: seen.append(most_threads()) or made(*choice))
+    monkeypatch.setattr(
+        classifiers, "_classifier", lambda *choice: seen.append(most_threads()) or made(*choice)
+    )
     rng = np.random.default_rng(0)
     with threadpool_limits(limits=2):
         predict(protocol, 0.1, rng.normal(size=(20, 4)), np.arange(20) % 2, rng.normal(size=(5, 4)))
@@ -63,7 +65,9 @@ def test_small_fits_stay_in_this_process_and_large_ones_are_shared_in_order(two_
 
 
 def test_a_fit_whose_process_dies_is_done_here(two_cores, monkeypatch):
-    monkeypatch.setattr(parallel, "_alone", lambda *_: parallel.CRASHED)  # instead of one more process a job
+    monkeypatch.setattr(
+        parallel, "_alone", lambda *_: parallel.CRASHED
+    )  # instead of one more process a job
     assert side_by_side(leave_a_process, [(3,), (4,)], 1) == [3, 4]
 
 

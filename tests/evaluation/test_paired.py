@@ -1,4 +1,6 @@
-"""The interval of a paired difference: numbers worked out by hand, and how often it holds the truth."""
+"""The interval of a paired difference: numbers worked out by hand, and how often it holds the
+truth.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,9 @@ def test_the_interval_is_that_worked_out_by_hand():
     assert (ours - theirs).tolist() == [[3, 4], [4, 5]]
     found = difference(ours, theirs)
     assert found.mean == 4
-    assert (found.high - found.mean, found.mean - found.low) == pytest.approx([4.302653 * 0.5**0.5] * 2)
+    assert (found.high - found.mean, found.mean - found.low) == pytest.approx(
+        [4.302653 * 0.5**0.5] * 2
+    )
 
 
 def test_the_interval_of_one_seed_is_student_s_over_shapes():
@@ -32,7 +36,13 @@ def test_equal_rows_differ_by_nothing():
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.1, 3, "better"), (-3, -0.1, "worse"), (-0.1, 3, "undecided"), (0, 3, "undecided"), (-3, 0, "undecided")],
+    [
+        (0.1, 3, "better"),
+        (-3, -0.1, "worse"),
+        (-0.1, 3, "undecided"),
+        (0, 3, "undecided"),
+        (-3, 0, "undecided"),
+    ],
 )
 def test_the_verdict_needs_the_whole_interval_on_one_side(low, high, verdict):
     assert Difference((low + high) / 2, low, high).verdict == verdict
@@ -53,7 +63,9 @@ def test_the_interval_holds_the_truth_at_least_as_often_as_it_says(of_seed, of_s
 
 
 def test_shapes_alone_would_promise_too_much():
-    """The interval of the mean over seeds, as of one seed, where seeds differ as much as the mean over shapes."""
+    """The interval of the mean over seeds, as of one seed, where seeds differ as much as the mean
+    over shapes.
+    """
     rng, held = np.random.default_rng(0), 0
     for _ in range(300):
         gain = 0.5 * rng.normal(size=(3, 1)) + rng.normal(size=60)
@@ -63,7 +75,10 @@ def test_shapes_alone_would_promise_too_much():
 
 
 def test_a_shape_without_a_figure_is_left_out_of_every_row():
-    found = {"a": {"map": np.array([[50.0, np.nan, 70.0]])}, "b": {"map": np.array([[40.0, np.nan, 50.0]])}}
+    found = {
+        "a": {"map": np.array([[50.0, np.nan, 70.0]])},
+        "b": {"map": np.array([[40.0, np.nan, 50.0]])},
+    }
     found = {
         name: values | {m: np.zeros((1, 3)) for m in ("logistic_10", "knn", "nearest")}
         for name, values in found.items()
@@ -76,9 +91,17 @@ def test_a_shape_without_a_figure_is_left_out_of_every_row():
 
 
 def test_the_table_has_mean_and_deviation_over_seeds_and_what_failed():
-    rows = [Row("set", "knn", "base", [80.0, 82.0], None), Row("set", "knn", "new", [85.0, 85.0], Difference(4, 1, 7))]
+    rows = [
+        Row("set", "knn", "base", [80.0, 82.0], None),
+        Row("set", "knn", "new", [85.0, 85.0], Difference(4, 1, 7)),
+    ]
     rows.append(Row("set", "knn", "histograms", [70.0, 70.0], Difference(-11, -23, 1)))
-    (sheet,) = sheets_of(rows, {"base": 8.04, "new": 7.96}, {"broken": "seed 0: the loss is nan"}, {"set": "40 shapes"})
+    (sheet,) = sheets_of(
+        rows,
+        {"base": 8.04, "new": 7.96},
+        {"broken": "seed 0: the loss is nan"},
+        {"set": "40 shapes"},
+    )
     assert sheet.title == "set, kNN: 40 shapes"
     assert sheet.rows == [
         ["base", "81.0 ± 1.4", "-", "-", "reference", "8.0"],
@@ -95,7 +118,9 @@ def test_outcomes_are_those_of_the_quick_probe_shape_by_shape():
     found = outcomes(Vectors(x, x_test, cosine), y, y_test, seed=4)
     assert all(values.shape == (45,) for values in found.values())
     for protocol in ("logistic_10", "knn"):
-        expected = run_protocol(protocol, x[None], y, x_test[None], y_test, [0], 4, c=QUICK_C)["accuracy"]
+        expected = run_protocol(protocol, x[None], y, x_test[None], y_test, [0], 4, c=QUICK_C)[
+            "accuracy"
+        ]
         assert found[protocol].mean() == pytest.approx(expected)
         assert expected > 40
     assert set(found["knn"]) == {0, 100}
@@ -108,6 +133,11 @@ def test_outcomes_are_those_of_the_quick_probe_shape_by_shape():
 def test_sets_of_the_same_name_are_told_apart():
     sets = LabelledSet.each(["a/x.npz", "b/x.npz", "y"], ["labels"], ["z", "y", "z"])
     assert list(names_of(sets).values()) == ["x", "b/x.npz", "y"]
-    assert list(names_of([LabelledSet("x.npz"), LabelledSet("x.npz", "fine")]).values()) == ["x", "x (fine)"]
-    with pytest.raises(ValueError, match="--up-axis: 2 values for 3 scored sets: give one, or one each"):
+    assert list(names_of([LabelledSet("x.npz"), LabelledSet("x.npz", "fine")]).values()) == [
+        "x",
+        "x (fine)",
+    ]
+    with pytest.raises(
+        ValueError, match="--up-axis: 2 values for 3 scored sets: give one, or one each"
+    ):
         LabelledSet.each(["a", "b", "c"], ["labels"], ["z", "y"])

@@ -1,4 +1,6 @@
-"""Part segmentation's numbers: worked by hand, against a slow loop, and the parts that a shape may have."""
+"""Part segmentation's numbers: worked by hand, against a slow loop, and the parts that a shape may
+have.
+"""
 
 import numpy as np
 import pytest
@@ -60,19 +62,29 @@ def test_a_worked_example():
             "per_category": {"axe": 100 * 19 / 24, "cup": 100 / 3},
         },
     )
-    assert all(type(value) is float for value in (*found["per_category"].values(), found["instance_miou"]))  # for JSON
+    assert all(
+        type(value) is float for value in (*found["per_category"].values(), found["instance_miou"])
+    )  # for JSON
 
 
 @pytest.mark.parametrize(("absent_part_predicted", "miou"), [(0, 100), (1, 50 * 0.75)])
-def test_a_part_absent_from_the_truth_counts_1_until_a_point_is_given_to_it(absent_part_predicted, miou):
+def test_a_part_absent_from_the_truth_counts_1_until_a_point_is_given_to_it(
+    absent_part_predicted, miou
+):
     truth = np.zeros((1, 4), np.int16)
-    predicted = np.array([[absent_part_predicted, 0, 0, 0]], np.int16)  # then part 0: 3/4, part 1: 0/1
-    assert mean_iou(predicted, truth, np.array([0]), PARTS_OF, NAMES)["instance_miou"] == pytest.approx(miou)
+    predicted = np.array(
+        [[absent_part_predicted, 0, 0, 0]], np.int16
+    )  # then part 0: 3/4, part 1: 0/1
+    assert mean_iou(predicted, truth, np.array([0]), PARTS_OF, NAMES)[
+        "instance_miou"
+    ] == pytest.approx(miou)
 
 
 def test_a_part_missed_altogether_counts_0():
     truth, predicted = np.array([[0, 0, 0, 1]]), np.zeros((1, 4), int)
-    assert mean_iou(predicted, truth, np.array([0]), PARTS_OF, NAMES)["instance_miou"] == pytest.approx(50 * 0.75)
+    assert mean_iou(predicted, truth, np.array([0]), PARTS_OF, NAMES)[
+        "instance_miou"
+    ] == pytest.approx(50 * 0.75)
 
 
 @given(st.integers(1, 9), st.integers(1, 30), st.booleans(), st.integers(0, 2**31))
@@ -80,9 +92,13 @@ def test_a_part_missed_altogether_counts_0():
 def test_it_is_the_slow_loop(shapes, points, within, seed):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, shapes)
-    truth = np.stack([rng.choice(PARTS_OF[label][: rng.integers(1, 4)], points) for label in labels])
+    truth = np.stack(
+        [rng.choice(PARTS_OF[label][: rng.integers(1, 4)], points) for label in labels]
+    )
     guess = np.stack([rng.choice(PARTS_OF[label], points) for label in labels])
-    guess = guess if within else rng.integers(0, 8, truth.shape)  # also parts of others, and of nobody
+    guess = (
+        guess if within else rng.integers(0, 8, truth.shape)
+    )  # also parts of others, and of nobody
     predicted = np.where(rng.random(truth.shape) < rng.random(), truth, guess).astype(np.int16)
     arguments = predicted, truth.astype(np.int16), labels, PARTS_OF, NAMES
     assert_equal(mean_iou(*arguments), slow_mean_iou(*arguments))
@@ -91,10 +107,19 @@ def test_it_is_the_slow_loop(shapes, points, within, seed):
 def test_many_shapes_do_not_overflow_the_small_integers_of_parts():
     truth = np.tile(np.array([[2, 3, 4, 4]], np.int16), (20_000, 1))
     found = mean_iou(truth, truth, np.ones(20_000, np.int8), PARTS_OF, NAMES)
-    assert (found["instance_miou"], found["point_accuracy"], found["per_category"]) == (100, 100, {"cup": 100})
+    assert (found["instance_miou"], found["point_accuracy"], found["per_category"]) == (
+        100,
+        100,
+        {"cup": 100},
+    )
 
 
-@given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31), st.sampled_from([1.0, 0.0, -np.inf]))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(0, 2**31),
+    st.sampled_from([1.0, 0.0, -np.inf]),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_the_best_part_is_never_another_categorys(shapes, points, seed, factor):
     rng = np.random.default_rng(seed)
@@ -111,7 +136,9 @@ def test_the_best_part_is_never_another_categorys(shapes, points, seed, factor):
             assert found[shape, point] == best
 
 
-@pytest.mark.parametrize("part_names", [("cup/ear", "axe/head", "cup/body"), ("cup 0", "axe 0", "cup 1")])
+@pytest.mark.parametrize(
+    "part_names", [("cup/ear", "axe/head", "cup/body"), ("cup 0", "axe 0", "cup 1")]
+)
 def test_names_say_whose_a_part_is_also_where_no_shape_has_it(part_names):
     found = category_parts(part_names, np.array([0, 1]), np.array([[1, 1], [2, 2]]), NAMES[:2])
     assert [own.tolist() for own in found] == [[1], [0, 2]]
@@ -126,7 +153,10 @@ def test_shapenetparts_names_give_its_50_parts():
 
 def test_a_category_of_two_words_is_found():
     found = category_parts(
-        ("coat rack 0", "rack/coat 0"), np.zeros(0, int), np.zeros((0, 8), int), ("coat rack", "rack")
+        ("coat rack 0", "rack/coat 0"),
+        np.zeros(0, int),
+        np.zeros((0, 8), int),
+        ("coat rack", "rack"),
     )
     assert [own.tolist() for own in found] == [[0], [1]]
 
@@ -166,14 +196,18 @@ def test_what_has_no_mean_iou_is_refused_in_one_line(predicted, truth, labels, p
         mean_iou(predicted, truth, np.array(labels, int), parts_of, NAMES)
 
 
-@pytest.mark.parametrize(("label", "parts_of", "said"), [(2, EMPTY_HAT, "no parts"), (2, PARTS_OF, "part 5")])
+@pytest.mark.parametrize(
+    ("label", "parts_of", "said"), [(2, EMPTY_HAT, "no parts"), (2, PARTS_OF, "part 5")]
+)
 def test_what_has_no_best_part_is_refused(label, parts_of, said):
     with pytest.raises(ValueError, match=said):
         restricted_argmax(np.zeros((1, 4, 5)), np.array([label]), parts_of)
 
 
 def test_on_real_shapes_the_truth_is_right_and_the_commonest_part_is_not(real_data):
-    every = load([str(real_data / "labeled_psb/labeled_psb_2048.npz")], 128, "all", ["y"], parts=True)
+    every = load(
+        [str(real_data / "labeled_psb/labeled_psb_2048.npz")], 128, "all", ["y"], parts=True
+    )
     train, test = every.part("train"), every.part("test")
     parts_of = category_parts(every.part_names, train.labels, train.parts, every.class_names)
     assert len(parts_of) == 19
@@ -182,8 +216,15 @@ def test_on_real_shapes_the_truth_is_right_and_the_commonest_part_is_not(real_da
     assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(seen, parts_of, strict=True))
     perfect = mean_iou(test.parts, test.parts, test.labels, parts_of, every.class_names)
     assert perfect["instance_miou"] == perfect["category_miou"] == perfect["point_accuracy"] == 100
-    counts = np.stack([np.bincount(train.parts[train.labels == label].ravel(), minlength=94) for label in range(19)])
-    predicted = restricted_argmax(np.repeat(counts[test.labels][:, None], 128, 1), test.labels, parts_of)
+    counts = np.stack(
+        [
+            np.bincount(train.parts[train.labels == label].ravel(), minlength=94)
+            for label in range(19)
+        ]
+    )
+    predicted = restricted_argmax(
+        np.repeat(counts[test.labels][:, None], 128, 1), test.labels, parts_of
+    )
     arguments = predicted, test.parts, test.labels, parts_of, every.class_names
     assert_equal(mean_iou(*arguments), slow_mean_iou(*arguments))
     assert 10 < mean_iou(*arguments)["instance_miou"] < 50

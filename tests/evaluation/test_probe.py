@@ -50,7 +50,9 @@ def calls(monkeypatch):
 def test_separable_features_are_separated_and_their_layer_is_found(protocol, calls):
     result = run_protocol(protocol, *data((0.0, 8.0)), [0, 1])
     assert result["accuracy"] > 97
-    layers = [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    layers = (
+        [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    )
     assert set(layers) == {1}
 
 
@@ -64,7 +66,9 @@ def test_features_that_know_nothing_score_chance(protocol, calls):
 def test_test_labels_do_not_change_what_is_chosen(protocol, calls):
     x, y, x_test, y_test = data((0.5, 0.6, 0.4))
     one = run_protocol(protocol, x, y, x_test, y_test, [0, 1, 2])
-    two = run_protocol(protocol, x, y, x_test, np.random.default_rng(0).permutation(y_test), [0, 1, 2])
+    two = run_protocol(
+        protocol, x, y, x_test, np.random.default_rng(0).permutation(y_test), [0, 1, 2]
+    )
     assert one["accuracy"] != two["accuracy"]
     for choice in ("layer", "C", "chosen"):
         assert one.get(choice) == two.get(choice)
@@ -75,7 +79,9 @@ def test_a_layer_that_is_good_on_test_only_is_not_chosen(protocol, calls):
     x, y, x_test, y_test = data((8.0, 0.0))
     x_test = x_test[::-1]  # on test the second layer has the classes
     result = run_protocol(protocol, x, y, x_test, y_test, [0, 1])
-    layers = [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    layers = (
+        [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
+    )
     assert set(layers) == {0}
 
 
@@ -91,7 +97,11 @@ def test_the_test_part_is_scored_once_and_last(protocol, calls):
 def test_selection_fits_on_four_fifths_and_scores_the_rest(calls):
     x, y, x_test, y_test = data((0.5, 0.6))
     run_protocol("svc_linear", x, y, x_test, y_test, [0, 1])
-    assert [(len(fit), len(held)) for _, _, fit, _, held, _ in calls] == [(72, 18), (72, 18), (90, 60)]
+    assert [(len(fit), len(held)) for _, _, fit, _, held, _ in calls] == [
+        (72, 18),
+        (72, 18),
+        (90, 60),
+    ]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -111,7 +121,18 @@ def test_a_quick_probe_uses_the_last_layer_and_says_so(tmp_path, shapes, capsys,
     monkeypatch.chdir(tmp_path)
     PointEncoder(16, 2, 2, 16, 8, 64, tokenizer_dim=8).save_pretrained(tmp_path / "encoder")
     with pytest.raises(SystemExit) as ended:
-        main(["probe", "encoder", "--data", shapes, "--quick", "--protocols", "logistic", "logistic_10"])
+        main(
+            [
+                "probe",
+                "encoder",
+                "--data",
+                shapes,
+                "--quick",
+                "--protocols",
+                "logistic",
+                "logistic_10",
+            ]
+        )
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "layer last" in said
@@ -119,7 +140,9 @@ def test_a_quick_probe_uses_the_last_layer_and_says_so(tmp_path, shapes, capsys,
     (file,) = tmp_path.glob("probe-*.json")
     assert file.stem.endswith("-quick")
     for row in json.loads(file.read_text())["rows"]:
-        last = 2 if row["model"] in ("untrained", "pretrained") else 0  # vectors made by hand have one layer
+        last = (
+            2 if row["model"] in ("untrained", "pretrained") else 0
+        )  # vectors made by hand have one layer
         assert (row["scores"]["logistic"]["layer"], row["scores"]["logistic"]["C"]) == (last, 0.1)
         assert row["scores"]["logistic_10"]["chosen"] == [[last, 0.1]] * 10
 
@@ -150,7 +173,9 @@ def test_few_labels_choose_among_the_same_ten_and_score_the_mean_over_draws(call
 
     monkeypatch.setattr(probing, "_accuracy", scripted)
     result = run_protocol("logistic_10", x, y, x_test, y_test, [0, 1])
-    assert {rows for rows, _, final in drawn if not final} == {24}  # four of five folds of 30 labels
+    assert {rows for rows, _, final in drawn if not final} == {
+        24
+    }  # four of five folds of 30 labels
     assert [counts for _, counts, final in drawn if final] == [[10, 10, 10]] * 3
     assert result["accuracy"] == pytest.approx(190 / 3)
     assert result["std_over_draws"] == pytest.approx(
@@ -172,14 +197,19 @@ def test_draws_differ_and_the_seed_decides_them(calls):
 
 @pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "logistic_10"])
 def test_the_confusion_counts_every_test_shape_and_its_diagonal_is_the_accuracy(protocol, calls):
-    y, y_test = np.arange(90) % 3 * 2, np.repeat([0, 2, 4], [10, 20, 30])  # labels with gaps, unequal classes
+    y, y_test = (
+        np.arange(90) % 3 * 2,
+        np.repeat([0, 2, 4], [10, 20, 30]),
+    )  # labels with gaps, unequal classes
     x, x_test = features(y, (1.0,), 1), features(y_test, (1.0,), 2)
     result = run_protocol(protocol, x, y, x_test, y_test, [0])
     table = np.array(result["confusion"])
     assert table.sum(1).tolist() == [10, 20, 30]  # rows are true
     assert 0 < np.trace(table) < 60
     assert result["accuracy"] == pytest.approx(100 * np.trace(table) / 60)
-    assert result["mean_class_accuracy"] == pytest.approx(100 * np.mean(np.diag(table) / [10, 20, 30]))
+    assert result["mean_class_accuracy"] == pytest.approx(
+        100 * np.mean(np.diag(table) / [10, 20, 30])
+    )
     found = classifiers.predict(protocol, result["C"] or 0.0, x[0], y, x_test[0])
     assert table[0, 1] == np.sum((y_test == 0) & (found == 2))  # columns are predicted
     assert np.sum(found == y_test) == np.trace(table)
@@ -203,9 +233,13 @@ def test_mlp3_is_the_same_for_a_seed_whatever_torch_drew_before_and_draws_nothin
 
 def test_mlp3_is_the_head_of_point_mae():
     layers = list(classifiers._head(192, 10))
-    assert [tuple(layer.weight.shape) for layer in layers if isinstance(layer, torch.nn.Linear)] == [
-        (256, 192), (256, 256), (10, 256),
-    ]  # fmt: skip
+    assert [
+        tuple(layer.weight.shape) for layer in layers if isinstance(layer, torch.nn.Linear)
+    ] == [
+        (256, 192),
+        (256, 256),
+        (10, 256),
+    ]
     kinds = [type(layer).__name__ for layer in layers]
     assert kinds == [*["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2, "Linear"]
     assert {layer.p for layer in layers if isinstance(layer, torch.nn.Dropout)} == {0.5}
@@ -215,7 +249,10 @@ def test_mlp3_finds_what_no_plane_separates(calls):
     """Two classes by the sign of a product: the linear protocols score chance."""
     x, x_test = (np.random.default_rng(seed).normal(size=(1, 400, 4)) for seed in (1, 2))
     y, y_test = ((half[0, :, 0] * half[0, :, 1] > 0).astype(int) for half in (x, x_test))
-    accuracy = {name: run_protocol(name, x, y, x_test, y_test, [0])["accuracy"] for name in ("mlp3", "logistic")}
+    accuracy = {
+        name: run_protocol(name, x, y, x_test, y_test, [0])["accuracy"]
+        for name in ("mlp3", "logistic")
+    }
     assert accuracy["mlp3"] > 85
     assert accuracy["logistic"] < 65
 
@@ -223,7 +260,9 @@ def test_mlp3_finds_what_no_plane_separates(calls):
 def clouds(labels, split) -> PointClouds:
     points = np.arange(len(split) * 6, dtype=np.float32).reshape(-1, 2, 3)
     names = tuple("abcdefgh")
-    return PointClouds("set", "f", points, None if labels is None else np.array(labels), names, split)
+    return PointClouds(
+        "set", "f", points, None if labels is None else np.array(labels), names, split
+    )
 
 
 def test_classes_of_one_half_are_dropped_and_named(capsys):
@@ -249,9 +288,14 @@ def test_a_source_s_validation_part_is_neither_train_nor_test():
 
 
 def test_a_source_s_validation_part_chooses_layer_and_c():
-    """Of two layers one tells the classes of train apart by a number of each shape, the other by what they are."""
+    """Of two layers one tells the classes of train apart by a number of each shape, the other by
+    what they are.
+    """
     y = np.repeat([0, 1], 20)
-    good, rng = np.eye(2)[y] + np.random.default_rng(0).normal(scale=0.8, size=(40, 2)), np.random.default_rng(1)
+    good, rng = (
+        np.eye(2)[y] + np.random.default_rng(0).normal(scale=0.8, size=(40, 2)),
+        np.random.default_rng(1),
+    )
     features = np.stack([np.eye(2)[y], good])  # layer 0 knows the answer in train alone
     x_test = np.stack([rng.normal(size=(40, 2)), np.eye(2)[y]])
     found = run_protocol("logistic", features, y, x_test, y, [0, 1])
@@ -268,7 +312,9 @@ def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     assert np.bincount(validation.labels).tolist() == [2, 2, 2, 2]
     assert not dropped
     seen = {float(value) for half in (train, validation) for value in half.points[:, 0, 0]}
-    assert seen == {float(value) for value in source.points[:40, 0, 0]}  # all of train, none of test, none twice
+    assert seen == {
+        float(value) for value in source.points[:40, 0, 0]
+    }  # all of train, none of test, none twice
     again = shared_classes(source, "validation")[1]
     assert (again.points == validation.points).all()
 
@@ -299,9 +345,11 @@ def row(run: str, model: str, accuracy: float) -> dict:
 
 def test_the_gain_is_paired_by_run_with_the_sample_deviation():
     rows = [
-        row("a", "untrained", 50.0), row("b", "untrained", 60.0),
-        row("b", "pretrained", 90.0), row("a", "pretrained", 70.0),
-    ]  # fmt: skip
+        row("a", "untrained", 50.0),
+        row("b", "untrained", 60.0),
+        row("b", "pretrained", 90.0),
+        row("a", "pretrained", 70.0),
+    ]
     table = summarise(rows, ("knn",))
     assert table["untrained"]["knn"] == {"mean": 55.0, "std": pytest.approx(50**0.5), "runs": 2}
     assert table["pretrained"]["knn"] == {"mean": 80.0, "std": pytest.approx(200**0.5), "runs": 2}
@@ -310,7 +358,10 @@ def test_the_gain_is_paired_by_run_with_the_sample_deviation():
 
 
 def test_one_run_has_no_deviation():
-    table = summarise([row("a", "untrained", 50.0), row("a", "teacher", 40.0), row("a", "pretrained", 45.0)], ("knn",))
+    table = summarise(
+        [row("a", "untrained", 50.0), row("a", "teacher", 40.0), row("a", "pretrained", 45.0)],
+        ("knn",),
+    )
     assert table["gain"]["knn"] == {"mean": -5.0, "std": None, "runs": 1}
     assert table["teacher"]["knn"]["mean"] == 40.0
 
@@ -323,18 +374,38 @@ def test_the_mean_class_accuracy_stands_beside_the_accuracy_it_belongs_to():
     table = summarise(rows, ("knn",))
     assert table["pretrained"]["knn"]["mean"] == 65.0
     assert table["pretrained"]["knn"]["mean_class_accuracy"]["mean"] == 55.0
-    assert table["gain"]["knn"]["mean_class_accuracy"] == {"mean": 15.0, "std": pytest.approx(200**0.5), "runs": 2}
+    assert table["gain"]["knn"]["mean_class_accuracy"] == {
+        "mean": 15.0,
+        "std": pytest.approx(200**0.5),
+        "runs": 2,
+    }
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory) -> dict:
-    """The result of probing two seeds of a pretended run on shapes of four classes, one of them in train only."""
+    """The result of probing two seeds of a pretended run on shapes of four classes, one of them in
+    train only.
+    """
     folder = tmp_path_factory.mktemp("probed")
     runs = [folder / f"run-{seed}" for seed in (0, 1)]
-    encoder = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_groups": 4, "group_size": 8, "num_points": 32}
+    encoder = {
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_groups": 4,
+        "group_size": 8,
+        "num_points": 32,
+    }
     for seed, run in enumerate(runs):
         run.mkdir()
-        config = {"objective": "jepa", "teacher": ["ema"], "encoder": encoder, "seed": seed, "data": [], "split": "all"}
+        config = {
+            "objective": "jepa",
+            "teacher": ["ema"],
+            "encoder": encoder,
+            "seed": seed,
+            "data": [],
+            "split": "all",
+        }
         (run / "config.json").write_text(json.dumps(config))
         (run / "run.json").write_text("{}")
         for at, name in enumerate(("untrained", "encoder")):
@@ -350,7 +421,9 @@ def probed(tmp_path_factory) -> dict:
         class_names=["ball", "rod", "beam", "disc [flat]"],
         split=np.repeat([0, 1], [32, 16]),
     )
-    return probing.probe(runs, str(folder / "blobs.npz"), protocols=("logistic_10", "knn", "svc_linear"))
+    return probing.probe(
+        runs, str(folder / "blobs.npz"), protocols=("logistic_10", "knn", "svc_linear")
+    )
 
 
 def test_every_row_names_its_present_classes_and_their_accuracy(probed):
@@ -365,7 +438,10 @@ def test_every_row_names_its_present_classes_and_their_accuracy(probed):
             assert table.sum(1).tolist() == [8, 4, 4]
             assert list(score["per_class"]) == probed["class_names"]
             for i, figures in enumerate(score["per_class"].values()):
-                assert figures == {"accuracy": 100 * table[i, i] / table[i].sum(), "count": table[i].sum()}
+                assert figures == {
+                    "accuracy": 100 * table[i, i] / table[i].sum(),
+                    "count": table[i].sum(),
+                }
             assert "predicted" not in score
 
 
@@ -385,15 +461,24 @@ def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
         return [f"{value:.1f}" for value in (before, after, *by_hand)] + [f"{after - before:+.1f}"]
 
     for name, count in (("ball", 8), ("beam", 4), ("disc [flat]", 4)):
-        found = next(line for line in lines if f" {name} " in line).removeprefix(f"  {name}").split()
-        assert found == [str(count), *cells(lambda score, name=name: score["per_class"][name]["accuracy"])]
+        found = (
+            next(line for line in lines if f" {name} " in line).removeprefix(f"  {name}").split()
+        )
+        assert found == [
+            str(count),
+            *cells(lambda score, name=name: score["per_class"][name]["accuracy"]),
+        ]
     found = next(line for line in lines if "mean class accuracy" in line).split()[3:]
     assert found == ["16", *cells(lambda score: score["mean_class_accuracy"])]
 
 
 @pytest.mark.parametrize("protocol", ["logistic_10", "mlp3", "svm"])
-def test_a_protocol_without_figures_of_classes_is_refused_before_anything_is_printed(probed, capsys, protocol):
-    with pytest.raises(ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"):
+def test_a_protocol_without_figures_of_classes_is_refused_before_anything_is_printed(
+    probed, capsys, protocol
+):
+    with pytest.raises(
+        ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"
+    ):
         probing.show(probed, per_class=protocol)
     assert not capsys.readouterr().out
 
@@ -404,7 +489,9 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, conte
     if content != "nothing":
         run.mkdir()
     if content == "unfinished":
-        (run / "config.json").write_text(json.dumps({"objective": "jepa", "encoder": {"num_points": 64}, "seed": 0}))
+        (run / "config.json").write_text(
+            json.dumps({"objective": "jepa", "encoder": {"num_points": 64}, "seed": 0})
+        )
         (run / "run.json").write_text("{}")
         (run / "untrained").mkdir()
     with pytest.raises(ValueError, match=rf"\A{run}: .*\Z") as caught:
@@ -429,12 +516,16 @@ def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
 
 
 @pytest.mark.parametrize("where", ["folder", "run's folder", "default"])
-def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(where, tmp_path, shapes, monkeypatch):
+def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
+    where, tmp_path, shapes, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(5)
     encoder = PointEncoder(16, 1, 2, 4, 8, 32)
     monkeypatch.setattr("jepa3d.models.ready.DEFAULT", tmp_path / "own")
-    folder = tmp_path / {"folder": "own", "run's folder": "runs/mine/encoder", "default": "own"}[where]
+    folder = (
+        tmp_path / {"folder": "own", "run's folder": "runs/mine/encoder", "default": "own"}[where]
+    )
     encoder.save_pretrained(folder)
     name = "default" if where == "default" else str(folder)
     before = sorted(folder.iterdir())

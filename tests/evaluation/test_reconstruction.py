@@ -14,7 +14,14 @@ from jepa3d.ops import chamfer_l1
 def dvae():
     torch.manual_seed(0)
     return DVAE(
-        num_groups=8, group_size=8, num_points=64, width=16, num_codes=16, tokenizer_dim=8, dgcnn_dim=4, folding_dim=8
+        num_groups=8,
+        group_size=8,
+        num_points=64,
+        width=16,
+        num_codes=16,
+        tokenizer_dim=8,
+        dgcnn_dim=4,
+        folding_dim=8,
     )
 
 
@@ -56,12 +63,16 @@ def test_figures_have_their_names_and_ranges(dvae, clouds):
     assert figures["num_codes"] == 16
     assert 1 - 1e-9 <= figures["perplexity"] <= 16 + 1e-9
     assert 0 < figures["constant_patch"] < 2
-    assert figures["reconstruction"] > figures["constant_patch"]  # of an autoencoder that was never trained
+    assert (
+        figures["reconstruction"] > figures["constant_patch"]
+    )  # of an autoencoder that was never trained
 
 
 def test_figures_are_repeatable_and_leave_the_network_alone(dvae, clouds):
     before = {name: value.clone() for name, value in dvae.state_dict().items()}
-    one, two = (dvae_figures(dvae.train(), clouds.part("train"), clouds.part("test")) for _ in range(2))
+    one, two = (
+        dvae_figures(dvae.train(), clouds.part("train"), clouds.part("test")) for _ in range(2)
+    )
     assert one == two
     assert all(torch.equal(value, before[name]) for name, value in dvae.state_dict().items())
 

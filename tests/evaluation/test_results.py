@@ -1,4 +1,6 @@
-"""Runs in one table: seeds averaged, settings chosen on validation only, gains paired by seed, rules told."""
+"""Runs in one table: seeds averaged, settings chosen on validation only, gains paired by seed,
+rules told.
+"""
 
 import json
 from copy import deepcopy
@@ -6,14 +8,29 @@ from copy import deepcopy
 import pytest
 
 from jepa3d.cli import main
-from jepa3d.evaluation.published import OTHERS, PUBLISHED, all_published, benchmark_of, markdown, show
+from jepa3d.evaluation.published import (
+    OTHERS,
+    PUBLISHED,
+    all_published,
+    benchmark_of,
+    markdown,
+    show,
+)
 from jepa3d.evaluation.results import arms_of, choose, paired_gains, read_runs, tables
 
 RESULT = {
     "task": "classify",
     "protocol": "fine-tuned, all weights",
-    "data": {"name": "shapes.npz", "fingerprint": "f", "classes": 10, "train": 80, "validation": 20, "test": 50,
-             "labels": 1.0, "variant": None},
+    "data": {
+        "name": "shapes.npz",
+        "fingerprint": "f",
+        "classes": 10,
+        "train": 80,
+        "validation": 20,
+        "test": 50,
+        "labels": 1.0,
+        "variant": None,
+    },
     "init": "scratch",
     "pretraining": None,
     "seed": 0,
@@ -24,8 +41,13 @@ RESULT = {
     "details": {},
     "settings": {"lr": 0.001, "epochs": 30, "labels": 1.0, "trained": "all", "num_points": 1024},
     "cost": {"step": 10, "cpu_seconds": 120.0},
-}  # fmt: skip
-PRETRAINING = {"objective": "jepa", "teacher": ["ema"], "data": {"fingerprint": "p"}, "cost": {"step": 5}}
+}
+PRETRAINING = {
+    "objective": "jepa",
+    "teacher": ["ema"],
+    "data": {"fingerprint": "p"},
+    "cost": {"step": 5},
+}
 
 
 @pytest.fixture
@@ -49,7 +71,11 @@ def make(tmp_path):
 
 def pretrained(seed, **values):
     """Where the run of a seed began: runs/jepa-SEED, which is not on this disk."""
-    return {"init": f"runs/jepa-{seed}", "pretraining": PRETRAINING | {"seed": seed} | values, "seed": seed}
+    return {
+        "init": f"runs/jepa-{seed}",
+        "pretraining": PRETRAINING | {"seed": seed} | values,
+        "seed": seed,
+    }
 
 
 def column(sheet, name):
@@ -59,7 +85,11 @@ def column(sheet, name):
 def test_seeds_of_an_arm_are_averaged_and_one_seed_has_no_std(make, tmp_path):
     for seed, score in enumerate((90.0, 91.0, 92.5)):
         make(f"scratch-{seed}", score, seed=seed, cost={"cpu_seconds": 60.0 * (1 + seed)})
-    make("jepa-0", 95.0, **pretrained(0, cost={"step": 5, "cpu_seconds": 300.0, "stage1_cpu_seconds": 60.0}))
+    make(
+        "jepa-0",
+        95.0,
+        **pretrained(0, cost={"step": 5, "cpu_seconds": 300.0, "stage1_cpu_seconds": 60.0}),
+    )
     (sheet, _) = tables([tmp_path])
     assert column(sheet, "init") == ["scratch", "jepa"]
     assert column(sheet, "seeds") == ["3", "1"]
@@ -83,15 +113,33 @@ def test_seeds_of_a_pretraining_are_one_arm_and_other_pretrainings_another(make,
     make("g", 70.0, init="untrained")
     make("h", 72.0, init="untrained", seed=1)
     (sheet, *_) = tables([tmp_path])
-    found = list(zip(column(sheet, "init"), column(sheet, "seeds"), column(sheet, "overall_accuracy"), strict=True))
+    found = list(
+        zip(
+            column(sheet, "init"),
+            column(sheet, "seeds"),
+            column(sheet, "overall_accuracy"),
+            strict=True,
+        )
+    )
     assert found[:2] == [("untrained", "2", "71.00 ± 1.41"), ("runs/jepa-0", "2", "91.00 ± 1.41")]
-    assert [row[1:] for row in found[2:]] == [("1", "80.00"), ("1", "81.00"), ("1", "82.00"), ("1", "83.00")]
+    assert [row[1:] for row in found[2:]] == [
+        ("1", "80.00"),
+        ("1", "81.00"),
+        ("1", "82.00"),
+        ("1", "83.00"),
+    ]
     assert len({row[0] for row in found}) == 6  # arms of the same name are told apart
 
 
 def test_a_pretraining_is_told_by_all_its_settings_but_seeds_and_bookkeeping(make, tmp_path):
-    for i, (seed, ratio, which) in enumerate([(0, 0.6, ""), (1, 0.6, ""), (2, 0.9, ""), (3, 0.6, "snapshots/step-9")]):
-        record = {"sampler": {"mask_ratio": ratio}, "teacher": [f"runs/mae-{seed}"], "log_every": 10 + seed}
+    for i, (seed, ratio, which) in enumerate(
+        [(0, 0.6, ""), (1, 0.6, ""), (2, 0.9, ""), (3, 0.6, "snapshots/step-9")]
+    ):
+        record = {
+            "sampler": {"mask_ratio": ratio},
+            "teacher": [f"runs/mae-{seed}"],
+            "log_every": 10 + seed,
+        }
         make(f"runs/{i}", **pretrained(seed, encoder_of=which, cost={"step": seed}, **record))
     assert [len(arm.runs) for arm in arms_of(read_runs([tmp_path / "runs"])[0])] == [2, 1, 1]
 
@@ -112,14 +160,18 @@ def test_different_settings_protocols_data_and_selection_are_not_averaged(make, 
 
 def test_choose_looks_at_validation_even_where_test_disagrees(make, tmp_path):
     for seed in (0, 1):
-        make(f"low-{seed}", 99.0, 80.0 + seed, seed=seed, settings={"lr": 0.0005})  # the best on test
+        make(
+            f"low-{seed}", 99.0, 80.0 + seed, seed=seed, settings={"lr": 0.0005}
+        )  # the best on test
         make(f"high-{seed}", 85.0, 83.0 + seed, seed=seed, settings={"lr": 0.002})
     for seed, validation in ((0, 60.0), (1, 90.0)):  # the best single validation, not the best mean
         make(f"mid-{seed}", 97.0, validation, seed=seed, settings={"lr": 0.001})
     (sheet,) = tables([tmp_path], "lr")
     assert column(sheet, "lr") == ["0.002"]
     assert column(sheet, "overall_accuracy") == ["85.00 ± 0.00"]
-    assert any("chosen by mean validation" in note and "0.0005: 80.50" in note for note in sheet.notes)
+    assert any(
+        "chosen by mean validation" in note and "0.0005: 80.50" in note for note in sheet.notes
+    )
     assert len(tables([tmp_path])[0].rows) == 3
 
 
@@ -173,7 +225,11 @@ def test_selection_on_test_is_marked_and_mixtures_are_told(make, tmp_path, capsy
     make("b", selection="best on test", validation=None)
     make("c", votes=10)
     sheets = tables([tmp_path])
-    assert sorted(column(sheets[0], "selection")) == ["selected on TEST", "validation", "validation"]
+    assert sorted(column(sheets[0], "selection")) == [
+        "selected on TEST",
+        "validation",
+        "validation",
+    ]
     assert any("different selection rules" in note for note in sheets[0].notes)
     assert any("different votes are not comparable: 1, 10" in note for note in sheets[0].notes)
     show(sheets)
@@ -190,12 +246,32 @@ def test_selection_on_test_is_marked_and_mixtures_are_told(make, tmp_path, capsy
         ("classify", {"name": "ScanObjectNN-PB_T50_RS", "variant": None}, "", "pb_t50_rs"),
         ("classify", {"name": "store", "variant": "ScanObjectNN pb_t50_rs_nobg"}, "", None),
         ("classify", {"name": "scans_obj_only", "variant": None}, "", None),
-        ("classify", {"name": "modelnet40", "variant": "ModelNet40 normals", "classes": 40}, "", "modelnet40"),
+        (
+            "classify",
+            {"name": "modelnet40", "variant": "ModelNet40 normals", "classes": 40},
+            "",
+            "modelnet40",
+        ),
         ("classify", {"name": "modelnet40_partial.npz", "variant": None, "classes": 39}, "", None),
         ("classify", {"name": "modelnet10_1024.npz", "variant": None, "classes": 10}, "", None),
-        ("fewshot", {"name": "x", "variant": "ModelNetFewshot", "classes": 5}, "5-way 10-shot, fine-tuned", "5w10s"),
-        ("fewshot", {"name": "x", "variant": "ModelNet40 few-shot"}, "10-way 20-shot, frozen", "10w20s"),
-        ("fewshot", {"name": "x", "variant": "ModelNet40 few-shot"}, "3-way 1-shot, fine-tuned", None),
+        (
+            "fewshot",
+            {"name": "x", "variant": "ModelNetFewshot", "classes": 5},
+            "5-way 10-shot, fine-tuned",
+            "5w10s",
+        ),
+        (
+            "fewshot",
+            {"name": "x", "variant": "ModelNet40 few-shot"},
+            "10-way 20-shot, frozen",
+            "10w20s",
+        ),
+        (
+            "fewshot",
+            {"name": "x", "variant": "ModelNet40 few-shot"},
+            "3-way 1-shot, fine-tuned",
+            None,
+        ),
         ("fewshot", {"name": "modelnet40", "variant": None}, "5-way 10-shot, fine-tuned", None),
         ("fewshot", {"name": "modelnet10", "classes": 10}, "5-way 10-shot, fine-tuned", None),
         ("segment", {"name": "s", "variant": "ShapeNetPart"}, "part segmentation", "shapenetpart"),
@@ -213,9 +289,15 @@ def test_published_rows_stand_beside_their_benchmark_with_what_departs_from_it(m
     assert len(published.rows) == 10
     assert any("voting no, selection validation" in note for note in published.notes)
     assert not any("depart" in note for note in published.notes)
-    part = make("part", data=whole | {"test": 20, "labels": 0.1}, settings={"num_points": 1024, "trained": "head"})
+    part = make(
+        "part",
+        data=whole | {"test": 20, "labels": 0.1},
+        settings={"num_points": 1024, "trained": "head"},
+    )
     (told,) = [note for note in tables([part])[1].notes if "depart" in note]
-    assert told.endswith("20 test shapes, not 581; 1,024 points, not 2,048; 10 % of the labels; frozen encoder")
+    assert told.endswith(
+        "20 test shapes, not 581; 1,024 points, not 2,048; 10 % of the labels; frozen encoder"
+    )
 
 
 def test_no_published_rows_beside_other_data(make):
@@ -223,13 +305,22 @@ def test_no_published_rows_beside_other_data(make):
 
 
 def test_published_numbers_are_those_of_the_method_notes():
-    forty = [(row.method, row.epochs, row.values[0], row.voting) for row in PUBLISHED["modelnet40"].figures]
+    forty = [
+        (row.method, row.epochs, row.values[0], row.voting)
+        for row in PUBLISHED["modelnet40"].figures
+    ]
     assert ("point2vec", 800, "94.7", "no") in forty
     assert ("point2vec", 800, "94.8", "yes") in forty
     assert ("3D-JEPA", 300, "94.0", "not stated") in forty
-    assert {voting for name, _, _, voting in forty if name in ("Point-BERT", "Point-MAE", "Point-M2AE")} == {"yes"}
+    assert {
+        voting for name, _, _, voting in forty if name in ("Point-BERT", "Point-MAE", "Point-M2AE")
+    } == {"yes"}
     last = {key: PUBLISHED[key].figures[-1] for key in PUBLISHED}
-    assert [last[key].values[0] for key in ("obj_bg", "obj_only", "pb_t50_rs")] == ["95.52", "94.32", "90.35"]
+    assert [last[key].values[0] for key in ("obj_bg", "obj_only", "pb_t50_rs")] == [
+        "95.52",
+        "94.32",
+        "90.35",
+    ]
     few = [last[key].values[0] for key in ("5w10s", "5w20s", "10w10s", "10w20s")]
     assert few == ["97.6 ± 2.0", "98.8 ± 0.4", "94.3 ± 3.6", "96.3 ± 2.4"]
     assert last["shapenetpart"].values == ("84.93", "86.41")
@@ -238,7 +329,12 @@ def test_published_numbers_are_those_of_the_method_notes():
 
 
 def test_few_shot_and_segmentation_have_their_own_tables(make, tmp_path):
-    few = {"task": "fewshot", "protocol": "5-way 10-shot, fine-tuned", "selection": "last epoch", "validation": None}
+    few = {
+        "task": "fewshot",
+        "protocol": "5-way 10-shot, fine-tuned",
+        "selection": "last epoch",
+        "validation": None,
+    }
     few["details"] = {"folds": [94.0, 95.0, 96.0]}
     data = {"variant": "ModelNetFewshot", "fingerprint": "few", "classes": 5}
     metrics = {"overall_accuracy": 95.0, "std_over_folds": 3.0}
@@ -263,7 +359,9 @@ def test_a_few_shot_run_is_counted_once_and_a_run_given_twice_too(make, tmp_path
 
 def unfinished(folder, task="classify"):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"task": task} if task else {"objective": "jepa"}))
+    (folder / "config.json").write_text(
+        json.dumps({"task": task} if task else {"objective": "jepa"})
+    )
     (folder / "run.json").write_text('{"status": "running"}')
     return folder
 
@@ -275,7 +373,9 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
     make("going/fold-0", 10.0)  # a fold is not the run
     (sheet,) = tables([tmp_path])
     assert column(sheet, "overall_accuracy") == ["90.00"]
-    assert [note for note in sheet.notes if "unfinished" in note] == [f"unfinished, left out: {tmp_path / 'going'}"]
+    assert [note for note in sheet.notes if "unfinished" in note] == [
+        f"unfinished, left out: {tmp_path / 'going'}"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +386,10 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
         ("[1]", "not a result of jepa3d"),
         ('{"task": ["classify"]}', "not a result of jepa3d"),
         ('{"task": "classify"}', "protocol is None, not a str"),
-        (json.dumps(RESULT | {"metrics": {"overall_accuracy": float("nan")}}), "overall_accuracy is nan"),
+        (
+            json.dumps(RESULT | {"metrics": {"overall_accuracy": float("nan")}}),
+            "overall_accuracy is nan",
+        ),
         (json.dumps(RESULT | {"metrics": {"overall_accuracy": "90"}}), "overall_accuracy is '90'"),
         (json.dumps(RESULT | {"validation": 3}), "validation is 3"),
     ],
@@ -320,7 +423,9 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
 
 def test_the_command_prints_and_writes_markdown(make, tmp_path, capsys):
     make("runs/a", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": [0.8, 1.2]})
-    make("runs/b", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": ["red"]})  # no markup of the terminal's
+    make(
+        "runs/b", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": ["red"]}
+    )  # no markup of the terminal's
     out = tmp_path / "table.md"
     with pytest.raises(SystemExit) as stop:
         main(["results", str(tmp_path / "runs"), "--choose", "scale", "--out", str(out)])

@@ -23,7 +23,9 @@ def test_average_precision_is_scikit_learn_s_for_every_query():
     nearest, found = ranked(similarity, labels, np.arange(40))
     for i in range(40):
         others = np.arange(40) != i
-        assert found[i] == pytest.approx(average_precision_score((labels == labels[i])[others], similarity[i, others]))
+        assert found[i] == pytest.approx(
+            average_precision_score((labels == labels[i])[others], similarity[i, others])
+        )
         assert nearest[i] == (labels[others][similarity[i, others].argmax()] == labels[i])
 
 
@@ -36,7 +38,11 @@ def test_a_shape_alone_in_its_class_has_no_precision_and_the_query_does_not_find
 
 
 def test_some_queries_find_what_they_find_among_all():
-    labels, similarity, own = RNG.integers(0, 4, 40), RNG.normal(size=(40, 40)), np.array([3, 17, 30])
+    labels, similarity, own = (
+        RNG.integers(0, 4, 40),
+        RNG.normal(size=(40, 40)),
+        np.array([3, 17, 30]),
+    )
     np.testing.assert_array_equal(
         ranked(similarity[own], labels, own), ranked(similarity, labels, np.arange(40))[:, own]
     )
@@ -80,7 +86,9 @@ def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarra
     def changed(*args, **options):
         for encoder, descriptors, train, clouds in opened(*args, **options):
             seen = {
-                name: Descriptor(lambda points, name=name, of=of: watched(name, of(points)), likeness)
+                name: Descriptor(
+                    lambda points, name=name, of=of: watched(name, of(points)), likeness
+                )
                 for name, (of, likeness) in descriptors.items()
             }
             yield encoder, seen, train, clouds
@@ -88,7 +96,9 @@ def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarra
     monkeypatch.setattr(module, "opened", changed)
 
 
-def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(encoder_and_data, monkeypatch, capsys):
+def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
+    encoder_and_data, monkeypatch, capsys
+):
     model, data = encoder_and_data
     result = retrieval([model] * 2, data)
     assert result["queries"] == 60
@@ -101,11 +111,15 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(enco
     assert "60 queries of 4 classes" in shown
     assert all(name in shown for name in BASELINES)
     labels = np.arange(120)[1::2] // 2 % 4
-    spy_on_baselines(monkeypatch, lambda name, vectors: np.eye(4)[labels] if name == model else vectors)
+    spy_on_baselines(
+        monkeypatch, lambda name, vectors: np.eye(4)[labels] if name == model else vectors
+    )
     perfect = retrieval([model], data)["results"]
     assert perfect[model]["map"] == pytest.approx(100)
     assert perfect[model]["nearest"] == 100
-    assert perfect["histograms"]["first_minus_this"] == pytest.approx(100 - perfect["histograms"]["map"])
+    assert perfect["histograms"]["first_minus_this"] == pytest.approx(
+        100 - perfect["histograms"]["map"]
+    )
 
 
 def test_no_baseline_s_statistics_are_of_the_searched_part(encoder_and_data, monkeypatch):

@@ -1,4 +1,6 @@
-"""A headless Chromium over its DevTools protocol: the standard library, and websockets, which viser brings."""
+"""A headless Chromium over its DevTools protocol: the standard library, and websockets, which viser
+brings.
+"""
 
 import base64
 import json
@@ -12,10 +14,15 @@ from typing import Any
 from websockets.sync.client import connect
 
 FLAGS = [
-    "--headless=new", "--no-sandbox", "--no-first-run", "--disable-dev-shm-usage", "--remote-debugging-port=0",
+    "--headless=new",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
     "--remote-debugging-address=127.0.0.1",
-    "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # WebGL in software
-]  # fmt: skip
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",  # WebGL in software
+]
 CENTER = "((r) => [r.x + r.width / 2, r.y + r.height / 2])"
 
 
@@ -24,26 +31,45 @@ class Browser:
 
     def __init__(self, url: str, width: int = 1200, height: int = 800):
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        command = ["chromium", *FLAGS, f"--user-data-dir={self._folder.name}", f"--window-size={width},{height}"]
-        self._process = subprocess.Popen([*command, "about:blank"], stderr=subprocess.PIPE, text=True)
+        command = [
+            "chromium",
+            *FLAGS,
+            f"--user-data-dir={self._folder.name}",
+            f"--window-size={width},{height}",
+        ]
+        self._process = subprocess.Popen(
+            [*command, "about:blank"], stderr=subprocess.PIPE, text=True
+        )
         self._session, self._sent = None, 0
         stderr = self._process.stderr
         assert stderr is not None
-        address = next((found[0] for line in stderr if (found := re.search(r"ws://\S+", line))), None)
+        address = next(
+            (found[0] for line in stderr if (found := re.search(r"ws://\S+", line))), None
+        )
         assert address, "chromium did not start"
-        threading.Thread(target=lambda: [None for _ in stderr], daemon=True).start()  # or it blocks on a full pipe
+        threading.Thread(
+            target=lambda: [None for _ in stderr], daemon=True
+        ).start()  # or it blocks on a full pipe
         self._socket = connect(address, max_size=None)
         targets = self("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self("Page.navigate", url=url)
 
     def __call__(self, method: str, **params: Any) -> dict:
         """The result of a DevTools command."""
         self._sent += 1
         message = {"id": self._sent, "method": method, "params": params}
-        self._socket.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
+        self._socket.send(
+            json.dumps(message | ({"sessionId": self._session} if self._session else {}))
+        )
         while True:
             answer = json.loads(self._socket.recv(timeout=60))
             if answer.get("id") == self._sent:
@@ -51,7 +77,9 @@ class Browser:
                 return answer["result"]
 
     def js(self, expression: str) -> Any:
-        answer = self("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = self(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -73,7 +101,15 @@ class Browser:
     def click(self, x: float, y: float) -> None:
         self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         for kind, held in (("mousePressed", 1), ("mouseReleased", 0)):
-            self("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=held, clickCount=1)
+            self(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                button="left",
+                buttons=held,
+                clickCount=1,
+            )
             time.sleep(0.05)
 
     def click_on(self, element: str) -> None:
@@ -87,12 +123,17 @@ class Browser:
 
     def press(self, text: str) -> None:
         """Click the button whose text includes `text`."""
-        self.click_on(f"[...document.querySelectorAll('button')].find(e => e.innerText.includes({json.dumps(text)}))")
+        self.click_on(
+            f"[...document.querySelectorAll('button')].find(e => e.innerText.includes({json.dumps(text)}))"
+        )
 
     def choose(self, now: str, option: str) -> None:
         """Of the list that shows `now`, the first option that includes `option`."""
-        self.click_on(f"[...document.querySelectorAll('input')].find(e => e.value === {json.dumps(now)})")
-        shown = "[...document.querySelectorAll('[role=option]')].filter(e => e.offsetWidth)"  # hidden lists have theirs
+        self.click_on(
+            f"[...document.querySelectorAll('input')].find(e => e.value === {json.dumps(now)})"
+        )
+        # hidden lists have theirs
+        shown = "[...document.querySelectorAll('[role=option]')].filter(e => e.offsetWidth)"
         self.click_on(f"{shown}.find(e => e.textContent.includes({json.dumps(option)}))")
 
     def screenshot(self) -> bytes:

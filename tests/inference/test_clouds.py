@@ -70,7 +70,11 @@ def test_every_cloud_has_a_text_of_its_own_that_leads_back_to_it(tmp_path, seed,
     assert len({item.path for item in items}) == len(items) == len(set(originals(items)))
     monkeypatch.chdir(root)
     for item, expected in zip(items, originals(items), strict=True):
-        for text in (item.path, os.path.relpath(item.path), f"{root}/../s#1/{os.path.relpath(item.path)}"):
+        for text in (
+            item.path,
+            os.path.relpath(item.path),
+            f"{root}/../s#1/{os.path.relpath(item.path)}",
+        ):
             found = item_at(text)
             assert found.path == item.path
             assert open_cloud(text)[0].points.tobytes() == expected
@@ -102,13 +106,30 @@ def test_a_file_whose_name_has_a_sign_wins_over_the_row(tmp_path):
     np.savetxt(tmp_path / "a.npz#1.xyz", cloud(2))
     (tmp_path / "a.npz#1").mkdir()
     np.savetxt(tmp_path / "a.npz#0", cloud(3))
-    assert cloud_paths(tmp_path) == [f"{tmp_path}/a.npz/#0", f"{tmp_path}/a.npz/#1", f"{tmp_path}/a.npz#1.xyz"]
+    assert cloud_paths(tmp_path) == [
+        f"{tmp_path}/a.npz/#0",
+        f"{tmp_path}/a.npz/#1",
+        f"{tmp_path}/a.npz#1.xyz",
+    ]
     assert Address.parse(tmp_path / "a.npz#0") == Address(f"{tmp_path}/a.npz#0")
     assert Address.parse(tmp_path / "a.npz/#0") == Address(f"{tmp_path}/a.npz", "0")
 
 
 @pytest.mark.parametrize(
-    "text", ["no.xyz", "a.npz#x", "a.npz#", "a.npz#01", "a.npz#-1", "#0", "a#0", "a.npz#²", "b.xyz#0", "", "\0"]
+    "text",
+    [
+        "no.xyz",
+        "a.npz#x",
+        "a.npz#",
+        "a.npz#01",
+        "a.npz#-1",
+        "#0",
+        "a#0",
+        "a.npz#²",
+        "b.xyz#0",
+        "",
+        "\0",
+    ],
 )
 def test_what_is_nowhere_is_said(tmp_path, text, monkeypatch):
     np.savez(tmp_path / "a.npz", points=cloud(0)[None])

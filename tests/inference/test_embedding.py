@@ -1,4 +1,6 @@
-"""Vectors of arrays and files: what is new, what changed, what cannot be used, and what an interruption leaves."""
+"""Vectors of arrays and files: what is new, what changed, what cannot be used, and what an
+interruption leaves.
+"""
 
 import base64
 import json
@@ -22,7 +24,14 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
 
 RNG = np.random.default_rng(0)
-SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 128}
+SIZES = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +61,26 @@ def rows(out) -> dict[str, np.ndarray]:
 
 
 def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(np.allclose(one[key], two[key], atol=1e-5) for key in one)
+    return one.keys() == two.keys() and all(
+        np.allclose(one[key], two[key], atol=1e-5) for key in one
+    )
 
 
-# ------------------------------------------------------------------------------------------------ in memory
+# ---------------------------------------------------------------------------------------- in memory
 
 
 def test_arrays_lists_and_files_give_the_encoder_s_own_vectors(model, scans):
     encoder = load(model)
     clouds = [np.load(path) for path in cloud_paths(scans)]
-    expected = np.concatenate([encoder.embed(torch.from_numpy(c)[None]).detach().numpy() for c in clouds])
+    expected = np.concatenate(
+        [encoder.embed(torch.from_numpy(c)[None]).detach().numpy() for c in clouds]
+    )
     assert np.allclose(embed(clouds, encoder), expected, atol=1e-5)
     assert np.allclose(embed(scans, encoder), expected, atol=1e-5)
     assert np.allclose(embed(clouds[2], encoder), expected[2:3], atol=1e-5)
-    assert np.allclose(embed(np.stack([clouds[0], clouds[0]]), encoder), expected[[0, 0]], atol=1e-5)
+    assert np.allclose(
+        embed(np.stack([clouds[0], clouds[0]]), encoder), expected[[0, 0]], atol=1e-5
+    )
 
 
 def test_the_up_axis_is_turned(model):
@@ -84,10 +99,14 @@ def test_gltf_is_turned_as_its_standard_says_whatever_else_is_said(model, tmp_pa
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "mode": 0}]}],
         "accessors": [{"bufferView": 0, "componentType": 5126, "count": 150, "type": "VEC3"}],
         "bufferViews": [{"buffer": 0, "byteLength": len(data)}],
-        "buffers": [{"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}],
+        "buffers": [
+            {"byteLength": len(data), "uri": "data:;base64," + base64.b64encode(data).decode()}
+        ],
     }
     (tmp_path / "a.gltf").write_text(json.dumps(scene))
-    assert np.allclose(embed(tmp_path / "a.gltf", encoder, up_axis=up_axis), embed(cloud, encoder), atol=1e-4)
+    assert np.allclose(
+        embed(tmp_path / "a.gltf", encoder, up_axis=up_axis), embed(cloud, encoder), atol=1e-4
+    )
 
 
 def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
@@ -99,7 +118,11 @@ def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"up_axis": "w"}, "up axis 'w'"), ({"layer": 3}, "layer 3: 0"), ({"pooling": "sum"}, "pooling 'sum'")],
+    [
+        ({"up_axis": "w"}, "up axis 'w'"),
+        ({"layer": 3}, "layer 3: 0"),
+        ({"pooling": "sum"}, "pooling 'sum'"),
+    ],
 )
 def test_settings_that_do_not_exist_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -122,13 +145,17 @@ def test_fingerprints_differ_with_one_weight(model):
     assert fingerprint(one) != fingerprint(two)
 
 
-# ------------------------------------------------------------------------------------------------ files to Parquet
+# --------------------------------------------------------------------------------- files to Parquet
 
 
-def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(model, scans, tmp_path, monkeypatch, capsys):
+def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(
+    model, scans, tmp_path, monkeypatch, capsys
+):
     out, read = tmp_path / "v.parquet", []
     work = module.embed_items
-    monkeypatch.setattr(module, "embed_items", lambda *args: read.extend(i.path for i in args[-1]) or work(*args))
+    monkeypatch.setattr(
+        module, "embed_items", lambda *args: read.extend(i.path for i in args[-1]) or work(*args)
+    )
     embed_files([scans], out, model, workers=1)
     assert len(rows(out)) == len(read) == 6
     np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
@@ -149,7 +176,9 @@ def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(mode
 
     def change_and_compare(*shares: str) -> None:
         np.save(scans / "cup" / "1.npy", RNG.normal(size=(300, 3)))
-        np.save(scans / "car" / f"{'-'.join(shares).replace('/', 'of')}.npy", RNG.normal(size=(300, 3)))
+        np.save(
+            scans / "car" / f"{'-'.join(shares).replace('/', 'of')}.npy", RNG.normal(size=(300, 3))
+        )
         for share in shares:
             embed_files([scans], out, model, workers=1, share=share)
         embed_files([scans], one, model, workers=1)
@@ -187,7 +216,9 @@ def test_an_accelerator_gives_what_the_workers_give(model, scans, tmp_path, monk
 
 
 @pytest.mark.parametrize("stop", [0, 2, 5])
-def test_an_interrupted_run_keeps_its_vectors_and_goes_on(model, scans, tmp_path, monkeypatch, stop):
+def test_an_interrupted_run_keeps_its_vectors_and_goes_on(
+    model, scans, tmp_path, monkeypatch, stop
+):
     out, whole, mapped = tmp_path / "v.parquet", tmp_path / "whole.parquet", module.mapped
     embed_files([scans], whole, model, workers=1)
 
@@ -231,7 +262,9 @@ def test_a_store_is_embedded_z_up_whatever_is_said_of_files(model, scans, tmp_pa
 
 
 def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
-    np.savez(tmp_path / "many.npz", points=RNG.normal(size=(3, 140, 3)), names=np.array(["a", "b", "c"]))
+    np.savez(
+        tmp_path / "many.npz", points=RNG.normal(size=(3, 140, 3)), names=np.array(["a", "b", "c"])
+    )
     prepare(scans, tmp_path / "store", Preparation(points=128), workers=1)
     for path in (scans, tmp_path / "many.npz", tmp_path / "store"):
         for item in items_of(path):

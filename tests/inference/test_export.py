@@ -24,9 +24,14 @@ onnxruntime = pytest.importorskip("onnxruntime")
 module = pytest.importorskip("jepa3d.inference.export", exc_type=ValueError)
 RNG = np.random.default_rng(0)
 SIZES = {
-    "embed_dim": 32, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 128,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 128,
     "tokenizer_dim": 16,
-}  # fmt: skip
+}
 
 
 def trained(network):
@@ -45,7 +50,9 @@ def printed() -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, printed):
-    """Folder of an encoder and that of its export, and what the command `printed`; torch takes seconds for it."""
+    """Folder of an encoder and that of its export, and what the command `printed`; torch takes
+    seconds for it.
+    """
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     trained(PointEncoder(**SIZES)).save_pretrained(folder / "model")
@@ -69,14 +76,18 @@ def of_torch(encoder, points) -> list[np.ndarray]:
         return [encoder.embed(torch.from_numpy(points)).numpy(), tokens.numpy(), centers.numpy()]
 
 
-# ------------------------------------------------------------------------------------------------ agreement
+# ---------------------------------------------------------------------------------------- agreement
 
 
 @pytest.mark.parametrize(("batch", "count"), [(1, 16), (2, 50), (1, 128), (1, 129), (33, 200)])
-def test_onnx_and_torch_export_give_what_the_encoder_gives_for_any_batch_and_number_of_points(made, batch, count):
+def test_onnx_and_torch_export_give_what_the_encoder_gives_for_any_batch_and_number_of_points(
+    made, batch, count
+):
     points = clouds(batch, count)
     expected = of_torch(load(made[0]), points)
-    found = session(made[1] / "encoder.onnx").run(["embedding", "tokens", "centers"], {"points": points})
+    found = session(made[1] / "encoder.onnx").run(
+        ["embedding", "tokens", "centers"], {"points": points}
+    )
     program = torch.export.load(made[1] / "encoder.pt2").module()
     for one, other, wanted in zip(found, program(torch.from_numpy(points)), expected, strict=True):
         assert_allclose(one, wanted, rtol=1e-4, atol=1e-5)
@@ -89,7 +100,10 @@ def test_axes_and_metadata_say_what_goes_in(made):
     opened = session(made[1] / "patches.onnx")
     assert [value.shape for value in opened.get_inputs()] == [["batch", 16, 8, 3], ["batch", 16, 3]]
     assert [value.shape for value in opened.get_outputs()] == [["batch", 64], ["batch", 16, 32]]
-    assert opened.get_modelmeta().custom_metadata_map.items() >= {"num_points": "128", "group_size": "8"}.items()
+    assert (
+        opened.get_modelmeta().custom_metadata_map.items()
+        >= {"num_points": "128", "group_size": "8"}.items()
+    )
     assert not list(made[1].glob("*.data"))  # of one file each
 
 
@@ -103,7 +117,9 @@ def test_patches_of_numpy_give_the_encoder_s_vector_for_a_cloud_in_map_coordinat
     assert_allclose(patches, expected.patches[0], atol=1e-6)
     inputs = {"patches": patches[None], "centers": centers[None]}
     (found,) = session(made[1] / "patches.onnx").run(["embedding"], inputs)
-    assert_allclose(found, encoder.embed(torch.from_numpy(cloud)[None]).detach(), rtol=1e-4, atol=1e-5)
+    assert_allclose(
+        found, encoder.embed(torch.from_numpy(cloud)[None]).detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_copied_grouping_needs_numpy_alone(made, tmp_path):
@@ -113,7 +129,9 @@ def test_the_copied_grouping_needs_numpy_alone(made, tmp_path):
         "import numpy as np, grouping\n"
         "print(*(part.shape for part in grouping.group(np.random.rand(300, 3), 128, 16, 8)))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert run.stdout.split("\n")[0] == "(16, 8, 3) (16, 3)"
 
 
@@ -141,7 +159,9 @@ def test_a_classifier_gives_its_logits_and_names_its_classes(tmp_path):
     with torch.no_grad():
         expected = network.predict(torch.from_numpy(points)).numpy()
     assert_allclose(opened.run(["logits"], {"points": points})[0], expected, rtol=1e-4, atol=1e-5)
-    assert json.loads(opened.get_modelmeta().custom_metadata_map["class_names"]) == network.class_names
+    assert (
+        json.loads(opened.get_modelmeta().custom_metadata_map["class_names"]) == network.class_names
+    )
     assert Classifier.from_pretrained(tmp_path / "out").class_names == network.class_names
 
 
@@ -149,15 +169,20 @@ def test_a_classifier_gives_its_logits_and_names_its_classes(tmp_path):
 def test_a_linear_classifier_s_graph_is_its_predict(layer, pooling):
     network = trained(LinearClassifier(SIZES, ["cup", "car"], layer, pooling))
     points = torch.from_numpy(clouds(3, 200))
-    torch.testing.assert_close(module.ToClasses(network)(points)[0], network.predict(points), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        module.ToClasses(network)(points)[0], network.predict(points), rtol=1e-5, atol=1e-5
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 def test_the_folder_is_a_model_of_the_hub(made):
     again = PointEncoder.from_pretrained(made[1])
-    assert all(torch.equal(value, load(made[0]).state_dict()[name]) for name, value in again.state_dict().items())
+    assert all(
+        torch.equal(value, load(made[0]).state_dict()[name])
+        for name, value in again.state_dict().items()
+    )
     front = (made[1] / "README.md").read_text().split("---")[1]
     assert "license: apache-2.0" in front
     assert "library_name: jepa3d" in front
@@ -166,7 +191,9 @@ def test_the_folder_is_a_model_of_the_hub(made):
 def test_the_code_of_the_card_runs(made, monkeypatch, tmp_path):
     blocks = (made[1] / "README.md").read_text().split("```python\n")[1:]
     script = tmp_path / "card.py"
-    script.write_text("".join(block.split("```")[0] for block in blocks) + "\nassert embedding.shape == (1, 64)\n")
+    script.write_text(
+        "".join(block.split("```")[0] for block in blocks) + "\nassert embedding.shape == (1, 64)\n"
+    )
     monkeypatch.chdir(made[1])
     monkeypatch.syspath_prepend(str(made[1]))
     runpy.run_path(str(script))
@@ -176,19 +203,29 @@ def test_the_command_says_what_it_wrote(made, printed):
     names = ["encoder.onnx", "encoder.pt2", "patches.onnx", "written"]
     assert [line.split(":")[0] for line in printed] == names
     assert all("differs from torch by at most" in line for line in printed[:3])
-    written = sorted(file.name for file in made[1].iterdir() if file.name != "__pycache__")  # the card's code ran there
+    written = sorted(
+        file.name for file in made[1].iterdir() if file.name != "__pycache__"
+    )  # the card's code ran there
     assert written == printed[3].split(", ")[1:]
 
 
-# ------------------------------------------------------------------------------------------------ what fails
+# --------------------------------------------------------------------------------------- what fails
 
 
 def test_a_graph_that_differs_is_an_error_and_leaves_nothing(made, tmp_path, monkeypatch):
     program, run = torch.export.load(made[1] / "encoder.pt2"), module._run_onnx
     monkeypatch.setattr(module, "_program", lambda *_: program)
-    monkeypatch.setattr(module, "_write_onnx", lambda _, graph, __, file: shutil.copy(made[1] / "encoder.onnx", file))
-    monkeypatch.setattr(module, "_run_onnx", lambda *given: lambda *x: [y * 1.001 for y in run(*given)(*x)])
-    with pytest.raises(ValueError, match=r"^encoder.onnx: embedding of 1 clouds differs from torch by"):
+    monkeypatch.setattr(
+        module,
+        "_write_onnx",
+        lambda _, graph, __, file: shutil.copy(made[1] / "encoder.onnx", file),
+    )
+    monkeypatch.setattr(
+        module, "_run_onnx", lambda *given: lambda *x: [y * 1.001 for y in run(*given)(*x)]
+    )
+    with pytest.raises(
+        ValueError, match=r"^encoder.onnx: embedding of 1 clouds differs from torch by"
+    ):
         module.export(str(made[0]), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +240,9 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(made, tmp_path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no/such model"):
         module.export("no/such model", out)
-    Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2, 2]).save_pretrained(tmp_path / "run" / "model")
+    Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2, 2]).save_pretrained(
+        tmp_path / "run" / "model"
+    )
     with pytest.raises(ValueError, match="a network that segments"):
         module.export(str(tmp_path / "run"), out)
     shutil.copytree(made[0], tmp_path / "broken")
@@ -218,4 +257,6 @@ def test_without_onnx_the_error_names_the_extra(made, tmp_path):
     command = [sys.executable, "-c", code, "export", str(made[0]), "--out", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.strip().splitlines() == ["jepa3d: error: export needs ONNX: pip install 'jepa3d[export]'"]
+    assert run.stderr.strip().splitlines() == [
+        "jepa3d: error: export needs ONNX: pip install 'jepa3d[export]'"
+    ]

@@ -1,4 +1,6 @@
-"""A vector is a function of the cloud: whichever entry point, order, unit, name, place in a list or batch."""
+"""A vector is a function of the cloud: whichever entry point, order, unit, name, place in a list or
+batch.
+"""
 
 import csv
 import os
@@ -29,9 +31,15 @@ from jepa3d.ops import sample_one
 from jepa3d.predict import classify_cloud, predict_files, segment_cloud
 
 SIZES = {
-    "embed_dim": 32, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 128,
-    "tokenizer_dim": 16, "drop_path": 0.0,
-}  # fmt: skip
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 128,
+    "tokenizer_dim": 16,
+    "drop_path": 0.0,
+}
 LEAST = 16
 RNG = np.random.default_rng(0)
 COUNTS = (16, 17, 40, 127, 128, 129, 700)  # the fewest, fewer than num_points, as many, more
@@ -87,7 +95,9 @@ def vector(encoder: PointEncoder, cloud) -> np.ndarray:
 
 
 def assert_same(found, wanted) -> None:
-    np.testing.assert_allclose(np.squeeze(np.asarray(found)), np.squeeze(np.asarray(wanted)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.squeeze(np.asarray(found)), np.squeeze(np.asarray(wanted)), rtol=1e-5, atol=1e-5
+    )
 
 
 def saved(folder: Path, cloud: np.ndarray, name: str = "cloud.npy") -> Path:
@@ -96,13 +106,15 @@ def saved(folder: Path, cloud: np.ndarray, name: str = "cloud.npy") -> Path:
     return folder / name
 
 
-# ------------------------------------------------------------------------------------------------ entry points
+# ------------------------------------------------------------------------------------- entry points
 
 
 class Entry:
     """Every way from a cloud N 3 to its vector; `made` has what was loaded once."""
 
-    def __init__(self, model: str, encoder: PointEncoder, classifier: LinearClassifier, folder: Path):
+    def __init__(
+        self, model: str, encoder: PointEncoder, classifier: LinearClassifier, folder: Path
+    ):
         self.model, self.encoder, self.classifier, self.folder = model, encoder, classifier, folder
 
     def encoder_array(self, cloud):
@@ -139,8 +151,19 @@ class Entry:
     def embed_command(self, cloud):
         saved(self.folder / "s", cloud)
         with pytest.raises(SystemExit, match=r"^0$"):
-            main(["embed", str(self.folder / "s"), "--out", str(self.folder / "v.parquet"), "--model", self.model])
-        return np.concatenate([to_numpy(b.column(0)) for b in Vectors(self.folder / "v.parquet").batches(["vector"])])
+            main(
+                [
+                    "embed",
+                    str(self.folder / "s"),
+                    "--out",
+                    str(self.folder / "v.parquet"),
+                    "--model",
+                    self.model,
+                ]
+            )
+        return np.concatenate(
+            [to_numpy(b.column(0)) for b in Vectors(self.folder / "v.parquet").batches(["vector"])]
+        )
 
     def search_query(self, cloud):
         self.embed_command(shape(200, 3))
@@ -151,7 +174,16 @@ class Entry:
             saved(self.folder / "l", shape(90 + i, i + 1), f"other{i}.npy")
         path = saved(self.folder / "l", cloud)
         with pytest.raises(SystemExit, match=r"^0$"):
-            main(["label", str(self.folder / "l"), "--out", str(self.folder / "labels"), "--model", self.model])
+            main(
+                [
+                    "label",
+                    str(self.folder / "l"),
+                    "--out",
+                    str(self.folder / "labels"),
+                    "--model",
+                    self.model,
+                ]
+            )
         made = Vectors(self.folder / "labels" / "vectors.parquet")
         rows = np.concatenate([to_numpy(b.column(0)) for b in made.batches(["vector"])])
         return rows[made.column("path").index(str(path))]
@@ -162,7 +194,9 @@ class Entry:
 
     def classify_cloud(self, cloud):
         seen = []
-        hook = self.classifier.out.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        hook = self.classifier.out.register_forward_hook(
+            lambda _, inputs, __: seen.append(inputs[0])
+        )
         classify_cloud(self.classifier, PointCloud.make(cloud), np.eye(3, dtype=np.float32))
         hook.remove()
         return seen[0]
@@ -171,9 +205,13 @@ class Entry:
         seen = []
         self.classifier.save_pretrained(self.folder / "model")
         hook = torch.nn.modules.module.register_module_forward_hook(
-            lambda module, inputs, __: seen.append(inputs[0]) if module.__class__ is torch.nn.Linear else None
+            lambda module, inputs, __: (
+                seen.append(inputs[0]) if module.__class__ is torch.nn.Linear else None
+            )
         )
-        predict_files(self.folder / "model", [saved(self.folder, cloud)], self.folder / "classes.csv")
+        predict_files(
+            self.folder / "model", [saved(self.folder, cloud)], self.folder / "classes.csv"
+        )
         hook.remove()
         return seen[-1]
 
@@ -190,10 +228,14 @@ class Entry:
         """The tile of a scene that holds all of it."""
         seen, points = [], Features._points
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Features, "_points", lambda *given: seen.append(points(*given)) or seen[-1])
+            patch.setattr(
+                Features, "_points", lambda *given: seen.append(points(*given)) or seen[-1]
+            )
             path = saved(self.folder, cloud, "scan.npy")
             write_features(path, self.folder / "scan.parquet", self.model, tile=1000.0)
-        vectors = [pool(self.encoder.states(tile[2][None])[0][-1]).detach().numpy() for tile in seen]
+        vectors = [
+            pool(self.encoder.states(tile[2][None])[0][-1]).detach().numpy() for tile in seen
+        ]
         return min(vectors, key=lambda v: np.abs(v - vector(self.encoder, cloud)).max())
 
 
@@ -229,7 +271,9 @@ def test_every_entry_point_gives_the_same_vector(model, encoder, classifier, tmp
     for count in COUNTS if name.startswith(("encoder", "embed_array", "classify")) else (16, 129):
         folder = tmp_path / str(count)
         cloud = shape(count)
-        assert_same(getattr(Entry(model, encoder, classifier, folder), name)(cloud), vector(encoder, cloud))
+        assert_same(
+            getattr(Entry(model, encoder, classifier, folder), name)(cloud), vector(encoder, cloud)
+        )
 
 
 @pytest.mark.parametrize("name", names(Exported))
@@ -241,7 +285,7 @@ def test_every_exported_file_gives_the_same_vector(exported, encoder, name, coun
     assert_same(getattr(Exported(exported), name)(copied), vector(encoder, cloud))
 
 
-# ------------------------------------------------------------------------------------------------ properties
+# --------------------------------------------------------------------------------------- properties
 
 CLOUD = st.tuples(st.integers(LEAST, 400), st.integers(0, 10**6))
 
@@ -250,7 +294,8 @@ def cloud_of(drawn: tuple[int, int]) -> np.ndarray:
     count, seed = drawn
     rng = np.random.default_rng(seed)
     return (
-        rng.normal(size=(count, 3)) * rng.uniform(0.01, 1, 3) * 10.0 ** rng.integers(-4, 5) + rng.normal(size=3) * 100
+        rng.normal(size=(count, 3)) * rng.uniform(0.01, 1, 3) * 10.0 ** rng.integers(-4, 5)
+        + rng.normal(size=3) * 100
     )
 
 
@@ -258,7 +303,9 @@ def cloud_of(drawn: tuple[int, int]) -> np.ndarray:
 @given(CLOUD, st.integers(0, 99))
 def test_the_order_and_the_copies_of_points_do_not_matter(encoder, drawn, seed):
     cloud, rng = cloud_of(drawn), np.random.default_rng(seed)
-    rows = np.concatenate([np.arange(len(cloud)), rng.integers(0, len(cloud), seed)])  # some of them several times
+    rows = np.concatenate(
+        [np.arange(len(cloud)), rng.integers(0, len(cloud), seed)]
+    )  # some of them several times
     again = cloud[rng.permutation(rows)]
     assert_same(vector(encoder, again), vector(encoder, cloud))
     assert_same(embed(again, encoder), vector(encoder, cloud))
@@ -274,7 +321,9 @@ def test_the_order_does_not_matter_on_a_lattice_within_one_back_end(encoder, wid
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(CLOUD, min_size=1, max_size=40), st.integers(0, 99))
-@example([(16, 428), (17, 848), (16, 921)], 0)  # once copies of two neighbours were equally far, and rounding chose
+@example(
+    [(16, 428), (17, 848), (16, 921)], 0
+)  # once copies of two neighbours were equally far, and rounding chose
 def test_the_batch_and_the_place_in_it_do_not_matter(encoder, drawn, seed):
     clouds = [cloud_of(one) for one in drawn]
     alone = np.concatenate([embed(cloud, encoder) for cloud in clouds])
@@ -326,7 +375,7 @@ def test_an_array_gives_one_row_and_tensors_keep_the_gradient_of_the_weights(enc
     assert gradient.abs().sum() > 0
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def vectors_in(folder: Path, model: str, out: Path, **options) -> dict[str, np.ndarray]:
@@ -338,7 +387,9 @@ def vectors_in(folder: Path, model: str, out: Path, **options) -> dict[str, np.n
 
 @pytest.mark.parametrize("kind", ["mesh", "few points", "many points"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_equal_bytes_have_equal_vectors_whatever_their_name_and_place(model, tmp_path, kind, workers):
+def test_equal_bytes_have_equal_vectors_whatever_their_name_and_place(
+    model, tmp_path, kind, workers
+):
     if kind == "mesh":
         trimesh.creation.capsule(height=2.0).export(tmp_path / "a.ply")
     else:
@@ -383,16 +434,22 @@ def test_prepare_gives_equal_files_equal_clouds(tmp_path, reduce):
         assert all(np.array_equal(first, other) for other in others)
 
 
-# ------------------------------------------------------------------------------------------------ too few
+# ------------------------------------------------------------------------------------------ too few
 
 REFUSED = {
     "one point": (np.ones((1, 3)), "one point only"),
     "equal points": (np.ones((500, 3)), "all points are equal"),
     "two points": (np.eye(3)[:2], "2 points, at least 16 are needed"),
     "one too few": (shape(15), "15 points, at least 16 are needed"),
-    "copies of 15": (np.tile(shape(15), (20, 1)), "15 different points of 300, at least 16 are needed"),
+    "copies of 15": (
+        np.tile(shape(15), (20, 1)),
+        "15 different points of 300, at least 16 are needed",
+    ),
     "no points": (np.zeros((0, 3)), "no points"),
-    "infinite": (np.where(np.arange(300).reshape(-1, 3) == 4, -np.inf, shape(100)), "NaN or infinite coordinates"),
+    "infinite": (
+        np.where(np.arange(300).reshape(-1, 3) == 4, -np.inf, shape(100)),
+        "NaN or infinite coordinates",
+    ),
 }
 
 
@@ -413,14 +470,21 @@ def test_what_is_too_little_is_refused_everywhere_in_the_same_words(
         lambda: embed(saved(tmp_path, cloud), encoder),
         lambda: view_of(encoder, embedding.items_of(saved(tmp_path, cloud))[0]),
         lambda: segment_cloud(
-            Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2]).eval(), PointCloud.make(cloud), 0, np.eye(3)
+            Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2]).eval(),
+            PointCloud.make(cloud),
+            0,
+            np.eye(3),
         ),
     ):
         with pytest.raises(ValueError, match=reason) as error:
             action()
         said.append(str(error.value))
     assert all(text.endswith(reason) for text in said), said
-    assert {text.removesuffix(reason) for text in said} <= {"", "cloud 1: ", f"{tmp_path / 'cloud.npy'}: "}
+    assert {text.removesuffix(reason) for text in said} <= {
+        "",
+        "cloud 1: ",
+        f"{tmp_path / 'cloud.npy'}: ",
+    }
 
 
 def test_nan_is_refused_in_memory_and_left_out_of_files(encoder, tmp_path):
@@ -439,7 +503,10 @@ def test_nan_is_refused_in_memory_and_left_out_of_files(encoder, tmp_path):
 
 @pytest.mark.parametrize("count", [15, 16, 64, 100])
 def test_the_commands_agree_on_the_fewest_points(model, classifier, tmp_path, capsys, count):
-    """`label` recommends `predict`, and both take what `embed` takes; `prepare` from 64 points on, whatever follows."""
+    """`label` recommends `predict`, and both take what `embed` takes;
+
+    `prepare` from 64 points on, whatever follows.
+    """
     classifier.save_pretrained(tmp_path / "run" / "model")
     for i in range(3):
         saved(tmp_path / "s", shape(count, i), f"{i}.npy")
@@ -453,7 +520,9 @@ def test_the_commands_agree_on_the_fewest_points(model, classifier, tmp_path, ca
         with pytest.raises(SystemExit) as ended:
             main([str(word) for word in words])
         taken[name] = ended.value.code == 0
-    assert taken == dict.fromkeys(("embed", "label", "predict"), count >= 16) | {"prepare": count >= 64}
+    assert taken == dict.fromkeys(("embed", "label", "predict"), count >= 16) | {
+        "prepare": count >= 64
+    }
     if count >= 64:
         assert "3 clouds of fewer than 2,048 points were filled up" in capsys.readouterr().out
 
@@ -465,10 +534,12 @@ def test_the_graph_refuses_fewer_points_too(exported):
             session.run(["embedding"], {"points": (cloud - cloud.mean(0)).astype(np.float32)[None]})
 
 
-# ------------------------------------------------------------------------------------------------ versions
+# ----------------------------------------------------------------------------------------- versions
 
 
-def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(model, tmp_path, monkeypatch):
+def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(
+    model, tmp_path, monkeypatch
+):
     saved(tmp_path / "s", shape(100))
     monkeypatch.setattr(embedding, "FRAME", 1)
     embedding.embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1)
@@ -479,7 +550,9 @@ def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(model,
         lambda: embedding.embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1),
         lambda: query_vectors(tmp_path / "v.parquet", str(tmp_path / "s" / "new.npy")),
     ):
-        with pytest.raises(ValueError, match=r"v\.parquet: .* another version of jepa3d .*embed the clouds again"):
+        with pytest.raises(
+            ValueError, match=r"v\.parquet: .* another version of jepa3d .*embed the clouds again"
+        ):
             action()
     assert Making("m", "f", -1, "mean", "z", 4).frame == 1  # what a file says that does not say
 
@@ -489,7 +562,7 @@ def test_the_errors_are_read_errors_where_a_file_is_to_blame(encoder, tmp_path):
         embed(saved(tmp_path, shape(3)), encoder)
 
 
-# ------------------------------------------------------------------------------------------------ strays
+# ------------------------------------------------------------------------------------------- strays
 
 
 def surfaces() -> dict[str, np.ndarray]:
@@ -498,12 +571,22 @@ def surfaces() -> dict[str, np.ndarray]:
     on = rng.normal(size=(2000, 3))
     on /= np.linalg.norm(on, axis=1, keepdims=True)
     plane = rng.uniform(-1, 1, (2000, 3)) * (1, 1, 0)
-    lamp = np.concatenate([plane[:1700] * 0.3 + (0, 0, 1), rng.uniform(-1, 1, (300, 3)) * (0.01, 0.01, 1)])
+    lamp = np.concatenate(
+        [plane[:1700] * 0.3 + (0, 0, 1), rng.uniform(-1, 1, (300, 3)) * (0.01, 0.01, 1)]
+    )
     near = (
-        rng.exponential(0.3, (2000, 1)) * (1, 0, 0) + plane * (0, 1, 0) + (0, 0, 1) * rng.normal(size=(2000, 1)) * 0.02
+        rng.exponential(0.3, (2000, 1)) * (1, 0, 0)
+        + plane * (0, 1, 0)
+        + (0, 0, 1) * rng.normal(size=(2000, 1)) * 0.02
     )
     two = np.concatenate([on[:1000], on[1000:] * 0.5 + (4, 0, 0)])
-    return {"ball": on, "plate": plane, "lamp": lamp, "denser near the scanner": near.clip(-2, 2), "two things": two}
+    return {
+        "ball": on,
+        "plate": plane,
+        "lamp": lamp,
+        "denser near the scanner": near.clip(-2, 2),
+        "two things": two,
+    }
 
 
 @pytest.mark.parametrize("name", surfaces())
@@ -522,7 +605,11 @@ def test_points_far_off_change_nothing_of_what_the_encoder_sees(name, far, count
     way = np.random.default_rng(count).normal(size=(count, 3))
     strays = (
         cloud.mean(0)
-        + far * radius * way / np.linalg.norm(way, axis=1, keepdims=True) * (1 + np.arange(count))[:, None]
+        + far
+        * radius
+        * way
+        / np.linalg.norm(way, axis=1, keepdims=True)
+        * (1 + np.arange(count))[:, None]
     )
     want, got = (frame.frame(some, 256) for some in (cloud, np.concatenate([strays, cloud])))
     assert got.radius == pytest.approx(want.radius, rel=0.03)

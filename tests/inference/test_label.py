@@ -1,4 +1,6 @@
-"""From a folder to a classifier: clusters, names, the head in the saved network, predictions of new files."""
+"""From a folder to a classifier: clusters, names, the head in the saved network, predictions of new
+files.
+"""
 
 import csv
 
@@ -27,7 +29,10 @@ def scans(tmp_path):
     (tmp_path / "scans").mkdir()
     for i in range(24):
         stretch = ([1, 1, 1], [0.05, 0.05, 1], [1, 1, 0.05])[i % 3]
-        np.savetxt(tmp_path / "scans" / f"{i:02}.xyz", ball * stretch + RNG.normal(scale=0.02, size=ball.shape))
+        np.savetxt(
+            tmp_path / "scans" / f"{i:02}.xyz",
+            ball * stretch + RNG.normal(scale=0.02, size=ball.shape),
+        )
     return tmp_path
 
 
@@ -41,7 +46,11 @@ def test_clusters_are_those_of_the_vectors_nearest_first():
     x = np.concatenate([centers[i] + RNG.normal(scale=0.1, size=(10 + i, 8)) for i in range(3)])
     groups = list(cluster(x, 3))
     assert [len(group) for group in groups] == [12, 11, 10]
-    assert [set(group) for group in groups] == [set(range(21, 33)), set(range(10, 21)), set(range(10))]
+    assert [set(group) for group in groups] == [
+        set(range(21, 33)),
+        set(range(10, 21)),
+        set(range(10)),
+    ]
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     for group in groups:
         distance = np.linalg.norm(unit[group] - unit[group].mean(0), axis=1)
@@ -92,7 +101,9 @@ def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_sai
     out = scans / "out"
     out.mkdir()
     named = [(0, "ball"), (3, "ball"), (1, "stick"), (2, "plate")]
-    (out / "names.csv").write_text("path,name\n" + "".join(f"{scans}/scans/{i:02}.xyz,{n}\n" for i, n in named))
+    (out / "names.csv").write_text(
+        "path,name\n" + "".join(f"{scans}/scans/{i:02}.xyz,{n}\n" for i, n in named)
+    )
     label([scans / "scans"], out, str(scans / "model"), clusters=5)
     said = capsys.readouterr().out
     assert "one cloud of plate, stick; name a second of each" in said
@@ -112,7 +123,10 @@ def test_whoever_sits_there_is_asked(scans, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("file,name\na,b\n", "needs columns path and name"), ("path,name\nno.xyz,b\n", "no.xyz is not among")],
+    [
+        ("file,name\na,b\n", "needs columns path and name"),
+        ("path,name\nno.xyz,b\n", "no.xyz is not among"),
+    ],
 )
 def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
     (tmp_path / "n.csv").write_text(text)
@@ -147,7 +161,9 @@ def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
         means = [z[rows].mean(0) for rows in others]
         best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
     assert found.least == pytest.approx(min(best))
-    with pytest.raises(ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"):
+    with pytest.raises(
+        ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"
+    ):
         known_clouds(x, np.arange(3, 22), y[3:])
 
 
@@ -156,7 +172,9 @@ def named(scans):
     """24 more scans, and a CSV that names all balls and sticks: the 16 plates are unlike them."""
     for i in range(24):
         points = np.loadtxt(scans / "scans" / f"{i:02}.xyz")
-        np.savetxt(scans / "scans" / f"{24 + i:02}.xyz", points + RNG.normal(scale=0.02, size=points.shape))
+        np.savetxt(
+            scans / "scans" / f"{24 + i:02}.xyz", points + RNG.normal(scale=0.02, size=points.shape)
+        )
     rows = [f"{scans}/scans/{i:02}.xyz,{('ball', 'stick')[i % 3]}" for i in range(48) if i % 3 < 2]
     (scans / "names.csv").write_text("path,name\n" + "\n".join(rows))
     return scans
@@ -174,7 +192,9 @@ def test_clouds_unlike_every_named_one_are_called_unknown(named, capsys):
     for row in rows:
         assert (row["probability"] == "") == (row["class"] == "unknown")
         assert row["second"] in ("ball", "stick")
-    assert [row["class"] == "unknown" for row in rows] == [True] * len(unknown) + [False] * (48 - len(unknown))
+    assert [row["class"] == "unknown" for row in rows] == [True] * len(unknown) + [False] * (
+        48 - len(unknown)
+    )
     predict_files(out, [named / "scans"], named / "p.csv")
     assert {row["file"] for row in table(named / "p.csv") if row["class"] == "unknown"} == unknown
     label([named / "scans"], out, model, names=named / "names.csv")
@@ -185,8 +205,20 @@ def test_unknown_is_no_name_of_a_class_then_and_needs_enough_named_clouds(named)
     text = (named / "names.csv").read_text()
     (named / "names.csv").write_text(text.replace(",stick", ",unknown"))
     with pytest.raises(ValueError, match=r"names\.csv has a class of that name"):
-        label([named / "scans"], named / "out", str(named / "model"), names=named / "names.csv", unknown=True)
+        label(
+            [named / "scans"],
+            named / "out",
+            str(named / "model"),
+            names=named / "names.csv",
+            unknown=True,
+        )
     (named / "names.csv").write_text("\n".join(text.splitlines()[:10]))
     with pytest.raises(ValueError, match="there are 9; name more"):
-        label([named / "scans"], named / "out", str(named / "model"), names=named / "names.csv", unknown=True)
+        label(
+            [named / "scans"],
+            named / "out",
+            str(named / "model"),
+            names=named / "names.csv",
+            unknown=True,
+        )
     assert not (named / "out" / "labels.csv").exists()

@@ -34,9 +34,11 @@ def small(monkeypatch):
 def rows(first: int, end: int, scale: float = 1.0):
     names = [f"/s/{i:04d}.ply" for i in range(first, end)]
     columns = {
-        "path": names, "label": [f"c{i % 3}" for i in range(first, end)], "num_points": list(range(first, end)),
+        "path": names,
+        "label": [f"c{i % 3}" for i in range(first, end)],
+        "num_points": list(range(first, end)),
         "stamp": [0] * len(names),
-    }  # fmt: skip
+    }
     return table(MAKING, columns, X[first:end] * scale)
 
 
@@ -54,7 +56,9 @@ def without_copy(index, *arguments, **options):
         return search(index, *arguments, **options)
 
 
-@pytest.mark.parametrize("queries", [QUERIES, QUERIES[:1], QUERIES[4:]], ids=["many", "one in the file", "one"])
+@pytest.mark.parametrize(
+    "queries", [QUERIES, QUERIES[:1], QUERIES[4:]], ids=["many", "one in the file", "one"]
+)
 @pytest.mark.parametrize("k", [1, 10, 890])
 @pytest.mark.parametrize("where", [(), ("label=c1",), ("num_points>=850", "label!=c0")], ids=str)
 def test_the_answers_are_those_of_the_parquet_file(index, queries, k, where):
@@ -120,7 +124,9 @@ def test_a_copy_that_cannot_be_used_is_made_again(index, tmp_path, damage):
     assert copy.stat().st_size == len(whole)
 
 
-def test_where_no_copy_can_be_written_parquet_is_searched_and_that_is_said(index, monkeypatch, capsys):
+def test_where_no_copy_can_be_written_parquet_is_searched_and_that_is_said(
+    index, monkeypatch, capsys
+):
     expected = without_copy(index, QUERIES, 5)
     with writing(mapped.copy_of(index)):
         assert search(index, QUERIES, 5) == expected
@@ -158,16 +164,24 @@ def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
     said = {process.communicate(timeout=120)[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0, 0]
     assert said == {str([[hit.path for hit in hits] for hits in search(index, QUERIES, 7)])}
-    assert {path.name for path in index.parent.iterdir()} == {"v.parquet", "v.parquet.arrow", "q.npy"}
+    assert {path.name for path in index.parent.iterdir()} == {
+        "v.parquet",
+        "v.parquet.arrow",
+        "q.npy",
+    }
 
 
 @pytest.mark.parametrize("width", [3, 384, 4096])
 def test_half_precision_errs_by_less_than_half_of_its_slack(width):
     """Also where all products have one sign, and where they cancel."""
     rng = np.random.default_rng(1)
-    x = np.concatenate([np.ones((1, width)), rng.random((200, width)), rng.normal(size=(200, width))])
+    x = np.concatenate(
+        [np.ones((1, width)), rng.random((200, width)), rng.normal(size=(200, width))]
+    )
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    group = mapped.Group(lambda names: pytest.fail("not read"), np.ones(len(x)), torch.from_numpy(x).half())
+    group = mapped.Group(
+        lambda names: pytest.fail("not read"), np.ones(len(x)), torch.from_numpy(x).half()
+    )
     for query in (x[0], x[5], x[300], -x[5]):
         scores, slack = _cosines(group, x, query[None].astype(np.float64))
         assert slack == HALF_SLACK
@@ -175,8 +189,13 @@ def test_half_precision_errs_by_less_than_half_of_its_slack(width):
 
 
 def test_neighbours_that_half_precision_cannot_tell_apart_are_found_in_their_order(tmp_path):
-    """200 vectors whose cosines with the query differ by 1e-5, shuffled: in half precision many are one number."""
-    angles, order = np.arccos(0.9 - 1e-5 * np.arange(200)), np.random.default_rng(2).permutation(200)
+    """200 vectors whose cosines with the query differ by 1e-5, shuffled: in half precision many are
+    one number.
+    """
+    angles, order = (
+        np.arccos(0.9 - 1e-5 * np.arange(200)),
+        np.random.default_rng(2).permutation(200),
+    )
     x = np.zeros((200, 12), np.float32)
     x[order, 0], x[order, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
     names = [f"/s/{i:04d}.ply" for i in range(200)]

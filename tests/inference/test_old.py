@@ -12,7 +12,9 @@ from jepa3d.inference.clouds import cloud_paths, open_cloud
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy
 
-OLD = Path(__file__).parent.parent / "old"  # of three clouds, by version 0.1.0 before it had a number for its frame
+OLD = (
+    Path(__file__).parent.parent / "old"
+)  # of three clouds, by version 0.1.0 before it had a number for its frame
 
 
 @pytest.fixture
@@ -22,7 +24,12 @@ def old(tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["vectors.parquet", "bricked.parquet", "vectors.lancedb"])
 def test_old_vectors_are_searched_by_vectors(old, name):
-    made = np.concatenate([to_numpy(batch.column(0)) for batch in Vectors(old / "vectors.parquet").batches(["vector"])])
+    made = np.concatenate(
+        [
+            to_numpy(batch.column(0))
+            for batch in Vectors(old / "vectors.parquet").batches(["vector"])
+        ]
+    )
     hits = search(old / name, made, 3)
     assert [Path(found[0].path).name for found in hits] == ["ball.npy", "disc.npy", "rod.npy"]
     assert all(found[0].cosine == 1 for found in hits)
@@ -32,7 +39,9 @@ def test_an_old_store_is_read(old):
     store = Store(old / "store")
     store.verify()
     assert [store.key(row) for row in range(3)] == ["ball.npy", "disc.npy", "rod.npy"]
-    assert [open_cloud(path)[0].points.shape for path in cloud_paths(old / "store")] == [(64, 3)] * 3
+    assert [open_cloud(path)[0].points.shape for path in cloud_paths(old / "store")] == [
+        (64, 3)
+    ] * 3
 
 
 @pytest.mark.parametrize("name", ["vectors.parquet", "bricked.parquet", "vectors.lancedb"])
@@ -43,11 +52,16 @@ def test_old_vectors_are_refused_where_new_ones_would_be_compared_with_them(old,
     for arguments in (
         ("search", old / name, cloud),
         ("view", cloud, "--index", old / name),
-        ("index", new, "--out", old / name) if name.endswith("lancedb") else ("embed", cloud, "--out", old / name),
+        ("index", new, "--out", old / name)
+        if name.endswith("lancedb")
+        else ("embed", cloud, "--out", old / name),
     ):
         assert run(*arguments) == 2
         said = capsys.readouterr().err
-        assert f"{old / name}: its vectors were made by another version of jepa3d (frame 1, here" in said
+        assert (
+            f"{old / name}: its vectors were made by another version of jepa3d (frame 1, here"
+            in said
+        )
         assert "embed the clouds again" in said
         assert said.count("\n") == 1
 

@@ -1,4 +1,6 @@
-"""`--up-axis none`: vectors that are the same however a cloud is turned, and are not mixed with others."""
+"""`--up-axis none`: vectors that are the same however a cloud is turned, and are not mixed with
+others.
+"""
 
 import numpy as np
 import pytest
@@ -55,7 +57,9 @@ def test_the_twelve_turns_are_a_group_of_rotations():
     assert len(products) == 12
     np.testing.assert_allclose(np.linalg.det(frame.TURNS), 1)
     up = (frame.TURNS @ np.eye(3))[:, 2].astype(int).tolist()  # what points up, twice each
-    assert sorted(up) == sorted([*np.eye(3, dtype=int).tolist(), *(-np.eye(3, dtype=int)).tolist()] * 2)
+    assert sorted(up) == sorted(
+        [*np.eye(3, dtype=int).tolist(), *(-np.eye(3, dtype=int)).tolist()] * 2
+    )
 
 
 def test_own_axes_are_found_beside_strays_and_a_place_is_where_the_encoder_sees_it(clouds):
@@ -73,7 +77,9 @@ def test_own_axes_are_found_beside_strays_and_a_place_is_where_the_encoder_sees_
     np.testing.assert_allclose(axes, np.eye(3), atol=0.15)
 
 
-def test_vectors_of_any_pose_are_found_by_a_turned_query_and_not_mixed(encoder, clouds, tmp_path, capsys):
+def test_vectors_of_any_pose_are_found_by_a_turned_query_and_not_mixed(
+    encoder, clouds, tmp_path, capsys
+):
     encoder.save_pretrained(tmp_path / "one")
     (tmp_path / "scans").mkdir()
     for i, cloud in enumerate(clouds):
@@ -95,14 +101,17 @@ def test_vectors_of_any_pose_are_found_by_a_turned_query_and_not_mixed(encoder, 
 
 def test_nothing_beside_the_encoder_changes_with_a_turn(encoder, clouds):
     encoder.upright = False
-    given, turned = (encoder.prepare(some) for some in (clouds[:3], [cloud @ turn() for cloud in clouds[:3]]))
+    given, turned = (
+        encoder.prepare(some) for some in (clouds[:3], [cloud @ turn() for cloud in clouds[:3]])
+    )
     for name, (of, _) in baselines(encoder, given).items():
         np.testing.assert_allclose(of(turned), of(given), atol=0.05, err_msg=name)
 
 
 def test_an_untrained_encoder_and_its_probed_layers_take_the_same_poses(encoder, clouds):
     shapes = [
-        PointClouds("s", "f", np.stack(c).astype(np.float32)) for c in (clouds[:3], [c @ turn() for c in clouds[:3]])
+        PointClouds("s", "f", np.stack(c).astype(np.float32))
+        for c in (clouds[:3], [c @ turn() for c in clouds[:3]])
     ]
     encoder.upright = False
     model = untrained_like(encoder, shapes[0])

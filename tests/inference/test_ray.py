@@ -1,4 +1,6 @@
-"""Files to vectors inside other engines: the callable alone, and on a real Ray cluster that loses a node."""
+"""Files to vectors inside other engines: the callable alone, and on a real Ray cluster that loses a
+node.
+"""
 
 import os
 import secrets
@@ -33,7 +35,11 @@ def make_scans(folder: Path, count: int) -> list[str]:
     for i in range(count):
         np.save(folder / f"{i:03d}.npy", RNG.normal(size=(200, 3)).astype(np.float32))
     (folder / "bad.ply").write_text("ply\nformat nonsense\n")
-    return [*(str(folder / f"{i:03d}.npy") for i in range(count)), str(folder / "bad.ply"), str(folder / "lost.npy")]
+    return [
+        *(str(folder / f"{i:03d}.npy") for i in range(count)),
+        str(folder / "bad.ply"),
+        str(folder / "lost.npy"),
+    ]
 
 
 def test_rows_are_those_of_embed_and_a_failed_file_is_one(tmp_path):
@@ -66,7 +72,9 @@ def test_readers_take_the_rows_that_have_vectors(tmp_path):
     assert len(found) == 3
     assert found.column("path") == paths[2::-1]
     for path in paths[:3]:
-        assert [(hit.path, hit.cosine) for hit in search(folder, jepa3d.embed(path), 1)[0]] == [(path, 1.0)]
+        assert [(hit.path, hit.cosine) for hit in search(folder, jepa3d.embed(path), 1)[0]] == [
+            (path, 1.0)
+        ]
     assert len(search(folder, jepa3d.embed(paths[0]), 9, where=["num_points=200"])[0]) == 3
     assert create_or_update(found, tmp_path / "store.lancedb") == (3, 0)
     with pytest.raises(ReadError, match="holds no vectors"):
@@ -86,12 +94,20 @@ def test_a_path_may_be_a_folder_or_an_address_and_no_cloud_is_lost(tmp_path):
     make_scans(tmp_path / "scans", 2)
     np.save(tmp_path / "many.npy", RNG.normal(size=(3, 200, 3)))
     (tmp_path / "scans" / "notes.pdf").write_text("no cloud")
-    rows = jepa3d.Embedder()({"path": [str(tmp_path / "scans"), f"{tmp_path}/many.npy#1", f"{tmp_path}/\udcff.ply"]})
-    found = {row["path"].removeprefix(f"{tmp_path}/"): row["error"] is None for row in rows.to_pylist()}
+    rows = jepa3d.Embedder()(
+        {"path": [str(tmp_path / "scans"), f"{tmp_path}/many.npy#1", f"{tmp_path}/\udcff.ply"]}
+    )
+    found = {
+        row["path"].removeprefix(f"{tmp_path}/"): row["error"] is None for row in rows.to_pylist()
+    }
     assert found == {
-        "scans/000.npy": True, "scans/001.npy": True, "many.npy#1": True,
-        "scans/bad.ply": False, "scans/notes.pdf": False, r"\xff.ply": False,
-    }  # fmt: skip
+        "scans/000.npy": True,
+        "scans/001.npy": True,
+        "many.npy#1": True,
+        "scans/bad.ply": False,
+        "scans/notes.pdf": False,
+        r"\xff.ply": False,
+    }
 
 
 def crash(items: list) -> list:
@@ -110,25 +126,40 @@ def test_a_file_whose_parser_crashes_costs_its_own_row(tmp_path):
     assert rows["error"].to_pylist() == [None, None, None, f"{paths[3]}: {parallel.CRASHED}"]
 
 
-# ------------------------------------------------------------------------------------------------ a cluster
+# ---------------------------------------------------------------------------------------- a cluster
 
 
 class Cluster:
     """Nodes of one CPU each on this machine."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # names of sockets have to be short
-        self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="ray", dir="/tmp")
+        )  # names of sockets have to be short
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        }
         self.environment |= {"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ""}
         self.nodes: list[subprocess.Popen] = []
 
     def start(self, *flags: str) -> str:
         """Start a node; returns what it printed once it was up."""
         log = self.folder / f"node{len(self.nodes)}.log"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--num-cpus",
+            "1",
+        ]
         command += ["--object-store-memory", "100000000", "--disable-usage-stats", *flags]
         with log.open("w") as file:
-            self.nodes.append(subprocess.Popen(command, stdout=file, stderr=file, env=self.environment))
+            self.nodes.append(
+                subprocess.Popen(command, stdout=file, stderr=file, env=self.environment)
+            )
         for _ in range(600):
             if "Ray runtime started" in (said := log.read_text()):
                 return said
@@ -177,7 +208,13 @@ def test_a_cluster_that_loses_a_node_embeds_every_file_once(cluster, tmp_path):
         (lists / f"part-{part}").write_text("\n".join(paths[-1]) + "\n")
     address = f"127.0.0.1:{free_port()}"
     cluster.start(
-        "--head", "--port", address.split(":")[1], "--include-dashboard", "false", "--temp-dir", str(cluster.folder)
+        "--head",
+        "--port",
+        address.split(":")[1],
+        "--include-dashboard",
+        "false",
+        "--temp-dir",
+        str(cluster.folder),
     )
     cluster.start("--address", address)
     command = [sys.executable, str(EXAMPLE), str(lists), str(out)]

@@ -1,4 +1,6 @@
-"""Features of all points of a scene: in the file's order and coordinates, without seams, and nothing left behind."""
+"""Features of all points of a scene: in the file's order and coordinates, without seams, and
+nothing left behind.
+"""
 
 import itertools
 
@@ -20,7 +22,14 @@ from jepa3d.inference.points import chunks
 from jepa3d.inference.scene import Features, write_features
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 
-SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 128}
+SIZES = {
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 128,
+}
 FAR = np.array([500_000.0, 4_000_000.0, 100.0])
 
 
@@ -66,12 +75,14 @@ def colors_of(path) -> tuple[np.ndarray, np.ndarray]:
     if path.suffix == ".ply":
         data = trimesh.load(path, process=False)
         raw = data.metadata["_ply_raw"]["vertex"]["data"]
-        return np.stack([raw[axis] for axis in "xyz"], 1), np.stack([raw[name] for name in ("red", "green", "blue")], 1)
+        return np.stack([raw[axis] for axis in "xyz"], 1), np.stack(
+            [raw[name] for name in ("red", "green", "blue")], 1
+        )
     las = laspy.read(path)
     return np.asarray(las.xyz), np.stack([las.red, las.green, las.blue], 1) // 257
 
 
-# ------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------ results
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -102,7 +113,9 @@ def test_colours_keep_the_order_of_the_file_and_its_millimetres(model, scan, xyz
 def test_a_tile_s_features_are_the_encoder_s_own(model, tmp_path):
     """One tile, as many points as the encoder takes: at a centre, its token."""
     points = np.random.default_rng(1).normal(size=(128, 3))
-    points /= np.linalg.norm(points, axis=1, keepdims=True)  # none is a stray, in whose place a copy would be
+    points /= np.linalg.norm(
+        points, axis=1, keepdims=True
+    )  # none is a stray, in whose place a copy would be
     np.save(tmp_path / "one.npy", points)
     write_features(tmp_path / "one.npy", tmp_path / "o.parquet", model)
     _, features, _ = rows(tmp_path / "o.parquet")
@@ -128,18 +141,24 @@ def test_the_result_does_not_depend_on_chunks_or_buckets(model, scan, monkeypatc
     monkeypatch.setattr(sorting, "BUCKET", 3000)
     monkeypatch.setattr(module, "BATCH", 5)
     write_features(scan, scan.with_name("b.parquet"), model)
-    (_, a, order), (_, b, other) = rows(scan.with_name("a.parquet")), rows(scan.with_name("b.parquet"))
+    (_, a, order), (_, b, other) = (
+        rows(scan.with_name("a.parquet")),
+        rows(scan.with_name("b.parquet")),
+    )
     assert (order == other).all()
     assert np.abs(a - b).max() < 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ tiles
+# -------------------------------------------------------------------------------------------- tiles
 
 
 def features_of(xyz, model, grid, folder) -> tuple[Features, np.ndarray]:
     sample = np.c_[xyz, np.arange(len(xyz))]
     folder.mkdir()
-    features = Features(load(model), sort_points(iter([xyz]), "z", grid, sample, len(xyz), folder, lambda done: None))
+    features = Features(
+        load(model),
+        sort_points(iter([xyz]), "z", grid, sample, len(xyz), folder, lambda done: None),
+    )
     out = np.full((len(xyz), features.encoder.width), np.nan, np.float32)
     for records, values in module._stream(features, lambda done: None):
         out[records["index"]] = values
@@ -170,21 +189,30 @@ class Averaged(Grid):
 
 
 def unevenness(hills, features) -> float:
-    """How much near points differ across borders, quarters and middles of cells of side 4: largest over least."""
+    """How much near points differ across borders, quarters and middles of cells of side 4: largest
+    over least.
+    """
     place, jumps = (hills[:, 0] - hills[:, 0].min()) / 4 % 1, []
     for middle in (0.0, 0.25, 0.5, 0.75):
         offset = (place - middle + 0.5) % 1 - 0.5
-        left, right = np.flatnonzero((offset > -0.02) & (offset < 0)), np.flatnonzero((offset > 0) & (offset < 0.02))
+        left, right = (
+            np.flatnonzero((offset > -0.02) & (offset < 0)),
+            np.flatnonzero((offset > 0) & (offset < 0.02)),
+        )
         near = np.argwhere(np.linalg.norm(hills[left, None] - hills[right], axis=-1) < 0.3)
         assert len(near) > 50
-        jumps.append(np.linalg.norm(features[left[near[:, 0]]] - features[right[near[:, 1]]], axis=1).mean())
+        jumps.append(
+            np.linalg.norm(features[left[near[:, 0]]] - features[right[near[:, 1]]], axis=1).mean()
+        )
     return max(jumps) / min(jumps)
 
 
 def test_there_is_no_seam_at_the_borders_of_tiles(model, hills, tmp_path):
     box = hills.min(0), hills.max(0)
-    found = {kind: features_of(hills, model, kind(*box, 8.0), tmp_path / kind.__name__)[1]
-             for kind in (Grid, Unblended, Averaged)}  # fmt: skip
+    found = {
+        kind: features_of(hills, model, kind(*box, 8.0), tmp_path / kind.__name__)[1]
+        for kind in (Grid, Unblended, Averaged)
+    }
     uneven = {kind: unevenness(hills, features) for kind, features in found.items()}
     assert uneven[Grid] < 1.3
     assert min(uneven[Unblended], uneven[Averaged]) > 1.5  # so the measure sees a seam
@@ -212,7 +240,9 @@ def test_cells_are_whole_random_parts_and_tiles_hold_their_cells(hills, tmp_path
     monkeypatch.setattr(sorting, "_STRIP", 1)  # strips of 8 cells
     grid = Grid(hills.min(0), hills.max(0), 2.0)
     sample = np.c_[hills, np.arange(len(hills))]
-    cells = sort_points(iter(np.array_split(hills, 7)), "z", grid, sample, len(hills), tmp_path, lambda done: None)
+    cells = sort_points(
+        iter(np.array_split(hills, 7)), "z", grid, sample, len(hills), tmp_path, lambda done: None
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "sorted"]
     seen = []
     for i in range(len(cells.keys)):
@@ -228,21 +258,29 @@ def test_cells_are_whole_random_parts_and_tiles_hold_their_cells(hills, tmp_path
         inside = ((hills >= low) & (hills < low + 2.0)).all(1)
         members = cells.find(tiles[tile] + grid.corners)
         assert counts[tile] == cells.counts[members].sum()
-        assert abs(int(inside.sum()) - int(counts[tile])) <= 1  # the last point lies on the upper border
+        assert (
+            abs(int(inside.sum()) - int(counts[tile])) <= 1
+        )  # the last point lies on the upper border
         assert (of_cell[members] == tile).any(1).all()
 
 
 def test_points_in_sparse_places_have_features_too(model, hills, tmp_path):
     """Lone points, copies of one point, and a sparse patch between: none is left out."""
     rng = np.random.default_rng(4)
-    lone = np.r_[[[400, 400, 50], [-90, 10, 0], [401, 400, 50]], rng.uniform(60, 160, (40, 3)) * [1, 1, 0.1]]
+    lone = np.r_[
+        [[400, 400, 50], [-90, 10, 0], [401, 400, 50]], rng.uniform(60, 160, (40, 3)) * [1, 1, 0.1]
+    ]
     copies = np.repeat([[200.0, 20, 3]], 300, 0)
     points = np.concatenate([hills, lone, copies])
-    features, out = features_of(points, model, Grid(points.min(0), points.max(0), 4.0), tmp_path / "a")
+    features, out = features_of(
+        points, model, Grid(points.min(0), points.max(0), 4.0), tmp_path / "a"
+    )
     assert len(features.alone) > 20
     assert np.isfinite(out).all()
-    assert all(features.cells.counts[features._members(len(features.coords) + i)].sum() >= 16
-               for i in range(len(features.alone)))  # fmt: skip
+    assert all(
+        features.cells.counts[features._members(len(features.coords) + i)].sum() >= 16
+        for i in range(len(features.alone))
+    )
 
 
 def test_the_median_tile_holds_what_was_asked_for(hills):
@@ -253,7 +291,7 @@ def test_the_median_tile_holds_what_was_asked_for(hills):
     assert choose_tile(low, high, part, 200, 256) == (high - low).max()
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
 def variants(folder, xyz) -> dict:
@@ -267,16 +305,25 @@ def variants(folder, xyz) -> dict:
     las.write(folder / "a.laz")
     np.savetxt(folder / "a.xyz", xyz, fmt="%.4f")
     np.savetxt(
-        folder / "a.csv", np.c_[np.arange(len(xyz)), xyz], fmt="%.4f", delimiter=",", header="id,x,y,z", comments=""
+        folder / "a.csv",
+        np.c_[np.arange(len(xyz)), xyz],
+        fmt="%.4f",
+        delimiter=",",
+        header="id,x,y,z",
+        comments="",
     )
-    head = f"element vertex {len(xyz)}\nproperty uchar label\n" + "".join(f"property double {a}\n" for a in "zxy")
+    head = f"element vertex {len(xyz)}\nproperty uchar label\n" + "".join(
+        f"property double {a}\n" for a in "zxy"
+    )
     table = np.empty(len(xyz), [("label", "u1"), *((axis, "f8") for axis in "zxy")])
     for i, axis in enumerate("xyz"):
         table[axis] = xyz[:, i]
     table["label"] = 3
     for name, order in (("little", "<"), ("big", ">")):
         header = f"ply\nformat binary_{name}_endian 1.0\ncomment made\n{head}end_header\n".encode()
-        (folder / f"{name}.ply").write_bytes(header + table.astype(table.dtype.newbyteorder(order)).tobytes())
+        (folder / f"{name}.ply").write_bytes(
+            header + table.astype(table.dtype.newbyteorder(order)).tobytes()
+        )
     lines = "\n".join(f"3 {z:.4f} {x:.4f} {y:.4f}" for x, y, z in xyz)
     (folder / "ascii.ply").write_text(f"ply\nformat ascii 1.0\n{head}end_header\n{lines}\n")
     np.savez(folder / "a.npz", points=xyz)
@@ -322,11 +369,19 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
         found[name].with_name(f"cut-{name}").write_bytes(content[: len(content) // 2])
     before = set(tmp_path.iterdir())
     reasons = {
-        "far.npy": "infinite coordinates, first in point 7,000", "few.npy": "12 points, at least 16 are needed",
-        "equal.npy": "all points are equal", "flat.npy": "expected an array", "empty.xyz": "empty file",
-        "words.xyz": "damaged", "mesh.ply": "a mesh", "cut-a.las": "truncated", "cut-little.ply": "truncated",
-        "cut-ascii.ply": "truncated|damaged", "gone.las": "cannot be read", "a.docx": "unknown kind|cannot be read",
-    }  # fmt: skip
+        "far.npy": "infinite coordinates, first in point 7,000",
+        "few.npy": "12 points, at least 16 are needed",
+        "equal.npy": "all points are equal",
+        "flat.npy": "expected an array",
+        "empty.xyz": "empty file",
+        "words.xyz": "damaged",
+        "mesh.ply": "a mesh",
+        "cut-a.las": "truncated",
+        "cut-little.ply": "truncated",
+        "cut-ascii.ply": "truncated|damaged",
+        "gone.las": "cannot be read",
+        "a.docx": "unknown kind|cannot be read",
+    }
     for name, reason in reasons.items():
         with pytest.raises(ReadError, match=reason) as error:
             write_features(tmp_path / name, tmp_path / "o.ply", model)
@@ -356,13 +411,17 @@ def test_wrong_options_are_told_and_leave_nothing(model, scan, options, reason):
 
 
 def test_a_full_disk_is_told_before_the_work(model, scan, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(OSError, match="GB are needed there"):
         write_features(scan, scan.with_name("o.ply"), model)
     assert list(scan.parent.iterdir()) == [scan]
 
 
-@pytest.mark.parametrize(("suffix", "call"), [(".ply", 70), (".parquet", 6)])  # both amid the features
+@pytest.mark.parametrize(
+    ("suffix", "call"), [(".ply", 70), (".parquet", 6)]
+)  # both amid the features
 def test_an_interrupted_run_leaves_the_old_result_alone(model, scan, monkeypatch, suffix, call):
     out, calls = scan.with_name(f"o{suffix}"), itertools.count()
     out.write_text("old")
@@ -382,7 +441,18 @@ def test_an_interrupted_run_leaves_the_old_result_alone(model, scan, monkeypatch
 
 def test_the_command(model, scan, capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["scene", str(scan), "--out", str(scan.with_name("o.ply")), "--model", model, "--tile", "15"])
+        main(
+            [
+                "scene",
+                str(scan),
+                "--out",
+                str(scan.with_name("o.ply")),
+                "--model",
+                model,
+                "--tile",
+                "15",
+            ]
+        )
     printed = capsys.readouterr().out
     assert "tile 15: " in printed
     assert "20,000 points, 24 features each" in printed

@@ -38,7 +38,9 @@ WHERES = [
 
 def rows(keep: np.ndarray, making: Making = MAKING) -> pa.Table:
     chosen = [i for i in range(500) if keep[i]]
-    columns = {name: [values[i] for i in chosen] for name, values in (("path", PATHS), ("label", LABELS))}
+    columns = {
+        name: [values[i] for i in chosen] for name, values in (("path", PATHS), ("label", LABELS))
+    }
     columns |= {"num_points": [POINTS[i] for i in chosen], "stamp": [2**63 + i for i in chosen]}
     return table(making, columns, X[chosen])
 
@@ -56,10 +58,14 @@ def store(index):
     return index.with_name("v.lancedb")
 
 
-def by_hand(query: np.ndarray, k: int, where: list[str], x: np.ndarray = X) -> list[tuple[str, float]]:
+def by_hand(
+    query: np.ndarray, k: int, where: list[str], x: np.ndarray = X
+) -> list[tuple[str, float]]:
     keep = np.ones(500, bool)
     for condition in map(Condition.parse, where):
-        keep &= condition.holds({"path": PATHS, "label": LABELS, "num_points": POINTS}[condition.column])
+        keep &= condition.holds(
+            {"path": PATHS, "label": LABELS, "num_points": POINTS}[condition.column]
+        )
     cosine = x.astype(float) @ query / np.linalg.norm(x, axis=1) / np.linalg.norm(query)
     order = [i for i in np.argsort(-cosine, kind="stable") if keep[i]][:k]
     return [(PATHS[i], cosine[i]) for i in order]
@@ -88,7 +94,11 @@ def test_many_queries_at_once_and_more_neighbours_than_rows(index, store):
 
 def test_conditions_mean_what_they_say():
     assert Condition.parse("label != a=b").holds(["a=b", "b", None]).tolist() == [False, True, True]
-    assert Condition.parse("path~*/x?.ply").holds(["a/x1.ply", "a/x12.ply", "x1.ply"]).tolist() == [True, False, False]
+    assert Condition.parse("path~*/x?.ply").holds(["a/x1.ply", "a/x12.ply", "x1.ply"]).tolist() == [
+        True,
+        False,
+        False,
+    ]
     assert Condition.parse("path~[a]*").holds(["[a]b", "ab"]).tolist() == [True, False]
 
 
@@ -110,10 +120,14 @@ def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, s
             for name in ("v.parquet", "v.lancedb"):
                 hits = search(tmp_path / name, query, k)[0]
                 assert [hit.path for hit in hits] == expected[:k]
-                assert len({hit.cosine for hit in hits}) == len(set(which[[paths.index(hit.path) for hit in hits]]))
+                assert len({hit.cosine for hit in hits}) == len(
+                    set(which[[paths.index(hit.path) for hit in hits]])
+                )
 
 
-@pytest.mark.parametrize("text", ["label", "colour=red", "num_points=many", "num_points~1*", "=x", "vector=1"])
+@pytest.mark.parametrize(
+    "text", ["label", "colour=red", "num_points=many", "num_points~1*", "=x", "vector=1"]
+)
 def test_a_condition_that_cannot_be_is_refused(text):
     with pytest.raises(ValueError, match="condition"):
         Condition.parse(text)
@@ -143,7 +157,12 @@ def test_the_store_replaces_adds_deletes_and_stays_exact(index, store, tmp_path)
     old = np.arange(500) < 100
     moved = X.copy()
     moved[:100] = RNG.normal(size=(100, 12))
-    columns = {"path": PATHS[:100], "label": LABELS[:100], "num_points": POINTS[:100], "stamp": [1] * 100}
+    columns = {
+        "path": PATHS[:100],
+        "label": LABELS[:100],
+        "num_points": POINTS[:100],
+        "stamp": [1] * 100,
+    }
     write([table(MAKING, columns, moved[old])], MAKING, tmp_path / "new.parquet")
     assert create_or_update(Vectors(tmp_path / "new.parquet"), store) == (0, 100)
     query = RNG.normal(size=12)
@@ -160,7 +179,9 @@ def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
         search(store, X[0], probes=3)
     opened.build()
     queries = RNG.normal(size=(20, 12))
-    for query, hits in zip(queries, search(store, queries, 10, probes=40), strict=True):  # all partitions of 500 rows
+    for query, hits in zip(
+        queries, search(store, queries, 10, probes=40), strict=True
+    ):  # all partitions of 500 rows
         agree(hits, by_hand(query, 10, []))
     for where in WHERES:
         agree(search(store, queries[0], 5, where)[0], by_hand(queries[0], 5, where))
@@ -184,12 +205,16 @@ def test_what_is_no_index_is_named(index, store, tmp_path):
         search(tmp_path / "empty.lancedb", X[0])
     with pytest.raises(ValueError, match=r"ends in \.lancedb"):
         create_or_update(Vectors(index), tmp_path / "store")
-    write([rows(np.ones(500, bool))], Making("n", "4567", -1, "mean_max", "z", 12), tmp_path / "n.parquet")
+    write(
+        [rows(np.ones(500, bool))],
+        Making("n", "4567", -1, "mean_max", "z", 12),
+        tmp_path / "n.parquet",
+    )
     with pytest.raises(ValueError, match="another model"):
         create_or_update(Vectors(tmp_path / "n.parquet"), store)
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 @pytest.fixture
@@ -261,7 +286,12 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
             assert path not in found
             if not str(query).startswith("link"):
                 assert lines[0] == f"{path}:"
-            assert len(said(capsys, "search", index, query, "-k", "100", "--include-self").splitlines()) == total + 1
+            assert (
+                len(
+                    said(capsys, "search", index, query, "-k", "100", "--include-self").splitlines()
+                )
+                == total + 1
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 40, 500])
@@ -277,11 +307,15 @@ def test_a_cosine_stands_among_random_pairs_of_the_index(tmp_path, rows, monkeyp
         assert np.array_equal(pairs, random_cosines(index))
     for cosine in (-1.0, 0.0, 0.2, 0.9, 1.0):
         share = None if rows == 1 else 100 * (every < cosine).mean()
-        assert percentile(cosine, pairs) == (None if share is None else pytest.approx(share, abs=0.06))
+        assert percentile(cosine, pairs) == (
+            None if share is None else pytest.approx(share, abs=0.06)
+        )
     monkeypatch.setattr(neighbours, "SAMPLE", 150)
     for index in (tmp_path / "v.parquet", tmp_path / "v.lancedb"):
         if rows == 500:
-            assert percentile(0.2, random_cosines(index)) == pytest.approx(percentile(0.2, pairs), abs=5)
+            assert percentile(0.2, random_cosines(index)) == pytest.approx(
+                percentile(0.2, pairs), abs=5
+            )
 
 
 def rows_of(count: int) -> pa.Table:
@@ -303,7 +337,9 @@ def test_a_page_is_bounded_and_says_what_it_leaves_out(scans, tmp_path, monkeypa
     clouds = sorted(map(str, (scans / "scans").rglob("*.xyz")))
     hits = [Hit(0.9 - i / 1000, clouds[i % 8], "stick") for i in range(150)]
     making, pairs = Vectors(scans / "v.parquet").making, random_cosines(scans / "v.parquet")
-    neighbours.write_page([(clouds[0], hits)] * 5, making, scans / "v.parquet", pairs, tmp_path / "p.html")
+    neighbours.write_page(
+        [(clouds[0], hits)] * 5, making, scans / "v.parquet", pairs, tmp_path / "p.html"
+    )
     html = (tmp_path / "p.html").read_text()
     assert html.count("data:image/png") == 3
     assert "the first 10 of 150" in html
@@ -323,14 +359,25 @@ def test_the_page_shows_the_query_and_its_neighbours_and_says_what_is_gone(scans
 
 
 def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
-    made = np.concatenate([parquet.to_numpy(b.column(0)) for b in Vectors(scans / "v.parquet").batches(["vector"])])
+    made = np.concatenate(
+        [parquet.to_numpy(b.column(0)) for b in Vectors(scans / "v.parquet").batches(["vector"])]
+    )
     np.save(scans / "q.npy", made[:2])
-    assert len(said(capsys, "search", scans / "v.parquet", scans / "q.npy", "-k", "1", "--json").splitlines()) == 2
+    assert (
+        len(
+            said(
+                capsys, "search", scans / "v.parquet", scans / "q.npy", "-k", "1", "--json"
+            ).splitlines()
+        )
+        == 2
+    )
     (scans / "model").rename(scans / "moved")
     query = scans / "scans" / "ball" / "0.xyz"
     with pytest.raises(ValueError, match="neither a folder nor"):
         query_vectors(scans / "v.parquet", str(query))
-    assert "[ball]" in said(capsys, "search", scans / "v.parquet", query, "--model", scans / "moved")
+    assert "[ball]" in said(
+        capsys, "search", scans / "v.parquet", query, "--model", scans / "moved"
+    )
     PointEncoder(32, 2, 2, 16, 8, 128, tokenizer_dim=16).save_pretrained(scans / "other")
     with pytest.raises(ValueError, match="another encoder"):
         query_vectors(scans / "v.parquet", str(query), str(scans / "other"))

@@ -1,4 +1,6 @@
-"""Whatever happens to a folder and to the commands that embed it, the vectors end as those of a fresh embed."""
+"""Whatever happens to a folder and to the commands that embed it, the vectors end as those of a
+fresh embed.
+"""
 
 import itertools
 import os
@@ -26,7 +28,19 @@ from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
 
 SUFFIXES = (".npy", ".npz", ".xyz", "#1.npy", ".npz#0.npy")
-ACTIONS = ("add", "add", "edit", "touch", "remove", "rename", "damage", "embed", "prune", "kill", "part")
+ACTIONS = (
+    "add",
+    "add",
+    "edit",
+    "touch",
+    "remove",
+    "rename",
+    "damage",
+    "embed",
+    "prune",
+    "kill",
+    "part",
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +78,19 @@ def write(path: Path, rng: np.random.Generator) -> None:
 
 
 def embed_and_be_killed(at: int, *arguments, **settings) -> None:
-    """A process that commits after every cloud, killed at one of the calls of what reads, locks and writes."""
+    """A process that commits after every cloud, killed at one of the calls of what reads, locks and
+    writes.
+    """
     child = os.fork()
     if child:
         os.waitpid(child, 0)
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     embedding.COMMIT_SECONDS = -1.0
-    watched, calls = {module.__file__ for module in (embedding, vectors, locking, pathlib)}, itertools.count()
+    watched, calls = (
+        {module.__file__ for module in (embedding, vectors, locking, pathlib)},
+        itertools.count(),
+    )
 
     def count(frame, event, _):
         if frame.f_code.co_filename in watched and next(calls) == at:
@@ -113,7 +132,11 @@ def act(action: str, root: Path, out: Path, model: str, rng: np.random.Generator
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "shares"])
 @pytest.mark.parametrize("seed", range(40))
 def test_any_sequence_ends_as_a_fresh_embed(model, tmp_path, seed, folder):
-    rng, root, out = np.random.default_rng(seed), tmp_path / "s", tmp_path / ("v" if folder else "v.parquet")
+    rng, root, out = (
+        np.random.default_rng(seed),
+        tmp_path / "s",
+        tmp_path / ("v" if folder else "v.parquet"),
+    )
     root.mkdir()
     if folder:
         write(root / "first.npy", rng)
@@ -126,14 +149,17 @@ def test_any_sequence_ends_as_a_fresh_embed(model, tmp_path, seed, folder):
     assert made.keys() == fresh.keys()
     assert all(np.allclose(made[path], fresh[path], atol=1e-5) for path in fresh)
     for file in Vectors(out, may_be_empty=True).files:  # compacted
-        groups = [pq.read_metadata(file).row_group(i).num_rows for i in range(pq.read_metadata(file).num_row_groups)]
+        groups = [
+            pq.read_metadata(file).row_group(i).num_rows
+            for i in range(pq.read_metadata(file).num_row_groups)
+        ]
         assert all(3 <= size <= 6 for size in groups[:-1])
         assert all(size > 0 for size in groups)
     left = {path.name for path in tmp_path.rglob("*") if not path.is_relative_to(root)}
     assert left == {out.name, "fresh.parquet"} | ({"part-1of2.parquet", "part-2of2.parquet"} & left)
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def command(*arguments) -> list[str]:
@@ -162,7 +188,10 @@ def test_a_second_writer_is_refused_by_every_command(model, scans, tmp_path, cap
     embed_files([scans], out, model, workers=1)
     for arguments, written in (
         (("embed", scans, "--model", model, "--out", out), out),
-        (("embed", scans, "--model", model, "--out", tmp_path / "parts"), tmp_path / "parts" / "part-1of1.parquet"),
+        (
+            ("embed", scans, "--model", model, "--out", tmp_path / "parts"),
+            tmp_path / "parts" / "part-1of1.parquet",
+        ),
         (("index", out, "--out", store), store),
         (("label", scans, "--model", model, "--out", tmp_path / "labels"), tmp_path / "labels"),
         (("prepare", scans, "--points", "64", "--out", tmp_path / "store"), tmp_path / "store"),
@@ -184,8 +213,13 @@ def test_of_two_embeds_at_once_none_loses_what_it_reports(model, scans, tmp_path
     ]
     ends = [(process.communicate()[1], process.returncode) for process in both]
     assert any(code == 0 for _, code in ends)
-    assert all(code == 0 or (code == 2 and b"another command is writing there" in said) for said, code in ends)
-    assert len(rows(tmp_path / "v.parquet")) == sum(n for n, (_, code) in zip((6, 1), ends, strict=True) if code == 0)
+    assert all(
+        code == 0 or (code == 2 and b"another command is writing there" in said)
+        for said, code in ends
+    )
+    assert len(rows(tmp_path / "v.parquet")) == sum(
+        n for n, (_, code) in zip((6, 1), ends, strict=True) if code == 0
+    )
 
 
 def test_an_index_killed_at_any_moment_does_not_block_the_next(model, scans, tmp_path):
@@ -194,7 +228,15 @@ def test_an_index_killed_at_any_moment_does_not_block_the_next(model, scans, tmp
     script = "import time, sys; from jepa3d.cli import main; import lancedb; print('ready', flush=True); main()"
     for _ in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-c", script, "index", str(tmp_path / "v.parquet"), "--out", str(store)],
+            [
+                sys.executable,
+                "-c",
+                script,
+                "index",
+                str(tmp_path / "v.parquet"),
+                "--out",
+                str(store),
+            ],
             stdout=subprocess.PIPE,
         )
         assert process.stdout.readline() == b"ready\n"
@@ -206,7 +248,9 @@ def test_an_index_killed_at_any_moment_does_not_block_the_next(model, scans, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "v.lancedb", "v.parquet"]
 
 
-@pytest.mark.parametrize("left", ["", "vectors.lance", "vectors.lance/data", "vectors.lance/_versions"])
+@pytest.mark.parametrize(
+    "left", ["", "vectors.lance", "vectors.lance/data", "vectors.lance/_versions"]
+)
 def test_what_a_killed_index_leaves_is_no_obstacle(model, scans, tmp_path, left, capsys):
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)
     (tmp_path / "v.lancedb" / left).mkdir(parents=True)
@@ -221,7 +265,9 @@ def test_a_folder_of_something_else_is_no_store_to_be(model, scans, tmp_path, ca
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)
     (tmp_path / "v.lancedb").mkdir()
     (tmp_path / "v.lancedb" / "thesis.txt").write_text("mine")
-    assert "not a store" in fails(capsys, "index", tmp_path / "v.parquet", "--out", tmp_path / "v.lancedb")
+    assert "not a store" in fails(
+        capsys, "index", tmp_path / "v.parquet", "--out", tmp_path / "v.lancedb"
+    )
     assert (tmp_path / "v.lancedb" / "thesis.txt").read_text() == "mine"
 
 
@@ -246,7 +292,9 @@ def test_an_empty_file_of_vectors_is_said_by_every_command(model, scans, tmp_pat
         ("index", out, "--out", tmp_path / "new.lancedb"),
         ("view", query, "--index", out),
     ):
-        assert "v.parquet: holds no vectors; add some with jepa3d embed" in fails(capsys, *arguments)
+        assert "v.parquet: holds no vectors; add some with jepa3d embed" in fails(
+            capsys, *arguments
+        )
     main_ends_well("index", store, "--out", store, "--delete", "num_points>=0", "--ann")
     assert "v.lancedb: holds no vectors" in fails(capsys, "search", store, query)
     write(scans / "new.npy", np.random.default_rng(8))
@@ -259,5 +307,8 @@ def test_an_empty_file_of_vectors_is_said_by_every_command(model, scans, tmp_pat
 def test_vectors_are_written_to_what_is_known_only(model, scans, tmp_path, name, capsys):
     (tmp_path / "file").write_text("mine")
     said = fails(capsys, "embed", scans, "--model", model, "--out", tmp_path / name)
-    assert f"--out {tmp_path / name}: a .parquet file, or a folder of them, whose name has no dot" in said
+    assert (
+        f"--out {tmp_path / name}: a .parquet file, or a folder of them, whose name has no dot"
+        in said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "s"]

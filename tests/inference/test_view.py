@@ -28,28 +28,57 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.inference import view
 from jepa3d.inference.clouds import Item, items_of
 from jepa3d.inference.embedding import embed, embed_files
-from jepa3d.inference.view import nearest_to_ray, open_page, pca_colors, ramp, sample_roles, similarity, view_of
+from jepa3d.inference.view import (
+    nearest_to_ray,
+    open_page,
+    pca_colors,
+    ramp,
+    sample_roles,
+    similarity,
+    view_of,
+)
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.ops import squared_distance, three_nn_interpolate
 
-SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 32, "group_size": 8, "num_points": 256}
+SIZES = {
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 32,
+    "group_size": 8,
+    "num_points": 256,
+}
 
 
 def ball(count: int, seed: int) -> np.ndarray:
     points = np.random.default_rng(seed).normal(size=(count, 3))
-    return points / np.linalg.norm(points, axis=1, keepdims=True) * [1, 1, 0.5 + 0.1 * seed] + [5, 6, 7]
+    return points / np.linalg.norm(points, axis=1, keepdims=True) * [1, 1, 0.5 + 0.1 * seed] + [
+        5,
+        6,
+        7,
+    ]
 
 
 def write_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
-    kinds = [*(f"float {axis}" for axis in "xyz"), *(f"uchar {name}" for name in ("red", "green", "blue"))]
-    header = ["ply", "format ascii 1.0", f"element vertex {len(points)}", *(f"property {kind}" for kind in kinds)]
+    kinds = [
+        *(f"float {axis}" for axis in "xyz"),
+        *(f"uchar {name}" for name in ("red", "green", "blue")),
+    ]
+    header = [
+        "ply",
+        "format ascii 1.0",
+        f"element vertex {len(points)}",
+        *(f"property {kind}" for kind in kinds),
+    ]
     rows = [f"{x} {y} {z} {r} {g} {b}" for (x, y, z), (r, g, b) in zip(points, colors, strict=True)]
     path.write_text("\n".join([*header, "end_header", *rows, ""]))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An encoder, `model`; in `clouds`, one of few points and <i> in its name, one of many, a mesh, one of colours."""
+    """An encoder, `model`; in `clouds`, one of few points and <i> in its name, one of many, a mesh,
+    one of colours.
+    """
     torch.manual_seed(0)
     made = tmp_path_factory.mktemp("view")
     PointEncoder(**SIZES).eval().save_pretrained(made / "model")
@@ -57,7 +86,9 @@ def folder(tmp_path_factory) -> Path:
     clouds.mkdir()
     np.save(clouds / "a<i>few.npy", ball(100, 0))
     np.save(clouds / "b_many.npy", ball(3000, 1))
-    (clouds / "c_mesh.off").write_text("OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n")
+    (clouds / "c_mesh.off").write_text(
+        "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
+    )
     write_ply(clouds / "d_colours.ply", ball(500, 2), np.tile([255, 128, 0], (500, 1)))
     return made
 
@@ -92,18 +123,24 @@ def opened(folder):
         view.stop(page.server)
 
 
-# ---------------------------------------------------------------------------------------------- without a page
+# ----------------------------------------------------------------------------------- without a page
 
 
 @pytest.mark.parametrize("name", "abcd")
 @pytest.mark.parametrize("up_axis", ["y", "z"])
-def test_a_view_has_the_vector_of_embed_and_tokens_where_its_points_are(folder, encoder, items, name, up_axis):
+def test_a_view_has_the_vector_of_embed_and_tokens_where_its_points_are(
+    folder, encoder, items, name, up_axis
+):
     seen = view_of(encoder, items[name], up_axis)
     (vector,) = embed(items[name].path, encoder, up_axis)
     assert np.allclose(seen.vector, vector, atol=1e-5)
     assert len(seen.points) == seen.total == {"a": 100, "b": 3000, "c": 2048, "d": 500}[name]
-    away = squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()  # centres are points
-    assert away.max() < (0.3 if name == "a" else 1e-5)  # copies of a's few are moved a little, and not drawn
+    away = (
+        squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()
+    )  # centres are points
+    assert away.max() < (
+        0.3 if name == "a" else 1e-5
+    )  # copies of a's few are moved a little, and not drawn
     assert (seen.colors is None) == (name != "d")
 
 
@@ -130,7 +167,9 @@ def test_a_cloud_of_too_few_points_is_named(encoder, tmp_path):
 
 def test_similarity_is_the_cosine_of_interpolated_tokens(encoder, items):
     seen = view_of(encoder, items["b"])
-    features = three_nn_interpolate(torch.from_numpy(seen.points)[None], seen.centers[None], seen.tokens[None])[0]
+    features = three_nn_interpolate(
+        torch.from_numpy(seen.points)[None], seen.centers[None], seen.tokens[None]
+    )[0]
     expected = torch.nn.functional.cosine_similarity(features, features[17:18])
     found = similarity(seen, 17)
     assert np.allclose(found, expected, atol=1e-4)
@@ -179,12 +218,18 @@ def test_a_ray_means_the_foremost_layer_and_in_it_the_nearest_point():
     assert nearest_to_ray(points[:3], (0, 0, 5), (0, 0, 1)) is None
 
 
-# ---------------------------------------------------------------------------------------------- who may read it
+# ---------------------------------------------------------------------------------- who may read it
 
 
 @pytest.mark.parametrize(
     "origin",
-    ["http://evil.example", "https://localhost", "http://localhost.evil.example", "http://127.0.0.1:80@evil", "null"],
+    [
+        "http://evil.example",
+        "https://localhost",
+        "http://localhost.evil.example",
+        "http://127.0.0.1:80@evil",
+        "null",
+    ],
 )
 def test_other_web_pages_are_refused(opened, origin):
     with pytest.raises(InvalidStatus) as refused, _socket(opened(), origin):
@@ -216,7 +261,7 @@ def test_only_this_machine_can_connect(opened):
         socket.create_connection(("127.0.0.2", port), 5)
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def fails(capsys, *arguments) -> str:
@@ -235,7 +280,9 @@ def test_a_taken_port_is_said_and_no_other_taken(folder, capsys):
         port = holder.getsockname()[1]
         error = fails(capsys, folder / "clouds", "--model", folder / "model", "--port", port)
     assert f"--port {port}: not to be had (Address already in use)" in error
-    assert "--port 70000: 1 to 65535" in fails(capsys, folder / "clouds", "--model", folder / "model", "--port", 70000)
+    assert "--port 70000: 1 to 65535" in fails(
+        capsys, folder / "clouds", "--model", folder / "model", "--port", 70000
+    )
 
 
 def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
@@ -244,13 +291,17 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no array")
     assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
     assert "--up-axis w: one of x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
-    assert "made with --up-axis z, not y" in fails(capsys, clouds, *model, "--up-axis", "y", "--index", index)
+    assert "made with --up-axis z, not y" in fails(
+        capsys, clouds, *model, "--up-axis", "y", "--index", index
+    )
     torch.manual_seed(1)
     PointEncoder(**SIZES).eval().save_pretrained(tmp_path / "other")
-    assert "another encoder" in fails(capsys, clouds, "--model", tmp_path / "other", "--port", 0, "--index", index)
+    assert "another encoder" in fails(
+        capsys, clouds, "--model", tmp_path / "other", "--port", 0, "--index", index
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_neighbours_are_of_the_cloud_but_itself_and_open(opened, index, items):
@@ -300,12 +351,22 @@ def test_the_files_colours_are_offered_where_it_has_some(opened, items):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_the_command_says_its_address_and_ends_by_ctrl_c(folder):
-    command = [sys.executable, "-c", "from jepa3d.cli import main; main()", "view", folder / "clouds" / "b_many.npy"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jepa3d.cli import main; main()",
+        "view",
+        folder / "clouds" / "b_many.npy",
+    ]
     process = subprocess.Popen(
         [*map(str, command), "--model", str(folder / "model"), "--port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a background shell ignores it
+    )
     assert process.stdout is not None
     lines = [process.stdout.readline(), process.stdout.readline()]
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)\n", lines[0])
@@ -348,4 +409,6 @@ def test_in_a_browser(opened, index, items):
         browser.press(name)
         browser.wait(f"document.querySelector('b').innerText.startsWith({json.dumps(name)})")
         assert page.view.name == items[name[0]].path
-        assert browser.text().count("target 4") == 1  # still coloured by a sample, of the other cloud
+        assert (
+            browser.text().count("target 4") == 1
+        )  # still coloured by a sample, of the other cloud

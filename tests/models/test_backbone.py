@@ -18,9 +18,15 @@ from jepa3d.ops import BatchGenerator, knn
 transformers = pytest.importorskip("transformers")
 
 SIZES = {
-    "width": 16, "num_codes": 12, "num_groups": 8, "group_size": 8, "num_points": 64, "tokenizer_dim": 8,
-    "dgcnn_dim": 8, "folding_dim": 8,
-}  # fmt: skip
+    "width": 16,
+    "num_codes": 12,
+    "num_groups": 8,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "dgcnn_dim": 8,
+    "folding_dim": 8,
+}
 
 
 @pytest.fixture
@@ -71,7 +77,9 @@ def test_it_is_the_vit_s_own_layers_with_new_prompts_at_each(vit):
 
 def test_a_classifier_s_folder_gives_the_vit_inside_it(vit, tmp_path):
     """Such are the published ones: every name begins with vit., and a head comes after it."""
-    tensors = {f"vit.{name}": value for name, value in load_file(f"{vit}/model.safetensors").items()}
+    tensors = {
+        f"vit.{name}": value for name, value in load_file(f"{vit}/model.safetensors").items()
+    }
     save_file(tensors | {"classifier.weight": torch.zeros(3, 36)}, tmp_path / "model.safetensors")
     shutil.copy(f"{vit}/config.json", tmp_path)
     inside, plain = (load_vit(str(folder))[0].state_dict() for folder in (tmp_path, vit))
@@ -92,7 +100,9 @@ def test_the_features_are_of_codes_that_went_through_the_vit(dvae, grouped):
 def test_prompts_drop_out_in_training_only_by_the_generator(dvae, grouped):
     codes = dvae.codebook[dvae.codes(*grouped)].detach()
     backbone, centers = dvae.backbone, grouped[1]
-    one, same, other = (backbone.train()(codes, centers, BatchGenerator(0, step)) for step in (1, 1, 2))
+    one, same, other = (
+        backbone.train()(codes, centers, BatchGenerator(0, step)) for step in (1, 1, 2)
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(*(backbone.eval()(codes, centers) for _ in range(2)))
@@ -100,9 +110,15 @@ def test_prompts_drop_out_in_training_only_by_the_generator(dvae, grouped):
 
 def test_neither_state_nor_folder_holds_its_weights(dvae, grouped, vit, tmp_path):
     dvae.eval().save_pretrained(tmp_path)
-    known = {tuple(value.shape) for value in dvae.backbone._frozen[0].layers.state_dict().values() if value.ndim > 1}
+    known = {
+        tuple(value.shape)
+        for value in dvae.backbone._frozen[0].layers.state_dict().values()
+        if value.ndim > 1
+    }
     assert not known & {tuple(value.shape) for value in dvae.state_dict().values()}
-    assert not any(id(p) in {id(q) for q in dvae.parameters()} for p in dvae.backbone._frozen[0].parameters())
+    assert not any(
+        id(p) in {id(q) for q in dvae.parameters()} for p in dvae.backbone._frozen[0].parameters()
+    )
     assert json.loads((tmp_path / "config.json").read_text())["backbone"] == vit
     loaded = load_module(str(tmp_path))
     assert torch.equal(loaded.features(*grouped)[0], dvae.features(*grouped)[0])
@@ -113,7 +129,7 @@ def test_it_moves_with_the_dvae(dvae):
     assert dvae.to(torch.float64).backbone._frozen[0].layernorm.weight.dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------ one-line errors
+# ---------------------------------------------------------------------------------- one-line errors
 
 
 def refusal(call, *arguments) -> str:
@@ -142,7 +158,9 @@ def test_another_vit_is_refused(dvae, vit, tmp_path):
     (tmp_path / "dvae" / "config.json").write_text(json.dumps(settings | {"backbone": str(other)}))
     load_module(str(tmp_path / "dvae"))  # moved, but the same
     tensors = load_file(other / "model.safetensors")
-    save_file(tensors | {"layernorm.bias": tensors["layernorm.bias"] + 1e-3}, other / "model.safetensors")
+    save_file(
+        tensors | {"layernorm.bias": tensors["layernorm.bias"] + 1e-3}, other / "model.safetensors"
+    )
     said = refusal(load_module, str(tmp_path / "dvae"))
     assert f"{other}: not the ViT that this dVAE was trained with" in said
     assert dvae.backbone.sha256[:16] in said
@@ -164,7 +182,10 @@ def test_a_stored_dvae_says_what_it_lacks_when_its_vit_is_gone(vit, tmp_path):
         (lambda folder: (folder / "config.json").unlink(), "config.json: is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "damaged"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "'bert', and vit is needed"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+            "'bert', and vit is needed",
+        ),
         (lambda folder: edit(folder, num_hidden_layers=3), "is missing"),
         (lambda folder: edit(folder, hidden_size=64), "no ViT can be made of it"),
         (lambda folder: edit(folder, hidden_size="wide"), "no ViT can be made of it"),

@@ -33,7 +33,12 @@ def inputs():
     return context, LAYOUT, context_position, torch.randn(B, A, T, C, generator=generator)
 
 
-STYLES = [(depth, cross, stacked) for depth in (1, 2) for cross in (True, False) for stacked in (True, False)]
+STYLES = [
+    (depth, cross, stacked)
+    for depth in (1, 2)
+    for cross in (True, False)
+    for stacked in (True, False)
+]
 
 
 @pytest.mark.parametrize(("depth", "cross_attention", "stacked"), STYLES)
@@ -44,7 +49,9 @@ def test_every_target_token_is_predicted(depth, cross_attention, stacked, inputs
 
 
 @pytest.mark.parametrize(("depth", "cross_attention", "stacked"), STYLES)
-def test_a_block_sees_the_mask_tokens_of_another_only_when_stacked(depth, cross_attention, stacked, inputs):
+def test_a_block_sees_the_mask_tokens_of_another_only_when_stacked(
+    depth, cross_attention, stacked, inputs
+):
     decoder = make(depth=depth, cross_attention=cross_attention, stacked=stacked)
     *context, target_position = inputs
     moved = target_position.clone()
@@ -59,7 +66,9 @@ def test_a_block_sees_the_mask_tokens_of_another_only_when_stacked(depth, cross_
 
 
 @pytest.mark.parametrize(("depth", "cross_attention", "stacked"), STYLES)
-def test_every_context_token_is_felt_by_every_block_of_its_sample_alone(depth, cross_attention, stacked, inputs):
+def test_every_context_token_is_felt_by_every_block_of_its_sample_alone(
+    depth, cross_attention, stacked, inputs
+):
     decoder = make(depth=depth, cross_attention=cross_attention, stacked=stacked)
     context, _, position, target_position = inputs
     before, changed = decoder(*inputs), context.clone()
@@ -73,7 +82,12 @@ def test_every_context_token_is_felt_by_every_block_of_its_sample_alone(depth, c
 def test_samples_do_not_mix_and_padding_counts_for_nothing(stacked, inputs):
     decoder, (context, _, position, target_position) = make(stacked=stacked), inputs
     alone = [
-        decoder(context[rows], Ragged(MASK[i : i + 1, :count], count), position[rows], target_position[i : i + 1])
+        decoder(
+            context[rows],
+            Ragged(MASK[i : i + 1, :count], count),
+            position[rows],
+            target_position[i : i + 1],
+        )
         for i, (rows, count) in enumerate([(slice(5), 5), (slice(5, 8), 3)])
     ]
     assert_close(decoder(*inputs), torch.cat(alone))
@@ -93,7 +107,10 @@ def test_an_isolated_mask_token_is_predicted_as_if_it_were_alone(depth, cross_at
     decoder = make(depth=depth, cross_attention=cross_attention, isolated=True)
     *context, target_position = inputs
     together = decoder(*context, target_position)
-    alone = [decoder(*context, place) for place in target_position.flatten(1, 2)[:, :, None, None].unbind(1)]
+    alone = [
+        decoder(*context, place)
+        for place in target_position.flatten(1, 2)[:, :, None, None].unbind(1)
+    ]
     assert_close(together.flatten(1, 2), torch.cat(alone, 1)[:, :, 0])
     changed = context[0].clone()
     changed[7] = torch.randn(C)  # the last of the second sample
@@ -120,7 +137,9 @@ def reference_block(block: ContextAwareBlock, x, context):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_the_decoder_is_the_papers_pass_by_pass_whatever_rows_it_leaves_out(depth, stacked, inputs):
-    """Shared first rows, keys and values alone in the last block, one cross-attention a sample: all exact."""
+    """Shared first rows, keys and values alone in the last block, one cross-attention a sample: all
+    exact.
+    """
     decoder, (context, _, position, target_position) = make(depth=depth, stacked=stacked), inputs
     out = decoder(*inputs)
     for b, rows in enumerate([slice(5), slice(5, 8)]):
@@ -155,10 +174,18 @@ def test_gradients_do_not_depend_on_the_layout(inputs):
 
 
 def test_weights_are_drawn_as_in_the_parents_decoder():
-    """Xavier-uniform, C = 384: sqrt(6 / (in + out)), of query, key and value that of one matrix C x 3C."""
+    """Xavier-uniform, C = 384: sqrt(6 / (in + out)), of query, key and value that of one matrix C x
+    3C.
+    """
     torch.manual_seed(0)
     block = ContextAwareDecoder(384, 1).blocks[0]
-    bounds = {"query": 0.0625, "key_value": 0.0625, "out": 0.0883883, "mlp.0": 0.0559017, "mlp.2": 0.0559017}
+    bounds = {
+        "query": 0.0625,
+        "key_value": 0.0625,
+        "out": 0.0883883,
+        "mlp.0": 0.0559017,
+        "mlp.2": 0.0559017,
+    }
     for name, bound in bounds.items():
         layer = block.mlp if name.startswith("mlp") else block.attention
         weight = layer.get_submodule(name.removeprefix("mlp.")).weight
@@ -179,13 +206,18 @@ def test_assembling_and_taking_apart_keeps_the_order_of_blocks(inputs):
     context, _, position, target_position = inputs
     for stacked, passes, length in [(False, A, T), (True, 1, A * T)]:
         x, places, joint = make(stacked=stacked).assemble(*inputs)
-        assert torch.equal(ContextAwareDecoder.predictions(places, target_position), target_position)
+        assert torch.equal(
+            ContextAwareDecoder.predictions(places, target_position), target_position
+        )
         for rows, given in ((x, context), (places, position)):
             padded = joint.pad(rows)
             assert padded.shape == (B, passes, V + length, C)
             for p in range(passes):
                 assert torch.equal(padded[:, p, :V][MASK], given)
-        assert torch.equal(joint.mask, torch.cat([MASK, MASK.new_ones(B, length)], 1)[:, None].expand(B, passes, -1))
+        assert torch.equal(
+            joint.mask,
+            torch.cat([MASK, MASK.new_ones(B, length)], 1)[:, None].expand(B, passes, -1),
+        )
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -204,4 +236,6 @@ def test_layouts_pad_and_pack(full):
     of_sample = torch.arange(B)[:, None]
     assert torch.equal(ragged.per_row(of_sample)[:, 0], mask.nonzero()[:, 0])
     tails = of_sample.repeat_interleave(A * T, 0)
-    assert torch.equal(joint.per_row(of_sample), torch.cat([ragged.per_row(of_sample).repeat(A, 1), tails]))
+    assert torch.equal(
+        joint.per_row(of_sample), torch.cat([ragged.per_row(of_sample).repeat(A, 1), tails])
+    )

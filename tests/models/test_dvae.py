@@ -98,7 +98,9 @@ def test_a_cold_gumbel_softmax_is_one_code_and_a_hot_one_their_mean(dvae, groupe
 def test_gumbel_noise_draws_codes_as_often_as_their_softmax_says(dvae, grouped):
     patches, centers = (value[:1].expand(250, *value.shape[1:]) for value in grouped)
     dvae.to_logits = Constant(torch.arange(12.0).div(4).expand(250, 8, 12))
-    drawn = torch.cdist(soft_codes(dvae, (patches, centers), 1e-4).flatten(0, 1), dvae.codebook).argmin(1)
+    drawn = torch.cdist(
+        soft_codes(dvae, (patches, centers), 1e-4).flatten(0, 1), dvae.codebook
+    ).argmin(1)
     share = torch.bincount(drawn, minlength=12) / len(drawn)
     assert_close(share, torch.arange(12.0).div(4).softmax(0), atol=0.03, rtol=0)
 
@@ -112,7 +114,8 @@ def test_features_are_the_second_network_on_the_expected_codes(dvae, grouped):
     neighbours = knn(centers, centers, 4)
     logits = dvae.to_logits(dvae.tokenizer(patches), neighbours)
     expected = sum(
-        share[..., None] * code for share, code in zip(logits.softmax(-1).unbind(-1), dvae.codebook, strict=True)
+        share[..., None] * code
+        for share, code in zip(logits.softmax(-1).unbind(-1), dvae.codebook, strict=True)
     )
     assert_close(dvae.features(*grouped)[0], dvae.to_features(expected, neighbours))
     assert dvae.features(*grouped)[0].shape == (3, 8, dvae.width)
@@ -143,7 +146,9 @@ def test_features_are_deterministic(dvae, grouped):
 
 def test_a_cloud_has_the_same_features_alone_and_in_a_batch(dvae, grouped):
     dvae.eval()
-    alone = torch.cat([dvae.features(*(value[i : i + 1] for value in grouped))[0] for i in range(3)])
+    alone = torch.cat(
+        [dvae.features(*(value[i : i + 1] for value in grouped))[0] for i in range(3)]
+    )
     assert_close(dvae.features(*grouped)[0], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -201,7 +206,9 @@ def test_edge_convolution_is_the_unsplit_textbook_form():
     edges = F.linear(torch.cat([near - own, own], -1), conv.linear.weight)
     groups = edges.permute(0, 3, 1, 2).reshape(2, 4, -1)
     centred = groups - groups.mean(-1, keepdim=True)
-    normed = (centred / (centred.square().mean(-1, keepdim=True) + conv.norm.eps).sqrt()).view(2, 8, 7, 4)
+    normed = (centred / (centred.square().mean(-1, keepdim=True) + conv.norm.eps).sqrt()).view(
+        2, 8, 7, 4
+    )
     normed = normed * conv.norm.weight[:, None, None] + conv.norm.bias[:, None, None]
     expected = F.leaky_relu(normed, 0.2).amax(-1).transpose(1, 2)
     assert_close(conv(x, neighbours), expected)

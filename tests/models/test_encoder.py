@@ -79,7 +79,9 @@ def test_the_order_of_the_points_does_not_change_the_embedding(encoder, num_poin
 
 
 @pytest.mark.parametrize("num_points", [64, 100])
-@pytest.mark.parametrize(("scale", "shift"), [(0.001, 0.0), (250.0, 0.0), (1.0, 20.0), (30.0, -400.0)])
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(0.001, 0.0), (250.0, 0.0), (1.0, 20.0), (30.0, -400.0)]
+)
 def test_unit_and_origin_do_not_change_the_embedding(encoder, num_points, scale, shift):
     points = clouds(num_points=num_points)
     assert_close(encoder.embed(points * scale + shift), encoder.embed(points), atol=1e-2, rtol=1e-2)
@@ -101,7 +103,10 @@ def test_what_is_saved_is_what_is_loaded(encoder, tmp_path):
     assert not loaded.training
     assert torch.equal(loaded.embed(clouds()), encoder.embed(clouds()))
     assert loaded.state_dict().keys() == encoder.state_dict().keys()
-    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert all(
+        torch.equal(value, encoder.state_dict()[name])
+        for name, value in loaded.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -131,16 +136,23 @@ def test_impossible_sizes_are_errors():
 
 
 def test_the_default_has_the_parents_parameters():
-    """Point-MAE's and ACT's encoder: no biases of queries, keys and values; with them 12 x 3 x 384 more."""
+    """Point-MAE's and ACT's encoder: no biases of queries, keys and values; with them 12 x 3 x 384
+    more.
+    """
     with torch.device("meta"):
-        counts = [sum(p.numel() for p in PointEncoder(qkv_bias=bias).parameters()) for bias in (False, True)]
-        without = [name for name, _ in PointEncoder(depth=1).named_parameters() if "attention" in name]
+        counts = [
+            sum(p.numel() for p in PointEncoder(qkv_bias=bias).parameters())
+            for bias in (False, True)
+        ]
+        without = [
+            name for name, _ in PointEncoder(depth=1).named_parameters() if "attention" in name
+        ]
     assert counts == [21_825_024, 21_838_848]
     parts = ("query.weight", "key_value.weight", "out.weight", "out.bias")
     assert without == [f"blocks.0.attention.{part}" for part in parts]
 
 
-# ------------------------------------------------------------------------------ standardised vectors
+# ----------------------------------------------------------------------------- standardised vectors
 
 
 def test_standardised_vectors_have_mean_0_and_deviation_1_over_the_clouds_given(encoder):
@@ -183,7 +195,7 @@ def test_a_channel_that_never_varies_does_not_divide_by_zero(encoder):
     assert encoder.embed(clouds()).isfinite().all()
 
 
-# ------------------------------------------------------------------------- calibration, attention
+# --------------------------------------------------------------------------- calibration, attention
 
 
 def test_calibration_on_one_batch_is_the_textbook_mean_and_variance():
@@ -227,23 +239,30 @@ def test_packed_rows_are_encoded_as_each_sequence_alone(encoder):
     rows, position = torch.randn(10, 24), torch.randn(10, 24)
     layout = Ragged(torch.tensor([[True] * 6, [True] * 4 + [False] * 2]), 10)
     packed = encoder.hidden_states(rows, position, layout)[-1]
-    alone = [encoder.hidden_states(rows[None, at], position[None, at])[-1][0] for at in (slice(6), slice(6, 10))]
+    alone = [
+        encoder.hidden_states(rows[None, at], position[None, at])[-1][0]
+        for at in (slice(6), slice(6, 10))
+    ]
     assert_close(packed, torch.cat(alone))
 
 
-# -------------------------------------------------------------------------------------- drop-path
+# ---------------------------------------------------------------------------------------- drop-path
 
 
 def test_drop_path_scales_average_to_one_and_drop_at_a_rising_rate():
     scales = drop_path_scales(0.4, 20_000, 3, BatchGenerator(0), torch.zeros(()))
     assert scales.shape == (20_000, 3, 2)
     assert_close(scales.mean((0, 2)), torch.ones(3), atol=0.02, rtol=0)
-    assert_close((scales == 0).float().mean((0, 2)), torch.tensor([0.0, 0.2, 0.4]), atol=0.02, rtol=0)
+    assert_close(
+        (scales == 0).float().mean((0, 2)), torch.tensor([0.0, 0.2, 0.4]), atol=0.02, rtol=0
+    )
     assert torch.equal(scales[:, 0], torch.ones(20_000, 2)), "the first layer's rate is zero"
 
 
 def test_a_zero_rate_drops_nothing():
-    assert torch.equal(drop_path_scales(0.0, 50, 4, BatchGenerator(0), torch.zeros(())), torch.ones(50, 4, 2))
+    assert torch.equal(
+        drop_path_scales(0.0, 50, 4, BatchGenerator(0), torch.zeros(())), torch.ones(50, 4, 2)
+    )
 
 
 def test_a_dropped_branch_leaves_its_input(encoder):
@@ -273,7 +292,9 @@ def test_drop_path_is_off_in_evaluation_and_on_in_training():
 def test_embed_takes_points_of_any_float_type(dtype):
     torch.manual_seed(0)
     encoder, points = PointEncoder(**SIZES).eval(), clouds(2).half()
-    assert_close(encoder.embed(points.to(dtype)), encoder.embed(points.float()), rtol=1e-4, atol=1e-5)
+    assert_close(
+        encoder.embed(points.to(dtype)), encoder.embed(points.float()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_map_coordinates_keep_their_shape():

@@ -9,9 +9,15 @@ from jepa3d.models.heads import Classifier, Segmenter
 from jepa3d.ops import BatchGenerator, gather_points, knn
 
 ENCODER = {
-    "embed_dim": 24, "depth": 3, "num_heads": 2, "num_groups": 8, "group_size": 8, "num_points": 64,
-    "tokenizer_dim": 8, "drop_path": 0.1,
-}  # fmt: skip
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 2,
+    "num_groups": 8,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "drop_path": 0.1,
+}
 PARTS = [[0, 1], [2, 3, 4]]
 
 
@@ -32,7 +38,9 @@ def test_every_weight_of_both_networks_learns(points, segmenter):
     for network, arguments in ((classifier, (points,)), (segmenter, (points, labels))):
         network.train()
         network(*arguments, BatchGenerator(0)).square().sum().backward()
-        assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
+        assert [
+            name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()
+        ] == []
 
 
 def test_the_first_layer_on_tokens_is_the_one_on_interpolated_features(points, segmenter):
@@ -49,7 +57,9 @@ def test_the_first_layer_on_tokens_is_the_one_on_interpolated_features(points, s
     joined = torch.cat([points, features, shape], -1)
     first = F.linear(joined, torch.cat(layers, 1), segmenter.from_point.bias)
     x = segmenter.hidden2(F.relu(segmenter.norm1(first.flatten(0, 1))))
-    torch.testing.assert_close(segmenter(points, labels).flatten(0, 1), segmenter.out(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        segmenter(points, labels).flatten(0, 1), segmenter.out(x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_points_that_the_encoder_does_not_see_can_be_asked_for(points, segmenter):
@@ -57,7 +67,10 @@ def test_points_that_the_encoder_does_not_see_can_be_asked_for(points, segmenter
     labels = torch.tensor([0, 1, 1, 0])
     whole = segmenter(points, labels)
     torch.testing.assert_close(
-        segmenter.decode(points[:, :5], *segmenter.encode(points), labels), whole[:, :5], rtol=1e-4, atol=1e-5
+        segmenter.decode(points[:, :5], *segmenter.encode(points), labels),
+        whole[:, :5],
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -90,4 +103,6 @@ def test_dropout_is_the_generator_s(points):
 def test_a_prediction_depends_on_neither_unit_nor_place(points):
     classifier = Classifier(ENCODER, ["a", "b"]).eval()
     moved = points.double() * 7 + torch.tensor([1e4, -50.0, 3.0])
-    np.testing.assert_allclose(classifier.predict(moved).detach(), classifier.predict(points).detach(), atol=1e-3)
+    np.testing.assert_allclose(
+        classifier.predict(moved).detach(), classifier.predict(points).detach(), atol=1e-3
+    )

@@ -1,4 +1,6 @@
-"""Networks of folders and of the Hub: what a name means, and errors that name the file and what is expected."""
+"""Networks of folders and of the Hub: what a name means, and errors that name the file and what is
+expected.
+"""
 
 import json
 import random
@@ -19,7 +21,14 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import load, load_any, load_network
 from jepa3d.models.teacher import load_module
 
-SIZES = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_groups": 4, "group_size": 8, "num_points": 32}
+SIZES = {
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "num_groups": 4,
+    "group_size": 8,
+    "num_points": 32,
+}
 NETWORKS = {
     "encoder": lambda: PointEncoder(**SIZES, tokenizer_dim=8),
     "dvae": lambda: DVAE(16, 8, 4, 8, 32, 8, 8, 8),
@@ -45,14 +54,18 @@ def saved(tmp_path_factory) -> Path:
 
 
 def refusals(loaders, path) -> list[str]:
-    """What each loader says; one line each, which names neither a constructor nor torch's own checks."""
+    """What each loader says; one line each, which names neither a constructor nor torch's own
+    checks.
+    """
     said = []
     for loader in loaders:
         with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
             loader(str(path))
         said.append(str(caught.value))
         assert "\n" not in said[-1]
-        assert not re.search(r"__init__|state_dict|Traceback|object has no attribute|argument", said[-1])
+        assert not re.search(
+            r"__init__|state_dict|Traceback|object has no attribute|argument", said[-1]
+        )
     return said
 
 
@@ -61,8 +74,16 @@ def test_what_was_saved_loads_and_a_younger_argument_takes_its_default(saved, tm
     shutil.copytree(saved / kind, tmp_path / kind)
     file = tmp_path / kind / "config.json"
     settings = json.loads(file.read_text())
-    younger = [name for name in ("mlp_ratio", "dropout", "pooling") if name in settings and kind != "linear"]
-    file.write_text(json.dumps({name: value for name, value in settings.items() if name not in younger} | {"new": 1}))
+    younger = [
+        name
+        for name in ("mlp_ratio", "dropout", "pooling")
+        if name in settings and kind != "linear"
+    ]
+    file.write_text(
+        json.dumps(
+            {name: value for name, value in settings.items() if name not in younger} | {"new": 1}
+        )
+    )
     for loader in LOADERS[kind]:
         loaded = loader(str(tmp_path / kind))
         assert not loaded.training
@@ -79,7 +100,9 @@ def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, 
     settings = json.loads(file.read_text())
     first = {"encoder": "embed_dim", "dvae": "width"}.get(kind, "class_names")
     damaged = {"{": "not JSON", "[]": "of type list", "": "not JSON", "3": "of type int"}
-    damaged[json.dumps({k: v for k, v in settings.items() if k != first})] = "lacks|without classes|encoder"
+    damaged[json.dumps({k: v for k, v in settings.items() if k != first})] = (
+        "lacks|without classes|encoder"
+    )
     for name, value in settings.items():
         wrong = "seven" if not isinstance(value, str) else 7
         damaged[json.dumps(settings | {name: wrong})] = f"{name} is {wrong!r}, not"
@@ -87,13 +110,19 @@ def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, 
             damaged[json.dumps(settings | {name: 0})] = f"{name} is 0, and at least 1"
     if "encoder" in settings:
         for name in SIZES:
-            damaged[json.dumps(settings | {"encoder": SIZES | {name: -2}})] = f"encoder: {name} is -2, and at least 1"
-            damaged[json.dumps(settings | {"encoder": SIZES | {name: None}})] = f"encoder: {name} is None"
+            damaged[json.dumps(settings | {"encoder": SIZES | {name: -2}})] = (
+                f"encoder: {name} is -2, and at least 1"
+            )
+            damaged[json.dumps(settings | {"encoder": SIZES | {name: None}})] = (
+                f"encoder: {name} is None"
+            )
         misspelt = settings | {"encoder": SIZES | {"embed_dimm": 3}}
         damaged[json.dumps(misspelt)] = "embed_dimm is unknown; did you mean 'embed_dim'"
     for text, expected in damaged.items():
         file.write_text(text)
-        loaders = LOADERS[kind] if first in text and '"num_codes": "' not in text else LOADERS[kind][-1:]
+        loaders = (
+            LOADERS[kind] if first in text and '"num_codes": "' not in text else LOADERS[kind][-1:]
+        )
         for said in refusals(loaders, tmp_path / kind):
             assert re.search(expected, said), (text, said)
             assert "config.json" in said
@@ -104,7 +133,9 @@ def test_damaged_weights_name_their_file_and_what_is_wrong(saved, tmp_path, kind
     draw = random.Random(kind)
     shutil.copytree(saved / kind, tmp_path / kind)
     file = tmp_path / kind / "model.safetensors"
-    whole = {name: values.clone() for name, values in load_file(file).items()}  # some versions map the file
+    whole = {
+        name: values.clone() for name, values in load_file(file).items()
+    }  # some versions map the file
     content = file.read_bytes()
     name = draw.choice(sorted(name for name in whole if whole[name].ndim))
     damaged = {
@@ -115,7 +146,10 @@ def test_damaged_weights_name_their_file_and_what_is_wrong(saved, tmp_path, kind
     }
     for expected, tensors in damaged.items():
         save_file(tensors, file)
-        assert all(re.search(expected, said) and file.name in said for said in refusals(LOADERS[kind], tmp_path / kind))
+        assert all(
+            re.search(expected, said) and file.name in said
+            for said in refusals(LOADERS[kind], tmp_path / kind)
+        )
     for cut in (0, 7, 100, draw.randrange(len(content)), len(content) - 1):
         file.write_bytes(content[:cut])
         assert all(file.name in said for said in refusals(LOADERS[kind], tmp_path / kind))
@@ -132,12 +166,22 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("defalt", "; did you mean 'default'?"), ("Default", "; did you mean 'default'?"), ("zzz", ""),
-        ("runs/mien/", "; did you mean 'runs/mine'?"), ("./runs/mime", "; did you mean 'runs/mine'?"), ("a/b/c", ""),
-        ("../x", ""), ("~/runs/mine", ""), ("no/such model", ""), ("/nowhere/at/all", ""), ("vectors.parque", ""),
+        ("defalt", "; did you mean 'default'?"),
+        ("Default", "; did you mean 'default'?"),
+        ("zzz", ""),
+        ("runs/mien/", "; did you mean 'runs/mine'?"),
+        ("./runs/mime", "; did you mean 'runs/mine'?"),
+        ("a/b/c", ""),
+        ("../x", ""),
+        ("~/runs/mine", ""),
+        ("no/such model", ""),
+        ("/nowhere/at/all", ""),
+        ("vectors.parque", ""),
     ],
-)  # fmt: skip
-def test_a_name_that_is_not_of_the_hub_is_refused_here(name, hint, tmp_path, monkeypatch, no_network):
+)
+def test_a_name_that_is_not_of_the_hub_is_refused_here(
+    name, hint, tmp_path, monkeypatch, no_network
+):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for loader in (load, load_any):
@@ -147,14 +191,18 @@ def test_a_name_that_is_not_of_the_hub_is_refused_here(name, hint, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("emma", "ema"), ("dvea", "dvae"), ("invariant", "invariance"), ("untraind", "untrained")]
+    ("name", "hint"),
+    [("emma", "ema"), ("dvea", "dvae"), ("invariant", "invariance"), ("untraind", "untrained")],
 )
 def test_a_misspelt_teacher_is_told_the_one_that_is_meant(name, hint, tiny, tmp_path, no_network):
     from jepa3d.training.pretrain import dry_run, pretrain
 
     for setting in ("teacher", "init"):
         config = tiny(**{setting: (name,) if setting == "teacher" else name})
-        for begin in (lambda config=config: pretrain(config, tmp_path / "run"), lambda config=config: dry_run(config)):
+        for begin in (
+            lambda config=config: pretrain(config, tmp_path / "run"),
+            lambda config=config: dry_run(config),
+        ):
             with pytest.raises(ValueError, match=rf"\A{name}: .*did you mean '{hint}'\?"):
                 begin()
     assert not (tmp_path / "run").exists()
@@ -170,7 +218,9 @@ def test_a_hub_id_is_said_to_be_out_of_reach_within_seconds(monkeypatch, tmp_pat
     monkeypatch.setattr(hub.urllib.request, "urlopen", away)
     began = time.perf_counter()
     for loader in (load, load_any, load_module, PointEncoder.from_pretrained):
-        with pytest.raises(ValueError, match=r"\Aruns/mien: .*no route, and no copy.*did you mean 'runs/mine'\?"):
+        with pytest.raises(
+            ValueError, match=r"\Aruns/mien: .*no route, and no copy.*did you mean 'runs/mine'\?"
+        ):
             loader("runs/mien")
     assert time.perf_counter() - began < 5
 

@@ -47,13 +47,17 @@ def check(sample, num_tokens: int) -> None:
         assert context
         assert len(set(context)) == len(context)
         assert not set(context) & set(targets.flatten().tolist())
-        assert set(row[~mask].tolist()) <= set(context), "padding repeats a token of the same context"
+        assert set(row[~mask].tolist()) <= set(context), (
+            "padding repeats a token of the same context"
+        )
         assert all(len(set(block)) == len(block) for block in targets.tolist())
         assert min(context) >= 0
         assert targets.min() >= 0
         assert max(max(context), targets.max()) < num_tokens
     assert sample.num_context == sample.mask.sum()
-    assert sample.mask.sum(1).max() == sample.mask.shape[1], "no more padding than the longest context needs"
+    assert sample.mask.sum(1).max() == sample.mask.shape[1], (
+        "no more padding than the longest context needs"
+    )
 
 
 # ------------------------------------------------------------------------------ every block sampler
@@ -62,7 +66,9 @@ def check(sample, num_tokens: int) -> None:
 @pytest.mark.parametrize("sampler", [multi_block, sequence])
 @settings(max_examples=25, deadline=None)
 @given(num_tokens=tokens, seed=seeds, options=blocks())
-def test_contexts_and_targets_share_no_token_and_have_the_sizes_asked(sampler, num_tokens, seed, options):
+def test_contexts_and_targets_share_no_token_and_have_the_sizes_asked(
+    sampler, num_tokens, seed, options
+):
     if sampler is sequence:  # independent spans overlap less evenly: leave more room
         options = options | {"target_ratio": tuple(ratio / 2 for ratio in options["target_ratio"])}
     sample = sampler(clouds(num_tokens, seed=seed), BatchGenerator(seed), **options)
@@ -94,7 +100,9 @@ ALL = [multi_block, sequence, random, one_block]
 @given(num_tokens=st.integers(32, 96), seed=seeds)
 def test_samples_of_a_batch_differ(sampler, num_tokens, seed):
     """All eight samples are the same cloud, so only their own draws can tell them apart."""
-    options = {} if sampler in (random, one_block) else {"target_ratio": (0.1, 0.15), "min_context": 1}
+    options = (
+        {} if sampler in (random, one_block) else {"target_ratio": (0.1, 0.15), "min_context": 1}
+    )
     sample = sampler(same_cloud(num_tokens), BatchGenerator(seed), **options)
     assert len({tuple(map(tuple, blocks)) for blocks in sample.target.sort(-1).values.tolist()}) > 1
     assert len(set(map(tuple, contexts(sample)))) > 1
@@ -126,9 +134,10 @@ def test_a_plain_generator_works_too(sampler):
 @pytest.mark.parametrize("seed", range(4))
 def test_two_half_batches_are_the_whole_batch(sampler, seed):
     """min_context makes some samples, not all, be drawn again."""
-    options = {multi_block: {"min_context": 16}, sequence: {"context_ratio": (0.6, 0.6), "min_context": 16}}.get(
-        sampler, {}
-    )
+    options = {
+        multi_block: {"min_context": 16},
+        sequence: {"context_ratio": (0.6, 0.6), "min_context": 16},
+    }.get(sampler, {})
     centers = clouds(64, seed=seed)
     whole = sampler(centers, BatchGenerator(seed), **options)
     halves = [sampler(centers[i : i + 4], BatchGenerator(seed, 0, i, B), **options) for i in (0, 4)]
@@ -141,11 +150,13 @@ def test_sizes_are_drawn_anew_in_every_batch():
     assert sizes == set(range(round(0.15 * 64), round(0.2 * 64) + 1))
 
 
-# --------------------------------------------------------------------------------- their geometry
+# ----------------------------------------------------------------------------------- their geometry
 
 
 def is_ball(block: torch.Tensor, seed: int, cloud: torch.Tensor) -> bool:
-    return set(block.tolist()) == set((cloud - cloud[seed]).norm(dim=1).argsort()[: len(block)].tolist())
+    return set(block.tolist()) == set(
+        (cloud - cloud[seed]).norm(dim=1).argsort()[: len(block)].tolist()
+    )
 
 
 @pytest.mark.parametrize("sampler", [multi_block, one_block])
@@ -190,27 +201,43 @@ def greedy_walk(cloud: torch.Tensor) -> list[int]:
     rows = cloud.tolist()
     left, walk = set(range(len(rows))), [min(range(len(rows)), key=lambda i: sum(rows[i]))]
     while left := left - {walk[-1]}:
-        walk.append(min(left, key=lambda i: sum((a - b) ** 2 for a, b in zip(rows[i], rows[walk[-1]], strict=True))))
+        walk.append(
+            min(
+                left,
+                key=lambda i: sum(
+                    (a - b) ** 2 for a, b in zip(rows[i], rows[walk[-1]], strict=True)
+                ),
+            )
+        )
     return walk
 
 
 def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
-    """The context is a run of int(0.55 x left) of the tokens left beside the targets (Point-JEPA's ContextSampler)."""
+    """The context is a run of int(0.55 x left) of the tokens left beside the targets (Point-JEPA's
+    ContextSampler).
+    """
     centers = clouds(32)
     sample = sequence(centers, BatchGenerator(1), context_ratio=(0.55, 0.55))
-    for cloud, context, targets in zip(centers, contexts(sample), sample.target.tolist(), strict=True):
+    for cloud, context, targets in zip(
+        centers, contexts(sample), sample.target.tolist(), strict=True
+    ):
         walk = greedy_walk(cloud)
         for block in targets:
             start = walk.index(block[0])
             assert block == walk[start : start + len(block)]
-        left = [token for token in walk if token not in {token for block in targets for token in block}]
+        left = [
+            token for token in walk if token not in {token for block in targets for token in block}
+        ]
         first = min(map(left.index, context))
         assert set(context) == set(left[first : first + len(context)])
         assert len(context) == int(0.55 * len(left))
 
 
 def test_the_sequence_sampler_takes_as_many_tokens_as_point_jepa():
-    """Of 64 tokens: 17.7 of context (a plain loop of 200,000 draws), at least int(0.4 x 16), and targets of 9 to 12."""
+    """Of 64 tokens:
+
+    17.7 of context (a plain loop of 200,000 draws), at least int(0.4 x 16), and targets of 9 to 12.
+    """
     samples = [sequence(clouds(64, 32, step), BatchGenerator(0, step)) for step in range(60)]
     lengths = torch.cat([sample.mask.sum(1) for sample in samples]).float()
     assert lengths.mean().item() == pytest.approx(17.7, abs=0.4)
@@ -218,7 +245,7 @@ def test_the_sequence_sampler_takes_as_many_tokens_as_point_jepa():
     assert {sample.target.shape[2] for sample in samples} == {9, 10, 11, 12}
 
 
-# ----------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("sampler", [multi_block, sequence])
@@ -229,7 +256,9 @@ def test_a_context_that_stays_empty_is_an_error_that_names_the_setting(sampler):
 
 def test_a_context_below_the_minimum_is_drawn_again():
     centers, options = clouds(64), {"target_ratio": (0.2, 0.2), "context_ratio": (0.85, 0.85)}
-    shortest = multi_block(centers, BatchGenerator(0), **options, min_context=1).mask.sum(1).min().item()
+    shortest = (
+        multi_block(centers, BatchGenerator(0), **options, min_context=1).mask.sum(1).min().item()
+    )
     again = multi_block(centers, BatchGenerator(0), **options, min_context=shortest + 1)
     check(again, 64)
     assert again.mask.sum(1).min() > shortest
@@ -274,5 +303,9 @@ def test_more_targets_than_tokens_is_an_error():
 
 def test_shared_points_are_the_share_of_the_contexts_points_in_target_patches():
     patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [4, 5]]])  # 4 patches of 2 of 6 points
-    sample = TokenSample(torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]), 2)
-    assert sampling.shared_points(patches, sample).item() == pytest.approx(1 / 4)  # of 0, 1, 4, 5 only 1
+    sample = TokenSample(
+        torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]), 2
+    )
+    assert sampling.shared_points(patches, sample).item() == pytest.approx(
+        1 / 4
+    )  # of 0, 1, 4, 5 only 1

@@ -78,8 +78,12 @@ def test_the_average_follows_its_closed_form(student):
         history.append([parameter.detach().clone() for parameter in student.parameters()])
         ema_update(teacher, student, momentum)
     # theta_n = prod(m) theta_0 + sum_i (1 - m_i) prod_{j > i} m_j student_i
-    weights = [torch.tensor(momenta[i + 1 :]).prod() * (1 - momenta[i]) for i in range(len(momenta))]
-    for index, (start, parameter) in enumerate(zip(expected, teacher.networks[0].parameters(), strict=True)):
+    weights = [
+        torch.tensor(momenta[i + 1 :]).prod() * (1 - momenta[i]) for i in range(len(momenta))
+    ]
+    for index, (start, parameter) in enumerate(
+        zip(expected, teacher.networks[0].parameters(), strict=True)
+    ):
         total = torch.tensor(momenta).prod() * start
         total = total + sum(w * states[index] for w, states in zip(weights, history, strict=True))
         assert_close(parameter.detach(), total)
@@ -89,7 +93,9 @@ def test_statistics_of_batchnorm_are_copied(student):
     teacher = ema_teacher(student)
     student.train().tokenizer(torch.randn(5, 8, 3) + 3)
     ema_update(teacher, student, 0.9)
-    for (name, old), new in zip(teacher.networks[0].named_buffers(), student.buffers(), strict=True):
+    for (name, old), new in zip(
+        teacher.networks[0].named_buffers(), student.buffers(), strict=True
+    ):
         assert torch.equal(old, new), name
 
 
@@ -121,7 +127,9 @@ def test_a_teacher_is_deterministic_in_training_mode_and_has_no_gradient(make):
 
 def test_a_teacher_says_what_its_module_says(student):
     patches, centers = inputs()
-    assert torch.equal(Teacher([student])(patches, centers), student.eval().features(patches, centers)[0])
+    assert torch.equal(
+        Teacher([student])(patches, centers), student.eval().features(patches, centers)[0]
+    )
 
 
 def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
@@ -129,7 +137,9 @@ def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
     rows = Teacher([Says(tokens)], "standardize")(torch.zeros(1), torch.zeros(1)).flatten(0, 1)
     assert_close(rows.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     assert_close(rows.var(0, unbiased=False), torch.ones(6), atol=1e-4, rtol=0)
-    assert_close(torch.corrcoef(torch.stack([rows[:, 2], tokens.flatten(0, 1)[:, 2]]))[0, 1].item(), 1.0)
+    assert_close(
+        torch.corrcoef(torch.stack([rows[:, 2], tokens.flatten(0, 1)[:, 2]]))[0, 1].item(), 1.0
+    )
 
 
 def test_layernormed_targets_have_zero_mean_and_unit_variance_per_token():
@@ -155,7 +165,10 @@ def test_joined_teachers_speak_side_by_side_and_only_the_average_moves(student):
     with torch.no_grad():
         student.position[0].weight.add_(1)
     ema_update(joined, student, 0.5)
-    assert all(torch.equal(a, b) for a, b in zip(before[0].parameters(), joined.networks[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before[0].parameters(), joined.networks[0].parameters(), strict=True)
+    )
     assert_close(joined.networks[1].position[0].weight, before[1].position[0].weight + 0.5)
 
 
@@ -193,7 +206,9 @@ def refusal(path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "missing path", "file", "broken config", "broken weights"])
+@pytest.mark.parametrize(
+    "kind", ["empty folder", "missing path", "file", "broken config", "broken weights"]
+)
 def test_what_is_no_network_is_a_one_line_error_that_names_it(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     path = tmp_path / "teacher"

@@ -32,13 +32,19 @@ def test_every_centre_is_a_point_and_lies_in_its_own_patch(points):
 
 
 def test_a_generator_moves_the_first_centre(points):
-    assert not torch.equal(group(points, 6, 8, BatchGenerator(0)).centers, group(points, 6, 8).centers)
-    assert torch.equal(group(points, 6, 8, BatchGenerator(0)).index, group(points, 6, 8, BatchGenerator(0)).index)
+    assert not torch.equal(
+        group(points, 6, 8, BatchGenerator(0)).centers, group(points, 6, 8).centers
+    )
+    assert torch.equal(
+        group(points, 6, 8, BatchGenerator(0)).index, group(points, 6, 8, BatchGenerator(0)).index
+    )
 
 
 @pytest.mark.parametrize(("num_groups", "group_size"), [(51, 8), (6, 51)])
 def test_too_few_points_is_an_error_that_says_how_many(points, num_groups, group_size):
-    with pytest.raises(ValueError, match=f"50 points cannot give {num_groups} patches of {group_size} points"):
+    with pytest.raises(
+        ValueError, match=f"50 points cannot give {num_groups} patches of {group_size} points"
+    ):
         group(points, num_groups, group_size)
 
 
@@ -46,7 +52,9 @@ def textbook(tokenizer: PatchTokenizer, patches: torch.Tensor) -> torch.Tensor:
     """The same weights, unsplit and unfolded."""
     size = patches.shape[-2]
     x = patches.reshape(-1, 3)
-    x = tokenizer.linear2(F.relu(tokenizer.norm1(tokenizer.linear1(x)))).view(-1, size, tokenizer.linear2.out_features)
+    x = tokenizer.linear2(F.relu(tokenizer.norm1(tokenizer.linear1(x)))).view(
+        -1, size, tokenizer.linear2.out_features
+    )
     x = torch.cat([x.amax(1, keepdim=True).expand_as(x), x], -1).flatten(0, 1)
     x = tokenizer.linear4(F.relu(tokenizer.norm3(tokenizer.linear3(x))))
     return x.view(*patches.shape[:-1], -1).amax(-2)

@@ -16,7 +16,16 @@ POINTS = torch.randn(3, 64, 3, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def dvae():
     torch.manual_seed(0)
-    return DVAE(16, 12, num_groups=8, group_size=8, num_points=64, tokenizer_dim=8, dgcnn_dim=8, folding_dim=8)
+    return DVAE(
+        16,
+        12,
+        num_groups=8,
+        group_size=8,
+        num_points=64,
+        tokenizer_dim=8,
+        dgcnn_dim=8,
+        folding_dim=8,
+    )
 
 
 def scheduled(dvae, progress: float, config: DVAEConfig) -> tuple[float, float]:
@@ -31,15 +40,25 @@ def scheduled(dvae, progress: float, config: DVAEConfig) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("step", "temperature", "kl_weight"),
     [
-        (0, 1.0, 0.0), (10_000, 0.9770577, 0.0), (25_000, 0.8627063, 0.005449674), (35_000, 0.7440580, 0.0146447),
-        (50_000, 0.53125, 0.0345492), (60_000, 0.3863983, 0.05), (100_000, 0.0625, 0.0975528),
-        (110_000, 0.0625, 0.1), (200_000, 0.0625, 0.1),
+        (0, 1.0, 0.0),
+        (10_000, 0.9770577, 0.0),
+        (25_000, 0.8627063, 0.005449674),
+        (35_000, 0.7440580, 0.0146447),
+        (50_000, 0.53125, 0.0345492),
+        (60_000, 0.3863983, 0.05),
+        (100_000, 0.0625, 0.0975528),
+        (110_000, 0.0625, 0.1),
+        (200_000, 0.0625, 0.1),
     ],
-)  # fmt: skip
-def test_temperature_and_kl_weight_are_acts_of_a_run_of_200_000_steps(step, temperature, kl_weight, dvae):
+)
+def test_temperature_and_kl_weight_are_acts_of_a_run_of_200_000_steps(
+    step, temperature, kl_weight, dvae
+):
     """`temp` (1 to 0.0625) and `kldweight` (0 to 0.1) of its configuration, both of ntime 100,000."""
     progress = step / 200_000
-    assert scheduled(dvae, progress, DVAEConfig()) == pytest.approx((temperature, kl_weight), rel=1e-5)
+    assert scheduled(dvae, progress, DVAEConfig()) == pytest.approx(
+        (temperature, kl_weight), rel=1e-5
+    )
 
 
 def test_schedules_follow_the_configuration(dvae):

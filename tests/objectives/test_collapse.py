@@ -21,7 +21,9 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("lengths", [1.0, gaussian(64, 4, 1, 1).abs() + 0.1])
 def test_constant_rows_are_a_collapse_whatever_their_lengths(unit, lengths):
     rows = (
-        gaussian(5, E).expand(64, 4, 5, E) * lengths if unit == "block" else gaussian(E).expand(64, 4, 5, E) * lengths
+        gaussian(5, E).expand(64, 4, 5, E) * lengths
+        if unit == "block"
+        else gaussian(E).expand(64, 4, 5, E) * lengths
     )
     figures = collapse_figures(rows, rows, unit)
     for name in ("prediction", "target"):
@@ -51,7 +53,9 @@ def test_prediction_and_target_are_told_apart():
 def test_the_constant_loss_is_what_the_best_constant_reaches(seed, shift, unit):
     target = gaussian(6, 2, 3, E, seed=seed) + shift
     figure = collapse_figures(target, target, unit)["constant_loss"]
-    rows = F.normalize(target.flatten(0, 1).flatten(1) if unit == "block" else target.flatten(0, 2), dim=-1)
+    rows = F.normalize(
+        target.flatten(0, 1).flatten(1) if unit == "block" else target.flatten(0, 2), dim=-1
+    )
     shape = (1, 1, 3, E) if unit == "block" else (1, 1, 1, E)
 
     def score(constant: torch.Tensor) -> torch.Tensor:
@@ -59,7 +63,10 @@ def test_the_constant_loss_is_what_the_best_constant_reaches(seed, shift, unit):
 
     best = rows.mean(0)
     assert_close(figure, score(best).item(), atol=1e-5, rtol=0)
-    for other in [*gaussian(10, best.numel(), seed=seed), best + 0.1 * gaussian(best.numel(), seed=seed)]:
+    for other in [
+        *gaussian(10, best.numel(), seed=seed),
+        best + 0.1 * gaussian(best.numel(), seed=seed),
+    ]:
         assert score(other) >= figure - 1e-5
 
 
@@ -79,7 +86,9 @@ def test_the_cosine_is_the_mean_over_pairs_of_different_rows():
     rows = gaussian(7, 1, 1, E) + 0.5
     unit = F.normalize(rows.flatten(0, 2), dim=-1)
     pairs = (unit @ unit.T)[~torch.eye(7, dtype=torch.bool)]
-    assert collapse_figures(rows, rows)["target_cosine"] == pytest.approx(pairs.mean().item(), abs=1e-6)
+    assert collapse_figures(rows, rows)["target_cosine"] == pytest.approx(
+        pairs.mean().item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, E])
@@ -101,7 +110,10 @@ def test_many_rows_are_thinned_and_not_cut():
 
 def test_figures_carry_no_gradient():
     assert all(
-        type(v) is float for v in collapse_figures(gaussian(4, 2, 3, E).requires_grad_(), gaussian(4, 2, 3, E)).values()
+        type(v) is float
+        for v in collapse_figures(
+            gaussian(4, 2, 3, E).requires_grad_(), gaussian(4, 2, 3, E)
+        ).values()
     )
 
 
@@ -114,7 +126,9 @@ def test_a_single_row_has_figures_that_are_numbers():
 def test_the_position_loss_tells_targets_that_are_position_from_those_that_are_not():
     centers = gaussian(64, 4, 5, 3).clamp(-1, 1)
     x, y, z = centers.unbind(-1)
-    known = torch.stack([x, y * z, x**2 * z, y**3, torch.ones_like(x)], -1)  # polynomials, but for their lengths
+    known = torch.stack(
+        [x, y * z, x**2 * z, y**3, torch.ones_like(x)], -1
+    )  # polynomials, but for their lengths
     assert position_loss(known, centers) < 0.1 < position_loss(known.flip(0), centers)
     assert position_loss(gaussian(64, 4, 5, E, seed=1), centers) > 0.8
     assert position_loss(torch.ones(64, 4, 5, E), centers) == pytest.approx(0, abs=1e-4)

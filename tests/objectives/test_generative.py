@@ -14,9 +14,15 @@ from jepa3d.objectives.generative import Generative
 from jepa3d.ops import BatchGenerator, chamfer_l2
 
 SIZES = {
-    "embed_dim": 12, "depth": 2, "num_heads": 3, "num_groups": 16, "group_size": 8, "num_points": 64,
-    "tokenizer_dim": 8, "drop_path": 0.0,
-}  # fmt: skip
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "drop_path": 0.0,
+}
 
 
 def make(**settings) -> Generative:
@@ -70,7 +76,9 @@ def test_masked_points_that_no_visible_patch_holds_do_not_change_the_prediction(
 
 
 def test_the_tokenizers_norms_see_masked_patches_too_as_in_point_mae():
-    """In training: a batch of 4 x 16 patches of 8 points, of which 9 are masked, has one mean of 512 rows."""
+    """In training: a batch of 4 x 16 patches of 8 points, of which 9 are masked, has one mean of
+    512 rows.
+    """
     objective, points = make().train(), clouds()
     first, norm = objective.encoder.tokenizer.linear1, objective.encoder.tokenizer.norm1
     norm.reset_running_stats()

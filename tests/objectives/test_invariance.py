@@ -14,16 +14,24 @@ from jepa3d.objectives.regularizers import sigreg, variance_covariance
 from jepa3d.ops import BatchGenerator
 
 SIZES = {
-    "embed_dim": 12, "depth": 2, "num_heads": 3, "num_groups": 16, "group_size": 8, "num_points": 64,
-    "tokenizer_dim": 8, "drop_path": 0.0,
-}  # fmt: skip
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 3,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "drop_path": 0.0,
+}
 SMALL = {"projector_dim": 16, "embedding_dim": 6, "num_slices": 16}
 
 
 def make(**settings) -> Invariance:
     torch.manual_seed(0)
     changes = {name: settings.pop(name) for name in ("scale", "rotate") if name in settings}
-    config = resolve({"objective": "invariance", "encoder": SIZES, "invariance": SMALL | settings}, changes)
+    config = resolve(
+        {"objective": "invariance", "encoder": SIZES, "invariance": SMALL | settings}, changes
+    )
     return Invariance(config, PointEncoder(**vars(config.encoder)))
 
 
@@ -63,7 +71,8 @@ def test_with_sigreg_it_is_lejepas_loss():
 def test_each_view_is_augmented_by_itself(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "jepa3d.objectives.invariance.group", lambda points, *rest: seen.append(points) or group(points, *rest)
+        "jepa3d.objectives.invariance.group",
+        lambda points, *rest: seen.append(points) or group(points, *rest),
     )
     make()(clouds(), BatchGenerator(0))
     make(scale=(1.0, 1.0), rotate=False)(clouds(), BatchGenerator(0))
@@ -84,7 +93,9 @@ def test_a_crop_is_a_ball_of_points_left_where_they_are():
     for cloud, part in zip(points, cropped, strict=True):
         rows = [int((cloud == p).all(1).nonzero()) for p in part]
         assert len(set(rows)) == 20
-        radii = torch.cdist(part, cloud)  # some point of the crop has exactly the crop as its nearest 20
+        radii = torch.cdist(
+            part, cloud
+        )  # some point of the crop has exactly the crop as its nearest 20
         assert any(set(row.topk(20, largest=False).indices.tolist()) == set(rows) for row in radii)
 
 
@@ -104,5 +115,7 @@ def test_training_brings_views_together_without_collapse():
         a, b = output.embedding.detach()
         return float((a - b).square().mean() / (a - b.roll(1, 0)).square().mean())
 
-    assert np.mean([apart(o) for o in outputs[-5:]]) < 0.8 * np.mean([apart(o) for o in outputs[:5]])
+    assert np.mean([apart(o) for o in outputs[-5:]]) < 0.8 * np.mean(
+        [apart(o) for o in outputs[:5]]
+    )
     assert outputs[-1].embedding.std(1).mean() > 0.3

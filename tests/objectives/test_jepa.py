@@ -38,7 +38,9 @@ def seed():
 
 
 def frozen(width: int = 12) -> Teacher:
-    sizes = {name: SIZES[name] for name in ("num_groups", "group_size", "num_points", "tokenizer_dim")}
+    sizes = {
+        name: SIZES[name] for name in ("num_groups", "group_size", "num_points", "tokenizer_dim")
+    }
     return Teacher([DVAE(width=width, num_codes=8, dgcnn_dim=4, folding_dim=8, **sizes)])
 
 
@@ -46,31 +48,54 @@ def make(width: int = 12, encoder: dict | None = None, ema: bool = False, **sett
     torch.manual_seed(0)
     config = resolve({"encoder": SIZES | (encoder or {}), **settings})
     student = PointEncoder(**dataclasses.asdict(config.encoder))
-    return JEPA(config, student, Teacher([copy.deepcopy(student)], "layernorm", average=0) if ema else frozen(width))
+    return JEPA(
+        config,
+        student,
+        Teacher([copy.deepcopy(student)], "layernorm", average=0) if ema else frozen(width),
+    )
 
 
 def clouds(seed: int = 0) -> torch.Tensor:
     return torch.randn(B, 64, 3, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------- wiring
+# ------------------------------------------------------------------------------------------- wiring
 
 VARIANTS = [
-    {"decoder": {"depth": depth, "cross_attention": cross, "stacked": stacked}, "target": {"project": project}}
+    {
+        "decoder": {"depth": depth, "cross_attention": cross, "stacked": stacked},
+        "target": {"project": project},
+    }
     for depth in (0, 2)
     for cross in (True, False)
     for stacked in (True, False)
     for project in (True, False)
 ]
 SAMPLERS = [{"sampler": {"name": name}} for name in ("random", "one_block")] + [
-    {"sampler": {"name": "sequence", "target_ratio": (0.1, 0.15), "context_ratio": (0.6, 0.9), "min_context": 1}}
+    {
+        "sampler": {
+            "name": "sequence",
+            "target_ratio": (0.1, 0.15),
+            "context_ratio": (0.6, 0.9),
+            "min_context": 1,
+        }
+    }
 ]
-DECODERS = [{"decoder": {"isolated": True, "ranks": ranks, "cross_attention": ranks}} for ranks in (True, False)]
+DECODERS = [
+    {"decoder": {"isolated": True, "ranks": ranks, "cross_attention": ranks}}
+    for ranks in (True, False)
+]
 
 
 @pytest.mark.parametrize(
     "settings",
-    [*VARIANTS, *SAMPLERS, *DECODERS, {"target": {"unit": "block"}}, {"target": {"view": 1.0}, "ema": True}],
+    [
+        *VARIANTS,
+        *SAMPLERS,
+        *DECODERS,
+        {"target": {"unit": "block"}},
+        {"target": {"view": 1.0}, "ema": True},
+    ],
     ids=str,
 )
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(settings):
@@ -96,13 +121,19 @@ def test_with_ranks_the_decoder_is_not_told_how_far_apart_targets_are(ranks):
     moved, token = grouped.centers.clone(), sample.target[0, 0, 0]
     moved[0, token] += 1e-4
     assert torch.equal(token_ranks(moved), token_ranks(grouped.centers))
-    told = [objective.predict(grouped.patches, centers, sample)[0] for centers in (grouped.centers, moved)]
+    told = [
+        objective.predict(grouped.patches, centers, sample)[0]
+        for centers in (grouped.centers, moved)
+    ]
     assert torch.equal(*told) is ranks
 
 
 def test_the_target_carries_a_gradient_only_when_it_is_projected():
     for project in (True, False):
-        assert make(target={"project": project})(clouds(), BatchGenerator(0)).target.requires_grad is project
+        assert (
+            make(target={"project": project})(clouds(), BatchGenerator(0)).target.requires_grad
+            is project
+        )
 
 
 def test_targets_are_the_teachers_tokens_at_the_target_indices():
@@ -142,7 +173,9 @@ def test_a_generator_makes_the_step_again_at_decoder_depth_0_too():
     assert one == two
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": True, "target": {"view": 1.0}}, {"decoder": {"depth": 0}}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"ema": True, "target": {"view": 1.0}}, {"decoder": {"depth": 0}}], ids=str
+)
 def test_several_masks_of_a_cloud_have_their_own_draws_and_one_answer_of_the_teacher(settings):
     objective, asked = make(sampler={"masks": 3}, **settings).train(), []
     objective.teacher.register_forward_hook(lambda module, inputs, tokens: asked.append(tokens))
@@ -151,7 +184,11 @@ def test_several_masks_of_a_cloud_have_their_own_draws_and_one_answer_of_the_tea
     assert len(tokens) == B
     for row, sample in enumerate(output.sample.target):
         assert_close(output.target[row], tokens[row // 3][sample])
-    assert output.prediction.shape == output.target.shape == (3 * B, *output.sample.target.shape[1:], 12)
+    assert (
+        output.prediction.shape
+        == output.target.shape
+        == (3 * B, *output.sample.target.shape[1:], 12)
+    )
     chosen = output.sample.target.flatten(1).sort(1).values.view(B, 3, -1)
     assert any(len(masks.unique(dim=0)) > 1 for masks in chosen)
     assert torch.equal(output.centers[::3], output.centers[1::3])
@@ -166,18 +203,22 @@ def test_an_averaged_teacher_moves_after_a_step_and_a_frozen_one_does_not():
             for parameter in objective.encoder.parameters():
                 parameter.add_(1)
         objective.after_step(1.0)
-        assert all(torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, objective.teacher.parameters(), strict=True)
+        )
         objective.after_step(0.5)
         expected = 1 - (first + last) / 2 if ema else 0.0
         for old, new in zip(before, objective.teacher.parameters(), strict=True):
             assert_close(new - old, torch.full_like(old, expected))
 
 
-# ----------------------------------------------------------------------- without a teacher, and SIGReg
+# -------------------------------------------------------------------- without a teacher, and SIGReg
 
 
 def test_without_a_teacher_the_target_is_the_encoders_own_and_carries_a_gradient():
-    config = resolve({"encoder": SIZES, "teacher": "none", "target": {"sigreg": 0.02, "num_slices": 8}})
+    config = resolve(
+        {"encoder": SIZES, "teacher": "none", "target": {"sigreg": 0.02, "num_slices": 8}}
+    )
     objective = JEPA(config, PointEncoder(**SIZES), None).train()
     output = objective(clouds(), BatchGenerator(0))
     centers, patches, _ = group(clouds(), 16, 8, BatchGenerator(0).stream("group"))
@@ -202,7 +243,10 @@ def test_with_a_teacher_sigreg_reads_the_context_tokens():
 @pytest.mark.parametrize("stacked", [True, False])
 def test_the_encoded_context_is_what_the_encoder_says_of_it(depth, stacked):
     """At depth 0 of the first pass, where mask tokens are seen too."""
-    objective, grouped = make(decoder={"depth": depth, "stacked": stacked}).eval(), group(clouds(), 16, 8)
+    objective, grouped = (
+        make(decoder={"depth": depth, "stacked": stacked}).eval(),
+        group(clouds(), 16, 8),
+    )
     sample = objective.sampler(grouped.centers, BatchGenerator(0))
     found = objective.predict(grouped.patches, grouped.centers, sample)[1]
     assert found.shape == (sample.mask.sum(), 12)
@@ -218,12 +262,13 @@ def test_positions_added_once_are_added_before_the_first_block_only():
     assert_close(states[1], first)
     assert_close(states[2], once.encoder.norm(once.encoder.blocks[1](first)))
     assert_close(
-        every.encoder.hidden_states(tokens, position)[2], every.encoder.norm(every.encoder.blocks[1](first + position))
+        every.encoder.hidden_states(tokens, position)[2],
+        every.encoder.norm(every.encoder.blocks[1](first + position)),
     )
     assert once.decoder.position_every_block is False
 
 
-# ------------------------------------------------------------------------------------ no leakage
+# --------------------------------------------------------------------------------------- no leakage
 
 
 def encoded(objective: JEPA, patches, centers, sample) -> torch.Tensor:
@@ -245,7 +290,9 @@ def move(points: torch.Tensor, which: torch.Tensor, grouped) -> torch.Tensor:
 
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("name", ["multi_block", "random", "one_block"])
-def test_points_in_no_context_patch_cannot_change_the_encoded_context_or_the_prediction(name, depth):
+def test_points_in_no_context_patch_cannot_change_the_encoded_context_or_the_prediction(
+    name, depth
+):
     objective = make(sampler={"name": name, "min_context": 1}, decoder={"depth": depth}).eval()
     points = clouds()
     grouped = group(points, 16, 8)
@@ -261,7 +308,8 @@ def test_points_in_no_context_patch_cannot_change_the_encoded_context_or_the_pre
         )
 
     before, hidden, visible = (
-        run(patches) for patches in (grouped.patches, move(points, ~seen, grouped), move(points, seen, grouped))
+        run(patches)
+        for patches in (grouped.patches, move(points, ~seen, grouped), move(points, seen, grouped))
     )
     assert all(torch.equal(a, b) for a, b in zip(before, hidden, strict=True))
     assert not torch.equal(before[0], visible[0])
@@ -285,7 +333,9 @@ def test_padding_enters_neither_the_tokens_nor_the_statistics_of_batchnorm():
 @pytest.mark.parametrize("depth", [0, 2])
 def test_padding_does_not_change_a_prediction(depth):
     objective, grouped = make(decoder={"depth": depth}).eval(), group(clouds(), 16, 8)
-    for parameter in objective.encoder.blocks.parameters():  # large enough that attending to padding shows
+    for (
+        parameter
+    ) in objective.encoder.blocks.parameters():  # large enough that attending to padding shows
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     sample = objective.sampler(grouped.centers, BatchGenerator(0))
@@ -294,7 +344,10 @@ def test_padding_does_not_change_a_prediction(depth):
     for b in range(B):
         context = sample.context[b : b + 1, sample.mask[b]]
         alone = TokenSample(
-            context, torch.ones_like(context, dtype=torch.bool), sample.target[b : b + 1], context.numel()
+            context,
+            torch.ones_like(context, dtype=torch.bool),
+            sample.target[b : b + 1],
+            context.numel(),
         )
         out = predict(objective, grouped.patches[b : b + 1], grouped.centers[b : b + 1], alone)
         assert_close(whole[b : b + 1], out, atol=1e-5, rtol=1e-4)
@@ -316,14 +369,17 @@ def test_decoder_depth_0_predicts_by_the_encoder_alone():
         context = sample.context[b][sample.mask[b]]
         for a, target in enumerate(sample.target[b]):
             tokens = torch.cat(
-                [encoder.tokenizer(grouped.patches[b, context]), decoder.mask_token.expand(len(target), -1)]
+                [
+                    encoder.tokenizer(grouped.patches[b, context]),
+                    decoder.mask_token.expand(len(target), -1),
+                ]
             )
             position = encoder.position(grouped.centers[b, torch.cat([context, target])])
             out = encoder.hidden_states(tokens[None], position[None])[-1][0, len(context) :]
             assert_close(predictions[0][b, a], objective.projection(out), atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 @pytest.mark.parametrize("unit", ["token", "block"])
@@ -351,7 +407,9 @@ def test_token_and_block_agree_for_blocks_of_one_token_and_only_then():
 def test_the_block_loss_is_one_cosine_of_the_blocks_tokens_as_one_vector():
     x, y = torch.randn(2, 2, 3, 4, 6)
     pairs = [(x[b, a].flatten(), y[b, a].flatten()) for b in range(2) for a in range(3)]
-    assert_close(cosine_loss(x, y, "block"), 1 - sum(p @ q / p.norm() / q.norm() for p, q in pairs) / 6)
+    assert_close(
+        cosine_loss(x, y, "block"), 1 - sum(p @ q / p.norm() / q.norm() for p, q in pairs) / 6
+    )
 
 
 def test_a_step_down_the_gradient_lowers_the_loss():
@@ -369,18 +427,22 @@ def test_a_step_down_the_gradient_lowers_the_loss():
     assert losses[-1] < losses[0] - 0.001
 
 
-# ----------------------------------------------------------------------------------------- the view term
+# ------------------------------------------------------------------------------------ the view term
 
 
 def test_the_view_term_is_added_by_its_weight():
-    full, half = (make(target={"view": weight})(clouds(), BatchGenerator(0)) for weight in (1.0, 0.5))
+    full, half = (
+        make(target={"view": weight})(clouds(), BatchGenerator(0)) for weight in (1.0, 0.5)
+    )
     assert_close(full.view, half.view)
     assert_close(full.loss - half.loss, 0.5 * full.view)
 
 
 def test_pooling_of_packed_rows_is_that_of_each_context_alone():
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    sample = TokenSample(torch.zeros(2, 3, dtype=torch.long), mask, torch.zeros(2, 1, 1, dtype=torch.long), 4)
+    sample = TokenSample(
+        torch.zeros(2, 3, dtype=torch.long), mask, torch.zeros(2, 1, 1, dtype=torch.long), 4
+    )
     rows = torch.randn(4, 5) - 3  # a padded 0 would be the maximum
     want = torch.stack([torch.cat([part.mean(0), part.amax(0)]) for part in (rows[:3], rows[3:])])
     assert_close(pool_rows(rows, sample), want)

@@ -1,6 +1,8 @@
-"""No step reads from its device: every operation is run on `meta`, a device that nothing can be read from.
+"""No step reads from its device: every operation is run on `meta`, a device that nothing can be
+read from.
 
-There `.item()`, `.tolist()`, `.cpu()`, `nonzero` and `if tensor:` raise, as on a GPU they would make the host wait.
+There `.item()`, `.tolist()`, `.cpu()`, `nonzero` and `if tensor:` raise, as on a GPU they would
+make the host wait.
 """
 
 from contextlib import nullcontext
@@ -39,7 +41,9 @@ SIZES = {
 
 
 def make(objective: str, **overrides):
-    config = settings.resolve({"encoder": SIZES, "target": {"layers": 2}, "teacher": ["ema"]}, overrides)
+    config = settings.resolve(
+        {"encoder": SIZES, "target": {"layers": 2}, "teacher": ["ema"]}, overrides
+    )
     encoder = PointEncoder(**vars(config.encoder))
     if objective == "generative":
         return Generative(config, encoder)
@@ -49,7 +53,11 @@ def make(objective: str, **overrides):
         return Supervised(Classifier(SIZES, ["a", "b"]))
     if objective == "dvae":
         return Autoencoding(config.dvae, make_dvae(config))
-    return JEPA(config, encoder, Teacher([PointEncoder(**vars(config.encoder))], "standardize", 2, average=0))
+    return JEPA(
+        config,
+        encoder,
+        Teacher([PointEncoder(**vars(config.encoder))], "standardize", 2, average=0),
+    )
 
 
 @pytest.fixture
@@ -75,8 +83,13 @@ def on_meta(monkeypatch):
 )
 def test_a_step_does_not_wait(name, overrides, on_meta):
     objective = make(name, **overrides).train()
-    if overrides.get("sampler", {}).get("name") == "multi_block":  # sizes are known once the blocks are drawn
-        context, target = torch.zeros(B, 9, dtype=torch.long), torch.zeros(B, 4, 3, dtype=torch.long)
+    if (
+        overrides.get("sampler", {}).get("name") == "multi_block"
+    ):  # sizes are known once the blocks are drawn
+        context, target = (
+            torch.zeros(B, 9, dtype=torch.long),
+            torch.zeros(B, 4, 3, dtype=torch.long),
+        )
         sample = TokenSample(context, torch.ones(B, 9, dtype=torch.bool), target, num_context=30)
         objective.sampler = lambda centers, generator: sample
     points = augment(torch.randn(B, 64, 3), (0.8, 1.2), True, 0.1, BatchGenerator(0))
@@ -91,7 +104,9 @@ def test_a_step_does_not_wait(name, overrides, on_meta):
 def test_drawing_blocks_waits_once(on_meta, monkeypatch):
     """For the lengths of the contexts, which are told here."""
     waits = []
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append(self.shape) or [9, 7, 8, 6])
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda self: waits.append(self.shape) or [9, 7, 8, 6]
+    )
     objective = make("jepa", sampler={"name": "multi_block"})
     output = objective(torch.randn(B, 64, 3), BatchGenerator(0))
     assert waits == [(B,)]
@@ -125,9 +140,16 @@ def test_encoder_and_decoder_are_one_graph(drop_path):
         layout = Ragged(mask, 8)
         tokens, position = encoder.visible(patches, centers, index, layout)
         context = encoder.hidden_states(tokens, position, layout)[-1]
-        return decoder(context, layout, position, encoder.position(target)), encoder.features(patches, centers)[0]
+        return decoder(context, layout, position, encoder.position(target)), encoder.features(
+            patches, centers
+        )[0]
 
-    inputs = torch.randn(2, 8, 8, 3), torch.randn(2, 8, 3), torch.randint(0, 8, (2, 5)), torch.randn(2, 3, 4, 3)
+    inputs = (
+        torch.randn(2, 8, 8, 3),
+        torch.randn(2, 8, 3),
+        torch.randint(0, 8, (2, 5)),
+        torch.randn(2, 3, 4, 3),
+    )
     compiled = torch.compile(passes, fullgraph=True, backend="aot_eager")
     found = compiled(*inputs)
     (found[0].sum() + found[1].sum()).backward()

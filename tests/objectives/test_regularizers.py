@@ -22,7 +22,12 @@ def test_sigreg_is_the_epps_pulley_statistic_along_its_directions():
     t = np.linspace(-3, 3, 33)
     empirical = np.exp(1j * (rows.numpy() @ slices)[..., None] * t).mean(0)
     squared = np.abs(empirical - np.exp(-(t**2) / 2)) ** 2 * np.exp(-(t**2) / 2)
-    assert_close(sigreg(rows, BatchGenerator(3), 8).item(), 50 * trapezoid(squared, t).mean(), rtol=1e-4, atol=1e-5)
+    assert_close(
+        sigreg(rows, BatchGenerator(3), 8).item(),
+        50 * trapezoid(squared, t).mean(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("number", [64, 1024])
@@ -50,7 +55,9 @@ def test_sigreg_draws_other_directions_at_every_step_and_the_same_for_every_view
     rows = gaussian(20, 8) + 1
     assert sigreg(rows, BatchGenerator(0, 1), 4) != sigreg(rows, BatchGenerator(0, 2), 4)
     generator = BatchGenerator(0, 1)
-    assert sigreg(rows, generator.stream("sigreg"), 4) == sigreg(rows, generator.stream("sigreg"), 4)
+    assert sigreg(rows, generator.stream("sigreg"), 4) == sigreg(
+        rows, generator.stream("sigreg"), 4
+    )
 
 
 def test_variance_and_covariance_are_vicregs():
@@ -59,7 +66,9 @@ def test_variance_and_covariance_are_vicregs():
     matrix = np.cov(rows.numpy().T)
     std = np.sqrt(np.diag(matrix) + 1e-4)
     assert_close(variance.item(), np.maximum(0, 1 - std).mean(), rtol=1e-5, atol=0)
-    assert_close(covariance.item(), ((matrix - np.diag(np.diag(matrix))) ** 2).sum() / 5, rtol=1e-4, atol=0)
+    assert_close(
+        covariance.item(), ((matrix - np.diag(np.diag(matrix))) ** 2).sum() / 5, rtol=1e-4, atol=0
+    )
 
 
 def test_collapsed_rows_have_the_largest_variance_term_and_correlated_ones_a_covariance_term():

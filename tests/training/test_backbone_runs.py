@@ -1,4 +1,6 @@
-"""Runs whose dVAE has a frozen image transformer: both stages, resumed, nothing of it in the folder."""
+"""Runs whose dVAE has a frozen image transformer: both stages, resumed, nothing of it in the
+folder.
+"""
 
 import json
 import shutil
@@ -34,27 +36,43 @@ def test_twenty_steps_of_both_stages_resumed_once_each(config, tmp_path):
         assert losses(whole / part) == losses(halves)
         assert len(losses(halves)) == 20
         assert np.isfinite(losses(halves)).all()
-    plain = pretrain(replace(config.stage("dvae"), dvae=replace(config.dvae, backbone=None)), tmp_path / "plain")
+    plain = pretrain(
+        replace(config.stage("dvae"), dvae=replace(config.dvae, backbone=None)), tmp_path / "plain"
+    )
     assert losses(plain)[0] != losses(whole / "stage1" / "dvae")[0]
     assert "backbone" not in json.loads((plain / "run.json").read_text())
 
 
-def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(config, vit, tmp_path, capsys):
+def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(
+    config, vit, tmp_path, capsys
+):
     with pytest.raises(Interrupted):
         pretrain(config.stage("dvae"), tmp_path / "stage", stop_at=2)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "run", stop_at=2)
     pretrain(config, tmp_path / "run", resume=True)
-    frozen = {value.numpy().tobytes() for value in load_file(f"{vit}/model.safetensors").values() if value.ndim > 1}
+    frozen = {
+        value.numpy().tobytes()
+        for value in load_file(f"{vit}/model.safetensors").values()
+        if value.ndim > 1
+    }
     files = [*tmp_path.rglob("*.safetensors")]
     assert len(files) > 4  # checkpoints and exports
     for file in files:
-        assert not any(value.numpy().tobytes() in frozen for value in load_file(file).values()), file
+        assert not any(value.numpy().tobytes() in frozen for value in load_file(file).values()), (
+            file
+        )
     for stage in (tmp_path / "stage", tmp_path / "run" / "stage1" / "dvae"):
         record = json.loads((stage / "run.json").read_text())
-        assert record["backbone"] == {"name": vit, "sha256": sha256_of(Path(vit) / "model.safetensors")}
+        assert record["backbone"] == {
+            "name": vit,
+            "sha256": sha256_of(Path(vit) / "model.safetensors"),
+        }
         describe(str(stage))
-        assert f"not in the run: {vit}, sha256 {record['backbone']['sha256'][:16]}" in capsys.readouterr().out
+        assert (
+            f"not in the run: {vit}, sha256 {record['backbone']['sha256'][:16]}"
+            in capsys.readouterr().out
+        )
 
 
 def test_a_resumed_stage_refuses_another_vit(config, vit, tiny, tmp_path):

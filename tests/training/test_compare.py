@@ -1,4 +1,6 @@
-"""A grid from end to end: trained once, scored once, resumed, refused in one line where it cannot be right."""
+"""A grid from end to end: trained once, scored once, resumed, refused in one line where it cannot
+be right.
+"""
 
 import json
 import shutil
@@ -24,22 +26,35 @@ from jepa3d.training.compare import BASELINES, Comparison
 from jepa3d.training.grid import at_equal_time, read_grid
 from jepa3d.training.pretrain import cpu_costs, pretrain
 
-ARMS = {"base": {}, "block": {"sampler": {"name": "multi_block", "num_targets": 2, "min_context": 1}}}
+ARMS = {
+    "base": {},
+    "block": {"sampler": {"name": "multi_block", "num_targets": 2, "min_context": 1}},
+}
 
 
 @pytest.fixture(scope="module")
 def write_grid(tiny, tmp_path_factory):
-    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each; None leaves a key out."""
+    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each;
+
+    None leaves a key out.
+    """
 
     def write(**changes) -> Path:
         folder = tmp_path_factory.mktemp("grid")
         (folder / "recipe.yaml").write_text(
             yaml.safe_dump(settings.to_dict(tiny(max_steps=4, sampler={"name": "random"})))
         )
-        grid = {"recipe": "recipe.yaml", "arms": ARMS, "reference": "base", "seeds": [0, 1]} | changes
+        grid = {
+            "recipe": "recipe.yaml",
+            "arms": ARMS,
+            "reference": "base",
+            "seeds": [0, 1],
+        } | changes
         path = folder / "grid.yaml"
         path.write_text(
-            yaml.safe_dump({key: value for key, value in grid.items() if value is not None}, sort_keys=False)
+            yaml.safe_dump(
+                {key: value for key, value in grid.items() if value is not None}, sort_keys=False
+            )
         )
         return path
 
@@ -70,12 +85,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "encoder" / "model.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------ a whole grid
+# ------------------------------------------------------------------------------------- a whole grid
 
 
 def test_a_comparison_has_every_run_row_and_file(made):
     _, out = made
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["base-0", "base-1", "block-0", "block-1"]
+    assert sorted(path.name for path in (out / "runs").iterdir()) == [
+        "base-0",
+        "base-1",
+        "block-0",
+        "block-1",
+    ]
     record = json.loads((out / "compare.json").read_text())
     rows = [(row["metric"], row["name"]) for row in record["rows"]]
     assert rows == [(metric, name) for metric in METRICS for name in ("base", "block", *BASELINES)]
@@ -86,7 +106,13 @@ def test_a_comparison_has_every_run_row_and_file(made):
     table = (out / "table.md").read_text()
     assert table.startswith("### two masks; reference: base\n")
     assert "| block | sampler.name multi_block, " in table
-    for said in ("seeds 0, 1; equal steps", "test used once", "shapes of 3 classes, test part", "Made by `", "95 %"):
+    for said in (
+        "seeds 0, 1; equal steps",
+        "test used once",
+        "shapes of 3 classes, test part",
+        "Made by `",
+        "95 %",
+    ):
         assert said in table
     assert "pretraining" not in table  # the test part was not seen in it
 
@@ -97,14 +123,22 @@ def test_the_figures_are_those_of_the_kept_outcomes(made):
     for metric in METRICS:
         tables = {}
         for arm in ARMS:
-            files = [next((out / "runs" / f"{arm}-{seed}").glob("scores-encoder-*.json")) for seed in (0, 1)]
+            files = [
+                next((out / "runs" / f"{arm}-{seed}").glob("scores-encoder-*.json"))
+                for seed in (0, 1)
+            ]
             kept = [json.loads(file.read_text())["outcomes"][metric] for file in files]
             tables[arm] = np.array(kept, float)
         found = {row["name"]: row for row in record["rows"] if row["metric"] == metric}
         assert found["block"]["values"] == pytest.approx(tables["block"].mean(1))
-        assert tuple(found["block"]["difference"].values()) == difference(tables["block"], tables["base"])
+        assert tuple(found["block"]["difference"].values()) == difference(
+            tables["block"], tables["base"]
+        )
         assert found["base"]["difference"] is None
-        for name in ("histograms", "geometry"):  # the same vectors for every seed; only labels are drawn
+        for name in (
+            "histograms",
+            "geometry",
+        ):  # the same vectors for every seed; only labels are drawn
             assert metric == "logistic_10" or len(set(found[name]["values"])) == 1
 
 
@@ -113,7 +147,9 @@ def test_the_same_command_again_makes_nothing_anew(copied, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     table = (out / "table.md").read_text().rpartition("Made by")[0]
     for name in ("pretrain", "encoded", "made_by_hand"):
-        monkeypatch.setattr(comparing, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(
+            comparing, name, lambda *_, name=name: pytest.fail(f"{name} was called")
+        )
     call(grid, "--out", out)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
     assert (out / "table.md").read_text().rpartition("Made by")[0] == table
@@ -122,11 +158,15 @@ def test_the_same_command_again_makes_nothing_anew(copied, monkeypatch, capsys):
     assert "better" in printed or "undecided" in printed or "worse" in printed
 
 
-def test_an_interrupted_comparison_goes_on_with_the_same_command(made, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_comparison_goes_on_with_the_same_command(
+    made, tmp_path, monkeypatch, capsys
+):
     grid, out = made[0], tmp_path / "out"
 
     def stopped(config, folder, resume, **options):
-        return pretrain(config, folder, resume, stop_at=2 if folder.name == "block-0" else None, **options)
+        return pretrain(
+            config, folder, resume, stop_at=2 if folder.name == "block-0" else None, **options
+        )
 
     monkeypatch.setattr(comparing, "pretrain", stopped)
     call(grid, "--out", out, code=130)
@@ -140,7 +180,9 @@ def test_an_interrupted_comparison_goes_on_with_the_same_command(made, tmp_path,
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_an_arm_and_a_seed_may_be_added_and_other_data_scored(copied, write_grid, shapes, bundle, capsys):
+def test_an_arm_and_a_seed_may_be_added_and_other_data_scored(
+    copied, write_grid, shapes, bundle, capsys
+):
     _, out = copied
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/encoder/*")}
     added = write_grid(arms=ARMS | {"fast": {"lr": 0.002}}, seeds=[0, 1, 2])
@@ -190,10 +232,12 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
     assert "run 2 of 2: block-0: failed: the loss is nan at step 3" in capsys.readouterr().out
     swapped = write_grid(arms=arms, seeds=[0], reference="block")
     call(swapped, "--out", out)
-    assert all(row["difference"] is None for row in json.loads((out / "compare.json").read_text())["rows"])
+    assert all(
+        row["difference"] is None for row in json.loads((out / "compare.json").read_text())["rows"]
+    )
 
 
-# ------------------------------------------------------------------------------------------------ bad grids
+# ---------------------------------------------------------------------------------------- bad grids
 
 
 @pytest.mark.parametrize(
@@ -204,13 +248,25 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
         ({"arms": None}, "arms is missing"),
         ({"arms": [1]}, "setting 'arms': [1] is not dict"),
         ({"reference": "bas"}, "reference 'bas' is no arm; did you mean 'base'?"),
-        ({"arms": {"base": {"sampler": {"nam": "x"}}}}, "arms.base: setting 'sampler.nam' is unknown; did you mean"),
-        ({"arms": {"base": {"encoder": {"num_heads": 7}}}}, "arms.base: encoder.embed_dim 24 is not a multiple"),
-        ({"arms": {"base": [1]}}, "arms.base: the settings in which it differs, {} for none, not [1]"),
+        (
+            {"arms": {"base": {"sampler": {"nam": "x"}}}},
+            "arms.base: setting 'sampler.nam' is unknown; did you mean",
+        ),
+        (
+            {"arms": {"base": {"encoder": {"num_heads": 7}}}},
+            "arms.base: encoder.embed_dim 24 is not a multiple",
+        ),
+        (
+            {"arms": {"base": [1]}},
+            "arms.base: the settings in which it differs, {} for none, not [1]",
+        ),
         ({"arms": {"base": {}, "a/b": {}}}, "arms.a/b: a name of letters, digits"),
         ({"arms": {"base": {}, "untrained": {}}}, "arms.untrained: a name of letters, digits"),
         ({"arms": {"base": {"seed": 3}}}, "arms.base: seed is set by the grid, for all arms alike"),
-        ({"arms": {"base": {"lr": 0.1}}, "lr": [0.1]}, "arms.base: lr is set by the grid, for all arms alike"),
+        (
+            {"arms": {"base": {"lr": 0.1}}, "lr": [0.1]},
+            "arms.base: lr is set by the grid, for all arms alike",
+        ),
         ({"arms": {"base": {"objective": "dvae"}}}, "arms.base: objective dvae trains no encoder"),
         ({"settings": {"enc": {}}}, "setting 'enc' is unknown"),
         ({"preset": "tiny"}, "preset or recipe: one of the two is needed"),
@@ -221,10 +277,15 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
         ({"equal": "time"}, "equal 'time': steps, or {cpu_minutes: M} with M above 0"),
         ({"equal": {"cpu_minutes": 0}}, "equal {'cpu_minutes': 0}: steps, or"),
-        ({"arms": {"base": {}, "long": {"max_steps": 6}}}, "equal steps, but they are base 4, long 6"),
+        (
+            {"arms": {"base": {}, "long": {"max_steps": 6}}},
+            "equal steps, but they are base 4, long 6",
+        ),
     ],
 )
-def test_a_bad_grid_is_one_line_that_names_file_and_key(write_grid, changes, said, tmp_path, capsys):
+def test_a_bad_grid_is_one_line_that_names_file_and_key(
+    write_grid, changes, said, tmp_path, capsys
+):
     grid = write_grid(**changes)
     call(grid, "--out", tmp_path / "out", code=2)
     printed = capsys.readouterr().err
@@ -241,15 +302,19 @@ def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ equal time, rates
+# -------------------------------------------------------------------------------- equal time, rates
 
 
 @pytest.fixture
 def costs(monkeypatch):
-    """CPU-seconds before the first step and of a step, by the sampler's name; the order in which they were asked."""
+    """CPU-seconds before the first step and of a step, by the sampler's name; the order in which
+    they were asked.
+    """
     known, asked = {"random": (0.0, 0.5), "multi_block": (10.0, 1.0), "one_block": (0.0, 2.0)}, []
     monkeypatch.setattr(
-        grids, "cpu_costs", lambda config: asked.append(config.sampler.name) or known[config.sampler.name]
+        grids,
+        "cpu_costs",
+        lambda config: asked.append(config.sampler.name) or known[config.sampler.name],
     )
     return known, asked
 
@@ -261,26 +326,38 @@ def test_equal_time_gives_steps_by_cost_and_keeps_them(write_grid, costs, tmp_pa
     steps = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
     assert steps == {"base": 120, "block": 50}  # 60 s / 0.5 s, and less 10 s of stage I, 50 s / 1 s
     assert asked == ["random", "multi_block"] * 3  # in turns
-    known |= {name: (2 * before, 2 * step) for name, (before, step) in known.items()}  # the machine is busier
+    known |= {
+        name: (2 * before, 2 * step) for name, (before, step) in known.items()
+    }  # the machine is busier
     asked.clear()
-    assert {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()} == steps
+    assert {
+        name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()
+    } == steps
     assert not asked
     timed["arms"] = ARMS | {"one": {"sampler": {"name": "one_block"}}}
     grid = read_grid(write_grid(**timed), {})
     found = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
-    assert found == steps | {"one": 30}  # measured beside an arm that is known, as if the machine were as it was
+    assert found == steps | {
+        "one": 30
+    }  # measured beside an arm that is known, as if the machine were as it was
     assert set(asked) == {"one_block", "random"}
 
 
-def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refused(write_grid, costs, tmp_path):
+def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refused(
+    write_grid, costs, tmp_path
+):
     timed = {"arms": ARMS, "equal": {"cpu_minutes": 1}}
     at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     timed["arms"] = ARMS | {"block": {"sampler": {"name": "one_block"}}}
-    with pytest.raises(ValueError, match=r"grid.yaml: arms.block: sampler.name was multi_block when its cost"):
+    with pytest.raises(
+        ValueError, match=r"grid.yaml: arms.block: sampler.name was multi_block when its cost"
+    ):
         at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     costs[0]["multi_block"] = (66.0, 1.0)
     with pytest.raises(ValueError, match=r"arms.block: stage I alone takes 1.1 of 1 CPU-minutes"):
-        at_equal_time(read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other")
+        at_equal_time(
+            read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other"
+        )
 
 
 def test_arms_share_a_stage_one_of_the_same_settings_and_seed(write_grid, tiny, tmp_path):
@@ -288,15 +365,29 @@ def test_arms_share_a_stage_one_of_the_same_settings_and_seed(write_grid, tiny, 
     longer = {"teacher": ["dvae"], "dvae": {"max_steps": 3}}
     arms = {"base": {"teacher": ["dvae"]}, "block": block, "longer": longer}
     call(write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out")
-    made = {run.parents[2].name: run.parent for run in tmp_path.glob("out/runs/*/stage1/dvae/run.json")}
-    costs = {name: json.loads((run / "run.json").read_text())["cost"]["wall_seconds"] for name, run in made.items()}
+    made = {
+        run.parents[2].name: run.parent for run in tmp_path.glob("out/runs/*/stage1/dvae/run.json")
+    }
+    costs = {
+        name: json.loads((run / "run.json").read_text())["cost"]["wall_seconds"]
+        for name, run in made.items()
+    }
     for seed in (0, 1):
-        assert costs[f"base-{seed}"] == costs[f"block-{seed}"] != costs[f"longer-{seed}"], "copied, not trained again"
+        assert costs[f"base-{seed}"] == costs[f"block-{seed}"] != costs[f"longer-{seed}"], (
+            "copied, not trained again"
+        )
     assert costs["base-0"] != costs["base-1"]
-    alone = tiny(max_steps=4, sampler={"name": "random"}, teacher=["dvae"], dvae={"max_steps": 2}, seed=1)
-    alone = pretrain(replace(alone, sampler=replace(alone.sampler, **ARMS["block"]["sampler"])), tmp_path / "alone")
+    alone = tiny(
+        max_steps=4, sampler={"name": "random"}, teacher=["dvae"], dvae={"max_steps": 2}, seed=1
+    )
+    alone = pretrain(
+        replace(alone, sampler=replace(alone.sampler, **ARMS["block"]["sampler"])),
+        tmp_path / "alone",
+    )
     assert_close(weights(made["block-1"].parents[1]), weights(alone), rtol=0, atol=0)
-    call(write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out")  # goes on
+    call(
+        write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out"
+    )  # goes on
 
 
 def test_the_cost_of_stage_one_comes_before_the_first_step(tiny):
@@ -314,14 +405,19 @@ def test_equal_time_trains_each_arm_for_its_steps(write_grid, costs, tmp_path):
     table = (tmp_path / "out" / "table.md").read_text()
     assert "equal CPU time, 0.05 minutes a run" in table
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert {arm: values["steps"] for arm, values in record["arms"].items()} == {"base": 6, "block": 3}
+    assert {arm: values["steps"] for arm, values in record["arms"].items()} == {
+        "base": 6,
+        "block": 3,
+    }
     spent = json.loads((tmp_path / "out" / "runs" / "base-0" / "run.json").read_text())["cost"]
     assert spent["step"] == 6
     assert record["arms"]["base"]["cpu_minutes"] == pytest.approx(spent["cpu_seconds"] / 60)
 
 
 def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp_path, monkeypatch):
-    """Outcomes by script: base is best at the first rate, block at the second; on test it is the other way round."""
+    """Outcomes by script: base is best at the first rate, block at the second; on test it is the
+    other way round.
+    """
     grid = read_grid(write_grid(lr=[0.001, 0.002]), {}, BASELINES)
     looked = []
 
@@ -340,11 +436,16 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     chosen = {run for run, _, part in looked if part == "validation"}
     assert chosen == {f"{arm}-lr{rate}-0" for arm in ARMS for rate in (0.001, 0.002)}
     assert len(list((tmp_path / "runs").iterdir())) == 6  # the first seed's runs are used again
-    assert "learning rate of 0.001, 0.002, by 10 labels a class on the validation part, seed 0" in comparison.notes()[0]
+    assert (
+        "learning rate of 0.001, 0.002, by 10 labels a class on the validation part, seed 0"
+        in comparison.notes()[0]
+    )
 
 
 def test_the_validation_part_is_no_test_shape(bundle):
-    parts = {part: outcomes.Shapes.read(LabelledSet(bundle), 64, part) for part in ("test", "validation")}
+    parts = {
+        part: outcomes.Shapes.read(LabelledSet(bundle), 64, part) for part in ("test", "validation")
+    }
     tested = {cloud.tobytes() for cloud in parts["test"].scored.points[:]}
     validated = {cloud.tobytes() for half in parts["validation"][2:4] for cloud in half.points[:]}
     assert not tested & validated
@@ -353,21 +454,50 @@ def test_the_validation_part_is_no_test_shape(bundle):
 
 def test_a_rate_is_that_of_the_arm_s_own_objective(write_grid):
     arms = {"base": {}, "rival": {"objective": "generative"}, "taught": {"teacher": "generative"}}
-    grid = read_grid(write_grid(arms=arms, lr=[0.5], settings={"generative": {"lr": 0.004, "max_steps": 4}}), {})
+    grid = read_grid(
+        write_grid(arms=arms, lr=[0.5], settings={"generative": {"lr": 0.004, "max_steps": 4}}), {}
+    )
     assert grid.config("base", 0, 0.5).lr == 0.5
     rival, taught = grid.config("rival", 3, 0.5), grid.config("taught", 0, 0.5)
     assert (rival.lr, rival.generative.lr, rival.seed) == (0.5, 0.5, 3)
-    assert (taught.lr, taught.generative.lr, taught.schedule("generative").lr) == (0.5, 0.004, 0.004)
-    assert read_grid(write_grid(arms=arms, settings={"generative": {"lr": 0.004}}), {}).arms["rival"].lr == 0.004
+    assert (taught.lr, taught.generative.lr, taught.schedule("generative").lr) == (
+        0.5,
+        0.004,
+        0.004,
+    )
+    assert (
+        read_grid(write_grid(arms=arms, settings={"generative": {"lr": 0.004}}), {})
+        .arms["rival"]
+        .lr
+        == 0.004
+    )
 
 
 def test_flags_say_what_is_trained_on_and_scored(write_grid, monkeypatch, tmp_path):
     """--up-axis is that of the data too where nothing else is scored."""
     seen = []
-    monkeypatch.setattr(comparing, "compare", lambda plan, sets, part, out: seen.append((plan, sets, part)))
+    monkeypatch.setattr(
+        comparing, "compare", lambda plan, sets, part, out: seen.append((plan, sets, part))
+    )
     call(write_grid(), "--data", "a.npz", "--up-axis", "y", "--out", tmp_path)
-    call(write_grid(), "--data", "a.npz", "--score", "b.npz", "c.npz", "--up-axis", "y", "z", "--labels-key", "labels",
-         "fine", "--part", "validation", "--out", tmp_path)  # fmt: skip
+    call(
+        write_grid(),
+        "--data",
+        "a.npz",
+        "--score",
+        "b.npz",
+        "c.npz",
+        "--up-axis",
+        "y",
+        "z",
+        "--labels-key",
+        "labels",
+        "fine",
+        "--part",
+        "validation",
+        "--out",
+        tmp_path,
+    )
     (first, sets, part), (second, others, validation) = seen
     assert (first.arms["base"].data, first.arms["base"].up_axis) == (("a.npz",), ("y",))
     assert (sets, part, validation) == ([LabelledSet("a.npz", "labels", "y")], "test", "validation")

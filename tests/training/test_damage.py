@@ -79,9 +79,14 @@ def cut(tiny, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tiny, cut, tmp_path, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    tiny, cut, tmp_path, capsys, name, damage
+):
     run, whole = shutil.copytree(cut[0], tmp_path / "run"), cut[1]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-0000004", "step-0000005"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-0000004",
+        "step-0000005",
+    ]
     bad = run / "checkpoints" / "step-0000005" / name
     DAMAGE[damage](bad)
     pretrain(tiny(), run, resume=True)
@@ -91,7 +96,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(tiny, cut, t
 
 
 def test_every_bit_of_a_checkpoint_counts(cut, tmp_path):
-    """Wherever a bit is turned over, it is noticed, or was nothing that training reads (JSON's spaces)."""
+    """Wherever a bit is turned over, it is noticed, or was nothing that training reads (JSON's
+    spaces).
+    """
     run = shutil.copytree(cut[0], tmp_path / "run") / "checkpoints" / "step-0000005"
     for name in FILES:
         file, read = run / name, checkpoint._READ[name]
@@ -101,7 +108,11 @@ def test_every_bit_of_a_checkpoint_counts(cut, tmp_path):
             try:
                 after = read(file)
                 assert after.keys() == before.keys()
-                assert all(torch.equal(torch.as_tensor(after[key]), before[key]) for key in before if name != FILES[2])
+                assert all(
+                    torch.equal(torch.as_tensor(after[key]), before[key])
+                    for key in before
+                    if name != FILES[2]
+                )
                 assert name != FILES[2] or after == before
             except ValueError as error:
                 noticed.append(str(error))
@@ -118,17 +129,23 @@ def test_both_damaged_or_gone_is_a_clear_error(tiny, cut, tmp_path, capsys):
     assert "step-0000005/model.safetensors" in said
     assert "no whole checkpoint is left: begin again with another --out" in said
     shutil.rmtree(run / "checkpoints")
-    assert "checkpoints: gone, though the run had begun" in refusal(capsys, "pretrain", "--out", run, "--resume")
+    assert "checkpoints: gone, though the run had begun" in refusal(
+        capsys, "pretrain", "--out", run, "--resume"
+    )
 
 
 def test_settings_that_were_damaged_or_edited_are_refused(cut, tmp_path, capsys):
     run = shutil.copytree(cut[0], tmp_path / "run")
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"lr": 0.001', '"lr": 0.003'))
-    assert "config.json: missing, damaged or edited" in refusal(capsys, "pretrain", "--out", run, "--resume")
+    assert "config.json: missing, damaged or edited" in refusal(
+        capsys, "pretrain", "--out", run, "--resume"
+    )
     (run / "config.json").write_text(text)
     (run / "run.json").write_text((run / "run.json").read_text().replace('"data"', '"dada"'))
-    assert "run.json: damaged: it has no data" in refusal(capsys, "pretrain", "--out", run, "--resume")
+    assert "run.json: damaged: it has no data" in refusal(
+        capsys, "pretrain", "--out", run, "--resume"
+    )
     os.truncate(run / "run.json", 100)
     assert "run.json: " in refusal(capsys, "pretrain", "--out", run, "--resume")
 
@@ -136,18 +153,32 @@ def test_settings_that_were_damaged_or_edited_are_refused(cut, tmp_path, capsys)
 def test_damaged_metrics_lose_their_line_only(tiny, cut, tmp_path):
     run = shutil.copytree(cut[0], tmp_path / "run")
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_bytes(lines[0] + b"\xff{" + lines[1] + b"".join(lines[2:]) + b'{"step": 5, "lo')
+    (run / "metrics.jsonl").write_bytes(
+        lines[0] + b"\xff{" + lines[1] + b"".join(lines[2:]) + b'{"step": 5, "lo'
+    )
     pretrain(tiny(), run, resume=True)
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 3, 4, 5, 6]
+    assert [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 3, 4, 5, 6]
 
 
 QUICK = {
-    "batch_size": 8, "max_steps": 12, "lr": 3e-3, "log_every": 1, "checkpoint_every": 3,
+    "batch_size": 8,
+    "max_steps": 12,
+    "lr": 3e-3,
+    "log_every": 1,
+    "checkpoint_every": 3,
     "encoder": {
-        "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
-        "tokenizer_dim": 8, "drop_path": 0.1,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_groups": 16,
+        "group_size": 8,
+        "num_points": 64,
+        "tokenizer_dim": 8,
+        "drop_path": 0.1,
     },
-}  # fmt: skip
+}
 
 
 def test_a_damaged_checkpoint_of_fine_tuning_too(shapes, tmp_path, capsys):
@@ -164,7 +195,14 @@ def test_a_damaged_checkpoint_of_fine_tuning_too(shapes, tmp_path, capsys):
 def test_a_damaged_start_or_episode_of_few_shot_is_refused(shapes, tmp_path, monkeypatch):
     torch.manual_seed(0)
     PointEncoder(**QUICK["encoder"]).save_pretrained(tmp_path / "given")
-    sizes = {"data": shapes, "ways": 2, "shots": 4, "queries": 5, "folds": 2, "init": str(tmp_path / "given")}
+    sizes = {
+        "data": shapes,
+        "ways": 2,
+        "shots": 4,
+        "queries": 5,
+        "folds": 2,
+        "init": str(tmp_path / "given"),
+    }
     config, run = from_dict(FewshotConfig, merge(QUICK, sizes)), tmp_path / "run"
     real = fewshots.finetune
     monkeypatch.setattr(fewshots, "finetune", lambda *a, **options: real(*a, stop_at=4, **options))
@@ -219,7 +257,10 @@ def test_weights_with_nan_are_refused_by_name(tmp_path, value):
     encoder = PointEncoder(**QUICK["encoder"])
     encoder.blocks[1].norm1.weight.data[3] = value
     encoder.save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ValueError, match=r"encoder/model\.safetensors: blocks\.1\.norm1\.weight holds NaN or infinite"):
+    with pytest.raises(
+        ValueError,
+        match=r"encoder/model\.safetensors: blocks\.1\.norm1\.weight holds NaN or infinite",
+    ):
         load(tmp_path / "encoder")
 
 
@@ -236,7 +277,7 @@ def test_weights_of_others_without_a_checksum_load_and_flipped_ones_do_not(tmp_p
     load(tmp_path / "encoder")
 
 
-# ------------------------------------------------------------------------------------------------ bad clouds
+# --------------------------------------------------------------------------------------- bad clouds
 
 
 @pytest.fixture
@@ -249,7 +290,16 @@ def store(tmp_path) -> Path:
         file.rename(tmp_path / "clouds" / file.name)
     with pytest.raises(SystemExit) as stop:
         main(
-            ["prepare", str(tmp_path / "clouds"), "--out", str(tmp_path / "store"), "--points", "64", "--workers", "1"]
+            [
+                "prepare",
+                str(tmp_path / "clouds"),
+                "--out",
+                str(tmp_path / "store"),
+                "--points",
+                "64",
+                "--workers",
+                "1",
+            ]
         )
     assert not stop.value.code
     return tmp_path / "store"
@@ -265,7 +315,9 @@ def spoil(store: Path, row: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["nan", "truncated", "gone"])
-def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole(tiny, store, tmp_path, capsys, how):
+def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole(
+    tiny, store, tmp_path, capsys, how
+):
     config = tiny(data=[str(store)], checkpoint_every=100)
     whole = pretrain(config, tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -289,12 +341,16 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        with pytest.raises(ReadError, match=r"read at step [45]; restore the file as it was") as caught:
+        with pytest.raises(
+            ReadError, match=r"read at step [45]; restore the file as it was"
+        ) as caught:
             pretrain(config, tmp_path / "run", resume=True)
     assert str(store) in str(caught.value)
     assert (".xyz: NaN or infinite" in str(caught.value)) == (how == "nan")
     assert "lr" not in str(caught.value)
-    step = int(re.search(r"read at step (\d)", str(caught.value))[1])  # the next batch may be read already
+    step = int(
+        re.search(r"read at step (\d)", str(caught.value))[1]
+    )  # the next batch may be read already
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step-{step - 1:07d}"
     assert str(store) in refusal(capsys, "info", store, "--verify")
     file.write_bytes(content)
@@ -315,10 +371,12 @@ def test_verify_finds_nan_whose_checksum_is_right(store, capsys):
     file = store / header["shards"][0]["file"]
     header["shards"][0]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (store / "store.json").write_text(json.dumps(header))
-    assert f"{opened.key(7)}: NaN or infinite coordinates (1 clouds)" in refusal(capsys, "info", store, "--verify")
+    assert f"{opened.key(7)}: NaN or infinite coordinates (1 clouds)" in refusal(
+        capsys, "info", store, "--verify"
+    )
 
 
-# ------------------------------------------------------------------------------------------ two at once, full disks
+# -------------------------------------------------------------------------- two at once, full disks
 
 
 def test_a_second_command_on_a_run_is_refused_by_name(tiny, cut, tmp_path):
@@ -338,7 +396,11 @@ def test_a_full_disk_names_the_file_and_what_was_whole_stays(tiny, cut, tmp_path
     """A limit on the size of files stands for the disk: small ones fit, weights or moments do not."""
     resource = pytest.importorskip("resource")
     run = shutil.copytree(cut[0], tmp_path / "run")
-    before = {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".jsonl"}
+    before = {
+        str(path): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.suffix != ".jsonl"
+    }
 
     def full() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -10,7 +10,9 @@ from jepa3d.data.datasets import load
 from jepa3d.training import pretrain as training
 
 
-@pytest.mark.parametrize("kind", ["synthetic", "bundle", "bundle with split", "folder", "folder with split", "store"])
+@pytest.mark.parametrize(
+    "kind", ["synthetic", "bundle", "bundle with split", "folder", "folder with split", "store"]
+)
 @pytest.mark.parametrize("split", ["train", "all"])
 def test_a_limited_source_knows_how_many_shapes_it_has(kind, split, tmp_path, capsys):
     from jepa3d.cli import main
@@ -28,7 +30,18 @@ def test_a_limited_source_knows_how_many_shapes_it_has(kind, split, tmp_path, ca
             np.save(file, cloud)
     if kind == "store":
         with pytest.raises(SystemExit):
-            main(["prepare", str(source), "--out", str(tmp_path / "store"), "--points", "64", "--workers", "1"])
+            main(
+                [
+                    "prepare",
+                    str(source),
+                    "--out",
+                    str(tmp_path / "store"),
+                    "--points",
+                    "64",
+                    "--workers",
+                    "1",
+                ]
+            )
         source = tmp_path / "store"
     whole, some = load([str(source)], 32, split), load([str(source)], 32, split, limit=6)
     assert len(some) == 6
@@ -41,7 +54,9 @@ def test_a_limited_source_knows_how_many_shapes_it_has(kind, split, tmp_path, ca
 def test_the_cost_of_the_whole_run_is_that_of_its_steps(teacher, tiny, monkeypatch, capsys):
     """Every stage at 3 s a step; the cache by its own arithmetic."""
     monkeypatch.setattr(
-        training, "fit", lambda *_: {"wall_seconds": 1.0, "peak_memory": 2**30, "step_seconds": 3.0, "metrics": {}}
+        training,
+        "fit",
+        lambda *_: {"wall_seconds": 1.0, "peak_memory": 2**30, "step_seconds": 3.0, "metrics": {}},
     )
     cached = {"cache": True} if teacher == ("untrained",) else {}
     config = tiny(teacher=teacher, data=["synthetic:4000"], max_steps=None, epochs=8, target=cached)
@@ -63,7 +78,14 @@ def test_the_cost_of_the_whole_run_is_that_of_its_steps(teacher, tiny, monkeypat
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (3540, "59 min"), (3599, "1 h 0 min"), (90_000, "25 h 0 min")],
+    [
+        (0.4, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (3540, "59 min"),
+        (3599, "1 h 0 min"),
+        (90_000, "25 h 0 min"),
+    ],
 )
 def test_durations_are_said_as_people_say_them(seconds, said):
     assert training.duration(seconds) == said

@@ -1,4 +1,6 @@
-"""Cached targets, passes of a step, recomputed activations, and what is chosen by rule or by a trial."""
+"""Cached targets, passes of a step, recomputed activations, and what is chosen by rule or by a
+trial.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ def lines(run):
 
 
 def test_cached_targets_are_what_the_teacher_says_of_the_shapes_as_they_are(tiny):
-    config = tiny(**CACHED, batch_size=32)  # all 32 shapes are one batch: nothing depends on the order
+    config = tiny(
+        **CACHED, batch_size=32
+    )  # all 32 shapes are one batch: nothing depends on the order
     clouds = clouds_of(config, "jepa")
     task = with_cache(make_task(config, "jepa", clouds, {}), clouds, config, None)
     index = np.array([3, 0, 31])
@@ -61,11 +65,18 @@ def test_a_cached_step_without_augmentation_is_the_plain_step(tiny):
     grouped = group(points, 16, 8)
     objective = task.objective
     sample = objective.sampler(grouped.centers, generator.stream("sampler"))
-    prediction, _ = objective.predict(grouped.patches, grouped.centers, sample, generator.stream("drop_path"))
+    prediction, _ = objective.predict(
+        grouped.patches, grouped.centers, sample, generator.stream("drop_path")
+    )
     output = objective(points, generator, 0.0, *cached.targets(np.arange(32)))
     assert_close(output.prediction, prediction)
     tokens = objective.teacher(grouped.patches, grouped.centers)
-    assert_close(output.target, tokens[torch.arange(32)[:, None, None], output.sample.target], atol=2e-3, rtol=1e-3)
+    assert_close(
+        output.target,
+        tokens[torch.arange(32)[:, None, None], output.sample.target],
+        atol=2e-3,
+        rtol=1e-3,
+    )
 
 
 def test_patches_of_a_cached_step_are_of_the_augmented_points(tiny, monkeypatch):
@@ -75,7 +86,9 @@ def test_patches_of_a_cached_step_are_of_the_augmented_points(tiny, monkeypatch)
     index = np.arange(4)
     points = 2.0 * clouds.batch(index)
     monkeypatch.setattr(
-        task.objective, "predict", lambda patches, centers, *_: seen.append((patches, centers)) or 1 / 0
+        task.objective,
+        "predict",
+        lambda patches, centers, *_: seen.append((patches, centers)) or 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         task.objective(points, BatchGenerator(0), 0.0, *task.targets(index))
@@ -112,16 +125,21 @@ def test_an_interrupted_cache_goes_on_and_the_run_is_the_same(tiny, tmp_path, mo
 @pytest.mark.parametrize("teacher", ["ema", "none"])
 def test_a_moving_teacher_cannot_be_cached(tiny, tmp_path, teacher):
     config = tiny(
-        teacher=["untrained", teacher] if teacher == "ema" else teacher, target={"cache": True, "sigreg": 0.1}
+        teacher=["untrained", teacher] if teacher == "ema" else teacher,
+        target={"cache": True, "sigreg": 0.1},
     )
     with pytest.raises(ValueError, match=rf"target\.cache needs frozen teachers, not {teacher}"):
         pretrain(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(tiny, tmp_path, monkeypatch):
+def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(
+    tiny, tmp_path, monkeypatch
+):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(ValueError, match=r"target\.cache needs 0\.0 GB in .*, the disk has 0\.0 GB"):
+    with pytest.raises(
+        ValueError, match=r"target\.cache needs 0\.0 GB in .*, the disk has 0\.0 GB"
+    ):
         pretrain(tiny(**CACHED), tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
 
@@ -130,7 +148,9 @@ def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(tin
 
 
 def test_passes_of_a_step_add_up_to_its_gradient(tiny, monkeypatch):
-    """Up to BatchNorm and the standardised target, whose statistics are those of a pass: left out here."""
+    """Up to BatchNorm and the standardised target, whose statistics are those of a pass: left out
+    here.
+    """
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: x)
     states = []
     for accumulate in (1, 4):
@@ -152,19 +172,30 @@ def test_accumulation_resumes(tiny, tmp_path):
 
 
 def test_a_batch_that_passes_cannot_share_is_an_error(tiny, tmp_path):
-    with pytest.raises(ValueError, match="batch_size 8 is not a multiple of the 1 processes x accumulate 3"):
+    with pytest.raises(
+        ValueError, match="batch_size 8 is not a multiple of the 1 processes x accumulate 3"
+    ):
         pretrain(tiny(accumulate=3), tmp_path / "run")
 
 
-@pytest.mark.parametrize("overrides", [{}, {"decoder": {"depth": 0}}, {"objective": "generative"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"decoder": {"depth": 0}}, {"objective": "generative"}], ids=str
+)
 def test_recomputed_activations_change_nothing(tiny, tmp_path, overrides, monkeypatch):
     again = []
     for module in (decoder, encoder):
-        checkpoint = module.checkpoint
-        monkeypatch.setattr(module, "checkpoint", lambda *a, **k: again.append(1) or checkpoint(*a, **k))  # noqa: B023
+
+        def noted(*a, original=module.checkpoint, **k):
+            again.append(1)
+            return original(*a, **k)
+
+        monkeypatch.setattr(module, "checkpoint", noted)
     plain = pretrain(tiny(**overrides), tmp_path / "plain")
     assert not again
-    assert same(weights(plain), weights(pretrain(tiny(checkpoint_activations=True, **overrides), tmp_path / "again")))
+    assert same(
+        weights(plain),
+        weights(pretrain(tiny(checkpoint_activations=True, **overrides), tmp_path / "again")),
+    )
     assert again
 
 
@@ -187,10 +218,12 @@ class GPU:
 @pytest.mark.parametrize(
     ("gpu", "amx", "precision", "name"),
     [
-        (None, True, "bf16", "CPU with AMX"), (None, False, "no", "CPU"), (GPU(True), False, "bf16", "GPU of 2030"),
+        (None, True, "bf16", "CPU with AMX"),
+        (None, False, "no", "CPU"),
+        (GPU(True), False, "bf16", "GPU of 2030"),
         (GPU(False), True, "no", "GPU of 2030"),
     ],
-)  # fmt: skip
+)
 def test_auto_is_bf16_on_gpus_that_have_it_and_with_amx_and_fp32_elsewhere(
     tiny, monkeypatch, capsys, gpu, amx, precision, name
 ):
@@ -213,14 +246,20 @@ def test_auto_is_fp32_where_torch_cannot_tell(monkeypatch):
     assert not engine.has_fast_bf16()
 
 
-def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(tiny, tmp_path, monkeypatch, capsys):
+def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(
+    tiny, tmp_path, monkeypatch, capsys
+):
     run, amx = tmp_path / "run", [True]
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx[0])
     config = tiny(mixed_precision="auto", max_steps=4, **CACHED)
     with pytest.raises(Interrupted):
         pretrain(config, run, stop_at=2)
     assert json.loads((run / "config.json").read_text())["mixed_precision"] == "bf16"
-    assert record(run)["engine"] == {"mixed_precision": "bf16", "compile": False, "device": "CPU with AMX"}
+    assert record(run)["engine"] == {
+        "mixed_precision": "bf16",
+        "compile": False,
+        "device": "CPU with AMX",
+    }
     assert record(run)["departures"]["mixed_precision"] == ["bf16", "no"]
     amx[0] = False
     capsys.readouterr()
@@ -228,7 +267,9 @@ def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(tiny, t
     said = capsys.readouterr().out
     assert f"{run}: begun in bf16 on CPU with AMX; goes on in bf16 on CPU\n" in said
     assert "mixed_precision auto" not in said
-    assert losses(pretrain(tiny(mixed_precision="bf16", max_steps=4, **CACHED), tmp_path / "bf16")) == losses(run)
+    assert losses(
+        pretrain(tiny(mixed_precision="bf16", max_steps=4, **CACHED), tmp_path / "bf16")
+    ) == losses(run)
     info.describe(str(run))
     assert "computed in bf16 on CPU with AMX\n" in capsys.readouterr().out
 
@@ -251,11 +292,16 @@ def test_auto_of_an_older_version_was_a_trial(tiny, tmp_path, monkeypatch, tried
     edit_json(run / "config.json", lambda found: found.update(mixed_precision="auto"))
     edit_json(run / "run.json", lambda found: (found.pop("engine"), found.pop("config")))
     if tried:
-        write_checked(run / "engine.json", {"mixed_precision": "bf16", "compile": False, "seconds": {"bf16": 1.0}})
+        write_checked(
+            run / "engine.json",
+            {"mixed_precision": "bf16", "compile": False, "seconds": {"bf16": 1.0}},
+        )
     monkeypatch.setattr(engine, "trial", lambda *_: 1 / 0 if tried else {("bf16", False): 1.0})
     assert settings.stored(run)["mixed_precision"] == "measure"
     pretrain(tiny(mixed_precision="measure", max_steps=4), run, resume=True)
-    assert losses(run) == losses(pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16"))
+    assert losses(run) == losses(
+        pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")
+    )
 
 
 def edit_json(file, change):
@@ -286,7 +332,11 @@ def test_a_trial_chooses_the_fastest_and_a_resume_keeps_it(tiny, tmp_path, monke
     pretrain(config, tmp_path / "run", resume=True)
     assert tried == [[("no", False), ("bf16", False)]]
     found = record(tmp_path / "run")["engine"]
-    assert (found["mixed_precision"], found["compile"], found["seconds"]) == ("bf16", False, {"fp32": 2.0, "bf16": 1.0})
+    assert (found["mixed_precision"], found["compile"], found["seconds"]) == (
+        "bf16",
+        False,
+        {"fp32": 2.0, "bf16": 1.0},
+    )
     assert "trial, ms a pass: fp32 2000, bf16 1000; taken: bf16" in capsys.readouterr().out
     bf16 = pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")
     assert losses(bf16) == losses(tmp_path / "run")
@@ -303,7 +353,10 @@ def test_a_trial_leaves_the_run_as_it_was(tiny, tmp_path, monkeypatch):
         return {("no", False): 1.0}
 
     monkeypatch.setattr(engine, "trial", trial)
-    assert same(weights(plain), weights(pretrain(tiny(mixed_precision="measure", max_steps=2), tmp_path / "run")))
+    assert same(
+        weights(plain),
+        weights(pretrain(tiny(mixed_precision="measure", max_steps=2), tmp_path / "run")),
+    )
 
 
 def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeypatch):
@@ -313,9 +366,13 @@ def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeyp
     config = tiny(compile="auto")
     clouds = clouds_of(config, "jepa")
     task = make_task(config, "jepa", clouds, {})
-    monkeypatch.setattr(engine, "compile_blocks", lambda objective: setattr(objective, "forward", broken))
+    monkeypatch.setattr(
+        engine, "compile_blocks", lambda objective: setattr(objective, "forward", broken)
+    )
     assert engine.choose(task, clouds, config, None) == ("no", False)
-    assert "trial of fp32, compiled: no compiler\ntrial, ms a pass: fp32 " in capsys.readouterr().out
+    assert (
+        "trial of fp32, compiled: no compiler\ntrial, ms a pass: fp32 " in capsys.readouterr().out
+    )
     with pytest.raises(RuntimeError, match="no compiler"):
         engine.trial(task, clouds, config, [("no", True)])
 
@@ -346,11 +403,28 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     config = tiny(**CACHED, max_steps=4)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings.to_dict(config)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(name: str, *flags: str):
-        command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / name), *flags]
+        command = [
+            *launch,
+            *COMMAND,
+            "pretrain",
+            "--recipe",
+            str(recipe),
+            "--out",
+            str(tmp_path / name),
+            *flags,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
         assert done.returncode == 0, done.stderr
         return tmp_path / name
@@ -359,10 +433,15 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     assert losses(run("two")) == pytest.approx(losses(one), rel=1e-4)
     one = pretrain(replace(config, accumulate=2), tmp_path / "one-2")
     assert losses(run("two-2", "--accumulate", "2")) == pytest.approx(losses(one), rel=1e-4)
-    assert record(run("measure", "--mixed-precision", "measure"))["engine"]["seconds"].keys() == {"fp32", "bf16"}
+    assert record(run("measure", "--mixed-precision", "measure"))["engine"]["seconds"].keys() == {
+        "fp32",
+        "bf16",
+    }
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "more", stop_at=2)
-    assert losses(run("more", "--resume")) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), "begun by one process"
+    assert losses(run("more", "--resume")) == pytest.approx(losses(tmp_path / "one"), rel=1e-4), (
+        "begun by one process"
+    )
 
 
 # ---------------------------------------------------------------------------------- trackers
@@ -371,7 +450,9 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
 def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        pretrain(tiny(track="tensorboard", log_every=1), run, stop_at=2)  # an interruption loses nothing
+        pretrain(
+            tiny(track="tensorboard", log_every=1), run, stop_at=2
+        )  # an interruption loses nothing
     time.sleep(1.1)  # tensorboardX names a file by its second
     pretrain(tiny(track="tensorboard", log_every=1), run, resume=True)
     events = b"".join(path.read_bytes() for path in sorted((run / "jepa3d").glob("events*")))
@@ -382,7 +463,8 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tm
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("board", "--track board: one of .*tensorboard"), ("aim", "--track aim: pip install aim")]
+    ("name", "message"),
+    [("board", "--track board: one of .*tensorboard"), ("aim", "--track aim: pip install aim")],
 )
 def test_a_tracker_that_cannot_be_had_is_told(tiny, tmp_path, name, message):
     with pytest.raises(ValueError, match=message):

@@ -12,12 +12,24 @@ from jepa3d.training.fewshot import run_fewshot
 from jepa3d.training.loop import Interrupted
 
 QUICK = {
-    "batch_size": 8, "max_steps": 6, "lr": 3e-3, "ways": 2, "shots": 4, "folds": 3, "queries": 5,
+    "batch_size": 8,
+    "max_steps": 6,
+    "lr": 3e-3,
+    "ways": 2,
+    "shots": 4,
+    "folds": 3,
+    "queries": 5,
     "encoder": {
-        "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
-        "tokenizer_dim": 8, "drop_path": 0.0,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_groups": 16,
+        "group_size": 8,
+        "num_points": 64,
+        "tokenizer_dim": 8,
+        "drop_path": 0.0,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -31,7 +43,9 @@ def result(run) -> dict:
 
 def test_the_result_is_the_mean_over_its_folds(config, tmp_path):
     found = result(run_fewshot(config(), tmp_path / "run"))
-    folds = [result(tmp_path / "run" / f"fold-{i}")["metrics"]["overall_accuracy"] for i in range(3)]
+    folds = [
+        result(tmp_path / "run" / f"fold-{i}")["metrics"]["overall_accuracy"] for i in range(3)
+    ]
     assert found["details"]["folds"] == folds
     assert found["metrics"]["overall_accuracy"] == pytest.approx(np.mean(folds))
     assert found["metrics"]["std_over_folds"] == pytest.approx(np.std(folds, ddof=1))
@@ -68,12 +82,16 @@ def test_frozen_methods_need_no_training_and_say_what_they_are(config, tmp_path,
 
 
 def test_both_arms_see_the_same_episodes(config, tmp_path):
-    one, two = (run_fewshot(config(method=m), tmp_path / m) / "episodes.json" for m in ("ncm", "logistic"))
+    one, two = (
+        run_fewshot(config(method=m), tmp_path / m) / "episodes.json" for m in ("ncm", "logistic")
+    )
     assert one.read_text() == two.read_text()
 
 
 def test_too_few_classes_is_said_before_anything_is_written(config, tmp_path):
-    with pytest.raises(ValueError, match="4 classes with 4 train and 5 test shapes each are needed, 3 are there"):
+    with pytest.raises(
+        ValueError, match="4 classes with 4 train and 5 test shapes each are needed, 3 are there"
+    ):
         run_fewshot(config(ways=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

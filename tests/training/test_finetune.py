@@ -27,12 +27,24 @@ from jepa3d.training.loop import Interrupted
 from jepa3d.training.optim import adamw
 
 ENCODER = {
-    "embed_dim": 24, "depth": 2, "num_heads": 2, "num_groups": 16, "group_size": 8, "num_points": 64,
-    "tokenizer_dim": 8, "drop_path": 0.1,
-}  # fmt: skip
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_groups": 16,
+    "group_size": 8,
+    "num_points": 64,
+    "tokenizer_dim": 8,
+    "drop_path": 0.1,
+}
 QUICK = {
-    "batch_size": 8, "max_steps": 12, "epochs": 4, "lr": 3e-3, "log_every": 1, "checkpoint_every": 3, "encoder": ENCODER
-}  # fmt: skip
+    "batch_size": 8,
+    "max_steps": 12,
+    "epochs": 4,
+    "lr": 3e-3,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "encoder": ENCODER,
+}
 
 
 @pytest.fixture
@@ -55,8 +67,17 @@ def test_it_learns_and_says_how_its_number_was_made(config, tmp_path):
     found = result(run)
     assert found["metrics"]["overall_accuracy"] > 70
     assert found["protocol"] == "fine-tuned, all weights"
-    assert (found["selection"], found["votes"], found["init"], found["seed"]) == ("validation", 1, "scratch", 0)
-    assert (found["data"]["train"], found["data"]["validation"], found["data"]["test"]) == (129, 33, 78)
+    assert (found["selection"], found["votes"], found["init"], found["seed"]) == (
+        "validation",
+        1,
+        "scratch",
+        0,
+    )
+    assert (found["data"]["train"], found["data"]["validation"], found["data"]["test"]) == (
+        129,
+        33,
+        78,
+    )
     saved = np.load(run / "predictions.npz")
     accuracy = 100 * (saved["label"] == saved["predicted"]).mean()
     assert found["metrics"]["overall_accuracy"] == pytest.approx(accuracy)
@@ -118,17 +139,24 @@ def test_it_begins_with_the_encoder_it_is_given_at_the_size_it_is_told(config, t
     torch.manual_seed(5)
     encoder = PointEncoder(**ENCODER)
     encoder.save_pretrained(tmp_path / "given")
-    run = finetune(config(init=str(tmp_path / "given"), num_groups=12, num_points=48), tmp_path / "run")
+    run = finetune(
+        config(init=str(tmp_path / "given"), num_groups=12, num_points=48), tmp_path / "run"
+    )
     start = PointEncoder.from_pretrained(run / "start")
     assert (start.num_groups, start.num_points) == (12, 48)
-    assert all(torch.equal(value, start.state_dict()[name]) for name, value in encoder.state_dict().items())
+    assert all(
+        torch.equal(value, start.state_dict()[name]) for name, value in encoder.state_dict().items()
+    )
     assert json.loads((run / "config.json").read_text())["encoder"]["num_groups"] == 12
     assert result(run)["init"] == str(tmp_path / "given")
 
 
 def test_a_frozen_encoder_stays_and_the_head_learns(config, tmp_path):
     run = finetune(config(trained="head", max_steps=20), tmp_path / "run")
-    start, end = load_file(run / "start" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    start, end = (
+        load_file(run / "start" / "model.safetensors"),
+        load_file(run / "model" / "model.safetensors"),
+    )
     assert all(torch.equal(value, end[f"encoder.{name}"]) for name, value in start.items())
     assert end["cls_token"].any()
     assert result(run)["protocol"] == "fine-tuned, head only"
@@ -155,7 +183,10 @@ def test_head_first_begins_as_the_frozen_probe(head_first):
 
 def test_head_first_trains_all_but_the_statistics_of_batchnorm(head_first, tmp_path):
     run = finetune(head_first(select="last"), tmp_path / "run")
-    start, end = load_file(run / "start" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    start, end = (
+        load_file(run / "start" / "model.safetensors"),
+        load_file(run / "model" / "model.safetensors"),
+    )
     same = {name for name, value in start.items() if torch.equal(value, end[f"encoder.{name}"])}
     kept = ("running_mean", "running_var", "num_batches_tracked")
     assert same == {name for name in start if name.endswith(kept)} != set()
@@ -214,9 +245,13 @@ def test_layer_decay_slows_the_early_layers():
 
 
 def test_votes_average_logits_as_in_point_mae(config, monkeypatch):
-    """Means of 8, 0, 0 and 0, 3, 3: the first class wins; by probabilities, 0.36 against 0.61, it would lose."""
+    """Means of 8, 0, 0 and 0, 3, 3: the first class wins; by probabilities, 0.36 against 0.61, it
+    would lose.
+    """
     said = iter([[8.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 3.0, 0.0]])
-    monkeypatch.setattr(Classifier, "forward", lambda _, points: torch.tensor([next(said)] * len(points)))
+    monkeypatch.setattr(
+        Classifier, "forward", lambda _, points: torch.tensor([next(said)] * len(points))
+    )
     shapes = Labelled.load(config(), 64).test
     found = predict(Classifier(ENCODER, ["a", "b", "c"]), shapes, votes=3, batch_size=len(shapes))
     assert set(found["predicted"]) == {0}
@@ -230,7 +265,8 @@ def test_votes_are_counted_and_repeatable(config, tmp_path):
     probability = [np.load(run / "predictions.npz")["probability"] for run in (one, two)]
     np.testing.assert_array_equal(*probability)
     assert not np.array_equal(
-        probability[0], np.load(finetune(config(), tmp_path / "p") / "predictions.npz")["probability"]
+        probability[0],
+        np.load(finetune(config(), tmp_path / "p") / "predictions.npz")["probability"],
     )
 
 
@@ -246,7 +282,9 @@ def test_labelled_fractions_are_stratified_and_never_mix_with_validation():
 def test_train_validation_and_test_are_disjoint(config):
     data = Labelled.load(config(), 64)
     train, validation = data.divide(0.5, 0.25, seed=3)
-    clouds = [{cloud.tobytes() for cloud in part.points[:]} for part in (train, validation, data.test)]
+    clouds = [
+        {cloud.tobytes() for cloud in part.points[:]} for part in (train, validation, data.test)
+    ]
     assert [len(part) for part in clouds] == [60, 21, 78]
     assert not clouds[0] & clouds[1]
     assert not (clouds[0] | clouds[1]) & clouds[2]
@@ -254,7 +292,10 @@ def test_train_validation_and_test_are_disjoint(config):
 
 
 def test_parts_are_learned_within_each_category(segment_config, tmp_path):
-    run = finetune(segment_config(max_steps=80, lr=5e-3, rotate=False, scale=[1, 1], translate=0), tmp_path / "run")
+    run = finetune(
+        segment_config(max_steps=80, lr=5e-3, rotate=False, scale=[1, 1], translate=0),
+        tmp_path / "run",
+    )
     found = result(run)
     assert found["metrics"]["instance_miou"] > 60
     assert set(found["details"]["per_category"]) == {"ball", "disc", "rod"}
@@ -298,7 +339,9 @@ def test_layers_are_those_of_the_encoder_that_is_loaded(segment_config, tmp_path
 
 def test_scratch_weights_are_the_seed_s(config):
     data = Labelled.load(config(), 64)
-    one, two, three = (training.make_network(config(seed=s), data, data.train, None) for s in (0, 0, 1))
+    one, two, three = (
+        training.make_network(config(seed=s), data, data.train, None) for s in (0, 0, 1)
+    )
     assert torch.equal(one.out.weight, two.out.weight)
     assert not torch.equal(one.out.weight, three.out.weight)
 
@@ -322,7 +365,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(config, tmp_path
 
 
 def test_data_without_a_test_part_says_what_makes_one(config, tmp_path):
-    np.savez(tmp_path / "d.npz", points=make_shapes(12, 64, seed=0)["points"], labels=np.arange(12) % 2)
+    np.savez(
+        tmp_path / "d.npz", points=make_shapes(12, 64, seed=0)["points"], labels=np.arange(12) % 2
+    )
     with pytest.raises(ValueError, match="no test part; make one with: jepa3d prepare --split"):
         finetune(config(data=str(tmp_path / "d.npz")), tmp_path / "run")
 
@@ -347,7 +392,15 @@ def command(words: list[str]) -> None:
 
 def test_the_command_line_trains_resumes_and_shows(shapes, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(json.dumps({k: v for k, v in QUICK.items()}))
-    words = ["classify", "--recipe", str(tmp_path / "r.yaml"), "--data", shapes, "--out", str(tmp_path / "run")]
+    words = [
+        "classify",
+        "--recipe",
+        str(tmp_path / "r.yaml"),
+        "--data",
+        shapes,
+        "--out",
+        str(tmp_path / "run"),
+    ]
     command([*words, "--max-steps", "4"])
     said = capsys.readouterr().out
     assert "fine-tuned, all weights on shapes.npz: overall accuracy" in said

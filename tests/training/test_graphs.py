@@ -1,4 +1,7 @@
-"""Draws that a recorded pass repeats. The graphs themselves need a GPU: benchmarks/gpu.py, part `same`."""
+"""Draws that a recorded pass repeats.
+
+The graphs themselves need a GPU: benchmarks/gpu.py, part `same`.
+"""
 
 import pytest
 import torch
@@ -19,7 +22,10 @@ def test_repeated_draws_are_those_of_another_step(tiny, bundle, view):
     model(points, draws)
 
     def sizes(step: int) -> list[int]:
-        return [BatchGenerator(0, step, stream=name).choice(count) for name, count in draws.choices.items()]
+        return [
+            BatchGenerator(0, step, stream=name).choice(count)
+            for name, count in draws.choices.items()
+        ]
 
     same = next(step for step in range(1, 1000) if sizes(step) == sizes(0))
     draws.redraw(same)

@@ -70,8 +70,18 @@ def test_learning_rate_warms_up_and_decays_to_the_minimum():
 
 
 def test_every_epoch_begins_at_the_rate_of_timms_scheduler():
-    """CosineLRScheduler(t_initial=300, lr_min=1e-6, warmup_lr_init=1e-6, warmup_t=10) of Point-MAE's builder."""
-    published = {0: 1e-6, 1: 1.009e-4, 5: 5.005e-4, 9: 9.001e-4, 10: 9.972638e-4, 150: 5.005e-4, 299: 1.0273879e-6}
+    """CosineLRScheduler(t_initial=300, lr_min=1e-6, warmup_lr_init=1e-6, warmup_t=10) of
+    Point-MAE's builder.
+    """
+    published = {
+        0: 1e-6,
+        1: 1.009e-4,
+        5: 5.005e-4,
+        9: 9.001e-4,
+        10: 9.972638e-4,
+        150: 5.005e-4,
+        299: 1.0273879e-6,
+    }
     schedule, shapes = Schedule(batch_size=100), 4000
     total = total_steps(schedule, shapes)
     for epoch, rate in published.items():
@@ -121,7 +131,11 @@ def test_resume_restores_optimizer_and_ema_teacher(tiny, tmp_path):
     saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
     names = load_file(saved / "model.safetensors").keys()
     assert any(name.startswith("teacher.") for name in names)
-    steps = {float(v) for n, v in load_file(saved / "optimizer.safetensors").items() if n.endswith(".step")}
+    steps = {
+        float(v)
+        for n, v in load_file(saved / "optimizer.safetensors").items()
+        if n.endswith(".step")
+    }
     assert steps == {3.0}
 
 
@@ -150,13 +164,17 @@ def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "saved; continue with: jepa3d pretrain --out" in errors
-    stopped_at = json.loads((checkpoint.latest(run / "checkpoints") / "state.json").read_text())["step"]
+    stopped_at = json.loads((checkpoint.latest(run / "checkpoints") / "state.json").read_text())[
+        "step"
+    ]
     assert 5 <= stopped_at < 60
     pretrain(config, run, resume=True)
     assert same(weights(pretrain(config, tmp_path / "whole")), weights(run))
 
 
-def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_last(tiny, tmp_path):
+def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_last(
+    tiny, tmp_path
+):
     config = tiny(max_steps=6, checkpoint_every=2)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", config), tmp_path / "run"
     die = (
@@ -212,18 +230,24 @@ def test_seeds_differ(tiny, tmp_path):
 
 @pytest.mark.parametrize("teacher", ["ema", "dvae"])
 def test_golden_curve(tiny, tmp_path, teacher):
-    """20 losses that a change which should not alter results must reproduce (write: UPDATE_GOLDEN=1 pytest)."""
+    """20 losses that a change which should not alter results must reproduce (write:
+
+    UPDATE_GOLDEN=1 pytest).
+    """
     config = tiny(teacher=teacher, max_steps=20, dvae={"max_steps": 20})
     run = pretrain(config, tmp_path / "run")
-    curves = {"jepa": losses(run)} | ({"dvae": losses(run / "stage1" / "dvae")} if teacher == "dvae" else {})
+    curves = {"jepa": losses(run)} | (
+        {"dvae": losses(run / "stage1" / "dvae")} if teacher == "dvae" else {}
+    )
     path = GOLDEN / f"{teacher}.json"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(json.dumps(curves, indent=1) + "\n")
     golden = json.loads(path.read_text())
     assert curves.keys() == golden.keys()
     for name, curve in curves.items():
-        # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in double precision.
-        # In a dVAE it also turns near ties over, codes and nearest points: 3e-2 later from one processor to another.
+        # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in
+        # double precision. In a dVAE it also turns near ties over, codes and nearest points: 3e-2
+        # later from one processor to another.
         exact = {"dvae": 8, "jepa": 0}[name] if teacher == "dvae" else len(curve)
         assert curve[:exact] == pytest.approx(golden[name][:exact], rel=3e-3)
         assert curve == pytest.approx(golden[name], rel=5e-2)
@@ -241,21 +265,46 @@ def test_golden_curve(tiny, tmp_path, teacher):
     ids=str,
 )
 def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
-    """Same losses and weights to tolerance, with drop-path, every random draw and BatchNorm in play."""
-    steps = {name: {"max_steps": 5} | overrides.get(name, {}) for name in ("generative", "invariance")}
+    """Same losses and weights to tolerance, with drop-path, every random draw and BatchNorm in
+    play.
+    """
+    steps = {
+        name: {"max_steps": 5} | overrides.get(name, {}) for name in ("generative", "invariance")
+    }
     config = tiny(**(overrides | {"max_steps": 5} | steps))
     recipe = write_recipe(tmp_path / "recipe.yaml", config)
     single = pretrain(config, tmp_path / "single")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / "double")]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    command = [
+        *launch,
+        *COMMAND,
+        "pretrain",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "double"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 5/5") == 1  # two processes of one run, not two runs
     # Rounding grows by ten a step: 0.8e-4 to 2.6e-4 after five, over three seeds.
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=5e-4)
-    begun, one, two = (weights(tmp_path / "single", "untrained"), weights(single), weights(tmp_path / "double"))
-    # AdamW turns rounding of a vanishing gradient into a full step, so weights are compared as a whole.
+    begun, one, two = (
+        weights(tmp_path / "single", "untrained"),
+        weights(single),
+        weights(tmp_path / "double"),
+    )
+    # AdamW turns rounding of a vanishing gradient into a full step, so weights are compared as a
+    # whole.
     moved = sum((one[name] - begun[name]).float().square().sum() for name in one) ** 0.5
     apart = sum((one[name] - two[name]).float().square().sum() for name in one) ** 0.5
     assert apart < 0.02 * moved
@@ -276,15 +325,42 @@ main()
 
 
 def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tmp_path):
-    """The same command begins the run and continues it; step 3 is done twice, its figures are kept once."""
+    """The same command begins the run and continues it; step 3 is done twice, its figures are kept
+    once.
+    """
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    launch += ["--max-restarts", "5"]  # on a busy machine gloo may not find the new processes at once
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    launch += [
+        "--max-restarts",
+        "5",
+    ]  # on a busy machine gloo may not find the new processes at once
     for name, code in (("whole", COMMAND[-1]), ("killed", KILLED_ONCE)):
-        command = [*COMMAND[:-1], code, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / name), "--resume"]
+        command = [
+            *COMMAND[:-1],
+            code,
+            "pretrain",
+            "--recipe",
+            str(recipe),
+            "--out",
+            str(tmp_path / name),
+            "--resume",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            [*launch, *command], stdout=-1, stderr=-1, text=True, env=environment, start_new_session=True
+            [*launch, *command],
+            stdout=-1,
+            stderr=-1,
+            text=True,
+            env=environment,
+            start_new_session=True,
         ) as process:
             try:
                 printed, errors = process.communicate(timeout=120)
@@ -298,12 +374,20 @@ def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tm
 
 
 def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrained(tiny, tmp_path):
-    run = pretrain(tiny(init="generative", max_steps=1, lr=1e-12, min_lr=0.0, weight_decay=0.0), tmp_path / "run")
+    run = pretrain(
+        tiny(init="generative", max_steps=1, lr=1e-12, min_lr=0.0, weight_decay=0.0),
+        tmp_path / "run",
+    )
     begun, ended = weights(run, "stage1/generative/encoder"), weights(run)
     for name, value in begun.items():
-        if not any(part in name for part in ("running", "num_batches", "vector_")):  # statistics: one step moves them
+        if not any(
+            part in name for part in ("running", "num_batches", "vector_")
+        ):  # statistics: one step moves them
             torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=0)
-    assert same(weights(run, "untrained"), weights(pretrain(tiny(max_steps=1), tmp_path / "cold"), "untrained"))
+    assert same(
+        weights(run, "untrained"),
+        weights(pretrain(tiny(max_steps=1), tmp_path / "cold"), "untrained"),
+    )
 
 
 def test_an_untrained_teacher_is_the_fresh_encoder_even_beside_a_warm_start(tiny):
@@ -311,7 +395,9 @@ def test_an_untrained_teacher_is_the_fresh_encoder_even_beside_a_warm_start(tiny
     clouds = load(config.data, config.encoder.num_points)
     fresh = training.make_task(config, "jepa", clouds, {}).objective
     other = training.make_task(tiny(seed=5), "jepa", clouds, {}).module
-    warm = training.make_task(tiny(teacher=config.teacher, init="given"), "jepa", clouds, {"given": other}).objective
+    warm = training.make_task(
+        tiny(teacher=config.teacher, init="given"), "jepa", clouds, {"given": other}
+    ).objective
     begun = fresh.encoder.state_dict()
     for objective in (fresh, warm):
         frozen, average = objective.teacher.networks
@@ -340,10 +426,15 @@ def test_stage_one_of_a_self_made_teacher_is_that_objectives_own_run(tiny, tmp_p
 
 def test_snapshots_are_the_encoder_on_its_way_with_their_cost_logged(tiny, tmp_path):
     run = pretrain(tiny(max_steps=5, snapshot_every=2, log_every=100), tmp_path / "run")
-    assert sorted(folder.name for folder in (run / "snapshots").iterdir()) == ["step-0000002", "step-0000004"]
+    assert sorted(folder.name for folder in (run / "snapshots").iterdir()) == [
+        "step-0000002",
+        "step-0000004",
+    ]
     with pytest.raises(Interrupted):
         pretrain(tiny(max_steps=5, snapshot_every=2), tmp_path / "half", stop_at=4)
-    assert same(weights(run, "snapshots/step-0000004"), weights(tmp_path / "half", "snapshots/step-0000004"))
+    assert same(
+        weights(run, "snapshots/step-0000004"), weights(tmp_path / "half", "snapshots/step-0000004")
+    )
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 4, 5]
 
@@ -368,7 +459,9 @@ def test_cost_accumulates_over_sessions(tiny, tmp_path):
     config = tiny(max_steps=4)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "run", stop_at=2)
-    before = json.loads((checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.json").read_text())
+    before = json.loads(
+        (checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.json").read_text()
+    )
     time.sleep(0.01)
     pretrain(config, tmp_path / "run", resume=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -384,7 +477,9 @@ def test_fused_adamw_is_adamw():
         model = torch.nn.Linear(5, 3)
         optimizer = adamw(model, schedule)
         if not fused:
-            optimizer = torch.optim.AdamW(optimizer.param_groups, lr=schedule.lr, foreach=False, fused=False)
+            optimizer = torch.optim.AdamW(
+                optimizer.param_groups, lr=schedule.lr, foreach=False, fused=False
+            )
         for _ in range(5):
             model(torch.ones(2, 5)).square().sum().backward()
             optimizer.step()
@@ -409,8 +504,24 @@ def test_a_spoilt_loss_never_replaces_a_checkpoint(tiny, tmp_path, monkeypatch):
 
 def test_two_processes_in_bf16_finish(tiny, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny(max_steps=2, mixed_precision="bf16"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [*launch, *COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+    ]
+    command = [
+        *launch,
+        *COMMAND,
+        "pretrain",
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr

@@ -10,14 +10,25 @@ import cyclopts
 
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.cli import evaluating, exporting, finetuning, pretraining, reporting, scenes, using, viewing  # noqa: F401
+from jepa3d.cli import (  # noqa: F401
+    evaluating,
+    exporting,
+    finetuning,
+    pretraining,
+    reporting,
+    scenes,
+    using,
+    viewing,
+)
 from jepa3d.cli.app import app
 from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE, stored
 from jepa3d.plain import from_dict, merge, printable, read_recipe, to_dict
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
-    """What the flags of a training command override: the stored run when resuming, then preset and recipe."""
+    """What the flags of a training command override: the stored run when resuming, then preset and
+    recipe.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):
         parser.add_argument(flag)
@@ -31,7 +42,9 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
     if named := known.preset or recipe.pop("preset", None):
-        layers.append(settings.preset(named) if command == "pretrain" else settings.finetune_preset(named))
+        layers.append(
+            settings.preset(named) if command == "pretrain" else settings.finetune_preset(named)
+        )
     recipe.pop("preset", None)
     layers.append(recipe)
     try:
@@ -58,8 +71,12 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
             continue
         value = value if equals else next(values, "")
         if given.setdefault(name, value) != value:
-            raise ValueError(f"{name} {given[name]} and {value}: {name} and {objective}.{name} are one in this run")
-    return words + [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+            raise ValueError(
+                f"{name} {given[name]} and {value}: {name} and {objective}.{name} are one in this run"
+            )
+    return words + [
+        word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot have are spelled out
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # names that the terminal cannot have are spelled out
             stream.reconfigure(errors="backslashreplace")
     try:
         if tokens and (command := tokens[0]) in KINDS:

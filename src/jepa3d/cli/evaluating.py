@@ -28,19 +28,21 @@ def probe(
     parts: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Show what an encoder learned: frozen features under named protocols, beside an untrained encoder and others.
+    """Show what an encoder learned: frozen features under named protocols, beside an untrained
+    encoder and others.
 
     Parameters
     ----------
     runs: list[Path]
-        Finished runs; several seeds of one configuration give mean and standard deviation. Or one encoder: default (the
-        one in the package), a folder, or a Hub id.
+        Finished runs; several seeds of one configuration give mean and standard deviation. Or one
+        encoder: default (the one in the package), a folder, or a Hub id.
     data: str
         Labelled shapes with a train and a test part.
     labels_key: str
         The labels of a .npz bundle.
     up_axis: str
-        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is turned.
+        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
+        turned.
     layer: str
         best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
     pooling: str
@@ -54,12 +56,13 @@ def probe(
     per_class: str
         A protocol whose accuracy a class is printed too.
     corruptions: bool
-        Instead, accuracy on corrupted shapes: noise, strays, cuts, turns, PointCloud-C's seven kinds.
+        Instead, accuracy on corrupted shapes: noise, strays, cuts, turns, PointCloud-C's seven
+        kinds.
     parts: bool
         Instead, how well the parts of shapes are told point by point, by features of every point.
     out: Path
-        Where to write the result; by default probe-DATA.json in the first run, or in the current folder
-        probe-MODEL-DATA.json.
+        Where to write the result; by default probe-DATA.json in the first run, or in the current
+        folder probe-MODEL-DATA.json.
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
@@ -69,7 +72,11 @@ def probe(
         if (corruptions and parts) or (layer, pooling, protocols, quick, per_class) != _CHOICES:
             other = "--layer, --pooling, --protocols, --quick, --per-class"
             raise ValueError(f"--corruptions and --parts: one of them, and without {other}")
-        ask, show = (dense.probe_parts, dense.show) if parts else (corrupted.probe_corrupted, corrupted.show)
+        ask, show = (
+            (dense.probe_parts, dense.show)
+            if parts
+            else (corrupted.probe_corrupted, corrupted.show)
+        )
         show(result := ask([str(run) for run in runs], data, labels_key, up_axis, part))
     else:
         if layer != "best" and not layer.isdigit():
@@ -80,11 +87,17 @@ def probe(
         result = probing.probe(runs, data, labels_key, up_axis, at, pooling, names, part, quick)
         probing.show(result, per_class)
     special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (layer != "best")
-    special += [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
+    special += (
+        [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
+    )
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     if not (run := (runs[0] / "run.json").is_file()):  # an encoder's own folder is left as it is
         special.insert(0, runs[0].name)
-    out = out or (runs[0] if run else Path()) / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
+    out = (
+        out
+        or (runs[0] if run else Path())
+        / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
+    )
     write_json(out, result)
     print(f"written: {out}")
 
@@ -101,7 +114,8 @@ def curve(
     part: Literal["test", "validation"] = "test",
     out: Path = Path("curves.png"),
 ) -> None:
-    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of finished runs.
+    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of
+    finished runs.
 
     Parameters
     ----------
@@ -138,7 +152,8 @@ def results(
     published: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Gather fine-tuning runs in a table: seeds averaged, gains paired by seed, published figures beside them.
+    """Gather fine-tuning runs in a table: seeds averaged, gains paired by seed, published figures
+    beside them.
 
     Parameters
     ----------
@@ -156,7 +171,9 @@ def results(
     from jepa3d.evaluation.results import tables
 
     if not runs and not published:
-        raise ValueError("results of which runs? Give folders, or --published for the published tables alone")
+        raise ValueError(
+            "results of which runs? Give folders, or --published for the published tables alone"
+        )
     if choose is not None and not runs:
         raise ValueError(f"--choose {choose}: needs runs to choose among")
     sheets = tables(list(runs), choose) if runs else []
@@ -179,22 +196,26 @@ def retrieval(
     corruptions: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Show how well vectors find shapes of their class, beside an untrained encoder and vectors made by hand.
+    """Show how well vectors find shapes of their class, beside an untrained encoder and vectors
+    made by hand.
 
     Parameters
     ----------
     models: list[str]
-        default (the encoder of the package), runs, encoders or Hub ids; also runs of jepa3d classify.
+        default (the encoder of the package), runs, encoders or Hub ids; also runs of jepa3d
+        classify.
     data: str
         Labelled shapes with a train and a test part.
     labels_key: str
         The labels of a .npz bundle.
     up_axis: str
-        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is turned.
+        The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
+        turned.
     part: str
         What is searched: test, or train, to choose an encoder by.
     corruptions: bool
-        Instead, show what is found for corrupted queries: noise, strays, cuts, turns, PointCloud-C's seven kinds.
+        Instead, show what is found for corrupted queries: noise, strays, cuts, turns,
+        PointCloud-C's seven kinds.
     out: Path
         Where to write the result, as JSON.
     """
@@ -202,7 +223,11 @@ def retrieval(
     from jepa3d.evaluation import retrieval as retrieving
     from jepa3d.evaluation.protocol import write_json
 
-    ask, show = (corrupted.search_corrupted, corrupted.show) if corruptions else (retrieving.retrieval, retrieving.show)
+    ask, show = (
+        (corrupted.search_corrupted, corrupted.show)
+        if corruptions
+        else (retrieving.retrieval, retrieving.show)
+    )
     show(result := ask(models, data, labels_key, up_axis, part))
     if out is not None:
         write_json(out, result)
@@ -221,9 +246,11 @@ def compare(
     part: Literal["test", "validation"] = "test",
     out: Path,
 ) -> None:
-    """Train the arms of a grid with the same seeds and say which are better: paired differences, 95 % intervals.
+    """Train the arms of a grid with the same seeds and say which are better: paired differences, 95
+    % intervals.
 
-    Interrupted, the same command goes on; arms and seeds that were added are trained, what is finished is not.
+    Interrupted, the same command goes on; arms and seeds that were added are trained, what is
+    finished is not.
 
     Parameters
     ----------
@@ -236,7 +263,8 @@ def compare(
     labels_key: tuple[str, ...]
         The labels of the scored .npz bundles: one, or one each.
     up_axis: tuple[str, ...]
-        Of what is scored, x, y or z: one, or one each; without --score of the data too. Else the grid says the data's.
+        Of what is scored, x, y or z: one, or one each; without --score of the data too. Else the
+        grid says the data's.
     part: str
         What is scored: test, or validation (a fifth of train), to choose a recipe by.
     out: Path

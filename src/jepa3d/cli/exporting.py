@@ -7,12 +7,14 @@ from jepa3d.cli.app import app
 
 @app.command
 def export(model: str = "default", /, *, out: Path) -> None:
-    """Write a model for use without this package: ONNX, torch.export, and a folder ready for the Hub; all checked.
+    """Write a model for use without this package: ONNX, torch.export, and a folder ready for the
+    Hub; all checked.
 
     Parameters
     ----------
     model: str
-        The folder of a run, an encoder or a classifier, or a Hub id; the encoder of the package by default.
+        The folder of a run, an encoder or a classifier, or a Hub id; the encoder of the package by
+        default.
     out: Path
         A new folder.
     """

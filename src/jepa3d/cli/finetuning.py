@@ -8,8 +8,12 @@ from cyclopts import Parameter
 from jepa3d.cli.app import app
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
-Preset = Annotated[str, Parameter(help="Sizes of an encoder from scratch: tiny, small (the paper), base.")]
-Recipe = Annotated[Path | None, Parameter(help="YAML settings; flags win over it, it wins over the preset.")]
+Preset = Annotated[
+    str, Parameter(help="Sizes of an encoder from scratch: tiny, small (the paper), base.")
+]
+Recipe = Annotated[
+    Path | None, Parameter(help="YAML settings; flags win over it, it wins over the preset.")
+]
 Out = Annotated[Path, Parameter(help="Run folder to make.")]
 Resume = Annotated[bool, Parameter(help="Continue the run in --out, which was interrupted.")]
 
@@ -72,8 +76,8 @@ def predict(
     files: list[Path]
         Files, or folders of them.
     out: Path
-        Of a classifier: a CSV with a row a file. Of a segmenter: a folder with a coloured PLY a file, in the
-        file's own coordinates, part numbers beside the colours.
+        Of a classifier: a CSV with a row a file. Of a segmenter: a folder with a coloured PLY a
+        file, in the file's own coordinates, part numbers beside the colours.
     category: str
         Of the files, for a segmenter of several categories.
     up_axis: str
@@ -96,7 +100,9 @@ def _run(command: str, config: FinetuneConfig, out: Path, resume: bool) -> None:
         else:
             finetune(config, out, resume)
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop}; continue with: jepa3d {command} --out {out} --resume") from None
+        raise KeyboardInterrupt(
+            f"{stop}; continue with: jepa3d {command} --out {out} --resume"
+        ) from None
     if is_main():
         show_result(out)
     leave()

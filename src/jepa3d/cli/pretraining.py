@@ -32,40 +32,48 @@ def prepare(
     workers: int = 0,
     strict: bool = False,
 ) -> None:
-    """Turn a benchmark's download or anybody's files into a store that every other command reads in place.
+    """Turn a benchmark's download or anybody's files into a store that every other command reads in
+    place.
 
     Interrupted, the same command goes on; run again later, it adds the files that are new.
 
     Parameters
     ----------
     source: Path
-        A folder, a single file, or an archive (.zip, .tar.*); the formats and benchmarks are in docs/data.md.
+        A folder, a single file, or an archive (.zip, .tar.*); the formats and benchmarks are in
+        docs/data.md.
     out: Path
         The store: a new folder, or one begun with the same settings.
     points: int
         Points a cloud, or all. A mesh is sampled by area (8,192 where all are kept).
     reduce: str
-        How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel (even, in linear time).
+        How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel
+        (even, in linear time).
     short: str
-        A cloud of fewer points: repeat (64 at least; each copy is moved a little along the surface), or skip, left out.
+        A cloud of fewer points: repeat (64 at least; each copy is moved a little along the
+        surface), or skip, left out.
     up_axis: str
         Of the files; by default what the benchmark or format (glTF: y) has, else z.
     unit: str
         Of the files, written down for later; coordinates lead back to the file's own in any case.
     split: str
-        folder (named train, test, val, or the benchmark's lists), a fraction for test, or a file listing test clouds.
+        folder (named train, test, val, or the benchmark's lists), a fraction for test, or a file
+        listing test clouds.
     keep: tuple[str, ...]
         Some of normals, colors, parts.
     precision: str
-        float32, or float16: half the size, rounded by at most 0.00025 of a cloud's radius a coordinate.
+        float32, or float16: half the size, rounded by at most 0.00025 of a cloud's radius a
+        coordinate.
     variant: str
-        Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10, modelnet40.
+        Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10,
+        modelnet40.
     columns: tuple[str, ...]
         Names of x, y and z in tables whose headers have others; or of all columns of .bin files.
     seed: int
         Of mesh samples, reductions and the split.
     keep_strays: bool
-        Keep points that lie where hardly any other does, as benchmarks always do; else they are left out first.
+        Keep points that lie where hardly any other does, as benchmarks always do; else they are
+        left out first.
     workers: int
         Processes; 0 is one a core.
     strict: bool
@@ -76,11 +84,23 @@ def prepare(
 
     names = tuple(name for text in columns or () for name in text.split(","))
     options = Preparation(
-        None if points == "all" else points, reduce, short, up_axis, unit, split, keep, precision, variant,
-        names or None, seed, keep_strays,
-    )  # fmt: skip
+        None if points == "all" else points,
+        reduce,
+        short,
+        up_axis,
+        unit,
+        split,
+        keep,
+        precision,
+        variant,
+        names or None,
+        seed,
+        keep_strays,
+    )
     for store in run(source, out, options, workers, strict):
-        print(f"see it with: jepa3d info {store}; train on it with: jepa3d pretrain --data {store} --out RUN")
+        print(
+            f"see it with: jepa3d info {store}; train on it with: jepa3d pretrain --data {store} --out RUN"
+        )
 
 
 @app.command
@@ -98,15 +118,18 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (a laptop's minutes, with the targets that learned most in them), small (the paper), base.
+        tiny (a laptop's minutes, with the targets that learned most in them), small (the paper),
+        base.
     recipe: Path
         YAML settings; flags win over it, it wins over the preset.
     out: Path
         Run folder to make; required unless --dry-run.
     resume: bool
-        Continue the run in --out, which was interrupted; under torchrun --max-restarts, begin it as well.
+        Continue the run in --out, which was interrupted; under torchrun --max-restarts, begin it as
+        well.
     dry_run: bool
-        Read some data, take two steps of every stage, print what the whole run will cost, write nothing.
+        Read some data, take two steps of every stage, print what the whole run will cost, write
+        nothing.
     """
     from jepa3d.training import pretrain as training
     from jepa3d.training.loop import Interrupted
@@ -121,7 +144,9 @@ def pretrain(
     try:
         training.pretrain(config, out, resume)
     except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop}; continue with: jepa3d pretrain --out {out} --resume") from None
+        raise KeyboardInterrupt(
+            f"{stop}; continue with: jepa3d pretrain --out {out} --resume"
+        ) from None
     if is_main():
         print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
     leave()

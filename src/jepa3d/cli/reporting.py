@@ -6,8 +6,11 @@ from jepa3d.cli.app import app
 
 
 @app.command
-def report(run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None) -> None:
-    """Write a run as one HTML file: results, curves, figures, settings, cost; it opens anywhere, without a network.
+def report(
+    run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None
+) -> None:
+    """Write a run as one HTML file: results, curves, figures, settings, cost; it opens anywhere,
+    without a network.
 
     Parameters
     ----------

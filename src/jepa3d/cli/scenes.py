@@ -21,13 +21,16 @@ def scene(
     Parameters
     ----------
     scan: Path
-        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other clouds where they fit into memory.
+        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other clouds where they fit
+        into memory.
     out: Path
-        .ply, .las or .laz: features as colours, in the order of the scan. .parquet: the features themselves.
+        .ply, .las or .laz: features as colours, in the order of the scan. .parquet: the features
+        themselves.
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     tile: float
-        Side of a tile in the scan's unit, as large as the objects of interest; by default as many points need.
+        Side of a tile in the scan's unit, as large as the objects of interest; by default as many
+        points need.
     up_axis: str
         The scan's up axis: x, y or z.
     dtype: str

@@ -31,12 +31,13 @@ def embed(
     paths: list[Path]
         Files, folders of files, or stores of jepa3d prepare.
     out: Path
-        A .parquet file; or a folder of one a share (for many machines and tens of millions of clouds).
+        A .parquet file; or a folder of one a share (for many machines and tens of millions of
+        clouds).
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     up_axis: str
-        The files' up axis: x, y or z; stores and glTF know their own. Or none: vectors that are the same however a
-        cloud is turned, which tell less and cost twelve times as much.
+        The files' up axis: x, y or z; stores and glTF know their own. Or none: vectors that are the
+        same however a cloud is turned, which tell less and cost twelve times as much.
     layer: int
         Of the encoder: 0 (tokenizer) to its depth, or -1, the last.
     pooling: str
@@ -64,7 +65,8 @@ def index(
     delete: tuple[str, ...] = (),
     ann: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Put vectors into a store for millions: rows of the same path are replaced; delete some; or index it.
+    """Put vectors into a store for millions: rows of the same path are replaced; delete some; or
+    index it.
 
     Parameters
     ----------
@@ -110,24 +112,28 @@ def search(
     json: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
 ) -> None:
-    """Find the shapes most like a query, by the cosine of their vectors; exact unless told otherwise.
+    """Find the shapes most like a query, by the cosine of their vectors; exact unless told
+    otherwise.
 
     Parameters
     ----------
     where_in: Path
         What jepa3d embed or index wrote.
     queries: list[str]
-        Clouds, meshes, folders of them, FILE#ROW of a file of many, STORE#KEY of a store, or a .npy of vectors.
+        Clouds, meshes, folders of them, FILE#ROW of a file of many, STORE#KEY of a store, or a .npy
+        of vectors.
     k: int
         Neighbours of each.
     where: tuple[str, ...]
-        Conditions that all must hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000' (= != < <= > >= ~).
+        Conditions that all must hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000' (=
+        != < <= > >= ~).
     min_cosine: float
         Leave out what is less like it.
     include_self: bool
         Keep the query's own file among its neighbours.
     probes: int
-        Approximate search of that many partitions of a store that was indexed by jepa3d index --ann.
+        Approximate search of that many partitions of a store that was indexed by jepa3d index
+        --ann.
     model: str
         Where the encoder of the index lies now, if it moved.
     json: bool
@@ -142,10 +148,14 @@ def search(
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         but = None if include_self else names
-        for name, hits in zip(names, searching.search(where_in, vectors, k, where, but, probes), strict=True):
+        for name, hits in zip(
+            names, searching.search(where_in, vectors, k, where, but, probes), strict=True
+        ):
             near = [hit for hit in hits if hit.cosine >= min_cosine]
             found.append((name, near))
-            print(neighbours.to_json(name, near, pairs)) if json else neighbours.show(name, near, pairs)
+            print(neighbours.to_json(name, near, pairs)) if json else neighbours.show(
+                name, near, pairs
+            )
     if html is not None:
         neighbours.write_page(found, making, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
@@ -163,7 +173,8 @@ def label(
     names: Path | None = None,
     unknown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """From unlabelled clouds to a classifier: clusters, names for a few of them, and a label for every cloud.
+    """From unlabelled clouds to a classifier: clusters, names for a few of them, and a label for
+    every cloud.
 
     Parameters
     ----------
@@ -178,9 +189,11 @@ def label(
     clusters: int
         How many to propose; by default the square root of half the clouds, at most 40.
     names: Path
-        A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a terminal you are asked.
+        A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a
+        terminal you are asked.
     unknown: bool
-        Call clouds that are unlike every named one unknown; of the named classes one in 20 is, wrongly.
+        Call clouds that are unlike every named one unknown; of the named classes one in 20 is,
+        wrongly.
     """
     from jepa3d.inference.label import label as run
     from jepa3d.locking import writing

@@ -18,14 +18,16 @@ def view(
     port: int = 8080,
     up_axis: str = "z",
 ) -> None:
-    """Show clouds on a local web page: coloured by height, tokens, similarity to a click, or a pretraining sample.
+    """Show clouds on a local web page: coloured by height, tokens, similarity to a click, or a
+    pretraining sample.
 
     Parameters
     ----------
     paths: list[Path]
         Clouds, meshes, folders of them, FILE#ROW of a file of many, or stores of jepa3d prepare.
     model: str
-        The folder of a run or an encoder, or a Hub id; by default that of the index, without one "default".
+        The folder of a run or an encoder, or a Hub id; by default that of the index, without one
+        "default".
     index: Path
         What jepa3d embed or index wrote: the nearest shapes are shown beside.
     port: int

@@ -1,4 +1,7 @@
-"""Archives of files: `jepa3d prepare` unpacks them, since it copies what it needs; other commands refuse them."""
+"""Archives of files:
+
+`jepa3d prepare` unpacks them, since it copies what it needs; other commands refuse them.
+"""
 
 import shutil
 import tarfile
@@ -26,16 +29,19 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def unpacked(source: Path, out: Path) -> Iterator[Path]:
-    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it is.
+    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it
+    is.
 
-    The caller holds the lock of `out`.
-    Raises ReadError for an archive that is damaged, has a member that would be written elsewhere, or is too large.
+    The caller holds the lock of `out`. Raises ReadError for an archive that is damaged, has a
+    member that would be written elsewhere, or is too large.
     """
     if not (source.is_file() and is_archive(source)):
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):  # by a killed command: the lock is ours
+    for left in out.parent.glob(
+        f".{escape(out.name)}.unpacked-*"
+    ):  # by a killed command: the lock is ours
         shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
     try:
@@ -45,17 +51,30 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
                 with zipfile.ZipFile(source) as archive:
                     for name in archive.namelist():
                         if not (folder / name).resolve().is_relative_to(folder):
-                            raise ReadError(f"{source}: member {name!r} would be written outside its folder")
-                    _check_size(source, folder, sum(member.file_size for member in archive.infolist()))
+                            raise ReadError(
+                                f"{source}: member {name!r} would be written outside its folder"
+                            )
+                    _check_size(
+                        source, folder, sum(member.file_size for member in archive.infolist())
+                    )
                     archive.extractall(folder)
             else:
                 with tarfile.open(source) as archive:
                     total = 0
-                    for member in archive:  # one by one: what a header claims is checked before it is written
+                    for member in (
+                        archive
+                    ):  # one by one: what a header claims is checked before it is written
                         total += member.size
                         _check_size(source, folder, total)
                         archive.extract(member, folder, filter="data")
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        except (
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            zlib.error,
+        ) as error:
             raise ReadError(f"{source}: damaged or refused archive ({line(error)})") from error
         yield folder
     finally:
@@ -63,8 +82,14 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
 
 
 def _check_size(source: Path, folder: Path, total: int) -> None:
-    """ReadError where the files of an archive are out of all proportion to it, or do not fit on the disk."""
+    """ReadError where the files of an archive are out of all proportion to it, or do not fit on the
+    disk.
+    """
     if total > max(_MOST[0] * source.stat().st_size, _MOST[1]):
-        raise ReadError(f"{source}: would unpack to {total:,} bytes, too many for its size; unpack it yourself")
+        raise ReadError(
+            f"{source}: would unpack to {total:,} bytes, too many for its size; unpack it yourself"
+        )
     if total > (free := shutil.disk_usage(folder).free):
-        raise ReadError(f"{source}: would unpack to {total:,} bytes beside the store, where {free:,} are free")
+        raise ReadError(
+            f"{source}: would unpack to {total:,} bytes beside the store, where {free:,} are free"
+        )

@@ -1,6 +1,7 @@
 """Files of arrays, NPY, NPZ and HDF5: one cloud, or many with what is known of each.
 
-Shapes and types are read first, from the headers, and what they claim is bounded before anything is inflated.
+Shapes and types are read first, from the headers, and what they claim is bounded before anything is
+inflated.
 """
 
 import zipfile
@@ -38,7 +39,9 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path) -> dict[str, np.ndarray]:
-    """What an array file of many clouds says of each: label and split [n], names, and class_names; those it has."""
+    """What an array file of many clouds says of each: label and split [n], names, and class_names;
+    those it has.
+    """
     with boundary(path):
         headers = _headers(path)
         names = {key: name for key, name in _known(headers).items() if key in _FACTS}
@@ -49,25 +52,32 @@ def facts_in(path: Path) -> dict[str, np.ndarray]:
         for key, values in facts.items():
             facts[key] = values = values.reshape(-1) if values.shape == (len(values), 1) else values
             if key == "split" and (values.shape != (count,) or values.dtype.kind not in "iu"):
-                raise ReadError(f"split must be {count} whole numbers, found {values.dtype} {list(values.shape)}")
+                raise ReadError(
+                    f"split must be {count} whole numbers, found {values.dtype} {list(values.shape)}"
+                )
             if key == "label":
                 facts[key] = _classes(values, names[key])
         return facts
 
 
 def _classes(values: np.ndarray, name: str) -> np.ndarray:
-    """Labels n as texts, or as int64 with -1 for NaN and the largest value of an integer type. Raises ReadError."""
+    """Labels n as texts, or as int64 with -1 for NaN and the largest value of an integer type.
+
+    Raises ReadError.
+    """
     if values.dtype.kind in "US":
         return values
     whole = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (whole != np.floor(whole)).any():
-        raise ReadError(f"{name} must be whole numbers or names, found {values.dtype} {list(values.shape)}")
+        raise ReadError(
+            f"{name} must be whole numbers or names, found {values.dtype} {list(values.shape)}"
+        )
     if values.dtype.kind in "iu":
         whole = np.where(values == np.iinfo(values.dtype).max, -1, values.astype(np.int64))
     return whole.astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------- headers
+# ------------------------------------------------------------------------------------------ headers
 
 
 def _headers(path: Path) -> Headers:
@@ -81,11 +91,17 @@ def _headers(path: Path) -> Headers:
         found = {
             name: _dataset(file, name) if name in wanted else None for name in file
         }  # by its links: none is opened
-        return {name: ((), np.dtype("V")) if data is None else (data.shape, data.dtype) for name, data in found.items()}
+        return {
+            name: ((), np.dtype("V")) if data is None else (data.shape, data.dtype)
+            for name, data in found.items()
+        }
 
 
 def npz_headers(path: Path) -> Headers:
-    """Shape and type of every array of an NPZ. Raises ReadError where one claims more than its member holds."""
+    """Shape and type of every array of an NPZ.
+
+    Raises ReadError where one claims more than its member holds.
+    """
     found = {}
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
@@ -93,8 +109,13 @@ def npz_headers(path: Path) -> Headers:
                 with archive.open(name) as file:
                     shape, kind = _npy_header(file)
                     claimed = int(np.prod(shape, dtype=object)) * kind.itemsize
-                    if not kind.hasobject and file.tell() + claimed > archive.getinfo(name).file_size:
-                        raise ReadError(f"truncated or damaged: the header of {name[:-4]} claims {claimed:,} bytes")
+                    if (
+                        not kind.hasobject
+                        and file.tell() + claimed > archive.getinfo(name).file_size
+                    ):
+                        raise ReadError(
+                            f"truncated or damaged: the header of {name[:-4]} claims {claimed:,} bytes"
+                        )
                 found[name[:-4]] = shape, kind
     return found
 
@@ -107,21 +128,32 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """These arrays of an NPZ, bounded before they are inflated. Raises ReadError, and what numpy raises."""
+    """These arrays of an NPZ, bounded before they are inflated.
+
+    Raises ReadError, and what numpy raises.
+    """
     headers, names = npz_headers(path), list(names)
     for name in names:
         if headers[name][1].hasobject:
-            raise ReadError(f"{name} holds Python objects, which could run anything and are not read")
-    check_inflated(path, sum(int(np.prod(headers[n][0], dtype=object)) * headers[n][1].itemsize for n in names))
+            raise ReadError(
+                f"{name} holds Python objects, which could run anything and are not read"
+            )
+    check_inflated(
+        path, sum(int(np.prod(headers[n][0], dtype=object)) * headers[n][1].itemsize for n in names)
+    )
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
 
 
 def check_inflated(path: Path, claimed: int) -> None:
-    """ReadError where a compressed file would fill the memory: over 256 MiB and 50 times the file's size."""
+    """ReadError where a compressed file would fill the memory: over 256 MiB and 50 times the file's
+    size.
+    """
     if claimed > max(2**28, 50 * path.stat().st_size):
         size = path.stat().st_size
-        raise ReadError(f"refused: {size:,} bytes that claim to hold {claimed:,}; save it again without compression")
+        raise ReadError(
+            f"refused: {size:,} bytes that claim to hold {claimed:,}; save it again without compression"
+        )
 
 
 def _dataset(file: Any, name: str) -> Any:
@@ -131,7 +163,9 @@ def _dataset(file: Any, name: str) -> Any:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            raise ReadError(f"{name} is a link to another file, to nothing or in a circle, which is not followed")
+            raise ReadError(
+                f"{name} is a link to another file, to nothing or in a circle, which is not followed"
+            )
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
             left = [part for part in link.path.split("/") if part not in ("", ".")] + left
@@ -144,11 +178,13 @@ def _dataset(file: Any, name: str) -> Any:
     return place
 
 
-# ---------------------------------------------------------------------------------------------- by what they are
+# --------------------------------------------------------------------------------- by what they are
 
 
 def _known(headers: Headers) -> dict[str, str]:
-    """The names of the arrays that are read, by what they are: [n, N] labels are parts, not classes. Or ReadError."""
+    """The names of the arrays that are read, by what they are: [n, N] labels are parts, not
+    classes. Or ReadError.
+    """
     found = {key: next((n for n in known if n in headers), None) for key, known in _NAMES.items()}
     if found["points"] is None:
         raise ReadError(
@@ -174,7 +210,10 @@ def _array_shapes(path: Path, changed: int) -> dict[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=2)
 def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.ndarray]:
-    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by what they are; None, or an NPZ, reads them whole."""
+    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by what they are;
+
+    None, or an NPZ, reads them whole.
+    """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
     headers = _headers(path)
     return _read(path, _known(headers) | ({"mask": "mask"} if "mask" in headers else {}), rows)
@@ -199,11 +238,16 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = int(np.prod(data.chunks or (), dtype=object)) * data.dtype.itemsize
             check_inflated(path, max(int(data.nbytes * share), chunk))
-        return {key: data.asstr()[rows].astype(str) if key in texts else data[rows] for key, data in found.items()}
+        return {
+            key: data.asstr()[rows].astype(str) if key in texts else data[rows]
+            for key, data in found.items()
+        }
 
 
 def _is_text(data: Any) -> bool:
-    """Whether a data set of HDF5 holds texts, as h5py writes them by default; their bytes are within the file's."""
+    """Whether a data set of HDF5 holds texts, as h5py writes them by default; their bytes are
+    within the file's.
+    """
     return module("h5py").check_string_dtype(data.dtype) is not None
 
 
@@ -213,7 +257,9 @@ def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
     arrays = array_block(path, block, path.stat().st_mtime_ns)
     counts = {key: len(values) for key, values in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ReadError("arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in counts.items()))
+        raise ReadError(
+            "arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in counts.items())
+        )
     if at >= len(arrays["points"]):
         raise ReadError(f"has no cloud {row}")
     return arrays, at
@@ -223,7 +269,9 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     shapes = _array_shapes(path, path.stat().st_mtime_ns)
     if len(shapes["points"]) == 3:
         if row is None:
-            raise ReadError(f"expected an array of points [n, 3], found {list(shapes['points'])}: many clouds")
+            raise ReadError(
+                f"expected an array of points [n, 3], found {list(shapes['points'])}: many clouds"
+            )
         arrays, at = array_rows(path, row)
         arrays = {key: values[at] for key, values in arrays.items()}
     else:
@@ -232,7 +280,10 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     if np.ndim(points := arrays["points"]) == 2:
         if (normals := arrays.get("normals")) is not None and np.shape(normals) == np.shape(points):
             attributes["normals"] = np.asarray(normals, np.float32)
-        if (parts := arrays.get("parts")) is not None and np.shape(parts) in ((len(points),), (len(points), 1)):
+        if (parts := arrays.get("parts")) is not None and np.shape(parts) in (
+            (len(points),),
+            (len(points), 1),
+        ):
             attributes["parts"] = np.reshape(parts, -1)
     return PointCloud.make(points, **attributes)
 
@@ -245,11 +296,15 @@ def parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     parts, (count, size, _) = arrays[key], arrays["points"].shape
     if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
         found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}")
+        raise ReadError(
+            f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}"
+        )
     with boundary(path):
         parts = to_parts(parts)
         if alone := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like")
+            raise ReadError(
+                f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like"
+            )
     names = tuple(str(name) for name in arrays.get("part_names", ()))
     if names and parts.max() >= len(names):
         raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")

@@ -1,4 +1,6 @@
-"""Where parsers meet the rest: whatever they raise on a damaged file becomes a `ReadError` that names the file."""
+"""Where parsers meet the rest: whatever they raise on a damaged file becomes a `ReadError` that
+names the file.
+"""
 
 import importlib
 import logging
@@ -18,11 +20,28 @@ from jepa3d.plain import printable
 
 # What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
 _PARSER_ERRORS = (
-    ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, ArithmeticError, AssertionError,
-    MemoryError, ImportError, StopIteration, NameError, SyntaxError, tokenize.TokenError, struct.error, zlib.error,
-    lzma.LZMAError, zipfile.BadZipFile,
-)  # fmt: skip
-logging.getLogger("laspy").addHandler(logging.NullHandler())  # else it prints beside the one line of the error
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    ImportError,
+    StopIteration,
+    NameError,
+    SyntaxError,
+    tokenize.TokenError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+)
+logging.getLogger("laspy").addHandler(
+    logging.NullHandler()
+)  # else it prints beside the one line of the error
 
 
 @contextmanager
@@ -52,7 +71,9 @@ def line(error: Any) -> str:
 
 
 def left_out(name: str, reason: str) -> str:
-    """A line on a file that cannot be used; where the reason begins with the file's path, it is not said twice."""
+    """A line on a file that cannot be used; where the reason begins with the file's path, it is not
+    said twice.
+    """
     last = name.rsplit("/", 1)[-1]
     for file in (last, last.rpartition("#")[0]):
         at = reason.find(f"{file}: ") if file else -1
@@ -69,7 +90,9 @@ def shortened(text: str, most: int) -> str:
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:
-    """ReadError, before anything is allocated, where a header claims more bytes than `factor` times the file's."""
+    """ReadError, before anything is allocated, where a header claims more bytes than `factor` times
+    the file's.
+    """
     if claimed > factor * path.stat().st_size:
         raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
 

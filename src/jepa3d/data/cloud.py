@@ -8,7 +8,9 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-MAX_POINTS = 1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
+MAX_POINTS = (
+    1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
+)
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)  # what files of larger or unknown types write for it
@@ -26,10 +28,11 @@ class ReadError(ValueError):
 
 @dataclass(frozen=True)
 class PointCloud:
-    """A cloud, or a mesh's vertices and faces. In the file's own axes and units it is `points * scale + origin`.
+    """A cloud, or a mesh's vertices and faces. In the file's own axes and units it is `points *
+    scale + origin`.
 
-    Coordinates are shifted in float64 before they become float32, so that those of a map (6e6 m) keep their
-    millimetres. Raises ReadError when made of what is no cloud: see `make`.
+    Coordinates are shifted in float64 before they become float32, so that those of a map (6e6 m)
+    keep their millimetres. Raises ReadError when made of what is no cloud: see `make`.
     """
 
     points: np.ndarray  # N 3 float32
@@ -37,11 +40,15 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    parts: np.ndarray | None = None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
+    parts: np.ndarray | None = (
+        None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
+    )
     faces: np.ndarray | None = None  # F 3 int64
     total: int | None = None  # points in the file, where more than MAX_POINTS
     up: str | None = None  # the axis that is up where the file's format says so: y in glTF
-    unseen: int = 0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
+    unseen: int = (
+        0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
+    )
 
     def __len__(self) -> int:
         return len(self.points)
@@ -50,14 +57,24 @@ class PointCloud:
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
         """From coordinates N 3 of any number type, and attributes of as many rows.
 
-        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises ReadError: no such
-        array, no points, infinite ones, all equal, a mesh of NaN, an attribute of other length.
+        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises
+        ReadError: no such array, no points, infinite ones, all equal, a mesh of NaN, an attribute
+        of other length.
         """
         xyz = np.asarray(xyz)
-        if xyz.ndim != 2 or xyz.shape[1] < 3 or not np.issubdtype(xyz.dtype, np.number) or np.iscomplexobj(xyz):
-            raise ReadError(f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}")
+        if (
+            xyz.ndim != 2
+            or xyz.shape[1] < 3
+            or not np.issubdtype(xyz.dtype, np.number)
+            or np.iscomplexobj(xyz)
+        ):
+            raise ReadError(
+                f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
+            )
         if len(xyz) == 3 and xyz.shape[1] > 32:
-            raise ReadError(f"expected an array of points [n, 3], found {list(xyz.shape)}: turn it over, points first")
+            raise ReadError(
+                f"expected an array of points [n, 3], found {list(xyz.shape)}: turn it over, points first"
+            )
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
         for name, values in attributes.items():
             if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
@@ -66,7 +83,9 @@ class PointCloud:
         if faces is None and not seen.all():
             xyz, unseen = xyz[seen], unseen + int((~seen).sum())
             kept = {name: attributes.get(name) for name in ATTRIBUTES}
-            attributes |= {name: None if values is None else values[seen] for name, values in kept.items()}
+            attributes |= {
+                name: None if values is None else values[seen] for name, values in kept.items()
+            }
         if unseen and not len(xyz):
             raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
         check_cloud(xyz)
@@ -79,13 +98,17 @@ class PointCloud:
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
-        """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says none, `up_axis`."""
+        """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says
+        none, `up_axis`.
+        """
         return TO_Z_UP[self.up or up_axis]
 
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at index, without faces."""
         chosen = {name: getattr(self, name) for name in ATTRIBUTES}
-        chosen = {name: None if values is None else values[index] for name, values in chosen.items()}
+        chosen = {
+            name: None if values is None else values[index] for name, values in chosen.items()
+        }
         return replace(self, points=self.points[index], faces=None, **chosen)
 
     def normalised(self) -> "PointCloud":
@@ -95,7 +118,12 @@ class PointCloud:
         points -= center
         radius = np.linalg.norm(points, axis=1).max()
         origin = self.origin + center * self.scale
-        return replace(self, points=(points / radius).astype(np.float32), origin=origin, scale=self.scale * radius)
+        return replace(
+            self,
+            points=(points / radius).astype(np.float32),
+            origin=origin,
+            scale=self.scale * radius,
+        )
 
     def remarks(self) -> list[str]:
         """What its reader should be told: that points of the file are not in it."""
@@ -103,7 +131,9 @@ class PointCloud:
         if self.total:
             said.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
         if self.unseen:
-            said.append(f"{self.unseen:,} points that are NaN, where nothing was seen, were left out")
+            said.append(
+                f"{self.unseen:,} points that are NaN, where nothing was seen, were left out"
+            )
         return said
 
     def file_coordinates(self) -> np.ndarray:
@@ -122,10 +152,11 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 
 
 def to_parts(values: np.ndarray) -> np.ndarray:
-    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its integer type.
+    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its
+    integer type.
 
-    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for other values than
-    whole numbers from 0 to 32,767.
+    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for
+    other values than whole numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -141,7 +172,9 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0-255 or 16 bits; what is no number is 0."""
+    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0-255 or 16 bits; what is no
+    number is 0.
+    """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
         return colors
@@ -153,7 +186,10 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
 
 
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
-    """`count` points of a mesh, uniform by area, with its faces' normals. Raises ReadError without area."""
+    """`count` points of a mesh, uniform by area, with its faces' normals.
+
+    Raises ReadError without area.
+    """
     assert mesh.faces is not None
     a, b, c = mesh.points[mesh.faces.T].astype(np.float64)
     cross = np.cross(b - a, c - a)
@@ -163,7 +199,10 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
         raise ReadError("a mesh without surface")
     rng = np.random.default_rng(seed)
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
-    u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))  # uniform in a triangle: Osada et al. 2002, eq. 1
+    u, v = (
+        np.sqrt(rng.random((count, 1))),
+        rng.random((count, 1)),
+    )  # uniform in a triangle: Osada et al. 2002, eq. 1
     points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
     normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
     return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, up=mesh.up)
@@ -172,8 +211,9 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
     """`count` of a cloud's points, at least as many.
 
-    fps: in farthest point order, so that any first n are what FPS to n gives. random: uniform. voxel: one point a
-    cell of the coarsest grid (of 2^k cells a side) that has `count` occupied, then random; near-even, in linear time.
+    fps: in farthest point order, so that any first n are what FPS to n gives. random: uniform.
+    voxel: one point a cell of the coarsest grid (of 2^k cells a side) that has `count` occupied,
+    then random; near-even, in linear time.
     """
     rng = np.random.default_rng(seed)
     if method == "fps":
@@ -186,7 +226,10 @@ def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
 
 
 def filled(cloud: PointCloud, count: int) -> PointCloud:
-    """`count` of a cloud's fewer points: see `frame.fill`. Raises ReadError for fewer than LEAST different ones."""
+    """`count` of a cloud's fewer points: see `frame.fill`.
+
+    Raises ReadError for fewer than LEAST different ones.
+    """
     different = np.unique(cloud.points, axis=0, return_index=True)[1]
     if len(different) < (least := min(LEAST, count)):
         raise ReadError(too_few(len(cloud), len(different), least))
@@ -196,18 +239,23 @@ def filled(cloud: PointCloud, count: int) -> PointCloud:
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first point of every occupied cell of the coarsest halved grid with `count` cells occupied."""
+    """Indices of the first point of every occupied cell of the coarsest halved grid with `count`
+    cells occupied.
+    """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
         cells = np.minimum(((points - low) / extent * 2**level).astype(np.int64), 2**level - 1)
-        index = np.unique((cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2], return_index=True)[1]
+        index = np.unique(
+            (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2], return_index=True
+        )[1]
         if len(index) >= count:
             return index
     return np.arange(len(points))
 
 
 class Reservoir:
-    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory, by seed.
+    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory, by
+    seed.
 
     Every row draws a key and the rows of the smallest keys stay, in the order they came.
     """

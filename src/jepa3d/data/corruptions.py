@@ -1,7 +1,9 @@
-"""What scans suffer, as functions of one cloud N 3 in the unit sphere, a level and a generator of numpy.
+"""What scans suffer, as functions of one cloud N 3 in the unit sphere, a level and a generator of
+numpy.
 
-The first seven kinds are PointCloud-C's (Ren et al. 2022, arXiv 2202.03377) at its five severities. It numbers points
-of clouds of 1,024; here they are shares, so that a cloud of any size suffers as much. The others have one level each.
+The first seven kinds are PointCloud-C's (Ren et al. 2022, arXiv 2202.03377) at its five severities.
+It numbers points of clouds of 1,024; here they are shares, so that a cloud of any size suffers as
+much. The others have one level each.
 """
 
 import math
@@ -18,11 +20,14 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    trained: bool = True  # whether the views that trained the package's encoder have it: `transforms.py::random_view`
+    # whether the views that trained the package's encoder have it: `transforms.py::random_view`
+    trained: bool = True
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
-    """A cloud N 3 of the unit sphere, corrupted, n 3 float32; the same for the same severity (from 0) and shape."""
+    """A cloud N 3 of the unit sphere, corrupted, n 3 float32; the same for the same severity (from
+    0) and shape.
+    """
     rng = np.random.default_rng([zlib.crc32(kind.encode()), severity, shape])
     changed = KINDS[kind].change(points.astype(np.float64), KINDS[kind].levels[severity], rng)
     return changed.astype(np.float32)
@@ -51,7 +56,9 @@ def drop_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Up to seven holes: in each a random one of the points and those nearest to it are gone, together a share."""
+    """Up to seven holes: in each a random one of the points and those nearest to it are gone,
+    together a share.
+    """
     for size in _clusters(share * len(points), rng):
         order = _squares(points, points[rng.integers(len(points))]).argsort(kind="stable")
         points = points[np.sort(order[size:])]
@@ -64,7 +71,9 @@ def add_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Up to seven clouds of points more, together a share, each around one of the points; none leaves the unit ball."""
+    """Up to seven clouds of points more, together a share, each around one of the points; none
+    leaves the unit ball.
+    """
     sizes = _clusters(share * len(points), rng)
     middle = _some(points, len(sizes), rng).repeat(sizes, 0)
     width = rng.uniform(0.075, 0.125, len(sizes)).repeat(sizes)[:, None]
@@ -116,7 +125,9 @@ def _some(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
 
 def _nearest(points: np.ndarray, distance: np.ndarray, share: float) -> np.ndarray:
     """The points n 3 without the share of them that has the largest distances n, in their order."""
-    return points[np.sort(distance.argsort(kind="stable")[: len(points) - round(share * len(points))])]
+    return points[
+        np.sort(distance.argsort(kind="stable")[: len(points) - round(share * len(points))])
+    ]
 
 
 def _clusters(total: float, rng: Generator) -> np.ndarray:
@@ -129,7 +140,11 @@ def _ball(count: float, rng: Generator) -> np.ndarray:
     """About `count` points, at least one, evenly in the unit ball."""
     count = max(1, round(count))
     away = rng.standard_normal((count, 3))
-    return away / np.linalg.norm(away, axis=1, keepdims=True) * rng.uniform(0, 1, (count, 1)) ** (1 / 3)
+    return (
+        away
+        / np.linalg.norm(away, axis=1, keepdims=True)
+        * rng.uniform(0, 1, (count, 1)) ** (1 / 3)
+    )
 
 
 def _direction(rng: Generator) -> np.ndarray:

@@ -1,6 +1,8 @@
-"""Any source of shapes as `PointClouds`: synthetic shapes, stores, .npz bundles, benchmarks, folders, single files.
+"""Any source of shapes as `PointClouds`: synthetic shapes, stores, .npz bundles, benchmarks,
+folders, single files.
 
-The contract: fixed N, float32, unit sphere, z up, resampled once by farthest points (paper IV-A), never in a step.
+The contract: fixed N, float32, unit sphere, z up, resampled once by farthest points (paper IV-A),
+never in a step.
 """
 
 import hashlib
@@ -27,7 +29,9 @@ from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
 
 class StoredParts:
-    """Part labels n N int16 of clouds that are read in place, read when indexed: see `StoredPoints`."""
+    """Part labels n N int16 of clouds that are read in place, read when indexed: see
+    `StoredPoints`.
+    """
 
     def __init__(self, points: StoredPoints):
         self.points = points
@@ -55,22 +59,37 @@ class PointClouds:
     """Shapes ready for the encoder. `split` is 0 train, 1 test, 2 val."""
 
     name: str
-    fingerprint: str  # sha256 of a store or a bundle's file, or of the points read from files or made
+    fingerprint: (
+        str  # sha256 of a store or a bundle's file, or of the points read from files or made
+    )
     points: np.ndarray | StoredPoints  # n N 3 float32
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8
-    parts: np.ndarray | StoredParts | None = None  # n N int16, one label a point; only where `load` is asked for them
-    part_names: tuple[str, ...] = ()  # names of the labels, which count through all classes; () where unnamed
-    available: int | None = None  # shapes that the source has of the split, where `load` was told a limit
+    parts: np.ndarray | StoredParts | None = (
+        None  # n N int16, one label a point; only where `load` is asked for them
+    )
+    part_names: tuple[
+        str, ...
+    ] = ()  # names of the labels, which count through all classes; () where unnamed
+    available: int | None = (
+        None  # shapes that the source has of the split, where `load` was told a limit
+    )
 
     def __len__(self) -> int:
         return len(self.points)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Shapes in each shard of a store that is read in place, in order; () for shapes in memory."""
-        return tuple(self.points.shard_sizes().tolist()) if isinstance(self.points, StoredPoints) else ()
+        """Shapes in each shard of a store that is read in place, in order;
+
+        () for shapes in memory.
+        """
+        return (
+            tuple(self.points.shard_sizes().tolist())
+            if isinstance(self.points, StoredPoints)
+            else ()
+        )
 
     def batch(self, index: np.ndarray) -> Tensor:
         """Clouds b N 3 at index."""
@@ -106,13 +125,16 @@ def load(
 ) -> PointClouds:
     """All shapes of the sources as one `PointClouds`; labels are kept for a single source.
 
-    split: "train", "test" or "all"; a source without a split counts as train. up_axis: one for all or one a
-    source. limit: at most that many shapes a source (a dry run). raw: as they are in the source, not resampled.
-    parts: with the part labels of the points, of a single source. Raises ValueError or its ReadError.
+    split: "train", "test" or "all"; a source without a split counts as train. up_axis: one for all
+    or one a source. limit: at most that many shapes a source (a dry run). raw: as they are in the
+    source, not resampled. parts: with the part labels of the points, of a single source. Raises
+    ValueError or its ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
-        raise ValueError(f"{len(axes)} values of up_axis for {len(sources)} of data: give one, or one each")
+        raise ValueError(
+            f"{len(axes)} values of up_axis for {len(sources)} of data: give one, or one each"
+        )
     if wrong := [axis for axis in axes if axis not in TO_Z_UP]:
         raise ValueError(f"up axis {wrong[0]!r}: one of x, y, z")
     if parts and len(sources) != 1:
@@ -125,7 +147,9 @@ def load(
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
     name, available = " + ".join(d.name for d in loaded), sum(d.available or len(d) for d in loaded)
-    return PointClouds(name, digest, np.concatenate([d.points[:] for d in loaded]), available=available)
+    return PointClouds(
+        name, digest, np.concatenate([d.points[:] for d in loaded]), available=available
+    )
 
 
 def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts) -> PointClouds:
@@ -153,7 +177,9 @@ def _load_one(source, num_points, split, up_axis, labels_key, limit, raw, parts)
             raise ReadError(f"{source}: no shapes in its {split} part")
     if standard:
         return found
-    points, labels = _standard(found.points[:], num_points, TO_Z_UP[up_axis], found.name, found.parts)
+    points, labels = _standard(
+        found.points[:], num_points, TO_Z_UP[up_axis], found.name, found.parts
+    )
     return replace(found, points=points, parts=labels)
 
 
@@ -168,14 +194,23 @@ def _split_mask(data: PointClouds, split: str) -> np.ndarray:
 def _standard(
     points: np.ndarray, num_points: int, axes: np.ndarray, name: str, parts=None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Raw clouds n N 3 as n num_points 3, z up, unit sphere, by FPS; with the part labels n N of the chosen points."""
+    """Raw clouds n N 3 as n num_points 3, z up, unit sphere, by FPS; with the part labels n N of
+    the chosen points.
+    """
     out = np.empty((len(points), num_points, 3), np.float32)
     chosen = None if parts is None else np.empty(out.shape[:2], np.int16)
     size = 64
     starts = range(0, len(points), size)
-    for at in track(starts, f"sampling {num_points:,} points of {name}", transient=True, disable=len(starts) < 20):
+    for at in track(
+        starts,
+        f"sampling {num_points:,} points of {name}",
+        transient=True,
+        disable=len(starts) < 20,
+    ):
         raw = points[at : at + size].astype(np.float64)
-        raw -= raw.mean(1, keepdims=True)  # before float32: map coordinates of millions keep their millimetres
+        raw -= raw.mean(
+            1, keepdims=True
+        )  # before float32: map coordinates of millions keep their millimetres
         clouds = unit_sphere(torch.from_numpy(raw.astype(np.float32) @ axes.T))
         labels = None if parts is None else parts[at : at + size]
         if clouds.shape[1] > num_points:
@@ -195,30 +230,58 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
         raise ReadError(f"{source}: give synthetic or synthetic:COUNT with COUNT of at least 8")
     total = int(count)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points, seed=0)
-    split = (np.arange(len(made["points"])) % 4 == 3).astype(np.int8)  # a class comes every 21: none is left out
+    split = (np.arange(len(made["points"])) % 4 == 3).astype(
+        np.int8
+    )  # a class comes every 21: none is left out
     digest = hashlib.sha256(made["points"].tobytes()).hexdigest()
-    found = PointClouds(source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split)
-    own: dict[str, Any] = {"parts": made["parts"], "part_names": synthetic.PART_NAMES} if parts else {}
+    found = PointClouds(
+        source, digest, made["points"], made["labels"], synthetic.CLASS_NAMES, split
+    )
+    own: dict[str, Any] = (
+        {"parts": made["parts"], "part_names": synthetic.PART_NAMES} if parts else {}
+    )
     return replace(found, available=total, **own)
 
 
 def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointClouds:
-    """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N and part_names."""
+    """A .npz with points n N 3 and, if it has them, labels, class_names, split, seg or parts n N
+    and part_names.
+    """
     with boundary(path):
-        headers = {name: kind for name, (_, kind) in npz_headers(path).items() if not name.startswith("raw_")}
-        arrays = read_npz(path, [name for name, kind in headers.items() if name == "points" or not kind.hasobject])
+        headers = {
+            name: kind
+            for name, (_, kind) in npz_headers(path).items()
+            if not name.startswith("raw_")
+        }
+        arrays = read_npz(
+            path, [name for name, kind in headers.items() if name == "points" or not kind.hasobject]
+        )
         points = arrays.get("points", np.empty(0))
-        usable = points.ndim == 3 and points.shape[2] == 3 and len(points) and np.issubdtype(points.dtype, np.number)
+        usable = (
+            points.ndim == 3
+            and points.shape[2] == 3
+            and len(points)
+            and np.issubdtype(points.dtype, np.number)
+        )
     if not usable:
-        found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items())
-        raise ReadError(f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}")
+        found = ", ".join(
+            f"{name} {value.dtype} {list(value.shape)}" for name, value in arrays.items()
+        )
+        raise ReadError(
+            f"{path}: a bundle needs numbers 'points' [n, N, 3], n > 0; it has {found or 'nothing'}"
+        )
     if points.shape[1] < num_points:
-        raise ReadError(f"{path}: clouds of {points.shape[1]} points, at least {num_points} are needed (num_points)")
+        raise ReadError(
+            f"{path}: clouds of {points.shape[1]} points, at least {num_points} are needed (num_points)"
+        )
     for i, cloud in enumerate(points):
         with boundary(path):
             check_cloud(cloud, f"shape {i}: ")
     labels = arrays.get(labels_key)
-    if labels is not None and labels.shape in (points.shape[:2], (*points.shape[:2], 1)):  # one a point
+    if labels is not None and labels.shape in (
+        points.shape[:2],
+        (*points.shape[:2], 1),
+    ):  # one a point
         arrays, labels = {"parts": labels.reshape(points.shape[:2])} | arrays, None
     elif labels is None and labels_key != "labels":
         known = ", ".join(name for name in arrays if name.startswith("labels")) or "no labels"
@@ -236,28 +299,36 @@ def _bundle(path: Path, num_points: int, labels_key: str, parts: bool) -> PointC
         if values is not None and (not np.issubdtype(values.dtype, np.integer) or values.min() < 0):
             raise ReadError(f"{path}: {name} must be integers from 0, found {values.dtype}")
     if split is not None and split.max() >= len(SPLITS):
-        raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {split.max()}")
+        raise ReadError(
+            f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {split.max()}"
+        )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if labels is not None and not names:
         names = tuple(str(i) for i in range(int(labels.max()) + 1))
     if labels is not None and labels.max() >= len(names):
-        raise ReadError(f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names")
+        raise ReadError(
+            f"{path}: label {labels.max()}, but only {len(names)} names in {stem}_names"
+        )
     found = PointClouds(path.name, digest, points, labels, names, split)
     return replace(found, **parts_in(arrays, path)) if parts else found
 
 
-def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool) -> PointClouds:
+def _files(
+    path: Path, num_points: int, split: str, limit: int | None, up_axis: str | None, parts: bool
+) -> PointClouds:
     """A folder, benchmark or single file, read whole: what `jepa3d prepare` reads, without a store.
 
-    Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud; with up_axis None
-    all stay raw, in an object array.
+    Each cloud is brought to the standard form as it is read, so that memory holds one raw cloud;
+    with up_axis None all stay raw, in an object array.
     """
     source, raw = discover(path), up_axis is None
     entries = source.entries
     in_split = [entry.split for entry in entries]
     if None in in_split and any(s is not None for s in in_split):
         stray = entries[in_split.index(None)].key
-        raise ReadError(f"{path}/{stray}: is in no train or test folder, but others are; move it, or: jepa3d prepare")
+        raise ReadError(
+            f"{path}/{stray}: is in no train or test folder, but others are; move it, or: jepa3d prepare"
+        )
     if split != "all" and None not in in_split:
         entries = [entry for entry in entries if entry.split == split]
     available, entries = len(entries), entries[:limit]
@@ -270,22 +341,35 @@ def _files(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
                 cloud = cloud.take(kept) if len(kept) >= num_points else cloud
             if parts and cloud.parts is None:
                 raise ReadError(NO_PARTS)
-            one = cloud.points[None], to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None
+            one = (
+                cloud.points[None],
+                to_parts(cloud.parts)[None] if parts and cloud.parts is not None else None,
+            )
         unseen += cloud.unseen
         digest.update(cloud.points.tobytes())
         axes = None if up_axis is None else cloud.to_z_up(up_axis)
-        clouds.append(one if axes is None else _standard(one[0], num_points, axes, path.name, one[1]))
+        clouds.append(
+            one if axes is None else _standard(one[0], num_points, axes, path.name, one[1])
+        )
     if unseen:
         print(f"{path}: {unseen:,} points that are NaN, where nothing was seen, were left out")
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     number = {name: i for i, name in enumerate(names)}
     labelled = names and all(entry.label is not None for entry in entries)
     labels = np.array([number[str(entry.label)] for entry in entries]) if labelled else None
-    splits = None if None in in_split else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
+    splits = (
+        None
+        if None in in_split
+        else np.array([SPLITS.index(entry.split) for entry in entries], np.int8)
+    )
     points = _joined([cloud for cloud, _ in clouds], up_axis is None)
-    found = PointClouds(path.name, digest.hexdigest(), points, labels, names if labelled else (), splits)
+    found = PointClouds(
+        path.name, digest.hexdigest(), points, labels, names if labelled else (), splits
+    )
     own: dict[str, Any] = (
-        {"parts": _joined([p for _, p in clouds], up_axis is None), "part_names": source.part_names} if parts else {}
+        {"parts": _joined([p for _, p in clouds], up_axis is None), "part_names": source.part_names}
+        if parts
+        else {}
     )
     return replace(found, available=available, **own)
 
@@ -300,13 +384,17 @@ def _joined(arrays: list, raw: bool) -> np.ndarray:
     return out
 
 
-def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: str, parts: bool) -> PointClouds:
+def _store(
+    path: Path, num_points: int, split: str, limit: int | None, up_axis: str, parts: bool
+) -> PointClouds:
     """A store, in place where its clouds are in farthest point order, else sampled in memory."""
     store = Store(path)
     if up_axis != "z":
         raise ReadError(f"{path}: a store is z-up already; give the up axis to jepa3d prepare")
     in_split = np.asarray(store.columns["split"])
-    has_split = bool((in_split >= 0).any())  # clouds in no part are then in none, as in a benchmark's lists
+    has_split = bool(
+        (in_split >= 0).any()
+    )  # clouds in no part are then in none, as in a benchmark's lists
     rows = np.arange(len(store))
     if split != "all" and (has_split or split != "train"):
         rows = np.flatnonzero(in_split == SPLITS.index(split))
@@ -317,18 +405,26 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
     labelled = bool((labels >= 0).all())
     splits = in_split[rows] if has_split else None
     if store.num_points is not None and store.num_points < num_points:
-        raise ReadError(f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)")
+        raise ReadError(
+            f"{path}: clouds of {store.num_points} points, {num_points} are needed (num_points)"
+        )
     if parts and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     points: Any = StoredPoints(store, rows, num_points)
     own: Any = StoredParts(points) if parts else None
-    if store.num_points != num_points and (store.num_points is None or store.header["settings"]["reduce"] != "fps"):
+    if store.num_points != num_points and (
+        store.num_points is None or store.header["settings"]["reduce"] != "fps"
+    ):
         points = np.empty((len(rows), num_points, 3), np.float32)
         own = np.empty(points.shape[:2], np.int16) if parts else None
-        for i, row in enumerate(track(rows.tolist(), f"sampling {path}", transient=True, disable=len(rows) < 20)):
+        for i, row in enumerate(
+            track(rows.tolist(), f"sampling {path}", transient=True, disable=len(rows) < 20)
+        ):
             raw = store.points(row)
             if len(raw) < num_points:
-                raise ReadError(f"{path}: {store.key(row)} has {len(raw)} points, {num_points} are needed (num_points)")
+                raise ReadError(
+                    f"{path}: {store.key(row)} has {len(raw)} points, {num_points} are needed (num_points)"
+                )
             with boundary(path):
                 check_cloud(raw, f"{store.key(row)}: ")
             raw_parts = store.parts(row)[None] if parts else None
@@ -337,5 +433,9 @@ def _store(path: Path, num_points: int, split: str, limit: int | None, up_axis: 
             if own is not None and chosen is not None:
                 own[i] = chosen[0]
     names = store.class_names if labelled else ()
-    found = PointClouds(path.name, store.fingerprint, points, labels if labelled else None, names, splits)
-    return replace(found, parts=own, part_names=store.part_names if parts else (), available=available)
+    found = PointClouds(
+        path.name, store.fingerprint, points, labels if labelled else None, names, splits
+    )
+    return replace(
+        found, parts=own, part_names=store.part_names if parts else (), available=available
+    )

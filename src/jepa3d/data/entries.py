@@ -1,4 +1,6 @@
-"""A source of clouds is a list of entries, one a cloud; each knows how to read itself, also in another process."""
+"""A source of clouds is a list of entries, one a cloud; each knows how to read itself, also in
+another process.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,12 +41,18 @@ class Source:
     layout: str
     entries: list[Entry]
     part_names: tuple[str, ...] = ()
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # files that are no clouds: key, reason
-    notes: list[str] = field(default_factory=list)  # what its reader should know, such as a wrong count
+    skipped: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # files that are no clouds: key, reason
+    notes: list[str] = field(
+        default_factory=list
+    )  # what its reader should know, such as a wrong count
 
     @property
     def own(self) -> bool:
-        """Somebody's own files, whose stray points are left out; a benchmark's clouds stay as published."""
+        """Somebody's own files, whose stray points are left out; a benchmark's clouds stay as
+        published.
+        """
         return self.layout in ("folder", "file")
 
 
@@ -65,10 +73,14 @@ def entries_of(
         if "split" in facts:
             number = int(facts["split"][row])
             if not 0 <= number < len(SPLITS):
-                raise ReadError(f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}")
+                raise ReadError(
+                    f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}"
+                )
             half = SPLITS[number]
         title = _text(titles[row]) if len(titles) == count else None
-        entries.append(Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row))
+        entries.append(
+            Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row)
+        )
     return entries
 
 
@@ -86,4 +98,6 @@ def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
 
 def _text(name: object) -> str:
     """A name in a file, which may be the bytes of HDF5, on one line."""
-    return printable(name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name))
+    return printable(
+        name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
+    )

@@ -1,4 +1,7 @@
-"""One file to a `PointCloud`. What a parser may raise leaves here as `ReadError`, one line that names the file."""
+"""One file to a `PointCloud`.
+
+What a parser may raise leaves here as `ReadError`, one line that names the file.
+"""
 
 import gzip
 import tempfile
@@ -22,15 +25,20 @@ from jepa3d.data.text import read_table
 _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or this many
 
 
-def read(path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None) -> PointCloud:
+def read(
+    path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None
+) -> PointCloud:
     """The cloud, or mesh, of a file; of an array of clouds (HDF5, NPZ) that at `row`.
 
-    columns: names of x, y, z in a table whose header has others, or of all columns of a .bin. Raises ReadError.
+    columns: names of x, y, z in a table whose header has others, or of all columns of a .bin.
+    Raises ReadError.
     """
     path = Path(path)
     suffix = suffix_of(path)
     if why := refusal(path):
-        allowed = "" if suffix in _CONVERTED else f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
+        allowed = (
+            "" if suffix in _CONVERTED else f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
+        )
         raise ReadError(f"{path}: {why}{allowed}")
     reader = _READERS[suffix]
     with boundary(path), _inflated(path) as file:
@@ -51,7 +59,10 @@ def refusal(path: Path) -> str | None:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """The file, or of a .gz a temporary file of what is in it. Raises ReadError where that is far too much."""
+    """The file, or of a .gz a temporary file of what is in it.
+
+    Raises ReadError where that is far too much.
+    """
     if path.suffix.lower() != ".gz":
         yield path
         return
@@ -62,23 +73,29 @@ def _inflated(path: Path) -> Iterator[Path]:
             while some := packed.read(1 << 20):
                 total += len(some)
                 if total > most:
-                    raise ReadError(f"holds more than {most:,} bytes, too many for its size; unpack it to read it")
+                    raise ReadError(
+                        f"holds more than {most:,} bytes, too many for its size; unpack it to read it"
+                    )
                 out.write(some)
         yield file
 
 
 def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
-    """At least `num_points` points [n, 3] of a file, float32, in the file's own axes, shifted to centroid 0.
+    """At least `num_points` points [n, 3] of a file, float32, in the file's own axes, shifted to
+    centroid 0.
 
-    A mesh is sampled uniformly by area with `seed`, at least twice as densely as needed; a cloud is taken as it is.
-    Raises ReadError for a damaged file, NaN or infinite coordinates, too few points, or no extent.
+    A mesh is sampled uniformly by area with `seed`, at least twice as densely as needed; a cloud is
+    taken as it is. Raises ReadError for a damaged file, NaN or infinite coordinates, too few
+    points, or no extent.
     """
     with boundary(Path(path)):
         return enough_points(read(path), num_points, seed).points
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """The cloud, or more than `num_points` samples of the mesh, by default the same for equal meshes."""
+    """The cloud, or more than `num_points` samples of the mesh, by default the same for equal
+    meshes.
+    """
     if cloud.faces is None:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
@@ -95,11 +112,28 @@ def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
 
 
 _READERS: dict[str, Callable[..., PointCloud]] = {
-    ".npy": read_array, ".npz": read_array, ".h5": read_array, ".hdf5": read_array,
-    ".off": read_off, ".ply": read_ply, ".obj": read_obj, ".stl": read_stl, ".glb": read_gltf, ".gltf": read_gltf,
-    ".xyz": read_table, ".txt": read_table, ".csv": read_table, ".pts": read_table, ".asc": read_table,
-    ".pcd": read_pcd, ".las": read_las, ".laz": read_las, ".e57": read_e57, ".ptx": read_ptx, ".bin": read_bin,
-}  # fmt: skip
+    ".npy": read_array,
+    ".npz": read_array,
+    ".h5": read_array,
+    ".hdf5": read_array,
+    ".off": read_off,
+    ".ply": read_ply,
+    ".obj": read_obj,
+    ".stl": read_stl,
+    ".glb": read_gltf,
+    ".gltf": read_gltf,
+    ".xyz": read_table,
+    ".txt": read_table,
+    ".csv": read_table,
+    ".pts": read_table,
+    ".asc": read_table,
+    ".pcd": read_pcd,
+    ".las": read_las,
+    ".laz": read_las,
+    ".e57": read_e57,
+    ".ptx": read_ptx,
+    ".bin": read_bin,
+}
 SUFFIXES = tuple(_READERS)
 _PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
 _TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
@@ -107,6 +141,8 @@ _PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangul
 _CONVERTED = {
     **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
     **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
-    **dict.fromkeys((".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"),
+    **dict.fromkeys(
+        (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"
+    ),
     **dict.fromkeys((".step", ".stp", ".iges", ".igs", ".brep"), "in FreeCAD, to STL"),
-}  # fmt: skip
+}

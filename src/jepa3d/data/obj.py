@@ -13,7 +13,9 @@ def read_obj(path: Path) -> PointCloud:
     """The polygons of an OBJ file; without any its vertices as a cloud, whatever lines join them."""
     text = re.sub(rb"\\[ \t]*\n", b" ", re.sub(rb"#.*", b"", unix_lines(path.read_bytes())))
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
-        raise ReadError(f"free-form surfaces ({surface[1].decode()}) are not read; convert it to polygons")
+        raise ReadError(
+            f"free-form surfaces ({surface[1].decode()}) are not read; convert it to polygons"
+        )
 
     def after(word: bytes) -> bytes:
         return b"\n".join(re.findall(rb"(?m)^[ \t]*" + word + rb"[ \t](.*)", text))
@@ -22,7 +24,9 @@ def read_obj(path: Path) -> PointCloud:
     if not len(rows):
         raise ReadError("no vertices: not an OBJ file, or an empty one")
     if rows.counts.min() < 3:
-        raise ReadError(f"vertex {int(rows.counts.argmin()) + 1} has {rows.counts.min()} coordinates")
+        raise ReadError(
+            f"vertex {int(rows.counts.argmin()) + 1} has {rows.counts.min()} coordinates"
+        )
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
     if set(rows.counts) <= {6, 7}:

@@ -1,4 +1,6 @@
-"""A function over lists of entries on several processes: in order, never far ahead, safe from parsers that crash."""
+"""A function over lists of entries on several processes: in order, never far ahead, safe from
+parsers that crash.
+"""
 
 import multiprocessing
 import os
@@ -17,28 +19,47 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 CRASHED = "its parser crashed"
-Work = Callable[[list], list]  # entries to as many results; picklable. A text says why an entry has none.
+Work = Callable[
+    [list], list
+]  # entries to as many results; picklable. A text says why an entry has none.
 
 
-def mapped(work: Work, entries: list, chunk: int, workers: int, doing: str, preload: str) -> Iterator[tuple[Any, Any]]:
-    """Each entry with its result, in order, whatever the number of processes (0: one a core); a progress bar.
+def mapped(
+    work: Work, entries: list, chunk: int, workers: int, doing: str, preload: str
+) -> Iterator[tuple[Any, Any]]:
+    """Each entry with its result, in order, whatever the number of processes (0: one a core); a
+    progress bar.
 
     work: is given `chunk` entries at once. preload: the module that the processes import once.
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20
+    ) as progress:
         task = progress.add_task(doing, total=len(entries), rate="")
         results = map(work, chunks) if workers == 1 else isolated(chunks, work, workers, preload)
         for some, found in zip(chunks, results, strict=True):
             yield from zip(some, found, strict=True)
             done = progress.tasks[0]
-            progress.update(task, advance=len(some), rate=f"{(done.completed + len(some)) / (done.elapsed or 1):.0f}/s")
+            progress.update(
+                task,
+                advance=len(some),
+                rate=f"{(done.completed + len(some)) / (done.elapsed or 1):.0f}/s",
+            )
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
-    """`work` of every chunk, in order. An entry whose parser kills its process is found and skipped."""
+    """`work` of every chunk, in order.
+
+    An entry whose parser kills its process is found and skipped.
+    """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if sys.platform == "win32":
@@ -56,7 +77,9 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     def start(chunk: list) -> Future:
         try:
             return executor.submit(work, chunk)
-        except BrokenProcessPool as error:  # a chunk before it broke the pool just now; told when its turn comes
+        except (
+            BrokenProcessPool
+        ) as error:  # a chunk before it broke the pool just now; told when its turn comes
             failed: Future = Future()
             failed.set_exception(error)
             return failed
@@ -87,7 +110,9 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C comes after this block; the processes that are started in it, and their own, never see it."""
+    """Ctrl-C comes after this block; the processes that are started in it, and their own, never see
+    it.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

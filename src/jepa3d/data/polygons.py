@@ -11,7 +11,9 @@ _MOST_CORNERS = 2000  # of a concave polygon: the time may grow with the cube
 
 
 def unix_lines(text: bytes) -> bytes:
-    """The text with every line end (CR LF, CR) as LF, without the mark that Windows' editors put first, no UTF-16."""
+    """The text with every line end (CR LF, CR) as LF, without the mark that Windows' editors put
+    first, no UTF-16.
+    """
     if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = text.decode("utf-16", "replace").encode()
     text = text.removeprefix(b"\xef\xbb\xbf")
@@ -19,13 +21,18 @@ def unix_lines(text: bytes) -> bytes:
 
 
 class Rows:
-    """The lines of a text that are not blank: `counts` words each, read as numbers when asked for."""
+    """The lines of a text that are not blank:
+
+    `counts` words each, read as numbers when asked for.
+    """
 
     def __init__(self, text: bytes):
         self.text = text = _NAN.sub(b"nan", text) if b"#" in text else text
         data = np.frombuffer(text, np.uint8)
         blank = np.concatenate([[True], data <= 32])
-        self._words = np.append(np.flatnonzero(blank[:-1] > blank[1:]), len(data))  # where each begins
+        self._words = np.append(
+            np.flatnonzero(blank[:-1] > blank[1:]), len(data)
+        )  # where each begins
         ends = np.searchsorted(self._words[:-1], np.append(np.flatnonzero(data == 10), len(data)))
         counts = np.diff(ends, prepend=0)
         self.counts = counts[counts > 0]
@@ -34,10 +41,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def numbers(self, first: int = 0, last: int | None = None, integers: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def numbers(
+        self, first: int = 0, last: int | None = None, integers: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All numbers of some rows, float64, and where each row begins among them.
 
-        integers: int64 if all are, which is read ten times as fast. Raises ReadError for a word that is no number.
+        integers: int64 if all are, which is read ten times as fast. Raises ReadError for a word
+        that is no number.
         """
         bounds = self._first[first : None if last is None else last + 1]
         text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
@@ -58,7 +68,10 @@ def _parsed(text: bytes, kind: type) -> np.ndarray:
 
 def whole(values: np.ndarray) -> np.ndarray:
     """Numbers of vertices as int64. Raises ReadError for fractions and what no file can hold."""
-    if values.dtype.kind == "f" and not ((np.abs(values) < 2**53) & (values == np.floor(values))).all():
+    if (
+        values.dtype.kind == "f"
+        and not ((np.abs(values) < 2**53) & (values == np.floor(values))).all()
+    ):
         raise ReadError("the vertices of its faces must be whole numbers")
     return values.astype(np.int64)
 
@@ -69,7 +82,10 @@ def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
-    """A mesh, or without faces a cloud. NaN vertices that no face uses are dropped. Raises ReadError."""
+    """A mesh, or without faces a cloud.
+
+    NaN vertices that no face uses are dropped. Raises ReadError.
+    """
     if not len(faces):
         return PointCloud.make(vertices, **attributes)
     _check_range(faces, len(vertices))
@@ -83,13 +99,16 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(f"a face of vertex {int(wrong)}, but its {count} vertices are 0 to {count - 1}")
+        raise ReadError(
+            f"a face of vertex {int(wrong)}, but its {count} vertices are 0 to {count - 1}"
+        )
 
 
 def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Triangles [t, 3] of polygons: `sizes` [f] corners each, one after the other in `corners`.
 
-    Convex polygons become fans, concave ones are cut at their ears; those of fewer than three corners are dropped.
+    Convex polygons become fans, concave ones are cut at their ears; those of fewer than three
+    corners are dropped.
     """
     _check_range(corners, len(vertices))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
@@ -106,7 +125,9 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
         along = (normals @ normal[:, :, None])[..., 0]
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
-            raise ReadError(f"a concave polygon of {size} corners, more than {_MOST_CORNERS}: cut it into triangles")
+            raise ReadError(
+                f"a concave polygon of {size} corners, more than {_MOST_CORNERS}: cut it into triangles"
+            )
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
         for polygon, up in zip(polygons[concave], normal[concave], strict=True):
             found.append(polygon[_ears(vertices[polygon], up)])
@@ -114,7 +135,8 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
 
 
 def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Triangles [n - 2, 3] of one concave polygon [n, 3]: cuts off a corner that holds no other, until three are left.
+    """Triangles [n - 2, 3] of one concave polygon [n, 3]: cuts off a corner that holds no other,
+    until three are left.
 
     A polygon that crosses itself has no right answer: what is left of it becomes a fan.
     """
@@ -146,7 +168,9 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 
 def strip(corners: np.ndarray) -> np.ndarray:
-    """Triangles [t, 3] of a strip, every second one turned over; a negative corner ends a strip and begins another."""
+    """Triangles [t, 3] of a strip, every second one turned over; a negative corner ends a strip and
+    begins another.
+    """
     found = np.stack([corners[:-2], corners[1:-1], corners[2:]], 1)
     ends = np.maximum.accumulate(np.where(corners < 0, np.arange(len(corners)), -1))[: len(found)]
     turned = (np.arange(len(found)) - ends) % 2 == 0

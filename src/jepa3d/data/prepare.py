@@ -1,4 +1,6 @@
-"""`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what was left out."""
+"""`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what
+was left out.
+"""
 
 import json
 from collections import Counter
@@ -44,7 +46,9 @@ class Preparation:
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
     short: Literal["skip", "repeat"] = "repeat"  # what to do with a cloud of fewer points
-    up_axis: Literal["x", "y", "z"] | None = None  # of the files; None: as the benchmark or format has it, else z
+    up_axis: Literal["x", "y", "z"] | None = (
+        None  # of the files; None: as the benchmark or format has it, else z
+    )
     unit: str | None = None  # of the files; only written down
     split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
     keep: tuple[Attribute, ...] = ()
@@ -55,17 +59,22 @@ class Preparation:
     keep_strays: bool = False  # of own files; those of a benchmark stay as published
 
 
-def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False) -> list[Path]:
-    """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was interrupted.
+def prepare(
+    source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False
+) -> list[Path]:
+    """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was
+    interrupted.
 
-    A store that is whole is extended by what is new. A folder of few-shot folds gives a store a fold, under `out`.
-    workers: processes, 0 one a core. strict: the first bad cloud stops it. Returns the stores. Raises ValueError, also
-    where another command writes to `out`.
+    A store that is whole is extended by what is new. A folder of few-shot folds gives a store a
+    fold, under `out`. workers: processes, 0 one a core. strict: the first bad cloud stops it.
+    Returns the stores. Raises ValueError, also where another command writes to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
         raise ReadError(f"{source}: no such file or folder")
-    if source.resolve() == out.resolve() or (source.is_dir() and out.resolve().is_relative_to(source.resolve())):
+    if source.resolve() == out.resolve() or (
+        source.is_dir() and out.resolve().is_relative_to(source.resolve())
+    ):
         raise ValueError(f"{out}: lies in the source {source}; choose another --out")
     with writing(out), unpacked(source, out) as root:
         folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
@@ -73,14 +82,19 @@ def prepare(source: Path, out: Path, options: Preparation, workers: int = 0, str
         if not folds:
             return [_prepare_one(root, out, options, workers, strict)]
         stores = [out / fold.relative_to(root).with_suffix("") for fold in folds]
-        return [_prepare_one(*pair, options, workers, strict) for pair in zip(folds, stores, strict=True)]
+        return [
+            _prepare_one(*pair, options, workers, strict)
+            for pair in zip(folds, stores, strict=True)
+        ]
 
 
 def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: all, or a number from 1")
     if options.columns is not None and len(options.columns) < 3:
-        raise ValueError(f"--columns {' '.join(options.columns)}: the names of x, y and z, or of all columns of a .bin")
+        raise ValueError(
+            f"--columns {' '.join(options.columns)}: the names of x, y and z, or of all columns of a .bin"
+        )
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
 
@@ -115,7 +129,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 arrays, row = result
                 fewer += row.pop("count") < (options.points or 0)
                 if total := row.pop("total"):
-                    source.notes.append(f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read")
+                    source.notes.append(
+                        f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read"
+                    )
                     print(printable(source.notes[-1]))
                 if hidden := row.pop("unseen"):
                     unseen[entry.key] = hidden
@@ -124,10 +140,14 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
                 taken[Path(entry.file).suffix or source.layout] += 1
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped after {taken.total():,} new clouds, kept; the same command goes on") from None
+        raise KeyboardInterrupt(
+            f"stopped after {taken.total():,} new clouds, kept; the same command goes on"
+        ) from None
     finally:
         if fewer:
-            source.notes.append(f"{fewer:,} clouds of fewer than {options.points:,} points were filled up")
+            source.notes.append(
+                f"{fewer:,} clouds of fewer than {options.points:,} points were filled up"
+            )
             print(f"{source.notes[-1]} (--short skip leaves them out)")
         if strays:
             which = f"in {len(strays):,} clouds, most in {strays.most_common(1)[0][0]}"
@@ -135,31 +155,41 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
             print(printable(f"{source.notes[-1]} (--keep-strays keeps them)"))
         if unseen:
             which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
-            source.notes.append(f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}")
+            source.notes.append(
+                f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}"
+            )
             print(printable(source.notes[-1]))
         if begun and (out / "store.json").is_file():
             _report(out, source, taken, skipped)
     _show(out, taken, before, skipped)
     if not (out / "store.json").is_file():
-        raise ReadError(f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}")
+        raise ReadError(
+            f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}"
+        )
     _show_lacking(Store(out))
     return out
 
 
 def _new(entries: list[Entry], done: np.ndarray) -> tuple[list[Entry], int]:
     """The entries whose keys are not among the hashes `done`, and how many are."""
-    hashes = np.array([hash64(entry.key.encode("utf-8", "surrogateescape")) for entry in entries], np.uint64)
+    hashes = np.array(
+        [hash64(entry.key.encode("utf-8", "surrogateescape")) for entry in entries], np.uint64
+    )
     there = np.isin(hashes, done)
-    return [entry for entry, is_there in zip(entries, there, strict=True) if not is_there], int(there.sum())
+    return [entry for entry, is_there in zip(entries, there, strict=True) if not is_there], int(
+        there.sum()
+    )
 
 
-# ------------------------------------------------------------------------------------------------ one cloud
+# ---------------------------------------------------------------------------------------- one cloud
 
 
 def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """A cloud's arrays as the store has them, and its row of the index. Raises ReadError."""
     cloud = entry.read()
-    content = hash64(cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes()))
+    content = hash64(
+        cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes())
+    )
     told = {"total": cloud.total, "unseen": cloud.unseen}
     count, seed = options.points, options.seed  # not of the key: equal files give equal clouds
     if cloud.faces is not None:
@@ -194,16 +224,26 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
         arrays["parts"] = to_parts(arrays["parts"])
         if (arrays["parts"] == UNLABELLED).all():
             raise ReadError("none of its points has a part label (--keep parts)")
-    return arrays, {"up": up, "frame": (*cloud.origin, cloud.scale), "content": content, "count": found, **told}
+    return arrays, {
+        "up": up,
+        "frame": (*cloud.origin, cloud.scale),
+        "content": content,
+        "count": found,
+        **told,
+    }
 
 
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
-    """ReadError where float16 moves points n 3 of the unit sphere by over 1 % of their extent: a far one scales all."""
+    """ReadError where float16 moves points n 3 of the unit sphere by over 1 % of their extent: a
+    far one scales all.
+    """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
     if error > 0.01 * extent:
         far = "a point far out sets its scale; remove it, or --precision float32"
-        raise ReadError(f"float16 moves its points by {100 * error / max(extent, 1e-30):.0f} % of their extent: {far}")
+        raise ReadError(
+            f"float16 moves its points by {100 * error / max(extent, 1e-30):.0f} % of their extent: {far}"
+        )
 
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
@@ -222,7 +262,7 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
     return results
 
 
-# ------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def _report(out: Path, source: Source, taken: Counter, skipped: list[tuple[str, str]]) -> None:
@@ -235,7 +275,9 @@ def _report(out: Path, source: Source, taken: Counter, skipped: list[tuple[str, 
     write_bytes(out / "report.json", json.dumps(record, indent=1).encode())
 
 
-def _show(out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]], lines: int = 40) -> None:
+def _show(
+    out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]], lines: int = 40
+) -> None:
     already = f", {before:,} were there already" if before else ""
     kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in taken.most_common())
     print(
@@ -252,4 +294,6 @@ def _show_lacking(store: Store) -> None:
     split, labels = np.asarray(store.columns["split"]), np.asarray(store.columns["label"])
     train, test = (split == SPLITS.index(part) for part in ("train", "test"))
     if train.any() and test.any() and (found := lacking(labels, train, test, store.class_names)):
-        print(f"in one part only, so that training and testing will leave them out: {', '.join(found)}")
+        print(
+            f"in one part only, so that training and testing will leave them out: {', '.join(found)}"
+        )

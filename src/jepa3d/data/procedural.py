@@ -1,8 +1,10 @@
-"""Endless unlabelled shapes: random programs that compose, repeat, cut and bend solids, nothing to download.
+"""Endless unlabelled shapes: random programs that compose, repeat, cut and bend solids, nothing to
+download.
 
-After "Learning 3D Representations from Procedural 3D Programs" (Chen et al. 2024, arXiv 2411.17467): 1 to 9 parts
-from a few kinds of solids suffice to pretrain an encoder. Every solid here is one *loft*, a closed outline swept
-along a line or an arc under a profile of radii: boxes, cylinders, cones, prisms, ellipsoids, lathes, cups, tori, tubes.
+After "Learning 3D Representations from Procedural 3D Programs" (Chen et al. 2024, arXiv
+2411.17467): 1 to 9 parts from a few kinds of solids suffice to pretrain an encoder. Every solid
+here is one *loft*, a closed outline swept along a line or an arc under a profile of radii: boxes,
+cylinders, cones, prisms, ellipsoids, lathes, cups, tori, tubes.
 """
 
 from pathlib import Path
@@ -20,7 +22,11 @@ GRID = 48  # of directions, a side, in a view from one side
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
 _AXES = np.array(
-    [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]], [[0, 1, 0], [0, 0, 1], [1, 0, 0]]]
+    [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
+        [[0, 1, 0], [0, 0, 1], [1, 0, 0]],
+    ]
 )
 
 
@@ -29,7 +35,9 @@ def _outline(rng: Rng) -> np.ndarray:
     kind = rng.integers(6)
     if kind < 2:  # from a rhombus to a circle to a square
         power = 2.0 if rng.random() < 0.5 else rng.choice([1.2, 4.0, 30.0, 30.0])
-        radius = 1 / (np.abs(np.cos(_ANGLES)) ** power + np.abs(np.sin(_ANGLES)) ** power) ** (1 / power)
+        radius = 1 / (np.abs(np.cos(_ANGLES)) ** power + np.abs(np.sin(_ANGLES)) ** power) ** (
+            1 / power
+        )
     elif kind < 4:  # regular polygon
         step = 2 * np.pi / rng.choice([3, 4, 4, 6, 8])
         radius = np.cos(step / 2) / np.cos((_ANGLES + step / 2) % step - step / 2)
@@ -39,7 +47,9 @@ def _outline(rng: Rng) -> np.ndarray:
         radius = np.where((_ANGLES * rng.choice([3, 4, 6]) / (2 * np.pi)) % 1 < 0.5, 1.0, low)
     else:  # any rounded outline
         k = np.arange(2, 5)[:, None]
-        radius = 1 + (rng.uniform(0, 0.25, (3, 1)) * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi, (3, 1)))).sum(0)
+        radius = 1 + (
+            rng.uniform(0, 0.25, (3, 1)) * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi, (3, 1)))
+        ).sum(0)
         radius = radius / radius.max()
     return radius[:, None] * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)
 
@@ -54,16 +64,22 @@ def _profile(rng: Rng) -> np.ndarray:
         t = np.linspace(-np.pi / 2 if rng.random() < 0.6 else 0, np.pi / 2, 9)
         height = np.sin(t)
         ends = [] if t[0] < 0 else [(0.0, -1.0)]
-        return np.array([*ends, *np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)])
+        return np.array(
+            [*ends, *np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)]
+        )
     if kind < 6:  # lathe of a smooth profile, closed or open
         count = rng.integers(3, 6)
-        radii = np.interp(np.linspace(0, 1, 9), np.linspace(0, 1, count), rng.uniform(0.2, 1, count))
+        radii = np.interp(
+            np.linspace(0, 1, 9), np.linspace(0, 1, count), rng.uniform(0.2, 1, count)
+        )
         radii = np.convolve(np.pad(radii, 1, "edge"), (0.25, 0.5, 0.25), "valid")
         rows = np.stack([radii / radii.max(), np.linspace(-1, 1, 9)], 1)
         return rows if kind == 5 else np.array([(0, -1), *rows, (0, 1)])
     if kind == 6:  # cup: outside up, inside down
         wall, base = rng.uniform(0.05, 0.2), rng.uniform(0.5, 1)
-        return np.array([(0, -1), (base, -1), (1, 1), (1 - wall, 1), (base * (1 - wall), -0.85), (0, -0.85)])
+        return np.array(
+            [(0, -1), (base, -1), (1, 1), (1 - wall, 1), (base * (1 - wall), -0.85), (0, -0.85)]
+        )
     steps = rng.integers(2, 5)  # stairs
     radii, heights = rng.uniform(0.3, 1, steps), np.sort(rng.uniform(-1, 1, steps - 1))
     edges = np.r_[-1, heights, 1]
@@ -72,19 +88,30 @@ def _profile(rng: Rng) -> np.ndarray:
 
 
 def _solid(rng: Rng) -> np.ndarray:
-    """The loft [rings, SIDES, 3] of one solid in the cube of half side 1, swept along z or along an arc."""
+    """The loft [rings, SIDES, 3] of one solid in the cube of half side 1, swept along z or along an
+    arc.
+    """
     outline, profile = _outline(rng), _profile(rng)
     if rng.random() < 0.2:  # an arc, up to a ring, needs more rings than a straight line
         profile = np.stack(
-            [np.interp(np.linspace(0, len(profile) - 1, 17), np.arange(len(profile)), c) for c in profile.T], 1
+            [
+                np.interp(np.linspace(0, len(profile) - 1, 17), np.arange(len(profile)), c)
+                for c in profile.T
+            ],
+            1,
         )
         if rng.random() < 0.5:
             profile[:, 0] = 1
-        thick, whole = rng.uniform(0.1, 0.45), 2 * np.pi if rng.random() < 0.4 else rng.uniform(1, 5)
+        thick, whole = (
+            rng.uniform(0.1, 0.45),
+            2 * np.pi if rng.random() < 0.4 else rng.uniform(1, 5),
+        )
         angle = profile[:, 1] * whole / 2
         across = 1 - thick + thick * profile[:, :1] * outline[:, 0]
         height = np.broadcast_to(thick * profile[:, :1] * outline[:, 1], across.shape)
-        loft = np.stack([np.cos(angle)[:, None] * across, np.sin(angle)[:, None] * across, height], 2)
+        loft = np.stack(
+            [np.cos(angle)[:, None] * across, np.sin(angle)[:, None] * across, height], 2
+        )
     else:
         loft = np.empty((len(profile), SIDES, 3))
         loft[..., :2] = profile[:, :1, None] * outline
@@ -129,7 +156,9 @@ def _size(rng: Rng) -> np.ndarray:
 
 
 def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices [n, 3, 3] and shifts [n, 3] that repeat a part: once, mirrored, in a ring or in a row."""
+    """Matrices [n, 3, 3] and shifts [n, 3] that repeat a part: once, mirrored, in a ring or in a
+    row.
+    """
     kind, one = rng.random(), np.eye(3)[None]
     if kind < 0.2:
         flip = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
@@ -146,7 +175,9 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
     if kind < 0.5:
         count, axis = rng.integers(2, 7), rng.integers(3)
         shifts = np.zeros((count, 3))
-        shifts[:, axis] = np.arange(count) * 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
+        shifts[:, axis] = (
+            np.arange(count) * 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
+        )
         return np.repeat(one, count, 0), shifts
     return one, np.zeros((1, 3))
 
@@ -198,23 +229,29 @@ def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """Of points in the unit sphere a mask of those that one viewpoint sees, the nearest in each of its directions."""
+    """Of points in the unit sphere a mask of those that one viewpoint sees, the nearest in each of
+    its directions.
+    """
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)
     right = np.cross(away, np.eye(3)[np.abs(away).argmin()])
     right /= np.linalg.norm(right)
     depth = points @ away
-    cell = [((points @ axis + 1) * (GRID / 2)).astype(int).clip(0, GRID - 1) for axis in (right, np.cross(away, right))]
+    cell = [
+        ((points @ axis + 1) * (GRID / 2)).astype(int).clip(0, GRID - 1)
+        for axis in (right, np.cross(away, right))
+    ]
     nearest = np.full(GRID * GRID, np.inf)
     np.minimum.at(nearest, flat := cell[0] * GRID + cell[1], depth)
     return depth < nearest[flat] + 0.1
 
 
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Shape i of the endless set `seed`: points float32 [num_points, 3], z up, centroid 0, farthest at distance 1.
+    """Shape i of the endless set `seed`: points float32 [num_points, 3], z up, centroid 0, farthest
+    at distance 1.
 
-    The same on any machine to 1e-5. A third is cut by a box or a ball, a third bent, a fifth seen from one side, a
-    fifth loses what lies beyond a plane; all get noise.
+    The same on any machine to 1e-5. A third is cut by a box or a ball, a third bent, a fifth seen
+    from one side, a fifth loses what lies beyond a plane; all get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)
@@ -223,7 +260,9 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
         points = normalise(_bend(points, rng))
     keep = np.ones(len(points), bool)
     if cut:
-        inside = (points - points[rng.integers(len(points))] * rng.uniform(0.5, 1)) / rng.uniform(0.15, 0.6, 3)
+        inside = (points - points[rng.integers(len(points))] * rng.uniform(0.5, 1)) / rng.uniform(
+            0.15, 0.6, 3
+        )
         keep &= (inside**2).sum(1) > 1 if rng.random() < 0.5 else np.abs(inside).max(1) > 1
     if seen:
         keep &= _seen(points, rng)
@@ -240,7 +279,10 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
 
 
 def count_of(source: Path) -> int:
-    """COUNT of `procedural:COUNT`, else 0. Raises ReadError for a COUNT that is no number from 1."""
+    """COUNT of `procedural:COUNT`, else 0.
+
+    Raises ReadError for a COUNT that is no number from 1.
+    """
     name, _, count = str(source).partition(":")
     if name != "procedural":
         return 0

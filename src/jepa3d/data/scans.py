@@ -1,4 +1,7 @@
-"""What scanners write: PCD; LAS, LAZ and E57 by the parsers of the `io` extra; PTX, and BIN of named columns."""
+"""What scanners write:
+
+PCD; LAS, LAZ and E57 by the parsers of the `io` extra; PTX, and BIN of named columns.
+"""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -13,7 +16,9 @@ from jepa3d.data.text import collected, coordinate_columns, parsed
 
 
 def columns_of(raw, count: int) -> dict[str, Any]:
-    """Normals, colours and part labels among named columns (PLY properties, PCD fields); none is checked."""
+    """Normals, colours and part labels among named columns (PLY properties, PCD fields); none is
+    checked.
+    """
     if raw is None:
         return {}
     names = getattr(raw, "dtype", None)
@@ -30,7 +35,11 @@ def columns_of(raw, count: int) -> dict[str, Any]:
         found["colors"] = to_bytes(stack(("red", "green", "blue")))
     for name in ("rgb", "rgba"):  # PCL's colours: the bytes b, g, r, a of one float or integer
         if name in have and "colors" not in found and np.asarray(raw[name]).dtype.itemsize == 4:
-            packed = np.ascontiguousarray(np.asarray(raw[name]).reshape(count)).view(np.uint8).reshape(count, 4)
+            packed = (
+                np.ascontiguousarray(np.asarray(raw[name]).reshape(count))
+                .view(np.uint8)
+                .reshape(count, 4)
+            )
             found["colors"] = packed[:, 2::-1].copy()
     for name in ("part", "label", "class", "classification"):
         if name in have and "parts" not in found:
@@ -42,7 +51,10 @@ def columns_of(raw, count: int) -> dict[str, Any]:
 
 
 def read_pcd(path: Path) -> PointCloud:
-    """A PCD of any version: ascii, binary or compressed; fields of any type, order and case. Raises ReadError."""
+    """A PCD of any version: ascii, binary or compressed; fields of any type, order and case.
+
+    Raises ReadError.
+    """
     with path.open("rb") as file:
         header: dict[str, list[str]] = {}
         above = 0
@@ -58,22 +70,34 @@ def read_pcd(path: Path) -> PointCloud:
         elif way == "binary":
             check_claim(path, file.tell() + size, 1)
             data = np.frombuffer(file.read(size), row)
-            if len(more := file.read(row.itemsize)) == row.itemsize and any(more):  # zeros are padding
-                raise ReadError(f"damaged: more follows than the {count:,} points that its header says")
+            if len(more := file.read(row.itemsize)) == row.itemsize and any(
+                more
+            ):  # zeros are padding
+                raise ReadError(
+                    f"damaged: more follows than the {count:,} points that its header says"
+                )
         elif way == "binary_compressed":  # all of a field, then all of the next
             packed, unpacked = (int.from_bytes(file.read(4), "little") for _ in range(2))
             check_claim(path, unpacked, 100)  # LZF's best is 88
             content = module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
-                raise ReadError(f"truncated or damaged: {len(content):,} bytes of data, {size:,} are needed")
+                raise ReadError(
+                    f"truncated or damaged: {len(content):,} bytes of data, {size:,} are needed"
+                )
             data, at = np.empty(count, row), 0
             for name in row.names or ():
                 end = at + data[name].nbytes
-                data[name] = np.frombuffer(content[at:end], data[name].dtype).reshape(data[name].shape)
+                data[name] = np.frombuffer(content[at:end], data[name].dtype).reshape(
+                    data[name].shape
+                )
                 at = end
         else:
-            raise ReadError(f"DATA {way or 'is missing'}: known are ascii, binary, binary_compressed")
-    return PointCloud.make(np.stack([data[axis].astype(np.float64) for axis in "xyz"], 1), **columns_of(data, count))
+            raise ReadError(
+                f"DATA {way or 'is missing'}: known are ascii, binary, binary_compressed"
+            )
+    return PointCloud.make(
+        np.stack([data[axis].astype(np.float64) for axis in "xyz"], 1), **columns_of(data, count)
+    )
 
 
 def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
@@ -83,7 +107,9 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     if not names or not len(names) == len(sizes) == len(kinds) == len(repeats):
         told = f"{len(names)} FIELDS, {len(sizes)} SIZE, {len(kinds)} TYPE, {len(repeats)} COUNT"
         raise ReadError(f"damaged or not a PCD file: its header has {told}")
-    points, width, height = (int((header.get(key) or ["-1"])[0]) for key in ("POINTS", "WIDTH", "HEIGHT"))
+    points, width, height = (
+        int((header.get(key) or ["-1"])[0]) for key in ("POINTS", "WIDTH", "HEIGHT")
+    )
     grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
     if points >= 0 and grid >= 0 and points != grid:
         raise ReadError(f"damaged: its header says {points:,} points and {width:,} x {height:,}")
@@ -123,14 +149,19 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[s
     with np.errstate(invalid="ignore", over="ignore"):
         typed = {name: values.astype(row[name]) for name, values in data.items()}
     floats = {name for name in order if row[name].kind == "f"}
-    return {name: typed[name] if name in floats or (typed[name] == data[name]).all() else data[name] for name in order}
+    return {
+        name: typed[name] if name in floats or (typed[name] == data[name]).all() else data[name]
+        for name in order
+    }
 
 
 # ---------------------------------------------------------------------------------------------- LAS
 
 
 def _check_las(path: Path) -> None:
-    """ReadError where a header says fewer points than follow, or what laspy would loop over for hours; or no lazrs."""
+    """ReadError where a header says fewer points than follow, or what laspy would loop over for
+    hours; or no lazrs.
+    """
     with path.open("rb") as file:
         head = file.read(375).ljust(375, b"\0")
 
@@ -147,20 +178,29 @@ def _check_las(path: Path) -> None:
                 file.seek(-8, 2)
                 table = int.from_bytes(file.read(8), "little", signed=True)
             file.seek(max(table, 0) + 4)
-            check_claim(path, int.from_bytes(file.read(4), "little"), 1)  # chunks, or lazrs aborts the process
+            check_claim(
+                path, int.from_bytes(file.read(4), "little"), 1
+            )  # chunks, or lazrs aborts the process
             return
-    behind = [number(227, 8) if minor > 2 else 0, number(235, 8) if minor > 3 else 0]  # wave forms, long records
+    behind = [
+        number(227, 8) if minor > 2 else 0,
+        number(235, 8) if minor > 3 else 0,
+    ]  # wave forms, long records
     held = (min(at or path.stat().st_size for at in behind) - start) // max(1, length)
     if held > (said := number(247, 8) if minor > 3 else number(107, 4)):
         raise ReadError(f"damaged: its header says {said:,} points, but {held:,} follow")
 
 
 def las_records(path: Path, size: int = 500_000) -> Iterator[Any]:
-    """laspy's records of a LAS or LAZ file, `size` at a time. Raises ReadError, also where some are missing."""
+    """laspy's records of a LAS or LAZ file, `size` at a time.
+
+    Raises ReadError, also where some are missing.
+    """
     laspy, seen = module("laspy"), 0
     _check_las(path)
     try:
-        # one thread: of a damaged chunk table the parallel decompressor allocates what it claims, and aborts
+        # one thread: of a damaged chunk table the parallel decompressor allocates what it claims,
+        # and aborts
         with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
             header, packed = file.header, file.header.are_points_compressed
             check_claim(path, header.point_count * header.point_format.size, 5000 if packed else 1)
@@ -187,28 +227,38 @@ def read_las(path: Path) -> PointCloud:
     rows = reservoir.rows()
     colors = to_bytes(rows[:, 4:]) if color else None
     total = reservoir.total if reservoir.total > len(rows) else None
-    return PointCloud.make(rows[:, :3], parts=rows[:, 3] if len(rows) else None, colors=colors, total=total)
+    return PointCloud.make(
+        rows[:, :3], parts=rows[:, 3] if len(rows) else None, colors=colors, total=total
+    )
 
 
-# ---------------------------------------------------------------------------------------------- E57, PTX, BIN
+# ------------------------------------------------------------------------------------ E57, PTX, BIN
 
 
 def read_e57(path: Path) -> PointCloud:
-    """All scans of an E57 file, each placed by its pose, without the points that are marked as invalid."""
+    """All scans of an E57 file, each placed by its pose, without the points that are marked as
+    invalid.
+    """
     pye57 = module("pye57")
     try:
         file = pye57.E57(str(path))
         try:
             counts = [file.get_header(i).point_count for i in range(file.scan_count)]
             check_claim(path, max(counts, default=0), 8)  # a bit each
-            scans = [file.read_scan(i, ignore_missing_fields=True) for i, count in enumerate(counts) if count]
+            scans = [
+                file.read_scan(i, ignore_missing_fields=True)
+                for i, count in enumerate(counts)
+                if count
+            ]
         finally:
             file.close()
     except pye57.libe57.E57Exception as error:
         raise ReadError(f"damaged or not an E57 file ({line(error)})") from error
     if not scans:
         raise ReadError("no points" if counts else "no scans")
-    xyz = np.concatenate([np.stack([scan[f"cartesian{axis}"] for axis in "XYZ"], 1) for scan in scans])
+    xyz = np.concatenate(
+        [np.stack([scan[f"cartesian{axis}"] for axis in "XYZ"], 1) for scan in scans]
+    )
     return PointCloud.make(xyz, unseen=sum(counts) - len(xyz))
 
 
@@ -218,13 +268,17 @@ def read_ptx(path: Path) -> PointCloud:
 
 
 def ptx_rows(path: Path, size: int = 200_000) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z and colours of Leica's PTX, float64 n 6; NaN where nothing was seen. Raises ReadError.
+    """Chunks of x, y, z and colours of Leica's PTX, float64 n 6; NaN where nothing was seen. Raises
+    ReadError.
 
-    A scan is its columns and rows, the scanner's place and axes, a matrix that acts on rows, and a line a point:
-    x y z intensity [r g b], zeros where no light came back.
+    A scan is its columns and rows, the scanner's place and axes, a matrix that acts on rows, and a
+    line a point: x y z intensity [r g b], zeros where no light came back.
     """
     with path.open(encoding="latin-1") as text:
-        file, at = (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip()), 0  # less a BOM
+        file, at = (
+            (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip()),
+            0,
+        )  # less a BOM
         while head := list(islice(file, 10)):
             if not "".join(head).strip():
                 break
@@ -232,7 +286,9 @@ def ptx_rows(path: Path, size: int = 200_000) -> Iterator[np.ndarray]:
                 count = int(head[0]) * int(head[1])
                 matrix = np.array([text.split() for text in head[6:]], np.float64).reshape(4, 4)
             except (ValueError, IndexError):
-                raise ReadError(f"lines {at + 1} to {at + 10} are no head of a PTX scan: sizes, axes, matrix") from None
+                raise ReadError(
+                    f"lines {at + 1} to {at + 10} are no head of a PTX scan: sizes, axes, matrix"
+                ) from None
             check_claim(path, 6 * count, 1)
             lines, done = islice(file, count), 0
             first = next(lines, "")
@@ -244,7 +300,9 @@ def ptx_rows(path: Path, size: int = 200_000) -> Iterator[np.ndarray]:
                 done += len(rows)
                 yield rows
             if done < count:
-                raise ReadError(f"truncated: {done:,} of {count:,} points in the scan from line {at + 1} on")
+                raise ReadError(
+                    f"truncated: {done:,} of {count:,} points in the scan from line {at + 1} on"
+                )
             at += 10 + count
 
 
@@ -260,6 +318,8 @@ def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
         raise ReadError(NO_COLUMNS)
     size = path.stat().st_size
     if size % (4 * len(columns)):
-        raise ReadError(f"{size:,} bytes are no rows of {len(columns)} float32 ({', '.join(columns)}: --columns)")
+        raise ReadError(
+            f"{size:,} bytes are no rows of {len(columns)} float32 ({', '.join(columns)}: --columns)"
+        )
     chosen = [columns.index(name) for name in coordinate_columns(columns, None)]
     return PointCloud.make(np.fromfile(path, "<f4").reshape(-1, len(columns))[:, chosen])

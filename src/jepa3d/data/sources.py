@@ -18,10 +18,18 @@ from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
 
 
-def discover(root: Path, variant: str | None = None, columns: tuple[str, ...] | None = None) -> Source:
-    """What lies at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`. Raises ReadError."""
+def discover(
+    root: Path, variant: str | None = None, columns: tuple[str, ...] | None = None
+) -> Source:
+    """What lies at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
+
+    Raises ReadError.
+    """
     if count := procedural.count_of(root):
-        return Source("procedural", [Entry(str(i), partial(procedural.read, i), up_axis="z") for i in range(count)])
+        return Source(
+            "procedural",
+            [Entry(str(i), partial(procedural.read, i), up_axis="z") for i in range(count)],
+        )
     if root.suffix == ".pkl":
         source = fold_of(root)
     elif root.is_file() and is_archive(root):
@@ -41,8 +49,13 @@ def _refuse(message: str) -> PointCloud:
     raise ReadError(message)
 
 
-def walk(root: Path, failed: Callable[[OSError], None]) -> Iterable[tuple[Path, list[str], list[str]]]:
-    """os.walk, sorted, through links to folders but never in a circle; `failed` gets what cannot be listed."""
+def walk(
+    root: Path, failed: Callable[[OSError], None]
+) -> Iterable[tuple[Path, list[str], list[str]]]:
+    """os.walk, sorted, through links to folders but never in a circle;
+
+    `failed` gets what cannot be listed.
+    """
     seen = set()
     for folder, folders, files in os.walk(root, onerror=failed, followlinks=True):
         status = os.stat(folder)
@@ -60,7 +73,12 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
     inner, found_files = [], []
 
     def failed(error: OSError) -> None:
-        skipped.append((Path(error.filename).relative_to(root).as_posix(), f"cannot be read ({error.strerror})"))
+        skipped.append(
+            (
+                Path(error.filename).relative_to(root).as_posix(),
+                f"cannot be read ({error.strerror})",
+            )
+        )
 
     for folder, folders, files in walk(root, failed):
         found = benchmark_at(folder, variant) if folder != root else None
@@ -79,7 +97,9 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
             why = REFUSAL if is_archive(path) else refusal(path)
             why = "written by macOS beside the file" if name.startswith("._") else why
             if why:
-                skipped.append((key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why))
+                skipped.append(
+                    (key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why)
+                )
                 continue
             try:
                 with boundary(path):
@@ -98,7 +118,9 @@ def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> 
             entries += entries_of(path, key, label, split, columns)
         except ReadError as error:
             entries.append(Entry(key, partial(_refuse, str(error)), label, split))
-    if len(inner) == 1 and len(entries) == len(inner[0].entries):  # the benchmark in a folder of its archive
+    if len(inner) == 1 and len(entries) == len(
+        inner[0].entries
+    ):  # the benchmark in a folder of its archive
         return replace(inner[0], entries=entries, skipped=skipped)
     if both := sorted({entry.label for entry in entries if entry.label and split_of(entry.label)}):
         notes.append(f"folder {', '.join(both)}: taken as a class, not as a split")

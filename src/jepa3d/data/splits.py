@@ -1,4 +1,6 @@
-"""Classes and splits: from the names of folders, by a fraction or a list, and which classes a split leaves out."""
+"""Classes and splits: from the names of folders, by a fraction or a list, and which classes a split
+leaves out.
+"""
 
 import re
 from collections import defaultdict
@@ -14,10 +16,20 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry
 
 SPLIT_OF = {  # what the name of a folder, in lower case, says
-    "train": "train", "training": "train", "test": "test", "testing": "test",
-    "val": "val", "valid": "val", "validation": "val", "validate": "val", "dev": "val", "eval": "val",
-}  # fmt: skip
-_ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")  # to such a name: 01_train, Test Set, train_data
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "validate": "val",
+    "dev": "val",
+    "eval": "val",
+}
+_ADDED = re.compile(
+    r"^\d+[ _-]+|[ _-]*(set|data|split)$"
+)  # to such a name: 01_train, Test Set, train_data
 
 
 def split_of(name: str) -> str | None:
@@ -25,12 +37,15 @@ def split_of(name: str) -> str | None:
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
-def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple[str | None, str | None]]:
+def classes_and_splits(
+    folders: list[tuple[str, ...]], flat: bool
+) -> list[tuple[str | None, str | None]]:
     """Class and split of files, each given by the names of the folders around it, outermost first.
 
-    Where all folders of a level have names of splits, that level is the split. Else a folder `test` is a class where
-    it lies among classes, and a split where others beside it are splits too, or those in it are named as those beside.
-    The class is the first folder left that does not stand around all files; flat: the first one, whatever it is.
+    Where all folders of a level have names of splits, that level is the split. Else a folder `test`
+    is a class where it lies among classes, and a split where others beside it are splits too, or
+    those in it are named as those beside. The class is the first folder left that does not stand
+    around all files; flat: the first one, whatever it is.
     """
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)  # folders in a folder
     for names in set(folders):
@@ -52,7 +67,9 @@ def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple
         if level is not None:
             return depth == level
         beside, within = inside[names[:depth]], inside.get(names[: depth + 1], set())
-        return split_of(names[depth]) is not None and (len(splits_in(beside)) > 1 or not beside.isdisjoint(within))
+        return split_of(names[depth]) is not None and (
+            len(splits_in(beside)) > 1 or not beside.isdisjoint(within)
+        )
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
@@ -62,21 +79,29 @@ def classes_and_splits(folders: list[tuple[str, ...]], flat: bool) -> list[tuple
 
     found = [divided(names) for names in folders]
     classes, depth = {names for names, _ in found}, 0
-    while not flat and len({names[: depth + 1] for names in classes}) == 1 and min(map(len, classes)) > depth + 1:
+    while (
+        not flat
+        and len({names[: depth + 1] for names in classes}) == 1
+        and min(map(len, classes)) > depth + 1
+    ):
         depth += 1
     return [(names[depth] if len(names) > depth else None, split) for names, split in found]
 
 
 def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
-    """Entries with their split: "folder" keeps that of folders or lists; else a fraction for test, or a list's path.
+    """Entries with their split: "folder" keeps that of folders or lists; else a fraction for test,
+    or a list's path.
 
-    Of each class of two clouds or more a fraction gives at least one to train and one to test. Raises ValueError.
+    Of each class of two clouds or more a fraction gives at least one to train and one to test.
+    Raises ValueError.
     """
     if split == "folder":
         some = [entry for entry in entries if entry.split is None]
         if some and len(some) < len(entries):
             one = printable(some[0].key)
-            print(f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {one}")
+            print(
+                f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {one}"
+            )
         return entries
     try:
         fraction = float(split)
@@ -96,7 +121,9 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
 def _divide_by_list(entries: list[Entry], path: Path) -> list[Entry]:
     if not path.is_file():
-        raise ReadError(f"--split {path}: folder, a fraction for test, or a file that lists the test clouds")
+        raise ReadError(
+            f"--split {path}: folder, a fraction for test, or a file that lists the test clouds"
+        )
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:
@@ -105,9 +132,14 @@ def _divide_by_list(entries: list[Entry], path: Path) -> list[Entry]:
 
 
 def lacking(
-    labels: np.ndarray, train: np.ndarray, test: np.ndarray, names: Sequence[str], part: str = "test"
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    names: Sequence[str],
+    part: str = "test",
 ) -> list[str]:
-    """The classes that one of two parts has no shape of, with their counts, such as "disc (2 train, 0 test)".
+    """The classes that one of two parts has no shape of, with their counts, such as "disc (2 train,
+    0 test)".
 
     labels: n, -1 where unknown; train, test: masks n; part: what the second is called.
     """
@@ -115,5 +147,7 @@ def lacking(
     for label in np.unique(labels[labels >= 0]).tolist():
         a, b = (int((labels[mask] == label).sum()) for mask in (train, test))
         if not (a and b):
-            found.append(f"{printable(names[label] if label < len(names) else str(label))} ({a} train, {b} {part})")
+            found.append(
+                f"{printable(names[label] if label < len(names) else str(label))} ({a} train, {b} {part})"
+            )
     return found

@@ -4,8 +4,9 @@ STORE/store.json              what it holds: settings, class names, one record a
 STORE/points-00000.safetensors  "points" [sum of N, 3], and "normals", "colors", "parts" where kept
 STORE/index/NAME.bin          one row a cloud, memory-mapped: see COLUMNS; keys.bin holds the keys' text
 
-Clouds are z-up in the unit sphere; with R the rotation from the file's up axis, file = R^T(points) * scale + origin.
-Writing appends shards; whatever was written after the header's last version is cut off when writing goes on.
+Clouds are z-up in the unit sphere; with R the rotation from the file's up axis, file = R^T(points)
+* scale + origin. Writing appends shards; whatever was written after the header's last version is
+cut off when writing goes on.
 """
 
 import hashlib
@@ -27,7 +28,10 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
-_UNFINISHED = (".store.json.partial", ".store.json.lock")  # what a command killed at its first write leaves
+_UNFINISHED = (
+    ".store.json.partial",
+    ".store.json.lock",
+)  # what a command killed at its first write leaves
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
     "label": ("<i4", ()),  # index of class_names, -1 none
@@ -59,14 +63,20 @@ class Store:
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
-            self.class_names, self.part_names = (tuple(self.header[f"{kind}_names"]) for kind in ("class", "part"))
+            self.class_names, self.part_names = (
+                tuple(self.header[f"{kind}_names"]) for kind in ("class", "part")
+            )
             complete = self.header["complete"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ReadError(f"{path}: not a store of jepa3d prepare, or damaged ({error})") from error
+            raise ReadError(
+                f"{path}: not a store of jepa3d prepare, or damaged ({error})"
+            ) from error
         if found != FORMAT:
             raise ReadError(f"{path}: store of format {found!r}, this version reads {FORMAT!r}")
         if not (unfinished or complete):
-            raise ReadError(f"{path}: an unfinished store; run its jepa3d prepare again, it goes on")
+            raise ReadError(
+                f"{path}: an unfinished store; run its jepa3d prepare again, it goes on"
+            )
         self.columns = {name: self._column(name) for name in COLUMNS}
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
@@ -79,7 +89,9 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """sha256 over the shards' own."""
-        return hashlib.sha256(json.dumps(self.header["shards"], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(self.header["shards"], sort_keys=True).encode()
+        ).hexdigest()
 
     def _column(self, name: str) -> np.ndarray:
         kind, tail = COLUMNS[name]
@@ -88,23 +100,32 @@ class Store:
         if not needed:
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
-            raise ReadError(f"{path}: missing or cut off: {needed} bytes are needed for {len(self)} clouds")
+            raise ReadError(
+                f"{path}: missing or cut off: {needed} bytes are needed for {len(self)} clouds"
+            )
         if needed < 16 << 20:  # in memory: a mapped file that is cut off kills the process
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """The memory-mapped arrays of a shard. At most 64 are held open, fewer than a process may. Raises ReadError."""
+        """The memory-mapped arrays of a shard.
+
+        At most 64 are held open, fewer than a process may. Raises ReadError.
+        """
         path = self.path / self.header["shards"][index]["file"]
         if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
-            raise ReadError(f"{path}: is gone or was cut off while it was read")  # touching its pages would be a crash
+            raise ReadError(
+                f"{path}: is gone or was cut off while it was read"
+            )  # touching its pages would be a crash
         if (found := self._open.get(index)) is None:
             try:
                 self._bytes[index], found = path.stat().st_size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
             self._open[index] = found
-            if len(self._open) > 64:  # the first one, so that two threads may share a store without a lock
+            if (
+                len(self._open) > 64
+            ):  # the first one, so that two threads may share a store without a lock
                 self._open.popitem(last=False)
         return found
 
@@ -114,7 +135,9 @@ class Store:
             raise IndexError(f"cloud {row} of {len(self)}")
         shard = int(np.searchsorted(self.first, row, side="right")) - 1
         begin = 0 if row == 0 else int(self.columns["end"][row - 1])
-        return shard, slice(begin - self._start[shard], int(self.columns["end"][row]) - self._start[shard])
+        return shard, slice(
+            begin - self._start[shard], int(self.columns["end"][row]) - self._start[shard]
+        )
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
         """The first `count` points of a cloud, or all, n 3, in the store's precision, in place."""
@@ -137,28 +160,41 @@ class Store:
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
         """Points n 3 of a cloud's store frame in its file's own frame, float64."""
         *origin, scale = self.columns["frame"][row].tolist()
-        return np.asarray(points, np.float64) @ TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float) * scale + origin
+        return (
+            np.asarray(points, np.float64)
+            @ TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
+            * scale
+            + origin
+        )
 
     def key(self, row: int) -> str:
         """The path of a cloud's file in its source, with its row where the file has many."""
         begin = 0 if row == 0 else int(self.columns["key_end"][row - 1])
         with (self.path / "index" / "keys.bin").open("rb") as file:
             file.seek(begin)
-            return file.read(int(self.columns["key_end"][row]) - begin).decode("utf-8", "surrogateescape")
+            return file.read(int(self.columns["key_end"][row]) - begin).decode(
+                "utf-8", "surrogateescape"
+            )
 
     def verify(self) -> None:
         """Compare every checksum. Raises ReadError naming the first file that differs."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if (found := sha256_of(path)) != shard["sha256"]:
-                raise ReadError(f"{path}: {'its checksum is not the one written' if found else 'is missing'}")
+                raise ReadError(
+                    f"{path}: {'its checksum is not the one written' if found else 'is missing'}"
+                )
             rows = range(*self.first[i : i + 2].tolist())
             if wrong := [row for row in rows if not np.isfinite(self.points(row)).all()]:
-                raise ReadError(f"{self.path}: {self.key(wrong[0])}: NaN or infinite coordinates ({len(wrong)} clouds)")
+                raise ReadError(
+                    f"{self.path}: {self.key(wrong[0])}: NaN or infinite coordinates ({len(wrong)} clouds)"
+                )
         self._check_index()
         path, begin = self.path / "index" / "keys.bin", 0
         text = path.read_bytes() if path.is_file() else b""
-        for end, key in zip(self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True):
+        for end, key in zip(
+            self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True
+        ):
             if hash64(text[begin:end]) != key:
                 raise ReadError(f"{path}: its text is not the one written")
             begin = end
@@ -174,7 +210,9 @@ class Store:
 
 
 class StoredPoints:
-    """Points n N 3 float32 of rows of a store, read when indexed: what `PointClouds.points` is for a store."""
+    """Points n N 3 float32 of rows of a store, read when indexed: what `PointClouds.points` is for
+    a store.
+    """
 
     def __init__(self, store: Store, rows: np.ndarray, num_points: int):
         self.store, self.rows, self.num_points = store, rows, num_points
@@ -195,7 +233,9 @@ class StoredPoints:
             if not np.isfinite(out[i]).all():
                 said = f"NaN or infinite coordinates (jepa3d info {self.store.path} --verify finds all of them)"
                 raise ReadError(f"{self.store.path}: {self.store.key(row)}: {said}")
-        if self.num_points != self.store.num_points:  # fewer points have another centroid and radius
+        if (
+            self.num_points != self.store.num_points
+        ):  # fewer points have another centroid and radius
             out -= out.mean(1, keepdims=True)
             out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]
         return out[0] if np.ndim(self.rows[index]) == 0 else out
@@ -205,7 +245,9 @@ class StoredPoints:
         return StoredPoints(self.store, self.rows[keep], self.num_points)
 
     def shard_sizes(self) -> np.ndarray:
-        """How many of the clouds lie in each shard, in order, for an epoch order that reads shard after shard."""
+        """How many of the clouds lie in each shard, in order, for an epoch order that reads shard
+        after shard.
+        """
         if (np.diff(self.rows) < 0).any():  # in an order of its own
             return np.array([len(self.rows)])
         counts = np.diff(np.searchsorted(self.rows, self.store.first))
@@ -215,11 +257,17 @@ class StoredPoints:
 class StoreWriter:
     """Appends clouds to a store, new or begun with the same settings; used as a context.
 
-    On leaving, what was added is committed and, unless left by an exception, the store is marked complete.
-    Raises ValueError where `path` is something else or has other settings.
+    On leaving, what was added is committed and, unless left by an exception, the store is marked
+    complete. Raises ValueError where `path` is something else or has other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], class_names: tuple[str, ...], part_names: tuple[str, ...]):
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        class_names: tuple[str, ...],
+        part_names: tuple[str, ...],
+    ):
         self.path, self._index = path, path / "index"
         self._rows: dict[str, list] = {name: [] for name in COLUMNS}
         self._clouds: list[dict[str, np.ndarray]] = []
@@ -227,17 +275,25 @@ class StoreWriter:
         self.header: dict[str, Any] = {}
         self._new = not (path / "store.json").is_file()
         if self._new:
-            if path.exists() and (not path.is_dir() or any(p.name not in _UNFINISHED for p in path.iterdir())):
+            if path.exists() and (
+                not path.is_dir() or any(p.name not in _UNFINISHED for p in path.iterdir())
+            ):
                 raise ValueError(f"{path}: exists and is not a store; choose another --out")
             self.header = {"format": FORMAT, "complete": False, "settings": settings, "shards": []}
-            self.header |= {"num_points": settings["points"], "class_names": [], "part_names": list(part_names)}
+            self.header |= {
+                "num_points": settings["points"],
+                "class_names": [],
+                "part_names": list(part_names),
+            }
             self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
             path.mkdir(parents=True, exist_ok=True)
             # From now on a store: it can be continued.
             write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
-            self.header = store.header | {"settings": {"keep_strays": True} | store.header["settings"]}
+            self.header = store.header | {
+                "settings": {"keep_strays": True} | store.header["settings"]
+            }
             if self.header["settings"] != settings:
                 name = next(k for k in settings if self.header["settings"].get(k) != settings[k])
                 then = self.header["settings"].get(name)
@@ -249,7 +305,9 @@ class StoreWriter:
             self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
             del store
         self._index.mkdir(exist_ok=True)
-        self._end = sum(shard["points"] for shard in self.header["shards"])  # points in the store and waiting
+        self._end = sum(
+            shard["points"] for shard in self.header["shards"]
+        )  # points in the store and waiting
         known = self.header["class_names"]
         self.header["class_names"] = known + [name for name in class_names if name not in known]
         for name, size in self._size.items():
@@ -262,7 +320,9 @@ class StoreWriter:
         return np.fromfile(self._index / "key.bin", COLUMNS["key"][0])
 
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
-        """A cloud: arrays points and attributes; row label, split (names or None), up, frame, content."""
+        """A cloud: arrays points and attributes; row label, split (names or None), up, frame,
+        content.
+        """
         label, split = row["label"], row["split"]
         if label is not None and label not in self.header["class_names"]:
             raise ValueError(f"{key}: class {label!r} is not among the store's")
@@ -287,11 +347,16 @@ class StoreWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Make all that was added durable: shard, then index, then header. An interrupted commit leaves no trace."""
+        """Make all that was added durable: shard, then index, then header.
+
+        An interrupted commit leaves no trace.
+        """
         header, sizes = self.header, self._size
         if self._clouds:
             names = self._clouds[0].keys()
-            content = save({name: np.concatenate([cloud[name] for cloud in self._clouds]) for name in names})
+            content = save(
+                {name: np.concatenate([cloud[name] for cloud in self._clouds]) for name in names}
+            )
             file = f"points-{len(header['shards']):05d}.safetensors"
             write_bytes(self.path / file, content)
             crc = 0
@@ -302,10 +367,19 @@ class StoreWriter:
             sizes = sizes | {"keys": self._append("keys", b"".join(self._keys))}
             points = sum(len(cloud["points"]) for cloud in self._clouds)
             digest = hashlib.sha256(content).hexdigest()
-            shard = {"file": file, "clouds": len(self._clouds), "points": points, "sha256": digest, "index_crc32": crc}
+            shard = {
+                "file": file,
+                "clouds": len(self._clouds),
+                "points": points,
+                "sha256": digest,
+                "index_crc32": crc,
+            }
             header = header | {"shards": [*header["shards"], shard]}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
-        self.header, self._size = header, sizes  # only now, so that a commit that failed can be made again
+        self.header, self._size = (
+            header,
+            sizes,
+        )  # only now, so that a commit that failed can be made again
         self._rows, self._clouds = {name: [] for name in COLUMNS}, []
         self._keys, self._bytes = [], 0
 
@@ -322,7 +396,12 @@ class StoreWriter:
         self.header["complete"] = False
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ):
         if not isinstance(error, OSError):
             self.header["complete"] = kind is None
             self.commit()
@@ -336,7 +415,10 @@ def _row_bytes(name: str) -> int:
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, memory-mapped (format: 8 bytes of header length, JSON header, data)."""
+    """The tensors of a file, memory-mapped (format:
+
+    8 bytes of header length, JSON header, data).
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,11 +1,13 @@
 """Procedural labelled point clouds: everyday objects with part labels, nothing to download.
 
-Every surface is a *loft*: an array [rings, sides, 3] of closed rings, neighbours joined by quads (a ring
-shrunk to a point closes an end). Boxes, lathes and tubes are lofts, so one routine triangulates them all.
+Every surface is a *loft*: an array [rings, sides, 3] of closed rings, neighbours joined by quads (a
+ring shrunk to a point closes an end). Boxes, lathes and tubes are lofts, so one routine
+triangulates them all.
 
-A builder yields `(part, *lofts)` in free units (shapes are normalised afterwards), z up, the front at -y.
-Some builders make a family of classes that differ in a part or in how parts are arranged, over overlapping
-proportions: stool/chair/bench/sofa/table/desk, bowl/cup/mug/bathtub, dresser/wardrobe. See `_CLASSES`.
+A builder yields `(part, *lofts)` in free units (shapes are normalised afterwards), z up, the front
+at -y. Some builders make a family of classes that differ in a part or in how parts are arranged,
+over overlapping proportions: stool/chair/bench/sofa/table/desk, bowl/cup/mug/bathtub,
+dresser/wardrobe. See `_CLASSES`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,10 @@ from functools import partial
 import numpy as np
 
 MAX_STRETCH = 0.1  # each axis is scaled by a factor within 1 +- this
-NOISE = (0.002, 0.006)  # range of a shape's noise: standard deviation per axis, for a shape of radius 1
+NOISE = (
+    0.002,
+    0.006,
+)  # range of a shape's noise: standard deviation per axis, for a shape of radius 1
 OCCLUDED_SHAPES = 0.3  # fraction of the shapes that lose a region
 MAX_OCCLUSION = 0.25  # largest fraction of its points that such a shape loses
 
@@ -33,16 +38,26 @@ _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _box(base: Floats, size: Floats, taper: float = 1.0, lean: Floats = (0.0, 0.0)) -> np.ndarray:
-    """Box `size` (x, y, z) standing on the point `base`; its top is scaled by `taper` and moved by `lean`."""
+    """Box `size` (x, y, z) standing on the point `base`; its top is scaled by `taper` and moved by
+    `lean`.
+    """
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
     corners = np.zeros((4, 3))
     corners[:, :2] = _CORNERS * np.divide(size[:2], 2)
-    return np.array([bottom, bottom, top, top])[:, None] + np.array([0, 1, taper, 0])[:, None, None] * corners
+    return (
+        np.array([bottom, bottom, top, top])[:, None]
+        + np.array([0, 1, taper, 0])[:, None, None] * corners
+    )
 
 
-def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> np.ndarray:
-    """Surface of revolution of `profile`, rows (radius, height); `power` > 2 squares the circle off."""
+def _lathe(
+    profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2
+) -> np.ndarray:
+    """Surface of revolution of `profile`, rows (radius, height);
+
+    `power` > 2 squares the circle off.
+    """
     radius, height = np.array(profile, float).T
     loft = np.empty((len(radius), len(_CIRCLE), 3))
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
@@ -52,7 +67,9 @@ def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), powe
 
 
 def _tube(path: Floats, radius: float | Floats) -> np.ndarray:
-    """Capped tube along `path` [k, 3], straight or in a plane along two axes; one radius or k radii."""
+    """Capped tube along `path` [k, 3], straight or in a plane along two axes; one radius or k
+    radii.
+    """
     path = np.array(path, float)
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
@@ -88,7 +105,9 @@ def _legs(rng: Rng, width: float, depth: float, height: float) -> list[np.ndarra
 
 
 def _support(rng: Rng, width: float, depth: float, height: float, column: bool) -> list[np.ndarray]:
-    """Four legs, two end panels or, if `column` allows it, a column on a round foot or on a star of feet."""
+    """Four legs, two end panels or, if `column` allows it, a column on a round foot or on a star of
+    feet.
+    """
     kind = rng.integers(6 if column else 4)
     thick, radius = rng.uniform(0.03, 0.06), rng.uniform(0.3, 0.5) * depth
     if kind < 3:
@@ -98,12 +117,21 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
     if kind == 4:
         return [_lathe([(0, 0), (radius, 0), (radius / 2, 0.05), (thick, 0.06), (thick, height)])]
     foot = _tube([(0, 0, height / 8), (radius, 0, 0)], 0.03)
-    return [_tube([(0, 0, 0), (0, 0, height)], thick), *(turn(foot, i * 2 * np.pi / 5) for i in range(5))]
+    return [
+        _tube([(0, 0, 0), (0, 0, height)], thick),
+        *(turn(foot, i * 2 * np.pi / 5) for i in range(5)),
+    ]
 
 
-def _back(rng: Rng, width: float, rear: float, foot: float, height: float, thick: float) -> list[np.ndarray]:
+def _back(
+    rng: Rng, width: float, rear: float, foot: float, height: float, thick: float
+) -> list[np.ndarray]:
     """Backrest at y = `rear` from height `foot` up, maybe leaning: a panel, or posts with a rail."""
-    posts, lean, low = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height, rng.uniform(0.5, 0.9)
+    posts, lean, low = (
+        rng.integers(0, 7),
+        max(0, rng.uniform(-0.2, 0.25)) * height,
+        rng.uniform(0.5, 0.9),
+    )
     if posts < 2 or thick > 0.1:
         return [_box((0, rear, foot), (width, thick, height), rng.uniform(0.7, 1), (0, lean))]
     rail = _box((0, rear + low * lean, foot + low * height), (width, thick, (1 - low) * height))
@@ -111,11 +139,18 @@ def _back(rng: Rng, width: float, rear: float, foot: float, height: float, thick
     return [rail, *(_box((x, rear, foot), (0.05, thick, height), 1, (0, lean)) for x in xs)]
 
 
-def _slab(top: str, size: Size, rng: Rng, u: Draw, soft: float = 0, back: float = 0, boxes: int = 0) -> Parts:
-    """Slab `top` of `size` (x, y, z), `soft` thicker, on legs; chance of a `back`, up to `boxes` drawers."""
+def _slab(
+    top: str, size: Size, rng: Rng, u: Draw, soft: float = 0, back: float = 0, boxes: int = 0
+) -> Parts:
+    """Slab `top` of `size` (x, y, z), `soft` thicker, on legs; chance of a `back`, up to `boxes`
+    drawers.
+    """
     (width, depth, height), thick = (u(*limits) for limits in size), soft + u(0.03, 0.12)
     compact = width < 1.4 * depth
-    profile, power = [(0, 0), (1, 0), (1, thick), (0, thick)], rng.choice([2, 20, 20]) if compact else 20
+    profile, power = (
+        [(0, 0), (1, 0), (1, thick), (0, thick)],
+        rng.choice([2, 20, 20]) if compact else 20,
+    )
     yield top, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
     yield "leg", *_support(rng, width, depth, height, compact)
     if rng.random() < back:
@@ -130,7 +165,13 @@ def _slab(top: str, size: Size, rng: Rng, u: Draw, soft: float = 0, back: float 
 
 
 def _bed(rng: Rng, u: Draw) -> Parts:
-    width, length, leg, frame, soft = u(0.8, 1.9), u(1.6, 2.1), u(0.02, 0.35), u(0.08, 0.3), u(0.1, 0.3)
+    width, length, leg, frame, soft = (
+        u(0.8, 1.9),
+        u(1.6, 2.1),
+        u(0.02, 0.35),
+        u(0.08, 0.3),
+        u(0.1, 0.3),
+    )
     top = leg + frame + soft
     yield "frame", _box((0, 0, leg), (width, length, frame)), *_legs(rng, width, length, leg)
     yield "mattress", _box((0, 0, leg + frame), (0.95 * width, 0.97 * length, soft))
@@ -143,7 +184,13 @@ def _bed(rng: Rng, u: Draw) -> Parts:
 def _cabinet(front: str, heights: Range, columns: Span, rows: Span, rng: Rng, u: Draw) -> Parts:
     """Chest of width 1 on legs with a grid of parts named `front` at -y, each with a knob."""
     height, nx, nz = u(*heights), rng.integers(*columns), rng.integers(*rows)
-    depth, leg, out, gap, knob = u(0.3, 0.7), u(0.02, 0.25), u(0.02, 0.06), u(0.03, 0.07), u(0.03, 0.06)
+    depth, leg, out, gap, knob = (
+        u(0.3, 0.7),
+        u(0.02, 0.25),
+        u(0.02, 0.06),
+        u(0.03, 0.07),
+        u(0.03, 0.06),
+    )
     w, h, y = 1 / nx, height / nz, -(depth + out) / 2
     spots = [((i + 0.5) * w - 0.5, y, leg + j * h + gap / 2) for i in range(nx) for j in range(nz)]
     yield "body", _box((0, 0, leg), (1, depth, height))
@@ -165,16 +212,27 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 
 
 def _vessel(
-    tall: Range, rng: Rng, u: Draw, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
+    tall: Range,
+    rng: Rng,
+    u: Draw,
+    long: Range = (1, 1),
+    foot: float = 0,
+    dish: float = 0,
+    ear: float = 0,
 ) -> Parts:
-    """Open vessel, rim radius 1 (`long` times that in x); chances of a `foot`, else a saucer, and an ear."""
+    """Open vessel, rim radius 1 (`long` times that in x); chances of a `foot`, else a saucer, and
+    an ear.
+    """
     height, base = u(*tall), u(0.4, 0.9)
     outer = _bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
     inner = [(0, 0.06), (base - 0.06, 0.06), *outer[1:] - (0.06, 0)][::-1]
     yield "body", _lathe([(0, 0), *outer, *inner], scale=(u(*long), 1), power=rng.choice([2, 2, 4]))
     if rng.random() < foot:
         drop = u(0.1, 0.8)
-        yield "foot", _lathe(_bezier((u(0.5, 0.9), -drop), (0, -drop), (0.15, -drop / 2), (0.8 * base, 0)))
+        yield (
+            "foot",
+            _lathe(_bezier((u(0.5, 0.9), -drop), (0, -drop), (0.15, -drop / 2), (0.8 * base, 0))),
+        )
     elif rng.random() < dish:
         yield "saucer", _lathe([(0, -0.05), (0.7, -0.05), (u(1.2, 1.7), 0.1), (0.7, 0), (0, 0)])
     if rng.random() < ear:
@@ -185,8 +243,14 @@ def _vessel(
 
 def _vase(rng: Rng, u: Draw) -> Parts:
     height, neck, slim, belly = u(1.2, 2.4), u(0.2, 0.9), u(0.3, 0.7), u(0.8, 1.8)
-    yield "body", _lathe([(0, 0), *_bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))])
-    yield "neck", _lathe(_bezier((slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)), (0, 0, height))
+    yield (
+        "body",
+        _lathe([(0, 0), *_bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))]),
+    )
+    yield (
+        "neck",
+        _lathe(_bezier((slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)), (0, 0, height)),
+    )
 
 
 def _bottle(rng: Rng, u: Draw) -> Parts:
@@ -200,17 +264,36 @@ def _bottle(rng: Rng, u: Draw) -> Parts:
 
 
 def _airplane(rng: Rng, u: Draw) -> Parts:
-    radius, x, chord, span, sweep = u(0.07, 0.18), u(-0.2, 0.3), u(0.2, 0.5), u(0.5, 1.3), u(-0.6, 0.1)
+    radius, x, chord, span, sweep = (
+        u(0.07, 0.18),
+        u(-0.2, 0.3),
+        u(0.2, 0.5),
+        u(0.5, 1.3),
+        u(-0.6, 0.1),
+    )
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
     yield "body", _tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
-    wing = _box((x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1), (sweep, u(-0.05, 0.15)))
+    wing = _box(
+        (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1), (sweep, u(-0.05, 0.15))
+    )
     wing = wing[..., [0, 2, 1]]  # grows along y
     yield "wing", wing, wing * (1, -1, 1)
     height, level = u(0.2, 0.5), rng.choice([0, 0.9])
-    tail = _box((-0.9, level * height, 0), (u(0.15, 0.3), 0.03, u(0.2, 0.5)), 0.7, (-0.1, 0))[..., [0, 2, 1]]
-    yield "tail", tail, tail * (1, -1, 1), _box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0))
+    tail = _box((-0.9, level * height, 0), (u(0.15, 0.3), 0.03, u(0.2, 0.5)), 0.7, (-0.1, 0))[
+        ..., [0, 2, 1]
+    ]
+    yield (
+        "tail",
+        tail,
+        tail * (1, -1, 1),
+        _box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0)),
+    )
     pod = _tube([(0, 0, -0.08), (0.3, 0, -0.08)], u(0.05, 0.09))
-    spots = [(x + sweep * t, side * t * span, 0) for t in (0.35, 0.65)[: rng.integers(3)] for side in _SIDES]
+    spots = [
+        (x + sweep * t, side * t * span, 0)
+        for t in (0.35, 0.65)[: rng.integers(3)]
+        for side in _SIDES
+    ]
     yield "engine", *(pod + spot for spot in spots)
 
 
@@ -218,12 +301,20 @@ def _rocket(rng: Rng, u: Draw) -> Parts:
     radius, body, nose, chord, span = u(0.1, 0.3), u(1, 2), u(0.2, 0.8), u(0.2, 0.7), u(0.15, 0.6)
     yield "body", _tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
     yield "nose", _lathe(_bezier((radius, body), (radius, body + nose / 2), (0, body + nose)))
-    fin = _box((chord / 2, 0, 0), (chord, 0.04, radius + span), u(0.3, 1), (u(-0.4, 0.1), 0))[..., [2, 1, 0]]
+    fin = _box((chord / 2, 0, 0), (chord, 0.04, radius + span), u(0.3, 1), (u(-0.4, 0.1), 0))[
+        ..., [2, 1, 0]
+    ]
     yield "fin", *(turn(fin, angle) for angle in np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:])
 
 
 def _car(rng: Rng, u: Draw) -> Parts:
-    length, width, height, wheel, axle = u(1.6, 2.2), u(0.7, 1), u(0.25, 0.5), u(0.13, 0.24), u(0.27, 0.38)
+    length, width, height, wheel, axle = (
+        u(1.6, 2.2),
+        u(0.7, 1),
+        u(0.25, 0.5),
+        u(0.13, 0.24),
+        u(0.27, 0.38),
+    )
     yield "body", _box((0, 0, 0.8 * wheel), (length, width, height), u(0.85, 1))
     cabin = (u(0.3, 0.9) * length, 0.85 * width, u(0.2, 0.5))
     at = (u(-0.5, 0.5) * (length - cabin[0]), 0, 0.8 * wheel + height)
@@ -236,7 +327,10 @@ def _lamp(rng: Rng, u: Draw) -> Parts:
     height, radius, foot, bend = u(0.5, 2), u(0.2, 0.5), u(0.04, 0.3), max(0, u(-0.7, 0.7))
     power, wide, tall, over = rng.choice([2, 8]), u(0.25, 0.6), u(0.15, 0.3), height + bend
     yield "base", _lathe([(0, 0), (radius, 0), (u(0.2, 1) * radius, foot), (0, foot)], power=power)
-    yield "pole", _tube(_bezier((0, 0, 0), (0, 0, over), (bend, 0, over), (bend, 0, height)), u(0.02, 0.06))
+    yield (
+        "pole",
+        _tube(_bezier((0, 0, 0), (0, 0, over), (bend, 0, over), (bend, 0, height)), u(0.02, 0.06)),
+    )
     yield "shade", _lathe([(wide, -tall), (u(0.2, 1) * wide, tall)], (bend, 0, height))
 
 
@@ -252,12 +346,18 @@ _CLASSES: dict[str, tuple[str, Callable[[Rng, Draw], Parts]]] = {
     "airplane": ("body engine tail wing", _airplane),
     "bathtub": ("body foot", partial(_vessel, (0.7, 1.4), long=(1.5, 2.5), foot=0.3)),
     "bed": ("frame headboard mattress pillow", _bed),
-    "bench": ("arm back leg seat", partial(_slab, "seat", ((0.9, 2), (0.3, 0.5), (0.3, 0.6)), back=0.5)),
+    "bench": (
+        "arm back leg seat",
+        partial(_slab, "seat", ((0.9, 2), (0.3, 0.5), (0.3, 0.6)), back=0.5),
+    ),
     "bookshelf": ("back board book side", _bookshelf),
     "bottle": ("body cap neck", _bottle),
     "bowl": ("body foot", partial(_vessel, (0.4, 1), foot=0.5)),
     "car": ("body cabin wheel", _car),
-    "chair": ("arm back leg seat", partial(_slab, "seat", ((0.4, 0.8), (0.4, 0.6), (0.3, 0.7)), back=1)),
+    "chair": (
+        "arm back leg seat",
+        partial(_slab, "seat", ((0.4, 0.8), (0.4, 0.6), (0.3, 0.7)), back=1),
+    ),
     "cup": ("body foot saucer", partial(_vessel, (0.9, 2.4), foot=0.5, dish=0.7)),
     "desk": ("drawer leg top", partial(_slab, "top", ((1, 2), (0.5, 0.9), (0.5, 0.9)), boxes=2)),
     "dresser": ("body drawer knob leg", partial(_cabinet, "drawer", (0.5, 1.4), (1, 4), (2, 6))),
@@ -265,20 +365,26 @@ _CLASSES: dict[str, tuple[str, Callable[[Rng, Draw], Parts]]] = {
     "laptop": ("base screen", _laptop),
     "mug": ("body handle", partial(_vessel, (0.9, 2.4), ear=1)),
     "rocket": ("body fin nose", _rocket),
-    "sofa": ("arm back leg seat", partial(_slab, "seat", ((0.8, 2), (0.6, 1), (0.1, 0.2)), soft=0.2, back=1)),
+    "sofa": (
+        "arm back leg seat",
+        partial(_slab, "seat", ((0.8, 2), (0.6, 1), (0.1, 0.2)), soft=0.2, back=1),
+    ),
     "stool": ("leg seat", partial(_slab, "seat", ((0.3, 0.6), (0.3, 0.5), (0.4, 1)))),
     "table": ("leg top", partial(_slab, "top", ((0.7, 2), (0.6, 1.1), (0.4, 0.9)))),
     "vase": ("body neck", _vase),
     "wardrobe": ("body door knob leg", partial(_cabinet, "door", (1.1, 2.4), (1, 5), (1, 2))),
 }
 CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
-PART_NAMES: tuple[str, ...] = tuple(f"{c}/{part}" for c in _CLASSES for part in _CLASSES[c][0].split())
+PART_NAMES: tuple[str, ...] = tuple(
+    f"{c}/{part}" for c in _CLASSES for part in _CLASSES[c][0].split()
+)
 
 
 def sample_triangles(
     triangles: np.ndarray, count: int, rng: Rng, weight: np.ndarray | int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each [count].
+    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each
+    [count].
 
     weight: of the triangles [t], times their area.
     """
@@ -296,11 +402,12 @@ def normalise(points: np.ndarray) -> np.ndarray:
 
 
 def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-    """One random shape of class `label`: a random yaw, a mild stretch, noise and, for some, an occlusion.
+    """One random shape of class `label`: a random yaw, a mild stretch, noise and, for some, an
+    occlusion.
 
-    Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and parts int16
-    [num_points], indices into `PART_NAMES`. An occlusion removes all points beyond a plane or in a ball, and
-    enough are drawn for `num_points` to remain.
+    Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and
+    parts int16 [num_points], indices into `PART_NAMES`. An occlusion removes all points beyond a
+    plane or in a ball, and enough are drawn for `num_points` to remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):
@@ -311,10 +418,14 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
             parts.append(np.full(len(triangles[-1]), PART_NAMES.index(f"{name}/{part}"), np.int16))
 
     lost = rng.uniform(0, MAX_OCCLUSION) if rng.random() < OCCLUDED_SHAPES else 0
-    points, chosen = sample_triangles(np.concatenate(triangles), int(np.ceil(num_points / (1 - lost))), rng)
+    points, chosen = sample_triangles(
+        np.concatenate(triangles), int(np.ceil(num_points / (1 - lost))), rng
+    )
     points = normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
     plane, ball = points @ rng.normal(size=3), -np.linalg.norm(points - points[0], axis=1)
-    kept = np.sort(np.argsort(plane if rng.random() < 0.5 else ball)[:num_points])  # in the order drawn
+    kept = np.sort(
+        np.argsort(plane if rng.random() < 0.5 else ball)[:num_points]
+    )  # in the order drawn
 
     points = turn(points[kept], rng.uniform(0, 2 * np.pi))
     points = normalise(points + rng.normal(scale=rng.uniform(*NOISE), size=points.shape))
@@ -324,8 +435,8 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
 def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[str, np.ndarray]:
     """Balanced data set of `num_shapes` shapes: shape i is of class i modulo the number of classes.
 
-    Returns points float32 [n, num_points, 3], labels int64 [n] and parts int16 [n, num_points]. Shape i
-    depends only on (seed, i), so a longer set begins with a shorter one.
+    Returns points float32 [n, num_points, 3], labels int64 [n] and parts int16 [n, num_points].
+    Shape i depends only on (seed, i), so a longer set begins with a shorter one.
     """
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)

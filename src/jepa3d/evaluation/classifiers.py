@@ -19,19 +19,20 @@ from torch import nn
 from jepa3d.evaluation.fitting import one_thread, side_by_side
 from jepa3d.models.heads import LinearClassifier
 
-# The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and the decay are
-# Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's train part, six times the
-# work (2,000 steps of 128) gained 0.2 to 1.0 points.
+# The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and
+# the decay are Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's
+# train part, six times the work (2,000 steps of 128) gained 0.2 to 1.0 points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 _CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of a linear head's regularisation that are tried
 
 
 class MLP3(ClassifierMixin, BaseEstimator):
-    """Point-MAE's classification head on given features: ACT's "MLP-3" protocol without its augmentation.
+    """Point-MAE's classification head on given features: ACT's "MLP-3" protocol without its
+    augmentation.
 
-    Trained on the CPU, on batches drawn with replacement. The same seed gives the same head, and torch's global
-    random state stays as it was.
+    Trained on the CPU, on batches drawn with replacement. The same seed gives the same head, and
+    torch's global random state stays as it was.
     """
 
     def __init__(self, seed: int = 0):
@@ -42,9 +43,13 @@ class MLP3(ClassifierMixin, BaseEstimator):
         self.classes_, target = np.unique(y, return_inverse=True)
         features, labels = torch.from_numpy(x).float(), torch.from_numpy(target)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed accelerators too
+            torch.default_generator.manual_seed(
+                self.seed
+            )  # torch.manual_seed would seed accelerators too
             self.head_ = _head(x.shape[1], len(self.classes_))
-            optimizer = torch.optim.AdamW(self.head_.parameters(), _LR, weight_decay=_WEIGHT_DECAY, fused=True)
+            optimizer = torch.optim.AdamW(
+                self.head_.parameters(), _LR, weight_decay=_WEIGHT_DECAY, fused=True
+            )
             for step in range(_STEPS):
                 optimizer.param_groups[0]["lr"] = _LR * (1 + math.cos(math.pi * step / _STEPS)) / 2
                 batch = torch.randint(len(features), (_BATCH,))
@@ -64,7 +69,12 @@ def _head(width: int, classes: int) -> nn.Sequential:
     """E -> 256 -> 256 -> classes."""
     layers: list[nn.Module] = []
     for inputs in (width, _WIDTH):
-        layers += [nn.Linear(inputs, _WIDTH), nn.BatchNorm1d(_WIDTH), nn.ReLU(), nn.Dropout(_DROPOUT)]
+        layers += [
+            nn.Linear(inputs, _WIDTH),
+            nn.BatchNorm1d(_WIDTH),
+            nn.ReLU(),
+            nn.Dropout(_DROPOUT),
+        ]
     return nn.Sequential(*layers, nn.Linear(_WIDTH, classes))
 
 
@@ -72,10 +82,13 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
     if protocol.startswith("logistic"):
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
     if protocol == "knn":
-        return make_pipeline(StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine"))
+        return make_pipeline(
+            StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine")
+        )
     if protocol == "mlp3":
         return make_pipeline(StandardScaler(), MLP3(seed))
-    # LinearSVC's default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the older one, True.
+    # LinearSVC's default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the
+    # older one, True.
     return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
 
 
@@ -85,28 +98,34 @@ def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0)
     `c` matters to logistic regression only, `seed` to mlp3 only.
     """
     with one_thread(), warnings.catch_warnings():
-        # LinearSVC on raw features stops at its 1,000 iterations where it needs more, as in its protocol.
+        # LinearSVC on raw features stops at its 1,000 iterations where it needs more, as in its
+        # protocol.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return _classifier(protocol, c, len(y), seed).fit(x, y)
 
 
-def predict(protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0) -> np.ndarray:
+def predict(
+    protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0
+) -> np.ndarray:
     """Labels [n] of features test [n, E] by a classifier as of `fitted`, on train [m, E] and y [m]."""
     with one_thread():
         return np.asarray(fitted(protocol, c, train, y, seed).predict(test))
 
 
 def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
-    """Logistic regression on standardised vectors n E of classes n, and its cross-validated accuracy, or None.
+    """Logistic regression on standardised vectors n E of classes n, and its cross-validated
+    accuracy, or None.
 
-    The strength of regularisation is chosen by the same folds, so the estimate is a little too good. None where a class
-    has one vector only: then nothing can be chosen either.
+    The strength of regularisation is chosen by the same folds, so the estimate is a little too
+    good. None where a class has one vector only: then nothing can be chosen either.
     """
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     with one_thread():
         if folds < 2:
             return _linear(_CS[2]).fit(x, y), None
-        scores = side_by_side(_cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size)
+        scores = side_by_side(
+            _cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size
+        )
         best = int(np.argmax(scores))
         return _linear(_CS[best]).fit(x, y), scores[best]
 
@@ -122,17 +141,24 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> floa
 
 @torch.no_grad()
 def set_head(network: LinearClassifier, head: Pipeline) -> None:
-    """Give the network the weights of a fitted head; the standardisation becomes part of them, exactly."""
+    """Give the network the weights of a fitted head; the standardisation becomes part of them,
+    exactly.
+    """
     scale, linear = head[0], head[1]
     weight, bias = linear.coef_ / scale.scale_, linear.intercept_
     if len(linear.classes_) == 2:  # scikit-learn has one row: the second class against the first
-        weight, bias = np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])
+        weight, bias = (
+            np.concatenate([-weight / 2, weight / 2]),
+            np.concatenate([-bias / 2, bias / 2]),
+        )
     network.out.weight.copy_(torch.from_numpy(weight))
     network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
 
 
 def class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Per cent of each class's shapes that were found, nan where it has none; rows true, columns predicted."""
+    """Per cent of each class's shapes that were found, nan where it has none; rows true, columns
+    predicted.
+    """
     counts = confusion.sum(1)
     return 100 * np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
 

@@ -1,8 +1,9 @@
-"""`--corruptions` of retrieval and probe: what frozen vectors are worth when the shapes asked about are damaged.
+"""`--corruptions` of retrieval and probe: what frozen vectors are worth when the shapes asked about
+are damaged.
 
-A shape is corrupted before the frame, from all the points that its source has (data/corruptions.py has the kinds), for
-the encoder and everything beside it alike. The clean shapes that are searched, or that classifiers were fitted to, stay
-as they are. Nothing is chosen.
+A shape is corrupted before the frame, from all the points that its source has (data/corruptions.py
+has the kinds), for the encoder and everything beside it alike. The clean shapes that are searched,
+or that classifiers were fitted to, stay as they are. Nothing is chosen.
 """
 
 from collections.abc import Callable
@@ -39,27 +40,38 @@ def search_corrupted(
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
-    for encoder, descriptors, _, clouds in opened(models, data, labels_key, up_axis, part, whole=True):
+    for encoder, descriptors, _, clouds in opened(
+        models, data, labels_key, up_axis, part, whole=True
+    ):
         labels = clouds.labels
         assert labels is not None
         own = _some(np.flatnonzero(np.bincount(labels)[labels] > 1))
         points = encoder.prepare(clouds.points[:])
         gallery = {name: of(points) for name, (of, _) in descriptors.items()}
-        _under_each_kind(encoder, clouds, own, partial(_searched, descriptors, gallery, labels), found)
+        _under_each_kind(
+            encoder, clouds, own, partial(_searched, descriptors, gallery, labels), found
+        )
         record = data_record("retrieval", clouds, labels_key, part) | {"queries": len(own)}
     return record | {"corruptions": found} | provenance()
 
 
 def probe_corrupted(
-    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: Part = "test"
+    models: list[str],
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    part: Part = "test",
 ) -> dict[str, Any]:
-    """Accuracy on corrupted shapes of a part, under logistic_10 and knn fitted to clean train shapes.
+    """Accuracy on corrupted shapes of a part, under logistic_10 and knn fitted to clean train
+    shapes.
 
     Of every kind, lists over its severities. Raises ValueError and ReadError.
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
-    for encoder, descriptors, train, clouds in opened(models, data, labels_key, up_axis, part, whole=True):
+    for encoder, descriptors, train, clouds in opened(
+        models, data, labels_key, up_axis, part, whole=True
+    ):
         y = train.labels
         assert y is not None
         assert clouds.labels is not None
@@ -67,10 +79,18 @@ def probe_corrupted(
         fits: dict[str, dict[str, list[Any]]] = {}
         for name, (of, _) in descriptors.items():
             x = of(points)
-            few = [fitted("logistic_10", QUICK_C, x[shots], y[shots]) for shots in few_labels(y, seed=0)]
+            few = [
+                fitted("logistic_10", QUICK_C, x[shots], y[shots])
+                for shots in few_labels(y, seed=0)
+            ]
             fits[name] = {"logistic_10": few, "knn": [fitted("knn", 0.0, x, y)]}
-        _under_each_kind(encoder, clouds, own, partial(_classified, descriptors, fits, clouds.labels), found)
-        record = data_record("probe", clouds, labels_key, part) | {"train": len(train), "queries": len(own)}
+        _under_each_kind(
+            encoder, clouds, own, partial(_classified, descriptors, fits, clouds.labels), found
+        )
+        record = data_record("probe", clouds, labels_key, part) | {
+            "train": len(train),
+            "queries": len(own),
+        }
     return record | {"corruptions": found} | provenance()
 
 
@@ -80,9 +100,15 @@ def _some(numbers: np.ndarray) -> np.ndarray:
 
 
 def _under_each_kind(
-    encoder: PointEncoder, clouds: PointClouds, own: np.ndarray, figures: Figures, found: dict[str, dict[str, Any]]
+    encoder: PointEncoder,
+    clouds: PointClouds,
+    own: np.ndarray,
+    figures: Figures,
+    found: dict[str, dict[str, Any]],
 ) -> None:
-    """Add to `found` the figures of the shapes `own` of clouds, clean and under every kind: lists over severities."""
+    """Add to `found` the figures of the shapes `own` of clouds, clean and under every kind: lists
+    over severities.
+    """
     for name in ("clean", *KINDS):
         levels = KINDS[name].levels if name in KINDS else (0,)
         trained = name not in KINDS or KINDS[name].trained
@@ -91,7 +117,10 @@ def _under_each_kind(
         for severity in range(len(levels)):
             shapes = [clouds.points[i] for i in asked]
             if name in KINDS:
-                shapes = [corrupt(shape, name, severity, i) for i, shape in zip(asked, shapes, strict=True)]
+                shapes = [
+                    corrupt(shape, name, severity, i)
+                    for i, shape in zip(asked, shapes, strict=True)
+                ]
             for vector, values in figures(encoder.prepare(shapes), asked).items():
                 for figure, value in values.items():
                     results.setdefault(vector, {}).setdefault(figure, []).append(value)
@@ -120,7 +149,9 @@ def _classified(
     dirty: Tensor,
     own: np.ndarray,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy on dirty shapes q N 3, number `own` q, of each protocol: the mean over its classifiers."""
+    """Accuracy on dirty shapes q N 3, number `own` q, of each protocol: the mean over its
+    classifiers.
+    """
     found: dict[str, dict[str, float]] = {}
     for name, (of, _) in descriptors.items():
         x = of(dirty)
@@ -148,6 +179,9 @@ def show(result: dict[str, Any]) -> None:
     )
     table = Table(figures, *result["corruptions"]["clean"]["results"])
     for kind, row in result["corruptions"].items():
-        cells = [" / ".join(f"{np.mean(values):.1f}" for values in by.values()) for by in row["results"].values()]
+        cells = [
+            " / ".join(f"{np.mean(values):.1f}" for values in by.values())
+            for by in row["results"].values()
+        ]
         table.add_row(kind + " *" * (not row["trained"]), *cells)
     Console(width=max(100, Console().width)).print(table)

@@ -1,10 +1,12 @@
-"""`jepa3d probe --parts`: how well a frozen encoder's tokens tell which part of its shape a point belongs to.
+"""`jepa3d probe --parts`: how well a frozen encoder's tokens tell which part of its shape a point
+belongs to.
 
-Tokens after each third of the depth are joined and interpolated to every point from the three nearest centres, as
-`jepa3d segment` does. For each category one logistic regression on the standardised features of at most 256 labelled
-points of each train shape tells its parts apart; the category of a shape is given. C is chosen by the instance mIoU of
-a held-out fifth of train (or the source's own validation part), for each kind of feature by itself; then the
-classifiers are fitted to all of train, and the test part is scored once, at all of its points.
+Tokens after each third of the depth are joined and interpolated to every point from the three
+nearest centres, as `jepa3d segment` does. For each category one logistic regression on the
+standardised features of at most 256 labelled points of each train shape tells its parts apart; the
+category of a shape is given. C is chosen by the instance mIoU of a held-out fifth of train (or the
+source's own validation part), for each kind of feature by itself; then the classifiers are fitted
+to all of train, and the test part is scored once, at all of its points.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,12 +45,17 @@ Features = Callable[[Tensor, Tensor], Tensor]
 
 
 def probe_parts(
-    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: Part = "test"
+    models: list[str],
+    data: str,
+    labels_key: str = "labels",
+    up_axis: str = "z",
+    part: Part = "test",
 ) -> dict[str, Any]:
-    """Instance mIoU of the parts of labelled shapes by each encoder's features; of the first one's baselines too.
+    """Instance mIoU of the parts of labelled shapes by each encoder's features; of the first one's
+    baselines too.
 
-    models: encoders, as of `jepa3d.load`. part: what is scored, see `shared_classes`. Baselines: `local_features`.
-    Returns the result record. Raises ValueError and ReadError.
+    models: encoders, as of `jepa3d.load`. part: what is scored, see `shared_classes`. Baselines:
+    `local_features`. Returns the result record. Raises ValueError and ReadError.
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
@@ -75,7 +82,10 @@ def probe_parts(
             assert held.parts is not None
             assert held.labels is not None
             truth = held.parts[:]
-            miou = [shape_iou(p, truth, held.labels, parts_of).mean() for p in _predict(tried, features, encoder, held)]
+            miou = [
+                shape_iou(p, truth, held.labels, parts_of).mean()
+                for p in _predict(tried, features, encoder, held)
+            ]
             c = _C_GRID[int(np.argmax(miou))]
             (predicted,) = _predict([_classifiers(c, x, y, train.labels)], features, encoder, test)
             iou[name] = shape_iou(predicted, test.parts[:], test.labels, parts_of)
@@ -84,10 +94,17 @@ def probe_parts(
             )
         record = {
             "task": "parts",
-            "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
-                     "train": len(train), "test": len(test), "categories": len(np.unique(train.labels))},
+            "data": {
+                "name": clouds.name,
+                "fingerprint": clouds.fingerprint,
+                "labels": labels_key,
+                "part": part,
+                "train": len(train),
+                "test": len(test),
+                "categories": len(np.unique(train.labels)),
+            },
             "points": _points_a_shape(len(train)),
-        }  # fmt: skip
+        }
     for name in list(found)[1:]:
         gain = iou[models[0]] - iou[name]
         found[name] |= {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
@@ -96,16 +113,22 @@ def probe_parts(
 
 @torch.inference_mode()
 def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
-    """Tokens after each third of the depth, joined and interpolated: B Q 3C of points `at` B Q 3 of clouds B N 3."""
+    """Tokens after each third of the depth, joined and interpolated:
+
+    B Q 3C of points `at` B Q 3 of clouds B N 3.
+    """
     states, centers = encoder.states(clouds)
-    return three_nn_interpolate(at, centers, torch.cat([states[layer] for layer in thirds(encoder.depth)], -1))
+    return three_nn_interpolate(
+        at, centers, torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
+    )
 
 
 def local_features(encoder: PointEncoder) -> dict[str, Features]:
-    """What nobody trained: geometry around the encoder's tokens, interpolated alike; the positions of points; both.
+    """What nobody trained: geometry around the encoder's tokens, interpolated alike; the positions
+    of points; both.
 
-    Geometry is the 89 numbers a token of `descriptors.py::surface`; positions are the 34 terms of a polynomial of
-    degree 4.
+    Geometry is the 89 numbers a token of `descriptors.py::surface`; positions are the 34 terms of a
+    polynomial of degree 4.
     """
 
     def geometry(clouds: Tensor, at: Tensor) -> Tensor:
@@ -119,22 +142,35 @@ def local_features(encoder: PointEncoder) -> dict[str, Features]:
     return {
         "geometry": geometry,
         "positions": positions,
-        "geometry and positions": lambda *given: torch.cat([geometry(*given), positions(*given)], -1),
+        "geometry and positions": lambda *given: torch.cat(
+            [geometry(*given), positions(*given)], -1
+        ),
     }
 
 
-def _batches(encoder: PointEncoder, clouds: PointClouds) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Numbers b of some clouds, what the encoder sees of them (b num_points 3), and all their points there (b N 3)."""
+def _batches(
+    encoder: PointEncoder, clouds: PointClouds
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Numbers b of some clouds, what the encoder sees of them (b num_points 3), and all their
+    points there (b N 3).
+    """
     for at in range(0, len(clouds), _BATCH):
         index = np.arange(at, min(at + _BATCH, len(clouds)))
         points = clouds.points[index]
         frames = [encoder.frame(cloud) for cloud in points]
         placed = np.stack([frame.place(cloud) for frame, cloud in zip(frames, points, strict=True)])
-        yield index, torch.from_numpy(np.stack([frame.points for frame in frames])), torch.from_numpy(placed)
+        yield (
+            index,
+            torch.from_numpy(np.stack([frame.points for frame in frames])),
+            torch.from_numpy(placed),
+        )
 
 
-def _samples(features: Features, encoder: PointEncoder, clouds: PointClouds) -> tuple[np.ndarray, np.ndarray]:
-    """Features n P E and parts n P of seeded labelled points, as many of each of n clouds; twice where there are few.
+def _samples(
+    features: Features, encoder: PointEncoder, clouds: PointClouds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features n P E and parts n P of seeded labelled points, as many of each of n clouds; twice
+    where there are few.
 
     Raises ValueError for a cloud without a labelled point.
     """
@@ -146,11 +182,17 @@ def _samples(features: Features, encoder: PointEncoder, clouds: PointClouds) -> 
         for parts in clouds.parts[index]:
             known = np.flatnonzero(parts != UNLABELLED)
             if not len(known):
-                raise ValueError(f"{clouds.name}: a train shape has no labelled point; leave it out")
+                raise ValueError(
+                    f"{clouds.name}: a train shape has no labelled point; leave it out"
+                )
             chosen.append(rng.choice(known, count, replace=len(known) < count))
         rows = np.stack(chosen)
         y.append(np.take_along_axis(clouds.parts[index], rows, 1))
-        x.append(features(seen, torch.take_along_dim(placed, torch.from_numpy(rows)[..., None], 1)).numpy())
+        x.append(
+            features(
+                seen, torch.take_along_dim(placed, torch.from_numpy(rows)[..., None], 1)
+            ).numpy()
+        )
     return np.concatenate(x), np.concatenate(y)
 
 
@@ -160,10 +202,14 @@ def _points_a_shape(shapes: int) -> int:
 
 
 def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[int, Any]:
-    """A classifier for each category, of features n P E and parts n P of shapes of categories `labels` n."""
+    """A classifier for each category, of features n P E and parts n P of shapes of categories
+    `labels` n.
+    """
     found = {}
     for label in np.unique(labels).tolist():
-        found[label] = _fit(c, x[labels == label].reshape(-1, x.shape[-1]), y[labels == label].ravel())
+        found[label] = _fit(
+            c, x[labels == label].reshape(-1, x.shape[-1]), y[labels == label].ravel()
+        )
     return found
 
 
@@ -173,16 +219,23 @@ def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
 
 
 def _predict(
-    classifiers: list[dict[int, Any]], features: Features, encoder: PointEncoder, clouds: PointClouds
+    classifiers: list[dict[int, Any]],
+    features: Features,
+    encoder: PointEncoder,
+    clouds: PointClouds,
 ) -> np.ndarray:
-    """Parts [len(classifiers), n, N] of all points of n clouds, by the classifiers of their categories."""
+    """Parts [len(classifiers), n, N] of all points of n clouds, by the classifiers of their
+    categories.
+    """
     assert clouds.parts is not None
     assert clouds.labels is not None
     out = np.empty((len(classifiers), *clouds.parts.shape), np.int16)
     with one_thread():
         for index, seen, placed in _batches(encoder, clouds):
             for i, x in zip(index.tolist(), features(seen, placed).numpy(), strict=True):
-                out[:, i] = [by_category[int(clouds.labels[i])].predict(x) for by_category in classifiers]
+                out[:, i] = [
+                    by_category[int(clouds.labels[i])].predict(x) for by_category in classifiers
+                ]
     return out
 
 
@@ -193,11 +246,26 @@ def show(result: dict[str, Any]) -> None:
         f"\n{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} train, "
         f"{data['test']:,} {data['part']}; parts of points, frozen features, %"
     )
-    table = Table("", "instance mIoU", "category mIoU", "points right", "first - this", "95 %, paired by shape")
+    table = Table(
+        "",
+        "instance mIoU",
+        "category mIoU",
+        "points right",
+        "first - this",
+        "95 %, paired by shape",
+    )
     for name, row in result["results"].items():
         low, high = row.get("interval", (0, 0))
-        figures = [f"{row[figure]:.1f}" for figure in ("instance_miou", "category_miou", "point_accuracy")]
+        figures = [
+            f"{row[figure]:.1f}" for figure in ("instance_miou", "category_miou", "point_accuracy")
+        ]
         gain = row.get("first_minus_this")
-        table.add_row(name, *figures, *(("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")))
+        table.add_row(
+            name,
+            *figures,
+            *(("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")),
+        )
     Console(width=max(100, Console().width)).print(table)
-    print(f"selection: C of each row on a held-out part of train, by instance mIoU; {data['part']} scored once")
+    print(
+        f"selection: C of each row on a held-out part of train, by instance mIoU; {data['part']} scored once"
+    )

@@ -1,4 +1,7 @@
-"""Descriptors that nobody trained: what a learned vector has to beat. All see what the encoder sees."""
+"""Descriptors that nobody trained: what a learned vector has to beat.
+
+All see what the encoder sees.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +28,8 @@ class Descriptor(NamedTuple):
 
 
 def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
-    """Shape histograms, and pooled geometry of the encoder's patches, standardised by clouds `train` m N 3.
+    """Shape histograms, and pooled geometry of the encoder's patches, standardised by clouds
+    `train` m N 3.
 
     train: never those that are searched, but for a part that is searched to choose by.
     """
@@ -36,16 +40,28 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     }
 
 
-def _mean_over_poses(encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor) -> np.ndarray:
+def _mean_over_poses(
+    encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
+) -> np.ndarray:
     """Vectors of prepared clouds as the encoder's are: in one pose, or the mean over several."""
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
 
-def features(encoder: PointEncoder, train: PointClouds, *others: PointClouds | None) -> dict[str, list[np.ndarray]]:
-    """Of each of the `baselines` the vectors 1 n E of train and of others, as of a network of one layer."""
-    halves = [torch.empty(0) if half is None else encoder.prepare(half.points[:]) for half in (train, *others)]
+def features(
+    encoder: PointEncoder, train: PointClouds, *others: PointClouds | None
+) -> dict[str, list[np.ndarray]]:
+    """Of each of the `baselines` the vectors 1 n E of train and of others, as of a network of one
+    layer.
+    """
+    halves = [
+        torch.empty(0) if half is None else encoder.prepare(half.points[:])
+        for half in (train, *others)
+    ]
     made = baselines(encoder, halves[0])
-    return {name: [of(half)[None] if len(half) else np.empty(0) for half in halves] for name, (of, _) in made.items()}
+    return {
+        name: [of(half)[None] if len(half) else np.empty(0) for half in halves]
+        for name, (of, _) in made.items()
+    }
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -63,7 +79,9 @@ def minus_l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return -torch.cdist(torch.from_numpy(a), torch.from_numpy(b), p=1).numpy()
 
 
-def standardised(of: Callable[[Tensor], np.ndarray], train: Tensor) -> Callable[[Tensor], np.ndarray]:
+def standardised(
+    of: Callable[[Tensor], np.ndarray], train: Tensor
+) -> Callable[[Tensor], np.ndarray]:
     """The descriptor `of`, each channel with mean 0 and deviation 1 over clouds `train` m N 3."""
     known = of(train)
     mean, deviation = known.mean(0), np.maximum(known.std(0), 1e-6)
@@ -77,8 +95,9 @@ def in_batches(of: Callable[[Tensor], np.ndarray], points: Tensor, size: int = 8
 def shape_histograms(points: Tensor, seed: int = 0) -> np.ndarray:
     """Four histograms B 4 x 64 of clouds B N 3, each of sum 1 (Osada et al. 2002).
 
-    Of 32,768 random triples of points: D2, the distance of two; A3, the angle at one; D3, the root of the area. D2 and
-    D3 are divided by their means and end at 3. And of all points the height, in [-1, 1].
+    Of 32,768 random triples of points: D2, the distance of two; A3, the angle at one; D3, the root
+    of the area. D2 and D3 are divided by their means and end at 3. And of all points the height, in
+    [-1, 1].
     """
     return in_batches(partial(_histograms, seed=seed), points)
 
@@ -91,23 +110,31 @@ def _histograms(points: Tensor, seed: int) -> np.ndarray:
     distance, root = one.norm(dim=-1), (twice / 2).sqrt()
     angle = torch.atan2(twice, (one * other).sum(-1)) / torch.pi
     # Areas of a straight line are rounding errors: 0.01 of the radius is the least mean.
-    distance, root = (value / (3 * value.mean(1, keepdim=True).clamp_min(0.01)) for value in (distance, root))
-    return torch.cat([_shares(value) for value in (distance, angle, root, (points[..., 2] + 1) / 2)], 1).numpy()
+    distance, root = (
+        value / (3 * value.mean(1, keepdim=True).clamp_min(0.01)) for value in (distance, root)
+    )
+    return torch.cat(
+        [_shares(value) for value in (distance, angle, root, (points[..., 2] + 1) / 2)], 1
+    ).numpy()
 
 
 def _shares(values: Tensor) -> Tensor:
     """Shares B 64 of values B n in [0, 1], or moved there, in each of 64 equal bins; double."""
     bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
-    return bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS).double() / values.shape[1]
+    return (
+        bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS).double()
+        / values.shape[1]
+    )
 
 
 def geometry(points: Tensor, num_groups: int, group_size: int) -> np.ndarray:
     """Mean and maximum over tokens B 178 of 89 numbers on the surface around each, of clouds B N 3.
 
-    At four scales (its own patch; those of its 4, 8 and 16 nearest centres, its own among them, together): the log of
-    the trace of the covariance; the shares of the square roots of its eigenvalues; n n^T of the flattest direction,
-    weighted by flatness; t t^T of the longest, weighted by linearity; the mean, from the centre. Then ten quantiles of
-    the distances to the other centres, the distance from the centroid, the height, the distance from the up axis.
+    At four scales (its own patch; those of its 4, 8 and 16 nearest centres, its own among them,
+    together): the log of the trace of the covariance; the shares of the square roots of its
+    eigenvalues; n n^T of the flattest direction, weighted by flatness; t t^T of the longest,
+    weighted by linearity; the mean, from the centre. Then ten quantiles of the distances to the
+    other centres, the distance from the centroid, the height, the distance from the up axis.
     """
     return in_batches(lambda batch: pool(surface(batch, num_groups, group_size)[0]).numpy(), points)
 
@@ -127,7 +154,10 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
         values, directions = torch.linalg.eigh(moment - middle[..., None] * middle[..., None, :])
         roots = values.clamp_min(0).sqrt()
         small, medium, large = roots.clamp_min(1e-9).split(1, -1)
-        found += [(roots.square().sum(-1, keepdim=True) + 1e-6).log(), roots / (small + medium + large)]
+        found += [
+            (roots.square().sum(-1, keepdim=True) + 1e-6).log(),
+            roots / (small + medium + large),
+        ]
         found += [_product(directions[..., 0]) * (medium - small) / large]
         found += [_product(directions[..., 2]) * (large - medium) / large, middle - centers]
     others = distance.sort(-1).values[..., 1:]  # the first is its own

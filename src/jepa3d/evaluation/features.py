@@ -1,4 +1,6 @@
-"""Frozen features of every depth of a network, pooled to one vector a cloud; the encoder to compare with."""
+"""Frozen features of every depth of a network, pooled to one vector a cloud; the encoder to compare
+with.
+"""
 
 import numpy as np
 import torch
@@ -14,7 +16,11 @@ def layer_features(
     model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
 ) -> np.ndarray:
     """Features [L, n, E] float32 of every layer; a dVAE has one layer, the tokens it teaches."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
     model.eval().to(device)
     layers = []
     for at in range(0, len(clouds), batch_size):
@@ -30,8 +36,13 @@ def layer_features(
 
 
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings, with the clouds' statistics in BatchNorm and, as there, in its vectors."""
-    settings, points = vars(encoder)["_hub_mixin_config"], clouds.batch(np.arange(min(len(clouds), 1024)))
+    """A new encoder of the same settings, with the clouds' statistics in BatchNorm and, as there,
+    in its vectors.
+    """
+    settings, points = (
+        vars(encoder)["_hub_mixin_config"],
+        clouds.batch(np.arange(min(len(clouds), 1024))),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = PointEncoder(**settings | {"standardised": False}).eval()

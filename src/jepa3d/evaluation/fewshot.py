@@ -1,16 +1,19 @@
-"""Few-shot episodes: S labelled shapes of each of W classes to learn from, others of the same classes to name.
+"""Few-shot episodes: S labelled shapes of each of W classes to learn from, others of the same
+classes to name.
 
-The protocol of Sharma and Kaul (NeurIPS 2020) as Point-BERT and those after it use it on ModelNet40: 5 or 10 ways, 10
-or 20 shots from the train part, 20 test shapes a class, ten folds, mean and std over the folds. Either the published
-folds, or episodes drawn here from any labelled data. On frozen features two classifiers score them, nothing is chosen:
+The protocol of Sharma and Kaul (NeurIPS 2020) as Point-BERT and those after it use it on
+ModelNet40: 5 or 10 ways, 10 or 20 shots from the train part, 20 test shapes a class, ten folds,
+mean and std over the folds. Either the published folds, or episodes drawn here from any labelled
+data. On frozen features two classifiers score them, nothing is chosen:
 
 | method   | features                                  | classifier                                               |
 |----------|-------------------------------------------|----------------------------------------------------------|
 | ncm      | less the support's mean, then length 1    | nearest class mean by cosine                             |
 | logistic | standardised by the support's mean, std   | logistic regression, C = 0.1                             |
 
-W * S labels are too few to hold some out, so C, layer and pooling are fixed before anything is seen; C is the larger of
-the two that `probe`'s logistic_10 chooses from. What a query shape is called depends on no other query shape.
+W * S labels are too few to hold some out, so C, layer and pooling are fixed before anything is
+seen; C is the larger of the two that `probe`'s logistic_10 chooses from. What a query shape is
+called depends on no other query shape.
 """
 
 import re
@@ -43,25 +46,33 @@ class Episode(NamedTuple):
     classes: np.ndarray  # the W class numbers, ascending
 
 
-# ------------------------------------------------------------------------------------------------ drawn episodes
+# ----------------------------------------------------------------------------------- drawn episodes
 
 
-def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int) -> list[Episode]:
-    """Episodes of `ways` classes with `shots` train and `queries` test shapes of each, all without replacement.
+def draw_episodes(
+    clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int
+) -> list[Episode]:
+    """Episodes of `ways` classes with `shots` train and `queries` test shapes of each, all without
+    replacement.
 
-    Episode i depends on the data, seed, ways, shots, queries and i alone, not on how many are drawn. Classes are drawn
-    among those that have enough shapes in both parts. `queries` is never cut down silently: every class counts alike,
-    and accuracy is then also the mean over classes. Raises ValueError, and says with how many queries it would do.
+    Episode i depends on the data, seed, ways, shots, queries and i alone, not on how many are
+    drawn. Classes are drawn among those that have enough shapes in both parts. `queries` is never
+    cut down silently: every class counts alike, and accuracy is then also the mean over classes.
+    Raises ValueError, and says with how many queries it would do.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
         raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
     labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
-    rows = {split: np.flatnonzero(clouds.split == SPLITS.index(split)) for split in ("train", "test")}
+    rows = {
+        split: np.flatnonzero(clouds.split == SPLITS.index(split)) for split in ("train", "test")
+    }
     train, test = (np.bincount(labels[rows[split]], minlength=size) for split in ("train", "test"))
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
-        fewer = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # what the W-th best class still has
+        fewer = np.sort(test[train >= shots])[::-1][
+            ways - 1 : ways
+        ]  # what the W-th best class still has
         hint = f"; with {fewer[0]} test shapes a class there are enough" if fewer.any() else ""
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
         raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
@@ -69,7 +80,8 @@ def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: 
     some = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
     if few := [f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in some]:
         print(
-            f"not drawn, for want of {shots} train and {queries} test shapes: {printable(', '.join(few))}", flush=True
+            f"not drawn, for want of {shots} train and {queries} test shapes: {printable(', '.join(few))}",
+            flush=True,
         )
 
     def draw(fold: int) -> Episode:
@@ -87,42 +99,65 @@ def draw_episodes(clouds: PointClouds, ways: int, shots: int, folds: int, seed: 
 
 def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
     """Write the episodes of the data of `fingerprint` as JSON, atomically."""
-    rows = [{name: values.tolist() for name, values in episode._asdict().items()} for episode in episodes]
+    rows = [
+        {name: values.tolist() for name, values in episode._asdict().items()}
+        for episode in episodes
+    ]
     write_checked(path, {"fingerprint": fingerprint, "episodes": rows})
 
 
 def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
-    """The episodes of `save_episodes`. Raises ReadError for a damaged file and for episodes of other data."""
+    """The episodes of `save_episodes`.
+
+    Raises ReadError for a damaged file and for episodes of other data.
+    """
     with boundary(path):
         record = read_checked(path)
         if record["fingerprint"] != fingerprint:
-            raise ReadError(f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}")
-        rows = [[np.array(row[name], np.int64) for name in Episode._fields] for row in record["episodes"]]
+            raise ReadError(
+                f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}"
+            )
+        rows = [
+            [np.array(row[name], np.int64) for name in Episode._fields]
+            for row in record["episodes"]
+        ]
         return [Episode(*arrays) for arrays in rows]
 
 
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
-    """Train (support) and test (query) parts of an episode, labels 0 to W - 1. Raises ValueError as `_numbers`."""
+    """Train (support) and test (query) parts of an episode, labels 0 to W - 1.
+
+    Raises ValueError as `_numbers`.
+    """
 
     def part(rows: np.ndarray) -> PointClouds:
         labels = _numbers(clouds, rows, episode.classes)
         return replace(clouds.subset(rows), labels=labels, class_names=names)
 
-    names = tuple(clouds.class_names[number] for number in episode.classes if number < len(clouds.class_names))
+    names = tuple(
+        clouds.class_names[number] for number in episode.classes if number < len(clouds.class_names)
+    )
     return part(episode.support), part(episode.query)
 
 
 def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each row as its place in `classes`. ValueError where the episode is none of these clouds."""
+    """The class of each row as its place in `classes`.
+
+    ValueError where the episode is none of these clouds.
+    """
     if clouds.labels is None or rows.min() < 0 or rows.max() >= len(clouds):
-        raise ValueError(f"{clouds.name}: its {len(clouds)} shapes are not those that the episodes were drawn from")
+        raise ValueError(
+            f"{clouds.name}: its {len(clouds)} shapes are not those that the episodes were drawn from"
+        )
     labels = clouds.labels[rows]
     if not np.isin(labels, classes).all():
-        raise ValueError(f"{clouds.name}: its labels are not those that the episodes were drawn from")
+        raise ValueError(
+            f"{clouds.name}: its labels are not those that the episodes were drawn from"
+        )
     return np.searchsorted(classes, labels)
 
 
-# ------------------------------------------------------------------------------------------------ published folds
+# ---------------------------------------------------------------------------------- published folds
 
 
 def published_folds(
@@ -134,11 +169,12 @@ def published_folds(
     folds: int,
     queries: int,
 ) -> list[Fold] | None:
-    """Train and test parts, labels 0 to W - 1, of the folds 0, 1 ... that `jepa3d prepare ModelNetFewshot` stored.
+    """Train and test parts, labels 0 to W - 1, of the folds 0, 1 ... that `jepa3d prepare
+    ModelNetFewshot` stored.
 
-    folder: that of the setting (`D/5way_10shot`), or one around it. None where `folder` is no such thing. Raises
-    ReadError where the setting, or one of its first `folds`, is missing or unfinished, or has not exactly W classes of
-    S train and `queries` test shapes.
+    folder: that of the setting (`D/5way_10shot`), or one around it. None where `folder` is no such
+    thing. Raises ReadError where the setting, or one of its first `folds`, is missing or
+    unfinished, or has not exactly W classes of S train and `queries` test shapes.
     """
     found: dict[tuple[int, int], Path] = {}
     for path in [folder, *sorted(folder.glob("*way*shot")), *sorted(folder.glob("*/*way*shot"))]:
@@ -151,10 +187,15 @@ def published_folds(
         names = ", ".join(f"{a}-way {b}-shot" for a, b in sorted(found))
         raise ReadError(f"{folder}: holds {names}, not {ways}-way {shots}-shot")
     own = found[ways, shots]
-    return [_published(own / str(i), num_points, up_axis, ways, shots, queries, folds) for i in range(folds)]
+    return [
+        _published(own / str(i), num_points, up_axis, ways, shots, queries, folds)
+        for i in range(folds)
+    ]
 
 
-def _published(path: Path, num_points: int, up_axis: str, ways: int, shots: int, queries: int, folds: int) -> Fold:
+def _published(
+    path: Path, num_points: int, up_axis: str, ways: int, shots: int, queries: int, folds: int
+) -> Fold:
     again = "run its jepa3d prepare again, it goes on"
     if not (path / "store.json").is_file():
         raise ReadError(f"{path}: is missing, and {folds} folds are needed; {again}")
@@ -167,19 +208,23 @@ def _published(path: Path, num_points: int, up_axis: str, ways: int, shots: int,
         assert part.labels is not None
         there = np.bincount(part.labels, minlength=len(part.class_names)).tolist()
         if there != [count] * ways:
-            raise ReadError(f"{path}: {ways} classes of {count} {split} shapes are needed, it has {there}")
+            raise ReadError(
+                f"{path}: {ways} classes of {count} {split} shapes are needed, it has {there}"
+            )
     return parts
 
 
-# ------------------------------------------------------------------------------------------------ frozen features
+# ---------------------------------------------------------------------------------- frozen features
 
 
 def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The class of each query [q, E] of one layer, learned from the support [s, E] with labels y [s].
+    """The class of each query [q, E] of one layer, learned from the support [s, E] with labels y
+    [s].
 
-    ncm is SimpleShot's CL2N (Wang et al., arXiv 1911.04623): features less a mean, L2-normalised, nearest class mean.
-    Theirs is the mean over base classes, which an episode has not: here it is the support's. Nearest is by cosine, as
-    in Classifier-Baseline (Chen et al., arXiv 2003.04390); SimpleShot's distance is Euclidean.
+    ncm is SimpleShot's CL2N (Wang et al., arXiv 1911.04623): features less a mean, L2-normalised,
+    nearest class mean. Theirs is the mean over base classes, which an episode has not: here it is
+    the support's. Nearest is by cosine, as in Classifier-Baseline (Chen et al., arXiv 2003.04390);
+    SimpleShot's distance is Euclidean.
     """
     if method == "logistic":
         return classifiers.predict("logistic", _C, support, y, query)
@@ -194,12 +239,17 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def run_frozen(model: PointEncoder | DVAE, clouds: PointClouds, episodes: list[Episode], method: str) -> list[float]:
-    """Accuracy of each episode in per cent. Each shape is encoded once, however many episodes have it.
+def run_frozen(
+    model: PointEncoder | DVAE, clouds: PointClouds, episodes: list[Episode], method: str
+) -> list[float]:
+    """Accuracy of each episode in per cent. Each shape is encoded once, however many episodes have
+    it.
 
     Raises ValueError for episodes of other data.
     """
-    labels = [[_numbers(clouds, rows, episode.classes) for rows in episode[:2]] for episode in episodes]
+    labels = [
+        [_numbers(clouds, rows, episode.classes) for rows in episode[:2]] for episode in episodes
+    ]
     needed = np.unique(np.concatenate([rows for episode in episodes for rows in episode[:2]]))
     features = layer_features(model, clouds.subset(needed))[-1]
     scores = []

@@ -10,16 +10,17 @@ from threadpoolctl import ThreadpoolController
 
 from jepa3d.data.parallel import mapped
 
-# Numbers that the fits read in all, from which on starting processes pays: about 4 seconds of logistic regression.
+# Numbers that the fits read in all, from which on starting processes pays: about 4 seconds of
+# logistic regression.
 _WORTH_PROCESSES = 2**22
 
 
 def one_thread() -> AbstractContextManager:
     """Within it BLAS, OpenMP and torch use one thread each; call it after scikit-learn is imported.
 
-    A solver multiplies small matrices thousands of times. A BLAS library that shares each product among all cores makes
-    them wait for one another, actively: on two cores the same fits took 2 to 16 times the processor time, and far more
-    beside a busy core.
+    A solver multiplies small matrices thousands of times. A BLAS library that shares each product
+    among all cores makes them wait for one another, actively: on two cores the same fits took 2 to
+    16 times the processor time, and far more beside a busy core.
     """
     return _libraries().limit(limits=1)
 
@@ -30,7 +31,8 @@ def _libraries() -> ThreadpoolController:
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
-    """`fit(*job)` of every job, in order; in processes, one a core, where `numbers` (those read in all) is large.
+    """`fit(*job)` of every job, in order; in processes, one a core, where `numbers` (those read in
+    all) is large.
 
     fit: a function of a module, its result anything but a text.
     """

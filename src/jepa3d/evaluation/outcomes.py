@@ -1,4 +1,5 @@
-"""What frozen vectors get right on a labelled set, shape by shape, in per cent; quick: nothing is chosen.
+"""What frozen vectors get right on a labelled set, shape by shape, in per cent; quick: nothing is
+chosen.
 
 | metric      | of each scored shape                                                                               |
 |-------------|----------------------------------------------------------------------------------------------------|
@@ -7,8 +8,9 @@
 | map         | average precision of the other scored shapes, ranked by likeness (vectors as they are)             |
 | nearest     | whether the nearest of these is of its class                                                       |
 
-The first two are those of `jepa3d probe --quick`, the last two those of `jepa3d retrieval`. A shape alone in its class
-has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of the tokens of the last layer.
+The first two are those of `jepa3d probe --quick`, the last two those of `jepa3d retrieval`. A shape
+alone in its class has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of
+the tokens of the last layer.
 """
 
 import hashlib
@@ -31,7 +33,12 @@ from jepa3d.frame import FRAME
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, write_checked
 
-METRICS = {"logistic_10": "10 labels a class", "knn": "kNN", "map": "mAP", "nearest": "nearest neighbour right"}
+METRICS = {
+    "logistic_10": "10 labels a class",
+    "knn": "kNN",
+    "map": "mAP",
+    "nearest": "nearest neighbour right",
+}
 
 
 class Vectors(NamedTuple):
@@ -50,11 +57,18 @@ class LabelledSet(NamedTuple):
     up_axis: str = "z"
 
     @staticmethod
-    def each(sources: Sequence[str], labels_keys: Sequence[str], up_axes: Sequence[str]) -> "list[LabelledSet]":
-        """One a source; a single key or axis is that of all. Raises ValueError for another number of them."""
+    def each(
+        sources: Sequence[str], labels_keys: Sequence[str], up_axes: Sequence[str]
+    ) -> "list[LabelledSet]":
+        """One a source; a single key or axis is that of all.
+
+        Raises ValueError for another number of them.
+        """
         for flag, values in (("--labels-key", labels_keys), ("--up-axis", up_axes)):
             if len(values) not in (1, len(sources)):
-                raise ValueError(f"{flag}: {len(values)} values for {len(sources)} scored sets: give one, or one each")
+                raise ValueError(
+                    f"{flag}: {len(values)} values for {len(sources)} scored sets: give one, or one each"
+                )
         keys, axes = (list(values) * len(sources) for values in (labels_keys, up_axes))
         return [LabelledSet(*one) for one in zip(sources, keys, axes, strict=False)]
 
@@ -94,10 +108,15 @@ class Shapes(NamedTuple):
         return Shapes(clouds.name, part, train, scored, train.labels, scored.labels, rule, key)
 
 
-def outcomes(vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+def outcomes(
+    vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
     """Metric -> per cent of each scored shape [n]; `seed` draws the labels of logistic_10."""
     train, scored, likeness = vectors
-    right = [predict("logistic", QUICK_C, train[rows], y[rows], scored) == y_scored for rows in few_labels(y, seed)]
+    right = [
+        predict("logistic", QUICK_C, train[rows], y[rows], scored) == y_scored
+        for rows in few_labels(y, seed)
+    ]
     nearest, average = search(likeness, scored, scored, y_scored, np.arange(len(scored)))
     return {
         "logistic_10": 100 * np.mean(right, 0),
@@ -115,7 +134,10 @@ def kept_outcomes(
     file = folder / f"scores-{name}-{stem}-{shapes.part}-{shapes.key}.json"
     if not file.exists():
         found = outcomes(vectors(), shapes.y, shapes.y_scored, seed)
-        plain = {key: [None if np.isnan(x) else x for x in values.tolist()] for key, values in found.items()}
+        plain = {
+            key: [None if np.isnan(x) else x for x in values.tolist()]
+            for key, values in found.items()
+        }
         write_checked(file, {"seed": seed, "selection": shapes.selection, "outcomes": plain})
     kept = read_checked(file, "outcomes")["outcomes"]
     return {key: np.array(values, np.float64) for key, values in kept.items()}
@@ -124,7 +146,10 @@ def kept_outcomes(
 def encoded(folder: Path, shapes: Shapes) -> Vectors:
     """Vectors by the encoder in a folder."""
     encoder = PointEncoder.from_pretrained(folder)
-    pooled = [torch.from_numpy(layer_features(encoder, half)[-1]) for half in (shapes.train, shapes.scored)]
+    pooled = [
+        torch.from_numpy(layer_features(encoder, half)[-1])
+        for half in (shapes.train, shapes.scored)
+    ]
     train, scored = (encoder.cpu().standardise(vectors).numpy() for vectors in pooled)
     return Vectors(train, scored, cosine)
 

@@ -1,4 +1,6 @@
-"""Paired differences between rows of a comparison: the interval over seeds and shapes, the verdict, the tables."""
+"""Paired differences between rows of a comparison: the interval over seeds and shapes, the verdict,
+the tables.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -26,17 +28,19 @@ class Difference(NamedTuple):
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Mean of ours - theirs and its 95 % interval, both seeds x shapes: the same seeds and shapes on both sides.
+    """Mean of ours - theirs and its 95 % interval, both seeds x shapes: the same seeds and shapes
+    on both sides.
 
-    Seeds and shapes are both drawn at random, and a shape that is hard for one run is hard for the others. With
-    d[s, i] = ours - theirs of S seeds and N shapes, and sample variances,
+    Seeds and shapes are both drawn at random, and a shape that is hard for one run is hard for the
+    others. With d[s, i] = ours - theirs of S seeds and N shapes, and sample variances,
 
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 
-    is that of the mean of a table whose rows and columns are both random (Owen, "The pigeonhole bootstrap", Annals of
-    Applied Statistics 1, 2007). It counts what is particular to one cell twice, so the interval is rather too wide than
-    too narrow. The quantile is that of Student's t with (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom
-    (Satterthwaite, Biometrics Bulletin 2, 1946). One seed leaves B alone, and says nothing about other training runs.
+    is that of the mean of a table whose rows and columns are both random (Owen, "The pigeonhole
+    bootstrap", Annals of Applied Statistics 1, 2007). It counts what is particular to one cell
+    twice, so the interval is rather too wide than too narrow. The quantile is that of Student's t
+    with (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom (Satterthwaite, Biometrics
+    Bulletin 2, 1946). One seed leaves B alone, and says nothing about other training runs.
     """
     gain = ours - theirs
     parts = []  # variance, degrees of freedom
@@ -76,20 +80,31 @@ class Row(NamedTuple):
 
 
 def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
-    """Rows of one set, metric by metric; shapes without a figure (alone in their class) are left out of all."""
+    """Rows of one set, metric by metric; shapes without a figure (alone in their class) are left
+    out of all.
+    """
     rows = []
     for metric in METRICS:
         values = {name: outcomes[metric] for name, outcomes in found.items()}
         kept = np.all([np.isfinite(table).all(0) for table in values.values()], 0)
         base = values.get(reference)
         for name, table in values.items():
-            pair = None if base is None or name == reference else difference(table[:, kept], base[:, kept])
+            pair = (
+                None
+                if base is None or name == reference
+                else difference(table[:, kept], base[:, kept])
+            )
             rows.append(Row(data, metric, name, table[:, kept].mean(1).tolist(), pair))
     return rows
 
 
-def sheets_of(rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]) -> list[Sheet]:
-    """A table for every set and metric. minutes: CPU-minutes of an arm. about: what each set is, in words."""
+def sheets_of(
+    rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
+) -> list[Sheet]:
+    """A table for every set and metric. minutes:
+
+    CPU-minutes of an arm. about: what each set is, in words.
+    """
     sheets = []
     for data, metric in dict.fromkeys((row.data, row.metric) for row in rows):
         lines = []
@@ -99,7 +114,11 @@ def sheets_of(rows: list[Row], minutes: dict[str, float], failed: dict[str, str]
             spent = f"{minutes[row.name]:.1f}" if row.name in minutes else "-"
             gain, compared = row.difference, ("-", "-", "reference" if row.name in minutes else "-")
             if gain:
-                compared = (f"{gain.mean:+.1f}", f"{gain.low:+.1f} to {gain.high:+.1f}", gain.verdict)
+                compared = (
+                    f"{gain.mean:+.1f}",
+                    f"{gain.low:+.1f} to {gain.high:+.1f}",
+                    gain.verdict,
+                )
             lines.append([row.name, f"{found['mean']:.1f}{std}", *compared, spent])
         lines += [[name, "-", "-", "-", "failed", "-"] for name in failed]
         columns = ["", "%", "difference", "95 % interval", "verdict", "CPU-min"]

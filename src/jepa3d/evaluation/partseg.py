@@ -1,4 +1,5 @@
-"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a shape among its own parts.
+"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a shape
+among its own parts.
 
 Axes: n shapes, N points, P global part ids, C categories. Part ids count through all categories.
 """
@@ -16,10 +17,10 @@ def category_parts(
 ) -> list[np.ndarray]:
     """The global part ids of each of the C categories, ascending.
 
-    From names "Category/part" or, as stores of ShapeNetPart have them, "Category 0"; of a category that has no such
-    names, those observed. labels n and parts n N, or what reads them when indexed: of the train part, so that no
-    test shape decides. A category that has neither names nor shapes gets none. Raises ValueError for a shape with a
-    part that its category's names exclude.
+    From names "Category/part" or, as stores of ShapeNetPart have them, "Category 0"; of a category
+    that has no such names, those observed. labels n and parts n N, or what reads them when indexed:
+    of the train part, so that no test shape decides. A category that has neither names nor shapes
+    gets none. Raises ValueError for a shape with a part that its category's names exclude.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
@@ -30,13 +31,18 @@ def category_parts(
         observed = np.flatnonzero(np.bincount(own[own != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
             name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
-            raise ValueError(f"part {other[0]} ({name}) in a shape of {category}, whose parts are {named.tolist()}")
+            raise ValueError(
+                f"part {other[0]} ({name}) in a shape of {category}, whose parts are {named.tolist()}"
+            )
         found.append(named if len(named) else observed)
     return found
 
 
-def restricted_argmax(logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]) -> np.ndarray:
-    """The best part n N int16 of logits n N P among those of each shape's category, which its label n names.
+def restricted_argmax(
+    logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
+) -> np.ndarray:
+    """The best part n N int16 of logits n N P among those of each shape's category, which its label
+    n names.
 
     Raises ValueError: a label without parts, or a part beyond P.
     """
@@ -45,7 +51,9 @@ def restricted_argmax(logits: np.ndarray, labels: np.ndarray, parts_of: Sequence
     for label in np.unique(labels):
         own, rows = parts_of[label], labels == label
         if own.max() >= logits.shape[2]:
-            raise ValueError(f"category {label} has part {own.max()}, but there are logits of {logits.shape[2]} parts")
+            raise ValueError(
+                f"category {label} has part {own.max()}, but there are logits of {logits.shape[2]} parts"
+            )
         out[rows] = own[logits[rows][:, :, own].argmax(2)]
     return out
 
@@ -59,12 +67,14 @@ def mean_iou(
 ) -> dict[str, Any]:
     """How well parts predicted n N fit the truth n N of shapes of categories labels n, in per cent.
 
-    instance_miou: mean over all shapes of their IoU. category_miou: mean over the categories that have shapes of the
-    mean over theirs, which are in per_category by name. point_accuracy: points that are right. Points whose truth is
-    UNLABELLED count nowhere. Raises ValueError.
+    instance_miou: mean over all shapes of their IoU. category_miou: mean over the categories that
+    have shapes of the mean over theirs, which are in per_category by name. point_accuracy: points
+    that are right. Points whose truth is UNLABELLED count nowhere. Raises ValueError.
     """
     iou = shape_iou(predicted, truth, labels, parts_of)
-    per_category = {class_names[label]: float(iou[labels == label].mean()) for label in np.unique(labels)}
+    per_category = {
+        class_names[label]: float(iou[labels == label].mean()) for label in np.unique(labels)
+    }
     return {
         "instance_miou": float(iou.mean()),
         "category_miou": float(np.mean(list(per_category.values()))),
@@ -90,7 +100,9 @@ def shape_iou(
     labelled = truth != UNLABELLED
     if not labelled.any(1).all():
         raise ValueError(f"{int((~labelled.any(1)).sum())} shapes have no labelled point")
-    size = 1 + max(int(predicted.max()), int(truth.max()), *(int(own.max(initial=0)) for own in parts_of))
+    size = 1 + max(
+        int(predicted.max()), int(truth.max()), *(int(own.max(initial=0)) for own in parts_of)
+    )
     belongs = np.zeros((len(parts_of), size), bool)  # C P
     for label, own in enumerate(parts_of):
         belongs[label, own] = True

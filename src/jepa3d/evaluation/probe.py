@@ -1,4 +1,5 @@
-"""Probes of frozen features under named protocols; the test part is used once, after every choice is made.
+"""Probes of frozen features under named protocols; the test part is used once, after every choice
+is made.
 
 | protocol    | features     | classifier                              | chosen on                          |
 |-------------|--------------|-----------------------------------------|------------------------------------|
@@ -9,9 +10,10 @@
 | linear_svc  | as they are  | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
-Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling. Figures are overall
-accuracies in per cent. With a fixed layer only C is chosen. A source's own validation part
-takes the place of the fifth. A quick probe chooses nothing: the last layer, and C 0.1.
+Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling.
+Figures are overall accuracies in per cent. With a fixed layer only C is chosen. A source's own
+validation part takes the place of the fifth. A quick probe chooses nothing: the last layer, and C
+0.1.
 """
 
 import time
@@ -60,7 +62,9 @@ def selection_rule(part: Part, clouds: PointClouds, quick: bool = False) -> str:
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
-    """Counts [K, K] of the tested, rows true, columns predicted, over the sorted classes of both halves."""
+    """Counts [K, K] of the tested, rows true, columns predicted, over the sorted classes of both
+    halves.
+    """
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
 
@@ -84,10 +88,12 @@ def run_protocol(
     held: tuple[np.ndarray, np.ndarray] | None = None,
     c: float | None = None,
 ) -> dict:
-    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for logistic_10).
+    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for
+    logistic_10).
 
-    held: features and labels to choose layer and C on; None: a fifth of train. c: the C to use instead of choosing it.
-    All but logistic_10 also return mean_class_accuracy and confusion: rows true, columns predicted, sorted classes.
+    held: features and labels to choose layer and C on; None: a fifth of train. c: the C to use
+    instead of choosing it. All but logistic_10 also return mean_class_accuracy and confusion: rows
+    true, columns predicted, sorted classes.
     """
     if protocol == "logistic_10":
         return _few_labels(train, y, test, y_test, layers, seed, _FEW_C_GRID if c is None else (c,))
@@ -105,14 +111,23 @@ def run_protocol(
     confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
     mean = float(np.nanmean(class_accuracy(confusion)))
     return {
-        "accuracy": _overall(confusion), "mean_class_accuracy": mean, "layer": layer, "C": c or None,
+        "accuracy": _overall(confusion),
+        "mean_class_accuracy": mean,
+        "layer": layer,
+        "C": c or None,
         "confusion": confusion.tolist(),
-    }  # fmt: skip
+    }
 
 
-def _validation(protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], options: dict) -> float:
-    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice; options of `_accuracy`."""
-    return sum(_accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds)
+def _validation(
+    protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], options: dict
+) -> float:
+    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice; options of
+    `_accuracy`.
+    """
+    return sum(
+        _accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds
+    )
 
 
 def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -> dict:
@@ -123,22 +138,36 @@ def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -
         number = min(5, np.bincount(labels).max())
         with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
             warnings.simplefilter("ignore", UserWarning)
-            folds = list(StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels))
+            folds = list(
+                StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels)
+            )
         jobs += [("logistic", c, train[layer][shots], labels, folds, {}) for layer, c in choices]
-    validation = np.array(side_by_side(_validation, jobs, sum(len(job[4]) * job[2].size for job in jobs)))
-    chosen = [choices[best] for best in validation.reshape(_DRAWS, -1).argmax(1)] if jobs else choices * _DRAWS
+    validation = np.array(
+        side_by_side(_validation, jobs, sum(len(job[4]) * job[2].size for job in jobs))
+    )
+    chosen = (
+        [choices[best] for best in validation.reshape(_DRAWS, -1).argmax(1)]
+        if jobs
+        else choices * _DRAWS
+    )
     scores = [
         _accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test)
         for (shots, labels), (layer, c) in zip(draws, chosen, strict=True)
     ]
     found = moments(scores)
-    return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": [list(choice) for choice in chosen]}
+    return {
+        "accuracy": found["mean"],
+        "std_over_draws": found["std"],
+        "chosen": [list(choice) for choice in chosen],
+    }
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
     """Indices of 10 labels a class, all of a smaller class: of ten draws."""
     rng, classes = np.random.default_rng(seed), [np.flatnonzero(y == k) for k in np.unique(y)]
-    return [np.concatenate([rng.permutation(own)[:_SHOTS] for own in classes]) for _ in range(_DRAWS)]
+    return [
+        np.concatenate([rng.permutation(own)[:_SHOTS] for own in classes]) for _ in range(_DRAWS)
+    ]
 
 
 def probe(
@@ -152,11 +181,13 @@ def probe(
     part: Part = "test",
     quick: bool = False,
 ) -> dict:
-    """Probe finished runs, each beside its untrained encoder, its frozen teacher and the vectors of descriptors.py.
+    """Probe finished runs, each beside its untrained encoder, its frozen teacher and the vectors of
+    descriptors.py.
 
-    Returns the result record. runs: or one encoder, as of `jepa3d.load`, beside an untrained one of its settings.
-    `part` is what is scored (see `shared_classes`). `layer` None chooses the best on validation, 0 is the tokenizer.
-    `quick` chooses nothing: `layer` None is then the last, and C is fixed. Raises ValueError.
+    Returns the result record. runs: or one encoder, as of `jepa3d.load`, beside an untrained one of
+    its settings. `part` is what is scored (see `shared_classes`). `layer` None chooses the best on
+    validation, 0 is the tokenizer. `quick` chooses nothing: `layer` None is then the last, and C is
+    fixed. Raises ValueError.
     """
     started = time.perf_counter()
     if unknown := set(protocols) - set(PROTOCOLS):
@@ -164,13 +195,21 @@ def probe(
     found = {run: _models(run) for run in runs}
     first = found[runs[0]][0]
     for run, (config, _) in found.items():
-        changed = {name for name in differences(config, first) if name not in ("seed", *BOOKKEEPING)}
+        changed = {
+            name for name in differences(config, first) if name not in ("seed", *BOOKKEEPING)
+        }
         if changed:
-            raise ValueError(f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged")
+            raise ValueError(
+                f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged"
+            )
     seeds = [config["seed"] for config, _ in found.values()]
     if len(set(seeds)) < len(runs):
-        raise ValueError(f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one")
-    clouds = load([data], first["encoder"]["num_points"], "all", [up_axis.replace("none", "z")], labels_key)
+        raise ValueError(
+            f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one"
+        )
+    clouds = load(
+        [data], first["encoder"]["num_points"], "all", [up_axis.replace("none", "z")], labels_key
+    )
     train, test, dropped = shared_classes(clouds, part)
     held = None if quick else chosen_on(clouds, train, part)
     y, y_test = train.labels, test.labels
@@ -185,7 +224,9 @@ def probe(
         if isinstance(given := models.get("pretrained"), PointEncoder):
             if "untrained" not in models:
                 models = {"untrained": untrained_like(given, train, config["seed"]), **models}
-            by_hand = by_hand or descriptors.features(given, train, test, held)  # the same for every seed
+            by_hand = by_hand or descriptors.features(
+                given, train, test, held
+            )  # the same for every seed
         for name in (*models, *by_hand):
             model = models.get(name)
             if model is None:
@@ -197,10 +238,16 @@ def probe(
             depth = len(x) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
-            layers = [depth if layer is None else min(layer, depth)] if quick or layer is not None else range(depth + 1)
+            layers = (
+                [depth if layer is None else min(layer, depth)]
+                if quick or layer is not None
+                else range(depth + 1)
+            )
             fixed = QUICK_C if quick else None
             scores = {
-                protocol: run_protocol(protocol, x, y, x_test, y_test, list(layers), config["seed"], x_held, fixed)
+                protocol: run_protocol(
+                    protocol, x, y, x_test, y_test, list(layers), config["seed"], x_held, fixed
+                )
                 for protocol in protocols
             }
             for score in scores.values():
@@ -211,10 +258,22 @@ def probe(
                 row["dvae"] = dvae_figures(model, train, test)
             rows.append(row)
     return provenance() | {
-        "data": {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels": labels_key, "part": part,
-                 "train": len(train), "test": len(test), "classes": len(np.unique(y)), "dropped_classes": dropped},
-        "pretraining": {str(run): _pretraining(run, c) for run, (c, _) in found.items() if "task" in c},
-        "seen_in_pretraining": any(was_seen(config, data, part) for config, _ in found.values()),  # as far as is known
+        "data": {
+            "name": clouds.name,
+            "fingerprint": clouds.fingerprint,
+            "labels": labels_key,
+            "part": part,
+            "train": len(train),
+            "test": len(test),
+            "classes": len(np.unique(y)),
+            "dropped_classes": dropped,
+        },
+        "pretraining": {
+            str(run): _pretraining(run, c) for run, (c, _) in found.items() if "task" in c
+        },
+        "seen_in_pretraining": any(
+            was_seen(config, data, part) for config, _ in found.values()
+        ),  # as far as is known
         "pooling": pooling,
         "layer": layer if layer is not None else "last" if quick else "best on validation",
         "selection": selection_rule(part, clouds, quick),
@@ -223,7 +282,7 @@ def probe(
         "rows": rows,
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,
-    }  # fmt: skip
+    }
 
 
 def was_seen(config: dict, data: str, part: Part) -> bool:
@@ -241,16 +300,24 @@ def _pretraining(run: Path, config: dict) -> dict:
 
 
 def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
-    """A finished run's config and the networks to compare; of an encoder by itself, what is known of it."""
+    """A finished run's config and the networks to compare; of an encoder by itself, what is known
+    of it.
+    """
     if not (run / "run.json").is_file():
         encoder = load_encoder(str(run))
-        return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {"pretrained": encoder}
+        return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {
+            "pretrained": encoder
+        }
     config = stored(run)
     if "task" in config:
-        raise ValueError(f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain")
+        raise ValueError(
+            f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain"
+        )
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (run / export).is_dir():
-        raise ValueError(f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume")
+        raise ValueError(
+            f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume"
+        )
     if export == "dvae":
         return config, {"teacher": load_module(str(run))}
     teachers = sorted([*run.glob("stage1/*"), *run.glob("given/*")])
@@ -262,9 +329,11 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
-    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained encoder.
+    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained
+    encoder.
 
-    These are of the overall accuracy; beside them stand those of the mean class accuracy where a protocol has one.
+    These are of the overall accuracy; beside them stand those of the mean class accuracy where a
+    protocol has one.
     """
     table: dict[str, dict] = {}
     for protocol in protocols:
@@ -275,19 +344,28 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
                     values.setdefault(row["model"], {})[row["run"]] = row["scores"][protocol][key]
             if "pretrained" in values:
                 untrained = values["untrained"]
-                values["gain"] = {run: score - untrained[run] for run, score in values["pretrained"].items()}
+                values["gain"] = {
+                    run: score - untrained[run] for run, score in values["pretrained"].items()
+                }
             for model, by_run in values.items():
                 found = moments(list(by_run.values())) | {"runs": len(by_run)}
                 of_model = table.setdefault(model, {})
-                of_model[protocol] = found if key == "accuracy" else of_model[protocol] | {key: found}
+                of_model[protocol] = (
+                    found if key == "accuracy" else of_model[protocol] | {key: found}
+                )
     return table
 
 
 def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
-    """ValueError unless `protocol` is one of `protocols` and has figures of every class; None asks for none."""
+    """ValueError unless `protocol` is one of `protocols` and has figures of every class;
+
+    None asks for none.
+    """
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
-        raise ValueError(f"per class {protocol!r}: one of the probed {', '.join(known)} (logistic_10 has none)")
+        raise ValueError(
+            f"per class {protocol!r}: one of the probed {', '.join(known)} (logistic_10 has none)"
+        )
 
 
 def show(result: dict, per_class: str | None = None) -> None:
@@ -307,7 +385,8 @@ def show(result: dict, per_class: str | None = None) -> None:
     for model, scores in result["summary"].items():
         sign = "+" if model == "gain" else ""
         cells = [
-            f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "") for s in scores.values()
+            f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "")
+            for s in scores.values()
         ]
         table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
     print(title)
@@ -318,7 +397,9 @@ def show(result: dict, per_class: str | None = None) -> None:
         if "dvae" in row:
             print(
                 "teacher of {run}: Chamfer-L1 {reconstruction:.4f}, best constant patch {constant_patch:.4f}; "
-                "code perplexity {perplexity:.0f} of {num_codes}".format(run=row["run"], **row["dvae"])
+                "code perplexity {perplexity:.0f} of {num_codes}".format(
+                    run=row["run"], **row["dvae"]
+                )
             )
     if result["seen_in_pretraining"]:
         print(f"the {data['part']} part was among the (unlabelled) pretraining data")
@@ -331,13 +412,19 @@ def _show_classes(result: dict, protocol: str) -> None:
     for row in result["rows"]:
         found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))
     counts = next(iter(found.values()))[0].sum(1)
-    columns = {model: np.mean([class_accuracy(table) for table in tables], 0) for model, tables in found.items()}
+    columns = {
+        model: np.mean([class_accuracy(table) for table in tables], 0)
+        for model, tables in found.items()
+    }
     if "pretrained" in columns:
         columns["gain"] = columns["pretrained"] - columns["untrained"]
     table = Table(f"{protocol}, accuracy %", "shapes", *columns)
 
     def add(name: str, count: int, values: list[float]) -> None:
-        cells = [f"{value:{'+' if column == 'gain' else ''}.1f}" for value, column in zip(values, columns, strict=True)]
+        cells = [
+            f"{value:{'+' if column == 'gain' else ''}.1f}"
+            for value, column in zip(values, columns, strict=True)
+        ]
         table.add_row(escape(name), f"{count:,}", *cells)
 
     for name, count, *values in zip(result["class_names"], counts, *columns.values(), strict=True):

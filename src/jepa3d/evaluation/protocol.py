@@ -57,7 +57,9 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
+        )
     except OSError:
         return None
     return done.stdout.strip() or None
@@ -70,4 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def moments(values: Sequence[float]) -> dict[str, float | None]:
     """Mean and sample std (n - 1); one value has no std."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+    }

@@ -1,8 +1,10 @@
-"""Published figures to hold one's own against, each with its protocol, so that unlike is not compared with like.
+"""Published figures to hold one's own against, each with its protocol, so that unlike is not
+compared with like.
 
-3D-JEPA's are those of arXiv 2409.15803v1, the others' those of their papers, digit by digit. Fine-tuned figures are
-those of the best *test* epoch, as the field reports them. Voting: that of ScanObjectNN is "no"; on ModelNet40 it is
-"yes" or "no" only where that is said, and the paper does not say.
+3D-JEPA's are those of arXiv 2409.15803v1, the others' those of their papers, digit by digit.
+Fine-tuned figures are those of the best *test* epoch, as the field reports them. Voting: that of
+ScanObjectNN is "no"; on ModelNet40 it is "yes" or "no" only where that is said, and the paper does
+not say.
 """
 
 import re
@@ -96,7 +98,12 @@ _ABLATIONS = {
         ("context-aware, depth 4", "93.29"),
     ],
 }
-_SVM = [("Point-BERT", "87.4"), ("Point-MAE", "91.0"), ("Point-M2AE", "92.87"), ("Point-JEPA", "93.7 ± 0.2")]
+_SVM = [
+    ("Point-BERT", "87.4"),
+    ("Point-MAE", "91.0"),
+    ("Point-M2AE", "92.87"),
+    ("Point-JEPA", "93.7 ± 0.2"),
+]
 
 
 def _scanobjectnn(column: int, test: int, error: str) -> Benchmark:
@@ -112,7 +119,11 @@ PUBLISHED = {
     "pb_t50_rs": _scanobjectnn(2, 2882, "0.6"),
     "modelnet40": Benchmark(
         "ModelNet40, 1,024 points",
-        [Figure(row[0], row[1], (value,), voting) for row in _CLASSIFY for voting, value in row[3].items()],
+        [
+            Figure(row[0], row[1], (value,), voting)
+            for row in _CLASSIFY
+            for voting, value in row[3].items()
+        ],
         test=2468,
         num_points=1024,
         notes=("a figure with voting and one without are not comparable", CAUTION),
@@ -137,24 +148,36 @@ PUBLISHED = {
 # Of the paper's settings and of frozen features: no run of one's own is recognised as one of these.
 OTHERS = [
     *(
-        Benchmark(title, [Figure(f"3D-JEPA, {name}", None, (value,), "no") for name, value in rows], notes=(note,))
+        Benchmark(
+            title,
+            [Figure(f"3D-JEPA, {name}", None, (value,), "no") for name, value in rows],
+            notes=(note,),
+        )
         for (title, rows), note in zip(
-            _ABLATIONS.items(), (CAUTION, "3 of 581 shapes are 0.51 points; " + CAUTION), strict=True
+            _ABLATIONS.items(),
+            (CAUTION, "3 of 581 shapes are 0.51 points; " + CAUTION),
+            strict=True,
         )
     ),
     Benchmark(
         "ModelNet40, linear SVM on frozen features",
         [Figure(name, None, (value,), "not stated") for name, value in _SVM],
         selection="not stated",
-        notes=("SVC(linear, C=0.012) and LinearSVC are different protocols: jepa3d probe has both",),
+        notes=(
+            "SVC(linear, C=0.012) and LinearSVC are different protocols: jepa3d probe has both",
+        ),
     ),
 ]
 
 
 def benchmark_of(result: dict[str, Any]) -> str | None:
-    """The key in PUBLISHED of what a result was measured on, by its data's variant, else its name; or None."""
+    """The key in PUBLISHED of what a result was measured on, by its data's variant, else its name;
+    or None.
+    """
     task, data = result["task"], result["data"]
-    variant, name = (re.sub(r"[^a-z0-9]", "", str(data.get(key) or "").lower()) for key in ("variant", "name"))
+    variant, name = (
+        re.sub(r"[^a-z0-9]", "", str(data.get(key) or "").lower()) for key in ("variant", "name")
+    )
     for text, bare in ((variant, True), (name, False)):
         if task == "classify" and (bare or "scanobjectnn" in text):
             for key in ("obj_bg", "obj_only", "pb_t50_rs"):
@@ -162,7 +185,9 @@ def benchmark_of(result: dict[str, Any]) -> str | None:
                     return key
         if task == "classify" and "modelnet" in text and data.get("classes") == 40:
             return "modelnet40"
-        if task == "fewshot" and re.search(r"modelnet(40)?few", text):  # the folds; episodes drawn here are others
+        if task == "fewshot" and re.search(
+            r"modelnet(40)?few", text
+        ):  # the folds; episodes drawn here are others
             asked = re.search(r"(\d+)-way (\d+)-shot", result["protocol"])
             key = f"{asked[1]}w{asked[2]}s" if asked else ""
             return key if key in PUBLISHED else None
@@ -180,11 +205,18 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
         found.append(f"{settings['num_points']:,} points, not {benchmark.num_points:,}")
     if (share := data.get("labels") or 1) != 1:
         found.append(f"{100 * share:g} % of the labels")
-    if settings.get("trained") == "head" or "frozen" in result["protocol"] or "head only" in result["protocol"]:
+    if (
+        settings.get("trained") == "head"
+        or "frozen" in result["protocol"]
+        or "head only" in result["protocol"]
+    ):
         found.append("frozen encoder")
     if settings.get("trained") == "head_first":
         found.append("a linear head, fitted first")
-    if result["task"] == "fewshot" and (folds := len((result.get("details") or {}).get("folds", ()))) != 10:
+    if (
+        result["task"] == "fewshot"
+        and (folds := len((result.get("details") or {}).get("folds", ()))) != 10
+    ):
         found.append(f"{folds} folds, not 10")
     return found
 
@@ -199,9 +231,19 @@ def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()
             f"your runs: voting {' and '.join(votes)}, selection {' and '.join(rules)}; compare like with like"
         )
         others = dict.fromkeys(text for result in results for text in departures(result, benchmark))
-        notes += [f"NOTE: your runs depart from the published protocol: {'; '.join(others)}"] if others else []
+        notes += (
+            [f"NOTE: your runs depart from the published protocol: {'; '.join(others)}"]
+            if others
+            else []
+        )
     rows = [
-        [row.method, "-" if row.epochs is None else str(row.epochs), *row.values, row.voting, benchmark.selection]
+        [
+            row.method,
+            "-" if row.epochs is None else str(row.epochs),
+            *row.values,
+            row.voting,
+            benchmark.selection,
+        ]
         for row in benchmark.figures
     ]
     columns = ["method", "epochs", *benchmark.metrics, "voting", "selection"]
@@ -213,7 +255,7 @@ def all_published() -> list[Sheet]:
     return [published_sheet(benchmark) for benchmark in (*PUBLISHED.values(), *OTHERS)]
 
 
-# ------------------------------------------------------------------------------------------------ showing
+# ------------------------------------------------------------------------------------------ showing
 
 
 def show(sheets: list[Sheet]) -> None:

@@ -1,4 +1,6 @@
-"""Is the dVAE a teacher? Its reconstruction against the best constant patch, and how many codes it uses."""
+"""Is the dVAE a teacher? Its reconstruction against the best constant patch, and how many codes it
+uses.
+"""
 
 import numpy as np
 import torch
@@ -10,14 +12,20 @@ from jepa3d.models.tokenizer import group
 from jepa3d.ops import chamfer_l1, farthest_point_sample, gather_points, unit_sphere
 
 
-def dvae_figures(dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: int = 256) -> dict[str, float]:
-    """Chamfer-L1 (unit-sphere units) of test patches from their arg-max codes and from one constant patch.
+def dvae_figures(
+    dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: int = 256
+) -> dict[str, float]:
+    """Chamfer-L1 (unit-sphere units) of test patches from their arg-max codes and from one constant
+    patch.
 
-    The constant patch is fitted to train patches with the same loss. perplexity is exp(entropy) of the codes of
-    the test patches, between 1 and num_codes.
+    The constant patch is fitted to train patches with the same loss. perplexity is exp(entropy) of
+    the codes of the test patches, between 1 and num_codes.
     """
     dvae.eval()
-    fitted, (patches, centers) = _patches(dvae, train, max_clouds)[0], _patches(dvae, test, max_clouds)
+    fitted, (patches, centers) = (
+        _patches(dvae, train, max_clouds)[0],
+        _patches(dvae, test, max_clouds),
+    )
     with torch.no_grad():  # a few clouds at a time: at 8,192 codes the logits of all are gigabytes
         batches = list(zip(patches.split(16), centers.split(16), strict=True))
         codes = torch.cat([dvae.codes(*batch) for batch in batches])
@@ -34,9 +42,13 @@ def dvae_figures(dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: 
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """The K points (K 3) that serve best as the reconstruction of every patch (n K 3), by Adam on Chamfer-L1."""
+    """The K points (K 3) that serve best as the reconstruction of every patch (n K 3), by Adam on
+    Chamfer-L1.
+    """
     generator = torch.Generator().manual_seed(0)
-    pick = torch.randint(patches.shape[0] * patches.shape[1], (patches.shape[1],), generator=generator)
+    pick = torch.randint(
+        patches.shape[0] * patches.shape[1], (patches.shape[1],), generator=generator
+    )
     constant = patches.flatten(0, 1)[pick].clone().requires_grad_()
     optimizer = torch.optim.Adam([constant], lr=0.05 * patches.norm(dim=-1).mean().item())
     for _ in range(steps):

@@ -1,4 +1,6 @@
-"""Fine-tuning runs in one table: seeds averaged, settings chosen on validation, gains paired by seed, rules told."""
+"""Fine-tuning runs in one table: seeds averaged, settings chosen on validation, gains paired by
+seed, rules told.
+"""
 
 import json
 import math
@@ -12,8 +14,18 @@ from jepa3d.config import BOOKKEEPING
 from jepa3d.evaluation.published import ON_TEST, PUBLISHED, Sheet, benchmark_of, published_sheet
 
 BASES = ("scratch", "untrained")  # what a pretrained encoder is measured against
-CHOSEN_BY = {"classify": "overall_accuracy", "fewshot": "overall_accuracy", "segment": "instance_miou"}
-_NEEDED: dict[str, type] = {"protocol": str, "init": str, "selection": str, "seed": int, "votes": int}
+CHOSEN_BY = {
+    "classify": "overall_accuracy",
+    "fewshot": "overall_accuracy",
+    "segment": "instance_miou",
+}
+_NEEDED: dict[str, type] = {
+    "protocol": str,
+    "init": str,
+    "selection": str,
+    "seed": int,
+    "votes": int,
+}
 _NEEDED |= dict.fromkeys(("data", "metrics", "settings"), dict)
 
 
@@ -50,15 +62,24 @@ class Arm(NamedTuple):
     def measured_on(self) -> str:
         """Equal for arms of one task and data set."""
         return json.dumps(
-            [self.result["task"], *(self.result["data"].get(name) for name in ("fingerprint", "variant"))]
+            [
+                self.result["task"],
+                *(self.result["data"].get(name) for name in ("fingerprint", "variant")),
+            ]
         )
 
     def key(self, without: str | None = None, init: bool = True) -> str:
-        """Equal for arms that differ in nothing else than the setting `without`, and than init where that is False."""
-        settings = {name: value for name, value in self.result["settings"].items() if name != without}
+        """Equal for arms that differ in nothing else than the setting `without`, and than init
+        where that is False.
+        """
+        settings = {
+            name: value for name, value in self.result["settings"].items() if name != without
+        }
         known = [self.result[name] for name in ("protocol", "selection", "votes")]
         known += [self.result["data"].get(name) for name in ("labels", "train")]
-        return json.dumps([self.measured_on(), *known, settings, self.init if init else None], sort_keys=True)
+        return json.dumps(
+            [self.measured_on(), *known, settings, self.init if init else None], sort_keys=True
+        )
 
     def label(self) -> str:
         """The encoder's origin for a reader: a pretraining run's name without its seed."""
@@ -72,24 +93,35 @@ class Arm(NamedTuple):
         return " ".join(sorted(names))
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
-    """The finished runs at and below folders, and a note for each unfinished one below. Raises ValueError."""
+    """The finished runs at and below folders, and a note for each unfinished one below.
+
+    Raises ValueError.
+    """
     found: dict[Path, Path] = {}
     unfinished: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise ValueError(f"{path}: no such folder; give runs of jepa3d classify, segment or fewshot")
+            raise ValueError(
+                f"{path}: no such folder; give runs of jepa3d classify, segment or fewshot"
+            )
         if _is_unfinished(path):
-            raise ValueError(f"{path}: an unfinished run, without results.json; finish it with --resume")
+            raise ValueError(
+                f"{path}: an unfinished run, without results.json; finish it with --resume"
+            )
         below = _below(path, unfinished)
         if not below:
             left = f"; unfinished: {', '.join(map(str, unfinished))}" if unfinished else ""
-            raise ValueError(f"{path}: no results.json of classify, segment or fewshot in or below it{left}")
+            raise ValueError(
+                f"{path}: no results.json of classify, segment or fewshot in or below it{left}"
+            )
         found |= {folder.resolve(): folder for folder in below}
-    return [read_run(folder) for folder in found.values()], [f"unfinished, left out: {f}" for f in unfinished]
+    return [read_run(folder) for folder in found.values()], [
+        f"unfinished, left out: {f}" for f in unfinished
+    ]
 
 
 def _below(folder: Path, unfinished: list[Path]) -> list[Path]:
@@ -99,12 +131,16 @@ def _below(folder: Path, unfinished: list[Path]) -> list[Path]:
     if _is_unfinished(folder):
         unfinished.append(folder)
         return []
-    inner = (child for child in sorted(folder.iterdir()) if child.is_dir() and not child.is_symlink())
+    inner = (
+        child for child in sorted(folder.iterdir()) if child.is_dir() and not child.is_symlink()
+    )
     return [run for child in inner for run in _below(child, unfinished)]
 
 
 def _is_unfinished(folder: Path) -> bool:
-    """Whether it is a fine-tuning run (a pretraining run's config names no task) that has no result."""
+    """Whether it is a fine-tuning run (a pretraining run's config names no task) that has no
+    result.
+    """
     return (
         (folder / "run.json").is_file()
         and not (folder / "results.json").is_file()
@@ -126,7 +162,9 @@ def read_run(folder: Path) -> Run:
     if not isinstance(result, dict) or result.get("task") not in list(CHOSEN_BY):
         raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
     if wrong := [name for name, kind in _NEEDED.items() if not isinstance(result.get(name), kind)]:
-        raise ValueError(f"{file}: {wrong[0]} is {result.get(wrong[0])!r}, not a {_NEEDED[wrong[0]].__name__}")
+        raise ValueError(
+            f"{file}: {wrong[0]} is {result.get(wrong[0])!r}, not a {_NEEDED[wrong[0]].__name__}"
+        )
     for name in ("validation", "pretraining", "cost"):
         if not isinstance(result.setdefault(name, None), dict | None):
             raise ValueError(f"{file}: {name} is {result[name]!r}, neither null nor a dict")
@@ -137,26 +175,36 @@ def read_run(folder: Path) -> Run:
 
 
 def _origin(init: str, record: dict | None) -> str:
-    """What an encoder began as, by its pretraining run's record: the same for all seeds of one configuration."""
+    """What an encoder began as, by its pretraining run's record: the same for all seeds of one
+    configuration.
+    """
     if not record or init in BASES:
         return init
-    kept = {name: value for name, value in record.items() if name not in ("seed", "cost", "commit", *BOOKKEEPING)}
+    kept = {
+        name: value
+        for name, value in record.items()
+        if name not in ("seed", "cost", "commit", *BOOKKEEPING)
+    }
     kept["data"] = (record.get("data") or {}).get("fingerprint")
     return json.dumps(_seedless(kept, record.get("seed")), sort_keys=True)
 
 
 def _seedless(settings: dict, seed: int | None) -> dict:
-    """Settings whose init and teacher, where they are runs of the same seed (runs/mae-0), are named without it."""
+    """Settings whose init and teacher, where they are runs of the same seed (runs/mae-0), are named
+    without it.
+    """
 
     def plain(value):
         if isinstance(value, list):
             return [plain(item) for item in value]
         return value.removesuffix(f"-{seed}") if isinstance(value, str) else value
 
-    return settings | {name: plain(settings[name]) for name in ("init", "teacher") if name in settings}
+    return settings | {
+        name: plain(settings[name]) for name in ("init", "teacher") if name in settings
+    }
 
 
-# ------------------------------------------------------------------------------------------------ arms
+# --------------------------------------------------------------------------------------------- arms
 
 
 def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
@@ -167,7 +215,10 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
 
 
 def arms_of(runs: list[Run]) -> list[Arm]:
-    """Runs grouped by all but their seeds, scratch and untrained first. ValueError for a seed given twice."""
+    """Runs grouped by all but their seeds, scratch and untrained first.
+
+    ValueError for a seed given twice.
+    """
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
         seen: dict[Any, Path] = {}
@@ -175,14 +226,17 @@ def arms_of(runs: list[Run]) -> list[Arm]:
             seed, record = run.result["seed"], run.result["pretraining"] or {}
             drawn = seed, record.get("seed")
             if drawn in seen:
-                raise ValueError(f"{seen[drawn]} and {run.folder}: both seed {seed} of one arm; give one of them")
+                raise ValueError(
+                    f"{seen[drawn]} and {run.folder}: both seed {seed} of one arm; give one of them"
+                )
             seen[drawn] = run.folder
         arm.runs.sort(key=lambda run: run.result["seed"])
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Of arms that differ in one setting only, that of the best mean on validation, and what was decided.
+    """Of arms that differ in one setting only, that of the best mean on validation, and what was
+    decided.
 
     Arms without validation figures are all kept: the test part chooses nothing.
     """
@@ -192,33 +246,45 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
         kept += [arm for arm in group if not arm.has_validation()]
         name, rule = group[0].label(), group[0].result["selection"]
         if len(judged) < len(group):
-            notes.append(f"NOTE: {name} (selection: {rule}) has no validation figures: every {setting} is kept")
+            notes.append(
+                f"NOTE: {name} (selection: {rule}) has no validation figures: every {setting} is kept"
+            )
         if judged:
             metric = CHOSEN_BY[group[0].result["task"]]
             scores = [float(np.mean(arm.values(metric, "validation"))) for arm in judged]
             tried = [_told(arm.result["settings"].get(setting)) for arm in judged]
             best = int(np.argmax(scores))
             kept.append(judged[best])
-            told = ", ".join(f"{value}: {score:.2f}" for value, score in zip(tried, scores, strict=True))
-            how = f"chosen by mean validation {metric} ({told})" if len(judged) > 1 else "is the only one there"
+            told = ", ".join(
+                f"{value}: {score:.2f}" for value, score in zip(tried, scores, strict=True)
+            )
+            how = (
+                f"chosen by mean validation {metric} ({told})"
+                if len(judged) > 1
+                else "is the only one there"
+            )
             notes.append(f"{name}: {setting} {tried[best]} {how}")
         if len({len(arm.runs) for arm in judged}) > 1:
             notes.append(f"NOTE: {name}: the {setting}s compared have different numbers of seeds")
     return [arm for arm in arms if arm in kept], notes
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
-    """Of each task and data set the arms, their paired gains and, where it is a published benchmark, its figures.
+    """Of each task and data set the arms, their paired gains and, where it is a published
+    benchmark, its figures.
 
-    `setting` is one to choose on validation. ValueError: no finished run, an unknown setting, a seed given twice.
+    `setting` is one to choose on validation. ValueError: no finished run, an unknown setting, a
+    seed given twice.
     """
     runs, notes = read_runs(paths)
     known = sorted({name for run in runs for name in run.result["settings"]})
     if setting is not None and setting not in known:
-        raise ValueError(f"--choose {setting}: not a setting of these runs; one of {', '.join(known)}")
+        raise ValueError(
+            f"--choose {setting}: not a setting of these runs; one of {', '.join(known)}"
+        )
     sheets = []
     for arms in _grouped(arms_of(runs), Arm.measured_on):
         arms, decided = (arms, []) if setting is None else choose(arms, setting)
@@ -226,7 +292,11 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
         sheets += _gains_sheet(arms, setting)
         for group in _grouped(arms, lambda arm: benchmark_of(arm.result)):
             if key := benchmark_of(group[0].result):
-                sheets.append(published_sheet(PUBLISHED[key], [run.result for arm in group for run in arm.runs]))
+                sheets.append(
+                    published_sheet(
+                        PUBLISHED[key], [run.result for arm in group for run in arm.runs]
+                    )
+                )
         notes = []  # said once
     return sheets
 
@@ -239,7 +309,11 @@ def _moments(values: list[float], sign: str = "") -> str:
 
 def _minutes(records: list[dict]) -> str:
     """Mean CPU-minutes of records of a cost, stage I included."""
-    spent = [cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0) for cost in records if cost.get("cpu_seconds")]
+    spent = [
+        cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0)
+        for cost in records
+        if cost.get("cpu_seconds")
+    ]
     return f"{np.mean(spent) / 60:.1f}" if spent else "-"
 
 
@@ -262,14 +336,19 @@ def _labels(arms: list[Arm]) -> dict[str, str]:
     """A name for each init of the arms, told apart by their paths where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
     paths = {arm.init: arm.result["init"] for arm in arms}
-    return {init: name if list(names.values()).count(name) == 1 else paths[init] for init, name in names.items()}
+    return {
+        init: name if list(names.values()).count(name) == 1 else paths[init]
+        for init, name in names.items()
+    }
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
     result, data, labels = arms[0].result, arms[0].result["data"], _labels(arms)
     metrics = list(dict.fromkeys(name for arm in arms for name in arm.result["metrics"]))
     settings = _differing(arms, setting)
-    costs = [[(run.result["pretraining"] or {}).get("cost") or {} for run in arm.runs] for arm in arms]
+    costs = [
+        [(run.result["pretraining"] or {}).get("cost") or {} for run in arm.runs] for arm in arms
+    ]
     columns: dict[str, list[str]] = {
         "init": [labels[arm.init] for arm in arms],
         "protocol": [arm.result["protocol"] for arm in arms],
@@ -285,15 +364,27 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     if set(columns["pretraining CPU-min"]) == {"-"}:
         del columns["pretraining CPU-min"]
     protocol = f"; {columns.pop('protocol')[0]}" if len(set(columns["protocol"])) == 1 else ""
-    shared = [f"{name} {_told(value)}" for name, value in result["settings"].items() if name not in settings]
-    notes = [*_mixtures(arms), *notes, *([f"shared settings: {', '.join(shared)}"] if shared else [])]
+    shared = [
+        f"{name} {_told(value)}"
+        for name, value in result["settings"].items()
+        if name not in settings
+    ]
+    notes = [
+        *_mixtures(arms),
+        *notes,
+        *([f"shared settings: {', '.join(shared)}"] if shared else []),
+    ]
     name = f"{data.get('name')} ({data['variant']})" if data.get("variant") else data.get("name")
     dropped = data.get("dropped_classes") or 0
-    dropped = dropped if isinstance(dropped, int) else len(dropped)  # results of older versions only count them
+    dropped = (
+        dropped if isinstance(dropped, int) else len(dropped)
+    )  # results of older versions only count them
     dropped = f" ({dropped} more dropped)" if dropped else ""
     counts = f"{_told(data.get('classes'))} classes{dropped}, {_told(data.get('test'))} test shapes"
     title = f"{result['task']}, {name}: {counts}{protocol}; per cent, mean ± std over seeds"
-    return Sheet(title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)], notes)
+    return Sheet(
+        title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)], notes
+    )
 
 
 def _mixtures(arms: list[Arm]) -> list[str]:
@@ -301,28 +392,43 @@ def _mixtures(arms: list[Arm]) -> list[str]:
     rules, votes = (sorted({arm.result[name] for arm in arms}) for name in ("selection", "votes"))
     notes = []
     if len(rules) > 1:
-        notes.append(f"NOTE: rows of different selection rules are not comparable: {', '.join(rules)}")
+        notes.append(
+            f"NOTE: rows of different selection rules are not comparable: {', '.join(rules)}"
+        )
     if len(votes) > 1:
-        notes.append(f"NOTE: rows of different votes are not comparable: {', '.join(map(str, votes))}")
+        notes.append(
+            f"NOTE: rows of different votes are not comparable: {', '.join(map(str, votes))}"
+        )
     if "best on test" in rules:
-        notes.append(f"NOTE: {ON_TEST} is optimistic: the test part chose the epoch, as in published tables")
+        notes.append(
+            f"NOTE: {ON_TEST} is optimistic: the test part chose the epoch, as in published tables"
+        )
     return notes
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
-    """The gain over scratch or untrained of arms that differ in init only (and in what was chosen), seed by seed."""
+    """The gain over scratch or untrained of arms that differ in init only (and in what was chosen),
+    seed by seed.
+    """
     settings, labels = _differing(arms, setting), _labels(arms)
-    shared = set.intersection(*(set(run.result["metrics"]) for arm in arms for run in arm.runs)) - {"std_over_folds"}
+    shared = set.intersection(*(set(run.result["metrics"]) for arm in arms for run in arm.runs)) - {
+        "std_over_folds"
+    }
     metrics = [name for name in arms[0].result["metrics"] if name in shared]
     rows, notes = [], []
-    for group in _grouped(arms, lambda arm: arm.key(setting if arm.has_validation() else None, init=False)):
+    for group in _grouped(
+        arms, lambda arm: arm.key(setting if arm.has_validation() else None, init=False)
+    ):
         bases = [arm for arm in group if arm.init in BASES]
         for arm, base in ((arm, base) for base in bases for arm in group if arm.init not in BASES):
             gains = [paired_gains(arm, base, name) for name in metrics]
             if not any(gains):
                 notes.append(f"{labels[arm.init]} and {base.init} have no seed in common")
                 continue
-            told = [arm.result["protocol"], *(_told(arm.result["settings"].get(name)) for name in settings)]
+            told = [
+                arm.result["protocol"],
+                *(_told(arm.result["settings"].get(name)) for name in settings),
+            ]
             told += [_rule(arm), str(len(gains[0])), *(_moments(values, "+") for values in gains)]
             rows.append([labels[arm.init], base.init, *told])
     columns = ["init", "over", "protocol", *settings, "selection", "pairs", *metrics]
@@ -331,6 +437,14 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
 
 
 def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
-    """A run's figure less the mean of the base's of the same seed, for each run of `arm` whose seed the base has."""
-    pairs = [(run, [b for b in base.runs if b.result["seed"] == run.result["seed"]]) for run in arm.runs]
-    return [run.result["metrics"][metric] - float(np.mean(Arm(same).values(metric))) for run, same in pairs if same]
+    """A run's figure less the mean of the base's of the same seed, for each run of `arm` whose seed
+    the base has.
+    """
+    pairs = [
+        (run, [b for b in base.runs if b.result["seed"] == run.result["seed"]]) for run in arm.runs
+    ]
+    return [
+        run.result["metrics"][metric] - float(np.mean(Arm(same).values(metric)))
+        for run, same in pairs
+        if same
+    ]

@@ -1,8 +1,10 @@
-"""`jepa3d retrieval`: how well frozen vectors find labelled shapes, beside an untrained encoder and hand-made vectors.
+"""`jepa3d retrieval`: how well frozen vectors find labelled shapes, beside an untrained encoder and
+hand-made vectors.
 
-Every shape of the part is a query once; the others of it are ranked by likeness, those of its class are relevant, and
-the average precision is taken over the whole ranking (ties by number). Nothing is trained, chosen or tuned. Gains are
-paired by query; their interval is the bootstrap's over queries, which says nothing about other training runs.
+Every shape of the part is a query once; the others of it are ranked by likeness, those of its class
+are relevant, and the average precision is taken over the whole ranking (ties by number). Nothing is
+trained, chosen or tuned. Gains are paired by query; their interval is the bootstrap's over queries,
+which says nothing about other training runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,10 +35,11 @@ _NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
 
 
 def ranked(similarity: np.ndarray, labels: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Of each query whether the nearest shape is of its class, and its average precision: 2 q, or NaN.
+    """Of each query whether the nearest shape is of its class, and its average precision: 2 q, or
+    NaN.
 
-    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. own: q, the queries' own numbers
-    among the n, which are left out.
+    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. own: q, the
+    queries' own numbers among the n, which are left out.
     """
     similarity, rows = np.array(similarity, np.float64), np.arange(len(own))
     similarity[rows, own] = -np.inf
@@ -55,15 +58,23 @@ def search(
     labels: np.ndarray,
     own: np.ndarray,
 ) -> np.ndarray:
-    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time: memory is bounded whatever n."""
+    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time: memory is bounded
+    whatever n.
+    """
     size = max(1, _NUMBERS // len(gallery))
     blocks = [slice(at, at + size) for at in range(0, len(own), size)]
-    return np.concatenate([ranked(likeness(queries[b], gallery), labels, own[b]) for b in blocks], 1)
+    return np.concatenate(
+        [ranked(likeness(queries[b], gallery), labels, own[b]) for b in blocks], 1
+    )
 
 
 @torch.inference_mode()
-def vectors_of(model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16) -> np.ndarray:
-    """Vectors n E of prepared clouds n N 3: an encoder's as `embed`, a classifier's [class token ; max over tokens]."""
+def vectors_of(
+    model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16
+) -> np.ndarray:
+    """Vectors n E of prepared clouds n N 3: an encoder's as `embed`, a classifier's [class token ;
+    max over tokens].
+    """
     found = []
     for batch in points.split(batch_size):
         if isinstance(model, Classifier):
@@ -85,10 +96,12 @@ def paired_interval(gain: np.ndarray, seed: int = 0) -> tuple[float, float]:
 def retrieval(
     models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
 ) -> dict[str, Any]:
-    """mAP and nearest neighbours of each model on a part of labelled shapes; of the first one's baselines too.
+    """mAP and nearest neighbours of each model on a part of labelled shapes; of the first one's
+    baselines too.
 
-    models: encoders as of `jepa3d.load`, or runs of jepa3d classify. Baselines: its untrained encoder, `baselines`.
-    Classes that train or test lacks are left out. Raises ValueError and ReadError.
+    models: encoders as of `jepa3d.load`, or runs of jepa3d classify. Baselines: its untrained
+    encoder, `baselines`. Classes that train or test lacks are left out. Raises ValueError and
+    ReadError.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
@@ -107,21 +120,28 @@ def retrieval(
         found[name] = {"map": float(average), "nearest": float(nearest)}
         if name != models[0]:
             gain = 100 * (first - values)[1, kept]
-            found[name] |= {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
+            found[name] |= {
+                "first_minus_this": float(gain.mean()),
+                "interval": paired_interval(gain),
+            }
     return record | {"queries": int(kept.sum()), "results": found} | provenance()
 
 
 def opened(
     models: list[str], data: str, labels_key: str, up_axis: str, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], PointClouds, PointClouds]]:
-    """Of every model its encoder, its descriptor (the first with its baselines), the train part and the part asked for.
+    """Of every model its encoder, its descriptor (the first with its baselines), the train part and
+    the part asked for.
 
-    part: train, test or validation, see `shared_classes`. whole: clouds with all points that the source has.
+    part: train, test or validation, see `shared_classes`. whole: clouds with all points that the
+    source has.
     """
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        model = model if isinstance(model, Classifier) else encoder  # heads of others have no features of their own
+        model = (
+            model if isinstance(model, Classifier) else encoder
+        )  # heads of others have no features of their own
         count = _points_in(data, encoder.num_points) if whole else encoder.num_points
         encoder.upright = up_axis != "none"
         clouds = load([data], count, "all", [up_axis if encoder.upright else "z"], labels_key)
@@ -140,7 +160,11 @@ def _points_in(data: str, least: int) -> int:
     path, count = Path(data), None
     if (path / "store.json").is_file():
         count = Store(path).num_points
-    elif path.suffix == ".npz" and path.is_file() and len(shape := npz_headers(path).get("points", ((),))[0]) == 3:
+    elif (
+        path.suffix == ".npz"
+        and path.is_file()
+        and len(shape := npz_headers(path).get("points", ((),))[0]) == 3
+    ):
         count = shape[1]
     return max(least, count or 0)
 
@@ -148,7 +172,12 @@ def _points_in(data: str, least: int) -> int:
 def data_record(task: str, clouds: PointClouds, labels_key: str, part: str) -> dict[str, Any]:
     """What a result says of the shapes that are asked about."""
     assert clouds.labels is not None
-    data = {"name": clouds.name, "fingerprint": clouds.fingerprint, "labels_key": labels_key, "part": part}
+    data = {
+        "name": clouds.name,
+        "fingerprint": clouds.fingerprint,
+        "labels_key": labels_key,
+        "part": part,
+    }
     return {"task": task, "data": data, "classes": len(np.unique(clouds.labels))}
 
 

@@ -21,11 +21,17 @@ VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2  # of the copies that vote: Point-M
 def predict(
     network: Network, clouds: PointClouds, votes: int = 1, seed: int = 0, batch_size: int = 64
 ) -> dict[str, np.ndarray]:
-    """`predicted`, n classes or n N parts within each shape's category; of a classifier also `probability` n classes.
+    """`predicted`, n classes or n N parts within each shape's category; of a classifier also
+    `probability` n classes.
 
-    With several votes, the logits of as many randomly scaled and moved copies are averaged (Point-MAE).
+    With several votes, the logits of as many randomly scaled and moved copies are averaged
+    (Point-MAE).
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
     network.eval().to(device)
     predicted, probability = [], []
     for at in range(0, len(clouds), batch_size):
@@ -75,10 +81,17 @@ def figures(
     return accuracies(clouds.labels, predicted["predicted"], names)
 
 
-def accuracies(labels: np.ndarray, predicted: np.ndarray, names: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Overall accuracy and its mean over the classes that occur; confusion matrix (rows true) and accuracy a class."""
+def accuracies(
+    labels: np.ndarray, predicted: np.ndarray, names: list[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Overall accuracy and its mean over the classes that occur; confusion matrix (rows true) and
+    accuracy a class.
+    """
     confusion = confusion_matrix(labels, predicted, labels=np.arange(len(names)))
     mean = float(np.nanmean(class_accuracy(confusion)))
-    metrics = {"overall_accuracy": 100 * float((labels == predicted).mean()), "mean_class_accuracy": mean}
+    metrics = {
+        "overall_accuracy": 100 * float((labels == predicted).mean()),
+        "mean_class_accuracy": mean,
+    }
     rows = confusion.tolist()
     return metrics, {"per_class": by_class(rows, names), "confusion": rows, "class_names": names}

@@ -1,4 +1,6 @@
-"""Points of a scene sorted by grid cell on disk, so that any cell is one read: an external bucket sort."""
+"""Points of a scene sorted by grid cell on disk, so that any cell is one read: an external bucket
+sort.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ _HASH_BITS, _KEY_BITS = 24, 40
 class Grid:
     """Cells of half a tile, numbered from 1 along each axis; tile t is cells t and t + 1.
 
-    So tiles overlap by half, and a cell is in two along each axis. An axis no longer than a tile is not split: it has
-    cell 1 and tile 1 only.
+    So tiles overlap by half, and a cell is in two along each axis. An axis no longer than a tile is
+    not split: it has cell 1 and tile 1 only.
     """
 
     low: np.ndarray  # 3
@@ -36,7 +38,9 @@ class Grid:
     @cached_property
     def count(self) -> np.ndarray:
         """Cells along each axis."""
-        return np.where(self.split, np.ceil((self.high - self.low) / (self.tile / 2)), 1).astype(np.int64)
+        return np.where(self.split, np.ceil((self.high - self.low) / (self.tile / 2)), 1).astype(
+            np.int64
+        )
 
     @cached_property
     def corners(self) -> np.ndarray:
@@ -44,20 +48,25 @@ class Grid:
         return np.array(list(product(*((0, 1) if split else (0,) for split in self.split))))
 
     def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cells n 3 of points n 3, and where in its cell each lies, 0 to 1 along each axis (1 where not split)."""
+        """Cells n 3 of points n 3, and where in its cell each lies, 0 to 1 along each axis (1 where
+        not split).
+        """
         place = np.where(self.split, (xyz - self.low) / (self.tile / 2), 1.0)
         cells = np.clip(np.floor(place).astype(np.int64) + 1, 1, self.count)
         return cells, np.where(self.split, place - (cells - 1), 1.0)
 
     @cached_property
     def _line(self) -> tuple[int, int, int, int]:
-        """The longer and the shorter horizontal axis, the cells of a strip and of the vertical axis."""
+        """The longer and the shorter horizontal axis, the cells of a strip and of the vertical
+        axis.
+        """
         major = int(self.count[1] > self.count[0])
         height = int(self.count[2]) + 2
         return major, 1 - major, max(8, _STRIP // height), height
 
     def keys(self, cells: np.ndarray) -> np.ndarray:
-        """One number n for cells or tiles n 3, in the order of work: strip, line across it, place in the line.
+        """One number n for cells or tiles n 3, in the order of work: strip, line across it, place
+        in the line.
 
         Two lines that follow each other hold all cells of the tiles between them.
         """
@@ -73,10 +82,14 @@ class Grid:
         """ValueError where there are more cells than keys."""
         if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
             extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
-            raise ValueError(f"--tile {self.tile:g}: too small for a scene of {extent} (points far outside?)")
+            raise ValueError(
+                f"--tile {self.tile:g}: too small for a scene of {extent} (points far outside?)"
+            )
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they came in."""
+        """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they
+        came in.
+        """
         mixed = index.astype(np.uint64)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
@@ -84,8 +97,12 @@ class Grid:
         return (keys << np.uint64(_HASH_BITS)) | (mixed >> np.uint64(64 - _HASH_BITS))
 
 
-def tiles_of(grid: Grid, coords: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The occupied tiles of cells n 3 with counts n: coordinates t 3, counts t, and the tiles n k of each cell."""
+def tiles_of(
+    grid: Grid, coords: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The occupied tiles of cells n 3 with counts n: coordinates t 3, counts t, and the tiles n k
+    of each cell.
+    """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse = np.unique(grid.keys(around), return_index=True, return_inverse=True)
     total = np.bincount(inverse, np.repeat(counts, len(grid.corners))).astype(np.int64)
@@ -99,8 +116,11 @@ def median_count(grid: Grid, points: np.ndarray) -> float:
     return float(np.median(tiles_of(grid, coords[first], counts)[1]))
 
 
-def choose_tile(low: np.ndarray, high: np.ndarray, sample: np.ndarray, total: int, goal: int) -> float:
-    """The tile whose median count of occupied ones is about `goal`, by a random part n 3 of `total` points.
+def choose_tile(
+    low: np.ndarray, high: np.ndarray, sample: np.ndarray, total: int, goal: int
+) -> float:
+    """The tile whose median count of occupied ones is about `goal`, by a random part n 3 of `total`
+    points.
 
     The whole extent for few points; else rounded to two digits.
     """
@@ -120,7 +140,9 @@ class Cells:
     The points of a cell are in random order, so its first n are a random part.
     """
 
-    def __init__(self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray):
+    def __init__(
+        self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray
+    ):
         self.grid, self.keys, self.counts, self.coords = grid, keys, counts, coords  # n, n, n 3
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)
@@ -152,8 +174,8 @@ def sort_points(
 ) -> Cells:
     """Sort points, which come in parts n 3 of the file's axes, into a file in `folder`.
 
-    sample: z-up coordinates and index n 4 of a random part of them; its quantiles are the edges of buckets, each
-    of which is sorted in memory. progress: called with points done, of 2 * total.
+    sample: z-up coordinates and index n 4 of a random part of them; its quantiles are the edges of
+    buckets, each of which is sorted in memory. progress: called with points done, of 2 * total.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)
@@ -161,7 +183,10 @@ def sort_points(
     files, done = [folder / f"bucket-{i}" for i in range(buckets)], 0
     for part in parts:
         records = np.empty(len(part), RECORD)
-        records["xyz"], records["index"] = part @ TO_Z_UP[up_axis].T, np.arange(done, done + len(part))
+        records["xyz"], records["index"] = (
+            part @ TO_Z_UP[up_axis].T,
+            np.arange(done, done + len(part)),
+        )
         bucket = np.searchsorted(edges, grid.order(records["xyz"], records["index"]), side="right")
         records = records[np.argsort(bucket, kind="stable")]
         ends = np.cumsum(np.bincount(bucket, minlength=buckets))
@@ -177,7 +202,9 @@ def sort_points(
             order = grid.order(records["xyz"], records["index"])
             at = np.argsort(order, kind="stable")
             records[at].tofile(out)
-            cells, first, count = np.unique(order[at] >> np.uint64(_HASH_BITS), return_index=True, return_counts=True)
+            cells, first, count = np.unique(
+                order[at] >> np.uint64(_HASH_BITS), return_index=True, return_counts=True
+            )
             keys.append(cells.astype(np.int64))
             counts.append(count)
             coords.append(grid.cells(records["xyz"][at[first]])[0])

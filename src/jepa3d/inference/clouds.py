@@ -17,19 +17,24 @@ from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
 
-_PARTS = {".pkl": "(train|test)#[0-9]+"} | dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")  # of files of many clouds
+_PARTS = {".pkl": "(train|test)#[0-9]+"} | dict.fromkeys(
+    ARRAY_SUFFIXES, "0|[1-9][0-9]*"
+)  # of files of many clouds
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where one cloud lies: a file, or one of those in a file of many or in a store.
 
-    Written FILE, FILE#PART or STORE#PART. What exists under the whole text is meant first, so a file whose name has a
-    # is that file; FILE/#PART is never the name of a file, and is written where FILE#PART is one.
+    Written FILE, FILE#PART or STORE#PART. What exists under the whole text is meant first, so a
+    file whose name has a # is that file; FILE/#PART is never the name of a file, and is written
+    where FILE#PART is one.
     """
 
     file: str  # absolute
-    part: str | None = None  # the row in an array of clouds, the item of a few-shot fold, or the key in a store
+    part: str | None = (
+        None  # the row in an array of clouds, the item of a few-shot fold, or the key in a store
+    )
 
     def __str__(self) -> str:
         """Text that `parse` turns back into this, as long as the files are there."""
@@ -50,7 +55,9 @@ class Address:
                 if is_store(file):
                     if _row_of(file, part) is not None:
                         return Address(file, part)
-                elif re.fullmatch(_PARTS.get(os.path.splitext(file)[1].lower(), "(?!)"), part) and os.path.isfile(file):
+                elif re.fullmatch(
+                    _PARTS.get(os.path.splitext(file)[1].lower(), "(?!)"), part
+                ) and os.path.isfile(file):
                     return Address(file, part)
         return None
 
@@ -100,7 +107,10 @@ def items_of(path: Path) -> list[Item]:
 
 
 def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The clouds as of `items_of`, and the files there that are none, each with the reason. Raises ReadError."""
+    """The clouds as of `items_of`, and the files there that are none, each with the reason.
+
+    Raises ReadError.
+    """
     if not os.path.exists(path):
         try:
             return [item_at(path)], []
@@ -124,7 +134,9 @@ def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
 
 
 def _stamp(address: Address) -> int:
-    """What differs when a cloud changed: of a stored one its content, else size and time of change of its file."""
+    """What differs when a cloud changed: of a stored one its content, else size and time of change
+    of its file.
+    """
     if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
     try:
@@ -148,7 +160,10 @@ def cloud_paths(path: str | Path) -> list[str]:
 
 
 def open_cloud(path: str) -> tuple[PointCloud, bool]:
-    """The cloud of a `path` that `items_of` gave, and whether it is z-up whatever its file. Raises ReadError."""
+    """The cloud of a `path` that `items_of` gave, and whether it is z-up whatever its file.
+
+    Raises ReadError.
+    """
     item = item_at(path)
     return item.read(), item.z_up
 

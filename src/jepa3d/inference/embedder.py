@@ -17,30 +17,40 @@ from jepa3d.models.ready import load
 
 
 class Embedder:
-    """Turns batches of paths into rows with vectors; made once in a process, called for every batch.
+    """Turns batches of paths into rows with vectors; made once in a process, called for every
+    batch.
 
-    model, up_axis, layer and pooling are those of `jepa3d embed`; workers: the processes that read and embed, so that
-    a file whose parser crashes costs its own row only. `making` is what `jepa3d embed` writes beside such vectors.
+    model, up_axis, layer and pooling are those of `jepa3d embed`; workers: the processes that read
+    and embed, so that a file whose parser crashes costs its own row only. `making` is what `jepa3d
+    embed` writes beside such vectors.
 
     >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, num_cpus=1)
     """
 
     def __init__(
-        self, model: str = "default", up_axis: str = "z", layer: int = -1, pooling: str = "mean_max", workers: int = 1
+        self,
+        model: str = "default",
+        up_axis: str = "z",
+        layer: int = -1,
+        pooling: str = "mean_max",
+        workers: int = 1,
     ):
         self.encoder, self.workers = load(model), workers
         self.making = embedding.making_for(model, self.encoder, up_axis, layer, pooling)
         self.encoder.upright = up_axis != "none"
-        self.on_device = torch.accelerator.is_available()  # Ray hides the GPU from an actor that did not ask for one
+        self.on_device = (
+            torch.accelerator.is_available()
+        )  # Ray hides the GPU from an actor that did not ask for one
         if self.on_device:
             self.encoder = self.encoder.to(torch.accelerator.current_accelerator())
         self.work = partial(embedding.embed_items, model, self.making, self.on_device)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> pa.Table:
-        """Rows of `vectors.py` and the column `error`, for every cloud of every path in the column `path`.
+        """Rows of `vectors.py` and the column `error`, for every cloud of every path in the column
+        `path`.
 
-        A path, taken once, is a file, a folder, a store, or the address of one cloud. What cannot be used is a row of
-        its path and its error, all else null. Rows with vectors come first.
+        A path, taken once, is a file, a folder, a store, or the address of one cloud. What cannot
+        be used is a row of its path and its error, all else null. Rows with vectors come first.
         """
         items: list[Item] = []
         failed: dict[str, list[str]] = {"path": [], "error": []}
@@ -62,12 +72,24 @@ class Embedder:
         made = chain.from_iterable(isolated(chunks, self.work, self.workers, embedding.__name__))
         results = zip(items, made, strict=True)
         if self.on_device:
-            results = embedding.encode_on_device(results, self.encoder, self.making.layer, self.making.pooling)
-        rows: dict[str, list] = {"path": [], "label": [], "num_points": [], "stamp": [], "vector": []}
+            results = embedding.encode_on_device(
+                results, self.encoder, self.making.layer, self.making.pooling
+            )
+        rows: dict[str, list] = {
+            "path": [],
+            "label": [],
+            "num_points": [],
+            "stamp": [],
+            "vector": [],
+        }
         for item, result in results:
             if isinstance(result, str):
                 fail(item.path, result)
                 continue
-            for name, value in zip(rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True):
+            for name, value in zip(
+                rows, (item.path, item.label, result[1], item.stamp, result[0]), strict=True
+            ):
                 rows[name].append(value)
-        return with_errors(table(self.making, rows, np.asarray(rows["vector"])), self.making, failed)
+        return with_errors(
+            table(self.making, rows, np.asarray(rows["vector"])), self.making, failed
+        )

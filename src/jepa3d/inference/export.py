@@ -1,4 +1,6 @@
-"""`jepa3d export`: an encoder or a classifier as ONNX, torch.export and Hub folder, each compared with torch."""
+"""`jepa3d export`: an encoder or a classifier as ONNX, torch.export and Hub folder, each compared
+with torch.
+"""
 
 import json
 import logging
@@ -58,7 +60,9 @@ class FromPoints(nn.Module):
         self.encoder = encoder
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        grouped = group(prepared(self.encoder, points), self.encoder.num_groups, self.encoder.group_size)
+        grouped = group(
+            prepared(self.encoder, points), self.encoder.num_groups, self.encoder.group_size
+        )
         tokens = self.encoder.features(grouped.patches, grouped.centers)[0]
         return self.encoder.pool(tokens), tokens, grouped.centers
 
@@ -89,15 +93,19 @@ class ToClasses(nn.Module):
 def export(model: str, out: Path) -> None:
     """Write the folder `out`; `model` as of `jepa3d.load`, or a classifier's run or folder.
 
-    Raises ValueError for a model that cannot be had or exported, an `out` that exists, or a graph whose results differ
-    from torch's; then nothing is left.
+    Raises ValueError for a model that cannot be had or exported, an `out` that exists, or a graph
+    whose results differ from torch's; then nothing is left.
     """
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     network = _load(model).float()
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:  # no graph has such a `fill`
-        raise ValueError(f"{model}: cannot be exported: num_groups or group_size would have to be at least {needed}")
+    if (
+        needed := 1 + encoder.num_points // encoder.min_points
+    ) > encoder.min_points:  # no graph has such a `fill`
+        raise ValueError(
+            f"{model}: cannot be exported: num_groups or group_size would have to be at least {needed}"
+        )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -107,21 +115,34 @@ def export(model: str, out: Path) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for name, difference in differences.items():
-        print(f"{name}: differs from torch by at most {difference:.1e} (batches of 1, 2 and 7 clouds)")
+        print(
+            f"{name}: differs from torch by at most {difference:.1e} (batches of 1, 2 and 7 clouds)"
+        )
     print(f"written: {out}, {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 def _load(model: str) -> Network:
     network = load_any(model)
     if isinstance(network, Segmenter):
-        raise ValueError(f"{model}: a network that segments; only encoders and classifiers are exported")
+        raise ValueError(
+            f"{model}: a network that segments; only encoders and classifiers are exported"
+        )
     return network
 
 
 def _graphs(network: Network) -> list[Graph]:
     if not isinstance(network, PointEncoder):
         outputs = ("logits",)
-        return [Graph("classifier", ToClasses(network), ("points",), outputs, _points, lambda x: (network.predict(x),))]
+        return [
+            Graph(
+                "classifier",
+                ToClasses(network),
+                ("points",),
+                outputs,
+                _points,
+                lambda x: (network.predict(x),),
+            )
+        ]
 
     def expected(points: Tensor) -> tuple[Tensor, ...]:
         tokens, centers = network.tokens(points)
@@ -147,7 +168,9 @@ def _points(points: Tensor) -> tuple[np.ndarray, ...]:
 def _write(network: Network, folder: Path) -> dict[str, float]:
     """Every file of the folder; of each graph's file the largest difference from torch."""
     encoder, differences = network if isinstance(network, PointEncoder) else network.encoder, {}
-    properties = {name: str(getattr(encoder, name)) for name in ("num_points", "num_groups", "group_size")}
+    properties = {
+        name: str(getattr(encoder, name)) for name in ("num_points", "num_groups", "group_size")
+    }
     if isinstance(network, PointEncoder):
         properties["fingerprint"] = fingerprint(network)
         shutil.copyfile(frame.__file__, folder / "grouping.py")
@@ -170,7 +193,9 @@ def _write(network: Network, folder: Path) -> dict[str, float]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say about themselves: a missing torchvision, deprecations, each folded node."""
+    """Without what torch and onnxscript say about themselves: a missing torchvision, deprecations,
+    each folded node.
+    """
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [log.level for log in logs]
     try:
@@ -185,16 +210,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
-    clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())  # a batch of 1 becomes a constant
+    clouds = torch.rand(
+        2, encoder.num_points + 8, 3, generator=torch.Generator()
+    )  # a batch of 1 becomes a constant
     arrays = graph.arrays(clouds)
     batch = torch.export.Dim("batch", min=1)
     points = torch.export.Dim("num_points", min=encoder.min_points, max=MAX_POINTS)
-    shapes = {name: {0: batch, 1: points} if name == "points" else {0: batch} for name in graph.inputs}
+    shapes = {
+        name: {0: batch, 1: points} if name == "points" else {0: batch} for name in graph.inputs
+    }
     # Not strict, torch would take the `len` of a tensor for a constant.
-    return torch.export.export(graph.module, tuple(map(torch.from_numpy, arrays)), dynamic_shapes=shapes, strict=True)
+    return torch.export.export(
+        graph.module, tuple(map(torch.from_numpy, arrays)), dynamic_shapes=shapes, strict=True
+    )
 
 
-def _write_onnx(program: torch.export.ExportedProgram, graph: Graph, properties: dict[str, str], file: Path) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram, graph: Graph, properties: dict[str, str], file: Path
+) -> None:
     names = {"input_names": graph.inputs, "output_names": graph.outputs}
     made = torch.onnx.export(program, (), dynamo=True, external_data=False, verbose=False, **names)
     assert made is not None
@@ -220,7 +253,9 @@ def _run_pt2(file: Path, graph: Graph) -> Run:
 def _name_axes(graph) -> None:
     """Torch's symbols, such as s77, by names in every shape."""
     names = {}
-    for dim, name in zip(graph.input[0].type.tensor_type.shape.dim, ("batch", "num_points"), strict=False):
+    for dim, name in zip(
+        graph.input[0].type.tensor_type.shape.dim, ("batch", "num_points"), strict=False
+    ):
         if dim.dim_param:
             names[dim.dim_param] = name
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -230,11 +265,18 @@ def _name_axes(graph) -> None:
 
 
 def _difference(graph: Graph, encoder: PointEncoder, name: str, run: Run) -> float:
-    """The largest difference of a file's results from torch's. Raises ValueError beyond the tolerance."""
+    """The largest difference of a file's results from torch's.
+
+    Raises ValueError beyond the tolerance.
+    """
     generator, largest = torch.Generator().manual_seed(0), 0.0
-    for batch, count in zip(BATCHES, (encoder.min_points, encoder.num_points, 2 * encoder.num_points), strict=True):
+    for batch, count in zip(
+        BATCHES, (encoder.min_points, encoder.num_points, 2 * encoder.num_points), strict=True
+    ):
         points = torch.randn(batch, count, 3, generator=generator) * 30 + 100
-        for key, found, wanted in zip(graph.outputs, run(*graph.arrays(points)), graph.expected(points), strict=False):
+        for key, found, wanted in zip(
+            graph.outputs, run(*graph.arrays(points)), graph.expected(points), strict=False
+        ):
             difference = float(np.abs(found - wanted.numpy()).max())
             if not np.allclose(found, wanted.numpy(), RTOL, ATOL):
                 raise ValueError(
@@ -291,19 +333,27 @@ embedding = session.run(["embedding"], {{"patches": patches[None], "centers": ce
 
 def _card(network: Network, encoder: PointEncoder, differences: dict[str, float]) -> str:
     data: ModelCardData = type(network)._hub_mixin_info.model_card_data
-    sizes = {name: getattr(encoder, name) for name in ("min_points", "num_points", "num_groups", "group_size")}
+    sizes = {
+        name: getattr(encoder, name)
+        for name in ("min_points", "num_points", "num_groups", "group_size")
+    }
     if isinstance(network, PointEncoder):
         shape = f"[batch, {encoder.num_groups}, {encoder.width}]"
         outputs = f"Outputs: `embedding` [batch, {2 * encoder.width}] (mean and max of the tokens), `tokens` {shape}, "
-        outputs += f"`centers` [batch, {encoder.num_groups}, 3] of the tokens in the cloud's unit sphere."
+        outputs += (
+            f"`centers` [batch, {encoder.num_groups}, 3] of the tokens in the cloud's unit sphere."
+        )
         parts = {"title": "Point cloud encoder", "name": "encoder", "first": "embedding"}
     else:
-        outputs = (
-            f"Output: `logits` [batch, {len(network.class_names)}] of the classes {', '.join(network.class_names)}."
-        )
+        names = network.class_names
+        outputs = f"Output: `logits` [batch, {len(names)}] of the classes {', '.join(names)}."
         parts = {"title": "Point cloud classifier", "name": "classifier", "first": "logits"}
     return _CARD.format(
-        front=data.to_yaml().strip(), outputs=outputs, kind=type(network).__name__, **parts, **sizes,
+        front=data.to_yaml().strip(),
+        outputs=outputs,
+        kind=type(network).__name__,
+        **parts,
+        **sizes,
         differences="\n".join(f"| {name} | {value:.1e} |" for name, value in differences.items()),
         more=_PATCHES.format(**sizes) if isinstance(network, PointEncoder) else "",
-    )  # fmt: skip
+    )

@@ -1,11 +1,13 @@
-"""`jepa3d label`: from unlabelled clouds to a classifier: clusters, a few names, a linear head, and every label.
+"""`jepa3d label`: from unlabelled clouds to a classifier: clusters, a few names, a linear head, and
+every label.
 
 OUT/vectors.parquet  of the clouds, by the frozen encoder
 OUT/names.csv        path, name, cluster: the clouds nearest to each centre; fill in names you know, add any others
 OUT/clusters.html    these clouds, drawn
 OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
 OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first.
-                     Of an unknown cloud the class is `unknown`, the probability empty, the second its likeliest class
+                     Of an unknown cloud the class is `unknown`, the probability empty, the second
+                     its likeliest class
 """
 
 import csv
@@ -46,13 +48,16 @@ def label(
     names: Path | None = None,
     unknown: bool = False,
 ) -> None:
-    """Embed the clouds at `paths`, propose clusters, and with names (a CSV, or asked for) train and label all.
+    """Embed the clouds at `paths`, propose clusters, and with names (a CSV, or asked for) train and
+    label all.
 
-    clusters: their number; by default the square root of half the clouds, at most 40. unknown: call clouds that are
-    unlike every named one unknown. Raises ValueError and ReadError.
+    clusters: their number; by default the square root of half the clouds, at most 40. unknown: call
+    clouds that are unlike every named one unknown. Raises ValueError and ReadError.
     """
     if up_axis == "none":
-        raise ValueError("--up-axis none: label needs x, y or z; jepa3d predict takes clouds as they stand")
+        raise ValueError(
+            "--up-axis none: label needs x, y or z; jepa3d predict takes clouds as they stand"
+        )
     if names is not None and not names.is_file():
         raise ReadError(f"--names {names}: no such file")
     embed_files(paths, out / "vectors.parquet", model, up_axis)
@@ -64,7 +69,9 @@ def label(
     if not known and names != out / "names.csv":
         raise ReadError(f"{names}: no names of these clouds")
     if known and clusters is not None:
-        print(f"--clusters {clusters}: not used, since {names} has names already; another --out proposes clusters anew")
+        print(
+            f"--clusters {clusters}: not used, since {names} has names already; another --out proposes clusters anew"
+        )
     if not known:
         count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
         if not 2 <= count <= len(x):
@@ -77,7 +84,9 @@ def label(
         _write_csv(out / "names.csv", [("path", "name", "cluster"), *rows])
         print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
     if len(set(known.values())) < 2:
-        print(f"to go on: names of two classes at least in {out / 'names.csv'}, and the same command")
+        print(
+            f"to go on: names of two classes at least in {out / 'names.csv'}, and the same command"
+        )
         return
     rows = np.array([i for i, path in enumerate(where) if path in known])
     classes, y = np.unique([known[where[i]] for i in rows], return_inverse=True)
@@ -97,18 +106,31 @@ def label(
         return (UNKNOWN, "", a, b) if unlike[i] else (a, b, c, d)
 
     found = [(where[i], *cells(i)) for i in order]
-    _write_csv(out / "labels.csv", [("path", "class", "probability", "second", "second_probability"), *found])
-    alone = [printable(str(name)) for name, count in zip(classes, np.bincount(y), strict=True) if count == 1]
+    _write_csv(
+        out / "labels.csv",
+        [("path", "class", "probability", "second", "second_probability"), *found],
+    )
+    alone = [
+        printable(str(name))
+        for name, count in zip(classes, np.bincount(y), strict=True)
+        if count == 1
+    ]
     told = f"no estimate while there is one cloud of {', '.join(alone)}; name a second of each, and run this again"
     told = told if estimate is None else f"{100 * estimate:.1f} % right, cross-validated"
     print(f"{len(rows):,} named clouds of {len(classes)} classes: {told}")
     if unknown:
-        print(f"{unlike.sum():,} clouds are called unknown; of those of the named classes about 1 in 20 is")
-    print(f"written: {out / 'labels.csv'}, {len(x):,} clouds, least certain first; jepa3d predict {out} labels others")
+        print(
+            f"{unlike.sum():,} clouds are called unknown; of those of the named classes about 1 in 20 is"
+        )
+    print(
+        f"written: {out / 'labels.csv'}, {len(x):,} clouds, least certain first; jepa3d predict {out} labels others"
+    )
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Spherical k-means of vectors n E: the rows of each cluster, nearest to its centre first; largest first."""
+    """Spherical k-means of vectors n E: the rows of each cluster, nearest to its centre first;
+    largest first.
+    """
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     with one_thread():
         means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
@@ -120,7 +142,10 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def read_names(file: Path, where: list[str]) -> dict[str, str]:
-    """Path -> name of the rows of a CSV that have a name. Raises ReadError for a path that is not among `where`."""
+    """Path -> name of the rows of a CSV that have a name.
+
+    Raises ReadError for a path that is not among `where`.
+    """
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             rows = list(csv.DictReader(opened))
@@ -129,7 +154,9 @@ def read_names(file: Path, where: list[str]) -> dict[str, str]:
     known, there = {}, set(where)
     for row in rows:
         if not {"path", "name"} <= row.keys():
-            raise ReadError(f"{file}: needs columns path and name, and has {', '.join(map(str, row))}")
+            raise ReadError(
+                f"{file}: needs columns path and name, and has {', '.join(map(str, row))}"
+            )
         if not (name := (row["name"] or "").strip()):
             continue
         path = row["path"] if row["path"] in there else str(Path(row["path"]).absolute())
@@ -142,7 +169,9 @@ def read_names(file: Path, where: list[str]) -> dict[str, str]:
 def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
     """Names of clusters from whoever sits there; a cluster's name is that of its representatives."""
     known = {}
-    print("clusters.html shows them. A name for each; the same for several is fine, nothing skips, Ctrl-D ends.")
+    print(
+        "clusters.html shows them. A name for each; the same for several is fine, nothing skips, Ctrl-D ends."
+    )
     for number, group in enumerate(groups, 1):
         some = printable(", ".join(Path(where[i]).name for i in group[:3]))
         print(f"{number}: {len(group):,} clouds, such as {some}")
@@ -155,7 +184,12 @@ def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
 
 
 def _network(
-    head: Pipeline, encoder: PointEncoder, layer: int, pooling: str, classes: list[str], known: Known | None
+    head: Pipeline,
+    encoder: PointEncoder,
+    layer: int,
+    pooling: str,
+    classes: list[str],
+    known: Known | None,
 ) -> LinearClassifier:
     """Encoder, head, and where `known` is given what is unlike every class, in one network."""
     least = known.least if known else -1.0
@@ -176,7 +210,12 @@ def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: P
         files = note(", ".join(map(display, paths)))
         drawn = draw(paths, titles, up_axis, "nearest to the centre first")
         sections.append(section(f"{number}: {len(group):,} clouds", *drawn, files))
-    write_bytes(out, page("Clusters", f"{len(groups)} clusters", "spherical k-means of vectors", sections).encode())
+    write_bytes(
+        out,
+        page(
+            "Clusters", f"{len(groups)} clusters", "spherical k-means of vectors", sections
+        ).encode(),
+    )
 
 
 def _write_csv(out: Path, rows: list) -> None:

@@ -1,7 +1,9 @@
-"""`jepa3d index`: vectors of Parquet files in a LanceDB store, for adding, deleting and searching millions at once.
+"""`jepa3d index`: vectors of Parquet files in a LanceDB store, for adding, deleting and searching
+millions at once.
 
-Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search asks for it. Every
-change is one transaction of LanceDB: readers see the store before or after it, and a killed writer changes nothing.
+Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search
+asks for it. Every change is one transaction of LanceDB: readers see the store before or after it,
+and a killed writer changes nothing.
 """
 
 import json
@@ -41,7 +43,9 @@ class VectorStore:
         try:
             self.table = _connect(path).open_table(_TABLE)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ReadError(f"{path}: not a store of jepa3d index ({str(error).splitlines()[0]})") from error
+            raise ReadError(
+                f"{path}: not a store of jepa3d index ({str(error).splitlines()[0]})"
+            ) from error
         found = json.loads((self.table.schema.metadata or {}).get(b"jepa3d", b"{}"))
         if found.pop("format", None) != FORMAT:
             raise ReadError(f"{path}: a LanceDB store, but not of jepa3d index")
@@ -57,7 +61,9 @@ class VectorStore:
         return count
 
     def build(self) -> None:
-        """An index for approximate search: the square root of the rows as partitions, vectors in them unchanged."""
+        """An index for approximate search: the square root of the rows as partitions, vectors in
+        them unchanged.
+        """
         self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
         self.table.create_index("path", config=BTree())
 
@@ -65,15 +71,21 @@ class VectorStore:
     def indexed(self) -> bool:
         return any("vector" in index.columns for index in self.table.list_indices())
 
-    def search(self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None = None) -> list[Hit]:
-        """The k rows nearest to a query E, as `rank` has them; exact, or by `probes` partitions of the index."""
+    def search(
+        self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None = None
+    ) -> list[Hit]:
+        """The k rows nearest to a query E, as `rank` has them; exact, or by `probes` partitions of
+        the index.
+        """
         columns = ["path", "label", "vector", "_distance"]
         ask = self.table.search(query.astype(np.float32)).distance_type("cosine").select(columns)
         ask = ask.nprobes(probes) if probes else ask.bypass_vector_index()
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:  # there may be more that are as near
+        if (
+            len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK
+        ):  # there may be more that are as near
             rows = ask.distance_range(None, distance[k - 1] + SLACK).limit(len(self)).to_arrow()
         paths, labels = (rows.column(name).to_pylist() for name in columns[:2])
         return rank(query, to_numpy(rows.column("vector")), paths, labels, k)
@@ -82,21 +94,25 @@ class VectorStore:
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     """Put vectors into a store, new or of the same making, in place of those of the same path.
 
-    Returns how many rows are new and how many were there. Vectors of zero length are left out: no cosine finds them.
-    Raises ValueError and ReadError.
+    Returns how many rows are new and how many were there. Vectors of zero length are left out: no
+    cosine finds them. Raises ValueError and ReadError.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
     kind = schema(vectors.making)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    begun = not any((table / "_versions").glob("*.manifest"))  # what was killed before its first transaction
+    begun = not any(
+        (table / "_versions").glob("*.manifest")
+    )  # what was killed before its first transaction
     if not path.exists() or (path.is_dir() and begun and set(path.iterdir()) <= {table}):
         _connect(path).create_table(_TABLE, reader)
         return len(VectorStore(path)), 0
     store = VectorStore(path)
     vectors.making.check(store.making, str(path))
-    merging = store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+    merging = (
+        store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
+    )
     result = merging.execute(reader)
     store.table.optimize(cleanup_older_than=_OLD)  # also brings what is new into the index
     return result.num_inserted_rows, result.num_updated_rows
@@ -109,7 +125,9 @@ def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _connect(path: Path) -> Any:
-    return lancedb.connect(str(path), read_consistency_interval=timedelta(0))  # 0: what others wrote is seen
+    return lancedb.connect(
+        str(path), read_consistency_interval=timedelta(0)
+    )  # 0: what others wrote is seen
 
 
 def _sql(conditions: list[Condition]) -> str:
@@ -122,7 +140,9 @@ def _sql_of(condition: Condition) -> str:
         return f"{column} {compare} {value}"
     if compare == "~":
         return f"regexp_like({column}, {_quoted(f'^(?s:{regex(value)})$')})"
-    return f"({column} {compare} {_quoted(value)}{f' OR {column} IS NULL' if compare == '!=' else ''})"
+    return (
+        f"({column} {compare} {_quoted(value)}{f' OR {column} IS NULL' if compare == '!=' else ''})"
+    )
 
 
 def _quoted(text: str) -> str:

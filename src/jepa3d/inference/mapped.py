@@ -1,8 +1,10 @@
-"""A copy of large Parquet vectors that is mapped into memory: many searches of one process read nothing twice.
+"""A copy of large Parquet vectors that is mapped into memory: many searches of one process read
+nothing twice.
 
-`NAME.arrow` beside the index holds its rows uncompressed, with the length of every vector and its direction in half
-precision: what a single query reads of all of them. It says which files it was
-made of, with their sizes and times of change, and is made again where any of these differs. It may be deleted.
+`NAME.arrow` beside the index holds its rows uncompressed, with the length of every vector and its
+direction in half precision: what a single query reads of all of them. It says which files it was
+made of, with their sizes and times of change, and is made again where any of these differs. It may
+be deleted.
 """
 
 import json
@@ -29,14 +31,16 @@ class Group(NamedTuple):
 
     read: Callable[[list[str]], pa.RecordBatch]  # some of its columns
     lengths: np.ndarray | None = None  # of its vectors, where they are known
-    directions: Tensor | None = None  # n E, vectors of length 1 in half precision, where they are known; zero if zero
+    directions: Tensor | None = (
+        None  # n E, vectors of length 1 in half precision, where they are known; zero if zero
+    )
 
 
 def groups(vectors: Vectors) -> Iterator[Group]:
     """The row groups of an index, one after another.
 
-    From the copy, made now where it is missing or old; from Parquet where the vectors are few, the copy cannot be
-    written, or another process is writing it.
+    From the copy, made now where it is missing or old; from Parquet where the vectors are few, the
+    copy cannot be written, or another process is writing it.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
     if batches is None:
@@ -63,20 +67,31 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
         with writing(file):
             _write(vectors, file, stamp)
         return _open(file, stamp)
-    except (OSError, ValueError, pa.ArrowException) as error:  # a full disk, another process at it, damaged vectors
+    except (
+        OSError,
+        ValueError,
+        pa.ArrowException,
+    ) as error:  # a full disk, another process at it, damaged vectors
         print(f"searching without {file.name}: {str(error).splitlines()[0]}", file=sys.stderr)
         return None
 
 
 def _stamp(files: list[Path]) -> str:
     """Equal where every file is the same one: a change of vectors replaces a file by a new one."""
-    found = [(file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files if (stat := file.stat())]
+    found = [
+        (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        for file in files
+        if (stat := file.stat())
+    ]
     return json.dumps(found)
 
 
 @lru_cache(maxsize=2)  # mapped once, so that a search meets pages that are there
 def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
-    """The row groups of a copy, nothing read yet. Raises OSError or ValueError where it is none of these files."""
+    """The row groups of a copy, nothing read yet.
+
+    Raises OSError or ValueError where it is none of these files.
+    """
     reader = pa.ipc.open_file(pa.memory_map(str(file)))
     if (reader.schema.metadata or {}).get(_KEY) != stamp.encode():
         raise ValueError(f"{file}: a copy of other vectors")
@@ -96,7 +111,9 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
                 length = np.linalg.norm(x, axis=1)
                 half = (x / np.maximum(length, 1e-30)[:, None]).astype(np.float16)
                 batch = batch.append_column("length", pa.array(length, pa.float32()))
-                batch = batch.append_column("direction", pa.FixedSizeListArray.from_arrays(half.ravel(), x.shape[1]))
+                batch = batch.append_column(
+                    "direction", pa.FixedSizeListArray.from_arrays(half.ravel(), x.shape[1])
+                )
                 batch = batch.replace_schema_metadata(None)
                 writer = writer or pa.ipc.new_file(sink, batch.schema.with_metadata({_KEY: stamp}))
                 writer.write_batch(batch)

@@ -1,4 +1,6 @@
-"""`jepa3d scene`: a feature for every point of a cloud of any size, by overlapping tiles in bounded memory."""
+"""`jepa3d scene`: a feature for every point of a cloud of any size, by overlapping tiles in bounded
+memory.
+"""
 
 import shutil
 import sys
@@ -15,7 +17,15 @@ from sklearn.neighbors import KDTree
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
-from jepa3d.inference.cells import RECORD, Cells, Grid, choose_tile, median_count, sort_points, tiles_of
+from jepa3d.inference.cells import (
+    RECORD,
+    Cells,
+    Grid,
+    choose_tile,
+    median_count,
+    sort_points,
+    tiles_of,
+)
 from jepa3d.inference.points import chunks, write_las, write_ply
 from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
@@ -35,7 +45,10 @@ _PCA_CELLS, _PCA_POINTS = 64, 256
 
 @dataclass(frozen=True)
 class Tile:
-    """What the encoder says of a tile: `origin + radius * centers` are in the scene's z-up frame."""
+    """What the encoder says of a tile:
+
+    `origin + radius * centers` are in the scene's z-up frame.
+    """
 
     origin: np.ndarray  # 3 float64
     radius: float
@@ -44,10 +57,12 @@ class Tile:
 
 
 class Features:
-    """Features of the points of cells: of each tile around, interpolated from its tokens, and blended.
+    """Features of the points of cells: of each tile around, interpolated from its tokens, and
+    blended.
 
-    A tile weighs most at its middle and nothing at its border. Tiles with fewer points than the encoder needs are left
-    out; a cell that has no other takes one grown around it: the nearest occupied cells that have enough points.
+    A tile weighs most at its middle and nothing at its border. Tiles with fewer points than the
+    encoder needs are left out; a cell that has no other takes one grown around it: the nearest
+    occupied cells that have enough points.
     """
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
@@ -55,14 +70,19 @@ class Features:
         self.least = encoder.min_points
         self.corners = self.grid.corners
         self.coords, self.counts, around = tiles_of(self.grid, cells.coords, cells.counts)
-        self.slots = np.where(self.counts[around] >= self.least, around, -1)  # tiles of each cell n k, or -1
+        self.slots = np.where(
+            self.counts[around] >= self.least, around, -1
+        )  # tiles of each cell n k, or -1
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
         self._tree = KDTree(cells.coords, metric="chebyshev") if len(self.alone) else None
         self._tiles: dict[int, Tile] = {}
 
-    def of(self, chosen: np.ndarray, limit: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Records n and features n C float32 of the points of chosen cells, in some order; of each, at most `limit`.
+    def of(
+        self, chosen: np.ndarray, limit: int | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Records n and features n C float32 of the points of chosen cells, in some order; of each,
+        at most `limit`.
 
         Tiles of the last call are kept: cells in the order of their keys need each once.
         """
@@ -105,7 +125,10 @@ class Features:
                 torch.stack([tile.centers for tile in tiles]),
                 torch.stack([tile.tokens for tile in tiles]),
             )
-            weights, at = torch.from_numpy(weight.astype(np.float32)).to(device), torch.from_numpy(rows).to(device)
+            weights, at = (
+                torch.from_numpy(weight.astype(np.float32)).to(device),
+                torch.from_numpy(rows).to(device),
+            )
             if isinstance(features, float):
                 features = torch.zeros((*used.shape, found.shape[-1]), device=device)
             features.index_add_(0, at, found.mul_(weights[..., None]))
@@ -117,13 +140,19 @@ class Features:
     @torch.inference_mode()
     def _encode(self, wanted: list[int]) -> None:
         device = self.encoder.norm.weight.device
-        size = max(1, min(BATCH, _PATCH_POINTS // (self.encoder.num_groups * self.encoder.group_size)))
+        size = max(
+            1, min(BATCH, _PATCH_POINTS // (self.encoder.num_groups * self.encoder.group_size))
+        )
         for at in range(0, len(wanted), size):
             names = wanted[at : at + size]
             origins, radii, points = zip(*(self._points(tile) for tile in names), strict=True)
-            grouped = group(torch.stack(points).to(device), self.encoder.num_groups, self.encoder.group_size)
+            grouped = group(
+                torch.stack(points).to(device), self.encoder.num_groups, self.encoder.group_size
+            )
             tokens = self.encoder.features(grouped.patches, grouped.centers)[-1].float()
-            for tile, made in zip(names, zip(origins, radii, grouped.centers, tokens, strict=True), strict=True):
+            for tile, made in zip(
+                names, zip(origins, radii, grouped.centers, tokens, strict=True), strict=True
+            ):
                 self._tiles[tile] = Tile(*made)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
@@ -131,7 +160,10 @@ class Features:
         cells = self._members(tile)
         counts = self.cells.counts[cells]
         share = min(1.0, _MOST / counts.sum())
-        parts = [self.cells.read(cell, 0, int(np.ceil(n * share))) for cell, n in zip(cells, counts, strict=True)]
+        parts = [
+            self.cells.read(cell, 0, int(np.ceil(n * share)))
+            for cell, n in zip(cells, counts, strict=True)
+        ]
         xyz = np.concatenate(parts)["xyz"]
         seen = self.encoder.frame(xyz, 1)  # copies of one point count as often as they are there
         return seen.center, seen.radius, torch.from_numpy(seen.points)
@@ -142,12 +174,15 @@ class Features:
             return self.cells.find(self.coords[tile] + self.corners)
         assert self._tree is not None
         center = self.cells.coords[self.alone[tile - len(self.coords)]]
-        near = self._tree.query(center[None], min(self.least, len(self.cells.keys)), return_distance=False)[0]
+        near = self._tree.query(
+            center[None], min(self.least, len(self.cells.keys)), return_distance=False
+        )[0]
         return near[: int(np.searchsorted(np.cumsum(self.cells.counts[near]), self.least)) + 1]
 
 
 class Colors:
-    """The three main directions of features (PCA) as red, green and blue; 2-98 % of each is the range.
+    """The three main directions of features (PCA) as red, green and blue; 2-98 % of each is the
+    range.
 
     Fitted to the points of random cells.
     """
@@ -157,10 +192,14 @@ class Colors:
         number = min(_PCA_CELLS, len(counts))
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=counts / counts.sum()))
         # One cell at a time: they lie far apart, and so many tiles are not held at once.
-        values = np.concatenate([f for cell in chosen for _, f in features.of(chosen[chosen == cell], _PCA_POINTS)])
+        values = np.concatenate(
+            [f for cell in chosen for _, f in features.of(chosen[chosen == cell], _PCA_POINTS)]
+        )
         self.mean = values.mean(0)
         axes = np.linalg.eigh(np.cov((values - self.mean).T.astype(np.float64)))[1][:, :-4:-1]
-        axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])  # else the sign is the library's
+        axes *= np.sign(
+            axes[np.abs(axes).argmax(0), np.arange(3)]
+        )  # else the sign is the library's
         self.axes = axes.astype(np.float32)
         self.low, self.high = np.quantile((values - self.mean) @ self.axes, [0.02, 0.98], axis=0)
         self.path = path
@@ -172,7 +211,9 @@ class Colors:
         main = (features - self.mean) @ self.axes
         scaled = (main - self.low) / np.maximum(self.high - self.low, 1e-12)
         # Mapped anew, or all pages once written count as ours.
-        np.memmap(self.path, np.uint8, "r+").reshape(-1, 3)[index] = (255 * scaled).clip(0, 255).round()
+        np.memmap(self.path, np.uint8, "r+").reshape(-1, 3)[index] = (
+            (255 * scaled).clip(0, 255).round()
+        )
 
 
 def write_features(
@@ -183,11 +224,12 @@ def write_features(
     up_axis: str = "z",
     dtype: str = "float32",
 ) -> None:
-    """A feature for every point of `scan`, as colours (.ply, .las, .laz) in the file's order or whole (.parquet).
+    """A feature for every point of `scan`, as colours (.ply, .las, .laz) in the file's order or
+    whole (.parquet).
 
-    tile: side of a tile in the file's unit; by default about 2 * num_points lie in the median tile. Needs 32 bytes a
-    point beside `out` while it works, 3 more for colours. An interrupted run leaves nothing and starts anew.
-    Raises ValueError, and ReadError for a scan that cannot be used.
+    tile: side of a tile in the file's unit; by default about 2 * num_points lie in the median tile.
+    Needs 32 bytes a point beside `out` while it works, 3 more for colours. An interrupted run
+    leaves nothing and starts anew. Raises ValueError, and ReadError for a scan that cannot be used.
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
@@ -195,7 +237,12 @@ def write_features(
     making = {"model": model, "fingerprint": fingerprint(encoder), "up_axis": up_axis}
     if torch.accelerator.is_available():
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    columns = TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:8}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with (
         writing(out),
         _scratch(out.with_name(f".{out.name}.partial")) as folder,
@@ -208,7 +255,11 @@ def write_features(
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
         grid = _grid(low, high, sample[:, :3], total, tile, encoder)
-        _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize if out.suffix.lower() == ".parquet" else 0)
+        _check_space(
+            folder,
+            total,
+            encoder.width * np.dtype(dtype).itemsize if out.suffix.lower() == ".parquet" else 0,
+        )
         shown = _shown(progress, "sorting", 2 * total)
         cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, shown)
         if cells.counts.sum() != total:
@@ -229,18 +280,24 @@ def write_features(
                 shown = _shown(progress, "writing", total)
                 ply = out.suffix.lower() == ".ply"
                 for done in (
-                    write_ply(scan, colors.path, made, total) if ply else write_las(scan, colors.path, made, *box)
+                    write_ply(scan, colors.path, made, total)
+                    if ply
+                    else write_las(scan, colors.path, made, *box)
                 ):
                     shown(done)
         finally:
             cells.close()
         made.replace(out)
-    print(f"{out}: {total:,} points, {encoder.width} features each, {(time.monotonic() - began) / 60:.1f} min")
+    print(
+        f"{out}: {total:,} points, {encoder.width} features each, {(time.monotonic() - began) / 60:.1f} min"
+    )
 
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards; one that a killed run left there is cleared away first."""
+    """An empty folder that is gone afterwards; one that a killed run left there is cleared away
+    first.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -253,7 +310,9 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
     if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
+        raise ValueError(
+            f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}"
+        )
     if out.exists() and scan.exists() and out.samefile(scan):
         raise ValueError(f"--out {out}: is the scan itself")
     if tile is not None and not 0 < tile < np.inf:
@@ -265,9 +324,17 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
 
 
 def _grid(
-    low: np.ndarray, high: np.ndarray, sample: np.ndarray, total: int, tile: float | None, encoder: PointEncoder
+    low: np.ndarray,
+    high: np.ndarray,
+    sample: np.ndarray,
+    total: int,
+    tile: float | None,
+    encoder: PointEncoder,
 ) -> Grid:
-    """The grid of the tile asked for, or of the one that suits the encoder. ValueError for too small a tile."""
+    """The grid of the tile asked for, or of the one that suits the encoder.
+
+    ValueError for too small a tile.
+    """
     if tile is not None:
         grid = Grid(low, high, tile)
         grid.check()
@@ -282,10 +349,17 @@ def _grid(
 
 
 def _check_space(folder: Path, total: int, feature: int) -> None:
-    """OSError where the disk cannot hold sorted points, and features or colours, before hours are spent."""
-    needed, free = total * (32 + (32 + feature if feature else 3 + 34)), shutil.disk_usage(folder).free
+    """OSError where the disk cannot hold sorted points, and features or colours, before hours are
+    spent.
+    """
+    needed, free = (
+        total * (32 + (32 + feature if feature else 3 + 34)),
+        shutil.disk_usage(folder).free,
+    )
     if free < needed:
-        raise OSError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
+        raise OSError(
+            f"{folder.parent}: {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free"
+        )
 
 
 def _shown(progress: Progress, doing: str, total: int | None) -> Callable[[int], None]:
@@ -296,13 +370,19 @@ def _shown(progress: Progress, doing: str, total: int | None) -> Callable[[int],
     return lambda done: progress.update(task, completed=done)
 
 
-def _survey(scan: Path, up_axis: str, shown: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Corners low and high of the z-up box, number of points, and of a random part coordinates and index n 4."""
+def _survey(
+    scan: Path, up_axis: str, shown: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Corners low and high of the z-up box, number of points, and of a random part coordinates and
+    index n 4.
+    """
     low, high, total, reservoir = np.full(3, np.inf), np.full(3, -np.inf), 0, Reservoir(SAMPLE)
 
     def tell(unseen: int) -> None:
         if unseen:
-            print(f"{scan}: {unseen:,} points that are NaN, where nothing was seen, are left out of the output")
+            print(
+                f"{scan}: {unseen:,} points that are NaN, where nothing was seen, are left out of the output"
+            )
 
     for part in chunks(scan, tell):
         xyz = part @ TO_Z_UP[up_axis].T.astype(np.float64)
@@ -319,7 +399,9 @@ def _summary(features: Features) -> str:
     return f"tile {features.grid.tile:.6g}: {len(counts):,} tiles, median {np.median(counts):,.0f} points{alone}"
 
 
-def _stream(features: Features, shown: Callable[[int], None]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _stream(
+    features: Features, shown: Callable[[int], None]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Records and features of all points, line by line of cells."""
     lines, done = features.grid.lines(features.cells.keys), 0
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
@@ -329,7 +411,9 @@ def _stream(features: Features, shown: Callable[[int], None]) -> Iterator[tuple[
             shown(done)
 
 
-def _to_parquet(features: Features, path: Path, dtype: str, making: dict, shown: Callable[[int], None]) -> None:
+def _to_parquet(
+    features: Features, path: Path, dtype: str, making: dict, shown: Callable[[int], None]
+) -> None:
     from jepa3d.inference.scene_features import FeatureFile
 
     file = FeatureFile(path, features.encoder.width, dtype, making)

@@ -57,6 +57,10 @@ class FeatureFile:
         vectors = pa.FixedSizeListArray.from_arrays(
             pa.array(features.reshape(-1)), type=self.schema.field("feature").type
         )
-        columns = [pa.array(index), *(pa.array(np.ascontiguousarray(xyz[:, i])) for i in range(3)), vectors]
+        columns = [
+            pa.array(index),
+            *(pa.array(np.ascontiguousarray(xyz[:, i])) for i in range(3)),
+            vectors,
+        ]
         self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
         self._rows = []

@@ -1,6 +1,8 @@
-"""Which clouds are like none of the named ones: the cosine to the nearest class mean, and the threshold it must reach.
+"""Which clouds are like none of the named ones: the cosine to the nearest class mean, and the
+threshold it must reach.
 
-Chosen among five such measures by leaving out whole classes: docs/experiments.md, benchmarks/unknown.py.
+Chosen among five such measures by leaving out whole classes: docs/experiments.md,
+benchmarks/unknown.py.
 """
 
 from typing import NamedTuple
@@ -10,11 +12,14 @@ import numpy as np
 from jepa3d.evaluation.descriptors import unit_length
 
 FALSE_ALARMS = 0.05  # share of clouds of the named classes that are called unknown
-FEWEST = 19  # named clouds from which on so small a share can be measured: the lowest of 19 is one case of 20
+# named clouds from which on so small a share can be measured: the lowest of 19 is one case of 20
+FEWEST = 19
 
 
 class Known(NamedTuple):
-    """What the named clouds look like: vectors are standardised by shift and spread, then compared by cosine."""
+    """What the named clouds look like: vectors are standardised by shift and spread, then compared
+    by cosine.
+    """
 
     shift: np.ndarray  # E, the mean of all vectors
     spread: np.ndarray  # E, their standard deviation
@@ -23,10 +28,12 @@ class Known(NamedTuple):
 
 
 def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
-    """Class means of the named rows of vectors n E, with classes y (rows), and the threshold measured on them.
+    """Class means of the named rows of vectors n E, with classes y (rows), and the threshold
+    measured on them.
 
-    Every named cloud is compared with its class without it; the threshold is what 95 % of them reach. A class of one
-    named cloud takes no part in that. Raises ValueError for fewer than `FEWEST` others.
+    Every named cloud is compared with its class without it; the threshold is what 95 % of them
+    reach. A class of one named cloud takes no part in that. Raises ValueError for fewer than
+    `FEWEST` others.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)

@@ -1,6 +1,7 @@
 """Vectors of clouds in Parquet: one row a cloud, and in the file's metadata what made them.
 
-A file is replaced as a whole: readers see it as it was before or after a change, and a killed writer changes nothing.
+A file is replaced as a whole: readers see it as it was before or after a change, and a killed
+writer changes nothing.
 
 path        its address (clouds.py); unique
 label       the class that its folder or file gives it, else its name in a file of many, or null
@@ -58,16 +59,34 @@ class Making:
             other.check_frame(where)
         for name, value in asdict(self).items():
             if name != "model" and value != (theirs := getattr(other, name)):
-                what = "another model" if name == "fingerprint" else f"{name.replace('_', '-')} {theirs}"
-                now = f"{other.model} there, {self.model} here" if name == "fingerprint" else f"not {value}"
-                raise ValueError(f"{where}: its vectors were made with {what} ({now}); choose another --out or --model")
+                what = (
+                    "another model"
+                    if name == "fingerprint"
+                    else f"{name.replace('_', '-')} {theirs}"
+                )
+                now = (
+                    f"{other.model} there, {self.model} here"
+                    if name == "fingerprint"
+                    else f"not {value}"
+                )
+                raise ValueError(
+                    f"{where}: its vectors were made with {what} ({now}); choose another --out or --model"
+                )
 
 
 def schema(making: Making, errors: bool = False) -> pa.Schema:
     number = pa.field("element", pa.float32(), nullable=False)
-    fields = [("path", pa.string()), ("label", pa.string()), ("num_points", pa.int64()), ("stamp", pa.uint64())]
+    fields = [
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("num_points", pa.int64()),
+        ("stamp", pa.uint64()),
+    ]
     metadata = {"jepa3d": json.dumps({"format": FORMAT} | asdict(making))}
-    fields += [("vector", pa.list_(number, making.embed_dim)), *([("error", pa.string())] if errors else [])]
+    fields += [
+        ("vector", pa.list_(number, making.embed_dim)),
+        *([("error", pa.string())] if errors else []),
+    ]
     return pa.schema(fields, metadata)
 
 
@@ -77,7 +96,8 @@ def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Tabl
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     columns = [pa.array(rows[name], kind.field(name).type) for name in kind.names[:-1]]
     return pa.Table.from_arrays(
-        [*columns, pa.FixedSizeListArray.from_arrays(flat, type=kind.field("vector").type)], schema=kind
+        [*columns, pa.FixedSizeListArray.from_arrays(flat, type=kind.field("vector").type)],
+        schema=kind,
     )
 
 
@@ -93,7 +113,11 @@ def with_errors(made: pa.Table, making: Making, failed: dict[str, list[str]]) ->
 def to_numpy(column: Any) -> np.ndarray:
     """A vector column, or a batch's, as n E float32."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1) for chunk in chunks if len(chunk)]
+    parts = [
+        chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+        for chunk in chunks
+        if len(chunk)
+    ]
     if len(parts) == 1:
         return parts[0]  # not copied
     return np.concatenate(parts) if parts else np.empty((0, column.type.list_size), np.float32)
@@ -120,12 +144,16 @@ class Vectors:
         return sum(_count(file) for file in self.files)
 
     def groups(self) -> Iterator[Callable[[list[str] | None], pa.RecordBatch]]:
-        """A function for every row group, in the order of the files, that reads some or all of its columns."""
+        """A function for every row group, in the order of the files, that reads some or all of its
+        columns.
+        """
         for file in self.files:
             try:
                 with pq.ParquetFile(file) as opened:
                     for i in range(opened.num_row_groups):
-                        if opened.metadata.row_group(i).num_rows:  # files of earlier versions may have empty ones
+                        if opened.metadata.row_group(
+                            i
+                        ).num_rows:  # files of earlier versions may have empty ones
                             good = _good(opened, i)
                             if good is None or good.true_count:
                                 yield partial(_row_group, opened, i, file, good)
@@ -156,12 +184,18 @@ def _good(opened: pq.ParquetFile, number: int) -> pa.BooleanArray | None:
 
 
 def _row_group(
-    opened: pq.ParquetFile, number: int, file: Path, good: pa.BooleanArray | None, columns: list[str] | None
+    opened: pq.ParquetFile,
+    number: int,
+    file: Path,
+    good: pa.BooleanArray | None,
+    columns: list[str] | None,
 ) -> pa.RecordBatch:
     try:  # threads cost more than they give: nearly all of a row group is one column
         found = opened.read_row_group(number, columns, use_threads=False)
         if good is not None:
-            found = found.filter(good).select([name for name in found.column_names if name != "error"])
+            found = found.filter(good).select(
+                [name for name in found.column_names if name != "error"]
+            )
         return found.combine_chunks().to_batches()[0]
     except (pa.ArrowException, OSError) as error:
         raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
@@ -171,14 +205,17 @@ def _making(file: Path) -> Making:
     try:
         found = json.loads((pq.read_schema(file).metadata or {}).get(b"jepa3d", b"{}"))
     except (pa.ArrowException, OSError) as error:
-        raise ReadError(f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise ReadError(
+            f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})"
+        ) from error
     if found.pop("format", None) != FORMAT:
         raise ReadError(f"{file}: not a file of jepa3d embed")
     return Making(**found)
 
 
 def write(tables: Iterable[pa.Table], making: Making, path: Path, errors: bool = False) -> None:
-    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and durably.
+    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and
+    durably.
 
     errors: the tables are those of `with_errors`.
     """
@@ -187,7 +224,10 @@ def write(tables: Iterable[pa.Table], making: Making, path: Path, errors: bool =
     waiting, count = [], 0
     try:
         with pq.ParquetWriter(
-            partial, schema(making, errors), **options, use_byte_stream_split=["vector.list.element"]
+            partial,
+            schema(making, errors),
+            **options,
+            use_byte_stream_split=["vector.list.element"],
         ) as writer:
             for some in tables:
                 waiting.append(some)
@@ -207,7 +247,10 @@ def write(tables: Iterable[pa.Table], making: Making, path: Path, errors: bool =
 
 
 def update(path: Path, making: Making, new: pa.Table, dropped: set[str]) -> None:
-    """Put rows into a file, there or not, in place of those of the same path, and drop others. In bounded memory."""
+    """Put rows into a file, there or not, in place of those of the same path, and drop others.
+
+    In bounded memory.
+    """
     dropped = dropped.union(new.column("path").to_pylist())
 
     def rows() -> Iterator[pa.Table]:

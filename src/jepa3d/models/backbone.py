@@ -1,6 +1,8 @@
-"""The frozen image transformer between the dVAE's two DGCNNs, steered by learned prompts (ACT, Dong et al. 2023).
+"""The frozen image transformer between the dVAE's two DGCNNs, steered by learned prompts (ACT, Dong
+et al. 2023).
 
-Its weights are never part of a run: a dVAE holds the name of their folder or Hub id, and their checksum.
+Its weights are never part of a run: a dVAE holds the name of their folder or Hub id, and their
+checksum.
 """
 
 from __future__ import annotations
@@ -26,33 +28,44 @@ HINT = "no run holds a ViT's weights: name their folder or Hub id, dvae.backbone
 
 
 class PromptedViT(nn.Module):
-    """A frozen ViT over the tokens of a cloud, with new prompt tokens in front of them at every layer.
+    """A frozen ViT over the tokens of a cloud, with new prompt tokens in front of them at every
+    layer.
 
-    Only its transformer layers and last norm are used, no image patches, class token or image positions. Trained are
-    the prompts, their positions, the MLP of the token positions and the two linear maps between the widths.
+    Only its transformer layers and last norm are used, no image patches, class token or image
+    positions. Trained are the prompts, their positions, the MLP of the token positions and the two
+    linear maps between the widths.
     """
 
     def __init__(self, name: str, width: int):
         super().__init__()
         vit, sha256 = load_vit(name)
         self.name, self.sha256 = name, sha256
-        self._frozen = (vit,)  # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
+        self._frozen = (
+            vit,
+        )  # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
         dim = vit.config.hidden_size
         self.enter, self.leave = nn.Linear(width, dim), nn.Linear(dim, width)
         self.position = position_embedding(dim)
         self.prompts, self.prompt_positions = (
-            nn.Parameter(nn.init.trunc_normal_(torch.empty(len(vit.layers), NUM_PROMPTS, dim), std=0.02))
+            nn.Parameter(
+                nn.init.trunc_normal_(torch.empty(len(vit.layers), NUM_PROMPTS, dim), std=0.02)
+            )
             for _ in range(2)
         )
-        # Travels with the trained weights, so that neither a checkpoint nor an export meets another ViT.
+        # Travels with the trained weights, so that neither a checkpoint nor an export meets another
+        # ViT.
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(check_digest)
 
-    def forward(self, tokens: Tensor, centers: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, centers: Tensor, generator: BatchGenerator | None = None
+    ) -> Tensor:
         """Tokens B M width after all layers; positions are added again at every layer, as in ACT."""
         vit = self._frozen[0]
         hidden, position = self.enter(tokens), self.position(centers)
-        for layer, prompts, places in zip(vit.layers, self.prompts, self.prompt_positions, strict=True):
+        for layer, prompts, places in zip(
+            vit.layers, self.prompts, self.prompt_positions, strict=True
+        ):
             prompts = prompts.expand(len(tokens), -1, -1)
             if self.training:
                 kept = uniform(generator, tuple(prompts.shape), prompts.device) >= DROPOUT
@@ -65,7 +78,9 @@ class PromptedViT(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def check_digest(module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object) -> None:
+def check_digest(
+    module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object
+) -> None:
     """Before weights are loaded. Raises ValueError where they were trained with another ViT."""
     found = state_dict.get(f"{prefix}digest")
     if found is not None and bytes(found.tolist()).hex() != module.sha256:
@@ -85,7 +100,9 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
         from transformers import ViTConfig, ViTModel
         from transformers.utils import logging
     except ImportError as error:
-        raise ValueError(f"backbone {name} needs transformers: pip install 'jepa3d[vit]'") from error
+        raise ValueError(
+            f"backbone {name} needs transformers: pip install 'jepa3d[vit]'"
+        ) from error
     try:
         folder = local_folder(name)
         settings, weights = read_settings(folder), folder / "model.safetensors"
@@ -99,23 +116,33 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
     logging.disable_progress_bar()
     try:
         loaded: Any = ViTModel.from_pretrained(
-            None, config=ViTConfig(**settings), state_dict=tensors, dtype=torch.float32, add_pooling_layer=False,
+            None,
+            config=ViTConfig(**settings),
+            state_dict=tensors,
+            dtype=torch.float32,
+            add_pooling_layer=False,
             output_loading_info=True,
-        )  # fmt: skip
+        )
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"backbone {name}: no ViT can be made of it ({first_line(error)}); {HINT}") from error
+        raise ValueError(
+            f"backbone {name}: no ViT can be made of it ({first_line(error)}); {HINT}"
+        ) from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
     vit, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"backbone {weights}: not the weights of a ViT: {missing[0]} is missing; {HINT}")
+        raise ValueError(
+            f"backbone {weights}: not the weights of a ViT: {missing[0]} is missing; {HINT}"
+        )
     sha256 = sha256_of(weights)
     assert sha256 is not None  # just read
     return vit.requires_grad_(False).eval(), sha256
 
 
 def reference(name: str) -> str:
-    """A backbone as it is written down: a folder by its absolute path, so that any command finds it."""
+    """A backbone as it is written down: a folder by its absolute path, so that any command finds
+    it.
+    """
     return str(Path(name).absolute()) if Path(name).exists() else name

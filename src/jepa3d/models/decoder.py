@@ -9,11 +9,13 @@ from jepa3d.models.transformer import Attention, Mlp, init_xavier, position_embe
 
 
 class ContextAwareBlock(nn.Module):
-    """Self-attention over [context ; mask tokens], cross-attention to the encoder's output, MLP; all residual.
+    """Self-attention over [context ; mask tokens], cross-attention to the encoder's output, MLP;
+    all residual.
 
-    The cross-attention's query is normalised; its key and value are the encoder's output, normalised already
-    and the same for every block. Without `cross_attention` it is a plain block (Table V, second row).
-    With `isolated` every token attends to the context alone, so that mask tokens do not see each other.
+    The cross-attention's query is normalised; its key and value are the encoder's output,
+    normalised already and the same for every block. Without `cross_attention` it is a plain block
+    (Table V, second row). With `isolated` every token attends to the context alone, so that mask
+    tokens do not see each other.
     """
 
     def __init__(
@@ -31,15 +33,21 @@ class ContextAwareBlock(nn.Module):
         self.attention, self.mlp = Attention(dim, num_heads, qkv_bias), Mlp(dim, mlp_ratio)
         self.crosses = cross_attention
         if cross_attention:
-            self.cross_norm, self.cross_attention = nn.LayerNorm(dim), Attention(dim, num_heads, qkv_bias)
+            self.cross_norm, self.cross_attention = (
+                nn.LayerNorm(dim),
+                Attention(dim, num_heads, qkv_bias),
+            )
 
     def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """Rows of `joint` in, the same rows out, now of every pass; of the `last` block only the mask tokens.
+        """Rows of `joint` in, the same rows out, now of every pass; of the `last` block only the
+        mask tokens.
 
         `context` [n, C] is projected to key and value once a sample, for all its passes.
         """
         normed = self.norm1(x)
-        seen, keys = (normed[: joint.context.num_rows], joint.context) if self.isolated else (normed, joint)
+        seen, keys = (
+            (normed[: joint.context.num_rows], joint.context) if self.isolated else (normed, joint)
+        )
         if last:  # nobody reads the context's rows after it: they are keys and values only
             x, queries = x[-joint.num_masked :], normed[-joint.num_masked :]
         else:
@@ -51,12 +59,14 @@ class ContextAwareBlock(nn.Module):
 
 
 class ContextAwareDecoder(nn.Module):
-    """Predicts every target token from the encoded context and the positions of the target's centres.
+    """Predicts every target token from the encoded context and the positions of the target's
+    centres.
 
-    One pass a target block, all of them batched as B*A, so that a block never sees another block's mask
-    tokens (the paper's equation); `stacked` puts all blocks in one pass (its overview picture). With `isolated`
-    no mask token sees any other (AsymDSD, arXiv 2506.21724), so one pass is enough. With `ranks` the decoder has
-    positions of its own, of `token_ranks` (MPL-MAE, arXiv 2606.31570, without its gate).
+    One pass a target block, all of them batched as B*A, so that a block never sees another block's
+    mask tokens (the paper's equation); `stacked` puts all blocks in one pass (its overview
+    picture). With `isolated` no mask token sees any other (AsymDSD, arXiv 2506.21724), so one pass
+    is enough. With `ranks` the decoder has positions of its own, of `token_ranks` (MPL-MAE, arXiv
+    2606.31570, without its gate).
     """
 
     def __init__(
@@ -73,24 +83,37 @@ class ContextAwareDecoder(nn.Module):
         ranks: bool = False,
     ):
         super().__init__()
-        self.stacked, self.position_every_block, self.checkpoints = stacked or isolated, position_every_block, False
+        self.stacked, self.position_every_block, self.checkpoints = (
+            stacked or isolated,
+            position_every_block,
+            False,
+        )
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.blocks = nn.ModuleList(
-            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias, isolated) for _ in range(depth)
+            ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias, isolated)
+            for _ in range(depth)
         )
         self.position = position_embedding(dim) if ranks else None
         self.norm = nn.LayerNorm(dim) if depth else nn.Identity()
         self.apply(init_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor) -> Tensor:
-        """Predictions B A T C of context and context_position, rows [n, C] of `layout`, and target_position B A T C."""
+    def forward(
+        self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
+    ) -> Tensor:
+        """Predictions B A T C of context and context_position, rows [n, C] of `layout`, and
+        target_position B A T C.
+        """
         x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
             if layer == 0 or self.position_every_block:
                 x = x + position
             inputs = x, context, joint, layer == len(self.blocks) - 1
-            x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpoints else block(*inputs)
+            x = (
+                checkpoint(block, *inputs, use_reentrant=False)
+                if self.checkpoints
+                else block(*inputs)
+            )
             if layer == 0:
                 position = joint.every_pass(position)
         return self.predictions(self.norm(x), target_position)
@@ -98,11 +121,17 @@ class ContextAwareDecoder(nn.Module):
     def assemble(
         self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
     ) -> tuple[Tensor, Tensor, Joint]:
-        """[context ; mask tokens] and their positions, rows of a joint layout that share the context."""
+        """[context ; mask tokens] and their positions, rows of a joint layout that share the
+        context.
+        """
         batch, blocks, length, width = target_position.shape
         joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
         position = torch.cat([context_position, target_position.reshape(-1, width)])
-        return torch.cat([context, self.mask_token.expand(batch * blocks * length, -1)]), position, joint
+        return (
+            torch.cat([context, self.mask_token.expand(batch * blocks * length, -1)]),
+            position,
+            joint,
+        )
 
     @staticmethod
     def predictions(x: Tensor, target_position: Tensor) -> Tensor:
@@ -111,8 +140,10 @@ class ContextAwareDecoder(nn.Module):
 
 
 def token_ranks(centers: Tensor) -> Tensor:
-    """Where each of the centers B M 3 stands among all of its cloud's, along each axis: -1 the lowest, 1 the highest.
+    """Where each of the centers B M 3 stands among all of its cloud's, along each axis: -1 the
+    lowest, 1 the highest.
 
-    The order of the tokens is told, but not how far apart they are, which alone says much of a shape.
+    The order of the tokens is told, but not how far apart they are, which alone says much of a
+    shape.
     """
     return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

@@ -1,8 +1,10 @@
-"""The discrete autoencoder of ACT's first stage: the paper's frozen teacher, with its image transformer or without.
+"""The discrete autoencoder of ACT's first stage: the paper's frozen teacher, with its image
+transformer or without.
 
-tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN -> folding decoder. The
-second DGCNN's output is what 3D-JEPA predicts. As a teacher it is deterministic: evaluation mode, and the expected
-code instead of a Gumbel sample. (Dong et al. 2023, section 4; Yu et al. 2022 for the networks.)
+tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN ->
+folding decoder. The second DGCNN's output is what 3D-JEPA predicts. As a teacher it is
+deterministic: evaluation mode, and the expected code instead of a Gumbel sample. (Dong et al. 2023,
+section 4; Yu et al. 2022 for the networks.)
 """
 
 import math
@@ -22,8 +24,8 @@ from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
 class EdgeConv(nn.Module):
     """max over neighbours of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
-    Split exactly: W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, so the product is made once a token, not once
-    an edge.
+    Split exactly: W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, so the product is made once a
+    token, not once an edge.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -33,13 +35,19 @@ class EdgeConv(nn.Module):
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
         difference, own = self.linear.weight.chunk(2, 1)
-        edges = gather_points(F.linear(x, difference), neighbours) + F.linear(x, own - difference)[:, :, None]
+        edges = (
+            gather_points(F.linear(x, difference), neighbours)
+            + F.linear(x, own - difference)[:, :, None]
+        )
         edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
-        return F.leaky_relu(edges.amax(2), 0.2)  # LeakyReLU is increasing: it commutes with the maximum
+        return F.leaky_relu(
+            edges.amax(2), 0.2
+        )  # LeakyReLU is increasing: it commutes with the maximum
 
 
 class TokenDGCNN(nn.Module):
-    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are multiples of `dim`.
+    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are
+    multiples of `dim`.
 
     The output's norm spans a cloud's tokens (GroupNorm, as there), or the batch's.
     """
@@ -66,7 +74,9 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """A token to a coarse patch by an MLP, then to a fine one by folding a 2 x 2 grid at each coarse point."""
+    """A token to a coarse patch by an MLP, then to a fine one by folding a 2 x 2 grid at each
+    coarse point.
+    """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
         super().__init__()
@@ -76,10 +86,12 @@ class FoldingDecoder(nn.Module):
             )
         self.num_coarse = group_size // 4
         self.coarse = nn.Sequential(
-            nn.Linear(dim, 2 * hidden_dim), nn.ReLU(),
-            nn.Linear(2 * hidden_dim, 2 * hidden_dim), nn.ReLU(),
+            nn.Linear(dim, 2 * hidden_dim),
+            nn.ReLU(),
+            nn.Linear(2 * hidden_dim, 2 * hidden_dim),
+            nn.ReLU(),
             nn.Linear(2 * hidden_dim, 3 * self.num_coarse),
-        )  # fmt: skip
+        )
         self.token = nn.Linear(dim, hidden_dim)
         self.point = nn.Linear(5, hidden_dim, bias=False)
         self.norm1, self.linear2 = BatchNorm(hidden_dim), nn.Linear(hidden_dim, hidden_dim)
@@ -115,8 +127,9 @@ class DVAEOutput(NamedTuple):
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     """Discrete variational autoencoder of patches. `features` is the teacher's voice.
 
-    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only. `expected_code`:
-    the teacher reads softmax(logits) @ codebook of a patch instead of its one most likely code.
+    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only.
+    `expected_code`: the teacher reads softmax(logits) @ codebook of a patch instead of its one most
+    likely code.
     """
 
     BEFORE: ClassVar = {"expected_code": False}  # where config.json does not say: so it was then
@@ -138,8 +151,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.width, self.num_codes, self.expected_code = width, num_codes, expected_code
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
-        # Logits over the batch, so that patches differ in them from the first step, at a scale that the Gumbel
-        # noise (std 1.3) does not drown: with Point-BERT's GroupNorm one code served all for thousands of steps.
+        # Logits over the batch, so that patches differ in them from the first step, at a scale that
+        # the Gumbel noise (std 1.3) does not drown: with Point-BERT's GroupNorm one code served all
+        # for thousands of steps.
         self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim, over_batch=True)
         nn.init.constant_(self.to_logits.norm.weight, 4.0)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
@@ -158,11 +172,19 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
         """Deterministic teacher tokens B M width, its only layer: codes through the second DGCNN."""
         logits, neighbours = self._logits(patches, centers)
-        code = F.softmax(logits, -1) @ self.codebook if self.expected_code else self.codebook[logits.argmax(-1)]
+        code = (
+            F.softmax(logits, -1) @ self.codebook
+            if self.expected_code
+            else self.codebook[logits.argmax(-1)]
+        )
         return [self._features(code, centers, neighbours)]
 
     def _features(
-        self, tokens: Tensor, centers: Tensor, neighbours: Tensor, generator: BatchGenerator | None = None
+        self,
+        tokens: Tensor,
+        centers: Tensor,
+        neighbours: Tensor,
+        generator: BatchGenerator | None = None,
     ) -> Tensor:
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
@@ -171,7 +193,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
         """Fine reconstruction B M K 3 of patches from their arg-max codes."""
         logits, neighbours = self._logits(patches, centers)
-        return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[1]
+        return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[
+            1
+        ]
 
     def forward(
         self,
@@ -186,7 +210,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)
         gumbel = -torch.log(-torch.log(noise))
         soft = F.softmax((logits + gumbel) / temperature, -1)
-        coarse, fine = self.decoder(self._features(soft @ self.codebook, centers, neighbours, generator))
+        coarse, fine = self.decoder(
+            self._features(soft @ self.codebook, centers, neighbours, generator)
+        )
         coarse_loss, fine_loss = chamfer_l1(coarse, patches), chamfer_l1(fine, patches)
         usage = F.softmax(logits, -1).mean(1)  # a cloud's mean code distribution, B codes
         # KL(uniform || usage): no code may be forgotten (Yu et al. 2022).
@@ -197,4 +223,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
-        return DVAEOutput(coarse_loss + fine_loss + kl_weight * kl, coarse_loss + fine_loss, fine_loss, kl, perplexity)
+        return DVAEOutput(
+            coarse_loss + fine_loss + kl_weight * kl,
+            coarse_loss + fine_loss,
+            fine_loss,
+            kl,
+            perplexity,
+        )

@@ -1,4 +1,6 @@
-"""Networks for downstream tasks: an encoder with a classification or a part segmentation head (paper IV-B)."""
+"""Networks for downstream tasks: an encoder with a classification or a part segmentation head
+(paper IV-B).
+"""
 
 from typing import Any, ClassVar
 
@@ -14,10 +16,14 @@ from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
 UNKNOWN = "unknown"  # what a cloud unlike every class is called
 
 
-class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
-    """[class token ; max over tokens] -> 256 -> 256 -> classes with BatchNorm, ReLU, dropout (Point-MAE, ACT).
+class Classifier(
+    Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
+):
+    """[class token ; max over tokens] -> 256 -> 256 -> classes with BatchNorm, ReLU, dropout
+    (Point-MAE, ACT).
 
-    `encoder` holds the arguments of `PointEncoder`. The class token and its position are new at fine-tuning.
+    `encoder` holds the arguments of `PointEncoder`. The class token and its position are new at
+    fine-tuning.
 
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
@@ -35,7 +41,10 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
         self.out = nn.Linear(256, len(class_names))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere; `generator` draws grouping, drop-path and dropout."""
+        """Logits B classes of clouds B N 3 in the unit sphere;
+
+        `generator` draws grouping, drop-path and dropout.
+        """
         tokens = self.encode(points, generator)
         x = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], -1)
         x = self.hidden1(x, generator and generator.stream("dropout1"))
@@ -48,18 +57,23 @@ class Classifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classi
         rows = (len(points), 1, encoder.width)
         tokens = torch.cat([self.cls_token.expand(rows), tokens], 1)
         position = torch.cat([self.cls_position.expand(rows), position], 1)
-        return encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))[-1]
+        return encoder.hidden_states(
+            tokens, position, None, generator and generator.stream("drop_path")
+        )[-1]
 
     def predict(self, points: Clouds) -> Tensor:
         """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
         return self(self.encoder.prepare(points))
 
 
-class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"):
-    """A linear head on an encoder's vectors, as `jepa3d label` fits it and head-first fine-tuning begins with it.
+class LinearClassifier(
+    Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
+):
+    """A linear head on an encoder's vectors, as `jepa3d label` fits it and head-first fine-tuning
+    begins with it.
 
-    A cloud is unknown where the cosine of its vector, standardised, to the nearest class mean is under `least_likeness`
-    (-1: never; see inference/unknown.py). That changes no logit.
+    A cloud is unknown where the cosine of its vector, standardised, to the nearest class mean is
+    under `least_likeness` (-1: never; see inference/unknown.py). That changes no logit.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
@@ -73,22 +87,34 @@ class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "
         least_likeness: float = -1.0,
     ):
         super().__init__()
-        self.encoder, self.class_names, self.layer, self.pooling = PointEncoder(**encoder), class_names, layer, pooling
+        self.encoder, self.class_names, self.layer, self.pooling = (
+            PointEncoder(**encoder),
+            class_names,
+            layer,
+            pooling,
+        )
         self.least_likeness = least_likeness
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
         if least_likeness > -1:
-            self.shift, self.spread = (nn.Buffer(torch.ones(self.out.in_features)) for _ in range(2))
+            self.shift, self.spread = (
+                nn.Buffer(torch.ones(self.out.in_features)) for _ in range(2)
+            )
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere; `generator` draws grouping and drop-path."""
+        """Logits B classes of clouds B N 3 in the unit sphere;
+
+        `generator` draws grouping and drop-path.
+        """
         return self.out(self.vectors(points, generator))
 
     def vectors(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
         """What the head sees, B E, of what `forward` takes."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
-        states = encoder.hidden_states(tokens, position, None, generator and generator.stream("drop_path"))
+        states = encoder.hidden_states(
+            tokens, position, None, generator and generator.stream("drop_path")
+        )
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
     def unknown(self, vectors: Tensor) -> Tensor:
@@ -103,12 +129,19 @@ class LinearClassifier(Pretrained, library_name="jepa3d", tags=["point-cloud", "
         return self(self.encoder.prepare(points))
 
 
-class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-segmentation"], license="apache-2.0"):
-    """Tokens of three depths interpolated to the points, joined with their max and mean and the category (Point-MAE).
+class Segmenter(
+    Pretrained,
+    library_name="jepa3d",
+    tags=["point-cloud", "part-segmentation"],
+    license="apache-2.0",
+):
+    """Tokens of three depths interpolated to the points, joined with their max and mean and the
+    category (Point-MAE).
 
-    `parts_of` lists the part numbers of each category. Every point sees its own coordinates, the tokens of its three
-    nearest centres, and the shape's global vector: -> 512 -> 256 -> parts. The first layer acts on tokens and is
-    interpolated afterwards, which is the same sum (both are linear) at M/N of the cost.
+    `parts_of` lists the part numbers of each category. Every point sees its own coordinates, the
+    tokens of its three nearest centres, and the shape's global vector: -> 512 -> 256 -> parts. The
+    first layer acts on tokens and is interpolated afterwards, which is the same sum (both are
+    linear) at M/N of the cost.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
@@ -126,7 +159,9 @@ class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-se
         self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
         self.class_names, self.part_names = list(class_names), list(part_names)
         width = len(layers) * self.encoder.width
-        self.norm = nn.LayerNorm(self.encoder.width)  # of the depths before the last, which the encoder has normalised
+        self.norm = nn.LayerNorm(
+            self.encoder.width
+        )  # of the depths before the last, which the encoder has normalised
         self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
         self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
         self.from_shape = nn.Linear(2 * width + 64, 512, bias=False)
@@ -134,35 +169,58 @@ class Segmenter(Pretrained, library_name="jepa3d", tags=["point-cloud", "part-se
         self.hidden2 = Hidden(512, 256, 0.0)
         self.out = nn.Linear(256, len(part_names))
 
-    def forward(self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(
+        self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None
+    ) -> Tensor:
         """Logits B N parts of clouds B N 3 in the unit sphere, of categories `labels` (B)."""
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
     def decode(
-        self, at: Tensor, tokens: Tensor, centers: Tensor, labels: Tensor, generator: BatchGenerator | None = None
+        self,
+        at: Tensor,
+        tokens: Tensor,
+        centers: Tensor,
+        labels: Tensor,
+        generator: BatchGenerator | None = None,
     ) -> Tensor:
-        """Logits B Q parts of points `at` (B Q 3), any in the frame of the clouds that `encode` saw."""
+        """Logits B Q parts of points `at` (B Q 3), any in the frame of the clouds that `encode`
+        saw.
+        """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
         local = three_nn_interpolate(at, centers, self.from_token(tokens))
-        x = self.from_point(at) + local + self.from_shape(torch.cat([pooled, category], -1))[:, None]
+        x = (
+            self.from_point(at)
+            + local
+            + self.from_shape(torch.cat([pooled, category], -1))[:, None]
+        )
         rows = F.relu(self.norm1(x.flatten(0, 1)))
-        rows = self.dropout(rows.view_as(x), generator and generator.stream("dropout")).flatten(0, 1)
+        rows = self.dropout(rows.view_as(x), generator and generator.stream("dropout")).flatten(
+            0, 1
+        )
         return self.out(self.hidden2(rows)).unflatten(0, at.shape[:2])
 
-    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, points: Tensor, generator: BatchGenerator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens B M 3C of the three depths, and their centers B M 3."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
         states = encoder.hidden_states(
             encoder.tokenizer(grouped.patches), encoder.position(grouped.centers), None, draws
         )
-        chosen = [states[layer] if layer == encoder.depth else self.norm(states[layer]) for layer in self.layers]
+        chosen = [
+            states[layer] if layer == encoder.depth else self.norm(states[layer])
+            for layer in self.layers
+        ]
         return torch.cat(chosen, -1), grouped.centers
 
 
 def thirds(depth: int) -> tuple[int, int, int]:
-    """The blocks that end each third of an encoder, whose tokens are joined for dense tasks: 4, 8 and 12 of 12."""
+    """The blocks that end each third of an encoder, whose tokens are joined for dense tasks:
+
+    4, 8 and 12 of 12.
+    """
     return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
 
 
@@ -171,7 +229,11 @@ class Hidden(nn.Module):
 
     def __init__(self, width: int, out: int, dropout: float):
         super().__init__()
-        self.linear, self.norm, self.dropout = nn.Linear(width, out), BatchNorm(out), Dropout(dropout)
+        self.linear, self.norm, self.dropout = (
+            nn.Linear(width, out),
+            BatchNorm(out),
+            Dropout(dropout),
+        )
 
     def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
         return self.dropout(F.relu(self.norm(self.linear(x))), generator)

@@ -26,7 +26,10 @@ _REACHED_WITHIN = 5  # seconds; the Hub's own client tries six times, for half a
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, their checksum among the metadata. OSError names a file that cannot be written."""
+    """Write tensors as safetensors, their checksum among the metadata.
+
+    OSError names a file that cannot be written.
+    """
     try:
         safetensors.torch.save_file(tensors, path, {"sha256": _digest(tensors)})
     except SafetensorError as error:
@@ -60,15 +63,20 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 class Pretrained(nn.Module, ModelHubMixin):
-    """`save_pretrained(folder)`, `from_pretrained(folder or Hub id)`, `push_to_hub`; loads all weights or none.
+    """`save_pretrained(folder)`, `from_pretrained(folder or Hub id)`, `push_to_hub`; loads all
+    weights or none.
 
     The arguments of `__init__` travel as config.json and must be plain values.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for name in getattr(self, "PARTS", {}):  # whole: what a part does not say is what `BEFORE` says
+        for name in getattr(
+            self, "PARTS", {}
+        ):  # whole: what a part does not say is what `BEFORE` says
             vars(self)["_hub_mixin_config"][name] = vars(getattr(self, name))["_hub_mixin_config"]
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        weights = {
+            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        }
         save_file(weights, save_directory / "model.safetensors")
 
     @classmethod
@@ -83,14 +91,19 @@ class Pretrained(nn.Module, ModelHubMixin):
         revision=None,
         **settings,
     ):
-        """The network in a folder of `save_pretrained` or a Hub repository, in evaluation mode; `settings` override.
+        """The network in a folder of `save_pretrained` or a Hub repository, in evaluation mode;
+        `settings` override.
 
         Raises ValueError, which names the file at fault and what is expected of it.
         """
         folder = local_folder(
-            pretrained_model_name_or_path, revision=revision, cache_dir=cache_dir, force_download=force_download,
-            token=token, local_files_only=local_files_only,
-        )  # fmt: skip
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            token=token,
+            local_files_only=local_files_only,
+        )
         file, weights = folder / "config.json", folder / "model.safetensors"
         found = _as_made(cls, read_settings(folder))
         known = {name: value for name, value in found.items() if name in _arguments(cls)} | settings
@@ -101,38 +114,59 @@ class Pretrained(nn.Module, ModelHubMixin):
             raise ValueError(f"{file}: makes no {cls.__name__} ({first_line(error)})") from error
         tensors = load_file(weights)
         expected = model.state_dict()
-        wrong = [name for name in sorted(tensors.keys() | expected.keys()) if _differ(tensors, expected, name)]
+        wrong = [
+            name
+            for name in sorted(tensors.keys() | expected.keys())
+            if _differ(tensors, expected, name)
+        ]
         if wrong:
             raise ValueError(
                 f"{weights}: not the weights of the {cls.__name__} in {file.name}: {wrong[0]} "
-                f"{_differ(tensors, expected, wrong[0])}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+                f"{_differ(tensors, expected, wrong[0])}"
+                + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             )
         for name, values in tensors.items():
             if not torch.isfinite(values).all():
-                raise ValueError(f"{weights}: {name} holds NaN or infinite values: train again, or take other weights")
+                raise ValueError(
+                    f"{weights}: {name} holds NaN or infinite values: train again, or take other weights"
+                )
         model.load_state_dict(tensors)
         return model.eval()
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    return {name: value for name, value in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    return {
+        name: value
+        for name, value in inspect.signature(cls.__init__).parameters.items()
+        if name != "self"
+    }
 
 
 def _as_made(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a file, an argument younger than it as the network was before: `cls.BEFORE`, else its default."""
+    """Settings of a file, an argument younger than it as the network was before:
+
+    `cls.BEFORE`, else its default.
+    """
     made = getattr(cls, "BEFORE", {}) | settings
-    parts = {name: part for name, part in getattr(cls, "PARTS", {}).items() if isinstance(made.get(name), dict)}
+    parts = {
+        name: part
+        for name, part in getattr(cls, "PARTS", {}).items()
+        if isinstance(made.get(name), dict)
+    }
     return made | {name: _as_made(part, made[name]) for name, part in parts.items()}
 
 
 def _check(cls: type, settings: dict[str, Any], begin: str) -> None:
-    """ValueError where settings lack an argument of a class (its first one is always needed), or one has another type.
+    """ValueError where settings lack an argument of a class (its first one is always needed), or
+    one has another type.
 
     Arguments that hold those of another network, `cls.PARTS`, are checked alike.
     """
     arguments = _arguments(cls)
     first = next(iter(arguments))
-    needed = [name for name, value in arguments.items() if value.default is value.empty or name == first]
+    needed = [
+        name for name, value in arguments.items() if value.default is value.empty or name == first
+    ]
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{begin}: it lacks {', '.join(missing)}")
     for name, value in settings.items():
@@ -163,7 +197,10 @@ def first_line(error: BaseException) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What config.json in a folder holds. Raises ValueError, which names the file, where it is missing or damaged."""
+    """What config.json in a folder holds.
+
+    Raises ValueError, which names the file, where it is missing or damaged.
+    """
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -172,34 +209,42 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: damaged or not JSON ({first_line(error)})") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file}: holds a value of type {type(settings).__name__}, not the settings of a network")
+        raise ValueError(
+            f"{file}: holds a value of type {type(settings).__name__}, not the settings of a network"
+        )
     return settings
 
 
-# ------------------------------------------------------------------------------------------------ what a name means
+# -------------------------------------------------------------------------------- what a name means
 
 
 def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
     """True if a folder or file lies at `model`, False if it can only be of the Hub: owner/name.
 
-    Raises ValueError for any other name, with the most similar one of `known` and of what lies beside it.
+    Raises ValueError for any other name, with the most similar one of `known` and of what lies
+    beside it.
     """
     if Path(model).exists():
         return True
     if _HUB_ID.fullmatch(str(model)):
         return False
-    raise ValueError(f"{model}: neither a folder nor a Hub id (owner/name){similar(Path(model), known)}")
+    raise ValueError(
+        f"{model}: neither a folder nor a Hub id (owner/name){similar(Path(model), known)}"
+    )
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
     """`; did you mean ...?`, where a name is like `path`."""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     found = nearest(path.name, [*known, *(folder.name for folder in beside if folder.is_dir())])
-    return found.replace("mean '", f"mean '{path.parent}/") if found and len(path.parts) > 1 else found
+    return (
+        found.replace("mean '", f"mean '{path.parent}/") if found and len(path.parts) > 1 else found
+    )
 
 
 def local_folder(model: str | Path, **options: Any) -> Path:
-    """The folder at `model`, or the local copy of the Hub repository of that id; `options` of `hf_hub_download`.
+    """The folder at `model`, or the local copy of the Hub repository of that id; `options` of
+    `hf_hub_download`.
 
     Asks the Hub only for owner/name, and only if it answers within seconds. Raises ValueError.
     """
@@ -208,16 +253,25 @@ def local_folder(model: str | Path, **options: Any) -> Path:
             return Path(model)
         raise ValueError(f"{model}: a file, and the folder of a network is expected")
     begin = f"{model}: neither a folder nor a repository of the Hub that can be had"
-    unreachable = "" if options.get("local_files_only") or constants.HF_HUB_OFFLINE else _unreachable()
+    unreachable = (
+        "" if options.get("local_files_only") or constants.HF_HUB_OFFLINE else _unreachable()
+    )
     if unreachable:
         options |= {"local_files_only": True}
     try:
-        files = [hf_hub_download(str(model), name, **options) for name in ("config.json", "model.safetensors")]
+        files = [
+            hf_hub_download(str(model), name, **options)
+            for name in ("config.json", "model.safetensors")
+        ]
     except LocalEntryNotFoundError as error:
         reason = unreachable or "this machine is told to stay offline"
-        raise ValueError(f"{begin} ({reason}, and no copy is kept here){similar(Path(model))}") from error
+        raise ValueError(
+            f"{begin} ({reason}, and no copy is kept here){similar(Path(model))}"
+        ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"{model}: a repository of the Hub without config.json or model.safetensors") from error
+        raise ValueError(
+            f"{model}: a repository of the Hub without config.json or model.safetensors"
+        ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(f"{begin} ({first_line(error)}){similar(Path(model))}") from error
     return Path(files[0]).parent
@@ -232,5 +286,9 @@ def _unreachable() -> str:
         return ""
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        return "" if isinstance(reason, ssl.SSLError) else f"{constants.ENDPOINT} cannot be reached: {reason}"
+        return (
+            ""
+            if isinstance(reason, ssl.SSLError)
+            else f"{constants.ENDPOINT} cannot be reached: {reason}"
+        )
     return ""

@@ -1,7 +1,8 @@
 """Sequences of unequal length as packed rows: linear layers see no padding, only attention does.
 
-Contexts of one batch differ in length by a half: padded, a third of the student's work would be on nothing.
-A layout turns rows [n, C] into padded sequences and back; its `mask` is True at tokens that exist, None if all do.
+Contexts of one batch differ in length by a half: padded, a third of the student's work would be on
+nothing. A layout turns rows [n, C] into padded sequences and back; its `mask` is True at tokens
+that exist, None if all do.
 """
 
 import torch
@@ -19,8 +20,11 @@ class Ragged:
         self.num_rows = num_rows
         full = num_rows == mask.numel()
         self.mask = None if full else mask
-        # A stable sort puts the places of True entries first; `nonzero` would wait for their number.
-        self._place = None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
+        # A stable sort puts the places of True entries first; `nonzero` would wait for their
+        # number.
+        self._place = (
+            None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
+        )
 
     def pad(self, rows: Tensor) -> Tensor:
         """Rows (..., n, C) as sequences (..., B, V, C), zero where there is no token."""
@@ -40,9 +44,11 @@ class Ragged:
 
 
 class Joint:
-    """[context ; mask tokens], P passes a sample, as rows: the contexts of each pass, then B x P x T mask tokens.
+    """[context ; mask tokens], P passes a sample, as rows: the contexts of each pass, then B x P x
+    T mask tokens.
 
-    As long as the passes share their context its rows stand there once; mask tokens may also stand alone.
+    As long as the passes share their context its rows stand there once; mask tokens may also stand
+    alone.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -67,7 +73,9 @@ class Joint:
         if sequences.shape[2] == self.length:
             return sequences.flatten(0, 2)
         head, tail = sequences.split([self.context.longest, self.length], 2)
-        return torch.cat([self.context.pack(head.transpose(0, 1)).flatten(0, 1), tail.flatten(0, 2)])
+        return torch.cat(
+            [self.context.pack(head.transpose(0, 1)).flatten(0, 1), tail.flatten(0, 2)]
+        )
 
     def every_pass(self, rows: Tensor) -> Tensor:
         """Rows with the context of every pass, of rows whose passes may still share it."""

@@ -1,4 +1,6 @@
-"""`jepa3d.load`: the encoder that the package brings, a run's, or one of the Hub; fine-tuned networks; fingerprints."""
+"""`jepa3d.load`: the encoder that the package brings, a run's, or one of the Hub; fine-tuned
+networks; fingerprints.
+"""
 
 import hashlib
 import json
@@ -14,8 +16,9 @@ DEFAULT = Path(__file__).parents[1] / "weights"
 def load(model: str | Path = "default", revision: str | None = None) -> PointEncoder:
     """A pretrained encoder, ready to embed: float32, in evaluation mode, on the CPU.
 
-    model: "default" for the one in the package (its card: `jepa3d/weights/README.md`), the folder of a run or of an
-    encoder, or a Hub id. revision: of a Hub repository. Raises ValueError for anything else.
+    model: "default" for the one in the package (its card: `jepa3d/weights/README.md`), the folder
+    of a run or of an encoder, or a Hub id. revision: of a Hub repository. Raises ValueError for
+    anything else.
 
     >>> encoder = load()
     >>> encoder.embed(torch.randn(1, 2048, 3)).shape[1] == 2 * encoder.width
@@ -34,7 +37,10 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Classifier | LinearClassifier | Segmenter:
-    """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`. Raises ValueError."""
+    """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`.
+
+    Raises ValueError.
+    """
     folder = _network_folder(Path(model))
     return load_network(model) if _has_head(folder) else load(model)
 
@@ -55,10 +61,18 @@ def load_network(run: str | Path) -> Classifier | LinearClassifier | Segmenter:
         settings = read_settings(folder)
         if "class_names" not in settings:
             raise ValueError(f"{folder / 'config.json'}: is of a network without classes")
-        kind = Segmenter if "parts_of" in settings else LinearClassifier if "pooling" in settings else Classifier
+        kind = (
+            Segmenter
+            if "parts_of" in settings
+            else LinearClassifier
+            if "pooling" in settings
+            else Classifier
+        )
         return kind.from_pretrained(folder)
     except ValueError as error:
-        raise ValueError(f"{run}: no finished run of jepa3d classify, segment or label ({error})") from error
+        raise ValueError(
+            f"{run}: no finished run of jepa3d classify, segment or label ({error})"
+        ) from error
 
 
 def _network_folder(run: Path) -> Path:
@@ -67,8 +81,14 @@ def _network_folder(run: Path) -> Path:
 
 def fingerprint(encoder: PointEncoder) -> str:
     """16 hexadecimal digits over the settings and weights of an encoder: equal for equal vectors."""
-    settings = {name: value for name, value in vars(encoder)["_hub_mixin_config"].items() if name not in encoder.BEFORE}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())  # names of weights tell the rest
+    settings = {
+        name: value
+        for name, value in vars(encoder)["_hub_mixin_config"].items()
+        if name not in encoder.BEFORE
+    }
+    digest = hashlib.sha256(
+        json.dumps(settings, sort_keys=True).encode()
+    )  # names of weights tell the rest
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(values.detach().float().cpu().contiguous().numpy().tobytes())

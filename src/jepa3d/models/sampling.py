@@ -1,8 +1,8 @@
 """Which tokens are context and which are target: pure functions of token centres and a generator.
 
-Every sample has its own draw; context and targets share no token, by construction. Sizes are drawn once a
-batch, so targets need no padding; contexts differ in length and carry a mask. Padded entries of
-`context` repeat a token of the same context and are False in `mask`.
+Every sample has its own draw; context and targets share no token, by construction. Sizes are drawn
+once a batch, so targets need no padding; contexts differ in length and carry a mask. Padded entries
+of `context` repeat a token of the same context and are False in `mask`.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from jepa3d.models.layout import Ragged
-from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, squared_distance, uniform, uniform_scalar
+from jepa3d.ops import (
+    BatchGenerator,
+    farthest_point_sample,
+    gather_points,
+    squared_distance,
+    uniform,
+    uniform_scalar,
+)
 
 _REDRAWS = 20
 
@@ -37,11 +44,13 @@ def multi_block(
     context_ratio: tuple[float, float] = (0.85, 1.0),
     min_context: int = 4,
 ) -> TokenSample:
-    """The paper's sampler (III-C): A target blocks around farthest-point centres, one context block less the targets.
+    """The paper's sampler (III-C): A target blocks around farthest-point centres, one context block
+    less the targets.
 
-    A block is the tokens nearest to its centre, a ball. Block centres are farthest-point samples of the token
-    centres (B M 3), which keeps their overlap low; the context centre is any token. A sample left with fewer
-    than `min_context` tokens is drawn again; ValueError when that does not help.
+    A block is the tokens nearest to its centre, a ball. Block centres are farthest-point samples of
+    the token centres (B M 3), which keeps their overlap low; the context centre is any token. A
+    sample left with fewer than `min_context` tokens is drawn again; ValueError when that does not
+    help.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -59,7 +68,9 @@ def multi_block(
 
 
 def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """A random subset of int(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    """A random subset of int(mask_ratio * M) tokens is the target, its complement the context
+    (Table IV).
+    """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     return _complement(order[:, :size], centers.shape[1])
@@ -80,11 +91,12 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one, which sets out at the token
+    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one, which
+    sets out at the token
     with the smallest coordinate sum (Saito et al. 2024, section 3.2).
 
-    Targets are spans of int(fraction * M) tokens. The context is a run of int(fraction * left) of the tokens that they
-    leave, in the order of the walk: it reaches over targets.
+    Targets are spans of int(fraction * M) tokens. The context is a run of int(fraction * left) of
+    the tokens that they leave, in the order of the walk: it reaches over targets.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -92,7 +104,9 @@ def sequence(
     share = _fraction(context_ratio, generator)
 
     def draw() -> tuple[Tensor, Tensor]:
-        start = (uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)).long()
+        start = (
+            uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)
+        ).long()
         places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
         left = ~_membership(places, num_tokens)  # along the walk
         count = left.sum(1, keepdim=True)
@@ -100,20 +114,25 @@ def sequence(
         first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()
         rank = left.cumsum(1) - 1
         run = left & (rank >= first) & (rank < first + length)
-        return torch.zeros_like(run).scatter_(1, order, run), order.gather(1, places).view(batch, num_targets, size)
+        return torch.zeros_like(run).scatter_(1, order, run), order.gather(1, places).view(
+            batch, num_targets, size
+        )
 
     return _enough(draw, num_tokens, min_context)
 
 
 def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
-    """Share of the context's points that lie in a target patch too, a scalar; patches B M K are point indices.
+    """Share of the context's points that lie in a target patch too, a scalar; patches B M K are
+    point indices.
 
     Context and targets share no token, but neighbouring patches overlap: this is what leaks.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
     target = _membership(patches[rows, sample.target.flatten(1)], num_points)
-    context = _membership(patches[rows, sample.context], num_points)  # padding repeats a context token
+    context = _membership(
+        patches[rows, sample.context], num_points
+    )  # padding repeats a context token
     return (context & target).sum() / context.sum()
 
 
@@ -142,7 +161,9 @@ def _membership(index: Tensor, num_tokens: int) -> Tensor:
 
 
 def _compact(context: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Membership B M as indices B V and mask B V, V the longest of `counts`; padding repeats the first index."""
+    """Membership B M as indices B V and mask B V, V the longest of `counts`; padding repeats the
+    first index.
+    """
     longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
     mask = torch.arange(longest, device=context.device) < context.sum(1, keepdim=True)
@@ -154,11 +175,15 @@ def _complement(target: Tensor, num_tokens: int) -> TokenSample:
     if size >= num_tokens:
         raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
     counts = batch * [num_tokens - size]
-    return TokenSample(*_compact(~_membership(target, num_tokens), counts), target[:, None], sum(counts))
+    return TokenSample(
+        *_compact(~_membership(target, num_tokens), counts), target[:, None], sum(counts)
+    )
 
 
 def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
-    """What `draw` makes, membership B M of the contexts and targets B A T; samples with too few tokens drawn again."""
+    """What `draw` makes, membership B M of the contexts and targets B A T; samples with too few
+    tokens drawn again.
+    """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
@@ -168,7 +193,10 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
         if attempt < _REDRAWS:
             short = (lengths < min_context)[:, None]
             again, targets = draw()
-            context, target = torch.where(short, again, context), torch.where(short[..., None], targets, target)
+            context, target = (
+                torch.where(short, again, context),
+                torch.where(short[..., None], targets, target),
+            )
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
         f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "

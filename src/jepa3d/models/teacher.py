@@ -1,4 +1,6 @@
-"""What the student predicts: frozen networks, a moving average of the student itself, or several joined."""
+"""What the student predicts: frozen networks, a moving average of the student itself, or several
+joined.
+"""
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -15,15 +17,21 @@ from jepa3d.models.hub import check_name, local_folder, read_settings
 
 
 class Teacher(nn.Module):
-    """Deterministic target tokens from networks with `features(patches, centers, layers)` and `width`.
+    """Deterministic target tokens from networks with `features(patches, centers, layers)` and
+    `width`.
 
-    It sees all tokens, never gets a gradient and stays in evaluation mode. Targets of several networks are joined
-    along the channels. `layers` averages the normalised outputs of each network's last blocks (data2vec). `average`
-    is the index of the network that `ema_update` moves after every step; all others are frozen.
+    It sees all tokens, never gets a gradient and stays in evaluation mode. Targets of several
+    networks are joined along the channels. `layers` averages the normalised outputs of each
+    network's last blocks (data2vec). `average` is the index of the network that `ema_update` moves
+    after every step; all others are frozen.
     """
 
     def __init__(
-        self, networks: Sequence[DVAE | PointEncoder], norm: str = "none", layers: int = 1, average: int | None = None
+        self,
+        networks: Sequence[DVAE | PointEncoder],
+        norm: str = "none",
+        layers: int = 1,
+        average: int | None = None,
     ):
         super().__init__()
         self.networks = nn.ModuleList(networks)
@@ -42,12 +50,17 @@ class Teacher(nn.Module):
             exact = isinstance(network, DVAE)  # an arg-max code must not hang on rounding
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
-            targets.append(torch.stack([normalise(tokens.float(), self.norm) for tokens in states]).mean(0))
+            targets.append(
+                torch.stack([normalise(tokens.float(), self.norm) for tokens in states]).mean(0)
+            )
         return torch.cat(targets, -1)
 
 
 def normalise(tokens: Tensor, norm: str) -> Tensor:
-    """Tokens B M C; LayerNorm of each, or centred or standardised per channel over the tokens of the batch."""
+    """Tokens B M C;
+
+    LayerNorm of each, or centred or standardised per channel over the tokens of the batch.
+    """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])
     if norm == "none":
@@ -71,7 +84,9 @@ def _over_processes(mean: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
-    """Its average <- momentum * average + (1 - momentum) * student; statistics of BatchNorm are copied."""
+    """Its average <- momentum * average + (1 - momentum) * student; statistics of BatchNorm are
+    copied.
+    """
     assert teacher.average is not None
     average = teacher.networks[teacher.average]
     old, new = ([p.data for p in module.parameters()] for module in (average, student))
@@ -81,7 +96,8 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
-    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is none.
+    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is
+    none.
 
     known: other names that the setting takes, for the hint at a misspelt one.
     """
@@ -89,7 +105,9 @@ def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
         check_name(path, known)
         exported = [sub for name in ("encoder", "dvae") if (sub := Path(path) / name).is_dir()]
         folder = exported[0] if exported else local_folder(path)
-        return (DVAE if "num_codes" in read_settings(folder) else PointEncoder).from_pretrained(folder)
+        return (DVAE if "num_codes" in read_settings(folder) else PointEncoder).from_pretrained(
+            folder
+        )
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(

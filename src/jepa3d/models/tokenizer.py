@@ -1,4 +1,6 @@
-"""From points to patches to tokens: grouping by farthest points and neighbours, then a light PointNet."""
+"""From points to patches to tokens: grouping by farthest points and neighbours, then a light
+PointNet.
+"""
 
 from typing import NamedTuple
 
@@ -22,7 +24,8 @@ def group(
     group_size: int,
     generator: torch.Generator | BatchGenerator | None = None,
 ) -> Groups:
-    """Patches of the `group_size` points nearest to each of `num_groups` farthest-point centres (paper III-B).
+    """Patches of the `group_size` points nearest to each of `num_groups` farthest-point centres
+    (paper III-B).
 
     Raises ValueError when a cloud has fewer points than `num_groups` or `group_size`.
     """
@@ -43,10 +46,11 @@ def groups_at(points: Tensor, centers: Tensor, index: Tensor) -> Groups:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses a CPU).
+    """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses
+    a CPU).
 
-    Each process weighs by its own number of rows, so unequal contexts give the statistics of one process.
-    `synchronised` False keeps to this process's rows.
+    Each process weighs by its own number of rows, so unequal contexts give the statistics of one
+    process. `synchronised` False keeps to this process's rows.
     """
 
     synchronised = True
@@ -65,14 +69,18 @@ class BatchNorm(nn.BatchNorm1d):
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            step = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            step = (
+                self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            )
             self.running_mean.lerp_(mean, step)
             self.running_var.lerp_(variance * (sums[-1] / (sums[-1] - 1)), step)
         out = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return out.to(input.dtype)
 
     def into(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer that does what the given one and this norm, in evaluation, do."""
+        """Weight and bias of a linear layer that does what the given one and this norm, in
+        evaluation, do.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -80,11 +88,13 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class PatchTokenizer(nn.Module):
-    """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU) -> C; max.
+    """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU)
+    -> C; max.
 
-    Three exact rewrites halve its cost while the weights keep the standard layout. Split: W[g ; x] = Wg g + Wx x,
-    so the max g is multiplied once a patch instead of once a point. Fold: nothing stands between `linear2` and
-    the local half of `linear3`, so the path to the latter is one matrix, Wx W2. A bias is added after the maximum.
+    Three exact rewrites halve its cost while the weights keep the standard layout. Split: W[g ; x]
+    = Wg g + Wx x, so the max g is multiplied once a patch instead of once a point. Fold: nothing
+    stands between `linear2` and the local half of `linear3`, so the path to the latter is one
+    matrix, Wx W2. A bias is added after the maximum.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):
@@ -99,11 +109,18 @@ class PatchTokenizer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
-        first, second = (self.linear1.weight, self.linear1.bias), (self.linear3.weight, self.linear3.bias)
-        if not self.norm1.training:  # a norm with fixed statistics is part of the linear layer before it
+        first, second = (
+            (self.linear1.weight, self.linear1.bias),
+            (self.linear3.weight, self.linear3.bias),
+        )
+        if (
+            not self.norm1.training
+        ):  # a norm with fixed statistics is part of the linear layer before it
             first, second = self.norm1.into(*first), self.norm3.into(*second)
         local = F.linear(patches.reshape(-1, 3), *first)
-        local = F.relu(self.norm1(local) if self.norm1.training else local, inplace=True).unflatten(0, (-1, size))
+        local = F.relu(self.norm1(local) if self.norm1.training else local, inplace=True).unflatten(
+            0, (-1, size)
+        )
         highest = F.linear(local, self.linear2.weight).amax(1) + self.linear2.bias
         to_global, to_local = second[0].chunk(2, 1)
         folded = F.linear(local, to_local @ self.linear2.weight)

@@ -11,7 +11,9 @@ from jepa3d.ops import BatchGenerator, uniform
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries B Q C over keys B S C, or of packed rows, each laid out as told."""
+    """Multi-head attention of queries B Q C over keys B S C, or of packed rows, each laid out as
+    told.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
         super().__init__()
@@ -22,7 +24,9 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None
+    ) -> Tensor:
         query, key_value, mask = self.query(x), self.key_value(context), None
         if queries:
             query = queries.pad(query)
@@ -31,7 +35,9 @@ class Attention(nn.Module):
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
         lead = query.shape  # queries of all passes over one context are one sequence
-        query = query.reshape(len(key_value), -1, self.num_heads, lead[-1] // self.num_heads).transpose(1, 2)
+        query = query.reshape(
+            len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
+        ).transpose(1, 2)
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = _attend(query, key, value, mask)
         out = out.transpose(1, 2).reshape(lead)
@@ -40,9 +46,12 @@ class Attention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # The gradient of torch's kernel for bf16 on a CPU is three to eight times as slow as that for fp32.
+        # The gradient of torch's kernel for bf16 on a CPU is three to eight times as slow as that
+        # for fp32.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+            return F.scaled_dot_product_attention(
+                query.float(), key.float(), value.float(), attn_mask=mask
+            )
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -53,7 +62,10 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each pre-normalised and residual; `keep` scales each sample's or row's two branches."""
+    """Self-attention and MLP, each pre-normalised and residual;
+
+    `keep` scales each sample's or row's two branches.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
         super().__init__()
@@ -61,7 +73,9 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads, qkv_bias)
         self.mlp = Mlp(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, layout: Layout | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         normed = self.norm1(x)
         branch = self.attention(normed, normed, layout, layout)
         x = x + (branch if keep is None else branch * keep[..., :1])
@@ -69,9 +83,18 @@ class Block(nn.Module):
         return x + (branch if keep is None else branch * keep[..., 1:])
 
 
-def drop_path_scales(rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor):
-    """Stochastic depth (Huang et al. 2016) as branch scales (B depth 2): 0 or 1/keep, rising linearly to `rate`."""
-    rates = rate * torch.arange(depth, device=like.device, dtype=like.dtype)[:, None] / max(depth - 1, 1)
+def drop_path_scales(
+    rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
+):
+    """Stochastic depth (Huang et al.
+
+    2016) as branch scales (B depth 2): 0 or 1/keep, rising linearly to `rate`.
+    """
+    rates = (
+        rate
+        * torch.arange(depth, device=like.device, dtype=like.dtype)[:, None]
+        / max(depth - 1, 1)
+    )
     draws = uniform(generator, (batch, depth, 2), like.device)
     return (draws >= rates).to(like.dtype) / (1 - rates)
 
@@ -97,7 +120,9 @@ def init_xavier(module: nn.Module) -> None:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal 0.02 for Linear weights, zeros for biases (the encoder of Point-MAE and ACT)."""
+    """Truncated normal 0.02 for Linear weights, zeros for biases (the encoder of Point-MAE and
+    ACT).
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -11,10 +11,12 @@ from jepa3d.ops import BatchGenerator
 
 
 class Autoencoding(nn.Module):
-    """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0 by another.
+    """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0
+    by another.
 
-    Point-BERT and ACT count steps: the temperature takes the first 100,000, the KL weight as many from the 10,000th.
-    Of their 200,000 that is a half, and a half from a twentieth on: shares of the run, here.
+    Point-BERT and ACT count steps: the temperature takes the first 100,000, the KL weight as many
+    from the 10,000th. Of their 200,000 that is a half, and a half from a twentieth on: shares of
+    the run, here.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -26,7 +28,9 @@ class Autoencoding(nn.Module):
         dvae, (warm, cold) = self.dvae, self.config.temperature
         temperature = cold + (warm - cold) * (1 - _risen(2 * progress))
         kl_weight = self.config.kl_weight * _risen(2 * progress - 0.1)
-        centers, patches, _ = group(points, dvae.num_groups, dvae.group_size, generator.stream("group"))
+        centers, patches, _ = group(
+            points, dvae.num_groups, dvae.group_size, generator.stream("group")
+        )
         return dvae(patches, centers, temperature, kl_weight, generator.stream("gumbel"))
 
     def after_step(self, progress: float) -> None:

@@ -1,4 +1,5 @@
-"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as Point-MAE does.
+"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as Point-MAE
+does.
 
 Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
 """
@@ -24,7 +25,9 @@ class GenerativeOutput(NamedTuple):
 
 
 class Generative(nn.Module):
-    """Encoder on the visible tokens, a plain decoder of them and mask tokens, a linear head to K points."""
+    """Encoder on the visible tokens, a plain decoder of them and mask tokens, a linear head to K
+    points.
+    """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
         super().__init__()
@@ -41,10 +44,14 @@ class Generative(nn.Module):
         )
         self.head = nn.Linear(encoder.width, 3 * encoder.group_size)
 
-    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> GenerativeOutput:
+    def forward(
+        self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
+    ) -> GenerativeOutput:
         """One pass on points B N 3."""
         encoder = self.encoder
-        centers, patches, _ = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+        centers, patches, _ = group(
+            points, encoder.num_groups, encoder.group_size, generator.stream("group")
+        )
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
         # All patches become tokens, as there: the norms' statistics are of masked ones too.

@@ -1,7 +1,8 @@
-"""The invariance rival (the paper's Fig. 2): views of one shape must have one embedding, without collapsing.
+"""The invariance rival (the paper's Fig. 2): views of one shape must have one embedding, without
+collapsing.
 
-Multi-crop views; regularised as in VICReg (Bardes, Ponce, LeCun, ICLR 2022) or by SIGReg (LeJEPA, Balestriero
-and LeCun, arXiv 2511.08544).
+Multi-crop views; regularised as in VICReg (Bardes, Ponce, LeCun, ICLR 2022) or by SIGReg (LeJEPA,
+Balestriero and LeCun, arXiv 2511.08544).
 """
 
 from typing import NamedTuple
@@ -20,14 +21,18 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: Tensor  # mean squared distance of a view's embedding to the mean of the global views'
+    invariance: (
+        Tensor  # mean squared distance of a view's embedding to the mean of the global views'
+    )
     regularizer: Tensor  # the weighted VICReg terms, or SIGReg
     embedding: Tensor  # V B E, global views first
     encoded: Tensor  # n C, the encoder's tokens of the first view
 
 
 class Invariance(nn.Module):
-    """Global views are the whole cloud, partial ones a ball of it; each augmented alone, encoded, pooled, projected."""
+    """Global views are the whole cloud, partial ones a ball of it; each augmented alone, encoded,
+    pooled, projected.
+    """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
         super().__init__()
@@ -35,12 +40,18 @@ class Invariance(nn.Module):
         self.encoder, self.settings, self.config = encoder, settings, config
         hidden = settings.projector_dim
         self.projector = nn.Sequential(
-            nn.Linear(2 * encoder.width, hidden), BatchNorm(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden), BatchNorm(hidden), nn.ReLU(),
+            nn.Linear(2 * encoder.width, hidden),
+            BatchNorm(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            BatchNorm(hidden),
+            nn.ReLU(),
             nn.Linear(hidden, settings.embedding_dim),
-        )  # fmt: skip
+        )
 
-    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0) -> InvarianceOutput:
+    def forward(
+        self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
+    ) -> InvarianceOutput:
         """One pass on points B N 3, not augmented yet."""
         settings, encoder = self.settings, self.encoder
         low, high = settings.partial_ratio
@@ -48,10 +59,16 @@ class Invariance(nn.Module):
         pooled, encoded = [], None
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
-            if view >= settings.global_views:  # fewer points, fewer patches: each of the size it has in the whole
+            if (
+                view >= settings.global_views
+            ):  # fewer points, fewer patches: each of the size it has in the whole
                 groups = max(1, round(share * groups))
-                seen = random_crop(points, max(encoder.group_size, round(share * points.shape[1])), draws)
-            seen = augment(seen, self.config.scale, self.config.rotate, self.config.translate, draws)
+                seen = random_crop(
+                    points, max(encoder.group_size, round(share * points.shape[1])), draws
+                )
+            seen = augment(
+                seen, self.config.scale, self.config.rotate, self.config.translate, draws
+            )
             grouped = group(seen, groups, encoder.group_size, draws.stream("group"))
             position = encoder.position(grouped.centers)
             tokens = encoder.hidden_states(
@@ -64,15 +81,21 @@ class Invariance(nn.Module):
         center = embedding[: settings.global_views].mean(0)
         invariance = (embedding - center).square().mean()
         if settings.regularizer == "sigreg":
-            terms = [sigreg(view, generator.stream("sigreg"), settings.num_slices) for view in embedding]
+            terms = [
+                sigreg(view, generator.stream("sigreg"), settings.num_slices) for view in embedding
+            ]
             regularizer = torch.stack(terms).mean()
             loss = (1 - settings.sigreg) * invariance + settings.sigreg * regularizer
         else:
             same, spread, apart = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            regularizer = spread * variance + 2 * apart * covariance  # VICReg sums the covariances of its two views
-            loss = 4 * same * invariance + regularizer  # two views are 4 times farther apart than from their mean
+            regularizer = (
+                spread * variance + 2 * apart * covariance
+            )  # VICReg sums the covariances of its two views
+            loss = (
+                4 * same * invariance + regularizer
+            )  # two views are 4 times farther apart than from their mean
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 
     def after_step(self, progress: float) -> None:

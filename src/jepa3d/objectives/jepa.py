@@ -1,4 +1,5 @@
-"""3D-JEPA: predict, in embedding space, what a teacher says about blocks that the encoder does not see.
+"""3D-JEPA: predict, in embedding space, what a teacher says about blocks that the encoder does not
+see.
 
 Hu, Cheng, Xie, Li, Zhu, "3D-JEPA: A Joint Embedding Predictive Architecture for 3D Self-Supervised
 Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to these lines.
@@ -37,10 +38,12 @@ class JEPAOutput(NamedTuple):
 
 
 class JEPA(nn.Module):
-    """Encoder on the context only, decoder, one linear projection to the teacher's width, teacher on all tokens.
+    """Encoder on the context only, decoder, one linear projection to the teacher's width, teacher
+    on all tokens.
 
-    Teacher None: the target is the same encoder's output on all tokens, with its gradient, and SIGReg keeps it
-    from collapsing (LeJEPA). With a teacher SIGReg may be added; then it reads the context's tokens.
+    Teacher None: the target is the same encoder's output on all tokens, with its gradient, and
+    SIGReg keeps it from collapsing (LeJEPA). With a teacher SIGReg may be added; then it reads the
+    context's tokens.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
@@ -79,23 +82,31 @@ class JEPA(nn.Module):
                 nn.Linear(2 * encoder.width, wide), nn.GELU(), nn.Linear(wide, 2 * teacher.width)
             )
 
-    def forward(self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor) -> JEPAOutput:
-        """One pass on points B N 3; `progress` (of every objective) plays no part before `after_step`.
+    def forward(
+        self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor
+    ) -> JEPAOutput:
+        """One pass on points B N 3; `progress` (of every objective) plays no part before
+        `after_step`.
 
-        With the view term the points, `num_points` or more, are in farthest point order, and the student sees a
-        damaged view of each cloud (`random_view`) and predicts also what the teacher says of the whole, undamaged one.
-        With several masks a cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724) the output's B counts all of them.
-        `cached`: the indices of centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
+        With the view term the points, `num_points` or more, are in farthest point order, and the
+        student sees a damaged view of each cloud (`random_view`) and predicts also what the teacher
+        says of the whole, undamaged one. With several masks a cloud (`sampler.masks`, as in
+        AsymDSD, arXiv 2506.21724) the output's B counts all of them. `cached`: the indices of
+        centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
         """
         encoder, viewed = self.encoder, None
         if self.settings.view:
-            whole = unit_sphere(random_rotate(points[:, : encoder.num_points], generator.stream("view/turn")))
+            whole = unit_sphere(
+                random_rotate(points[:, : encoder.num_points], generator.stream("view/turn"))
+            )
             viewed = self.describe(whole, generator.stream("view/group"))
             points = random_view(points, encoder.num_points, generator.stream("student"))
         if cached:
             grouped = groups_at(points, *cached[:2])
         else:
-            grouped = group(points, encoder.num_groups, encoder.group_size, generator.stream("group"))
+            grouped = group(
+                points, encoder.num_groups, encoder.group_size, generator.stream("group")
+            )
         centers, patches, index = grouped
         several = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
         every_center, draws = several(centers), generator.repeated(self.masks)
@@ -106,8 +117,12 @@ class JEPA(nn.Module):
         elif self.teacher:
             tokens = self.teacher(patches, centers)
         else:
-            tokens = encoder.features(patches, centers, generator=generator.stream("target_drop_path"))[-1]
-        prediction, encoded = self.predict(several(patches), every_center, sample, draws.stream("drop_path"))
+            tokens = encoder.features(
+                patches, centers, generator=generator.stream("target_drop_path")
+            )[-1]
+        prediction, encoded = self.predict(
+            several(patches), every_center, sample, draws.stream("drop_path")
+        )
         settings, regularised = self.settings, encoded if self.teacher else tokens.flatten(0, 1)
         target = gather_points(several(tokens), sample.target)
         if settings.project:
@@ -120,19 +135,37 @@ class JEPA(nn.Module):
         if viewed is not None:
             view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), several(viewed))
             loss = loss + settings.view * view_loss
-        return JEPAOutput(loss, prediction, target, sample, every_center, several(index), encoded, penalty, view_loss)
+        return JEPAOutput(
+            loss,
+            prediction,
+            target,
+            sample,
+            every_center,
+            several(index),
+            encoded,
+            penalty,
+            view_loss,
+        )
 
     @torch.no_grad()
     def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """What the teacher says of whole clouds B N 3: mean and max of its tokens, standardised over the batch."""
+        """What the teacher says of whole clouds B N 3: mean and max of its tokens, standardised
+        over the batch.
+        """
         assert self.teacher
         grouped = group(points, self.encoder.num_groups, self.encoder.group_size, generator)
         return normalise(pool(self.teacher(grouped.patches, grouped.centers)), "standardize")
 
     def predict(
-        self, patches: Tensor, centers: Tensor, sample: TokenSample, generator: BatchGenerator | None = None
+        self,
+        patches: Tensor,
+        centers: Tensor,
+        sample: TokenSample,
+        generator: BatchGenerator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicted teacher tokens B A T E and the encoded context n C; only context patches are read."""
+        """Predicted teacher tokens B A T E and the encoded context n C; only context patches are
+        read.
+        """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
         target_position = encoder.position(gather_points(centers, sample.target))
@@ -145,20 +178,31 @@ class JEPA(nn.Module):
             return self.projection(decoder(context, layout, position, target_position)), context
         # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
         x, position, joint = decoder.assemble(tokens, layout, position, target_position)
-        encoded = encoder.hidden_states(joint.every_pass(x), joint.every_pass(position), joint, generator)[-1]
-        return self.projection(decoder.predictions(encoded, target_position)), encoded[: layout.num_rows]
+        encoded = encoder.hidden_states(
+            joint.every_pass(x), joint.every_pass(position), joint, generator
+        )[-1]
+        return self.projection(decoder.predictions(encoded, target_position)), encoded[
+            : layout.num_rows
+        ]
 
     def after_step(self, progress: float) -> None:
-        """Move an EMA teacher; a frozen one stays. `progress` is the finished fraction of the run, 0 to 1."""
+        """Move an EMA teacher; a frozen one stays.
+
+        `progress` is the finished fraction of the run, 0 to 1.
+        """
         if self.teacher and self.teacher.average is not None:
             first, last = self.settings.momentum
             ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Collapse figures, the mean number of context tokens, and the share of points they have in common."""
+        """Collapse figures, the mean number of context tokens, and the share of points they have in
+        common.
+        """
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
-            figures["position_loss"] = position_loss(output.target, gather_points(output.centers, output.sample.target))
+            figures["position_loss"] = position_loss(
+                output.target, gather_points(output.centers, output.sample.target)
+            )
         figures |= row_figures("encoded", output.encoded.detach())
         if output.view is not None:
             figures["view"] = output.view.item()
@@ -170,9 +214,11 @@ class JEPA(nn.Module):
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
-    """Mean over blocks of 1 - cos(prediction, target), B A T E (paper, equation of III-E with its sign corrected).
+    """Mean over blocks of 1 - cos(prediction, target), B A T E (paper, equation of III-E with its
+    sign corrected).
 
-    `unit` "token": cosine of each token, averaged over the block; "block": of the block's tokens as one vector.
+    `unit` "token": cosine of each token, averaged over the block; "block": of the block's tokens as
+    one vector.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
@@ -191,7 +237,9 @@ def make_sampler(config: PretrainConfig):
     settings = config.sampler
     if settings.name in ("random", "one_block"):
         return partial(getattr(sampling, settings.name), mask_ratio=settings.mask_ratio)
-    options = {name: getattr(settings, name) for name in ("num_targets", "target_ratio", "min_context")}
+    options = {
+        name: getattr(settings, name) for name in ("num_targets", "target_ratio", "min_context")
+    }
     if settings.context_ratio is not None:
         options["context_ratio"] = settings.context_ratio
     return partial(getattr(sampling, settings.name), **options)

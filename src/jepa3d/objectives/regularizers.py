@@ -1,4 +1,7 @@
-"""What keeps embeddings from collapsing when no frozen teacher does: SIGReg and VICReg's two terms."""
+"""What keeps embeddings from collapsing when no frozen teacher does:
+
+SIGReg and VICReg's two terms.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +13,13 @@ _KNOTS, _LAST = 17, 3.0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
-    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): are rows [n, E] drawn from N(0, I)?
+    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): are rows [n, E] drawn
+    from N(0, I)?
 
-    Along `num_slices` random directions the empirical characteristic function is compared with a Gaussian's at
-    17 knots on [0, 3] (Epps-Pulley: squared difference, Gaussian window, trapezoid rule, both signs of t), times n.
-    About 1 for Gaussian rows, whatever their number. n counts the rows of all processes.
+    Along `num_slices` random directions the empirical characteristic function is compared with a
+    Gaussian's at 17 knots on [0, 3] (Epps-Pulley: squared difference, Gaussian window, trapezoid
+    rule, both signs of t), times n. About 1 for Gaussian rows, whatever their number. n counts the
+    rows of all processes.
     """
     width = rows.shape[1]
     rows = rows.float()  # characteristic functions of half precision are noise
@@ -23,14 +28,17 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
     step = _LAST / (_KNOTS - 1)
     knots = torch.arange(_KNOTS, device=rows.device) * step
     gaussian = torch.exp(-knots.square() / 2)
-    # cos and sin of k * angle from those of angle (Chebyshev's recurrence): one pair of kernels instead of 17.
+    # cos and sin of k * angle from those of angle (Chebyshev's recurrence): one pair of kernels
+    # instead of 17.
     angle = rows @ slices * step
     cos, sin = angle.cos(), angle.sin()
     real, imaginary = [torch.ones_like(cos), cos], [torch.zeros_like(sin), sin]
     for _ in range(2, _KNOTS):
         real.append(2 * cos * real[-1] - real[-2])
         imaginary.append(2 * cos * imaginary[-1] - imaginary[-2])
-    sums = torch.stack([torch.stack([x.sum(0) for x in part]) for part in (real, imaginary)])  # 2 knots slices
+    sums = torch.stack(
+        [torch.stack([x.sum(0) for x in part]) for part in (real, imaginary)]
+    )  # 2 knots slices
     count = sum_over_processes(rows.new_tensor(float(len(rows))))
     mean = sum_over_processes(sums) / count
     error = (mean[0] - gaussian[:, None]).square() + mean[1].square()
@@ -39,8 +47,13 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
     return ((weights * gaussian) @ error).mean() * count
 
 
-def variance_covariance(rows: Tensor, least: float = 1.0, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """VICReg's regularisers of rows [n, E] (Bardes et al. 2022): hinge on each dimension's std, squared covariances."""
+def variance_covariance(
+    rows: Tensor, least: float = 1.0, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """VICReg's regularisers of rows [n, E] (Bardes et al.
+
+    2022): hinge on each dimension's std, squared covariances.
+    """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))
     centred = rows - sum_over_processes(rows.sum(0)) / count

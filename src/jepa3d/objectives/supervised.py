@@ -1,4 +1,6 @@
-"""Supervised training of a classifier or a part segmenter: cross-entropy, in the loop of pretraining."""
+"""Supervised training of a classifier or a part segmenter: cross-entropy, in the loop of
+pretraining.
+"""
 
 from typing import NamedTuple
 
@@ -19,14 +21,18 @@ class SupervisedOutput(NamedTuple):
 class Supervised(nn.Module):
     """Cross-entropy with label smoothing, over the points that have a label.
 
-    `trained` "head": the encoder stays as it is. "head_first": its BatchNorms keep their statistics, all else learns.
+    `trained` "head": the encoder stays as it is. "head_first": its BatchNorms keep their
+    statistics, all else learns.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
     """
 
     def __init__(
-        self, network: Classifier | LinearClassifier | Segmenter, label_smoothing: float = 0.0, trained: str = "all"
+        self,
+        network: Classifier | LinearClassifier | Segmenter,
+        label_smoothing: float = 0.0,
+        trained: str = "all",
     ):
         super().__init__()
         self.network, self.label_smoothing, self.trained = network, label_smoothing, trained
@@ -42,7 +48,12 @@ class Supervised(nn.Module):
         return self
 
     def forward(
-        self, points: Tensor, generator: BatchGenerator, progress: float, labels: Tensor, parts: Tensor | None = None
+        self,
+        points: Tensor,
+        generator: BatchGenerator,
+        progress: float,
+        labels: Tensor,
+        parts: Tensor | None = None,
     ) -> SupervisedOutput:
         """One pass on points B N 3; `progress` plays no part."""
         if isinstance(self.network, Segmenter):
@@ -51,7 +62,9 @@ class Supervised(nn.Module):
         else:
             logits, target = self.network(points, generator), labels
         flat, smoothing = logits.flatten(0, -2).float(), self.label_smoothing
-        loss = F.cross_entropy(flat, target.flatten(), ignore_index=UNLABELLED, label_smoothing=smoothing)
+        loss = F.cross_entropy(
+            flat, target.flatten(), ignore_index=UNLABELLED, label_smoothing=smoothing
+        )
         return SupervisedOutput(loss, logits, target)
 
     def after_step(self, progress: float) -> None:

@@ -1,6 +1,8 @@
-"""Checkpoints that a kill at any moment cannot spoil: safetensors and JSON in a new folder, renamed when whole.
+"""Checkpoints that a kill at any moment cannot spoil: safetensors and JSON in a new folder, renamed
+when whole.
 
-Two are kept, every file with its checksum: where the newer one is damaged, a run goes on from the older one.
+Two are kept, every file with its checksum: where the newer one is damaged, a run goes on from the
+older one.
 """
 
 import os
@@ -20,9 +22,11 @@ KEPT = 2
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
-    """Call write(partial folder), make it durable, then rename it to `path`; if `new`, FileExistsError where one is.
+    """Call write(partial folder), make it durable, then rename it to `path`; if `new`,
+    FileExistsError where one is.
 
-    A failure, such as a full disk, leaves nothing behind; a kill leaves `path` whole, or for `put_back`.
+    A failure, such as a full disk, leaves nothing behind; a kill leaves `path` whole, or for
+    `put_back`.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -46,7 +50,9 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
 
 
 def put_back(path: Path) -> Path:
-    """`path`, the folder that was there before where a kill came while `replace_folder` put a new one in its place."""
+    """`path`, the folder that was there before where a kill came while `replace_folder` put a new
+    one in its place.
+    """
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -58,12 +64,20 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     teacher = getattr(model, "teacher", None)
     frozen = ()
     if isinstance(teacher, Teacher):
-        frozen = tuple(f"teacher.networks.{i}." for i in range(len(teacher.networks)) if i != teacher.average)
-    return {name: value for name, value in model.state_dict().items() if not name.startswith(frozen)}
+        frozen = tuple(
+            f"teacher.networks.{i}." for i in range(len(teacher.networks)) if i != teacher.average
+        )
+    return {
+        name: value for name, value in model.state_dict().items() if not name.startswith(frozen)
+    }
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write `folder`/step-NNNNNNN and drop all but it and the one before it; state must hold "step"."""
+def save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write `folder`/step-NNNNNNN and drop all but it and the one before it; state must hold
+    "step".
+    """
     moments = {
         f"{index}.{name}": value.cpu()
         for index, entry in optimizer.state_dict()["state"].items()
@@ -93,11 +107,13 @@ def latest(folder: Path) -> Path | None:
     return max(_all(folder), default=None)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], list[str]]:
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], list[str]]:
     """Load model and optimizer in place from the newest undamaged checkpoint.
 
-    Returns the saved state and a line for every damaged one, which names its file. ValueError where all are damaged or
-    the weights do not fit.
+    Returns the saved state and a line for every damaged one, which names its file. ValueError where
+    all are damaged or the weights do not fit.
     """
     damaged = []
     for checkpoint in reversed(_all(folder)):
@@ -108,12 +124,16 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
             continue
         _load(checkpoint, model, optimizer, weights, moments)
         return state, [f"{line}; going on from {checkpoint.name}" for line in damaged]
-    raise ValueError(f"{'; '.join(damaged)}; no whole checkpoint is left: begin again with another --out")
+    raise ValueError(
+        f"{'; '.join(damaged)}; no whole checkpoint is left: begin again with another --out"
+    )
 
 
 _READ: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "state.json": read_checked, "model.safetensors": load_file, "optimizer.safetensors": load_file,
-}  # fmt: skip
+    "state.json": read_checked,
+    "model.safetensors": load_file,
+    "optimizer.safetensors": load_file,
+}
 
 
 def _load(
@@ -127,10 +147,14 @@ def _load(
     shapes, wanted = ({name: value.shape for name, value in d.items()} for d in (weights, expected))
     wrong = [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]
     if wrong:
-        raise ValueError(f"{checkpoint}: does not fit this model (first of {len(wrong)}: {min(wrong)})")
+        raise ValueError(
+            f"{checkpoint}: does not fit this model (first of {len(wrong)}: {min(wrong)})"
+        )
     model.load_state_dict(weights, strict=False)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in moments.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

@@ -1,4 +1,5 @@
-"""`jepa3d compare`: the arms of a grid, trained with the same seeds, scored once and set against a reference.
+"""`jepa3d compare`: the arms of a grid, trained with the same seeds, scored once and set against a
+reference.
 
 OUT/runs/ARM-SEED/   a run of jepa3d pretrain, ARM-lrRATE-SEED where rates are searched; scores-*.json, its outcomes,
                      and in the reference's runs those of the baselines
@@ -18,7 +19,14 @@ import numpy as np
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.labelled import Part
-from jepa3d.evaluation.outcomes import LabelledSet, Shapes, encoded, kept_outcomes, made_by_hand, names_of
+from jepa3d.evaluation.outcomes import (
+    LabelledSet,
+    Shapes,
+    encoded,
+    kept_outcomes,
+    made_by_hand,
+    names_of,
+)
 from jepa3d.evaluation.paired import Outcomes, Row, rows_of, sheets_of, stacked
 from jepa3d.evaluation.probe import was_seen
 from jepa3d.evaluation.protocol import provenance, write_json
@@ -37,10 +45,15 @@ BASELINES = ("untrained", *BY_HAND)
 
 
 class Comparison:
-    """The runs and scores of a grid in a folder: what is there is used, the rest is made, a line a run."""
+    """The runs and scores of a grid in a folder: what is there is used, the rest is made, a line a
+    run.
+    """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
-        """Read the scored sets and check what is there. Raises ValueError, before anything is trained."""
+        """Read the scored sets and check what is there.
+
+        Raises ValueError, before anything is trained.
+        """
         self.names, self.part, self.out = names_of(sets), part, out
         self.shapes = cache(Shapes.read)
         self.clouds: dict[tuple, PointClouds] = {}
@@ -53,7 +66,9 @@ class Comparison:
             self.shapes(asked, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
-            print("measuring what a step of each arm costs, where that is not known yet", flush=True)
+            print(
+                "measuring what a step of each arm costs, where that is not known yet", flush=True
+            )
             with self._quiet():
                 grid = at_equal_time(grid, out)
         self.grid = grid
@@ -62,14 +77,19 @@ class Comparison:
                 try:
                     runs.check_unchanged(settle(grid.config(arm, seed, rate), folder), folder)
                 except ValueError as error:
-                    raise ValueError(f"{grid.path}: arms.{arm}: {error}; give a changed arm another name") from error
+                    raise ValueError(
+                        f"{grid.path}: arms.{arm}: {error}; give a changed arm another name"
+                    ) from error
         self.steps = {
-            arm: config.max_steps or total_steps(config, len(self._load(config))) for arm, config in grid.arms.items()
+            arm: config.max_steps or total_steps(config, len(self._load(config)))
+            for arm, config in grid.arms.items()
         }
         told = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
         print(f"steps of a run: {told}", flush=True)
         if grid.cpu_minutes is None and len(set(self.steps.values())) > 1:
-            raise ValueError(f"{grid.path}: equal steps, but they are {told}; give all arms the same max_steps")
+            raise ValueError(
+                f"{grid.path}: equal steps, but they are {told}; give all arms the same max_steps"
+            )
 
     def folder(self, arm: str, seed: int, rate: float | None) -> Path:
         """Where a run lies."""
@@ -113,21 +133,34 @@ class Comparison:
             "are equal one is called better or worse by chance",
         ]
         if len(grid.seeds) == 1:
-            notes.append("NOTE: one seed: the intervals are over shapes alone and say nothing about other runs")
+            notes.append(
+                "NOTE: one seed: the intervals are over shapes alone and say nothing about other runs"
+            )
         for asked, name in self.names.items():
             shapes = self._read(asked, grid.reference)
             notes.append(f"{name}: selection {shapes.selection}")
-            seen = [arm for arm, config in grid.arms.items() if was_seen(to_dict(config), asked.source, self.part)]
+            seen = [
+                arm
+                for arm, config in grid.arms.items()
+                if was_seen(to_dict(config), asked.source, self.part)
+            ]
             if seen:
-                notes.append(f"{name}: scored shapes were among the unlabelled ones of pretraining: {', '.join(seen)}")
+                notes.append(
+                    f"{name}: scored shapes were among the unlabelled ones of pretraining: {', '.join(seen)}"
+                )
         return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in self.failed.items()]
 
     def sheets(self, rows: list[Row]) -> list[Sheet]:
         """The arms with the protocol, then a table for every set and metric."""
-        grid, minutes = self.grid, {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed}
+        grid, minutes = (
+            self.grid,
+            {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed},
+        )
         lines = []
         for arm, config in grid.arms.items():
-            changes = ", ".join(f"{name} {value}" for name, value in plain_settings(grid.overrides[arm]).items())
+            changes = ", ".join(
+                f"{name} {value}" for name, value in plain_settings(grid.overrides[arm]).items()
+            )
             lines.append(
                 [
                     arm,
@@ -143,7 +176,9 @@ class Comparison:
         for asked, name in self.names.items():
             shapes = self._read(asked, grid.reference)
             count = len(np.unique(shapes.y))
-            about[name] = f"{len(shapes.scored):,} shapes of {count} classes, {self.part} part, mean ± std over seeds"
+            about[name] = (
+                f"{len(shapes.scored):,} shapes of {count} classes, {self.part} part, mean ± std over seeds"
+            )
         return [first, *sheets_of(rows, minutes, self.failed, about)]
 
     def record(self, rows: list[Row]) -> dict[str, Any]:
@@ -151,21 +186,33 @@ class Comparison:
         grid = self.grid
         arms = {
             arm: {
-                "settings": to_dict(config), "overrides": grid.overrides[arm], "lr": self.rates[arm] or config.lr,
-                "steps": self.steps[arm], "failed": self.failed.get(arm),
+                "settings": to_dict(config),
+                "overrides": grid.overrides[arm],
+                "lr": self.rates[arm] or config.lr,
+                "steps": self.steps[arm],
+                "failed": self.failed.get(arm),
                 "cpu_minutes": None if arm in self.failed else self.minutes(arm),
             }
             for arm, config in grid.arms.items()
-        }  # fmt: skip
+        }
         data = {name: asked._asdict() for asked, name in self.names.items()}
         return provenance() | {
-            "title": grid.title, "reference": grid.reference, "seeds": grid.seeds, "rates": grid.rates,
-            "cpu_minutes": grid.cpu_minutes, "part": self.part, "data": data, "arms": arms, "notes": self.notes(),
+            "title": grid.title,
+            "reference": grid.reference,
+            "seeds": grid.seeds,
+            "rates": grid.rates,
+            "cpu_minutes": grid.cpu_minutes,
+            "part": self.part,
+            "data": data,
+            "arms": arms,
+            "notes": self.notes(),
             "rows": [row.record() for row in rows],
-        }  # fmt: skip
+        }
 
     def _choose_rate(self, arm: str) -> float | None:
-        """The learning rate that is best by 10 labels a class on the validation parts, mean over sets, first seed."""
+        """The learning rate that is best by 10 labels a class on the validation parts, mean over
+        sets, first seed.
+        """
         rates, seed = self.grid.rates, self.grid.seeds[0]
         if len(rates) == 1:
             return rates[0]
@@ -173,11 +220,22 @@ class Comparison:
         if not ended:
             self.failed[arm] = f"at every learning rate, seed {seed}"
             return None
-        scores = {rate: [self._score(arm, seed, rate, asked, "validation") for asked in self.names] for rate in ended}
-        return max(ended, key=lambda rate: float(np.mean([found["logistic_10"].mean() for found in scores[rate]])))
+        scores = {
+            rate: [self._score(arm, seed, rate, asked, "validation") for asked in self.names]
+            for rate in ended
+        }
+        return max(
+            ended,
+            key=lambda rate: float(
+                np.mean([found["logistic_10"].mean() for found in scores[rate]])
+            ),
+        )
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
-        """Train a run, or go on with it; says so in a line. Returns why it failed, None where it did not."""
+        """Train a run, or go on with it; says so in a line.
+
+        Returns why it failed, None where it did not.
+        """
         folder, config = self.folder(arm, seed, rate), self.grid.config(arm, seed, rate)
         if folder in self.ended:
             return self.ended[folder]
@@ -187,8 +245,16 @@ class Comparison:
         elif not (folder.exists() and read_record(folder)["status"] == "finished"):
             try:
                 with self._quiet():
-                    trained = sorted(run.parent for run in self.out.glob("runs/*/stage1/*/run.json"))
-                    pretrain(config, folder, folder.exists(), clouds=self._load(config), stage_one=trained)
+                    trained = sorted(
+                        run.parent for run in self.out.glob("runs/*/stage1/*/run.json")
+                    )
+                    pretrain(
+                        config,
+                        folder,
+                        folder.exists(),
+                        clouds=self._load(config),
+                        stage_one=trained,
+                    )
             except Diverged as error:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
@@ -199,7 +265,9 @@ class Comparison:
 
     def _load(self, config: PretrainConfig) -> PointClouds:
         """The shapes of a run; runs of the same data share them."""
-        viewed = config.objective == "jepa" and config.target.view > 0  # those are read with twice the points
+        viewed = (
+            config.objective == "jepa" and config.target.view > 0
+        )  # those are read with twice the points
         key = config.data, config.split, config.up_axis, config.encoder.num_points, viewed
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)
@@ -221,27 +289,42 @@ class Comparison:
         """A scored set at the points of an arm."""
         return self.shapes(asked, self.grid.arms[arm].encoder.num_points, part or self.part)
 
-    def _score(self, arm: str, seed: int, rate: float | None, asked: LabelledSet, part: Part) -> dict[str, np.ndarray]:
+    def _score(
+        self, arm: str, seed: int, rate: float | None, asked: LabelledSet, part: Part
+    ) -> dict[str, np.ndarray]:
         folder, shapes = self.folder(arm, seed, rate), self._read(asked, arm, part)
-        return kept_outcomes(folder, "encoder", partial(encoded, folder / "encoder", shapes), shapes, seed)
+        return kept_outcomes(
+            folder, "encoder", partial(encoded, folder / "encoder", shapes), shapes, seed
+        )
 
     def _outcomes(self, arm: str, asked: LabelledSet) -> Outcomes:
         """Of an arm, seeds x shapes."""
-        return stacked([self._score(arm, seed, self.rates[arm], asked, self.part) for seed in self.grid.seeds])
+        return stacked(
+            [self._score(arm, seed, self.rates[arm], asked, self.part) for seed in self.grid.seeds]
+        )
 
     def _baselines(self, asked: LabelledSet) -> dict[str, Outcomes]:
-        """Vectors without training, on the shapes that the reference sees; seeds draw weights and labels."""
+        """Vectors without training, on the shapes that the reference sees; seeds draw weights and
+        labels.
+        """
         folders, shapes = self._folders(self.grid.reference), self._read(asked, self.grid.reference)
         first, found = folders[self.grid.seeds[0]], {}
         for name in BASELINES:
             by_hand = cache(partial(made_by_hand, first / "untrained", name, shapes))
-            found[name] = stacked([
-                kept_outcomes(
-                    folder, name, by_hand if name in BY_HAND else partial(encoded, folder / "untrained", shapes),
-                    shapes, seed,
-                )
-                for seed, folder in folders.items()
-            ])  # fmt: skip
+            found[name] = stacked(
+                [
+                    kept_outcomes(
+                        folder,
+                        name,
+                        by_hand
+                        if name in BY_HAND
+                        else partial(encoded, folder / "untrained", shapes),
+                        shapes,
+                        seed,
+                    )
+                    for seed, folder in folders.items()
+                ]
+            )
         return found
 
 
@@ -252,12 +335,17 @@ def _minutes(folder: Path) -> float:
 
 
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[Row]:
-    """Make the comparison in `out`, print its tables and write them there. Raises ValueError and loop.Interrupted."""
+    """Make the comparison in `out`, print its tables and write them there.
+
+    Raises ValueError and loop.Interrupted.
+    """
     comparison = Comparison(grid, sets, part, out)
     rows = comparison.run()
     sheets = comparison.sheets(rows)
     show(sheets)
     write_json(out / "compare.json", comparison.record(rows))
     write_bytes(out / "table.md", markdown(sheets, provenance()["command"]).encode())
-    draw_differences(rows, out / "compare.png", f"{grid.title}: difference from {grid.reference}, {part} part")
+    draw_differences(
+        rows, out / "compare.png", f"{grid.title}: difference from {grid.reference}, {part} part"
+    )
     return rows

@@ -1,8 +1,9 @@
-"""How a run computes: precision and compilation, by rule or by a trial, what trades time for memory; trackers.
+"""How a run computes: precision and compilation, by rule or by a trial, what trades time for
+memory; trackers.
 
-bf16 doubles the speed of one processor and halves that of another: `mixed_precision` auto is a rule that looks at the
-machine alone. A trial (`mixed_precision` measure, `compile` auto) times some steps of this model. RUN/run.json says
-what was taken, and a resumed run keeps to it.
+bf16 doubles the speed of one processor and halves that of another: `mixed_precision` auto is a rule
+that looks at the machine alone. A trial (`mixed_precision` measure, `compile` auto) times some
+steps of this model. RUN/run.json says what was taken, and a resumed run keeps to it.
 """
 
 import copy
@@ -44,7 +45,8 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
 def tracker(name: str | None, run: Path | None) -> list[Any]:
     """What Accelerate is to log with: the tracker of that name, none for a dry run.
 
-    Raises ValueError for one that it does not know, or whose package is missing (Accelerate would leave it out).
+    Raises ValueError for one that it does not know, or whose package is missing (Accelerate would
+    leave it out).
     """
     if name is None:
         return []
@@ -63,29 +65,41 @@ def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             out |= plain_settings(value, f"{where}{key}.")
         else:
-            out[f"{where}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+            out[f"{where}{key}"] = (
+                value if isinstance(value, (int, float, str, bool)) else str(value)
+            )
     return out
 
 
 def compile_blocks(objective: nn.Module) -> None:
-    """Each transformer block by `torch.compile`, for any number of rows; names of weights stay as they are."""
-    torch._dynamo.config.recompile_limit = 64  # blocks of teacher, student, decoder, padded or not, in two precisions
+    """Each transformer block by `torch.compile`, for any number of rows; names of weights stay as
+    they are.
+    """
+    torch._dynamo.config.recompile_limit = (
+        64  # blocks of teacher, student, decoder, padded or not, in two precisions
+    )
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
             module.compile(dynamic=True)
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 is quicker than fp32 here: a GPU with bf16 of its own, or without a GPU a processor with AMX."""
+    """Whether bf16 is quicker than fp32 here: a GPU with bf16 of its own, or without a GPU a
+    processor with AMX.
+    """
     if not ON_CPU:
-        supported = getattr(torch.get_device_module(), "is_bf16_supported", None)  # Apple's GPUs have no answer
+        supported = getattr(
+            torch.get_device_module(), "is_bf16_supported", None
+        )  # Apple's GPUs have no answer
         return supported is not None and supported(including_emulation=False)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
     return amx is not None and amx()
 
 
 def settle(config: Config, run: Path | None = None) -> Config:
-    """The configuration with mixed_precision auto replaced by bf16 or no: as the started `run` has it, else by rule."""
+    """The configuration with mixed_precision auto replaced by bf16 or no: as the started `run` has
+    it, else by rule.
+    """
     if config.mixed_precision != "auto":
         return config
     if run:
@@ -93,7 +107,9 @@ def settle(config: Config, run: Path | None = None) -> Config:
     state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
     precision = broadcast_object_list(found)[0]  # every process as the first one
     if state.is_main_process:
-        print(f"computing in {named(precision)} on {device_name()} (mixed_precision auto)", flush=True)
+        print(
+            f"computing in {named(precision)} on {device_name()} (mixed_precision auto)", flush=True
+        )
     return replace(config, mixed_precision=precision)
 
 
@@ -106,7 +122,9 @@ def device_name() -> str:
 
 
 def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) -> How:
-    """Precision and whether to compile: those that the run began with, else those of its settings, or of a trial."""
+    """Precision and whether to compile: those that the run began with, else those of its settings,
+    or of a trial.
+    """
     found: dict[str, Any] | None = started_with(run) if run else None
     if found is None:
         config = settle(config)
@@ -114,15 +132,24 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
         if config.mixed_precision == "measure" or config.compile == "auto":
             found = _measured(task, clouds, config)
         if run and PartialState(cpu=ON_CPU).is_main_process:
-            write_json(run / "run.json", read_record(run) | {"engine": found | {"device": device_name()}})
-    elif found.get("device", device_name()) != device_name() and PartialState(cpu=ON_CPU).is_main_process:
+            write_json(
+                run / "run.json", read_record(run) | {"engine": found | {"device": device_name()}}
+            )
+    elif (
+        found.get("device", device_name()) != device_name()
+        and PartialState(cpu=ON_CPU).is_main_process
+    ):
         how = named(found["mixed_precision"], found["compile"])
-        print(f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}", flush=True)
+        print(
+            f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}",
+            flush=True,
+        )
     return found["mixed_precision"], found["compile"]
 
 
 def started_with(run: Path) -> dict[str, Any] | None:
-    """Precision, compilation and device that a run began with; None where it has not begun, or an old run did not say.
+    """Precision, compilation and device that a run began with; None where it has not begun, or an
+    old run did not say.
 
     Raises ValueError for a damaged record.
     """
@@ -134,9 +161,16 @@ def started_with(run: Path) -> dict[str, Any] | None:
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
     """What a trial finds quickest, and the seconds of everything tried; the first process says so."""
-    precisions = ("no", "bf16") if config.mixed_precision == "measure" else (config.mixed_precision,)
+    precisions = (
+        ("no", "bf16") if config.mixed_precision == "measure" else (config.mixed_precision,)
+    )
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
-    seconds = trial(task, clouds, config, [(precision, compiled) for precision in precisions for compiled in ways])
+    seconds = trial(
+        task,
+        clouds,
+        config,
+        [(precision, compiled) for precision in precisions for compiled in ways],
+    )
     choice = [min(seconds, key=seconds.__getitem__)]
     precision, compiled = broadcast_object_list(choice)[0]  # every process as the first one
     if PartialState(cpu=ON_CPU).is_main_process:
@@ -147,7 +181,9 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
 
 
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
-    """Median seconds of a forward and backward pass of a copy of the task, in turns; every process takes part."""
+    """Median seconds of a forward and backward pass of a copy of the task, in turns; every process
+    takes part.
+    """
     state = PartialState(cpu=ON_CPU)
     device = cast(torch.device, state.device)
     share = task.schedule.batch_size // state.num_processes // config.accumulate
@@ -170,7 +206,9 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                 loss.backward()
                 loss.item()  # wait for the device
             except RuntimeError as error:  # no compiler, say, or no kernel of that precision
-                if len(copies) == 1 or state.num_processes > 1:  # the others would wait for this one
+                if (
+                    len(copies) == 1 or state.num_processes > 1
+                ):  # the others would wait for this one
                     raise
                 print(f"trial of {named(*how)}: {str(error).splitlines()[0]}", flush=True)
                 del copies[how]

@@ -1,4 +1,5 @@
-"""Few-shot runs: episodes drawn once and kept, each fine-tuned in its own folder or scored on frozen features.
+"""Few-shot runs: episodes drawn once and kept, each fine-tuned in its own folder or scored on
+frozen features.
 
 OUT/config.json, run.json   as of pretraining                OUT/episodes.json  rows of the data, where they were drawn
 OUT/start/    the encoder that every episode begins with     OUT/fold-N/        a run of finetune.py, where fine-tuned
@@ -21,15 +22,30 @@ from jepa3d.evaluation.protocol import Result, moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.plain import read_checked, to_dict
 from jepa3d.training import runs
-from jepa3d.training.finetune import FINETUNED, arm_settings, begin, finetune, init_name, num_points, pretraining_of
+from jepa3d.training.finetune import (
+    FINETUNED,
+    arm_settings,
+    begin,
+    finetune,
+    init_name,
+    num_points,
+    pretraining_of,
+)
 from jepa3d.training.progress import cpu_seconds
 
-WORDS = {"finetune": "fine-tuned", "ncm": "frozen, nearest class mean", "logistic": "frozen, logistic regression"}
+WORDS = {
+    "finetune": "fine-tuned",
+    "ncm": "frozen, nearest class mean",
+    "logistic": "frozen, logistic regression",
+}
 
 
 @runs.exclusive
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
-    """Score every fold and write their mean. Raises ValueError, before anything is written, and loop.Interrupted."""
+    """Score every fold and write their mean.
+
+    Raises ValueError, before anything is written, and loop.Interrupted.
+    """
     config = replace(config, select="last")  # W * S labels are too few to spare some
     config, encoder, started = begin(config, out, resume)
     if started and runs.is_finished(out):
@@ -64,16 +80,22 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
         cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
     over_folds = moments(scores)
     named = {"overall_accuracy": over_folds["mean"], "std_over_folds": over_folds["std"]}
-    named = {name: value for name, value in named.items() if value is not None}  # one fold has no std
+    named = {
+        name: value for name, value in named.items() if value is not None
+    }  # one fold has no std
     if runs.is_main():
         result = Result(
             task="fewshot",
             protocol=name,
             data={
-                "name": clouds.name, "variant": None if drawn else "ModelNet40 few-shot",
-                "fingerprint": clouds.fingerprint, "classes": config.ways,
-                "train": config.ways * config.shots, "validation": 0,
-                "test": config.ways * config.queries, "labels": 1.0,
+                "name": clouds.name,
+                "variant": None if drawn else "ModelNet40 few-shot",
+                "fingerprint": clouds.fingerprint,
+                "classes": config.ways,
+                "train": config.ways * config.shots,
+                "validation": 0,
+                "test": config.ways * config.queries,
+                "labels": 1.0,
             },
             init=init_name(config.init, "scratch" if config.method == "finetune" else "untrained"),
             pretraining=pretraining_of(config.init),
@@ -83,9 +105,10 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             metrics=named,
             validation=None,
             details={"folds": scores},
-            settings=arm_settings(config) | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
+            settings=arm_settings(config)
+            | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
             cost=cost,
-        )  # fmt: skip
+        )
         runs.finish(out, cost, named, result)
     runs.wait_for_everyone()
     return out
@@ -106,14 +129,26 @@ def _finetuned(
         names = train.class_names or tuple(map(str, range(config.ways)))
         data = Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names)
         folder = out / f"fold-{i}"
-        finetune(fold, folder, (folder / "config.json").is_file(), data=data, encoder=encoder, protocol=name)
+        finetune(
+            fold,
+            folder,
+            (folder / "config.json").is_file(),
+            data=data,
+            encoder=encoder,
+            protocol=name,
+        )
         done = read_checked(folder / "results.json")
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         print(f"fold {i}: {scores[-1]:.1f} %", flush=True)
-        for network in ("start", "model"):  # at the paper's size a gigabyte or two a setting, and no use
+        for network in (
+            "start",
+            "model",
+        ):  # at the paper's size a gigabyte or two a setting, and no use
             shutil.rmtree(folder / network, ignore_errors=True)
-    return scores, {key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")}
+    return scores, {
+        key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")
+    }
 
 
 def _folds(

@@ -1,4 +1,5 @@
-"""Supervised runs, classification and part segmentation: labelled shapes and an encoder in, a folder out.
+"""Supervised runs, classification and part segmentation: labelled shapes and an encoder in, a
+folder out.
 
 RUN/config.json, run.json, metrics.jsonl, checkpoints/    as of pretraining (pretrain.py); config.json names the task
 RUN/start/     the encoder before the first step          RUN/best/         the best epoch so far, while running
@@ -38,8 +39,10 @@ from jepa3d.validate import validate_finetune
 
 Config = TypeVar("Config", bound=FinetuneConfig)
 FINETUNED = {
-    "all": "fine-tuned, all weights", "head": "fine-tuned, head only", "head_first": "fine-tuned, head first",
-}  # fmt: skip
+    "all": "fine-tuned, all weights",
+    "head": "fine-tuned, head only",
+    "head_first": "fine-tuned, head first",
+}
 FEW = 100  # labels below which none are spared to choose an epoch by
 
 
@@ -53,10 +56,11 @@ def finetune(
     encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
-    """Train a classifier (of a SegmentConfig a part segmenter) into `out`, choose its epoch, test it once.
+    """Train a classifier (of a SegmentConfig a part segmenter) into `out`, choose its epoch, test
+    it once.
 
-    `data` None loads `config.data`, `encoder` None loads `config.init`. Raises ValueError for settings or data that
-    cannot work, before anything is written, and loop.Interrupted.
+    `data` None loads `config.data`, `encoder` None loads `config.init`. Raises ValueError for
+    settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.is_finished(out):
@@ -69,7 +73,10 @@ def finetune(
     if started:
         runs.check_same_data(train, out)
     else:
-        record = {"parameters": {"model": runs.count_parameters(network)}, "pretraining": pretraining_of(config.init)}
+        record = {
+            "parameters": {"model": runs.count_parameters(network)},
+            "pretraining": pretraining_of(config.init),
+        }
         task_name = {"task": "segment" if segments else "classify"}
         runs.create(out, task_name | to_dict(config), train, record, {"start": network.encoder})
     runs.wait_for_everyone()
@@ -79,9 +86,16 @@ def finetune(
     look = (lambda: score(network, seen)) if seen is not None else None
     objective = Supervised(network, config.label_smoothing, config.trained)
     task = Task(
-        objective, config, "model", network, targets=partial(_targets, train), look=look, looks_at=part,
-        layer_decay=config.layer_decay, looks_first=config.trained == "head_first",
-    )  # fmt: skip
+        objective,
+        config,
+        "model",
+        network,
+        targets=partial(_targets, train),
+        look=look,
+        looks_at=part,
+        layer_decay=config.layer_decay,
+        looks_first=config.trained == "head_first",
+    )
     state = fit(task, train, config, out, stop_at)
     if seen is not None:
         network = type(network).from_pretrained(checkpoint.put_back(out / "best"))
@@ -90,7 +104,11 @@ def finetune(
         predicted = predict(network, data.test, config.votes, config.seed)
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
-        held = None if validation is None else figures(network, validation, predict(network, validation))[0]
+        held = (
+            None
+            if validation is None
+            else figures(network, validation, predict(network, validation))[0]
+        )
         record = read_record(out)
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
         cost = runs.cost_of(out, state)
@@ -118,7 +136,8 @@ def finetune(
 def begin(
     config: Config, out: Path, resume: bool, encoder: PointEncoder | None = None
 ) -> tuple[Config, PointEncoder | None, bool]:
-    """Settings with the encoder's sizes, the encoder if not from scratch, and whether `out` is a run to continue.
+    """Settings with the encoder's sizes, the encoder if not from scratch, and whether `out` is a
+    run to continue.
 
     Raises ValueError for settings that cannot work or are not those that the run began with.
     """
@@ -137,13 +156,18 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
     """Labels B, and where there are any parts B N, of the shapes at index."""
     assert clouds.labels is not None
     labels = torch.from_numpy(clouds.labels[index])
-    return (labels,) if clouds.parts is None else (labels, torch.from_numpy(clouds.parts[index].astype(np.int64)))
+    return (
+        (labels,)
+        if clouds.parts is None
+        else (labels, torch.from_numpy(clouds.parts[index].astype(np.int64)))
+    )
 
 
 def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | None:
     """The encoder that a run begins with, on its number of points and patches; None from scratch.
 
-    `own` is a started run's copy, which serves whatever became of the source. ValueError where it is no encoder.
+    `own` is a started run's copy, which serves whatever became of the source. ValueError where it
+    is no encoder.
     """
     source = str(own) if own else config.init
     if source is None:
@@ -151,7 +175,11 @@ def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | No
     loaded = load_module(str(DEFAULT) if source == "default" else source)
     if not isinstance(loaded, PointEncoder):
         raise ValueError(f"--init {source}: not an encoder")
-    sizes = {name: value for name in ("num_points", "num_groups") if (value := getattr(config, name)) is not None}
+    sizes = {
+        name: value
+        for name in ("num_points", "num_groups")
+        if (value := getattr(config, name)) is not None
+    }
     encoder = PointEncoder(**vars(encoder_config(loaded)) | sizes)
     encoder.load_weights(loaded)
     return encoder
@@ -159,7 +187,11 @@ def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | No
 
 def encoder_config(encoder: PointEncoder) -> EncoderConfig:
     """The arguments that an encoder was made with."""
-    known = {name: value for name, value in vars(encoder)["_hub_mixin_config"].items() if name in vars(EncoderConfig())}
+    known = {
+        name: value
+        for name, value in vars(encoder)["_hub_mixin_config"].items()
+        if name in vars(EncoderConfig())
+    }
     return replace(EncoderConfig(), **known)
 
 
@@ -168,18 +200,29 @@ def num_points(config: FinetuneConfig) -> int:
     return config.num_points or config.encoder.num_points
 
 
-def make_network(config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None) -> Network:
-    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where there is one.
+def make_network(
+    config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
+) -> Network:
+    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where
+    there is one.
 
     Head first, its head is fitted to the encoder's vectors of the train shapes.
     """
-    sizes = {"num_points": num_points(config), "num_groups": config.num_groups or config.encoder.num_groups}
+    sizes = {
+        "num_points": num_points(config),
+        "num_groups": config.num_groups or config.encoder.num_groups,
+    }
     arguments: dict[str, Any] = vars(config.encoder) | sizes
     torch.manual_seed(config.seed)
     if isinstance(config, SegmentConfig):
         layers = list(config.layers or thirds(config.encoder.depth))
         network: Network = Segmenter(
-            arguments, list(data.class_names), list(data.part_names), data.parts_of, layers, config.dropout
+            arguments,
+            list(data.class_names),
+            list(data.part_names),
+            data.parts_of,
+            layers,
+            config.dropout,
         )
     elif config.trained == "head_first":
         network = LinearClassifier(arguments, list(data.class_names))
@@ -203,7 +246,9 @@ def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
     if data.validation is not None and config.labels == 1:
         return "validation", 0.0
     if (labelled := len(data.labelled(config.labels, config.seed))) < FEW or config.validation == 0:
-        print(f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts")
+        print(
+            f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts"
+        )
         return "last", 0.0
     return "validation", config.validation
 
@@ -212,20 +257,53 @@ def protocol_name(config: FinetuneConfig) -> str:
     """What is trained, in words."""
     if isinstance(config, SegmentConfig):
         return "part segmentation" + ("" if config.trained == "all" else ", head only")
-    return FINETUNED[config.trained] + (f", layer decay {config.layer_decay}" if config.layer_decay != 1 else "")
+    return FINETUNED[config.trained] + (
+        f", layer decay {config.layer_decay}" if config.layer_decay != 1 else ""
+    )
 
 
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that arms of one comparison may differ in."""
     encoder = config.encoder
-    sizes = {"num_points": num_points(config), "num_groups": config.num_groups or encoder.num_groups}
+    sizes = {
+        "num_points": num_points(config),
+        "num_groups": config.num_groups or encoder.num_groups,
+    }
     names = (
-        "lr", "weight_decay", "epochs", "max_steps", "warmup_epochs", "batch_size", "labels", "trained", "layer_decay",
-        "dropout", "label_smoothing", "scale", "rotate", "translate", "mixed_precision", "labels_key", "layers",
-        "validation", "clip_grad", "min_lr", "up_axis", "accumulate", "compile",
-    )  # fmt: skip
-    sizes |= {name: getattr(encoder, name) for name in ("embed_dim", "depth", "num_heads", "group_size", "drop_path")}
-    return json.loads(json.dumps({name: getattr(config, name) for name in names if hasattr(config, name)})) | sizes
+        "lr",
+        "weight_decay",
+        "epochs",
+        "max_steps",
+        "warmup_epochs",
+        "batch_size",
+        "labels",
+        "trained",
+        "layer_decay",
+        "dropout",
+        "label_smoothing",
+        "scale",
+        "rotate",
+        "translate",
+        "mixed_precision",
+        "labels_key",
+        "layers",
+        "validation",
+        "clip_grad",
+        "min_lr",
+        "up_axis",
+        "accumulate",
+        "compile",
+    )
+    sizes |= {
+        name: getattr(encoder, name)
+        for name in ("embed_dim", "depth", "num_heads", "group_size", "drop_path")
+    }
+    return (
+        json.loads(
+            json.dumps({name: getattr(config, name) for name in names if hasattr(config, name)})
+        )
+        | sizes
+    )
 
 
 def init_name(init: str | None, none: str = "scratch") -> str:
@@ -236,20 +314,31 @@ def init_name(init: str | None, none: str = "scratch") -> str:
 
 
 def pretraining_of(init: str | None) -> dict | None:
-    """A pretraining run's settings and which of its encoders `init` is, with its data, cost and commit.
+    """A pretraining run's settings and which of its encoders `init` is, with its data, cost and
+    commit.
 
     None where `init` is no such run, or a run's untrained encoder.
     """
     if init is None or Path(init).name == "untrained":
         return None
-    around = [folder for folder in (Path(init), *Path(init).parents[:2]) if (folder / "run.json").is_file()]
+    around = [
+        folder
+        for folder in (Path(init), *Path(init).parents[:2])
+        if (folder / "run.json").is_file()
+    ]
     if not around or not (around[0] / "config.json").is_file():
         return None
     config, record = stored(around[0]), read_record(around[0])
     if "task" in config:  # a fine-tuning run
         return None
-    which = Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")  # or a snapshot
-    return config | {"encoder_of": which} | {name: record.get(name) for name in ("data", "cost", "commit")}
+    which = (
+        Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")
+    )  # or a snapshot
+    return (
+        config
+        | {"encoder_of": which}
+        | {name: record.get(name) for name in ("data", "cost", "commit")}
+    )
 
 
 def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.ndarray]) -> None:

@@ -1,6 +1,8 @@
-"""A pass as a graph that a GPU repeats: one launch by the host instead of two thousand, which is what a step waits for.
+"""A pass as a graph that a GPU repeats: one launch by the host instead of two thousand, which is
+what a step waits for.
 
-Measured on an H200 (docs/performance.md): the paper's step keeps the GPU busy for 17 ms and the host for 50.
+Measured on an H200 (docs/performance.md): the paper's step keeps the GPU busy for 17 ms and the
+host for 50.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ WARM_UP = 3  # passes before a graph is recorded, as torch asks for
 
 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
-    """Whether every pass of a run has one of few shapes: random masks or one block, unlike contexts of any length."""
+    """Whether every pass of a run has one of few shapes: random masks or one block, unlike contexts
+    of any length.
+    """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
         and isinstance(config, PretrainConfig)
@@ -29,10 +33,11 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
 
 class Repeated:
-    """Forward and backward of `run(points, generator)`, recorded once for each set of sizes drawn, then repeated.
+    """Forward and backward of `run(points, generator)`, recorded once for each set of sizes drawn,
+    then repeated.
 
-    The result and the gradients of `model` stay valid until the next call. Each graph has its own draws in its own
-    buffers, those that `run` would have made.
+    The result and the gradients of `model` stay valid until the next call. Each graph has its own
+    draws in its own buffers, those that `run` would have made.
     """
 
     def __init__(self, run: Callable[[Tensor, BatchGenerator], Any], model: nn.Module):
@@ -59,7 +64,9 @@ class Repeated:
     def _key(self, points: Tensor, generator: BatchGenerator) -> tuple:
         """Everything that decides the shapes of a pass: the batch's and the sizes that it draws."""
         assert self.sizes is not None
-        streams = {name: BatchGenerator(generator.seed, generator.step, stream=name) for name in self.sizes}
+        streams = {
+            name: BatchGenerator(generator.seed, generator.step, stream=name) for name in self.sizes
+        }
         return points.shape, *(streams[name].choice(count) for name, count in self.sizes.items())
 
     def _record(self, points: Tensor, draws: RepeatedDraws) -> tuple:
@@ -76,15 +83,23 @@ class Repeated:
                     parameter.grad = None
         device.current_stream().wait_stream(aside)
         graph = device.CUDAGraph()
-        with device.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # another thread reads ahead
+        with device.graph(
+            graph, pool=self.pool, capture_error_mode="thread_local"
+        ):  # another thread reads ahead
             output = self.run(seen, RepeatedDraws(draws.seed, draws.step, parent=draws))
         self.pool = graph.pool()
         for buffer, value in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(value)
-        gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [
+            (parameter, parameter.grad) for parameter in parameters if parameter.grad is not None
+        ]
         return graph, seen, draws, detached(output), gradients
 
 
 def detached(output: Any) -> Any:
-    """The same named tuple without its history, which would keep nodes of this recording for the next."""
-    return type(output)(*(value.detach() if isinstance(value, Tensor) else value for value in output))
+    """The same named tuple without its history, which would keep nodes of this recording for the
+    next.
+    """
+    return type(output)(
+        *(value.detach() if isinstance(value, Tensor) else value for value in output)
+    )

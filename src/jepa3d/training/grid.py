@@ -1,4 +1,6 @@
-"""Grids: the arms of a comparison, read from YAML and resolved, and the steps that equal CPU time gives each."""
+"""Grids: the arms of a comparison, read from YAML and resolved, and the steps that equal CPU time
+gives each.
+"""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +13,15 @@ import numpy as np
 
 from jepa3d import config as settings
 from jepa3d.config import PretrainConfig
-from jepa3d.plain import differences, from_dict, nearest, read_checked, read_recipe, to_dict, write_checked
+from jepa3d.plain import (
+    differences,
+    from_dict,
+    nearest,
+    read_checked,
+    read_recipe,
+    to_dict,
+    write_checked,
+)
 from jepa3d.training.pretrain import check, cpu_costs
 
 ROUNDS = 3  # of measuring what a step costs, arm after arm
@@ -26,11 +36,16 @@ class Grid(NamedTuple):
     overrides: dict[str, dict]  # of each arm, as written
     reference: str
     seeds: tuple[int, ...]
-    rates: tuple[float | None, ...]  # learning rates to choose from; (None,) leaves each arm its own
+    rates: tuple[
+        float | None, ...
+    ]  # learning rates to choose from; (None,) leaves each arm its own
     cpu_minutes: float | None  # of every run, stage I included; None: equal steps
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
-        """Of one run. The rate is that of the arm's own objective, as of `config.resolve`; stage I keeps its own."""
+        """Of one run.
+
+        The rate is that of the arm's own objective, as of `config.resolve`; stage I keeps its own.
+        """
         config = self.arms[arm]
         return replace(config, seed=seed, lr=config.lr if rate is None else rate)
 
@@ -50,7 +65,8 @@ class _File:
 
 
 def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
-    """The grid in a file. `common`: overrides that win over its settings, but not over an arm's own.
+    """The grid in a file. `common`: overrides that win over its settings, but not over an arm's
+    own.
 
     reserved: names that no arm may have. Raises ValueError, which names the file and the key.
     """
@@ -63,11 +79,15 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         if missing := [key for key in ("arms", "reference", "seeds") if key not in values]:
             raise ValueError(f"{missing[0]} is missing")
         file = from_dict(_File, values)
-        overrides = {str(name): {} if changes is None else changes for name, changes in file.arms.items()}
+        overrides = {
+            str(name): {} if changes is None else changes for name, changes in file.arms.items()
+        }
         if not overrides:
             raise ValueError("arms: none given, and at least one is needed")
         if file.reference not in overrides:
-            raise ValueError(f"reference {file.reference!r} is no arm{nearest(file.reference, overrides)}")
+            raise ValueError(
+                f"reference {file.reference!r} is no arm{nearest(file.reference, overrides)}"
+            )
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
                 raise ValueError(f"{key} {list(given)}: one at least, and each only once")
@@ -77,15 +97,23 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         raise ValueError(f"{path}: {error}") from error
     ruled = ["seed", *["lr"] * bool(file.lr), *["max_steps"] * (minutes is not None)]
     rates = file.lr or (None,)
-    grid = Grid(path, file.title or path.stem, {}, overrides, file.reference, file.seeds, rates, minutes)
+    grid = Grid(
+        path, file.title or path.stem, {}, overrides, file.reference, file.seeds, rates, minutes
+    )
     for name, changes in overrides.items():
         try:
             if not re.fullmatch(r"[\w.+-]+", name) or name in reserved:
-                raise ValueError(f"a name of letters, digits, . + - and _, but not {', '.join(reserved)}")
+                raise ValueError(
+                    f"a name of letters, digits, . + - and _, but not {', '.join(reserved)}"
+                )
             if not isinstance(changes, dict):
-                raise ValueError(f"the settings in which it differs, {{}} for none, not {changes!r}")
+                raise ValueError(
+                    f"the settings in which it differs, {{}} for none, not {changes!r}"
+                )
             grid.arms[name] = config = settings.resolve(*layers, changes)
-            if clash := [key for key in ruled if key in changes | changes.get(config.objective, {})]:
+            if clash := [
+                key for key in ruled if key in changes | changes.get(config.objective, {})
+            ]:
                 raise ValueError(f"{clash[0]} is set by the grid, for all arms alike")
             if config.objective == "dvae":
                 raise ValueError("objective dvae trains no encoder")
@@ -109,7 +137,8 @@ def _base(grid: Path, file: _File) -> list[dict]:
 
 
 def at_equal_time(grid: Grid, out: Path) -> Grid:
-    """The grid with as many steps for each arm as its CPU-minutes allow, by costs measured once: out/costs.json.
+    """The grid with as many steps for each arm as its CPU-minutes allow, by costs measured once:
+    out/costs.json.
 
     Raises ValueError for an arm that changed since, or whose stage I takes all the time.
     """

@@ -33,12 +33,21 @@ from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
 from jepa3d.plain import read_metrics, to_dict
 from jepa3d.training import checkpoint
-from jepa3d.training.engine import ON_CPU, choose, compile_blocks, plain_settings, set_activation_checkpoints, tracker
+from jepa3d.training.engine import (
+    ON_CPU,
+    choose,
+    compile_blocks,
+    plain_settings,
+    set_activation_checkpoints,
+    tracker,
+)
 from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, cpu_seconds
 
-BAD_CLOUD = "restore the file as it was (jepa3d info DATA --verify finds such clouds), then --resume"
+BAD_CLOUD = (
+    "restore the file as it was (jepa3d info DATA --verify finds such clouds), then --resume"
+)
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 
 
@@ -60,27 +69,38 @@ class Task:
     export: str  # encoder, dvae or model
     module: Any  # what is exported: PointEncoder, DVAE, Classifier or Segmenter
     augments: bool = True  # False: the objective augments its views itself
-    targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None  # what is known of the shapes at an index
-    look: Callable[[], float] | None = None  # a score after every epoch; the weights of the best are kept in RUN/best
+    targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = (
+        None  # what is known of the shapes at an index
+    )
+    look: Callable[[], float] | None = (
+        None  # a score after every epoch; the weights of the best are kept in RUN/best
+    )
     looks_at: str = "validation"  # or test: the part that it scores
     layer_decay: float = 1.0
     looks_first: bool = False  # look also before the first step: the head is fitted already
 
 
-def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None) -> dict:
+def fit(
+    task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, stop_at: int | None = None
+) -> dict:
     """Train; resume from the newest checkpoint in `run`; None writes nothing (dry run).
 
-    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds,
-    step_cpu_seconds, mixed_precision (as used).
-    Raises Interrupted on Ctrl-C or SIGTERM, or at `stop_at`, after saving, and Diverged.
+    Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best, the last
+    metrics, step_seconds, step_cpu_seconds, mixed_precision (as used). Raises Interrupted on Ctrl-C
+    or SIGTERM, or at `stop_at`, after saving, and Diverged.
     """
     began = cpu_seconds(), time.perf_counter()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of a context: most of a step
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # it plans anew for every length of a context: most of a step
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
-    AcceleratorState._reset_state()  # stage I, a run before this one in its process, may have chosen otherwise
+    # stage I, a run before this one in its process, may have chosen otherwise
+    AcceleratorState._reset_state()
     tracked = tracker(config.track, run)
-    accelerator = Accelerator(cpu=ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run)
+    accelerator = Accelerator(
+        cpu=ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run
+    )
     if tracked:
         accelerator.init_trackers("jepa3d", plain_settings(to_dict(config)))
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
@@ -88,39 +108,62 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         compile_blocks(objective)
     optimizer = adamw(objective, schedule, task.layer_decay)
     total = total_steps(schedule, len(clouds))
-    state: dict[str, Any] = {"step": 0, "cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_memory": 0, "best": None}
+    state: dict[str, Any] = {
+        "step": 0,
+        "cpu_seconds": 0.0,
+        "wall_seconds": 0.0,
+        "peak_memory": 0,
+        "best": None,
+    }
     metrics = run and run / "metrics.jsonl"
     if run and checkpoint.latest(run / "checkpoints"):
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
             print(line, flush=True)
     elif run and not (run / task.export).exists() and _has_saved(run, config):
-        raise ValueError(f"{run}/checkpoints: gone, though the run had begun: begin again with another --out")
+        raise ValueError(
+            f"{run}/checkpoints: gone, though the run had begun: begin again with another --out"
+        )
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
-    share, rank = schedule.batch_size // accelerator.num_processes // config.accumulate, accelerator.process_index
-    progress = Progress(metrics, state, total, schedule.batch_size, accelerator.is_main_process, began)
+    share, rank = (
+        schedule.batch_size // accelerator.num_processes // config.accumulate,
+        accelerator.process_index,
+    )
+    progress = Progress(
+        metrics, state, total, schedule.batch_size, accelerator.is_main_process, began
+    )
 
     def save(loss: float) -> None:
         if not math.isfinite(loss):  # never replace a good checkpoint by a spoilt one
-            raise Diverged(f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})")
+            raise Diverged(
+                f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})"
+            )
         if run and accelerator.is_main_process:
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-            checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state))
+            checkpoint.save(
+                run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state)
+            )
         accelerator.wait_for_everyone()
 
     def read(step: int) -> list[tuple[int, np.ndarray, Tensor]]:
-        """Of every pass of a step: the place of this process's first row in the batch, its shapes and their points."""
+        """Of every pass of a step: the place of this process's first row in the batch, its shapes
+        and their points.
+        """
         batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
-        places = [(part * accelerator.num_processes + rank) * share for part in range(config.accumulate)]
+        places = [
+            (part * accelerator.num_processes + rank) * share for part in range(config.accumulate)
+        ]
         rows = [batch[first : first + share] for first in places]
         return [
             (first, row, to_device(clouds.batch(row), accelerator.device))
             for first, row in zip(places, rows, strict=True)
         ]
 
-    def one_pass(points: Tensor, generator: BatchGenerator, progress: float = 0.0, *targets: Tensor) -> Any:
+    def one_pass(
+        points: Tensor, generator: BatchGenerator, progress: float = 0.0, *targets: Tensor
+    ) -> Any:
         """Forward and backward on one process's share of a pass."""
         if task.augments:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
@@ -152,7 +195,7 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
         at_end.callback(batches.close)
         for tracking in accelerator.trackers:
             at_end.callback(tracking.finish)  # also when interrupted
-        # ------------------------------------------------------------------------------ the training loop
+        # ------------------------------------------------------------------------ the training loop
         while (step := state["step"]) < total:
             loss, output = torch.zeros((), device=accelerator.device), None
             try:
@@ -163,7 +206,9 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                 raise ReadError(f"{error}, read at step {step + 1}; {BAD_CLOUD}") from error
             for part, (first, index, points) in enumerate(passes):
                 generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
-                targets = (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
+                targets = (
+                    (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
+                )
                 last = part == config.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     if repeated:
@@ -186,7 +231,9 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
             if step % config.log_every == 0 or step in (1, total) or snapshot or looked:
                 mean = accelerator.reduce(loss, "mean").item()
                 if not math.isfinite(mean):
-                    raise Diverged(f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})")
+                    raise Diverged(
+                        f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})"
+                    )
                 epoch = step * schedule.batch_size / len(clouds)
                 figures = {
                     "loss": mean,
@@ -200,13 +247,15 @@ def fit(task: Task, clouds: PointClouds, config: RunConfig, run: Path | None, st
                 progress.log(step, figures)
                 accelerator.log(figures, step)
             if run and snapshot and accelerator.is_main_process:
-                checkpoint.replace_folder(run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained)
+                checkpoint.replace_folder(
+                    run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained
+                )
             stopping = stopped(accelerator, stop, step) or step == stop_at
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 save(loss.item())
             if stopping and step < total:
                 raise Interrupted(f"stopped at step {step:,} of {total:,}, saved")
-        # ------------------------------------------------------------------------------------------------
+        # ------------------------------------------------------------------------------------------
     found = {"metrics": progress.last, "mixed_precision": precision}
     found |= {"step_seconds": progress.step_seconds, "step_cpu_seconds": progress.step_cpu_seconds}
     return progress.stamp(state) | found
@@ -238,9 +287,11 @@ def _has_saved(run: Path, config: RunConfig) -> bool:
 def batch_index(
     seed: int, step: int, batch_size: int, num_samples: int, shard_sizes: tuple[int, ...] = ()
 ) -> np.ndarray:
-    """Sample indices of one global batch: the stream of epochs, each its own order, cut into batches.
+    """Sample indices of one global batch: the stream of epochs, each its own order, cut into
+    batches.
 
-    Depends on nothing but its arguments: the order is the same after a resume and for any number of processes.
+    Depends on nothing but its arguments: the order is the same after a resume and for any number of
+    processes.
     """
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     out = np.empty(batch_size, np.int64)
@@ -252,15 +303,21 @@ def batch_index(
 
 
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int, shard_sizes: tuple[int, ...] = ()) -> np.ndarray:
-    """The samples of an epoch, shuffled; of a store, within windows of random shards, so that few are open at once."""
+def epoch_order(
+    seed: int, epoch: int, num_samples: int, shard_sizes: tuple[int, ...] = ()
+) -> np.ndarray:
+    """The samples of an epoch, shuffled; of a store, within windows of random shards, so that few
+    are open at once.
+    """
     rng = np.random.default_rng([seed, epoch])
     if len(shard_sizes) <= WINDOW:
         return rng.permutation(num_samples)
     first = np.cumsum((0, *shard_sizes))
     shards = rng.permutation(len(shard_sizes))
     windows = [shards[at : at + WINDOW] for at in range(0, len(shards), WINDOW)]
-    members = (np.concatenate([np.arange(first[i], first[i + 1]) for i in window]) for window in windows)
+    members = (
+        np.concatenate([np.arange(first[i], first[i + 1]) for i in window]) for window in windows
+    )
     return np.concatenate([rng.permutation(rows) for rows in members])
 
 

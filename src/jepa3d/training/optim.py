@@ -9,9 +9,11 @@ from jepa3d.config import Schedule
 
 
 def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """Weight decay on matrices only: none on biases, norms and single tokens. Fused: one kernel a step.
+    """Weight decay on matrices only: none on biases, norms and single tokens. Fused: one kernel a
+    step.
 
-    `layer_decay` lowers the rates of an encoder's blocks from the last to the first (BEiT), as each group's "lr_scale".
+    `layer_decay` lowers the rates of an encoder's blocks from the last to the first (BEiT), as each
+    group's "lr_scale".
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -19,12 +21,17 @@ def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> tor
         if parameter.requires_grad:
             decay = schedule.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((-scales[name], -decay), []).append(parameter)
-    rows = [{"params": groups[key], "weight_decay": -key[1], "lr_scale": -key[0]} for key in sorted(groups)]
+    rows = [
+        {"params": groups[key], "weight_decay": -key[1], "lr_scale": -key[0]}
+        for key in sorted(groups)
+    ]
     return torch.optim.AdamW(rows, lr=schedule.lr, fused=True)
 
 
 def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """layer_decay^(depth + 1 - layer): layer 0 before an encoder's blocks, i + 1 block i, depth + 1 after them."""
+    """layer_decay^(depth + 1 - layer): layer 0 before an encoder's blocks, i + 1 block i, depth + 1
+    after them.
+    """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     if layer_decay == 1.0:
         return scales
@@ -33,7 +40,9 @@ def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     encoder = blocks[0][0]
     for name in scales:
         if name.startswith(f"{encoder}.blocks."):
-            scales[name] = layer_decay ** (depth - int(name.removeprefix(f"{encoder}.blocks.").partition(".")[0]))
+            scales[name] = layer_decay ** (
+                depth - int(name.removeprefix(f"{encoder}.blocks.").partition(".")[0])
+            )
         elif name.startswith((f"{encoder}.tokenizer.", f"{encoder}.position.")):
             scales[name] = layer_decay ** (depth + 1)
     return scales
@@ -41,13 +50,17 @@ def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
 def total_steps(schedule: Schedule, num_samples: int) -> int:
     """Optimiser steps of the whole schedule."""
-    return schedule.max_steps or max(1, math.ceil(schedule.epochs * num_samples / schedule.batch_size))
+    return schedule.max_steps or max(
+        1, math.ceil(schedule.epochs * num_samples / schedule.batch_size)
+    )
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:
-    """Linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth of the run), then a cosine to `min_lr`.
+    """Linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth of the run), then a cosine
+    to `min_lr`.
 
-    The cosine counts from the first step, not from the end of the warm-up, as timm's of Point-MAE and ACT does.
+    The cosine counts from the first step, not from the end of the warm-up, as timm's of Point-MAE
+    and ACT does.
     """
     warmup = min(schedule.warmup_epochs * num_samples / schedule.batch_size, total / 10)
     share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2

@@ -44,8 +44,13 @@ Network = DVAE | PointEncoder
 TIMED_STEPS = 9  # of a stage whose cost is measured; the first is not timed
 
 
-def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]) -> Task:
-    """What the loop trains for an objective; `networks` holds those of stage I and those given, by name."""
+def make_task(
+    config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]
+) -> Task:
+    """What the loop trains for an objective;
+
+    `networks` holds those of stage I and those given, by name.
+    """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
     if objective == "dvae":
@@ -58,7 +63,9 @@ def make_task(config: PretrainConfig, objective: str, clouds: PointClouds, netwo
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
         return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
-    networks = networks | {"untrained": copy.deepcopy(encoder)}  # before a warm start, the average after it
+    networks = networks | {
+        "untrained": copy.deepcopy(encoder)
+    }  # before a warm start, the average after it
     if config.init:
         warm_start(encoder, networks[config.init], config.init)
     networks["ema"] = copy.deepcopy(encoder)
@@ -84,10 +91,19 @@ def make_dvae(config: PretrainConfig) -> DVAE:
     part, student = config.dvae, config.encoder
     sizes = {
         name: getattr(part, name)
-        for name in ("width", "num_codes", "num_points", "tokenizer_dim", "dgcnn_dim", "folding_dim")
+        for name in (
+            "width",
+            "num_codes",
+            "num_points",
+            "tokenizer_dim",
+            "dgcnn_dim",
+            "folding_dim",
+        )
     }
     backbone = reference(part.backbone) if part.backbone else ""
-    return DVAE(num_groups=student.num_groups, group_size=student.group_size, backbone=backbone, **sizes)
+    return DVAE(
+        num_groups=student.num_groups, group_size=student.group_size, backbone=backbone, **sizes
+    )
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
@@ -95,7 +111,12 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
     if config.teacher == ("none",):
         return None
     average = config.teacher.index("ema") if "ema" in config.teacher else None
-    return Teacher([networks[name] for name in config.teacher], config.target.norm, config.target.layers, average)
+    return Teacher(
+        [networks[name] for name in config.teacher],
+        config.target.norm,
+        config.target.layers,
+        average,
+    )
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
@@ -116,10 +137,12 @@ def pretrain(
     clouds: PointClouds | None = None,
     stage_one: Iterable[Path] = (),
 ) -> Path:
-    """Run `config` into the folder `out`, stage I first for every network that 3D-JEPA needs and does not get.
+    """Run `config` into the folder `out`, stage I first for every network that 3D-JEPA needs and
+    does not get.
 
-    A finished run of `stage_one` whose settings are those that stage I needs is copied instead of trained again.
-    Raises ValueError for settings or data that cannot work, before anything is written, and loop.Interrupted.
+    A finished run of `stage_one` whose settings are those that stage I needs is copied instead of
+    trained again. Raises ValueError for settings or data that cannot work, before anything is
+    written, and loop.Interrupted.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -159,11 +182,19 @@ def pretrain(
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
-        fresh = task if not config.init else make_task(replace(config, init=None), config.objective, clouds, networks)
-        checkpoint.replace_folder(out / "untrained", to_export(fresh.module, clouds, config.seed).save_pretrained)
+        fresh = (
+            task
+            if not config.init
+            else make_task(replace(config, init=None), config.objective, clouds, networks)
+        )
+        checkpoint.replace_folder(
+            out / "untrained", to_export(fresh.module, clouds, config.seed).save_pretrained
+        )
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
-        checkpoint.replace_folder(out / task.export, to_export(task.module, clouds, config.seed).save_pretrained)
+        checkpoint.replace_folder(
+            out / task.export, to_export(task.module, clouds, config.seed).save_pretrained
+        )
         runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
     return out
@@ -171,11 +202,15 @@ def pretrain(
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
     """The frozen teacher whose targets the configuration wants computed beforehand."""
-    return task.objective.teacher if config.target.cache and isinstance(task.objective, JEPA) else None
+    return (
+        task.objective.teacher if config.target.cache and isinstance(task.objective, JEPA) else None
+    )
 
 
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
-    """The task with its teacher's targets computed beforehand, where wanted; in memory without a run."""
+    """The task with its teacher's targets computed beforehand, where wanted; in memory without a
+    run.
+    """
     teacher = teacher_to_cache(config, task)
     if teacher is None:
         return task
@@ -185,7 +220,9 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
 
 
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
-    """The networks that the configuration names by folder or Hub id; of a started run its own copies."""
+    """The networks that the configuration names by folder or Hub id; of a started run its own
+    copies.
+    """
     if config.objective != "jepa":
         return {}
     names = [*config.teacher, *([config.init] if config.init else [])]
@@ -196,12 +233,21 @@ def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Networ
 
 
 def clouds_of(
-    config: PretrainConfig, objective: str, loaded: PointClouds | None = None, limit: int | None = None
+    config: PretrainConfig,
+    objective: str,
+    loaded: PointClouds | None = None,
+    limit: int | None = None,
 ) -> PointClouds:
-    """The data at the number of points of an objective, twice that for views where it has them; `loaded` if it is."""
+    """The data at the number of points of an objective, twice that for views where it has them;
+
+    `loaded` if it is.
+    """
     num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
     viewed = objective == "jepa" and config.target.view > 0
-    if loaded is not None and loaded.points.shape[1] in (num_points, 2 * num_points if viewed else num_points):
+    if loaded is not None and loaded.points.shape[1] in (
+        num_points,
+        2 * num_points if viewed else num_points,
+    ):
         return loaded
     if viewed:  # of which a view still has enough when some are cut away
         with suppress(ReadError):
@@ -210,7 +256,9 @@ def clouds_of(
 
 
 def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Network]) -> Task:
-    """Build every stage and draw one sample, so that what cannot work fails before anything is written."""
+    """Build every stage and draw one sample, so that what cannot work fails before anything is
+    written.
+    """
     stages = {name: make_task(config, name, clouds, {}).module for name in config.stages}
     task = make_task(config, config.objective, clouds, given | stages)
     if config.objective == "jepa":
@@ -228,9 +276,9 @@ class StageTrial(NamedTuple):
     clouds: PointClouds
     shapes: int  # that the whole data has
     steps: int  # of the whole stage
-    asking: (
-        np.ndarray
-    )  # wall and CPU seconds of asking the teachers about all shapes; 0 unless their targets are cached
+    # wall and CPU seconds of asking the teachers about all shapes; 0 unless their targets are
+    # cached
+    asking: np.ndarray
     state: dict  # of `fit`
 
 
@@ -243,8 +291,12 @@ def try_stages(config: PretrainConfig, steps: int) -> Iterator[StageTrial]:
         shapes = clouds.available or len(clouds)
         task = make_task(config, stage, clouds, networks)
         began = np.array([time.perf_counter(), cpu_seconds()])
-        task = with_cache(replace(task, schedule=replace(schedule, max_steps=steps)), clouds, config, None)
-        asking = np.array([time.perf_counter(), cpu_seconds()]) - began if task.targets else np.zeros(2)
+        task = with_cache(
+            replace(task, schedule=replace(schedule, max_steps=steps)), clouds, config, None
+        )
+        asking = (
+            np.array([time.perf_counter(), cpu_seconds()]) - began if task.targets else np.zeros(2)
+        )
         state = fit(task, clouds, replace(config, log_every=steps, snapshot_every=None), None)
         networks[stage] = task.module
         whole = total_steps(schedule, shapes)
@@ -252,7 +304,9 @@ def try_stages(config: PretrainConfig, steps: int) -> Iterator[StageTrial]:
 
 
 def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
-    """CPU-seconds of a run before its own first step (stage I, asking teachers), and of each of its steps; measured."""
+    """CPU-seconds of a run before its own first step (stage I, asking teachers), and of each of its
+    steps; measured.
+    """
     before, step = 0.0, 0.0
     for trial in try_stages(settle(config), TIMED_STEPS):
         step = trial.state["step_cpu_seconds"]
@@ -261,7 +315,9 @@ def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write nothing."""
+    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write
+    nothing.
+    """
     check(config := settle(config))
     spent, memory, disk = [], 0.0, 0
     for trial in try_stages(config, 2):
@@ -274,7 +330,11 @@ def dry_run(config: PretrainConfig) -> None:
         unread = 0 if clouds.shard_sizes else (shapes - len(clouds)) * clouds.points[0].nbytes
         memory = max(memory, state["peak_memory"] + (unread if runs.ON_CPU else 0))
         # Two checkpoints of weights and two moments; what is kept before and after, and on the way.
-        snapshots = steps // config.snapshot_every if config.snapshot_every and stage == config.objective else 0
+        snapshots = (
+            steps // config.snapshot_every
+            if config.snapshot_every and stage == config.objective
+            else 0
+        )
         disk += 4 * (6 * count_parameters(task.objective, True) + size * (2 + snapshots))
         print(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
@@ -283,8 +343,12 @@ def dry_run(config: PretrainConfig) -> None:
         )
     if is_main():
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
-        print(f"the whole run on {shapes:,} shapes takes about {duration(sum(s for _, s in spent))} here: {parts}")
-        print(f"it needs about {memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk")
+        print(
+            f"the whole run on {shapes:,} shapes takes about {duration(sum(s for _, s in spent))} here: {parts}"
+        )
+        print(
+            f"it needs about {memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk"
+        )
 
 
 def duration(seconds: float) -> str:

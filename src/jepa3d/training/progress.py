@@ -1,4 +1,6 @@
-"""Progress of a run: a line or a bar for people, metrics.jsonl for programs, and what the run has cost."""
+"""Progress of a run: a line or a bar for people, metrics.jsonl for programs, and what the run has
+cost.
+"""
 
 import json
 import sys
@@ -33,7 +35,9 @@ def cpu_seconds() -> float:
 
 def peak_memory() -> int:
     """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
-    if torch.accelerator.is_available() and hasattr(torch.get_device_module(), "max_memory_allocated"):
+    if torch.accelerator.is_available() and hasattr(
+        torch.get_device_module(), "max_memory_allocated"
+    ):
         return torch.get_device_module().max_memory_allocated()
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
@@ -44,22 +48,36 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """Shows and records a run from `state["step"]` to `total`; metrics after a resumed step are dropped."""
+    """Shows and records a run from `state["step"]` to `total`; metrics after a resumed step are
+    dropped.
+    """
 
     def __init__(
-        self, path: Path | None, state: dict, total: int, batch_size: int, shown: bool, began: tuple[float, float]
+        self,
+        path: Path | None,
+        state: dict,
+        total: int,
+        batch_size: int,
+        shown: bool,
+        began: tuple[float, float],
     ):
         self.path, self.total, self.batch_size, self.shown = path, total, batch_size, shown
         self.base = dict(state)
         self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
-        self.step_seconds, self.step_cpu_seconds = 0.0, 0.0  # of a step, since the figures before the last
+        self.step_seconds, self.step_cpu_seconds = (
+            0.0,
+            0.0,
+        )  # of a step, since the figures before the last
         self.before = state["step"], time.perf_counter(), cpu_seconds()
         self.bar = Bar(
-            BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), expand=True,
+            BarColumn(12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
+            expand=True,
             disable=not (shown and sys.stderr.isatty()),
-        )  # fmt: skip
+        )
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
             kept = [line for line in read_metrics(path.parent) if line["step"] <= state["step"]]
@@ -85,7 +103,9 @@ class Progress:
         """Record the figures of a step."""
         now = step, time.perf_counter(), cpu_seconds()
         steps = max(1, now[0] - self.before[0])
-        self.step_seconds, self.step_cpu_seconds = ((now[i] - self.before[i]) / steps for i in (1, 2))
+        self.step_seconds, self.step_cpu_seconds = (
+            (now[i] - self.before[i]) / steps for i in (1, 2)
+        )
         self.before = now
         if not self.shown:
             return
@@ -100,6 +120,9 @@ class Progress:
                 file.write(json.dumps(self.last) + "\n")
         text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
         if self.bar.disable:
-            print(f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left", flush=True)
+            print(
+                f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left",
+                flush=True,
+            )
         else:
             self.bar.update(self.task, completed=step, description=f"{rate:.0f} samples/s {text}")

@@ -1,4 +1,6 @@
-"""Run folders: begun whole or not at all, continued only with the same settings and data, finished with their cost."""
+"""Run folders: begun whole or not at all, continued only with the same settings and data, finished
+with their cost.
+"""
 
 import functools
 import os
@@ -24,8 +26,13 @@ from jepa3d.training.engine import ON_CPU
 P = ParamSpec("P")
 
 
-def exclusive(train: Callable[Concatenate[Any, Path, P], Path]) -> Callable[Concatenate[Any, Path, P], Path]:
-    """A function (config, out, ...) that holds the lock of `out`. Raises ValueError where another command has it."""
+def exclusive(
+    train: Callable[Concatenate[Any, Path, P], Path],
+) -> Callable[Concatenate[Any, Path, P], Path]:
+    """A function (config, out, ...) that holds the lock of `out`.
+
+    Raises ValueError where another command has it.
+    """
 
     @functools.wraps(train)
     def locked(config: Any, out: Path, *arguments: P.args, **options: P.kwargs) -> Path:
@@ -36,15 +43,18 @@ def exclusive(train: Callable[Concatenate[Any, Path, P], Path]) -> Callable[Conc
 
 
 def begin(out: Path, resume: bool) -> bool:
-    """Whether `out` is a run to be continued. ValueError where it may be neither made nor continued.
+    """Whether `out` is a run to be continued. ValueError where it may be neither made nor
+    continued.
 
-    Where torchrun restarts a command, `resume` is also right the first time: it is the same command every time.
+    Where torchrun restarts a command, `resume` is also right the first time: it is the same command
+    every time.
     """
     started, existed = (out / "config.json").exists(), out.exists()
     wait_for_everyone()  # all have looked before the first one writes
     if existed and not (resume and started):
         raise ValueError(
-            f"{out}: exists already; choose another --out" + (", or continue it with --resume" if started else "")
+            f"{out}: exists already; choose another --out"
+            + (", or continue it with --resume" if started else "")
         )
     if resume and not started and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         raise ValueError(f"{out}: no run to resume")
@@ -64,7 +74,9 @@ def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
     file, written = out / "config.json", read_record(out).get("config")  # version 0.1.0 wrote none
     if written not in (None, sha256_of(file)):
-        raise ValueError(f"{file}: missing, damaged or edited: its checksum is not that in run.json")
+        raise ValueError(
+            f"{file}: missing, damaged or edited: its checksum is not that in run.json"
+        )
     before = {key: value for key, value in stored(out).items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
@@ -81,11 +93,17 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> None:
-    """Copy to `out` the first of the candidates that is finished and has the settings of `config`, if there is one."""
+    """Copy to `out` the first of the candidates that is finished and has the settings of `config`,
+    if there is one.
+    """
     asked = read_by(to_dict(config))
     for run in candidates:
-        if read_record(run)["status"] == "finished" and not differences(asked, read_by(stored(run))):
-            checkpoint.replace_folder(out, functools.partial(shutil.copytree, run, dirs_exist_ok=True), new=True)
+        if read_record(run)["status"] == "finished" and not differences(
+            asked, read_by(stored(run))
+        ):
+            checkpoint.replace_folder(
+                out, functools.partial(shutil.copytree, run, dirs_exist_ok=True), new=True
+            )
             return
 
 
@@ -100,7 +118,11 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
 
 
 def create(
-    out: Path, config: dict, clouds: PointClouds, record: dict[str, Any], networks: Mapping[str, Pretrained]
+    out: Path,
+    config: dict,
+    clouds: PointClouds,
+    record: dict[str, Any],
+    networks: Mapping[str, Pretrained],
 ) -> None:
     """Config, provenance with `record`, and networks by folder: whole or not at all."""
     if not is_main():
@@ -119,7 +141,9 @@ def create(
 
 
 def check_batch(config: RunConfig, name: str, size: int) -> None:
-    """ValueError for a batch that memory cannot hold, or that processes and passes of a step cannot share evenly."""
+    """ValueError for a batch that memory cannot hold, or that processes and passes of a step cannot
+    share evenly.
+    """
     accumulate = config.accumulate
     if ON_CPU:
         _check_memory(config, name, size)
@@ -130,13 +154,19 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 
 def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
-    """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever the rest takes."""
+    """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever
+    the rest takes.
+    """
     encoder, memory = config.encoder, psutil.virtual_memory().total
-    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)  # gradient, two moments
+    weights = (
+        16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
+    )  # gradient, two moments
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
         raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
-    kept = 1 if config.checkpoint_activations else 8  # a block, of each visible token; far fewer than there are
+    kept = (
+        1 if config.checkpoint_activations else 8
+    )  # a block, of each visible token; far fewer than there are
     tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
     needed = 4 * batch_size // config.accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
@@ -154,11 +184,15 @@ def cost_of(out: Path, state: dict) -> dict[str, float]:
     return cost
 
 
-def finish(out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None) -> None:
+def finish(
+    out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None
+) -> None:
     """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
     record = read_record(out)
     if result:
-        write_checked(out / "results.json", result.record() | {"command": record["command"]})  # not that of a resume
+        write_checked(
+            out / "results.json", result.record() | {"command": record["command"]}
+        )  # not that of a resume
     write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
     drop_scratch(out)
 
@@ -179,7 +213,9 @@ def wait_for_everyone() -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any: one that ends while joined aborts now and then (gloo)."""
+    """Part from the other processes, if there are any: one that ends while joined aborts now and
+    then (gloo).
+    """
     PartialState(cpu=ON_CPU).destroy_process_group()
 
 
@@ -198,7 +234,11 @@ def show_result(out: Path) -> None:
 def outcome(result: dict) -> str:
     """A line of a results.json: figures, and how they were come by."""
     data = result["data"]
-    shown = {name.replace("_", " "): value for name, value in result["metrics"].items() if value is not None}
+    shown = {
+        name.replace("_", " "): value
+        for name, value in result["metrics"].items()
+        if value is not None
+    }
     metrics = ", ".join(f"{name} {value:.1f} %" for name, value in shown.items())
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
     return (
