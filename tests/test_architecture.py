@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 # Lowest room first: a file may import its own room and those before it.
 ROOMS = [
     {"frame", "ops", "ops_triton", "allocator", "plain", "locking"},
-    {"config", "validate"},
+    {"config", "validate", "run"},
     {"models"},
     {"data"},
     {"objectives"},

@@ -9,9 +9,9 @@ import pytest
 
 import jepa3d
 from jepa3d.cli import main
-from jepa3d.config import stored
 from jepa3d.data.store import Store
 from jepa3d.models.ready import fingerprint, load_network
+from jepa3d.run import Run
 
 OLD = Path(__file__).parent / "old" / "runs.tar.xz"
 RUNS = {
@@ -50,7 +50,7 @@ def test_an_old_run_goes_on_or_is_finished_already(old, capsys, name):
 
 
 def test_the_steps_of_an_old_rival_are_its_own(old):
-    assert stored(old / "generative-unfinished")["max_steps"] == 6
+    assert Run(old / "generative-unfinished").config["max_steps"] == 6
     assert call("pretrain", "--out", "generative-unfinished", "--resume") == 0
     lines = (old / "generative-unfinished" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
@@ -99,10 +99,10 @@ def test_what_begins_from_an_old_network_has_its_biases(old, capsys):
         4,
     )
     assert call(*classify, "--out", "classes") == 0, capsys.readouterr().err
-    assert stored(old / "classes")["encoder"]["qkv_bias"] is True
+    assert Run(old / "classes").config["encoder"]["qkv_bias"] is True
     assert load_network(old / "classes").encoder.blocks[0].attention.query.bias is not None
     recipe = {
-        "encoder": stored(old / "pretrain")["encoder"],
+        "encoder": Run(old / "pretrain").config["encoder"],
         "teacher": "ema",
         "sampler": {"name": "random"},
     }

@@ -26,6 +26,7 @@ from jepa3d.models.heads import Classifier
 from jepa3d.page import Bar, facts, note, picture, show, table, tiles
 from jepa3d.plain import to_dict
 from jepa3d.report import report
+from jepa3d.run import Run
 from jepa3d.training.pretrain import pretrain
 
 NAMES = [
@@ -293,7 +294,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
 
 
 def test_collapse_figures_are_those_of_the_last_step(pretrained):
-    last = figures.read_metrics(pretrained)[-1]
+    last = Run(pretrained).metrics[-1]
     rows = {row[0]: row[1:] for row in read(pretrained).rows if len(row) == 4}
     for words, name in (
         ("predictions", "prediction"),

@@ -6,9 +6,7 @@ defaults. `within(default, range)` is the default of a number (or of each number
 range it must lie in.
 """
 
-import json
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from jepa3d.plain import differences, from_dict, merge, nearest, to_dict, within
@@ -414,28 +412,6 @@ def _one_schedule(layer: dict, objective: str) -> dict:
         if isinstance(own, dict)
         else layer
     )
-
-
-def stored(run: Path) -> dict:
-    """Settings of a run folder, as in its config.json; one younger than the run is as it was then.
-
-    ValueError.
-    """
-    file = run / "config.json"
-    try:
-        values = json.loads(file.read_text())
-        if (
-            values.get("mixed_precision") == "auto"
-        ):  # of an older version: a trial. Now a run writes what auto came to
-            values["mixed_precision"] = "measure"
-        task = {"task": values.pop("task")} if "task" in values else {}
-        kind = (
-            FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]
-        )  # folds too are few-shot's
-        values = merge({"encoder": {"qkv_bias": True}}, values)  # so it was before it had a name
-        return task | to_dict(from_dict(kind, values) if task else resolve(values))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file}: not the settings of a run of this version ({error})") from error
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:

@@ -25,7 +25,7 @@ from jepa3d.evaluation.paired import Row
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import read_metrics
+from jepa3d.run import Run
 
 Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"  # one for every 20 classes
@@ -132,7 +132,7 @@ def _draw_by_step(
     """One panel (its unit, its figures) beside the other; figures that were not logged are left
     out.
     """
-    if not (lines := read_metrics(run)):
+    if not (lines := Run(run).metrics):
         raise ValueError(f"{run}: no step has been logged")
     plt = _pyplot()
     shown = {"accuracy": "training batches, accuracy"} | (names or {})

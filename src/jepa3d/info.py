@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jepa3d.config import stored
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.figures import draw_contact_sheet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
-from jepa3d.plain import printable, read_checked, read_record
+from jepa3d.plain import printable, read_checked
+from jepa3d.run import Run
 from jepa3d.training import checkpoint
-from jepa3d.training.engine import named, started_with
+from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
 
 
@@ -80,7 +80,7 @@ def _installation() -> None:
 
 def _run(run: Path) -> None:
     """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
-    config, record = stored(run), read_record(run)
+    config, record = Run(run).config, Run(run).record
     data, cost, task = record["data"], record.get("cost"), config.get("task", "pretrain")
     print(
         f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}"
@@ -97,7 +97,7 @@ def _run(run: Path) -> None:
         print(
             f"image transformer, not in the run: {backbone['name']}, sha256 {backbone['sha256'][:16]}"
         )
-    if engine := started_with(run):
+    if engine := Run(run).engine:
         device = f" on {engine['device']}" if "device" in engine else ""
         print(f"computed in {named(engine['mixed_precision'], engine['compile'])}{device}")
     if folds := sum(1 for _ in run.glob("fold-*/results.json")):

@@ -203,35 +203,6 @@ def read_checked(path: Path, *needed: str) -> dict:
     return value
 
 
-def read_record(run: Path) -> dict:
-    """The run.json of a run folder. Raises ValueError where it is missing or damaged."""
-    record = read_checked(run / "run.json", "status", "data", "command")
-    groups = {
-        "data": ("name", "shapes", "fingerprint"),
-        "cost": ("cpu_seconds", "wall_seconds"),
-        "engine": ("mixed_precision", "compile"),
-    }
-    for group, names in groups.items():
-        if lacking := [name for name in names if name not in record.get(group, names)]:
-            raise ValueError(f"{run}/run.json: damaged: its {group} has no {lacking[0]}")
-    return record
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first, without those being written, cut off by a
-    kill or damaged.
-    """
-    lines, path = [], run / "metrics.jsonl"
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
 def sha256_of(path: Path) -> str | None:
     """The checksum of a file; None where there is none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d import figures
-from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig, stored
+from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
@@ -31,7 +31,8 @@ from jepa3d.page import (
     table,
     tiles,
 )
-from jepa3d.plain import differences, from_dict, read_checked, read_record, to_dict, write_bytes
+from jepa3d.plain import differences, from_dict, read_checked, to_dict, write_bytes
+from jepa3d.run import Run
 from jepa3d.training import checkpoint
 
 KINDS = {
@@ -82,7 +83,7 @@ def report(
 
 def render(run: Path, data: str | None = None) -> str:
     """The page of a run (see `report`)."""
-    config, record = stored(run), read_record(run)
+    config, record = Run(run).config, Run(run).record
     kind = config.get("task") or config["objective"]
     if kind in DEFAULTS:
         result = read_checked(found) if (found := run / "results.json").is_file() else None
@@ -262,7 +263,7 @@ def _test_features(run: Path, config: dict, data: str) -> tuple[np.ndarray, np.n
 
 # --------------------------------------------------------------------------------- pretraining runs
 def _last_step(run: Path, record: dict) -> str:
-    if not (lines := figures.read_metrics(run)):
+    if not (lines := Run(run).metrics):
         return ""
     last = lines[-1]
     beside = {"best constant": "constant_loss", "position alone": "position_loss"}
@@ -321,7 +322,7 @@ def _probes(run: Path) -> Iterable[str]:
 
 def _collapse(run: Path) -> str:
     """Is the loss worth anything? The last step's figures beside what is healthy (docs/method.md)."""
-    last = (figures.read_metrics(run) or [{}])[-1]
+    last = (Run(run).metrics or [{}])[-1]
     names = {
         "prediction": "predictions",
         "target": "targets",
@@ -397,7 +398,7 @@ def _training(run: Path, config: dict) -> str:
         f"Stage I, {stage.name}, by optimiser step.": stage
         for stage in sorted(run.glob("stage1/*"))
     }
-    logged = {caption: folder for caption, folder in runs.items() if figures.read_metrics(folder)}
+    logged = {caption: folder for caption, folder in runs.items() if Run(folder).metrics}
     pictures = [picture(partial(draw, folder), caption) for caption, folder in logged.items()]
     return section("Training", *(pictures or [note("No step has been logged.")]))
 

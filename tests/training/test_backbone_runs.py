@@ -12,13 +12,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from jepa3d.info import describe
-from jepa3d.plain import read_metrics, sha256_of
+from jepa3d.plain import sha256_of
+from jepa3d.run import Run
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import dry_run, pretrain
 
 
 def losses(run):
-    return [line["loss"] for line in read_metrics(run)]
+    return [line["loss"] for line in Run(run).metrics]
 
 
 @pytest.fixture

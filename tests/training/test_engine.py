@@ -23,6 +23,7 @@ from jepa3d.models import decoder, encoder
 from jepa3d.models.tokenizer import BatchNorm, group
 from jepa3d.ops import BatchGenerator, farthest_point_sample
 from jepa3d.plain import write_checked
+from jepa3d.run import Run
 from jepa3d.training import cache, engine, loop
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import clouds_of, make_task, pretrain, with_cache
@@ -297,7 +298,7 @@ def test_auto_of_an_older_version_was_a_trial(tiny, tmp_path, monkeypatch, tried
             {"mixed_precision": "bf16", "compile": False, "seconds": {"bf16": 1.0}},
         )
     monkeypatch.setattr(engine, "trial", lambda *_: 1 / 0 if tried else {("bf16", False): 1.0})
-    assert settings.stored(run)["mixed_precision"] == "measure"
+    assert Run(run).config["mixed_precision"] == "measure"
     pretrain(tiny(mixed_precision="measure", max_steps=4), run, resume=True)
     assert losses(run) == losses(
         pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")

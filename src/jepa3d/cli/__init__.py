@@ -21,8 +21,9 @@ from jepa3d.cli import (  # noqa: F401
     viewing,
 )
 from jepa3d.cli.app import app
-from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE, stored
+from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE
 from jepa3d.plain import from_dict, merge, printable, read_recipe, to_dict
+from jepa3d.run import Run
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
@@ -36,7 +37,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     known, _ = parser.parse_known_args(tokens)
     layers = []
     if known.resume and known.out and Path(known.out, "config.json").is_file():
-        before = stored(Path(known.out))
+        before = Run(Path(known.out)).config
         if (task := before.pop("task", "pretrain")) != command:
             raise ValueError(f"{known.out}: a run of jepa3d {task}, not {command}")
         layers.append(before)

@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jepa3d.config import BOOKKEEPING, differences, stored
+from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Part, chosen_on, shared_classes
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, selection_rule
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.plain import read_checked, read_metrics, read_record
+from jepa3d.plain import read_checked
+from jepa3d.run import Run
 
 
 class Arm(NamedTuple):
@@ -95,7 +96,7 @@ def learning_curves(
 def _config(run: Path) -> dict:
     if not (run / "encoder").is_dir() or not (run / "untrained").is_dir():
         raise ValueError(f"{run}: not a finished run of an encoder")
-    return stored(run)
+    return Run(run).config
 
 
 def _curve(
@@ -106,12 +107,12 @@ def _curve(
     protocol: str,
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
-    record = read_record(run)
+    record = Run(run).record
     cost = record["cost"]
     before = read_checked(file) if file.exists() else {}
     same = (before.get("fingerprint"), before.get("selection")) == (data.fingerprint, data.rule)
     known = before["points"] if same else {}
-    lines = [*read_metrics(run), cost]
+    lines = [*Run(run).metrics, cost]
     spent = {line["step"]: line["cpu_seconds"] for line in lines}
     spent = {0: 0.0} | {
         step: seconds + cost["stage1_cpu_seconds"] for step, seconds in spent.items()

@@ -28,7 +28,7 @@ from rich.table import Table
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 
-from jepa3d.config import BOOKKEEPING, differences, stored
+from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation import descriptors
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
@@ -41,7 +41,7 @@ from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load as load_encoder
 from jepa3d.models.teacher import load_module
-from jepa3d.plain import read_record
+from jepa3d.run import Run
 
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
@@ -293,7 +293,7 @@ def was_seen(config: dict, data: str, part: Part) -> bool:
 
 def _pretraining(run: Path, config: dict) -> dict:
     """What a run was trained on and with, and what it cost."""
-    record = read_record(run)
+    record = Run(run).record
     return {key: config[key] for key in ("objective", "teacher", "split")} | {
         key: record.get(key) for key in ("data", "cost", "commit")
     }
@@ -308,7 +308,7 @@ def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
         return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {
             "pretrained": encoder
         }
-    config = stored(run)
+    config = Run(run).config
     if "task" in config:
         raise ValueError(
             f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain"

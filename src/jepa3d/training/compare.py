@@ -32,7 +32,8 @@ from jepa3d.evaluation.probe import was_seen
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.evaluation.published import Sheet, markdown, show
 from jepa3d.figures import draw_differences
-from jepa3d.plain import read_checked, read_record, to_dict, write_bytes, write_checked
+from jepa3d.plain import read_checked, to_dict, write_bytes, write_checked
+from jepa3d.run import Run
 from jepa3d.training import runs
 from jepa3d.training.engine import plain_settings, settle
 from jepa3d.training.grid import Grid, at_equal_time
@@ -112,7 +113,7 @@ class Comparison:
 
     def minutes(self, arm: str) -> float:
         """CPU-minutes of a run of an arm, stage I included, mean over seeds."""
-        return float(np.mean([_minutes(folder) for folder in self._folders(arm).values()]))
+        return float(np.mean([Run(folder).cpu_minutes for folder in self._folders(arm).values()]))
 
     def notes(self) -> list[str]:
         """The protocol in words."""
@@ -242,7 +243,7 @@ class Comparison:
         reason, failure = None, folder / "failed.json"
         if failure.exists():
             reason = read_checked(failure, "reason")["reason"]
-        elif not (folder.exists() and read_record(folder)["status"] == "finished"):
+        elif not (folder.exists() and Run(folder).finished):
             try:
                 with self._quiet():
                     trained = sorted(
@@ -259,7 +260,7 @@ class Comparison:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
         self.ended[folder] = reason
-        told = f"failed: {reason}" if reason else f"{_minutes(folder):.1f} CPU-minutes"
+        told = f"failed: {reason}" if reason else f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
         print(f"run {len(self.ended)} of {self.total}: {folder.name}: {told}", flush=True)
         return reason
 
@@ -326,12 +327,6 @@ class Comparison:
                 ]
             )
         return found
-
-
-def _minutes(folder: Path) -> float:
-    """CPU-minutes that a finished run took, stage I included."""
-    cost = read_record(folder)["cost"]
-    return (cost["cpu_seconds"] + cost["stage1_cpu_seconds"]) / 60
 
 
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[Row]:

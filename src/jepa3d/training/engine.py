@@ -20,14 +20,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from jepa3d.config import RunConfig, stored
+from jepa3d.config import RunConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import write_json
 from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.transformer import Block
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import read_checked, read_record
+from jepa3d.run import Run
 
 ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
 WARM_UP, STEPS = 2, 5  # of a trial
@@ -103,7 +103,7 @@ def settle(config: Config, run: Path | None = None) -> Config:
     if config.mixed_precision != "auto":
         return config
     if run:
-        return replace(config, mixed_precision=stored(run)["mixed_precision"])
+        return replace(config, mixed_precision=Run(run).config["mixed_precision"])
     state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
     precision = broadcast_object_list(found)[0]  # every process as the first one
     if state.is_main_process:
@@ -125,7 +125,7 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
     """Precision and whether to compile: those that the run began with, else those of its settings,
     or of a trial.
     """
-    found: dict[str, Any] | None = started_with(run) if run else None
+    found: dict[str, Any] | None = Run(run).engine if run else None
     if found is None:
         config = settle(config)
         found = {"mixed_precision": config.mixed_precision, "compile": config.compile == "yes"}
@@ -133,7 +133,7 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
             found = _measured(task, clouds, config)
         if run and PartialState(cpu=ON_CPU).is_main_process:
             write_json(
-                run / "run.json", read_record(run) | {"engine": found | {"device": device_name()}}
+                run / "run.json", Run(run).record | {"engine": found | {"device": device_name()}}
             )
     elif (
         found.get("device", device_name()) != device_name()
@@ -145,18 +145,6 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
             flush=True,
         )
     return found["mixed_precision"], found["compile"]
-
-
-def started_with(run: Path) -> dict[str, Any] | None:
-    """Precision, compilation and device that a run began with; None where it has not begun, or an
-    old run did not say.
-
-    Raises ValueError for a damaged record.
-    """
-    if found := read_record(run).get("engine"):
-        return found
-    old = run / "engine.json"  # where trials of earlier versions were kept
-    return read_checked(old, "mixed_precision", "compile") if old.exists() else None
 
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig, stored
+from jepa3d.config import EncoderConfig, FinetuneConfig, SegmentConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import fit_head, set_head
 from jepa3d.evaluation.features import layer_features
@@ -31,7 +31,8 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter, thirds
 from jepa3d.models.ready import DEFAULT
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
-from jepa3d.plain import read_record, to_dict, write_bytes
+from jepa3d.plain import to_dict, write_bytes
+from jepa3d.run import Run
 from jepa3d.training import checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
@@ -109,7 +110,7 @@ def finetune(
             if validation is None
             else figures(network, validation, predict(network, validation))[0]
         )
-        record = read_record(out)
+        record = Run(out).record
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
         cost = runs.cost_of(out, state)
         result = Result(
@@ -321,24 +322,13 @@ def pretraining_of(init: str | None) -> dict | None:
     """
     if init is None or Path(init).name == "untrained":
         return None
-    around = [
-        folder
-        for folder in (Path(init), *Path(init).parents[:2])
-        if (folder / "run.json").is_file()
-    ]
-    if not around or not (around[0] / "config.json").is_file():
+    folders = (Path(init), *Path(init).parents[:2])  # of a run, its encoder or a snapshot
+    run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
+    if run is None or run.task != "pretrain":
         return None
-    config, record = stored(around[0]), read_record(around[0])
-    if "task" in config:  # a fine-tuning run
-        return None
-    which = (
-        Path(init).relative_to(around[0]).as_posix().removeprefix("encoder").removeprefix(".")
-    )  # or a snapshot
-    return (
-        config
-        | {"encoder_of": which}
-        | {name: record.get(name) for name in ("data", "cost", "commit")}
-    )
+    which = Path(init).relative_to(run.folder).as_posix().removeprefix("encoder").removeprefix(".")
+    kept = {name: run.record.get(name) for name in ("data", "cost", "commit")}
+    return run.config | {"encoder_of": which} | kept
 
 
 def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.ndarray]) -> None:

@@ -31,7 +31,8 @@ from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import read_metrics, to_dict
+from jepa3d.plain import to_dict
+from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import (
     ON_CPU,
@@ -281,7 +282,7 @@ def to_device(points: Tensor, device: torch.device) -> Tensor:
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
     """Whether a run came farther than its first checkpoint."""
-    return any(line["step"] > config.checkpoint_every for line in read_metrics(run))
+    return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 
 
 def batch_index(

@@ -1,11 +1,4 @@
-"""Pretraining runs: settings and data in, a folder out, in one stage or two.
-
-RUN/config.json        the resolved settings            RUN/checkpoints/  the newest whole checkpoint
-RUN/run.json           data, versions, cost, status     RUN/untrained/    the encoder before the first step
-RUN/metrics.jsonl      one line a log step              RUN/encoder/      the encoder after the last (or RUN/dvae/)
-RUN/stage1/NAME/       stage I's own runs               RUN/given/N/      copies of networks given by path or Hub id
-RUN/snapshots/         the encoder on its way, if wanted  RUN/cache/      targets of frozen teachers, if wanted
-"""
+"""Pretraining: settings and data in, a run folder out (`jepa3d/run.py`), in one stage or two."""
 
 import copy
 import time

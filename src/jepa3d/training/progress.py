@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from jepa3d.plain import naming, read_metrics, write_bytes
+from jepa3d.plain import naming, write_bytes
+from jepa3d.run import Run
 
 SHOWN = (
     "loss",
@@ -80,7 +81,7 @@ class Progress:
         )
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
-            kept = [line for line in read_metrics(path.parent) if line["step"] <= state["step"]]
+            kept = [line for line in Run(path.parent).metrics if line["step"] <= state["step"]]
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.last = kept[-1] if kept else {}
 

@@ -14,12 +14,13 @@ import psutil
 from accelerate import PartialState
 from torch import nn
 
-from jepa3d.config import STAGE_ONE, PretrainConfig, RunConfig, stored
+from jepa3d.config import STAGE_ONE, PretrainConfig, RunConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.locking import writing
 from jepa3d.models.hub import Pretrained
-from jepa3d.plain import differences, read_checked, read_record, sha256_of, to_dict, write_checked
+from jepa3d.plain import differences, read_checked, sha256_of, to_dict, write_checked
+from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
 
@@ -63,7 +64,7 @@ def begin(out: Path, resume: bool) -> bool:
 
 def is_finished(out: Path) -> bool:
     """Whether a run needs nothing more, which is said."""
-    finished = read_record(out)["status"] == "finished"
+    finished = Run(out).finished
     if finished:
         drop_scratch(out)  # a kill may have come between the two
         print(f"{out}: finished already")
@@ -72,12 +73,12 @@ def is_finished(out: Path) -> bool:
 
 def check_unchanged(config: Any, out: Path) -> None:
     """A resumed run has the settings it began with."""
-    file, written = out / "config.json", read_record(out).get("config")  # version 0.1.0 wrote none
+    file, written = out / "config.json", Run(out).record.get("config")  # version 0.1.0 wrote none
     if written not in (None, sha256_of(file)):
         raise ValueError(
             f"{file}: missing, damaged or edited: its checksum is not that in run.json"
         )
-    before = {key: value for key, value in stored(out).items() if key != "task"}
+    before = {key: value for key, value in Run(out).config.items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
         raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
@@ -98,9 +99,7 @@ def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> 
     """
     asked = read_by(to_dict(config))
     for run in candidates:
-        if read_record(run)["status"] == "finished" and not differences(
-            asked, read_by(stored(run))
-        ):
+        if Run(run).finished and not differences(asked, read_by(Run(run).config)):
             checkpoint.replace_folder(
                 out, functools.partial(shutil.copytree, run, dirs_exist_ok=True), new=True
             )
@@ -109,7 +108,7 @@ def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> 
 
 def check_same_data(clouds: PointClouds, out: Path) -> None:
     """A resumed run has the data it began with."""
-    before = read_record(out)["data"]
+    before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         raise ValueError(
             f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
@@ -188,7 +187,7 @@ def finish(
     out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None
 ) -> None:
     """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
-    record = read_record(out)
+    record = Run(out).record
     if result:
         write_checked(
             out / "results.json", result.record() | {"command": record["command"]}
