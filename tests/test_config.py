@@ -199,13 +199,14 @@ def test_a_later_layer_wins_key_by_key():
 
 
 def test_layers_are_not_changed_by_merging():
-    before = copy.deepcopy(PRESETS)
-    settings.resolve(PRESETS["tiny"], {"encoder": {"depth": 3}, "dvae": {"width": 8}})
-    assert before == PRESETS
+    layers = settings.preset("tiny"), {"encoder": {"depth": 3}, "dvae": {"width": 8}}
+    before = copy.deepcopy(layers)
+    settings.resolve(*layers)
+    assert before == layers
 
 
 @pytest.mark.parametrize(
-    "config", [settings.resolve(PRESETS[name], {"max_steps": 7}) for name in PRESETS]
+    "config", [settings.resolve(settings.preset(name), {"max_steps": 7}) for name in PRESETS]
 )
 def test_a_configuration_survives_its_dictionary(config):
     assert settings.from_dict(PretrainConfig, settings.to_dict(config)) == config
@@ -250,7 +251,7 @@ def test_saying_that_shapenet55_is_y_up_is_no_departure():
 
 def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
     config = settings.resolve(
-        PRESETS["tiny"], {"data": ["ShapeNet55"], "split": "all", "teacher": "dvae"}
+        settings.preset("tiny"), {"data": ["ShapeNet55"], "split": "all", "teacher": "dvae"}
     )
     found = settings.departures(config, 52_470)
     assert found["encoder.embed_dim"] == (96, 384)
@@ -279,7 +280,7 @@ def test_what_departs_is_listed_and_nothing_else(changes, name):
 
 
 def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
-    config = settings.resolve(PRESETS["tiny"], {"teacher": "ema"})
+    config = settings.resolve(settings.preset("tiny"), {"teacher": "ema"})
     assert not any(name.startswith("dvae") for name in settings.departures(config, 10))
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -90,6 +91,12 @@ def test_what_cannot_be_read_as_a_citation_is_wrong(cited):
         "encoder.py:",
     )  # another kind of file, and a colon of the sentence
     assert bool(wrong_citations(f"see {cited} for it")) == expected
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    page = runpy.run_path(str(ROOT / "docs" / "settings.py"))["page"]()
+    assert (ROOT / "docs" / "settings.md").read_text() == page, "run: python docs/settings.py"
+    assert not re.findall(r"^\| `(.*?)`.*\|  \|$", page, re.MULTILINE), "settings without a meaning"
 
 
 def test_what_is_a_citation_is_right():

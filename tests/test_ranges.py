@@ -15,7 +15,7 @@ import pytest
 from jepa3d import config as settings
 from jepa3d.cli import main
 from jepa3d.config import KINDS, SCHEDULE, PretrainConfig
-from jepa3d.plain import check_ranges, from_dict, range_of, to_dict
+from jepa3d.plain import check_ranges, from_dict, to_dict
 from jepa3d.training import pretrain as training
 from jepa3d.validate import validate, validate_finetune
 
@@ -32,7 +32,7 @@ def numbers(cls, path=()):
         kinds = {kind, *typing.get_args(kind)}
         kinds |= {inner for outer in kinds for inner in typing.get_args(outer)}
         if kinds & {int, float}:
-            yield (*path, part.name), kind, range_of(cls, part.name)
+            yield (*path, part.name), kind, part.metadata.get("range")
 
 
 def changed(config, path, value):
@@ -71,9 +71,7 @@ def test_a_number_outside_of_its_range_is_refused_by_name(command, path, kind, a
 @pytest.mark.parametrize("command", KINDS)
 def test_the_defaults_and_presets_lie_within(command):
     for preset in settings.PRESETS:
-        overrides = (
-            settings.preset(preset) if command == "pretrain" else settings.finetune_preset(preset)
-        )
+        overrides = settings.preset(preset, KINDS[command])
         check_ranges(
             settings.resolve(overrides)
             if command == "pretrain"
@@ -189,7 +187,7 @@ def test_the_flags_of_the_schedule_are_the_run_s_whatever_the_objective(
 @pytest.mark.parametrize("objective", ["generative", "invariance", "dvae"])
 def test_a_preset_s_schedule_of_the_objective_is_the_run_s(resolved, objective):
     config = resolved("--preset", "tiny", "--objective", objective)
-    for name, value in settings.PRESETS["tiny"][objective].items():
+    for name, value in settings.preset("tiny")[objective].items():
         assert (
             getattr(
                 config.schedule(objective) if name in SCHEDULE else getattr(config, objective), name

@@ -267,5 +267,5 @@ def test_the_grids_resolve(path):
 def test_the_other_downstream_recipes_resolve(name):
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     kind = SegmentConfig if "segment" in name else FinetuneConfig
-    config = from_dict(kind, merge(settings.finetune_preset(recipe.pop("preset", "small")), recipe))
+    config = from_dict(kind, merge(settings.preset(recipe.pop("preset", "small"), kind), recipe))
     validate_finetune(replace(config, data="x", init="default"))

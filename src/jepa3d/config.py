@@ -1,106 +1,118 @@
-"""Every setting, once. The defaults are the paper's (docs/method.md); presets and recipes override
-them.
+"""Every setting, once: its default, its help, its range and its values in the presets.
 
-Order of precedence: command-line flags, then the recipe (YAML), then the preset, then these
-defaults. `within(default, range)` is the default of a number (or of each number of a tuple) and the
-range it must lie in.
+The defaults are the paper's (docs/method.md). Command-line flags win over the recipe (YAML), the
+recipe over the preset, the preset over these defaults. docs/settings.md is made of this file.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from jepa3d.plain import differences, from_dict, merge, nearest, to_dict, within
+from jepa3d.plain import configuration, differences, from_dict, merge, nearest, setting, to_dict
+
+# `small` is the paper. `tiny` is for runs of minutes: its targets and rates are those that learned
+# most in them (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective at its size.
+PRESETS = ("tiny", "small", "base")
+TEACHERS = ("ema", "untrained", "none")  # that need no stage I
+Rival = Literal["dvae", "generative", "invariance"]
+STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")  # objectives that make teachers
+SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 
 
+@configuration("Encoder")
 @dataclass(frozen=True)
 class EncoderConfig:
     """Arguments of `PointEncoder`."""
 
-    embed_dim: int = within(384, "[1, 16384]")
-    depth: int = within(12, "[1, 200]")
-    num_heads: int = within(6, "[1, 256]")
-    num_groups: int = within(64, "[1, 65536]")
-    group_size: int = within(32, "[1, 65536]")
-    num_points: int = within(2048, "[1, 1e7]")
-    tokenizer_dim: int = within(128, "[1, 16384]")
-    mlp_ratio: float = within(4.0, "(0, 64]")
-    drop_path: float = within(0.1, "[0, 1)")
-    position_every_block: bool = True
-    qkv_bias: bool = False  # of queries, keys and values: none in Point-MAE and ACT
+    embed_dim: int = setting(384, "Width of the tokens.", "[1, 16384]", tiny=96, base=768)
+    depth: int = setting(12, "Number of transformer blocks.", "[1, 200]", tiny=4)
+    num_heads: int = setting(6, "Attention heads.", "[1, 256]", tiny=4, base=12)
+    num_groups: int = setting(64, "Patches, and so tokens, per cloud.", "[1, 65536]", tiny=32)
+    group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
+    num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
+    tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
+    mlp_ratio: float = setting(4.0, "Hidden width of an MLP, in widths of a token.", "(0, 64]")
+    drop_path: float = setting(0.1, "Stochastic depth of the last block.", "[0, 1)", tiny=0.0)
+    position_every_block: bool = setting(True, "Add positions before every block, not only once.")
+    qkv_bias: bool = setting(False, "Biases of queries, keys and values (Point-JEPA has them).")
 
 
+@configuration("Sampler: which tokens are context, which are target")
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which tokens are context and target; ratios are fractions of the M tokens."""
+    """Ratios are shares of a cloud's tokens."""
 
-    name: Literal["multi_block", "random", "one_block", "sequence"] = "multi_block"
-    num_targets: int = within(4, "[1, 65536]")
-    target_ratio: tuple[float, float] = within((0.15, 0.2), "(0, 1] rising")
-    # None: (0.85, 1.0), the paper's; of sequence (0.4, 0.75), of the tokens that targets leave
-    context_ratio: tuple[float, float] | None = within(None, "(0, 1] rising")
-    min_context: int = within(4, "[1, 65536]")
-    mask_ratio: float = within(0.25, "(0, 1)")  # of the random and one-block samplers
-    masks: int = within(
-        1, "[1, 256]"
-    )  # drawn per cloud and step; the teacher encodes the cloud once for all of them
+    name: str = setting(
+        "multi_block",
+        "multi_block (the paper's), random, one_block, sequence (Point-JEPA's), or your own "
+        "function as package.module:function.",
+        tiny="random",
+    )
+    num_targets: int = setting(4, "Target blocks per cloud.", "[1, 65536]")
+    target_ratio: tuple[float, float] = setting((0.15, 0.2), "Size of a block.", "(0, 1] rising")
+    context_ratio: tuple[float, float] | None = setting(
+        None,
+        "Size of the context before targets are removed; by default (0.85, 1.0), and (0.4, 0.75) "
+        "of the remaining tokens for sequence.",
+        "(0, 1] rising",
+    )
+    min_context: int = setting(
+        4, "Fewest context tokens; a mask with fewer is redrawn.", "[1, 65536]"
+    )
+    mask_ratio: float = setting(
+        0.25, "Share of masked tokens, for random and one_block.", "(0, 1)", tiny=0.6
+    )
+    masks: int = setting(1, "Masks per cloud and step; the teacher runs once for all.", "[1, 256]")
 
 
+@configuration("Decoder")
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Arguments of `ContextAwareDecoder`; depth 0 lets the encoder predict."""
+    """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = within(2, "[0, 200]")
-    cross_attention: bool = True
-    stacked: bool = False
-    isolated: bool = False  # mask tokens see the context only, not each other
-    ranks: bool = (
-        False  # the decoder is told the order of the tokens along each axis, not their coordinates
-    )
+    depth: int = setting(2, "Number of blocks; 0: the encoder itself predicts.", "[0, 200]")
+    cross_attention: bool = setting(True, "Feed the context to every block; without it: plain.")
+    stacked: bool = setting(False, "All target blocks in one pass, instead of one pass each.")
+    isolated: bool = setting(False, "Mask tokens see the context only, not each other.")
+    ranks: bool = setting(False, "Tell the order of tokens along each axis, not coordinates.")
 
 
+@configuration("Target: how predictions are compared with the teacher's tokens")
 @dataclass(frozen=True)
 class TargetConfig:
-    """What is compared: one cosine a token or a block, of a teacher's tokens as they are or
-    normalised.
-    """
+    """Normalisation and averaging of targets, and terms beside the cosine loss."""
 
-    unit: Literal["token", "block"] = "token"
-    norm: Literal["none", "layernorm", "center", "standardize"] = (
-        "standardize"  # the paper names none: deviation 8
+    unit: Literal["token", "block"] = setting("token", "One cosine per token, or per block.")
+    norm: Literal["none", "layernorm", "center", "standardize"] = setting(
+        "standardize", "Normalisation of the teacher's tokens (the paper names none)."
     )
-    layers: int = within(
-        1, "[1, 200]"
-    )  # the teacher's last blocks whose normalised outputs are averaged
-    cache: bool = (
-        False  # frozen teachers are asked once a shape, before training, not in every step
+    layers: int = setting(1, "Last blocks of the teacher that are averaged.", "[1, 200]", tiny=4)
+    cache: bool = setting(False, "Ask frozen teachers once per shape, before training.")
+    project: bool = setting(False, "Apply the projection to targets too (the paper's equation).")
+    momentum: tuple[float, float] = setting(
+        (0.996, 1.0), "Of the EMA teacher, at the first and the last step.", "[0, 1]"
     )
-    project: bool = False  # the paper's literal form: the same FC on the target too
-    momentum: tuple[float, float] = within(
-        (0.996, 1.0), "[0, 1]"
-    )  # of the EMA teacher, first and last step
-    view: float = within(
-        0.0, "[0, 1000]"
-    )  # weight of the view term: predict the teacher's vector of the whole cloud
-    sigreg: float = within(
-        0.0, "[0, 1)"
-    )  # weight of SIGReg on the student's tokens; needed without a teacher
-    num_slices: int = within(256, "[1, 65536]")  # random directions of SIGReg
+    view: float = setting(
+        0.0, "Weight of predicting the teacher's vector of the whole, undamaged cloud.", "[0, 1000]"
+    )
+    sigreg: float = setting(
+        0.0, "Weight of SIGReg on the student's tokens; needed for teacher none.", "[0, 1)"
+    )
+    num_slices: int = setting(256, "Random directions of SIGReg.", "[1, 65536]", tiny=64)
 
 
+@configuration("Schedule")
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with linear warm-up and cosine decay to `min_lr`, and how long to train."""
+    """AdamW with linear warm-up and cosine decay, and how long to train."""
 
-    lr: float = within(1e-3, "(0, 100]")
-    weight_decay: float = within(0.05, "[0, 100]")
-    warmup_epochs: float = within(10, "[0, 1e6]")
-    min_lr: float = within(1e-6, "[0, 100]")
-    clip_grad: float = within(10.0, "(0, 1e9]")
-    batch_size: int = within(128, "[1, 1e6]")
-    epochs: float = within(300, "(0, 1e6]")
-    max_steps: int | None = within(
-        None, "[1, 1e9]"
-    )  # ends the schedule here instead of after `epochs`
+    lr: float = setting(1e-3, "Highest learning rate.", "(0, 100]")
+    weight_decay: float = setting(0.05, "Of AdamW.", "[0, 100]")
+    warmup_epochs: float = setting(10, "Epochs in which the rate rises from 0.", "[0, 1e6]")
+    min_lr: float = setting(1e-6, "Learning rate of the last step.", "[0, 100]")
+    clip_grad: float = setting(10.0, "Largest norm of the gradient.", "(0, 1e9]")
+    batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
+    epochs: float = setting(300, "Passes over the data.", "(0, 1e6]")
+    max_steps: int | None = setting(None, "End the schedule at this step instead.", "[1, 1e9]")
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
@@ -110,129 +122,144 @@ def _schedule(config: Schedule) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SCHEDULE}
 
 
+@configuration("Run")
 @dataclass(frozen=True)
 class RunConfig(Schedule):
     """What every training run has beside its schedule."""
 
-    seed: int = within(0, "[0, 4e9]")
-    scale: tuple[float, float] = within((0.8, 1.2), "(0, 1000] rising")  # augmentation, per axis
-    rotate: bool = True  # augmentation, about the up axis
-    translate: float = within(0.0, "[0, 1000]")  # augmentation, reach along each axis
-    # auto: bf16 on GPUs that have it and processors with AMX, else no; measure: what a trial at the
-    # start finds faster
-    mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = "auto"
-    compile: Literal["no", "yes", "auto"] = "no"  # transformer blocks by torch.compile
-    accumulate: int = within(
-        1, "[1, 1e6]"
-    )  # forward and backward passes a step, each on its share of the batch
-    checkpoint_activations: bool = (
-        False  # compute blocks again for their gradient: less memory, more time
+    seed: int = setting(0, "Of weights, batches, masks and augmentations.", "[0, 4e9]")
+    scale: tuple[float, float] = setting(
+        (0.8, 1.2), "Augmentation: scale each axis by a factor in this range.", "(0, 1000] rising"
     )
-    log_every: int = within(50, "[1, 1e9]")
-    checkpoint_every: int = within(1000, "[1, 1e9]")
-    snapshot_every: int | None = within(
-        None, "[1, 1e9]"
-    )  # keep the encoder of every so many, for curves
-    track: str | None = (
-        None  # an experiment tracker of Accelerate's beside metrics.jsonl: tensorboard, wandb, ...
+    rotate: bool = setting(True, "Augmentation: rotate about the up axis.")
+    translate: float = setting(
+        0.0, "Augmentation: move by up to this along each axis.", "[0, 1000]"
     )
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
+        "auto",
+        "auto: bf16 on GPUs that have it and on CPUs with AMX, else no; measure: the faster one "
+        "of a trial at the start.",
+    )
+    compile: Literal["no", "yes", "auto"] = setting("no", "Compile transformer blocks.")
+    accumulate: int = setting(1, "Passes per step, each on a part of the batch.", "[1, 1e6]")
+    checkpoint_activations: bool = setting(False, "Compute blocks twice: less memory, more time.")
+    log_every: int = setting(50, "Steps between log lines.", "[1, 1e9]")
+    checkpoint_every: int = setting(1000, "Steps between checkpoints.", "[1, 1e9]")
+    snapshot_every: int | None = setting(
+        None, "Steps between encoders kept for learning curves; none by default.", "[1, 1e9]"
+    )
+    track: str | None = setting(None, "Tracker of Accelerate's to log to as well, as wandb.")
+    encoder: EncoderConfig = EncoderConfig()
 
 
+# Settings of a run that never change what is learned.
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
+
+
+@configuration("Stage I: the dVAE, the paper's teacher")
 @dataclass(frozen=True)
 class DVAEConfig(Schedule):
-    """Stage I: the paper's teacher (ACT's settings)."""
+    """ACT's settings."""
 
-    lr: float = 5e-4
-    weight_decay: float = 5e-4
-    batch_size: int = 64
-    num_points: int = within(1024, "[1, 1e7]")
-    width: int = within(384, "[4, 16384]")
-    num_codes: int = within(8192, "[1, 1e6]")
-    tokenizer_dim: int = within(128, "[1, 16384]")
-    dgcnn_dim: int = within(128, "[1, 16384]")
-    folding_dim: int = within(512, "[1, 16384]")
-    temperature: tuple[float, float] = within((1.0, 0.0625), "(0, 1000]")
-    kl_weight: float = within(0.1, "[0, 1000]")
-    backbone: str | None = (
-        None  # folder or Hub id of the frozen ViT between the DGCNNs; None: points only
+    lr: float = setting(5e-4, tiny=2e-3)
+    weight_decay: float = setting(5e-4)
+    warmup_epochs: float = setting(10, tiny=1)
+    batch_size: int = setting(64, tiny=32)
+    epochs: float = setting(300, tiny=15)
+    num_points: int = setting(1024, "Points per cloud.", "[1, 1e7]", tiny=512)
+    width: int = setting(384, "Width of its tokens.", "[4, 16384]", tiny=96)
+    num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
+    tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
+    dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
+    folding_dim: int = setting(512, "Width of the folding decoder.", "[1, 16384]", tiny=128)
+    temperature: tuple[float, float] = setting(
+        (1.0, 0.0625), "Of Gumbel-softmax, first and last.", "(0, 1000]"
+    )
+    kl_weight: float = setting(0.1, "Final weight of the KL term.", "[0, 1000]", tiny=0.01)
+    backbone: str | None = setting(
+        None, "Folder or Hub id of the frozen ViT between the DGCNNs; by default points only."
     )
 
 
+@configuration("Rival: masked autoencoder")
 @dataclass(frozen=True)
 class GenerativeConfig(Schedule):
-    """The masked autoencoder: Point-MAE's settings."""
+    """Point-MAE's settings."""
 
-    mask_ratio: float = within(0.6, "(0, 1)")
-    decoder_depth: int = within(4, "[1, 200]")
+    warmup_epochs: float = setting(10, tiny=2)
+    batch_size: int = setting(128, tiny=32)
+    epochs: float = setting(300, tiny=60)
+    mask_ratio: float = setting(0.6, "Share of masked tokens.", "(0, 1)")
+    decoder_depth: int = setting(4, "Number of decoder blocks.", "[1, 200]")
 
 
+@configuration("Rival: invariance")
 @dataclass(frozen=True)
 class InvarianceConfig(Schedule):
-    """Views of one shape to one embedding: VICReg's weights, LeJEPA's."""
+    """Views of a shape get one embedding; the weights of VICReg, and those of LeJEPA."""
 
-    regularizer: Literal["vicreg", "sigreg"] = "sigreg"
-    global_views: int = within(2, "[1, 64]")
-    partial_views: int = within(2, "[0, 64]")
-    partial_ratio: tuple[float, float] = within(
-        (0.3, 0.6), "(0, 1] rising"
-    )  # of the points, one draw a batch
-    projector_dim: int = within(2048, "[1, 65536]")
-    embedding_dim: int = within(64, "[1, 65536]")
-    vicreg: tuple[float, float, float] = within(
-        (25.0, 25.0, 1.0), "[0, 1e6]"
-    )  # invariance, variance, covariance
-    sigreg: float = within(0.02, "[0, 1)")  # weight of SIGReg; the invariance has the rest
-    num_slices: int = within(256, "[1, 65536]")
-
-
-TEACHERS = (
-    "ema",
-    "untrained",
-    "none",
-)  # need no stage I: the moving average, the frozen first weights, nobody
-# Objectives whose networks can teach.
-STAGE_ONE: tuple[Literal["dvae", "generative", "invariance"], ...] = (
-    "dvae",
-    "generative",
-    "invariance",
-)
+    warmup_epochs: float = setting(10, tiny=2)
+    batch_size: int = setting(128, tiny=32)
+    epochs: float = setting(300, tiny=30)
+    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "What prevents a collapse.")
+    global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
+    partial_views: int = setting(2, "Views of a ball of it.", "[0, 64]")
+    partial_ratio: tuple[float, float] = setting(
+        (0.3, 0.6), "Share of the points in a ball, drawn once per batch.", "(0, 1] rising"
+    )
+    projector_dim: int = setting(2048, "Hidden width of the projector.", "[1, 65536]", tiny=256)
+    embedding_dim: int = setting(64, "Width of the embedding.", "[1, 65536]")
+    vicreg: tuple[float, float, float] = setting(
+        (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
+    )
+    sigreg: float = setting(0.02, "Weight of SIGReg; invariance has the rest.", "[0, 1)")
+    num_slices: int = setting(256, "Random directions of SIGReg.", "[1, 65536]", tiny=64)
 
 
+@configuration("Run")
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """One pretraining run."""
 
-    data: tuple[str, ...] = ("synthetic",)
-    split: Literal["train", "test", "all"] = "train"
-    up_axis: tuple[Literal["x", "y", "z"], ...] = ("z",)
-    objective: Literal["jepa", "generative", "invariance", "dvae"] = "jepa"
-    teacher: tuple[str, ...] = (
-        "dvae",
-    )  # one or more of TEACHERS, STAGE_ONE, folders and Hub ids, joined
-    init: str | None = (
-        None  # the student's first weights: generative, invariance, a folder or Hub id
+    warmup_epochs: float = setting(10, tiny=2)
+    batch_size: int = setting(128, tiny=32)
+    epochs: float = setting(300, tiny=60)
+    rotate: bool = setting(True, tiny=False)
+    data: tuple[str, ...] = setting(("synthetic",), "Shapes to learn from (docs/data.md).")
+    split: Literal["train", "test", "all"] = setting("train", "Which part of them.")
+    up_axis: tuple[Literal["x", "y", "z"], ...] = setting(("z",), "Of the data: one, or one each.")
+    objective: str = setting(
+        "jepa",
+        "jepa; generative or invariance, the rivals; dvae, stage I alone; or your own as "
+        "package.module:function.",
     )
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    target: TargetConfig = field(default_factory=TargetConfig)
-    dvae: DVAEConfig = field(default_factory=DVAEConfig)
-    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
-    invariance: InvarianceConfig = field(default_factory=InvarianceConfig)
+    teacher: tuple[str, ...] = setting(
+        ("dvae",),
+        "dvae, generative or invariance (trained first), ema, untrained, none, a folder, a Hub "
+        "id or package.module:function; several are joined.",
+        tiny=("ema", "untrained"),
+    )
+    init: str | None = setting(
+        None, "First weights of the student: generative, invariance, a folder or a Hub id."
+    )
+    sampler: SamplerConfig = SamplerConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    target: TargetConfig = TargetConfig()
+    dvae: DVAEConfig = DVAEConfig()
+    generative: GenerativeConfig = GenerativeConfig()
+    invariance: InvarianceConfig = InvarianceConfig()
 
     @property
-    def stages(self) -> tuple[Literal["dvae", "generative", "invariance"], ...]:
+    def stages(self) -> tuple[Rival, ...]:
         """Names of the networks that stage I has to train first."""
         named = (*self.teacher, self.init) if self.objective == "jepa" else ()
         return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
-        """The schedule in the group of the run's own objective is the run's; those of other groups
-        are of stage I.
-        """
+        """Copy the run's schedule into the group of its own objective."""
         if self.objective in STAGE_ONE:
-            own = replace(getattr(self, self.objective), **_schedule(self))
-            object.__setattr__(self, self.objective, own)
+            group = replace(getattr(self, self.objective), **_schedule(self))
+            object.__setattr__(self, self.objective, group)
 
     def schedule(self, objective: str) -> Schedule:
         """The run's schedule for its own objective, else that of a network of stage I."""
@@ -243,77 +270,83 @@ class PretrainConfig(RunConfig):
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
+@configuration("Run")
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Supervised training: classification with the published settings of ScanObjectNN (Point-MAE's,
-    ACT's).
+    """Classification, with the published settings of ScanObjectNN (Point-MAE's, ACT's).
 
     `encoder` is that of a run from scratch; with `init` it is what the loaded encoder was made
     with.
     """
 
     lr: float = 5e-4
+    warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = 32
+    epochs: float = setting(300, tiny=30)
     scale: tuple[float, float] = (1.0, 1.0)
-    data: str = ""  # shapes with labels and a test part
-    labels_key: str = "labels"  # of a .npz bundle
-    up_axis: Literal["x", "y", "z"] = "z"
-    init: str | None = (
-        None  # the encoder's weights: a run, a folder or a Hub id; None: from scratch
+    data: str = setting("", "Shapes with labels and a test part (docs/data.md).")
+    labels_key: str = setting("labels", "Which labels of a .npz bundle.")
+    up_axis: Literal["x", "y", "z"] = setting("z", "Of the data.")
+    init: str | None = setting(
+        None, "The pretrained encoder: a run, a folder or a Hub id; by default from scratch."
     )
-    num_points: int | None = within(None, "[1, 1e7]")  # a cloud, where not the encoder's own
-    num_groups: int | None = within(
-        None, "[1, 65536]"
-    )  # patches a cloud, where not the encoder's own
-    # head: the encoder stays as it is; head_first: a linear head is fitted to it, then all weights
-    # are trained
-    trained: Literal["all", "head", "head_first"] = "all"
-    layer_decay: float = within(
-        1.0, "(0, 1]"
-    )  # factor of the learning rate from one block to the one before it
-    dropout: float = within(0.5, "[0, 1)")
-    label_smoothing: float = within(0.0, "[0, 1)")
-    labels: float = within(
-        1.0, "(0, 1]"
-    )  # share of the train part that is labelled, drawn with the seed, stratified
-    validation: float = within(
-        0.2, "[0, 1)"
-    )  # share of these that chooses the epoch; a source's own part wins
-    select: Literal["validation", "last", "best-on-test"] = (
-        "validation"  # which epoch's weights are kept
+    num_points: int | None = setting(None, "Points per cloud, if not the encoder's.", "[1, 1e7]")
+    num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")
+    trained: Literal["all", "head", "head_first"] = setting(
+        "all",
+        "head: the encoder stays frozen; head_first: a linear head is fitted to its vectors, then "
+        "all weights are trained.",
     )
-    votes: int = within(1, "[1, 10000]")  # scaled and moved copies of a test shape, logits averaged
+    layer_decay: float = setting(
+        1.0, "Factor of the learning rate from each block to the one below.", "(0, 1]"
+    )
+    dropout: float = setting(0.5, "In the head.", "[0, 1)")
+    label_smoothing: float = setting(0.0, "Of the cross-entropy.", "[0, 1)")
+    labels: float = setting(
+        1.0, "Share of the train part that is labelled, drawn with the seed, stratified.", "(0, 1]"
+    )
+    validation: float = setting(
+        0.2, "Share of these that chooses the epoch, if the data has no validation part.", "[0, 1)"
+    )
+    select: Literal["validation", "last", "best-on-test"] = setting(
+        "validation", "Which epoch's weights are kept."
+    )
+    votes: int = setting(
+        1, "Scaled and moved copies of a test shape whose logits are averaged.", "[1, 10000]"
+    )
 
 
+@configuration("Run")
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Part segmentation with the published settings of ShapeNetPart (Point-MAE's, which scales all
-    axes alike).
-    """
+    """Part segmentation, with the published settings of ShapeNetPart (Point-MAE's)."""
 
     lr: float = 2e-4
     batch_size: int = 16
     rotate: bool = False
     scale: tuple[float, float] = (0.8, 1.25)
     translate: float = 0.1
-    layers: tuple[int, int, int] | None = within(
-        None, "[0, 200]"
-    )  # blocks to join; None: each third
+    layers: tuple[int, int, int] | None = setting(
+        None, "Blocks whose tokens are joined; by default each third of the depth.", "[0, 200]"
+    )
 
 
+@configuration("Run")
 @dataclass(frozen=True)
 class FewshotConfig(FinetuneConfig):
-    """W-way S-shot episodes with the published settings of ModelNet40 (Point-MAE's)."""
+    """W-way S-shot episodes, with the published settings of ModelNet40 (Point-MAE's)."""
 
-    epochs: float = 150
+    epochs: float = setting(150, tiny=30)
     rotate: bool = False
     scale: tuple[float, float] = (2 / 3, 3 / 2)
     translate: float = 0.2
-    ways: int = within(5, "[2, 10000]")
-    shots: int = within(10, "[1, 1e6]")
-    folds: int = within(10, "[1, 10000]")
-    queries: int = within(20, "[1, 1e6]")  # test shapes a class
-    method: Literal["finetune", "ncm", "logistic"] = "finetune"  # the last two on frozen features
+    ways: int = setting(5, "Classes per episode.", "[2, 10000]")
+    shots: int = setting(10, "Labelled shapes per class.", "[1, 1e6]")
+    folds: int = setting(10, "Number of episodes.", "[1, 10000]")
+    queries: int = setting(20, "Test shapes per class.", "[1, 1e6]")
+    method: Literal["finetune", "ncm", "logistic"] = setting(
+        "finetune", "Train each episode; or nearest class mean or logistic regression, frozen."
+    )
 
 
 KINDS = {
@@ -322,73 +355,22 @@ KINDS = {
     "segment": SegmentConfig,
     "fewshot": FewshotConfig,
 }
-# Settings that never change what is learned.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
 SHAPENET55 = 52_470  # shapes in both of its lists
 
-# A preset changes sizes. `tiny` is for runs of minutes: rates, and what 3D-JEPA predicts, are those
-# that learned most in them (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective
-# at its sizes.
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
-    "tiny": {
-        "teacher": ["ema", "untrained"],
-        "rotate": False,
-        "sampler": {"name": "random", "mask_ratio": 0.6},
-        "batch_size": 32,
-        "epochs": 60,
-        "warmup_epochs": 2,
-        "encoder": {
-            "embed_dim": 96,
-            "depth": 4,
-            "num_heads": 4,
-            "num_groups": 32,
-            "group_size": 16,
-            "num_points": 512,
-            "tokenizer_dim": 64,
-            "drop_path": 0.0,
-        },
-        "generative": {"batch_size": 32, "epochs": 60, "warmup_epochs": 2},
-        "invariance": {
-            "batch_size": 32,
-            "epochs": 30,
-            "warmup_epochs": 2,
-            "projector_dim": 256,
-            "embedding_dim": 64,
-            "num_slices": 64,
-        },
-        "target": {"layers": 4, "num_slices": 64},  # slices of SIGReg, where it is on
-        "dvae": {
-            "lr": 2e-3,
-            "kl_weight": 0.01,
-            "batch_size": 32,
-            "epochs": 15,
-            "warmup_epochs": 1,
-            "num_points": 512,
-            "width": 96,
-            "num_codes": 512,
-            "tokenizer_dim": 64,
-            "dgcnn_dim": 32,
-            "folding_dim": 128,
-        },
-    },
-    "base": {"encoder": {"embed_dim": 768, "num_heads": 12}},
-}
 
-
-def preset(name: str) -> dict:
-    """The overrides of a preset. ValueError names the nearest one."""
+def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
+    """What a preset changes of the settings of a kind, nested. ValueError names the nearest one."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(
             f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}"
         )
-    return PRESETS[name]
-
-
-def finetune_preset(name: str) -> dict:
-    """The sizes of a preset for supervised training; `tiny` has fewer epochs."""
-    sizes = {"encoder": preset(name).get("encoder", {})}
-    return sizes | ({"epochs": 30, "warmup_epochs": 2} if name == "tiny" else {})
+    found = {}
+    for part in fields(kind):
+        if is_dataclass(part.type):
+            found[part.name] = preset(name, part.type)
+        elif name in part.metadata.get("presets", {}):
+            found[part.name] = part.metadata["presets"][name]
+    return {key: value for key, value in found.items() if value != {}}
 
 
 def resolve(*layers: dict) -> PretrainConfig:

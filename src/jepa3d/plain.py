@@ -5,18 +5,24 @@ written whole.
 import dataclasses
 import difflib
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
+from cyclopts import Group, Parameter
 
 from jepa3d.locking import writing
+
+T = TypeVar("T")
 
 
 def merge(base: dict, *overrides: dict) -> dict:
@@ -63,21 +69,37 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
     return cls(**made)
 
 
-def within(default: Any, allowed: str) -> Any:
-    """A field of a number, or a tuple of numbers, that must lie in a range such as "[0, 1)".
+def setting(default: Any, help: str = "", allowed: str | None = None, **presets: Any) -> Any:
+    """A field of a `configuration`, with all that is said of it anywhere.
 
-    A subclass that gives the field another default keeps its range. "[0, 1] rising": no number
-    below the one before it.
+    help: its line in `--help` and docs/settings.md. allowed: the range of a number, or of each
+    number of a tuple, such as "[0, 1)"; "[0, 1] rising": and no number is below the one before it.
+    presets: its value in other presets than the default, by name.
     """
-    return dataclasses.field(default=default, metadata={"range": allowed})
+    said = {"doc": help, "range": allowed, "presets": presets}
+    return dataclasses.field(default=default, metadata=said)
 
 
-def range_of(cls: type, name: str) -> str | None:
-    """The range that `within` gave a field, here or in a base class."""
-    found = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
-    return next(
-        (part.metadata["range"] for part in found if part and "range" in part.metadata), None
-    )
+def configuration(title: str) -> Callable[[type[T]], type[T]]:
+    """Decorator of a dataclass of settings. title: the heading of its flags in `--help`.
+
+    A field that a class takes over from its base and gives another default keeps help and range.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        for part in dataclasses.fields(cast(Any, cls)):
+            if part.name in inspect.get_annotations(cls):
+                same = (vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__[1:])
+                base = next((known[part.name] for known in same if part.name in known), part)
+                said = {**base.metadata, "presets": {}}
+                said |= {key: value for key, value in part.metadata.items() if value}
+                others = ", ".join(f"{name} {value}" for name, value in said["presets"].items())
+                said["help"] = f"{said.get('doc', '')} {f'[{others}]' if others else ''}".strip()
+                part.metadata = MappingProxyType(said)
+        order = int(title != "Run")  # which comes first, the others as they are written
+        return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
+
+    return decorate
 
 
 def check_ranges(config: Any, where: str = "") -> None:
@@ -86,7 +108,7 @@ def check_ranges(config: Any, where: str = "") -> None:
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
-        elif (allowed := range_of(type(config), part.name)) and value is not None:
+        elif (allowed := part.metadata.get("range")) and value is not None:
             _check_range(name, value, allowed)
 
 
@@ -135,6 +157,29 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
 def nearest(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def is_code(name: str) -> bool:
+    """Whether a setting names code of the user, as `package.module:function`."""
+    return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
+
+
+def load_code(name: str) -> Any:
+    """What `package.module:function` names. Raises ValueError where there is no such thing."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: cannot be imported ({error})") from error
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError for a setting that is none of the choices and no code of the user."""
+    if value not in choices and not is_code(value):
+        known = ", ".join(choices)
+        raise ValueError(
+            f"{name} {value!r}: {known} or package.module:function{nearest(value, choices)}"
+        )
 
 
 @contextmanager

@@ -3,6 +3,8 @@ config.py.
 """
 
 from jepa3d.config import (
+    SAMPLERS,
+    STAGE_ONE,
     TEACHERS,
     FewshotConfig,
     FinetuneConfig,
@@ -10,13 +12,15 @@ from jepa3d.config import (
     RunConfig,
     SegmentConfig,
 )
-from jepa3d.plain import check_ranges
+from jepa3d.plain import check_choice, check_ranges
 
 
 def validate(config: PretrainConfig) -> None:
     """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
     _validate_run(config)
     encoder, dvae, target = config.encoder, config.dvae, config.target
+    check_choice("objective", config.objective, ("jepa", *STAGE_ONE))
+    check_choice("sampler.name", config.sampler.name, SAMPLERS)
     if not config.teacher or (len(config.teacher) > 1 and "none" in config.teacher):
         raise ValueError(f"teacher {config.teacher}: none stands alone, and one at least is needed")
     if len(set(config.teacher)) < len(config.teacher):

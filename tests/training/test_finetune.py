@@ -410,4 +410,4 @@ def test_the_command_line_trains_resumes_and_shows(shapes, tmp_path, capsys):
 
 
 def test_presets_give_sizes_to_scratch():
-    assert settings.finetune_preset("tiny")["encoder"]["embed_dim"] == 96
+    assert settings.preset("tiny", FinetuneConfig)["encoder"]["embed_dim"] == 96

@@ -43,9 +43,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
     if named := known.preset or recipe.pop("preset", None):
-        layers.append(
-            settings.preset(named) if command == "pretrain" else settings.finetune_preset(named)
-        )
+        layers.append(settings.preset(named, KINDS[command]))
     recipe.pop("preset", None)
     layers.append(recipe)
     try:

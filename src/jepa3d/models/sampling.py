@@ -36,6 +36,20 @@ class TokenSample(NamedTuple):
         return Ragged(self.mask, self.num_context)
 
 
+def check_sample(sample: TokenSample) -> None:
+    """Raises ValueError where a context sees tokens of its target, or the number of rows is wrong.
+
+    The samplers here cannot do that; one of the user's could.
+    """
+    rows = sample.mask.sum()
+    seen = (sample.context[:, :, None, None] == sample.target[:, None]).flatten(2).any(2)
+    if rows != sample.num_context or (seen & sample.mask).any():
+        raise ValueError(
+            "sampler.name: a sampler must return a TokenSample whose context has no token of its "
+            f"target; num_context {sample.num_context}, the mask has {int(rows)}"
+        )
+
+
 def multi_block(
     centers: Tensor,
     generator: Generator,

@@ -23,6 +23,7 @@ from jepa3d.models.tokenizer import group, groups_at
 from jepa3d.objectives.collapse import collapse_figures, position_loss, row_figures
 from jepa3d.objectives.regularizers import sigreg
 from jepa3d.ops import BatchGenerator, gather_points, unit_sphere
+from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
@@ -235,6 +236,8 @@ def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
 def make_sampler(config: PretrainConfig):
     """The configured sampler as a function of (centers, generator)."""
     settings = config.sampler
+    if is_code(settings.name):
+        return partial(load_code(settings.name), settings=settings)
     if settings.name in ("random", "one_block"):
         return partial(getattr(sampling, settings.name), mask_ratio=settings.mask_ratio)
     options = {

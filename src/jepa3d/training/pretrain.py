@@ -18,6 +18,8 @@ from jepa3d.data.datasets import PointClouds, load
 from jepa3d.models.backbone import reference
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, standardise_vectors
+from jepa3d.models.hub import Pretrained
+from jepa3d.models.sampling import check_sample
 from jepa3d.models.teacher import Teacher, load_module
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.autoencoding import Autoencoding
@@ -25,6 +27,7 @@ from jepa3d.objectives.generative import Generative
 from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
+from jepa3d.plain import is_code, load_code
 from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
@@ -52,6 +55,8 @@ def make_task(
     encoder = PointEncoder(**vars(config.encoder))
     # An EMA teacher reads these statistics from step 1.
     calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
+    if is_code(objective):
+        return Task(load_code(objective)(config, encoder), schedule, "encoder", encoder)
     if objective == "generative":
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
@@ -163,7 +168,11 @@ def pretrain(
         }
         if task.export == "dvae" and (backbone := task.module.backbone):
             created["backbone"] = {"name": backbone.name, "sha256": backbone.sha256}
-        given = {f"given/{i}": network for i, network in enumerate(networks.values())}
+        given = {
+            f"given/{i}": network
+            for i, network in enumerate(networks.values())
+            if isinstance(network, Pretrained)
+        }
         runs.create(out, settings.to_dict(config), clouds, created, given)
     wait_for_everyone()
     for name in config.stages:
@@ -213,16 +222,23 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
 
 
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
-    """The networks that the configuration names by folder or Hub id; of a started run its own
-    copies.
+    """The networks that the configuration names by folder, Hub id or function.
+
+    A started run has copies of the first two, in given/.
     """
     if config.objective != "jepa":
         return {}
     names = [*config.teacher, *([config.init] if config.init else [])]
     given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, *TEACHERS)]
-    if started:
-        return {name: load_module(str(started / "given" / str(i))) for i, name in enumerate(given)}
-    return {name: load_module(name, (*STAGE_ONE, *TEACHERS)) for name in given}
+    networks = {}
+    for i, name in enumerate(given):
+        if is_code(name):
+            networks[name] = load_code(name)(config)
+        elif started:
+            networks[name] = load_module(str(started / "given" / str(i)))
+        else:
+            networks[name] = load_module(name, (*STAGE_ONE, *TEACHERS))
+    return networks
 
 
 def clouds_of(
@@ -257,7 +273,7 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
     if config.objective == "jepa":
         points = clouds.batch(np.arange(min(len(clouds), 64)))
         centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
-        make_sampler(config)(centers, BatchGenerator(config.seed))
+        check_sample(make_sampler(config)(centers, BatchGenerator(config.seed)))
     return task
 
 

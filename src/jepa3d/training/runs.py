@@ -85,9 +85,9 @@ def check_unchanged(config: Any, out: Path) -> None:
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that its objective reads; of 3D-JEPA and supervised runs all."""
+    """Those of a run's settings that its objective reads: all, but for networks of stage I."""
     objective = settings.get("objective", "jepa")
-    if objective == "jepa":
+    if objective not in STAGE_ONE:
         return settings
     others = {"sampler", "decoder", "target", "teacher", "init", *STAGE_ONE} - {objective}
     return {name: value for name, value in settings.items() if name not in others}
