@@ -11,7 +11,7 @@ import pytest
 from jepa3d.run import Run
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
-BLOCKS = re.findall(r"```python\n# mylab/(\w+)\.py\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```python\n# module mylab\.(\w+)\n(.*?)```", PAGE, re.DOTALL)
 FLAGS = re.findall(r"(--\S+ mylab\.\S+) --out", PAGE)
 PROJECT = """[project]
 name = "mylab"

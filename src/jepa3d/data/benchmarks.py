@@ -61,7 +61,7 @@ _OWNERS = {
     "ScanObjectNN": "the ScanObjectNN page (hkust-vgd.github.io/scanobjectnn), after its form",
     "ShapeNetPart": "the ShapeNet part annotation page of Stanford (shapenet.org), as PointNet++'s README links it",
 }
-_MODELNET10 = "bathtub bed chair desk dresser monitor night_stand sofa table toilet".split()  # noqa: SIM905
+_MODELNET10 = "bathtub bed chair desk dresser monitor night_stand sofa table toilet".split()
 _MODELNET40 = [
     "airplane",
     "bathtub",

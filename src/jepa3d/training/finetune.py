@@ -8,7 +8,6 @@ RUN/predictions.npz  what it says of every test shape
 """
 
 import io
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -105,12 +104,9 @@ def finetune(
         predicted = predict(network, data.test, config.votes, config.seed)
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
-        held = (
-            None
-            if validation is None
-            else figures(network, validation, predict(network, validation))[0]
-        )
-        record = Run(out).record
+        held = None
+        if validation is not None:
+            held, _ = figures(network, validation, predict(network, validation))
         names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
         cost = runs.cost_of(out, state)
         result = Result(
@@ -118,7 +114,7 @@ def finetune(
             protocol=protocol or protocol_name(config),
             data=data.record(train, validation, config.labels),
             init=init_name(config.init),
-            pretraining=record["pretraining"],
+            pretraining=Run(out).record["pretraining"],
             seed=config.seed,
             selection=names[select],
             votes=config.votes,
@@ -157,11 +153,9 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
     """Labels B, and where there are any parts B N, of the shapes at index."""
     assert clouds.labels is not None
     labels = torch.from_numpy(clouds.labels[index])
-    return (
-        (labels,)
-        if clouds.parts is None
-        else (labels, torch.from_numpy(clouds.parts[index].astype(np.int64)))
-    )
+    if clouds.parts is None:
+        return (labels,)
+    return labels, torch.from_numpy(clouds.parts[index].astype(np.int64))
 
 
 def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | None:
@@ -176,28 +170,27 @@ def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | No
     loaded = load_module(str(DEFAULT) if source == "default" else source)
     if not isinstance(loaded, PointEncoder):
         raise ValueError(f"--init {source}: not an encoder")
-    sizes = {
-        name: value
-        for name in ("num_points", "num_groups")
-        if (value := getattr(config, name)) is not None
-    }
-    encoder = PointEncoder(**vars(encoder_config(loaded)) | sizes)
+    encoder = PointEncoder(**vars(encoder_config(loaded)) | size_overrides(config))
     encoder.load_weights(loaded)
     return encoder
 
 
 def encoder_config(encoder: PointEncoder) -> EncoderConfig:
     """The arguments that an encoder was made with."""
-    known = {
-        name: value
-        for name, value in vars(encoder)["_hub_mixin_config"].items()
-        if name in vars(EncoderConfig())
-    }
-    return replace(EncoderConfig(), **known)
+    arguments = vars(encoder)["_hub_mixin_config"]
+    return EncoderConfig(
+        **{name: arguments[name] for name in vars(EncoderConfig()) if name in arguments}
+    )
+
+
+def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
+    """Points and patches per cloud, where they are not the encoder's."""
+    found = {"num_points": config.num_points, "num_groups": config.num_groups}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def num_points(config: FinetuneConfig) -> int:
-    """Points a cloud."""
+    """Points per cloud."""
     return config.num_points or config.encoder.num_points
 
 
@@ -209,26 +202,17 @@ def make_network(
 
     Head first, its head is fitted to the encoder's vectors of the train shapes.
     """
-    sizes = {
-        "num_points": num_points(config),
-        "num_groups": config.num_groups or config.encoder.num_groups,
-    }
-    arguments: dict[str, Any] = vars(config.encoder) | sizes
+    arguments: dict[str, Any] = vars(config.encoder) | size_overrides(config)
+    classes = list(data.class_names)
     torch.manual_seed(config.seed)
     if isinstance(config, SegmentConfig):
         layers = list(config.layers or thirds(config.encoder.depth))
-        network: Network = Segmenter(
-            arguments,
-            list(data.class_names),
-            list(data.part_names),
-            data.parts_of,
-            layers,
-            config.dropout,
-        )
+        parts = list(data.part_names), data.parts_of
+        network: Network = Segmenter(arguments, classes, *parts, layers, config.dropout)
     elif config.trained == "head_first":
-        network = LinearClassifier(arguments, list(data.class_names))
+        network = LinearClassifier(arguments, classes)
     else:
-        network = Classifier(arguments, list(data.class_names), config.dropout)
+        network = Classifier(arguments, classes, config.dropout)
     if encoder is None:
         sample = np.random.default_rng(config.seed).permutation(len(train))[:512]
         calibrate_batchnorm(network.encoder, train.batch(sample))
@@ -263,48 +247,21 @@ def protocol_name(config: FinetuneConfig) -> str:
     )
 
 
+ARM = (  # settings that arms of one comparison may differ in
+    "lr weight_decay epochs max_steps warmup_epochs batch_size labels trained layer_decay dropout "
+    "label_smoothing scale rotate translate mixed_precision labels_key layers validation clip_grad "
+    "min_lr up_axis accumulate compile"
+).split()
+
+
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that arms of one comparison may differ in."""
-    encoder = config.encoder
-    sizes = {
-        "num_points": num_points(config),
-        "num_groups": config.num_groups or encoder.num_groups,
+    """The settings that arms of one comparison may differ in, with the sizes of the encoder."""
+    known = to_dict(config)
+    sizes = [known["encoder"], size_overrides(config)]
+    names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
+    return {name: known[name] for name in ARM if name in known} | {
+        name: value for known in sizes for name, value in known.items() if name in names
     }
-    names = (
-        "lr",
-        "weight_decay",
-        "epochs",
-        "max_steps",
-        "warmup_epochs",
-        "batch_size",
-        "labels",
-        "trained",
-        "layer_decay",
-        "dropout",
-        "label_smoothing",
-        "scale",
-        "rotate",
-        "translate",
-        "mixed_precision",
-        "labels_key",
-        "layers",
-        "validation",
-        "clip_grad",
-        "min_lr",
-        "up_axis",
-        "accumulate",
-        "compile",
-    )
-    sizes |= {
-        name: getattr(encoder, name)
-        for name in ("embed_dim", "depth", "num_heads", "group_size", "drop_path")
-    }
-    return (
-        json.loads(
-            json.dumps({name: getattr(config, name) for name in names if hasattr(config, name)})
-        )
-        | sizes
-    )
 
 
 def init_name(init: str | None, none: str = "scratch") -> str:

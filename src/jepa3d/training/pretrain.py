@@ -86,22 +86,11 @@ def to_export(network: Network, clouds: PointClouds, seed: int) -> Network:
 
 def make_dvae(config: PretrainConfig) -> DVAE:
     """The stage-I dVAE, with the student's num_groups and group_size."""
-    part, student = config.dvae, config.encoder
-    sizes = {
-        name: getattr(part, name)
-        for name in (
-            "width",
-            "num_codes",
-            "num_points",
-            "tokenizer_dim",
-            "dgcnn_dim",
-            "folding_dim",
-        )
-    }
-    backbone = reference(part.backbone) if part.backbone else ""
-    return DVAE(
-        num_groups=student.num_groups, group_size=student.group_size, backbone=backbone, **sizes
-    )
+    names = "width num_codes num_points tokenizer_dim dgcnn_dim folding_dim".split()
+    sizes = {name: getattr(config.dvae, name) for name in names}
+    sizes |= {name: getattr(config.encoder, name) for name in ("num_groups", "group_size")}
+    backbone = reference(config.dvae.backbone) if config.dvae.backbone else ""
+    return DVAE(backbone=backbone, **sizes)
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:

@@ -16,17 +16,10 @@ from rich.table import Column
 from jepa3d.plain import naming, write_bytes
 from jepa3d.run import Run
 
-SHOWN = (
-    "loss",
-    "accuracy",
-    "validation",
-    "test",
-    "constant_loss",
-    "prediction_std",
-    "prediction_rankme",
-    "reconstruction",
-    "perplexity",
-)
+SHOWN = (  # of a step's figures, on the line
+    "loss accuracy validation test constant_loss prediction_std prediction_rankme reconstruction "
+    "perplexity"
+).split()
 
 
 def cpu_seconds() -> float:
@@ -66,10 +59,7 @@ class Progress:
         self.base = dict(state)
         self.cpu, self.wall = began  # CPU and wall clock, before any trial
         self.last: dict[str, float] = {}
-        self.step_seconds, self.step_cpu_seconds = (
-            0.0,
-            0.0,
-        )  # of a step, since the figures before the last
+        self.step_seconds = self.step_cpu_seconds = 0.0  # of a step, since the line before
         self.before = state["step"], time.perf_counter(), cpu_seconds()
         self.bar = Bar(
             BarColumn(12),
@@ -103,10 +93,8 @@ class Progress:
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of a step."""
         now = step, time.perf_counter(), cpu_seconds()
-        steps = max(1, now[0] - self.before[0])
-        self.step_seconds, self.step_cpu_seconds = (
-            (now[i] - self.before[i]) / steps for i in (1, 2)
-        )
+        steps, wall, cpu = (after - before for after, before in zip(now, self.before, strict=True))
+        self.step_seconds, self.step_cpu_seconds = wall / max(1, steps), cpu / max(1, steps)
         self.before = now
         if not self.shown:
             return
