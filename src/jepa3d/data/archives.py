@@ -19,7 +19,8 @@ from jepa3d.data.io import refusal
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
-_MOST = 100, 1 << 30  # bytes of the files in an archive: this many times its size, or this many
+# bytes of the files in an archive: this many times its size, or this many
+_MOST = 100, 1 << 30
 
 
 def is_archive(path: Path) -> bool:
@@ -61,9 +62,8 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
             else:
                 with tarfile.open(source) as archive:
                     total = 0
-                    for member in (
-                        archive
-                    ):  # one by one: what a header claims is checked before it is written
+                    # one by one: what a header claims is checked before it is written
+                    for member in archive:
                         total += member.size
                         _check_size(source, folder, total)
                         archive.extract(member, folder, filter="data")

@@ -4,8 +4,9 @@ Shapes and types are read first, from the headers, and what they claim is bounde
 inflated.
 """
 
+import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -13,9 +14,8 @@ from typing import IO, Any
 import numpy as np
 
 from jepa3d.data.boundary import boundary, check_claim, module
-from jepa3d.data.cloud import UNLABELLED, PointCloud, ReadError, to_parts
+from jepa3d.data.cloud import PointCloud, ReadError
 
-NO_PARTS = "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or such files"
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
 _NAMES = {
@@ -39,8 +39,9 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path) -> dict[str, np.ndarray]:
-    """What an array file of many clouds says of each: label and split [n], names, and class_names;
-    those it has.
+    """What an array file of many clouds says of them: label and split [n], names, class_names.
+
+    Only those that it has. Raises ReadError.
     """
     with boundary(path):
         headers = _headers(path)
@@ -52,29 +53,29 @@ def facts_in(path: Path) -> dict[str, np.ndarray]:
         for key, values in facts.items():
             facts[key] = values = values.reshape(-1) if values.shape == (len(values), 1) else values
             if key == "split" and (values.shape != (count,) or values.dtype.kind not in "iu"):
-                raise ReadError(
-                    f"split must be {count} whole numbers, found {values.dtype} {list(values.shape)}"
-                )
+                raise ReadError(f"split must be {count} whole numbers, found {_described(values)}")
             if key == "label":
                 facts[key] = _classes(values, names[key])
         return facts
 
 
+def _described(values: np.ndarray) -> str:
+    return f"{values.dtype} {list(values.shape)}"
+
+
 def _classes(values: np.ndarray, name: str) -> np.ndarray:
     """Labels n as texts, or as int64 with -1 for NaN and the largest value of an integer type.
 
-    Raises ReadError.
+    Raises ReadError for other values.
     """
     if values.dtype.kind in "US":
         return values
-    whole = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
-    if values.dtype.kind not in "iuf" or (whole != np.floor(whole)).any():
-        raise ReadError(
-            f"{name} must be whole numbers or names, found {values.dtype} {list(values.shape)}"
-        )
+    numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
+    if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
+        raise ReadError(f"{name} must be whole numbers or names, found {_described(values)}")
     if values.dtype.kind in "iu":
-        whole = np.where(values == np.iinfo(values.dtype).max, -1, values.astype(np.int64))
-    return whole.astype(np.int64)
+        numbers = np.where(values == np.iinfo(values.dtype).max, -1, values.astype(np.int64))
+    return numbers.astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------ headers
@@ -86,15 +87,13 @@ def _headers(path: Path) -> Headers:
     if path.suffix.lower() == ".npy":
         with path.open("rb") as file:
             return {"points": _npy_header(file)}
+    found: Headers = {}
+    wanted = {"mask"}.union(*_NAMES.values())
     with module("h5py").File(path, "r") as file:
-        wanted = {name for names in _NAMES.values() for name in names} | {"mask"}
-        found = {
-            name: _dataset(file, name) if name in wanted else None for name in file
-        }  # by its links: none is opened
-        return {
-            name: ((), np.dtype("V")) if data is None else (data.shape, data.dtype)
-            for name, data in found.items()
-        }
+        for name in file:  # by its links: others than the wanted ones are not opened
+            data = _dataset(file, name) if name in wanted else None
+            found[name] = ((), np.dtype("V")) if data is None else (data.shape, data.dtype)
+    return found
 
 
 def npz_headers(path: Path) -> Headers:
@@ -104,20 +103,21 @@ def npz_headers(path: Path) -> Headers:
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".npy"):
-                with archive.open(name) as file:
-                    shape, kind = _npy_header(file)
-                    claimed = int(np.prod(shape, dtype=object)) * kind.itemsize
-                    if (
-                        not kind.hasobject
-                        and file.tell() + claimed > archive.getinfo(name).file_size
-                    ):
-                        raise ReadError(
-                            f"truncated or damaged: the header of {name[:-4]} claims {claimed:,} bytes"
-                        )
-                found[name[:-4]] = shape, kind
+        for member in archive.infolist():
+            if not member.filename.endswith(".npy"):
+                continue
+            name = member.filename[:-4]
+            with archive.open(member.filename) as file:
+                found[name] = header = _npy_header(file)
+                if not header[1].hasobject and file.tell() + _bytes(header) > member.file_size:
+                    claim = f"the header of {name} claims {_bytes(header):,} bytes"
+                    raise ReadError(f"truncated or damaged: {claim}")
     return found
+
+
+def _bytes(header: tuple[tuple[int, ...], np.dtype]) -> int:
+    """What an array of this shape and type needs, however much that is."""
+    return math.prod(header[0]) * header[1].itemsize
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
@@ -135,25 +135,22 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     headers, names = npz_headers(path), list(names)
     for name in names:
         if headers[name][1].hasobject:
-            raise ReadError(
-                f"{name} holds Python objects, which could run anything and are not read"
-            )
-    check_inflated(
-        path, sum(int(np.prod(headers[n][0], dtype=object)) * headers[n][1].itemsize for n in names)
-    )
+            danger = "which could run anything and are not read"
+            raise ReadError(f"{name} holds Python objects, {danger}")
+    check_inflated(path, sum(_bytes(headers[name]) for name in names))
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
 
 
 def check_inflated(path: Path, claimed: int) -> None:
-    """ReadError where a compressed file would fill the memory: over 256 MiB and 50 times the file's
-    size.
+    """ReadError for a compressed file that would fill the memory.
+
+    That is one of over 256 MiB and of 50 times the file's size.
     """
-    if claimed > max(2**28, 50 * path.stat().st_size):
-        size = path.stat().st_size
-        raise ReadError(
-            f"refused: {size:,} bytes that claim to hold {claimed:,}; save it again without compression"
-        )
+    size = path.stat().st_size
+    if claimed > max(2**28, 50 * size):
+        claim = f"{size:,} bytes that claim to hold {claimed:,}"
+        raise ReadError(f"refused: {claim}; save it again without compression")
 
 
 def _dataset(file: Any, name: str) -> Any:
@@ -163,9 +160,8 @@ def _dataset(file: Any, name: str) -> Any:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            raise ReadError(
-                f"{name} is a link to another file, to nothing or in a circle, which is not followed"
-            )
+            where = "to another file, to nothing or in a circle"
+            raise ReadError(f"{name} is a link {where}, which is not followed")
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
             left = [part for part in link.path.split("/") if part not in ("", ".")] + left
@@ -182,22 +178,23 @@ def _dataset(file: Any, name: str) -> Any:
 
 
 def _known(headers: Headers) -> dict[str, str]:
-    """The names of the arrays that are read, by what they are: [n, N] labels are parts, not
-    classes. Or ReadError.
+    """The names of the arrays that are read, by what they are. Raises ReadError.
+
+    An array label of a number a point [n, N] holds parts, not classes.
     """
     found = {key: next((n for n in known if n in headers), None) for key, known in _NAMES.items()}
     if found["points"] is None:
-        raise ReadError(
-            f"has no array named {', '.join(_NAMES['points'])}; it has {', '.join(map(str, headers)) or 'none'}"
-        )
+        have = ", ".join(map(str, headers)) or "none"
+        raise ReadError(f"has no array named {', '.join(_NAMES['points'])}; it has {have}")
     shape, label = headers[found["points"]][0], found["label"]
     if label:
         size = headers[label][0]
         if size in (shape[:-1], (*shape[:-1], 1)):
             found |= {"label": None, "parts": found["parts"] or label}
         elif len(shape) == 3 and size not in (shape[:1], (shape[0], 1)):
-            wanted = f"[{shape[0]}] or [{shape[0]}, 1] for classes, [{shape[0]}, {shape[1]}] for part labels"
-            raise ReadError(f"{label} has shape {list(size)}; it must be {wanted}")
+            n, points = shape[:2]
+            allowed = f"[{n}] or [{n}, 1] for classes, [{n}, {points}] for part labels"
+            raise ReadError(f"{label} has shape {list(size)}; it must be {allowed}")
     return {key: name for key, name in found.items() if name}
 
 
@@ -226,29 +223,24 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path, set(names.values()))
         return {key: arrays[name] for key, name in names.items()}
-    with module("h5py").File(path, "r") as file:
-        found = {key: _dataset(file, name) for key, name in names.items()}
-        texts = {key for key, data in found.items() if data.dtype.hasobject and _is_text(data)}
-        for name, data in found.items():
-            if name in texts:
-                continue
+    h5py = module("h5py")
+    with h5py.File(path, "r") as file:
+        found = {}
+        for key, name in names.items():
+            data = _dataset(file, name)
             if data.dtype.hasobject:
-                raise ReadError(f"{name} holds objects of any length, not numbers")
+                # texts as h5py writes them by default, whose bytes are within the file's
+                if h5py.check_string_dtype(data.dtype) is None:
+                    raise ReadError(f"{name} holds objects of any length, not numbers")
+                found[key] = data.asstr()[rows].astype(str)
+                continue
             check_claim(path, data.nbytes, 1100)  # gzip's best is 1032
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
-            chunk = int(np.prod(data.chunks or (), dtype=object)) * data.dtype.itemsize
-            check_inflated(path, max(int(data.nbytes * share), chunk))
-        return {
-            key: data.asstr()[rows].astype(str) if key in texts else data[rows]
-            for key, data in found.items()
-        }
-
-
-def _is_text(data: Any) -> bool:
-    """Whether a data set of HDF5 holds texts, as h5py writes them by default; their bytes are
-    within the file's.
-    """
-    return module("h5py").check_string_dtype(data.dtype) is not None
+            check_inflated(
+                path, max(int(data.nbytes * share), _bytes((data.chunks or (), data.dtype)))
+            )
+            found[key] = data[rows]
+        return found
 
 
 def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
@@ -257,55 +249,38 @@ def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
     arrays = array_block(path, block, path.stat().st_mtime_ns)
     counts = {key: len(values) for key, values in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ReadError(
-            "arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in counts.items())
-        )
+        lengths = ", ".join(f"{key} {n}" for key, n in counts.items())
+        raise ReadError(f"arrays of different lengths: {lengths}")
     if at >= len(arrays["points"]):
         raise ReadError(f"has no cloud {row}")
     return arrays, at
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
-    shapes = _array_shapes(path, path.stat().st_mtime_ns)
-    if len(shapes["points"]) == 3:
-        if row is None:
-            raise ReadError(
-                f"expected an array of points [n, 3], found {list(shapes['points'])}: many clouds"
-            )
+    """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
+    shape = _array_shapes(path, path.stat().st_mtime_ns)["points"]
+    if len(shape) != 3:
+        arrays = array_block(path, None, path.stat().st_mtime_ns)
+    elif row is None:
+        raise ReadError(f"expected an array of points [n, 3], found {list(shape)}: many clouds")
+    else:
         arrays, at = array_rows(path, row)
         arrays = {key: values[at] for key, values in arrays.items()}
-    else:
-        arrays = array_block(path, None, path.stat().st_mtime_ns)
-    attributes: dict[str, Any] = {}
-    if np.ndim(points := arrays["points"]) == 2:
-        if (normals := arrays.get("normals")) is not None and np.shape(normals) == np.shape(points):
-            attributes["normals"] = np.asarray(normals, np.float32)
-        if (parts := arrays.get("parts")) is not None and np.shape(parts) in (
-            (len(points),),
-            (len(points), 1),
-        ):
-            attributes["parts"] = np.reshape(parts, -1)
+    points, attributes = arrays["points"], {}
+    normals, parts = arrays.get("normals"), arrays.get("parts")
+    if normals is not None and points.ndim == 2 and normals.shape == points.shape:
+        attributes["normals"] = normals.astype(np.float32)
+    if parts is not None and parts.shape in (points.shape[:1], (*points.shape[:1], 1)):
+        attributes["parts"] = parts.reshape(-1)
     return PointCloud.make(points, **attributes)
 
 
-def parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
-    key = "seg" if "seg" in arrays else "parts"
-    if key not in arrays:
-        raise ReadError(f"{path}: {NO_PARTS}")
-    parts, (count, size, _) = arrays[key], arrays["points"].shape
-    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
-        found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(
-            f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}"
-        )
-    with boundary(path):
-        parts = to_parts(parts)
-        if alone := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(
-                f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like"
-            )
-    names = tuple(str(name) for name in arrays.get("part_names", ()))
-    if names and parts.max() >= len(names):
-        raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")
-    return {"parts": parts, "part_names": names}
+def npy_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
+    """Chunks of the points of an NPY, float64 n 3, at most `size` at once. Raises ReadError."""
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
+        raise ReadError(f"expected an array of points [n, 3], found {_described(values)}")
+    for at in range(0, len(values), size):
+        # opened again, else all pages that were read once count as memory of this process
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        yield values[at : at + size, :3].astype(np.float64)

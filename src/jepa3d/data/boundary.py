@@ -39,9 +39,8 @@ _PARSER_ERRORS = (
     lzma.LZMAError,
     zipfile.BadZipFile,
 )
-logging.getLogger("laspy").addHandler(
-    logging.NullHandler()
-)  # else it prints beside the one line of the error
+# else it prints beside the one line of the error
+logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
 @contextmanager

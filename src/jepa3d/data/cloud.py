@@ -1,5 +1,6 @@
 """One shape in memory: `PointCloud`, what makes it unusable, and how it becomes N points."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,12 +9,19 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-MAX_POINTS = (
-    1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
-)
+# kept of one file; of more, a uniform random part, so that memory is bounded
+MAX_POINTS = 1_000_000
+CHUNK = 200_000  # rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
-_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)  # what files of larger or unknown types write for it
+# what files of larger or unknown types write for it
+_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
+# names of the columns, fields or properties of each attribute; the first ones found count
+ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
+    "colors": (("r", "g", "b"), ("red", "green", "blue")),
+    "parts": (("part",), ("label",), ("classification",), ("class",), ("segment",)),
+}
 # Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
@@ -40,15 +48,14 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    parts: np.ndarray | None = (
-        None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
-    )
+    # N numbers of any type: part labels as the file has them; `to_parts` reads them
+    parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # F 3 int64
     total: int | None = None  # points in the file, where more than MAX_POINTS
-    up: str | None = None  # the axis that is up where the file's format says so: y in glTF
-    unseen: int = (
-        0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
-    )
+    # the axis that is up where the file's format says so: y in glTF
+    up: str | None = None
+    # points of the file that were left out, for they are NaN: where a sensor saw nothing
+    unseen: int = 0
 
     def __len__(self) -> int:
         return len(self.points)
@@ -62,30 +69,20 @@ class PointCloud:
         of other length.
         """
         xyz = np.asarray(xyz)
-        if (
-            xyz.ndim != 2
-            or xyz.shape[1] < 3
-            or not np.issubdtype(xyz.dtype, np.number)
-            or np.iscomplexobj(xyz)
-        ):
-            raise ReadError(
-                f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
-            )
+        found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
+        if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
+            raise ReadError(found)
         if len(xyz) == 3 and xyz.shape[1] > 32:
-            raise ReadError(
-                f"expected an array of points [n, 3], found {list(xyz.shape)}: turn it over, points first"
-            )
+            raise ReadError(f"{found}: turn it over, points first")
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
-        for name, values in attributes.items():
-            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
+        kept = {name: attributes[name] for name in ATTRIBUTES if attributes.get(name) is not None}
+        for name, values in kept.items():
+            if len(values) != len(xyz):
                 raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
         seen = ~np.isnan(xyz).any(1)
         if faces is None and not seen.all():
             xyz, unseen = xyz[seen], unseen + int((~seen).sum())
-            kept = {name: attributes.get(name) for name in ATTRIBUTES}
-            attributes |= {
-                name: None if values is None else values[seen] for name, values in kept.items()
-            }
+            attributes |= {name: values[seen] for name, values in kept.items()}
         if unseen and not len(xyz):
             raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
         check_cloud(xyz)
@@ -93,8 +90,6 @@ class PointCloud:
         points = (xyz - origin).astype(np.float32)
         if not points.any():
             raise ReadError("all points are equal, up to rounding")
-        if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
-            raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
@@ -105,11 +100,9 @@ class PointCloud:
 
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at index, without faces."""
-        chosen = {name: getattr(self, name) for name in ATTRIBUTES}
-        chosen = {
-            name: None if values is None else values[index] for name, values in chosen.items()
-        }
-        return replace(self, points=self.points[index], faces=None, **chosen)
+        found = {name: getattr(self, name) for name in ATTRIBUTES}
+        found = {name: values[index] for name, values in found.items() if values is not None}
+        return replace(self, points=self.points[index], faces=None, **found)
 
     def normalised(self) -> "PointCloud":
         """In the unit sphere: centroid 0, farthest point at distance 1; origin and scale lead back."""
@@ -117,24 +110,18 @@ class PointCloud:
         center = points.mean(0)
         points -= center
         radius = np.linalg.norm(points, axis=1).max()
-        origin = self.origin + center * self.scale
-        return replace(
-            self,
-            points=(points / radius).astype(np.float32),
-            origin=origin,
-            scale=self.scale * radius,
-        )
+        points, origin = (points / radius).astype(np.float32), self.origin + center * self.scale
+        return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
     def remarks(self) -> list[str]:
-        """What its reader should be told: that points of the file are not in it."""
-        said = []
+        """What users should be told: that points of the file are not in the cloud."""
+        found = []
         if self.total:
-            said.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
+            found.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
         if self.unseen:
-            said.append(
-                f"{self.unseen:,} points that are NaN, where nothing was seen, were left out"
-            )
-        return said
+            missing = f"{self.unseen:,} points that are NaN, where nothing was seen"
+            found.append(f"{missing}, were left out")
+        return found
 
     def file_coordinates(self) -> np.ndarray:
         """Points N 3 float64 in the file's own frame."""
@@ -185,27 +172,63 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
     return colors.clip(0, 255).round().astype(np.uint8)
 
 
+def rotation(quaternion: np.ndarray) -> np.ndarray:
+    """The matrix [3, 3] of a quaternion (w, x, y, z) of any length; of zeros the identity."""
+    w, x, y, z = quaternion / (np.linalg.norm(quaternion) or 1.0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.array(rows)
+
+
+def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The names of the columns, fields or properties that are normals, colors or parts."""
+    found: dict[str, tuple[str, ...]] = {}
+    for key, groups in ATTRIBUTE_COLUMNS.items():
+        if names := next((group for group in groups if set(group) <= set(known)), None):
+            found[key] = names
+    return found
+
+
+def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
+    """Values N D of the columns of one attribute as `PointCloud` has them."""
+    if key == "normals":
+        return values.astype(np.float32)
+    return to_bytes(values) if key == "colors" else values[:, 0]
+
+
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
     """`count` points of a mesh, uniform by area, with its faces' normals.
 
-    Raises ReadError without area.
+    Raises ReadError for a mesh without area.
     """
     assert mesh.faces is not None
-    a, b, c = mesh.points[mesh.faces.T].astype(np.float64)
-    cross = np.cross(b - a, c - a)
-    length = np.linalg.norm(cross, axis=1)
-    area = np.cumsum(length)
+    triangles = mesh.points[mesh.faces].astype(np.float64)
+    points, chosen = sample_triangles(triangles, count, np.random.default_rng(seed))
+    a, b, c = triangles[chosen].swapaxes(0, 1)
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    points, normals = points.astype(np.float32), normals.astype(np.float32)
+    return PointCloud(points, mesh.origin, mesh.scale, normals, up=mesh.up)
+
+
+def sample_triangles(
+    triangles: np.ndarray, count: int, rng: np.random.Generator, weight: np.ndarray | int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each.
+
+    weight: of the triangles [t], times their area. Raises ReadError where they have no area.
+    """
+    a, b, c = triangles.swapaxes(0, 1)
+    area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
     if not area[-1] > 0:
         raise ReadError("a mesh without surface")
-    rng = np.random.default_rng(seed)
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
-    u, v = (
-        np.sqrt(rng.random((count, 1))),
-        rng.random((count, 1)),
-    )  # uniform in a triangle: Osada et al. 2002, eq. 1
-    points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
-    normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
-    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, up=mesh.up)
+    # uniform in a triangle: Osada et al. 2002, eq. 1
+    u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
+    return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
@@ -239,40 +262,36 @@ def filled(cloud: PointCloud, count: int) -> PointCloud:
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first point of every occupied cell of the coarsest halved grid with `count`
-    cells occupied.
+    """Indices of the first point of every occupied cell, of the coarsest grid with `count` of them.
+
+    Grids have 2^k cells a side.
     """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
         cells = np.minimum(((points - low) / extent * 2**level).astype(np.int64), 2**level - 1)
-        index = np.unique(
-            (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2], return_index=True
-        )[1]
+        index = np.unique(cells @ (1 << 42, 1 << 21, 1), return_index=True)[1]
         if len(index) >= count:
             return index
     return np.arange(len(points))
 
 
 class Reservoir:
-    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory, by
-    seed.
+    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory.
 
-    Every row draws a key and the rows of the smallest keys stay, in the order they came.
+    Every row draws a key, by seed; the rows of the smallest keys stay, in the order they came.
     """
 
     def __init__(self, limit: int = MAX_POINTS, seed: int = 0):
         self.limit, self.total = limit, 0
-        self._rng, self._kept, self._held = np.random.default_rng(seed), [], 0
+        self._rng, self._kept = np.random.default_rng(seed), []
 
     def add(self, rows: np.ndarray) -> None:
         """A chunk of rows r D."""
         keys = self._rng.random((len(rows), 1))
         self._kept.append(np.concatenate([keys, rows], 1))
-        self._held += len(rows)
         self.total += len(rows)
-        if self._held > 2 * self.limit:
+        if sum(map(len, self._kept)) > 2 * self.limit:
             self._kept = [self._trimmed()]
-            self._held = len(self._kept[0])
 
     def rows(self) -> np.ndarray:
         """At most `limit` rows n D."""

@@ -1,6 +1,4 @@
-"""A source of clouds is a list of entries, one a cloud; each knows how to read itself, also in
-another process.
-"""
+"""What a source is: a list of entries, one for each cloud, that can be read in any process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,13 +18,13 @@ from jepa3d.data.store import SPLITS
 class Entry:
     """One cloud of a source."""
 
-    key: str  # unique in the source: path, and row of a file with many
+    key: str  # unique in the source: the path and, in a file of many clouds, the row
     read: Callable[[], PointCloud]
     label: str | None = None
     split: str | None = None  # train, test or val
     up_axis: str | None = None  # where the layout's owner fixed one
     name: str | None = None  # of the cloud, where its file has names
-    row: int | None = None  # in a file of many, whose key ends in #row
+    row: int | None = None  # in a file of many clouds, whose key ends in #row
 
     @property
     def file(self) -> str:
@@ -41,18 +39,14 @@ class Source:
     layout: str
     entries: list[Entry]
     part_names: tuple[str, ...] = ()
-    skipped: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # files that are no clouds: key, reason
-    notes: list[str] = field(
-        default_factory=list
-    )  # what its reader should know, such as a wrong count
+    # files that hold no cloud: key and reason
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    # what users should know, such as an unexpected number of clouds
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def own(self) -> bool:
-        """Somebody's own files, whose stray points are left out; a benchmark's clouds stay as
-        published.
-        """
+    def unpublished(self) -> bool:
+        """True of people's own files: their stray points are left out; those of a benchmark stay."""
         return self.layout in ("folder", "file")
 
 
@@ -63,28 +57,26 @@ def entries_of(
     count = clouds_in(path)
     if count is None:
         return [Entry(key, partial(read, path, None, columns), label, split)]
-    facts, entries = facts_in(path), []
-    titles = facts.get("names", ())
-    names = [_text(name) for name in facts.get("class_names", ())]
-    for row in range(count):
-        own, half = label, split
-        if "label" in facts:
-            own = _class_of(facts["label"][row], names, f"{path}: label of cloud {row}")
-        if "split" in facts:
-            number = int(facts["split"][row])
-            if not 0 <= number < len(SPLITS):
-                raise ReadError(
-                    f"{path}: split must be 0 (train), 1 (test) or 2 (val), found {number}"
-                )
-            half = SPLITS[number]
-        title = _text(titles[row]) if len(titles) == count else None
-        entries.append(
-            Entry(f"{key}#{row}", partial(read, path, row), own, half, name=title, row=row)
-        )
-    return entries
+    facts = facts_in(path)
+    labels, splits = [label] * count, [split] * count
+    if "label" in facts:
+        classes = [_text(name) for name in facts.get("class_names", ())]
+        labels = [_class_of(value, classes, path) for value in facts["label"]]
+    if "split" in facts:
+        numbers = facts["split"].tolist()
+        if wrong := [number for number in numbers if not 0 <= number < len(SPLITS)]:
+            allowed = "split must be 0 (train), 1 (test) or 2 (val)"
+            raise ReadError(f"{path}: {allowed}, found {wrong[0]}")
+        splits = [SPLITS[number] for number in numbers]
+    names: list = [_text(name) for name in facts.get("names", ())]
+    names = names if len(names) == count else [None] * count
+    return [
+        Entry(f"{key}#{i}", partial(read, path, i), labels[i], splits[i], None, names[i], i)
+        for i in range(count)
+    ]
 
 
-def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
+def _class_of(value: np.generic, names: list[str], path: Path) -> str | None:
     """The class that a label of an array file means: a text, or a number; None for one below 0."""
     if value.dtype.kind in "US":
         return _text(value)
@@ -92,12 +84,11 @@ def _class_of(value: np.generic, names: list[str], where: str) -> str | None:
     if number < 0:
         return None
     if names and number >= len(names):
-        raise ReadError(f"{where}: {number} is without class: there are {len(names)} names")
+        raise ReadError(f"{path}: label {number} without class: there are {len(names)} names")
     return names[number] if names else str(number)
 
 
 def _text(name: object) -> str:
     """A name in a file, which may be the bytes of HDF5, on one line."""
-    return printable(
-        name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
-    )
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
+    return printable(text)

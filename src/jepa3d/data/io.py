@@ -1,26 +1,25 @@
-"""One file to a `PointCloud`.
+"""One file to a `PointCloud`, or in chunks to all its points.
 
-What a parser may raise leaves here as `ReadError`, one line that names the file.
+Whatever a parser raises leaves here as `ReadError`, one line that names the file.
 """
 
 import gzip
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.arrays import ARRAY_SUFFIXES, read_array
+from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
 from jepa3d.data.boundary import boundary, suffix_of
-from jepa3d.data.cloud import PointCloud, ReadError, sample_surface
+from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, sample_surface
 from jepa3d.data.gltf import read_gltf
-from jepa3d.data.obj import read_obj
-from jepa3d.data.off import read_off
-from jepa3d.data.ply import read_ply
-from jepa3d.data.scans import read_bin, read_e57, read_las, read_pcd, read_ptx
-from jepa3d.data.stl import read_stl
-from jepa3d.data.text import read_table
+from jepa3d.data.meshes import read_obj, read_off, read_stl
+from jepa3d.data.ply import ply_rows, read_ply
+from jepa3d.data.scans import las_rows, ptx_rows, read_bin, read_e57, read_las, read_pcd, read_ptx
+from jepa3d.data.text import read_table, table_rows
 
 _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or this many
 
@@ -35,11 +34,9 @@ def read(
     """
     path = Path(path)
     suffix = suffix_of(path)
-    if why := refusal(path):
-        allowed = (
-            "" if suffix in _CONVERTED else f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
-        )
-        raise ReadError(f"{path}: {why}{allowed}")
+    if reason := refusal(path):
+        allowed = f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
+        raise ReadError(f"{path}: {reason}{'' if suffix in _CONVERTED else allowed}")
     reader = _READERS[suffix]
     with boundary(path), _inflated(path) as file:
         if file.stat().st_size == 0:
@@ -59,10 +56,7 @@ def refusal(path: Path) -> str | None:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """The file, or of a .gz a temporary file of what is in it.
-
-    Raises ReadError where that is far too much.
-    """
+    """The file, or a temporary file with the content of a .gz. Raises ReadError for too much of it."""
     if path.suffix.lower() != ".gz":
         yield path
         return
@@ -73,34 +67,63 @@ def _inflated(path: Path) -> Iterator[Path]:
             while some := packed.read(1 << 20):
                 total += len(some)
                 if total > most:
-                    raise ReadError(
-                        f"holds more than {most:,} bytes, too many for its size; unpack it to read it"
-                    )
+                    what = f"more than {most:,} bytes, too many for its size"
+                    raise ReadError(f"holds {what}; unpack it to read it")
                 out.write(some)
         yield file
 
 
-def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
-    """At least `num_points` points [n, 3] of a file, float32, in the file's own axes, shifted to
-    centroid 0.
+def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
+    """All points of a file but those of NaN, float64 n 3 a chunk, in its order and coordinates.
 
-    A mesh is sampled uniformly by area with `seed`, at least twice as densely as needed; a cloud is
-    taken as it is. Raises ReadError for a damaged file, NaN or infinite coordinates, too few
-    points, or no extent.
+    LAS, LAZ, PLY, NPY, PTX and tables need the memory of a chunk; other kinds are read whole. tell:
+    is called at the end with the number of points of NaN. Raises ReadError, also for infinite
+    coordinates and for meshes.
     """
-    with boundary(Path(path)):
-        return enough_points(read(path), num_points, seed).points
+    reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
+    with boundary(path):
+        if path.stat().st_size == 0:
+            raise ReadError("empty file")
+        parts = (reader(path, CHUNK, False) if reader else None) or _at_once(path)
+    while True:
+        with boundary(path):
+            xyz = next(parts, None)
+        if xyz is None:
+            return tell(unseen)
+        wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
+        if wrong.any():
+            first = f"first in point {number + int(wrong.argmax()):,}"
+            raise ReadError(f"{path}: infinite coordinates, {first}")
+        number += len(xyz)
+        seen = ~np.isnan(xyz).any(1)
+        unseen += int((~seen).sum())
+        if seen.any():
+            yield xyz if seen.all() else xyz[seen]
+
+
+def _at_once(path: Path) -> Iterator[np.ndarray]:
+    cloud = _whole(path, path.stat().st_mtime_ns)
+    yield cloud.file_coordinates()
+    yield np.full((cloud.unseen, 3), np.nan)
+
+
+@lru_cache(maxsize=1)
+def _whole(path: Path, changed: int) -> PointCloud:
+    cloud = read(path)
+    if cloud.faces is not None:
+        raise ReadError("a mesh; a scene is a cloud of points")
+    if cloud.total:
+        only = f"only {len(cloud):,} of its {cloud.total:,} points are read"
+        raise ReadError(f"{only} so; unpack it first")
+    return cloud
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """The cloud, or more than `num_points` samples of the mesh, by default the same for equal
-    meshes.
-    """
+    """The cloud, or more than `num_points` samples of the mesh: equal ones for equal meshes."""
     if cloud.faces is None:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
-    points = cloud.points.astype(np.float64)
-    return PointCloud.make(points + cloud.origin, normals=cloud.normals, up=cloud.up)
+    return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
 
 
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
@@ -111,38 +134,38 @@ def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
     return cloud
 
 
+_TABLES = (".xyz", ".txt", ".csv", ".pts", ".asc")
 _READERS: dict[str, Callable[..., PointCloud]] = {
-    ".npy": read_array,
-    ".npz": read_array,
-    ".h5": read_array,
-    ".hdf5": read_array,
+    **dict.fromkeys(ARRAY_SUFFIXES, read_array),
     ".off": read_off,
     ".ply": read_ply,
     ".obj": read_obj,
     ".stl": read_stl,
-    ".glb": read_gltf,
-    ".gltf": read_gltf,
-    ".xyz": read_table,
-    ".txt": read_table,
-    ".csv": read_table,
-    ".pts": read_table,
-    ".asc": read_table,
+    **dict.fromkeys((".glb", ".gltf"), read_gltf),
+    **dict.fromkeys(_TABLES, read_table),
     ".pcd": read_pcd,
-    ".las": read_las,
-    ".laz": read_las,
+    **dict.fromkeys((".las", ".laz"), read_las),
     ".e57": read_e57,
     ".ptx": read_ptx,
     ".bin": read_bin,
 }
 SUFFIXES = tuple(_READERS)
+# path, rows a chunk, whether with attributes -> chunks; None for a file that is read at once
+_IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] = {
+    **dict.fromkeys((".las", ".laz"), las_rows),
+    **dict.fromkeys(_TABLES, table_rows),
+    ".ply": ply_rows,
+    ".npy": npy_rows,
+    ".ptx": ptx_rows,
+}
 _PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
 _TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
 _PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangulate().save")
+_BLENDER = (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz")
+_FREECAD = (".step", ".stp", ".iges", ".igs", ".brep")
 _CONVERTED = {
     **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
     **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
-    **dict.fromkeys(
-        (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"
-    ),
-    **dict.fromkeys((".step", ".stp", ".iges", ".igs", ".brep"), "in FreeCAD, to STL"),
+    **dict.fromkeys(_BLENDER, "in Blender, to PLY"),
+    **dict.fromkeys(_FREECAD, "in FreeCAD, to STL"),
 }

@@ -19,9 +19,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 CRASHED = "its parser crashed"
-Work = Callable[
-    [list], list
-]  # entries to as many results; picklable. A text says why an entry has none.
+# entries to as many results; picklable. A text says why an entry has none.
+Work = Callable[[list], list]
 
 
 def mapped(
@@ -77,9 +76,8 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     def start(chunk: list) -> Future:
         try:
             return executor.submit(work, chunk)
-        except (
-            BrokenProcessPool
-        ) as error:  # a chunk before it broke the pool just now; told when its turn comes
+        # a chunk before it broke the pool just now; told when its turn comes
+        except BrokenProcessPool as error:
             failed: Future = Future()
             failed.set_exception(error)
             return failed

@@ -6,13 +6,14 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError
 
-_NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")  # as older compilers of Windows write it
+# as older compilers of Windows write it
+_NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
 _MOST_CORNERS = 2000  # of a concave polygon: the time may grow with the cube
 
 
 def unix_lines(text: bytes) -> bytes:
-    """The text with every line end (CR LF, CR) as LF, without the mark that Windows' editors put
-    first, no UTF-16.
+    """The text with every line end (CR LF, CR) as LF, in an 8-bit encoding, without a byte order
+    mark.
     """
     if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = text.decode("utf-16", "replace").encode()
@@ -21,19 +22,18 @@ def unix_lines(text: bytes) -> bytes:
 
 
 class Rows:
-    """The lines of a text that are not blank:
+    """The lines of a text that are not blank, read as numbers when asked for.
 
-    `counts` words each, read as numbers when asked for.
+    counts: words of each line.
     """
 
     def __init__(self, text: bytes):
         self.text = text = _NAN.sub(b"nan", text) if b"#" in text else text
         data = np.frombuffer(text, np.uint8)
         blank = np.concatenate([[True], data <= 32])
-        self._words = np.append(
-            np.flatnonzero(blank[:-1] > blank[1:]), len(data)
-        )  # where each begins
-        ends = np.searchsorted(self._words[:-1], np.append(np.flatnonzero(data == 10), len(data)))
+        begins = np.flatnonzero(blank[:-1] > blank[1:])  # of each word
+        self._words = np.append(begins, len(data))
+        ends = np.searchsorted(begins, np.append(np.flatnonzero(data == 10), len(data)))
         counts = np.diff(ends, prepend=0)
         self.counts = counts[counts > 0]
         self._first = np.append(0, np.cumsum(self.counts))  # word of each row
@@ -68,10 +68,8 @@ def _parsed(text: bytes, kind: type) -> np.ndarray:
 
 def whole(values: np.ndarray) -> np.ndarray:
     """Numbers of vertices as int64. Raises ReadError for fractions and what no file can hold."""
-    if (
-        values.dtype.kind == "f"
-        and not ((np.abs(values) < 2**53) & (values == np.floor(values))).all()
-    ):
+    exact = values.dtype.kind != "f" or (np.abs(values) < 2**53) & (values == np.floor(values))
+    if not np.all(exact):
         raise ReadError("the vertices of its faces must be whole numbers")
     return values.astype(np.int64)
 
@@ -99,9 +97,8 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(
-            f"a face of vertex {int(wrong)}, but its {count} vertices are 0 to {count - 1}"
-        )
+        allowed = f"its {count} vertices are 0 to {count - 1}"
+        raise ReadError(f"a face of vertex {int(wrong)}, but {allowed}")
 
 
 def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -125,9 +122,8 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
         along = (normals @ normal[:, :, None])[..., 0]
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
-            raise ReadError(
-                f"a concave polygon of {size} corners, more than {_MOST_CORNERS}: cut it into triangles"
-            )
+            what = f"a concave polygon of {size} corners, more than {_MOST_CORNERS}"
+            raise ReadError(f"{what}: cut it into triangles")
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
         for polygon, up in zip(polygons[concave], normal[concave], strict=True):
             found.append(polygon[_ears(vertices[polygon], up)])
@@ -142,7 +138,8 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
-    flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]  # counter-clockwise
+    # counter-clockwise
+    flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]
 
     def side(a, b, x, y):
         """Above 0 where (x, y) lies left of the line from a to b."""
@@ -150,7 +147,8 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    tries = 100 * len(corners)  # so many for a hostile polygon; a spiral needs 20 a corner
+    # so many for a hostile polygon; a spiral needs 20 a corner
+    tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
         ear = left[at - 1], left[at], left[(at + 1) % len(left)]

@@ -45,12 +45,14 @@ class Preparation:
 
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    short: Literal["skip", "repeat"] = "repeat"  # what to do with a cloud of fewer points
+    # what to do with a cloud of fewer points
+    short: Literal["skip", "repeat"] = "repeat"
     up_axis: Literal["x", "y", "z"] | None = (
         None  # of the files; None: as the benchmark or format has it, else z
     )
     unit: str | None = None  # of the files; only written down
-    split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
+    # or the fraction for test, or a file that lists the test clouds
+    split: str = "folder"
     keep: tuple[Attribute, ...] = ()
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None
@@ -104,7 +106,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     entries = divide(source.entries, options.split, options.seed)
     keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
     ordered: tuple[Attribute, ...] = tuple(sorted(keep, key=ATTRIBUTES.index))
-    options = replace(options, keep=ordered, keep_strays=options.keep_strays or not source.own)
+    options = replace(
+        options, keep=ordered, keep_strays=options.keep_strays or not source.unpublished
+    )
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
         print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
@@ -191,7 +195,8 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
         cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes())
     )
     told = {"total": cloud.total, "unseen": cloud.unseen}
-    count, seed = options.points, options.seed  # not of the key: equal files give equal clouds
+    # not of the key: equal files give equal clouds
+    count, seed = options.points, options.seed
     if cloud.faces is not None:
         cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
     found = len(cloud)

@@ -14,10 +14,12 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.synthetic import Rng, normalise, sample_triangles, turn
 
-PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30  # chances of 1 to 9 parts, as published
+# chances of 1 to 9 parts, as published
+PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # of a shape, of which an encoder sees farthest ones
 NOISE = 0.006  # largest standard deviation a coordinate, for a shape of radius 1
-SIDES = 24  # corners of an outline: triangles, squares, hexagons and octagons keep theirs
+# corners of an outline: triangles, squares, hexagons and octagons keep theirs
+SIDES = 24
 GRID = 48  # of directions, a side, in a view from one side
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
@@ -92,7 +94,8 @@ def _solid(rng: Rng) -> np.ndarray:
     arc.
     """
     outline, profile = _outline(rng), _profile(rng)
-    if rng.random() < 0.2:  # an arc, up to a ring, needs more rings than a straight line
+    # an arc, up to a ring, needs more rings than a straight line
+    if rng.random() < 0.2:
         profile = np.stack(
             [
                 np.interp(np.linspace(0, len(profile) - 1, 17), np.arange(len(profile)), c)

@@ -27,9 +27,8 @@ SPLIT_OF = {  # what the name of a folder, in lower case, says
     "dev": "val",
     "eval": "val",
 }
-_ADDED = re.compile(
-    r"^\d+[ _-]+|[ _-]*(set|data|split)$"
-)  # to such a name: 01_train, Test Set, train_data
+# to such a name: 01_train, Test Set, train_data
+_ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
 
 def split_of(name: str) -> str | None:

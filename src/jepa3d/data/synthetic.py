@@ -16,10 +16,8 @@ from functools import partial
 import numpy as np
 
 MAX_STRETCH = 0.1  # each axis is scaled by a factor within 1 +- this
-NOISE = (
-    0.002,
-    0.006,
-)  # range of a shape's noise: standard deviation per axis, for a shape of radius 1
+# range of a shape's noise: standard deviation per axis, for a shape of radius 1
+NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # fraction of the shapes that lose a region
 MAX_OCCLUSION = 0.25  # largest fraction of its points that such a shape loses
 
@@ -29,7 +27,8 @@ Range = tuple[float, float]
 Span = tuple[int, int]
 Size = tuple[Range, Range, Range]
 Floats = Sequence | np.ndarray
-Parts = Iterator[tuple]  # of (part name, loft, loft, ...); a part without lofts is absent
+# of (part name, loft, loft, ...); a part without lofts is absent
+Parts = Iterator[tuple]
 
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -423,9 +422,8 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
     )
     points = normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
     plane, ball = points @ rng.normal(size=3), -np.linalg.norm(points - points[0], axis=1)
-    kept = np.sort(
-        np.argsort(plane if rng.random() < 0.5 else ball)[:num_points]
-    )  # in the order drawn
+    # in the order drawn
+    kept = np.sort(np.argsort(plane if rng.random() < 0.5 else ball)[:num_points])
 
     points = turn(points[kept], rng.uniform(0, 2 * np.pi))
     points = normalise(points + rng.normal(scale=rng.uniform(*NOISE), size=points.shape))

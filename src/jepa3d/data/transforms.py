@@ -9,7 +9,8 @@ from torch import Tensor
 from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
-MAX_CUT, MAX_CLUTTER, VIEW_SHARES = 0.5, 0.1, (1, 1, 1 / 2, 1 / 4, 1 / 8)  # of `random_view`
+# of `random_view`
+MAX_CUT, MAX_CLUTTER, VIEW_SHARES = 0.5, 0.1, (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 def random_scale(
@@ -24,23 +25,6 @@ def random_rotate(points: Tensor, generator: BatchGenerator | None = None) -> Te
     angle = 2 * math.pi * uniform(generator, (len(points), 1), points.device)
     cos, sin, (x, y, z) = angle.cos(), angle.sin(), points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-
-
-def random_rotate_so3(points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-    """Each cloud turned by its own rotation, uniform over all (Shoemake 1992, from a uniform unit
-    quaternion).
-    """
-    u = uniform(generator, (len(points), 3), points.device)
-    a, b, c = u[:, 0], 2 * math.pi * u[:, 1], 2 * math.pi * u[:, 2]
-    low, high = (1 - a).sqrt(), a.sqrt()
-    x, y, z, w = low * b.sin(), low * b.cos(), high * c.sin(), high * c.cos()
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    rotation = torch.stack([torch.stack(row, -1) for row in rows], -2)
-    return points @ rotation.transpose(1, 2)
 
 
 def random_translate(
@@ -59,15 +43,6 @@ def random_jitter(
     u = uniform(generator, (len(points), 2, *points.shape[1:]), points.device)
     noise = (-2 * (1 - u[:, 0]).log()).sqrt() * (2 * math.pi * u[:, 1]).cos()
     return points + sigma * noise.clamp(-3, 3)
-
-
-def random_drop(points: Tensor, ratio: float, generator: BatchGenerator | None = None) -> Tensor:
-    """Each point, with probability up to `ratio` (drawn a cloud), put where its cloud's first point
-    is (PointNet++).
-    """
-    share = ratio * uniform(generator, (len(points), 1), points.device)
-    dropped = uniform(generator, points.shape[:2], points.device) < share
-    return torch.where(dropped[..., None], points[:, :1], points)
 
 
 def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = None) -> Tensor:
@@ -102,11 +77,11 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     chance = -(
         -uniform(generator.stream("thin"), place.shape, points.device).clamp_min(1e-9).log()
     ).log()
-    chance -= (
-        3 * draws[:, 7:8] * (points @ along)[..., 0]
-    )  # Gumbel noise: the largest are a weighted draw
+    # Gumbel noise: the largest are a weighted draw
+    chance -= 3 * draws[:, 7:8] * (points @ along)[..., 0]
     chance = torch.where(draws[:, 8:9] < 0.5, even, chance)
-    chance -= 100 * (1 + place - edge) * (place > edge)  # what lies beyond the plane comes last
+    # what lies beyond the plane comes last
+    chance -= 100 * (1 + place - edge) * (place > edge)
     count = round(num_points * VIEW_SHARES[generator.stream("count").choice(len(VIEW_SHARES))])
     points = gather_points(points, chance.topk(count, 1).indices)
     points = random_jitter(points, 0.02 * draws[:, 9:10, None], generator.stream("jitter"))
