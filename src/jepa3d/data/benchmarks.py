@@ -1,12 +1,13 @@
-"""The published benchmarks, in the layouts that people have of them.
+"""The published benchmarks, in the layouts in which people have them.
 
-Point-BERT's ShapeNet55 and few-shot folds, three releases of ModelNet, ScanObjectNN, two releases
-of ShapeNetPart. A file that is missing is named, together with where its owner publishes it.
+Point-BERT's ShapeNet55 and few-shot folds, three releases of ModelNet, ScanObjectNN, and two
+releases of ShapeNetPart. A missing file is named, with the place where its owner publishes it.
 """
 
 import io
 import json
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,9 +38,9 @@ _SCANS = {
 
 
 def benchmark_at(root: Path, variant: str | None) -> Source | None:
-    """The benchmark whose files lie at `root`; None where there is none.
+    """The benchmark whose files lie at `root`, or None.
 
-    Raises ReadError for an incomplete copy, or where several variants lie there and none is named.
+    Raises ReadError for an incomplete copy, and if there are several variants and none is named.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -53,7 +54,8 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
         source = _shapenetpart(root)
     elif not (source := _scanobjectnn(root, variant)):
         return None
-    return replace(source, notes=check_sizes(source.layout, source.entries) + source.notes)
+    notes = check_sizes(source.layout, source.entries)
+    return replace(source, notes=notes + source.notes)
 
 
 def meshes_of(classes: set[str | None]) -> str | None:
@@ -64,31 +66,35 @@ def meshes_of(classes: set[str | None]) -> str | None:
 
 
 def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
-    """A note where the parts of a benchmark do not have their published numbers of shapes."""
-    found, sizes = Counter(entry.split for entry in entries), _PUBLISHED["sizes"][layout]
+    """A note if the parts of a benchmark do not have their published numbers of shapes."""
+    found = Counter(entry.split for entry in entries)
+    sizes = _PUBLISHED["sizes"][layout]
     if all(found[split] == size for split, size in sizes.items()):
         return []
-    counts = ", ".join(f"{found[split]:,} of {size:,} {split}" for split, size in sizes.items())
-    return [f"{layout}: {counts} shapes: an incomplete download, or a part of it"]
+    counts = [f"{found[split]:,} of {size:,} {split}" for split, size in sizes.items()]
+    note = "shapes: an incomplete download, or a part of it"
+    return [f"{layout}: {', '.join(counts)} {note}"]
 
 
 def _lines(path: Path, owner: str) -> list[str]:
-    """The non-empty lines of one of a benchmark's lists. Raises ReadError if it is missing."""
+    """The non-empty lines of a benchmark's list. Raises ReadError if the list is missing."""
     with boundary(path):
         if not path.is_file():
-            _missing(path, owner)
+            _missing(owner, None, path)
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
-def _missing(path: Path, owner: str, list_name: str | None = None) -> NoReturn:
-    """Raises the ReadError of a missing file; also what reading a listed missing file does."""
-    listed = f", but {list_name} lists it" if list_name else f" from this copy of {owner}"
-    raise ReadError(f"{path}: is missing{listed}; get it from {_PUBLISHED['owners'][owner]}")
+def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
+    """Raises a ReadError for a missing file; also stands for the reader of such a file."""
+    listed = f"but {list_name} lists it" if list_name else f"as a list of {owner}"
+    hint = f"get it from {_PUBLISHED['owners'][owner]}"
+    raise ReadError(f"{path}: is missing, {listed}; {hint}")
 
 
-def _listed(path: Path, read: Callable[[Path], PointCloud], owner: str, list_name: str) -> Callable:
-    """What reads a file of a list, or says that the file is missing."""
-    return partial(read, path) if path.is_file() else partial(_missing, path, owner, list_name)
+def _listed(path: Path, reader: Callable, owner: str, list_name: str) -> partial:
+    """The reader of a listed file, or `_missing` if there is no such file."""
+    missing = partial(_missing, owner, list_name, path)
+    return partial(reader, path) if path.is_file() else missing
 
 
 def _shapenet55(root: Path) -> Source:
@@ -110,7 +116,8 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
     for split in ("train", "test"):
         path = root / f"{name}_{split}.txt"
         for shape in _lines(path, "ModelNet"):
-            label, key = shape.rpartition("_")[0], f"{shape.rpartition('_')[0]}/{shape}.txt"
+            label = shape.rpartition("_")[0]
+            key = f"{shape.rpartition('_')[0]}/{shape}.txt"
             if label not in classes:
                 raise ReadError(f"{path}: label {label!r} of {shape} without class")
             reader = _listed(root / key, table, "ModelNet", path.name)
@@ -130,19 +137,22 @@ def _modelnet_hdf5(root: Path) -> Source:
             # the list's own folders are those of its maker's machine
             path = root / Path(line).name
             if not path.is_file():
-                _missing(path, "ModelNet", f"{split}_files.txt")
+                _missing("ModelNet", f"{split}_files.txt", path)
             entries += _rows_of(path, names, split)
     return Source("ModelNet40 HDF5", entries)
 
 
 def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
-    """An HDF5's clouds with the names of their classes. Raises ReadError for an unknown label."""
+    """The clouds of an HDF5 file with the names of their classes. Raises ReadError for other
+    labels.
+    """
     entries = []
     for entry in entries_of(path, path.name, None, split, None):
         number = -1 if entry.label is None else int(entry.label)
         if not 0 <= number < len(names):
             known = f"there are {len(names)}"
-            raise ReadError(f"{path}: label {number} of {entry.key} without class: {known}")
+            label = f"label {number} of {entry.key}"
+            raise ReadError(f"{path}: {label} without class: {known}")
         entries.append(replace(entry, label=names[number], up_axis="y"))
     return entries
 
@@ -151,18 +161,20 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
     """The whole download, or one of its folders: main_split or, without background, _nobg."""
     one = "main_split_nobg" if "nobg" in root.name else "main_split"
     inside = {name: root for name, (folder, _) in _SCANS.items() if folder == one}
-    whole = {name: root / _SCANS[name][0] for name in ("obj_bg", "pb_t50_rs", "obj_only")}
+    names = ("obj_bg", "pb_t50_rs", "obj_only")
+    whole = {name: root / _SCANS[name][0] for name in names}
+    ends = {name: f"_objectdataset{end}.h5" for name, (_, end) in _SCANS.items()}
     for places in (inside, whole):
-        files = {name: f"_objectdataset{_SCANS[name][1]}.h5" for name in places}
-        if found := [name for name, at in places.items() if any(at.glob(f"t*{files[name]}"))]:
+        found = [name for name, at in places.items() if any(at.glob(f"t*{ends[name]}"))]
+        if found:
             break
     else:
         return None
     name, entries = _chosen(root, found, variant), []
     for split, part in (("train", "training"), ("test", "test")):
-        path = places[name] / f"{part}{files[name]}"
+        path = places[name] / f"{part}{ends[name]}"
         if not path.is_file():
-            _missing(path, "ScanObjectNN", f"the {name} variant")
+            _missing("ScanObjectNN", f"the {name} variant", path)
         rows = _rows_of(path, _PUBLISHED["classes"]["ScanObjectNN"], split)
         for row, entry in enumerate(rows):
             entries.append(replace(entry, read=partial(_masked, path, row)))
@@ -170,7 +182,7 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
 
 
 def _masked(path: Path, row: int) -> PointCloud:
-    """A cloud whose part labels say what belongs to the object (mask -1 does not)."""
+    """A cloud with part labels 1 for the object and 0 for its background (mask -1)."""
     with boundary(path):
         cloud, (arrays, at) = read(path, row), array_rows(path, row)
         if "mask" not in arrays:
@@ -191,7 +203,8 @@ def _shapenetpart(root: Path) -> Source:
     readers: dict[str, partial] = {}  # by synset/id
     table = partial(_table, ("x", "y", "z", "nx", "ny", "nz", "part"))
     for synset, name in category.items():
-        labelled = partial(_with_parts, firsts[[*SHAPENETPART].index(name)], SHAPENETPART[name])
+        first = firsts[[*SHAPENETPART].index(name)]
+        labelled = partial(_with_parts, first, SHAPENETPART[name])
         for reader, pattern in ((table, "*.txt"), (labelled, "points/*.pts")):
             for path in sorted((root / synset).glob(pattern)):
                 readers[f"{synset}/{path.stem}"] = partial(reader, path)
@@ -206,19 +219,19 @@ def _shapenetpart(root: Path) -> Source:
     for shape in sorted(readers.keys() | splits.keys()):
         split, label = splits.get(shape), category.get(shape.partition("/")[0])
         listed_in = f"shuffled_{split}_file_list.json"
-        absent = partial(_missing, root / shape, "ShapeNetPart", listed_in)
-        reader = readers.get(shape, absent)
-        path = reader.args[-1] if shape in readers else root / shape
-        key = path.relative_to(root).as_posix()
+        missing = partial(_missing, "ShapeNetPart", listed_in, root / shape)
+        reader = readers.get(shape, missing)
+        key = reader.args[-1].relative_to(root).as_posix()
         entries.append(Entry(key, reader, label, split, "y"))
-    parts = tuple(f"{name} {i}" for name, count in SHAPENETPART.items() for i in range(count))
+    parts = [f"{name} {i}" for name, n in SHAPENETPART.items() for i in range(n)]
     unlisted = sum(entry.split is None for entry in entries)
     note = f"ShapeNetPart: {unlisted:,} shapes are in none of its split lists"
-    return Source("ShapeNetPart", entries, parts, notes=[note] if unlisted else [])
+    notes = [note] if unlisted else []
+    return Source("ShapeNetPart", entries, tuple(parts), notes=notes)
 
 
 def _with_parts(first: int, count: int, path: Path) -> PointCloud:
-    """A cloud and its part labels, which its file numbers from 1 to `count` within the category."""
+    """A cloud with its part labels, which the file numbers from 1 to `count` in each category."""
     cloud = read(path)
     side = path.parents[1] / "points_label" / f"{path.stem}.seg"
     with boundary(side):
@@ -232,32 +245,34 @@ def _with_parts(first: int, count: int, path: Path) -> PointCloud:
 
 
 def _chosen(root: Path, found: list[str], variant: str | None) -> str:
-    """The variant of a benchmark: that named, or the only one."""
+    """The named variant of a benchmark, or its only one. Raises ReadError."""
     if variant is None and len(found) == 1:
         return found[0]
     if variant not in found:
-        what = f"has no variant {variant!r}" if variant else "holds more than one data set"
-        raise ReadError(f"{root}: {what}; choose with --variant: {', '.join(found)}")
+        what = f"no variant {variant!r}" if variant else "more than one data set"
+        choice = f"choose with --variant: {', '.join(found)}"
+        raise ReadError(f"{root}: holds {what}; {choice}")
     return variant
 
 
 # ----------------------------------------------------------------------------------- few-shot folds
 
 
-_ARRAY_PARTS = {
-    *("numpy.ndarray", "numpy.dtype", "numpy.core.numeric._frombuffer"),
-    *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),
-}
+_ARRAY_PARTS = re.compile(
+    r"numpy\.(ndarray|dtype"
+    r"|_?core\.(numeric\._frombuffer|multiarray\.(_reconstruct|scalar)))"
+)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays in plain containers, and nothing that could run."""
+    """Unpickles numpy arrays in plain containers, and nothing that could run code."""
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
             return lambda text, _: text.encode("latin1")
-        if f"{module.replace('_core', 'core')}.{name}" not in _ARRAY_PARTS:
-            raise ReadError(f"a pickle that asks for {module}.{name}; only numpy arrays are read")
+        if not _ARRAY_PARTS.fullmatch(f"{module}.{name}"):
+            wrong = f"a pickle that asks for {module}.{name}"
+            raise ReadError(f"{wrong}; only numpy arrays are read")
         return super().find_class(module, name)
 
 
@@ -279,7 +294,8 @@ def fold_of(path: Path) -> Source:
     with boundary(path):
         for split in ("train", "test"):
             for i, item in enumerate(fold[split]):
-                label, reader = str(int(np.ravel(item[1])[0])), partial(_fold_item, path, split, i)
+                label = str(int(np.ravel(item[1])[0]))
+                reader = partial(_fold_item, path, split, i)
                 entries.append(Entry(f"{split}#{i}", reader, label, split, "y"))
     return Source("ModelNetFewshot", entries)
 

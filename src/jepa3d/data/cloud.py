@@ -1,7 +1,8 @@
-"""One shape in memory: `PointCloud`, what makes it unusable, and how it becomes N points."""
+"""One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +32,16 @@ TO_Z_UP = {
 
 
 class ReadError(ValueError):
-    """A file that cannot be used: which, and why."""
+    """A file that cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class PointCloud:
-    """A cloud, or a mesh's vertices and faces. In the file's own axes and units it is `points *
-    scale + origin`.
+    """A cloud, or the vertices and faces of a mesh. `points * scale + origin` are its coordinates
+    in the file.
 
-    Coordinates are shifted in float64 before they become float32, so that those of a map (6e6 m)
-    keep their millimetres. Raises ReadError when made of what is no cloud: see `make`.
+    Coordinates are centred in float64 before they become float32, so that map coordinates (6e6 m)
+    keep their millimetres. Made by `make`, which raises ReadError for unusable points.
     """
 
     points: np.ndarray  # N 3 float32
@@ -62,20 +63,22 @@ class PointCloud:
 
     @staticmethod
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
-        """From coordinates N 3 of any number type, and attributes of as many rows.
+        """A cloud from coordinates N 3 of any number type, and attributes of N rows.
 
-        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises
-        ReadError: no such array, no points, infinite ones, all equal, a mesh of NaN, an attribute
-        of other length.
+        Points with NaN are left out and counted, together with `unseen` that the caller left out.
+        Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN,
+        and an attribute of other length.
         """
         xyz = np.asarray(xyz)
-        found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
+        found = f"found {xyz.dtype} {list(xyz.shape)}"
+        found = f"expected an array of points [n, 3], {found}"
         if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
             raise ReadError(found)
         if len(xyz) == 3 and xyz.shape[1] > 32:
             raise ReadError(f"{found}: turn it over, points first")
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
-        kept = {name: attributes[name] for name in ATTRIBUTES if attributes.get(name) is not None}
+        kept = {name: attributes.get(name) for name in ATTRIBUTES}
+        kept = {name: values for name, values in kept.items() if values is not None}
         for name, values in kept.items():
             if len(values) != len(xyz):
                 raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
@@ -84,7 +87,8 @@ class PointCloud:
             xyz, unseen = xyz[seen], unseen + int((~seen).sum())
             attributes |= {name: values[seen] for name, values in kept.items()}
         if unseen and not len(xyz):
-            raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
+            what = f"all {unseen:,} are NaN, where nothing was seen"
+            raise ReadError(f"no points: {what}")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
@@ -93,43 +97,49 @@ class PointCloud:
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
-        """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says
-        none, `up_axis`.
+        """Rows [3, 3] of `TO_Z_UP` for the up axis that the file's format defines, else for
+        `up_axis`.
         """
         return TO_Z_UP[self.up or up_axis]
 
     def take(self, index: np.ndarray) -> "PointCloud":
-        """The points at index, without faces."""
-        found = {name: getattr(self, name) for name in ATTRIBUTES}
-        found = {name: values[index] for name, values in found.items() if values is not None}
+        """The points at an index, with their attributes, without faces."""
+        found = {}
+        for name in ATTRIBUTES:
+            if (values := getattr(self, name)) is not None:
+                found[name] = values[index]
         return replace(self, points=self.points[index], faces=None, **found)
 
     def normalised(self) -> "PointCloud":
-        """In the unit sphere: centroid 0, farthest point at distance 1; origin and scale lead back."""
+        """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
+        scale.
+        """
         points = self.points.astype(np.float64)
         center = points.mean(0)
         points -= center
         radius = np.linalg.norm(points, axis=1).max()
-        points, origin = (points / radius).astype(np.float32), self.origin + center * self.scale
+        points = (points / radius).astype(np.float32)
+        origin = self.origin + center * self.scale
         return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
     def remarks(self) -> list[str]:
-        """What users should be told: that points of the file are not in the cloud."""
+        """Sentences for the user about points of the file that are not in the cloud."""
         found = []
         if self.total:
-            found.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
+            part = f"a random {MAX_POINTS:,} of its {self.total:,} points"
+            found.append(f"{part} were read")
         if self.unseen:
             missing = f"{self.unseen:,} points that are NaN, where nothing was seen"
             found.append(f"{missing}, were left out")
         return found
 
     def file_coordinates(self) -> np.ndarray:
-        """Points N 3 float64 in the file's own frame."""
+        """Points N 3 float64 in the coordinates of the file."""
         return self.points.astype(np.float64) * self.scale + self.origin
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """ReadError, which begins with `where`, for points n 3 that no shape has."""
+    """Raises ReadError, whose message begins with `where`, for points n 3 that are no shape."""
     try:
         check(points)
     except ValueError as error:
@@ -139,11 +149,11 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 
 
 def to_parts(values: np.ndarray) -> np.ndarray:
-    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its
-    integer type.
+    """Part labels N as int16; UNLABELLED for negative values, NaN and the largest of an integer
+    type.
 
-    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for
-    other values than whole numbers from 0 to 32,767.
+    This is done where labels are used, not when a file is read. Raises ReadError for values that
+    are not whole numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -154,13 +164,14 @@ def to_parts(values: np.ndarray) -> np.ndarray:
         known &= values != np.iinfo(values.dtype).max
     whole[~known] = UNLABELLED
     if len(wrong := whole[(whole != np.floor(whole)) | (whole > 32_767)]):
-        raise ReadError(f"part labels must be whole numbers from 0 to 32767, found {wrong[0]:.10g}")
+        allowed = "part labels must be whole numbers from 0 to 32767"
+        raise ReadError(f"{allowed}, found {wrong[0]:.10g}")
     return whole.astype(np.int16)
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0-255 or 16 bits; what is no
-    number is 0.
+    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0 to 255, or 16 bits; NaN becomes
+    0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -168,12 +179,17 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
     whole = colors.dtype.kind in "iu"
     colors = np.nan_to_num(colors.astype(np.float64), posinf=0, neginf=0)
     top = colors.max(initial=0)
-    colors = colors * 255 if not whole and 0 < top < 2 else colors / 257 if top > 255 else colors
+    if not whole and 0 < top < 2:
+        colors = colors * 255
+    elif top > 255:
+        colors = colors / 257
     return colors.clip(0, 255).round().astype(np.uint8)
 
 
 def rotation(quaternion: np.ndarray) -> np.ndarray:
-    """The matrix [3, 3] of a quaternion (w, x, y, z) of any length; of zeros the identity."""
+    """The rotation matrix [3, 3] of a quaternion (w, x, y, z) of any length; the identity for
+    zeros.
+    """
     w, x, y, z = quaternion / (np.linalg.norm(quaternion) or 1.0)
     rows = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
@@ -184,7 +200,7 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The names of the columns, fields or properties that are normals, colors or parts."""
+    """Which of these columns, fields or properties are the normals, colors and parts."""
     found: dict[str, tuple[str, ...]] = {}
     for key, groups in ATTRIBUTE_COLUMNS.items():
         if names := next((group for group in groups if set(group) <= set(known)), None):
@@ -193,14 +209,14 @@ def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
-    """Values N D of the columns of one attribute as `PointCloud` has them."""
+    """The columns N D of an attribute in the form that `PointCloud` has it."""
     if key == "normals":
         return values.astype(np.float32)
     return to_bytes(values) if key == "colors" else values[:, 0]
 
 
 def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
-    """`count` points of a mesh, uniform by area, with its faces' normals.
+    """`count` points of a mesh, uniform by area, with the normals of their faces.
 
     Raises ReadError for a mesh without area.
     """
@@ -215,11 +231,12 @@ def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
 
 
 def sample_triangles(
-    triangles: np.ndarray, count: int, rng: np.random.Generator, weight: np.ndarray | int = 1
+    triangles: np.ndarray, count: int, rng: np.random.Generator, weight: Any = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each.
+    """Points [count, 3] uniform on the surface of triangles [t, 3, 3], and the triangle [count] of
+    each.
 
-    weight: of the triangles [t], times their area. Raises ReadError where they have no area.
+    weight: factors [t] on the triangles' areas. Raises ReadError if the total area is 0.
     """
     a, b, c = triangles.swapaxes(0, 1)
     area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
@@ -232,15 +249,16 @@ def sample_triangles(
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
-    """`count` of a cloud's points, at least as many.
+    """`count` points of a cloud that has at least as many.
 
-    fps: in farthest point order, so that any first n are what FPS to n gives. random: uniform.
-    voxel: one point a cell of the coarsest grid (of 2^k cells a side) that has `count` occupied,
-    then random; near-even, in linear time.
+    method: fps for farthest points, in an order of which any first n are the farthest n; random for
+    uniform; voxel for one point a cell of the coarsest grid (2^k cells a side) with `count`
+    occupied cells, then random of these, which is near-even and takes linear time.
     """
     rng = np.random.default_rng(seed)
     if method == "fps":
-        index = farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy()
+        points = torch.from_numpy(cloud.points)[None]
+        index = farthest_point_sample(points, count)[0].numpy()
     elif method == "random":
         index = rng.choice(len(cloud), count, replace=False)
     else:
@@ -249,9 +267,9 @@ def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
 
 
 def filled(cloud: PointCloud, count: int) -> PointCloud:
-    """`count` of a cloud's fewer points: see `frame.fill`.
+    """A cloud of fewer than `count` points, filled up to `count`: see `frame.fill`.
 
-    Raises ReadError for fewer than LEAST different ones.
+    Raises ReadError for fewer than LEAST different points.
     """
     different = np.unique(cloud.points, axis=0, return_index=True)[1]
     if len(different) < (least := min(LEAST, count)):
@@ -262,13 +280,14 @@ def filled(cloud: PointCloud, count: int) -> PointCloud:
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first point of every occupied cell, of the coarsest grid with `count` of them.
+    """Indices of the first point in every occupied cell of the coarsest grid with `count` of them.
 
-    Grids have 2^k cells a side.
+    A grid has 2^k cells a side.
     """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
-        cells = np.minimum(((points - low) / extent * 2**level).astype(np.int64), 2**level - 1)
+        cells = ((points - low) / extent * 2**level).astype(np.int64)
+        cells = np.minimum(cells, 2**level - 1)
         index = np.unique(cells @ (1 << 42, 1 << 21, 1), return_index=True)[1]
         if len(index) >= count:
             return index
@@ -276,9 +295,10 @@ def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
 
 
 class Reservoir:
-    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory.
+    """A uniform random sample of rows that arrive in chunks: at most `limit` rows, in bounded
+    memory.
 
-    Every row draws a key, by seed; the rows of the smallest keys stay, in the order they came.
+    Every row draws a random key; the rows with the smallest keys are kept, in the order they came.
     """
 
     def __init__(self, limit: int = MAX_POINTS, seed: int = 0):
@@ -286,7 +306,7 @@ class Reservoir:
         self._rng, self._kept = np.random.default_rng(seed), []
 
     def add(self, rows: np.ndarray) -> None:
-        """A chunk of rows r D."""
+        """Add a chunk of rows r D."""
         keys = self._rng.random((len(rows), 1))
         self._kept.append(np.concatenate([keys, rows], 1))
         self.total += len(rows)
@@ -294,7 +314,7 @@ class Reservoir:
             self._kept = [self._trimmed()]
 
     def rows(self) -> np.ndarray:
-        """At most `limit` rows n D."""
+        """The sample, at most `limit` rows n D."""
         return self._trimmed()[:, 1:] if self._kept else np.empty((0, 3))
 
     def _trimmed(self) -> np.ndarray:

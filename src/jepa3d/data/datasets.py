@@ -1,8 +1,7 @@
-"""Any source of shapes as `PointClouds`: synthetic shapes, stores, .npz bundles, benchmarks,
-folders, single files.
+"""Any source of shapes as `PointClouds`, brought to one standard form in one place.
 
-The contract: fixed N, float32, unit sphere, z up, resampled once by farthest points (paper IV-A),
-never in a step.
+The standard form: float32, z up, unit sphere, the same number of points for all shapes, sampled
+once by farthest points (paper IV-A) and never in a training step.
 """
 
 import hashlib
@@ -15,14 +14,14 @@ from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP
-from jepa3d.data.shapes import Shapes, opened
+from jepa3d.data.shapes import Shapes, open_shapes
 from jepa3d.data.store import SPLITS, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
 
 
 @dataclass(frozen=True)
 class PointClouds:
-    """Shapes ready for the encoder. `split` is 0 train, 1 test, 2 val."""
+    """Shapes in the standard form. `split` is 0 for train, 1 for test, 2 for val."""
 
     name: str
     # sha256 of a store or a bundle's file, or of the points read from files or made
@@ -43,12 +42,15 @@ class PointClouds:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Shapes in each shard of a store that is read in place; () for shapes in memory."""
-        points = self.points
-        return tuple(points.shard_sizes().tolist()) if isinstance(points, StoredPoints) else ()
+        """How many shapes each shard of a store holds, if it is read in place; () for shapes in
+        memory.
+        """
+        if not isinstance(self.points, StoredPoints):
+            return ()
+        return tuple(self.points.shard_sizes().tolist())
 
     def batch(self, index: np.ndarray) -> Tensor:
-        """Clouds b N 3 at index."""
+        """Clouds b N 3 at an index."""
         return torch.from_numpy(self.points[index])
 
     def subset(self, keep: np.ndarray) -> "PointClouds":
@@ -59,11 +61,11 @@ class PointClouds:
                 return values.select(keep)
             return None if values is None else values[keep]
 
-        taken = {name: take(getattr(self, name)) for name in ("points", "labels", "split", "parts")}
-        return replace(self, **taken)
+        names = ("points", "labels", "split", "parts")
+        return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def part(self, split: str) -> "PointClouds":
-        """The "train", "test" or "val" part. ValueError when the source has none."""
+        """The train, test or val part. Raises ValueError if the source has no split."""
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
         return self.subset(self.split == SPLITS.index(split))
@@ -79,12 +81,13 @@ def load(
     raw: bool = False,
     parts: bool = False,
 ) -> PointClouds:
-    """All shapes of the sources as one `PointClouds`; labels are kept for a single source.
+    """All shapes of the sources as one `PointClouds`; labels are kept if there is one source.
 
-    split: "train", "test" or "all"; a source without a split counts as train. up_axis: one for all
-    or one a source. limit: at most that many shapes a source (a dry run). raw: as they are in the
-    source, not resampled. parts: with the part labels of the points, of a single source. Raises
-    ValueError or its ReadError.
+    sources: synthetic, procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. split:
+    train, test or all; a source without a split is all train. up_axis: one for all sources, or one
+    each. limit: the largest number of shapes of a source. raw: points as they are in the source,
+    not sampled. parts: also read the part labels of points, of a single source. Raises ValueError
+    or its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -97,12 +100,13 @@ def load(
     loaded = []
     for i, source in enumerate(sources):
         axis = axes[i % len(axes)]
-        shapes = opened(source, num_points, axis, labels_key, limit, raw, parts)
+        shapes = open_shapes(source, num_points, axis, labels_key, limit, raw, parts)
         loaded.append(_loaded(shapes, num_points, split, limit, raw, parts))
     if len(loaded) == 1:
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
-    name, available = " + ".join(d.name for d in loaded), sum(d.available or len(d) for d in loaded)
+    name = " + ".join(d.name for d in loaded)
+    available = sum(d.available or len(d) for d in loaded)
     points = np.concatenate([d.points[:] for d in loaded])
     return PointClouds(name, digest, points, available=available)
 
@@ -113,21 +117,19 @@ def _loaded(
     """The shapes of one part of a source, in place or in memory."""
     rows, total = shapes.rows(split), shapes.total or len(shapes.split)
     available, rows = round(len(rows) * total / len(shapes.split)), rows[:limit]
-    points, digest, of_points = None, None, None
-    if shapes.store is not None:
-        points = StoredPoints(shapes.store, rows, num_points)
-        of_points = StoredPoints(shapes.store, rows, num_points, "parts") if parts else None
+    if (store := shapes.store) is not None:
+        points, digest = StoredPoints(store, rows, num_points), store.fingerprint
+        of_points = StoredPoints(store, rows, num_points, "parts") if parts else None
     else:
         points, of_points, digest = _read(shapes, rows, num_points, raw, parts)
-    labels, in_split = shapes.labels[rows], shapes.split[rows]
-    labelled = bool((labels >= 0).all())
+    labels = shapes.labels[rows] if (shapes.labels[rows] >= 0).all() else None
     return PointClouds(
         shapes.name,
-        shapes.fingerprint or digest or "",
+        shapes.fingerprint or digest,
         points,
-        labels if labelled else None,
-        shapes.class_names if labelled else (),
-        in_split if (shapes.split >= 0).any() else None,
+        labels,
+        () if labels is None else shapes.class_names,
+        shapes.split[rows] if (shapes.split >= 0).any() else None,
         of_points,
         shapes.part_names if parts else (),
         available,
@@ -137,9 +139,10 @@ def _loaded(
 def _read(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Points of these shapes in the standard form, part labels of these points, and their digest.
+    """Points of these shapes in the standard form, the part labels of these points, and a digest.
 
-    raw: as they are in the source; of files, whose clouds differ in size, in an object array.
+    raw: points as they are in the source; those of files, which differ in number, in an object
+    array.
     """
     digest, clouds, of_points, unseen = hashlib.sha256(), [], [], 0
     starts, name = range(0, len(rows), shapes.batch), f"reading {shapes.name}"
@@ -155,16 +158,18 @@ def _read(
         clouds.append(some)
         of_points.append(labels)
     if unseen:
-        print(
-            f"{shapes.name}: {unseen:,} points that are NaN, where nothing was seen, were left out"
-        )
+        what = "points that are NaN, where nothing was seen, were left out"
+        print(f"{shapes.name}: {unseen:,} {what}")
     varied = raw and shapes.batch == 1
     labels = _joined(of_points, varied) if parts else None
     return _joined(clouds, varied), labels, digest.hexdigest()
 
 
 def _joined(batches: list, varied: bool) -> np.ndarray:
-    """Batches b N ... of clouds as n N ...; varied: batches of one, whose N differ, as objects n."""
+    """Batches [b, N, ...] joined to [n, N, ...].
+
+    varied: batches of one cloud, whose N differ; they are joined to an object array [n].
+    """
     if not varied:
         return np.concatenate(batches)
     out = np.empty(len(batches), object)
@@ -176,9 +181,7 @@ def _joined(batches: list, varied: bool) -> np.ndarray:
 def _standard(
     points: np.ndarray, num_points: int, axes: np.ndarray, parts: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Clouds b N 3 as b num_points 3, z up, unit sphere, by FPS; with the part labels b N of the
-    chosen points.
-    """
+    """Clouds b N 3 in the standard form, b num_points 3, and the part labels of the chosen points."""
     points = points.astype(np.float64)
     # before float32: map coordinates of millions keep their millimetres
     points -= points.mean(1, keepdims=True)

@@ -1,17 +1,13 @@
-"""What a source is: a list of entries, one for each cloud, that can be read in any process."""
+"""A source is a list of entries, one for each cloud, which can be read in any process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from jepa3d.data.arrays import clouds_in, facts_in
-from jepa3d.data.boundary import printable
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud
 from jepa3d.data.io import read
-from jepa3d.data.store import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,49 +42,26 @@ class Source:
 
     @property
     def unpublished(self) -> bool:
-        """True of people's own files: their stray points are left out; those of a benchmark stay."""
+        """True for users' own files, whose stray points are removed; benchmarks are kept as
+        published.
+        """
         return self.layout in ("folder", "file")
 
 
 def entries_of(
     path: Path, key: str, label: str | None, split: str | None, columns: tuple[str, ...] | None
 ) -> list[Entry]:
-    """The clouds of one file; an array file's own labels and split, where it has them, win."""
+    """The clouds of one file. Labels and splits in an array file take the place of the given ones.
+
+    Raises ReadError.
+    """
     count = clouds_in(path)
     if count is None:
         return [Entry(key, partial(read, path, None, columns), label, split)]
     facts = facts_in(path)
-    labels, splits = [label] * count, [split] * count
-    if "label" in facts:
-        classes = [_text(name) for name in facts.get("class_names", ())]
-        labels = [_class_of(value, classes, path) for value in facts["label"]]
-    if "split" in facts:
-        numbers = facts["split"].tolist()
-        if wrong := [number for number in numbers if not 0 <= number < len(SPLITS)]:
-            allowed = "split must be 0 (train), 1 (test) or 2 (val)"
-            raise ReadError(f"{path}: {allowed}, found {wrong[0]}")
-        splits = [SPLITS[number] for number in numbers]
-    names: list = [_text(name) for name in facts.get("names", ())]
-    names = names if len(names) == count else [None] * count
+    labels, splits = facts.get("label", [label] * count), facts.get("split", [split] * count)
+    rows = zip(labels, splits, facts.get("names", [None] * count), strict=True)
     return [
-        Entry(f"{key}#{i}", partial(read, path, i), labels[i], splits[i], None, names[i], i)
-        for i in range(count)
+        Entry(f"{key}#{row}", partial(read, path, row), label, split, None, name, row)
+        for row, (label, split, name) in enumerate(rows)
     ]
-
-
-def _class_of(value: np.generic, names: list[str], path: Path) -> str | None:
-    """The class that a label of an array file means: a text, or a number; None for one below 0."""
-    if value.dtype.kind in "US":
-        return _text(value)
-    number = int(value)
-    if number < 0:
-        return None
-    if names and number >= len(names):
-        raise ReadError(f"{path}: label {number} without class: there are {len(names)} names")
-    return names[number] if names else str(number)
-
-
-def _text(name: object) -> str:
-    """A name in a file, which may be the bytes of HDF5, on one line."""
-    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
-    return printable(text)

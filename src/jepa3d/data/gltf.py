@@ -1,9 +1,9 @@
-"""glTF 2.0 and GLB: the meshes of a scene, each where its nodes put it.
+"""glTF 2.0 and GLB: the meshes of a scene, each placed by its nodes.
 
-What is not known by name here is refused.
+A file with extensions that this module does not know is refused.
 """
 
-import binascii
+import base64
 import json
 import re
 from pathlib import Path
@@ -29,15 +29,14 @@ _DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
 
 
 def read_gltf(path: Path) -> PointCloud:
-    """The triangles of a file's scene, or if it has none its points.
-
-    The y axis is up, as the standard says.
+    """The triangles of the scene, or its points if it has no triangles; y is up, as in the
+    standard.
     """
     return _Scene(path).read()
 
 
 class _Scene:
-    """A file's JSON, and its buffers as they are asked for."""
+    """The JSON of a file, and its buffers, which are loaded when they are used."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
@@ -67,9 +66,11 @@ class _Scene:
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
-            raise ReadError("a scene of lines only" if primitives else "a scene without meshes")
+            what = "of lines only" if primitives else "without meshes"
+            raise ReadError(f"a scene {what}")
         self._check_size([primitive for _, _, _, primitive in chosen])
-        vertices, faces, colors, known, total = [], [np.empty((0, 3), np.int64)], [], {}, 0
+        vertices, faces, colors, known = [], [np.empty((0, 3), np.int64)], [], {}
+        total = 0
         for at, node, place, primitive in chosen:
             attributes = primitive["attributes"]
             # primitives of one shape may share its vertices
@@ -84,12 +85,13 @@ class _Scene:
             if solid:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
                 corners = corners + known[shared]
-                faces.append(corners[:, ::-1] if np.linalg.det(place[:3, :3]) < 0 else corners)
-        kept = {"colors": np.concatenate(colors)} if len(colors) == len(vertices) else {}
-        return mesh(np.concatenate(vertices), np.concatenate(faces), up="y", **kept)
+                mirrored = np.linalg.det(place[:3, :3]) < 0
+                faces.append(corners[:, ::-1] if mirrored else corners)
+        rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
+        return mesh(np.concatenate(vertices), np.concatenate(faces), up="y", colors=rgb)
 
     def _check_size(self, primitives: list[dict]) -> None:
-        """ReadError for primitives with too many vertices and corners together."""
+        """Raises ReadError if primitives have too many vertices and corners together."""
         accessors = [p["indices"] for p in primitives if "indices" in p]
         accessors += [p["attributes"]["POSITION"] for p in primitives]
         if sum(self.json["accessors"][i]["count"] for i in accessors) > _MOST:
@@ -98,7 +100,9 @@ class _Scene:
     # ---------------------------------------------------------------------------------------- nodes
 
     def _place_nodes(self) -> None:
-        """Matrices of the nodes in the scene that the file names, or its first; else of all nodes."""
+        """Set the matrices of the nodes in the file's default scene, or in its first; else of all
+        nodes.
+        """
         if scenes := self.json.get("scenes"):
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
         else:
@@ -114,12 +118,16 @@ class _Scene:
             visible &= _extension(node, "KHR_node_visibility").get("visible", True)
             if not visible:
                 self.hidden.add(i)
-            waiting += [(child, self.places[i], visible) for child in node.get("children", ())]
+            children = node.get("children", ())
+            waiting += [(child, self.places[i], visible) for child in children]
 
     def _shown(self) -> list[tuple[dict, np.ndarray]]:
-        """Nodes with meshes and where they are, one entry an instance."""
+        """The visible nodes with meshes, and the matrix of each; several times if a node has
+        instances.
+        """
         if not self.nodes:
-            return [({"mesh": i}, np.eye(4)) for i in range(len(self.json.get("meshes", ())))]
+            meshes = self.json.get("meshes", ())
+            return [({"mesh": i}, np.eye(4)) for i in range(len(meshes))]
         shown = []
         for i, place in sorted(self.places.items()):
             node = self.nodes[i]
@@ -127,20 +135,22 @@ class _Scene:
                 continue
             copies = [{}]
             if instances := _extension(node, "EXT_mesh_gpu_instancing"):
-                found = {key.lower(): self._values(i) for key, i in instances["attributes"].items()}
-                rows = zip(*found.values(), strict=False)
-                copies = [dict(zip(found, row, strict=True)) for row in rows]
+                attributes = instances["attributes"]
+                rows = zip(*map(self._values, attributes.values()), strict=False)
+                names = [name.lower() for name in attributes]
+                copies = [dict(zip(names, row, strict=True)) for row in rows]
             shown += [(node, place @ _matrix(copy)) for copy in copies]
         return shown
 
     # ------------------------------------------------------------------------------------- geometry
 
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
-        """Vertices n 3 in the scene: after the shape's weights and, with a skin, in its joints' pose."""
+        """Vertices n 3 of a primitive in the scene, after morph targets and skin."""
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
         points = self._values(attributes["POSITION"]).astype(np.float64)
-        weights = node.get("weights", self.json["meshes"][node["mesh"]].get("weights", ()))
+        weights = self.json["meshes"][node["mesh"]].get("weights", ())
+        weights = node.get("weights", weights)
         for weight, target in zip(weights, primitive.get("targets", ()), strict=False):
             if weight and "POSITION" in target:
                 points += weight * self._values(target["POSITION"])
@@ -164,20 +174,22 @@ class _Scene:
         return np.where(total > 0, out / np.where(total > 0, total, 1), points)
 
     def _indices(self, primitive: dict) -> np.ndarray:
-        """The corners of a primitive's faces, vertices of its own from 0."""
+        """The corners of a primitive's faces, as numbers of its vertices."""
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"a face of vertex {corners.max()}, but only {count} vertices")
+            wrong = f"a face of vertex {corners.max()}"
+            raise ReadError(f"{wrong}, but only {count} vertices")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
-        """ReadError for the accessor of a compressed mesh, and for corners without values."""
-        accessor, draco = self.json["accessors"][i], _DRACO in primitive.get("extensions", {})
-        empty = accessor["count"] and "bufferView" not in accessor and "sparse" not in accessor
+        """Raises ReadError for the accessor of a compressed mesh, and for corners without values."""
+        accessor = self.json["accessors"][i]
+        draco = _DRACO in primitive.get("extensions", {})
+        empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
         if empty and (draco or i == primitive.get("indices")):
             needed = _DRACO if draco else "indices without a buffer"
             raise ReadError(f"needs {needed}, which is not read; save it without")
@@ -185,16 +197,16 @@ class _Scene:
     # ------------------------------------------------------------------------------------ accessors
 
     def _values(self, i: int) -> np.ndarray:
-        """An accessor's values n D, fractions where it says that its integers are such."""
+        """The values n D of an accessor; normalised integers as fractions."""
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
         if not 0 <= count <= _MOST:
             raise ReadError(f"an accessor of {count} values")
-        stored = "bufferView" in accessor
-        values = (
-            self._view(accessor, count, width, kind) if stored else np.zeros((count, width), kind)
-        )
+        if "bufferView" in accessor:
+            values = self._view(accessor, count, width, kind)
+        else:
+            values = np.zeros((count, width), kind)
         if sparse := accessor.get("sparse"):
             at = np.dtype(_KINDS[sparse["indices"]["componentType"]])
             where = self._view(sparse["indices"], sparse["count"], 1, at)[:, 0]
@@ -205,16 +217,23 @@ class _Scene:
         return values
 
     def _view(self, where: dict, count: int, width: int, kind: np.dtype) -> np.ndarray:
-        """Values count width of the buffer view, from the byte on, that `where` names."""
-        view, offset = self.json["bufferViews"][where["bufferView"]], where.get("byteOffset", 0)
-        if packed := [name for name in view.get("extensions", {}) if name.endswith(_MESHOPT)]:
-            raise ReadError(f"needs {packed[0]}, which is not read; save it without")
+        """Values [count, width] of a buffer view.
+
+        where: an accessor, or a part of one, that names the view and the first byte.
+        """
+        view = self.json["bufferViews"][where["bufferView"]]
+        offset = where.get("byteOffset", 0)
+        for name in view.get("extensions", {}):
+            if name.endswith(_MESHOPT):
+                raise ReadError(f"needs {name}, which is not read; save it without")
         begin, size = view.get("byteOffset", 0), width * kind.itemsize
         stride = view.get("byteStride", 0) or size
-        data = memoryview(self._buffer(view["buffer"]))[begin : begin + view["byteLength"]]
+        end = begin + view["byteLength"]
+        data = memoryview(self._buffer(view["buffer"]))[begin:end]
         needed = offset + (count - 1) * stride + size if count else 0
         if min(begin, offset, stride) < 0 or needed > len(data):
-            raise ReadError(f"truncated or damaged: a view of {len(data)} bytes for {count} values")
+            found = f"a view of {len(data)} bytes for {count} values"
+            raise ReadError(f"truncated or damaged: {found}")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
@@ -222,7 +241,8 @@ class _Scene:
             buffer = self.json["buffers"][i]
             self.buffers[i] = data = self._load(buffer.get("uri"))
             if (claimed := buffer["byteLength"]) > len(data):
-                raise ReadError(f"truncated: buffer {i} has {len(data)} of {claimed} bytes")
+                have = f"buffer {i} has {len(data)} of {claimed} bytes"
+                raise ReadError(f"truncated: {have}")
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
@@ -232,17 +252,18 @@ class _Scene:
             head, _, data = uri.partition(",")
             if not head.lower().endswith(";base64"):
                 return unquote_to_bytes(data)
-            return binascii.a2b_base64(unquote(data).replace("-", "+").replace("_", "/"))
+            return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is not in its folder: only those are opened")
+                allowed = "only those are opened"
+                raise ReadError(f"its buffer {name} is not in its folder: {allowed}")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:
-    """JSON and binary part of a GLB."""
+    """The JSON and the binary part of a GLB."""
     version, length = (int.from_bytes(data[i : i + 4], "little") for i in (4, 8))
     if version != 2:
         raise ReadError(f"GLB version {version} is not read, only 2")
@@ -265,7 +286,8 @@ def _matrix(node: dict) -> np.ndarray:
     if "matrix" in node:
         return np.array(node["matrix"], np.float64).reshape(4, 4).T
     found = np.eye(4)
-    turn = rotation(np.roll(np.asarray(node.get("rotation", (0, 0, 0, 1)), np.float64), 1))
+    x, y, z, w = node.get("rotation", (0, 0, 0, 1))
+    turn = rotation(np.array([w, x, y, z], np.float64))
     found[:3, :3] = turn * np.asarray(node.get("scale", (1, 1, 1)), np.float64)
     found[:3, 3] = node.get("translation", (0, 0, 0))
     return found

@@ -1,6 +1,6 @@
-"""One file to a `PointCloud`, or in chunks to all its points.
+"""Read any file: as one `PointCloud`, or all its points in chunks.
 
-Whatever a parser raises leaves here as `ReadError`, one line that names the file.
+Every error of a parser becomes a `ReadError`, one line that names the file.
 """
 
 import gzip
@@ -27,10 +27,10 @@ _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or th
 def read(
     path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None
 ) -> PointCloud:
-    """The cloud, or mesh, of a file; of an array of clouds (HDF5, NPZ) that at `row`.
+    """The cloud or mesh in a file. Raises ReadError.
 
-    columns: names of x, y, z in a table whose header has others, or of all columns of a .bin.
-    Raises ReadError.
+    row: the cloud in an array of clouds (HDF5, NPZ). columns: the names of x, y, z in a table whose
+    header has others, or of all columns of a .bin.
     """
     path = Path(path)
     suffix = suffix_of(path)
@@ -43,11 +43,13 @@ def read(
             raise ReadError("empty file")
         if suffix in ARRAY_SUFFIXES:
             return reader(file, row)
-        return reader(file, columns) if reader in (read_table, read_bin) else reader(file)
+        if suffix in (*_TABLES, ".bin"):
+            return reader(file, columns)
+        return reader(file)
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file of this name is not read, and what to do; None where it is."""
+    """Why a file of this name is not read, and what to do about it; None if it is read."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -56,7 +58,9 @@ def refusal(path: Path) -> str | None:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """The file, or a temporary file with the content of a .gz. Raises ReadError for too much of it."""
+    """The file itself or, of a .gz, a temporary file with its content. Raises ReadError if that is
+    huge.
+    """
     if path.suffix.lower() != ".gz":
         yield path
         return
@@ -74,10 +78,10 @@ def _inflated(path: Path) -> Iterator[Path]:
 
 
 def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
-    """All points of a file but those of NaN, float64 n 3 a chunk, in its order and coordinates.
+    """All points of a file in its order and coordinates, float64 n 3 a chunk, without those of NaN.
 
-    LAS, LAZ, PLY, NPY, PTX and tables need the memory of a chunk; other kinds are read whole. tell:
-    is called at the end with the number of points of NaN. Raises ReadError, also for infinite
+    LAS, LAZ, PLY, NPY, PTX and tables take the memory of a chunk; other kinds are read whole. tell:
+    called at the end with the number of points left out. Raises ReadError, also for infinite
     coordinates and for meshes.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
@@ -119,7 +123,7 @@ def _whole(path: Path, changed: int) -> PointCloud:
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """The cloud, or more than `num_points` samples of the mesh: equal ones for equal meshes."""
+    """The cloud, or samples of a mesh, more than `num_points`; equal meshes give equal samples."""
     if cloud.faces is None:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
@@ -127,7 +131,7 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
 
 
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
-    """The cloud, or samples of the mesh, if that is at least `num_points`. Raises ReadError."""
+    """As `sampled`; raises ReadError for a cloud of fewer than `num_points`."""
     cloud = sampled(cloud, num_points, seed)
     if len(cloud) < num_points:
         raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
@@ -158,14 +162,19 @@ _IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] 
     ".npy": npy_rows,
     ".ptx": ptx_rows,
 }
-_PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
-_TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
-_PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangulate().save")
+_TRIMESH = (
+    "pip install trimesh pycollada lxml networkx; "
+    """python -c "import trimesh as t; t.load('IN', force='mesh').export('OUT.ply')\""""
+)
+_PYVISTA = (
+    """pip install pyvista; python -c "import pyvista; pyvista.read('IN')"""
+    """.extract_surface().triangulate().save('OUT.ply')\""""
+)
 _BLENDER = (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz")
 _FREECAD = (".step", ".stp", ".iges", ".igs", ".brep")
 _CONVERTED = {
-    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
-    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
+    **dict.fromkeys((".dae", ".3mf"), _TRIMESH),
+    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYVISTA),
     **dict.fromkeys(_BLENDER, "in Blender, to PLY"),
     **dict.fromkeys(_FREECAD, "in FreeCAD, to STL"),
 }

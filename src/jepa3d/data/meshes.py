@@ -1,4 +1,4 @@
-"""Meshes of one kind of row each: OFF, OBJ and STL."""
+"""Meshes with one kind of row for each thing: OFF, OBJ and STL."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,14 @@ from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 from jepa3d.data.polygons import Rows, mesh, runs, triangles, unix_lines, whole
 
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
-_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+# normal, corners, attribute
+_TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
 _HEAD = 84  # bytes of a binary STL: a title of 80 and the number of triangles
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
 
 
 def read_off(path: Path) -> PointCloud:
-    """OFF in text, of rows as wide as they are; colours of vertices are kept, of faces not."""
+    """OFF in text. Colours of vertices are kept, those of faces are not. Raises ReadError."""
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     if not (start := _OFF.match(text)):
         raise ReadError("not an OFF file: it does not begin with OFF")
@@ -35,9 +36,10 @@ def read_off(path: Path) -> PointCloud:
             rows.numbers()[0][min(rows.counts[0], 3) :], num_vertices, num_faces
         )
     values, at = rows.numbers(1, first)
-    vertices, after = values[at[:, None] + np.arange(3)], 6 if normal else 3
-    colored = color and width >= after + 3
-    colors = to_bytes(values[at[:, None] + np.arange(after, after + 3)]) if colored else None
+    rows_of_3, after, colors = at[:, None] + np.arange(3), 6 if normal else 3, None
+    vertices = values[rows_of_3]
+    if color and width >= after + 3:
+        colors = to_bytes(values[rows_of_3 + after])
     values, at = rows.numbers(first, first + num_faces, integers=True)
     sizes, have = whole(values[at]), rows.counts[first : first + num_faces] - 1
     if (wrong := (sizes < 0) | (sizes > have)).any():
@@ -48,7 +50,7 @@ def read_off(path: Path) -> PointCloud:
 
 
 def _off_of_any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
-    """An OFF file without colours whose numbers are broken into lines at any place."""
+    """An OFF file without colours whose lines do not end where its rows do."""
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:
         raise ReadError(f"truncated: {len(values)} numbers for {counts}")
@@ -64,11 +66,12 @@ def _off_of_any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> 
 
 
 def read_obj(path: Path) -> PointCloud:
-    """The polygons of an OBJ file; without any its vertices as a cloud, whatever lines join them.
+    """The polygons of an OBJ file, or its vertices as a cloud if it has none. Raises ReadError.
 
-    Materials are never opened.
+    Materials are not opened.
     """
-    text = re.sub(rb"\\[ \t]*\n", b" ", re.sub(rb"#.*", b"", unix_lines(path.read_bytes())))
+    text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
+    text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
         what = f"free-form surfaces ({surface[1].decode()})"
         raise ReadError(f"{what} are not read; convert it to polygons")
@@ -79,8 +82,9 @@ def read_obj(path: Path) -> PointCloud:
     rows = Rows(after(b"v"))
     if not len(rows):
         raise ReadError("no vertices: not an OBJ file, or an empty one")
-    if (fewest := rows.counts.min()) < 3:
-        raise ReadError(f"vertex {int(rows.counts.argmin()) + 1} has {fewest} coordinates")
+    first = int(rows.counts.argmin())
+    if rows.counts[first] < 3:
+        raise ReadError(f"vertex {first + 1} has {rows.counts[first]} coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
     if set(rows.counts) <= {6, 7}:
@@ -92,15 +96,16 @@ def read_obj(path: Path) -> PointCloud:
         kinds = np.array(re.findall(rb"(?m)^[ \t]*(v|f)o?[ \t]", text))
         above = np.repeat(-np.cumsum(kinds == b"v")[kinds == b"f"], faces.counts)
     corners = corners - np.where(corners < 0, above, 1)
-    if not len(faces) and len(normals := Rows(after(b"vn")).numbers()[0]) == 3 * len(vertices):
+    normals = Rows(b"" if len(faces) else after(b"vn")).numbers()[0]
+    if len(normals) == 3 * len(vertices):
         kept["normals"] = normals.reshape(-1, 3).astype(np.float32)
     return mesh(vertices, triangles(vertices, faces.counts, corners), **kept)
 
 
 def read_stl(path: Path) -> PointCloud:
-    """All solids of an STL file, whose triangles share no vertices.
+    """All solids of an STL file; triangles share no vertices. Raises ReadError.
 
-    A binary one may begin with the word solid, and have a few bytes too many.
+    A binary file may begin with the word solid and have a few bytes too many.
     """
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")
@@ -110,13 +115,14 @@ def read_stl(path: Path) -> PointCloud:
     if not exact and re.match(text, data, re.IGNORECASE | re.DOTALL):
         corners = _stl_in_text(unix_lines(data).lower())
     elif len(data) < _HEAD:
-        raise ReadError("not an STL file: no text that begins with solid, and no binary header")
+        what = "no text that begins with solid, and no binary header"
+        raise ReadError(f"not an STL file: {what}")
     elif claimed != have:
         state = "truncated" if claimed > have else "damaged"
         counts = f"its header counts {claimed} triangles, it has {have}"
         raise ReadError(f"{state} or not an STL file: {counts}")
     else:
-        corners = np.frombuffer(data, _TRIANGLE, have, _HEAD)["corners"].reshape(-1, 3)
+        corners = np.frombuffer(data, _TRIANGLE, have, _HEAD)["f1"].reshape(-1, 3)
     if not len(corners):
         raise ReadError("an STL file without triangles")
     return mesh(corners, np.arange(len(corners)).reshape(-1, 3))
@@ -126,6 +132,6 @@ def _stl_in_text(text: bytes) -> np.ndarray:
     corners = Rows(b"\n".join(_CORNER.findall(text))).numbers()[0].reshape(-1, 3)
     facets = text.count(b"endfacet")
     if len(corners) != 3 * facets or text.rfind(b"endsolid") < text.rfind(b"endfacet"):
-        counts = f"{facets} whole facets, {len(corners)} vertices, no endsolid at the end"
-        raise ReadError(f"truncated or damaged: {counts}")
+        counts = f"{facets} whole facets, {len(corners)} vertices"
+        raise ReadError(f"truncated or damaged: {counts}, no endsolid at the end")
     return corners

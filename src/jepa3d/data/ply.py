@@ -1,4 +1,4 @@
-"""PLY, in text or binary: the only reader of its header and its rows."""
+"""PLY, in text or binary, read whole or in chunks; and the header to write one."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -14,18 +14,9 @@ from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import attributes_of
 
-_C_NAMES = {
-    "char": "int8",
-    "uchar": "uint8",
-    "short": "int16",
-    "ushort": "uint16",
-    "int": "int32",
-    "uint": "uint32",
-    "long": "int64",
-    "ulong": "uint64",
-    "float": "float32",
-    "double": "float64",
-}
+_OF_C = "char uchar short ushort int uint long ulong float double"
+_OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
+_KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _LONGEST_HEADER = 1 << 24  # bytes
 # a value a row; or, of lists, their lengths and all their values
@@ -46,7 +37,7 @@ class Element:
     properties: list[Property] = field(default_factory=list)
 
     def add(self, name: str, kind: np.dtype, length: np.dtype | None = None) -> None:
-        """A property; one of a name that is taken gets its number behind it."""
+        """Add a property. A repeated name gets a number, so that the first one counts."""
         name, names = name.lower(), [p.name for p in self.properties]
         name = f"{name} {len(names)}" if name in names else name
         self.properties.append(Property(name, kind, length))
@@ -54,7 +45,7 @@ class Element:
 
 @dataclass(frozen=True)
 class Header:
-    """What a PLY file says of itself."""
+    """The header of a PLY file."""
 
     order: str  # of bytes; "" for text
     elements: list[Element]
@@ -70,52 +61,56 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file. Raises ReadError for another file, and for types that do not exist."""
+    """The header of a file. Raises ReadError if it is no PLY or names unknown types."""
     with path.open("rb") as file:
         text = file.read(1000)
         first_line = rb"(?:\xef\xbb\xbf)?\s*ply[ \t]*(\r\n|\r|\n)"
         if not (begin := re.match(first_line, text, re.IGNORECASE)):
             raise ReadError("not a PLY file: its first line is not ply")
         old_mac = begin[1] == b"\r"
-        end = re.compile(rb"[\r\n]end_header[ \t]*" + (rb"\r" if old_mac else rb"\r?\n"))
+        line_end = rb"\r" if old_mac else rb"\r?\n"
+        end = re.compile(rb"[\r\n]end_header[ \t]*" + line_end)
         while not (found := end.search(text)):
             more = file.read(len(text))
             if not more or len(text) > _LONGEST_HEADER:
                 raise ReadError("damaged or not a PLY file: its header has no end")
             text += more
-    lines = [line.split() for line in re.split(r"[\r\n]+", text[: found.start()].decode("latin-1"))]
-    formats = [words[1] for words in lines if words[:1] == ["format"] and len(words) > 1]
-    if not formats or formats[0] not in _ORDERS:
-        raise ReadError(f"damaged PLY header: its format is none of {', '.join(_ORDERS)}")
-    order = _ORDERS[formats[0]]
+    lines = re.split(r"[\r\n]+", text[: found.start()].decode("latin-1"))
+    rows = [line.split() for line in lines]
+    damaged = "damaged PLY header"
+    name = next((row[1] for row in rows if row[:1] == ["format"] and row[1:]), None)
+    if name not in _ORDERS:
+        raise ReadError(f"{damaged}: its format is none of {', '.join(_ORDERS)}")
+    order = _ORDERS[name]
     elements: list[Element] = []
-    for words in lines:
+    for words in rows:
         match words:
             case ["element", name, count] if count.isdecimal():
                 elements.append(Element(name.lower(), int(count)))
             case ["property", "list", length, kind, name] if elements:
                 number = _kind(length, order)
                 if number.kind == "f":
-                    raise ReadError(f"damaged PLY header: the length of a list is a {length}")
+                    raise ReadError(f"{damaged}: the length of a list is a {length}")
                 elements[-1].add(name, _kind(kind, order), number)
             case ["property", kind, name] if elements:
                 elements[-1].add(name, _kind(kind, order))
             case ["element" | "property", *_]:
-                raise ReadError(f"damaged PLY header: {' '.join(words)[:80]!r}")
+                raise ReadError(f"{damaged}: {' '.join(words)[:80]!r}")
     return Header(order, [e for e in elements if e.properties], found.end(), old_mac)
 
 
 def _kind(word: str, order: str) -> np.dtype:
-    name = _C_NAMES.get(word.lower(), word.lower())
-    if name not in _C_NAMES.values():
+    name = _KINDS.get(word.lower(), word.lower())
+    if name not in _KINDS.values():
         raise ReadError(f"damaged PLY header: no type is called {word[:40]!r}")
     return np.dtype((order or "=") + np.dtype(name).str[1:])
 
 
 def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
-    """The header of a binary PLY of `count` vertices, whose rows are of this type."""
-    names = {kind: name for name, kind in _C_NAMES.items()}
-    lines = ["ply", "format binary_little_endian 1.0", *(f"comment {text}" for text in comments)]
+    """The header of a binary PLY of `count` vertices with rows of this type."""
+    names = {kind: name for name, kind in _KINDS.items()}
+    lines = ["ply", "format binary_little_endian 1.0"]
+    lines += [f"comment {text}" for text in comments]
     lines.append(f"element vertex {count}")
     lines += [f"property {names[row[name].name]} {name}" for name in row.names or ()]
     return "\n".join([*lines, "end_header\n"]).encode()
@@ -130,13 +125,14 @@ def read_ply(path: Path) -> PointCloud:
     with path.open("rb") as file:
         file.seek(header.start)
         data = file.read()
-    found = _columns_of_bytes(header, data) if header.order else _columns_of_text(header, data)
+    found = (_columns_of_bytes if header.order else _columns_of_text)(header, data)
     if "vertex" not in found:
         raise ReadError("no vertices")
     columns = found["vertex"].items()
-    vertex = {name: values for name, values in columns if isinstance(values, np.ndarray)}
+    vertex = {key: column for key, column in columns if isinstance(column, np.ndarray)}
     if {*"xyz"} - {*vertex}:
-        raise ReadError(f"its vertices have no x, y, z; they have {', '.join(vertex) or 'nothing'}")
+        have = ", ".join(vertex) or "nothing"
+        raise ReadError(f"its vertices have no x, y, z; they have {have}")
     vertices = np.stack([vertex[axis].astype(np.float64) for axis in "xyz"], 1)
     faces = np.empty((0, 3), np.int64)
     if "face" in found:
@@ -148,23 +144,24 @@ def read_ply(path: Path) -> PointCloud:
 
 
 def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Number of corners of each face and their vertices one after the other."""
-    lists = {name: values for name, values in columns.items() if isinstance(values, tuple)}
-    names = [name for name in ("vertex_indices", "vertex_index") if name in lists] or list(lists)
-    if not names:
-        raise ReadError(f"its {what} have no list vertex_indices; they have {', '.join(columns)}")
-    sizes, values = lists[names[0]]
+    """The number of corners of each face, and the vertices of all corners one after the other."""
+    lists = {name: c for name, c in columns.items() if isinstance(c, tuple)}
+    if not lists:
+        have = ", ".join(columns)
+        raise ReadError(f"its {what} have no list vertex_indices; they have {have}")
+    known = [name for name in ("vertex_indices", "vertex_index") if name in lists]
+    sizes, values = lists[[*known, *lists][0]]
     return sizes, whole(values)
 
 
 def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """Every element's columns; a row is a line."""
+    """The columns of every element; a row is a line."""
     rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
         last, columns = first + element.count, {}
         if last > len(rows):
-            have = max(len(rows) - first, 0)
-            raise ReadError(f"truncated: {have} of {element.count} of its {element.name} rows")
+            have = f"{max(len(rows) - first, 0)} of {element.count}"
+            raise ReadError(f"truncated: {have} of its {element.name} rows")
         integers = all(p.kind.kind != "f" for p in element.properties)
         values, at = rows.numbers(first, last, integers)
         ends = at + rows.counts[first:last]
@@ -184,12 +181,14 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
 
 def _check_rows(element: Element, good: np.ndarray) -> None:
     if not good.all():
-        raise ReadError(f"truncated or damaged in row {int(good.argmin())} of its {element.name}")
+        where = f"in row {int(good.argmin())} of its {element.name}"
+        raise ReadError(f"truncated or damaged {where}")
 
 
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """Every element's columns; rows of lists are read one by one, unless all have the lengths of the
-    first.
+    """The columns of every element.
+
+    Rows are read as a table if all lists have the lengths of the first row, else one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -198,20 +197,19 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
             have = f"at most {most} of {element.count}"
             raise ReadError(f"truncated: {have} of its {element.name} rows")
         first, end = _one_by_one(element, header.order, data, at, 1)
-        lengths = {name: int(c[0][0]) for name, c in first.items() if isinstance(c, tuple)}
+        lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
+        lengths = {name: int(column[0][0]) for name, column in lists}
         fits = min(element.count, (len(data) - at) // (end - at))
         table = np.frombuffer(data, _row_type(element, lengths), fits, at)
-        equal = all((table[f"length of {name}"] == n).all() for name, n in lengths.items())
+        columns: dict[str, Column] = {p.name: table[p.name] for p in element.properties}
+        equal = True
+        for name, length in lengths.items():
+            equal &= bool((table[f"length of {name}"] == length).all())
+            columns[name] = (np.full(fits, length), table[name].reshape(-1))
+        end = at + table.nbytes
         if fits < element.count or not equal:
-            found[element.name], at = _one_by_one(element, header.order, data, at, element.count)
-            continue
-        found[element.name] = {
-            p.name: (np.full(fits, lengths[p.name]), table[p.name].reshape(-1))
-            if p.name in lengths
-            else table[p.name]
-            for p in element.properties
-        }
-        at += table.nbytes
+            columns, end = _one_by_one(element, header.order, data, at, element.count)
+        found[element.name], at = columns, end
     return found
 
 
@@ -219,48 +217,47 @@ def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
     """The type of a binary row whose lists have these lengths."""
     fields: list = []
     for p in element.properties:
-        if p.length:
-            fields += [(f"length of {p.name}", p.length), (p.name, p.kind, (lengths[p.name],))]
-        else:
-            fields.append((p.name, p.kind))
+        fields += [(f"length of {p.name}", p.length)] if p.length else []
+        fields.append((p.name, p.kind, (lengths[p.name],) if p.length else ()))
     return np.dtype(fields)
 
 
 def _one_by_one(
     element: Element, order: str, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
-    """Columns of `count` binary rows of any lengths from byte `at` on, and where they end."""
+    """Columns of `count` binary rows with lists of any lengths, from byte `at` on, and their end."""
     byteorder: Literal["big", "little"] = "big" if order == ">" else "little"
     # of each property: bytes of the length of a list, its sign, bytes of a value; lengths, values
     plan = []
     for p in element.properties:
-        number, signed = (p.length.itemsize, p.length.kind == "i") if p.length else (0, False)
+        number = p.length.itemsize if p.length else 0
+        signed = bool(p.length and p.length.kind == "i")
         plan.append((number, signed, p.kind.itemsize, [], []))
     for row in range(count):
         for number, signed, width, lengths, pieces in plan:
             if number:
-                lengths.append(int.from_bytes(data[at : at + number], byteorder, signed=signed))
-                at, width = at + number, max(lengths[-1], 0) * width
+                size = int.from_bytes(data[at : at + number], byteorder, signed=signed)
+                lengths.append(size)
+                at, width = at + number, max(size, 0) * width
             pieces.append(data[at : at + width])
             at += width
         if at > len(data):
             where = f"in row {row} of {count} of its {element.name}"
             raise ReadError(f"truncated or damaged {where}")
     columns: dict[str, Column] = {}
-    for p, (number, _, _, lengths, pieces) in zip(element.properties, plan, strict=True):
+    for p, (*_, lengths, pieces) in zip(element.properties, plan, strict=True):
         values = np.frombuffer(b"".join(pieces), p.kind)
-        columns[p.name] = (np.array(lengths), values) if number else values
+        columns[p.name] = (np.array(lengths), values) if p.length else values
     return columns, at
 
 
 # ---------------------------------------------------------------------------------------- in chunks
 
 
-def ply_rows(path: Path, size: int, attributes: bool = False) -> Iterator[np.ndarray] | None:
-    """The vertices of a cloud, float64 n 3, at most `size` at once.
+def ply_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray] | None:
+    """The vertices of a cloud, float64 n 3, at most `size` at a time. Raises ReadError for a mesh.
 
-    None for files whose vertices cannot be read so: other rows lie before them, or they have lists.
-    Raises ReadError for a mesh.
+    None for a file whose vertices have lists or do not come first; it must be read whole.
     """
     header = read_header(path)
     if header.is_mesh:
@@ -270,13 +267,11 @@ def ply_rows(path: Path, size: int, attributes: bool = False) -> Iterator[np.nda
     lists = any(p.length for p in vertex.properties)
     if vertex.name != "vertex" or header.old_mac or {*"xyz"} - {*names} or lists:
         return None
-    if header.order:
-        return _chunks_of_bytes(path, header.start, vertex, size)
-    columns = [names.index(axis) for axis in "xyz"]
-    return _chunks_of_text(path, header.start, vertex.count, columns, size)
+    chunks = _chunks_of_bytes if header.order else _chunks_of_text
+    return chunks(path, header.start, vertex, size)
 
 
-def _chunks_of_bytes(path: Path, start: int, vertex: Element, size: int) -> Iterator[np.ndarray]:
+def _chunks_of_bytes(path: Path, start: int, vertex: Element, size: int):
     kind = _row_type(vertex, {})
     check_claim(path, start + vertex.count * kind.itemsize, 1)
     for at in range(0, vertex.count, size):
@@ -285,16 +280,17 @@ def _chunks_of_bytes(path: Path, start: int, vertex: Element, size: int) -> Iter
         yield np.stack([table[axis].astype(np.float64) for axis in "xyz"], 1)
 
 
-def _chunks_of_text(
-    path: Path, start: int, count: int, columns: list[int], size: int
-) -> Iterator[np.ndarray]:
+def _chunks_of_text(path: Path, start: int, vertex: Element, size: int):
+    names = [p.name for p in vertex.properties]
+    columns = [names.index(axis) for axis in "xyz"]
     with path.open("rb") as file:
         file.seek(start)
-        lines, done = islice((line for line in file if line.strip()), count), 0
-        while done < count:
+        lines, done = islice((line for line in file if line.strip()), vertex.count), 0
+        while done < vertex.count:
             rows = Rows(b"".join(islice(lines, size)))
             if rows.counts.min(initial=99) <= max(columns) or not len(rows):
-                raise ReadError(f"truncated or damaged: {done} or a few more of {count} points")
+                where = f"{done} or a few more of {vertex.count} points"
+                raise ReadError(f"truncated or damaged: {where}")
             values, at = rows.numbers()
             yield values[at[:, None] + columns]
             done += len(rows)

@@ -1,8 +1,10 @@
-"""What scanners write: PCD, LAS, LAZ, E57, PTX, and BIN of named columns.
+"""Formats of scanners: PCD, LAS, LAZ, E57, PTX, and BIN with named columns.
 
-LAS, LAZ, E57 and compressed PCD need the parsers of the `io` extra.
+LAS, LAZ, E57 and compressed PCD need the `io` extra.
 """
 
+import math
+import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -16,15 +18,16 @@ from jepa3d.data.text import collected, coordinate_columns, parsed
 
 
 def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Normals, colours and part labels among named columns (PLY properties, PCD fields)."""
+    """Normals, colors and parts among named columns, such as properties of PLY or fields of PCD."""
     found = {
         key: as_attribute(key, np.stack([columns[name] for name in names], 1))
         for key, names in attribute_names(columns.keys()).items()
     }
-    for name in ("rgb", "rgba"):  # PCL's colours: the bytes b, g, r, a of one float or integer
-        if name in columns and "colors" not in found and columns[name].dtype.itemsize == 4:
-            packed = np.ascontiguousarray(columns[name]).view(np.uint8).reshape(-1, 4)
-            found["colors"] = packed[:, 2::-1].copy()
+    # PCL's colours: the bytes b, g, r, a of one float or integer
+    packed = columns.get("rgb", columns.get("rgba"))
+    if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
+        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
+        found["colors"] = bgra[:, 2::-1].copy()
     return found
 
 
@@ -39,10 +42,12 @@ def read_pcd(path: Path) -> PointCloud:
     with path.open("rb") as file:
         header: dict[str, list[str]] = {}
         above = 0
-        while "DATA" not in header and above < 1000 and (text := file.readline(100_000)):
+        for text in islice(iter(lambda: file.readline(100_000), b""), 1000):
             words, above = text.decode("latin-1").split(), above + 1
             if words and not words[0].startswith("#"):
                 header[words[0].upper()] = words[1:]
+            if "DATA" in header:
+                break
         row, count = _pcd_row(header)
         way, size = " ".join(header.get("DATA", ())).lower(), count * row.itemsize
         data: Any
@@ -56,7 +61,7 @@ def read_pcd(path: Path) -> PointCloud:
                 follows = f"more follows than the {count:,} points that its header says"
                 raise ReadError(f"damaged: {follows}")
         elif way == "binary_compressed":  # all of a field, then all of the next
-            packed, unpacked = (int.from_bytes(file.read(4), "little") for _ in range(2))
+            packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
             check_claim(path, unpacked, 100)  # LZF's best is 88
             content = module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
@@ -64,11 +69,9 @@ def read_pcd(path: Path) -> PointCloud:
                 raise ReadError(f"truncated or damaged: {found}")
             data, at = np.empty(count, row), 0
             for name in row.names or ():
-                field = data[name]
-                data[name] = np.frombuffer(content, field.dtype, field.size, at).reshape(
-                    field.shape
-                )
-                at += field.nbytes
+                part = content[at : at + data[name].nbytes]
+                values = np.frombuffer(part, row[name].base)
+                data[name], at = values.reshape(data[name].shape), at + len(part)
             columns = _fields(data)
         else:
             known = "known are ascii, binary, binary_compressed"
@@ -78,47 +81,53 @@ def read_pcd(path: Path) -> PointCloud:
 
 
 def _fields(data: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of one value a point."""
+    """The fields with one value for each point."""
     return {name: data[name] for name in data.dtype.names or () if data[name].ndim == 1}
 
 
 def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     """The type of a point, with names in lower case, and the number of points. Raises ReadError."""
-    names, sizes = header.get("FIELDS", header.get("COLUMNS", [])), header.get("SIZE", [])
-    kinds, repeats = header.get("TYPE", ["F"] * len(names)), header.get("COUNT", ["1"] * len(names))
+    names = header.get("FIELDS", header.get("COLUMNS", []))
+    sizes = header.get("SIZE", [])
+    kinds = header.get("TYPE", ["F"] * len(names))
+    repeats = header.get("COUNT", ["1"] * len(names))
     if not names or not len(names) == len(sizes) == len(kinds) == len(repeats):
-        found = f"{len(names)} FIELDS, {len(sizes)} SIZE, {len(kinds)} TYPE, {len(repeats)} COUNT"
-        raise ReadError(f"damaged or not a PCD file: its header has {found}")
-    numbers = [int((header.get(key) or ["-1"])[0]) for key in ("POINTS", "WIDTH", "HEIGHT")]
-    points, width, height = numbers
+        found = f"{len(names)} FIELDS, {len(sizes)} SIZE, {len(kinds)} TYPE"
+        found = f"its header has {found}, {len(repeats)} COUNT"
+        raise ReadError(f"damaged or not a PCD file: {found}")
+    keys = ("POINTS", "WIDTH", "HEIGHT")
+    points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
     grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
     if points >= 0 and grid >= 0 and points != grid:
-        raise ReadError(f"damaged: its header says {points:,} points and {width:,} x {height:,}")
+        sizes = f"{points:,} points and {width:,} x {height:,}"
+        raise ReadError(f"damaged: its header says {sizes}")
     if (count := max(points, grid)) < 1:
         raise ReadError("no points")
-    fields: dict[str, tuple] = {}
-    for i, (name, size, kind, repeat) in enumerate(zip(names, sizes, kinds, repeats, strict=True)):
+    fields: dict[str, np.dtype] = {}
+    columns = zip(names, sizes, kinds, repeats, strict=True)
+    for i, (name, size, kind, repeat) in enumerate(columns):
         number, key = f"{kind.lower()}{size}", name.lower()
-        if number not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"):
+        if not re.fullmatch("[iu][1248]|f[248]", number):
             raise ReadError(f"field {name} is of unknown TYPE {kind} and SIZE {size}")
         if name == "_" or key in fields:  # _: padding, any number of times
             key = f"_{i}"
-        fields[key] = (f"<{number}",) if repeat == "1" else (f"<{number}", (int(repeat),))
-    if missing := set("xyz") - {name for name, kind in fields.items() if len(kind) == 1}:
+        fields[key] = np.dtype((f"<{number}", () if repeat == "1" else (int(repeat),)))
+    single = {name for name, kind in fields.items() if kind.shape == ()}
+    if missing := {*"xyz"} - single:
         raise ReadError(f"has no field {min(missing)}; it has {', '.join(names)}")
-    return np.dtype([(name, *kind) for name, kind in fields.items()]), count
+    return np.dtype([*fields.items()]), count
 
 
 def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[str, np.ndarray]:
-    """Columns of text, of the header's types where they fit; fields of several values are left out."""
+    """Columns of a text PCD, in the types of its header where the values fit."""
     at, columns = 0, {}
     for name in row.names or ():
         if row[name].shape == ():
             columns[name] = at
-        at += int(np.prod(row[name].shape, dtype=int))
+        at += math.prod(row[name].shape)
     order = sorted(columns, key=lambda name: name not in {*"xyz"})
     lines = (text.decode("latin-1") for text in file)
-    chunks = list(parsed(lines, first, CHUNK, None, [columns[name] for name in order]))
+    chunks = parsed(lines, first, CHUNK, None, [columns[name] for name in order])
     rows = np.concatenate([np.empty((0, len(order))), *chunks])
     if len(rows) != count:
         state = "truncated" if len(rows) < count else "damaged"
@@ -136,7 +145,7 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[s
 
 
 def _check_las(path: Path) -> None:
-    """ReadError for a header that says too few points or that laspy would loop over for hours."""
+    """Raises ReadError for a header that says too few points, or on which laspy would take hours."""
     with path.open("rb") as file:
         head = file.read(375).ljust(375, b"\0")
 
@@ -161,29 +170,32 @@ def _check_las(path: Path) -> None:
     records = (minor > 3 and number(235, 8)) or end
     held = (min(waves, records) - start) // max(1, length)
     if held > (said := number(247, 8) if minor > 3 else number(107, 4)):
-        raise ReadError(f"damaged: its header says {said:,} points, but {held:,} follow")
+        follows = f"its header says {said:,} points, but {held:,} follow"
+        raise ReadError(f"damaged: {follows}")
 
 
 def las_records(path: Path, size: int) -> Iterator[Any]:
-    """laspy's records of a LAS or LAZ file, `size` at a time.
+    """laspy's records of a LAS or LAZ file, at most `size` at a time.
 
-    Raises ReadError, also where some are missing.
+    Raises ReadError, also if records are missing.
     """
     laspy, seen = module("laspy"), 0
     _check_las(path)
     try:
         # one thread: of a damaged chunk table the parallel decompressor allocates what it claims,
         # and aborts
-        with laspy.open(path, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
-            header, packed = file.header, file.header.are_points_compressed
-            check_claim(path, header.point_count * header.point_format.size, 5000 if packed else 1)
+        lazrs = laspy.LazBackend.Lazrs
+        with laspy.open(path, read_evlrs=False, laz_backend=lazrs) as file:
+            header, most = file.header, 5000 if file.header.are_points_compressed else 1
+            check_claim(path, header.point_count * header.point_format.size, most)
             for records in file.chunk_iterator(size):
                 seen += len(records)
                 yield records
     except laspy.errors.LaspyException as error:
         raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, no Exception and not importable
+        # of Rust, no Exception and not importable
+        if type(error).__name__ != "PanicException":
             raise
         raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
     if seen < header.point_count:
@@ -191,13 +203,18 @@ def las_records(path: Path, size: int) -> Iterator[Any]:
 
 
 def las_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z and, with attributes, class and colours, float64 n 7; NaN where none is."""
+    """Chunks of x, y, z, class, red, green, blue, float64 n 7; NaN for what a file does not have.
+
+    attributes: False for x, y, z only.
+    """
+    names = [*"XYZ", "classification", "red", "green", "blue"][: 7 if attributes else 3]
     for records in las_records(path, size):
-        names = [*"xyz", *(("classification", "red", "green", "blue") if attributes else ())]
-        have, none = set(records.point_format.dimension_names), np.full(len(records), np.nan)
-        have |= {*"xyz"}
-        columns = [np.asarray(records[n], np.float64) if n in have else none for n in names]
-        yield np.stack(columns, 1)
+        have = {*records.point_format.dimension_names}
+        columns = np.full((len(records), len(names)), np.nan)
+        for i, name in enumerate(names):
+            if name in have:
+                columns[:, i] = records[name.lower()]
+        yield columns
 
 
 def read_las(path: Path) -> PointCloud:
@@ -225,7 +242,8 @@ def read_e57(path: Path) -> PointCloud:
     if not scans:
         raise ReadError("no points" if counts else "no scans")
     names = [f"cartesian{axis}" for axis in "XYZ"]
-    xyz = np.concatenate([np.stack([scan[name] for name in names], 1) for scan in scans])
+    scans = [np.stack([scan[name] for name in names], 1) for scan in scans]
+    xyz = np.concatenate(scans)
     return PointCloud.make(xyz, unseen=sum(counts) - len(xyz))
 
 
@@ -235,31 +253,35 @@ def read_ptx(path: Path) -> PointCloud:
 
 
 def ptx_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z and, with attributes, colours of Leica's PTX, float64 n 6; NaN for no value.
+    """Chunks of x, y, z, red, green, blue of Leica's PTX, float64 n 6; NaN for no value.
 
-    A scan is its columns and rows, the scanner's place and axes, a matrix that acts on rows, and a
-    line a point: x y z intensity [r g b], zeros where no light came back. Raises ReadError.
+    attributes: False for x, y, z only. A scan is its columns and rows, the scanner's place and
+    axes, a matrix that acts on rows, and a line a point: x y z intensity [r g b], zeros where no
+    light came back. Raises ReadError.
     """
-    width = 6 if attributes else 3
     with path.open(encoding="latin-1") as text:
         # without blank lines and the byte order mark of Windows' editors
-        file = (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip())
+        mark = "\u00ef\u00bb\u00bf"
+        file = (line.removeprefix(mark) for line in text if line.strip())
         at = 0
         while head := list(islice(file, 10)):
             if not "".join(head).strip():
                 break
             try:
                 count = int(head[0]) * int(head[1])
-                matrix = np.array([text.split() for text in head[6:]], np.float64).reshape(4, 4)
+                rows = [text.split() for text in head[6:]]
+                matrix = np.array(rows, np.float64).reshape(4, 4)
             except (ValueError, IndexError):
                 what = "no head of a PTX scan: sizes, axes, matrix"
                 raise ReadError(f"lines {at + 1} to {at + 10} are {what}") from None
             check_claim(path, 6 * count, 1)
             lines, done = islice(file, count), 0
             first = next(lines, "")
-            columns = [0, 1, 2, 4, 5, 6] if len(first.split()) >= 7 else [0, 1, 2]
-            for rows in parsed(chain([first], lines), at + 11, size, None, columns[:width]):
-                rows = np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=np.nan)
+            colored = attributes and len(first.split()) >= 7
+            columns = [0, 1, 2, *((4, 5, 6) if colored else ())]
+            for found in parsed(chain([first], lines), at + 11, size, None, columns):
+                rows = np.full((len(found), 6 if attributes else 3), np.nan)
+                rows[:, : len(columns)] = found
                 rows[(rows[:, :3] == 0).all(1), :3] = np.nan
                 rows[:, :3] = rows[:, :3] @ matrix[:3, :3] + matrix[3, :3]
                 done += len(rows)
@@ -271,13 +293,13 @@ def ptx_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndar
 
 
 NO_COLUMNS = (
-    "a .bin file does not say what its columns are: jepa3d prepare --columns x y z intensity "
-    "(KITTI), or x y z intensity ring (nuScenes)"
+    "a .bin file does not say what its columns are: jepa3d prepare --columns "
+    "x y z intensity (KITTI), or x y z intensity ring (nuScenes)"
 )
 
 
 def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
-    """Rows of float32, whose columns are named, as lidar data sets have them. Raises ReadError."""
+    """Rows of float32 with named columns, as lidar data sets have them. Raises ReadError."""
     if columns is None:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)

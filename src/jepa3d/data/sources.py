@@ -1,4 +1,4 @@
-"""What lies at a path: a published benchmark, anybody's own files, or one file."""
+"""Find what lies at a path: a published benchmark, a folder of files, or one file."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -22,12 +22,14 @@ Columns = tuple[str, ...] | None  # as of `io.py::read`
 
 
 def discover(root: Path, variant: str | None = None, columns: Columns = None) -> Source:
-    """What lies at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
+    """The clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
 
-    Raises ReadError where that holds no cloud.
+    variant: of a benchmark that has several. columns: as of `io.py::read`. Raises ReadError if
+    there is no cloud.
     """
     if count := procedural.count_of(root):
-        shapes = [Entry(str(i), partial(procedural.read, i), up_axis="z") for i in range(count)]
+        readers = [partial(procedural.read, i) for i in range(count)]
+        shapes = [Entry(str(i), read, up_axis="z") for i, read in enumerate(readers)]
         return Source("procedural", shapes)
     if root.suffix == ".pkl":
         source = fold_of(root)
@@ -46,7 +48,7 @@ def discover(root: Path, variant: str | None = None, columns: Columns = None) ->
 def walk(
     root: Path, failed: Callable[[OSError], None]
 ) -> Iterable[tuple[Path, list[str], list[str]]]:
-    """os.walk, sorted, which follows links to folders but never in a circle.
+    """Like os.walk, but sorted, and following links to folders without running in a circle.
 
     failed: called with the error of each folder that cannot be listed.
     """
@@ -62,7 +64,7 @@ def walk(
 
 
 def _files(root: Path, variant: str | None, columns: Columns) -> Source:
-    """Any tree of files; its folders are classes and splits: see splits.py."""
+    """Any tree of files; folders are classes and splits, as splits.py finds them."""
     entries, skipped, notes, part_names = [], [], [], ()
     benchmarks, paths = [], {}
 
@@ -75,7 +77,7 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
             at = folder.relative_to(root).as_posix()
             folders.clear()
             benchmarks.append(found)
-            entries += [replace(entry, key=f"{at}/{entry.key}") for entry in found.entries]
+            entries += [replace(one, key=f"{at}/{one.key}") for one in found.entries]
             notes += [f"{at}: {found.layout}", *found.notes]
             part_names = part_names or found.part_names
             continue
@@ -107,7 +109,7 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
 
 
 def _no_cloud(path: Path, columns: Columns) -> str | None:
-    """Why a file of a folder is left out without being read; None where it may be a cloud."""
+    """Why a file of a folder is left out unread; None if it may be a cloud."""
     if path.name.startswith("._"):
         return "written by macOS beside the file"
     if path.suffix == ".pkl":
@@ -126,5 +128,5 @@ def _no_cloud(path: Path, columns: Columns) -> str | None:
 
 
 def _refuse(message: str) -> NoReturn:
-    """What reading an entry does whose file was found to be bad before."""
+    """Raises a ReadError that was found before; stands for the reader of a bad file."""
     raise ReadError(message)

@@ -42,14 +42,19 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def hash64(data: bytes) -> int:
-    """The first 64 bits of BLAKE2b."""
+    """The first 64 bits of the BLAKE2b hash of some bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class Store:
-    """A store, opened for reading: nothing but the header is read until it is asked for.
+def key_hash(key: str) -> int:
+    """The hash of a cloud's key, by which the index finds it."""
+    return hash64(key.encode("utf-8", "surrogateescape"))
 
-    Raises ReadError where `path` is no whole store.
+
+class Store:
+    """A store, opened for reading: only its header and index are read at once.
+
+    Raises ReadError if `path` is no complete store.
     """
 
     def __init__(self, path: str | Path, unfinished: bool = False):
@@ -67,7 +72,7 @@ class Store:
             what = "not a store of jepa3d prepare, or damaged"
             raise ReadError(f"{path}: {what} ({error})") from error
         if found != FORMAT:
-            raise ReadError(f"{path}: store of format {found!r}, this version reads {FORMAT!r}")
+            raise ReadError(f"{path}: of format {found!r}, only {FORMAT!r} is read")
         if not (unfinished or complete):
             what = "an unfinished store; run its jepa3d prepare again, it goes on"
             raise ReadError(f"{path}: {what}")
@@ -82,7 +87,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' own."""
+        """sha256 of the header's records of all shards, which have the checksums of their files."""
         shards = json.dumps(self.header["shards"], sort_keys=True)
         return hashlib.sha256(shards.encode()).hexdigest()
 
@@ -94,22 +99,24 @@ class Store:
         if not path.is_file() or path.stat().st_size < needed:
             what = f"{needed} bytes are needed for {len(self)} clouds"
             raise ReadError(f"{path}: missing or cut off: {what}")
-        if needed < 16 << 20:  # in memory: a mapped file that is cut off kills the process
+        # in memory: a mapped file that is cut off kills the process
+        if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """The memory-mapped arrays of a shard.
+        """The memory-mapped arrays of a shard. Raises ReadError if its file is missing or damaged.
 
-        At most 64 are held open, fewer than a process may. Raises ReadError.
+        At most 64 shards are kept open, since a process may only open so many files.
         """
         path = self.path / self.header["shards"][index]["file"]
-        if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
+        size = path.stat().st_size if path.is_file() else 0
+        if index in self._open and size < self._bytes[index]:
             # touching its pages would be a crash
             raise ReadError(f"{path}: is gone or was cut off while it was read")
         if (found := self._open.get(index)) is None:
             try:
-                self._bytes[index], found = path.stat().st_size, _map_safetensors(path)
+                self._bytes[index], found = size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
             self._open[index] = found
@@ -119,7 +126,7 @@ class Store:
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:
-        """Shard of a cloud, and its rows there."""
+        """The number of the shard that holds a cloud, and the cloud's rows in it."""
         if not 0 <= row < len(self):
             raise IndexError(f"cloud {row} of {len(self)}")
         shard = int(np.searchsorted(self.first, row, side="right")) - 1
@@ -127,7 +134,7 @@ class Store:
         return shard, slice(begin - self._start[shard], end - self._start[shard])
 
     def _bounds(self, name: str, row: int) -> tuple[int, int]:
-        """Where a row begins and ends, of a column of ends."""
+        """Where a cloud begins and ends, by a column that has the end of each cloud."""
         ends = self.columns[name]
         return int(ends[row - 1]) if row else 0, int(ends[row])
 
@@ -144,35 +151,37 @@ class Store:
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
-        """A cloud with what is kept of it; points z-up in the unit sphere."""
+        """A cloud with all its stored attributes; points are z-up in the unit sphere."""
         shard, rows = self._span(row)
-        arrays: dict[str, Any] = {name: values[rows] for name, values in self.shard(shard).items()}
+        found = self.shard(shard)
+        arrays: dict[str, Any] = {name: values[rows] for name, values in found.items()}
         *origin, scale = self.columns["frame"][row].tolist()
         points = np.asarray(arrays.pop("points"), np.float32)
         return PointCloud(points, np.array(origin), scale, **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
-        """Points n 3 of a cloud's store frame in its file's own frame, float64."""
+        """Points n 3 of a stored cloud in the coordinates of its file, float64."""
         *origin, scale = self.columns["frame"][row].tolist()
         axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
         return np.asarray(points, np.float64) @ axes * scale + origin
 
     def key(self, row: int) -> str:
-        """The path of a cloud's file in its source, with its row where the file has many."""
+        """The path of a cloud's file in its source, and its row if the file has many clouds."""
         begin, end = self._bounds("key_end", row)
         with (self.path / "index" / "keys.bin").open("rb") as file:
             file.seek(begin)
             return file.read(end - begin).decode("utf-8", "surrogateescape")
 
     def verify(self) -> None:
-        """Compare every checksum. Raises ReadError naming the first file that differs."""
+        """Compare all checksums. Raises ReadError that names the first file that differs."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if (found := sha256_of(path)) != shard["sha256"]:
                 what = "its checksum is not the one written" if found else "is missing"
                 raise ReadError(f"{path}: {what}")
             rows = range(*self.first[i : i + 2].tolist())
-            if wrong := [row for row in rows if not np.isfinite(self.points(row)).all()]:
+            wrong = [row for row in rows if not np.isfinite(self.points(row)).all()]
+            if wrong:
                 what = f"NaN or infinite coordinates ({len(wrong)} clouds)"
                 raise ReadError(f"{self.path}: {self.key(wrong[0])}: {what}")
         self._check_index()
@@ -183,23 +192,25 @@ class Store:
                 raise ReadError(f"{path}: its text is not the one written")
 
     def _check_index(self) -> None:
-        """Raises ReadError where the index is not the one written."""
+        """Raises ReadError if the index does not have the checksum that was written."""
         for i, shard in enumerate(self.header["shards"]):
             (begin, end), crc = self.first[i : i + 2].tolist(), 0
             for name in COLUMNS:
-                crc = zlib.crc32(np.ascontiguousarray(self.columns[name][begin:end]).tobytes(), crc)
+                crc = zlib.crc32(self.columns[name][begin:end].tobytes(), crc)
             if crc != shard["index_crc32"]:
-                raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
+                rows = f"rows {begin}-{end} are not those written"
+                raise ReadError(f"{self.path / 'index'}: {rows}")
 
 
 class StoredPoints:
-    """Points n N 3 float32, or parts n N int16, of rows of a store, read when indexed.
+    """Points n N 3 float32, or part labels n N int16, of some clouds of a store, read when indexed.
 
-    It stands for an array in `PointClouds`.
+    It takes the place of an array in `PointClouds`.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray, num_points: int, name: str = "points"):
-        self.store, self.rows, self.num_points, self.name = store, rows, num_points, name
+    def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
+        self.store, self.rows, self.num_points = store, rows, num_points
+        self.name = name
         self._kind = np.float32 if name == "points" else np.int16
         self.shape = (len(rows), num_points, 3)[: 3 if name == "points" else 2]
 
@@ -213,11 +224,9 @@ class StoredPoints:
         for i, row in enumerate(rows.tolist()):
             out[i] = self.store.array(self.name, row, self.num_points)
             if not np.isfinite(out[i]).all():
-                path = self.store.path
-                what = (
-                    f"NaN or infinite coordinates (jepa3d info {path} --verify finds all of them)"
-                )
-                raise ReadError(f"{path}: {self.store.key(row)}: {what}")
+                path, what = self.store.path, "NaN or infinite coordinates"
+                hint = f"jepa3d info {path} --verify finds all of them"
+                raise ReadError(f"{path}: {self.store.key(row)}: {what} ({hint})")
         # fewer points have another centroid and radius
         if self.name == "points" and self.num_points != self.store.num_points:
             out -= out.mean(1, keepdims=True)
@@ -229,8 +238,9 @@ class StoredPoints:
         return StoredPoints(self.store, self.rows[keep], self.num_points, self.name)
 
     def shard_sizes(self) -> np.ndarray:
-        """How many of the clouds lie in each shard, in order, for an epoch order that reads shard
-        after shard.
+        """How many of these clouds lie in each shard, in order.
+
+        An epoch reads shard after shard by it.
         """
         if (np.diff(self.rows) < 0).any():  # in an order of its own
             return np.array([len(self.rows)])
@@ -239,10 +249,10 @@ class StoredPoints:
 
 
 class StoreWriter:
-    """Appends clouds to a store, new or begun with the same settings; used as a context.
+    """Appends clouds to a store: a new one, or one begun with the same settings. A context manager.
 
-    On leaving, what was added is committed and, unless left by an exception, the store is marked
-    complete. Raises ValueError where `path` is something else or has other settings.
+    Leaving it commits what was added and, unless an exception ended it, marks the store complete.
+    Raises ValueError if `path` is something else or was begun with other settings.
     """
 
     def __init__(
@@ -258,9 +268,9 @@ class StoreWriter:
         self._keys, self._bytes = [], 0
         self._new = not (path / "store.json").is_file()
         if self._new:
-            used = not path.is_dir() or any(p.name not in _UNFINISHED for p in path.iterdir())
-            if path.exists() and used:
-                raise ValueError(f"{path}: exists and is not a store; choose another --out")
+            names = [p.name for p in path.iterdir()] if path.is_dir() else []
+            if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
+                raise ValueError(f"{path}: exists, is not a store; use another --out")
             self.header: dict[str, Any] = {
                 "format": FORMAT,
                 "complete": False,
@@ -280,8 +290,9 @@ class StoreWriter:
             self.header = store.header | {"settings": before}
             if before != settings:
                 name = next(key for key in settings if before.get(key) != settings[key])
-                found = f"was begun with {name} = {before.get(name)}, not {settings[name]}"
-                raise ValueError(f"{path}: {found}; choose another --out, or say what it was")
+                was = f"begun with {name} = {before.get(name)}, not {settings[name]}"
+                hint = "choose another --out, or say what it was"
+                raise ValueError(f"{path}: was {was}; {hint}")
             if part_names and list(part_names) != self.header["part_names"]:
                 raise ValueError(f"{path}: has other part names; choose another --out")
             self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
@@ -290,8 +301,8 @@ class StoreWriter:
         self._index.mkdir(exist_ok=True)
         # points in the store and waiting
         self._end = sum(shard["points"] for shard in self.header["shards"])
-        known = self.header["class_names"]
-        self.header["class_names"] = known + [name for name in class_names if name not in known]
+        known = dict.fromkeys([*self.header["class_names"], *class_names])
+        self.header["class_names"] = list(known)
         for name, size in self._size.items():
             file = self._index / f"{name}.bin"
             file.touch()
@@ -302,8 +313,9 @@ class StoreWriter:
         return np.fromfile(self._index / "key.bin", COLUMNS["key"][0])
 
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
-        """A cloud: arrays points and attributes; row label, split (names or None), up, frame,
-        content.
+        """Add a cloud: its arrays (points and attributes) and its row of the index.
+
+        row: label and split (names or None), up, frame and content, as in `COLUMNS`.
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:
@@ -329,14 +341,15 @@ class StoreWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Make all that was added durable: shard, then index, then header.
+        """Write all that was added: first the shard, then the index, then the header.
 
         An interrupted commit leaves no trace.
         """
         header, sizes = self.header, self._size
         if self._clouds:
-            names = self._clouds[0].keys()
-            arrays = {name: np.concatenate([one[name] for one in self._clouds]) for name in names}
+            arrays = {}
+            for name in self._clouds[0]:
+                arrays[name] = np.concatenate([cloud[name] for cloud in self._clouds])
             content, crc = save(arrays), 0
             shard = {
                 "file": f"points-{len(header['shards']):05d}.safetensors",
@@ -350,7 +363,8 @@ class StoreWriter:
                 crc = zlib.crc32(rows, crc)
                 sizes = sizes | {name: self._append(name, rows)}
             sizes = sizes | {"keys": self._append("keys", b"".join(self._keys))}
-            header = header | {"shards": [*header["shards"], shard | {"index_crc32": crc}]}
+            shards = [*header["shards"], shard | {"index_crc32": crc}]
+            header = header | {"shards": shards}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
         # only now, so that a commit that failed can be made again
         self.header, self._size = header, sizes
@@ -358,7 +372,7 @@ class StoreWriter:
         self._keys, self._bytes = [], 0
 
     def _append(self, name: str, content: bytes) -> int:
-        """Write after what is committed. Returns the file's size."""
+        """Write content after the committed part of an index file. Returns the file's new size."""
         with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)
@@ -370,7 +384,7 @@ class StoreWriter:
         self.header["complete"] = False
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not isinstance(error, OSError):
             self.header["complete"] = kind is None
             self.commit()
@@ -393,6 +407,6 @@ def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
     out = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            out[name] = data[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            values = data[slice(*entry["data_offsets"])].view(kinds[entry["dtype"]])
+            out[name] = values.reshape(entry["shape"])
     return out

@@ -1,7 +1,7 @@
 """Tables of numbers: XYZ, TXT, CSV, PTS, ASC, as scanners, spreadsheets and scripts write them.
 
-A file of any size is read in bounded memory: numpy parses some lines at once and, where it cannot,
-they are parsed one by one, so that an error names its line.
+Files of any size are read in bounded memory. Lines are parsed by numpy in chunks; a chunk that
+numpy refuses is parsed line by line, so that an error can name the line.
 """
 
 import csv
@@ -25,21 +25,21 @@ from jepa3d.data.cloud import (
     attribute_names,
 )
 
+Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
-_MARKS = (";", "|", "\t", ",")  # delimiters beside white space; of several in a row, the first
+# delimiters beside white space; of several in a row, the first counts
+_MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # what a line without content may hold
 _MAX_TITLE = 100  # lines of other text that may stand above the numbers
 _MAX_LINE = 100_000  # characters of a line above the numbers
-_NO_VALUE = re.compile(r"-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*", re.IGNORECASE)
+_NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
 _KNOWN = {"x", "y", "z", "intensity", "i"}.union(*chain(*ATTRIBUTE_COLUMNS.values()))
 
 
-def read_table(
-    path: Path, columns: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
-) -> PointCloud:
-    """A cloud from lines of numbers, with the attributes that its header names.
+def read_table(path: Path, columns: Names | None = None, names: Names = ()) -> PointCloud:
+    """A cloud from a table, with the attributes that its header names. Raises ReadError.
 
-    columns, names: as of `Table`. Raises ReadError.
+    columns, names: as of `Table`.
     """
     table = Table(path, columns, names)
     return collected(table.rows(CHUNK), table.attributes)
@@ -51,9 +51,10 @@ def table_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
 
 
 def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
-    """A cloud from chunks of rows x, y, z and attributes; of too many rows, a random part.
+    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
 
-    attributes: how many columns each of them has, in order; one without any number is left out.
+    attributes: the number of columns of each attribute, in order. One without any number is left
+    out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:
@@ -70,17 +71,15 @@ def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> Point
 
 
 class Table:
-    """The layout of a table's file: where its numbers begin, its delimiter and its used columns.
+    """The layout of a table: where its numbers begin, its delimiter, and the columns that are used.
 
-    columns: the header's names of x, y and z, if they are not x, y, z. names: the columns of a file
-    that is known to have no header. Without both, the first three columns are x, y, z and others
-    are left alone. attributes: how many columns the normals, colors and parts have that the header
-    names. Raises ReadError.
+    columns: the header's names of x, y and z, if they differ from these. names: the names of all
+    columns of a file that has no header. Without any names the first three columns are x, y, z and
+    others are ignored. The attribute `attributes` has the number of columns of the normals, colors
+    and parts that are named. Raises ReadError.
     """
 
-    def __init__(
-        self, path: Path, columns: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
-    ):
+    def __init__(self, path: Path, columns: Names | None = None, names: Names = ()):
         self._header = ""
         self._find_numbers(path)
         row = _fields(self._first, self.mark)
@@ -90,37 +89,40 @@ class Table:
         xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
         order = list(names or xyz)
         at = {name: order.index(name) for name in order}
-        texts = {name for name, i in at.items() if i < len(row) and _number(row[i]) is None}
+        cells = zip(order, row, strict=False)
+        texts = {name for name, cell in cells if _number(cell) is None}
         found = attribute_names(at.keys() - set(xyz) - texts)
         self.attributes = {key: len(group) for key, group in found.items()}
         self.columns = [at[name] for name in chain(xyz, *found.values())]
         if max(self.columns[:3]) >= len(row):
-            raise ReadError(f"{self._where} has {len(row)} columns, its header has {len(names)}")
+            wrong = f"has {len(row)} columns, its header has {len(names)}"
+            raise ReadError(f"{self._where} {wrong}")
 
     def rows(self, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
         """Chunks of at most `size` rows x, y, z and attributes, float64 n D; NaN for empty cells.
 
-        Raises ReadError for a line that is no row, and where the number of rows is not the one that
-        the file says.
+        Raises ReadError for a line that is no row, and if the file's count of rows is wrong.
         """
         columns, seen = self.columns if attributes else self.columns[:3], 0
         counts = [] if self._count is None else [self._count]
 
         def is_skipped(text: str) -> bool:
-            """True of the count of a further block, which is noted, and of a repeated header."""
+            """True for a repeated header, and for the count of a further block, which is
+            remembered.
+            """
             if counts and text.isdecimal():
                 counts.append(int(text))
                 return True
             return bool(self._header) and text == self._header
 
         with self._open() as file:
-            lines = islice(file, self._skip, None)
-            for rows in parsed(lines, self._skip + 1, size, self.mark, columns, is_skipped):
+            lines, first = islice(file, self._skip, None), self._skip + 1
+            for rows in parsed(lines, first, size, self.mark, columns, is_skipped):
                 seen += len(rows)
                 yield rows
         if counts and seen != sum(counts):
-            state = "truncated" if seen < sum(counts) else "damaged"
-            raise ReadError(f"{state}: {seen:,} points, but its count says {sum(counts):,}")
+            total, state = sum(counts), "truncated" if seen < sum(counts) else "damaged"
+            raise ReadError(f"{state}: {seen:,} points, but its count says {total:,}")
 
     def _open(self) -> TextIO:
         errors = "surrogateescape" if self.encoding.startswith("utf-8") else "replace"
@@ -129,18 +131,22 @@ class Table:
     def _find_numbers(self, path: Path) -> None:
         """Find the first row of numbers; above it may be comments, counts, names and titles."""
         self.path, self.encoding = path, encoding_of(path)
-        self._above: list[tuple[int, str]] = []  # lines of other text, with their numbers
-        self._comments = deque[str](maxlen=1000)  # the last of those that may be a header
+        # lines of other text with their numbers; the last comments that may be a header
+        self._above: list[tuple[int, str]] = []
+        self._comments = deque[str](maxlen=1000)
         self._count: int | None = None
         with self._open() as file:
             lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
             if any(self._begins_at(number, line) for number, line in lines):
                 return
+        raise self._without_numbers()
+
+    def _without_numbers(self) -> ReadError:
         first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
-        raise ReadError(f"no rows of numbers{first}")
+        return ReadError(f"no rows of numbers{first}")
 
     def _begins_at(self, number: int, line: str) -> bool:
-        """Whether this line is the first row of numbers; notes what it is otherwise."""
+        """True if this line is the first row of numbers; otherwise remembers what the line is."""
         text = line.strip()
         if len(line) >= _MAX_LINE:
             size = f"{_MAX_LINE:,} characters or more"
@@ -151,7 +157,7 @@ class Table:
             return False
         if text.isdecimal():
             if self._count is not None:
-                raise ReadError("two counts above its numbers: if it is a PTX, name it .ptx")
+                raise ReadError("two counts above its numbers: of a PTX? name it .ptx")
             self._count = int(text)
             return False
         if not text.strip(_BLANK):
@@ -174,7 +180,7 @@ class Table:
             raise ReadError(f"line {number} has {len(row)} columns, {needed}")
         self._above.append((number, text))
         if len(self._above) > _MAX_TITLE:
-            raise ReadError(f"no rows of numbers: the first line is {self._above[0][1][:60]!r}")
+            raise self._without_numbers()
         return False
 
     def _split(self, text: str, width: int) -> list[str]:
@@ -183,15 +189,13 @@ class Table:
         The best split has x, y and z, then `width` names, then the most names.
         """
         text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(_BLANK)
-        marks = [mark for mark in (self.mark, *_MARKS) if mark]
-        splits = [[_plain(field) for field in _fields(text, mark)] for mark in (*marks, None)]
-        return max(
-            splits, key=lambda names: ({*"xyz"} <= {*names}, len(names) == width, len(names))
-        )
+        marks = [*(mark for mark in (self.mark, *_MARKS) if mark), None]
+        splits = [list(map(_plain, _fields(text, mark))) for mark in marks]
+        return max(splits, key=lambda s: ({*"xyz"} <= {*s}, len(s) == width, len(s)))
 
-    def _names(self, row: list[str], columns: tuple[str, ...] | None) -> tuple[str, ...]:
-        """The header's names, from the last line above the numbers or from a comment; else ()."""
-        filled = len(row) - next((i for i, field in enumerate(reversed(row)) if field), 0)
+    def _names(self, row: list[str], columns: Names | None) -> Names:
+        """The names in the header, which is a line above the numbers or a comment; () without one."""
+        filled = max((i for i, field in enumerate(row, 1) if field), default=len(row))
         wanted = set(map(_plain, columns or "xyz"))
         if self._above:
             splits = [(at, text, self._split(text, filled)) for at, text in self._above]
@@ -202,26 +206,27 @@ class Table:
             if len(names) == len(row) - 1 and quoted:
                 names.insert(0, "")  # R's row names have no name
             if len(names) in (filled, len(row)) or wanted <= set(names):
-                if len(names) > len(row) and self.mark is None and names[:3] != ["x", "y", "z"]:
-                    found = f"{self._where} has {len(row)}"
-                    raise ReadError(f"line {number} names {len(names)} columns, {found}")
+                blank = self.mark is None
+                if len(names) > len(row) and blank and names[:3] != ["x", "y", "z"]:
+                    wrong = f"names {len(names)} columns, {self._where} has {len(row)}"
+                    raise ReadError(f"line {number} {wrong}")
                 return tuple(names)
         for comment in reversed(self._comments):  # CloudCompare: //X Y Z R G B
             names = self._split(comment, filled)
-            fits = len(names) == filled or (len(names) < filled and set(names) <= _KNOWN)
-            if wanted <= set(names) and fits:
+            known = len(names) < filled and set(names) <= _KNOWN
+            if wanted <= set(names) and (known or len(names) == filled):
                 return tuple(names)
         return ()
 
 
 def check_table(path: Path) -> None:
-    """ReadError for a file that is no table of numbers, such as a README."""
+    """Raises ReadError for a file that is no table of numbers, such as a README."""
     # without the names of its columns, which may be anything
     Table.__new__(Table)._find_numbers(path)
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding of a text file, by its first bytes; utf-8 for unknown 8-bit ones.
+    """The encoding of a text file, by its first bytes; utf-8 for unknown 8-bit encodings.
 
     Raises ReadError for a file that is no text.
     """
@@ -241,12 +246,14 @@ def encoding_of(path: Path) -> str:
 def delimiter_of(text: str) -> str | None:
     """The delimiter of a row of numbers; None for white space.
 
-    A comma beside another delimiter is taken as a decimal one.
+    A comma in a row with another delimiter is a decimal comma.
     """
-    text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text.strip(" \r\n"))
+    text = text.strip(" \r\n")
+    text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text)
     for mark in _MARKS:
         fields = [field.strip() for field in text.rstrip(mark).split(mark)]
-        if mark == "\t" and any(not field or re.search(r"\d +[-+.\d]", field) for field in fields):
+        blank = any(not field or re.search(r"\d +[-+.\d]", field) for field in fields)
+        if mark == "\t" and blank:
             continue  # tabs as white space
         decimal = r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+"
         if mark == "," and len(fields) >= 2 and re.fullmatch(decimal, text, re.I):
@@ -267,19 +274,20 @@ def parsed(
     columns: list[int],
     is_skipped: Callable[[str], bool] = lambda text: False,
 ) -> Iterator[np.ndarray]:
-    """Chunks of these columns of lines of numbers, float64 n D; `first` is the first line's number.
+    """Chunks of some columns of lines of numbers, float64 n D.
 
-    Empty lines, comments and lines of which `is_skipped` is true are left out. Raises ReadError
-    that names the line: the first three columns must be numbers or empty; a cell of another column
-    that is no number becomes NaN.
+    first: the number of the first line, for errors. is_skipped: tells which other lines to leave
+    out, besides comments and empty ones. The first three columns must be numbers or empty, or a
+    ReadError names the line; in other columns a text becomes NaN.
     """
     lines = iter(lines)
     while chunk := list(islice(lines, size)):
-        kept = [line for line in chunk if line.strip() and not line.startswith(_COMMENT)]
+        kept = [row for row in chunk if row.strip() and not row.startswith(_COMMENT)]
         try:
             rows = []
             if kept:
-                rows = np.loadtxt(kept, delimiter=mark, usecols=columns, ndmin=2, comments=None)
+                options = {"delimiter": mark, "usecols": columns}
+                rows = np.loadtxt(kept, ndmin=2, comments=None, **options)
         except ValueError:
             rows = list(_one_by_one(chunk, first, mark, columns, is_skipped))
         yield np.asarray(rows, np.float64).reshape(-1, len(columns))
@@ -297,12 +305,11 @@ def _one_by_one(
         text = line.strip()
         if not text.strip(_BLANK) or text.startswith(_COMMENT) or is_skipped(text):
             continue
-        row, damaged = (
-            _fields(line.partition(" #")[0], mark),
-            f"damaged: line {number} is not a row",
-        )
+        row = _fields(line.partition(" #")[0], mark)
+        damaged = f"damaged: line {number} is not a row"
         if len(row) <= (max(columns) if mark is None else max(columns[:3])):
-            raise ReadError(f"{damaged} of at least {max(columns) + 1} columns: {text[:60]!r}")
+            least = f"of at least {max(columns) + 1} columns"
+            raise ReadError(f"{damaged} {least}: {text[:60]!r}")
         fields = [row[column] if column < len(row) else "" for column in columns]
         values = [_number(field) for field in fields]
         if None in values[:3]:
@@ -322,9 +329,9 @@ def _fields(line: str, mark: str | None) -> list[str]:
 
 
 def _number(field: str) -> float | None:
-    """The number in a cell, with a decimal point or comma; None where it holds something else.
+    """The number in a cell, with a decimal point or comma; None for other text.
 
-    NaN for an empty cell and for what programs write where they have no value.
+    NaN for an empty cell and for the marks that programs write for a missing value.
     """
     if _NO_VALUE.fullmatch(field):
         return np.nan
@@ -335,12 +342,14 @@ def _number(field: str) -> float | None:
 
 
 def _is_number(field: str) -> bool:
-    """Whether a cell holds a number, and not nothing."""
+    """True if a cell holds a number, False if it is empty or holds other text."""
     return field not in ("", "-") and _number(field) is not None
 
 
-def coordinate_columns(names: tuple[str, ...], columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the x, y and z columns; a choice between several is never guessed."""
+def coordinate_columns(names: Names, columns: Names | None) -> Names:
+    """Names of the x, y and z columns. Raises ReadError if there are none, or several to choose
+    from.
+    """
     wanted = tuple(_plain(name) for name in columns or "xyz")
     have = ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:
@@ -349,14 +358,16 @@ def coordinate_columns(names: tuple[str, ...], columns: tuple[str, ...] | None) 
         return wanted
     if columns:
         raise ReadError(f"has no column {missing[0]!r} (--columns); it has {have}")
-    stems = [name.replace("x", "{}", 1) for name in names if "x" in name]
-    triples = [tuple(stem.format(axis) for axis in "xyz") for stem in stems if stem[0] != "n"]
+    named = [name for name in names if "x" in name and name[0] != "n"]
+    stems = [name.replace("x", "{}", 1) for name in named]
+    triples = [tuple(stem.format(axis) for axis in "xyz") for stem in stems]
     triples = [triple for triple in triples if set(triple) <= set(names)]
     if len(triples) == 1:
         return triples[0]
     if triples:
         have = f"{len(triples)} triples: {'; '.join(map(','.join, triples))}"
-    raise ReadError(f"no columns x, y, z, but {have}; choose with --columns of jepa3d prepare")
+    hint = "choose with --columns of jepa3d prepare"
+    raise ReadError(f"no columns x, y, z, but {have}; {hint}")
 
 
 def _plain(name: str) -> str:
@@ -365,4 +376,6 @@ def _plain(name: str) -> str:
     Bytes that are not UTF-8 are taken as Latin-1.
     """
     name = re.sub(r"\s*[\[(].*[\])]$", "", name.strip().strip("\"'")).lower()
-    return name if name.isprintable() else name.encode("utf-8", "surrogateescape").decode("latin-1")
+    if name.isprintable():
+        return name
+    return name.encode("utf-8", "surrogateescape").decode("latin-1")

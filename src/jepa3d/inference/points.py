@@ -21,7 +21,8 @@ def write_ply(scan: Path, colors: Path, out: Path, count: int) -> Iterator[int]:
 
     Yields the points done so far.
     """
-    row, done = np.dtype([*((axis, "<f8") for axis in "xyz"), *((name, "u1") for name in _RGB)]), 0
+    row = np.dtype([*((axis, "<f8") for axis in "xyz"), *((name, "u1") for name in _RGB)])
+    done = 0
     with out.open("wb") as file:
         file.write(header_of(row, count, ["jepa3d scene"]))
         for xyz in chunks(scan):
