@@ -17,6 +17,7 @@ from rich.progress import track
 from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.io import sampled
+from jepa3d.data.ply import header_of
 from jepa3d.data.sources import discover
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
@@ -161,28 +162,17 @@ def _segment(
 ) -> int:
     parts = segment_cloud(network, cloud, label, cloud.to_z_up(up_axis))
     colors = part_colors(network.parts_of[label])
-    rows = np.empty(
-        len(cloud), [("x", "<f8"), ("y", "<f8"), ("z", "<f8"), ("rgb", "u1", 3), ("part", "<i2")]
-    )
+    kinds = {**dict.fromkeys("xyz", "<f8"), **dict.fromkeys(("red", "green", "blue"), "u1")}
+    rows = np.empty(len(cloud), [*kinds.items(), ("part", "<i2")])
     rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T
-    rows["rgb"], rows["part"] = [colors[part] for part in parts.tolist()], parts
-    used = [f"comment part {part} {network.part_names[part]}" for part in network.parts_of[label]]
-    names = [f"property double {axis}" for axis in "xyz"] + [
-        f"property uchar {c}" for c in ("red", "green", "blue")
-    ]
-    header = [
-        "ply",
-        "format binary_little_endian 1.0",
-        *used,
-        f"element vertex {len(cloud)}",
-        *names,
-    ]
-    header += ["property short part", "end_header", ""]
+    rows["red"], rows["green"], rows["blue"] = np.array([colors[part] for part in parts.tolist()]).T
+    rows["part"] = parts
+    used = [f"part {part} {network.part_names[part]}" for part in network.parts_of[label]]
     file = out / (Path(name).name.replace("#", "-") + ".ply")
     while file.exists():  # files of one name in different folders
         file = file.with_name(f"_{file.name}")
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes(file, "\n".join(header).encode() + rows.tobytes())
+    write_bytes(file, header_of(rows.dtype, len(rows), used) + rows.tobytes())
     return 1
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jepa3d.data import cloud as clouds
 from jepa3d.data import io, text
-from jepa3d.data.io import ReadError, read, read_points
+from jepa3d.data.io import ReadError, enough_points, read
 
 h5py, laspy = pytest.importorskip("h5py"), pytest.importorskip("laspy")
 pye57, pypcd4 = pytest.importorskip("pye57"), pytest.importorskip("pypcd4")
@@ -249,7 +249,7 @@ def test_one_of_two_triples_is_chosen_by_name(tmp_path):
 def test_a_mesh_without_area_is_refused(tmp_path):
     (tmp_path / "a.off").write_text("OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n")
     with pytest.raises(ReadError, match="without surface"):
-        read_points(tmp_path / "a.off", 16)
+        enough_points(read(tmp_path / "a.off"), 16, 0)
 
 
 @pytest.mark.skipif(
@@ -292,7 +292,7 @@ def test_absurd_claims_of_a_header_are_refused(tmp_path, name):
 
 
 def test_a_larger_table_is_a_uniform_part_and_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_CHUNK", 97)
+    monkeypatch.setattr(text, "CHUNK", 97)
     monkeypatch.setattr(clouds.Reservoir.__init__, "__defaults__", (500, 0))
     rows = np.arange(4000)
     np.savetxt(tmp_path / "a.xyz", np.c_[rows, rows % 7, rows % 11], fmt="%d")

@@ -15,11 +15,10 @@ from spellings import polygons
 
 from jepa3d.data.cloud import PointCloud
 from jepa3d.data.datasets import load
-from jepa3d.data.io import ReadError, read
+from jepa3d.data.io import ReadError, chunks, read
 from jepa3d.data.polygons import triangles
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
-from jepa3d.inference.points import chunks
 
 WRITERS = [spellings.off, spellings.obj, spellings.ply, spellings.stl, spellings.gltf]
 CUBE = np.array([[x, y, z] for z in (0, 1) for y in (0, 1) for x in (0, 1)], np.float32)

@@ -145,7 +145,7 @@ def test_points_in_no_farthest_order_are_sampled_when_loaded(tmp_path, reduce):
 
 def test_more_points_than_a_store_has_and_another_up_axis_are_refused(tmp_path):
     path = str(write(tmp_path / "store").path)
-    with pytest.raises(ReadError, match="32 points, 33 are needed"):
+    with pytest.raises(ReadError, match="32 points, at least 33 are needed"):
         load([path], 33)
     with pytest.raises(ReadError, match="z-up already"):
         load([path], 32, up_axis=["y"])

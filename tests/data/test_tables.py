@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from jepa3d.data.cloud import to_parts
-from jepa3d.data.io import ReadError, read
+from jepa3d.data.io import ReadError, chunks, read
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
 from jepa3d.inference.embedding import embed, embed_files
-from jepa3d.inference.points import chunks
 
 RNG = np.random.default_rng(0)
 POINTS = RNG.uniform(-40, 400, (30, 3)).round(4)

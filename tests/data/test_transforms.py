@@ -9,10 +9,8 @@ from jepa3d.data.transforms import (
     MAX_CLUTTER,
     VIEW_SHARES,
     fill,
-    random_drop,
     random_jitter,
     random_rotate,
-    random_rotate_so3,
     random_scale,
     random_translate,
     random_view,
@@ -78,18 +76,6 @@ def test_half_a_batch_on_each_of_two_processes_is_the_whole_batch(transform):
     assert torch.equal(torch.cat(halves), whole)
 
 
-def test_a_rotation_of_so3_is_rigid_and_uniform():
-    axes = torch.eye(3).expand(4000, 3, 3)
-    turned = random_rotate_so3(axes, BatchGenerator(0))
-    assert torch.allclose(turned @ turned.transpose(1, 2), axes, atol=1e-5)
-    assert torch.allclose(torch.linalg.det(turned), torch.ones(4000), atol=1e-5)
-    assert turned.mean(0).abs().max() < 0.05
-    heights = (
-        turned[:, 2, 2].sort().values
-    )  # of a uniform rotation, the height of the up axis is uniform (Archimedes)
-    assert (heights - torch.linspace(-1, 1, 4000)).abs().max() < 0.08
-
-
 def test_translation_moves_a_cloud_as_a_whole():
     moved = random_translate(POINTS, 0.2, BatchGenerator(0)) - POINTS
     assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-5)
@@ -103,15 +89,6 @@ def test_jitter_is_normal_and_cut():
     assert noise.mean().abs() < 0.002
     assert noise.abs().max() <= 0.3 + 1e-6
     assert ((noise.abs() < 0.1).float().mean() - 0.683).abs() < 0.01
-
-
-def test_dropped_points_lie_on_the_first_and_their_share_varies_by_cloud():
-    dropped = (random_drop(POINTS, 0.8, BatchGenerator(0)) == POINTS[:, :1]).all(-1)
-    share = dropped[:, 1:].float().mean(1)
-    assert share.max() > 0.4
-    assert share.min() < 0.3
-    kept = random_drop(POINTS, 0.8, BatchGenerator(0))[~dropped]
-    assert torch.equal(kept, POINTS[~dropped])
 
 
 def ball(clouds: int, count: int) -> torch.Tensor:

@@ -13,12 +13,12 @@ import trimesh
 
 from jepa3d import load
 from jepa3d.cli import main
+from jepa3d.data import io as files
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.io import chunks
 from jepa3d.inference import cells as sorting
-from jepa3d.inference import points as files
 from jepa3d.inference import scene as module
 from jepa3d.inference.cells import Grid, choose_tile, median_count, sort_points
-from jepa3d.inference.points import chunks
 from jepa3d.inference.scene import Features, write_features
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 

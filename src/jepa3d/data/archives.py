@@ -1,6 +1,6 @@
-"""Archives of files:
+"""Archives of files.
 
-`jepa3d prepare` unpacks them, since it copies what it needs; other commands refuse them.
+`jepa3d prepare` unpacks them, since it copies their clouds; other commands refuse them.
 """
 
 import shutil
@@ -19,77 +19,75 @@ from jepa3d.data.io import refusal
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
-_MOST = 100, 1 << 30  # bytes of the files in an archive: this many times its size, or this many
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
+# bytes of the files in an archive: this many times its size, or this many
+_MOST = 100, 1 << 30
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a name is that of an archive; a.ply.gz is one file."""
+    """Whether a file is an archive, by its name. A compressed single file such as a.ply.gz is none."""
     return path.suffix.lower() in _SUFFIXES and refusal(path) is not None
 
 
 @contextmanager
 def unpacked(source: Path, out: Path) -> Iterator[Path]:
-    """The folder of an archive's files, beside `out` and removed afterwards; any other source as it
-    is.
+    """A folder with the files of an archive, beside `out` and removed afterwards; other sources
+    unchanged.
 
-    The caller holds the lock of `out`. Raises ReadError for an archive that is damaged, has a
-    member that would be written elsewhere, or is too large.
+    The caller must hold the lock of `out`. Raises ReadError for an archive that is damaged or too
+    large, or that would write outside its folder.
     """
     if not (source.is_file() and is_archive(source)):
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(
-        f".{escape(out.name)}.unpacked-*"
-    ):  # by a killed command: the lock is ours
+    # what a killed command left there: the lock is ours
+    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
         shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)).resolve()
+    made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
+    folder = Path(made).resolve()
     try:
         print(f"unpacking {printable(str(source))}", flush=True)
         try:
             if source.suffix.lower() == ".zip":
-                with zipfile.ZipFile(source) as archive:
-                    for name in archive.namelist():
-                        if not (folder / name).resolve().is_relative_to(folder):
-                            raise ReadError(
-                                f"{source}: member {name!r} would be written outside its folder"
-                            )
-                    _check_size(
-                        source, folder, sum(member.file_size for member in archive.infolist())
-                    )
-                    archive.extractall(folder)
+                _unzip(source, folder)
             else:
-                with tarfile.open(source) as archive:
-                    total = 0
-                    for member in (
-                        archive
-                    ):  # one by one: what a header claims is checked before it is written
-                        total += member.size
-                        _check_size(source, folder, total)
-                        archive.extract(member, folder, filter="data")
-        except (
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            EOFError,
-            NotImplementedError,
-            RuntimeError,
-            zlib.error,
-        ) as error:
-            raise ReadError(f"{source}: damaged or refused archive ({line(error)})") from error
+                _untar(source, folder)
+        except _DAMAGE as error:
+            what = f"damaged or refused archive ({line(error)})"
+            raise ReadError(f"{source}: {what}") from error
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_size(source: Path, folder: Path, total: int) -> None:
-    """ReadError where the files of an archive are out of all proportion to it, or do not fit on the
-    disk.
+def _unzip(source: Path, folder: Path) -> None:
+    with zipfile.ZipFile(source) as archive:
+        for name in archive.namelist():
+            if not (folder / name).resolve().is_relative_to(folder):
+                what = f"member {name!r} would be written outside its folder"
+                raise ReadError(f"{source}: {what}")
+        total = sum(member.file_size for member in archive.infolist())
+        _check_size(source, folder, total)
+        archive.extractall(folder)
+
+
+def _untar(source: Path, folder: Path) -> None:
+    """Members are unpacked one by one, since the claimed size of each is checked before it is
+    written.
     """
+    with tarfile.open(source) as archive:
+        total = 0
+        for member in archive:
+            total += member.size
+            _check_size(source, folder, total)
+            archive.extract(member, folder, filter="data")
+
+
+def _check_size(source: Path, folder: Path, total: int) -> None:
+    """Raises ReadError if the files are far larger than their archive, or do not fit on the disk."""
+    size = f"would unpack to {total:,} bytes"
     if total > max(_MOST[0] * source.stat().st_size, _MOST[1]):
-        raise ReadError(
-            f"{source}: would unpack to {total:,} bytes, too many for its size; unpack it yourself"
-        )
+        raise ReadError(f"{source}: {size}, too many for its size; unpack it yourself")
     if total > (free := shutil.disk_usage(folder).free):
-        raise ReadError(
-            f"{source}: would unpack to {total:,} bytes beside the store, where {free:,} are free"
-        )
+        raise ReadError(f"{source}: {size} beside the store, where {free:,} are free")

@@ -1,21 +1,21 @@
-"""Files of arrays, NPY, NPZ and HDF5: one cloud, or many with what is known of each.
+"""Files of arrays (NPY, NPZ, HDF5): one cloud, or many clouds with labels and names.
 
-Shapes and types are read first, from the headers, and what they claim is bounded before anything is
-inflated.
+The shapes and types in the headers are checked before anything is unpacked.
 """
 
+import math
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary, check_claim, module
-from jepa3d.data.cloud import UNLABELLED, PointCloud, ReadError, to_parts
+from jepa3d.data.boundary import boundary, check_claim, module, printable
+from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.store import SPLITS
 
-NO_PARTS = "has no part labels; give a store of jepa3d prepare --keep parts, a .npz with seg or parts, or such files"
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
 _NAMES = {
@@ -30,7 +30,7 @@ Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
 def clouds_in(path: Path) -> int | None:
-    """How many clouds an array file holds; None for a file that is one cloud. Raises ReadError."""
+    """The number of clouds in an array file; None for a file that is one cloud. Raises ReadError."""
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with boundary(path):
@@ -38,43 +38,66 @@ def clouds_in(path: Path) -> int | None:
         return shapes["points"][0] if len(shapes["points"]) == 3 else None
 
 
-def facts_in(path: Path) -> dict[str, np.ndarray]:
-    """What an array file of many clouds says of each: label and split [n], names, and class_names;
-    those it has.
+def facts_in(path: Path) -> dict[str, list]:
+    """Labels, splits and names of the clouds in an array file, each a list of texts or None.
+
+    Only those that the file has. Raises ReadError.
     """
     with boundary(path):
         headers = _headers(path)
-        names = {key: name for key, name in _known(headers).items() if key in _FACTS}
+        arrays = {key: name for key, name in _known(headers).items() if key in _FACTS}
         if path.suffix.lower() == ".npz":
-            names |= {name: name for name in _FACTS[2:] if name in headers}
-        facts = _read(path, names, slice(None))
-        count = clouds_in(path) or 0
-        for key, values in facts.items():
-            facts[key] = values = values.reshape(-1) if values.shape == (len(values), 1) else values
-            if key == "split" and (values.shape != (count,) or values.dtype.kind not in "iu"):
-                raise ReadError(
-                    f"split must be {count} whole numbers, found {values.dtype} {list(values.shape)}"
-                )
-            if key == "label":
-                facts[key] = _classes(values, names[key])
-        return facts
+            arrays |= {name: name for name in _FACTS[2:] if name in headers}
+        count, facts, found = clouds_in(path), _read(path, arrays, slice(None)), {}
+        facts = {key: v[:, 0] if v.shape == (len(v), 1) else v for key, v in facts.items()}
+        if "label" in facts:
+            names = [_text(name) for name in facts.get("class_names", ())]
+            found["label"] = _classes(facts["label"], names, arrays["label"])
+        if (split := facts.get("split")) is not None:
+            if split.shape != (count,) or split.dtype.kind not in "iu":
+                wrong = f"found {_described(split)}"
+                raise ReadError(f"split must be {count} whole numbers, {wrong}")
+            if not np.isin(split, range(len(SPLITS))).all():
+                allowed = "0 (train), 1 (test) or 2 (val)"
+                raise ReadError(f"split must be {allowed}, found {split.max()}")
+            found["split"] = [SPLITS[number] for number in split.tolist()]
+        if len(names := facts.get("names", ())) == count:
+            found["names"] = [_text(name) for name in names]
+        return found
 
 
-def _classes(values: np.ndarray, name: str) -> np.ndarray:
-    """Labels n as texts, or as int64 with -1 for NaN and the largest value of an integer type.
+def _described(values: np.ndarray) -> str:
+    return f"{values.dtype} {list(values.shape)}"
 
-    Raises ReadError.
+
+def _classes(values: np.ndarray, names: list[str], array: str) -> list[str | None]:
+    """The name of the class of each label. Labels are texts, or numbers that index `names`.
+
+    None for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
     """
     if values.dtype.kind in "US":
-        return values
-    whole = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
-    if values.dtype.kind not in "iuf" or (whole != np.floor(whole)).any():
-        raise ReadError(
-            f"{name} must be whole numbers or names, found {values.dtype} {list(values.shape)}"
-        )
+        return [_text(value) for value in values]
+    numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
+    if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
+        found = f"found {_described(values)}"
+        raise ReadError(f"{array} must be whole numbers or names, {found}")
+    numbers = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
-        whole = np.where(values == np.iinfo(values.dtype).max, -1, values.astype(np.int64))
-    return whole.astype(np.int64)
+        numbers[values == np.iinfo(values.dtype).max] = -1
+    if names and (largest := numbers.max(initial=-1)) >= len(names):
+        known = f"there are {len(names)} names"
+        raise ReadError(f"label {largest} without class: {known}")
+    classes: list[str | None] = [names[n] if names else str(n) for n in numbers.tolist()]
+    for i in np.flatnonzero(numbers < 0):
+        classes[i] = None
+    return classes
+
+
+def _text(name: object) -> str:
+    """A name from a file, which HDF5 may give as bytes, printable on one line."""
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "surrogateescape")
+    return printable(str(name))
 
 
 # ------------------------------------------------------------------------------------------ headers
@@ -86,89 +109,82 @@ def _headers(path: Path) -> Headers:
     if path.suffix.lower() == ".npy":
         with path.open("rb") as file:
             return {"points": _npy_header(file)}
+    found: Headers = {}
+    wanted = {"mask"}.union(*_NAMES.values())
     with module("h5py").File(path, "r") as file:
-        wanted = {name for names in _NAMES.values() for name in names} | {"mask"}
-        found = {
-            name: _dataset(file, name) if name in wanted else None for name in file
-        }  # by its links: none is opened
-        return {
-            name: ((), np.dtype("V")) if data is None else (data.shape, data.dtype)
-            for name, data in found.items()
-        }
+        for name in file:  # by its links: others than the wanted ones are not opened
+            found[name] = (), np.dtype("V")
+            if name in wanted:
+                data = _dataset(file, name)
+                found[name] = data.shape, data.dtype
+    return found
 
 
 def npz_headers(path: Path) -> Headers:
     """Shape and type of every array of an NPZ.
 
-    Raises ReadError where one claims more than its member holds.
+    Raises ReadError if a header claims more bytes than its member has.
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".npy"):
-                with archive.open(name) as file:
-                    shape, kind = _npy_header(file)
-                    claimed = int(np.prod(shape, dtype=object)) * kind.itemsize
-                    if (
-                        not kind.hasobject
-                        and file.tell() + claimed > archive.getinfo(name).file_size
-                    ):
-                        raise ReadError(
-                            f"truncated or damaged: the header of {name[:-4]} claims {claimed:,} bytes"
-                        )
-                found[name[:-4]] = shape, kind
+        for member in archive.infolist():
+            if not member.filename.endswith(".npy"):
+                continue
+            name = member.filename[:-4]
+            with archive.open(member.filename) as file:
+                found[name] = header = _npy_header(file)
+                claimed = 0 if header[1].hasobject else _bytes(header)
+                if file.tell() + claimed > member.file_size:
+                    claim = f"the header of {name} claims {claimed:,} bytes"
+                    raise ReadError(f"truncated or damaged: {claim}")
     return found
 
 
+def _bytes(header: tuple[tuple[int, ...], np.dtype]) -> int:
+    """The bytes that an array of this shape and type takes, without overflow."""
+    return math.prod(header[0]) * header[1].itemsize
+
+
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    old = np.lib.format.read_magic(file) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    version = 1 if np.lib.format.read_magic(file) == (1, 0) else 2
+    read = getattr(np.lib.format, f"read_array_header_{version}_0")
     shape, _, kind = read(file)
     return shape, kind
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """These arrays of an NPZ, bounded before they are inflated.
-
-    Raises ReadError, and what numpy raises.
-    """
+    """These arrays of an NPZ, whose size is checked first. Raises ReadError, and what numpy raises."""
     headers, names = npz_headers(path), list(names)
     for name in names:
         if headers[name][1].hasobject:
-            raise ReadError(
-                f"{name} holds Python objects, which could run anything and are not read"
-            )
-    check_inflated(
-        path, sum(int(np.prod(headers[n][0], dtype=object)) * headers[n][1].itemsize for n in names)
-    )
+            danger = "which could run anything and are not read"
+            raise ReadError(f"{name} holds Python objects, {danger}")
+    check_inflated(path, sum(_bytes(headers[name]) for name in names))
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
 
 
 def check_inflated(path: Path, claimed: int) -> None:
-    """ReadError where a compressed file would fill the memory: over 256 MiB and 50 times the file's
-    size.
-    """
-    if claimed > max(2**28, 50 * path.stat().st_size):
-        size = path.stat().st_size
-        raise ReadError(
-            f"refused: {size:,} bytes that claim to hold {claimed:,}; save it again without compression"
-        )
+    """Raises ReadError for a file that claims over 256 MiB and over 50 times its own size."""
+    size = path.stat().st_size
+    if claimed > max(2**28, 50 * size):
+        claim = f"{size:,} bytes that claim to hold {claimed:,}"
+        raise ReadError(f"refused: {claim}; save it again without compression")
 
 
 def _dataset(file: Any, name: str) -> Any:
-    """The data set at a name. ReadError for one that lies, or whose values lie, in another file."""
+    """The data set of a name. Raises ReadError if it, or its values, lie in another file."""
     h5py, place, left, steps = module("h5py"), file, [name], 0
     while left:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            raise ReadError(
-                f"{name} is a link to another file, to nothing or in a circle, which is not followed"
-            )
+            where = "to another file, to nothing or in a circle"
+            raise ReadError(f"{name} is a link {where}, which is not followed")
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
-            left = [part for part in link.path.split("/") if part not in ("", ".")] + left
+            path = [part for part in link.path.split("/") if part not in ("", ".")]
+            left = path + left
         else:
             place = place[step]
     if not isinstance(place, h5py.Dataset):
@@ -182,130 +198,115 @@ def _dataset(file: Any, name: str) -> Any:
 
 
 def _known(headers: Headers) -> dict[str, str]:
-    """The names of the arrays that are read, by what they are: [n, N] labels are parts, not
-    classes. Or ReadError.
+    """Names of the arrays to read, by their meaning (see `_NAMES`). Raises ReadError.
+
+    An array label with a number for each point, [n, N], is taken as parts.
     """
-    found = {key: next((n for n in known if n in headers), None) for key, known in _NAMES.items()}
-    if found["points"] is None:
-        raise ReadError(
-            f"has no array named {', '.join(_NAMES['points'])}; it has {', '.join(map(str, headers)) or 'none'}"
-        )
-    shape, label = headers[found["points"]][0], found["label"]
+    found: dict[str, str] = {}
+    for key, names in _NAMES.items():
+        if name := next((name for name in names if name in headers), None):
+            found[key] = name
+    if "points" not in found:
+        have, wanted = map(", ".join, (map(str, headers), _NAMES["points"]))
+        raise ReadError(f"has no array named {wanted}; it has {have or 'none'}")
+    shape, label = headers[found["points"]][0], found.get("label")
     if label:
         size = headers[label][0]
         if size in (shape[:-1], (*shape[:-1], 1)):
-            found |= {"label": None, "parts": found["parts"] or label}
+            found = {"parts": found.pop("label")} | found
         elif len(shape) == 3 and size not in (shape[:1], (shape[0], 1)):
-            wanted = f"[{shape[0]}] or [{shape[0]}, 1] for classes, [{shape[0]}, {shape[1]}] for part labels"
-            raise ReadError(f"{label} has shape {list(size)}; it must be {wanted}")
-    return {key: name for key, name in found.items() if name}
+            n, points = shape[:2]
+            allowed = f"[{n}] or [{n}, 1] for classes, [{n}, {points}] for part labels"
+            raise ReadError(f"{label} has shape {list(size)}; it must be {allowed}")
+    return found
 
 
 @lru_cache(maxsize=4)
 def _array_shapes(path: Path, changed: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a file, by what they are."""
+    """Shapes of the arrays of a file, by their meaning."""
     headers = _headers(path)
     return {key: headers[name][0] for key, name in _known(headers).items()}
 
 
 @lru_cache(maxsize=2)
 def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.ndarray]:
-    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by what they are;
+    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by their meaning.
 
-    None, or an NPZ, reads them whole.
+    All rows if block is None, and always all of an NPZ.
     """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
     headers = _headers(path)
-    return _read(path, _known(headers) | ({"mask": "mask"} if "mask" in headers else {}), rows)
+    names = _known(headers)
+    if "mask" in headers:
+        names["mask"] = "mask"
+    return _read(path, names, rows)
 
 
 def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarray]:
-    """The arrays of these names, and of all but an NPZ these rows."""
+    """The arrays of these names; only these rows, except of an NPZ, which is read whole."""
     if path.suffix.lower() == ".npy":
-        return {key: np.load(path, allow_pickle=False, mmap_mode="r")[rows] for key in names}
+        values = np.load(path, allow_pickle=False, mmap_mode="r")[rows]
+        return dict.fromkeys(names, values)
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path, set(names.values()))
         return {key: arrays[name] for key, name in names.items()}
-    with module("h5py").File(path, "r") as file:
-        found = {key: _dataset(file, name) for key, name in names.items()}
-        texts = {key for key, data in found.items() if data.dtype.hasobject and _is_text(data)}
-        for name, data in found.items():
-            if name in texts:
-                continue
+    h5py = module("h5py")
+    with h5py.File(path, "r") as file:
+        found = {}
+        for key, name in names.items():
+            data = _dataset(file, name)
             if data.dtype.hasobject:
-                raise ReadError(f"{name} holds objects of any length, not numbers")
+                # texts as h5py writes them by default, whose bytes are within the file's
+                if h5py.check_string_dtype(data.dtype) is None:
+                    raise ReadError(f"{name} holds objects of any length, not numbers")
+                found[key] = data.asstr()[rows].astype(str)
+                continue
             check_claim(path, data.nbytes, 1100)  # gzip's best is 1032
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
-            chunk = int(np.prod(data.chunks or (), dtype=object)) * data.dtype.itemsize
+            chunk = _bytes((data.chunks or (), data.dtype))
             check_inflated(path, max(int(data.nbytes * share), chunk))
-        return {
-            key: data.asstr()[rows].astype(str) if key in texts else data[rows]
-            for key, data in found.items()
-        }
-
-
-def _is_text(data: Any) -> bool:
-    """Whether a data set of HDF5 holds texts, as h5py writes them by default; their bytes are
-    within the file's.
-    """
-    return module("h5py").check_string_dtype(data.dtype) is not None
+            found[key] = data[rows]
+        return found
 
 
 def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the block that holds a row, and the row's place there. Raises ReadError."""
+    """The arrays of the block with this row, and the row's index in them. Raises ReadError."""
     block, at = divmod(row, _BLOCK) if path.suffix.lower() != ".npz" else (None, row)
     arrays = array_block(path, block, path.stat().st_mtime_ns)
     counts = {key: len(values) for key, values in arrays.items()}
     if len(set(counts.values())) > 1:
-        raise ReadError(
-            "arrays of different lengths: " + ", ".join(f"{key} {n}" for key, n in counts.items())
-        )
+        lengths = ", ".join(f"{key} {n}" for key, n in counts.items())
+        raise ReadError(f"arrays of different lengths: {lengths}")
     if at >= len(arrays["points"]):
         raise ReadError(f"has no cloud {row}")
     return arrays, at
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
-    shapes = _array_shapes(path, path.stat().st_mtime_ns)
-    if len(shapes["points"]) == 3:
-        if row is None:
-            raise ReadError(
-                f"expected an array of points [n, 3], found {list(shapes['points'])}: many clouds"
-            )
+    """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
+    shape = _array_shapes(path, path.stat().st_mtime_ns)["points"]
+    if len(shape) != 3:
+        arrays = array_block(path, None, path.stat().st_mtime_ns)
+    elif row is None:
+        raise ReadError(f"expected points [n, 3], found {list(shape)}: many clouds")
+    else:
         arrays, at = array_rows(path, row)
         arrays = {key: values[at] for key, values in arrays.items()}
-    else:
-        arrays = array_block(path, None, path.stat().st_mtime_ns)
-    attributes: dict[str, Any] = {}
-    if np.ndim(points := arrays["points"]) == 2:
-        if (normals := arrays.get("normals")) is not None and np.shape(normals) == np.shape(points):
-            attributes["normals"] = np.asarray(normals, np.float32)
-        if (parts := arrays.get("parts")) is not None and np.shape(parts) in (
-            (len(points),),
-            (len(points), 1),
-        ):
-            attributes["parts"] = np.reshape(parts, -1)
+    points, attributes = arrays["points"], {}
+    normals, parts = arrays.get("normals"), arrays.get("parts")
+    if normals is not None and points.ndim == 2 and normals.shape == points.shape:
+        attributes["normals"] = normals.astype(np.float32)
+    if parts is not None and parts.shape in (points.shape[:1], (*points.shape[:1], 1)):
+        attributes["parts"] = parts.reshape(-1)
     return PointCloud.make(points, **attributes)
 
 
-def parts_in(arrays: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
-    """`parts` n N int16 and `part_names` of a bundle. Raises ReadError."""
-    key = "seg" if "seg" in arrays else "parts"
-    if key not in arrays:
-        raise ReadError(f"{path}: {NO_PARTS}")
-    parts, (count, size, _) = arrays[key], arrays["points"].shape
-    if parts.shape != (count, size) or not np.issubdtype(parts.dtype, np.integer):
-        found = f"{parts.dtype} {list(parts.shape)}"
-        raise ReadError(
-            f"{path}: {key} must be a whole number a point, [{count}, {size}], found {found}"
-        )
-    with boundary(path):
-        parts = to_parts(parts)
-        if alone := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(
-                f"{key}: {alone} shapes have no labelled point, all of theirs are -1 or the like"
-            )
-    names = tuple(str(name) for name in arrays.get("part_names", ()))
-    if names and parts.max() >= len(names):
-        raise ReadError(f"{path}: {key} must be from 0 to {len(names) - 1}, found {parts.max()}")
-    return {"parts": parts, "part_names": names}
+def npy_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
+    """Chunks of the points of an NPY, float64 n 3, at most `size` at once. Raises ReadError."""
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
+        raise ReadError(f"expected points [n, 3], found {_described(values)}")
+    for at in range(0, len(values), size):
+        # opened again, else all pages that were read once count as memory of this process
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        yield values[at : at + size, :3].astype(np.float64)

@@ -1,10 +1,9 @@
-"""Where parsers meet the rest: whatever they raise on a damaged file becomes a `ReadError` that
-names the file.
-"""
+"""Errors of parsers, as one `ReadError` that names the file."""
 
 import importlib
 import logging
 import lzma
+import re
 import struct
 import tokenize
 import warnings
@@ -18,35 +17,20 @@ from typing import Any
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# What the parsers were seen to raise on damaged files (benchmarks/fuzz.py).
-_PARSER_ERRORS = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-    ImportError,
-    StopIteration,
-    NameError,
-    SyntaxError,
-    tokenize.TokenError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-)
-logging.getLogger("laspy").addHandler(
-    logging.NullHandler()
-)  # else it prints beside the one line of the error
+# What the parsers were seen to raise on damaged files (benchmarks/fuzz.py): any code, rarely,
+# numpy for the header of an array, and what is unpacked.
+_OFTEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
+_RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIteration)
+_HEADERS = (NameError, SyntaxError, tokenize.TokenError)
+_PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+_PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
+# else it prints beside the one line of the error
+logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
 @contextmanager
 def boundary(path: Path) -> Iterator[None]:
-    """Turns what a parser raises, and what it lacks, into one ReadError that names the file."""
+    """Turns every error that a parser raises in this block into a ReadError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -56,12 +40,13 @@ def boundary(path: Path) -> Iterator[None]:
             raise
         raise ReadError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
-        raise ReadError(f"{path}: cannot be read ({line(error.strerror or error)})") from error
+        reason = line(error.strerror or error)
+        raise ReadError(f"{path}: cannot be read ({reason})") from error
     except _PARSER_ERRORS as error:
         if str(error).startswith(f"{path}: "):
             raise ReadError(printable(str(error))) from error
-        kind = suffix_of(path)[1:].upper()
-        raise ReadError(f"{path}: damaged or not a {kind} file ({line(error)})") from error
+        what = f"damaged or not a {suffix_of(path)[1:].upper()} file"
+        raise ReadError(f"{path}: {what} ({line(error)})") from error
 
 
 def line(error: Any) -> str:
@@ -71,34 +56,36 @@ def line(error: Any) -> str:
 
 
 def left_out(name: str, reason: str) -> str:
-    """A line on a file that cannot be used; where the reason begins with the file's path, it is not
-    said twice.
+    """The line that reports an unusable file; its path is not repeated if the reason begins with
+    it.
     """
     last = name.rsplit("/", 1)[-1]
-    for file in (last, last.rpartition("#")[0]):
-        at = reason.find(f"{file}: ") if file else -1
-        if at == 0 or (at > 0 and reason[at - 1] == "/"):
-            reason = reason[at + len(file) + 2 :]
-            break
+    names = "|".join(re.escape(file) for file in (last, last.rpartition("#")[0]) if file)
+    reason = re.sub(rf"^(?:.*?/)?(?:{names}): ", "", reason)
     return f"left out: {printable(name)}: {printable(reason)}"
 
 
 def shortened(text: str, most: int) -> str:
-    """Printable text of at most so many letters, its middle cut out: names differ at their ends."""
+    """Printable text of at most `most` letters, without its middle, since names differ at their
+    ends.
+    """
     text = printable(text)
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[most // 2 - most :]}"
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2 - 1]}…{text[most // 2 - most :]}"
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:
-    """ReadError, before anything is allocated, where a header claims more bytes than `factor` times
-    the file's.
+    """Raises ReadError if a header claims more bytes than `factor` times the size of the file.
+
+    To be called before memory is allocated for them.
     """
     if claimed > factor * path.stat().st_size:
         raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
 
 
 def module(name: str) -> Any:
-    """A parser of the `io` extra; without it, a ReadError that says how to get it."""
+    """Import a parser of the `io` extra. Raises ReadError that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -106,5 +93,6 @@ def module(name: str) -> Any:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that says what a file is, in lower case; of a.ply.gz it is .ply."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    """The suffix of a file without .gz, in lower case."""
+    path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return path.suffix.lower()

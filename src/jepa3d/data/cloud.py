@@ -1,6 +1,8 @@
-"""One shape in memory: `PointCloud`, what makes it unusable, and how it becomes N points."""
+"""One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,12 +10,19 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-MAX_POINTS = (
-    1_000_000  # kept of one file; of more, a uniform random part, so that memory is bounded
-)
+# kept of one file; of more, a uniform random part, so that memory is bounded
+MAX_POINTS = 1_000_000
+CHUNK = 200_000  # rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
-_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)  # what files of larger or unknown types write for it
+# what files of larger or unknown types write for it
+_IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
+# names of the columns, fields or properties of each attribute; the first ones found count
+ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
+    "colors": (("r", "g", "b"), ("red", "green", "blue")),
+    "parts": (("part",), ("label",), ("classification",), ("class",), ("segment",)),
+}
 # Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
@@ -23,16 +32,16 @@ TO_Z_UP = {
 
 
 class ReadError(ValueError):
-    """A file that cannot be used: which, and why."""
+    """A file that cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class PointCloud:
-    """A cloud, or a mesh's vertices and faces. In the file's own axes and units it is `points *
-    scale + origin`.
+    """A cloud, or the vertices and faces of a mesh. `points * scale + origin` are its coordinates
+    in the file.
 
-    Coordinates are shifted in float64 before they become float32, so that those of a map (6e6 m)
-    keep their millimetres. Raises ReadError when made of what is no cloud: see `make`.
+    Coordinates are centred in float64 before they become float32, so that map coordinates (6e6 m)
+    keep their millimetres. Made by `make`, which raises ReadError for unusable points.
     """
 
     points: np.ndarray  # N 3 float32
@@ -40,109 +49,97 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    parts: np.ndarray | None = (
-        None  # N numbers of any type: part labels as the file has them; `to_parts` reads them
-    )
+    # N numbers of any type: part labels as the file has them; `to_parts` reads them
+    parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # F 3 int64
     total: int | None = None  # points in the file, where more than MAX_POINTS
-    up: str | None = None  # the axis that is up where the file's format says so: y in glTF
-    unseen: int = (
-        0  # points of the file that were left out, for they are NaN: where a sensor saw nothing
-    )
+    # the axis that is up where the file's format says so: y in glTF
+    up: str | None = None
+    # points of the file that were left out, for they are NaN: where a sensor saw nothing
+    unseen: int = 0
 
     def __len__(self) -> int:
         return len(self.points)
 
     @staticmethod
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
-        """From coordinates N 3 of any number type, and attributes of as many rows.
+        """A cloud from coordinates N 3 of any number type, and attributes of N rows.
 
-        Points of NaN are left out and counted with `unseen`, those that the caller left out. Raises
-        ReadError: no such array, no points, infinite ones, all equal, a mesh of NaN, an attribute
-        of other length.
+        Points with NaN are left out and counted, together with `unseen` that the caller left out.
+        Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN,
+        and an attribute of other length.
         """
         xyz = np.asarray(xyz)
-        if (
-            xyz.ndim != 2
-            or xyz.shape[1] < 3
-            or not np.issubdtype(xyz.dtype, np.number)
-            or np.iscomplexobj(xyz)
-        ):
-            raise ReadError(
-                f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
-            )
+        found = f"found {xyz.dtype} {list(xyz.shape)}"
+        found = f"expected an array of points [n, 3], {found}"
+        if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
+            raise ReadError(found)
         if len(xyz) == 3 and xyz.shape[1] > 32:
-            raise ReadError(
-                f"expected an array of points [n, 3], found {list(xyz.shape)}: turn it over, points first"
-            )
+            raise ReadError(f"{found}: turn it over, points first")
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
-        for name, values in attributes.items():
-            if name in ATTRIBUTES and values is not None and len(values) != len(xyz):
+        kept = {name: attributes.get(name) for name in ATTRIBUTES}
+        kept = {name: values for name, values in kept.items() if values is not None}
+        for name, values in kept.items():
+            if len(values) != len(xyz):
                 raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
         seen = ~np.isnan(xyz).any(1)
         if faces is None and not seen.all():
             xyz, unseen = xyz[seen], unseen + int((~seen).sum())
-            kept = {name: attributes.get(name) for name in ATTRIBUTES}
-            attributes |= {
-                name: None if values is None else values[seen] for name, values in kept.items()
-            }
+            attributes |= {name: values[seen] for name, values in kept.items()}
         if unseen and not len(xyz):
-            raise ReadError(f"no points: all {unseen:,} are NaN, where nothing was seen")
+            what = f"all {unseen:,} are NaN, where nothing was seen"
+            raise ReadError(f"no points: {what}")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
         if not points.any():
             raise ReadError("all points are equal, up to rounding")
-        if faces is not None and len(faces) and (faces.min() < 0 or faces.max() >= len(xyz)):
-            raise ReadError(f"a face of vertex {int(faces.max())}, but only {len(xyz)} vertices")
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def to_z_up(self, up_axis: str) -> np.ndarray:
-        """Rows [3, 3] of `TO_Z_UP` for the axis that the file's format says is up; where it says
-        none, `up_axis`.
+        """Rows [3, 3] of `TO_Z_UP` for the up axis that the file's format defines, else for
+        `up_axis`.
         """
         return TO_Z_UP[self.up or up_axis]
 
     def take(self, index: np.ndarray) -> "PointCloud":
-        """The points at index, without faces."""
-        chosen = {name: getattr(self, name) for name in ATTRIBUTES}
-        chosen = {
-            name: None if values is None else values[index] for name, values in chosen.items()
-        }
-        return replace(self, points=self.points[index], faces=None, **chosen)
+        """The points at an index, with their attributes, without faces."""
+        found = {}
+        for name in ATTRIBUTES:
+            if (values := getattr(self, name)) is not None:
+                found[name] = values[index]
+        return replace(self, points=self.points[index], faces=None, **found)
 
     def normalised(self) -> "PointCloud":
-        """In the unit sphere: centroid 0, farthest point at distance 1; origin and scale lead back."""
+        """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
+        scale.
+        """
         points = self.points.astype(np.float64)
         center = points.mean(0)
         points -= center
         radius = np.linalg.norm(points, axis=1).max()
+        points = (points / radius).astype(np.float32)
         origin = self.origin + center * self.scale
-        return replace(
-            self,
-            points=(points / radius).astype(np.float32),
-            origin=origin,
-            scale=self.scale * radius,
-        )
+        return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
     def remarks(self) -> list[str]:
-        """What its reader should be told: that points of the file are not in it."""
-        said = []
+        """Sentences for the user about points of the file that are not in the cloud."""
+        found = []
         if self.total:
-            said.append(f"a random {MAX_POINTS:,} of its {self.total:,} points were read")
+            part = f"a random {MAX_POINTS:,} of its {self.total:,} points"
+            found.append(f"{part} were read")
         if self.unseen:
-            said.append(
-                f"{self.unseen:,} points that are NaN, where nothing was seen, were left out"
-            )
-        return said
+            missing = f"{self.unseen:,} points that are NaN, where nothing was seen"
+            found.append(f"{missing}, were left out")
+        return found
 
     def file_coordinates(self) -> np.ndarray:
-        """Points N 3 float64 in the file's own frame."""
+        """Points N 3 float64 in the coordinates of the file."""
         return self.points.astype(np.float64) * self.scale + self.origin
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """ReadError, which begins with `where`, for points n 3 that no shape has."""
+    """Raises ReadError, whose message begins with `where`, for points n 3 that are no shape."""
     try:
         check(points)
     except ValueError as error:
@@ -152,11 +149,11 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 
 
 def to_parts(values: np.ndarray) -> np.ndarray:
-    """Part labels N as int16, UNLABELLED where a value is negative, NaN, or the largest of its
-    integer type.
+    """Part labels N as int16; UNLABELLED for negative values, NaN and the largest of an integer
+    type.
 
-    Labels are checked here, where they are used, and not when a file is read. Raises ReadError for
-    other values than whole numbers from 0 to 32,767.
+    This is done where labels are used, not when a file is read. Raises ReadError for values that
+    are not whole numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -167,13 +164,14 @@ def to_parts(values: np.ndarray) -> np.ndarray:
         known &= values != np.iinfo(values.dtype).max
     whole[~known] = UNLABELLED
     if len(wrong := whole[(whole != np.floor(whole)) | (whole > 32_767)]):
-        raise ReadError(f"part labels must be whole numbers from 0 to 32767, found {wrong[0]:.10g}")
+        allowed = "part labels must be whole numbers from 0 to 32767"
+        raise ReadError(f"{allowed}, found {wrong[0]:.10g}")
     return whole.astype(np.int16)
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0-255 or 16 bits; what is no
-    number is 0.
+    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0 to 255, or 16 bits; NaN becomes
+    0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -181,43 +179,86 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
     whole = colors.dtype.kind in "iu"
     colors = np.nan_to_num(colors.astype(np.float64), posinf=0, neginf=0)
     top = colors.max(initial=0)
-    colors = colors * 255 if not whole and 0 < top < 2 else colors / 257 if top > 255 else colors
+    if not whole and 0 < top < 2:
+        colors = colors * 255
+    elif top > 255:
+        colors = colors / 257
     return colors.clip(0, 255).round().astype(np.uint8)
 
 
-def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
-    """`count` points of a mesh, uniform by area, with its faces' normals.
+def rotation(quaternion: np.ndarray) -> np.ndarray:
+    """The rotation matrix [3, 3] of a quaternion (w, x, y, z) of any length; the identity for
+    zeros.
+    """
+    w, x, y, z = quaternion / (np.linalg.norm(quaternion) or 1.0)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.array(rows)
 
-    Raises ReadError without area.
+
+def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Which of these columns, fields or properties are the normals, colors and parts."""
+    found: dict[str, tuple[str, ...]] = {}
+    for key, groups in ATTRIBUTE_COLUMNS.items():
+        if names := next((group for group in groups if set(group) <= set(known)), None):
+            found[key] = names
+    return found
+
+
+def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
+    """The columns N D of an attribute in the form that `PointCloud` has it."""
+    if key == "normals":
+        return values.astype(np.float32)
+    return to_bytes(values) if key == "colors" else values[:, 0]
+
+
+def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
+    """`count` points of a mesh, uniform by area, with the normals of their faces.
+
+    Raises ReadError for a mesh without area.
     """
     assert mesh.faces is not None
-    a, b, c = mesh.points[mesh.faces.T].astype(np.float64)
-    cross = np.cross(b - a, c - a)
-    length = np.linalg.norm(cross, axis=1)
-    area = np.cumsum(length)
+    triangles = mesh.points[mesh.faces].astype(np.float64)
+    points, chosen = sample_triangles(triangles, count, np.random.default_rng(seed))
+    a, b, c = triangles[chosen].swapaxes(0, 1)
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    points, normals = points.astype(np.float32), normals.astype(np.float32)
+    return PointCloud(points, mesh.origin, mesh.scale, normals, up=mesh.up)
+
+
+def sample_triangles(
+    triangles: np.ndarray, count: int, rng: np.random.Generator, weight: Any = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points [count, 3] uniform on the surface of triangles [t, 3, 3], and the triangle [count] of
+    each.
+
+    weight: factors [t] on the triangles' areas. Raises ReadError if the total area is 0.
+    """
+    a, b, c = triangles.swapaxes(0, 1)
+    area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
     if not area[-1] > 0:
         raise ReadError("a mesh without surface")
-    rng = np.random.default_rng(seed)
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
-    u, v = (
-        np.sqrt(rng.random((count, 1))),
-        rng.random((count, 1)),
-    )  # uniform in a triangle: Osada et al. 2002, eq. 1
-    points = (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen]
-    normals = (cross[chosen] / length[chosen, None]).astype(np.float32)
-    return PointCloud(points.astype(np.float32), mesh.origin, mesh.scale, normals, up=mesh.up)
+    # uniform in a triangle: Osada et al. 2002, eq. 1
+    u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
+    return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
 
 
 def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
-    """`count` of a cloud's points, at least as many.
+    """`count` points of a cloud that has at least as many.
 
-    fps: in farthest point order, so that any first n are what FPS to n gives. random: uniform.
-    voxel: one point a cell of the coarsest grid (of 2^k cells a side) that has `count` occupied,
-    then random; near-even, in linear time.
+    method: fps for farthest points, in an order of which any first n are the farthest n; random for
+    uniform; voxel for one point a cell of the coarsest grid (2^k cells a side) with `count`
+    occupied cells, then random of these, which is near-even and takes linear time.
     """
     rng = np.random.default_rng(seed)
     if method == "fps":
-        index = farthest_point_sample(torch.from_numpy(cloud.points)[None], count)[0].numpy()
+        points = torch.from_numpy(cloud.points)[None]
+        index = farthest_point_sample(points, count)[0].numpy()
     elif method == "random":
         index = rng.choice(len(cloud), count, replace=False)
     else:
@@ -226,9 +267,9 @@ def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
 
 
 def filled(cloud: PointCloud, count: int) -> PointCloud:
-    """`count` of a cloud's fewer points: see `frame.fill`.
+    """A cloud of fewer than `count` points, filled up to `count`: see `frame.fill`.
 
-    Raises ReadError for fewer than LEAST different ones.
+    Raises ReadError for fewer than LEAST different points.
     """
     different = np.unique(cloud.points, axis=0, return_index=True)[1]
     if len(different) < (least := min(LEAST, count)):
@@ -239,43 +280,41 @@ def filled(cloud: PointCloud, count: int) -> PointCloud:
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first point of every occupied cell of the coarsest halved grid with `count`
-    cells occupied.
+    """Indices of the first point in every occupied cell of the coarsest grid with `count` of them.
+
+    A grid has 2^k cells a side.
     """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
-        cells = np.minimum(((points - low) / extent * 2**level).astype(np.int64), 2**level - 1)
-        index = np.unique(
-            (cells[:, 0] << 42) | (cells[:, 1] << 21) | cells[:, 2], return_index=True
-        )[1]
+        cells = ((points - low) / extent * 2**level).astype(np.int64)
+        cells = np.minimum(cells, 2**level - 1)
+        index = np.unique(cells @ (1 << 42, 1 << 21, 1), return_index=True)[1]
         if len(index) >= count:
             return index
     return np.arange(len(points))
 
 
 class Reservoir:
-    """A uniform random part of rows that come in chunks: at most `limit`, in bounded memory, by
-    seed.
+    """A uniform random sample of rows that arrive in chunks: at most `limit` rows, in bounded
+    memory.
 
-    Every row draws a key and the rows of the smallest keys stay, in the order they came.
+    Every row draws a random key; the rows with the smallest keys are kept, in the order they came.
     """
 
     def __init__(self, limit: int = MAX_POINTS, seed: int = 0):
         self.limit, self.total = limit, 0
-        self._rng, self._kept, self._held = np.random.default_rng(seed), [], 0
+        self._rng, self._kept = np.random.default_rng(seed), []
 
     def add(self, rows: np.ndarray) -> None:
-        """A chunk of rows r D."""
+        """Add a chunk of rows r D."""
         keys = self._rng.random((len(rows), 1))
         self._kept.append(np.concatenate([keys, rows], 1))
-        self._held += len(rows)
         self.total += len(rows)
-        if self._held > 2 * self.limit:
+        if sum(map(len, self._kept)) > 2 * self.limit:
             self._kept = [self._trimmed()]
-            self._held = len(self._kept[0])
 
     def rows(self) -> np.ndarray:
-        """At most `limit` rows n D."""
+        """The sample, at most `limit` rows n D."""
         return self._trimmed()[:, 1:] if self._kept else np.empty((0, 3))
 
     def _trimmed(self) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""glTF 2.0 and GLB: the meshes of a scene, each where its nodes put it.
+"""glTF 2.0 and GLB: the meshes of a scene, each placed by its nodes.
 
-What is not known by name here is refused.
+A file with extensions that this module does not know is refused.
 """
 
-import binascii
+import base64
 import json
 import re
 from pathlib import Path
@@ -12,38 +12,31 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, rotation
 from jepa3d.data.polygons import mesh, strip
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-_MOST = 50_000_000  # vertices and corners of a scene, whose nodes may show one mesh many times
-_GEOMETRY = (
-    "KHR_mesh_quantization",
-    "EXT_mesh_gpu_instancing",
-    "KHR_node_visibility",
-)  # extensions that change shapes and are read
+# vertices and corners of a scene, whose nodes may show one mesh many times
+_MOST = 50_000_000
+# extensions that change shapes and are read
+_GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")
 # Those that change none: how a surface looks, lights, notes.
 _LOOKS = re.compile(
     r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*"
 )
-_DRACO, _MESHOPT, _INSTANCING = (
-    "KHR_draco_mesh_compression",
-    "meshopt_compression",
-    "EXT_mesh_gpu_instancing",
-)
+_DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
 
 
 def read_gltf(path: Path) -> PointCloud:
-    """The triangles of a file's scene, or if it has none its points.
-
-    The y axis is up, as the standard says.
+    """The triangles of the scene, or its points if it has no triangles; y is up, as in the
+    standard.
     """
     return _Scene(path).read()
 
 
 class _Scene:
-    """A file's JSON, and its buffers as they are asked for."""
+    """The JSON of a file, and its buffers, which are loaded when they are used."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
@@ -73,16 +66,11 @@ class _Scene:
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
-            raise ReadError("a scene of lines only" if primitives else "a scene without meshes")
-        accessors = [
-            i
-            for _, _, _, p in chosen
-            for i in (p["attributes"]["POSITION"], p.get("indices"))
-            if i is not None
-        ]
-        if sum(self.json["accessors"][i]["count"] for i in accessors) > _MOST:
-            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
-        vertices, faces, colors, known, total = [], [], [], {}, 0
+            what = "of lines only" if primitives else "without meshes"
+            raise ReadError(f"a scene {what}")
+        self._check_size([primitive for _, _, _, primitive in chosen])
+        vertices, faces, colors, known = [], [np.empty((0, 3), np.int64)], [], {}
+        total = 0
         for at, node, place, primitive in chosen:
             attributes = primitive["attributes"]
             # primitives of one shape may share its vertices
@@ -92,188 +80,169 @@ class _Scene:
                 vertices.append(points)
                 total += len(points)
                 if "COLOR_0" in attributes:
-                    colors.append(
-                        (255 * self._values(attributes["COLOR_0"])[:, :3].clip(0, 1))
-                        .round()
-                        .astype(np.uint8)
-                    )
+                    fractions = self._values(attributes["COLOR_0"])[:, :3].clip(0, 1)
+                    colors.append((255 * fractions).round().astype(np.uint8))
             if solid:
-                corners = (
-                    _triangles(self._indices(primitive), primitive.get("mode", 4)) + known[shared]
-                )
-                faces.append(corners[:, ::-1] if np.linalg.det(place[:3, :3]) < 0 else corners)
-        kept = {"colors": np.concatenate(colors)} if len(colors) == len(vertices) else {}
-        return mesh(
-            np.concatenate(vertices),
-            np.concatenate([np.empty((0, 3), np.int64), *faces]),
-            up="y",
-            **kept,
-        )
+                corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
+                corners = corners + known[shared]
+                mirrored = np.linalg.det(place[:3, :3]) < 0
+                faces.append(corners[:, ::-1] if mirrored else corners)
+        rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
+        return mesh(np.concatenate(vertices), np.concatenate(faces), up="y", colors=rgb)
+
+    def _check_size(self, primitives: list[dict]) -> None:
+        """Raises ReadError if primitives have too many vertices and corners together."""
+        accessors = [p["indices"] for p in primitives if "indices" in p]
+        accessors += [p["attributes"]["POSITION"] for p in primitives]
+        if sum(self.json["accessors"][i]["count"] for i in accessors) > _MOST:
+            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
 
     # ---------------------------------------------------------------------------------------- nodes
 
     def _place_nodes(self) -> None:
-        """Matrices of the nodes in the scene: the one that the file names, or its first; without
-        scenes, all nodes.
+        """Set the matrices of the nodes in the file's default scene, or in its first; else of all
+        nodes.
         """
         if scenes := self.json.get("scenes"):
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
         else:
-            roots = sorted(
-                set(range(len(self.nodes)))
-                - {c for node in self.nodes for c in node.get("children", ())}
-            )
+            inner = {child for node in self.nodes for child in node.get("children", ())}
+            roots = sorted(set(range(len(self.nodes))) - inner)
         waiting = [(root, np.eye(4), True) for root in roots]
         while waiting:
             i, above, visible = waiting.pop()
             if i in self.places or i < 0:
                 raise ReadError(f"node {i} is reached twice")
-            self.places[i] = above @ _matrix(self.nodes[i])
-            visible &= (
-                self.nodes[i]
-                .get("extensions", {})
-                .get("KHR_node_visibility", {})
-                .get("visible", True)
-            )
-            self.hidden |= set() if visible else {i}
-            waiting += [
-                (child, self.places[i], visible) for child in self.nodes[i].get("children", ())
-            ]
+            node = self.nodes[i]
+            self.places[i] = above @ _matrix(node)
+            visible &= _extension(node, "KHR_node_visibility").get("visible", True)
+            if not visible:
+                self.hidden.add(i)
+            children = node.get("children", ())
+            waiting += [(child, self.places[i], visible) for child in children]
 
     def _shown(self) -> list[tuple[dict, np.ndarray]]:
-        """Nodes with meshes and where they are, one entry an instance."""
+        """The visible nodes with meshes, and the matrix of each; several times if a node has
+        instances.
+        """
         if not self.nodes:
-            return [({"mesh": i}, np.eye(4)) for i in range(len(self.json.get("meshes", ())))]
+            meshes = self.json.get("meshes", ())
+            return [({"mesh": i}, np.eye(4)) for i in range(len(meshes))]
         shown = []
         for i, place in sorted(self.places.items()):
             node = self.nodes[i]
             if "mesh" not in node or i in self.hidden:
                 continue
-            copies = [np.eye(4)]
-            if instances := node.get("extensions", {}).get(_INSTANCING):
-                found = {
-                    name.lower(): self._values(i) for name, i in instances["attributes"].items()
-                }
-                count = min(len(values) for values in found.values())
-                copies = [
-                    _matrix({name: values[n] for name, values in found.items()})
-                    for n in range(count)
-                ]
-            shown += [(node, place @ copy) for copy in copies]
+            copies = [{}]
+            if instances := _extension(node, "EXT_mesh_gpu_instancing"):
+                attributes = instances["attributes"]
+                rows = zip(*map(self._values, attributes.values()), strict=False)
+                names = [name.lower() for name in attributes]
+                copies = [dict(zip(names, row, strict=True)) for row in rows]
+            shown += [(node, place @ _matrix(copy)) for copy in copies]
         return shown
 
     # ------------------------------------------------------------------------------------- geometry
 
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
-        """Vertices n 3 in the scene: of the shape's weights and, where a skin moves it, in the pose
-        of its joints.
-        """
+        """Vertices n 3 of a primitive in the scene, after morph targets and skin."""
         attributes = primitive["attributes"]
-        packed = _DRACO in primitive.get("extensions", {})
-        if packed and "bufferView" not in self.json["accessors"][attributes["POSITION"]]:
-            raise ReadError(f"needs {_DRACO}, which is not read; save it without")
+        self._check_packed(primitive, attributes["POSITION"])
         points = self._values(attributes["POSITION"]).astype(np.float64)
-        weights = node.get("weights", self.json["meshes"][node["mesh"]].get("weights", ()))
+        weights = self.json["meshes"][node["mesh"]].get("weights", ())
+        weights = node.get("weights", weights)
         for weight, target in zip(weights, primitive.get("targets", ()), strict=False):
             if weight and "POSITION" in target:
                 points += weight * self._values(target["POSITION"])
         if "skin" not in node or "JOINTS_0" not in attributes:
             return points @ place[:3, :3].T + place[:3, 3]
         skin = self.json["skins"][node["skin"]]
-        bind = np.tile(np.eye(4), (len(skin["joints"]), 1, 1))
-        if "inverseBindMatrices" in skin:
-            bind = (
-                self._values(skin["inverseBindMatrices"])
-                .reshape(-1, 4, 4)
-                .transpose(0, 2, 1)[: len(bind)]
-            )
         if outside := set(skin["joints"]) - self.places.keys():
             raise ReadError(f"a skin whose joint {min(outside)} is not in the scene")
-        moves, out = (
-            np.stack([self.places[joint] for joint in skin["joints"]]) @ bind,
-            np.zeros_like(points),
-        )
-        total = np.zeros((len(points), 1))
-        for set_ in range(sum(name.startswith("JOINTS_") for name in attributes)):
-            joints, parts = (
-                self._values(attributes[f"JOINTS_{set_}"]),
-                self._values(attributes[f"WEIGHTS_{set_}"]),
-            )
-            for joint, part in zip(joints.T, parts.T, strict=True):
-                move = moves[joint]
-                out += part[:, None] * (
-                    np.einsum("nij,nj->ni", move[:, :3, :3], points) + move[:, :3, 3]
-                )
-                total += part[:, None]
+        moves = np.stack([self.places[joint] for joint in skin["joints"]])
+        if "inverseBindMatrices" in skin:
+            bind = self._values(skin["inverseBindMatrices"]).reshape(-1, 4, 4)
+            moves = moves @ bind.transpose(0, 2, 1)[: len(moves)]
+        out, total = np.zeros_like(points), np.zeros((len(points), 1))
+        for number in range(sum(name.startswith("JOINTS_") for name in attributes)):
+            joints = self._values(attributes[f"JOINTS_{number}"])
+            parts = self._values(attributes[f"WEIGHTS_{number}"])
+            for joint, part in zip(joints.T, parts.T[..., None], strict=True):
+                turned = np.einsum("nij,nj->ni", moves[joint, :3, :3], points)
+                out += part * (turned + moves[joint, :3, 3])
+                total += part
         return np.where(total > 0, out / np.where(total > 0, total, 1), points)
 
     def _indices(self, primitive: dict) -> np.ndarray:
-        """The corners of a primitive's faces, vertices of its own from 0."""
+        """The corners of a primitive's faces, as numbers of its vertices."""
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
-        accessor = self.json["accessors"][primitive["indices"]]
-        if accessor["count"] and "bufferView" not in accessor and "sparse" not in accessor:
-            packed = (
-                _DRACO if _DRACO in primitive.get("extensions", {}) else "indices without a buffer"
-            )
-            raise ReadError(f"needs {packed}, which is not read; save it without")
+        self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"a face of vertex {corners.max()}, but only {count} vertices")
+            wrong = f"a face of vertex {corners.max()}"
+            raise ReadError(f"{wrong}, but only {count} vertices")
         return corners
+
+    def _check_packed(self, primitive: dict, i: int) -> None:
+        """Raises ReadError for the accessor of a compressed mesh, and for corners without values."""
+        accessor = self.json["accessors"][i]
+        draco = _DRACO in primitive.get("extensions", {})
+        empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
+        if empty and (draco or i == primitive.get("indices")):
+            needed = _DRACO if draco else "indices without a buffer"
+            raise ReadError(f"needs {needed}, which is not read; save it without")
 
     # ------------------------------------------------------------------------------------ accessors
 
     def _values(self, i: int) -> np.ndarray:
-        """An accessor's values n D, fractions where it says that its integers are such."""
+        """The values n D of an accessor; normalised integers as fractions."""
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
         if not 0 <= count <= _MOST:
             raise ReadError(f"an accessor of {count} values")
         if "bufferView" in accessor:
-            values = self._view(
-                accessor["bufferView"], accessor.get("byteOffset", 0), count, width, kind
-            )
+            values = self._view(accessor, count, width, kind)
         else:
             values = np.zeros((count, width), kind)
         if sparse := accessor.get("sparse"):
-            at, new = sparse["indices"], sparse["values"]
-            some = np.dtype(_KINDS[at["componentType"]])
-            where = self._view(at["bufferView"], at.get("byteOffset", 0), sparse["count"], 1, some)[
-                :, 0
-            ]
+            at = np.dtype(_KINDS[sparse["indices"]["componentType"]])
+            where = self._view(sparse["indices"], sparse["count"], 1, at)[:, 0]
             values = values.copy()
-            values[where] = self._view(
-                new["bufferView"], new.get("byteOffset", 0), sparse["count"], width, kind
-            )
+            values[where] = self._view(sparse["values"], sparse["count"], width, kind)
         if accessor.get("normalized") and kind.kind != "f":
             values = np.maximum(values / np.iinfo(kind).max, -1)
         return values
 
-    def _view(self, i: int, offset: int, count: int, width: int, kind: np.dtype) -> np.ndarray:
-        view = self.json["bufferViews"][i]
-        if packed := [name for name in view.get("extensions", {}) if name.endswith(_MESHOPT)]:
-            raise ReadError(f"needs {packed[0]}, which is not read; save it without")
-        begin, stride = (
-            view.get("byteOffset", 0),
-            view.get("byteStride", 0) or width * kind.itemsize,
-        )
-        data = memoryview(self._buffer(view["buffer"]))[begin : begin + view["byteLength"]]
-        if min(begin, offset, stride) < 0 or (
-            count and offset + (count - 1) * stride + width * kind.itemsize > len(data)
-        ):
-            raise ReadError(f"truncated or damaged: a view of {len(data)} bytes for {count} values")
+    def _view(self, where: dict, count: int, width: int, kind: np.dtype) -> np.ndarray:
+        """Values [count, width] of a buffer view.
+
+        where: an accessor, or a part of one, that names the view and the first byte.
+        """
+        view = self.json["bufferViews"][where["bufferView"]]
+        offset = where.get("byteOffset", 0)
+        for name in view.get("extensions", {}):
+            if name.endswith(_MESHOPT):
+                raise ReadError(f"needs {name}, which is not read; save it without")
+        begin, size = view.get("byteOffset", 0), width * kind.itemsize
+        stride = view.get("byteStride", 0) or size
+        end = begin + view["byteLength"]
+        data = memoryview(self._buffer(view["buffer"]))[begin:end]
+        needed = offset + (count - 1) * stride + size if count else 0
+        if min(begin, offset, stride) < 0 or needed > len(data):
+            found = f"a view of {len(data)} bytes for {count} values"
+            raise ReadError(f"truncated or damaged: {found}")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
         if i not in self.buffers:
-            self.buffers[i] = self._load(self.json["buffers"][i].get("uri"))
-            if (claimed := self.json["buffers"][i]["byteLength"]) > len(self.buffers[i]):
-                raise ReadError(
-                    f"truncated: buffer {i} has {len(self.buffers[i])} of {claimed} bytes"
-                )
+            buffer = self.json["buffers"][i]
+            self.buffers[i] = data = self._load(buffer.get("uri"))
+            if (claimed := buffer["byteLength"]) > len(data):
+                have = f"buffer {i} has {len(data)} of {claimed} bytes"
+                raise ReadError(f"truncated: {have}")
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
@@ -283,17 +252,18 @@ class _Scene:
             head, _, data = uri.partition(",")
             if not head.lower().endswith(";base64"):
                 return unquote_to_bytes(data)
-            return binascii.a2b_base64(unquote(data).replace("-", "+").replace("_", "/"))
+            return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is not in its folder: only those are opened")
+                allowed = "only those are opened"
+                raise ReadError(f"its buffer {name} is not in its folder: {allowed}")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:
-    """JSON and binary part of a GLB."""
+    """The JSON and the binary part of a GLB."""
     version, length = (int.from_bytes(data[i : i + 4], "little") for i in (4, 8))
     if version != 2:
         raise ReadError(f"GLB version {version} is not read, only 2")
@@ -307,22 +277,17 @@ def _chunks(data: bytes) -> tuple[bytes, bytes]:
     return found[b"JSON"].rstrip(b"\0 "), found.get(b"BIN\0", b"")
 
 
+def _extension(part: dict, name: str) -> dict:
+    return part.get("extensions", {}).get(name, {})
+
+
 def _matrix(node: dict) -> np.ndarray:
     """A node's transform [4, 4]: its matrix, or translation, rotation and scale."""
     if "matrix" in node:
         return np.array(node["matrix"], np.float64).reshape(4, 4).T
-    turned = np.asarray(node.get("rotation", (0, 0, 0, 1)), np.float64)
-    x, y, z, w = turned / (
-        np.linalg.norm(turned) or 1.0
-    )  # those of whole numbers have about unit length only
-    turn = np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
     found = np.eye(4)
+    x, y, z, w = node.get("rotation", (0, 0, 0, 1))
+    turn = rotation(np.array([w, x, y, z], np.float64))
     found[:3, :3] = turn * np.asarray(node.get("scale", (1, 1, 1)), np.float64)
     found[:3, 3] = node.get("translation", (0, 0, 0))
     return found
@@ -333,13 +298,10 @@ def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
     if mode == 5:
         return strip(corners)
     if mode == 6:
-        return np.stack(
-            [np.repeat(corners[:1], max(len(corners) - 2, 0)), corners[1:-1], corners[2:]], 1
-        )
-    if mode != 4 or len(corners) % 3:
-        raise ReadError(
-            f"{len(corners)} corners of triangles"
-            if mode == 4
-            else f"no primitives are of mode {mode}"
-        )
+        hub = np.repeat(corners[:1], max(len(corners) - 2, 0))
+        return np.stack([hub, corners[1:-1], corners[2:]], 1)
+    if mode != 4:
+        raise ReadError(f"no primitives are of mode {mode}")
+    if len(corners) % 3:
+        raise ReadError(f"{len(corners)} corners of triangles")
     return corners.reshape(-1, 3)

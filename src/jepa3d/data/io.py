@@ -1,26 +1,25 @@
-"""One file to a `PointCloud`.
+"""Read any file: as one `PointCloud`, or all its points in chunks.
 
-What a parser may raise leaves here as `ReadError`, one line that names the file.
+Every error of a parser becomes a `ReadError`, one line that names the file.
 """
 
 import gzip
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.arrays import ARRAY_SUFFIXES, read_array
+from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
 from jepa3d.data.boundary import boundary, suffix_of
-from jepa3d.data.cloud import PointCloud, ReadError, sample_surface
+from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, sample_surface
 from jepa3d.data.gltf import read_gltf
-from jepa3d.data.obj import read_obj
-from jepa3d.data.off import read_off
-from jepa3d.data.ply import read_ply
-from jepa3d.data.scans import read_bin, read_e57, read_las, read_pcd, read_ptx
-from jepa3d.data.stl import read_stl
-from jepa3d.data.text import read_table
+from jepa3d.data.meshes import read_obj, read_off, read_stl
+from jepa3d.data.ply import ply_rows, read_ply
+from jepa3d.data.scans import las_rows, ptx_rows, read_bin, read_e57, read_las, read_pcd, read_ptx
+from jepa3d.data.text import read_table, table_rows
 
 _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or this many
 
@@ -28,29 +27,29 @@ _MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or th
 def read(
     path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None
 ) -> PointCloud:
-    """The cloud, or mesh, of a file; of an array of clouds (HDF5, NPZ) that at `row`.
+    """The cloud or mesh in a file. Raises ReadError.
 
-    columns: names of x, y, z in a table whose header has others, or of all columns of a .bin.
-    Raises ReadError.
+    row: the cloud in an array of clouds (HDF5, NPZ). columns: the names of x, y, z in a table whose
+    header has others, or of all columns of a .bin.
     """
     path = Path(path)
     suffix = suffix_of(path)
-    if why := refusal(path):
-        allowed = (
-            "" if suffix in _CONVERTED else f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
-        )
-        raise ReadError(f"{path}: {why}{allowed}")
+    if reason := refusal(path):
+        allowed = f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
+        raise ReadError(f"{path}: {reason}{'' if suffix in _CONVERTED else allowed}")
     reader = _READERS[suffix]
     with boundary(path), _inflated(path) as file:
         if file.stat().st_size == 0:
             raise ReadError("empty file")
         if suffix in ARRAY_SUFFIXES:
             return reader(file, row)
-        return reader(file, columns) if reader in (read_table, read_bin) else reader(file)
+        if suffix in (*_TABLES, ".bin"):
+            return reader(file, columns)
+        return reader(file)
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file of this name is not read, and what to do; None where it is."""
+    """Why a file of this name is not read, and what to do about it; None if it is read."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -59,9 +58,8 @@ def refusal(path: Path) -> str | None:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """The file, or of a .gz a temporary file of what is in it.
-
-    Raises ReadError where that is far too much.
+    """The file itself or, of a .gz, a temporary file with its content. Raises ReadError if that is
+    huge.
     """
     if path.suffix.lower() != ".gz":
         yield path
@@ -73,76 +71,110 @@ def _inflated(path: Path) -> Iterator[Path]:
             while some := packed.read(1 << 20):
                 total += len(some)
                 if total > most:
-                    raise ReadError(
-                        f"holds more than {most:,} bytes, too many for its size; unpack it to read it"
-                    )
+                    what = f"more than {most:,} bytes, too many for its size"
+                    raise ReadError(f"holds {what}; unpack it to read it")
                 out.write(some)
         yield file
 
 
-def read_points(path: str | Path, num_points: int, seed: int = 0) -> np.ndarray:
-    """At least `num_points` points [n, 3] of a file, float32, in the file's own axes, shifted to
-    centroid 0.
+def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
+    """All points of a file in its order and coordinates, float64 n 3 a chunk, without those of NaN.
 
-    A mesh is sampled uniformly by area with `seed`, at least twice as densely as needed; a cloud is
-    taken as it is. Raises ReadError for a damaged file, NaN or infinite coordinates, too few
-    points, or no extent.
+    LAS, LAZ, PLY, NPY, PTX and tables take the memory of a chunk; other kinds are read whole. tell:
+    called at the end with the number of points left out. Raises ReadError, also for infinite
+    coordinates and for meshes.
     """
-    with boundary(Path(path)):
-        return enough_points(read(path), num_points, seed).points
+    reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
+    with boundary(path):
+        if path.stat().st_size == 0:
+            raise ReadError("empty file")
+        parts = (reader(path, CHUNK, False) if reader else None) or _at_once(path)
+    while True:
+        with boundary(path):
+            xyz = next(parts, None)
+        if xyz is None:
+            return tell(unseen)
+        wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
+        if wrong.any():
+            first = f"first in point {number + int(wrong.argmax()):,}"
+            raise ReadError(f"{path}: infinite coordinates, {first}")
+        number += len(xyz)
+        seen = ~np.isnan(xyz).any(1)
+        unseen += int((~seen).sum())
+        if seen.any():
+            yield xyz if seen.all() else xyz[seen]
+
+
+def _at_once(path: Path) -> Iterator[np.ndarray]:
+    cloud = _whole(path, path.stat().st_mtime_ns)
+    yield cloud.file_coordinates()
+    yield np.full((cloud.unseen, 3), np.nan)
+
+
+@lru_cache(maxsize=1)
+def _whole(path: Path, changed: int) -> PointCloud:
+    cloud = read(path)
+    if cloud.faces is not None:
+        raise ReadError("a mesh; a scene is a cloud of points")
+    if cloud.total:
+        only = f"only {len(cloud):,} of its {cloud.total:,} points are read"
+        raise ReadError(f"{only} so; unpack it first")
+    return cloud
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """The cloud, or more than `num_points` samples of the mesh, by default the same for equal
-    meshes.
-    """
+    """The cloud, or samples of a mesh, more than `num_points`; equal meshes give equal samples."""
     if cloud.faces is None:
         return cloud
     cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
-    points = cloud.points.astype(np.float64)
-    return PointCloud.make(points + cloud.origin, normals=cloud.normals, up=cloud.up)
+    return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
 
 
 def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
-    """The cloud, or samples of the mesh, if that is at least `num_points`. Raises ReadError."""
+    """As `sampled`; raises ReadError for a cloud of fewer than `num_points`."""
     cloud = sampled(cloud, num_points, seed)
     if len(cloud) < num_points:
         raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
     return cloud
 
 
+_TABLES = (".xyz", ".txt", ".csv", ".pts", ".asc")
 _READERS: dict[str, Callable[..., PointCloud]] = {
-    ".npy": read_array,
-    ".npz": read_array,
-    ".h5": read_array,
-    ".hdf5": read_array,
+    **dict.fromkeys(ARRAY_SUFFIXES, read_array),
     ".off": read_off,
     ".ply": read_ply,
     ".obj": read_obj,
     ".stl": read_stl,
-    ".glb": read_gltf,
-    ".gltf": read_gltf,
-    ".xyz": read_table,
-    ".txt": read_table,
-    ".csv": read_table,
-    ".pts": read_table,
-    ".asc": read_table,
+    **dict.fromkeys((".glb", ".gltf"), read_gltf),
+    **dict.fromkeys(_TABLES, read_table),
     ".pcd": read_pcd,
-    ".las": read_las,
-    ".laz": read_las,
+    **dict.fromkeys((".las", ".laz"), read_las),
     ".e57": read_e57,
     ".ptx": read_ptx,
     ".bin": read_bin,
 }
 SUFFIXES = tuple(_READERS)
-_PYTHON = """pip install {}; python -c "import {}; {}('OUT.ply')\""""
-_TRIMESH = ("trimesh pycollada lxml networkx", "trimesh", "trimesh.load('IN', force='mesh').export")
-_PYVISTA = ("pyvista", "pyvista", "pyvista.read('IN').extract_surface().triangulate().save")
+# path, rows a chunk, whether with attributes -> chunks; None for a file that is read at once
+_IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] = {
+    **dict.fromkeys((".las", ".laz"), las_rows),
+    **dict.fromkeys(_TABLES, table_rows),
+    ".ply": ply_rows,
+    ".npy": npy_rows,
+    ".ptx": ptx_rows,
+}
+_TRIMESH = (
+    "pip install trimesh pycollada lxml networkx; "
+    """python -c "import trimesh as t; t.load('IN', force='mesh').export('OUT.ply')\""""
+)
+_PYVISTA = (
+    """pip install pyvista; python -c "import pyvista; pyvista.read('IN')"""
+    """.extract_surface().triangulate().save('OUT.ply')\""""
+)
+_BLENDER = (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz")
+_FREECAD = (".step", ".stp", ".iges", ".igs", ".brep")
 _CONVERTED = {
-    **dict.fromkeys((".dae", ".3mf"), _PYTHON.format(*_TRIMESH)),
-    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYTHON.format(*_PYVISTA)),
-    **dict.fromkeys(
-        (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz"), "in Blender, to PLY"
-    ),
-    **dict.fromkeys((".step", ".stp", ".iges", ".igs", ".brep"), "in FreeCAD, to STL"),
+    **dict.fromkeys((".dae", ".3mf"), _TRIMESH),
+    **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYVISTA),
+    **dict.fromkeys(_BLENDER, "in Blender, to PLY"),
+    **dict.fromkeys(_FREECAD, "in FreeCAD, to STL"),
 }

@@ -1,6 +1,4 @@
-"""A function over lists of entries on several processes: in order, never far ahead, safe from
-parsers that crash.
-"""
+"""Run a function over a list in several processes: in order, and safe from parsers that crash."""
 
 import multiprocessing
 import os
@@ -19,48 +17,42 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 CRASHED = "its parser crashed"
-Work = Callable[
-    [list], list
-]  # entries to as many results; picklable. A text says why an entry has none.
+# entries to as many results; picklable. A text says why an entry has none.
+Work = Callable[[list], list]
 
 
 def mapped(
     work: Work, entries: list, chunk: int, workers: int, doing: str, preload: str
 ) -> Iterator[tuple[Any, Any]]:
-    """Each entry with its result, in order, whatever the number of processes (0: one a core); a
-    progress bar.
+    """Yields each entry with its result, in order, for any number of processes; with a progress
+    bar.
 
-    work: is given `chunk` entries at once. preload: the module that the processes import once.
+    work: is called with `chunk` entries. workers: 0 for one process a core. doing: text before the
+    bar. preload: a module that the processes import once.
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, TextColumn("{task.fields[rate]}"), transient=True, disable=len(entries) < 20
-    ) as progress:
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TimeRemainingColumn(), TextColumn("{task.fields[rate]}")]
+    with Progress(*columns, transient=True, disable=len(entries) < 20) as progress:
         task = progress.add_task(doing, total=len(entries), rate="")
-        results = map(work, chunks) if workers == 1 else isolated(chunks, work, workers, preload)
+        results = map(work, chunks)
+        if workers > 1:
+            results = isolated(chunks, work, workers, preload)
         for some, found in zip(chunks, results, strict=True):
             yield from zip(some, found, strict=True)
+            progress.advance(task, len(some))
             done = progress.tasks[0]
-            progress.update(
-                task,
-                advance=len(some),
-                rate=f"{(done.completed + len(some)) / (done.elapsed or 1):.0f}/s",
-            )
+            progress.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
-    """`work` of every chunk, in order.
+    """Yields `work` of every chunk, in order.
 
-    An entry whose parser kills its process is found and skipped.
+    If a chunk kills its process, its entries are tried one by one; the one that crashes is skipped.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    methods = multiprocessing.get_all_start_methods()
+    method = "forkserver" if "forkserver" in methods else "spawn"
     context = multiprocessing.get_context(method)
     if sys.platform == "win32":
         workers = min(workers, 61)  # the most that Python allows there
@@ -77,9 +69,8 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     def start(chunk: list) -> Future:
         try:
             return executor.submit(work, chunk)
-        except (
-            BrokenProcessPool
-        ) as error:  # a chunk before it broke the pool just now; told when its turn comes
+        # a chunk before it broke the pool just now; told when its turn comes
+        except BrokenProcessPool as error:
             failed: Future = Future()
             failed.set_exception(error)
             return failed
@@ -110,9 +101,7 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Ctrl-C comes after this block; the processes that are started in it, and their own, never see
-    it.
-    """
+    """Delays Ctrl-C to the end of the block; processes that are started in it never receive it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -143,7 +132,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the death of the process that started the pool, however it died, and follow it."""
+    """Wait until the process that started the pool ends, for whatever reason, then end too."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

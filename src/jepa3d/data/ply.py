@@ -1,45 +1,26 @@
-"""PLY, in text or binary: the only reader of its header and its rows."""
+"""PLY, in text or binary, read whole or in chunks; and the header to write one."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from jepa3d.data.boundary import check_claim
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
-from jepa3d.data.scans import columns_of
+from jepa3d.data.scans import attributes_of
 
-_KINDS = {
-    "char": "i1",
-    "int8": "i1",
-    "uchar": "u1",
-    "uint8": "u1",
-    "short": "i2",
-    "int16": "i2",
-    "ushort": "u2",
-    "uint16": "u2",
-    "int": "i4",
-    "int32": "i4",
-    "uint": "u4",
-    "uint32": "u4",
-    "float": "f4",
-    "float32": "f4",
-    "double": "f8",
-    "float64": "f8",
-    "int64": "i8",
-    "uint64": "u8",
-    "long": "i8",
-    "ulong": "u8",
-}
+_OF_C = "char uchar short ushort int uint long ulong float double"
+_OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
+_KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _LONGEST_HEADER = 1 << 24  # bytes
-Column = (
-    np.ndarray | tuple[np.ndarray, np.ndarray]
-)  # a value a row; or, of lists, their lengths and all their values
+# a value a row; or, of lists, their lengths and all their values
+Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -53,19 +34,22 @@ class Property:
 class Element:
     name: str
     count: int
-    properties: list[Property]
+    properties: list[Property] = field(default_factory=list)
+
+    def add(self, name: str, kind: np.dtype, length: np.dtype | None = None) -> None:
+        """Add a property. A repeated name gets a number, so that the first one counts."""
+        name, names = name.lower(), [p.name for p in self.properties]
+        name = f"{name} {len(names)}" if name in names else name
+        self.properties.append(Property(name, kind, length))
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a PLY file says of itself:
+    """The header of a PLY file."""
 
-    `order` is "" for text, else the byte order; its rows begin at byte `start`.
-    """
-
-    order: str
+    order: str  # of bytes; "" for text
     elements: list[Element]
-    start: int
+    start: int  # byte at which its rows begin
     old_mac: bool  # lines end with CR alone
 
     @property
@@ -77,48 +61,59 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises ReadError for what is no PLY header, or one with types that do not exist."""
+    """The header of a file. Raises ReadError if it is no PLY or names unknown types."""
     with path.open("rb") as file:
         text = file.read(1000)
-        if not (
-            begin := re.match(rb"(?:\xef\xbb\xbf)?\s*ply[ \t]*(\r\n|\r|\n)", text, re.IGNORECASE)
-        ):
+        first_line = rb"(?:\xef\xbb\xbf)?\s*ply[ \t]*(\r\n|\r|\n)"
+        if not (begin := re.match(first_line, text, re.IGNORECASE)):
             raise ReadError("not a PLY file: its first line is not ply")
         old_mac = begin[1] == b"\r"
-        end = re.compile(rb"[\r\n]end_header[ \t]*" + (rb"\r" if old_mac else rb"\r?\n"))
+        line_end = rb"\r" if old_mac else rb"\r?\n"
+        end = re.compile(rb"[\r\n]end_header[ \t]*" + line_end)
         while not (found := end.search(text)):
             more = file.read(len(text))
             if not more or len(text) > _LONGEST_HEADER:
                 raise ReadError("damaged or not a PLY file: its header has no end")
             text += more
-    lines = [line.split() for line in re.split(r"[\r\n]+", text[: found.start()].decode("latin-1"))]
-    order = next(
-        (_ORDERS.get(words[1]) for words in lines if words[:1] == ["format"] and len(words) > 1),
-        None,
-    )
-    if order is None:
-        raise ReadError(f"damaged PLY header: its format is none of {', '.join(_ORDERS)}")
+    lines = re.split(r"[\r\n]+", text[: found.start()].decode("latin-1"))
+    rows = [line.split() for line in lines]
+    damaged = "damaged PLY header"
+    name = next((row[1] for row in rows if row[:1] == ["format"] and row[1:]), None)
+    if name not in _ORDERS:
+        raise ReadError(f"{damaged}: its format is none of {', '.join(_ORDERS)}")
+    order = _ORDERS[name]
     elements: list[Element] = []
-    for words in lines:
+    for words in rows:
         match words:
             case ["element", name, count] if count.isdecimal():
-                elements.append(Element(name.lower(), int(count), []))
+                elements.append(Element(name.lower(), int(count)))
             case ["property", "list", length, kind, name] if elements:
                 number = _kind(length, order)
                 if number.kind == "f":
-                    raise ReadError(f"damaged PLY header: the length of a list is a {length}")
-                elements[-1].properties.append(Property(name.lower(), _kind(kind, order), number))
+                    raise ReadError(f"{damaged}: the length of a list is a {length}")
+                elements[-1].add(name, _kind(kind, order), number)
             case ["property", kind, name] if elements:
-                elements[-1].properties.append(Property(name.lower(), _kind(kind, order)))
+                elements[-1].add(name, _kind(kind, order))
             case ["element" | "property", *_]:
-                raise ReadError(f"damaged PLY header: {' '.join(words)[:80]!r}")
+                raise ReadError(f"{damaged}: {' '.join(words)[:80]!r}")
     return Header(order, [e for e in elements if e.properties], found.end(), old_mac)
 
 
 def _kind(word: str, order: str) -> np.dtype:
-    if word.lower() not in _KINDS:
+    name = _KINDS.get(word.lower(), word.lower())
+    if name not in _KINDS.values():
         raise ReadError(f"damaged PLY header: no type is called {word[:40]!r}")
-    return np.dtype((order or "=") + _KINDS[word.lower()])
+    return np.dtype((order or "=") + np.dtype(name).str[1:])
+
+
+def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
+    """The header of a binary PLY of `count` vertices with rows of this type."""
+    names = {kind: name for name, kind in _KINDS.items()}
+    lines = ["ply", "format binary_little_endian 1.0"]
+    lines += [f"comment {text}" for text in comments]
+    lines.append(f"element vertex {count}")
+    lines += [f"property {names[row[name].name]} {name}" for name in row.names or ()]
+    return "\n".join([*lines, "end_header\n"]).encode()
 
 
 # -------------------------------------------------------------------------------------- whole files
@@ -130,14 +125,14 @@ def read_ply(path: Path) -> PointCloud:
     with path.open("rb") as file:
         file.seek(header.start)
         data = file.read()
-    found = _columns_of_bytes(header, data) if header.order else _columns_of_text(header, data)
+    found = (_columns_of_bytes if header.order else _columns_of_text)(header, data)
     if "vertex" not in found:
         raise ReadError("no vertices")
-    vertex = {
-        name: values for name, values in found["vertex"].items() if isinstance(values, np.ndarray)
-    }
+    columns = found["vertex"].items()
+    vertex = {key: column for key, column in columns if isinstance(column, np.ndarray)}
     if {*"xyz"} - {*vertex}:
-        raise ReadError(f"its vertices have no x, y, z; they have {', '.join(vertex) or 'nothing'}")
+        have = ", ".join(vertex) or "nothing"
+        raise ReadError(f"its vertices have no x, y, z; they have {have}")
     vertices = np.stack([vertex[axis].astype(np.float64) for axis in "xyz"], 1)
     faces = np.empty((0, 3), np.int64)
     if "face" in found:
@@ -145,31 +140,30 @@ def read_ply(path: Path) -> PointCloud:
     if "tristrips" in found:
         sizes, corners = _corners(found["tristrips"], "strips")
         faces = np.concatenate([faces, strip(np.insert(corners, np.cumsum(sizes), -1))])
-    return mesh(vertices, faces, **columns_of(vertex, len(vertices)))
+    return mesh(vertices, faces, **attributes_of(vertex))
 
 
 def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Number of corners of each face and their vertices one after the other."""
-    lists = {name: values for name, values in columns.items() if not isinstance(values, np.ndarray)}
-    names = [name for name in ("vertex_indices", "vertex_index") if name in lists] or list(lists)
-    if not names:
-        raise ReadError(f"its {what} have no list vertex_indices; they have {', '.join(columns)}")
-    sizes, values = lists[names[0]]
+    """The number of corners of each face, and the vertices of all corners one after the other."""
+    lists = {name: c for name, c in columns.items() if isinstance(c, tuple)}
+    if not lists:
+        have = ", ".join(columns)
+        raise ReadError(f"its {what} have no list vertex_indices; they have {have}")
+    known = [name for name in ("vertex_indices", "vertex_index") if name in lists]
+    sizes, values = lists[[*known, *lists][0]]
     return sizes, whole(values)
 
 
 def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """Every element's columns; a row is a line."""
+    """The columns of every element; a row is a line."""
     rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
         last, columns = first + element.count, {}
         if last > len(rows):
-            raise ReadError(
-                f"truncated: {max(len(rows) - first, 0)} of {element.count} of its {element.name} rows"
-            )
-        values, at = rows.numbers(
-            first, last, integers=all(p.kind.kind != "f" for p in element.properties)
-        )
+            have = f"{max(len(rows) - first, 0)} of {element.count}"
+            raise ReadError(f"truncated: {have} of its {element.name} rows")
+        integers = all(p.kind.kind != "f" for p in element.properties)
+        values, at = rows.numbers(first, last, integers)
         ends = at + rows.counts[first:last]
         for p in element.properties:
             if p.length is not None and element.count and (at == ends).all():
@@ -187,133 +181,116 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
 
 def _check_rows(element: Element, good: np.ndarray) -> None:
     if not good.all():
-        raise ReadError(f"truncated or damaged in row {int(good.argmin())} of its {element.name}")
+        where = f"in row {int(good.argmin())} of its {element.name}"
+        raise ReadError(f"truncated or damaged {where}")
 
 
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """Every element's columns; rows of lists are walked one by one, unless all are as long as the
-    first.
+    """The columns of every element.
+
+    Rows are read as a table if all lists have the lengths of the first row, else one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
-        most = (len(data) - at) // sum((p.length or p.kind).itemsize for p in element.properties)
-        if element.count > most:
-            raise ReadError(
-                f"truncated: at most {most} of {element.count} of its {element.name} rows"
-            )
-        first, end = _walked(element, header.order, data, at, 1)
-        lengths = {i: int(c[0][0]) for i, c in enumerate(first.values()) if isinstance(c, tuple)}
-        table = np.frombuffer(
-            data, row_type(element, lengths), min(element.count, (len(data) - at) // (end - at)), at
-        )
-        if len(table) < element.count or any(
-            (table[f"length {i}"] != n).any() for i, n in lengths.items()
-        ):
-            found[element.name], at = _walked(element, header.order, data, at, element.count)
-            continue
-        found[element.name] = {
-            p.name: (np.full(len(table), lengths[i]), table[f"{i}"].reshape(-1))
-            if i in lengths
-            else table[f"{i}"]
-            for i, p in enumerate(element.properties)
-        }
-        at += table.nbytes
+        smallest = sum((p.length or p.kind).itemsize for p in element.properties)
+        if element.count > (most := (len(data) - at) // smallest):
+            have = f"at most {most} of {element.count}"
+            raise ReadError(f"truncated: {have} of its {element.name} rows")
+        first, end = _one_by_one(element, header.order, data, at, 1)
+        lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
+        lengths = {name: int(column[0][0]) for name, column in lists}
+        fits = min(element.count, (len(data) - at) // (end - at))
+        table = np.frombuffer(data, _row_type(element, lengths), fits, at)
+        columns: dict[str, Column] = {p.name: table[p.name] for p in element.properties}
+        equal = True
+        for name, length in lengths.items():
+            equal &= bool((table[f"length of {name}"] == length).all())
+            columns[name] = (np.full(fits, length), table[name].reshape(-1))
+        end = at + table.nbytes
+        if fits < element.count or not equal:
+            columns, end = _one_by_one(element, header.order, data, at, element.count)
+        found[element.name], at = columns, end
     return found
 
 
-def row_type(element: Element, lengths: dict[int, int]) -> np.dtype:
-    """The type of a binary row whose lists, by the number of the property, have these lengths."""
+def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
+    """The type of a binary row whose lists have these lengths."""
     fields: list = []
-    for i, p in enumerate(element.properties):
-        fields += (
-            [(f"length {i}", p.length), (f"{i}", p.kind, (lengths[i],))]
-            if p.length
-            else [(f"{i}", p.kind)]
-        )
+    for p in element.properties:
+        fields += [(f"length of {p.name}", p.length)] if p.length else []
+        fields.append((p.name, p.kind, (lengths[p.name],) if p.length else ()))
     return np.dtype(fields)
 
 
-def _walked(
+def _one_by_one(
     element: Element, order: str, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
-    """Columns of `count` binary rows of any lengths from byte `at` on, and where they end."""
-    byteorder = "big" if order == ">" else "little"
-    plan = [
-        (
-            p.length and p.length.itemsize,
-            p.length is not None and p.length.kind == "i",
-            p.kind.itemsize,
-            [],
-            [],
-        )
-        for p in element.properties
-    ]
+    """Columns of `count` binary rows with lists of any lengths, from byte `at` on, and their end."""
+    byteorder: Literal["big", "little"] = "big" if order == ">" else "little"
+    # of each property: bytes of the length of a list, its sign, bytes of a value; lengths, values
+    plan = []
+    for p in element.properties:
+        number = p.length.itemsize if p.length else 0
+        signed = bool(p.length and p.length.kind == "i")
+        plan.append((number, signed, p.kind.itemsize, [], []))
     for row in range(count):
         for number, signed, width, lengths, pieces in plan:
             if number:
-                lengths.append(int.from_bytes(data[at : at + number], byteorder, signed=signed))
-                at, width = at + number, max(lengths[-1], 0) * width
+                size = int.from_bytes(data[at : at + number], byteorder, signed=signed)
+                lengths.append(size)
+                at, width = at + number, max(size, 0) * width
             pieces.append(data[at : at + width])
             at += width
         if at > len(data):
-            raise ReadError(
-                f"truncated or damaged in row {row} of {element.count} of its {element.name}"
-            )
+            where = f"in row {row} of {count} of its {element.name}"
+            raise ReadError(f"truncated or damaged {where}")
     columns: dict[str, Column] = {}
-    for p, (number, _, _, lengths, pieces) in zip(element.properties, plan, strict=True):
+    for p, (*_, lengths, pieces) in zip(element.properties, plan, strict=True):
         values = np.frombuffer(b"".join(pieces), p.kind)
-        columns[p.name] = (np.array(lengths), values) if number else values
+        columns[p.name] = (np.array(lengths), values) if p.length else values
     return columns, at
 
 
 # ---------------------------------------------------------------------------------------- in chunks
 
 
-def vertex_chunks(path: Path, header: Header, size: int) -> Iterator[np.ndarray] | None:
-    """The vertices, float64 n 3, at most `size` at once;
+def ply_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray] | None:
+    """The vertices of a cloud, float64 n 3, at most `size` at a time. Raises ReadError for a mesh.
 
-    None where other rows or lists are in the way.
+    None for a file whose vertices have lists or do not come first; it must be read whole.
     """
-    vertex = header.elements[0] if header.elements else Element("", 0, [])
+    header = read_header(path)
+    if header.is_mesh:
+        raise ReadError("a mesh; a scene is a cloud of points")
+    vertex = header.elements[0] if header.elements else Element("", 0)
     names = [p.name for p in vertex.properties]
-    if (
-        vertex.name != "vertex"
-        or header.old_mac
-        or {*"xyz"} - {*names}
-        or any(p.length for p in vertex.properties)
-    ):
+    lists = any(p.length for p in vertex.properties)
+    if vertex.name != "vertex" or header.old_mac or {*"xyz"} - {*names} or lists:
         return None
-    columns = [names.index(axis) for axis in "xyz"]
-    return (_chunks_of_bytes if header.order else _chunks_of_text)(
-        path, header.start, vertex, columns, size
-    )
+    chunks = _chunks_of_bytes if header.order else _chunks_of_text
+    return chunks(path, header.start, vertex, size)
 
 
-def _chunks_of_bytes(
-    path: Path, start: int, vertex: Element, columns: list[int], size: int
-) -> Iterator[np.ndarray]:
-    kind = row_type(vertex, {})
+def _chunks_of_bytes(path: Path, start: int, vertex: Element, size: int):
+    kind = _row_type(vertex, {})
     check_claim(path, start + vertex.count * kind.itemsize, 1)
     for at in range(0, vertex.count, size):
-        table = np.fromfile(
-            path, kind, min(size, vertex.count - at), offset=start + at * kind.itemsize
-        )
-        yield np.stack([table[f"{i}"].astype(np.float64) for i in columns], 1)
+        count, offset = min(size, vertex.count - at), start + at * kind.itemsize
+        table = np.fromfile(path, kind, count, offset=offset)
+        yield np.stack([table[axis].astype(np.float64) for axis in "xyz"], 1)
 
 
-def _chunks_of_text(
-    path: Path, start: int, vertex: Element, columns: list[int], size: int
-) -> Iterator[np.ndarray]:
+def _chunks_of_text(path: Path, start: int, vertex: Element, size: int):
+    names = [p.name for p in vertex.properties]
+    columns = [names.index(axis) for axis in "xyz"]
     with path.open("rb") as file:
         file.seek(start)
-        lines = islice((line for line in file if line.strip()), vertex.count)
-        done = 0
+        lines, done = islice((line for line in file if line.strip()), vertex.count), 0
         while done < vertex.count:
             rows = Rows(b"".join(islice(lines, size)))
             if rows.counts.min(initial=99) <= max(columns) or not len(rows):
-                raise ReadError(
-                    f"truncated or damaged: {done} or a few more of {vertex.count} points"
-                )
+                where = f"{done} or a few more of {vertex.count} points"
+                raise ReadError(f"truncated or damaged: {where}")
             values, at = rows.numbers()
             yield values[at[:, None] + columns]
             done += len(rows)

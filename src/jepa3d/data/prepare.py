@@ -1,10 +1,11 @@
-"""`jepa3d prepare`: a download or a folder of files to a store, in parallel, with a report of what
-was left out.
+"""`jepa3d prepare`: make a store of a download or a folder of files, on all cores.
+
+A report names every file that was left out.
 """
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +26,11 @@ from jepa3d.data.cloud import (
     sample_surface,
     to_parts,
 )
-from jepa3d.data.entries import Entry, Source
+from jepa3d.data.entries import Entry
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover
 from jepa3d.data.splits import divide, lacking
-from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64
+from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
 from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
 from jepa3d.plain import printable, write_bytes
@@ -41,16 +42,17 @@ Attribute = Literal["normals", "colors", "parts"]
 
 @dataclass(frozen=True)
 class Preparation:
-    """Settings of a store; they are written to it, and it can only be continued with the same."""
+    """Settings of a store. They are written to it, and it can only be continued with the same."""
 
     points: int | None = 2048  # a cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    short: Literal["skip", "repeat"] = "repeat"  # what to do with a cloud of fewer points
-    up_axis: Literal["x", "y", "z"] | None = (
-        None  # of the files; None: as the benchmark or format has it, else z
-    )
+    # what to do with a cloud of fewer points
+    short: Literal["skip", "repeat"] = "repeat"
+    # of the files; None: as the benchmark or format has it, else z
+    up_axis: Literal["x", "y", "z"] | None = None
     unit: str | None = None  # of the files; only written down
-    split: str = "folder"  # or the fraction for test, or a file that lists the test clouds
+    # of folders, or a fraction for test, or a file that lists the test clouds
+    split: str = "folder"
     keep: tuple[Attribute, ...] = ()
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None
@@ -62,39 +64,33 @@ class Preparation:
 def prepare(
     source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False
 ) -> list[Path]:
-    """Write the clouds at `source` (folder, file or archive) to the store `out`; go on where it was
-    interrupted.
+    """Write the clouds at `source` (folder, file or archive) to the store `out`.
 
-    A store that is whole is extended by what is new. A folder of few-shot folds gives a store a
-    fold, under `out`. workers: processes, 0 one a core. strict: the first bad cloud stops it.
-    Returns the stores. Raises ValueError, also where another command writes to `out`.
+    An interrupted or complete store is continued with the clouds that it lacks. A folder of
+    few-shot folds becomes one store a fold, under `out`. workers: processes, 0 for one a core.
+    strict: stop at the first bad cloud. Returns the paths of the stores. Raises ValueError, also if
+    another command writes to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
         raise ReadError(f"{source}: no such file or folder")
-    if source.resolve() == out.resolve() or (
-        source.is_dir() and out.resolve().is_relative_to(source.resolve())
-    ):
+    if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out}: lies in the source {source}; choose another --out")
     with writing(out), unpacked(source, out) as root:
         folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
-        folds += sorted(root.glob("*.pkl")) if root.is_dir() and root.name.endswith("shot") else []
-        if not folds:
-            return [_prepare_one(root, out, options, workers, strict)]
-        stores = [out / fold.relative_to(root).with_suffix("") for fold in folds]
-        return [
-            _prepare_one(*pair, options, workers, strict)
-            for pair in zip(folds, stores, strict=True)
-        ]
+        if root.is_dir() and root.name.endswith("shot"):
+            folds += sorted(root.glob("*.pkl"))
+        pairs = [(fold, out / fold.relative_to(root).with_suffix("")) for fold in folds]
+        pairs = pairs or [(root, out)]
+        return [_prepare_one(*pair, options, workers, strict) for pair in pairs]
 
 
 def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: all, or a number from 1")
     if options.columns is not None and len(options.columns) < 3:
-        raise ValueError(
-            f"--columns {' '.join(options.columns)}: the names of x, y and z, or of all columns of a .bin"
-        )
+        allowed = "the names of x, y and z, or of all columns of a .bin"
+        raise ValueError(f"--columns {' '.join(options.columns)}: {allowed}")
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
 
@@ -102,198 +98,200 @@ def _check(options: Preparation, workers: int) -> None:
 def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
     source = discover(root, options.variant, options.columns)
     entries = divide(source.entries, options.split, options.seed)
-    keep = options.keep or (("parts",) if source.part_names and source.layout != "folder" else ())
-    ordered: tuple[Attribute, ...] = tuple(sorted(keep, key=ATTRIBUTES.index))
-    options = replace(options, keep=ordered, keep_strays=options.keep_strays or not source.own)
+    keep: tuple[Attribute, ...] = tuple(sorted(options.keep, key=ATTRIBUTES.index))
+    if not keep and source.part_names and source.layout != "folder":
+        keep = ("parts",)
+    keep_strays = options.keep_strays or not source.unpublished
+    options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        print("axes are kept: taken as z-up, of glTF as y-up (--up-axis says otherwise)")
+        hint = "--up-axis says otherwise"
+        print(f"axes are kept: taken as z-up, of glTF as y-up ({hint})")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         print(printable(note), flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
-    skipped, taken, fewer, unseen = list(source.skipped), Counter(), 0, Counter()
-    strays = Counter()
-    settings, begun = json.loads(json.dumps(asdict(options))), False
-    try:
-        with StoreWriter(out, settings, names, parts) as writer:
-            begun = True
-            entries, before = _new(entries, writer.keys())
-            work = partial(_convert_all, options)
-            for entry, result in mapped(work, entries, _CHUNK, workers, "preparing", __name__):
+    report = _Report(source.layout, options.points or 0, source.notes, source.skipped)
+    settings = json.loads(json.dumps(asdict(options)))
+    with StoreWriter(out, settings, names, parts) as writer:
+        known = set(writer.keys().tolist())
+        new = [entry for entry in entries if key_hash(entry.key) not in known]
+        work = partial(_convert_all, options)
+        results = mapped(work, new, _CHUNK, workers, "preparing", __name__)
+        try:
+            for entry, result in results:
                 if isinstance(result, str):
                     path = root / entry.file if root.is_dir() else root
-                    skipped.append((entry.key, result.removeprefix(f"{path}: ")))
+                    reason = result.removeprefix(f"{path}: ")
+                    report.skipped.append((entry.key, reason))
                     if strict:
-                        raise ReadError(f"{path}: {skipped[-1][1]} (--strict)")
+                        raise ReadError(f"{path}: {reason} (--strict)")
                     continue
                 arrays, row = result
-                fewer += row.pop("count") < (options.points or 0)
-                if total := row.pop("total"):
-                    source.notes.append(
-                        f"{entry.key}: a random {MAX_POINTS:,} of its {total:,} points were read"
-                    )
-                    print(printable(source.notes[-1]))
-                if hidden := row.pop("unseen"):
-                    unseen[entry.key] = hidden
-                if lost := row.pop("strays"):
-                    strays[entry.key] = lost
-                writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
-                taken[Path(entry.file).suffix or source.layout] += 1
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"stopped after {taken.total():,} new clouds, kept; the same command goes on"
-        ) from None
-    finally:
-        if fewer:
-            source.notes.append(
-                f"{fewer:,} clouds of fewer than {options.points:,} points were filled up"
-            )
-            print(f"{source.notes[-1]} (--short skip leaves them out)")
-        if strays:
-            which = f"in {len(strays):,} clouds, most in {strays.most_common(1)[0][0]}"
-            source.notes.append(f"{strays.total():,} stray points left out {which}")
-            print(printable(f"{source.notes[-1]} (--keep-strays keeps them)"))
-        if unseen:
-            which = f"in {len(unseen):,} clouds, most in {unseen.most_common(1)[0][0]}"
-            source.notes.append(
-                f"{unseen.total():,} points that are NaN, where nothing was seen, left out {which}"
-            )
-            print(printable(source.notes[-1]))
-        if begun and (out / "store.json").is_file():
-            _report(out, source, taken, skipped)
-    _show(out, taken, before, skipped)
+                report.add(entry, row)
+                row |= {"label": entry.label, "split": entry.split}
+                writer.add(entry.key, arrays, **row)
+        except KeyboardInterrupt:
+            kept = f"stopped after {report.taken.total():,} new clouds, kept"
+            raise KeyboardInterrupt(f"{kept}; the same command goes on") from None
+        finally:
+            report.write(out)
+    report.show(out, len(entries) - len(new))
     if not (out / "store.json").is_file():
-        raise ReadError(
-            f"{root}: none of its clouds can be used; {skipped[-1][0]}: {skipped[-1][1]}"
-        )
+        reason = ": ".join(report.skipped[-1])
+        raise ReadError(f"{root}: none of its clouds can be used; {reason}")
     _show_lacking(Store(out))
     return out
-
-
-def _new(entries: list[Entry], done: np.ndarray) -> tuple[list[Entry], int]:
-    """The entries whose keys are not among the hashes `done`, and how many are."""
-    hashes = np.array(
-        [hash64(entry.key.encode("utf-8", "surrogateescape")) for entry in entries], np.uint64
-    )
-    there = np.isin(hashes, done)
-    return [entry for entry, is_there in zip(entries, there, strict=True) if not is_there], int(
-        there.sum()
-    )
 
 
 # ---------------------------------------------------------------------------------------- one cloud
 
 
 def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A cloud's arrays as the store has them, and its row of the index. Raises ReadError."""
+    """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
+
+    The row has further entries, which `_Report.add` counts and removes.
+    """
     cloud = entry.read()
-    content = hash64(
-        cloud.points.tobytes() + (b"" if cloud.faces is None else cloud.faces.tobytes())
-    )
-    told = {"total": cloud.total, "unseen": cloud.unseen}
-    count, seed = options.points, options.seed  # not of the key: equal files give equal clouds
+    faces = b"" if cloud.faces is None else cloud.faces.tobytes()
+    row = {"total": cloud.total, "unseen": cloud.unseen}
+    row["content"] = hash64(cloud.points.tobytes() + faces)
+    # the same seed for all keys: equal files give equal clouds
+    count, seed = options.points, options.seed
     if cloud.faces is not None:
         cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
-    found = len(cloud)
+    row["count"] = len(cloud)
     if missing := [name for name in options.keep if getattr(cloud, name) is None]:
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
-        raise ReadError(f"{len(cloud)} points, {count} are needed (--points, --short skip)")
+        needed = f"{count} are needed (--points, --short skip)"
+        raise ReadError(f"{len(cloud)} points, {needed}")
     up = options.up_axis or entry.up_axis or cloud.up or "z"
     if count and not options.keep_strays:
-        cloud = cloud.take(np.flatnonzero(are_kept(cloud.points.astype(np.float64), LEAST)))
-    told["strays"] = found - len(cloud)
+        kept = are_kept(cloud.points.astype(np.float64), LEAST)
+        cloud = cloud.take(np.flatnonzero(kept))
+    row["strays"] = row["count"] - len(cloud)
     cloud = cloud.normalised()
-    if count and len(cloud) > count:
-        cloud = reduce(cloud, count, options.reduce, seed)
-    elif count and len(cloud) < count:
+    if count and len(cloud) < count:
         cloud = filled(cloud, count)
-    elif count and options.reduce == "fps":
-        cloud = reduce(cloud, count, "fps", seed)
+    elif count and (len(cloud) > count or options.reduce == "fps"):
+        cloud = reduce(cloud, count, options.reduce, seed)
     check_cloud(cloud.points, "of the points that are kept: ")
     cloud = cloud.normalised()
-    axes = TO_Z_UP[up]
-    kind = np.dtype(options.precision)
-    arrays = {"points": (cloud.points @ axes.T).astype(kind)}
+    turn = TO_Z_UP[up].T
+    points = cloud.points @ turn
+    arrays = {"points": points.astype(options.precision)}
     if options.precision == "float16":
-        _check_rounding(cloud.points @ axes.T, arrays["points"])
+        _check_rounding(points, arrays["points"])
     for name in options.keep:
-        values = getattr(cloud, name)
-        arrays[name] = (values @ axes.T).astype(np.float16) if name == "normals" else values
+        arrays[name] = getattr(cloud, name)
+    if "normals" in arrays:
+        arrays["normals"] = (arrays["normals"] @ turn).astype(np.float16)
     if "parts" in arrays:
         arrays["parts"] = to_parts(arrays["parts"])
         if (arrays["parts"] == UNLABELLED).all():
             raise ReadError("none of its points has a part label (--keep parts)")
-    return arrays, {
-        "up": up,
-        "frame": (*cloud.origin, cloud.scale),
-        "content": content,
-        "count": found,
-        **told,
-    }
+    return arrays, row | {"up": up, "frame": (*cloud.origin, cloud.scale)}
 
 
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
-    """ReadError where float16 moves points n 3 of the unit sphere by over 1 % of their extent: a
-    far one scales all.
+    """Raises ReadError if float16 moves points n 3 of the unit sphere by over 1 % of their extent.
+
+    That happens if one point is so far out that all others lie close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
     if error > 0.01 * extent:
-        far = "a point far out sets its scale; remove it, or --precision float32"
-        raise ReadError(
-            f"float16 moves its points by {100 * error / max(extent, 1e-30):.0f} % of their extent: {far}"
-        )
+        share = f"{100 * error / max(extent, 1e-30):.0f} % of their extent"
+        reason = "a point far out sets its scale; remove it, or --precision float32"
+        raise ReadError(f"float16 moves its points by {share}: {reason}")
 
 
 Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
 
 
 def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
-    """What becomes of each entry: arrays and row, or why not."""
+    """For each entry its arrays and row, or the text of its error."""
     results: list[Result] = []
     for entry in entries:
         try:
             results.append(convert(entry, options))
         except ReadError as error:
             results.append(str(error))
-        except OSError as error:
-            results.append(f"cannot be read ({error.strerror or error})")
     return results
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def _report(out: Path, source: Source, taken: Counter, skipped: list[tuple[str, str]]) -> None:
-    record = {
-        "layout": source.layout,
-        "notes": source.notes,
-        "new": taken.total(),
-        "skipped": [{"file": key, "reason": reason} for key, reason in skipped],
-    }
-    write_bytes(out / "report.json", json.dumps(record, indent=1).encode())
+@dataclass
+class _Report:
+    """What became of the clouds of a source; printed, and written to report.json."""
 
+    layout: str
+    points: int  # a cloud; 0 keeps all
+    notes: list[str]
+    skipped: list[tuple[str, str]]  # key and reason
+    taken: Counter[str] = field(default_factory=Counter)  # by suffix
+    fewer: int = 0  # clouds that were filled up
+    strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
+    unseen: Counter[str] = field(default_factory=Counter)
 
-def _show(
-    out: Path, taken: Counter, before: int, skipped: list[tuple[str, str]], lines: int = 40
-) -> None:
-    already = f", {before:,} were there already" if before else ""
-    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in taken.most_common())
-    print(
-        f"{out}: took {taken.total():,} clouds{f' ({kinds})' if kinds else ''}{already}; left out {len(skipped):,}"
-        + (":" if skipped else "")
-    )
-    for key, reason in skipped[:lines]:
-        print(printable(f"  {key}: {reason}"))
-    if len(skipped) > lines:
-        print(f"  and {len(skipped) - lines:,} more, in {out / 'report.json'}")
+    def add(self, entry: Entry, row: dict[str, Any]) -> None:
+        """Count a cloud, and remove from its row what is only counted."""
+        self.taken[Path(entry.file).suffix or self.layout] += 1
+        self.fewer += row.pop("count") < self.points
+        if total := row.pop("total"):
+            part = f"a random {MAX_POINTS:,} of its {total:,} points were read"
+            self._note(f"{entry.key}: {part}")
+        for name in ("strays", "unseen"):
+            if lost := row.pop(name):
+                getattr(self, name)[entry.key] = lost
+
+    def write(self, out: Path) -> None:
+        """Print what was changed in the clouds, and write report.json."""
+        if self.fewer:
+            short = f"{self.fewer:,} clouds of fewer than {self.points:,} points"
+            self._note(f"{short} were filled up", " (--short skip leaves them out)")
+        for counts, what, option in (
+            (self.strays, "stray points", " (--keep-strays keeps them)"),
+            (self.unseen, "points that are NaN, where nothing was seen,", ""),
+        ):
+            if counts:
+                most = counts.most_common(1)[0][0]
+                where = f"in {len(counts):,} clouds, most in {most}"
+                self._note(f"{counts.total():,} {what} left out {where}", option)
+        record = {
+            "layout": self.layout,
+            "notes": self.notes,
+            "new": self.taken.total(),
+            "skipped": [{"file": key, "reason": why} for key, why in self.skipped],
+        }
+        write_bytes(out / "report.json", json.dumps(record, indent=1).encode())
+
+    def _note(self, note: str, option: str = "") -> None:
+        self.notes.append(note)
+        print(printable(note + option))
+
+    def show(self, out: Path, before: int, lines: int = 40) -> None:
+        """Print how many clouds were taken, and which files were left out."""
+        already = f", {before:,} were there already" if before else ""
+        kinds = [f"{count:,} {suffix}" for suffix, count in self.taken.most_common()]
+        kinds = f" ({', '.join(kinds)})" if kinds else ""
+        took = f"took {self.taken.total():,} clouds{kinds}{already}"
+        left_out = f"left out {len(self.skipped):,}{':' if self.skipped else ''}"
+        print(f"{out}: {took}; {left_out}")
+        for key, reason in self.skipped[:lines]:
+            print(printable(f"  {key}: {reason}"))
+        if len(self.skipped) > lines:
+            print(f"  and {len(self.skipped) - lines:,} more, in {out / 'report.json'}")
 
 
 def _show_lacking(store: Store) -> None:
-    split, labels = np.asarray(store.columns["split"]), np.asarray(store.columns["label"])
+    """Print the classes that only one of train and test has."""
+    split = np.asarray(store.columns["split"])
+    labels = np.asarray(store.columns["label"])
     train, test = (split == SPLITS.index(part) for part in ("train", "test"))
-    if train.any() and test.any() and (found := lacking(labels, train, test, store.class_names)):
-        print(
-            f"in one part only, so that training and testing will leave them out: {', '.join(found)}"
-        )
+    found = lacking(labels, train, test, store.class_names)
+    if train.any() and test.any() and found:
+        alone = "in one part only, so that training and testing will leave them out"
+        print(f"{alone}: {', '.join(found)}")

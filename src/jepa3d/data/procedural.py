@@ -1,5 +1,4 @@
-"""Endless unlabelled shapes: random programs that compose, repeat, cut and bend solids, nothing to
-download.
+"""Endless unlabelled shapes from random programs that compose, repeat, cut and bend solids.
 
 After "Learning 3D Representations from Procedural 3D Programs" (Chen et al. 2024, arXiv
 2411.17467): 1 to 9 parts from a few kinds of solids suffice to pretrain an encoder. Every solid
@@ -11,47 +10,43 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.synthetic import Rng, normalise, sample_triangles, turn
+from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
+from jepa3d.data.synthetic import Rng, normalise, triangles_of, turn
 
-PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30  # chances of 1 to 9 parts, as published
+# chances of 1 to 9 parts, as published
+PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # of a shape, of which an encoder sees farthest ones
 NOISE = 0.006  # largest standard deviation a coordinate, for a shape of radius 1
-SIDES = 24  # corners of an outline: triangles, squares, hexagons and octagons keep theirs
+# corners of an outline: triangles, squares, hexagons and octagons keep theirs
+SIDES = 24
 GRID = 48  # of directions, a side, in a view from one side
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
-_AXES = np.array(
-    [
-        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0, 0, 1], [1, 0, 0], [0, 1, 0]],
-        [[0, 1, 0], [0, 0, 1], [1, 0, 0]],
-    ]
-)
+# turns that bring z to z, to x and to y
+_AXES = np.stack([np.roll(np.eye(3), step, axis=0) for step in (0, 1, 2)])
 
 
 def _outline(rng: Rng) -> np.ndarray:
     """Closed outline [SIDES, 2] within the square of half side 1."""
     kind = rng.integers(6)
+    cos, sin = np.cos(_ANGLES), np.sin(_ANGLES)
     if kind < 2:  # from a rhombus to a circle to a square
         power = 2.0 if rng.random() < 0.5 else rng.choice([1.2, 4.0, 30.0, 30.0])
-        radius = 1 / (np.abs(np.cos(_ANGLES)) ** power + np.abs(np.sin(_ANGLES)) ** power) ** (
-            1 / power
-        )
+        radius = 1 / (np.abs(cos) ** power + np.abs(sin) ** power) ** (1 / power)
     elif kind < 4:  # regular polygon
         step = 2 * np.pi / rng.choice([3, 4, 4, 6, 8])
         radius = np.cos(step / 2) / np.cos((_ANGLES + step / 2) % step - step / 2)
         radius = radius / radius.max()
     elif kind == 4:  # cogwheel, star
         low = rng.uniform(0.4, 0.9)
-        radius = np.where((_ANGLES * rng.choice([3, 4, 6]) / (2 * np.pi)) % 1 < 0.5, 1.0, low)
+        teeth = _ANGLES * rng.choice([3, 4, 6]) / (2 * np.pi)
+        radius = np.where(teeth % 1 < 0.5, 1.0, low)
     else:  # any rounded outline
-        k = np.arange(2, 5)[:, None]
-        radius = 1 + (
-            rng.uniform(0, 0.25, (3, 1)) * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi, (3, 1)))
-        ).sum(0)
+        k, height = np.arange(2, 5)[:, None], rng.uniform(0, 0.25, (3, 1))
+        waves = height * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi, (3, 1)))
+        radius = 1 + waves.sum(0)
         radius = radius / radius.max()
-    return radius[:, None] * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)
+    return radius[:, None] * np.stack([cos, sin], 1)
 
 
 def _profile(rng: Rng) -> np.ndarray:
@@ -64,22 +59,18 @@ def _profile(rng: Rng) -> np.ndarray:
         t = np.linspace(-np.pi / 2 if rng.random() < 0.6 else 0, np.pi / 2, 9)
         height = np.sin(t)
         ends = [] if t[0] < 0 else [(0.0, -1.0)]
-        return np.array(
-            [*ends, *np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)]
-        )
+        rows = np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)
+        return np.array([*ends, *rows])
     if kind < 6:  # lathe of a smooth profile, closed or open
-        count = rng.integers(3, 6)
-        radii = np.interp(
-            np.linspace(0, 1, 9), np.linspace(0, 1, count), rng.uniform(0.2, 1, count)
-        )
+        count, places = rng.integers(3, 6), np.linspace(0, 1, 9)
+        radii = np.interp(places, np.linspace(0, 1, count), rng.uniform(0.2, 1, count))
         radii = np.convolve(np.pad(radii, 1, "edge"), (0.25, 0.5, 0.25), "valid")
         rows = np.stack([radii / radii.max(), np.linspace(-1, 1, 9)], 1)
         return rows if kind == 5 else np.array([(0, -1), *rows, (0, 1)])
     if kind == 6:  # cup: outside up, inside down
         wall, base = rng.uniform(0.05, 0.2), rng.uniform(0.5, 1)
-        return np.array(
-            [(0, -1), (base, -1), (1, 1), (1 - wall, 1), (base * (1 - wall), -0.85), (0, -0.85)]
-        )
+        inside = [(1 - wall, 1), (base * (1 - wall), -0.85), (0, -0.85)]
+        return np.array([(0, -1), (base, -1), (1, 1), *inside])
     steps = rng.integers(2, 5)  # stairs
     radii, heights = rng.uniform(0.3, 1, steps), np.sort(rng.uniform(-1, 1, steps - 1))
     edges = np.r_[-1, heights, 1]
@@ -88,64 +79,40 @@ def _profile(rng: Rng) -> np.ndarray:
 
 
 def _solid(rng: Rng) -> np.ndarray:
-    """The loft [rings, SIDES, 3] of one solid in the cube of half side 1, swept along z or along an
-    arc.
-    """
+    """The loft [rings, SIDES, 3] of one solid in the cube of half side 1, along z or an arc."""
     outline, profile = _outline(rng), _profile(rng)
-    if rng.random() < 0.2:  # an arc, up to a ring, needs more rings than a straight line
-        profile = np.stack(
-            [
-                np.interp(np.linspace(0, len(profile) - 1, 17), np.arange(len(profile)), c)
-                for c in profile.T
-            ],
-            1,
-        )
+    # an arc, up to a ring, needs more rings than a straight line
+    if rng.random() < 0.2:
+        at, known = np.linspace(0, len(profile) - 1, 17), np.arange(len(profile))
+        profile = np.stack([np.interp(at, known, column) for column in profile.T], 1)
         if rng.random() < 0.5:
             profile[:, 0] = 1
-        thick, whole = (
-            rng.uniform(0.1, 0.45),
-            2 * np.pi if rng.random() < 0.4 else rng.uniform(1, 5),
-        )
-        angle = profile[:, 1] * whole / 2
+        thick = rng.uniform(0.1, 0.45)
+        whole = 2 * np.pi if rng.random() < 0.4 else rng.uniform(1, 5)
+        angle = profile[:, 1:] * whole / 2
         across = 1 - thick + thick * profile[:, :1] * outline[:, 0]
         height = np.broadcast_to(thick * profile[:, :1] * outline[:, 1], across.shape)
-        loft = np.stack(
-            [np.cos(angle)[:, None] * across, np.sin(angle)[:, None] * across, height], 2
-        )
-    else:
-        loft = np.empty((len(profile), SIDES, 3))
-        loft[..., :2] = profile[:, :1, None] * outline
-        loft[..., 2] = profile[:, 1:]
-        if rng.random() < 0.15:  # leaning
-            loft[..., :2] += rng.uniform(-0.6, 0.6, 2) * loft[..., 2:]
+        return np.stack([np.cos(angle) * across, np.sin(angle) * across, height], 2)
+    loft = np.empty((len(profile), SIDES, 3))
+    loft[..., :2] = profile[:, :1, None] * outline
+    loft[..., 2] = profile[:, 1:]
+    if rng.random() < 0.15:  # leaning
+        loft[..., :2] += rng.uniform(-0.6, 0.6, 2) * loft[..., 2:]
     return loft
 
 
-def _triangles(loft: np.ndarray) -> np.ndarray:
-    """Triangles [t, 3, 3] of a loft [rings, SIDES, 3]."""
-    a, b = loft[:-1], loft[1:]
-    c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
-    return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
-
-
 def _rotation(rng: Rng) -> np.ndarray:
-    """Mostly along an axis, sometimes tilted, sometimes any."""
+    """A random rotation matrix: mostly along an axis, sometimes tilted, sometimes any."""
     kind = rng.random()
     if kind < 0.75:
-        return _AXES[rng.choice(3, p=(0.6, 0.2, 0.2))].astype(float)
-    q = rng.normal(size=4) if kind > 0.9 else np.r_[1, rng.uniform(-0.4, 0.4, 3)]
-    w, x, y, z = q / np.linalg.norm(q)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+        return _AXES[rng.choice(3, p=(0.6, 0.2, 0.2))]
+    if kind > 0.9:
+        return rotation(rng.normal(size=4))
+    return rotation(np.r_[1, rng.uniform(-0.4, 0.4, 3)])
 
 
 def _size(rng: Rng) -> np.ndarray:
-    """Half axes: solids, plates and rods."""
+    """Random half axes [3], for solids, plates and rods."""
     size = np.exp(rng.uniform(np.log(0.25), np.log(1.5), 3))
     thin = rng.random()
     if thin < 0.5:
@@ -168,16 +135,13 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
     if kind < 0.35:
         count = rng.integers(3, 9)
         angles = np.arange(count) * (2 * np.pi / count)
-        spin = np.zeros((count, 3, 3))
-        spin[:, 0, 0] = spin[:, 1, 1] = np.cos(angles)
-        spin[:, 1, 0], spin[:, 0, 1], spin[:, 2, 2] = np.sin(angles), -np.sin(angles), 1
+        spin = np.stack([turn(np.eye(3), angle).T for angle in angles])
         return spin, about - np.einsum("nij,j->ni", spin, about)
     if kind < 0.5:
         count, axis = rng.integers(2, 7), rng.integers(3)
         shifts = np.zeros((count, 3))
-        shifts[:, axis] = (
-            np.arange(count) * 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
-        )
+        step = 2 * half[axis] * rng.uniform(1, 2.5) * rng.choice([-1, 1])
+        shifts[:, axis] = np.arange(count) * step
         return np.repeat(one, count, 0), shifts
     return one, np.zeros((1, 3))
 
@@ -186,7 +150,8 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
     """Points [count, 3] on the surfaces of all parts of one program, uniform by area."""
     triangles, boxes, copies = [], [], []
     for i in range(1 + rng.choice(9, p=PARTS)):
-        loft = (_solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)) @ _rotation(rng).T
+        loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)
+        loft = loft @ _rotation(rng).T
         corners = loft.reshape(-1, 3)
         low, high = corners.min(0), corners.max(0)
         half, place, about = (high - low) / 2, (low + high) / 2, np.zeros(3)
@@ -194,64 +159,67 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
             about, other = boxes[rng.integers(len(boxes))]
             axis, side = rng.choice(3, p=(0.25, 0.25, 0.5)), rng.choice([-1, 1])
             moved = about + rng.uniform(-1, 1, 3) * other * (rng.random() < 0.7)
-            moved[axis] = about[axis] + side * (other[axis] + half[axis] * rng.uniform(0.6, 1))
+            away = other[axis] + half[axis] * rng.uniform(0.6, 1)
+            moved[axis] = about[axis] + side * away
             loft, place = loft + (moved - place), moved
         boxes.append((place, half))
-        triangles.append(_triangles(loft))
+        triangles.append(triangles_of(loft))
         copies.append(_copies(rng, about, half))
     times = np.array([len(turns) for turns, _ in copies])
     part = np.repeat(np.arange(len(triangles)), [len(some) for some in triangles])
-    points, chosen = sample_triangles(np.concatenate(triangles), count, rng, times[part])
+    surface = np.concatenate(triangles)
+    points, chosen = sample_triangles(surface, count, rng, times[part])
     part = part[chosen]
-    copy = (np.cumsum(times) - times)[part] + (rng.random(count) * times[part]).astype(int)
+    copy = (rng.random(count) * times[part]).astype(int)
+    copy += (np.cumsum(times) - times)[part]
     turns, shifts = (np.concatenate(some) for some in zip(*copies, strict=True))
     moved = np.flatnonzero(times[part] > 1)
-    points[moved] = np.einsum("nij,nj->ni", turns[copy[moved]], points[moved]) + shifts[copy[moved]]
+    copy = copy[moved]
+    turned = np.einsum("nij,nj->ni", turns[copy], points[moved])
+    points[moved] = turned + shifts[copy]
     return points
 
 
 def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
     """Points in the unit sphere twisted, tapered, bent or rippled along an axis."""
-    kind, axes = rng.integers(4), _AXES[rng.integers(3)].astype(float)
+    kind, axes = rng.integers(4), _AXES[rng.integers(3)]
     x, y, z = (points @ axes.T).T
     if kind == 0:
         angle = rng.uniform(-2, 2) * z
-        x, y = np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
+        cos, sin = np.cos(angle), np.sin(angle)
+        x, y = cos * x - sin * y, sin * x + cos * y
     elif kind == 1:
         factor = 1 + rng.uniform(-0.7, 0.7) * z
         x, y = factor * x, factor * y
     elif kind == 2:
         curve = rng.uniform(0.3, 1.2)
-        x, z = (x + 1 / curve) * np.cos(curve * z) - 1 / curve, (x + 1 / curve) * np.sin(curve * z)
+        radius, angle = x + 1 / curve, curve * z
+        x, z = radius * np.cos(angle) - 1 / curve, radius * np.sin(angle)
     else:
-        x = x + rng.uniform(0.02, 0.08) * np.sin(rng.uniform(4, 14) * z + rng.uniform(0, 6))
+        height, angle = rng.uniform(0.02, 0.08), rng.uniform(4, 14) * z
+        x = x + height * np.sin(angle + rng.uniform(0, 6))
     return np.stack([x, y, z], 1) @ axes
 
 
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """Of points in the unit sphere a mask of those that one viewpoint sees, the nearest in each of
-    its directions.
-    """
+    """A mask of the points in the unit sphere that are seen from one random side."""
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)
     right = np.cross(away, np.eye(3)[np.abs(away).argmin()])
     right /= np.linalg.norm(right)
-    depth = points @ away
-    cell = [
-        ((points @ axis + 1) * (GRID / 2)).astype(int).clip(0, GRID - 1)
-        for axis in (right, np.cross(away, right))
-    ]
+    depth, axes = points @ away, (right, np.cross(away, right))
+    column, row = (((points @ axis + 1) * (GRID / 2)).astype(int) for axis in axes)
+    cell = column.clip(0, GRID - 1) * GRID + row.clip(0, GRID - 1)
     nearest = np.full(GRID * GRID, np.inf)
-    np.minimum.at(nearest, flat := cell[0] * GRID + cell[1], depth)
-    return depth < nearest[flat] + 0.1
+    np.minimum.at(nearest, cell, depth)
+    return depth < nearest[cell] + 0.1
 
 
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Shape i of the endless set `seed`: points float32 [num_points, 3], z up, centroid 0, farthest
-    at distance 1.
+    """Shape i of the endless set `seed`, float32 [num_points, 3]: z up, centroid 0, radius 1.
 
     The same on any machine to 1e-5. A third is cut by a box or a ball, a third bent, a fifth seen
-    from one side, a fifth loses what lies beyond a plane; all get noise.
+    from one side, and a fifth loses what lies beyond a plane; all get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)
@@ -260,10 +228,10 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
         points = normalise(_bend(points, rng))
     keep = np.ones(len(points), bool)
     if cut:
-        inside = (points - points[rng.integers(len(points))] * rng.uniform(0.5, 1)) / rng.uniform(
-            0.15, 0.6, 3
-        )
-        keep &= (inside**2).sum(1) > 1 if rng.random() < 0.5 else np.abs(inside).max(1) > 1
+        middle = points[rng.integers(len(points))] * rng.uniform(0.5, 1)
+        inside = (points - middle) / rng.uniform(0.15, 0.6, 3)
+        is_ball = rng.random() < 0.5
+        keep &= ((inside**2).sum(1) if is_ball else np.abs(inside).max(1)) > 1
     if seen:
         keep &= _seen(points, rng)
     if keep.sum() < num_points:
@@ -271,17 +239,18 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
     points = points[keep]
     if lost:
         order = np.argsort(points @ rng.normal(size=3), kind="stable")
-        points = points[order[: max(num_points, int(len(points) * rng.uniform(0.7, 1)))]]
+        left = int(len(points) * rng.uniform(0.7, 1))
+        points = points[order[: max(num_points, left)]]
     points = points[rng.permutation(len(points))[:num_points]]
     points = turn(points, rng.uniform(0, 2 * np.pi))
-    points = normalise(points + rng.normal(scale=rng.uniform(0, NOISE), size=points.shape))
+    noise = rng.normal(scale=rng.uniform(0, NOISE), size=points.shape)
+    points = normalise(points + noise)
     return points.astype(np.float32)
 
 
 def count_of(source: Path) -> int:
-    """COUNT of `procedural:COUNT`, else 0.
-
-    Raises ReadError for a COUNT that is no number from 1.
+    """COUNT of a source `procedural:COUNT`, 0 for other sources. Raises ReadError if it is no
+    number.
     """
     name, _, count = str(source).partition(":")
     if name != "procedural":

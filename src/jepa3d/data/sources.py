@@ -1,35 +1,36 @@
-"""What lies at a path: a published benchmark, anybody's own files, or one file."""
+"""Find what lies at a path: a published benchmark, a folder of files, or one file."""
 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from jepa3d.data import procedural
 from jepa3d.data.archives import REFUSAL, is_archive
-from jepa3d.data.benchmarks import MESH_COUNTS, benchmark_at, check_counts, fold_of
+from jepa3d.data.benchmarks import benchmark_at, check_sizes, fold_of, meshes_of
 from jepa3d.data.boundary import boundary, printable
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
 from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
 
+Columns = tuple[str, ...] | None  # as of `io.py::read`
 
-def discover(
-    root: Path, variant: str | None = None, columns: tuple[str, ...] | None = None
-) -> Source:
-    """What lies at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
 
-    Raises ReadError.
+def discover(root: Path, variant: str | None = None, columns: Columns = None) -> Source:
+    """The clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
+
+    variant: of a benchmark that has several. columns: as of `io.py::read`. Raises ReadError if
+    there is no cloud.
     """
     if count := procedural.count_of(root):
-        return Source(
-            "procedural",
-            [Entry(str(i), partial(procedural.read, i), up_axis="z") for i in range(count)],
-        )
+        readers = [partial(procedural.read, i) for i in range(count)]
+        shapes = [Entry(str(i), read, up_axis="z") for i, read in enumerate(readers)]
+        return Source("procedural", shapes)
     if root.suffix == ".pkl":
         source = fold_of(root)
     elif root.is_file() and is_archive(root):
@@ -39,22 +40,17 @@ def discover(
     else:
         source = benchmark_at(root, variant) or _files(root, variant, columns)
     if not source.entries:
-        reason = f"; {source.skipped[0][0]}: {source.skipped[0][1]}" if source.skipped else ""
+        reason = f"; {': '.join(source.skipped[0])}" if source.skipped else ""
         raise ReadError(f"{root}: holds no cloud ({' '.join(SUFFIXES)}){reason}")
     return source
-
-
-def _refuse(message: str) -> PointCloud:
-    """What an entry does when read whose file was seen to be bad before."""
-    raise ReadError(message)
 
 
 def walk(
     root: Path, failed: Callable[[OSError], None]
 ) -> Iterable[tuple[Path, list[str], list[str]]]:
-    """os.walk, sorted, through links to folders but never in a circle;
+    """Like os.walk, but sorted, and following links to folders without running in a circle.
 
-    `failed` gets what cannot be listed.
+    failed: called with the error of each folder that cannot be listed.
     """
     seen = set()
     for folder, folders, files in os.walk(root, onerror=failed, followlinks=True):
@@ -67,66 +63,70 @@ def walk(
         yield Path(folder), folders, sorted(files)
 
 
-def _files(root: Path, variant: str | None, columns: tuple[str, ...] | None) -> Source:
-    """Any tree of files; its folders are classes and splits: see splits.py."""
+def _files(root: Path, variant: str | None, columns: Columns) -> Source:
+    """Any tree of files; folders are classes and splits, as splits.py finds them."""
     entries, skipped, notes, part_names = [], [], [], ()
-    inner, found_files = [], []
+    benchmarks, paths = [], {}
 
     def failed(error: OSError) -> None:
-        skipped.append(
-            (
-                Path(error.filename).relative_to(root).as_posix(),
-                f"cannot be read ({error.strerror})",
-            )
-        )
+        key = Path(error.filename).relative_to(root).as_posix()
+        skipped.append((key, f"cannot be read ({error.strerror})"))
 
     for folder, folders, files in walk(root, failed):
-        found = benchmark_at(folder, variant) if folder != root else None
-        if found:
+        if folder != root and (found := benchmark_at(folder, variant)):
             at = folder.relative_to(root).as_posix()
             folders.clear()
-            inner.append(found)
-            entries += [replace(entry, key=f"{at}/{entry.key}") for entry in found.entries]
-            skipped += [(f"{at}/{key}", reason) for key, reason in found.skipped]
+            benchmarks.append(found)
+            entries += [replace(one, key=f"{at}/{one.key}") for one in found.entries]
             notes += [f"{at}: {found.layout}", *found.notes]
             part_names = part_names or found.part_names
             continue
-        for name in files:
-            path = folder / name
+        for path in map(folder.joinpath, files):
             key = path.relative_to(root).as_posix()
-            why = REFUSAL if is_archive(path) else refusal(path)
-            why = "written by macOS beside the file" if name.startswith("._") else why
-            if why:
-                skipped.append(
-                    (key, "a few-shot fold is prepared by itself" if path.suffix == ".pkl" else why)
-                )
-                continue
-            try:
-                with boundary(path):
-                    if path.suffix.lower() == ".txt":
-                        check_table(path)
-                    if path.suffix.lower() == ".bin" and columns is None:  # or a mesh's buffer
-                        raise ReadError(NO_COLUMNS)
-            except ReadError as error:  # a README is no damaged cloud
-                skipped.append((key, str(error).removeprefix(f"{path}: ")))
-                continue
-            found_files.append((path, key))
-    places = classes_and_splits([Path(key).parts[:-1] for _, key in found_files], flat=bool(inner))
-    for (path, key), (name, split) in zip(found_files, places, strict=True):
-        label = None if name is None else printable(name)  # it goes into JSON, Parquet and pictures
+            if reason := _no_cloud(path, columns):
+                skipped.append((key, reason))
+            else:
+                paths[key] = path
+    folders = [Path(key).parts[:-1] for key in paths]
+    places = classes_and_splits(folders, flat=bool(benchmarks))
+    for (key, path), (name, split) in zip(paths.items(), places, strict=True):
+        label = name and printable(name)  # it goes into JSON, Parquet and pictures
         try:
             entries += entries_of(path, key, label, split, columns)
         except ReadError as error:
             entries.append(Entry(key, partial(_refuse, str(error)), label, split))
-    if len(inner) == 1 and len(entries) == len(
-        inner[0].entries
-    ):  # the benchmark in a folder of its archive
-        return replace(inner[0], entries=entries, skipped=skipped)
-    if both := sorted({entry.label for entry in entries if entry.label and split_of(entry.label)}):
+    if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
+        # the folder of an archive, with a benchmark in it
+        return replace(benchmarks[0], entries=entries, skipped=skipped)
+    classes = {entry.label for entry in entries}
+    if both := sorted(label for label in classes if label and split_of(label)):
         notes.append(f"folder {', '.join(both)}: taken as a class, not as a split")
-    layout = "folder"
-    if names := MESH_COUNTS.get(frozenset(entry.label for entry in entries)):
-        layout = names[0]
+    layout = meshes_of(classes)
+    if layout:
         entries = [replace(entry, up_axis="z") for entry in entries]
-        notes += check_counts(layout, entries, *names[1:])
-    return Source(layout, entries, part_names, skipped, notes)
+        notes += check_sizes(layout, entries)
+    return Source(layout or "folder", entries, part_names, skipped, notes)
+
+
+def _no_cloud(path: Path, columns: Columns) -> str | None:
+    """Why a file of a folder is left out unread; None if it may be a cloud."""
+    if path.name.startswith("._"):
+        return "written by macOS beside the file"
+    if path.suffix == ".pkl":
+        return "a few-shot fold is prepared by itself"
+    if reason := REFUSAL if is_archive(path) else refusal(path):
+        return reason
+    if path.suffix.lower() == ".bin" and columns is None:  # or the buffer of a mesh
+        return NO_COLUMNS
+    if path.suffix.lower() == ".txt":
+        try:
+            with boundary(path):
+                check_table(path)
+        except ReadError as error:  # a README is no damaged cloud
+            return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raises a ReadError that was found before; stands for the reader of a bad file."""
+    raise ReadError(message)

@@ -1,6 +1,4 @@
-"""Classes and splits: from the names of folders, by a fraction or a list, and which classes a split
-leaves out.
-"""
+"""Classes and splits, by the names of folders, by a fraction or by a list."""
 
 import re
 from collections import defaultdict
@@ -15,37 +13,31 @@ from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry
 
-SPLIT_OF = {  # what the name of a folder, in lower case, says
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "validate": "val",
-    "dev": "val",
-    "eval": "val",
+_NAMES = {
+    "train": "train training",
+    "test": "test testing",
+    "val": "val valid validation validate dev eval",
 }
-_ADDED = re.compile(
-    r"^\d+[ _-]+|[ _-]*(set|data|split)$"
-)  # to such a name: 01_train, Test Set, train_data
+# what the name of a folder, in lower case, says
+SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
+# what may stand around such a name: 01_train, Test Set, train_data
+_ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
 
 def split_of(name: str) -> str | None:
-    """The split that the name of a folder says, in any case; None for other names."""
+    """The split that the name of a folder means, in any case; None for other names."""
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
 def classes_and_splits(
     folders: list[tuple[str, ...]], flat: bool
 ) -> list[tuple[str | None, str | None]]:
-    """Class and split of files, each given by the names of the folders around it, outermost first.
+    """Class and split of each file, by the names of the folders around it, outermost first.
 
-    Where all folders of a level have names of splits, that level is the split. Else a folder `test`
-    is a class where it lies among classes, and a split where others beside it are splits too, or
-    those in it are named as those beside. The class is the first folder left that does not stand
-    around all files; flat: the first one, whatever it is.
+    If all folders of a level have names of splits, that level is the split. Else a folder `test` is
+    a split if another folder beside it is a split too, or if it has folders with the names of those
+    beside it; otherwise it is a class. The class is the first other folder that does not contain
+    all files; flat: simply the first other folder.
     """
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)  # folders in a folder
     for names in set(folders):
@@ -55,27 +47,31 @@ def classes_and_splits(
     def splits_in(names: set[str]) -> set[str]:
         return {split for name in names if (split := split_of(name))}
 
-    levels = [
-        set().union(*(inside[at] for at in inside if len(at) == depth))
-        for depth in range(max(map(len, inside), default=-1) + 1)
-    ]
-    all_named = [depth for depth, names in enumerate(levels) if all(map(split_of, names))]
+    levels: dict[int, set[str]] = defaultdict(set)  # folders of a depth
+    for at, names in inside.items():
+        levels[len(at)] |= names
+    all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
+
+    def most_splits(depth: int) -> tuple[int, int]:
+        return len(splits_in(levels[depth])), -depth
+
     # Of several such levels (a class `test` in folders train and test) the one with most splits.
-    level = max(all_named, key=lambda depth: (len(splits_in(levels[depth])), -depth), default=None)
+    level = max(all_named, key=most_splits, default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
         if level is not None:
             return depth == level
         beside, within = inside[names[:depth]], inside.get(names[: depth + 1], set())
-        return split_of(names[depth]) is not None and (
-            len(splits_in(beside)) > 1 or not beside.isdisjoint(within)
-        )
+        several = len(splits_in(beside)) > 1 or not beside.isdisjoint(within)
+        return split_of(names[depth]) is not None and several
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-        """The folders but that of the split, and the split."""
-        at = next((depth for depth in range(len(names)) if is_split(names, depth)), None)
-        return (names, None) if at is None else (names[:at] + names[at + 1 :], split_of(names[at]))
+        """The names without the split's folder, and the split."""
+        for depth in range(len(names)):
+            if is_split(names, depth):
+                return names[:depth] + names[depth + 1 :], split_of(names[depth])
+        return names, None
 
     found = [divided(names) for names in folders]
     classes, depth = {names for names, _ in found}, 0
@@ -85,28 +81,27 @@ def classes_and_splits(
         and min(map(len, classes)) > depth + 1
     ):
         depth += 1
-    return [(names[depth] if len(names) > depth else None, split) for names, split in found]
+    return [(next(iter(names[depth:]), None), split) for names, split in found]
 
 
 def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
-    """Entries with their split: "folder" keeps that of folders or lists; else a fraction for test,
-    or a list's path.
+    """The entries with their splits.
 
-    Of each class of two clouds or more a fraction gives at least one to train and one to test.
-    Raises ValueError.
+    split: "folder" keeps the splits that the source has; a fraction puts that part of each class
+    into test, at least one cloud but not all; a path is a list of the test clouds. Raises
+    ValueError.
     """
     if split == "folder":
-        some = [entry for entry in entries if entry.split is None]
-        if some and len(some) < len(entries):
-            one = printable(some[0].key)
-            print(
-                f"{len(some):,} of {len(entries):,} clouds are in no train or test part, such as {one}"
-            )
+        without = [entry for entry in entries if entry.split is None]
+        if without and len(without) < len(entries):
+            counts = f"{len(without):,} of {len(entries):,} clouds"
+            key = printable(without[0].key)
+            print(f"{counts} are in no train or test part, such as {key}")
         return entries
     try:
         fraction = float(split)
     except ValueError:
-        return _divide_by_list(entries, Path(split))
+        return _with_test(entries, _listed(entries, Path(split)))
     if not 0 < fraction < 1:
         raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
     if any(entry.split for entry in entries):
@@ -116,19 +111,25 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
         keys = [entry.key for entry in entries if (entry.label or "") == label]
         count = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
         test |= {keys[i] for i in rng.permutation(len(keys))[:count]}
-    return [replace(entry, split="test" if entry.key in test else "train") for entry in entries]
+    return _with_test(entries, test)
 
 
-def _divide_by_list(entries: list[Entry], path: Path) -> list[Entry]:
+def _with_test(entries: list[Entry], test: set[str]) -> list[Entry]:
+    """All entries, those with these keys in test and the others in train."""
+    splits = ["test" if entry.key in test else "train" for entry in entries]
+    return [replace(entry, split=s) for entry, s in zip(entries, splits, strict=True)]
+
+
+def _listed(entries: list[Entry], path: Path) -> set[str]:
+    """The keys in a list of test clouds. Raises ReadError if it has a key that no entry has."""
     if not path.is_file():
-        raise ReadError(
-            f"--split {path}: folder, a fraction for test, or a file that lists the test clouds"
-        )
+        allowed = "folder, a fraction for test, or a file that lists the test clouds"
+        raise ReadError(f"--split {path}: {allowed}")
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:
         raise ReadError(f"{path}: lists {min(missing)!r}, which is not in the source")
-    return [replace(entry, split="test" if entry.key in listed else "train") for entry in entries]
+    return listed
 
 
 def lacking(
@@ -138,16 +139,14 @@ def lacking(
     names: Sequence[str],
     part: str = "test",
 ) -> list[str]:
-    """The classes that one of two parts has no shape of, with their counts, such as "disc (2 train,
-    0 test)".
+    """Texts on the classes that only one of two parts has, such as "disc (2 train, 0 test)".
 
-    labels: n, -1 where unknown; train, test: masks n; part: what the second is called.
+    labels: n, -1 for none. train, test: masks n. part: the name of the second part.
     """
     found = []
     for label in np.unique(labels[labels >= 0]).tolist():
         a, b = (int((labels[mask] == label).sum()) for mask in (train, test))
         if not (a and b):
-            found.append(
-                f"{printable(names[label] if label < len(names) else str(label))} ({a} train, {b} {part})"
-            )
+            name = names[label] if label < len(names) else str(label)
+            found.append(f"{printable(name)} ({a} train, {b} {part})")
     return found

@@ -16,7 +16,6 @@ import shutil
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,8 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
-_UNFINISHED = (
-    ".store.json.partial",
-    ".store.json.lock",
-)  # what a command killed at its first write leaves
+# what a command killed at its first write leaves
+_UNFINISHED = (".store.json.partial", ".store.json.lock")
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
     "label": ("<i4", ()),  # index of class_names, -1 none
@@ -45,14 +42,19 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def hash64(data: bytes) -> int:
-    """The first 64 bits of BLAKE2b."""
+    """The first 64 bits of the BLAKE2b hash of some bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-class Store:
-    """A store, opened for reading: nothing but the header is read until it is asked for.
+def key_hash(key: str) -> int:
+    """The hash of a cloud's key, by which the index finds it."""
+    return hash64(key.encode("utf-8", "surrogateescape"))
 
-    Raises ReadError where `path` is no whole store.
+
+class Store:
+    """A store, opened for reading: only its header and index are read at once.
+
+    Raises ReadError if `path` is no complete store.
     """
 
     def __init__(self, path: str | Path, unfinished: bool = False):
@@ -63,20 +65,17 @@ class Store:
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
-            self.class_names, self.part_names = (
-                tuple(self.header[f"{kind}_names"]) for kind in ("class", "part")
-            )
+            self.class_names = tuple(self.header["class_names"])
+            self.part_names = tuple(self.header["part_names"])
             complete = self.header["complete"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ReadError(
-                f"{path}: not a store of jepa3d prepare, or damaged ({error})"
-            ) from error
+            what = "not a store of jepa3d prepare, or damaged"
+            raise ReadError(f"{path}: {what} ({error})") from error
         if found != FORMAT:
-            raise ReadError(f"{path}: store of format {found!r}, this version reads {FORMAT!r}")
+            raise ReadError(f"{path}: of format {found!r}, only {FORMAT!r} is read")
         if not (unfinished or complete):
-            raise ReadError(
-                f"{path}: an unfinished store; run its jepa3d prepare again, it goes on"
-            )
+            what = "an unfinished store; run its jepa3d prepare again, it goes on"
+            raise ReadError(f"{path}: {what}")
         self.columns = {name: self._column(name) for name in COLUMNS}
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
@@ -88,138 +87,132 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' own."""
-        return hashlib.sha256(
-            json.dumps(self.header["shards"], sort_keys=True).encode()
-        ).hexdigest()
+        """sha256 of the header's records of all shards, which have the checksums of their files."""
+        shards = json.dumps(self.header["shards"], sort_keys=True)
+        return hashlib.sha256(shards.encode()).hexdigest()
 
     def _column(self, name: str) -> np.ndarray:
         kind, tail = COLUMNS[name]
         path, shape = self.path / "index" / f"{name}.bin", (len(self), *tail)
-        needed = np.dtype(kind).itemsize * int(np.prod(shape))
-        if not needed:
+        if not (needed := len(self) * _row_bytes(name)):
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
-            raise ReadError(
-                f"{path}: missing or cut off: {needed} bytes are needed for {len(self)} clouds"
-            )
-        if needed < 16 << 20:  # in memory: a mapped file that is cut off kills the process
+            what = f"{needed} bytes are needed for {len(self)} clouds"
+            raise ReadError(f"{path}: missing or cut off: {what}")
+        # in memory: a mapped file that is cut off kills the process
+        if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """The memory-mapped arrays of a shard.
+        """The memory-mapped arrays of a shard. Raises ReadError if its file is missing or damaged.
 
-        At most 64 are held open, fewer than a process may. Raises ReadError.
+        At most 64 shards are kept open, since a process may only open so many files.
         """
         path = self.path / self.header["shards"][index]["file"]
-        if index in self._open and (not path.is_file() or path.stat().st_size < self._bytes[index]):
-            raise ReadError(
-                f"{path}: is gone or was cut off while it was read"
-            )  # touching its pages would be a crash
+        size = path.stat().st_size if path.is_file() else 0
+        if index in self._open and size < self._bytes[index]:
+            # touching its pages would be a crash
+            raise ReadError(f"{path}: is gone or was cut off while it was read")
         if (found := self._open.get(index)) is None:
             try:
-                self._bytes[index], found = path.stat().st_size, _map_safetensors(path)
+                self._bytes[index], found = size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
             self._open[index] = found
-            if (
-                len(self._open) > 64
-            ):  # the first one, so that two threads may share a store without a lock
+            # the first one, so that two threads may share a store without a lock
+            if len(self._open) > 64:
                 self._open.popitem(last=False)
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:
-        """Shard of a cloud, and its rows there."""
+        """The number of the shard that holds a cloud, and the cloud's rows in it."""
         if not 0 <= row < len(self):
             raise IndexError(f"cloud {row} of {len(self)}")
         shard = int(np.searchsorted(self.first, row, side="right")) - 1
-        begin = 0 if row == 0 else int(self.columns["end"][row - 1])
-        return shard, slice(
-            begin - self._start[shard], int(self.columns["end"][row]) - self._start[shard]
-        )
+        begin, end = self._bounds("end", row)
+        return shard, slice(begin - self._start[shard], end - self._start[shard])
+
+    def _bounds(self, name: str, row: int) -> tuple[int, int]:
+        """Where a cloud begins and ends, by a column that has the end of each cloud."""
+        ends = self.columns[name]
+        return int(ends[row - 1]) if row else 0, int(ends[row])
+
+    def array(self, name: str, row: int, count: int | None = None) -> np.ndarray:
+        """The first `count` rows, or all, of a cloud's points, normals, colors or parts, in place.
+
+        KeyError for an attribute that the store does not keep.
+        """
+        shard, rows = self._span(row)
+        return self.shard(shard)[name][rows][:count]
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
         """The first `count` points of a cloud, or all, n 3, in the store's precision, in place."""
-        shard, rows = self._span(row)
-        return self.shard(shard)["points"][rows][:count]
-
-    def parts(self, row: int, count: int | None = None) -> np.ndarray:
-        """The part labels of these points, n int16. KeyError in a store that keeps none."""
-        shard, rows = self._span(row)
-        return self.shard(shard)["parts"][rows][:count]
+        return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
-        """A cloud with what is kept of it; points z-up in the unit sphere."""
+        """A cloud with all its stored attributes; points are z-up in the unit sphere."""
         shard, rows = self._span(row)
-        arrays: dict[str, Any] = {name: values[rows] for name, values in self.shard(shard).items()}
+        found = self.shard(shard)
+        arrays: dict[str, Any] = {name: values[rows] for name, values in found.items()}
         *origin, scale = self.columns["frame"][row].tolist()
         points = np.asarray(arrays.pop("points"), np.float32)
         return PointCloud(points, np.array(origin), scale, **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
-        """Points n 3 of a cloud's store frame in its file's own frame, float64."""
+        """Points n 3 of a stored cloud in the coordinates of its file, float64."""
         *origin, scale = self.columns["frame"][row].tolist()
-        return (
-            np.asarray(points, np.float64)
-            @ TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
-            * scale
-            + origin
-        )
+        axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
+        return np.asarray(points, np.float64) @ axes * scale + origin
 
     def key(self, row: int) -> str:
-        """The path of a cloud's file in its source, with its row where the file has many."""
-        begin = 0 if row == 0 else int(self.columns["key_end"][row - 1])
+        """The path of a cloud's file in its source, and its row if the file has many clouds."""
+        begin, end = self._bounds("key_end", row)
         with (self.path / "index" / "keys.bin").open("rb") as file:
             file.seek(begin)
-            return file.read(int(self.columns["key_end"][row]) - begin).decode(
-                "utf-8", "surrogateescape"
-            )
+            return file.read(end - begin).decode("utf-8", "surrogateescape")
 
     def verify(self) -> None:
-        """Compare every checksum. Raises ReadError naming the first file that differs."""
+        """Compare all checksums. Raises ReadError that names the first file that differs."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if (found := sha256_of(path)) != shard["sha256"]:
-                raise ReadError(
-                    f"{path}: {'its checksum is not the one written' if found else 'is missing'}"
-                )
+                what = "its checksum is not the one written" if found else "is missing"
+                raise ReadError(f"{path}: {what}")
             rows = range(*self.first[i : i + 2].tolist())
-            if wrong := [row for row in rows if not np.isfinite(self.points(row)).all()]:
-                raise ReadError(
-                    f"{self.path}: {self.key(wrong[0])}: NaN or infinite coordinates ({len(wrong)} clouds)"
-                )
+            wrong = [row for row in rows if not np.isfinite(self.points(row)).all()]
+            if wrong:
+                what = f"NaN or infinite coordinates ({len(wrong)} clouds)"
+                raise ReadError(f"{self.path}: {self.key(wrong[0])}: {what}")
         self._check_index()
-        path, begin = self.path / "index" / "keys.bin", 0
+        path = self.path / "index" / "keys.bin"
         text = path.read_bytes() if path.is_file() else b""
-        for end, key in zip(
-            self.columns["key_end"].tolist(), self.columns["key"].tolist(), strict=True
-        ):
-            if hash64(text[begin:end]) != key:
+        for row, key in enumerate(self.columns["key"].tolist()):
+            if hash64(text[slice(*self._bounds("key_end", row))]) != key:
                 raise ReadError(f"{path}: its text is not the one written")
-            begin = end
 
     def _check_index(self) -> None:
-        """Raises ReadError where the index is not the one written."""
+        """Raises ReadError if the index does not have the checksum that was written."""
         for i, shard in enumerate(self.header["shards"]):
             (begin, end), crc = self.first[i : i + 2].tolist(), 0
             for name in COLUMNS:
-                crc = zlib.crc32(np.ascontiguousarray(self.columns[name][begin:end]).tobytes(), crc)
+                crc = zlib.crc32(self.columns[name][begin:end].tobytes(), crc)
             if crc != shard["index_crc32"]:
-                raise ReadError(f"{self.path / 'index'}: rows {begin}-{end} are not those written")
+                rows = f"rows {begin}-{end} are not those written"
+                raise ReadError(f"{self.path / 'index'}: {rows}")
 
 
 class StoredPoints:
-    """Points n N 3 float32 of rows of a store, read when indexed: what `PointClouds.points` is for
-    a store.
+    """Points n N 3 float32, or part labels n N int16, of some clouds of a store, read when indexed.
+
+    It takes the place of an array in `PointClouds`.
     """
 
-    def __init__(self, store: Store, rows: np.ndarray, num_points: int):
+    def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
         self.store, self.rows, self.num_points = store, rows, num_points
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.rows), self.num_points, 3
+        self.name = name
+        self._kind = np.float32 if name == "points" else np.int16
+        self.shape = (len(rows), num_points, 3)[: 3 if name == "points" else 2]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -227,26 +220,27 @@ class StoredPoints:
     def __getitem__(self, index) -> np.ndarray:
         """n N 3 at an index, slice, mask or array of indices; N 3 at a number. Unit sphere."""
         rows = np.atleast_1d(self.rows[index])
-        out = np.empty((len(rows), self.num_points, 3), np.float32)
+        out = np.empty((len(rows), *self.shape[1:]), self._kind)
         for i, row in enumerate(rows.tolist()):
-            out[i] = self.store.points(row, self.num_points)
+            out[i] = self.store.array(self.name, row, self.num_points)
             if not np.isfinite(out[i]).all():
-                said = f"NaN or infinite coordinates (jepa3d info {self.store.path} --verify finds all of them)"
-                raise ReadError(f"{self.store.path}: {self.store.key(row)}: {said}")
-        if (
-            self.num_points != self.store.num_points
-        ):  # fewer points have another centroid and radius
+                path, what = self.store.path, "NaN or infinite coordinates"
+                hint = f"jepa3d info {path} --verify finds all of them"
+                raise ReadError(f"{path}: {self.store.key(row)}: {what} ({hint})")
+        # fewer points have another centroid and radius
+        if self.name == "points" and self.num_points != self.store.num_points:
             out -= out.mean(1, keepdims=True)
             out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]
         return out[0] if np.ndim(self.rows[index]) == 0 else out
 
     def select(self, keep: np.ndarray) -> "StoredPoints":
-        """The clouds at a mask or index, still unread."""
-        return StoredPoints(self.store, self.rows[keep], self.num_points)
+        """Those of the clouds at a mask or index, still unread."""
+        return StoredPoints(self.store, self.rows[keep], self.num_points, self.name)
 
     def shard_sizes(self) -> np.ndarray:
-        """How many of the clouds lie in each shard, in order, for an epoch order that reads shard
-        after shard.
+        """How many of these clouds lie in each shard, in order.
+
+        An epoch reads shard after shard by it.
         """
         if (np.diff(self.rows) < 0).any():  # in an order of its own
             return np.array([len(self.rows)])
@@ -255,10 +249,10 @@ class StoredPoints:
 
 
 class StoreWriter:
-    """Appends clouds to a store, new or begun with the same settings; used as a context.
+    """Appends clouds to a store: a new one, or one begun with the same settings. A context manager.
 
-    On leaving, what was added is committed and, unless left by an exception, the store is marked
-    complete. Raises ValueError where `path` is something else or has other settings.
+    Leaving it commits what was added and, unless an exception ended it, marks the store complete.
+    Raises ValueError if `path` is something else or was begun with other settings.
     """
 
     def __init__(
@@ -272,15 +266,16 @@ class StoreWriter:
         self._rows: dict[str, list] = {name: [] for name in COLUMNS}
         self._clouds: list[dict[str, np.ndarray]] = []
         self._keys, self._bytes = [], 0
-        self.header: dict[str, Any] = {}
         self._new = not (path / "store.json").is_file()
         if self._new:
-            if path.exists() and (
-                not path.is_dir() or any(p.name not in _UNFINISHED for p in path.iterdir())
-            ):
-                raise ValueError(f"{path}: exists and is not a store; choose another --out")
-            self.header = {"format": FORMAT, "complete": False, "settings": settings, "shards": []}
-            self.header |= {
+            names = [p.name for p in path.iterdir()] if path.is_dir() else []
+            if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
+                raise ValueError(f"{path}: exists, is not a store; use another --out")
+            self.header: dict[str, Any] = {
+                "format": FORMAT,
+                "complete": False,
+                "settings": settings,
+                "shards": [],
                 "num_points": settings["points"],
                 "class_names": [],
                 "part_names": list(part_names),
@@ -291,25 +286,23 @@ class StoreWriter:
             write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
-            self.header = store.header | {
-                "settings": {"keep_strays": True} | store.header["settings"]
-            }
-            if self.header["settings"] != settings:
-                name = next(k for k in settings if self.header["settings"].get(k) != settings[k])
-                then = self.header["settings"].get(name)
-                found = f"was begun with {name} = {then}, not {settings[name]}"
-                raise ValueError(f"{path}: {found}; choose another --out, or say what it was")
+            before = {"keep_strays": True} | store.header["settings"]
+            self.header = store.header | {"settings": before}
+            if before != settings:
+                name = next(key for key in settings if before.get(key) != settings[key])
+                was = f"begun with {name} = {before.get(name)}, not {settings[name]}"
+                hint = "choose another --out, or say what it was"
+                raise ValueError(f"{path}: was {was}; {hint}")
             if part_names and list(part_names) != self.header["part_names"]:
                 raise ValueError(f"{path}: has other part names; choose another --out")
             self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
             self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
             del store
         self._index.mkdir(exist_ok=True)
-        self._end = sum(
-            shard["points"] for shard in self.header["shards"]
-        )  # points in the store and waiting
-        known = self.header["class_names"]
-        self.header["class_names"] = known + [name for name in class_names if name not in known]
+        # points in the store and waiting
+        self._end = sum(shard["points"] for shard in self.header["shards"])
+        known = dict.fromkeys([*self.header["class_names"], *class_names])
+        self.header["class_names"] = list(known)
         for name, size in self._size.items():
             file = self._index / f"{name}.bin"
             file.touch()
@@ -320,11 +313,12 @@ class StoreWriter:
         return np.fromfile(self._index / "key.bin", COLUMNS["key"][0])
 
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
-        """A cloud: arrays points and attributes; row label, split (names or None), up, frame,
-        content.
+        """Add a cloud: its arrays (points and attributes) and its row of the index.
+
+        row: label and split (names or None), up, frame and content, as in `COLUMNS`.
         """
-        label, split = row["label"], row["split"]
-        if label is not None and label not in self.header["class_names"]:
+        label, split, classes = row["label"], row["split"], self.header["class_names"]
+        if label is not None and label not in classes:
             raise ValueError(f"{key}: class {label!r} is not among the store's")
         text = key.encode("utf-8", "surrogateescape")
         self._clouds.append(arrays)
@@ -332,7 +326,7 @@ class StoreWriter:
         self._end += len(arrays["points"])
         values = {
             "end": self._end,
-            "label": -1 if label is None else self.header["class_names"].index(label),
+            "label": -1 if label is None else classes.index(label),
             "split": -1 if split is None else SPLITS.index(split),
             "up": "xyz".index(row["up"]),
             "frame": row["frame"],
@@ -347,44 +341,38 @@ class StoreWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Make all that was added durable: shard, then index, then header.
+        """Write all that was added: first the shard, then the index, then the header.
 
         An interrupted commit leaves no trace.
         """
         header, sizes = self.header, self._size
         if self._clouds:
-            names = self._clouds[0].keys()
-            content = save(
-                {name: np.concatenate([cloud[name] for cloud in self._clouds]) for name in names}
-            )
-            file = f"points-{len(header['shards']):05d}.safetensors"
-            write_bytes(self.path / file, content)
-            crc = 0
+            arrays = {}
+            for name in self._clouds[0]:
+                arrays[name] = np.concatenate([cloud[name] for cloud in self._clouds])
+            content, crc = save(arrays), 0
+            shard = {
+                "file": f"points-{len(header['shards']):05d}.safetensors",
+                "clouds": len(self._clouds),
+                "points": len(arrays["points"]),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+            write_bytes(self.path / shard["file"], content)
             for name, (kind, tail) in COLUMNS.items():
                 rows = np.array(self._rows[name], kind).reshape(-1, *tail).tobytes()
                 crc = zlib.crc32(rows, crc)
                 sizes = sizes | {name: self._append(name, rows)}
             sizes = sizes | {"keys": self._append("keys", b"".join(self._keys))}
-            points = sum(len(cloud["points"]) for cloud in self._clouds)
-            digest = hashlib.sha256(content).hexdigest()
-            shard = {
-                "file": file,
-                "clouds": len(self._clouds),
-                "points": points,
-                "sha256": digest,
-                "index_crc32": crc,
-            }
-            header = header | {"shards": [*header["shards"], shard]}
+            shards = [*header["shards"], shard | {"index_crc32": crc}]
+            header = header | {"shards": shards}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
-        self.header, self._size = (
-            header,
-            sizes,
-        )  # only now, so that a commit that failed can be made again
+        # only now, so that a commit that failed can be made again
+        self.header, self._size = header, sizes
         self._rows, self._clouds = {name: [] for name in COLUMNS}, []
         self._keys, self._bytes = [], 0
 
     def _append(self, name: str, content: bytes) -> int:
-        """Write after what is committed. Returns the file's size."""
+        """Write content after the committed part of an index file. Returns the file's new size."""
         with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)
@@ -396,12 +384,7 @@ class StoreWriter:
         self.header["complete"] = False
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ):
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not isinstance(error, OSError):
             self.header["complete"] = kind is None
             self.commit()
@@ -415,10 +398,7 @@ def _row_bytes(name: str) -> int:
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, memory-mapped (format:
-
-    8 bytes of header length, JSON header, data).
-    """
+    """The tensors of a file, memory-mapped: 8 bytes of header length, a JSON header, the data."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -427,6 +407,6 @@ def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
     out = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            out[name] = data[begin:end].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+            values = data[slice(*entry["data_offsets"])].view(kinds[entry["dtype"]])
+            out[name] = values.reshape(entry["shape"])
     return out

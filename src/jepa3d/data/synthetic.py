@@ -1,35 +1,33 @@
-"""Procedural labelled point clouds: everyday objects with part labels, nothing to download.
+"""Built-in labelled shapes: everyday objects with part labels, made by a program.
 
 Every surface is a *loft*: an array [rings, sides, 3] of closed rings, neighbours joined by quads (a
-ring shrunk to a point closes an end). Boxes, lathes and tubes are lofts, so one routine
-triangulates them all.
+ring shrunk to a point closes an end). Boxes, lathes and tubes are lofts, so one routine makes the
+triangles of all.
 
 A builder yields `(part, *lofts)` in free units (shapes are normalised afterwards), z up, the front
-at -y. Some builders make a family of classes that differ in a part or in how parts are arranged,
+at -y. Some builders make a family of classes that differ in one part or in how parts are arranged,
 over overlapping proportions: stool/chair/bench/sofa/table/desk, bowl/cup/mug/bathtub,
 dresser/wardrobe. See `_CLASSES`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 
+from jepa3d.data.cloud import sample_triangles
+
 MAX_STRETCH = 0.1  # each axis is scaled by a factor within 1 +- this
-NOISE = (
-    0.002,
-    0.006,
-)  # range of a shape's noise: standard deviation per axis, for a shape of radius 1
+# range of a shape's noise: standard deviation per axis, for a shape of radius 1
+NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # fraction of the shapes that lose a region
 MAX_OCCLUSION = 0.25  # largest fraction of its points that such a shape loses
 
 Rng = np.random.Generator
 Draw = Callable[[float, float], float]
 Range = tuple[float, float]
-Span = tuple[int, int]
-Size = tuple[Range, Range, Range]
 Floats = Sequence | np.ndarray
-Parts = Iterator[tuple]  # of (part name, loft, loft, ...); a part without lofts is absent
+# of (part name, loft, loft, ...); a part without lofts is absent
+Parts = Iterator[tuple]
 
 _ANGLES = np.arange(16) * (np.pi / 8)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -38,26 +36,19 @@ _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _box(base: Floats, size: Floats, taper: float = 1.0, lean: Floats = (0.0, 0.0)) -> np.ndarray:
-    """Box `size` (x, y, z) standing on the point `base`; its top is scaled by `taper` and moved by
-    `lean`.
-    """
+    """Box `size` (x, y, z) on the point `base`; its top is scaled by `taper` and moved by `lean`."""
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
     corners = np.zeros((4, 3))
     corners[:, :2] = _CORNERS * np.divide(size[:2], 2)
-    return (
-        np.array([bottom, bottom, top, top])[:, None]
-        + np.array([0, 1, taper, 0])[:, None, None] * corners
-    )
+    middles, widths = np.array([bottom, bottom, top, top]), np.array([0, 1, taper, 0])
+    return middles[:, None] + widths[:, None, None] * corners
 
 
 def _lathe(
     profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2
 ) -> np.ndarray:
-    """Surface of revolution of `profile`, rows (radius, height);
-
-    `power` > 2 squares the circle off.
-    """
+    """Surface of revolution of `profile`, rows (radius, height); `power` > 2 squares it off."""
     radius, height = np.array(profile, float).T
     loft = np.empty((len(radius), len(_CIRCLE), 3))
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
@@ -67,16 +58,15 @@ def _lathe(
 
 
 def _tube(path: Floats, radius: float | Floats) -> np.ndarray:
-    """Capped tube along `path` [k, 3], straight or in a plane along two axes; one radius or k
-    radii.
-    """
+    """Capped tube along `path` [k, 3], straight or in a plane of two axes; one radius or k radii."""
     path = np.array(path, float)
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     across = np.cross(tangent, np.eye(3)[np.abs(tangent).max(axis=0).argmin()])
     across /= np.linalg.norm(across, axis=1, keepdims=True)
     frame = np.stack([across, np.cross(across, tangent)], axis=1)  # [k, 2, 3]
-    rings = path[:, None] + np.broadcast_to(radius, len(path))[:, None, None] * (_CIRCLE @ frame)
+    radii = np.broadcast_to(radius, len(path))
+    rings = path[:, None] + radii[:, None, None] * (_CIRCLE @ frame)
     ends = np.repeat(path[[0, -1], None], len(_CIRCLE), axis=1)
     return np.concatenate([ends[:1], rings, ends[1:]])
 
@@ -98,7 +88,8 @@ def turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 def _legs(rng: Rng, width: float, depth: float, height: float) -> list[np.ndarray]:
     """Four legs, straight or splayed, tapering downwards, under a `width` x `depth` top."""
-    thick, taper, splay = rng.uniform(0.03, 0.08), rng.uniform(1, 2), max(1, rng.uniform(0.8, 1.2))
+    thick, taper = rng.uniform(0.03, 0.08), rng.uniform(1, 2)
+    splay = max(1, rng.uniform(0.8, 1.2))
     size = (thick / taper, thick / taper, height)
     tops = _CORNERS * (0.45 * width, 0.45 * depth)
     return [_box((*top * splay, 0), size, taper, top * (1 - splay)) for top in tops]
@@ -113,97 +104,107 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
     if kind < 3:
         return _legs(rng, width, depth, height)
     if kind == 3:
-        return [_box((side * 0.45 * width, 0, 0), (thick, 0.9 * depth, height)) for side in _SIDES]
+        panel = (thick, 0.9 * depth, height)
+        return [_box((side * 0.45 * width, 0, 0), panel) for side in _SIDES]
     if kind == 4:
-        return [_lathe([(0, 0), (radius, 0), (radius / 2, 0.05), (thick, 0.06), (thick, height)])]
+        round_foot = [(0, 0), (radius, 0), (radius / 2, 0.05), (thick, 0.06)]
+        return [_lathe([*round_foot, (thick, height)])]
     foot = _tube([(0, 0, height / 8), (radius, 0, 0)], 0.03)
-    return [
-        _tube([(0, 0, 0), (0, 0, height)], thick),
-        *(turn(foot, i * 2 * np.pi / 5) for i in range(5)),
-    ]
+    feet = [turn(foot, i * 2 * np.pi / 5) for i in range(5)]
+    return [_tube([(0, 0, 0), (0, 0, height)], thick), *feet]
 
 
 def _back(
     rng: Rng, width: float, rear: float, foot: float, height: float, thick: float
 ) -> list[np.ndarray]:
     """Backrest at y = `rear` from height `foot` up, maybe leaning: a panel, or posts with a rail."""
-    posts, lean, low = (
-        rng.integers(0, 7),
-        max(0, rng.uniform(-0.2, 0.25)) * height,
-        rng.uniform(0.5, 0.9),
-    )
+    posts, lean = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height
+    low = rng.uniform(0.5, 0.9)
     if posts < 2 or thick > 0.1:
-        return [_box((0, rear, foot), (width, thick, height), rng.uniform(0.7, 1), (0, lean))]
-    rail = _box((0, rear + low * lean, foot + low * height), (width, thick, (1 - low) * height))
+        taper = rng.uniform(0.7, 1)
+        return [_box((0, rear, foot), (width, thick, height), taper, (0, lean))]
+    at = (0, rear + low * lean, foot + low * height)
+    rail = _box(at, (width, thick, (1 - low) * height))
     xs = np.linspace(-0.46, 0.46, posts) * width
-    return [rail, *(_box((x, rear, foot), (0.05, thick, height), 1, (0, lean)) for x in xs)]
+    post = (0.05, thick, height)
+    return [rail, *(_box((x, rear, foot), post, 1, (0, lean)) for x in xs)]
 
 
 def _slab(
-    top: str, size: Size, rng: Rng, u: Draw, soft: float = 0, back: float = 0, boxes: int = 0
-) -> Parts:
-    """Slab `top` of `size` (x, y, z), `soft` thicker, on legs; chance of a `back`, up to `boxes`
-    drawers.
+    top: str, *size: Range, soft: float = 0, back: float = 0, boxes: int = 0
+) -> Callable[[Rng, Draw], Parts]:
+    """Builder of a slab `top` of `size` (x, y, z) on legs.
+
+    soft: added to its thickness. back: chance of a backrest. boxes: largest number of drawers.
     """
-    (width, depth, height), thick = (u(*limits) for limits in size), soft + u(0.03, 0.12)
-    compact = width < 1.4 * depth
-    profile, power = (
-        [(0, 0), (1, 0), (1, thick), (0, thick)],
-        rng.choice([2, 20, 20]) if compact else 20,
-    )
-    yield top, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
-    yield "leg", *_support(rng, width, depth, height, compact)
-    if rng.random() < back:
-        pad = 0.02 + thick / 2
-        yield "back", *_back(rng, width, 0.48 * depth, height, thick + u(0.25, 0.8), pad)
-        arm, sides = (pad, depth, thick + u(0.1, 0.25)), _SIDES[: rng.choice([0, 2])]
-        yield "arm", *(_box((side * 0.48 * width, 0, height), arm) for side in sides)
-    if boxes:
-        chest = (u(0.2, 0.4) * width, 0.9 * depth, u(0.3, 1) * height)
-        sides = _SIDES[: rng.integers(1, boxes + 1)]
-        yield "drawer", *(_box((side * 0.3 * width, 0, height - chest[2]), chest) for side in sides)
+
+    def build(rng: Rng, u: Draw) -> Parts:
+        thick = soft + u(0.03, 0.12)
+        width, depth, height = (u(*limits) for limits in size)
+        compact = width < 1.4 * depth
+        profile = [(0, 0), (1, 0), (1, thick), (0, thick)]
+        power = rng.choice([2, 20, 20]) if compact else 20
+        yield top, _lathe(profile, (0, 0, height), (width / 2, depth / 2), power)
+        yield "leg", *_support(rng, width, depth, height, compact)
+        if rng.random() < back:
+            pad = 0.02 + thick / 2
+            tall = thick + u(0.25, 0.8)
+            yield "back", *_back(rng, width, 0.48 * depth, height, tall, pad)
+            arm = (pad, depth, thick + u(0.1, 0.25))
+            sides = _SIDES[: rng.choice([0, 2])]
+            xs = [side * 0.48 * width for side in sides]
+            yield "arm", *(_box((x, 0, height), arm) for x in xs)
+        if boxes:
+            chest = (u(0.2, 0.4) * width, 0.9 * depth, u(0.3, 1) * height)
+            sides, low = _SIDES[: rng.integers(1, boxes + 1)], height - chest[2]
+            xs = [side * 0.3 * width for side in sides]
+            yield "drawer", *(_box((x, 0, low), chest) for x in xs)
+
+    return build
 
 
 def _bed(rng: Rng, u: Draw) -> Parts:
-    width, length, leg, frame, soft = (
-        u(0.8, 1.9),
-        u(1.6, 2.1),
-        u(0.02, 0.35),
-        u(0.08, 0.3),
-        u(0.1, 0.3),
-    )
+    width, length = u(0.8, 1.9), u(1.6, 2.1)
+    leg, frame, soft = u(0.02, 0.35), u(0.08, 0.3), u(0.1, 0.3)
     top = leg + frame + soft
-    yield "frame", _box((0, 0, leg), (width, length, frame)), *_legs(rng, width, length, leg)
+    base = _box((0, 0, leg), (width, length, frame))
+    yield "frame", base, *_legs(rng, width, length, leg)
     yield "mattress", _box((0, 0, leg + frame), (0.95 * width, 0.97 * length, soft))
     if rng.random() < 0.8:
         yield "headboard", *_back(rng, width, length / 2, 0, top + u(0.1, 0.6), 0.06)
-    pillow, xs = (0.4 * width, 0.4, u(0.05, 0.15)), ((), (0,), (-0.25, 0.25))[rng.integers(3)]
+    pillow = (0.4 * width, 0.4, u(0.05, 0.15))
+    xs = ((), (0,), (-0.25, 0.25))[rng.integers(3)]
     yield "pillow", *(_box((x * width, 0.36 * length, top), pillow, 0.8) for x in xs)
 
 
-def _cabinet(front: str, heights: Range, columns: Span, rows: Span, rng: Rng, u: Draw) -> Parts:
-    """Chest of width 1 on legs with a grid of parts named `front` at -y, each with a knob."""
-    height, nx, nz = u(*heights), rng.integers(*columns), rng.integers(*rows)
-    depth, leg, out, gap, knob = (
-        u(0.3, 0.7),
-        u(0.02, 0.25),
-        u(0.02, 0.06),
-        u(0.03, 0.07),
-        u(0.03, 0.06),
-    )
-    w, h, y = 1 / nx, height / nz, -(depth + out) / 2
-    spots = [((i + 0.5) * w - 0.5, y, leg + j * h + gap / 2) for i in range(nx) for j in range(nz)]
-    yield "body", _box((0, 0, leg), (1, depth, height))
-    yield "leg", *_legs(rng, 1, depth, leg)
-    yield front, *(_box(spot, (w - gap, out, h - gap)) for spot in spots)
-    yield "knob", *(_box((x, y - out, z + h / 2), (knob, 2 * knob, knob)) for x, y, z in spots)
+def _cabinet(
+    front: str, heights: Range, columns: tuple[int, int], rows: tuple[int, int]
+) -> Callable[[Rng, Draw], Parts]:
+    """Builder of a chest of width 1 on legs, with a grid of parts `front` at -y, each with a knob."""
+
+    def build(rng: Rng, u: Draw) -> Parts:
+        height, nx, nz = u(*heights), rng.integers(*columns), rng.integers(*rows)
+        depth, leg, out = u(0.3, 0.7), u(0.02, 0.25), u(0.02, 0.06)
+        gap, knob = u(0.03, 0.07), u(0.03, 0.06)
+        w, h, y = 1 / nx, height / nz, -(depth + out) / 2
+        xs, zs = (np.arange(nx) + 0.5) * w - 0.5, leg + np.arange(nz) * h + gap / 2
+        spots = [(x, y, z) for x in xs for z in zs]
+        yield "body", _box((0, 0, leg), (1, depth, height))
+        yield "leg", *_legs(rng, 1, depth, leg)
+        yield front, *(_box(spot, (w - gap, out, h - gap)) for spot in spots)
+        knobs = [(x, y - out, z + h / 2) for x, y, z in spots]
+        yield "knob", *(_box(at, (knob, 2 * knob, knob)) for at in knobs)
+
+    return build
 
 
 def _bookshelf(rng: Rng, u: Draw) -> Parts:
     height, depth, leg = u(0.7, 2.2), u(0.25, 0.6), u(0.02, 0.2)
-    levels, step = np.linspace(leg, leg + height, count := rng.integers(3, 7), retstep=True)
+    count = rng.integers(3, 7)
+    levels, step = np.linspace(leg, leg + height, count, retstep=True)
     yield "board", *(_box((0, 0, z), (1, depth, 0.04)) for z in levels)
-    yield "side", *(_box((side / 2, 0, 0), (0.04, depth, leg + height + 0.04)) for side in _SIDES)
+    size = (0.04, depth, leg + height + 0.04)
+    yield "side", *(_box((side / 2, 0, 0), size) for side in _SIDES)
     if rng.random() < 0.6:
         yield "back", _box((0, depth / 2, leg), (1, 0.02, height))
     filled = levels[:-1][rng.random(count - 1) < 0.5]
@@ -212,187 +213,159 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 
 
 def _vessel(
-    tall: Range,
-    rng: Rng,
-    u: Draw,
-    long: Range = (1, 1),
-    foot: float = 0,
-    dish: float = 0,
-    ear: float = 0,
-) -> Parts:
-    """Open vessel, rim radius 1 (`long` times that in x); chances of a `foot`, else a saucer, and
-    an ear.
+    tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
+) -> Callable[[Rng, Draw], Parts]:
+    """Builder of an open vessel of rim radius 1, `long` times that in x.
+
+    foot, dish, ear: chances of a foot, else of a saucer, and of a handle.
     """
-    height, base = u(*tall), u(0.4, 0.9)
-    outer = _bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
-    inner = [(0, 0.06), (base - 0.06, 0.06), *outer[1:] - (0.06, 0)][::-1]
-    yield "body", _lathe([(0, 0), *outer, *inner], scale=(u(*long), 1), power=rng.choice([2, 2, 4]))
-    if rng.random() < foot:
-        drop = u(0.1, 0.8)
-        yield (
-            "foot",
-            _lathe(_bezier((u(0.5, 0.9), -drop), (0, -drop), (0.15, -drop / 2), (0.8 * base, 0))),
-        )
-    elif rng.random() < dish:
-        yield "saucer", _lathe([(0, -0.05), (0.7, -0.05), (u(1.2, 1.7), 0.1), (0.7, 0), (0, 0)])
-    if rng.random() < ear:
-        low, high, reach = u(0.15, 0.4) * height, u(0.6, 0.9) * height, u(1.5, 2.2)
-        path = (0.85, 0, low), (reach, 0, low), (reach, 0, high), (0.85, 0, high)
-        yield "handle", _tube(_bezier(*path), u(0.08, 0.16))
+
+    def build(rng: Rng, u: Draw) -> Parts:
+        height, base = u(*tall), u(0.4, 0.9)
+        outer = _bezier((base, 0), (u(0.7, 1.2), u(0.2, 0.6) * height), (1, height))
+        inner = [(0, 0.06), (base - 0.06, 0.06), *outer[1:] - (0.06, 0)][::-1]
+        scale, power = (u(*long), 1), rng.choice([2, 2, 4])
+        yield "body", _lathe([(0, 0), *outer, *inner], scale=scale, power=power)
+        if rng.random() < foot:
+            drop = u(0.1, 0.8)
+            curve = (u(0.5, 0.9), -drop), (0, -drop), (0.15, -drop / 2), (0.8 * base, 0)
+            yield "foot", _lathe(_bezier(*curve))
+        elif rng.random() < dish:
+            rim = (u(1.2, 1.7), 0.1)
+            yield "saucer", _lathe([(0, -0.05), (0.7, -0.05), rim, (0.7, 0), (0, 0)])
+        if rng.random() < ear:
+            low, high, reach = u(0.15, 0.4) * height, u(0.6, 0.9) * height, u(1.5, 2.2)
+            path = (0.85, 0, low), (reach, 0, low), (reach, 0, high), (0.85, 0, high)
+            yield "handle", _tube(_bezier(*path), u(0.08, 0.16))
+
+    return build
 
 
 def _vase(rng: Rng, u: Draw) -> Parts:
     height, neck, slim, belly = u(1.2, 2.4), u(0.2, 0.9), u(0.3, 0.7), u(0.8, 1.8)
-    yield (
-        "body",
-        _lathe([(0, 0), *_bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))]),
-    )
-    yield (
-        "neck",
-        _lathe(_bezier((slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)), (0, 0, height)),
-    )
+    side = _bezier((u(0.4, 0.9), 0), (belly, u(0.3, 0.8) * height), (slim, height))
+    yield "body", _lathe([(0, 0), *side])
+    curve = (slim, 0), (slim, neck / 2), (u(0.9, 1.8) * slim, neck)
+    yield "neck", _lathe(_bezier(*curve), (0, 0, height))
 
 
 def _bottle(rng: Rng, u: Draw) -> Parts:
     wide, slim, body, neck = u(0.3, 0.55), u(0.12, 0.28), u(0.7, 1.6), u(0.1, 0.6)
     shoulder, end = body + 0.3, body + 0.3 + neck
-    side = _bezier((wide, body), (wide, body + 0.15), (slim, body + u(0, 0.2)), (slim, shoulder))
-    yield "body", _lathe([(0, 0), (u(0.8, 1) * wide, 0), *side], power=rng.choice([2, 2, 6]))
+    bend = (slim, body + u(0, 0.2))
+    side = _bezier((wide, body), (wide, body + 0.15), bend, (slim, shoulder))
+    base = (u(0.8, 1) * wide, 0)
+    yield "body", _lathe([(0, 0), base, *side], power=rng.choice([2, 2, 6]))
     yield "neck", _lathe([(slim, shoulder), (u(0.8, 1.1) * slim, end), (0, end)])
     if rng.random() < 0.5:
-        yield "cap", _tube([(0, 0, end - 0.05), (0, 0, end + u(0.05, 0.2))], u(1, 1.3) * slim)
+        path = [(0, 0, end - 0.05), (0, 0, end + u(0.05, 0.2))]
+        yield "cap", _tube(path, u(1, 1.3) * slim)
 
 
 def _airplane(rng: Rng, u: Draw) -> Parts:
-    radius, x, chord, span, sweep = (
-        u(0.07, 0.18),
-        u(-0.2, 0.3),
-        u(0.2, 0.5),
-        u(0.5, 1.3),
-        u(-0.6, 0.1),
-    )
+    radius, x, chord = u(0.07, 0.18), u(-0.2, 0.3), u(0.2, 0.5)
+    span, sweep = u(0.5, 1.3), u(-0.6, 0.1)
     hull = radius * np.array([0.2, 0.6, 0.9, 1, 1, 1, 1, 0.8, 0.2])
     yield "body", _tube(np.linspace((-1, 0, 0), (1, 0, 0), 9), hull)
-    wing = _box(
-        (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1), (sweep, u(-0.05, 0.15))
-    )
-    wing = wing[..., [0, 2, 1]]  # grows along y
+    at, size, taper = (x, u(-0.8, 0.8) * radius, 0), (chord, 0.04, span), u(0.3, 1)
+    wing = _along_y(_box(at, size, taper, (sweep, u(-0.05, 0.15))))
     yield "wing", wing, wing * (1, -1, 1)
     height, level = u(0.2, 0.5), rng.choice([0, 0.9])
-    tail = _box((-0.9, level * height, 0), (u(0.15, 0.3), 0.03, u(0.2, 0.5)), 0.7, (-0.1, 0))[
-        ..., [0, 2, 1]
-    ]
-    yield (
-        "tail",
-        tail,
-        tail * (1, -1, 1),
-        _box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0)),
-    )
+    size = (u(0.15, 0.3), 0.03, u(0.2, 0.5))
+    tail = _along_y(_box((-0.9, level * height, 0), size, 0.7, (-0.1, 0)))
+    fin = _box((-0.85, 0, 0), (u(0.2, 0.4), 0.03, height), 0.6, (-0.15, 0))
+    yield "tail", tail, tail * (1, -1, 1), fin
     pod = _tube([(0, 0, -0.08), (0.3, 0, -0.08)], u(0.05, 0.09))
-    spots = [
-        (x + sweep * t, side * t * span, 0)
-        for t in (0.35, 0.65)[: rng.integers(3)]
-        for side in _SIDES
-    ]
+    places = (0.35, 0.65)[: rng.integers(3)]
+    spots = [(x + sweep * t, side * t * span, 0) for t in places for side in _SIDES]
     yield "engine", *(pod + spot for spot in spots)
 
 
+def _along_y(box: np.ndarray) -> np.ndarray:
+    """A box turned so that it grows along y instead of z."""
+    return box[..., [0, 2, 1]]
+
+
 def _rocket(rng: Rng, u: Draw) -> Parts:
-    radius, body, nose, chord, span = u(0.1, 0.3), u(1, 2), u(0.2, 0.8), u(0.2, 0.7), u(0.15, 0.6)
+    radius, body, nose, chord = u(0.1, 0.3), u(1, 2), u(0.2, 0.8), u(0.2, 0.7)
+    span = u(0.15, 0.6)
     yield "body", _tube([(0, 0, 0), (0, 0, body)], [u(0.7, 1.1) * radius, radius])
-    yield "nose", _lathe(_bezier((radius, body), (radius, body + nose / 2), (0, body + nose)))
-    fin = _box((chord / 2, 0, 0), (chord, 0.04, radius + span), u(0.3, 1), (u(-0.4, 0.1), 0))[
-        ..., [2, 1, 0]
-    ]
-    yield "fin", *(turn(fin, angle) for angle in np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:])
+    curve = (radius, body), (radius, body + nose / 2), (0, body + nose)
+    yield "nose", _lathe(_bezier(*curve))
+    size, taper = (chord, 0.04, radius + span), u(0.3, 1)
+    fin = _box((chord / 2, 0, 0), size, taper, (u(-0.4, 0.1), 0))[..., [2, 1, 0]]
+    angles = np.linspace(0, 2 * np.pi, rng.integers(4, 7))[1:]
+    yield "fin", *(turn(fin, angle) for angle in angles)
 
 
 def _car(rng: Rng, u: Draw) -> Parts:
-    length, width, height, wheel, axle = (
-        u(1.6, 2.2),
-        u(0.7, 1),
-        u(0.25, 0.5),
-        u(0.13, 0.24),
-        u(0.27, 0.38),
-    )
+    length, width, height = u(1.6, 2.2), u(0.7, 1), u(0.25, 0.5)
+    wheel, axle = u(0.13, 0.24), u(0.27, 0.38)
     yield "body", _box((0, 0, 0.8 * wheel), (length, width, height), u(0.85, 1))
     cabin = (u(0.3, 0.9) * length, 0.85 * width, u(0.2, 0.5))
     at = (u(-0.5, 0.5) * (length - cabin[0]), 0, 0.8 * wheel + height)
     yield "cabin", _box(at, cabin, u(0.6, 0.95), (u(-0.1, 0.1), 0))
     tire = _tube([(0, -0.07, wheel), (0, 0.07, wheel)], wheel)
-    yield "wheel", *(np.add(tire, (x * axle * length, y * width / 2, 0)) for x, y in _CORNERS)
+    places = [(x * axle * length, y * width / 2, 0) for x, y in _CORNERS]
+    yield "wheel", *(tire + place for place in places)
 
 
 def _lamp(rng: Rng, u: Draw) -> Parts:
-    height, radius, foot, bend = u(0.5, 2), u(0.2, 0.5), u(0.04, 0.3), max(0, u(-0.7, 0.7))
-    power, wide, tall, over = rng.choice([2, 8]), u(0.25, 0.6), u(0.15, 0.3), height + bend
-    yield "base", _lathe([(0, 0), (radius, 0), (u(0.2, 1) * radius, foot), (0, foot)], power=power)
-    yield (
-        "pole",
-        _tube(_bezier((0, 0, 0), (0, 0, over), (bend, 0, over), (bend, 0, height)), u(0.02, 0.06)),
-    )
+    height, radius, foot = u(0.5, 2), u(0.2, 0.5), u(0.04, 0.3)
+    bend = max(0, u(-0.7, 0.7))
+    power, wide, tall = rng.choice([2, 8]), u(0.25, 0.6), u(0.15, 0.3)
+    over = height + bend
+    rows = [(0, 0), (radius, 0), (u(0.2, 1) * radius, foot), (0, foot)]
+    yield "base", _lathe(rows, power=power)
+    path = (0, 0, 0), (0, 0, over), (bend, 0, over), (bend, 0, height)
+    yield "pole", _tube(_bezier(*path), u(0.02, 0.06))
     yield "shade", _lathe([(wide, -tall), (u(0.2, 1) * wide, tall)], (bend, 0, height))
 
 
 def _laptop(rng: Rng, u: Draw) -> Parts:
-    depth, thick, screen, angle = u(0.55, 0.9), u(0.02, 0.08), u(0.5, 0.85), u(-0.3, 0.7)
+    depth, thick, screen = u(0.55, 0.9), u(0.02, 0.08), u(0.5, 0.85)
+    angle = u(-0.3, 0.7)
     size, lean = (1, u(0.02, 0.05), screen * np.cos(angle)), (0, screen * np.sin(angle))
     yield "base", _box((0, 0, 0), (1, depth, thick))
     yield "screen", _box((0, depth / 2, thick), size, lean=lean)
 
 
+_SEAT = "arm back leg seat"
 # Class: part names, and the builder that is called with (rng, rng.uniform).
 _CLASSES: dict[str, tuple[str, Callable[[Rng, Draw], Parts]]] = {
     "airplane": ("body engine tail wing", _airplane),
-    "bathtub": ("body foot", partial(_vessel, (0.7, 1.4), long=(1.5, 2.5), foot=0.3)),
+    "bathtub": ("body foot", _vessel((0.7, 1.4), long=(1.5, 2.5), foot=0.3)),
     "bed": ("frame headboard mattress pillow", _bed),
-    "bench": (
-        "arm back leg seat",
-        partial(_slab, "seat", ((0.9, 2), (0.3, 0.5), (0.3, 0.6)), back=0.5),
-    ),
+    "bench": (_SEAT, _slab("seat", (0.9, 2), (0.3, 0.5), (0.3, 0.6), back=0.5)),
     "bookshelf": ("back board book side", _bookshelf),
     "bottle": ("body cap neck", _bottle),
-    "bowl": ("body foot", partial(_vessel, (0.4, 1), foot=0.5)),
+    "bowl": ("body foot", _vessel((0.4, 1), foot=0.5)),
     "car": ("body cabin wheel", _car),
-    "chair": (
-        "arm back leg seat",
-        partial(_slab, "seat", ((0.4, 0.8), (0.4, 0.6), (0.3, 0.7)), back=1),
-    ),
-    "cup": ("body foot saucer", partial(_vessel, (0.9, 2.4), foot=0.5, dish=0.7)),
-    "desk": ("drawer leg top", partial(_slab, "top", ((1, 2), (0.5, 0.9), (0.5, 0.9)), boxes=2)),
-    "dresser": ("body drawer knob leg", partial(_cabinet, "drawer", (0.5, 1.4), (1, 4), (2, 6))),
+    "chair": (_SEAT, _slab("seat", (0.4, 0.8), (0.4, 0.6), (0.3, 0.7), back=1)),
+    "cup": ("body foot saucer", _vessel((0.9, 2.4), foot=0.5, dish=0.7)),
+    "desk": ("drawer leg top", _slab("top", (1, 2), (0.5, 0.9), (0.5, 0.9), boxes=2)),
+    "dresser": ("body drawer knob leg", _cabinet("drawer", (0.5, 1.4), (1, 4), (2, 6))),
     "lamp": ("base pole shade", _lamp),
     "laptop": ("base screen", _laptop),
-    "mug": ("body handle", partial(_vessel, (0.9, 2.4), ear=1)),
+    "mug": ("body handle", _vessel((0.9, 2.4), ear=1)),
     "rocket": ("body fin nose", _rocket),
-    "sofa": (
-        "arm back leg seat",
-        partial(_slab, "seat", ((0.8, 2), (0.6, 1), (0.1, 0.2)), soft=0.2, back=1),
-    ),
-    "stool": ("leg seat", partial(_slab, "seat", ((0.3, 0.6), (0.3, 0.5), (0.4, 1)))),
-    "table": ("leg top", partial(_slab, "top", ((0.7, 2), (0.6, 1.1), (0.4, 0.9)))),
+    "sofa": (_SEAT, _slab("seat", (0.8, 2), (0.6, 1), (0.1, 0.2), soft=0.2, back=1)),
+    "stool": ("leg seat", _slab("seat", (0.3, 0.6), (0.3, 0.5), (0.4, 1))),
+    "table": ("leg top", _slab("top", (0.7, 2), (0.6, 1.1), (0.4, 0.9))),
     "vase": ("body neck", _vase),
-    "wardrobe": ("body door knob leg", partial(_cabinet, "door", (1.1, 2.4), (1, 5), (1, 2))),
+    "wardrobe": ("body door knob leg", _cabinet("door", (1.1, 2.4), (1, 5), (1, 2))),
 }
 CLASS_NAMES: tuple[str, ...] = tuple(_CLASSES)
 PART_NAMES: tuple[str, ...] = tuple(
-    f"{c}/{part}" for c in _CLASSES for part in _CLASSES[c][0].split()
+    f"{name}/{part}" for name, (parts, _) in _CLASSES.items() for part in parts.split()
 )
 
 
-def sample_triangles(
-    triangles: np.ndarray, count: int, rng: Rng, weight: np.ndarray | int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points [count, 3] uniform on the surface `triangles` [t, 3, 3], and the triangle of each
-    [count].
-
-    weight: of the triangles [t], times their area.
-    """
-    a, b, c = triangles.swapaxes(0, 1)
-    area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
-    chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
-    u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
-    return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
+def triangles_of(loft: np.ndarray) -> np.ndarray:
+    """Triangles [t, 3, 3] of a loft [rings, sides, 3]."""
+    a, b = loft[:-1], loft[1:]
+    c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
+    return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
 
 
 def normalise(points: np.ndarray) -> np.ndarray:
@@ -412,23 +385,22 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):
         for loft in lofts:
-            a, b = loft[:-1], loft[1:]
-            c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
-            triangles.append(np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3))
-            parts.append(np.full(len(triangles[-1]), PART_NAMES.index(f"{name}/{part}"), np.int16))
+            number = PART_NAMES.index(f"{name}/{part}")
+            triangles.append(triangles_of(loft))
+            parts.append(np.full(len(triangles[-1]), number, np.int16))
 
     lost = rng.uniform(0, MAX_OCCLUSION) if rng.random() < OCCLUDED_SHAPES else 0
-    points, chosen = sample_triangles(
-        np.concatenate(triangles), int(np.ceil(num_points / (1 - lost))), rng
-    )
+    drawn = int(np.ceil(num_points / (1 - lost)))
+    points, chosen = sample_triangles(np.concatenate(triangles), drawn, rng)
     points = normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
-    plane, ball = points @ rng.normal(size=3), -np.linalg.norm(points - points[0], axis=1)
-    kept = np.sort(
-        np.argsort(plane if rng.random() < 0.5 else ball)[:num_points]
-    )  # in the order drawn
+    plane = points @ rng.normal(size=3)
+    ball = -np.linalg.norm(points - points[0], axis=1)
+    near = np.argsort(plane if rng.random() < 0.5 else ball)[:num_points]
+    kept = np.sort(near)  # in the order drawn
 
     points = turn(points[kept], rng.uniform(0, 2 * np.pi))
-    points = normalise(points + rng.normal(scale=rng.uniform(*NOISE), size=points.shape))
+    noise = rng.normal(scale=rng.uniform(*NOISE), size=points.shape)
+    points = normalise(points + noise)
     return points.astype(np.float32), np.concatenate(parts)[chosen[kept]]
 
 
@@ -442,5 +414,6 @@ def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[
     points = np.empty((num_shapes, num_points, 3), np.float32)
     parts = np.empty((num_shapes, num_points), np.int16)
     for i, label in enumerate(labels.tolist()):
-        points[i], parts[i] = make_shape(label, num_points, np.random.default_rng([seed, i]))
+        rng = np.random.default_rng([seed, i])
+        points[i], parts[i] = make_shape(label, num_points, rng)
     return {"points": points, "labels": labels, "parts": parts}

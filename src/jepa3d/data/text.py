@@ -1,7 +1,7 @@
 """Tables of numbers: XYZ, TXT, CSV, PTS, ASC, as scanners, spreadsheets and scripts write them.
 
-One reader, streamed, so that a file of any size needs bounded memory: a chunk of lines is parsed by
-numpy and, where numpy cannot, line by line, which also knows the line that is wrong.
+Files of any size are read in bounded memory. Lines are parsed by numpy in chunks; a chunk that
+numpy refuses is parsed line by line, so that an error can name the line.
 """
 
 import csv
@@ -15,249 +15,228 @@ from typing import TextIO
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError, Reservoir, to_bytes
+from jepa3d.data.cloud import (
+    ATTRIBUTE_COLUMNS,
+    CHUNK,
+    PointCloud,
+    ReadError,
+    Reservoir,
+    as_attribute,
+    attribute_names,
+)
 
-_CHUNK = 200_000  # lines parsed at once
+Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
-_MARKS = (";", "|", "\t", ",")  # delimiters beside white space; of several in a row, the first
-_FREE = 100  # lines of other text that may stand above the numbers
-_LONGEST = 100_000  # characters of a line above the numbers
-_NO_VALUE = re.compile(r"-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*", re.IGNORECASE)
-_ATTRIBUTES = {
-    "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
-    "colors": (("r", "g", "b"), ("red", "green", "blue")),
-    "parts": tuple((name,) for name in ("part", "label", "classification", "class", "segment")),
-}
-_KNOWN = {*"xyz", "intensity", "i"} | {
-    name for groups in _ATTRIBUTES.values() for group in groups for name in group
-}
+# delimiters beside white space; of several in a row, the first counts
+_MARKS = (";", "|", "\t", ",")
+_BLANK = ",;|\t "  # what a line without content may hold
+_MAX_TITLE = 100  # lines of other text that may stand above the numbers
+_MAX_LINE = 100_000  # characters of a line above the numbers
+_NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
+_KNOWN = {"x", "y", "z", "intensity", "i"}.union(*chain(*ATTRIBUTE_COLUMNS.values()))
 
 
-def read_table(
-    path: Path, columns: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
-) -> PointCloud:
-    """A cloud from lines of numbers, with what its header names.
+def read_table(path: Path, columns: Names | None = None, names: Names = ()) -> PointCloud:
+    """A cloud from a table, with the attributes that its header names. Raises ReadError.
 
-    Raises ReadError; arguments as of `Table`.
+    columns, names: as of `Table`.
     """
     table = Table(path, columns, names)
-    return collected(table.rows(), table.attributes)
+    return collected(table.rows(CHUNK), table.attributes)
+
+
+def table_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
+    """Chunks of a table as of `Table.rows`."""
+    return Table(path).rows(size, attributes)
 
 
 def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
-    """A cloud from chunks of rows x, y, z and attributes of so many columns; of too many rows, a
-    random part.
+    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
+
+    attributes: the number of columns of each attribute, in order. One without any number is left
+    out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:
         seen = rows[~np.isnan(rows[:, :3]).any(1)]
         unseen += len(rows) - len(seen)
         reservoir.add(seen)
-    rows, at, found = reservoir.rows(), 3, {}
-    for key, width in attributes.items():
-        values, at = rows[:, at : at + width], at + width
+    rows, found = reservoir.rows(), {}
+    ends = np.cumsum([3, *attributes.values()])
+    for key, values in zip(attributes, np.split(rows, ends, 1)[1:], strict=False):
         if np.isfinite(values).any():
-            found[key] = (
-                values[:, 0]
-                if key == "parts"
-                else to_bytes(values)
-                if key == "colors"
-                else np.float32(values)
-            )
+            found[key] = as_attribute(key, values)
     total = reservoir.total if reservoir.total > len(rows) else None
     return PointCloud.make(rows[:, :3], total=total, unseen=unseen, **found)
 
 
 class Table:
-    """The layout of a table's file: where its numbers begin, its delimiter, and which columns are
-    used.
+    """The layout of a table: where its numbers begin, its delimiter, and the columns that are used.
 
-    columns: the header's names of x, y and z, where it has others than x, y, z. names: the columns
-    of a file that is known to have no header. Without both, the first three columns are x, y, z and
-    others are left alone. attributes: normals, colors, parts that the header names, with their
-    numbers of columns. Raises ReadError.
+    columns: the header's names of x, y and z, if they differ from these. names: the names of all
+    columns of a file that has no header. Without any names the first three columns are x, y, z and
+    others are ignored. The attribute `attributes` has the number of columns of the normals, colors
+    and parts that are named. Raises ReadError.
     """
 
-    def __init__(
-        self, path: Path, columns: tuple[str, ...] | None = None, names: tuple[str, ...] = ()
-    ):
+    def __init__(self, path: Path, columns: Names | None = None, names: Names = ()):
         self._header = ""
-        self._scan(path)
+        self._find_numbers(path)
         row = _fields(self._first, self.mark)
-        columns = (
-            columns if columns and len(columns) == 3 else None
-        )  # more are those of a .bin beside it
+        if columns and len(columns) != 3:  # those of a .bin in the same folder
+            columns = None
         names = names or self._names(row, columns)
         xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
         order = list(names or xyz)
-        useful = {
-            n
-            for n in set(names) - set(xyz)
-            if order.index(n) >= len(row) or _is_number(row[order.index(n)], True)
-        }
-        found = {
-            key: next((g for g in groups if set(g) <= useful), ())
-            for key, groups in _ATTRIBUTES.items()
-        }
-        self.attributes = {key: len(group) for key, group in found.items() if group}
-        self.columns = [order.index(name) for name in chain(xyz, *found.values())]
-        if self.columns[2] >= len(row) or max(self.columns[:2]) >= len(row):
-            raise ReadError(f"{self._where} has {len(row)} columns, its header has {len(names)}")
+        at = {name: order.index(name) for name in order}
+        cells = zip(order, row, strict=False)
+        texts = {name for name, cell in cells if _number(cell) is None}
+        found = attribute_names(at.keys() - set(xyz) - texts)
+        self.attributes = {key: len(group) for key, group in found.items()}
+        self.columns = [at[name] for name in chain(xyz, *found.values())]
+        if max(self.columns[:3]) >= len(row):
+            wrong = f"has {len(row)} columns, its header has {len(names)}"
+            raise ReadError(f"{self._where} {wrong}")
 
-    def rows(self, size: int | None = None, attributes: bool = True) -> Iterator[np.ndarray]:
-        """Chunks of at most `size` rows x, y, z and attributes, float64 n D; NaN where nothing
-        stands.
+    def rows(self, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
+        """Chunks of at most `size` rows x, y, z and attributes, float64 n D; NaN for empty cells.
 
-        Raises ReadError: a line that is no such row, or another number of rows than the count lines
-        say.
+        Raises ReadError for a line that is no row, and if the file's count of rows is wrong.
         """
         columns, seen = self.columns if attributes else self.columns[:3], 0
         counts = [] if self._count is None else [self._count]
 
-        def aside(text: str) -> bool:
-            """Whether a line is no row, but the count of a further block or the header once more."""
+        def is_skipped(text: str) -> bool:
+            """True for a repeated header, and for the count of a further block, which is
+            remembered.
+            """
             if counts and text.isdecimal():
                 counts.append(int(text))
                 return True
             return bool(self._header) and text == self._header
 
         with self._open() as file:
-            lines = islice(file, self._skip, None)
-            for rows in parsed(lines, self._skip + 1, size or _CHUNK, self.mark, columns, aside):
+            lines, first = islice(file, self._skip, None), self._skip + 1
+            for rows in parsed(lines, first, size, self.mark, columns, is_skipped):
                 seen += len(rows)
                 yield rows
         if counts and seen != sum(counts):
-            state = "truncated" if seen < sum(counts) else "damaged"
-            raise ReadError(f"{state}: {seen:,} points, but its count says {sum(counts):,}")
+            total, state = sum(counts), "truncated" if seen < sum(counts) else "damaged"
+            raise ReadError(f"{state}: {seen:,} points, but its count says {total:,}")
 
     def _open(self) -> TextIO:
         errors = "surrogateescape" if self.encoding.startswith("utf-8") else "replace"
         return self.path.open(encoding=self.encoding, errors=errors)
 
-    def _scan(self, path: Path) -> None:
-        """Find the first row of numbers, whatever stands above it: comments, counts, names, a
-        title.
-        """
+    def _find_numbers(self, path: Path) -> None:
+        """Find the first row of numbers; above it may be comments, counts, names and titles."""
         self.path, self.encoding = path, encoding_of(path)
-        self._above: list[tuple[int, str]] = []  # lines of other text, with their numbers
-        self._comments = deque[str](maxlen=1000)  # the last of those that may be a header
+        # lines of other text with their numbers; the last comments that may be a header
+        self._above: list[tuple[int, str]] = []
+        self._comments = deque[str](maxlen=1000)
         self._count: int | None = None
-        for number, line in enumerate(self._first_lines(), 1):
-            text = line.strip()
-            if len(line) >= _LONGEST:
-                raise ReadError(
-                    f"line {number} is no row of a table: it has {_LONGEST:,} characters or more"
-                )
-            if text.startswith(_COMMENT):
-                if {*"xyz"} <= {*text.lower()}:
-                    self._comments.append(text)
-            elif text.isdecimal():
-                if self._count is not None:
-                    raise ReadError(
-                        "two counts above its numbers: name it .ptx if it is of that format"
-                    )
-                self._count = int(text)
-            elif text.strip(",;|\t "):
-                self.mark = delimiter_of(text)
-                row = _fields(line, self.mark)
-                numbers = [_is_number(field) for field in row]
-                plain = any(numbers[:3]) and all(_is_number(field, True) for field in row[:3])
-                names = self._split(self._above[-1][1], len(row)) if self._above else []
-                cells = sum(numbers) >= 3 or all(_is_number(field, True) for field in row)
-                named = len(names) == len(row) and cells and sum(map(_is_number, names)) < 3
-                if len(row) >= 3 and (plain or named):
-                    self._skip, self._first, self._where = number - 1, line, f"line {number}"
-                    return
-                if text.lower().startswith("ncols"):
-                    raise ReadError(
-                        "a grid of heights (ESRI), not a table of points: write its cells as x y z first"
-                    )
-                if all(numbers):
-                    raise ReadError(
-                        f"line {number} has {len(row)} columns, at least 3 are needed (x, y, z)"
-                    )
-                self._above.append((number, text))
-                if len(self._above) > _FREE:
-                    break
-        first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
-        raise ReadError(f"no rows of numbers{first}")
-
-    def _first_lines(self) -> Iterator[str]:
         with self._open() as file:
-            yield from iter(lambda: file.readline(_LONGEST), "")
+            lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
+            if any(self._begins_at(number, line) for number, line in lines):
+                return
+        raise self._without_numbers()
+
+    def _without_numbers(self) -> ReadError:
+        first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
+        return ReadError(f"no rows of numbers{first}")
+
+    def _begins_at(self, number: int, line: str) -> bool:
+        """True if this line is the first row of numbers; otherwise remembers what the line is."""
+        text = line.strip()
+        if len(line) >= _MAX_LINE:
+            size = f"{_MAX_LINE:,} characters or more"
+            raise ReadError(f"line {number} is no row of a table: it has {size}")
+        if text.startswith(_COMMENT):
+            if {*"xyz"} <= {*text.lower()}:
+                self._comments.append(text)
+            return False
+        if text.isdecimal():
+            if self._count is not None:
+                raise ReadError("two counts above its numbers: of a PTX? name it .ptx")
+            self._count = int(text)
+            return False
+        if not text.strip(_BLANK):
+            return False
+        self.mark = delimiter_of(text)
+        row = _fields(line, self.mark)
+        numbers = [_number(field) is not None for field in row]
+        filled = [_is_number(field) for field in row]
+        plain = any(filled[:3]) and all(numbers[:3])
+        names = self._split(self._above[-1][1], len(row)) if self._above else []
+        cells = sum(filled) >= 3 or all(numbers)
+        named = len(names) == len(row) and cells and sum(map(_is_number, names)) < 3
+        if len(row) >= 3 and (plain or named):
+            self._skip, self._first, self._where = number - 1, line, f"line {number}"
+            return True
+        if text.lower().startswith("ncols"):
+            raise ReadError("a grid of heights (ESRI): write its cells as x y z first")
+        if all(filled):
+            needed = "at least 3 are needed (x, y, z)"
+            raise ReadError(f"line {number} has {len(row)} columns, {needed}")
+        self._above.append((number, text))
+        if len(self._above) > _MAX_TITLE:
+            raise self._without_numbers()
+        return False
 
     def _split(self, text: str, width: int) -> list[str]:
-        """Names of a line above the numbers: the split, by this delimiter or another, that has
-        `width` names.
-        """
-        text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(",;|\t ")
-        marks = [mark for mark in (self.mark, *_MARKS) if mark]
-        splits = [[_plain(field) for field in _fields(text, mark)] for mark in (*marks, None)]
-        return max(
-            splits, key=lambda names: (set("xyz") <= set(names), len(names) == width, len(names))
-        )
+        """The names in a line above the numbers, split by this delimiter or another.
 
-    def _names(self, row: list[str], columns: tuple[str, ...] | None) -> tuple[str, ...]:
-        """The header's names, from the last line above the numbers or from a comment;
-
-        () where there is none.
+        The best split has x, y and z, then `width` names, then the most names.
         """
-        filled = len(row) - next((i for i, field in enumerate(reversed(row)) if field), 0)
+        text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(_BLANK)
+        marks = [*(mark for mark in (self.mark, *_MARKS) if mark), None]
+        splits = [list(map(_plain, _fields(text, mark))) for mark in marks]
+        return max(splits, key=lambda s: ({*"xyz"} <= {*s}, len(s) == width, len(s)))
+
+    def _names(self, row: list[str], columns: Names | None) -> Names:
+        """The names in the header, which is a line above the numbers or a comment; () without one."""
+        filled = max((i for i, field in enumerate(row, 1) if field), default=len(row))
+        wanted = set(map(_plain, columns or "xyz"))
         if self._above:
-            wanted = set(map(_plain, columns or "xyz"))
             splits = [(at, text, self._split(text, filled)) for at, text in self._above]
-            named = [
-                found for found in splits if wanted <= set(found[2]) and len(found[2]) == filled
-            ]
-            number, self._header, names = (
-                named[-1] if named else splits[-1]
-            )  # units may stand below the names
-            if (
-                len(names) == len(row) - 1
-                and self._first.startswith('"')
-                and self._first.count('"') == 2
-            ):
+            # units may stand below the names
+            named = [s for s in splits if wanted <= set(s[2]) and len(s[2]) == filled]
+            number, self._header, names = (named or splits)[-1]
+            quoted = self._first.startswith('"') and self._first.count('"') == 2
+            if len(names) == len(row) - 1 and quoted:
                 names.insert(0, "")  # R's row names have no name
             if len(names) in (filled, len(row)) or wanted <= set(names):
-                if len(names) > len(row) and self.mark is None and names[:3] != list("xyz"):
-                    raise ReadError(
-                        f"line {number} names {len(names)} columns, {self._where} has {len(row)}"
-                    )
+                blank = self.mark is None
+                if len(names) > len(row) and blank and names[:3] != ["x", "y", "z"]:
+                    wrong = f"names {len(names)} columns, {self._where} has {len(row)}"
+                    raise ReadError(f"line {number} {wrong}")
                 return tuple(names)
         for comment in reversed(self._comments):  # CloudCompare: //X Y Z R G B
             names = self._split(comment, filled)
-            if set(map(_plain, columns or "xyz")) <= set(names) and (
-                len(names) == filled or (len(names) < filled and set(names) <= _KNOWN)
-            ):
+            known = len(names) < filled and set(names) <= _KNOWN
+            if wanted <= set(names) and (known or len(names) == filled):
                 return tuple(names)
         return ()
 
 
 def check_table(path: Path) -> None:
-    """ReadError for a file that is no table of numbers, such as a README."""
-    Table.__new__(Table)._scan(path)  # whatever its columns are called
+    """Raises ReadError for a file that is no table of numbers, such as a README."""
+    # without the names of its columns, which may be anything
+    Table.__new__(Table)._find_numbers(path)
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding of a text file, by its first bytes; of unknown 8-bit ones, utf-8.
+    """The encoding of a text file, by its first bytes; utf-8 for unknown 8-bit encodings.
 
-    Raises ReadError for no text.
+    Raises ReadError for a file that is no text.
     """
     with path.open("rb") as file:
         start = file.read(4096)
-    for mark, name in (
-        (b"\xff\xfe\0\0", "utf-32"),
-        (b"\xff\xfe", "utf-16"),
-        (b"\xfe\xff", "utf-16"),
-    ):
-        if start.startswith(mark):
-            return name
-    for first, name in ((1, "utf-16-le"), (0, "utf-16-be")):
-        if (
-            len(start) > 8
-            and start[first::2].count(0) > 0.9 * len(start[first::2])
-            and 0 not in start[1 - first :: 2]
-        ):
+    if start.startswith((b"\xff\xfe\0\0", b"\xff\xfe", b"\xfe\xff")):
+        return "utf-32" if start.startswith(b"\xff\xfe\0\0") else "utf-16"
+    for high, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        zeros, others = start[high::2], start[1 - high :: 2]
+        if len(start) > 8 and zeros.count(0) > 0.9 * len(zeros) and 0 not in others:
             return name
     if 0 in start:
         raise ReadError("no text: its first bytes are binary")
@@ -265,20 +244,19 @@ def encoding_of(path: Path) -> str:
 
 
 def delimiter_of(text: str) -> str | None:
-    """The delimiter of a row of numbers;
+    """The delimiter of a row of numbers; None for white space.
 
-    None for white space. A comma may be a decimal one beside another.
+    A comma in a row with another delimiter is a decimal comma.
     """
-    text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text.strip(" \r\n"))
+    text = text.strip(" \r\n")
+    text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text)
     for mark in _MARKS:
         fields = [field.strip() for field in text.rstrip(mark).split(mark)]
-        if mark == "\t" and any(not field or re.search(r"\d +[-+.\d]", field) for field in fields):
+        blank = any(not field or re.search(r"\d +[-+.\d]", field) for field in fields)
+        if mark == "\t" and blank:
             continue  # tabs as white space
-        if (
-            mark == ","
-            and len(fields) >= 2
-            and re.fullmatch(r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+", text, re.I)
-        ):
+        decimal = r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+"
+        if mark == "," and len(fields) >= 2 and re.fullmatch(decimal, text, re.I):
             return None  # decimal commas
         if len(fields) >= 3 or (len(fields) == 2 and mark == ","):
             return mark
@@ -294,50 +272,50 @@ def parsed(
     size: int,
     mark: str | None,
     columns: list[int],
-    aside: Callable[[str], bool] = lambda text: False,
+    is_skipped: Callable[[str], bool] = lambda text: False,
 ) -> Iterator[np.ndarray]:
-    """Chunks of these columns of lines of numbers, float64 n D, of which `first` is the number of
-    the first line.
+    """Chunks of some columns of lines of numbers, float64 n D.
 
-    Empty lines, comments and what `aside` takes are skipped. Raises ReadError that names the line:
-    the first three columns must be numbers, or nothing; what is no number in others is NaN.
+    first: the number of the first line, for errors. is_skipped: tells which other lines to leave
+    out, besides comments and empty ones. The first three columns must be numbers or empty, or a
+    ReadError names the line; in other columns a text becomes NaN.
     """
     lines = iter(lines)
     while chunk := list(islice(lines, size)):
-        kept = [line for line in chunk if line.strip() and not line.startswith(_COMMENT)]
+        kept = [row for row in chunk if row.strip() and not row.startswith(_COMMENT)]
         try:
-            rows = (
-                np.loadtxt(kept, delimiter=mark, usecols=columns, ndmin=2, comments=None)
-                if kept
-                else []
-            )
+            rows = []
+            if kept:
+                options = {"delimiter": mark, "usecols": columns}
+                rows = np.loadtxt(kept, ndmin=2, comments=None, **options)
         except ValueError:
-            rows = list(_one_by_one(chunk, first, mark, columns, aside))
+            rows = list(_one_by_one(chunk, first, mark, columns, is_skipped))
         yield np.asarray(rows, np.float64).reshape(-1, len(columns))
         first += len(chunk)
 
 
 def _one_by_one(
-    lines: list[str], first: int, mark: str | None, columns: list[int], aside: Callable[[str], bool]
+    lines: list[str],
+    first: int,
+    mark: str | None,
+    columns: list[int],
+    is_skipped: Callable[[str], bool],
 ) -> Iterator[list[float]]:
     for number, line in enumerate(lines, first):
         text = line.strip()
-        if not text.strip(",;|\t ") or text.startswith(_COMMENT) or aside(text):
+        if not text.strip(_BLANK) or text.startswith(_COMMENT) or is_skipped(text):
             continue
         row = _fields(line.partition(" #")[0], mark)
+        damaged = f"damaged: line {number} is not a row"
         if len(row) <= (max(columns) if mark is None else max(columns[:3])):
-            raise ReadError(
-                f"damaged: line {number} is not a row of at least {max(columns) + 1} columns: {text[:60]!r}"
-            )
-        values = []
-        for i, column in enumerate(columns):
-            field = row[column] if column < len(row) else ""
-            if i < 3 and not _is_number(field, True):
-                raise ReadError(
-                    f"damaged: line {number} is not a row of numbers, with {field[:60]!r}: {text[:60]!r}"
-                )
-            values.append(_number(field) if _is_number(field, True) else np.nan)
-        yield values
+            least = f"of at least {max(columns) + 1} columns"
+            raise ReadError(f"{damaged} {least}: {text[:60]!r}")
+        fields = [row[column] if column < len(row) else "" for column in columns]
+        values = [_number(field) for field in fields]
+        if None in values[:3]:
+            wrong = fields[values.index(None)][:60]
+            raise ReadError(f"{damaged} of numbers, with {wrong!r}: {text[:60]!r}")
+        yield [np.nan if value is None else value for value in values]
 
 
 def _fields(line: str, mark: str | None) -> list[str]:
@@ -345,61 +323,51 @@ def _fields(line: str, mark: str | None) -> list[str]:
     line = " ".join(line.split()) if mark is None else line.strip("\r\n ")
     if '"' in line:
         with suppress(csv.Error):
-            return [
-                cell.strip()
-                for cell in next(
-                    csv.reader([line], delimiter=mark or " ", skipinitialspace=True), []
-                )
-            ]
-    return line.split() if mark is None else [field.strip() for field in line.split(mark)]
+            reader = csv.reader([line], delimiter=mark or " ", skipinitialspace=True)
+            return [cell.strip() for cell in next(reader, [])]
+    return [field.strip() for field in line.split(mark)]
 
 
-def _number(field: str) -> float:
-    """The number in a cell, with a decimal point or comma;
+def _number(field: str) -> float | None:
+    """The number in a cell, with a decimal point or comma; None for other text.
 
-    NaN for what programs write where there is none.
+    NaN for an empty cell and for the marks that programs write for a missing value.
     """
     if _NO_VALUE.fullmatch(field):
         return np.nan
-    if "_" in field:  # which Python would skip
-        raise ValueError(field)
-    return float(field.replace(",", "."))
-
-
-def _is_number(field: str, or_none: bool = False) -> bool:
-    """Whether a cell holds a number, or, with or_none, nothing."""
-    if _NO_VALUE.fullmatch(field):
-        return or_none or len(field) > 1
     try:
-        _number(field)
+        return None if "_" in field else float(field.replace(",", "."))
     except ValueError:
-        return False
-    return True
+        return None
 
 
-def coordinate_columns(names: tuple[str, ...], columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the x, y and z columns; a choice between several is never guessed."""
-    wanted = tuple(_plain(name) for name in columns) if columns else ("x", "y", "z")
+def _is_number(field: str) -> bool:
+    """True if a cell holds a number, False if it is empty or holds other text."""
+    return field not in ("", "-") and _number(field) is not None
+
+
+def coordinate_columns(names: Names, columns: Names | None) -> Names:
+    """Names of the x, y and z columns. Raises ReadError if there are none, or several to choose
+    from.
+    """
+    wanted = tuple(_plain(name) for name in columns or "xyz")
+    have = ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:
-        raise ReadError(f"two columns of one name in its header, {twice[0]!r}: {', '.join(names)}")
-    if set(wanted) <= set(names):
+        raise ReadError(f"two columns of one name in its header, {twice[0]!r}: {have}")
+    if not (missing := [name for name in wanted if name not in names]):
         return wanted
     if columns:
-        missing = next(name for name in wanted if name not in names)
-        raise ReadError(f"has no column {missing!r} (--columns); it has {', '.join(names)}")
-    stems = [re.sub("x", "{}", name, count=1) for name in names if "x" in name]
-    triples = [
-        t for t in ([stem.format(axis) for axis in "xyz"] for stem in stems) if set(t) <= set(names)
-    ]
-    triples = [t for t in triples if not t[0].startswith("n")]
+        raise ReadError(f"has no column {missing[0]!r} (--columns); it has {have}")
+    named = [name for name in names if "x" in name and name[0] != "n"]
+    stems = [name.replace("x", "{}", 1) for name in named]
+    triples = [tuple(stem.format(axis) for axis in "xyz") for stem in stems]
+    triples = [triple for triple in triples if set(triple) <= set(names)]
     if len(triples) == 1:
-        return tuple(triples[0])
-    found = (
-        f"{len(triples)} triples: {'; '.join(','.join(t) for t in triples)}"
-        if triples
-        else ", ".join(names)
-    )
-    raise ReadError(f"no columns x, y, z, but {found}; choose with --columns of jepa3d prepare")
+        return triples[0]
+    if triples:
+        have = f"{len(triples)} triples: {'; '.join(map(','.join, triples))}"
+    hint = "choose with --columns of jepa3d prepare"
+    raise ReadError(f"no columns x, y, z, but {have}; {hint}")
 
 
 def _plain(name: str) -> str:
@@ -408,4 +376,6 @@ def _plain(name: str) -> str:
     Bytes that are not UTF-8 are taken as Latin-1.
     """
     name = re.sub(r"\s*[\[(].*[\])]$", "", name.strip().strip("\"'")).lower()
-    return name if name.isprintable() else name.encode("utf-8", "surrogateescape").decode("latin-1")
+    if name.isprintable():
+        return name
+    return name.encode("utf-8", "surrogateescape").decode("latin-1")

@@ -17,6 +17,7 @@ from sklearn.neighbors import KDTree
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
+from jepa3d.data.io import chunks
 from jepa3d.inference.cells import (
     RECORD,
     Cells,
@@ -26,7 +27,7 @@ from jepa3d.inference.cells import (
     sort_points,
     tiles_of,
 )
-from jepa3d.inference.points import chunks, write_las, write_ply
+from jepa3d.inference.points import write_las, write_ply
 from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
