@@ -34,7 +34,7 @@ def scored(monkeypatch):
         calls.append(float(np.abs(x).sum()))
         return {"accuracy": float(len(calls))}
 
-    monkeypatch.setattr(curves, "run_protocol", protocol)
+    monkeypatch.setattr("jepa3d.evaluation.probe.run_protocol", protocol)
     return calls
 
 
