@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 from jepa3d.config import PretrainConfig
 from jepa3d.data.boundary import shortened
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.curve import Arm
+from jepa3d.evaluation.curve import Curve
 from jepa3d.evaluation.fitting import one_thread
 from jepa3d.evaluation.outcomes import METRICS
 from jepa3d.evaluation.paired import Row
@@ -152,17 +152,17 @@ def _draw_by_step(
     figure.savefig(path)
 
 
-def draw_learning_curves(arms: list[Arm], path: Target, title: str) -> None:
+def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
     """Probe accuracy against CPU-minutes, mean and one standard deviation over seeds, one line a
     configuration.
     """
     figure = _new(7.5, 4.5, layout="tight")
     axes = figure.subplots()
-    for arm in arms:
-        minutes, accuracy, seeds = arm.minutes.mean(0), arm.accuracy.mean(0), len(arm.seeds)
-        (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{arm.name} ({seeds} seeds)")
+    for curve in curves:
+        minutes, accuracy, seeds = curve.minutes.mean(0), curve.accuracy.mean(0), len(curve.seeds)
+        (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{curve.name} ({seeds} seeds)")
         if seeds > 1:
-            std = arm.accuracy.std(0, ddof=1)
+            std = curve.accuracy.std(0, ddof=1)
             band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
             axes.fill_between(minutes, accuracy - std, accuracy + std, **band)
     axes.set(xlabel="CPU-minutes, stage I included", ylabel="accuracy, %", title=title)

@@ -313,7 +313,7 @@ def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     assert np.bincount(found.y).tolist() == [8, 8, 8, 8]
     assert np.bincount(found.y_test).tolist() == [2, 2, 2, 2]
     assert not found.dropped
-    seen = {float(value) for half in found.halves() for value in half.points[:, 0, 0]}
+    seen = {float(value) for half in found.subsets() for value in half.points[:, 0, 0]}
     assert seen == {
         float(value) for value in source.points[:40, 0, 0]
     }  # all of train, none of test, none twice
@@ -516,7 +516,7 @@ def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
     encoder = PointEncoder(**vars(settings.resolve(settings.preset("tiny")).encoder))
     shapes = Labelled.read("synthetic:1000", 512)
     calibrate_batchnorm(encoder, torch.from_numpy(shapes.train.points[:256]))
-    x, x_test = (layer_features(encoder, half) for half in shapes.halves())
+    x, x_test = (layer_features(encoder, half) for half in shapes.subsets())
     found = probing.run_protocol("logistic", x, shapes.y, x_test, shapes.y_test, [encoder.depth])
     assert 50 < found["accuracy"] < 90
 
@@ -546,7 +546,7 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
     read = Labelled.read(shapes, 32)
     untrained = untrained_like(encoder, read.train)
     for row, model in zip(result["rows"][:2], (untrained, encoder), strict=True):
-        x, x_test = (layer_features(model, half) for half in read.halves())
+        x, x_test = (layer_features(model, half) for half in read.subsets())
         expected = run_protocol("knn", x, read.y, x_test, read.y_test, [0, 1])
         assert row["scores"]["knn"]["confusion"] == expected["confusion"]
 

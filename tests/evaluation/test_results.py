@@ -207,7 +207,7 @@ def test_gains_of_arms_that_differ_in_more_than_init_only_after_choosing(make, t
     assert gain.rows == []
     assert "no seed in common" in gain.notes[0]
     sheet, gain = tables([tmp_path], "lr")
-    assert "scratch: lr 0.001 is the only one there" in sheet.notes
+    assert "scratch: lr 0.001 is the only one" in sheet.notes
     assert column(gain, "init") == ["runs/jepa-0"]
     assert column(gain, "overall_accuracy") == ["+5.00"]
     (tmp_path / "other" / "results.json").unlink()
@@ -369,9 +369,9 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not readable as JSON"),
-        ("\xff", "not readable as JSON"),
-        ("[1]", "not a result of jepa3d"),
+        ("{", "damaged or cut off"),
+        ("\xff", "damaged or cut off"),
+        ("[1]", "holds no named values"),
         ('{"task": ["classify"]}', "not a result of jepa3d"),
         ('{"task": "classify"}', "protocol is None, not a str"),
         (
@@ -399,7 +399,7 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json"):
         read_runs([tmp_path])
     going = unfinished(tmp_path / "sweep" / "going")
-    with pytest.raises(ValueError, match=r"going: an unfinished run"):
+    with pytest.raises(ValueError, match=r"going: no results\.json .*unfinished.*going"):
         read_runs([going])
     with pytest.raises(ValueError, match=r"sweep: no results\.json .*unfinished: .*going"):
         read_runs([tmp_path / "sweep"])

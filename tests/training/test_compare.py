@@ -444,7 +444,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
 def test_the_validation_part_is_no_test_shape(bundle):
     parts = {part: LabelledSet(bundle).read(64, part) for part in ("test", "validation")}
     tested = {cloud.tobytes() for cloud in parts["test"].test.points[:]}
-    halves = parts["validation"].halves()
+    halves = parts["validation"].subsets()
     validated = {cloud.tobytes() for half in halves for cloud in half.points[:]}
     assert not tested & validated
     assert parts["test"].key != parts["validation"].key

@@ -20,7 +20,7 @@ from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
 
-class Arm(NamedTuple):
+class Curve(NamedTuple):
     """Runs of one configuration that differ in their seed, at the steps that all of them have."""
 
     name: str
@@ -45,7 +45,7 @@ def learning_curves(
     up_axis: str = "z",
     protocol: str = "logistic_10",
     part: Part = "test",
-) -> list[Arm]:
+) -> list[Curve]:
     """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped
     by configuration.
 
@@ -63,19 +63,25 @@ def learning_curves(
     found = []
     for run, config in zip(runs, configs, strict=True):
         shapes = read(config["encoder"]["num_points"])
-        found.append(_curve(run, config["seed"], run / f"{name}.json", shapes, protocol))
-    arms: list[list[int]] = []
+        found.append(_points(run, config["seed"], run / f"{name}.json", shapes, protocol))
+    groups: list[list[int]] = []  # places of runs of one configuration
     ignored = {"seed", *BOOKKEEPING}
     for i, config in enumerate(configs):
-        same = [arm for arm in arms if not {*differences(config, configs[arm[0]])} - ignored]
-        same[0].append(i) if same else arms.append([i])
-    return [
-        _arm(runs[arm[0]], [configs[i]["seed"] for i in arm], [found[i] for i in arm])
-        for arm in arms
-    ]
+        same = [
+            group for group in groups if not {*differences(config, configs[group[0]])} - ignored
+        ]
+        same[0].append(i) if same else groups.append([i])
+    curves = []
+    for group in groups:
+        seeds, points = [configs[i]["seed"] for i in group], [found[i] for i in group]
+        steps = sorted(set(points[0]).intersection(*points[1:]))
+        values = np.array([[of_run[step] for step in steps] for of_run in points])
+        name = runs[group[0]].name.removesuffix(f"-{seeds[0]}")
+        curves.append(Curve(name, seeds, steps, values[..., 0], values[..., 1]))
+    return curves
 
 
-def _curve(
+def _points(
     folder: Path, seed: int, file: Path, shapes: Labelled, protocol: str
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
@@ -93,7 +99,7 @@ def _curve(
             points[step] = known[str(step)]
             continue
         model = PointEncoder.from_pretrained(path)
-        features = [layer_features(model, half) for half in shapes.halves()]
+        features = [layer_features(model, subset) for subset in shapes.subsets()]
         accuracy = score(protocol, features, shapes, range(len(features[0])), seed)["accuracy"]
         points[step] = [spent[step] / 60, accuracy]
     if len(points) > len(known):
@@ -102,21 +108,14 @@ def _curve(
     return points
 
 
-def _arm(run: Path, seeds: list[int], curves: list[dict[int, list[float]]]) -> Arm:
-    steps = sorted(set(curves[0]).intersection(*curves[1:]))
-    values = np.array([[curve[step] for step in steps] for curve in curves])
-    name = run.name.removesuffix(f"-{seeds[0]}")
-    return Arm(name, seeds, steps, values[..., 0], values[..., 1])
-
-
-def sheet(arms: list[Arm], protocol: str, part: Part = "test") -> Sheet:
+def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
     """Where each curve begins and ends, and when each reaches the end of every other."""
     rows = []
-    for arm in arms:
-        first, last = arm.accuracy[:, 0], arm.accuracy[:, -1]
-        reached = [arm.minutes_to(other.accuracy.mean(0)[-1]) for other in arms]
-        seeds, spent = ",".join(map(str, arm.seeds)), arm.minutes.mean(0)[-1]
-        rows.append([arm.name, seeds, f"{first.mean():.1f}", mean_std(moments(last))])
+    for curve in curves:
+        first, last = curve.accuracy[:, 0], curve.accuracy[:, -1]
+        reached = [curve.minutes_to(other.accuracy.mean(0)[-1]) for other in curves]
+        seeds, spent = ",".join(map(str, curve.seeds)), curve.minutes.mean(0)[-1]
+        rows.append([curve.name, seeds, f"{first.mean():.1f}", mean_std(moments(last))])
         rows[-1].append(f"{spent:.1f}")
         rows[-1] += ["-" if minutes is None else f"{minutes:.1f} min" for minutes in reached]
     columns = ["run", "seeds", "untrained", "final", "CPU-min"]
@@ -126,5 +125,5 @@ def sheet(arms: list[Arm], protocol: str, part: Part = "test") -> Sheet:
         "within a snapshot: layer and C are chosen as by jepa3d probe; the files curve-*.json say "
         "on what",
     ]
-    columns += [f"{arm.name}'s final after" for arm in arms]
+    columns += [f"{curve.name}'s final after" for curve in curves]
     return Sheet("learning curves", columns, rows, notes)

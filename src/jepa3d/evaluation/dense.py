@@ -69,8 +69,7 @@ def probe_parts(
             held = train.subset(spared)
         assert test.parts is not None
         assert held.parts is not None
-        assert held.labels is not None
-        truth, held_truth = test.parts[:], held.parts[:]
+        truth, held_truth, held_labels = test.parts[:], held.parts[:], np.asarray(held.labels)
         parts_of = [np.array(parts) for parts in shapes.parts_of]
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
@@ -80,7 +79,7 @@ def probe_parts(
             x, y = _samples(features, encoder, train)
             tried = [_classifiers(c, x[used], y[used], shapes.y[used]) for c in _C_GRID]
             miou = [
-                shape_iou(predicted, held_truth, held.labels, parts_of).mean()
+                shape_iou(predicted, held_truth, held_labels, parts_of).mean()
                 for predicted in _predict(tried, features, encoder, held)
             ]
             c = _C_GRID[int(np.argmax(miou))]
@@ -193,13 +192,12 @@ def _predict(
     categories.
     """
     assert clouds.parts is not None
-    assert clouds.labels is not None
+    labels = np.asarray(clouds.labels)
     out = np.empty((len(classifiers), *clouds.parts.shape), np.int16)
     with one_thread():
         for index, seen, placed in _batches(encoder, clouds):
             for i, x in zip(index.tolist(), features(seen, placed).numpy(), strict=True):
-                label = int(clouds.labels[i])
-                out[:, i] = [by_category[label].predict(x) for by_category in classifiers]
+                out[:, i] = [by_category[labels[i]].predict(x) for by_category in classifiers]
     return out
 
 

@@ -90,9 +90,7 @@ class Labelled:
         has_validation = bool((clouds.split == _VALIDATION).any())
         if part == "validation" and not has_validation:
             clouds = _with_validation(clouds.part("train"))
-        labels, split = clouds.labels, clouds.split
-        assert labels is not None
-        assert split is not None
+        labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
         train, scored = split == _TRAIN, split == (_TEST if part == "test" else _VALIDATION)
         both = np.intersect1d(labels[train], labels[scored])
         if len(both) < (needed := 2 if clouds.parts is None else 1):
@@ -108,19 +106,19 @@ class Labelled:
         mask = np.isin(labels, both)
         numbers = np.searchsorted(both, labels[mask])
         kept = replace(clouds.subset(mask), labels=numbers, class_names=names)
-        halves = [kept.subset(split[mask] == i) for i in range(len(SPLITS))]
-        validation = halves[_VALIDATION] if part == "test" and len(halves[_VALIDATION]) else None
-        test = halves[_TEST if part == "test" else _VALIDATION]
+        subsets = [kept.subset(split[mask] == i) for i in range(len(SPLITS))]
+        validation = subsets[_VALIDATION] if part == "test" and len(subsets[_VALIDATION]) else None
+        test = subsets[_TEST if part == "test" else _VALIDATION]
         return Labelled(
             name,
             None,
             clouds.fingerprint,
-            halves[_TRAIN],
+            subsets[_TRAIN],
             test,
             validation,
             names,
             dropped,
-            *_parts(kept, halves[_TRAIN]),
+            *_parts(kept, subsets[_TRAIN]),
             part,
             has_validation,
         )
@@ -128,18 +126,20 @@ class Labelled:
     @property
     def y(self) -> np.ndarray:
         """Labels of train."""
-        assert self.train.labels is not None
-        return self.train.labels
+        return np.asarray(self.train.labels)
 
     @property
     def y_test(self) -> np.ndarray:
         """Labels of test."""
-        assert self.test.labels is not None
-        return self.test.labels
+        return np.asarray(self.test.labels)
 
-    def halves(self) -> list[PointClouds]:
-        """Train, test and, where there is one to choose by, validation."""
+    def subsets(self) -> list[PointClouds]:
+        """Train, test and, if there is one to choose by, validation."""
         return [self.train, self.test, *([self.validation] if self.validation else [])]
+
+    def labels(self) -> list[np.ndarray]:
+        """The labels of each of the `subsets`."""
+        return [np.asarray(subset.labels) for subset in self.subsets()]
 
     def labelled(self, share: float, seed: int) -> np.ndarray:
         """Rows of train whose labels are known, a stratified `share` of them."""
@@ -164,7 +164,7 @@ class Labelled:
     def record(
         self, train: PointClouds, validation: PointClouds | None, labels: float
     ) -> dict[str, Any]:
-        """What the result of a fine-tuning run says of its data; `labels` is the labelled share."""
+        """The data part of a fine-tuning run's result; `labels` is the labelled share of train."""
         return {
             "name": self.name,
             "variant": self.layout,
@@ -184,9 +184,8 @@ def _with_validation(train: PointClouds) -> PointClouds:
         raise ReadError(
             f"{train.name}: {len(train)} train shapes, and validation is a fifth of them"
         )
-    assert train.labels is not None
     split = np.full(len(train), _TRAIN, np.int8)
-    split[fifth(train.labels, seed=0)[1]] = _VALIDATION
+    split[fifth(np.asarray(train.labels), seed=0)[1]] = _VALIDATION
     return replace(train, split=split)
 
 
@@ -197,8 +196,8 @@ def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], li
     parts = clouds.parts[:]
     if alone := int((parts == UNLABELLED).all(1).sum()):
         raise ReadError(f"{clouds.name}: {alone} shapes have no labelled point; leave them out")
-    assert train.labels is not None
-    found = category_parts(clouds.part_names, train.labels, train.parts, clouds.class_names)
+    labels = np.asarray(train.labels)
+    found = category_parts(clouds.part_names, labels, train.parts, clouds.class_names)
     names = clouds.part_names or tuple(f"part {i}" for i in range(int(parts.max()) + 1))
     return names, [ids.tolist() for ids in found]
 

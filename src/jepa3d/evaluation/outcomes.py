@@ -122,14 +122,16 @@ def kept_outcomes(
 def encoded(folder: Path, data: Labelled) -> Vectors:
     """Vectors by the encoder in a folder."""
     encoder = PointEncoder.from_pretrained(folder)
-    halves = [torch.from_numpy(layer_features(encoder, half)[-1]) for half in data.halves()[:2]]
-    train, scored = (encoder.cpu().standardise(half).numpy() for half in halves)
+    subsets = [
+        torch.from_numpy(layer_features(encoder, subset)[-1]) for subset in data.subsets()[:2]
+    ]
+    train, scored = (encoder.cpu().standardise(subset).numpy() for subset in subsets)
     return Vectors(train, scored, cosine)
 
 
 def made_by_hand(folder: Path, name: str, data: Labelled) -> Vectors:
     """The descriptor `name` of `baselines`, on what the encoder in a folder would see."""
     encoder = PointEncoder.from_pretrained(folder)
-    train, scored = (encoder.prepare(half.points[:]) for half in data.halves()[:2])
+    train, scored = (encoder.prepare(subset.points[:]) for subset in data.subsets()[:2])
     of, likeness = baselines(encoder, train)[name]
     return Vectors(of(train), of(scored), likeness)

@@ -175,14 +175,12 @@ def score(
     seed: int,
     c: float | None = None,
 ) -> dict:
-    """`run_protocol` on features [L, n, E] of `shapes.halves()`; without the last half, a fifth of
+    """`run_protocol` on features [L, n, E] of `shapes.subsets()`; without the last subset, a fifth of
     train chooses.
     """
-    x, x_test, *others = features
-    held = None
-    if others and shapes.validation is not None and shapes.validation.labels is not None:
-        held = others[0], shapes.validation.labels
-    return run_protocol(protocol, x, shapes.y, x_test, shapes.y_test, list(layers), seed, held, c)
+    (x, x_test, *x_held), (y, y_test, *y_held) = features, shapes.labels()
+    held = (x_held[0], y_held[0]) if x_held else None
+    return run_protocol(protocol, x, y, x_test, y_test, list(layers), seed, held, c)
 
 
 def probe(
@@ -206,15 +204,16 @@ def probe(
     """
     started = time.perf_counter()
     check_protocols(protocols)
-    found = {run: _models(run) for run in runs}
-    configs = {run: config for run, (config, _) in found.items()}
+    networks = {run: _models(run) for run in runs}
+    configs = {run: config for run, (config, _) in networks.items()}
     seeds, first = _seeds(configs), configs[runs[0]]
     axis = up_axis.replace("none", "z")
     shapes = Labelled.read(data, first["encoder"]["num_points"], axis, labels_key, part)
-    halves = shapes.halves()[: 2 if quick else 3]
+    subsets = shapes.subsets()[: 2 if quick else 3]
+    by_rule, fixed = ("last", QUICK_C) if quick else ("best on validation", None)
     rows = []
     by_hand: dict[str, list[np.ndarray]] = {}
-    for run, (config, models) in found.items():
+    for run, (config, models) in networks.items():
         for model in models.values():
             if isinstance(model, PointEncoder):
                 model.upright = up_axis != "none"
@@ -222,27 +221,24 @@ def probe(
             if "untrained" not in models:
                 untrained = untrained_like(given, shapes.train, config["seed"])
                 models = {"untrained": untrained, **models}
-            by_hand = by_hand or _by_hand(given, halves)  # the same for every seed
+            by_hand = by_hand or _by_hand(given, subsets)  # the same for every seed
         for name in (*models, *by_hand):
             model = models.get(name)
             features = by_hand.get(name, [])
             if model is not None:
-                features = [layer_features(model, half, pooling) for half in halves]
+                features = [layer_features(model, subset, pooling) for subset in subsets]
             depth = len(features[0]) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
             layers = range(depth + 1)
             if quick or layer is not None:
                 layers = [depth if layer is None else min(layer, depth)]
-            fixed = QUICK_C if quick else None
-            scores = {
-                protocol: score(protocol, features, shapes, layers, config["seed"], fixed)
-                for protocol in protocols
-            }
-            for values in scores.values():
-                if "confusion" in values:
-                    values["per_class"] = by_class(values["confusion"], shapes.class_names)
-            row = {"run": str(run), "model": name, "seed": config["seed"], "scores": scores}
+            row = {"run": str(run), "model": name, "seed": config["seed"], "scores": {}}
+            for protocol in protocols:
+                found = score(protocol, features, shapes, layers, config["seed"], fixed)
+                if "confusion" in found:
+                    found["per_class"] = by_class(found["confusion"], shapes.class_names)
+                row["scores"][protocol] = found
             if isinstance(model, DVAE):
                 row["dvae"] = dvae_figures(model, shapes.train, shapes.test)
             rows.append(row)
@@ -263,7 +259,7 @@ def probe(
         # as far as is known
         "seen_in_pretraining": any(was_seen(config, data, part) for config in configs.values()),
         "pooling": pooling,
-        "layer": layer if layer is not None else "last" if quick else "best on validation",
+        "layer": by_rule if layer is None else layer,
         "selection": selection_rule(shapes, quick),
         "seeds": sorted(seeds),
         "class_names": list(shapes.class_names),
@@ -290,9 +286,9 @@ def _seeds(configs: dict[Path, dict]) -> list[int]:
     return seeds
 
 
-def _by_hand(encoder: PointEncoder, halves: list[PointClouds]) -> dict[str, list[np.ndarray]]:
-    """Vectors [1, n, E] of each half by each of the `baselines`, as of a network of one layer."""
-    prepared = [encoder.prepare(half.points[:]) for half in halves]
+def _by_hand(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
+    """Vectors [1, n, E] of each subset by each of the `baselines`, as of a network of one layer."""
+    prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
     made = baselines(encoder, prepared[0])
     return {name: [of(points)[None] for points in prepared] for name, (of, _) in made.items()}
 
@@ -344,23 +340,25 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """
     table: dict[str, dict] = {}
     for protocol in protocols:
-        for key in ("accuracy", "mean_class_accuracy"):
-            values: dict[str, dict[str, float]] = {}
-            for row in rows:
-                if key in row["scores"][protocol]:
-                    values.setdefault(row["model"], {})[row["run"]] = row["scores"][protocol][key]
-            if "pretrained" in values:
-                untrained = values["untrained"]
-                values["gain"] = {
-                    run: score - untrained[run] for run, score in values["pretrained"].items()
-                }
-            for model, by_run in values.items():
-                found = moments(list(by_run.values())) | {"runs": len(by_run)}
-                of_model = table.setdefault(model, {})
-                of_model[protocol] = (
-                    found if key == "accuracy" else of_model[protocol] | {key: found}
-                )
+        for model, found in _means(rows, protocol, "accuracy").items():
+            table.setdefault(model, {})[protocol] = found
+        for model, found in _means(rows, protocol, "mean_class_accuracy").items():
+            table[model][protocol]["mean_class_accuracy"] = found
     return table
+
+
+def _means(rows: list[dict], protocol: str, key: str) -> dict[str, dict]:
+    """Model, or "gain" -> mean, std and number of runs of one figure; of rows that have it."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if key in (scores := row["scores"][protocol]):
+            values.setdefault(row["model"], {})[row["run"]] = scores[key]
+    if after := values.get("pretrained"):
+        before = values["untrained"]
+        values["gain"] = {run: value - before[run] for run, value in after.items()}
+    return {
+        model: moments([*found.values()]) | {"runs": len(found)} for model, found in values.items()
+    }
 
 
 def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:

@@ -41,9 +41,12 @@ def _read(file: Path) -> dict[str, Benchmark]:
         for i, (key, about) in enumerate(table["benchmarks"].items()):
             at = 3 + i * len(metrics)
             rows = [row[:3] + row[at : at + len(metrics)] for row in cells]
-            notes = [*about.get("notes", []), *[CAUTION] * (selection == BEST_TEST)]
-            sizes = about.get("test"), table.get("num_points")
-            found[key] = Benchmark(about["title"], rows, metrics, selection, notes, *sizes)
+            test, notes = about.get("test"), [*table.get("notes", [])]
+            if error := about.get("standard_error"):
+                notes.append(f"standard error of {test:,} test shapes: about {error} points")
+            notes += [CAUTION] * (selection == BEST_TEST)
+            points = table.get("num_points")
+            found[key] = Benchmark(about["title"], rows, metrics, selection, notes, test, points)
     return found
 
 

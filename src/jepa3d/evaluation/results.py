@@ -14,6 +14,7 @@ from jepa3d.config import BOOKKEEPING
 from jepa3d.evaluation.protocol import moments
 from jepa3d.evaluation.published import PUBLISHED, benchmark_of, published_sheet
 from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
+from jepa3d.plain import read_checked
 
 BASES = ("scratch", "untrained")  # what a pretrained encoder is measured against
 CHOSEN_BY = {
@@ -27,7 +28,7 @@ _FIELDS: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_NUMBERS, i
 _FIELDS |= dict.fromkeys(_GROUPS, dict) | dict.fromkeys(_OPTIONAL, dict | None)
 
 
-class Run(NamedTuple):
+class Finished(NamedTuple):
     """A finished run: its folder, results.json, and what its encoder began as, without seeds."""
 
     folder: Path
@@ -43,7 +44,7 @@ class Run(NamedTuple):
 class Arm(NamedTuple):
     """Runs that differ in their seeds only."""
 
-    runs: list[Run]
+    runs: list[Finished]
 
     @property
     def result(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Arm(NamedTuple):
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
     """The finished runs at and below folders, and a note for each unfinished one below.
 
     Raises ValueError.
@@ -113,13 +114,10 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
             raise ValueError(
                 f"{path}: no such folder; give runs of jepa3d classify, segment or fewshot"
             )
-        if _is_unfinished(path):
-            raise ValueError(
-                f"{path}: an unfinished run, without results.json; finish it with --resume"
-            )
         below = list(_below(path, unfinished))
         if not below:
-            others = f"; unfinished: {', '.join(map(str, unfinished))}" if unfinished else ""
+            listed = ", ".join(map(str, unfinished))
+            others = f"; unfinished, go on with --resume: {listed}" if unfinished else ""
             raise ValueError(
                 f"{path}: no results.json of classify, segment or fewshot in or below it{others}"
             )
@@ -132,32 +130,19 @@ def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
     """The outermost run folders: a few-shot run may hold its folds' runs."""
     if (folder / "results.json").is_file():
         yield folder
-    elif _is_unfinished(folder):
-        unfinished.append(folder)
+    elif (folder / "run.json").is_file() and "task" in read_checked(folder / "config.json"):
+        unfinished.append(folder)  # a run of pretrain has no task
     else:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink():
                 yield from _below(child, unfinished)
 
 
-def _is_unfinished(folder: Path) -> bool:
-    """True for a fine-tuning run without a result (the config of a pretraining run has no task)."""
-    started = (folder / "run.json").is_file() and not (folder / "results.json").is_file()
-    return started and "task" in _json(folder / "config.json")
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from error
-
-
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Finished:
     """A run by its results.json. ValueError for one that is damaged, or of something else."""
     file = folder / "results.json"
-    result = _json(file)
-    if not isinstance(result, dict) or result.get("task") not in list(CHOSEN_BY):
+    result = read_checked(file)
+    if result.get("task") not in list(CHOSEN_BY):
         raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
     for name, kind in _FIELDS.items():
         if not isinstance(value := result.setdefault(name, None), kind):
@@ -167,7 +152,7 @@ def read_run(folder: Path) -> Run:
     for name, value in [*result["metrics"].items(), *(result["validation"] or {}).items()]:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
-    return Run(folder, result, _origin(result["init"], result["pretraining"]))
+    return Finished(folder, result, _origin(result["init"], result["pretraining"]))
 
 
 def _origin(init: str, record: dict | None) -> str:
@@ -200,7 +185,7 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
     return list(groups.values())
 
 
-def arms_of(runs: list[Run]) -> list[Arm]:
+def arms_of(runs: list[Finished]) -> list[Arm]:
     """Runs grouped by all but their seeds, scratch and untrained first.
 
     ValueError for a seed given twice.
@@ -239,7 +224,7 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
             metric = CHOSEN_BY[group[0].result["task"]]
             scores = [float(np.mean(arm.values(metric, "validation"))) for arm in judged]
             tried = [arm.setting(setting) for arm in judged]
-            best, how = int(np.argmax(scores)), "is the only one there"
+            best, how = int(np.argmax(scores)), "is the only one"
             if len(judged) > 1:
                 pairs = zip(tried, scores, strict=True)
                 means = ", ".join(f"{value}: {score:.2f}" for value, score in pairs)
@@ -276,7 +261,7 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
             if key := benchmark_of(group[0].result):
                 results = [run.result for arm in group for run in arm.runs]
                 sheets.append(published_sheet(PUBLISHED[key], results))
-        notes = []  # said once
+        notes = []  # once is enough
     return sheets
 
 
@@ -307,7 +292,7 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
-    """A name for each init of the arms, told apart by their paths where the names are the same."""
+    """A name for each init of the arms, or its path where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
     paths, every = {arm.init: arm.result["init"] for arm in arms}, list(names.values())
     return {key: name if every.count(name) == 1 else paths[key] for key, name in names.items()}

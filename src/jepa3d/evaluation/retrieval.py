@@ -33,17 +33,16 @@ _RESAMPLES = 2000
 _NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
 
 
-def ranked(similarity: np.ndarray, labels: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Of each query whether the nearest shape is of its class, and its average precision: 2 q, or
-    NaN.
+def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Whether the nearest shape to each query is of its class, and its average precision: 2 q.
 
-    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. own: q, the
-    queries' own numbers among the n, which are left out.
+    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. rows: q, which
+    of the n shapes each query is; it does not find itself.
     """
-    similarity, rows = np.array(similarity, np.float64), np.arange(len(own))
-    similarity[rows, own] = -np.inf
+    similarity, queries = np.array(similarity, np.float64), np.arange(len(rows))
+    similarity[queries, rows] = -np.inf
     order = np.argsort(-similarity, 1, kind="stable")[:, :-1]
-    relevant = labels[order] == labels[own][:, None]
+    relevant = labels[order] == labels[rows][:, None]
     count = relevant.sum(1)
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
     average = (precision * relevant).sum(1) / np.maximum(count, 1)
@@ -55,16 +54,15 @@ def search(
     queries: np.ndarray,
     gallery: np.ndarray,
     labels: np.ndarray,
-    own: np.ndarray,
+    rows: np.ndarray,
 ) -> np.ndarray:
     """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time, so that memory
     stays bounded.
     """
     size = max(1, _NUMBERS // len(gallery))
-    blocks = [slice(at, at + size) for at in range(0, len(own), size)]
-    return np.concatenate(
-        [ranked(likeness(queries[b], gallery), labels, own[b]) for b in blocks], 1
-    )
+    blocks = [slice(at, at + size) for at in range(0, len(rows), size)]
+    found = [ranked(likeness(queries[b], gallery), labels, rows[b]) for b in blocks]
+    return np.concatenate(found, 1)
 
 
 @torch.inference_mode()
@@ -181,7 +179,7 @@ def _points_in(data: str, fewest: int) -> int:
 
 
 def data_record(task: str, shapes: Labelled, labels_key: str, part: str) -> dict[str, Any]:
-    """What a result says of the shapes that are asked about."""
+    """The part of a result that describes its shapes."""
     data = {"name": shapes.name, "fingerprint": shapes.fingerprint}
     data |= {"labels_key": labels_key, "part": part}
     return {"task": task, "data": data, "classes": len(shapes.class_names)}
