@@ -14,7 +14,7 @@ import numpy as np
 
 import jepa3d
 from jepa3d.evaluation.descriptors import baselines, cosine
-from jepa3d.evaluation.outcomes import METRICS, LabelledSet, Shapes, Vectors, outcomes
+from jepa3d.evaluation.outcomes import METRICS, LabelledSet, Vectors, outcomes
 from jepa3d.evaluation.paired import difference
 from jepa3d.evaluation.retrieval import vectors_of
 
@@ -29,19 +29,17 @@ def main() -> None:
     arguments = parser.parse_args()
     encoder = jepa3d.load()
     asked = LabelledSet(arguments.data, arguments.labels_key, arguments.up_axis)
-    shapes = Shapes.read(asked, encoder.num_points, "test")
-    train, scored = (encoder.prepare(part.points[:]) for part in (shapes.train, shapes.scored))
+    shapes = asked.read(encoder.num_points, "test")
+    train, scored = (encoder.prepare(part.points[:]) for part in (shapes.train, shapes.test))
     of, likeness = baselines(encoder, train)["geometry"]
     made = {
         "default": Vectors(vectors_of(encoder, train), vectors_of(encoder, scored), cosine),
         "geometry": Vectors(of(train), of(scored), likeness),
     }
     found = {
-        name: outcomes(vectors, shapes.y, shapes.y_scored, seed=0) for name, vectors in made.items()
+        name: outcomes(vectors, shapes.y, shapes.y_test, seed=0) for name, vectors in made.items()
     }
-    print(
-        f"{shapes.name}: {len(shapes.train):,} train, {len(shapes.scored):,} test shapes, seed 0\n"
-    )
+    print(f"{shapes.name}: {len(shapes.train):,} train, {len(shapes.test):,} test shapes, seed 0\n")
     print(
         "| | default | geometry | default - geometry, 95 % over shapes | |\n|---|---|---|---|---|"
     )

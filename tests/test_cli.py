@@ -198,7 +198,7 @@ def test_info_tells_of_a_run_of_shapes_and_of_the_installation(run, shapes, caps
     assert call("info", shapes) == 0
     said = capsys.readouterr().out
     assert "48 shapes of 96 points" in said
-    assert "32 train, 16 test" in said
+    assert "train 32, test 16" in said
     assert "ball 16, stick 16, plate 16" in said
     assert call("info") == 0
     assert "torch" in capsys.readouterr().out

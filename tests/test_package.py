@@ -139,9 +139,8 @@ def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
     python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     (wheel,) = tmp_path.glob(f"jepa3d-{VERSION}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"jepa3d/py.typed", "jepa3d/__main__.py", "jepa3d/weights/model.safetensors"} <= set(
-        names
-    )
+    data = {"weights/model.safetensors", "evaluation/published.yaml"}
+    assert {f"jepa3d/{name}" for name in ("py.typed", "__main__.py", *data)} <= set(names)
     assert all(name.startswith(("jepa3d/", f"jepa3d-{VERSION}.dist-info/")) for name in names)
     target = tmp_path / "installed"
     python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jepa3d import config as settings
 from jepa3d.data.datasets import load
-from jepa3d.evaluation.probe import probe, show
+from jepa3d.evaluation.probe import probe, sheets
 from jepa3d.evaluation.protocol import write_json
+from jepa3d.evaluation.tables import show
 from jepa3d.figures import draw_blocks, draw_curves
 from jepa3d.training.pretrain import check, pretrain
 
@@ -33,7 +34,7 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     draw_curves(run, out / "curves.png")
     print("probing, test part never seen in pretraining", flush=True)
     result = probe([run], source, protocols=("logistic", "logistic_10", "knn"))
-    show(result)
+    show(sheets(result))
     write_json(out / "probe.json", result)
     files = ", ".join(
         os.path.join(out, name) for name in ("blocks.png", "curves.png", "probe.json")

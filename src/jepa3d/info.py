@@ -1,25 +1,33 @@
 """`jepa3d info`: what a run, a source of shapes or this installation is, in plain lines."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS, Store
+from jepa3d.evaluation.features import default_device
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.figures import draw_contact_sheet
+from jepa3d.evaluation.tables import Sheet, show
+from jepa3d.figures import draw_contact_sheet, first_of_each
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
-from jepa3d.plain import printable, read_checked
+from jepa3d.plain import printable
 from jepa3d.run import Run
-from jepa3d.training import checkpoint
 from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
+
+_DRAWN = 60  # shapes in a contact sheet, at most
+_UNITS: dict[str, tuple[float, str, str]] = {  # of a cost: divisor, format, words
+    "step": (1, ",.0f", "steps"),
+    "cpu_seconds": (60, ".1f", "CPU-minutes"),
+    "wall_seconds": (60, ".1f", "minutes"),
+    "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),
+    "stage1_cpu_seconds": (60, ".1f", "CPU-minutes before that: stage I, cached targets"),
+}
 
 
 def describe(
@@ -29,47 +37,35 @@ def describe(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Print what `path` is;
+    """Print what `path` is; draw a contact sheet of its shapes into the file `picture`.
 
-    `picture` is where a contact sheet of shapes goes. Raises ValueError for anything else.
+    Raises ValueError for anything that is neither a run, a network nor shapes.
     """
     if path is None:
         _installation()
-    elif (Path(path) / "run.json").is_file():
-        _run(Path(path))
-    elif any(
-        (Path(path) / folder / "config.json").is_file() for folder in ("", "model", "encoder")
-    ):
-        _network(Path(path))
-    elif (Path(path) / "store.json").is_file():
+        return
+    folder = Path(path)
+    if Run.is_at(folder):
+        _run(Run(folder))
+    elif any((folder / name / "config.json").is_file() for name in ("", "model", "encoder")):
+        _network(folder)
+    elif (folder / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
     else:
-        clouds = load(
-            [path],
-            512 if path.startswith("synthetic") else 1,
-            "all",
-            [up_axis],
-            labels_key,
-            raw=True,
-        )
+        count = 512 if path.startswith("synthetic") else 1
+        clouds = load([path], count, "all", [up_axis], labels_key, raw=True)
         _shapes(clouds)
         if verify:
             print("every cloud was read: none has NaN or infinite coordinates")
         if picture:
-            rows = _spread(clouds.labels, len(clouds))
-            titles = [
-                clouds.class_names[clouds.labels[i]] if clouds.labels is not None else str(i)
-                for i in rows
-            ]
-            draw_contact_sheet([clouds.points[i] for i in rows], titles, picture)
-            print(f"written: {picture}")
+            labels = np.full(len(clouds), -1) if clouds.labels is None else clouds.labels
+            _draw(clouds.points.__getitem__, labels, clouds.class_names, str, picture)
 
 
 def _installation() -> None:
-    facts = provenance()
-    print(", ".join(f"{name} {value}" for name, value in facts["versions"].items()))
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    print(f"python {facts['python']}, {facts['machine']}, device {device}")
+    about = provenance()
+    print(", ".join(f"{name} {value}" for name, value in about["versions"].items()))
+    print(f"python {about['python']}, {about['machine']}, device {default_device()}")
     for module, use in (
         ("torch_quickfps", "compiled sampling (extra: fast)"),
         ("matplotlib", "pictures (extra: view)"),
@@ -78,46 +74,46 @@ def _installation() -> None:
         print(f"{use}: {'yes' if importlib.util.find_spec(module) else 'no'}")
 
 
-def _run(run: Path) -> None:
-    """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
-    config, record = Run(run).config, Run(run).record
-    data, cost, task = record["data"], record.get("cost"), config.get("task", "pretrain")
-    print(
-        f"{run}: {config['objective'] if task == 'pretrain' else task}, {record['status']}, {record['command']}"
-    )
-    print(f"data: {data['name']}, {data['shapes']:,} shapes, sha256 {data['fingerprint'][:16]}")
-    if task != "pretrain":
-        print(f"begins with: {config['init'] or 'random weights'}")
-    if counts := record.get("parameters"):
-        print(
-            "parameters: "
-            + ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in counts.items())
+def run_facts(run: Run) -> dict[str, Any]:
+    """What is known of a run, finished or not: command, data, settings, sizes and cost, in words."""
+    config, record, cost = run.config, run.record, run.cost or {}
+    data = record["data"]
+    found: dict[str, Any] = {
+        "command": record["command"],
+        "data": f"{data['name']}, {data['shapes']:,} shapes",
+        "sha256 of the data": data["fingerprint"],
+        "seed": config["seed"],
+    }
+    if "task" in config:
+        found["begins with"] = config["init"] or "random weights"
+    if sizes := record.get("parameters"):
+        found["parameters"] = ", ".join(
+            f"{key} {count / 1e6:.2f} M" for key, count in sizes.items()
         )
     if backbone := record.get("backbone"):
-        print(
-            f"image transformer, not in the run: {backbone['name']}, sha256 {backbone['sha256'][:16]}"
-        )
-    if engine := Run(run).engine:
+        text = f"{backbone['name']}, sha256 {backbone['sha256'][:16]}"
+        found["image transformer, not in the run"] = text
+    if engine := run.engine:
         device = f" on {engine['device']}" if "device" in engine else ""
-        print(f"computed in {named(engine['mixed_precision'], engine['compile'])}{device}")
-    if folds := sum(1 for _ in run.glob("fold-*/results.json")):
+        found["computed in"] = named(engine["mixed_precision"], engine["compile"]) + device
+    spent = [
+        f"{cost[key] / divisor:{form}} {words}"
+        for key, (divisor, form, words) in _UNITS.items()
+        if cost.get(key)
+    ]
+    return found | ({"cost": ", ".join(spent)} if spent else {})
+
+
+def _run(run: Run) -> None:
+    """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
+    config, record = run.config, run.record
+    print(f"{run.folder}: {config.get('task') or config['objective']}, {record['status']}")
+    for name, value in run_facts(run).items():
+        print(f"{name}: {value}")
+    if folds := len(list(run.folder.glob("fold-*/results.json"))):
         print(f"{folds} of {config['folds']} folds done")
-    if (run / "results.json").is_file():
-        print(outcome(read_checked(run / "results.json")))
-    if cost is None and (newest := checkpoint.latest(run / "checkpoints")):
-        cost = read_checked(newest / "state.json")
-    if cost:
-        step = f"step {cost['step']:,}, " if "step" in cost else ""
-        peak = (
-            f", peak memory {cost['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in cost else ""
-        )
-        print(
-            f"{step}{cost['cpu_seconds'] / 60:.1f} CPU-minutes, {cost['wall_seconds'] / 60:.1f} minutes{peak}"
-        )
-        if cost.get("stage1_cpu_seconds"):
-            print(
-                f"before that, stage I and cached targets: {cost['stage1_cpu_seconds'] / 60:.1f} CPU-minutes"
-            )
+    if result := run.result:
+        print(outcome(result))
     if departures := record.get("departures"):
         print("departs from the paper's setting in:")
         for name, (ours, paper) in departures.items():
@@ -130,13 +126,18 @@ def _network(folder: Path) -> None:
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     count = sum(parameter.numel() for parameter in network.parameters())
     print(
-        f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}"
-    )
-    print(
+        f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, "
+        f"fingerprint {fingerprint(encoder)}\n"
         f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them"
     )
     if not isinstance(network, PointEncoder):
         print(printable(f"{len(network.class_names)} classes: {', '.join(network.class_names)}"))
+
+
+def _counts(numbers: np.ndarray, names: Sequence[str]) -> str:
+    """How many there are of each name, such as "train 32, test 16"."""
+    found = zip(names, np.bincount(numbers, minlength=len(names)), strict=True)
+    return ", ".join(f"{printable(name)} {count:,}" for name, count in found)
 
 
 def _shapes(clouds: PointClouds) -> None:
@@ -144,19 +145,12 @@ def _shapes(clouds: PointClouds) -> None:
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     print(f"{clouds.name}: {len(clouds):,} shapes of {span} points, sha256 {clouds.fingerprint}")
     if clouds.split is not None:
-        counts = np.bincount(clouds.split, minlength=len(SPLITS))
-        print(
-            "split: "
-            + ", ".join(f"{n:,} {part}" for part, n in zip(SPLITS, counts, strict=True) if n)
-        )
+        print(f"split: {_counts(clouds.split, SPLITS)}")
     if clouds.labels is None:
         print("no labels")
-        return
-    counts = np.bincount(clouds.labels, minlength=len(clouds.class_names))
-    print(
-        f"{len(clouds.class_names)} classes: "
-        + ", ".join(f"{printable(n)} {c}" for n, c in zip(clouds.class_names, counts, strict=True))
-    )
+    else:
+        names = clouds.class_names
+        print(f"{len(names)} classes: {_counts(clouds.labels, names)}")
 
 
 def _store(store: Store, verify: bool, picture: Path | None) -> None:
@@ -165,7 +159,8 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     points = f"{store.num_points:,} points" if store.num_points else "all their points"
     state = "" if header["complete"] else ", UNFINISHED: run its jepa3d prepare again"
     print(
-        f"{store.path}: {len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB, sha256 {store.fingerprint}{state}"
+        f"{store.path}: {len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB, "
+        f"sha256 {store.fingerprint}{state}"
     )
     chosen = {name: value for name, value in header["settings"].items() if value not in (None, [])}
     print("prepared with " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
@@ -173,58 +168,52 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
         return
     counts = np.diff(columns["end"], prepend=0)
     if not store.num_points:
-        print(
-            f"points a cloud: {counts.min():,} to {counts.max():,}, median {int(np.median(counts)):,}"
-        )
+        span = f"{counts.min():,} to {counts.max():,}"
+        print(f"points a cloud: {span}, median {int(np.median(counts)):,}")
     radius, unit = columns["frame"][:, 3], header["settings"]["unit"] or "units of the files"
-    print(
-        f"radius: {radius.min():.4g} to {radius.max():.4g}, median {np.median(radius):.4g} {unit}"
-    )
-    axes = np.bincount(columns["up"], minlength=3)
-    print(
-        "up axis of the files, turned to z here: "
-        + ", ".join(f"{a} {n:,}" for a, n in zip("xyz", axes, strict=True) if n)
-    )
+    span = f"{radius.min():.4g} to {radius.max():.4g}"
+    print(f"radius: {span}, median {np.median(radius):.4g} {unit}")
+    print(f"up axis of the files, turned to z here: {_counts(columns['up'], 'xyz')}")
     first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
     if again.max() > 1:
-        row = int(first[np.argmax(again > 1)])
-        print(
-            f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {printable(store.key(row))}"
-        )
+        key = printable(store.key(int(first[np.argmax(again > 1)])))
+        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {key}")
     _classes(store)
     if verify:
         store.verify()
         print("every checksum is as written")
     if picture:
-        rows = _spread(np.asarray(columns["label"]), len(store))
-        titles = [
-            store.key(i) if columns["label"][i] < 0 else store.class_names[columns["label"][i]]
-            for i in rows
-        ]
-        draw_contact_sheet([np.asarray(store.points(i), np.float32) for i in rows], titles, picture)
-        print(f"written: {picture}")
+        labels = np.asarray(columns["label"])
+        _draw(store.points, labels, store.class_names, store.key, picture)
 
 
 def _classes(store: Store) -> None:
-    """A table of clouds by class and split."""
+    """Print a table of clouds by class and split."""
     labels, split = np.asarray(store.columns["label"]), np.asarray(store.columns["split"])
     names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
     cells = np.zeros((len(names), len(parts)), np.int64)
     np.add.at(cells, (labels, split), 1)  # -1 is the last
-    shown = np.flatnonzero(cells.sum(0))
-    table = Table("class", *(parts[i] for i in shown))
-    for name, row in zip(names, cells, strict=True):
-        if row.any():
-            table.add_row(escape(printable(name)), *(f"{row[i]:,}" for i in shown))
-    table.add_row("all", *(f"{cells[:, i].sum():,}" for i in shown))
-    Console().print(table)
+    used = np.flatnonzero(cells.sum(0))
+    filled = cells[:, used]
+    found = zip([*names, "all"], [*filled, filled.sum(0)], strict=True)
+    rows = [
+        [printable(name), *(f"{n:,}" for n in counts)] for name, counts in found if counts.any()
+    ]
+    columns = ["class", *(parts[i] for i in used)]
+    show([Sheet("clouds by class and split", columns, rows, [])])
 
 
-def _spread(labels: np.ndarray | None, count: int, shown: int = 60) -> list[int]:
-    """At most `shown` indices, as many classes as there are room for first."""
-    if labels is None:
-        return np.unique(np.linspace(0, count - 1, shown).astype(int)).tolist()
-    turn = np.zeros(count, np.int64)  # 0 for the first of each class, 1 for the second, …
-    for label in np.unique(labels):
-        turn[labels == label] = np.arange((labels == label).sum())
-    return np.lexsort((labels, turn))[:shown].tolist()
+def _draw(
+    points: Callable[[int], np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    key: Callable[[int], str],
+    picture: Path,
+) -> None:
+    """A contact sheet of shapes, one of each class first; a shape without a class has its key."""
+    rows = first_of_each(labels)[:_DRAWN].tolist()
+    if labels.max() < 0:
+        rows = np.unique(np.linspace(0, len(labels) - 1, _DRAWN).astype(int)).tolist()
+    titles = [class_names[labels[i]] if labels[i] >= 0 else key(i) for i in rows]
+    draw_contact_sheet([np.asarray(points(i), np.float32) for i in rows], titles, picture)
+    print(f"written: {picture}")

@@ -3,7 +3,7 @@ picture inside.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.probe import summary_table
+from jepa3d.info import run_facts
 from jepa3d.models.ready import load_network
 from jepa3d.models.teacher import load_module
 from jepa3d.page import (
@@ -33,7 +35,6 @@ from jepa3d.page import (
 )
 from jepa3d.plain import differences, from_dict, read_checked, to_dict, write_bytes
 from jepa3d.run import Run
-from jepa3d.training import checkpoint
 
 KINDS = {
     "jepa": "3D-JEPA pretraining",
@@ -55,7 +56,7 @@ MOST_TSNE, MOST_PARTS = 2000, 8  # shapes in these pictures
 
 
 def report(
-    run: Path, data: str | None = None, out: Path | None = None, figures_to: Path | None = None
+    folder: Path, data: str | None = None, out: Path | None = None, figures_to: Path | None = None
 ) -> Path:
     """Write the report of a run to `out`, RUN/report.html by default, whole or not at all; returns
     where.
@@ -67,12 +68,33 @@ def report(
     is no run and a place that cannot be.
     """
     for name in ("config.json", "run.json"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run}: not a run folder, it has no {name}")
-    out = out or run / "report.html"
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: not a run folder, it has no {name}")
+    out = out or folder / "report.html"
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: --out names an .html file in a folder that exists")
-    html = render(run, data)
+    run = Run(folder)
+    config, record = run.config, run.record
+    kind = config.get("task") or config["objective"]
+    if kind in DEFAULTS:
+        parts = [*_outcome(run, config, data), _training(run, config)]
+    else:
+        last = run.metrics[-1] if run.metrics else {}
+        parts = [
+            _last_step(last, record),
+            *_probes(folder),
+            _training(run, config),
+            _collapse(last),
+        ]
+        parts += [_blocks(config, data), _departures(record)]
+    versions = record["versions"] | {"python": record["python"]}
+    about = run_facts(run) | {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": record["commit"],
+        "machine": record["machine"],
+    }
+    parts += [section("Provenance", facts(about)), _settings(config, record)]
+    html = page(folder.resolve().name, record["status"], KINDS[kind], parts)
     write_bytes(out, html.encode())
     if figures_to:
         figures_to.mkdir(parents=True, exist_ok=True)
@@ -81,45 +103,38 @@ def report(
     return out
 
 
-def render(run: Path, data: str | None = None) -> str:
-    """The page of a run (see `report`)."""
-    config, record = Run(run).config, Run(run).record
-    kind = config.get("task") or config["objective"]
-    if kind in DEFAULTS:
-        result = read_checked(found) if (found := run / "results.json").is_file() else None
-        parts = [*_outcome(run, config, result, data), _training(run, config)]
-    else:
-        parts = [_last_step(run, record), *_probes(run), _training(run, config), _collapse(run)]
-        parts += [_blocks(config, data), _departures(record)]
-    parts += [_provenance(run, config, record), _settings(config, record)]
-    return page(run.resolve().name, record["status"], KINDS[kind], parts)
+def _unless_unreadable(draw: Callable[[], str], data: str | None) -> str:
+    """HTML of a picture that needs data, or why it is left out. Raises if `data` was asked for."""
+    try:
+        return draw()
+    except (ValueError, OSError) as error:
+        if data:
+            raise
+        return note(f"Left out: {error}. Where the data is now: --data.")
 
 
 # ---------------------------------------------------------------------------------- downstream runs
-def _outcome(run: Path, config: dict, result: dict | None, data: str | None) -> list[str]:
-    """Numbers and how they were come by, details, and pictures of what was predicted."""
-    if result is None:
-        return [section("Result", note("There is no result yet."))]
-    details, done = result["details"], [_result(result)]
+def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
+    """Metrics and their protocol, details, and pictures of what was predicted."""
+    if (result := run.result) is None:
+        yield section("Result", note("There is no result yet."))
+        return
+    details = result["details"]
+    yield _result(result)
     if folds := details.get("folds"):
         rows = [[i, Bar(score)] for i, score in enumerate(folds)]
-        done.append(section("Folds", table(["fold", "overall accuracy, %"], rows)))
+        yield section("Folds", table(["fold", "overall accuracy, %"], rows))
     if "per_category" in details:
-        rows = [
-            [name, Bar(value)]
-            for name, value in details["per_category"].items()
-            if value is not None
-        ]
-        done.append(section("Categories", table(["category", "mIoU, %"], rows)))
+        scores = details["per_category"].items()
+        rows = [[name, Bar(value)] for name, value in scores if value is not None]
+        yield section("Categories", table(["category", "mIoU, %"], rows))
     if "per_class" in details:
-        done.append(_classes(details))
+        yield _classes(details)
     if config["task"] == "segment":
-        done.append(section("True and predicted parts", _parts(run, details["class_names"])))
+        yield section("True and predicted parts", _parts(run.folder, details["class_names"]))
     if config["task"] == "classify":
-        done.append(
-            section("Features before and after fine-tuning", _tsne(run, config, details, data))
-        )
-    return done
+        body = _unless_unreadable(partial(_tsne, run.folder, config, details, data), data)
+        yield section("Features before and after fine-tuning", body)
 
 
 def _result(result: dict) -> str:
@@ -137,59 +152,50 @@ def _result(result: dict) -> str:
     before = dict(result["pretraining"] or {})
     if isinstance(before.get("data"), dict):
         before["data"] = before["data"]["name"]
-    told = [
-        f"{key} {show(before[key])}"
-        for key in ("objective", "teacher", "data", "seed")
-        if key in before
-    ]
+    keys = [key for key in ("objective", "teacher", "data", "seed") if key in before]
+    counts = {part: source[part] or 0 for part in ("train", "validation", "test")}
     rows = {
         "protocol": result["protocol"],
         "selection": SELECTION.get(result["selection"], result["selection"]),
         "encoder from": result["init"],
-        "pretrained by": "; ".join(told),
+        "pretrained by": "; ".join(f"{key} {show(before[key])}" for key in keys),
         "data": source["name"] + (f", {source['variant']}" if source.get("variant") else ""),
         "classes": source["classes"],
-        "shapes": ", ".join(
-            f"{source[part] or 0:,} {part}" for part in ("train", "validation", "test")
-        ),
+        "shapes": ", ".join(f"{count:,} {part}" for part, count in counts.items()),
         "labelled part of train": f"{100 * source['labels']:.4g} %",
         "seed": result["seed"],
         "votes": result["votes"],
     }
-    text = "The epoch was chosen on the test part: compare only with published numbers chosen the same way."
-    warning = note(text, "warning") if result["selection"] == "best on test" else ""
+    warning = ""
+    if result["selection"] == "best on test":
+        text = "The epoch was chosen on the test part: compare only with published numbers chosen the same way."
+        warning = note(text, "warning")
     return section("Result", tiles(shown), warning, facts(rows))
 
 
 def _classes(details: dict) -> str:
-    """Accuracy by class, what is taken for what, and the whole confusion matrix."""
-    rows = [
-        [name, row["count"], Bar(row["accuracy"])] for name, row in details["per_class"].items()
-    ]
-    names, confusion = details["class_names"], np.asarray(details["confusion"])
+    """Accuracy by class, the most frequent mistakes, and the whole confusion matrix."""
+    scores, names = details["per_class"].items(), details["class_names"]
+    rows = [[name, row["count"], Bar(row["accuracy"])] for name, row in scores]
+    confusion = np.asarray(details["confusion"])
     wrong = confusion * (1 - np.eye(len(names), dtype=int))
-    worst = [divmod(int(at), len(names)) for at in np.argsort(-wrong, axis=None, kind="stable")[:5]]
+    share = 100 * wrong / np.maximum(confusion.sum(1, keepdims=True), 1)
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:5]
     mistakes = [
-        [
-            names[true],
-            names[given],
-            wrong[true, given],
-            f"{100 * wrong[true, given] / confusion[true].sum():.0f} %",
-        ]
-        for true, given in worst
-        if wrong[true, given]
+        [names[true], names[found], wrong[true, found], f"{share[true, found]:.0f} %"]
+        for true, found in zip(*np.unravel_index(worst, wrong.shape), strict=True)
+        if wrong[true, found]
     ]
+    caption = (
+        "Confusion matrix of the test part. Rows are true classes; numbers are shapes, the colour "
+        "is their share of the row."
+    )
+    columns = ["most frequent mistakes", "taken for", "shapes", "of its class"]
     return section(
         "Classes",
         table(["class", "test shapes", "accuracy, %"], rows),
-        table(["most frequent mistakes", "taken for", "shapes", "of its class"], mistakes)
-        if mistakes
-        else "",
-        picture(
-            partial(figures.draw_confusion, confusion, names),
-            "Confusion matrix of the test part. Rows are true classes; numbers are shapes, the colour is their share "
-            "of the row.",
-        ),
+        table(columns, mistakes) if mistakes else "",
+        picture(partial(figures.draw_confusion, confusion, names), caption),
     )
 
 
@@ -202,127 +208,88 @@ def _predictions(run: Path) -> dict[str, np.ndarray]:
 
 def _parts(run: Path, names: list[str]) -> str:
     saved = _predictions(run)
-    points, truth, predicted, labels = (
-        saved[name] for name in ("points", "parts", "predicted", "label")
-    )
-    nth = np.zeros(len(labels), int)  # 0 for the first of each category, 1 for the second, …
-    for label in np.unique(labels):
-        nth[labels == label] = np.arange((labels == label).sum())
-    order = np.lexsort((labels, nth))
-    first = order[: max((nth == 0).sum(), MOST_PARTS)]
+    labels = saved["label"]
+    first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
     rows = first[_spread(len(first), MOST_PARTS)]
-    titles = [names[labels[row]] for row in rows]
-    right = [100 * (predicted[row] == truth[row])[truth[row] != UNLABELLED].mean() for row in rows]
-    told = ", ".join(f"{name} {share:.0f} %" for name, share in zip(titles, right, strict=True))
+    points, truth, predicted = (saved[key][rows] for key in ("points", "parts", "predicted"))
+    titles = [names[label] for label in labels[rows]]
+    known = truth != UNLABELLED
+    right = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
+    shares = ", ".join(f"{name} {share:.0f} %" for name, share in zip(titles, right, strict=True))
     return picture(
-        partial(figures.draw_parts, points[rows], truth[rows], predicted[rows], titles),
-        f"The paper's figure 6: the first test shapes of each category, or of {MOST_PARTS} evenly spread categories, "
-        f"not chosen for their looks. Points given their true part: {told}.",
+        partial(figures.draw_parts, points, truth, predicted, titles),
+        "The paper's figure 6: the first test shapes of each category, or of "
+        f"{MOST_PARTS} evenly spread categories, not chosen for their looks. Points given their "
+        f"true part: {shares}.",
     )
 
 
 def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
-    """The picture, or why it is left out."""
-    try:
-        before, after, labels = _test_features(run, config, data or config["data"])
-    except (ValueError, OSError) as error:
-        if data:
-            raise
-        return note(f"Left out: {error}. Where the data is now: --data.")
-    if len(labels) < 5:
-        return note(f"Left out: {len(labels)} test shapes are too few.")
-    return picture(
-        partial(figures.draw_tsne, before, after, labels, details["class_names"]),
-        f"The paper's figure 7: t-SNE of the pooled features of {len(labels):,} test shapes, before the first step "
-        "and in the fine-tuned network. Distances between groups and their sizes mean nothing in it.",
-    )
-
-
-def _test_features(run: Path, config: dict, data: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pooled features n E of the test part in RUN/start and RUN/model, and labels n as the run
-    numbers them.
-    """
+    """The picture of the test part's pooled features by RUN/start and by RUN/model."""
     for folder in (run / "start", run / "model"):
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder")
     start, network = load_module(str(run / "start")), load_network(run)
-    settings = from_dict(
-        FinetuneConfig, {k: v for k, v in config.items() if k != "task"} | {"data": data}
-    )
-    shapes = Labelled.load(settings, network.encoder.num_points).test
-    labels = shapes.labels
-    assert labels is not None
-    if not np.array_equal(labels, _predictions(run)["label"]):
+    values = {key: value for key, value in config.items() if key != "task"}
+    settings = from_dict(FinetuneConfig, values | {"data": data or config["data"]})
+    shapes = Labelled.load(settings, network.encoder.num_points)
+    if not np.array_equal(shapes.y_test, _predictions(run)["label"]):
         raise ValueError(f"{shapes.name}: its test part is not what the run was tested on")
-    rows = _spread(len(labels), MOST_TSNE)
-    before, after = (
-        layer_features(model, shapes.subset(rows))[-1] for model in (start, network.encoder)
+    if len(shapes.test) < 5:
+        return note(f"Left out: {len(shapes.test)} test shapes are too few.")
+    rows = _spread(len(shapes.test), MOST_TSNE)
+    some = shapes.test.subset(rows)
+    before, after = (layer_features(model, some)[-1] for model in (start, network.encoder))
+    names = details["class_names"]
+    return picture(
+        partial(figures.draw_tsne, before, after, shapes.y_test[rows], names),
+        f"The paper's figure 7: t-SNE of the pooled features of {len(rows):,} test shapes, before "
+        "the first step and in the fine-tuned network. Distances between groups and their sizes "
+        "mean nothing in it.",
     )
-    return before, after, labels[rows]
 
 
 # --------------------------------------------------------------------------------- pretraining runs
-def _last_step(run: Path, record: dict) -> str:
-    if not (lines := Run(run).metrics):
+def _last_step(last: dict, record: dict) -> str:
+    if not last:
         return ""
-    last = lines[-1]
-    beside = {"best constant": "constant_loss", "position alone": "position_loss"}
-    remark = ", ".join(
-        f"{words} {last[name]:.3f}" for words, name in beside.items() if name in last
-    )
+    data = record["data"]
+    others = {"constant_loss": "best constant", "position_loss": "position alone"}
+    remark = ", ".join(f"{text} {last[key]:.3f}" for key, text in others.items() if key in last)
     shown = [
         ("loss", f"{last['loss']:.3g}", remark),
         ("steps", f"{last['step']:,}", f"{last['epoch']:.1f} epochs"),
-        ("shapes", f"{record['data']['shapes']:,}", record["data"]["name"]),
+        ("shapes", f"{data['shapes']:,}", data["name"]),
     ]
-    for name, words in (("encoded_rankme", "effective rank"), ("perplexity", "code perplexity")):
-        if name in last:
-            shown.append(
-                (
-                    words,
-                    f"{last[name]:.1f}",
-                    "of the encoder's tokens" if name == "encoded_rankme" else "",
-                )
-            )
+    rank = ("encoded_rankme", "effective rank", "of the encoder's tokens")
+    for key, text, remark in (rank, ("perplexity", "code perplexity", "")):
+        if key in last:
+            shown.append((text, f"{last[key]:.1f}", remark))
     return tiles(shown)
 
 
-def _probes(run: Path) -> Iterable[str]:
-    """A table for every probe-*.json."""
+def _probes(run: Path) -> Iterator[str]:
+    """A table for every probe-*.json of the probe's protocols."""
     for path in sorted(run.glob("probe-*.json")):
         probe = read_checked(path)
-        data, summary = probe["data"], probe["summary"]
-        protocols, part = list(next(iter(summary.values()))), data.get("part", "test")
-        rows = []
-        for model, scores in summary.items():
-            name, sign = ("pretrained - untrained", "+") if model == "gain" else (model, "")
-            spreads = [
-                "" if scores[p]["std"] is None else f" ± {scores[p]['std']:.1f}" for p in protocols
-            ]
-            rows.append(
-                [
-                    name,
-                    *(
-                        f"{scores[p]['mean']:{sign}.1f}{s}"
-                        for p, s in zip(protocols, spreads, strict=True)
-                    ),
-                ]
-            )
-        told = (
-            f"Overall accuracy in per cent on {data['test']:,} {part} shapes of {data['classes']} classes, "
-            f"{data['train']:,} train; {probe['pooling']} pooling, layer {probe['layer']}, "
-            f"seeds {show(probe['seeds'])}. Selection: {probe['selection']}."
+        if "summary" not in probe:  # of --parts or --corruptions
+            continue
+        data, part = probe["data"], probe["data"].get("part", "test")
+        columns, rows = summary_table(probe["summary"])
+        text = (
+            f"Overall accuracy in per cent on {data['test']:,} {part} shapes of {data['classes']} "
+            f"classes, {data['train']:,} train; {probe['pooling']} pooling, layer "
+            f"{probe['layer']}, seeds {show(probe['seeds'])}. Selection: {probe['selection']}."
         )
         if probe.get("seen_in_pretraining"):
-            told += f" The {part} part was among the (unlabelled) pretraining data."
+            text += f" The {part} part was among the (unlabelled) pretraining data."
         labels = "" if data["labels"] == "labels" else f", {data['labels']}"
         title = f"Frozen features on {data['name']}{labels}"
-        yield section(title, table(["", *protocols], rows, strong="pretrained"), note(told))
+        yield section(title, table(columns, rows, strong="pretrained"), note(text))
 
 
-def _collapse(run: Path) -> str:
-    """Is the loss worth anything? The last step's figures beside what is healthy (docs/method.md)."""
-    last = (Run(run).metrics or [{}])[-1]
+def _collapse(last: dict) -> str:
+    """The last step's figures of collapse beside what is healthy (docs/method.md)."""
     names = {
         "prediction": "predictions",
         "target": "targets",
@@ -336,129 +303,75 @@ def _collapse(run: Path) -> str:
     ]
     if not rows:
         return ""
-    told = "Of vectors at unit length. Healthy: std near 1, cosine near 0, rank in the tens. Collapsed: 0, 1 and 1."
+    text = "Of vectors at unit length. Healthy: std near 1, cosine near 0, rank in the tens. Collapsed: 0, 1 and 1."
     if "constant_loss" in last:
-        told += " A loss that is not well below that of the best constant, and of position alone, says little."
-    return section(
-        "Collapse", table(["last step", "std", "mean cosine", "effective rank"], rows), note(told)
-    )
+        text += " A loss that is not well below that of the best constant, and of position alone, says little."
+    columns = ["last step", "std", "mean cosine", "effective rank"]
+    return section("Collapse", table(columns, rows), note(text))
 
 
 def _blocks(config: dict, data: str | None) -> str:
     """The paper's figure 4, or why it is left out."""
     if config["objective"] != "jepa":
         return ""
-    try:
+
+    def draw() -> str:
         settings = from_dict(PretrainConfig, config)
         sources = [data] if data else list(settings.data)
-        clouds = load(
-            sources, settings.encoder.num_points, settings.split, settings.up_axis[: len(sources)]
-        )
-        body = picture(
+        axes = settings.up_axis[: len(sources)]
+        clouds = load(sources, settings.encoder.num_points, settings.split, axes)
+        return picture(
             partial(figures.draw_blocks, clouds, settings),
-            f"The paper's figure 4 on four shapes of {clouds.name}: what the encoder sees (blue) and what it has to "
-            "predict (red), drawn as in training.",
+            f"The paper's figure 4 on four shapes of {clouds.name}: what the encoder sees (blue) "
+            "and what it has to predict (red), drawn as in training.",
         )
-    except (ValueError, OSError) as error:
-        if data:
-            raise
-        body = note(f"Left out: {error}. Where the data is now: --data.")
-    return section("Sampled blocks", body)
+
+    return section("Sampled blocks", _unless_unreadable(draw, data))
 
 
 def _departures(record: dict) -> str:
     rows = [[name, ours, paper] for name, (ours, paper) in record.get("departures", {}).items()]
-    body = (
-        table(["setting", "here", "paper"], rows)
-        if rows
-        else note("None: these are the paper's settings.")
-    )
-    return section("Departures from the paper", body)
+    body = table(["setting", "here", "paper"], rows)
+    none = note("None: these are the paper's settings.")
+    return section("Departures from the paper", body if rows else none)
 
 
 # ---------------------------------------------------------------------------------------- every run
-def _training(run: Path, config: dict) -> str:
-    """Curves of the run and of its stage I."""
-    selected = (
-        "test, by which the epoch is chosen"
-        if config.get("select") == "best-on-test"
-        else "validation"
-    )
-    selected += ", instance mIoU" if config.get("task") == "segment" else ", overall accuracy"
-    draw = (
-        partial(figures.draw_supervised, selected=selected)
-        if config.get("task")
-        else figures.draw_curves
-    )
-    runs = {
-        "By optimiser step.": run,
-        "Fold 0, by optimiser step.": run / "fold-0",
-    }  # a few-shot run's folds are runs
-    runs |= {
-        f"Stage I, {stage.name}, by optimiser step.": stage
-        for stage in sorted(run.glob("stage1/*"))
-    }
-    logged = {caption: folder for caption, folder in runs.items() if Run(folder).metrics}
-    pictures = [picture(partial(draw, folder), caption) for caption, folder in logged.items()]
-    return section("Training", *(pictures or [note("No step has been logged.")]))
-
-
-def _provenance(run: Path, config: dict, record: dict) -> str:
-    data, cost = record["data"], record.get("cost")
-    if cost is None and (newest := checkpoint.latest(run / "checkpoints")):
-        cost = read_checked(newest / "state.json")
-    rows = {
-        "command": record["command"],
-        "data": f"{data['name']}, {data['shapes']:,} shapes" if "shapes" in data else data["name"],
-        "sha256 of the data": data["fingerprint"],
-        "seed": config["seed"],
-    }
-    if sizes := record.get("parameters"):
-        rows["parameters"] = ", ".join(
-            f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()
-        )
-    if cost:
-        units = {
-            "step": (1, ",.0f", "steps"),
-            "cpu_seconds": (60, ".1f", "CPU-minutes"),
-            "wall_seconds": (60, ".1f", "minutes"),
-            "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),
-            "stage1_cpu_seconds": (60, ".1f", "CPU-minutes before that: stage I, cached targets"),
-        }
-        spent = [
-            f"{cost[key] / by:{form}} {unit}"
-            for key, (by, form, unit) in units.items()
-            if cost.get(key)
-        ]
-        rows["cost"] = ", ".join(spent)
-    versions = record["versions"] | {"python": record["python"]}
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return section(
-        "Provenance", facts(rows | {"commit": record["commit"], "machine": record["machine"]})
-    )
+def _training(run: Run, config: dict) -> str:
+    """Curves of the run, of its stage I, or of the first fold of a few-shot run."""
+    draw = figures.draw_curves
+    if config.get("task"):
+        part = "validation"
+        if config.get("select") == "best-on-test":
+            part = "test, by which the epoch is chosen"
+        figure = "instance mIoU" if config["task"] == "segment" else "overall accuracy"
+        draw = partial(figures.draw_supervised, selected=f"{part}, {figure}")
+    runs = {"By optimiser step.": run}
+    runs["Fold 0, by optimiser step."] = Run(run.folder / "fold-0")
+    for stage in run.stages:
+        runs[f"Stage I, {stage.folder.name}, by optimiser step."] = stage
+    drawn = [
+        picture(partial(draw, found.folder), caption)
+        for caption, found in runs.items()
+        if found.metrics
+    ]
+    return section("Training", *(drawn or [note("No step has been logged.")]))
 
 
 def _settings(config: dict, record: dict) -> str:
     """What differs from the defaults; all settings folded away."""
     chosen = {name: value for name, value in config.items() if name != "task"}
     changed = differences(chosen, to_dict(DEFAULTS.get(config.get("task", ""), PretrainConfig())))
-    told = "Settings that are not the defaults."
-    if "departures" in record:
-        changed = {name: pair for name, pair in changed.items() if name not in record["departures"]}
-        told = "Settings that are not the defaults, beside the departures above."
-    rows = [[name, *pair] for name, pair in changed.items()]
-    flat = [
-        (f"{name}.{k}", v)
-        for name, value in chosen.items()
-        if isinstance(value, dict)
-        for k, v in value.items()
-    ]
-    every = [(name, value) for name, value in chosen.items() if not isinstance(value, dict)] + flat
-    body = (
-        note(told) + table(["setting", "here", "default"], rows)
-        if rows
-        else note("All others are the defaults.")
-    )
+    departures = record.get("departures", {})
+    rows = [[name, *pair] for name, pair in changed.items() if name not in departures]
+    groups = {name: value for name, value in chosen.items() if isinstance(value, dict)}
+    every = [(name, value) for name, value in chosen.items() if name not in groups]
+    every += [(f"{name}.{k}", v) for name, group in groups.items() for k, v in group.items()]
+    body = note("All others are the defaults.")
+    if rows:
+        beside = ", beside the departures above" if "departures" in record else ""
+        body = note(f"Settings that are not the defaults{beside}.")
+        body += table(["setting", "here", "default"], rows)
     return section("Settings", body, folded("All settings", table(["", ""], every)))
 
 

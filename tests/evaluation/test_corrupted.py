@@ -11,15 +11,12 @@ from jepa3d.data.corruptions import KINDS
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import corrupted as module
 from jepa3d.evaluation.classifiers import predict
-from jepa3d.evaluation.corrupted import probe_corrupted, search_corrupted
+from jepa3d.evaluation.corrupted import corrupted
 from jepa3d.evaluation.probe import QUICK_C, few_labels
 from jepa3d.evaluation.retrieval import opened
 
 BASELINES = ["untrained", "histograms", "geometry"]
-ASK = {
-    "retrieval": (search_corrupted, ["nearest", "map"]),
-    "probe": (probe_corrupted, ["logistic_10", "knn"]),
-}
+FIGURES = {"retrieval": ["nearest", "map"], "probe": ["logistic_10", "knn"]}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr("jepa3d.evaluation.probe._DRAWS", 2)
 
 
-@pytest.mark.parametrize("command", ASK)
+@pytest.mark.parametrize("command", FIGURES)
 def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(
     encoder_and_data, command, tmp_path, capsys
 ):
@@ -46,7 +43,7 @@ def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(
         assert kind in shown
         assert list(row["results"]) == [model, *BASELINES]
         for values in row["results"].values():
-            assert list(values) == ASK[command][1]
+            assert list(values) == FIGURES[command]
             for figures in values.values():
                 assert len(figures) == len(row["levels"])
                 assert all(0 <= figure <= 100 for figure in figures)
@@ -54,7 +51,7 @@ def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(
     assert "jitter *" not in shown
 
 
-@pytest.mark.parametrize("command", ASK)
+@pytest.mark.parametrize("command", FIGURES)
 def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
     encoder_and_data, command, monkeypatch
 ):
@@ -67,30 +64,29 @@ def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
         return points
 
     monkeypatch.setattr(module, "corrupt", unchanged)
-    rows = ASK[command][0]([model], data)["corruptions"]
+    rows = corrupted(command, [model], data)["corruptions"]
     assert sizes == {(512, 3)}
     for kind, row in rows.items():
         if len(row["levels"]) == 1:
             assert row["results"] == rows["clean"]["results"], kind
 
 
-@pytest.mark.parametrize("command", ASK)
+@pytest.mark.parametrize("command", FIGURES)
 def test_dirt_is_told_from_clean(encoder_and_data, command, monkeypatch):
     """A corruption that makes one shape of all leaves chance."""
     model, data = encoder_and_data
     same = make_shapes(1, 512, seed=9)["points"][0]
     monkeypatch.setattr(module, "corrupt", lambda points, *_: same)
-    row = ASK[command][0]([model], data)["corruptions"]["256 points"]["results"][model]
+    row = corrupted(command, [model], data)["corruptions"]["256 points"]["results"][model]
     assert next(iter(row.values()))[0] < 60
     assert corruptions.corrupt(same, "256 points", 0, 0).shape == (256, 3)
 
 
 def test_clean_shapes_are_told_as_classifiers_fitted_to_train_tell_them(encoder_and_data):
     model, data = encoder_and_data
-    found = probe_corrupted([model], data)["corruptions"]["clean"]["results"]
-    encoder, descriptors, train, test = next(
-        opened([model], data, "labels", "z", "test", whole=True)
-    )
+    found = corrupted("probe", [model], data)["corruptions"]["clean"]["results"]
+    encoder, descriptors, shapes = next(opened([model], data, "labels", "z", "test", whole=True))
+    train, test = shapes.train, shapes.test
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[:20])
     for name, (of, _) in descriptors.items():
         x, x_test = of(encoder.prepare(train.points)), of(encoder.prepare(test.points[asked]))
@@ -106,8 +102,8 @@ def test_clean_shapes_are_told_as_classifiers_fitted_to_train_tell_them(encoder_
 
 def test_validation_leaves_the_test_part_alone(encoder_and_data):
     model, data = encoder_and_data
-    before = probe_corrupted([model], data, part="validation")["corruptions"]["clean"]
+    before = corrupted("probe", [model], data, part="validation")["corruptions"]["clean"]
     arrays = dict(np.load(data))
     arrays["points"][arrays["split"] == 1] *= [1, 0.3, 2]
     np.savez(data, **arrays)
-    assert probe_corrupted([model], data, part="validation")["corruptions"]["clean"] == before
+    assert corrupted("probe", [model], data, part="validation")["corruptions"]["clean"] == before

@@ -7,7 +7,7 @@ import pytest
 
 from jepa3d.cli import main
 from jepa3d.evaluation import curve as curves
-from jepa3d.evaluation.curve import Arm, learning_curves
+from jepa3d.evaluation.curve import Curve, learning_curves
 from jepa3d.training.pretrain import pretrain
 
 
@@ -34,7 +34,7 @@ def scored(monkeypatch):
         calls.append(float(np.abs(x).sum()))
         return {"accuracy": float(len(calls))}
 
-    monkeypatch.setattr(curves, "run_protocol", protocol)
+    monkeypatch.setattr("jepa3d.evaluation.probe.run_protocol", protocol)
     return calls
 
 
@@ -86,7 +86,7 @@ def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(
 
 
 def test_the_time_to_an_accuracy_is_the_first_from_which_it_stays_reached():
-    arm = Arm(
+    arm = Curve(
         "a",
         [0, 1],
         [0, 1, 2, 3],

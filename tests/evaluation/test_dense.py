@@ -129,9 +129,10 @@ def test_points_without_a_label_are_left_out_and_shapes_of_them_refused(model, s
     x, y = dense._samples(local_features(encoder)["positions"], encoder, clouds)
     assert y.min() >= 0
     assert len(np.unique(x[0], axis=0)) <= 7
-    clouds.parts[3] = -1
-    with pytest.raises(ValueError, match=r"\Afew.npz: a train shape has no labelled point.*\Z"):
-        dense._samples(local_features(encoder)["positions"], encoder, clouds)
+    arrays["seg"][3] = -1
+    np.savez(tmp_path / "few.npz", **arrays)
+    with pytest.raises(ValueError, match=r"few.npz: .*1 shapes have no labelled point"):
+        probe_parts([model], str(tmp_path / "few.npz"))
 
 
 def test_a_category_of_one_part_is_that_part_everywhere():

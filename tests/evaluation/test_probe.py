@@ -9,13 +9,14 @@ import torch
 
 from jepa3d import config as settings
 from jepa3d.cli import main
-from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.datasets import PointClouds
 from jepa3d.data.io import ReadError
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation import probe as probing
 from jepa3d.evaluation.features import layer_features, untrained_like
-from jepa3d.evaluation.labelled import chosen_on, shared_classes
+from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, summarise
+from jepa3d.evaluation.tables import show
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 
 
@@ -167,11 +168,12 @@ def test_few_labels_choose_among_the_same_ten_and_score_the_mean_over_draws(call
     x, y, x_test, y_test = data((1.0, 0.9))
     drawn, scores = [], iter([50.0, 60.0, 80.0])
 
-    def scripted(_protocol, _c, fit, labels, _held, against):
+    def scripted(_protocol, _c, fit, labels, _held, against, *, seed):
         drawn.append((len(fit), np.bincount(labels).tolist(), against is y_test))
-        return next(scores) if against is y_test else 0.0
+        right = next(scores) if against is y_test else 0.0
+        return np.array([[right, 100 - right], [0, 0]])
 
-    monkeypatch.setattr(probing, "_accuracy", scripted)
+    monkeypatch.setattr(probing, "_confusion", scripted)
     result = run_protocol("logistic_10", x, y, x_test, y_test, [0, 1])
     assert {rows for rows, _, final in drawn if not final} == {
         24
@@ -267,24 +269,24 @@ def clouds(labels, split) -> PointClouds:
 
 def test_classes_of_one_half_are_dropped_and_named(capsys):
     split = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    train, test, dropped = shared_classes(clouds([0, 1, 2, 0, 0, 1, 3, 4], split))
-    assert train.labels.tolist() == [0, 1, 0]
-    assert test.labels.tolist() == [0, 1]
-    assert dropped == ["c (1 train, 0 test)", "d (0 train, 1 test)", "e (0 train, 1 test)"]
+    found = Labelled.of(clouds([0, 1, 2, 0, 0, 1, 3, 4], split))
+    assert found.y.tolist() == [0, 1, 0]
+    assert found.y_test.tolist() == [0, 1]
+    assert found.dropped == ("c (1 train, 0 test)", "d (0 train, 1 test)", "e (0 train, 1 test)")
     assert "3 classes dropped" in (said := capsys.readouterr().out)
-    assert all(name in said for name in dropped)
-    assert train.points[:, 0, 0].tolist() == [0, 6, 18]
+    assert all(name in said for name in found.dropped)
+    assert found.train.points[:, 0, 0].tolist() == [0, 6, 18]
 
 
 def test_a_source_s_validation_part_is_neither_train_nor_test():
     source = clouds([0, 1, 0, 1, 0, 1, 0], np.array([0, 0, 0, 1, 1, 2, 2]))
-    train, test, _ = shared_classes(source)
-    assert train.points[:, 0, 0].tolist() == [0, 6, 12]
-    assert test.points[:, 0, 0].tolist() == [18, 24]
-    assert chosen_on(source, train, "test").points[:, 0, 0].tolist() == [30, 36]
-    train, test, _ = shared_classes(source, "validation")
-    assert test.points[:, 0, 0].tolist() == [30, 36]
-    assert chosen_on(source, train, "validation") is None
+    found = Labelled.of(source)
+    assert found.train.points[:, 0, 0].tolist() == [0, 6, 12]
+    assert found.test.points[:, 0, 0].tolist() == [18, 24]
+    assert found.validation.points[:, 0, 0].tolist() == [30, 36]
+    found = Labelled.of(source, "validation")
+    assert found.test.points[:, 0, 0].tolist() == [30, 36]
+    assert found.validation is None
 
 
 def test_a_source_s_validation_part_chooses_layer_and_c():
@@ -307,16 +309,15 @@ def test_a_source_s_validation_part_chooses_layer_and_c():
 def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     split = np.repeat([0, 1], [40, 10])
     source = clouds(np.arange(50) % 4, split)
-    train, validation, dropped = shared_classes(source, "validation")
-    assert np.bincount(train.labels).tolist() == [8, 8, 8, 8]
-    assert np.bincount(validation.labels).tolist() == [2, 2, 2, 2]
-    assert not dropped
-    seen = {float(value) for half in (train, validation) for value in half.points[:, 0, 0]}
+    found = Labelled.of(source, "validation")
+    assert np.bincount(found.y).tolist() == [8, 8, 8, 8]
+    assert np.bincount(found.y_test).tolist() == [2, 2, 2, 2]
+    assert not found.dropped
+    seen = {float(value) for half in found.subsets() for value in half.points[:, 0, 0]}
     assert seen == {
         float(value) for value in source.points[:40, 0, 0]
     }  # all of train, none of test, none twice
-    again = shared_classes(source, "validation")[1]
-    assert (again.points == validation.points).all()
+    assert (Labelled.of(source, "validation").test.points == found.test.points).all()
 
 
 @pytest.mark.parametrize(
@@ -331,12 +332,20 @@ def test_data_that_cannot_be_probed_is_refused_in_one_line(labels, split, said):
     source = clouds(labels, split if split is not None else np.zeros(2))
     source = PointClouds(source.name, "f", source.points, source.labels, source.class_names, split)
     with pytest.raises(ReadError, match=rf"\Aset: .*{said}.*\Z"):
-        shared_classes(source)
+        Labelled.of(source)
 
 
 def test_validation_without_a_train_part_is_refused():
     with pytest.raises(ReadError, match=r"\Aset: 0 train shapes.*\Z"):
-        shared_classes(clouds([0, 1, 0, 1], np.ones(4)), "validation")
+        Labelled.of(clouds([0, 1, 0, 1], np.ones(4)), "validation")
+
+
+def test_one_train_shape_a_class_is_refused_where_something_is_chosen(calls):
+    x, y, x_test, y_test = data((1.0, 2.0), train=3)
+    for protocol in ("knn", "logistic_10"):
+        with pytest.raises(ValueError, match=r"\Aone train shape a class.*\Z"):
+            run_protocol(protocol, x, y, x_test, y_test, [0, 1])
+        assert run_protocol(protocol, x, y, x_test, y_test, [1], c=0.1)["accuracy"] > 30
 
 
 def row(run: str, model: str, accuracy: float) -> dict:
@@ -446,9 +455,9 @@ def test_every_row_names_its_present_classes_and_their_accuracy(probed):
 
 
 def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
-    probing.show(probed)
+    show(probing.sheets(probed))
     assert "beam" not in capsys.readouterr().out
-    probing.show(probed, per_class="knn")
+    show(probing.sheets(probed, per_class="knn"))
     lines = [line.replace("│", " ") for line in capsys.readouterr().out.splitlines()]
     scores = [(at["model"], at["scores"]["knn"]) for at in probed["rows"]]
 
@@ -473,14 +482,11 @@ def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
 
 
 @pytest.mark.parametrize("protocol", ["logistic_10", "mlp3", "svm"])
-def test_a_protocol_without_figures_of_classes_is_refused_before_anything_is_printed(
-    probed, capsys, protocol
-):
+def test_a_protocol_without_figures_of_classes_is_refused(probed, protocol):
     with pytest.raises(
         ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"
     ):
-        probing.show(probed, per_class=protocol)
-    assert not capsys.readouterr().out
+        probing.sheets(probed, per_class=protocol)
 
 
 @pytest.mark.parametrize("content", ["nothing", "folder", "unfinished"])
@@ -508,10 +514,10 @@ def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
     """The untrained encoder of preset tiny, logistic probe: between 50 and 90 per cent."""
     torch.manual_seed(0)
     encoder = PointEncoder(**vars(settings.resolve(settings.preset("tiny")).encoder))
-    train, test, _ = probing.shared_classes(load(["synthetic:1000"], 512, "all"))
-    calibrate_batchnorm(encoder, torch.from_numpy(train.points[:256]))
-    x, x_test = layer_features(encoder, train), layer_features(encoder, test)
-    found = probing.run_protocol("logistic", x, train.labels, x_test, test.labels, [encoder.depth])
+    shapes = Labelled.read("synthetic:1000", 512)
+    calibrate_batchnorm(encoder, torch.from_numpy(shapes.train.points[:256]))
+    x, x_test = (layer_features(encoder, half) for half in shapes.subsets())
+    found = probing.run_protocol("logistic", x, shapes.y, x_test, shapes.y_test, [encoder.depth])
     assert 50 < found["accuracy"] < 90
 
 
@@ -537,11 +543,11 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert set(result["summary"]) == {"untrained", "pretrained", "gain", *by_hand}
-    train, test, _ = shared_classes(load([shapes], 32, "all"))
-    untrained = untrained_like(encoder, train)
+    read = Labelled.read(shapes, 32)
+    untrained = untrained_like(encoder, read.train)
     for row, model in zip(result["rows"][:2], (untrained, encoder), strict=True):
-        halves = [layer_features(model, half) for half in (train, test)]
-        expected = run_protocol("knn", halves[0], train.labels, halves[1], test.labels, [0, 1])
+        x, x_test = (layer_features(model, half) for half in read.subsets())
+        expected = run_protocol("knn", x, read.y, x_test, read.y_test, [0, 1])
         assert row["scores"]["knn"]["confusion"] == expected["confusion"]
 
 

@@ -8,15 +8,9 @@ from copy import deepcopy
 import pytest
 
 from jepa3d.cli import main
-from jepa3d.evaluation.published import (
-    OTHERS,
-    PUBLISHED,
-    all_published,
-    benchmark_of,
-    markdown,
-    show,
-)
+from jepa3d.evaluation.published import PUBLISHED, benchmark_of, published_sheet
 from jepa3d.evaluation.results import arms_of, choose, paired_gains, read_runs, tables
+from jepa3d.evaluation.tables import markdown, show
 
 RESULT = {
     "task": "classify",
@@ -213,7 +207,7 @@ def test_gains_of_arms_that_differ_in_more_than_init_only_after_choosing(make, t
     assert gain.rows == []
     assert "no seed in common" in gain.notes[0]
     sheet, gain = tables([tmp_path], "lr")
-    assert "scratch: lr 0.001 is the only one there" in sheet.notes
+    assert "scratch: lr 0.001 is the only one" in sheet.notes
     assert column(gain, "init") == ["runs/jepa-0"]
     assert column(gain, "overall_accuracy") == ["+5.00"]
     (tmp_path / "other" / "results.json").unlink()
@@ -305,27 +299,21 @@ def test_no_published_rows_beside_other_data(make):
 
 
 def test_published_numbers_are_those_of_the_method_notes():
-    forty = [
-        (row.method, row.epochs, row.values[0], row.voting)
-        for row in PUBLISHED["modelnet40"].figures
-    ]
-    assert ("point2vec", 800, "94.7", "no") in forty
-    assert ("point2vec", 800, "94.8", "yes") in forty
-    assert ("3D-JEPA", 300, "94.0", "not stated") in forty
-    assert {
-        voting for name, _, _, voting in forty if name in ("Point-BERT", "Point-MAE", "Point-M2AE")
-    } == {"yes"}
-    last = {key: PUBLISHED[key].figures[-1] for key in PUBLISHED}
-    assert [last[key].values[0] for key in ("obj_bg", "obj_only", "pb_t50_rs")] == [
-        "95.52",
-        "94.32",
-        "90.35",
-    ]
-    few = [last[key].values[0] for key in ("5w10s", "5w20s", "10w10s", "10w20s")]
-    assert few == ["97.6 ± 2.0", "98.8 ± 0.4", "94.3 ± 3.6", "96.3 ± 2.4"]
-    assert last["shapenetpart"].values == ("84.93", "86.41")
-    assert len(all_published()) == len(PUBLISHED) + len(OTHERS) == 12
-    assert all(len(row) == len(sheet.columns) for sheet in all_published() for row in sheet.rows)
+    forty = PUBLISHED["modelnet40"].rows
+    assert ["point2vec", "800", "no", "94.7"] in forty
+    assert ["point2vec", "800", "yes", "94.8"] in forty
+    assert ["3D-JEPA", "300", "not stated", "94.0"] in forty
+    voted = ("Point-BERT", "Point-MAE", "Point-M2AE")
+    assert {voting for name, _, voting, _ in forty if name in voted} == {"yes"}
+    last = {key: benchmark.rows[-1][3:] for key, benchmark in PUBLISHED.items()}
+    whole = [last[key] for key in ("obj_bg", "obj_only", "pb_t50_rs")]
+    assert whole == [["95.52"], ["94.32"], ["90.35"]]
+    few = [last[key] for key in ("5w10s", "5w20s", "10w10s", "10w20s")]
+    assert few == [["97.6 ± 2.0"], ["98.8 ± 0.4"], ["94.3 ± 3.6"], ["96.3 ± 2.4"]]
+    assert last["shapenetpart"] == ["84.93", "86.41"]
+    sheets = [published_sheet(benchmark) for benchmark in PUBLISHED.values()]
+    assert len(sheets) == 12
+    assert all(len(row) == len(sheet.columns) for sheet in sheets for row in sheet.rows)
 
 
 def test_few_shot_and_segmentation_have_their_own_tables(make, tmp_path):
@@ -381,9 +369,9 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "not readable as JSON"),
-        ("\xff", "not readable as JSON"),
-        ("[1]", "not a result of jepa3d"),
+        ("{", "damaged or cut off"),
+        ("\xff", "damaged or cut off"),
+        ("[1]", "holds no named values"),
         ('{"task": ["classify"]}', "not a result of jepa3d"),
         ('{"task": "classify"}', "protocol is None, not a str"),
         (
@@ -411,7 +399,7 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json"):
         read_runs([tmp_path])
     going = unfinished(tmp_path / "sweep" / "going")
-    with pytest.raises(ValueError, match=r"going: an unfinished run"):
+    with pytest.raises(ValueError, match=r"going: no results\.json .*unfinished.*going"):
         read_runs([going])
     with pytest.raises(ValueError, match=r"sweep: no results\.json .*unfinished: .*going"):
         read_runs([tmp_path / "sweep"])

@@ -12,6 +12,7 @@ from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import retrieval as module
 from jepa3d.evaluation.descriptors import Descriptor, cosine, minus_l1
 from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search
+from jepa3d.evaluation.tables import show
 
 RNG = np.random.default_rng(0)
 BASELINES = ["untrained", "histograms", "geometry"]
@@ -84,14 +85,14 @@ def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarra
     opened = module.opened
 
     def changed(*args, **options):
-        for encoder, descriptors, train, clouds in opened(*args, **options):
+        for encoder, descriptors, shapes in opened(*args, **options):
             seen = {
                 name: Descriptor(
                     lambda points, name=name, of=of: watched(name, of(points)), likeness
                 )
                 for name, (of, likeness) in descriptors.items()
             }
-            yield encoder, seen, train, clouds
+            yield encoder, seen, shapes
 
     monkeypatch.setattr(module, "opened", changed)
 
@@ -106,7 +107,7 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
     for name in BASELINES:
         low, high = result["results"][name]["interval"]
         assert low <= result["results"][name]["first_minus_this"] <= high
-    module.show(result)
+    show([module.sheet(result)])
     shown = capsys.readouterr().out
     assert "60 queries of 4 classes" in shown
     assert all(name in shown for name in BASELINES)

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 
 from jepa3d import config as settings
 from jepa3d.cli import main
-from jepa3d.evaluation import outcomes
 from jepa3d.evaluation.outcomes import METRICS, LabelledSet
 from jepa3d.evaluation.paired import difference
 from jepa3d.objectives.jepa import JEPA
@@ -298,7 +297,7 @@ def test_a_bad_grid_is_one_line_that_names_file_and_key(
 def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, capsys):
     np.savez(tmp_path / "bare.npz", points=np.random.default_rng(0).normal(size=(40, 64, 3)))
     call(write_grid(), "--data", tmp_path / "bare.npz", "--out", tmp_path / "out", code=2)
-    assert "has no labels, and a probe needs them" in capsys.readouterr().err
+    assert "has no labels, or not of all its shapes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -425,7 +424,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
         looked.append((folder.name, name, shapes.part))
         slow, base = "lr0.001" in folder.name, folder.name.startswith("base")
         best = (slow == base) == (shapes.part == "validation")
-        return dict.fromkeys(METRICS, np.full(len(shapes.y_scored), 90.0 if best else 10.0))
+        return dict.fromkeys(METRICS, np.full(len(shapes.y_test), 90.0 if best else 10.0))
 
     monkeypatch.setattr(comparing, "kept_outcomes", scripted)
     comparison = Comparison(grid, [LabelledSet(bundle)], "test", tmp_path)
@@ -443,11 +442,10 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
 
 
 def test_the_validation_part_is_no_test_shape(bundle):
-    parts = {
-        part: outcomes.Shapes.read(LabelledSet(bundle), 64, part) for part in ("test", "validation")
-    }
-    tested = {cloud.tobytes() for cloud in parts["test"].scored.points[:]}
-    validated = {cloud.tobytes() for half in parts["validation"][2:4] for cloud in half.points[:]}
+    parts = {part: LabelledSet(bundle).read(64, part) for part in ("test", "validation")}
+    tested = {cloud.tobytes() for cloud in parts["test"].test.points[:]}
+    halves = parts["validation"].subsets()
+    validated = {cloud.tobytes() for half in halves for cloud in half.points[:]}
     assert not tested & validated
     assert parts["test"].key != parts["validation"].key
 

@@ -272,7 +272,7 @@ def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(
         pretrain(tiny(mixed_precision="bf16", max_steps=4, **CACHED), tmp_path / "bf16")
     ) == losses(run)
     info.describe(str(run))
-    assert "computed in bf16 on CPU with AMX\n" in capsys.readouterr().out
+    assert "computed in: bf16 on CPU with AMX\n" in capsys.readouterr().out
 
 
 def test_a_run_begun_in_fp32_by_an_older_version_stays_in_it(tiny, tmp_path, monkeypatch):

@@ -67,37 +67,37 @@ def probe(
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
     from jepa3d.evaluation.protocol import write_json
+    from jepa3d.evaluation.tables import show
 
+    models = [str(run) for run in runs]
     if corruptions or parts:
         if (corruptions and parts) or (layer, pooling, protocols, quick, per_class) != _CHOICES:
             other = "--layer, --pooling, --protocols, --quick, --per-class"
             raise ValueError(f"--corruptions and --parts: one of them, and without {other}")
-        ask, show = (
-            (dense.probe_parts, dense.show)
-            if parts
-            else (corrupted.probe_corrupted, corrupted.show)
-        )
-        show(result := ask([str(run) for run in runs], data, labels_key, up_axis, part))
+        if parts:
+            result = dense.probe_parts(models, data, labels_key, up_axis, part)
+            show([dense.sheet(result)])
+        else:
+            result = corrupted.corrupted("probe", models, data, labels_key, up_axis, part)
+            show([corrupted.sheet(result)])
     else:
         if layer != "best" and not layer.isdigit():
             raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
-        probing.check_per_class(per_class, protocols or probing.PROTOCOLS)
-        at = None if layer == "best" else int(layer)
         names = protocols or probing.PROTOCOLS
+        probing.check_per_class(per_class, names)
+        at = None if layer == "best" else int(layer)
         result = probing.probe(runs, data, labels_key, up_axis, at, pooling, names, part, quick)
-        probing.show(result, per_class)
+        show(probing.sheets(result, per_class))
     special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (layer != "best")
     special += (
-        [pooling] * (pooling != "mean_max") + list(protocols or ()) + [part] * (part != "test")
+        [pooling] * (pooling != "mean_max") + [*(protocols or ())] + [part] * (part != "test")
     )
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     if not (run := (runs[0] / "run.json").is_file()):  # an encoder's own folder is left as it is
         special.insert(0, runs[0].name)
-    out = (
-        out
-        or (runs[0] if run else Path())
-        / f"probe-{'-'.join([Path(data).stem.replace(':', '-'), *special])}.json"
-    )
+    if out is None:
+        name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])
+        out = (runs[0] if run else Path()) / f"{name}.json"
     write_json(out, result)
     print(f"written: {out}")
 
@@ -134,11 +134,12 @@ def curve(
     out: Path
         The picture.
     """
-    from jepa3d.evaluation.curve import learning_curves, show_curves
+    from jepa3d.evaluation.curve import learning_curves, sheet
+    from jepa3d.evaluation.tables import show
     from jepa3d.figures import draw_learning_curves
 
     arms = learning_curves(runs, data, labels_key, up_axis, protocol, part)
-    show_curves(arms, protocol, part)
+    show([sheet(arms, protocol, part)])
     draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
     print(f"written: {out}")
 
@@ -167,8 +168,9 @@ def results(
         A Markdown file to write the tables to as well.
     """
     from jepa3d.evaluation.protocol import provenance
-    from jepa3d.evaluation.published import all_published, markdown, show
+    from jepa3d.evaluation.published import PUBLISHED, published_sheet
     from jepa3d.evaluation.results import tables
+    from jepa3d.evaluation.tables import markdown, show
 
     if not runs and not published:
         raise ValueError(
@@ -177,7 +179,7 @@ def results(
     if choose is not None and not runs:
         raise ValueError(f"--choose {choose}: needs runs to choose among")
     sheets = tables(list(runs), choose) if runs else []
-    sheets += all_published() if published else []
+    sheets += map(published_sheet, PUBLISHED.values()) if published else []
     show(sheets)
     if out is not None:
         out.write_text(markdown(sheets, provenance()["command"]), encoding="utf-8")
@@ -222,13 +224,14 @@ def retrieval(
     from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
     from jepa3d.evaluation.protocol import write_json
+    from jepa3d.evaluation.tables import show
 
-    ask, show = (
-        (corrupted.search_corrupted, corrupted.show)
-        if corruptions
-        else (retrieving.retrieval, retrieving.show)
-    )
-    show(result := ask(models, data, labels_key, up_axis, part))
+    if corruptions:
+        result = corrupted.corrupted("retrieval", models, data, labels_key, up_axis, part)
+        show([corrupted.sheet(result)])
+    else:
+        result = retrieving.retrieval(models, data, labels_key, up_axis, part)
+        show([retrieving.sheet(result)])
     if out is not None:
         write_json(out, result)
         print(f"written: {out}")

@@ -1,4 +1,4 @@
-"""The classifiers of the probe's protocols, and what their predictions come to class by class."""
+"""The classifiers of the probe's protocols, and accuracy class by class."""
 
 import math
 import warnings
@@ -43,9 +43,8 @@ class MLP3(ClassifierMixin, BaseEstimator):
         self.classes_, target = np.unique(y, return_inverse=True)
         features, labels = torch.from_numpy(x).float(), torch.from_numpy(target)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(
-                self.seed
-            )  # torch.manual_seed would seed accelerators too
+            # torch.manual_seed would seed accelerators too
+            torch.default_generator.manual_seed(self.seed)
             self.head_ = _head(x.shape[1], len(self.classes_))
             optimizer = torch.optim.AdamW(
                 self.head_.parameters(), _LR, weight_decay=_WEIGHT_DECAY, fused=True
@@ -69,27 +68,23 @@ def _head(width: int, classes: int) -> nn.Sequential:
     """E -> 256 -> 256 -> classes."""
     layers: list[nn.Module] = []
     for inputs in (width, _WIDTH):
-        layers += [
-            nn.Linear(inputs, _WIDTH),
-            nn.BatchNorm1d(_WIDTH),
-            nn.ReLU(),
-            nn.Dropout(_DROPOUT),
-        ]
+        layers += [nn.Linear(inputs, _WIDTH), nn.BatchNorm1d(_WIDTH), nn.ReLU()]
+        layers.append(nn.Dropout(_DROPOUT))
     return nn.Sequential(*layers, nn.Linear(_WIDTH, classes))
 
 
 def _classifier(protocol: str, c: float, count: int, seed: int):
-    if protocol.startswith("logistic"):
-        return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+    if protocol == "svc_linear":
+        return SVC(kernel="linear", C=0.012)
+    if protocol == "linear_svc":
+        # Its default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the older
+        # one, True.
+        return LinearSVC(random_state=0)
     if protocol == "knn":
-        return make_pipeline(
-            StandardScaler(), KNeighborsClassifier(min(10, count), metric="cosine")
-        )
-    if protocol == "mlp3":
-        return make_pipeline(StandardScaler(), MLP3(seed))
-    # LinearSVC's default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the
-    # older one, True.
-    return SVC(kernel="linear", C=0.012) if protocol == "svc_linear" else LinearSVC(random_state=0)
+        made = KNeighborsClassifier(min(10, count), metric="cosine")
+    else:
+        made = MLP3(seed) if protocol == "mlp3" else LogisticRegression(C=c, max_iter=1000)
+    return make_pipeline(StandardScaler(), made)
 
 
 def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0):
@@ -119,15 +114,13 @@ def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
     The strength of regularisation is chosen by the same folds, so the estimate is a little too
     good. None where a class has one vector only: then nothing can be chosen either.
     """
-    folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
+    folds, c, accuracy = min(5, int(np.unique(y, return_counts=True)[1].min())), _CS[2], None
     with one_thread():
-        if folds < 2:
-            return _linear(_CS[2]).fit(x, y), None
-        scores = side_by_side(
-            _cross_validated, [(x, y, c, folds) for c in _CS], len(_CS) * folds * x.size
-        )
-        best = int(np.argmax(scores))
-        return _linear(_CS[best]).fit(x, y), scores[best]
+        if folds > 1:
+            jobs = [(x, y, c, folds) for c in _CS]
+            scores = side_by_side(_cross_validated, jobs, len(jobs) * folds * x.size)
+            accuracy, c = max(zip(scores, _CS, strict=True), key=lambda pair: pair[0])
+        return _linear(c).fit(x, y), accuracy
 
 
 def _linear(c: float) -> Pipeline:
@@ -147,17 +140,14 @@ def set_head(network: LinearClassifier, head: Pipeline) -> None:
     scale, linear = head[0], head[1]
     weight, bias = linear.coef_ / scale.scale_, linear.intercept_
     if len(linear.classes_) == 2:  # scikit-learn has one row: the second class against the first
-        weight, bias = (
-            np.concatenate([-weight / 2, weight / 2]),
-            np.concatenate([-bias / 2, bias / 2]),
-        )
+        weight, bias = (np.concatenate([-found / 2, found / 2]) for found in (weight, bias))
     network.out.weight.copy_(torch.from_numpy(weight))
     network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
 
 
 def class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Per cent of each class's shapes that were found, nan where it has none; rows true, columns
-    predicted.
+    """Accuracy in per cent of each class of a confusion matrix (rows true, columns predicted); nan
+    of a class without shapes.
     """
     counts = confusion.sum(1)
     return 100 * np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)

@@ -1,5 +1,4 @@
-"""`--corruptions` of retrieval and probe: what frozen vectors are worth when the shapes asked about
-are damaged.
+"""`--corruptions` of retrieval and probe: what frozen vectors are worth for damaged shapes.
 
 A shape is corrupted before the frame, from all the points that its source has (data/corruptions.py
 has the kinds), for the encoder and everything beside it alike. The clean shapes that are searched,
@@ -7,181 +6,126 @@ or that classifiers were fitted to, stay as they are. Nothing is chosen.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 from jepa3d.data.corruptions import KINDS, corrupt
-from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import fitted
 from jepa3d.evaluation.descriptors import Descriptor
-from jepa3d.evaluation.labelled import Part
 from jepa3d.evaluation.probe import QUICK_C, few_labels
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.retrieval import data_record, opened, search
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.evaluation.tables import Sheet
 
 QUERIES = 400  # at most; where a kind has five severities, half as many at each
 
-# Of prepared clouds q N 3 and their numbers q: figures in per cent by the name of a vector.
-Figures = Callable[[Tensor, np.ndarray], dict[str, dict[str, float]]]
+# Figures in per cent of vectors q E of the shapes at rows q.
+Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
-def search_corrupted(
-    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
-) -> dict[str, Any]:
-    """What `retrieval` finds for corrupted queries, in the clean part without their own shape.
-
-    Of every kind, lists over its severities. Raises ValueError and ReadError.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    record: dict[str, Any] = {}
-    for encoder, descriptors, _, clouds in opened(
-        models, data, labels_key, up_axis, part, whole=True
-    ):
-        labels = clouds.labels
-        assert labels is not None
-        own = _some(np.flatnonzero(np.bincount(labels)[labels] > 1))
-        points = encoder.prepare(clouds.points[:])
-        gallery = {name: of(points) for name, (of, _) in descriptors.items()}
-        _under_each_kind(
-            encoder, clouds, own, partial(_searched, descriptors, gallery, labels), found
-        )
-        record = data_record("retrieval", clouds, labels_key, part) | {"queries": len(own)}
-    return record | {"corruptions": found} | provenance()
-
-
-def probe_corrupted(
+def corrupted(
+    task: Literal["retrieval", "probe"],
     models: list[str],
     data: str,
     labels_key: str = "labels",
     up_axis: str = "z",
-    part: Part = "test",
+    part: str = "test",
 ) -> dict[str, Any]:
-    """Accuracy on corrupted shapes of a part, under logistic_10 and knn fitted to clean train
-    shapes.
+    """What each model and the first one's baselines reach on corrupted shapes of a part.
 
-    Of every kind, lists over its severities. Raises ValueError and ReadError.
+    retrieval: nearest shape right and mAP in the clean part without the shape itself. probe:
+    accuracy of logistic_10 and knn fitted to clean train shapes. For every kind, lists over its
+    severities. Raises ValueError and ReadError.
     """
-    found: dict[str, dict[str, Any]] = {}
+    searches = task == "retrieval"
     record: dict[str, Any] = {}
-    for encoder, descriptors, train, clouds in opened(
-        models, data, labels_key, up_axis, part, whole=True
-    ):
-        y = train.labels
-        assert y is not None
-        assert clouds.labels is not None
-        own, points = _some(np.arange(len(clouds))), encoder.prepare(train.points[:])
-        fits: dict[str, dict[str, list[Any]]] = {}
-        for name, (of, _) in descriptors.items():
-            x = of(points)
-            few = [
-                fitted("logistic_10", QUICK_C, x[shots], y[shots])
-                for shots in few_labels(y, seed=0)
-            ]
-            fits[name] = {"logistic_10": few, "knn": [fitted("knn", 0.0, x, y)]}
-        _under_each_kind(
-            encoder, clouds, own, partial(_classified, descriptors, fits, clouds.labels), found
-        )
-        record = data_record("probe", clouds, labels_key, part) | {
-            "train": len(train),
-            "queries": len(own),
+    found: dict[str, dict[str, Any]] = {
+        kind: {
+            "levels": list(KINDS[kind].levels) if kind in KINDS else [0],
+            "trained": kind not in KINDS or KINDS[kind].trained,
+            "results": {},
         }
+        for kind in ("clean", *KINDS)
+    }
+    for encoder, descriptors, shapes in opened(models, data, labels_key, up_axis, part, whole=True):
+        train, clouds, labels = shapes.train, shapes.test, shapes.y_test
+        asked = np.arange(len(labels))
+        if searches:  # a shape alone in its class has nothing to be found
+            asked = asked[np.bincount(labels)[labels] > 1]
+        asked = np.sort(np.random.default_rng(0).permutation(asked)[:QUERIES])
+        clean = encoder.prepare((clouds if searches else train).points[:])
+        scores = {
+            name: _search(descriptor, descriptor.of(clean), labels)
+            if searches
+            else _classify(descriptor.of(clean), shapes.y, labels)
+            for name, descriptor in descriptors.items()
+        }
+        for kind, row in found.items():
+            rows = asked[:: 1 if len(row["levels"]) == 1 else 2]
+            results: dict[str, dict[str, list[float]]] = {name: {} for name in descriptors}
+            for severity in range(len(row["levels"])):
+                given = [(clouds.points[i], kind, severity, i) for i in rows]
+                points = encoder.prepare(
+                    [corrupt(*one) if kind in KINDS else one[0] for one in given]
+                )
+                for name, (of, _) in descriptors.items():
+                    for figure, value in scores[name](of(points), rows).items():
+                        results[name].setdefault(figure, []).append(value)
+            row["results"] |= results
+        record = data_record(task, shapes, labels_key, part)
+        record |= ({} if searches else {"train": len(train)}) | {"queries": len(asked)}
     return record | {"corruptions": found} | provenance()
 
 
-def _some(numbers: np.ndarray) -> np.ndarray:
-    """At most `QUERIES` of them, always the same."""
-    return np.sort(np.random.default_rng(0).permutation(numbers)[:QUERIES])
+def _search(descriptor: Descriptor, gallery: np.ndarray, labels: np.ndarray) -> Score:
+    """Nearest shape right and mAP in the gallery n E."""
+
+    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        ranks = search(descriptor.likeness, vectors, gallery, labels, rows)
+        nearest, average = 100 * ranks.mean(1)
+        return {"nearest": float(nearest), "map": float(average)}
+
+    return score
 
 
-def _under_each_kind(
-    encoder: PointEncoder,
-    clouds: PointClouds,
-    own: np.ndarray,
-    figures: Figures,
-    found: dict[str, dict[str, Any]],
-) -> None:
-    """Add to `found` the figures of the shapes `own` of clouds, clean and under every kind: lists
-    over severities.
-    """
-    for name in ("clean", *KINDS):
-        levels = KINDS[name].levels if name in KINDS else (0,)
-        trained = name not in KINDS or KINDS[name].trained
-        row = found.setdefault(name, {"levels": list(levels), "trained": trained, "results": {}})
-        asked, results = own[:: 1 if len(levels) == 1 else 2], {}
-        for severity in range(len(levels)):
-            shapes = [clouds.points[i] for i in asked]
-            if name in KINDS:
-                shapes = [
-                    corrupt(shape, name, severity, i)
-                    for i, shape in zip(asked, shapes, strict=True)
-                ]
-            for vector, values in figures(encoder.prepare(shapes), asked).items():
-                for figure, value in values.items():
-                    results.setdefault(vector, {}).setdefault(figure, []).append(value)
-        row["results"] |= results
+def _classify(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> Score:
+    """Accuracy of each protocol fitted to train m E: the mean over its classifiers."""
+    draws = [fitted("logistic_10", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed=0)]
+    fits = {"logistic_10": draws, "knn": [fitted("knn", 0.0, x, y)]}
 
-
-def _searched(
-    descriptors: dict[str, Descriptor],
-    gallery: dict[str, np.ndarray],
-    labels: np.ndarray,
-    dirty: Tensor,
-    own: np.ndarray,
-) -> dict[str, dict[str, float]]:
-    """Nearest shape right and mAP of dirty queries q N 3, shapes number `own` q of a gallery."""
-    found = {}
-    for name, (of, likeness) in descriptors.items():
-        nearest, average = 100 * search(likeness, of(dirty), gallery[name], labels, own).mean(1)
-        found[name] = {"nearest": float(nearest), "map": float(average)}
-    return found
-
-
-def _classified(
-    descriptors: dict[str, Descriptor],
-    fits: dict[str, dict[str, list[Any]]],
-    labels: np.ndarray,
-    dirty: Tensor,
-    own: np.ndarray,
-) -> dict[str, dict[str, float]]:
-    """Accuracy on dirty shapes q N 3, number `own` q, of each protocol: the mean over its
-    classifiers.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for name, (of, _) in descriptors.items():
-        x = of(dirty)
-        found[name] = {
-            protocol: 100 * float(np.mean([fit.predict(x) == labels[own] for fit in classifiers]))
-            for protocol, classifiers in fits[name].items()
+    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        right = {
+            name: [fit.predict(vectors) == labels[rows] for fit in some]
+            for name, some in fits.items()
         }
-    return found
+        return {name: 100 * float(np.mean(found)) for name, found in right.items()}
+
+    return score
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table of a result: a row a kind, the figures of every vector, means over severities."""
-    data, searches = result["data"], result["task"] == "retrieval"
-    figures = "nearest right / mAP" if searches else "10 labels a class / kNN"
-    told = (
-        "searched among the clean shapes, without their own"
-        if searches
-        else f"told by logistic_10 and knn fitted to {result['train']:,} clean train shapes (last layer, C {QUICK_C})"
+def sheet(result: dict[str, Any]) -> Sheet:
+    """The table of a result: a row a kind, a column a vector, means over severities."""
+    data, rows = result["data"], result["corruptions"]
+    how, figures = "searched among the clean shapes, without their own", "nearest right / mAP"
+    if result["task"] == "probe":
+        figures = "10 labels a class / kNN"
+        how = (
+            f"classified by logistic_10 and knn fitted to {result['train']:,} clean train shapes "
+            f"(last layer, C {QUICK_C})"
+        )
+    title = (
+        f"{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} "
+        f"shapes of {result['classes']} classes, corrupted before the frame and {how}; %, nothing "
+        "chosen.\nThe first seven kinds: mean of PointCloud-C's five severities, at each every "
+        "second shape.\n* the encoder of the package was never trained with it"
     )
-    print(
-        f"\n{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} shapes of "
-        f"{result['classes']} classes, corrupted before the frame and {told}; %, nothing chosen.\n"
-        "The first seven kinds: mean of PointCloud-C's five severities, at each every second shape.\n"
-        "* the encoder of the package was never trained with it"
-    )
-    table = Table(figures, *result["corruptions"]["clean"]["results"])
-    for kind, row in result["corruptions"].items():
-        cells = [
-            " / ".join(f"{np.mean(values):.1f}" for values in by.values())
-            for by in row["results"].values()
+    cells = [
+        [kind + " *" * (not row["trained"])]
+        + [
+            " / ".join(f"{np.mean(values):.1f}" for values in found.values())
+            for found in row["results"].values()
         ]
-        table.add_row(kind + " *" * (not row["trained"]), *cells)
-    Console(width=max(100, Console().width)).print(table)
+        for kind, row in rows.items()
+    ]
+    return Sheet(title, [figures, *rows["clean"]["results"]], cells, [])

@@ -15,22 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from sklearn.dummy import DummyClassifier
 from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 from jepa3d.data.cloud import UNLABELLED
-from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import fitted
 from jepa3d.evaluation.descriptors import surface
 from jepa3d.evaluation.features import untrained_like
 from jepa3d.evaluation.fitting import one_thread
-from jepa3d.evaluation.labelled import Part, chosen_on, fifth, shared_classes
-from jepa3d.evaluation.partseg import category_parts, mean_iou, shape_iou
+from jepa3d.evaluation.labelled import Labelled, Part, fifth
+from jepa3d.evaluation.partseg import mean_iou, shape_iou
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.evaluation.retrieval import paired_interval
+from jepa3d.evaluation.retrieval import compared, compared_cells
+from jepa3d.evaluation.tables import Sheet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import thirds
 from jepa3d.models.ready import load as load_encoder
@@ -54,7 +53,7 @@ def probe_parts(
     """Instance mIoU of the parts of labelled shapes by each encoder's features; of the first one's
     baselines too.
 
-    models: encoders, as of `jepa3d.load`. part: what is scored, see `shared_classes`. Baselines:
+    models: encoders, as of `jepa3d.load`. part: what is scored, see `Labelled.of`. Baselines:
     `local_features`. Returns the result record. Raises ValueError and ReadError.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -62,70 +61,54 @@ def probe_parts(
     iou: dict[str, np.ndarray] = {}
     for model in models:
         encoder = load_encoder(model)
-        clouds = load([data], encoder.num_points, "all", [up_axis], labels_key, parts=True)
-        train, test, _ = shared_classes(clouds, part)
-        held, used = chosen_on(clouds, train, part), np.arange(len(train))
-        assert train.labels is not None
-        assert test.parts is not None
-        assert test.labels is not None
+        shapes = Labelled.read(data, encoder.num_points, up_axis, labels_key, part, parts=True)
+        train, test, held = shapes.train, shapes.test, shapes.validation
+        used = np.arange(len(train))
         if held is None:
-            used, spared = fifth(train.labels, seed=0)
+            used, spared = fifth(shapes.y, seed=0)
             held = train.subset(spared)
-        parts_of = category_parts(clouds.part_names, train.labels, train.parts, clouds.class_names)
+        assert test.parts is not None
+        assert held.parts is not None
+        truth, held_truth, held_labels = test.parts[:], held.parts[:], np.asarray(held.labels)
+        parts_of = [np.array(parts) for parts in shapes.parts_of]
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
             rows["untrained"] = partial(token_features, untrained_like(encoder, train))
             rows |= local_features(encoder)
         for name, features in rows.items():
             x, y = _samples(features, encoder, train)
-            tried = [_classifiers(c, x[used], y[used], train.labels[used]) for c in _C_GRID]
-            assert held.parts is not None
-            assert held.labels is not None
-            truth = held.parts[:]
+            tried = [_classifiers(c, x[used], y[used], shapes.y[used]) for c in _C_GRID]
             miou = [
-                shape_iou(p, truth, held.labels, parts_of).mean()
-                for p in _predict(tried, features, encoder, held)
+                shape_iou(predicted, held_truth, held_labels, parts_of).mean()
+                for predicted in _predict(tried, features, encoder, held)
             ]
             c = _C_GRID[int(np.argmax(miou))]
-            (predicted,) = _predict([_classifiers(c, x, y, train.labels)], features, encoder, test)
-            iou[name] = shape_iou(predicted, test.parts[:], test.labels, parts_of)
-            found[name] = {"C": c, "channels": x.shape[-1]} | mean_iou(
-                predicted, test.parts[:], test.labels, parts_of, clouds.class_names
-            )
-        record = {
-            "task": "parts",
-            "data": {
-                "name": clouds.name,
-                "fingerprint": clouds.fingerprint,
-                "labels": labels_key,
-                "part": part,
-                "train": len(train),
-                "test": len(test),
-                "categories": len(np.unique(train.labels)),
-            },
-            "points": _points_a_shape(len(train)),
-        }
-    for name in list(found)[1:]:
-        gain = iou[models[0]] - iou[name]
-        found[name] |= {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
+            (predicted,) = _predict([_classifiers(c, x, y, shapes.y)], features, encoder, test)
+            scored = predicted, truth, shapes.y_test, parts_of
+            iou[name] = shape_iou(*scored)
+            found[name] = {"C": c, "channels": x.shape[-1]} | mean_iou(*scored, shapes.class_names)
+        about = {"name": shapes.name, "fingerprint": shapes.fingerprint, "labels": labels_key}
+        about |= {"part": part, "train": len(train), "test": len(test)}
+        record = {"task": "parts", "data": about | {"categories": len(shapes.class_names)}}
+        record["points"] = _points_a_shape(len(train))
+    for name, gain in compared(iou).items():
+        found[name] |= gain
     return record | {"results": found} | provenance()
 
 
 @torch.inference_mode()
 def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
-    """Tokens after each third of the depth, joined and interpolated:
-
-    B Q 3C of points `at` B Q 3 of clouds B N 3.
+    """Tokens after each third of the depth, joined and interpolated, B Q 3C, at points `at` B Q 3
+    of clouds B N 3.
     """
     states, centers = encoder.states(clouds)
-    return three_nn_interpolate(
-        at, centers, torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
-    )
+    tokens = torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
+    return three_nn_interpolate(at, centers, tokens)
 
 
 def local_features(encoder: PointEncoder) -> dict[str, Features]:
-    """What nobody trained: geometry around the encoder's tokens, interpolated alike; the positions
-    of points; both.
+    """Features made by hand: geometry around the encoder's tokens, interpolated alike; the
+    positions of points; both.
 
     Geometry is the 89 numbers a token of `descriptors.py::surface`; positions are the 34 terms of a
     polynomial of degree 4.
@@ -139,13 +122,10 @@ def local_features(encoder: PointEncoder) -> dict[str, Features]:
         terms = PolynomialFeatures(4, include_bias=False).fit_transform(at.flatten(0, 1).numpy())
         return torch.from_numpy(terms).float().unflatten(0, at.shape[:2])
 
-    return {
-        "geometry": geometry,
-        "positions": positions,
-        "geometry and positions": lambda *given: torch.cat(
-            [geometry(*given), positions(*given)], -1
-        ),
-    }
+    def both(clouds: Tensor, at: Tensor) -> Tensor:
+        return torch.cat([geometry(clouds, at), positions(clouds, at)], -1)
+
+    return {"geometry": geometry, "positions": positions, "geometry and positions": both}
 
 
 def _batches(
@@ -156,43 +136,28 @@ def _batches(
     """
     for at in range(0, len(clouds), _BATCH):
         index = np.arange(at, min(at + _BATCH, len(clouds)))
-        points = clouds.points[index]
-        frames = [encoder.frame(cloud) for cloud in points]
-        placed = np.stack([frame.place(cloud) for frame, cloud in zip(frames, points, strict=True)])
-        yield (
-            index,
-            torch.from_numpy(np.stack([frame.points for frame in frames])),
-            torch.from_numpy(placed),
-        )
+        pairs = [(encoder.frame(cloud), cloud) for cloud in clouds.points[index]]
+        seen = np.stack([frame.points for frame, _ in pairs])
+        placed = np.stack([frame.place(cloud) for frame, cloud in pairs])
+        yield index, torch.from_numpy(seen), torch.from_numpy(placed)
 
 
 def _samples(
     features: Features, encoder: PointEncoder, clouds: PointClouds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features n P E and parts n P of seeded labelled points, as many of each of n clouds; twice
-    where there are few.
-
-    Raises ValueError for a cloud without a labelled point.
+    """Features n P E and parts n P of points drawn with a seed: P labelled ones of each of n
+    clouds, some of them twice where a cloud has fewer.
     """
     assert clouds.parts is not None
     rng, count = np.random.default_rng(0), _points_a_shape(len(clouds))
     x, y = [], []
     for index, seen, placed in _batches(encoder, clouds):
-        chosen = []
-        for parts in clouds.parts[index]:
-            known = np.flatnonzero(parts != UNLABELLED)
-            if not len(known):
-                raise ValueError(
-                    f"{clouds.name}: a train shape has no labelled point; leave it out"
-                )
-            chosen.append(rng.choice(known, count, replace=len(known) < count))
-        rows = np.stack(chosen)
-        y.append(np.take_along_axis(clouds.parts[index], rows, 1))
-        x.append(
-            features(
-                seen, torch.take_along_dim(placed, torch.from_numpy(rows)[..., None], 1)
-            ).numpy()
-        )
+        parts = clouds.parts[index]
+        known = [np.flatnonzero(of_cloud != UNLABELLED) for of_cloud in parts]
+        rows = np.stack([rng.choice(some, count, replace=len(some) < count) for some in known])
+        at = torch.take_along_dim(placed, torch.from_numpy(rows)[..., None], 1)
+        x.append(features(seen, at).numpy())
+        y.append(np.take_along_axis(parts, rows, 1))
     return np.concatenate(x), np.concatenate(y)
 
 
@@ -205,12 +170,11 @@ def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> 
     """A classifier for each category, of features n P E and parts n P of shapes of categories
     `labels` n.
     """
-    found = {}
-    for label in np.unique(labels).tolist():
-        found[label] = _fit(
-            c, x[labels == label].reshape(-1, x.shape[-1]), y[labels == label].ravel()
-        )
-    return found
+    rows = {label: labels == label for label in np.unique(labels).tolist()}
+    return {
+        label: _fit(c, x[of_category].reshape(-1, x.shape[-1]), y[of_category].ravel())
+        for label, of_category in rows.items()
+    }
 
 
 def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
@@ -228,44 +192,31 @@ def _predict(
     categories.
     """
     assert clouds.parts is not None
-    assert clouds.labels is not None
+    labels = np.asarray(clouds.labels)
     out = np.empty((len(classifiers), *clouds.parts.shape), np.int16)
     with one_thread():
         for index, seen, placed in _batches(encoder, clouds):
             for i, x in zip(index.tolist(), features(seen, placed).numpy(), strict=True):
-                out[:, i] = [
-                    by_category[int(clouds.labels[i])].predict(x) for by_category in classifiers
-                ]
+                out[:, i] = [by_category[labels[i]].predict(x) for by_category in classifiers]
     return out
 
 
-def show(result: dict[str, Any]) -> None:
+def sheet(result: dict[str, Any]) -> Sheet:
     """The table of a result."""
     data = result["data"]
-    print(
-        f"\n{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} train, "
-        f"{data['test']:,} {data['part']}; parts of points, frozen features, %"
+    title = (
+        f"{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} "
+        f"train, {data['test']:,} {data['part']}; parts of points, frozen features, %"
     )
-    table = Table(
-        "",
-        "instance mIoU",
-        "category mIoU",
-        "points right",
-        "first - this",
-        "95 %, paired by shape",
-    )
-    for name, row in result["results"].items():
-        low, high = row.get("interval", (0, 0))
-        figures = [
-            f"{row[figure]:.1f}" for figure in ("instance_miou", "category_miou", "point_accuracy")
-        ]
-        gain = row.get("first_minus_this")
-        table.add_row(
-            name,
-            *figures,
-            *(("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")),
-        )
-    Console(width=max(100, Console().width)).print(table)
-    print(
-        f"selection: C of each row on a held-out part of train, by instance mIoU; {data['part']} scored once"
-    )
+    figures = {
+        "instance mIoU": "instance_miou",
+        "category mIoU": "category_miou",
+        "points right": "point_accuracy",
+    }
+    rows = [
+        [name, *(f"{row[key]:.1f}" for key in figures.values()), *compared_cells(row)]
+        for name, row in result["results"].items()
+    ]
+    rule = "selection: C of each row on a held-out part of train, by instance mIoU; "
+    columns = ["", *figures, "first - this", "95 %, paired by shape"]
+    return Sheet(title, columns, rows, [f"{rule}{data['part']} scored once"])

@@ -1,17 +1,13 @@
-"""Descriptors that nobody trained: what a learned vector has to beat.
-
-All see what the encoder sees.
-"""
+"""Descriptors made by hand, which a learned vector has to beat; they see what the encoder sees."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.datasets import PointClouds
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import gather_points, squared_distance
@@ -31,7 +27,7 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     """Shape histograms, and pooled geometry of the encoder's patches, standardised by clouds
     `train` m N 3.
 
-    train: never those that are searched, but for a part that is searched to choose by.
+    train: never the clouds that are searched, unless those are searched to choose by.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     return {
@@ -43,25 +39,8 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """Vectors of prepared clouds as the encoder's are: in one pose, or the mean over several."""
+    """The descriptor `of` prepared clouds in the encoder's pose, or its mean over several poses."""
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
-
-
-def features(
-    encoder: PointEncoder, train: PointClouds, *others: PointClouds | None
-) -> dict[str, list[np.ndarray]]:
-    """Of each of the `baselines` the vectors 1 n E of train and of others, as of a network of one
-    layer.
-    """
-    halves = [
-        torch.empty(0) if half is None else encoder.prepare(half.points[:])
-        for half in (train, *others)
-    ]
-    made = baselines(encoder, halves[0])
-    return {
-        name: [of(half)[None] if len(half) else np.empty(0) for half in halves]
-        for name, (of, _) in made.items()
-    }
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -88,46 +67,48 @@ def standardised(
     return lambda points: (of(points) - mean) / deviation
 
 
-def in_batches(of: Callable[[Tensor], np.ndarray], points: Tensor, size: int = 8) -> np.ndarray:
-    return np.concatenate([of(batch) for batch in points.cpu().split(size)])
+def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
+    """The function `of` clouds B N 3, called with eight of them at a time."""
+
+    @wraps(of)
+    def batched(points: Tensor, *settings, **named) -> np.ndarray:
+        found = [of(batch, *settings, **named).numpy() for batch in points.cpu().split(8)]
+        return np.concatenate(found)
+
+    return batched
 
 
-def shape_histograms(points: Tensor, seed: int = 0) -> np.ndarray:
+@_in_batches
+def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
     """Four histograms B 4 x 64 of clouds B N 3, each of sum 1 (Osada et al. 2002).
 
     Of 32,768 random triples of points: D2, the distance of two; A3, the angle at one; D3, the root
     of the area. D2 and D3 are divided by their means and end at 3. And of all points the height, in
     [-1, 1].
     """
-    return in_batches(partial(_histograms, seed=seed), points)
-
-
-def _histograms(points: Tensor, seed: int) -> np.ndarray:
     triples = np.random.default_rng(seed).integers(0, points.shape[1], (3, _DRAWS))
     first, second, third = (points[:, torch.from_numpy(rows)] for rows in triples)
     one, other = second - first, third - first
     twice = torch.linalg.cross(one, other).norm(dim=-1)
-    distance, root = one.norm(dim=-1), (twice / 2).sqrt()
     angle = torch.atan2(twice, (one * other).sum(-1)) / torch.pi
-    # Areas of a straight line are rounding errors: 0.01 of the radius is the least mean.
+    # Areas of a straight line are rounding errors: the mean counts as 0.01 of the radius at least.
     distance, root = (
-        value / (3 * value.mean(1, keepdim=True).clamp_min(0.01)) for value in (distance, root)
+        value / (3 * value.mean(1, keepdim=True).clamp_min(0.01))
+        for value in (one.norm(dim=-1), (twice / 2).sqrt())
     )
-    return torch.cat(
-        [_shares(value) for value in (distance, angle, root, (points[..., 2] + 1) / 2)], 1
-    ).numpy()
+    height = (points[..., 2] + 1) / 2
+    return torch.cat([_shares(value) for value in (distance, angle, root, height)], 1)
 
 
 def _shares(values: Tensor) -> Tensor:
     """Shares B 64 of values B n in [0, 1], or moved there, in each of 64 equal bins; double."""
     bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
-    return (
-        bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS).double()
-        / values.shape[1]
-    )
+    counts = bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS)
+    return counts.double() / values.shape[1]
 
 
-def geometry(points: Tensor, num_groups: int, group_size: int) -> np.ndarray:
+@_in_batches
+def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
     """Mean and maximum over tokens B 178 of 89 numbers on the surface around each, of clouds B N 3.
 
     At four scales (its own patch; those of its 4, 8 and 16 nearest centres, its own among them,
@@ -136,7 +117,7 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> np.ndarray:
     weighted by linearity; the mean, from the centre. Then ten quantiles of the distances to the
     other centres, the distance from the centroid, the height, the distance from the up axis.
     """
-    return in_batches(lambda batch: pool(surface(batch, num_groups, group_size)[0]).numpy(), points)
+    return pool(surface(points, num_groups, group_size)[0])
 
 
 def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -154,10 +135,8 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
         values, directions = torch.linalg.eigh(moment - middle[..., None] * middle[..., None, :])
         roots = values.clamp_min(0).sqrt()
         small, medium, large = roots.clamp_min(1e-9).split(1, -1)
-        found += [
-            (roots.square().sum(-1, keepdim=True) + 1e-6).log(),
-            roots / (small + medium + large),
-        ]
+        found += [(roots.square().sum(-1, keepdim=True) + 1e-6).log()]
+        found += [roots / (small + medium + large)]
         found += [_product(directions[..., 0]) * (medium - small) / large]
         found += [_product(directions[..., 2]) * (large - medium) / large, middle - centers]
     others = distance.sort(-1).values[..., 1:]  # the first is its own

@@ -1,5 +1,5 @@
-"""Frozen features of every depth of a network, pooled to one vector a cloud; the encoder to compare
-with.
+"""Features of every layer of a frozen network, one vector a cloud, and the untrained encoder to
+compare them with.
 """
 
 import numpy as np
@@ -11,16 +11,18 @@ from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool, stand
 from jepa3d.models.tokenizer import group
 
 
+def default_device() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 @torch.no_grad()
 def layer_features(
     model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
 ) -> np.ndarray:
-    """Features [L, n, E] float32 of every layer; a dVAE has one layer, the tokens it teaches."""
-    device = (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
+    """Pooled tokens [L, n, E] float32 of every layer; a dVAE has one, the tokens that it teaches."""
+    device = default_device()
     model.eval().to(device)
     layers = []
     for at in range(0, len(clouds), batch_size):
@@ -36,16 +38,14 @@ def layer_features(
 
 
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings, with the clouds' statistics in BatchNorm and, as there,
-    in its vectors.
+    """A new encoder of the same settings; the clouds' statistics are in its BatchNorm, and in its
+    vectors if they are in those of `encoder`.
     """
-    settings, points = (
-        vars(encoder)["_hub_mixin_config"],
-        clouds.batch(np.arange(min(len(clouds), 1024))),
-    )
+    settings = vars(encoder)["_hub_mixin_config"] | {"standardised": False}
+    points = clouds.batch(np.arange(min(len(clouds), 1024)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = PointEncoder(**settings | {"standardised": False}).eval()
+        made = PointEncoder(**settings).eval()
     made.upright = encoder.upright
     calibrate_batchnorm(made, points)
     if encoder.vector_mean is not None:

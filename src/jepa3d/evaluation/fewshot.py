@@ -28,6 +28,7 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation import classifiers
+from jepa3d.evaluation.descriptors import cosine, unit_length
 from jepa3d.evaluation.features import layer_features
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
@@ -64,45 +65,37 @@ def draw_episodes(
         lacks = "labels" if clouds.labels is None else "train/test split"
         raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
     labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
-    rows = {
-        split: np.flatnonzero(clouds.split == SPLITS.index(split)) for split in ("train", "test")
-    }
-    train, test = (np.bincount(labels[rows[split]], minlength=size) for split in ("train", "test"))
+    train_rows, test_rows = (np.flatnonzero(clouds.split == i) for i in range(2))
+    train, test = (np.bincount(labels[rows], minlength=size) for rows in (train_rows, test_rows))
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
-        fewer = np.sort(test[train >= shots])[::-1][
-            ways - 1 : ways
-        ]  # what the W-th best class still has
-        hint = f"; with {fewer[0]} test shapes a class there are enough" if fewer.any() else ""
+        most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
+        hint = f"; with {most[0]} test shapes a class there are enough" if most.any() else ""
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
         raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
     names = dict(enumerate(clouds.class_names))
-    some = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
-    if few := [f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in some]:
-        print(
-            f"not drawn, for want of {shots} train and {queries} test shapes: {printable(', '.join(few))}",
-            flush=True,
-        )
+    few = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
+    if few:
+        listed = ", ".join(f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in few)
+        needed = f"{shots} train and {queries} test shapes"
+        print(f"not drawn, for want of {needed}: {printable(listed)}", flush=True)
 
     def draw(fold: int) -> Episode:
         rng = np.random.default_rng([seed, ways, shots, fold])
         classes = np.sort(rng.choice(enough, ways, replace=False))
 
-        def some(split: str, count: int) -> np.ndarray:
-            of_class = (rows[split][labels[rows[split]] == number] for number in classes)
+        def some(rows: np.ndarray, count: int) -> np.ndarray:
+            of_class = [rows[labels[rows] == number] for number in classes]
             return np.concatenate([rng.choice(among, count, replace=False) for among in of_class])
 
-        return Episode(some("train", shots), some("test", queries), classes)
+        return Episode(some(train_rows, shots), some(test_rows, queries), classes)
 
     return [draw(fold) for fold in range(folds)]
 
 
 def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
     """Write the episodes of the data of `fingerprint` as JSON, atomically."""
-    rows = [
-        {name: values.tolist() for name, values in episode._asdict().items()}
-        for episode in episodes
-    ]
+    rows = [{key: rows.tolist() for key, rows in found._asdict().items()} for found in episodes]
     write_checked(path, {"fingerprint": fingerprint, "episodes": rows})
 
 
@@ -117,11 +110,10 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
             raise ReadError(
                 f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}"
             )
-        rows = [
-            [np.array(row[name], np.int64) for name in Episode._fields]
-            for row in record["episodes"]
+        fields = Episode._fields
+        return [
+            Episode(*(np.array(row[key], np.int64) for key in fields)) for row in record["episodes"]
         ]
-        return [Episode(*arrays) for arrays in rows]
 
 
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
@@ -129,45 +121,35 @@ def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
 
     Raises ValueError as `_numbers`.
     """
-
-    def part(rows: np.ndarray) -> PointClouds:
-        labels = _numbers(clouds, rows, episode.classes)
-        return replace(clouds.subset(rows), labels=labels, class_names=names)
-
-    names = tuple(
-        clouds.class_names[number] for number in episode.classes if number < len(clouds.class_names)
+    known = clouds.class_names
+    names = tuple(known[number] for number in episode.classes if number < len(known))
+    labels = [_numbers(clouds, rows, episode.classes) for rows in episode[:2]]
+    train, test = (
+        replace(clouds.subset(rows), labels=numbers, class_names=names)
+        for rows, numbers in zip(episode, labels, strict=False)
     )
-    return part(episode.support), part(episode.query)
+    return train, test
 
 
 def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each row as its place in `classes`.
-
-    ValueError where the episode is none of these clouds.
+    """The class of each row as its place in `classes`. Raises ValueError for an episode of other
+    data.
     """
-    if clouds.labels is None or rows.min() < 0 or rows.max() >= len(clouds):
+    labels = np.empty(0) if clouds.labels is None else clouds.labels
+    known = rows.min() >= 0 and rows.max() < len(labels)
+    if not known or not np.isin(labels[rows], classes).all():
         raise ValueError(
-            f"{clouds.name}: its {len(clouds)} shapes are not those that the episodes were drawn from"
+            f"{clouds.name}: its {len(clouds)} shapes or their labels are not those that the "
+            "episodes were drawn from"
         )
-    labels = clouds.labels[rows]
-    if not np.isin(labels, classes).all():
-        raise ValueError(
-            f"{clouds.name}: its labels are not those that the episodes were drawn from"
-        )
-    return np.searchsorted(classes, labels)
+    return np.searchsorted(classes, labels[rows])
 
 
 # ---------------------------------------------------------------------------------- published folds
 
 
 def published_folds(
-    folder: Path,
-    num_points: int,
-    up_axis: str,
-    ways: int,
-    shots: int,
-    folds: int,
-    queries: int,
+    folder: Path, num_points: int, up_axis: str, ways: int, shots: int, folds: int, queries: int
 ) -> list[Fold] | None:
     """Train and test parts, labels 0 to W - 1, of the folds 0, 1 ... that `jepa3d prepare
     ModelNetFewshot` stored.
@@ -186,32 +168,26 @@ def published_folds(
     if (ways, shots) not in found:
         names = ", ".join(f"{a}-way {b}-shot" for a, b in sorted(found))
         raise ReadError(f"{folder}: holds {names}, not {ways}-way {shots}-shot")
-    own = found[ways, shots]
-    return [
-        _published(own / str(i), num_points, up_axis, ways, shots, queries, folds)
-        for i in range(folds)
-    ]
 
-
-def _published(
-    path: Path, num_points: int, up_axis: str, ways: int, shots: int, queries: int, folds: int
-) -> Fold:
-    again = "run its jepa3d prepare again, it goes on"
-    if not (path / "store.json").is_file():
-        raise ReadError(f"{path}: is missing, and {folds} folds are needed; {again}")
-    clouds = load([str(path)], num_points, "all", [up_axis])
-    clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
-    if clouds.labels is None or clouds.split is None:
-        raise ReadError(f"{path}: has no labels or no train/test split")
-    parts = clouds.part("train"), clouds.part("test")
-    for part, split, count in zip(parts, ("train", "test"), (shots, queries), strict=True):
-        assert part.labels is not None
-        there = np.bincount(part.labels, minlength=len(part.class_names)).tolist()
-        if there != [count] * ways:
+    def read(path: Path) -> Fold:
+        if not (path / "store.json").is_file():
             raise ReadError(
-                f"{path}: {ways} classes of {count} {split} shapes are needed, it has {there}"
+                f"{path}: is missing, and {folds} folds are needed; "
+                "run its jepa3d prepare again, it goes on"
             )
-    return parts
+        clouds = load([str(path)], num_points, "all", [up_axis])
+        clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
+        if clouds.labels is None or clouds.split is None:
+            raise ReadError(f"{path}: has no labels or no train/test split")
+        for i, count in enumerate((shots, queries)):
+            labels = clouds.labels[clouds.split == i]
+            counts = np.bincount(labels, minlength=len(clouds.class_names)).tolist()
+            if counts != [count] * ways:
+                needed = f"{ways} classes of {count} {SPLITS[i]} shapes"
+                raise ReadError(f"{path}: {needed} are needed, it has {counts}")
+        return clouds.part("train"), clouds.part("test")
+
+    return [read(found[ways, shots] / str(i)) for i in range(folds)]
 
 
 # ---------------------------------------------------------------------------------- frozen features
@@ -229,33 +205,24 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
     if method == "logistic":
         return classifiers.predict("logistic", _C, support, y, query)
     center, classes = support.mean(0), np.unique(y)
-    known = _unit(support - center)
-    means = _unit(np.stack([known[y == number].mean(0) for number in classes]))
-    return classes[(_unit(query - center) @ means.T).argmax(1)]
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors n E of length 1; one of length 0 stays."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    known = unit_length(support - center)
+    means = np.stack([known[y == number].mean(0) for number in classes])
+    return classes[cosine(query - center, means).argmax(1)]
 
 
 def run_frozen(
     model: PointEncoder | DVAE, clouds: PointClouds, episodes: list[Episode], method: str
 ) -> list[float]:
     """Accuracy of each episode in per cent. Each shape is encoded once, however many episodes have
-    it.
-
-    Raises ValueError for episodes of other data.
+    it. Raises ValueError for episodes of other data.
     """
-    labels = [
-        [_numbers(clouds, rows, episode.classes) for rows in episode[:2]] for episode in episodes
-    ]
-    needed = np.unique(np.concatenate([rows for episode in episodes for rows in episode[:2]]))
+    labels = [[_numbers(clouds, rows, found.classes) for rows in found[:2]] for found in episodes]
+    needed = np.unique(np.concatenate([rows for found in episodes for rows in found[:2]]))
     features = layer_features(model, clouds.subset(needed))[-1]
     scores = []
-    for episode, (y, y_query) in zip(episodes, labels, strict=True):
-        x, x_query = (features[np.searchsorted(needed, rows)] for rows in episode[:2])
-        scores.append(_accuracy(method, x, y, x_query, y_query))
+    for (*rows, _), (y, y_query) in zip(episodes, labels, strict=True):
+        support, query = (features[np.searchsorted(needed, some)] for some in rows)
+        scores.append(_accuracy(method, support, y, query, y_query))
     return scores
 
 

@@ -1,10 +1,11 @@
-"""Labelled shapes for training and probing: classes in both halves, a share of the labels, a
+"""Labelled shapes for training and probing: the classes of both parts, a share of the labels, a
 validation part.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,102 +18,134 @@ from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.splits import lacking
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.partseg import category_parts
+from jepa3d.frame import FRAME
 
 Part = Literal["test", "validation"]  # what is scored
+_TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Train, test and, where the source has one, validation parts; labels count the classes from 0."""
+    """Shapes of the classes that train and test share; labels count these classes from 0."""
 
     name: str
     layout: str | None  # the benchmark and variant of a store
     fingerprint: str
     train: PointClouds
-    test: PointClouds
-    validation: PointClouds | None
+    test: PointClouds  # what is scored: of part "validation" the validation part
+    validation: PointClouds | None  # the source's own, to choose by; None where that is scored
     class_names: tuple[str, ...]
     dropped: tuple[str, ...] = ()  # classes that train or test lacks, with their counts
     part_names: tuple[str, ...] = ()
     parts_of: list[list[int]] = field(default_factory=list)  # parts of each class
+    part: Part = "test"
+    has_validation: bool = False  # whether the source has a validation part of its own
+    key: str = ""  # differs for other shapes, labels, rules or versions
 
     @staticmethod
     def load(config: FinetuneConfig, num_points: int, parts: bool = False) -> "Labelled":
-        """The shapes of `config.data`.
-
-        Raises ReadError where labels, parts or a test part are missing.
-        """
-        clouds = load(
-            [config.data], num_points, "all", [config.up_axis], config.labels_key, parts=parts
+        """The shapes that a run is trained and tested on: see `read`."""
+        return Labelled.read(
+            config.data, num_points, config.up_axis, config.labels_key, parts=parts
         )
-        if clouds.labels is None:
-            told = "sub-folders are classes, and --labels-key names a bundle's"
-            raise ReadError(f"{config.data}: has no labels, or not of all its shapes; {told}")
-        if clouds.split is None or not (clouds.split == SPLITS.index("test")).any():
-            raise ReadError(
-                f"{config.data}: has no test part; make one with: jepa3d prepare --split 0.2"
-            )
-        return Labelled.of(clouds, config.data)
 
     @staticmethod
-    def of(clouds: PointClouds, source: str = "") -> "Labelled":
-        """Labelled clouds with a split, reduced to the classes that train and test share; the
-        others are named.
+    def read(
+        data: str,
+        num_points: int,
+        up_axis: str = "z",
+        labels_key: str = "labels",
+        part: Part = "test",
+        parts: bool = False,
+    ) -> "Labelled":
+        """The labelled shapes of a source; with the part labels of their points if `parts`.
+
+        Raises ReadError where labels, part labels or a test part are missing.
         """
-        labels, split = clouds.labels, clouds.split
-        assert labels is not None
-        assert split is not None
-        both = np.intersect1d(labels[split == 0], labels[split == 1])
-        if len(both) < (least := 2 if clouds.parts is None else 1):
+        clouds = load([data], num_points, "all", [up_axis], labels_key, parts=parts)
+        report = Path(data) / "report.json"
+        layout = json.loads(report.read_text()).get("layout") if report.is_file() else None
+        read_with = [clouds.fingerprint, labels_key, up_axis, num_points, part]
+        key = hashlib.sha256(repr([*read_with, FRAME, version("jepa3d")]).encode()).hexdigest()
+        return replace(Labelled.of(clouds, part), layout=layout, key=key[:8])
+
+    @staticmethod
+    def of(clouds: PointClouds, part: Part = "test") -> "Labelled":
+        """Labelled clouds with a split, reduced to the shared classes; the others are printed.
+
+        `part` "validation" leaves the test part alone: the source's own validation part takes its
+        place, or, where it has none, a fifth of train (always the same). Raises ReadError.
+        """
+        name = clouds.name
+        if clouds.labels is None:
             raise ReadError(
-                f"{clouds.name}: {len(both)} classes in both train and test, at least {least} are needed"
+                f"{name}: has no labels, or not of all its shapes; sub-folders are classes, "
+                "and --labels-key names a bundle's"
+            )
+        if clouds.split is None or (part == "test" and not (clouds.split == _TEST).any()):
+            raise ReadError(
+                f"{name}: has no train/test split, or no test part; make one with: "
+                "jepa3d prepare --split 0.2"
+            )
+        has_validation = bool((clouds.split == _VALIDATION).any())
+        if part == "validation" and not has_validation:
+            clouds = _with_validation(clouds.part("train"))
+        labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
+        train, scored = split == _TRAIN, split == (_TEST if part == "test" else _VALIDATION)
+        both = np.intersect1d(labels[train], labels[scored])
+        if len(both) < (needed := 2 if clouds.parts is None else 1):
+            raise ReadError(
+                f"{name}: {len(both)} classes in both train and {part}, at least {needed} are needed"
+            )
+        if dropped := tuple(lacking(labels, train, scored, clouds.class_names, part)):
+            print(
+                f"{len(dropped)} classes dropped, since not in both parts: {', '.join(dropped)}",
+                flush=True,
             )
         names = tuple(clouds.class_names[i] if clouds.class_names else str(i) for i in both)
-        dropped = tuple(lacking(labels, split == 0, split == 1, clouds.class_names))
-        show_dropped(dropped)
-        kept = clouds.subset(np.flatnonzero(np.isin(labels, both)))
-        renumbered = np.searchsorted(both, labels[np.isin(labels, both)]).astype(np.int64)
-        kept = replace(kept, labels=renumbered, class_names=names)
-        halves = {
-            name: kept.subset(np.flatnonzero(kept.split == i)) for i, name in enumerate(SPLITS)
-        }
-        validation = halves["val"] if len(halves["val"]) else None
-        report = Path(source) / "report.json"
-        layout = json.loads(report.read_text()).get("layout") if report.is_file() else None
-        parts: dict[str, Any] = {}
-        if kept.parts is not None:
-            if alone := int((kept.parts[:] == UNLABELLED).all(1).sum()):
-                raise ReadError(
-                    f"{clouds.name}: {alone} shapes have no labelled point; leave them out"
-                )
-            train = halves["train"]
-            assert train.labels is not None
-            found = category_parts(clouds.part_names, train.labels, train.parts, names)
-            part_names = clouds.part_names or tuple(
-                f"part {i}" for i in range(int(kept.parts[:].max()) + 1)
-            )
-            parts = {"part_names": part_names, "parts_of": [list(map(int, p)) for p in found]}
+        mask = np.isin(labels, both)
+        numbers = np.searchsorted(both, labels[mask])
+        kept = replace(clouds.subset(mask), labels=numbers, class_names=names)
+        subsets = [kept.subset(split[mask] == i) for i in range(len(SPLITS))]
+        validation = subsets[_VALIDATION] if part == "test" and len(subsets[_VALIDATION]) else None
+        test = subsets[_TEST if part == "test" else _VALIDATION]
         return Labelled(
-            clouds.name,
-            layout,
+            name,
+            None,
             clouds.fingerprint,
-            halves["train"],
-            halves["test"],
+            subsets[_TRAIN],
+            test,
             validation,
             names,
             dropped,
-            **parts,
+            *_parts(kept, subsets[_TRAIN]),
+            part,
+            has_validation,
         )
+
+    @property
+    def y(self) -> np.ndarray:
+        """Labels of train."""
+        return np.asarray(self.train.labels)
+
+    @property
+    def y_test(self) -> np.ndarray:
+        """Labels of test."""
+        return np.asarray(self.test.labels)
+
+    def subsets(self) -> list[PointClouds]:
+        """Train, test and, if there is one to choose by, validation."""
+        return [self.train, self.test, *([self.validation] if self.validation else [])]
+
+    def labels(self) -> list[np.ndarray]:
+        """The labels of each of the `subsets`."""
+        return [np.asarray(subset.labels) for subset in self.subsets()]
 
     def labelled(self, share: float, seed: int) -> np.ndarray:
         """Rows of train whose labels are known, a stratified `share` of them."""
-        labels = self.train.labels
-        assert labels is not None
-        return (
-            np.arange(len(labels))
-            if share == 1
-            else stratified(labels, share, np.random.default_rng([seed, 0]))
-        )
+        if share == 1:
+            return np.arange(len(self.y))
+        return stratified(self.y, share, np.random.default_rng([seed, 0]))
 
     def divide(
         self, share: float, held: float, seed: int
@@ -121,17 +154,17 @@ class Labelled:
 
         Where nothing is held and all is labelled, the source's own validation part, if it has one.
         """
-        chosen, labels = self.labelled(share, seed), self.train.labels
-        assert labels is not None
+        chosen = self.labelled(share, seed)
         if not held:
             return self.train.subset(chosen), self.validation if share == 1 else None
-        spared = chosen[stratified(labels[chosen], held, np.random.default_rng([seed, 1]), keep=1)]
+        rng = np.random.default_rng([seed, 1])
+        spared = chosen[stratified(self.y[chosen], held, rng, keep=1)]
         return self.train.subset(np.setdiff1d(chosen, spared)), self.train.subset(spared)
 
     def record(
         self, train: PointClouds, validation: PointClouds | None, labels: float
     ) -> dict[str, Any]:
-        """What a result says of its data."""
+        """The data part of a fine-tuning run's result; `labels` is the labelled share of train."""
         return {
             "name": self.name,
             "variant": self.layout,
@@ -145,13 +178,28 @@ class Labelled:
         }
 
 
-def show_dropped(classes: Sequence[str]) -> None:
-    """Name the classes that are left out, if there are any."""
-    if classes:
-        print(
-            f"{len(classes)} classes dropped, since not in both parts: {', '.join(classes)}",
-            flush=True,
+def _with_validation(train: PointClouds) -> PointClouds:
+    """Train shapes with a fifth of them marked as their validation part."""
+    if len(train) < 5:
+        raise ReadError(
+            f"{train.name}: {len(train)} train shapes, and validation is a fifth of them"
         )
+    split = np.full(len(train), _TRAIN, np.int8)
+    split[fifth(np.asarray(train.labels), seed=0)[1]] = _VALIDATION
+    return replace(train, split=split)
+
+
+def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The names of parts and the parts of each class; nothing of clouds without part labels."""
+    if clouds.parts is None:
+        return (), []
+    parts = clouds.parts[:]
+    if alone := int((parts == UNLABELLED).all(1).sum()):
+        raise ReadError(f"{clouds.name}: {alone} shapes have no labelled point; leave them out")
+    labels = np.asarray(train.labels)
+    found = category_parts(clouds.part_names, labels, train.parts, clouds.class_names)
+    names = clouds.part_names or tuple(f"part {i}" for i in range(int(parts.max()) + 1))
+    return names, [ids.tolist() for ids in found]
 
 
 def stratified(
@@ -167,79 +215,20 @@ def stratified(
     return np.sort(np.concatenate(picked))
 
 
-# --------------------------------------------------------------------------------------- for probes
-
-
-def has_validation(clouds: PointClouds) -> bool:
-    return clouds.split is not None and bool((clouds.split == SPLITS.index("val")).any())
-
-
-def shared_classes(
-    clouds: PointClouds, part: Part = "test"
-) -> tuple[PointClouds, PointClouds, list[str]]:
-    """Train and test parts with the classes present in both, and the classes that were dropped,
-    which are printed.
-
-    `part` "validation" leaves the test part alone: the source's own validation part takes its
-    place, or, where it has none, a held-out fifth of train (always the same).
-    """
-    if clouds.labels is None:
-        raise ReadError(f"{clouds.name}: has no labels, and a probe needs them")
-    if clouds.split is None:
-        raise ReadError(f"{clouds.name}: has no train/test split, and a probe needs both")
-    labels, (in_train, in_test, in_val) = (
-        clouds.labels,
-        (clouds.split == SPLITS.index(name) for name in SPLITS),
-    )
-    if part == "validation" and in_val.any():
-        in_test = in_val
-    elif part == "validation":
-        if in_train.sum() < 5:
-            raise ReadError(
-                f"{clouds.name}: {in_train.sum()} train shapes, and validation needs a fifth of them"
-            )
-        clouds, labels = clouds.subset(in_train), labels[in_train]
-        in_train = np.isin(np.arange(len(labels)), fifth(labels, seed=0)[0])
-        in_test = ~in_train
-    both = np.intersect1d(labels[in_train], labels[in_test])
-    if len(both) < 2:
-        raise ReadError(
-            f"{clouds.name}: {len(both)} classes in both train and {part}, a probe needs at least 2"
-        )
-    if np.bincount(labels[in_train])[both].max() < 2:
-        raise ReadError(
-            f"{clouds.name}: one train shape a class, a probe needs two to choose on one of them"
-        )
-    dropped = lacking(labels, in_train, in_test, clouds.class_names, part)
-    show_dropped(dropped)
-    kept = np.isin(labels, both)
-    return clouds.subset(kept & in_train), clouds.subset(kept & in_test), dropped
-
-
-def chosen_on(clouds: PointClouds, train: PointClouds, part: Part) -> PointClouds | None:
-    """The source's own validation part, of the classes of train, if it has one and it is not what
-    is scored.
-    """
-    if part == "validation" or not has_validation(clouds):
-        return None
-    assert clouds.labels is not None
-    assert train.labels is not None
-    held = clouds.subset(
-        (clouds.split == SPLITS.index("val")) & np.isin(clouds.labels, train.labels)
-    )
-    return held if len(held) else None
-
-
 def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of four fifths and of a held-out fifth; of each class of two or more at least one in
-    each.
+    """Indices of four fifths and of a held-out fifth of labels y; a class of two shapes or more has
+    at least one in each. Raises ValueError where no class has two.
     """
-    counts = np.unique(y, return_counts=True)[1]
+    check_pairs(y)
+    rows, counts = np.arange(len(y)), np.unique(y, return_counts=True)[1]
     if counts.min() > 1 and len(y) // 5 >= len(counts):
-        fit, held = train_test_split(
-            np.arange(len(y)), test_size=0.2, random_state=seed, stratify=y
-        )
-    else:
-        held = stratified(y, 0.2, np.random.default_rng(seed), keep=1)
-        fit = np.setdiff1d(np.arange(len(y)), held)
-    return fit, held
+        fit, held = train_test_split(rows, test_size=0.2, random_state=seed, stratify=y)
+        return fit, held
+    held = stratified(y, 0.2, np.random.default_rng(seed), keep=1)
+    return np.setdiff1d(rows, held), held
+
+
+def check_pairs(y: np.ndarray) -> None:
+    """ValueError unless a class of labels y has two shapes: one to fit to, one to choose by."""
+    if np.unique(y, return_counts=True)[1].max() < 2:
+        raise ValueError("one train shape a class: two of a class are needed to choose by one")

@@ -13,23 +13,19 @@ alone in its class has no average precision and no right neighbour: NaN. Vectors
 the tokens of the last layer.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation.classifiers import predict
 from jepa3d.evaluation.descriptors import baselines, cosine
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.labelled import Part, shared_classes
+from jepa3d.evaluation.labelled import Labelled, Part
 from jepa3d.evaluation.probe import QUICK_C, few_labels, selection_rule
 from jepa3d.evaluation.retrieval import search
-from jepa3d.frame import FRAME
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, write_checked
 
@@ -55,6 +51,10 @@ class LabelledSet(NamedTuple):
     source: str
     labels_key: str = "labels"
     up_axis: str = "z"
+
+    def read(self, num_points: int, part: Part) -> Labelled:
+        """The shapes; raises ReadError for those without labels or parts (see `Labelled.read`)."""
+        return Labelled.read(self.source, num_points, self.up_axis, self.labels_key, part)
 
     @staticmethod
     def each(
@@ -83,31 +83,6 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
     return names
 
 
-class Shapes(NamedTuple):
-    """A labelled set, read: what classifiers are fitted on, and what is scored."""
-
-    name: str
-    part: Part
-    train: PointClouds
-    scored: PointClouds
-    y: np.ndarray  # m labels of train
-    y_scored: np.ndarray  # n
-    selection: str  # of layer, C and part, in words
-    key: str  # differs for other shapes, labels, rules or versions
-
-    @staticmethod
-    def read(asked: LabelledSet, num_points: int, part: Part) -> "Shapes":
-        """Raises ReadError for shapes without labels or parts (see `shared_classes`)."""
-        clouds = load([asked.source], num_points, "all", [asked.up_axis], asked.labels_key)
-        train, scored, _ = shared_classes(clouds, part)
-        assert train.labels is not None
-        assert scored.labels is not None
-        known = [clouds.fingerprint, *asked[1:], num_points, part, FRAME, version("jepa3d")]
-        key = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
-        rule = selection_rule(part, clouds, quick=True)
-        return Shapes(clouds.name, part, train, scored, train.labels, scored.labels, rule, key)
-
-
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
@@ -127,36 +102,36 @@ def outcomes(
 
 
 def kept_outcomes(
-    folder: Path, name: str, vectors: Callable[[], Vectors], shapes: Shapes, seed: int
+    folder: Path, name: str, vectors: Callable[[], Vectors], data: Labelled, seed: int
 ) -> dict[str, np.ndarray]:
     """`outcomes` from folder/scores-NAME-*.json, which is written first where it is missing."""
-    stem = Path(shapes.name).stem.replace(":", "-")
-    file = folder / f"scores-{name}-{stem}-{shapes.part}-{shapes.key}.json"
+    stem = Path(data.name).stem.replace(":", "-")
+    file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
     if not file.exists():
-        found = outcomes(vectors(), shapes.y, shapes.y_scored, seed)
+        found = outcomes(vectors(), data.y, data.y_test, seed)
         plain = {
             key: [None if np.isnan(x) else x for x in values.tolist()]
             for key, values in found.items()
         }
-        write_checked(file, {"seed": seed, "selection": shapes.selection, "outcomes": plain})
+        rule = selection_rule(data, quick=True)
+        write_checked(file, {"seed": seed, "selection": rule, "outcomes": plain})
     kept = read_checked(file, "outcomes")["outcomes"]
     return {key: np.array(values, np.float64) for key, values in kept.items()}
 
 
-def encoded(folder: Path, shapes: Shapes) -> Vectors:
+def encoded(folder: Path, data: Labelled) -> Vectors:
     """Vectors by the encoder in a folder."""
     encoder = PointEncoder.from_pretrained(folder)
-    pooled = [
-        torch.from_numpy(layer_features(encoder, half)[-1])
-        for half in (shapes.train, shapes.scored)
+    subsets = [
+        torch.from_numpy(layer_features(encoder, subset)[-1]) for subset in data.subsets()[:2]
     ]
-    train, scored = (encoder.cpu().standardise(vectors).numpy() for vectors in pooled)
+    train, scored = (encoder.cpu().standardise(subset).numpy() for subset in subsets)
     return Vectors(train, scored, cosine)
 
 
-def made_by_hand(folder: Path, name: str, shapes: Shapes) -> Vectors:
+def made_by_hand(folder: Path, name: str, data: Labelled) -> Vectors:
     """The descriptor `name` of `baselines`, on what the encoder in a folder would see."""
     encoder = PointEncoder.from_pretrained(folder)
-    train, scored = (encoder.prepare(half.points[:]) for half in (shapes.train, shapes.scored))
+    train, scored = (encoder.prepare(subset.points[:]) for subset in data.subsets()[:2])
     of, likeness = baselines(encoder, train)[name]
     return Vectors(of(train), of(scored), likeness)

@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from jepa3d.evaluation.outcomes import METRICS
 from jepa3d.evaluation.protocol import moments
-from jepa3d.evaluation.published import Sheet
+from jepa3d.evaluation.tables import Sheet, mean_std
 
 Outcomes = dict[str, np.ndarray]  # metric -> per cent of every shape in every run, seeds shapes
 
@@ -101,26 +101,27 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """A table for every set and metric. minutes:
+    """A table for every set and metric.
 
-    CPU-minutes of an arm. about: what each set is, in words.
+    minutes: CPU-minutes of an arm. about: what each set is, in words.
     """
-    sheets = []
-    for data, metric in dict.fromkeys((row.data, row.metric) for row in rows):
-        lines = []
-        for row in (row for row in rows if (row.data, row.metric) == (data, metric)):
-            found = moments(row.values)
-            std = "" if found["std"] is None else f" ± {found['std']:.1f}"
-            spent = f"{minutes[row.name]:.1f}" if row.name in minutes else "-"
-            gain, compared = row.difference, ("-", "-", "reference" if row.name in minutes else "-")
-            if gain:
-                compared = (
-                    f"{gain.mean:+.1f}",
-                    f"{gain.low:+.1f} to {gain.high:+.1f}",
-                    gain.verdict,
-                )
-            lines.append([row.name, f"{found['mean']:.1f}{std}", *compared, spent])
-        lines += [[name, "-", "-", "-", "failed", "-"] for name in failed]
-        columns = ["", "%", "difference", "95 % interval", "verdict", "CPU-min"]
-        sheets.append(Sheet(f"{data}, {METRICS[metric]}: {about[data]}", columns, lines, []))
-    return sheets
+    tables: dict[tuple[str, str], list[list[str]]] = {}
+    for row in rows:
+        spent, compared = "-", ["-", "-", "-"]
+        if row.name in minutes:
+            spent, compared[2] = f"{minutes[row.name]:.1f}", "reference"
+        if gain := row.difference:
+            interval = f"{gain.low:+.1f} to {gain.high:+.1f}"
+            compared = [f"{gain.mean:+.1f}", interval, gain.verdict]
+        line = [row.name, mean_std(moments(row.values)), *compared, spent]
+        tables.setdefault((row.data, row.metric), []).append(line)
+    columns = ["", "%", "difference", "95 % interval", "verdict", "CPU-min"]
+    return [
+        Sheet(
+            f"{data}, {METRICS[metric]}: {about[data]}",
+            columns,
+            lines + [[name, "-", "-", "-", "failed", "-"] for name in failed],
+            [],
+        )
+        for (data, metric), lines in tables.items()
+    ]

@@ -1,5 +1,5 @@
-"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a shape
-among its own parts.
+"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a point
+is given one of the parts of its shape's category.
 
 Axes: n shapes, N points, P global part ids, C categories. Part ids count through all categories.
 """
@@ -25,10 +25,10 @@ def category_parts(
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
     for label, category in enumerate(class_names):
-        named = np.array([i for i, owner in enumerate(owners) if owner == category], np.int64)
+        named = np.flatnonzero([owner == category for owner in owners])
         rows = np.flatnonzero(np.asarray(labels) == label)
-        own = np.asarray(parts[rows])
-        observed = np.flatnonzero(np.bincount(own[own != UNLABELLED]))
+        ids = np.asarray(parts[rows])
+        observed = np.flatnonzero(np.bincount(ids[ids != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
             name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
             raise ValueError(
@@ -49,12 +49,12 @@ def restricted_argmax(
     _check_labels(labels, len(logits), parts_of)
     out = np.empty(logits.shape[:2], np.int16)
     for label in np.unique(labels):
-        own, rows = parts_of[label], labels == label
-        if own.max() >= logits.shape[2]:
+        ids, rows = parts_of[label], labels == label
+        if ids.max() >= logits.shape[2]:
             raise ValueError(
-                f"category {label} has part {own.max()}, but there are logits of {logits.shape[2]} parts"
+                f"category {label} has part {ids.max()}, but there are logits of {logits.shape[2]} parts"
             )
-        out[rows] = own[logits[rows][:, :, own].argmax(2)]
+        out[rows] = ids[logits[rows][:, :, ids].argmax(2)]
     return out
 
 
@@ -100,12 +100,11 @@ def shape_iou(
     labelled = truth != UNLABELLED
     if not labelled.any(1).all():
         raise ValueError(f"{int((~labelled.any(1)).sum())} shapes have no labelled point")
-    size = 1 + max(
-        int(predicted.max()), int(truth.max()), *(int(own.max(initial=0)) for own in parts_of)
-    )
+    highest = [ids.max(initial=0) for ids in parts_of]
+    size = 1 + int(max(predicted.max(), truth.max(), *highest))
     belongs = np.zeros((len(parts_of), size), bool)  # C P
-    for label, own in enumerate(parts_of):
-        belongs[label, own] = True
+    for label, ids in enumerate(parts_of):
+        belongs[label, ids] = True
 
     def count(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
         """n P: the points of each part among those where n N."""
@@ -115,8 +114,8 @@ def shape_iou(
     both = count(truth, predicted == truth)
     either = count(truth, labelled) + count(predicted, labelled) - both
     iou = np.where(either == 0, 1.0, both / np.maximum(either, 1))
-    own = belongs[labels]
-    return 100 * np.where(own, iou, 0).sum(1) / own.sum(1)
+    counted = belongs[labels]
+    return 100 * np.where(counted, iou, 0).sum(1) / counted.sum(1)
 
 
 def _check_labels(labels: np.ndarray, count: int, parts_of: Sequence[np.ndarray]) -> None:

@@ -18,25 +18,23 @@ validation part takes the place of the fifth. A quick probe chooses nothing: the
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 
 from jepa3d.config import BOOKKEEPING, differences
-from jepa3d.data.datasets import PointClouds, load
-from jepa3d.evaluation import descriptors
+from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
+from jepa3d.evaluation.descriptors import baselines
 from jepa3d.evaluation.features import layer_features, untrained_like
 from jepa3d.evaluation.fitting import side_by_side
-from jepa3d.evaluation.labelled import Part, chosen_on, fifth, has_validation, shared_classes
+from jepa3d.evaluation.labelled import Labelled, Part, check_pairs, fifth
 from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
+from jepa3d.evaluation.tables import Sheet, mean_std
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load as load_encoder
@@ -50,27 +48,29 @@ QUICK_C = 0.1  # what was chosen most often on the validation part of ModelNet10
 _SHOTS, _DRAWS = 10, 10
 
 
-def selection_rule(part: Part, clouds: PointClouds, quick: bool = False) -> str:
-    """How layer and C are chosen (a quick probe does not), and what `part` of the clouds is scored."""
-    own = has_validation(clouds)
-    held = "the validation part" if own and part == "test" else "a held-out fifth of train"
-    other = "the validation part" if own else "another fifth of train"
-    scored = "test used once" if part == "test" else f"scored on {other}, test not used"
+def check_protocols(protocols: Iterable[str]) -> None:
+    """ValueError that names the first unknown protocol and the known ones."""
+    if unknown := set(protocols) - set(PROTOCOLS):
+        raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
+
+
+def selection_rule(shapes: Labelled, quick: bool = False) -> str:
+    """How layer and C are chosen (a quick probe does not), and what part is scored, in words."""
+    held, scored = "a held-out fifth of train", "test used once"
+    if shapes.part == "validation":
+        other = "the validation part" if shapes.has_validation else "another fifth of train"
+        scored = f"scored on {other}, test not used"
+    elif shapes.has_validation:
+        held = "the validation part"
     if quick:
         return f"none, quick: layer and C are fixed (C {QUICK_C}); {scored}"
     return f"layer and C on {held} (5 folds of the labels for logistic_10); {scored}"
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
-    """Counts [K, K] of the tested, rows true, columns predicted, over the sorted classes of both
-    halves.
-    """
+    """Counts [K, K] of test shapes over the sorted classes; rows true, columns predicted."""
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
-
-
-def _accuracy(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> float:
-    return _overall(_confusion(protocol, c, train, y, test, y_test, seed=seed))
 
 
 def _overall(confusion: np.ndarray) -> float:
@@ -88,86 +88,99 @@ def run_protocol(
     held: tuple[np.ndarray, np.ndarray] | None = None,
     c: float | None = None,
 ) -> dict:
-    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C (lists for
-    logistic_10).
+    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C.
 
     held: features and labels to choose layer and C on; None: a fifth of train. c: the C to use
     instead of choosing it. All but logistic_10 also return mean_class_accuracy and confusion: rows
-    true, columns predicted, sorted classes.
+    true, columns predicted, sorted classes. logistic_10 returns the mean over its draws, their std,
+    and the layer and C of each.
     """
-    if protocol == "logistic_10":
-        return _few_labels(train, y, test, y_test, layers, seed, _FEW_C_GRID if c is None else (c,))
-    grid = (0.0,) if protocol != "logistic" else _C_GRID if c is None else (c,)
+    few = protocol == "logistic_10"
+    grid = (0.0,)
+    if protocol.startswith("logistic"):
+        grid = (c,) if c is not None else _FEW_C_GRID if few else _C_GRID
     choices = [(layer, c) for layer in layers for c in grid]
-    layer, c = choices[0]
+    draws = few_labels(y, seed) if few else [slice(None)]
+    chosen = choices[:1] * len(draws)
     if len(choices) > 1:
-        x, labels, folds = train, y, [fifth(y, seed)]
-        if held:
+        x, labels = train, y
+        if held and not few:
             x, labels = np.concatenate([train, held[0]], 1), np.concatenate([y, held[1]])
-            folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
-        jobs = [(protocol, c, x[layer], labels, folds, {"seed": seed}) for layer, c in choices]
-        validation = side_by_side(_validation, jobs, len(jobs) * x[0].size)
-        layer, c = choices[int(np.argmax(validation))]
-    confusion = _confusion(protocol, c, train[layer], y, test[layer], y_test, seed=seed)
-    mean = float(np.nanmean(class_accuracy(confusion)))
+        jobs = []
+        for rows in draws:
+            if few:
+                folds = _folds(y[rows], seed)
+            elif held:
+                folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
+            else:
+                folds = [fifth(y, seed)]
+            jobs += [
+                (protocol, c, x[layer][rows], labels[rows], folds, seed) for layer, c in choices
+            ]
+        numbers = sum(len(folds) * features.size for _, _, features, _, folds, _ in jobs)
+        validation = np.reshape(side_by_side(_validation, jobs, numbers), (len(draws), -1))
+        chosen = [choices[best] for best in validation.argmax(1)]
+    confusions = [
+        _confusion(protocol, c, train[layer][rows], y[rows], test[layer], y_test, seed=seed)
+        for rows, (layer, c) in zip(draws, chosen, strict=True)
+    ]
+    if few:
+        found = moments([_overall(confusion) for confusion in confusions])
+        pairs = [list(choice) for choice in chosen]
+        return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": pairs}
+    ((layer, c),) = chosen
     return {
-        "accuracy": _overall(confusion),
-        "mean_class_accuracy": mean,
+        "accuracy": _overall(confusions[0]),
+        "mean_class_accuracy": float(np.nanmean(class_accuracy(confusions[0]))),
         "layer": layer,
         "C": c or None,
-        "confusion": confusion.tolist(),
+        "confusion": confusions[0].tolist(),
     }
 
 
 def _validation(
-    protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], options: dict
+    protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], seed: int
 ) -> float:
-    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice; options of
-    `_accuracy`.
-    """
+    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice."""
     return sum(
-        _accuracy(protocol, c, x[fit], y[fit], x[held], y[held], **options) for fit, held in folds
+        _overall(_confusion(protocol, c, x[fit], y[fit], x[held], y[held], seed=seed))
+        for fit, held in folds
     )
 
 
-def _few_labels(train, y, test, y_test, layers, seed, grid: tuple[float, ...]) -> dict:
-    """10 labels a class, mean over 10 draws."""
-    draws, jobs = [(shots, y[shots]) for shots in few_labels(y, seed)], []
-    choices = [(layer, c) for layer in layers for c in grid]
-    for shots, labels in draws if len(choices) > 1 else ():
-        number = min(5, np.bincount(labels).max())
-        with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
-            warnings.simplefilter("ignore", UserWarning)
-            folds = list(
-                StratifiedKFold(number, shuffle=True, random_state=seed).split(shots, labels)
-            )
-        jobs += [("logistic", c, train[layer][shots], labels, folds, {}) for layer, c in choices]
-    validation = np.array(
-        side_by_side(_validation, jobs, sum(len(job[4]) * job[2].size for job in jobs))
-    )
-    chosen = (
-        [choices[best] for best in validation.reshape(_DRAWS, -1).argmax(1)]
-        if jobs
-        else choices * _DRAWS
-    )
-    scores = [
-        _accuracy("logistic", c, train[layer][shots], labels, test[layer], y_test)
-        for (shots, labels), (layer, c) in zip(draws, chosen, strict=True)
-    ]
-    found = moments(scores)
-    return {
-        "accuracy": found["mean"],
-        "std_over_draws": found["std"],
-        "chosen": [list(choice) for choice in chosen],
-    }
+def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit and rows to score of five folds, or as many as the largest class has labels."""
+    check_pairs(labels)
+    number = min(5, np.bincount(labels).max())
+    with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
+        warnings.simplefilter("ignore", UserWarning)
+        folds = StratifiedKFold(number, shuffle=True, random_state=seed)
+        return list(folds.split(labels, labels))
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Indices of 10 labels a class, all of a smaller class: of ten draws."""
+    """Indices of 10 labels a class, all of a smaller class, for each of ten draws."""
     rng, classes = np.random.default_rng(seed), [np.flatnonzero(y == k) for k in np.unique(y)]
     return [
-        np.concatenate([rng.permutation(own)[:_SHOTS] for own in classes]) for _ in range(_DRAWS)
+        np.concatenate([rng.permutation(members)[:_SHOTS] for members in classes])
+        for _ in range(_DRAWS)
     ]
+
+
+def score(
+    protocol: str,
+    features: Sequence[np.ndarray],
+    shapes: Labelled,
+    layers: Iterable[int],
+    seed: int,
+    c: float | None = None,
+) -> dict:
+    """`run_protocol` on features [L, n, E] of `shapes.subsets()`; without the last subset, a fifth of
+    train chooses.
+    """
+    (x, x_test, *x_held), (y, y_test, *y_held) = features, shapes.labels()
+    held = (x_held[0], y_held[0]) if x_held else None
+    return run_protocol(protocol, x, y, x_test, y_test, list(layers), seed, held, c)
 
 
 def probe(
@@ -185,104 +198,99 @@ def probe(
     descriptors.py.
 
     Returns the result record. runs: or one encoder, as of `jepa3d.load`, beside an untrained one of
-    its settings. `part` is what is scored (see `shared_classes`). `layer` None chooses the best on
+    its settings. `part` is what is scored (see `Labelled.of`). `layer` None chooses the best on
     validation, 0 is the tokenizer. `quick` chooses nothing: `layer` None is then the last, and C is
     fixed. Raises ValueError.
     """
     started = time.perf_counter()
-    if unknown := set(protocols) - set(PROTOCOLS):
-        raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
-    found = {run: _models(run) for run in runs}
-    first = found[runs[0]][0]
-    for run, (config, _) in found.items():
-        changed = {
-            name for name in differences(config, first) if name not in ("seed", *BOOKKEEPING)
-        }
-        if changed:
-            raise ValueError(
-                f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged"
-            )
-    seeds = [config["seed"] for config, _ in found.values()]
-    if len(set(seeds)) < len(runs):
-        raise ValueError(
-            f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one"
-        )
-    clouds = load(
-        [data], first["encoder"]["num_points"], "all", [up_axis.replace("none", "z")], labels_key
-    )
-    train, test, dropped = shared_classes(clouds, part)
-    held = None if quick else chosen_on(clouds, train, part)
-    y, y_test = train.labels, test.labels
-    assert y is not None
-    assert y_test is not None
-    names, rows = [clouds.class_names[label] for label in np.unique(y)], []
+    check_protocols(protocols)
+    networks = {run: _models(run) for run in runs}
+    configs = {run: config for run, (config, _) in networks.items()}
+    seeds, first = _seeds(configs), configs[runs[0]]
+    axis = up_axis.replace("none", "z")
+    shapes = Labelled.read(data, first["encoder"]["num_points"], axis, labels_key, part)
+    subsets = shapes.subsets()[: 2 if quick else 3]
+    by_rule, fixed = ("last", QUICK_C) if quick else ("best on validation", None)
+    rows = []
     by_hand: dict[str, list[np.ndarray]] = {}
-    for run, (config, models) in found.items():
+    for run, (config, models) in networks.items():
         for model in models.values():
             if isinstance(model, PointEncoder):
                 model.upright = up_axis != "none"
         if isinstance(given := models.get("pretrained"), PointEncoder):
             if "untrained" not in models:
-                models = {"untrained": untrained_like(given, train, config["seed"]), **models}
-            by_hand = by_hand or descriptors.features(
-                given, train, test, held
-            )  # the same for every seed
+                untrained = untrained_like(given, shapes.train, config["seed"])
+                models = {"untrained": untrained, **models}
+            by_hand = by_hand or _by_hand(given, subsets)  # the same for every seed
         for name in (*models, *by_hand):
             model = models.get(name)
-            if model is None:
-                x, x_test, features = by_hand[name]
-            else:
-                x, x_test = (layer_features(model, half, pooling) for half in (train, test))
-                features = np.empty(0) if held is None else layer_features(model, held, pooling)
-            x_held = None if held is None or held.labels is None else (features, held.labels)
-            depth = len(x) - 1
+            features = by_hand.get(name, [])
+            if model is not None:
+                features = [layer_features(model, subset, pooling) for subset in subsets]
+            depth = len(features[0]) - 1
             if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
                 raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
-            layers = (
-                [depth if layer is None else min(layer, depth)]
-                if quick or layer is not None
-                else range(depth + 1)
-            )
-            fixed = QUICK_C if quick else None
-            scores = {
-                protocol: run_protocol(
-                    protocol, x, y, x_test, y_test, list(layers), config["seed"], x_held, fixed
-                )
-                for protocol in protocols
-            }
-            for score in scores.values():
-                if "confusion" in score:
-                    score["per_class"] = by_class(score["confusion"], names)
-            row = {"run": str(run), "model": name, "seed": config["seed"], "scores": scores}
+            layers = range(depth + 1)
+            if quick or layer is not None:
+                layers = [depth if layer is None else min(layer, depth)]
+            row = {"run": str(run), "model": name, "seed": config["seed"], "scores": {}}
+            for protocol in protocols:
+                found = score(protocol, features, shapes, layers, config["seed"], fixed)
+                if "confusion" in found:
+                    found["per_class"] = by_class(found["confusion"], shapes.class_names)
+                row["scores"][protocol] = found
             if isinstance(model, DVAE):
-                row["dvae"] = dvae_figures(model, train, test)
+                row["dvae"] = dvae_figures(model, shapes.train, shapes.test)
             rows.append(row)
     return provenance() | {
         "data": {
-            "name": clouds.name,
-            "fingerprint": clouds.fingerprint,
+            "name": shapes.name,
+            "fingerprint": shapes.fingerprint,
             "labels": labels_key,
             "part": part,
-            "train": len(train),
-            "test": len(test),
-            "classes": len(np.unique(y)),
-            "dropped_classes": dropped,
+            "train": len(shapes.train),
+            "test": len(shapes.test),
+            "classes": len(shapes.class_names),
+            "dropped_classes": list(shapes.dropped),
         },
         "pretraining": {
-            str(run): _pretraining(run, c) for run, (c, _) in found.items() if "task" in c
+            str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
-        "seen_in_pretraining": any(
-            was_seen(config, data, part) for config, _ in found.values()
-        ),  # as far as is known
+        # as far as is known
+        "seen_in_pretraining": any(was_seen(config, data, part) for config in configs.values()),
         "pooling": pooling,
-        "layer": layer if layer is not None else "last" if quick else "best on validation",
-        "selection": selection_rule(part, clouds, quick),
+        "layer": by_rule if layer is None else layer,
+        "selection": selection_rule(shapes, quick),
         "seeds": sorted(seeds),
-        "class_names": names,
+        "class_names": list(shapes.class_names),
         "rows": rows,
         "summary": summarise(rows, protocols),
         "wall_seconds": time.perf_counter() - started,
     }
+
+
+def _seeds(configs: dict[Path, dict]) -> list[int]:
+    """The seeds of runs that differ in nothing else. Raises ValueError where they do not."""
+    (first, reference), *_ = configs.items()
+    for run, config in configs.items():
+        changed = differences(config, reference).keys() - {"seed", *BOOKKEEPING}
+        if changed:
+            raise ValueError(
+                f"{run}: differs in {min(changed)} from {first}; only seeds of one run can be averaged"
+            )
+    seeds = [config["seed"] for config in configs.values()]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one"
+        )
+    return seeds
+
+
+def _by_hand(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
+    """Vectors [1, n, E] of each subset by each of the `baselines`, as of a network of one layer."""
+    prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
+    made = baselines(encoder, prepared[0])
+    return {name: [of(points)[None] for points in prepared] for name, (of, _) in made.items()}
 
 
 def was_seen(config: dict, data: str, part: Part) -> bool:
@@ -294,73 +302,67 @@ def was_seen(config: dict, data: str, part: Part) -> bool:
 def _pretraining(run: Path, config: dict) -> dict:
     """What a run was trained on and with, and what it cost."""
     record = Run(run).record
-    return {key: config[key] for key in ("objective", "teacher", "split")} | {
-        key: record.get(key) for key in ("data", "cost", "commit")
-    }
+    known = {key: config[key] for key in ("objective", "teacher", "split")}
+    return known | {key: record.get(key) for key in ("data", "cost", "commit")}
 
 
-def _models(run: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
-    """A finished run's config and the networks to compare; of an encoder by itself, what is known
-    of it.
+def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
+    """A finished run's config and the networks to compare; of an encoder that is no run, as much of
+    a config as is known.
     """
-    if not (run / "run.json").is_file():
-        encoder = load_encoder(str(run))
-        return {"encoder": vars(encoder)["_hub_mixin_config"], "seed": 0, "data": []}, {
-            "pretrained": encoder
-        }
-    config = Run(run).config
+    if not Run.is_at(folder):
+        encoder = load_encoder(str(folder))
+        sizes = vars(encoder)["_hub_mixin_config"]
+        return {"encoder": sizes, "seed": 0, "data": []}, {"pretrained": encoder}
+    run = Run(folder)
+    config = run.config
     if "task" in config:
         raise ValueError(
-            f"{run}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain"
+            f"{folder}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain"
         )
     export = "dvae" if config["objective"] == "dvae" else "encoder"
-    if not (run / export).is_dir():
+    if not (folder / export).is_dir():
         raise ValueError(
-            f"{run}: has no {export} yet; finish it with: jepa3d pretrain --out {run} --resume"
+            f"{folder}: has no {export} yet; finish it with: jepa3d pretrain --out {folder} --resume"
         )
     if export == "dvae":
-        return config, {"teacher": load_module(str(run))}
-    teachers = sorted([*run.glob("stage1/*"), *run.glob("given/*")])
+        return config, {"teacher": load_module(str(folder))}
     return config, {
-        "untrained": PointEncoder.from_pretrained(run / "untrained"),
-        **{f"{folder.parent.name} {folder.name}": load_module(str(folder)) for folder in teachers},
-        "pretrained": PointEncoder.from_pretrained(run / "encoder"),
+        "untrained": PointEncoder.from_pretrained(run.untrained),
+        **{name: load_module(str(path)) for name, path in run.teachers.items()},
+        "pretrained": PointEncoder.from_pretrained(run.encoder),
     }
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
-    """Mean and sample std over runs a model and protocol, and of the paired gain over the untrained
-    encoder.
-
-    These are of the overall accuracy; beside them stand those of the mean class accuracy where a
-    protocol has one.
+    """Mean and sample std over runs of the overall accuracy, for each model and protocol, and of
+    the paired gain over the untrained encoder; beside it those of the mean class accuracy, if any.
     """
     table: dict[str, dict] = {}
     for protocol in protocols:
-        for key in ("accuracy", "mean_class_accuracy"):
-            values: dict[str, dict[str, float]] = {}
-            for row in rows:
-                if key in row["scores"][protocol]:
-                    values.setdefault(row["model"], {})[row["run"]] = row["scores"][protocol][key]
-            if "pretrained" in values:
-                untrained = values["untrained"]
-                values["gain"] = {
-                    run: score - untrained[run] for run, score in values["pretrained"].items()
-                }
-            for model, by_run in values.items():
-                found = moments(list(by_run.values())) | {"runs": len(by_run)}
-                of_model = table.setdefault(model, {})
-                of_model[protocol] = (
-                    found if key == "accuracy" else of_model[protocol] | {key: found}
-                )
+        for model, found in _means(rows, protocol, "accuracy").items():
+            table.setdefault(model, {})[protocol] = found
+        for model, found in _means(rows, protocol, "mean_class_accuracy").items():
+            table[model][protocol]["mean_class_accuracy"] = found
     return table
 
 
-def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
-    """ValueError unless `protocol` is one of `protocols` and has figures of every class;
+def _means(rows: list[dict], protocol: str, key: str) -> dict[str, dict]:
+    """Model, or "gain" -> mean, std and number of runs of one figure; of rows that have it."""
+    values: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if key in (scores := row["scores"][protocol]):
+            values.setdefault(row["model"], {})[row["run"]] = scores[key]
+    if after := values.get("pretrained"):
+        before = values["untrained"]
+        values["gain"] = {run: value - before[run] for run, value in after.items()}
+    return {
+        model: moments([*found.values()]) | {"runs": len(found)} for model, found in values.items()
+    }
 
-    None asks for none.
-    """
+
+def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
+    """ValueError unless `protocol` is None, or one of `protocols` that has figures of every class."""
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
         raise ValueError(
@@ -368,46 +370,45 @@ def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
         )
 
 
-def show(result: dict, per_class: str | None = None) -> None:
-    """Print the summary as a table, and the accuracy of every class under the protocol `per_class`.
+def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
+    """The summary of a result as a table; a second one has the accuracy of every class under the
+    protocol `per_class`.
 
-    Raises ValueError, printing nothing, for a protocol without figures of classes.
+    Raises ValueError for a protocol without figures of classes.
     """
     check_per_class(per_class, result["rows"][0]["scores"])
-    data = result["data"]
+    data, part = result["data"], result["data"].get("part", "test")
     title = (
         f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, "
-        f"{data['test']:,} {data['part']}; overall accuracy %, {result['pooling']}, "
+        f"{data['test']:,} {part}; overall accuracy %, {result['pooling']}, "
         f"layer {result['layer']}, seeds {result['seeds']}"
     )
-    protocols = list(result["rows"][0]["scores"])
-    table = Table("", *protocols)
-    for model, scores in result["summary"].items():
-        sign = "+" if model == "gain" else ""
-        cells = [
-            f"{s['mean']:{sign}.1f}" + (f" ± {s['std']:.1f}" if s["std"] is not None else "")
-            for s in scores.values()
-        ]
-        table.add_row("pretrained - untrained" if model == "gain" else model, *cells)
-    print(title)
-    Console(width=max(Console().width, 100)).print(table)
-    if per_class is not None:
-        _show_classes(result, per_class)
-    for row in result["rows"]:
-        if "dvae" in row:
-            print(
-                "teacher of {run}: Chamfer-L1 {reconstruction:.4f}, best constant patch {constant_patch:.4f}; "
-                "code perplexity {perplexity:.0f} of {num_codes}".format(
-                    run=row["run"], **row["dvae"]
-                )
-            )
+    notes = [
+        f"teacher of {row['run']}: Chamfer-L1 {row['dvae']['reconstruction']:.4f}, best constant "
+        f"patch {row['dvae']['constant_patch']:.4f}; code perplexity "
+        f"{row['dvae']['perplexity']:.0f} of {row['dvae']['num_codes']}"
+        for row in result["rows"]
+        if "dvae" in row
+    ]
     if result["seen_in_pretraining"]:
-        print(f"the {data['part']} part was among the (unlabelled) pretraining data")
-    print(f"selection: {result['selection']}")
+        notes.append(f"the {part} part was among the (unlabelled) pretraining data")
+    notes.append(f"selection: {result['selection']}")
+    columns, rows = summary_table(result["summary"])
+    found = [Sheet(title, columns, rows, notes)]
+    return found if per_class is None else [*found, _class_sheet(result, per_class)]
 
 
-def _show_classes(result: dict, protocol: str) -> None:
-    """Print each class's accuracy, mean over seeds, a column a model; the last row is their mean."""
+def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of `summarise`: a row a model, a column a protocol."""
+    rows = []
+    for model, scores in summary.items():
+        name, form = ("pretrained - untrained", "+.1f") if model == "gain" else (model, ".1f")
+        rows.append([name, *(mean_std(found, form) for found in scores.values())])
+    return ["", *next(iter(summary.values()))], rows
+
+
+def _class_sheet(result: dict, protocol: str) -> Sheet:
+    """Each class's accuracy, mean over seeds, a column a model; the last row is their mean."""
     found: dict[str, list[np.ndarray]] = {}
     for row in result["rows"]:
         found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))
@@ -418,17 +419,9 @@ def _show_classes(result: dict, protocol: str) -> None:
     }
     if "pretrained" in columns:
         columns["gain"] = columns["pretrained"] - columns["untrained"]
-    table = Table(f"{protocol}, accuracy %", "shapes", *columns)
-
-    def add(name: str, count: int, values: list[float]) -> None:
-        cells = [
-            f"{value:{'+' if column == 'gain' else ''}.1f}"
-            for value, column in zip(values, columns, strict=True)
-        ]
-        table.add_row(escape(name), f"{count:,}", *cells)
-
-    for name, count, *values in zip(result["class_names"], counts, *columns.values(), strict=True):
-        add(name, count, values)
-    table.add_section()
-    add("mean class accuracy", counts.sum(), [values.mean() for values in columns.values()])
-    Console(width=max(Console().width, 100)).print(table)
+    forms = ["+.1f" if model == "gain" else ".1f" for model in columns]
+    table = np.stack(list(columns.values()), 1)  # classes models
+    names = [*result["class_names"], "mean class accuracy"]
+    numbers = zip([*table, table.mean(0)], names, [*counts, counts.sum()], strict=True)
+    rows = [[name, f"{count:,}", *map(format, values, forms)] for values, name, count in numbers]
+    return Sheet(f"{protocol}, accuracy %", ["class", "shapes", *columns], rows, [])

@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, json.dumps(value, indent=2).encode())
 
 
-def moments(values: Sequence[float]) -> dict[str, float | None]:
+def moments(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
     """Mean and sample std (n - 1); one value has no std."""
     return {
         "mean": float(np.mean(values)),

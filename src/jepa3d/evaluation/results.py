@@ -1,17 +1,20 @@
 """Fine-tuning runs in one table: seeds averaged, settings chosen on validation, gains paired by
-seed, rules told.
+seed, selection rules shown.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jepa3d.config import BOOKKEEPING
-from jepa3d.evaluation.published import ON_TEST, PUBLISHED, Sheet, benchmark_of, published_sheet
+from jepa3d.evaluation.protocol import moments
+from jepa3d.evaluation.published import PUBLISHED, benchmark_of, published_sheet
+from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
+from jepa3d.plain import read_checked
 
 BASES = ("scratch", "untrained")  # what a pretrained encoder is measured against
 CHOSEN_BY = {
@@ -19,28 +22,29 @@ CHOSEN_BY = {
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
-_NEEDED: dict[str, type] = {
-    "protocol": str,
-    "init": str,
-    "selection": str,
-    "seed": int,
-    "votes": int,
-}
-_NEEDED |= dict.fromkeys(("data", "metrics", "settings"), dict)
+_TEXTS, _NUMBERS = ("protocol", "init", "selection"), ("seed", "votes")
+_GROUPS, _OPTIONAL = ("data", "metrics", "settings"), ("validation", "pretraining", "cost")
+_FIELDS: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_NUMBERS, int)
+_FIELDS |= dict.fromkeys(_GROUPS, dict) | dict.fromkeys(_OPTIONAL, dict | None)
 
 
-class Run(NamedTuple):
-    """A finished run: its folder, results.json, and what its encoder began as, seeds apart."""
+class Finished(NamedTuple):
+    """A finished run: its folder, results.json, and what its encoder began as, without seeds."""
 
     folder: Path
     result: dict[str, Any]
     init: str
 
+    @property
+    def pretraining(self) -> dict[str, Any]:
+        """The record of the pretraining run that the encoder comes from; empty if there is none."""
+        return self.result["pretraining"] or {}
+
 
 class Arm(NamedTuple):
     """Runs that differ in their seeds only."""
 
-    runs: list[Run]
+    runs: list[Finished]
 
     @property
     def result(self) -> dict[str, Any]:
@@ -50,6 +54,15 @@ class Arm(NamedTuple):
     @property
     def init(self) -> str:
         return self.runs[0].init
+
+    @property
+    def rule(self) -> str:
+        """How the epoch was chosen; a choice on the test part is marked."""
+        return ON_TEST if self.result["selection"] == "best on test" else self.result["selection"]
+
+    def setting(self, name: str) -> str:
+        """A setting as text."""
+        return _text(self.result["settings"].get(name))
 
     def values(self, metric: str, part: str = "metrics") -> list[float]:
         """A figure a run on the test part, or of part "validation"; of those runs that have it."""
@@ -61,25 +74,17 @@ class Arm(NamedTuple):
 
     def measured_on(self) -> str:
         """Equal for arms of one task and data set."""
-        return json.dumps(
-            [
-                self.result["task"],
-                *(self.result["data"].get(name) for name in ("fingerprint", "variant")),
-            ]
-        )
+        data = self.result["data"]
+        return json.dumps([self.result["task"], data.get("fingerprint"), data.get("variant")])
 
     def key(self, without: str | None = None, init: bool = True) -> str:
-        """Equal for arms that differ in nothing else than the setting `without`, and than init
-        where that is False.
-        """
-        settings = {
-            name: value for name, value in self.result["settings"].items() if name != without
-        }
-        known = [self.result[name] for name in ("protocol", "selection", "votes")]
-        known += [self.result["data"].get(name) for name in ("labels", "train")]
-        return json.dumps(
-            [self.measured_on(), *known, settings, self.init if init else None], sort_keys=True
-        )
+        """Equal for arms that differ at most in the setting `without`, and in init unless `init`."""
+        result = self.result
+        settings = {name: value for name, value in result["settings"].items() if name != without}
+        known = [result[name] for name in ("protocol", "selection", "votes")]
+        known += [result["data"].get(name) for name in ("labels", "train")]
+        known += [self.measured_on(), settings, self.init if init else None]
+        return json.dumps(known, sort_keys=True)
 
     def label(self) -> str:
         """The encoder's origin for a reader: a pretraining run's name without its seed."""
@@ -87,16 +92,17 @@ class Arm(NamedTuple):
             return self.init
         names = set()
         for run in self.runs:
-            record, path = run.result["pretraining"] or {}, Path(run.result["init"])
-            path = path.parent if path.name == "encoder" else path
-            names.add(path.name.removesuffix(f"-{record.get('seed')}") if record else str(path))
+            path = Path(run.result["init"])
+            name = (path.parent if path.name == "encoder" else path).name
+            seed = run.pretraining.get("seed")
+            names.add(name.removesuffix(f"-{seed}") if run.pretraining else str(path))
         return " ".join(sorted(names))
 
 
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
     """The finished runs at and below folders, and a note for each unfinished one below.
 
     Raises ValueError.
@@ -108,100 +114,65 @@ def read_runs(paths: list[Path]) -> tuple[list[Run], list[str]]:
             raise ValueError(
                 f"{path}: no such folder; give runs of jepa3d classify, segment or fewshot"
             )
-        if _is_unfinished(path):
-            raise ValueError(
-                f"{path}: an unfinished run, without results.json; finish it with --resume"
-            )
-        below = _below(path, unfinished)
+        below = list(_below(path, unfinished))
         if not below:
-            left = f"; unfinished: {', '.join(map(str, unfinished))}" if unfinished else ""
+            listed = ", ".join(map(str, unfinished))
+            others = f"; unfinished, go on with --resume: {listed}" if unfinished else ""
             raise ValueError(
-                f"{path}: no results.json of classify, segment or fewshot in or below it{left}"
+                f"{path}: no results.json of classify, segment or fewshot in or below it{others}"
             )
         found |= {folder.resolve(): folder for folder in below}
-    return [read_run(folder) for folder in found.values()], [
-        f"unfinished, left out: {f}" for f in unfinished
-    ]
+    notes = [f"unfinished, left out: {folder}" for folder in unfinished]
+    return [read_run(folder) for folder in found.values()], notes
 
 
-def _below(folder: Path, unfinished: list[Path]) -> list[Path]:
+def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
     """The outermost run folders: a few-shot run may hold its folds' runs."""
     if (folder / "results.json").is_file():
-        return [folder]
-    if _is_unfinished(folder):
-        unfinished.append(folder)
-        return []
-    inner = (
-        child for child in sorted(folder.iterdir()) if child.is_dir() and not child.is_symlink()
-    )
-    return [run for child in inner for run in _below(child, unfinished)]
+        yield folder
+    elif (folder / "run.json").is_file() and "task" in read_checked(folder / "config.json"):
+        unfinished.append(folder)  # a run of pretrain has no task
+    else:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.is_symlink():
+                yield from _below(child, unfinished)
 
 
-def _is_unfinished(folder: Path) -> bool:
-    """Whether it is a fine-tuning run (a pretraining run's config names no task) that has no
-    result.
-    """
-    return (
-        (folder / "run.json").is_file()
-        and not (folder / "results.json").is_file()
-        and "task" in _json(folder / "config.json")
-    )
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from error
-
-
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Finished:
     """A run by its results.json. ValueError for one that is damaged, or of something else."""
     file = folder / "results.json"
-    result = _json(file)
-    if not isinstance(result, dict) or result.get("task") not in list(CHOSEN_BY):
+    result = read_checked(file)
+    if result.get("task") not in list(CHOSEN_BY):
         raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
-    if wrong := [name for name, kind in _NEEDED.items() if not isinstance(result.get(name), kind)]:
-        raise ValueError(
-            f"{file}: {wrong[0]} is {result.get(wrong[0])!r}, not a {_NEEDED[wrong[0]].__name__}"
-        )
-    for name in ("validation", "pretraining", "cost"):
-        if not isinstance(result.setdefault(name, None), dict | None):
-            raise ValueError(f"{file}: {name} is {result[name]!r}, neither null nor a dict")
+    for name, kind in _FIELDS.items():
+        if not isinstance(value := result.setdefault(name, None), kind):
+            raise ValueError(
+                f"{file}: {name} is {value!r}, not a {getattr(kind, '__name__', kind)}"
+            )
     for name, value in [*result["metrics"].items(), *(result["validation"] or {}).items()]:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
-    return Run(folder, result, _origin(result["init"], result["pretraining"]))
+    return Finished(folder, result, _origin(result["init"], result["pretraining"]))
 
 
 def _origin(init: str, record: dict | None) -> str:
-    """What an encoder began as, by its pretraining run's record: the same for all seeds of one
-    configuration.
+    """What an encoder began as, from its pretraining run's record: equal for all seeds of one
+    configuration. An init or teacher that is a run of the same seed (runs/mae-0) counts without it.
     """
     if not record or init in BASES:
         return init
-    kept = {
-        name: value
-        for name, value in record.items()
-        if name not in ("seed", "cost", "commit", *BOOKKEEPING)
-    }
-    kept["data"] = (record.get("data") or {}).get("fingerprint")
-    return json.dumps(_seedless(kept, record.get("seed")), sort_keys=True)
+    ending = f"-{record.get('seed')}"
 
-
-def _seedless(settings: dict, seed: int | None) -> dict:
-    """Settings whose init and teacher, where they are runs of the same seed (runs/mae-0), are named
-    without it.
-    """
-
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, list):
             return [plain(item) for item in value]
-        return value.removesuffix(f"-{seed}") if isinstance(value, str) else value
+        return value.removesuffix(ending) if isinstance(value, str) else value
 
-    return settings | {
-        name: plain(settings[name]) for name in ("init", "teacher") if name in settings
-    }
+    others = {"seed", "cost", "commit", *BOOKKEEPING}
+    kept = {name: value for name, value in record.items() if name not in others}
+    kept |= {name: plain(kept[name]) for name in ("init", "teacher") if name in kept}
+    kept["data"] = (record.get("data") or {}).get("fingerprint")
+    return json.dumps(kept, sort_keys=True)
 
 
 # --------------------------------------------------------------------------------------------- arms
@@ -214,7 +185,7 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
     return list(groups.values())
 
 
-def arms_of(runs: list[Run]) -> list[Arm]:
+def arms_of(runs: list[Finished]) -> list[Arm]:
     """Runs grouped by all but their seeds, scratch and untrained first.
 
     ValueError for a seed given twice.
@@ -223,20 +194,19 @@ def arms_of(runs: list[Run]) -> list[Arm]:
     for arm in arms:
         seen: dict[Any, Path] = {}
         for run in arm.runs:
-            seed, record = run.result["seed"], run.result["pretraining"] or {}
-            drawn = seed, record.get("seed")
-            if drawn in seen:
+            seeds = seed, _ = run.result["seed"], run.pretraining.get("seed")
+            if seeds in seen:
                 raise ValueError(
-                    f"{seen[drawn]} and {run.folder}: both seed {seed} of one arm; give one of them"
+                    f"{seen[seeds]} and {run.folder}: both seed {seed} of one arm; give one of them"
                 )
-            seen[drawn] = run.folder
+            seen[seeds] = run.folder
         arm.runs.sort(key=lambda run: run.result["seed"])
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Of arms that differ in one setting only, that of the best mean on validation, and what was
-    decided.
+    """Of arms that differ in one setting only, that of the best mean on validation, and notes on
+    what was decided.
 
     Arms without validation figures are all kept: the test part chooses nothing.
     """
@@ -244,25 +214,22 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
     for group in _grouped(arms, lambda arm: arm.key(setting)):
         judged = [arm for arm in group if arm.has_validation()]
         kept += [arm for arm in group if not arm.has_validation()]
-        name, rule = group[0].label(), group[0].result["selection"]
+        name = group[0].label()
         if len(judged) < len(group):
             notes.append(
-                f"NOTE: {name} (selection: {rule}) has no validation figures: every {setting} is kept"
+                f"NOTE: {name} (selection: {group[0].result['selection']}) has no validation "
+                f"figures: every {setting} is kept"
             )
         if judged:
             metric = CHOSEN_BY[group[0].result["task"]]
             scores = [float(np.mean(arm.values(metric, "validation"))) for arm in judged]
-            tried = [_told(arm.result["settings"].get(setting)) for arm in judged]
-            best = int(np.argmax(scores))
+            tried = [arm.setting(setting) for arm in judged]
+            best, how = int(np.argmax(scores)), "is the only one"
+            if len(judged) > 1:
+                pairs = zip(tried, scores, strict=True)
+                means = ", ".join(f"{value}: {score:.2f}" for value, score in pairs)
+                how = f"chosen by mean validation {metric} ({means})"
             kept.append(judged[best])
-            told = ", ".join(
-                f"{value}: {score:.2f}" for value, score in zip(tried, scores, strict=True)
-            )
-            how = (
-                f"chosen by mean validation {metric} ({told})"
-                if len(judged) > 1
-                else "is the only one there"
-            )
             notes.append(f"{name}: {setting} {tried[best]} {how}")
         if len({len(arm.runs) for arm in judged}) > 1:
             notes.append(f"NOTE: {name}: the {setting}s compared have different numbers of seeds")
@@ -292,37 +259,29 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
         sheets += _gains_sheet(arms, setting)
         for group in _grouped(arms, lambda arm: benchmark_of(arm.result)):
             if key := benchmark_of(group[0].result):
-                sheets.append(
-                    published_sheet(
-                        PUBLISHED[key], [run.result for arm in group for run in arm.runs]
-                    )
-                )
-        notes = []  # said once
+                results = [run.result for arm in group for run in arm.runs]
+                sheets.append(published_sheet(PUBLISHED[key], results))
+        notes = []  # once is enough
     return sheets
 
 
-def _moments(values: list[float], sign: str = "") -> str:
-    """Mean ± sample std; the mean alone of one value."""
-    std = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.2f}{std}" if values else "-"
+def _spread(values: list[float], sign: str = "") -> str:
+    """Mean ± sample std of figures; "-" of none."""
+    return mean_std(moments(values), f"{sign}.2f") if values else "-"
 
 
-def _minutes(records: list[dict]) -> str:
-    """Mean CPU-minutes of records of a cost, stage I included."""
+def _minutes(costs: list[dict]) -> str:
+    """Mean CPU-minutes of the costs of runs, stage I included."""
     spent = [
         cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0)
-        for cost in records
+        for cost in costs
         if cost.get("cpu_seconds")
     ]
     return f"{np.mean(spent) / 60:.1f}" if spent else "-"
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def _rule(arm: Arm) -> str:
-    return ON_TEST if arm.result["selection"] == "best on test" else arm.result["selection"]
 
 
 def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
@@ -333,73 +292,60 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
-    """A name for each init of the arms, told apart by their paths where the names are the same."""
+    """A name for each init of the arms, or its path where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
-    paths = {arm.init: arm.result["init"] for arm in arms}
-    return {
-        init: name if list(names.values()).count(name) == 1 else paths[init]
-        for init, name in names.items()
-    }
+    paths, every = {arm.init: arm.result["init"] for arm in arms}, list(names.values())
+    return {key: name if every.count(name) == 1 else paths[key] for key, name in names.items()}
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
-    result, data, labels = arms[0].result, arms[0].result["data"], _labels(arms)
-    metrics = list(dict.fromkeys(name for arm in arms for name in arm.result["metrics"]))
-    settings = _differing(arms, setting)
-    costs = [
-        [(run.result["pretraining"] or {}).get("cost") or {} for run in arm.runs] for arm in arms
-    ]
-    columns: dict[str, list[str]] = {
-        "init": [labels[arm.init] for arm in arms],
-        "protocol": [arm.result["protocol"] for arm in arms],
-        "train": [_told(arm.result["data"].get("train")) for arm in arms],
-        **{name: [_told(arm.result["settings"].get(name)) for arm in arms] for name in settings},
-        "seeds": [str(len(arm.runs)) for arm in arms],
-        **{name: [_moments(arm.values(name)) for arm in arms] for name in metrics},
-        "selection": [_rule(arm) for arm in arms],
-        "votes": [str(arm.result["votes"]) for arm in arms],
-        "CPU-min": [_minutes([run.result["cost"] or {} for run in arm.runs]) for arm in arms],
-        "pretraining CPU-min": [_minutes(records) for records in costs],
+    result, labels, settings = arms[0].result, _labels(arms), _differing(arms, setting)
+    data, metrics = result["data"], dict.fromkeys(m for arm in arms for m in arm.result["metrics"])
+    columns: dict[str, Callable[[Arm], str]] = {
+        "init": lambda arm: labels[arm.init],
+        "protocol": lambda arm: arm.result["protocol"],
+        "train": lambda arm: _text(arm.result["data"].get("train")),
+        **{name: lambda arm, name=name: arm.setting(name) for name in settings},
+        "seeds": lambda arm: str(len(arm.runs)),
+        **{name: lambda arm, name=name: _spread(arm.values(name)) for name in metrics},
+        "selection": lambda arm: arm.rule,
+        "votes": lambda arm: str(arm.result["votes"]),
+        "CPU-min": lambda arm: _minutes([run.result["cost"] or {} for run in arm.runs]),
+        "pretraining CPU-min": lambda arm: _minutes(
+            [run.pretraining.get("cost") or {} for run in arm.runs]
+        ),
     }
-    if set(columns["pretraining CPU-min"]) == {"-"}:
-        del columns["pretraining CPU-min"]
-    protocol = f"; {columns.pop('protocol')[0]}" if len(set(columns["protocol"])) == 1 else ""
-    shared = [
-        f"{name} {_told(value)}"
-        for name, value in result["settings"].items()
-        if name not in settings
-    ]
-    notes = [
-        *_mixtures(arms),
-        *notes,
-        *([f"shared settings: {', '.join(shared)}"] if shared else []),
-    ]
-    name = f"{data.get('name')} ({data['variant']})" if data.get("variant") else data.get("name")
-    dropped = data.get("dropped_classes") or 0
-    dropped = (
-        dropped if isinstance(dropped, int) else len(dropped)
-    )  # results of older versions only count them
-    dropped = f" ({dropped} more dropped)" if dropped else ""
-    counts = f"{_told(data.get('classes'))} classes{dropped}, {_told(data.get('test'))} test shapes"
-    title = f"{result['task']}, {name}: {counts}{protocol}; per cent, mean ± std over seeds"
+    cells = {name: [cell(arm) for arm in arms] for name, cell in columns.items()}
+    if set(cells["pretraining CPU-min"]) == {"-"}:
+        del cells["pretraining CPU-min"]
+    protocol = f"; {cells.pop('protocol')[0]}" if len(set(cells["protocol"])) == 1 else ""
+    shared = [f"{k} {_text(v)}" for k, v in result["settings"].items() if k not in settings]
+    notes = [*_mixtures(arms), *notes]
+    if shared:
+        notes.append(f"shared settings: {', '.join(shared)}")
+    variant, dropped = data.get("variant"), data.get("dropped_classes") or 0
+    name = f"{data.get('name')} ({variant})" if variant else data.get("name")
+    if not isinstance(dropped, int):  # results of older versions only count them
+        dropped = len(dropped)
+    counts = f"{_text(data.get('classes'))} classes" + f" ({dropped} more dropped)" * bool(dropped)
+    title = (
+        f"{result['task']}, {name}: {counts}, {_text(data.get('test'))} test shapes{protocol}; "
+        "per cent, mean ± std over seeds"
+    )
     return Sheet(
-        title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)], notes
+        title, list(cells), [list(row) for row in zip(*cells.values(), strict=True)], notes
     )
 
 
 def _mixtures(arms: list[Arm]) -> list[str]:
-    """What makes rows of one table incomparable."""
-    rules, votes = (sorted({arm.result[name] for arm in arms}) for name in ("selection", "votes"))
+    """Notes on what makes rows of one table incomparable."""
     notes = []
-    if len(rules) > 1:
-        notes.append(
-            f"NOTE: rows of different selection rules are not comparable: {', '.join(rules)}"
-        )
-    if len(votes) > 1:
-        notes.append(
-            f"NOTE: rows of different votes are not comparable: {', '.join(map(str, votes))}"
-        )
-    if "best on test" in rules:
+    for name, words in (("selection", "selection rules"), ("votes", "votes")):
+        found = sorted({arm.result[name] for arm in arms})
+        if len(found) > 1:
+            listed = ", ".join(map(str, found))
+            notes.append(f"NOTE: rows of different {words} are not comparable: {listed}")
+    if any(arm.rule == ON_TEST for arm in arms):
         notes.append(
             f"NOTE: {ON_TEST} is optimistic: the test part chose the epoch, as in published tables"
         )
@@ -411,10 +357,8 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
     seed by seed.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
-    shared = set.intersection(*(set(run.result["metrics"]) for arm in arms for run in arm.runs)) - {
-        "std_over_folds"
-    }
-    metrics = [name for name in arms[0].result["metrics"] if name in shared]
+    shared = set.intersection(*(set(run.result["metrics"]) for arm in arms for run in arm.runs))
+    metrics = [m for m in arms[0].result["metrics"] if m in shared - {"std_over_folds"}]
     rows, notes = [], []
     for group in _grouped(
         arms, lambda arm: arm.key(setting if arm.has_validation() else None, init=False)
@@ -425,12 +369,9 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
             if not any(gains):
                 notes.append(f"{labels[arm.init]} and {base.init} have no seed in common")
                 continue
-            told = [
-                arm.result["protocol"],
-                *(_told(arm.result["settings"].get(name)) for name in settings),
-            ]
-            told += [_rule(arm), str(len(gains[0])), *(_moments(values, "+") for values in gains)]
-            rows.append([labels[arm.init], base.init, *told])
+            row = [labels[arm.init], base.init, arm.result["protocol"]]
+            row += [*map(arm.setting, settings), arm.rule, str(len(gains[0]))]
+            rows.append(row + [_spread(values, "+") for values in gains])
     columns = ["init", "over", "protocol", *settings, "selection", "pairs", *metrics]
     sheet = Sheet("gain, points, paired by seed, mean ± std over seeds", columns, rows, notes)
     return [sheet] if rows or notes else []
@@ -440,11 +381,11 @@ def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
     """A run's figure less the mean of the base's of the same seed, for each run of `arm` whose seed
     the base has.
     """
-    pairs = [
-        (run, [b for b in base.runs if b.result["seed"] == run.result["seed"]]) for run in arm.runs
-    ]
+    bases: dict[int, list[float]] = {}
+    for run in base.runs:
+        bases.setdefault(run.result["seed"], []).append(run.result["metrics"][metric])
     return [
-        run.result["metrics"][metric] - float(np.mean(Arm(same).values(metric)))
-        for run, same in pairs
-        if same
+        run.result["metrics"][metric] - float(np.mean(bases[run.result["seed"]]))
+        for run in arm.runs
+        if run.result["seed"] in bases
     ]

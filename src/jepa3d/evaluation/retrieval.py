@@ -8,23 +8,22 @@ which says nothing about other training runs.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from jepa3d.data.arrays import npz_headers
-from jepa3d.data.datasets import PointClouds, load
 from jepa3d.data.store import Store
 from jepa3d.evaluation.descriptors import Descriptor, baselines, cosine
 from jepa3d.evaluation.features import untrained_like
-from jepa3d.evaluation.labelled import shared_classes
+from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import provenance
+from jepa3d.evaluation.tables import Sheet
 from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
@@ -34,17 +33,16 @@ _RESAMPLES = 2000
 _NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
 
 
-def ranked(similarity: np.ndarray, labels: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Of each query whether the nearest shape is of its class, and its average precision: 2 q, or
-    NaN.
+def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Whether the nearest shape to each query is of its class, and its average precision: 2 q.
 
-    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. own: q, the
-    queries' own numbers among the n, which are left out.
+    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. rows: q, which
+    of the n shapes each query is; it does not find itself.
     """
-    similarity, rows = np.array(similarity, np.float64), np.arange(len(own))
-    similarity[rows, own] = -np.inf
+    similarity, queries = np.array(similarity, np.float64), np.arange(len(rows))
+    similarity[queries, rows] = -np.inf
     order = np.argsort(-similarity, 1, kind="stable")[:, :-1]
-    relevant = labels[order] == labels[own][:, None]
+    relevant = labels[order] == labels[rows][:, None]
     count = relevant.sum(1)
     precision = relevant.cumsum(1) / np.arange(1, relevant.shape[1] + 1)
     average = (precision * relevant).sum(1) / np.maximum(count, 1)
@@ -56,16 +54,15 @@ def search(
     queries: np.ndarray,
     gallery: np.ndarray,
     labels: np.ndarray,
-    own: np.ndarray,
+    rows: np.ndarray,
 ) -> np.ndarray:
-    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time: memory is bounded
-    whatever n.
+    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time, so that memory
+    stays bounded.
     """
     size = max(1, _NUMBERS // len(gallery))
-    blocks = [slice(at, at + size) for at in range(0, len(own), size)]
-    return np.concatenate(
-        [ranked(likeness(queries[b], gallery), labels, own[b]) for b in blocks], 1
-    )
+    blocks = [slice(at, at + size) for at in range(0, len(rows), size)]
+    found = [ranked(likeness(queries[b], gallery), labels, rows[b]) for b in blocks]
+    return np.concatenate(found, 1)
 
 
 @torch.inference_mode()
@@ -93,6 +90,27 @@ def paired_interval(gain: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """For each name but the first, how much more the first one reaches: mean and interval.
+
+    values: of the same n queries or shapes under each name, in per cent.
+    """
+    first, *others = values
+    found: dict[str, dict[str, Any]] = {first: {}}
+    for name in others:
+        gain = values[first] - values[name]
+        found[name] = {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
+    return found
+
+
+def compared_cells(row: dict[str, Any]) -> list[str]:
+    """The two cells of a table that show what `compared` found."""
+    if "interval" not in row:
+        return ["-", "-"]
+    low, high = row["interval"]
+    return [f"{row['first_minus_this']:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+
+
 def retrieval(
     models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
 ) -> dict[str, Any]:
@@ -105,93 +123,79 @@ def retrieval(
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
-    for encoder, descriptors, _, clouds in opened(models, data, labels_key, up_axis, part):
-        points, labels = encoder.prepare(clouds.points[:]), clouds.labels
-        assert labels is not None
+    for encoder, descriptors, shapes in opened(models, data, labels_key, up_axis, part):
+        points, labels = encoder.prepare(shapes.test.points[:]), shapes.y_test
         for name, (of, likeness) in descriptors.items():
             vectors = of(points)
-            scores[name] = search(likeness, vectors, vectors, labels, np.arange(len(labels)))
-        record = data_record("retrieval", clouds, labels_key, part)
-    first = scores[models[0]]
-    kept = np.isfinite(first[1])
-    found: dict[str, dict[str, Any]] = {}
-    for name, values in scores.items():
-        nearest, average = 100 * values[:, kept].mean(1)
-        found[name] = {"map": float(average), "nearest": float(nearest)}
-        if name != models[0]:
-            gain = 100 * (first - values)[1, kept]
-            found[name] |= {
-                "first_minus_this": float(gain.mean()),
-                "interval": paired_interval(gain),
-            }
+            scores[name] = 100 * search(likeness, vectors, vectors, labels, np.arange(len(labels)))
+        record = data_record("retrieval", shapes, labels_key, part)
+    kept = np.isfinite(scores[models[0]][1])
+    gains = compared({name: average[kept] for name, (_, average) in scores.items()})
+    found = {
+        name: {"map": float(average[kept].mean()), "nearest": float(nearest[kept].mean())}
+        | gains[name]
+        for name, (nearest, average) in scores.items()
+    }
     return record | {"queries": int(kept.sum()), "results": found} | provenance()
 
 
 def opened(
     models: list[str], data: str, labels_key: str, up_axis: str, part: str, whole: bool = False
-) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], PointClouds, PointClouds]]:
-    """Of every model its encoder, its descriptor (the first with its baselines), the train part and
-    the part asked for.
+) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
+    """For every model its encoder, its descriptor (for the first its baselines too), and the shapes
+    as it reads them; their test part is the part asked for.
 
-    part: train, test or validation, see `shared_classes`. whole: clouds with all points that the
+    part: train, test or validation, see `Labelled.of`. whole: clouds with all points that the
     source has.
     """
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        model = (
-            model if isinstance(model, Classifier) else encoder
-        )  # heads of others have no features of their own
+        if not isinstance(model, Classifier):  # heads of others have no features of their own
+            model = encoder
         count = _points_in(data, encoder.num_points) if whole else encoder.num_points
         encoder.upright = up_axis != "none"
-        clouds = load([data], count, "all", [up_axis if encoder.upright else "z"], labels_key)
-        train, scored, _ = shared_classes(clouds, "validation" if part == "validation" else "test")
+        scored = "validation" if part == "validation" else "test"
+        shapes = Labelled.read(data, count, up_axis.replace("none", "z"), labels_key, scored)
+        train = shapes.train
         descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
         if name == models[0]:
             some = np.sort(np.random.default_rng(0).permutation(len(train))[:_FITTED])
             untrained = untrained_like(encoder, train)
             descriptors["untrained"] = Descriptor(partial(vectors_of, untrained), cosine)
             descriptors |= baselines(encoder, encoder.prepare(train.points[some]))
-        yield encoder, descriptors, train, train if part == "train" else scored
+        yield encoder, descriptors, replace(shapes, test=train) if part == "train" else shapes
 
 
-def _points_in(data: str, least: int) -> int:
-    """Points of every cloud of a bundle or a store, `least` of other data, whose clouds differ."""
+def _points_in(data: str, fewest: int) -> int:
+    """Points of every cloud of a bundle or a store; `fewest` of other data, whose clouds differ."""
     path, count = Path(data), None
     if (path / "store.json").is_file():
         count = Store(path).num_points
-    elif (
-        path.suffix == ".npz"
-        and path.is_file()
-        and len(shape := npz_headers(path).get("points", ((),))[0]) == 3
-    ):
-        count = shape[1]
-    return max(least, count or 0)
+    elif path.suffix == ".npz" and path.is_file():
+        shape = npz_headers(path).get("points", ((),))[0]
+        count = shape[1] if len(shape) == 3 else None
+    return max(fewest, count or 0)
 
 
-def data_record(task: str, clouds: PointClouds, labels_key: str, part: str) -> dict[str, Any]:
-    """What a result says of the shapes that are asked about."""
-    assert clouds.labels is not None
-    data = {
-        "name": clouds.name,
-        "fingerprint": clouds.fingerprint,
-        "labels_key": labels_key,
-        "part": part,
-    }
-    return {"task": task, "data": data, "classes": len(np.unique(clouds.labels))}
+def data_record(task: str, shapes: Labelled, labels_key: str, part: str) -> dict[str, Any]:
+    """The part of a result that describes its shapes."""
+    data = {"name": shapes.name, "fingerprint": shapes.fingerprint}
+    data |= {"labels_key": labels_key, "part": part}
+    return {"task": task, "data": data, "classes": len(shapes.class_names)}
 
 
-def show(result: dict[str, Any]) -> None:
+def sheet(result: dict[str, Any]) -> Sheet:
     """The table of a result."""
     data = result["data"]
-    print(
-        f"\n{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} queries of "
-        f"{result['classes']} classes; mean average precision and nearest shape right %, frozen vectors, nothing chosen"
+    title = (
+        f"{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} "
+        f"queries of {result['classes']} classes; mean average precision and nearest shape right "
+        "%, frozen vectors, nothing chosen"
     )
-    table = Table("", "mAP", "nearest", "mAP: first - this", "95 %, paired by query")
-    for name, values in result["results"].items():
-        gain = values.get("first_minus_this")
-        low, high = values.get("interval", (0, 0))
-        compared = ("-", "-") if gain is None else (f"{gain:+.1f}", f"{low:+.1f} to {high:+.1f}")
-        table.add_row(name, f"{values['map']:.1f}", f"{values['nearest']:.1f}", *compared)
-    Console(width=max(100, Console().width)).print(table)
+    rows = [
+        [name, f"{row['map']:.1f}", f"{row['nearest']:.1f}", *compared_cells(row)]
+        for name, row in result["results"].items()
+    ]
+    columns = ["", "mAP", "nearest", "mAP: first - this", "95 %, paired by query"]
+    return Sheet(title, columns, rows, [])

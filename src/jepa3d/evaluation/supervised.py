@@ -1,4 +1,4 @@
-"""What a fine-tuned network says of shapes, and how right it is."""
+"""The predictions of a fine-tuned network, and their metrics."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from sklearn.metrics import confusion_matrix
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.evaluation.classifiers import by_class, class_accuracy
+from jepa3d.evaluation.features import default_device
 from jepa3d.evaluation.partseg import mean_iou, restricted_argmax
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
@@ -27,38 +28,35 @@ def predict(
     With several votes, the logits of as many randomly scaled and moved copies are averaged
     (Point-MAE).
     """
-    device = (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else torch.device("cpu")
-    )
-    network.eval().to(device)
+    network.eval().to(device := default_device())
+    segments = isinstance(network, Segmenter)
     predicted, probability = [], []
     for at in range(0, len(clouds), batch_size):
         index = np.arange(at, min(at + batch_size, len(clouds)))
-        points = clouds.batch(index)
-        if isinstance(network, Segmenter):  # parts belong to rows, which stay in their order
+        points, labels = clouds.batch(index), np.zeros(len(index), int)
+        if clouds.labels is not None:
+            labels = clouds.labels[index]
+        if segments:  # parts belong to rows, which stay in their order
             points = unit_sphere(points.double()).to(network.encoder.norm.weight)
         else:
             points = network.encoder.prepare(points)
-        labels = np.zeros(len(index), int) if clouds.labels is None else clouds.labels[index]
+        category = [torch.from_numpy(labels).to(device)] if segments else []
         total = torch.zeros(())
         for vote in range(votes):
             draws = BatchGenerator(seed, at, stream=f"vote {vote}")
             seen = points if votes == 1 else augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
-            if isinstance(network, Segmenter):
-                logits = network(seen, torch.from_numpy(labels).to(device))
-            else:
-                logits = network(seen)
-            total = total + logits.float().cpu()
+            total = total + network(seen, *category).float().cpu()
         if isinstance(network, Segmenter):
-            parts_of = [np.array(parts) for parts in network.parts_of]
-            predicted.append(restricted_argmax(total.numpy(), labels, parts_of).astype(np.int16))
+            predicted.append(restricted_argmax(total.numpy(), labels, _parts_of(network)))
         else:
             predicted.append(total.argmax(-1).numpy().astype(np.int16))
             probability.append((total / votes).softmax(-1).numpy())
-    out = {"predicted": np.concatenate(predicted)}
-    return out | ({"probability": np.concatenate(probability)} if probability else {})
+    found = {"predicted": predicted} | ({"probability": probability} if probability else {})
+    return {name: np.concatenate(values) for name, values in found.items()}
+
+
+def _parts_of(network: Segmenter) -> list[np.ndarray]:
+    return [np.array(parts) for parts in network.parts_of]
 
 
 def score(network: Network, clouds: PointClouds) -> float:
@@ -70,28 +68,20 @@ def score(network: Network, clouds: PointClouds) -> float:
 def figures(
     network: Network, clouds: PointClouds, predicted: dict[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics in per cent, and their details by class or category."""
+    """Metrics in per cent of what `predict` returned, and their details by class or category.
+
+    Of a classifier the details have the confusion matrix too, its rows the true classes.
+    """
     assert clouds.labels is not None
-    names = list(network.class_names)
+    labels, found, names = clouds.labels, predicted["predicted"], list(network.class_names)
     if isinstance(network, Segmenter):
         assert clouds.parts is not None
-        parts_of = [np.array(parts) for parts in network.parts_of]
-        found = mean_iou(predicted["predicted"], clouds.parts[:], clouds.labels, parts_of, names)
-        return found, {"per_category": found.pop("per_category"), "class_names": names}
-    return accuracies(clouds.labels, predicted["predicted"], names)
-
-
-def accuracies(
-    labels: np.ndarray, predicted: np.ndarray, names: list[str]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Overall accuracy and its mean over the classes that occur; confusion matrix (rows true) and
-    accuracy a class.
-    """
-    confusion = confusion_matrix(labels, predicted, labels=np.arange(len(names)))
-    mean = float(np.nanmean(class_accuracy(confusion)))
+        metrics = mean_iou(found, clouds.parts[:], labels, _parts_of(network), names)
+        return metrics, {"per_category": metrics.pop("per_category"), "class_names": names}
+    confusion = confusion_matrix(labels, found, labels=np.arange(len(names)))
     metrics = {
-        "overall_accuracy": 100 * float((labels == predicted).mean()),
-        "mean_class_accuracy": mean,
+        "overall_accuracy": 100 * float((labels == found).mean()),
+        "mean_class_accuracy": float(np.nanmean(class_accuracy(confusion))),
     }
     rows = confusion.tolist()
     return metrics, {"per_class": by_class(rows, names), "confusion": rows, "class_names": names}

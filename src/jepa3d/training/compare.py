@@ -18,19 +18,18 @@ import numpy as np
 
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.labelled import Part
+from jepa3d.evaluation.labelled import Labelled, Part
 from jepa3d.evaluation.outcomes import (
     LabelledSet,
-    Shapes,
     encoded,
     kept_outcomes,
     made_by_hand,
     names_of,
 )
 from jepa3d.evaluation.paired import Outcomes, Row, rows_of, sheets_of, stacked
-from jepa3d.evaluation.probe import was_seen
+from jepa3d.evaluation.probe import selection_rule, was_seen
 from jepa3d.evaluation.protocol import provenance, write_json
-from jepa3d.evaluation.published import Sheet, markdown, show
+from jepa3d.evaluation.tables import Sheet, markdown, show
 from jepa3d.figures import draw_differences
 from jepa3d.plain import read_checked, to_dict, write_bytes, write_checked
 from jepa3d.run import Run
@@ -56,7 +55,7 @@ class Comparison:
         Raises ValueError, before anything is trained.
         """
         self.names, self.part, self.out = names_of(sets), part, out
-        self.shapes = cache(Shapes.read)
+        self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
         self.ended: dict[Path, str | None] = {}  # run -> why it failed, None where it did not
         self.failed: dict[str, str] = {}  # arm -> why
@@ -139,7 +138,7 @@ class Comparison:
             )
         for asked, name in self.names.items():
             shapes = self._read(asked, grid.reference)
-            notes.append(f"{name}: selection {shapes.selection}")
+            notes.append(f"{name}: selection {selection_rule(shapes, quick=True)}")
             seen = [
                 arm
                 for arm, config in grid.arms.items()
@@ -176,9 +175,9 @@ class Comparison:
         about = {}
         for asked, name in self.names.items():
             shapes = self._read(asked, grid.reference)
-            count = len(np.unique(shapes.y))
             about[name] = (
-                f"{len(shapes.scored):,} shapes of {count} classes, {self.part} part, mean ± std over seeds"
+                f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes, {self.part} "
+                "part, mean ± std over seeds"
             )
         return [first, *sheets_of(rows, minutes, self.failed, about)]
 
@@ -286,7 +285,7 @@ class Comparison:
         """The runs of an arm at its rate, by seed."""
         return {seed: self.folder(arm, seed, self.rates[arm]) for seed in self.grid.seeds}
 
-    def _read(self, asked: LabelledSet, arm: str, part: Part | None = None) -> Shapes:
+    def _read(self, asked: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
         """A scored set at the points of an arm."""
         return self.shapes(asked, self.grid.arms[arm].encoder.num_points, part or self.part)
 

@@ -1,0 +1,55 @@
+"""Tables of text: printed on a terminal, or written as Markdown."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+ON_TEST = "selected on TEST"  # marks your own runs whose epoch was chosen on the test part
+
+
+class Sheet(NamedTuple):
+    """A table of text with a title above and notes below it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def mean_std(found: Mapping[str, Any], form: str = ".1f") -> str:
+    """The text "mean ± std" of `moments`; the mean alone where there is no std.
+
+    A sign in the format, as in "+.1f", is that of the mean only.
+    """
+    std = "" if found["std"] is None else f" ± {found['std']:{form.lstrip('+')}}"
+    return f"{found['mean']:{form}}{std}"
+
+
+def show(sheets: Iterable[Sheet]) -> None:
+    """Print tables with their notes; no cell is cut or wrapped."""
+    for sheet in sheets:
+        table = Table(*map(escape, sheet.columns))
+        for row in sheet.rows:
+            table.add_row(*(Text(cell, "bold red" if cell == ON_TEST else "") for cell in row))
+        print(sheet.title)
+        width = Console(width=10_000).measure(table).maximum
+        Console(width=max(Console().width, width)).print(table)
+        print(*sheet.notes, "", sep="\n")
+
+
+def markdown(sheets: Iterable[Sheet], command: str) -> str:
+    """Tables with their notes, and the command that makes them again."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = []
+    for sheet in sheets:
+        rows = [[f"**{cell}**" if cell == ON_TEST else cell for cell in row] for row in sheet.rows]
+        lines += [f"### {sheet.title}", "", line(sheet.columns), "|" + "---|" * len(sheet.columns)]
+        lines += [*map(line, rows), "", *(f"- {note}" for note in sheet.notes), ""]
+    return "\n".join([*lines, f"Made by `{command}`.", ""])
