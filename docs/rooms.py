@@ -1,16 +1,24 @@
-"""Draw docs/rooms.png, which room imports which, from the code; fails where an arrow runs back up.
+"""Write docs/rooms.md, every file and its first sentence, and docs/rooms.png, which room imports
+which. Both come from the code; an import that runs back up is an error.
 
 python docs/rooms.py
 """
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
-LEVELS = [  # highest first: a file imports from its own room and from lower levels
+HEAD = """# Where the code is
+
+Rooms of `src/jepa3d`, written by `python docs/rooms.py` from the imports and from the first
+sentence of every file. Data walks one way: files, `PointClouds`, patches, tokens, context and
+targets, loss. A file imports from its own room and from rooms below it, never from above.
+
+![rooms and their imports](rooms.png)
+"""
+LEVELS = [  # highest first
     ["cli"],
     ["pages"],
     ["inference"],
@@ -63,29 +71,54 @@ def check(found: dict[str, dict[str, int]]) -> None:
 
 def draw(found: dict[str, dict[str, int]], out: Path) -> None:
     """A box a room, with its lines of code; thicker arrows for more imports."""
+    import matplotlib.pyplot as plt
+
     place, lines = {}, defaultdict(int)
     for path in SOURCE.rglob("*.py"):
         room = room_of(path.relative_to(SOURCE).parts[0].removesuffix(".py"))
         lines[room] += len(path.read_text(encoding="utf-8").splitlines())
     for depth, rooms in enumerate(LEVELS):
         for i, room in enumerate(rooms):
-            place[room] = (i - (len(rooms) - 1) / 2) * 2.4 + 0.5 * (-1) ** depth, -depth
-    figure, axes = plt.subplots(figsize=(8, 9))
+            place[room] = (i - (len(rooms) - 1) / 2) * 4 + 1.6 * (-1) ** depth, -depth
+    figure, axes = plt.subplots(figsize=(9, 9))
     for room, others in found.items():
         for other, count in others.items():
             width, far = 0.4 + count**0.5 / 3, place[room][1] - place[other][1]
-            style = {"arrowstyle": "-|>", "lw": width, "color": "#2368b0", "alpha": 0.55}
+            style = {
+                "arrowstyle": "-|>",
+                "lw": width,
+                "color": "#2368b0",
+                "alpha": 0.55,
+                "shrinkA": 20,
+                "shrinkB": 20,
+            }
             bend = f"arc3,rad={0.0 if far <= 1 else 0.12 + 0.06 * far}"
             places = {"xy": place[other], "xytext": place[room]}
             axes.annotate("", **places, arrowprops=style | {"connectionstyle": bend})
     for room, (x, y) in place.items():
         box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": "#1c2330"}
         axes.text(x, y, f"{room}\n{lines[room]:,} lines", ha="center", va="center", bbox=box)
-    axes.set(xlim=(-4, 4), ylim=(-len(LEVELS) + 0.4, 0.6))
+    axes.set(xlim=(-5, 5), ylim=(-len(LEVELS) + 0.4, 0.6))
     axes.axis("off")
     figure.savefig(out, dpi=110, bbox_inches="tight")
+
+
+def page() -> str:
+    """docs/rooms.md."""
+    text, files = HEAD, defaultdict(list)
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE)
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if said:
+            first = re.split(r"(?<=[.?])\s+(?=[A-Z`])", " ".join(said.split("\n\n")[0].split()))[0]
+            files[room_of(name.parts[0].removesuffix(".py"))].append((name.as_posix(), first))
+    for room in (room for rooms in LEVELS for room in rooms):
+        lines = [f"| `{name}` | {first.rstrip('.')} |" for name, first in files[room]]
+        text += "\n".join([f"\n## {room}\n", "| file | what it is |", "|---|---|", *lines]) + "\n"
+    return text
 
 
 if __name__ == "__main__":
     check(arrows := imports())
     draw(arrows, Path(__file__).with_suffix(".png"))
+    Path(__file__).with_suffix(".md").write_text(page(), encoding="utf-8")

@@ -1,55 +1,32 @@
 """The house rules that a reader relies on."""
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 
-# Lowest room first: a file may import its own room and those before it.
-ROOMS = [
-    {"frame", "ops", "ops_triton", "allocator", "plain", "locking"},
-    {"config", "validate", "run"},
-    {"models"},
-    {"data"},
-    {"objectives"},
-    {"evaluation", "figures", "page"},
-    {"training"},
-    {"inference"},
-    {"demo", "info", "predict", "report"},
-    {"cli", "__main__"},
-]
-# The probe loads networks and data but no trainer; the loop stamps runs with their provenance.
-
-
-def room(name: str) -> int:
-    return next(level for level, names in enumerate(ROOMS) if name in names)
-
-
-def imported(path: Path) -> set[str]:
-    nodes = [
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
-    ]
-    whole = [
-        f"{node.module}.{alias.name}"
-        for node in nodes
-        for alias in node.names
-        if node.module == "jepa3d"
-    ]
-    inner = [node.module for node in nodes if node.module and node.module.startswith("jepa3d.")]
-    return {name.split(".")[1] for name in whole + inner}
+ROOMS = runpy.run_path(str(SOURCE.parents[1] / "docs" / "rooms.py"))
 
 
 def test_imports_go_down_only():
-    upward = []
-    for path in SOURCE.rglob("*.py"):
-        if path.name == "__init__.py":
-            continue
-        own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        upward += [
-            f"{path.name} imports {name}" for name in imported(path) if room(name) > room(own)
-        ]
-    assert not upward
+    ROOMS["check"](ROOMS["imports"]())
+
+
+@pytest.mark.parametrize(
+    "found", [{"data": {"training": 1}}, {"models": {"data": 1}}, {"ground": {"cli": 2}}], ids=str
+)
+def test_an_import_that_goes_up_is_found(found):
+    with pytest.raises(ValueError, match="which is not below it"):
+        ROOMS["check"](found)
+
+
+def test_the_page_of_rooms_is_that_of_the_code():
+    page = (SOURCE.parents[1] / "docs" / "rooms.md").read_text()
+    assert page == ROOMS["page"](), "run: python docs/rooms.py"
 
 
 def test_no_file_is_too_long_to_read():

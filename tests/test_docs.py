@@ -114,34 +114,6 @@ def test_the_package_is_free_of(forbidden):
     assert [str(p) for p in SOURCE.rglob("*.py") if forbidden in p.read_text()] == []
 
 
-def tree(block: str) -> list[str]:
-    """Files that a drawn tree names:
-
-    FOLDER/FILE.py, then files of that folder until the line ends or names another.
-    """
-    found = []
-    for line in block.splitlines():
-        folder = ""
-        for word in re.findall(r"\S*\.py\S*", line):
-            assert re.fullmatch(r"(\w+/)*\w+\.py", word), f"{word}: no file of a tree"
-            folder = word[: word.rindex("/") + 1] if "/" in word else folder
-            found.append(folder + word.rpartition("/")[2])
-    return sorted(found)
-
-
-def test_the_readme_s_tree_is_the_tree():
-    block = re.search(r"```\nsrc/jepa3d/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block, "no block that begins with src/jepa3d/"
-    lines = block[1].splitlines()
-    inside = [line for line in lines if line.startswith("  ")]
-    on_disk = sorted(
-        str(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.py") if p.name != "__init__.py"
-    )
-    assert tree("\n".join(inside)) == on_disk
-    folders = [word for line in lines if (word := line.split(" ")[0]).endswith("/")]
-    assert all((ROOT / folder).is_dir() for folder in folders)
-
-
 def blocks(language: str, document: str = "README.md") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
@@ -247,64 +219,40 @@ def run(words: list[str], capsys) -> None:
     assert not stop.value.code, capsys.readouterr().err
 
 
-def test_the_readme_s_commands_run_in_order(tmp_path, monkeypatch, capsys):
+COMMANDS = {
+    "README.md": "embed search label prepare pretrain pretrain probe classify predict report",
+    "docs/train.md": "prepare info pretrain info fewshot segment predict results pretrain pretrain "
+    "curve compare",
+}
+
+
+@pytest.mark.parametrize("document", COMMANDS)
+def test_the_commands_of_a_page_run_in_order(document, tmp_path, monkeypatch, capsys):
     """On a folder of clouds and a bundle; only the training is cut to two steps."""
     made = make_shapes(150, 2048, seed=1)
     (tmp_path / "scans").mkdir()
     for i, points in enumerate(made["points"][:40]):
         np.save(tmp_path / "scans" / f"{i}.npy", points)
     np.savetxt(tmp_path / "scan.xyz", made["points"][0])
-    split, labels = (np.arange(150) % 3 > 0).astype(np.int8), np.arange(150) // 3 % 5
-    names = [f"kind{i}" for i in range(5)]
-    np.savez(
-        tmp_path / "labelled.npz",
-        points=made["points"],
-        labels=labels,
-        split=split,
-        class_names=names,
-    )
+    labels = np.arange(150) // 3 % 5
+    shapes = {
+        "points": made["points"],
+        "labels": labels,
+        "split": (np.arange(150) % 3 > 0).astype(np.int8),
+        "class_names": [f"kind{i}" for i in range(5)],
+    }
+    np.savez(tmp_path / "labelled.npz", **shapes)
     parts = 2 * labels[:, None] + (made["points"][..., 2] > 0)
-    np.savez(
-        tmp_path / "parts.npz",
-        points=made["points"],
-        labels=labels,
-        split=split,
-        class_names=names,
-        seg=parts,
-    )
+    np.savez(tmp_path / "parts.npz", **shapes, seg=parts)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    commands = commands_of("README.md")
-    assert [words[0] for words in commands] == [
-        "embed",
-        "search",
-        "index",
-        "label",
-        "scene",
-        "export",
-        "retrieval",
-        "prepare",
-        "info",
-        "pretrain",
-        "pretrain",
-        "probe",
-        "info",
-        "classify",
-        "predict",
-        "fewshot",
-        "segment",
-        "predict",
-        "results",
-        "report",
-        "pretrain",
-        "pretrain",
-        "curve",
-        "compare",
-    ]
+    commands = commands_of(document)
+    assert [words[0] for words in commands] == COMMANDS[document].split()
     for words in commands:
         run(words, capsys)
-    points = torch.from_numpy(made["points"][:2])
-    scope: dict = {"points": points}
+    if document != "README.md":
+        return
+    scope: dict = {"points": torch.from_numpy(made["points"][:2])}
     exec(blocks("python")[0], scope)
     assert scope["vectors"].shape == (40, 384)
     exec(blocks("python")[1], scope)

@@ -94,9 +94,8 @@ def frame(
     different, turn = len(cloud), None
     if not upright:
         turn = own_axes(cloud)
-        cloud = _distinct(
-            cloud @ turn.T
-        )  # sorted again, by where points lie now: ties are in this order
+        # sorted again, by where points lie now: ties are in this order
+        cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
         cloud = cloud[without_strays(cloud, least)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
@@ -204,12 +203,10 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     nearest = np.concatenate(
         [_nearest(copied[at : at + 256], points, k + 1) for at in range(0, len(copied), 256)]
     )
-    away = (
-        source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)
-    )  # itself is the nearest
-    step = (STEP * (1 - row / (4 * len(points)))).astype(
-        np.float32
-    )  # else copies of two neighbours are equally far
+    # itself is the nearest
+    away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)
+    # else copies of two neighbours are equally far
+    step = (STEP * (1 - row / (4 * len(points)))).astype(np.float32)
     filled = np.concatenate([points, source + step[:, None] * away])
     return filled, np.r_[: len(points), row]
 
@@ -251,9 +248,8 @@ def too_few(count: int, different: int, least: int) -> str:
 def _distinct(points: np.ndarray) -> np.ndarray:
     """Each different point of n 3 once, in an order that depends on their values alone."""
     x, y, z = points.T
-    points = points[
-        np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")
-    ]  # far cheaper than to sort by rows
+    # far cheaper than to sort by rows
+    points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 
 

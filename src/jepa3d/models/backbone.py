@@ -40,9 +40,8 @@ class PromptedViT(nn.Module):
         super().__init__()
         vit, sha256 = load_vit(name)
         self.name, self.sha256 = name, sha256
-        self._frozen = (
-            vit,
-        )  # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
+        # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
+        self._frozen = (vit,)
         dim = vit.config.hidden_size
         self.enter, self.leave = nn.Linear(width, dim), nn.Linear(dim, width)
         self.position = position_embedding(dim)

@@ -33,16 +33,14 @@ class ContextAwareBlock(nn.Module):
         self.attention, self.mlp = Attention(dim, num_heads, qkv_bias), Mlp(dim, mlp_ratio)
         self.crosses = cross_attention
         if cross_attention:
-            self.cross_norm, self.cross_attention = (
-                nn.LayerNorm(dim),
-                Attention(dim, num_heads, qkv_bias),
-            )
+            self.cross_norm = nn.LayerNorm(dim)
+            self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """Rows of `joint` in, the same rows out, now of every pass; of the `last` block only the
-        mask tokens.
+        """The updated rows of `joint` [n, C], with the context repeated for each pass.
 
-        `context` [n, C] is projected to key and value once a sample, for all its passes.
+        If `last`, only the mask-token rows: nothing reads the context afterwards. `context` [n, C],
+        the encoder's output, is projected to key and value once per sample, for all its passes.
         """
         normed = self.norm1(x)
         seen, keys = (
@@ -83,11 +81,9 @@ class ContextAwareDecoder(nn.Module):
         ranks: bool = False,
     ):
         super().__init__()
-        self.stacked, self.position_every_block, self.checkpoints = (
-            stacked or isolated,
-            position_every_block,
-            False,
-        )
+        self.stacked = stacked or isolated
+        self.position_every_block = position_every_block
+        self.checkpoints = False
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.blocks = nn.ModuleList(
             ContextAwareBlock(dim, num_heads, mlp_ratio, cross_attention, qkv_bias, isolated)

@@ -40,9 +40,8 @@ class EdgeConv(nn.Module):
             + F.linear(x, own - difference)[:, :, None]
         )
         edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
-        return F.leaky_relu(
-            edges.amax(2), 0.2
-        )  # LeakyReLU is increasing: it commutes with the maximum
+        # LeakyReLU is increasing: it commutes with the maximum
+        return F.leaky_relu(edges.amax(2), 0.2)
 
 
 class TokenDGCNN(nn.Module):

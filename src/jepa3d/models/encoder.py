@@ -15,9 +15,8 @@ from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
 from jepa3d.ops import BatchGenerator, sample_one
 
-Clouds = (
-    Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
-)  # N 3, B N 3, or a list of N 3 of any N
+# N 3, B N 3, or a list of N 3 of any N
+Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 POOLINGS = ("mean_max", "mean", "max")
 
@@ -42,10 +41,11 @@ class PointEncoder(
     )
     # clouds stand as they are given, z up; False: vectors are the same however a cloud is turned
     upright = True
+    # where config.json does not say: so it was then
     BEFORE: ClassVar = {
         "qkv_bias": True,
         "standardised": False,
-    }  # where config.json does not say: so it was then
+    }
     vector_mean: Tensor | None
     vector_std: Tensor | None
 
@@ -81,9 +81,8 @@ class PointEncoder(
         self.norm = nn.LayerNorm(embed_dim)
         for name in ("vector_mean", "vector_std"):  # of `standardise_vectors`
             self.register_buffer(name, torch.ones(2 * embed_dim) if standardised else None)
-        self.blocks.apply(
-            init_weights
-        )  # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
+        # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
+        self.blocks.apply(init_weights)
 
     def hidden_states(
         self,
@@ -280,10 +279,11 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
     momenta, was_training = [norm.momentum for norm in norms], encoder.training
     for norm in norms:
         norm.reset_running_stats()
+        # cumulative mean over batches, the same on every process
         norm.momentum, norm.synchronised = (
             None,
             False,
-        )  # cumulative mean over batches, the same on every process
+        )
         norm.train()
     for batch in points.split(batch_size):
         grouped = group(encoder.prepare(batch), encoder.num_groups, encoder.group_size)

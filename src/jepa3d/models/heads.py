@@ -87,12 +87,10 @@ class LinearClassifier(
         least_likeness: float = -1.0,
     ):
         super().__init__()
-        self.encoder, self.class_names, self.layer, self.pooling = (
-            PointEncoder(**encoder),
-            class_names,
-            layer,
-            pooling,
-        )
+        self.encoder = PointEncoder(**encoder)
+        self.class_names = class_names
+        self.layer = layer
+        self.pooling = pooling
         self.least_likeness = least_likeness
         self.out = nn.Linear(self.encoder.width * len(pooling.split("_")), len(class_names))
         if least_likeness > -1:
@@ -159,9 +157,8 @@ class Segmenter(
         self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
         self.class_names, self.part_names = list(class_names), list(part_names)
         width = len(layers) * self.encoder.width
-        self.norm = nn.LayerNorm(
-            self.encoder.width
-        )  # of the depths before the last, which the encoder has normalised
+        # of the depths before the last, which the encoder has normalised
+        self.norm = nn.LayerNorm(self.encoder.width)
         self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
         self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
         self.from_shape = nn.Linear(2 * width + 64, 512, bias=False)
@@ -229,11 +226,9 @@ class Hidden(nn.Module):
 
     def __init__(self, width: int, out: int, dropout: float):
         super().__init__()
-        self.linear, self.norm, self.dropout = (
-            nn.Linear(width, out),
-            BatchNorm(out),
-            Dropout(dropout),
-        )
+        self.linear = nn.Linear(width, out)
+        self.norm = BatchNorm(out)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
         return self.dropout(F.relu(self.norm(self.linear(x))), generator)

@@ -86,9 +86,8 @@ def fingerprint(encoder: PointEncoder) -> str:
         for name, value in vars(encoder)["_hub_mixin_config"].items()
         if name not in encoder.BEFORE
     }
-    digest = hashlib.sha256(
-        json.dumps(settings, sort_keys=True).encode()
-    )  # names of weights tell the rest
+    # names of weights tell the rest
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(values.detach().float().cpu().contiguous().numpy().tobytes())

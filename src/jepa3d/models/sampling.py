@@ -144,9 +144,8 @@ def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
     target = _membership(patches[rows, sample.target.flatten(1)], num_points)
-    context = _membership(
-        patches[rows, sample.context], num_points
-    )  # padding repeats a context token
+    # padding repeats a context token
+    context = _membership(patches[rows, sample.context], num_points)
     return (context & target).sum() / context.sum()
 
 
@@ -207,10 +206,8 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
         if attempt < _REDRAWS:
             short = (lengths < min_context)[:, None]
             again, targets = draw()
-            context, target = (
-                torch.where(short, again, context),
-                torch.where(short[..., None], targets, target),
-            )
+            context = torch.where(short, again, context)
+            target = torch.where(short[..., None], targets, target)
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
         f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "

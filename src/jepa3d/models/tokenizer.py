@@ -77,9 +77,10 @@ class BatchNorm(nn.BatchNorm1d):
         out = (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
         return out.to(input.dtype)
 
-    def into(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a linear layer that does what the given one and this norm, in
-        evaluation, do.
+    def fold_into_linear(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Fold this BatchNorm, in evaluation mode, into the linear layer before it.
+
+        Returns the weight and bias of one linear layer that does both.
         """
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -109,14 +110,13 @@ class PatchTokenizer(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
-        first, second = (
-            (self.linear1.weight, self.linear1.bias),
-            (self.linear3.weight, self.linear3.bias),
-        )
+        first = (self.linear1.weight, self.linear1.bias)
+        second = (self.linear3.weight, self.linear3.bias)
         if (
             not self.norm1.training
         ):  # a norm with fixed statistics is part of the linear layer before it
-            first, second = self.norm1.into(*first), self.norm3.into(*second)
+            first = self.norm1.fold_into_linear(*first)
+            second = self.norm3.fold_into_linear(*second)
         local = F.linear(patches.reshape(-1, 3), *first)
         local = F.relu(self.norm1(local) if self.norm1.training else local, inplace=True).unflatten(
             0, (-1, size)

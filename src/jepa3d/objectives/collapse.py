@@ -66,10 +66,8 @@ def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: in
     the rows that it is scored on: n rows of noise would score about 1 - sqrt(35 / n), 0.76 for a
     batch of preset `tiny`.
     """
-    rows, at = (
-        _unit(target.flatten(0, -2), max_rows),
-        _spread(centers.flatten(0, -2), max_rows).to(torch.float32),
-    )
+    rows = _unit(target.flatten(0, -2), max_rows)
+    at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)
     powers = [power for power in product(range(degree + 1), repeat=3) if sum(power) <= degree]
     terms = torch.stack([at.pow(at.new_tensor(power)).prod(-1) for power in powers], -1)
     gram = terms.T @ terms + 1e-6 * len(rows) * torch.eye(len(powers), device=rows.device)

@@ -90,12 +90,10 @@ class Invariance(nn.Module):
             same, spread, apart = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            regularizer = (
-                spread * variance + 2 * apart * covariance
-            )  # VICReg sums the covariances of its two views
-            loss = (
-                4 * same * invariance + regularizer
-            )  # two views are 4 times farther apart than from their mean
+            # VICReg sums the covariances of its two views
+            regularizer = spread * variance + 2 * apart * covariance
+            # two views are 4 times farther apart than from their mean
+            loss = 4 * same * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 
     def after_step(self, progress: float) -> None:

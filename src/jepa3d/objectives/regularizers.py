@@ -36,9 +36,8 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
     for _ in range(2, _KNOTS):
         real.append(2 * cos * real[-1] - real[-2])
         imaginary.append(2 * cos * imaginary[-1] - imaginary[-2])
-    sums = torch.stack(
-        [torch.stack([x.sum(0) for x in part]) for part in (real, imaginary)]
-    )  # 2 knots slices
+    # 2 knots slices
+    sums = torch.stack([torch.stack([x.sum(0) for x in part]) for part in (real, imaginary)])
     count = sum_over_processes(rows.new_tensor(float(len(rows))))
     mean = sum_over_processes(sums) / count
     error = (mean[0] - gaussian[:, None]).square() + mean[1].square()

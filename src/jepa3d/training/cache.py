@@ -45,10 +45,8 @@ def columns(
     width.
     """
     encoder = config.encoder
-    rows, whole = (
-        (num_shapes, encoder.num_groups),
-        np.uint16 if encoder.num_points <= 2**16 else np.int32,
-    )
+    rows = (num_shapes, encoder.num_groups)
+    whole = np.uint16 if encoder.num_points <= 2**16 else np.int32
     return {
         "centers": (rows, whole),
         "patches": ((*rows, encoder.group_size), whole),
@@ -107,11 +105,9 @@ class CachedTargets:
         state.wait_for_everyone()  # how far it is, is known
         record = self._record()
         before, cpu, wall = record["cost"], cpu_seconds(), time.perf_counter()
-        teacher, share, total = (
-            teacher.to(state.device),
-            size // state.num_processes,
-            -(-count // size),
-        )
+        teacher = teacher.to(state.device)
+        share = size // state.num_processes
+        total = -(-count // size)
         rows = slice(state.process_index * share, (state.process_index + 1) * share)
         todo = range(record["batches"], total)
         state.wait_for_everyone()  # all have read it

@@ -152,10 +152,8 @@ class Comparison:
 
     def sheets(self, rows: list[Row]) -> list[Sheet]:
         """The arms with the protocol, then a table for every set and metric."""
-        grid, minutes = (
-            self.grid,
-            {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed},
-        )
+        grid = self.grid
+        minutes = {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed}
         lines = []
         for arm, config in grid.arms.items():
             changes = ", ".join(
@@ -265,9 +263,8 @@ class Comparison:
 
     def _load(self, config: PretrainConfig) -> PointClouds:
         """The shapes of a run; runs of the same data share them."""
-        viewed = (
-            config.objective == "jepa" and config.target.view > 0
-        )  # those are read with twice the points
+        # those are read with twice the points
+        viewed = config.objective == "jepa" and config.target.view > 0
         key = config.data, config.split, config.up_axis, config.encoder.num_points, viewed
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)

@@ -88,9 +88,8 @@ def has_fast_bf16() -> bool:
     processor with AMX.
     """
     if not ON_CPU:
-        supported = getattr(
-            torch.get_device_module(), "is_bf16_supported", None
-        )  # Apple's GPUs have no answer
+        # Apple's GPUs have no answer
+        supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
     return amx is not None and amx()

@@ -48,7 +48,7 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     """
     config = replace(config, select="last")  # W * S labels are too few to spare some
     config, encoder, started = begin(config, out, resume)
-    if started and runs.is_finished(out):
+    if started and runs.close_if_finished(out):
         return out
     clouds, folds, drawn = _folds(config, num_points(config), out / "episodes.json")
     head = FINETUNED[config.trained].removeprefix("fine-tuned").removesuffix(", all weights")
@@ -80,9 +80,8 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
         cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
     over_folds = moments(scores)
     named = {"overall_accuracy": over_folds["mean"], "std_over_folds": over_folds["std"]}
-    named = {
-        name: value for name, value in named.items() if value is not None
-    }  # one fold has no std
+    # one fold has no std
+    named = {name: value for name, value in named.items() if value is not None}
     if runs.is_main():
         result = Result(
             task="fewshot",

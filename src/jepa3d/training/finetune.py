@@ -63,7 +63,7 @@ def finetune(
     settings or data that cannot work, before anything is written, and loop.Interrupted.
     """
     config, encoder, started = begin(config, out, resume, encoder)
-    if started and runs.is_finished(out):
+    if started and runs.close_if_finished(out):
         return out
     segments = isinstance(config, SegmentConfig)
     data = data or Labelled.load(config, num_points(config), parts=segments)

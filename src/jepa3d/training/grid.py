@@ -36,9 +36,8 @@ class Grid(NamedTuple):
     overrides: dict[str, dict]  # of each arm, as written
     reference: str
     seeds: tuple[int, ...]
-    rates: tuple[
-        float | None, ...
-    ]  # learning rates to choose from; (None,) leaves each arm its own
+    # learning rates to choose from; (None,) leaves each arm its own
+    rates: tuple[float | None, ...]
     cpu_minutes: float | None  # of every run, stage I included; None: equal steps
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:

@@ -25,11 +25,6 @@ from jepa3d.config import RunConfig, Schedule
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
-from jepa3d.objectives.autoencoding import Autoencoding
-from jepa3d.objectives.generative import Generative
-from jepa3d.objectives.invariance import Invariance
-from jepa3d.objectives.jepa import JEPA
-from jepa3d.objectives.supervised import Supervised
 from jepa3d.ops import BatchGenerator
 from jepa3d.plain import to_dict
 from jepa3d.run import Run
@@ -64,18 +59,15 @@ class Diverged(ValueError):
 class Task:
     """What the loop trains: an objective, its schedule, and the name of what it exports."""
 
-    # forward(points, generator, progress, *targets), after_step(progress), metrics(output)
-    objective: JEPA | Generative | Invariance | Autoencoding | Supervised
+    # A module with forward(points, generator, progress, *targets), after_step(progress) and
+    # metrics(output): docs/extending.md.
+    objective: Any
     schedule: Schedule
     export: str  # encoder, dvae or model
     module: Any  # what is exported: PointEncoder, DVAE, Classifier or Segmenter
     augments: bool = True  # False: the objective augments its views itself
-    targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = (
-        None  # what is known of the shapes at an index
-    )
-    look: Callable[[], float] | None = (
-        None  # a score after every epoch; the weights of the best are kept in RUN/best
-    )
+    targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None  # of the shapes at an index
+    look: Callable[[], float] | None = None  # score after each epoch; RUN/best keeps the best
     looks_at: str = "validation"  # or test: the part that it scores
     layer_decay: float = 1.0
     looks_first: bool = False  # look also before the first step: the head is fitted already
@@ -91,12 +83,11 @@ def fit(
     or SIGTERM, or at `stop_at`, after saving, and Diverged.
     """
     began = cpu_seconds(), time.perf_counter()
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # it plans anew for every length of a context: most of a step
+    # cuDNN plans anew for every length of a context, which takes most of a step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = choose(task, clouds, config, run)
-    # stage I, a run before this one in its process, may have chosen otherwise
+    # Stage I, a run before this one in the same process, may have chosen another precision.
     AcceleratorState._reset_state()
     tracked = tracker(config.track, run)
     accelerator = Accelerator(
@@ -128,10 +119,8 @@ def fit(
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
-    share, rank = (
-        schedule.batch_size // accelerator.num_processes // config.accumulate,
-        accelerator.process_index,
-    )
+    share = schedule.batch_size // accelerator.num_processes // config.accumulate
+    rank = accelerator.process_index
     progress = Progress(
         metrics, state, total, schedule.batch_size, accelerator.is_main_process, began
     )

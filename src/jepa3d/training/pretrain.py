@@ -61,9 +61,8 @@ def make_task(
         return Task(Generative(config, encoder), schedule, "encoder", encoder)
     if objective == "invariance":
         return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
-    networks = networks | {
-        "untrained": copy.deepcopy(encoder)
-    }  # before a warm start, the average after it
+    # before a warm start, the average after it
+    networks = networks | {"untrained": copy.deepcopy(encoder)}
     if config.init:
         warm_start(encoder, networks[config.init], config.init)
     networks["ema"] = copy.deepcopy(encoder)
@@ -136,7 +135,7 @@ def pretrain(
     check(config)
     if started:
         runs.check_unchanged(config, out)
-        if runs.is_finished(out):
+        if runs.close_if_finished(out):
             return out
     networks = load_given(config, out if started else None)
     clouds = clouds_of(config, config.objective, clouds)

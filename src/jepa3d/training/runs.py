@@ -62,8 +62,8 @@ def begin(out: Path, resume: bool) -> bool:
     return started
 
 
-def is_finished(out: Path) -> bool:
-    """Whether a run needs nothing more, which is said."""
+def close_if_finished(out: Path) -> bool:
+    """True if the run is finished. Also prints so, and deletes what only an unfinished run needs."""
     finished = Run(out).finished
     if finished:
         drop_scratch(out)  # a kill may have come between the two
@@ -157,15 +157,13 @@ def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
     the rest takes.
     """
     encoder, memory = config.encoder, psutil.virtual_memory().total
-    weights = (
-        16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
-    )  # gradient, two moments
+    # gradient, two moments
+    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
         raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
-    kept = (
-        1 if config.checkpoint_activations else 8
-    )  # a block, of each visible token; far fewer than there are
+    # a block, of each visible token; far fewer than there are
+    kept = 1 if config.checkpoint_activations else 8
     tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
     needed = 4 * batch_size // config.accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
@@ -189,9 +187,8 @@ def finish(
     """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
     record = Run(out).record
     if result:
-        write_checked(
-            out / "results.json", result.record() | {"command": record["command"]}
-        )  # not that of a resume
+        # not that of a resume
+        write_checked(out / "results.json", result.record() | {"command": record["command"]})
     write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
     drop_scratch(out)
 

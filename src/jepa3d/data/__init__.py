@@ -1,0 +1,1 @@
+"""Files and built-in shapes in, point clouds of one form out."""

@@ -1,0 +1,1 @@
+"""Networks: tokenizer, encoder, decoder, teachers, heads."""

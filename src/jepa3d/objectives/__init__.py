@@ -1,0 +1,1 @@
+"""What is minimised: 3D-JEPA, its rivals, supervised losses."""

@@ -1,0 +1,1 @@
+"""Runs: the loop, checkpoints, settings in and a folder out."""
