@@ -139,15 +139,11 @@ class Comparison:
         for asked, name in self.names.items():
             shapes = self._read(asked, grid.reference)
             notes.append(f"{name}: selection {selection_rule(shapes, quick=True)}")
-            seen = [
-                arm
-                for arm, config in grid.arms.items()
-                if was_seen(to_dict(config), asked.source, self.part)
-            ]
+            configs = {arm: to_dict(config) for arm, config in grid.arms.items()}
+            seen = [arm for arm in configs if was_seen(configs[arm], asked.source, self.part)]
             if seen:
-                notes.append(
-                    f"{name}: scored shapes were among the unlabelled ones of pretraining: {', '.join(seen)}"
-                )
+                what = "scored shapes were among the unlabelled ones of pretraining"
+                notes.append(f"{name}: {what}: {', '.join(seen)}")
         return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in self.failed.items()]
 
     def sheets(self, rows: list[Row]) -> list[Sheet]:
@@ -156,18 +152,10 @@ class Comparison:
         minutes = {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed}
         lines = []
         for arm, config in grid.arms.items():
-            changes = ", ".join(
-                f"{name} {value}" for name, value in plain_settings(grid.overrides[arm]).items()
-            )
-            lines.append(
-                [
-                    arm,
-                    changes or "-",
-                    f"{self.rates[arm] or config.lr:g}",
-                    f"{self.steps[arm]:,}",
-                    str(config.batch_size),
-                ]
-            )
+            changed = plain_settings(grid.overrides[arm]).items()
+            changes = ", ".join(f"{name} {value}" for name, value in changed) or "-"
+            rate, steps = f"{self.rates[arm] or config.lr:g}", f"{self.steps[arm]:,}"
+            lines.append([arm, changes, rate, steps, str(config.batch_size)])
         columns = ["arm", "its own settings", "lr", "steps", "batch"]
         first = Sheet(f"{grid.title}; reference: {grid.reference}", columns, lines, self.notes())
         about = {}
@@ -193,19 +181,18 @@ class Comparison:
             }
             for arm, config in grid.arms.items()
         }
-        data = {name: asked._asdict() for asked, name in self.names.items()}
-        return provenance() | {
-            "title": grid.title,
-            "reference": grid.reference,
-            "seeds": grid.seeds,
-            "rates": grid.rates,
-            "cpu_minutes": grid.cpu_minutes,
-            "part": self.part,
-            "data": data,
-            "arms": arms,
-            "notes": self.notes(),
-            "rows": [row.record() for row in rows],
-        }
+        names = ("title", "reference", "seeds", "rates", "cpu_minutes")
+        return (
+            provenance()
+            | {name: getattr(grid, name) for name in names}
+            | {
+                "part": self.part,
+                "data": {name: asked._asdict() for asked, name in self.names.items()},
+                "arms": arms,
+                "notes": self.notes(),
+                "rows": [row.record() for row in rows],
+            }
+        )
 
     def _choose_rate(self, arm: str) -> float | None:
         """The learning rate that is best by 10 labels a class on the validation parts, mean over
@@ -218,16 +205,12 @@ class Comparison:
         if not ended:
             self.failed[arm] = f"at every learning rate, seed {seed}"
             return None
-        scores = {
-            rate: [self._score(arm, seed, rate, asked, "validation") for asked in self.names]
-            for rate in ended
-        }
-        return max(
-            ended,
-            key=lambda rate: float(
-                np.mean([found["logistic_10"].mean() for found in scores[rate]])
-            ),
-        )
+
+        def score(rate: float | None) -> float:
+            found = [self._score(arm, seed, rate, asked, "validation") for asked in self.names]
+            return float(np.mean([outcomes["logistic_10"].mean() for outcomes in found]))
+
+        return max(ended, key=score)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
         """Train a run, or go on with it; says so in a line.
