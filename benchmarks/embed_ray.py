@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from common import machine
 from prepare import make_meshes
 
 from jepa3d import load
-from jepa3d.inference.clouds import items_of
-from jepa3d.inference.embedding import encode, prepare
+from jepa3d.inference.clouds import find_clouds
+from jepa3d.inference.embedding import see
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_embed.py"
 FEW, PARTITIONS = 64, 16
@@ -54,18 +55,19 @@ def parts(folder: Path) -> str:
     """CPU ms a cloud of the three parts of embedding, in one process of one thread."""
     torch.set_num_threads(1)
     encoder, spent = load(), np.zeros(3)
-    items = items_of(folder)[:512]
+    items = find_clouds(folder)[0][:512]
     for at in range(-32, len(items), 32):  # the first are for warming up
         some = items[max(at, 0) : max(at, 0) + 32]
         times = [time.process_time()]
         clouds = [item.read() for item in some]
         times.append(time.process_time())
         ready = [
-            prepare(encoder, cloud, item.path, "z")
+            see(encoder, replace(item, read=lambda cloud=cloud: cloud), "z").frame.points
             for cloud, item in zip(clouds, some, strict=True)
         ]
         times.append(time.process_time())
-        encode(encoder, ready, -1, "mean_max")
+        with torch.inference_mode():
+            encoder.vectors(torch.from_numpy(np.stack(ready)))
         times.append(time.process_time())
         spent += np.diff(times) * (at >= 0)
     return " | ".join(f"{1000 * each / len(items):.1f}" for each in (*spent, spent.sum()))

@@ -43,11 +43,11 @@ from rich.table import Table
 from safetensors.numpy import load_file
 
 import jepa3d.demo
-import jepa3d.inference.embedding
+import jepa3d.inference.embed_files
 import jepa3d.inference.label
+import jepa3d.inference.predicting
 import jepa3d.inference.scene
 import jepa3d.info
-import jepa3d.predict
 import jepa3d.report
 import jepa3d.training.fewshot
 import jepa3d.training.finetune

@@ -37,14 +37,15 @@ WAYS = (
 def make(store: Path, count: int, folder: Path) -> None:
     """folder/v.parquet of `count` vectors and folder/q.npy."""
     import jepa3d
-    from jepa3d.inference.vectors import ROWS, Making, table, write
+    from jepa3d.inference.spec import EmbeddingSpec
+    from jepa3d.inference.vectors import ROWS, table, write
     from jepa3d.models.ready import fingerprint
 
     encoder = jepa3d.load()
     made, rng = jepa3d.embed(store, encoder), np.random.default_rng(0)
     queries, made = made[:QUERIES], made[QUERIES:]
     near = np.argsort(-(made @ made.T), 1)[:, 1:21]
-    making = Making("default", fingerprint(encoder), -1, "mean_max", "z", made.shape[1])
+    spec = EmbeddingSpec("default", fingerprint(encoder), -1, "mean_max", "z", made.shape[1])
 
     def tables():
         for at in range(0, count, ROWS):
@@ -60,9 +61,9 @@ def make(store: Path, count: int, folder: Path) -> None:
             )
             names = [f"/shapes/{i:08d}.ply" for i in range(at, at + n)]
             rows = {"path": names, "label": [None] * n, "num_points": [1024] * n, "stamp": [0] * n}
-            yield table(making, rows, made[one] + rng.random((n, 1)) * step + noise)
+            yield table(spec, rows, made[one] + rng.random((n, 1)) * step + noise)
 
-    write(tables(), making, folder / "v.parquet")
+    write(tables(), folder / "v.parquet")
     np.save(folder / "q.npy", queries)
 
 
@@ -70,7 +71,7 @@ def vectors(folder: Path) -> np.ndarray:
     from jepa3d.inference.vectors import Vectors, to_numpy
 
     opened = Vectors(folder / "v.parquet")
-    out = np.empty((len(opened), opened.making.embed_dim), np.float32)
+    out = np.empty((len(opened), opened.spec.embed_dim), np.float32)
     at = 0
     for batch in opened.batches(["vector"]):
         out[at : at + len(batch)] = to_numpy(batch.column(0))

@@ -31,7 +31,7 @@ LEVELS = [  # highest first
 ]
 ROOMS = {  # of files that lie beside the rooms' folders
     "cli": ["__main__"],
-    "pages": ["demo", "info", "predict", "report"],
+    "pages": ["demo", "info", "report"],
     "evaluation": ["figures", "page"],
     "settings": ["config", "validate", "run"],
     "ground": ["allocator", "frame", "locking", "ops", "ops_triton", "plain"],

@@ -35,9 +35,7 @@ class EmbedPartition(jepa3d.Embedder):
             with TemporaryDirectory(
                 prefix=".partial-", dir=file.parent
             ) as mine:  # one given up for dead may go on
-                write(
-                    [super().__call__({"path": paths})], self.making, Path(mine, "new"), errors=True
-                )
+                write([super().__call__({"path": paths})], Path(mine, "new"))
                 Path(mine, "new").replace(file)
         errors = pq.read_table(file, columns=["error"])["error"]
         return batch | {"vectors": [errors.null_count], "failed": [len(errors) - errors.null_count]}

@@ -7,22 +7,24 @@ second to import, and `jepa3d --help` needs none of it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = [
-    "PointEncoder",
-    "embed",
-    "load",
-]  # not Embedder: `from jepa3d import *` would need the extra `search`
+# Without export, predict and search: `from jepa3d import *` would need extras.
+__all__ = ["Embedder", "PointEncoder", "embed", "load"]
 
 _MODULES = {
-    "Embedder": "jepa3d.inference.embedder",
+    "Embedder": "jepa3d.inference.embedding",
     "PointEncoder": "jepa3d.models.encoder",
     "embed": "jepa3d.inference.embedding",
+    "export": "jepa3d.inference.export",
     "load": "jepa3d.models.ready",
+    "predict": "jepa3d.inference.predicting",
+    "search": "jepa3d.inference.search",
 }
 
 if TYPE_CHECKING:  # editors and type checkers read these lines instead of running __getattr__
-    from jepa3d.inference.embedder import Embedder as Embedder
-    from jepa3d.inference.embedding import embed
+    from jepa3d.inference.embedding import Embedder, embed
+    from jepa3d.inference.export import export as export
+    from jepa3d.inference.predicting import predict as predict
+    from jepa3d.inference.search import search as search
     from jepa3d.models.encoder import PointEncoder
     from jepa3d.models.ready import load
 

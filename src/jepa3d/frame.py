@@ -2,7 +2,7 @@
 
 Every command and call that asks an encoder goes through `frame`, so that a vector depends on the
 set of points and on nothing else: not on the order of rows, a file's name, a place in a list or a
-random number. `jepa3d export` puts this file beside the model as grouping.py. Within the package
+random number. `jepa3d export` puts this file beside the model as the module `grouping`. Within the package
 the compiled sampling of ops.py takes the place of the loop below and picks the same points.
 """
 

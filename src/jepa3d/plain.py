@@ -2,16 +2,19 @@
 written whole.
 """
 
+import csv
 import dataclasses
 import difflib
 import hashlib
 import importlib
 import inspect
+import io
 import json
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +26,11 @@ from cyclopts import Group, Parameter
 from jepa3d.locking import writing
 
 T = TypeVar("T")
+
+# What functions of the library have to say while they work. Nothing is shown unless a program adds
+# a handler, as the command line does.
+log = logging.getLogger("jepa3d")
+log.addHandler(logging.NullHandler())
 
 
 def merge(base: dict, *overrides: dict) -> dict:
@@ -218,6 +226,13 @@ def write_bytes(path: Path, content: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, *rows: Sequence) -> None:
+    """A CSV file of rows, the header among them, written as `write_bytes` does."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_checked(path: Path, value: dict) -> None:

@@ -1,6 +1,7 @@
 """The same cloud in hundreds of spellings of tables and PCD, each read whole and in chunks."""
 
 import io as streams
+import logging
 import random
 import struct
 import sys
@@ -12,7 +13,8 @@ from jepa3d.data.cloud import to_parts
 from jepa3d.data.io import ReadError, chunks, read
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
-from jepa3d.inference.embedding import embed, embed_files
+from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.embedding import embed
 
 RNG = np.random.default_rng(0)
 POINTS = RNG.uniform(-40, 400, (30, 3)).round(4)
@@ -309,7 +311,8 @@ def test_points_that_were_not_seen_are_left_out_and_counted_aloud(tmp_path, caps
     )
 
 
-def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path, capsys):
+def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     pytest.importorskip("pyarrow")
     points = np.random.default_rng(1).normal(size=(300, 3))
     np.save(tmp_path / "whole.npy", points)
@@ -317,12 +320,10 @@ def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path,
     np.save(tmp_path / "holes.npy", points)
     assert np.array_equal(*(embed(tmp_path / f"{name}.npy") for name in ("whole", "holes")))
     said = "3 points that are NaN"
-    assert f"holes.npy: {said}" in capsys.readouterr().out
+    assert f"holes.npy: {said}" in caplog.text
     embed_files([tmp_path], tmp_path / "v.parquet", workers=1)
-    assert (
-        f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out"
-        in capsys.readouterr().out
-    )
+    counted = f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out"
+    assert counted in caplog.text
     with pytest.raises(ValueError, match="cloud 0: NaN"):
         embed(points)
 

@@ -9,7 +9,7 @@ import pytest
 
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.prepare import Preparation, prepare
-from jepa3d.inference.clouds import Address, cloud_paths, item_at, items_of, open_cloud
+from jepa3d.inference.clouds import Address, cloud_paths, find_clouds, item_at
 
 NAMES = [
     "a.npy",
@@ -66,7 +66,7 @@ def originals(items) -> list[bytes]:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_cloud_has_a_text_of_its_own_that_leads_back_to_it(tmp_path, seed, monkeypatch):
     root = tree(tmp_path / "s#1", seed)
-    items = items_of(root)
+    items = find_clouds(root)[0]
     assert len({item.path for item in items}) == len(items) == len(set(originals(items)))
     monkeypatch.chdir(root)
     for item, expected in zip(items, originals(items), strict=True):
@@ -77,8 +77,10 @@ def test_every_cloud_has_a_text_of_its_own_that_leads_back_to_it(tmp_path, seed,
         ):
             found = item_at(text)
             assert found.path == item.path
-            assert open_cloud(text)[0].points.tobytes() == expected
-            assert [one.path for one in items_of(Path(text))] == [item.path] or Path(text).exists()
+            assert item_at(text).read().points.tobytes() == expected
+            assert [one.path for one in find_clouds(Path(text))[0]] == [item.path] or Path(
+                text
+            ).exists()
         assert str(Address.parse(item.path)) == item.path
         assert pickle.loads(pickle.dumps(item)).read().points.tobytes() == expected
         assert pickle.loads(pickle.dumps(found)).read().points.tobytes() == expected
@@ -89,15 +91,15 @@ def test_so_has_every_cloud_of_a_store(tmp_path, seed):
     root, store = tree(tmp_path / "scans", seed), tmp_path / "st#0"
     prepare(root, store, Preparation(points=64), workers=1)
     write(tmp_path / "st.npz", np.random.default_rng(seed), 0)
-    items = items_of(store)
+    items = find_clouds(store)[0]
     assert len({item.path for item in items}) == len(items)
     for item in items[::2]:  # now these texts mean something else
         Path(item.path).mkdir(parents=True, exist_ok=True)
-    assert all("/#" in item.path for item in items_of(store)[::2])
-    for item, expected in zip(items_of(store), originals(items), strict=True):
-        found, z_up = open_cloud(item.path)
-        assert found.points.tobytes() == expected
-        assert z_up
+    assert all("/#" in item.path for item in find_clouds(store)[0][::2])
+    for item, expected in zip(find_clouds(store)[0], originals(items), strict=True):
+        found = item_at(item.path)
+        assert found.read().points.tobytes() == expected
+        assert found.z_up
 
 
 def test_a_file_whose_name_has_a_sign_wins_over_the_row(tmp_path):
@@ -136,33 +138,33 @@ def test_what_is_nowhere_is_said(tmp_path, text, monkeypatch):
     np.savetxt(tmp_path / "b.xyz", cloud(0))
     monkeypatch.chdir(tmp_path / "..")
     with pytest.raises(ReadError, match="no longer there"):
-        open_cloud(f"{tmp_path}/{text}" if text else f"{tmp_path}#")
+        item_at(f"{tmp_path}/{text}" if text else f"{tmp_path}#")
     with pytest.raises(ReadError, match="no such file or folder"):
-        items_of(tmp_path / (text or "none"))
+        find_clouds(tmp_path / (text or "none"))[0]
 
 
 def test_a_row_beyond_the_last_is_said(tmp_path):
     np.savez(tmp_path / "a.npz", points=cloud(0)[None])
     with pytest.raises(ReadError, match=r"a\.npz"):
-        open_cloud(f"{tmp_path}/a.npz#1")
+        item_at(f"{tmp_path}/a.npz#1").read()
 
 
 def test_clouds_of_a_few_shot_fold_have_addresses(tmp_path):
     items = [(cloud(i).astype(np.float32), np.array([i]), np.array(0)) for i in range(4)]
     fold = {"train": items[:2], "test": items[2:]}
     (tmp_path / "0.pkl").write_bytes(pickle.dumps(fold))
-    found = items_of(tmp_path / "0.pkl")
+    found = find_clouds(tmp_path / "0.pkl")[0]
     assert [Path(item.path).name for item in found] == [
         "0.pkl#train#0",
         "0.pkl#train#1",
         "0.pkl#test#0",
         "0.pkl#test#1",
     ]
-    assert [open_cloud(item.path)[0].points.tobytes() for item in found] == originals(found)
+    assert [item_at(item.path).read().points.tobytes() for item in found] == originals(found)
 
 
 def test_a_row_that_is_named_by_itself_has_the_stamp_it_has_in_its_folder(tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(3, 40, 3)))
-    whole = {item.path: item.stamp for item in items_of(tmp_path)}
-    alone = items_of(Path(f"{tmp_path}/a.npy#1"))[0]
+    whole = {item.path: item.stamp for item in find_clouds(tmp_path)[0]}
+    alone = find_clouds(Path(f"{tmp_path}/a.npy#1"))[0][0]
     assert alone.stamp == whole[alone.path] != 0

@@ -4,6 +4,7 @@ interruption leaves.
 
 import base64
 import json
+import logging
 import multiprocessing
 import os
 from itertools import islice
@@ -16,9 +17,10 @@ from jepa3d import embed, load
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
+from jepa3d.inference import embed_files as updating
 from jepa3d.inference import embedding as module
-from jepa3d.inference.clouds import cloud_paths, items_of, open_cloud
-from jepa3d.inference.embedding import embed_files
+from jepa3d.inference.clouds import cloud_paths, find_clouds, item_at
+from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
@@ -112,8 +114,34 @@ def test_gltf_is_turned_as_its_standard_says_whatever_else_is_said(model, tmp_pa
 def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
     encoder = load(model)
     assert embed(RNG.normal(size=(16, 3)), encoder).shape == (1, 64)
-    with pytest.raises(ReadError, match="cloud 1: 15 points"):
-        embed([RNG.normal(size=(16, 3)), RNG.normal(size=(15, 3))], encoder)
+    with pytest.raises(ReadError, match="cloud 0: 15 points"):
+        embed([RNG.normal(size=(15, 3))], encoder)
+
+
+def test_a_bad_cloud_does_not_end_a_list(model, scans, tmp_path, capfd):
+    """Its row is NaN and a warning names it; nothing is printed."""
+    encoder, good = load(model), RNG.normal(size=(200, 3))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    clouds = [good, tmp_path / "bad.npy", tmp_path / "none.ply", scans / "cup", good[:3], good]
+    with pytest.warns(UserWarning, match="its vector is NaN") as said:
+        vectors = embed(clouds, encoder)
+    assert np.isnan(vectors).all(1).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert np.allclose(vectors[[0, 7]], embed(good, encoder), atol=1e-5)
+    for text, message in zip(
+        ("bad.npy: damaged", "none.ply: no such", "cloud 4: 3 points"), said, strict=True
+    ):
+        assert text in str(message.message)
+        assert message.filename == __file__
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +177,9 @@ def test_fingerprints_differ_with_one_weight(model):
 
 
 def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(
-    model, scans, tmp_path, monkeypatch, capsys
+    model, scans, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level(logging.INFO)
     out, read = tmp_path / "v.parquet", []
     work = module.embed_items
     monkeypatch.setattr(
@@ -164,7 +193,7 @@ def test_a_second_run_embeds_what_is_new_or_changed_and_nothing_else(
     read.clear()
     embed_files([scans], out, model, workers=1)
     assert sorted(os.path.basename(path) for path in read) == ["1.npy", "new.npy"]
-    assert "1 new, 1 changed, 4 unchanged" in capsys.readouterr().out
+    assert "1 new, 1 changed, 4 unchanged" in caplog.text
     assert len(rows(out)) == 7
     embed_files([scans], out, model, workers=1, prune=True)
     embed_files([scans], tmp_path / "fresh.parquet", model, workers=1)
@@ -219,7 +248,7 @@ def test_an_accelerator_gives_what_the_workers_give(model, scans, tmp_path, monk
 def test_an_interrupted_run_keeps_its_vectors_and_goes_on(
     model, scans, tmp_path, monkeypatch, stop
 ):
-    out, whole, mapped = tmp_path / "v.parquet", tmp_path / "whole.parquet", module.mapped
+    out, whole, mapped = tmp_path / "v.parquet", tmp_path / "whole.parquet", updating.mapped
     embed_files([scans], whole, model, workers=1)
 
     def stopping(*arguments):
@@ -227,7 +256,7 @@ def test_an_interrupted_run_keeps_its_vectors_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "mapped", stopping)
+        patch.setattr(updating, "mapped", stopping)
         with pytest.raises(KeyboardInterrupt, match=f"stopped after {stop} new"):
             embed_files([scans], out, model, workers=1)
     assert out.exists() == (stop > 0)
@@ -267,23 +296,25 @@ def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
     )
     prepare(scans, tmp_path / "store", Preparation(points=128), workers=1)
     for path in (scans, tmp_path / "many.npz", tmp_path / "store"):
-        for item in items_of(path):
-            found, z_up = open_cloud(item.path)
-            assert np.array_equal(found.points, item.read().points)
-            assert z_up == (path.name == "store")
-    assert [item.label for item in items_of(tmp_path / "many.npz")] == ["a", "b", "c"]
+        for item in find_clouds(path)[0]:
+            found = item_at(item.path)
+            assert np.array_equal(found.read().points, item.read().points)
+            assert found.z_up == (path.name == "store")
+    assert [item.label for item in find_clouds(tmp_path / "many.npz")[0]] == ["a", "b", "c"]
     with pytest.raises(ReadError, match="no longer there"):
-        open_cloud(f"{tmp_path / 'store'}#nothing")
+        item_at(f"{tmp_path / 'store'}#nothing")
 
 
-def test_bad_files_are_named_and_left_out(model, scans, tmp_path, capsys):
+def test_bad_files_are_named_and_left_out(model, scans, tmp_path, caplog, capfd):
+    caplog.set_level(logging.INFO)
     (scans / "cup" / "bad.npy").write_bytes(b"no array")
     (scans / "cup" / os.fsdecode(b"\xff.npy")).write_bytes((scans / "cup" / "1.npy").read_bytes())
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)
-    assert "bad.npy: damaged" in capsys.readouterr().out
+    assert "bad.npy: damaged" in caplog.text
     assert len(rows(tmp_path / "v.parquet")) == 7
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)
-    assert "0 new, 0 changed, 7 unchanged; left out 1" in capsys.readouterr().out
+    assert "0 new, 0 changed, 7 unchanged; left out 1" in caplog.text
+    assert capfd.readouterr() == ("", "")
 
 
 def test_where_no_cloud_can_be_used_nothing_is_left(model, tmp_path):

@@ -13,9 +13,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from jepa3d import load
+from jepa3d import frame, load
 from jepa3d.cli import main
-from jepa3d.inference import grouping
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.tokenizer import BatchNorm, group
@@ -111,7 +110,7 @@ def test_axes_and_metadata_say_what_goes_in(made):
 def test_patches_of_numpy_give_the_encoder_s_vector_for_a_cloud_in_map_coordinates(made, count):
     cloud = RNG.normal(size=(count, 3)) * 30 + 4000
     encoder = load(made[0])
-    patches, centers = grouping.group(cloud, 128, 16, 8)
+    patches, centers = frame.group(cloud, 128, 16, 8)
     expected = group(encoder.prepare(torch.from_numpy(cloud)[None]), 16, 8)
     assert_allclose(centers, expected.centers[0], atol=1e-6)
     assert_allclose(patches, expected.patches[0], atol=1e-6)
@@ -146,7 +145,7 @@ def test_the_copied_grouping_needs_numpy_alone(made, tmp_path):
 )
 def test_grouping_refuses_what_the_encoder_refuses(cloud, reason):
     with pytest.raises(ValueError, match=reason):
-        grouping.group(cloud, 128, 16, 8)
+        frame.group(cloud, 128, 16, 8)
 
 
 def test_a_classifier_gives_its_logits_and_names_its_classes(tmp_path):

@@ -20,15 +20,18 @@ from jepa3d.cli import main
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
-from jepa3d.inference import embedding
+from jepa3d.inference import spec
+from jepa3d.inference.clouds import find_clouds
+from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.predicting import classify_cloud, predict_files, segment_cloud
 from jepa3d.inference.scene import Features, write_features
 from jepa3d.inference.search import query_vectors
-from jepa3d.inference.vectors import Making, Vectors, to_numpy
+from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.inference.view import view_of
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import sample_one
-from jepa3d.predict import classify_cloud, predict_files, segment_cloud
 
 SIZES = {
     "embed_dim": 32,
@@ -189,7 +192,7 @@ class Entry:
         return rows[made.column("path").index(str(path))]
 
     def view(self, cloud):
-        (item,) = embedding.items_of(saved(self.folder, cloud))
+        (item,) = find_clouds(saved(self.folder, cloud))[0]
         return view_of(self.encoder, item).vector
 
     def classify_cloud(self, cloud):
@@ -197,7 +200,7 @@ class Entry:
         hook = self.classifier.out.register_forward_hook(
             lambda _, inputs, __: seen.append(inputs[0])
         )
-        classify_cloud(self.classifier, PointCloud.make(cloud), np.eye(3, dtype=np.float32))
+        classify_cloud(self.classifier, self.encoder.frame(PointCloud.make(cloud).points))
         hook.remove()
         return seen[0]
 
@@ -220,7 +223,8 @@ class Entry:
         seen, encode = [], network.encode
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(network, "encode", lambda points: seen.append(points) or encode(points))
-            parts = segment_cloud(network, PointCloud.make(cloud), 0, np.eye(3, dtype=np.float32))
+            points = PointCloud.make(cloud).points
+            parts = segment_cloud(network, points, network.encoder.frame(points), 0)
         assert len(parts) == len(cloud)
         return pool(self.encoder.states(seen[0])[0][-1]).detach()
 
@@ -379,7 +383,7 @@ def test_an_array_gives_one_row_and_tensors_keep_the_gradient_of_the_weights(enc
 
 
 def vectors_in(folder: Path, model: str, out: Path, **options) -> dict[str, np.ndarray]:
-    embedding.embed_files([folder], out, model, **options)
+    embed_files([folder], out, model, **options)
     made = Vectors(out)
     rows = np.concatenate([to_numpy(b.column(0)) for b in made.batches(["vector"])])
     return dict(zip(made.column("path"), rows, strict=True))
@@ -463,18 +467,12 @@ def test_what_is_too_little_is_refused_everywhere_in_the_same_words(
         lambda: encoder.embed(cloud),
         lambda: encoder.embed(torch.from_numpy(cloud)[None]),
         lambda: encoder.tokens([shape(30), cloud]),
-        lambda: embed([shape(40), cloud], encoder),
+        lambda: embed([cloud], encoder),
         lambda: network.predict(cloud),
         lambda: classifier.predict(cloud),
         lambda: frame.group(cloud, 128, 16, 8),
         lambda: embed(saved(tmp_path, cloud), encoder),
-        lambda: view_of(encoder, embedding.items_of(saved(tmp_path, cloud))[0]),
-        lambda: segment_cloud(
-            Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2]).eval(),
-            PointCloud.make(cloud),
-            0,
-            np.eye(3),
-        ),
+        lambda: view_of(encoder, find_clouds(saved(tmp_path, cloud))[0][0]),
     ):
         with pytest.raises(ValueError, match=reason) as error:
             action()
@@ -482,7 +480,7 @@ def test_what_is_too_little_is_refused_everywhere_in_the_same_words(
     assert all(text.endswith(reason) for text in said), said
     assert {text.removesuffix(reason) for text in said} <= {
         "",
-        "cloud 1: ",
+        "cloud 0: ",
         f"{tmp_path / 'cloud.npy'}: ",
     }
 
@@ -541,20 +539,22 @@ def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(
     model, tmp_path, monkeypatch
 ):
     saved(tmp_path / "s", shape(100))
-    monkeypatch.setattr(embedding, "FRAME", 1)
-    embedding.embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1)
+    monkeypatch.setattr(spec, "FRAME", 1)
+    embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1)
     monkeypatch.undo()
     assert len(Vectors(tmp_path / "v.parquet")) == 1  # they can be read, and counted
     saved(tmp_path / "s", shape(101), "new.npy")
     for action in (
-        lambda: embedding.embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1),
+        lambda: embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1),
         lambda: query_vectors(tmp_path / "v.parquet", str(tmp_path / "s" / "new.npy")),
     ):
         with pytest.raises(
             ValueError, match=r"v\.parquet: .* another version of jepa3d .*embed the clouds again"
         ):
             action()
-    assert Making("m", "f", -1, "mean", "z", 4).frame == 1  # what a file says that does not say
+    assert (
+        EmbeddingSpec("m", "f", -1, "mean", "z", 4).frame == 1
+    )  # what a file says that does not say
 
 
 def test_the_errors_are_read_errors_where_a_file_is_to_blame(encoder, tmp_path):
@@ -645,7 +645,7 @@ def test_vectors_with_strays_are_asked_for_and_never_mixed_with_others(model, tm
     assert_same(kept, vector(encoder, cloud))
     assert_same(query_vectors(out, str(tmp_path / "s"))[1], kept)
     with pytest.raises(ValueError, match="keep-strays True"):
-        embedding.embed_files([tmp_path / "s"], out, model)
+        embed_files([tmp_path / "s"], out, model)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["embed", str(tmp_path / "s"), "--out", str(out), "--model", model, "--keep-strays"])
     assert "1 unchanged" in capsys.readouterr().out

@@ -11,11 +11,10 @@ import torch
 from jepa3d.data.cloud import ReadError
 from jepa3d.evaluation.classifiers import fit_head
 from jepa3d.inference import label as module
-from jepa3d.inference.label import cluster, label, read_names
-from jepa3d.inference.unknown import FEWEST, known_clouds
+from jepa3d.inference.label import FEWEST, cluster, known_clouds, label, read_names
+from jepa3d.inference.predicting import predict_files
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load, load_network
-from jepa3d.predict import predict_files
 
 RNG = np.random.default_rng(0)
 
@@ -160,7 +159,7 @@ def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
         others = [np.flatnonzero((y == c) & (np.arange(22) != i)) for c in range(3)]
         means = [z[rows].mean(0) for rows in others]
         best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
-    assert found.least == pytest.approx(min(best))
+    assert found.threshold == pytest.approx(min(best))
     with pytest.raises(
         ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"
     ):

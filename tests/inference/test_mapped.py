@@ -12,10 +12,11 @@ import torch
 from jepa3d.inference import mapped
 from jepa3d.inference.neighbours import random_cosines
 from jepa3d.inference.search import HALF_SLACK, _cosines, search
-from jepa3d.inference.vectors import Making, Vectors, table, update, write
+from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.inference.vectors import Vectors, table, update, write
 from jepa3d.locking import writing
 
-MAKING = Making("m", "0123", -1, "mean_max", "z", 12)
+SPEC = EmbeddingSpec("m", "0123", -1, "mean_max", "z", 12)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(900, 12)).astype(np.float32)
 X[::7] = X[3]  # ties, which are in the order of their paths
@@ -39,13 +40,13 @@ def rows(first: int, end: int, scale: float = 1.0):
         "num_points": list(range(first, end)),
         "stamp": [0] * len(names),
     }
-    return table(MAKING, columns, X[first:end] * scale)
+    return table(SPEC, columns, X[first:end] * scale)
 
 
 @pytest.fixture
 def index(tmp_path):
     path = tmp_path / "v.parquet"
-    write((rows(at, at + 100) for at in range(0, 900, 100)), MAKING, path)
+    write((rows(at, at + 100) for at in range(0, 900, 100)), path)
     return path
 
 
@@ -86,12 +87,12 @@ def test_few_vectors_have_no_copy(index, monkeypatch):
 def test_rows_added_dropped_and_replaced_are_seen_by_the_next_search(index):
     search(index, QUERIES, 5)
     assert search(index, X[4], 1)[0][0].path == "/s/0004.ply"
-    update(index, MAKING, rows(0, 0), {"/s/0004.ply"})
+    update(index, rows(0, 0), {"/s/0004.ply"})
     assert search(index, X[4], 900) == without_copy(index, X[4], 900)
     assert "/s/0004.ply" not in [hit.path for hit in search(index, X[4], 900)[0]]
-    update(index, MAKING, rows(4, 5), set())
+    update(index, rows(4, 5), set())
     assert search(index, X[4], 1)[0][0].path == "/s/0004.ply"
-    update(index, MAKING, rows(4, 5, scale=-1.0), set())  # the same size
+    update(index, rows(4, 5, scale=-1.0), set())  # the same size
     assert search(index, X[4], 1)[0][0].path != "/s/0004.ply"
     assert search(index, QUERIES, 9) == without_copy(index, QUERIES, 9)
 
@@ -99,9 +100,9 @@ def test_rows_added_dropped_and_replaced_are_seen_by_the_next_search(index):
 def test_a_file_more_in_a_folder_is_seen(tmp_path):
     folder = tmp_path / "vectors"
     folder.mkdir()
-    write([rows(0, 300)], MAKING, folder / "0.parquet")
+    write([rows(0, 300)], folder / "0.parquet")
     assert search(folder, X[400], 1)[0][0].cosine < 1
-    write([rows(300, 900)], MAKING, folder / "1.parquet")
+    write([rows(300, 900)], folder / "1.parquet")
     assert search(folder, X[401], 1)[0][0].path == "/s/0401.ply"
     assert mapped.copy_of(folder) == tmp_path / "vectors.arrow"
     (folder / "1.parquet").unlink()
@@ -115,7 +116,7 @@ def test_a_copy_that_cannot_be_used_is_made_again(index, tmp_path, damage):
     whole = copy.read_bytes()
     mapped._open.cache_clear()
     if damage == "of other vectors":
-        write([rows(0, 50)], MAKING, tmp_path / "w.parquet")
+        write([rows(0, 50)], tmp_path / "w.parquet")
         search(tmp_path / "w.parquet", QUERIES, 5)
         shutil.copy(mapped.copy_of(tmp_path / "w.parquet"), copy)
     else:
@@ -125,19 +126,19 @@ def test_a_copy_that_cannot_be_used_is_made_again(index, tmp_path, damage):
 
 
 def test_where_no_copy_can_be_written_parquet_is_searched_and_that_is_said(
-    index, monkeypatch, capsys
+    index, monkeypatch, caplog
 ):
     expected = without_copy(index, QUERIES, 5)
     with writing(mapped.copy_of(index)):
         assert search(index, QUERIES, 5) == expected
-    assert "searching without v.parquet.arrow: " in capsys.readouterr().err
+    assert "searching without v.parquet.arrow: " in caplog.text
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mapped.os, "fsync", full)
     assert search(index, QUERIES, 5) == expected
-    assert "No space left" in capsys.readouterr().err
+    assert "No space left" in caplog.text
     assert {path.name for path in index.parent.iterdir()} == {"v.parquet"}
 
 
@@ -200,7 +201,7 @@ def test_neighbours_that_half_precision_cannot_tell_apart_are_found_in_their_ord
     x[order, 0], x[order, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
     names = [f"/s/{i:04d}.ply" for i in range(200)]
     columns = {"path": names, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
-    write([table(MAKING, columns, x)], MAKING, tmp_path / "v.parquet")
+    write([table(SPEC, columns, x)], tmp_path / "v.parquet")
     found = search(tmp_path / "v.parquet", np.eye(12)[0], 50)[0]
     assert [hit.path for hit in found] == [names[i] for i in order[:50]]
     assert len({np.float16(hit.cosine) for hit in found}) < 5

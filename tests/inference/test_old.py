@@ -8,7 +8,7 @@ import pytest
 
 from jepa3d.cli import main
 from jepa3d.data.store import Store
-from jepa3d.inference.clouds import cloud_paths, open_cloud
+from jepa3d.inference.clouds import cloud_paths, item_at
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy
 
@@ -39,7 +39,7 @@ def test_an_old_store_is_read(old):
     store = Store(old / "store")
     store.verify()
     assert [store.key(row) for row in range(3)] == ["ball.npy", "disc.npy", "rod.npy"]
-    assert [open_cloud(path)[0].points.shape for path in cloud_paths(old / "store")] == [
+    assert [item_at(path).read().points.shape for path in cloud_paths(old / "store")] == [
         (64, 3)
     ] * 3
 

@@ -21,7 +21,7 @@ import pytest
 import jepa3d
 from jepa3d.data import parallel
 from jepa3d.data.cloud import ReadError
-from jepa3d.inference.embedding import embed_files
+from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.lance import create_or_update
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy, write
@@ -47,7 +47,7 @@ def test_rows_are_those_of_embed_and_a_failed_file_is_one(tmp_path):
     embed_files([tmp_path / "scans"], tmp_path / "v.parquet")
     expected = Vectors(tmp_path / "v.parquet")
     embedder = jepa3d.Embedder()
-    assert embedder.making == expected.making
+    assert embedder.spec == expected.spec
     rows = embedder({"path": np.array(paths)})
     assert rows.schema.metadata == pq.read_schema(tmp_path / "v.parquet").metadata
     good = rows.filter(rows["error"].is_null())
@@ -66,8 +66,8 @@ def test_readers_take_the_rows_that_have_vectors(tmp_path):
     paths = make_scans(tmp_path / "scans", 3)
     embedder, folder = jepa3d.Embedder(), tmp_path / "vectors"
     folder.mkdir()
-    write([embedder({"path": paths[::-1]})], embedder.making, folder / "a.parquet", errors=True)
-    write([embedder({"path": paths[3:]})], embedder.making, folder / "none.parquet", errors=True)
+    write([embedder({"path": paths[::-1]})], folder / "a.parquet")
+    write([embedder({"path": paths[3:]})], folder / "none.parquet")
     found = Vectors(folder)
     assert len(found) == 3
     assert found.column("path") == paths[2::-1]

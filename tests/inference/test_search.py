@@ -11,14 +11,16 @@ from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
 from jepa3d.inference import lance, neighbours
 from jepa3d.inference import vectors as parquet
+from jepa3d.inference.hits import Condition, Hit
 from jepa3d.inference.lance import VectorStore, create_or_update
 from jepa3d.inference.neighbours import percentile, random_cosines
-from jepa3d.inference.search import Condition, Hit, query_vectors, search
-from jepa3d.inference.vectors import Making, Vectors, table, write
+from jepa3d.inference.search import query_vectors, search
+from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.inference.vectors import Vectors, table, write
 from jepa3d.models.encoder import PointEncoder
 
 RNG = np.random.default_rng(0)
-MAKING = Making("m", "0123", -1, "mean_max", "z", 12)
+SPEC = EmbeddingSpec("m", "0123", -1, "mean_max", "z", 12)
 PATHS = [f"/data/{'it' if i % 3 else 'o'}'s_{i} 100%.ply" for i in range(500)]
 LABELS = [(None, "cup", "o'mug")[i % 3] for i in range(500)]
 POINTS = RNG.integers(100, 5000, 500).tolist()
@@ -36,19 +38,19 @@ WHERES = [
 ]
 
 
-def rows(keep: np.ndarray, making: Making = MAKING) -> pa.Table:
+def rows(keep: np.ndarray, spec: EmbeddingSpec = SPEC) -> pa.Table:
     chosen = [i for i in range(500) if keep[i]]
     columns = {
         name: [values[i] for i in chosen] for name, values in (("path", PATHS), ("label", LABELS))
     }
     columns |= {"num_points": [POINTS[i] for i in chosen], "stamp": [2**63 + i for i in chosen]}
-    return table(making, columns, X[chosen])
+    return table(spec, columns, X[chosen])
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS", 64)  # several batches
-    write([rows(np.ones(500, bool))], MAKING, tmp_path / "v.parquet")
+    write([rows(np.ones(500, bool))], tmp_path / "v.parquet")
     return tmp_path / "v.parquet"
 
 
@@ -111,7 +113,7 @@ def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, s
     which = rng.integers(5, size=200)  # of each vector some forty copies, anywhere
     paths = [f"/{name:03d}.ply" for name in rng.permutation(200)]
     columns = {"path": paths, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
-    write([table(MAKING, columns, few[which])], MAKING, tmp_path / "v.parquet")
+    write([table(SPEC, columns, few[which])], tmp_path / "v.parquet")
     create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
     for query in (few[0], rng.normal(size=12)):
         cosine = few.astype(float) @ query / np.linalg.norm(few, axis=1) / np.linalg.norm(query)
@@ -135,13 +137,13 @@ def test_a_condition_that_cannot_be_is_refused(text):
 
 def test_the_query_itself_is_left_out_when_told(index):
     assert search(index, X[5], 1)[0][0].path == PATHS[5]
-    assert search(index, X[5], 1, but=[PATHS[5]])[0][0].path != PATHS[5]
+    assert search(index, X[5], 1, exclude=[PATHS[5]])[0][0].path != PATHS[5]
 
 
 @pytest.mark.parametrize(
     ("query", "k", "message"),
     [
-        (np.ones(11), 1, "a query of 11 numbers, but the vectors have 12"),
+        (np.ones(11), 1, "a query of 11 numbers, the vectors have 12"),
         (np.zeros(12), 1, "zero or not finite"),
         (np.full(12, np.nan), 1, "zero or not finite"),
         (np.ones(12), 0, "-k 0"),
@@ -163,7 +165,7 @@ def test_the_store_replaces_adds_deletes_and_stays_exact(index, store, tmp_path)
         "num_points": POINTS[:100],
         "stamp": [1] * 100,
     }
-    write([table(MAKING, columns, moved[old])], MAKING, tmp_path / "new.parquet")
+    write([table(SPEC, columns, moved[old])], tmp_path / "new.parquet")
     assert create_or_update(Vectors(tmp_path / "new.parquet"), store) == (0, 100)
     query = RNG.normal(size=12)
     agree(search(store, query, 9)[0], by_hand(query, 9, [], moved))
@@ -206,8 +208,7 @@ def test_what_is_no_index_is_named(index, store, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.lancedb"):
         create_or_update(Vectors(index), tmp_path / "store")
     write(
-        [rows(np.ones(500, bool))],
-        Making("n", "4567", -1, "mean_max", "z", 12),
+        [rows(np.ones(500, bool), EmbeddingSpec("n", "4567", -1, "mean_max", "z", 12))],
         tmp_path / "n.parquet",
     )
     with pytest.raises(ValueError, match="another model"):
@@ -297,7 +298,7 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
 @pytest.mark.parametrize("rows", [1, 2, 3, 40, 500])
 def test_a_cosine_stands_among_random_pairs_of_the_index(tmp_path, rows, monkeypatch):
     """Exactly where the index is small; of a larger one by a sample, whose figure is close."""
-    write([rows_of(rows)], MAKING, tmp_path / "v.parquet")
+    write([rows_of(rows)], tmp_path / "v.parquet")
     create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
     unit = X[:rows].astype(float) / np.linalg.norm(X[:rows], axis=1)[:, None]
     every = (unit @ unit.T)[np.triu_indices(rows, 1)]
@@ -336,9 +337,9 @@ def test_a_page_is_bounded_and_says_what_it_leaves_out(scans, tmp_path, monkeypa
     monkeypatch.setattr(neighbours, "PICTURED", 3)
     clouds = sorted(map(str, (scans / "scans").rglob("*.xyz")))
     hits = [Hit(0.9 - i / 1000, clouds[i % 8], "stick") for i in range(150)]
-    making, pairs = Vectors(scans / "v.parquet").making, random_cosines(scans / "v.parquet")
+    spec, pairs = Vectors(scans / "v.parquet").spec, random_cosines(scans / "v.parquet")
     neighbours.write_page(
-        [(clouds[0], hits)] * 5, making, scans / "v.parquet", pairs, tmp_path / "p.html"
+        [(clouds[0], hits)] * 5, spec, scans / "v.parquet", pairs, tmp_path / "p.html"
     )
     html = (tmp_path / "p.html").read_text()
     assert html.count("data:image/png") == 3
@@ -385,7 +386,7 @@ def test_a_query_may_be_vectors_and_the_model_may_have_moved(scans, capsys):
 
 def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
     file = tmp_path / "v.parquet"
-    write([rows(np.ones(500, bool))], MAKING, file)
+    write([rows(np.ones(500, bool))], file)
     content = bytearray(file.read_bytes())
     for at in range(40, len(content) // 2):
         content[at] ^= 0x5A
@@ -395,9 +396,9 @@ def test_a_damaged_row_group_is_named_by_its_file(tmp_path):
 
 
 def test_vectors_of_zero_length_are_never_found(tmp_path):
-    file, zero = tmp_path / "v.parquet", np.zeros((50, MAKING.embed_dim), np.float32)
+    file, zero = tmp_path / "v.parquet", np.zeros((50, SPEC.embed_dim), np.float32)
     zero[:2] = X[:2]
     names = [f"{i}" for i in range(50)]
     columns = {"path": names, "label": names, "num_points": [9] * 50, "stamp": [1] * 50}
-    write([table(MAKING, columns, zero)], MAKING, file)
+    write([table(SPEC, columns, zero)], file)
     assert sorted(hit.path for hit in search(file, X[0], k=10)[0]) == ["0", "1"]

@@ -20,8 +20,9 @@ import torch
 from jepa3d import locking
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
+from jepa3d.inference import embed_files as updating
 from jepa3d.inference import embedding, vectors
-from jepa3d.inference.embedding import embed_files
+from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.lance import VectorStore
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.locking import writing
@@ -86,9 +87,9 @@ def embed_and_be_killed(at: int, *arguments, **settings) -> None:
         os.waitpid(child, 0)
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    embedding.COMMIT_SECONDS = -1.0
+    updating.COMMIT_SECONDS = -1.0
     watched, calls = (
-        {module.__file__ for module in (embedding, vectors, locking, pathlib)},
+        {module.__file__ for module in (embedding, updating, vectors, locking, pathlib)},
         itertools.count(),
     )
 

@@ -26,8 +26,9 @@ from websockets.sync.client import connect
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
 from jepa3d.inference import view
-from jepa3d.inference.clouds import Item, items_of
-from jepa3d.inference.embedding import embed, embed_files
+from jepa3d.inference.clouds import Item, find_clouds
+from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.embedding import embed
 from jepa3d.inference.view import (
     nearest_to_ray,
     open_page,
@@ -100,7 +101,7 @@ def encoder(folder) -> PointEncoder:
 
 @pytest.fixture(scope="module")
 def items(folder) -> dict[str, Item]:
-    return {Path(item.path).name[0]: item for item in items_of(folder / "clouds")}
+    return {Path(item.path).name[0]: item for item in find_clouds(folder / "clouds")[0]}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_no_more_points_are_drawn_than_a_browser_bears(encoder, items, monkeypat
 def test_a_cloud_of_too_few_points_is_named(encoder, tmp_path):
     np.save(tmp_path / "three.npy", np.eye(3))
     with pytest.raises(ReadError, match=r"three\.npy: 3 points, at least 32 are needed"):
-        view_of(encoder, items_of(tmp_path / "three.npy")[0])
+        view_of(encoder, find_clouds(tmp_path / "three.npy")[0][0])
 
 
 def test_similarity_is_the_cosine_of_interpolated_tokens(encoder, items):

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import multiprocessing
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from jepa3d.cli import (  # noqa: F401
 )
 from jepa3d.cli.app import app
 from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE
-from jepa3d.plain import from_dict, merge, printable, read_recipe, to_dict
+from jepa3d.plain import from_dict, log, merge, printable, read_recipe, to_dict
 from jepa3d.run import Run
 
 
@@ -78,6 +79,14 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
     ]
 
 
+class _Printer(logging.Handler):
+    """Prints what the library logs: warnings on standard error, the rest on standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        file = sys.stderr if record.levelno > logging.INFO else sys.stdout
+        print(record.getMessage(), file=file, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; a mistake of the user is one line and exit status 2, an interrupted run 130."""
     tokens = sys.argv[1:] if arguments is None else arguments
@@ -87,6 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
             stream, io.TextIOWrapper
         ):  # names that the terminal cannot have are spelled out
             stream.reconfigure(errors="backslashreplace")
+    printer = _Printer()
+    log.setLevel(logging.INFO)
+    log.addHandler(printer)
     try:
         if tokens and (command := tokens[0]) in KINDS:
             weaker = _weaker_settings(command, tokens)
@@ -101,6 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
             process.terminate()  # or this one would wait until they have done what they have begun
         print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)
+    finally:
+        log.removeHandler(printer)
 
 
 def _fail(error: Exception) -> int:

@@ -18,6 +18,7 @@ def export(model: str = "default", /, *, out: Path) -> None:
     out: Path
         A new folder.
     """
-    from jepa3d.inference.export import export as run
+    from jepa3d.inference.export import export as write
 
-    run(model, out)
+    write(model, out)
+    print(f"written: {out}, {', '.join(sorted(file.name for file in out.iterdir()))}")

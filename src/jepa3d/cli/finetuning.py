@@ -83,7 +83,7 @@ def predict(
     up_axis: str
         Of the files.
     """
-    from jepa3d.predict import predict_files
+    from jepa3d.inference.predicting import predict_files
 
     predict_files(run, files, out, category, up_axis)
 

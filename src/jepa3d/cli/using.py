@@ -51,7 +51,7 @@ def embed(
     keep_strays: bool
         Also encode points that lie where hardly any other does, which are left out otherwise.
     """
-    from jepa3d.inference.embedding import embed_files
+    from jepa3d.inference.embed_files import embed_files
 
     embed_files(paths, out, model, up_axis, layer, pooling, workers, share, prune, keep_strays)
 
@@ -79,8 +79,8 @@ def index(
     ann: bool
         Build an index for approximate search (jepa3d search --probes).
     """
+    from jepa3d.inference.hits import Condition
     from jepa3d.inference.lance import VectorStore, create_or_update
-    from jepa3d.inference.search import Condition
     from jepa3d.inference.vectors import Vectors
     from jepa3d.locking import writing
 
@@ -144,20 +144,18 @@ def search(
     from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
 
-    making, found, pairs = searching.making_of(where_in), [], neighbours.random_cosines(where_in)
+    spec, found = searching.open_index(where_in).spec, []
+    pairs = neighbours.random_cosines(where_in)
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
-        but = None if include_self else names
-        for name, hits in zip(
-            names, searching.search(where_in, vectors, k, where, but, probes), strict=True
-        ):
-            near = [hit for hit in hits if hit.cosine >= min_cosine]
-            found.append((name, near))
-            print(neighbours.to_json(name, near, pairs)) if json else neighbours.show(
-                name, near, pairs
-            )
+        exclude = None if include_self else names
+        hits = searching.search(where_in, vectors, k, where, exclude, probes)
+        near = [[hit for hit in some if hit.cosine >= min_cosine] for some in hits]
+        found += zip(names, near, strict=True)
+        for name, some in zip(names, near, strict=True):
+            print((neighbours.to_json if json else neighbours.to_text)(name, some, pairs))
     if html is not None:
-        neighbours.write_page(found, making, where_in, pairs, html)
+        neighbours.write_page(found, spec, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
 
 

@@ -35,6 +35,6 @@ def view(
     up_axis: str
         The files' up axis: x, y or z; stores and glTF know their own.
     """
-    from jepa3d.inference.view import view as show
+    from jepa3d.inference.view import open_page, serve_until_stopped
 
-    show(paths, model, index, port, up_axis)
+    serve_until_stopped(open_page(paths, model, index, port, up_axis).server)

@@ -12,7 +12,8 @@ import numpy as np
 
 from jepa3d.data.cloud import TO_Z_UP
 
-RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])  # z-up coordinates, row in the file
+# Z-up coordinates, and the row in the file.
+RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # points sorted at once, about
 _STRIP = 1024  # cells of a line, about: bounds the tiles held at once
 _HASH_BITS, _KEY_BITS = 24, 40
@@ -38,14 +39,13 @@ class Grid:
     @cached_property
     def count(self) -> np.ndarray:
         """Cells along each axis."""
-        return np.where(self.split, np.ceil((self.high - self.low) / (self.tile / 2)), 1).astype(
-            np.int64
-        )
+        cells = np.ceil((self.high - self.low) / (self.tile / 2))
+        return np.where(self.split, cells, 1).astype(np.int64)
 
     @cached_property
     def corners(self) -> np.ndarray:
-        """k 3: the tiles of cell c are c - corner, the cells of tile t are t + corner."""
-        return np.array(list(product(*((0, 1) if split else (0,) for split in self.split))))
+        """Offsets k 3 between a tile and its cells: cells = tile + corner, tiles = cell - corner."""
+        return np.array(list(product(*(range(1 + split) for split in self.split))))
 
     def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cells n 3 of points n 3, and where in its cell each lies, 0 to 1 along each axis (1 where
@@ -82,16 +82,16 @@ class Grid:
         """ValueError where there are more cells than keys."""
         if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
             extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
-            raise ValueError(
-                f"--tile {self.tile:g}: too small for a scene of {extent} (points far outside?)"
-            )
+            scene = f"a scene of {extent} (points far outside?)"
+            raise ValueError(f"--tile {self.tile:g}: too small for {scene}")
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
         """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they
         came in.
         """
         mixed = index.astype(np.uint64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        # Splitmix64.
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)
         return (keys << np.uint64(_HASH_BITS)) | (mixed >> np.uint64(64 - _HASH_BITS))
@@ -104,15 +104,20 @@ def tiles_of(
     of each cell.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
-    _, first, inverse = np.unique(grid.keys(around), return_index=True, return_inverse=True)
+    _, first, inverse, _ = _unique(grid.keys(around))
     total = np.bincount(inverse, np.repeat(counts, len(grid.corners))).astype(np.int64)
     return around[first], total, inverse.reshape(len(coords), -1)
+
+
+def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Different keys, ascending; where each is first; which each row has; and their numbers."""
+    return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
 
 
 def median_count(grid: Grid, points: np.ndarray) -> float:
     """Median number of points n 3 in the occupied tiles."""
     coords = grid.cells(points)[0]
-    _, first, counts = np.unique(grid.keys(coords), return_index=True, return_counts=True)
+    _, first, _, counts = _unique(grid.keys(coords))
     return float(np.median(tiles_of(grid, coords[first], counts)[1]))
 
 
@@ -124,13 +129,14 @@ def choose_tile(
 
     The whole extent for few points; else rounded to two digits.
     """
-    extent, before = float((high - low).max()), None
+    extent = float((high - low).max())
+    larger, points = extent, np.inf  # of the step before
     for step in range(120):
         tile = extent if step == 0 else float(f"{extent * 2 ** (-step / 4):.2g}")
         median = median_count(Grid(low, high, tile), sample) * total / len(sample)
         if median <= goal:
-            return tile if before is None or goal / median < before[1] / goal else before[0]
-        before = tile, median
+            return tile if goal / median < points / goal else larger
+        larger, points = tile, median
     return extent
 
 
@@ -143,7 +149,8 @@ class Cells:
     def __init__(
         self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray
     ):
-        self.grid, self.keys, self.counts, self.coords = grid, keys, counts, coords  # n, n, n 3
+        self.grid, self.keys, self.counts = grid, keys, counts  # n
+        self.coords = coords  # n 3
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)
 
@@ -183,11 +190,10 @@ def sort_points(
     files, done = [folder / f"bucket-{i}" for i in range(buckets)], 0
     for part in parts:
         records = np.empty(len(part), RECORD)
-        records["xyz"], records["index"] = (
-            part @ TO_Z_UP[up_axis].T,
-            np.arange(done, done + len(part)),
-        )
-        bucket = np.searchsorted(edges, grid.order(records["xyz"], records["index"]), side="right")
+        records["xyz"] = part @ TO_Z_UP[up_axis].T
+        records["index"] = np.arange(done, done + len(part))
+        order = grid.order(records["xyz"], records["index"])
+        bucket = np.searchsorted(edges, order, side="right")
         records = records[np.argsort(bucket, kind="stable")]
         ends = np.cumsum(np.bincount(bucket, minlength=buckets))
         for i in np.unique(bucket):
@@ -198,20 +204,19 @@ def sort_points(
     keys, counts, coords = [], [], []
     with (folder / "sorted").open("wb") as out:
         for file in files:
-            records = np.fromfile(file, RECORD) if file.exists() else np.empty(0, RECORD)
+            file.touch()  # empty where no point fell
+            records = np.fromfile(file, RECORD)
             order = grid.order(records["xyz"], records["index"])
             at = np.argsort(order, kind="stable")
             records[at].tofile(out)
-            cells, first, count = np.unique(
-                order[at] >> np.uint64(_HASH_BITS), return_index=True, return_counts=True
-            )
+            cells, first, _, count = _unique(order[at] >> np.uint64(_HASH_BITS))
             keys.append(cells.astype(np.int64))
             counts.append(count)
             coords.append(grid.cells(records["xyz"][at[first]])[0])
-            file.unlink(missing_ok=True)
+            file.unlink()
             done += len(records)
             progress(done)
     # The points of one cell may be in several buckets.
-    unique, first, inverse = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+    unique, first, inverse, _ = _unique(np.concatenate(keys))
     whole = np.bincount(inverse, np.concatenate(counts)).astype(np.int64)
     return Cells(folder / "sorted", grid, unique, whole, np.concatenate(coords)[first])

@@ -16,10 +16,11 @@ from jepa3d.data.entries import Entry
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
+from jepa3d.plain import log
 
-_PARTS = {".pkl": "(train|test)#[0-9]+"} | dict.fromkeys(
-    ARRAY_SUFFIXES, "0|[1-9][0-9]*"
-)  # of files of many clouds
+# Patterns of the parts of files of many clouds.
+_PARTS = dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")
+_PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +33,33 @@ class Address:
     """
 
     file: str  # absolute
-    part: str | None = (
-        None  # the row in an array of clouds, the item of a few-shot fold, or the key in a store
-    )
+    # The row in an array of clouds, the item of a few-shot fold, or the key in a store.
+    part: str | None = None
 
     def __str__(self) -> str:
         """Text that `parse` turns back into this, as long as the files are there."""
         if self.part is None:
             return spelled(self.file)
         text = spelled(f"{self.file}#{self.part}")
-        return text if Address.parse(text) == self else spelled(f"{self.file}/#{self.part}")
+        if Address.parse(text) == self:
+            return text
+        return spelled(f"{self.file}/#{self.part}")
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
         """The address that a text means, or None where nothing is there."""
-        for spelling in dict.fromkeys((str(text), _original(str(text)))):
+        for spelling in dict.fromkeys((str(text), original(str(text)))):
             path = os.path.abspath(spelling)
             if os.path.exists(path):
                 return Address(path)
             for sign in reversed([match.start() for match in re.finditer("#", path)]):
                 file, part = path[:sign].removesuffix("/"), path[sign + 1 :]
                 if is_store(file):
-                    if _row_of(file, part) is not None:
-                        return Address(file, part)
-                elif re.fullmatch(
-                    _PARTS.get(os.path.splitext(file)[1].lower(), "(?!)"), part
-                ) and os.path.isfile(file):
+                    found = _row_of(file, part) is not None
+                else:
+                    parts = _PARTS.get(os.path.splitext(file)[1].lower(), "(?!)")
+                    found = re.fullmatch(parts, part) and os.path.isfile(file)
+                if found:
                     return Address(file, part)
         return None
 
@@ -84,13 +86,19 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One cloud to embed."""
+    """One cloud to use."""
 
     path: str  # its address as text
     read: Callable[[], PointCloud]  # picklable
     stamp: int = 0  # differs when its file changed
     label: str | None = None
-    z_up: bool = False
+    z_up: bool = False  # True of a stored cloud, whatever is said of files
+
+    def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
+        """The points N 3 of this cloud, as read or sampled, with z up; "none": as they are."""
+        if self.z_up or up_axis == "none":
+            return cloud.points
+        return cloud.points @ cloud.to_z_up(up_axis).T
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
@@ -101,16 +109,22 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
     return Item(str(address), address.open, _stamp(address), label, address.z_up)
 
 
-def items_of(path: Path) -> list[Item]:
-    """The clouds of a file, folder or store, or that of an address. Raises ReadError."""
-    return listed(path)[0]
+def find_clouds(*paths: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
+    """The clouds of files, folders and stores, each once, and the files there that are none.
 
-
-def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The clouds as of `items_of`, and the files there that are none, each with the reason.
-
-    Raises ReadError.
+    A path may also be the address of one cloud. Files that are no clouds come as (path, reason).
+    Raises ReadError where nothing is.
     """
+    items: dict[str, Item] = {}
+    skipped: dict[str, str] = {}
+    for path in paths:
+        found, others = _clouds_at(path)
+        items |= {item.path: item for item in found}
+        skipped |= {os.path.join(path, key): reason for key, reason in others}
+    return list(items.values()), list(skipped.items())
+
+
+def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
     if not os.path.exists(path):
         try:
             return [item_at(path)], []
@@ -119,23 +133,28 @@ def listed(path: Path) -> tuple[list[Item], list[tuple[str, str]]]:
     root = os.path.abspath(path)
     if is_store(root):
         store = _store(root)[0]
-        names, content = (*store.class_names, None), store.columns["content"]
-        addresses = [Address(root, store.key(row)) for row in range(len(store))]
-        labels = [names[number] for number in store.columns["label"]]
-        return [
-            Item(str(address), address.open, int(stamp), label, True)
-            for address, stamp, label in zip(addresses, content, labels, strict=True)
-        ], []
-    found, items = discover(Path(root)), []
-    for entry in found.entries:
-        address = _address(entry, root)
-        items.append(Item(str(address), entry.read, _stamp(address), entry.label or entry.name))
-    return items, found.skipped
+        names = (*store.class_names, None)
+        columns = zip(store.columns["content"], store.columns["label"], strict=True)
+        items = []
+        for row, (content, label) in enumerate(columns):
+            at = Address(root, store.key(row))
+            items.append(Item(str(at), at.open, int(content), names[label], True))
+        return items, []
+    source, items = discover(Path(root)), []
+    for entry in source.entries:
+        at, label = _address(entry, root), entry.label or entry.name
+        items.append(Item(str(at), entry.read, _stamp(at), label))
+    return items, source.skipped
+
+
+def cloud_paths(path: str | Path) -> list[str]:
+    """The paths of the clouds in a file, a folder or a store, in the order of `embed`."""
+    return [item.path for item in find_clouds(path)[0]]
 
 
 def _stamp(address: Address) -> int:
-    """What differs when a cloud changed: of a stored one its content, else size and time of change
-    of its file.
+    """A number that differs when a cloud changed: of a stored cloud its content, else a hash of the
+    size and time of change of its file.
     """
     if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
@@ -146,26 +165,12 @@ def _stamp(address: Address) -> int:
     return hash64(f"{status.st_size} {status.st_mtime_ns}".encode())
 
 
-def show_left_out(skipped: list[tuple[str, str]]) -> None:
-    """A line for each of the first five files that are no clouds, and one for all others."""
-    for key, reason in skipped[:5]:
-        print(left_out(key, reason))
+def log_left_out(skipped: list[tuple[str, str]]) -> None:
+    """Log a line for each of the first five files that are no clouds, and one for all others."""
+    for path, reason in skipped[:5]:
+        log.info(left_out(path, reason))
     if len(skipped) > 5:
-        print(f"left out: {len(skipped) - 5:,} more that are no clouds")
-
-
-def cloud_paths(path: str | Path) -> list[str]:
-    """The paths of the clouds in a file, a folder or a store, as `embed` takes them."""
-    return [item.path for item in items_of(Path(path))]
-
-
-def open_cloud(path: str) -> tuple[PointCloud, bool]:
-    """The cloud of a `path` that `items_of` gave, and whether it is z-up whatever its file.
-
-    Raises ReadError.
-    """
-    item = item_at(path)
-    return item.read(), item.z_up
+        log.info(f"left out: {len(skipped) - 5:,} more that are no clouds")
 
 
 def spelled(name: str) -> str:
@@ -173,9 +178,10 @@ def spelled(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _original(name: str) -> str:
+def original(name: str) -> str:
     r"""A name that `spelled` wrote, with its bytes again: \xff and so on, from 80 upwards."""
-    return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
+    byte = r"\\x([89a-f][0-9a-f])"
+    return re.sub(byte, lambda match: chr(0xDC00 + int(match[1], 16)), name)
 
 
 def _address(entry: Entry, root: str) -> Address:
@@ -183,7 +189,8 @@ def _address(entry: Entry, root: str) -> Address:
     part = None if entry.row is None else str(entry.row)
     if os.path.isdir(root):
         return Address(os.path.join(root, entry.file), part)
-    return Address(root, part if part or entry.key == os.path.basename(root) else entry.key)
+    whole = entry.key == os.path.basename(root)
+    return Address(root, part if part or whole else entry.key)
 
 
 def is_store(path: str) -> bool:

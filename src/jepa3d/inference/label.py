@@ -8,34 +8,40 @@ OUT/model            encoder and head, once there are names; `jepa3d predict OUT
 OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first.
                      Of an unknown cloud the class is `unknown`, the probability empty, the second
                      its likeliest class
+
+A cloud is unknown where it is like none of the named ones: where the cosine of its vector to the
+nearest class mean is under a threshold. That measure was chosen among five by leaving out whole
+classes: docs/experiments.md, benchmarks/unknown.py.
 """
 
 import csv
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from sklearn.pipeline import Pipeline
 
 from jepa3d.data.cloud import ReadError
 from jepa3d.evaluation.classifiers import fit_head, set_head
+from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.evaluation.fitting import one_thread
-from jepa3d.inference.embedding import embed_files
+from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.neighbours import display, draw
-from jepa3d.inference.unknown import Known, known_clouds
-from jepa3d.inference.vectors import Vectors, to_numpy
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.inference.predicting import CSV_COLUMNS, two_classes
+from jepa3d.inference.vectors import Vectors
 from jepa3d.models.heads import UNKNOWN, LinearClassifier
 from jepa3d.models.ready import load
 from jepa3d.page import note, page, section
-from jepa3d.plain import printable, write_bytes
+from jepa3d.plain import printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # representatives of a cluster
+FALSE_ALARMS = 0.05  # share of clouds of the named classes that are called unknown
+# Named clouds from which on so small a share can be measured: the lowest of 19 is one case of 20.
+FEWEST = 19
 _SEED = 0
 
 
@@ -55,83 +61,102 @@ def label(
     clouds that are unlike every named one unknown. Raises ValueError and ReadError.
     """
     if up_axis == "none":
-        raise ValueError(
-            "--up-axis none: label needs x, y or z; jepa3d predict takes clouds as they stand"
-        )
+        raise ValueError("--up-axis none: x, y or z is needed, as by jepa3d predict")
     if names is not None and not names.is_file():
         raise ReadError(f"--names {names}: no such file")
     embed_files(paths, out / "vectors.parquet", model, up_axis)
     vectors = Vectors(out / "vectors.parquet")
-    where = vectors.column("path")
-    x = np.concatenate([to_numpy(batch.column(0)) for batch in vectors.batches(["vector"])])
+    cloud_paths, x = vectors.column("path"), vectors.array()
     names = names or out / "names.csv"
-    known = read_names(names, where) if names.is_file() else {}
+    known = read_names(names, cloud_paths) if names.is_file() else {}
     if not known and names != out / "names.csv":
         raise ReadError(f"{names}: no names of these clouds")
     if known and clusters is not None:
-        print(
-            f"--clusters {clusters}: not used, since {names} has names already; another --out proposes clusters anew"
-        )
+        why = f"not used, since {names} has names already"
+        print(f"--clusters {clusters}: {why}; another --out proposes clusters anew")
     if not known:
-        count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
-        if not 2 <= count <= len(x):
-            raise ValueError(f"--clusters {count}: from 2 to the number of clouds, {len(x):,}")
-        groups = list(cluster(x, count))
-        _write_page(groups, where, up_axis, out / "clusters.html")
-        known = _ask(groups, where) if sys.stdin.isatty() else {}
-        numbered = ((number, i) for number, group in enumerate(groups, 1) for i in group[:SHOWN])
-        rows = [(where[i], known.get(where[i], ""), number) for number, i in numbered]
-        _write_csv(out / "names.csv", [("path", "name", "cluster"), *rows])
-        print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
+        known = _propose(x, cloud_paths, clusters, up_axis, out)
     if len(set(known.values())) < 2:
-        print(
-            f"to go on: names of two classes at least in {out / 'names.csv'}, and the same command"
-        )
+        needed = f"names of two classes at least in {out}/names.csv"
+        print(f"to go on: {needed}, and the same command")
         return
-    rows = np.array([i for i, path in enumerate(where) if path in known])
-    classes, y = np.unique([known[where[i]] for i in rows], return_inverse=True)
+    rows = np.array([i for i, path in enumerate(cloud_paths) if path in known])
+    classes, y = np.unique([known[cloud_paths[i]] for i in rows], return_inverse=True)
     if unknown and UNKNOWN in classes:
-        raise ValueError(f"--unknown: {names} has a class of that name; give it another")
-    seen = known_clouds(x, rows, y) if unknown else None
+        raise ValueError(f"--unknown: {names} has a class of that name; rename it")
+    appearance = known_clouds(x, rows, y) if unknown else None
     head, estimate = fit_head(x[rows], y)
-    making = vectors.making
-    network = _network(head, load(model), making.layer, making.pooling, classes.tolist(), seen)
+    encoder, spec = load(model), vectors.spec
+    settings = vars(encoder)["_hub_mixin_config"], classes.tolist()
+    threshold = appearance.threshold if appearance else -1.0
+    network = LinearClassifier(*settings, spec.layer, spec.pooling, threshold)
+    network.encoder.load_state_dict(encoder.state_dict())
+    set_head(network, head)
+    if appearance:
+        for name in ("shift", "spread", "means"):
+            getattr(network, name).copy_(torch.from_numpy(getattr(appearance, name)))
     replace_folder(out / "model", network.save_pretrained)
-    probability, unlike = head.predict_proba(x), network.unknown(torch.from_numpy(x)).numpy()
+    probability = head.predict_proba(x)
+    unlike = network.unknown(torch.from_numpy(x)).numpy()
     order = np.argsort(np.where(unlike, 0, probability.max(1)), kind="stable")
-    first, second = np.argsort(-probability, 1, kind="stable")[:, :2].T
-
-    def cells(i: int) -> tuple[str, ...]:
-        (a, b), (c, d) = ((classes[k], f"{probability[i, k]:.4f}") for k in (first[i], second[i]))
-        return (UNKNOWN, "", a, b) if unlike[i] else (a, b, c, d)
-
-    found = [(where[i], *cells(i)) for i in order]
-    _write_csv(
-        out / "labels.csv",
-        [("path", "class", "probability", "second", "second_probability"), *found],
-    )
-    alone = [
-        printable(str(name))
-        for name, count in zip(classes, np.bincount(y), strict=True)
-        if count == 1
-    ]
-    told = f"no estimate while there is one cloud of {', '.join(alone)}; name a second of each, and run this again"
-    told = told if estimate is None else f"{100 * estimate:.1f} % right, cross-validated"
-    print(f"{len(rows):,} named clouds of {len(classes)} classes: {told}")
+    labels = []
+    for i in order:
+        answer = two_classes(classes, probability[i], unlike[i])
+        labels.append((cloud_paths[i], *answer))
+    write_csv(out / "labels.csv", ("path", *CSV_COLUMNS), *labels)
+    named = f"{len(rows):,} named clouds of {len(classes)} classes"
+    print(f"{named}: {_quality(estimate, classes, y)}")
     if unknown:
-        print(
-            f"{unlike.sum():,} clouds are called unknown; of those of the named classes about 1 in 20 is"
-        )
-    print(
-        f"written: {out / 'labels.csv'}, {len(x):,} clouds, least certain first; jepa3d predict {out} labels others"
-    )
+        share = "of those of the named classes about 1 in 20 is"
+        print(f"{unlike.sum():,} clouds are called unknown; {share}")
+    written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
+    print(f"written: {written}; jepa3d predict {out} labels others")
+
+
+def _quality(estimate: float | None, classes: np.ndarray, y: np.ndarray) -> str:
+    """How often the head is right, or of which classes more names are needed to tell."""
+    if estimate is not None:
+        return f"{100 * estimate:.1f} % right, cross-validated"
+    alone = ", ".join(printable(str(name)) for name in classes[np.bincount(y) == 1])
+    hint = "name a second of each, and run this again"
+    return f"no estimate while there is one cloud of {alone}; {hint}"
+
+
+def _propose(
+    x: np.ndarray, paths: list[str], clusters: int | None, up_axis: str, out: Path
+) -> dict[str, str]:
+    """Write clusters.html and names.csv of vectors n E; in a terminal, ask for names of clusters.
+
+    Returns the names of paths. Raises ValueError for a number of clusters that cannot be.
+    """
+    count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
+    if not 2 <= count <= len(x):
+        raise ValueError(f"--clusters {count}: from 2 to {len(x):,}, one a cloud")
+    groups = list(cluster(x, count))
+    sections = []
+    for number, group in enumerate(groups, 1):
+        shown = [paths[i] for i in group[:SHOWN]]
+        titles = [Path(path).name for path in shown]
+        drawn = draw(shown, titles, up_axis, "nearest to the centre first")
+        files = note(", ".join(map(display, shown)))
+        sections.append(section(f"{number}: {len(group):,} clouds", *drawn, files))
+    kind = "spherical k-means of vectors"
+    html = page("Clusters", f"{count} clusters", kind, sections)
+    write_bytes(out / "clusters.html", html.encode())
+    known, rows = _ask(groups, paths) if sys.stdin.isatty() else {}, []
+    for number, group in enumerate(groups, 1):
+        shown = [paths[i] for i in group[:SHOWN]]
+        rows += [(path, known.get(path, ""), number) for path in shown]
+    write_csv(out / "names.csv", ("path", "name", "cluster"), *rows)
+    print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
+    return known
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """Spherical k-means of vectors n E: the rows of each cluster, nearest to its centre first;
     largest first.
     """
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    unit = unit_length(x)
     with one_thread():
         means = KMeans(count, n_init=4, random_state=_SEED).fit(unit)
     distance = np.linalg.norm(unit - means.cluster_centers_[means.labels_], axis=1)
@@ -141,84 +166,77 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
         yield inside[np.argsort(distance[inside], kind="stable")]
 
 
-def read_names(file: Path, where: list[str]) -> dict[str, str]:
+def read_names(file: Path, paths: list[str]) -> dict[str, str]:
     """Path -> name of the rows of a CSV that have a name.
 
-    Raises ReadError for a path that is not among `where`.
+    Raises ReadError for a path that is not among `paths`.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             rows = list(csv.DictReader(opened))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ReadError(f"{file}: not a CSV file in UTF-8 ({error})") from error
-    known, there = {}, set(where)
+    known, embedded = {}, set(paths)
     for row in rows:
         if not {"path", "name"} <= row.keys():
-            raise ReadError(
-                f"{file}: needs columns path and name, and has {', '.join(map(str, row))}"
-            )
+            columns = ", ".join(map(str, row))
+            raise ReadError(f"{file}: needs columns path and name, and has {columns}")
         if not (name := (row["name"] or "").strip()):
             continue
-        path = row["path"] if row["path"] in there else str(Path(row["path"]).absolute())
-        if path not in there:
-            raise ReadError(f"{file}: {row['path']} is not among the clouds that were embedded")
+        path = row["path"]
+        if path not in embedded:
+            path = str(Path(path).absolute())
+        if path not in embedded:
+            raise ReadError(f"{file}: {row['path']} is not among the embedded clouds")
         known[path] = name
     return known
 
 
-def _ask(groups: list[np.ndarray], where: list[str]) -> dict[str, str]:
-    """Names of clusters from whoever sits there; a cluster's name is that of its representatives."""
+def _ask(groups: list[np.ndarray], paths: list[str]) -> dict[str, str]:
+    """Names of clusters, asked for in the terminal; they become the names of the representatives."""
     known = {}
-    print(
-        "clusters.html shows them. A name for each; the same for several is fine, nothing skips, Ctrl-D ends."
-    )
+    print("clusters.html shows them. A name for each; the same for several is fine.")
+    print("Enter skips one, Ctrl-D ends.")
     for number, group in enumerate(groups, 1):
-        some = printable(", ".join(Path(where[i]).name for i in group[:3]))
-        print(f"{number}: {len(group):,} clouds, such as {some}")
+        files = printable(", ".join(Path(paths[i]).name for i in group[:3]))
+        print(f"{number}: {len(group):,} clouds, such as {files}")
         try:
             name = input("   name: ").strip()
         except EOFError:
             break
-        known |= {where[i]: name for i in group[:SHOWN] if name}
+        known |= {paths[i]: name for i in group[:SHOWN] if name}
     return known
 
 
-def _network(
-    head: Pipeline,
-    encoder: PointEncoder,
-    layer: int,
-    pooling: str,
-    classes: list[str],
-    known: Known | None,
-) -> LinearClassifier:
-    """Encoder, head, and where `known` is given what is unlike every class, in one network."""
-    least = known.least if known else -1.0
-    network = LinearClassifier(vars(encoder)["_hub_mixin_config"], classes, layer, pooling, least)
-    network.encoder.load_state_dict(encoder.state_dict())
-    set_head(network, head)
-    if known:
-        for name in ("shift", "spread", "means"):
-            getattr(network, name).copy_(torch.from_numpy(getattr(known, name)))
-    return network
+class Known(NamedTuple):
+    """What the named clouds look like: vectors are standardised by shift and spread, then compared
+    by cosine.
+    """
+
+    shift: np.ndarray  # E, the mean of all vectors
+    spread: np.ndarray  # E, their standard deviation
+    means: np.ndarray  # classes E, of length 1: the direction of each class
+    threshold: float  # cosine to the nearest of them below which a cloud is unknown
 
 
-def _write_page(groups: list[np.ndarray], where: list[str], up_axis: str, out: Path) -> None:
-    sections = []
-    for number, group in enumerate(groups, 1):
-        paths = [where[i] for i in group[:SHOWN]]
-        titles = [Path(path).name for path in paths]
-        files = note(", ".join(map(display, paths)))
-        drawn = draw(paths, titles, up_axis, "nearest to the centre first")
-        sections.append(section(f"{number}: {len(group):,} clouds", *drawn, files))
-    write_bytes(
-        out,
-        page(
-            "Clusters", f"{len(groups)} clusters", "spherical k-means of vectors", sections
-        ).encode(),
-    )
+def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
+    """Class means of the named rows of vectors n E, with classes y (rows), and the threshold
+    measured on them.
 
-
-def _write_csv(out: Path, rows: list) -> None:
-    buffer = io.StringIO()
-    csv.writer(buffer).writerows(rows)
-    write_bytes(out, buffer.getvalue().encode())
+    Every named cloud is compared with its class without it; the threshold is what 95 % of them
+    reach. A class of one named cloud takes no part in that. Raises ValueError for fewer than
+    `FEWEST` others.
+    """
+    shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
+    named = unit_length((x[rows] - shift) / spread)
+    sums = np.stack([named[y == number].sum(0) for number in range(y.max() + 1)])
+    inside = np.flatnonzero(np.bincount(y)[y] > 1)
+    if len(inside) < FEWEST:
+        needed = f"{FEWEST} named clouds at least, of classes that have two or more"
+        count = f"there are {len(inside)}; name more"
+        raise ValueError(f"--unknown: needs {needed}, and {count}")
+    cosines, every = named @ unit_length(sums).T, np.arange(len(y))
+    cosines[every, y] = (named * unit_length(sums[y] - named)).sum(1)
+    lowest = np.sort(cosines[inside].max(1))
+    threshold = float(lowest[int(FALSE_ALARMS * (len(inside) + 1)) - 1])
+    return Known(shift, spread, unit_length(sums), threshold)

@@ -6,7 +6,6 @@ asks for it. Every change is one transaction of LanceDB: readers see the store b
 and a killed writer changes nothing.
 """
 
-import json
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -14,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from jepa3d.data.boundary import line
 from jepa3d.data.cloud import ReadError
-from jepa3d.inference.search import SLACK, Condition, Hit, rank, regex
-from jepa3d.inference.vectors import FORMAT, Making, Vectors, schema, to_numpy
+from jepa3d.inference.hits import SLACK, Condition, Hit, rank
+from jepa3d.inference.vectors import Vectors, schema, spec_of, to_numpy
 
 try:
     import lancedb
     import pyarrow as pa
     from lancedb.index import BTree, IvfFlat
 except ImportError as error:
-    raise ValueError("a store of vectors needs LanceDB: pip install 'jepa3d[search]'") from error
+    raise ValueError("a store needs LanceDB: pip install 'jepa3d[search]'") from error
 
 _TABLE = "vectors"
 _SPARE = 64  # rows asked for beyond those wanted, among which ties are seen
@@ -43,13 +43,10 @@ class VectorStore:
         try:
             self.table = _connect(path).open_table(_TABLE)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ReadError(
-                f"{path}: not a store of jepa3d index ({str(error).splitlines()[0]})"
-            ) from error
-        found = json.loads((self.table.schema.metadata or {}).get(b"jepa3d", b"{}"))
-        if found.pop("format", None) != FORMAT:
-            raise ReadError(f"{path}: a LanceDB store, but not of jepa3d index")
-        self.making = Making(**found)
+            wrong = f"not a store of jepa3d index ({line(error)})"
+            raise ReadError(f"{path}: {wrong}") from error
+        wrong = "a LanceDB store, but not of jepa3d index"
+        self.spec = spec_of(self.table.schema.metadata or {}, f"{path}: {wrong}")
 
     def __len__(self) -> int:
         return self.table.count_rows()
@@ -72,78 +69,67 @@ class VectorStore:
         return any("vector" in index.columns for index in self.table.list_indices())
 
     def search(
-        self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None = None
+        self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
         """The k rows nearest to a query E, as `rank` has them; exact, or by `probes` partitions of
         the index.
+
+        Raises ValueError for probes of a store without an index.
         """
+        if probes and not self.indexed:
+            hint = "build one with jepa3d index --ann"
+            raise ValueError(f"{self.path}: has no index for --probes; {hint}")
         columns = ["path", "label", "vector", "_distance"]
-        ask = self.table.search(query.astype(np.float32)).distance_type("cosine").select(columns)
+        ask = self.table.search(query.astype(np.float32)).distance_type("cosine")
+        ask = ask.select(columns)
         ask = ask.nprobes(probes) if probes else ask.bypass_vector_index()
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        if (
-            len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK
-        ):  # there may be more that are as near
-            rows = ask.distance_range(None, distance[k - 1] + SLACK).limit(len(self)).to_arrow()
+        # There may be more that are as near as the last.
+        if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
+            ask = ask.distance_range(None, distance[k - 1] + SLACK)
+            rows = ask.limit(len(self)).to_arrow()
         paths, labels = (rows.column(name).to_pylist() for name in columns[:2])
         return rank(query, to_numpy(rows.column("vector")), paths, labels, k)
 
 
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
-    """Put vectors into a store, new or of the same making, in place of those of the same path.
+    """Put vectors into a store, new or of the same specification, in place of those of the same path.
 
     Returns how many rows are new and how many were there. Vectors of zero length are left out: no
     cosine finds them. Raises ValueError and ReadError.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
-    kind = schema(vectors.making)
+    kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    begun = not any(
-        (table / "_versions").glob("*.manifest")
-    )  # what was killed before its first transaction
-    if not path.exists() or (path.is_dir() and begun and set(path.iterdir()) <= {table}):
+    # Without a transaction, as a killed command leaves it.
+    unfinished = path.is_dir() and set(path.iterdir()) <= {table}
+    unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
+    if not path.exists() or unfinished:
         _connect(path).create_table(_TABLE, reader)
         return len(VectorStore(path)), 0
     store = VectorStore(path)
-    vectors.making.check(store.making, str(path))
-    merging = (
-        store.table.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
-    )
-    result = merging.execute(reader)
-    store.table.optimize(cleanup_older_than=_OLD)  # also brings what is new into the index
+    vectors.spec.check(store.spec, path)
+    merging = store.table.merge_insert("path").when_matched_update_all()
+    result = merging.when_not_matched_insert_all().execute(reader)
+    # This also brings what is new into the index.
+    store.table.optimize(cleanup_older_than=_OLD)
     return result.num_inserted_rows, result.num_updated_rows
 
 
 def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
     for batch in vectors.batches():
-        good = np.linalg.norm(to_numpy(batch.column("vector")), axis=1) > 0
-        yield from pa.Table.from_batches([batch]).filter(pa.array(good)).cast(kind).to_batches()
+        nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
+        yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:
-    return lancedb.connect(
-        str(path), read_consistency_interval=timedelta(0)
-    )  # 0: what others wrote is seen
+    # An interval of 0: what others wrote is seen.
+    return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 
 
 def _sql(conditions: list[Condition]) -> str:
-    return " AND ".join(_sql_of(condition) for condition in conditions)
-
-
-def _sql_of(condition: Condition) -> str:
-    column, compare, value = condition.column, condition.compare, condition.value
-    if isinstance(value, int):
-        return f"{column} {compare} {value}"
-    if compare == "~":
-        return f"regexp_like({column}, {_quoted(f'^(?s:{regex(value)})$')})"
-    return (
-        f"({column} {compare} {_quoted(value)}{f' OR {column} IS NULL' if compare == '!=' else ''})"
-    )
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return " AND ".join(condition.sql() for condition in conditions)

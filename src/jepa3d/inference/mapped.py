@@ -9,7 +9,6 @@ be deleted.
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +18,13 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor, from_dlpack
 
+from jepa3d.data.boundary import line
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.locking import writing
+from jepa3d.plain import log
 
-WORTH = 100_000  # rows from which on a copy is made: fewer are read from Parquet in 0.2 seconds
+# Rows from which on a copy is made: fewer are read from Parquet in 0.2 seconds.
+WORTH = 100_000
 _KEY = b"jepa3d copy 2 of"
 
 
@@ -30,10 +32,10 @@ class Group(NamedTuple):
     """A row group of an index."""
 
     read: Callable[[list[str]], pa.RecordBatch]  # some of its columns
-    lengths: np.ndarray | None = None  # of its vectors, where they are known
-    directions: Tensor | None = (
-        None  # n E, vectors of length 1 in half precision, where they are known; zero if zero
-    )
+    # Of its vectors, where they are known: the lengths n, and in half precision the directions n E
+    # (of length 1, or zero for a zero vector).
+    lengths: np.ndarray | None = None
+    directions: Tensor | None = None
 
 
 def groups(vectors: Vectors) -> Iterator[Group]:
@@ -47,8 +49,8 @@ def groups(vectors: Vectors) -> Iterator[Group]:
         yield from map(Group, vectors.groups())
         return
     for batch in batches:
-        directions = from_dlpack(batch.column("direction").flatten()).view(len(batch), -1)
-        yield Group(batch.select, batch.column("length").to_numpy(), directions)
+        flat, lengths = from_dlpack(batch["direction"].flatten()), batch["length"]
+        yield Group(batch.select, lengths.to_numpy(), flat.view(len(batch), -1))
 
 
 def copy_of(index: Path) -> Path:
@@ -67,23 +69,16 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
         with writing(file):
             _write(vectors, file, stamp)
         return _open(file, stamp)
-    except (
-        OSError,
-        ValueError,
-        pa.ArrowException,
-    ) as error:  # a full disk, another process at it, damaged vectors
-        print(f"searching without {file.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    # A full disk, another process that writes it, or damaged vectors.
+    except (OSError, ValueError, pa.ArrowException) as error:
+        log.warning(f"searching without {file.name}: {line(error)}")
         return None
 
 
 def _stamp(files: list[Path]) -> str:
     """Equal where every file is the same one: a change of vectors replaces a file by a new one."""
-    found = [
-        (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        for file in files
-        if (stat := file.stat())
-    ]
-    return json.dumps(found)
+    stats = [(file.name, file.stat()) for file in files]
+    return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
 
 
 @lru_cache(maxsize=2)  # mapped once, so that a search meets pages that are there
@@ -101,8 +96,8 @@ def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
 def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     """Whole or not at all. Raises OSError, and ValueError where the vectors changed meanwhile."""
     partial = file.with_name(f".{file.name}.partial")
-    size = len(vectors) * vectors.making.embed_dim * 6 / 1e6
-    print(f"making {file}, a copy for quick searches ({size:,.0f} MB)", file=sys.stderr, flush=True)
+    size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
+    log.warning(f"making {file}, a copy for quick searches ({size:,.0f} MB)")
     try:
         with partial.open("wb") as sink:
             writer = None
@@ -110,13 +105,12 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
                 x = to_numpy(batch.column("vector"))
                 length = np.linalg.norm(x, axis=1)
                 half = (x / np.maximum(length, 1e-30)[:, None]).astype(np.float16)
+                directions = pa.FixedSizeListArray.from_arrays(half.ravel(), x.shape[1])
                 batch = batch.append_column("length", pa.array(length, pa.float32()))
-                batch = batch.append_column(
-                    "direction", pa.FixedSizeListArray.from_arrays(half.ravel(), x.shape[1])
-                )
-                batch = batch.replace_schema_metadata(None)
-                writer = writer or pa.ipc.new_file(sink, batch.schema.with_metadata({_KEY: stamp}))
-                writer.write_batch(batch)
+                batch = batch.append_column("direction", directions)
+                batch = batch.replace_schema_metadata({_KEY: stamp})
+                writer = writer or pa.ipc.new_file(sink, batch.schema)
+                writer.write_table(batch)
             if writer:
                 writer.close()
             sink.flush()

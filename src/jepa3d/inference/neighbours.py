@@ -1,9 +1,8 @@
-"""What people read of a search: lines, JSON or a page of neighbours, and how a cosine stands among
-random pairs.
+"""What people read of a search: lines, JSON or a page of neighbours, and how a cosine compares with
+those of random pairs.
 """
 
 import json
-from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -12,20 +11,20 @@ import numpy as np
 from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import enough_points
+from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.figures import draw_contact_sheet, even_sample
 from jepa3d.inference import mapped
-from jepa3d.inference.clouds import open_cloud
-from jepa3d.inference.search import Hit, open_index
-from jepa3d.inference.vectors import Making, Vectors, to_numpy
+from jepa3d.inference.clouds import item_at
+from jepa3d.inference.hits import Hit
+from jepa3d.inference.search import open_index
+from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.page import facts, note, page, picture, section, table
 from jepa3d.plain import write_bytes
 
 SAMPLE = 1000  # vectors of an index that are paired
-DRAWN, LISTED, PICTURED = (
-    10,
-    100,
-    100,
-)  # neighbours drawn and listed of a query in a page, and queries drawn
+# Of a page: neighbours drawn and listed of a query, and queries whose neighbours are drawn.
+DRAWN, LISTED, PICTURED = 10, 100, 100
 _GROUPS = 32  # of a large file, read for the sample
 
 
@@ -34,8 +33,7 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
     of 1,000 drawn.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
-    length = np.linalg.norm(x, axis=1)
-    x = x[length > 0] / length[length > 0, None]
+    x = unit_length(x[x.any(1)])
     return np.sort((x @ x.T)[np.triu_indices(len(x), 1)])
 
 
@@ -46,35 +44,34 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
     vectors = open_index(index)
     if not isinstance(vectors, Vectors):
         rows = np.sort(rng.permutation(len(vectors))[:SAMPLE]).tolist()
-        return to_numpy(
-            vectors.table.take_offsets(rows).select(["vector"]).to_arrow().column("vector")
-        )
+        taken = vectors.table.take_offsets(rows).select(["vector"]).to_arrow()
+        return to_numpy(taken["vector"])
     count = sum(1 for _ in mapped.groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
-    groups = enumerate(mapped.groups(vectors))
-    found = [to_numpy(group.read(["vector"]).column(0)) for i, group in groups if i in chosen]
-    rows = np.sort(rng.permutation(sum(map(len, found)))[:SAMPLE])
-    return np.concatenate(found)[rows]
+    groups = enumerate(mapped.groups(vectors))  # each is read before the next is opened
+    parts = [group.read(["vector"]).column(0) for i, group in groups if i in chosen]
+    sample = np.concatenate([to_numpy(part) for part in parts])
+    return sample[np.sort(rng.permutation(len(sample))[:SAMPLE])]
 
 
 def percentile(cosine: float, pairs: np.ndarray) -> float | None:
     """Per cent of pairs (ascending) whose cosine is less; None of no pairs."""
-    return (
-        round(100 * int(np.searchsorted(pairs, cosine - 1e-6)) / len(pairs), 1)
-        if len(pairs)
-        else None
-    )
+    if not len(pairs):
+        return None
+    return round(100 * int(np.searchsorted(pairs, cosine - 1e-6)) / len(pairs), 1)
 
 
-def show(name: str, hits: list[Hit], pairs: np.ndarray) -> None:
+def to_text(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     """A line a neighbour: cosine, path, label, and the per cent of random pairs that are less
     alike.
     """
-    print(f"{display(name)}:" + ("" if hits else " nothing found"))
+    lines = [f"{display(name)}:" + ("" if hits else " nothing found")]
     for hit in hits:
         label = f"  [{printable(hit.label)}]" if hit.label else ""
-        standing = f"  (above {_standing(hit, pairs)} of random pairs)" if len(pairs) else ""
-        print(f"  {hit.cosine:.4f}  {display(hit.path)}{label}{standing}")
+        above = f"  (above {_standing(hit, pairs)} of random pairs)"
+        above = above if len(pairs) else ""
+        lines.append(f"  {hit.cosine:.4f}  {display(hit.path)}{label}{above}")
+    return "\n".join(lines)
 
 
 def _standing(hit: Hit, pairs: np.ndarray) -> str:
@@ -91,18 +88,17 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     return json.dumps({"query": name, "hits": rows})
 
 
-@lru_cache(maxsize=4096)  # 100 KiB each; the neighbours of many queries are often the same
+# 100 KiB each; the neighbours of many queries are often the same.
+@lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Points n 3 of a cloud as they are drawn, z-up. Raises ReadError and OSError."""
-    cloud, z_up = open_cloud(path)
-    points = enough_points(cloud, 1, 0).points
-    return even_sample(
-        points if z_up else points @ cloud.to_z_up("z" if up_axis == "none" else up_axis).T
-    )
+    item = item_at(path)
+    cloud = enough_points(item.read(), 1, 0)
+    return even_sample(item.turned(cloud, "z" if up_axis == "none" else up_axis))
 
 
-def draw(paths: Sequence[str], titles: Sequence[str], up_axis: str, caption: str) -> list[str]:
-    """HTML of clouds side by side; those that are no longer there are said."""
+def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> list[str]:
+    """HTML of clouds side by side, and a remark on each that cannot be drawn."""
     clouds, shown, missing = [], [], []
     for path, title in zip(paths, titles, strict=True):
         try:
@@ -110,63 +106,53 @@ def draw(paths: Sequence[str], titles: Sequence[str], up_axis: str, caption: str
             shown.append(title)
         except (ReadError, OSError) as error:
             missing.append(note(f"not drawn: {printable(str(error))}", "warning"))
-    return [
-        *([picture(partial(draw_contact_sheet, clouds, shown), caption)] if clouds else []),
-        *missing,
-    ]
+    sheet = partial(draw_contact_sheet, clouds, shown)
+    return ([picture(sheet, caption)] if clouds else []) + missing
+
+
+Found = list[tuple[str, list[Hit]]]  # queries and their neighbours
 
 
 def write_page(
-    found: list[tuple[str, list[Hit]]], making: Making, index: Path, pairs: np.ndarray, out: Path
+    found: Found, spec: EmbeddingSpec, index: Path, pairs: np.ndarray, out: Path
 ) -> None:
     """A page of every query and its neighbours; pictures of the first ten of each, and of the first
     100 queries.
     """
-    sections = []
-    for number, (name, hits) in enumerate(found):
-        rows = [
-            (i, f"{hit.cosine:.4f}", _standing(hit, pairs), hit.label, display(hit.path))
-            for i, hit in enumerate(hits, 1)
-        ]
-        parts = []
-        if number < PICTURED:
-            titles = [
-                "query",
-                *(f"{hit.cosine:.4f} {printable(Path(hit.path).name)}" for hit in hits[:DRAWN]),
-            ]
-            caption = f"{display(name)} and its neighbours" + (
-                f", the first {DRAWN} of {len(hits):,}" if len(hits) > DRAWN else ""
-            )
-            parts += draw(
-                [name, *(hit.path for hit in hits[:DRAWN])], titles, making.up_axis, caption
-            )
-        parts.append(table(("", "cosine", "pairs less alike", "label", "file"), rows[:LISTED]))
-        if len(rows) > LISTED:
-            parts.append(
-                note(
-                    f"{len(rows) - LISTED:,} more are not listed here; jepa3d search --json has them"
-                )
-            )
-        sections.append(section(display(name), *parts))
     meaning = (
-        f"Beside each cosine: how many of {len(pairs):,} random pairs of the index are less alike. "
+        f"Beside each cosine: how many of {len(pairs):,} random pairs are less alike. "
+        "A cosine that many pairs reach is no match, however near 1."
     )
-    meaning += "A cosine that many pairs reach is no match, however near 1."
-    meaning += (
-        f" Pictures are of the first {PICTURED} of {len(found):,} queries."
-        if len(found) > PICTURED
-        else ""
-    )
-    settings = facts(
-        {"index": str(index), "encoder": making.model, "fingerprint": making.fingerprint}
-    )
-    parts = [note(meaning), *sections, settings]
-    write_bytes(
-        out,
-        page("Nearest shapes", f"{len(found)} queries", "by cosine", parts).encode(
-            errors="backslashreplace"
-        ),
-    )
+    if len(found) > PICTURED:
+        meaning += f" Pictures are of the first {PICTURED} of {len(found):,} queries."
+    parts = [note(meaning)]
+    for number, (name, hits) in enumerate(found):
+        drawn = _pictures(name, hits, spec.up_axis) if number < PICTURED else []
+        rows = []
+        for i, hit in enumerate(hits[:LISTED], 1):
+            above, file = _standing(hit, pairs), display(hit.path)
+            rows.append((i, f"{hit.cosine:.4f}", above, hit.label, file))
+        header = ("", "cosine", "pairs less alike", "label", "file")
+        drawn.append(table(header, rows))
+        if (more := len(hits) - LISTED) > 0:
+            hint = "jepa3d search --json has them"
+            drawn.append(note(f"{more:,} more are not listed here; {hint}"))
+        parts.append(section(display(name), *drawn))
+    encoder = {"encoder": spec.model, "fingerprint": spec.fingerprint}
+    parts.append(facts({"index": str(index)} | encoder))
+    html = page("Nearest shapes", f"{len(found)} queries", "by cosine", parts)
+    write_bytes(out, html.encode(errors="backslashreplace"))
+
+
+def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
+    """HTML of a query beside its first neighbours."""
+    first = hits[:DRAWN]
+    titles = [f"{hit.cosine:.4f} {printable(Path(hit.path).name)}" for hit in first]
+    caption = f"{display(name)} and its neighbours"
+    if len(hits) > DRAWN:
+        caption += f", the first {DRAWN} of {len(hits):,}"
+    paths = [hit.path for hit in first]
+    return draw([name, *paths], ["query", *titles], up_axis, caption)
 
 
 def display(path: str) -> str:

@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich import progress as bars
 from sklearn.neighbors import KDTree
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from jepa3d.inference.cells import (
     sort_points,
     tiles_of,
 )
-from jepa3d.inference.points import write_las, write_ply
+from jepa3d.inference.outputs import write_las, write_parquet, write_ply
 from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
@@ -36,20 +37,23 @@ from jepa3d.ops import three_nn_interpolate
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-BATCH, _PATCH_POINTS = 32, 32_768  # tiles, and points of their patches, through the encoder at once
+# Tiles, and points of their patches, that are encoded at once.
+BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # points by which the tile is chosen
 _MOST = 32_768  # points of a tile, of which farthest points are drawn
 _BLOCK = 512  # points of one cell interpolated at once
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
+Records = np.ndarray  # points as `RECORD`, n
+Show = Callable[[int], None]  # shows how much is done
+# Corners low and high of the z-up box, number of points, and of a random part coordinates and index
+# n 4.
+Survey = tuple[np.ndarray, np.ndarray, int, np.ndarray]
 
-@dataclass(frozen=True)
-class Tile:
-    """What the encoder says of a tile:
 
-    `origin + radius * centers` are in the scene's z-up frame.
-    """
+class Tile(NamedTuple):
+    """Tokens of a tile; `origin + radius * centers` are in the scene's z-up frame."""
 
     origin: np.ndarray  # 3 float64
     radius: float
@@ -68,20 +72,20 @@ class Features:
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
-        self.least = encoder.min_points
-        self.corners = self.grid.corners
-        self.coords, self.counts, around = tiles_of(self.grid, cells.coords, cells.counts)
-        self.slots = np.where(
-            self.counts[around] >= self.least, around, -1
-        )  # tiles of each cell n k, or -1
+        tiles = tiles_of(self.grid, cells.coords, cells.counts)
+        self.coords, self.counts, around = tiles
+        # Tiles of each cell n k, or -1; then the cells that have none.
+        self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
-        self._tree = KDTree(cells.coords, metric="chebyshev") if len(self.alone) else None
+        self._tree = None
+        if len(self.alone):
+            self._tree = KDTree(cells.coords, metric="chebyshev")
         self._tiles: dict[int, Tile] = {}
 
     def of(
         self, chosen: np.ndarray, limit: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[Records, np.ndarray]]:
         """Records n and features n C float32 of the points of chosen cells, in some order; of each,
         at most `limit`.
 
@@ -89,96 +93,91 @@ class Features:
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
-        self._tiles = {tile: self._tiles[tile] for tile in needed if tile in self._tiles}
+        kept = [tile for tile in needed if tile in self._tiles]
+        self._tiles = {tile: self._tiles[tile] for tile in kept}
         self._encode([tile for tile in needed if tile not in self._tiles])
         blocks = []
         for cell in chosen.tolist():
             count = min(int(self.cells.counts[cell]), limit or 2**62)
-            blocks += [(min(_BLOCK, count - at), cell, at) for at in range(0, count, _BLOCK)]
+            starts = range(0, count, _BLOCK)
+            blocks += [(min(_BLOCK, count - at), cell, at) for at in starts]
         blocks.sort()  # so that little is padded
         while blocks:
             number = max(1, min(_BATCH_BLOCKS, _BATCH_POINTS // blocks[-1][0]))
             yield self._blend(blocks[-number:])
             del blocks[-number:]
 
-    def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
         """Records n and features n C of blocks (count, cell, first point)."""
+        device = self.encoder.norm.weight.device
+
+        def on_device(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values.astype(np.float32)).to(device)
+
         records = np.zeros((len(blocks), blocks[-1][0]), RECORD)
         for row, (count, cell, first) in zip(records, blocks, strict=True):
             row[:count] = self.cells.read(cell, first, count)
-        used = np.arange(records.shape[1]) < np.array([[count] for count, *_ in blocks])
-        cells = np.array([cell for _, cell, _ in blocks])
-        xyz, device = records["xyz"], self.encoder.norm.weight.device
+        counts, cells, _ = np.array(blocks).T
+        used = np.arange(records.shape[1]) < counts[:, None]
+        xyz = records["xyz"]
         place = self.grid.cells(xyz.reshape(-1, 3))[1].reshape(xyz.shape)
-        lone = np.isin(cells, self.alone)
-        total, features = torch.zeros(used.shape, device=device), 0.0
-        for slot, corner in zip(self.slots[cells].T, self.corners, strict=True):
+        alone = np.isin(cells, self.alone)
+        total = torch.zeros(used.shape, device=device)
+        features = torch.zeros((*used.shape, self.encoder.width), device=device)
+        for slot, corner in zip(self.slots[cells].T, self.grid.corners, strict=True):
             rows = np.flatnonzero(slot >= 0)
             if not len(rows):
                 continue
             tiles = [self._tiles[tile] for tile in slot[rows].tolist()]
+            origin, radius, centers, tokens = zip(*tiles, strict=True)
             weight = np.where(corner, 1 - place[rows], place[rows]).prod(-1).clip(1e-6)
-            weight[lone[rows]] = 1
-            query = xyz[rows] - np.stack([tile.origin for tile in tiles])[:, None]
-            query /= np.array([tile.radius for tile in tiles])[:, None, None]
-            found = three_nn_interpolate(
-                torch.from_numpy(query.astype(np.float32)).to(device),
-                torch.stack([tile.centers for tile in tiles]),
-                torch.stack([tile.tokens for tile in tiles]),
-            )
-            weights, at = (
-                torch.from_numpy(weight.astype(np.float32)).to(device),
-                torch.from_numpy(rows).to(device),
-            )
-            if isinstance(features, float):
-                features = torch.zeros((*used.shape, found.shape[-1]), device=device)
+            weight[alone[rows]] = 1
+            query = xyz[rows] - np.stack(origin)[:, None]
+            query = on_device(query / np.array(radius)[:, None, None])
+            known = torch.stack(centers), torch.stack(tokens)
+            found = three_nn_interpolate(query, *known)
+            weights, at = on_device(weight), torch.from_numpy(rows).to(device)
             features.index_add_(0, at, found.mul_(weights[..., None]))
             total.index_add_(0, at, weights)
-        assert isinstance(features, Tensor)
         mask = torch.from_numpy(used).to(device)
         return records[used], (features[mask] / total[mask][:, None]).cpu().numpy()
 
     @torch.inference_mode()
     def _encode(self, wanted: list[int]) -> None:
-        device = self.encoder.norm.weight.device
-        size = max(
-            1, min(BATCH, _PATCH_POINTS // (self.encoder.num_groups * self.encoder.group_size))
-        )
-        for at in range(0, len(wanted), size):
-            names = wanted[at : at + size]
-            origins, radii, points = zip(*(self._points(tile) for tile in names), strict=True)
-            grouped = group(
-                torch.stack(points).to(device), self.encoder.num_groups, self.encoder.group_size
-            )
-            tokens = self.encoder.features(grouped.patches, grouped.centers)[-1].float()
-            for tile, made in zip(
-                names, zip(origins, radii, grouped.centers, tokens, strict=True), strict=True
-            ):
-                self._tiles[tile] = Tile(*made)
+        encoder = self.encoder
+        sizes = encoder.num_groups, encoder.group_size
+        step = max(1, min(BATCH, _PATCH_POINTS // (sizes[0] * sizes[1])))
+        for at in range(0, len(wanted), step):
+            batch = wanted[at : at + step]
+            origins, radii, points = zip(*map(self._points, batch), strict=True)
+            grouped = group(torch.stack(points).to(encoder.norm.weight.device), *sizes)
+            tokens = encoder.features(grouped.patches, grouped.centers)[-1].float()
+            parts = zip(origins, radii, grouped.centers, tokens, strict=True)
+            self._tiles |= zip(batch, map(Tile._make, parts), strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
         """Origin, radius, and the num_points 3 in the unit sphere that the encoder sees of a tile."""
         cells = self._members(tile)
         counts = self.cells.counts[cells]
         share = min(1.0, _MOST / counts.sum())
-        parts = [
-            self.cells.read(cell, 0, int(np.ceil(n * share)))
-            for cell, n in zip(cells, counts, strict=True)
-        ]
-        xyz = np.concatenate(parts)["xyz"]
-        seen = self.encoder.frame(xyz, 1)  # copies of one point count as often as they are there
+        taken = np.ceil(counts * share).astype(int).tolist()
+        parts = map(self.cells.read, cells, [0] * len(cells), taken)
+        xyz = np.concatenate(list(parts))["xyz"]
+        # Copies of one point count as often as they are there.
+        seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
     def _members(self, tile: int) -> np.ndarray:
         """The occupied cells of a tile."""
         if tile < len(self.coords):
-            return self.cells.find(self.coords[tile] + self.corners)
+            return self.cells.find(self.coords[tile] + self.grid.corners)
         assert self._tree is not None
         center = self.cells.coords[self.alone[tile - len(self.coords)]]
-        near = self._tree.query(
-            center[None], min(self.least, len(self.cells.keys)), return_distance=False
-        )[0]
-        return near[: int(np.searchsorted(np.cumsum(self.cells.counts[near]), self.least)) + 1]
+        min_points = self.encoder.min_points
+        k = min(min_points, len(self.cells.keys))
+        near = self._tree.query(center[None], k, return_distance=False)[0]
+        points = np.cumsum(self.cells.counts[near])
+        return near[: int(np.searchsorted(points, min_points)) + 1]
 
 
 class Colors:
@@ -191,18 +190,19 @@ class Colors:
     def __init__(self, features: Features, path: Path, total: int):
         rng, counts = np.random.default_rng(0), features.cells.counts
         number = min(_PCA_CELLS, len(counts))
-        chosen = np.sort(rng.choice(len(counts), number, replace=False, p=counts / counts.sum()))
+        share = counts / counts.sum()
+        chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
         # One cell at a time: they lie far apart, and so many tiles are not held at once.
-        values = np.concatenate(
-            [f for cell in chosen for _, f in features.of(chosen[chosen == cell], _PCA_POINTS)]
-        )
+        parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
+        values = np.concatenate([found for part in parts for _, found in part])
         self.mean = values.mean(0)
-        axes = np.linalg.eigh(np.cov((values - self.mean).T.astype(np.float64)))[1][:, :-4:-1]
-        axes *= np.sign(
-            axes[np.abs(axes).argmax(0), np.arange(3)]
-        )  # else the sign is the library's
+        covariance = np.cov((values - self.mean).T.astype(np.float64))
+        axes = np.linalg.eigh(covariance)[1][:, :-4:-1]
+        # Else the sign is the library's.
+        axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
         self.axes = axes.astype(np.float32)
-        self.low, self.high = np.quantile((values - self.mean) @ self.axes, [0.02, 0.98], axis=0)
+        main = (values - self.mean) @ self.axes
+        self.low, self.high = np.quantile(main, [0.02, 0.98], axis=0)
         self.path = path
         with path.open("wb") as file:
             file.truncate(3 * total)
@@ -211,10 +211,9 @@ class Colors:
         """Colour the points at index n in the file, by their features n C."""
         main = (features - self.mean) @ self.axes
         scaled = (main - self.low) / np.maximum(self.high - self.low, 1e-12)
+        rgb = (255 * scaled).clip(0, 255).round()
         # Mapped anew, or all pages once written count as ours.
-        np.memmap(self.path, np.uint8, "r+").reshape(-1, 3)[index] = (
-            (255 * scaled).clip(0, 255).round()
-        )
+        np.memmap(self.path, np.uint8, "r+").reshape(-1, 3)[index] = rgb
 
 
 def write_features(
@@ -234,64 +233,57 @@ def write_features(
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
-    encoder = load(model)
-    making = {"model": model, "fingerprint": fingerprint(encoder), "up_axis": up_axis}
+    encoder, suffix = load(model), out.suffix.lower()
+    metadata: dict = {"model": model, "up_axis": up_axis}
+    metadata["fingerprint"] = fingerprint(encoder)
     if torch.accelerator.is_available():
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    columns = (
-        TextColumn("{task.description:8}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
+    text, bar = bars.TextColumn("{task.description:8}"), bars.BarColumn()
+    columns = text, bar, bars.TaskProgressColumn(), bars.TimeRemainingColumn()
+    hidden = not sys.stdout.isatty()
     with (
         writing(out),
         _scratch(out.with_name(f".{out.name}.partial")) as folder,
-        Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress,
+        bars.Progress(*columns, transient=True, disable=hidden) as progress,
     ):
-        low, high, total, sample = _survey(scan, up_axis, _shown(progress, "reading", None))
-        least = encoder.min_points
-        if total < least:
-            raise ReadError(f"{scan}: {total} points, at least {least} are needed")
+        show = _bar(progress, "reading", None)
+        survey = _survey(scan, up_axis, show)
+        low, high, total, sample = survey
+        if total < (min_points := encoder.min_points):
+            raise ReadError(f"{scan}: {total} points, at min_points {min_points} are needed")
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
-        grid = _grid(low, high, sample[:, :3], total, tile, encoder)
-        _check_space(
-            folder,
-            total,
-            encoder.width * np.dtype(dtype).itemsize if out.suffix.lower() == ".parquet" else 0,
-        )
-        shown = _shown(progress, "sorting", 2 * total)
-        cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, shown)
+        grid = _grid(survey, tile, encoder)
+        parquet = suffix == ".parquet"
+        _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize * parquet)
+        show = _bar(progress, "sorting", 2 * total)
+        cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, show)
         if cells.counts.sum() != total:
             raise ReadError(f"{scan}: changed while it was read")
         try:
-            features = Features(encoder, cells)
+            features, written = Features(encoder, cells), folder / f"written{suffix}"
             print(_summary(features))
-            made = folder / f"made{out.suffix.lower()}"
-            shown = _shown(progress, "features", total)
-            if out.suffix.lower() == ".parquet":
-                _to_parquet(features, made, dtype, making | {"tile": grid.tile}, shown)
+            stream = _stream(features, _bar(progress, "features", total))
+            axes = TO_Z_UP[up_axis].astype(np.float64)  # from z-up to the scan's own
+            if parquet:
+                parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
+                metadata["tile"] = grid.tile
+                write_parquet(parts, written, encoder.width, dtype, metadata)
             else:
                 colors = Colors(features, folder / "colors", total)
-                for records, values in _stream(features, shown):
+                for records, values in stream:
                     colors.add(records["index"], values)
-                axes = TO_Z_UP[up_axis]
                 box = np.sort([low @ axes, high @ axes], 0)
-                shown = _shown(progress, "writing", total)
-                ply = out.suffix.lower() == ".ply"
-                for done in (
-                    write_ply(scan, colors.path, made, total)
-                    if ply
-                    else write_las(scan, colors.path, made, *box)
-                ):
-                    shown(done)
+                write = partial(write_las, low=box[0], high=box[1])
+                write = partial(write_ply, count=total) if suffix == ".ply" else write
+                show = _bar(progress, "writing", total)
+                for done in write(scan, colors.path, written):
+                    show(done)
         finally:
             cells.close()
-        made.replace(out)
-    print(
-        f"{out}: {total:,} points, {encoder.width} features each, {(time.monotonic() - began) / 60:.1f} min"
-    )
+        written.replace(out)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{out}: {total:,} points, {encoder.width} features each, {minutes:.1f} min")
 
 
 @contextmanager
@@ -308,12 +300,13 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:
+    """Raise ValueError for what cannot work whatever is in the scan."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
-    if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(
-            f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}"
-        )
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
     if out.exists() and scan.exists() and out.samefile(scan):
         raise ValueError(f"--out {out}: is the scan itself")
     if tile is not None and not 0 < tile < np.inf:
@@ -324,24 +317,20 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
 
 
-def _grid(
-    low: np.ndarray,
-    high: np.ndarray,
-    sample: np.ndarray,
-    total: int,
-    tile: float | None,
-    encoder: PointEncoder,
-) -> Grid:
+def _grid(survey: Survey, tile: float | None, encoder: PointEncoder) -> Grid:
     """The grid of the tile asked for, or of the one that suits the encoder.
 
-    ValueError for too small a tile.
+    Raises ValueError for too small a tile.
     """
+    low, high, total, sample = survey
+    sample = sample[:, :3]
     if tile is not None:
         grid = Grid(low, high, tile)
         grid.check()
         if median_count(grid, sample) * total / len(sample) >= encoder.min_points:
             return grid
-    suitable = Grid(low, high, choose_tile(low, high, sample, total, 2 * encoder.num_points))
+    side = choose_tile(low, high, sample, total, 2 * encoder.num_points)
+    suitable = Grid(low, high, side)
     suitable.check()
     if tile is not None:
         few = f"most tiles would have under {encoder.min_points} points"
@@ -349,41 +338,34 @@ def _grid(
     return suitable
 
 
-def _check_space(folder: Path, total: int, feature: int) -> None:
-    """OSError where the disk cannot hold sorted points, and features or colours, before hours are
-    spent.
+def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
+    """Raise OSError where the disk cannot hold sorted points, and features or colours, before hours
+    are spent.
     """
-    needed, free = (
-        total * (32 + (32 + feature if feature else 3 + 34)),
-        shutil.disk_usage(folder).free,
-    )
+    needed = total * (32 + (32 + feature_bytes if feature_bytes else 3 + 34))
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
-            f"{folder.parent}: {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free"
-        )
+        sizes = f"{needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free"
+        raise OSError(f"{folder.parent}: {sizes}")
 
 
-def _shown(progress: Progress, doing: str, total: int | None) -> Callable[[int], None]:
-    """A new bar; the function sets how much is done."""
+def _bar(progress: bars.Progress, doing: str, total: int | None) -> Show:
+    """A new bar in place of the last; the function sets how much is done."""
     for task in progress.task_ids:
         progress.update(task, visible=False)
     task = progress.add_task(doing, total=total)
     return lambda done: progress.update(task, completed=done)
 
 
-def _survey(
-    scan: Path, up_axis: str, shown: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Corners low and high of the z-up box, number of points, and of a random part coordinates and
-    index n 4.
-    """
-    low, high, total, reservoir = np.full(3, np.inf), np.full(3, -np.inf), 0, Reservoir(SAMPLE)
+def _survey(scan: Path, up_axis: str, shown: Show) -> Survey:
+    """Read a scan once, and log how many of its points are NaN."""
+    low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
+    reservoir = Reservoir(SAMPLE)
 
     def tell(unseen: int) -> None:
         if unseen:
-            print(
-                f"{scan}: {unseen:,} points that are NaN, where nothing was seen, are left out of the output"
-            )
+            why = "points that are NaN, where nothing was seen, are left out"
+            print(f"{scan}: {unseen:,} {why} of the output")
 
     for part in chunks(scan, tell):
         xyz = part @ TO_Z_UP[up_axis].T.astype(np.float64)
@@ -395,14 +377,13 @@ def _survey(
 
 
 def _summary(features: Features) -> str:
-    alone = f"; {len(features.alone):,} lone cells take a larger one" if len(features.alone) else ""
-    counts = features.counts
-    return f"tile {features.grid.tile:.6g}: {len(counts):,} tiles, median {np.median(counts):,.0f} points{alone}"
+    alone, counts = len(features.alone), features.counts
+    tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
+    grown = f"; {alone:,} lone cells take a larger one" if alone else ""
+    return f"tile {features.grid.tile:.6g}: {tiles}{grown}"
 
 
-def _stream(
-    features: Features, shown: Callable[[int], None]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _stream(features: Features, shown: Show) -> Iterator[tuple[Records, np.ndarray]]:
     """Records and features of all points, line by line of cells."""
     lines, done = features.grid.lines(features.cells.keys), 0
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
@@ -410,15 +391,3 @@ def _stream(
             yield records, values
             done += len(records)
             shown(done)
-
-
-def _to_parquet(
-    features: Features, path: Path, dtype: str, making: dict, shown: Callable[[int], None]
-) -> None:
-    from jepa3d.inference.scene_features import FeatureFile
-
-    file = FeatureFile(path, features.encoder.width, dtype, making)
-    axes = TO_Z_UP[making["up_axis"]].astype(np.float64)
-    for records, values in _stream(features, shown):
-        file.add(records["index"], records["xyz"] @ axes, values)
-    file.close()

@@ -8,255 +8,230 @@ label       the class that its folder or file gives it, else its name in a file 
 num_points  of the cloud as read
 stamp       hash of size and time of change, or of a stored cloud's content: equal means unchanged
 vector      E float32, not normalised
-error       only in files of `Embedder`: why a cloud has no vector; such rows are none of `Vectors`
+error       only in files of `Embedder`: why a cloud has no vector; `Vectors` skips these rows
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jepa3d.data.boundary import line
 from jepa3d.data.cloud import ReadError
-from jepa3d.frame import FRAME
+from jepa3d.inference.spec import EmbeddingSpec
 
 try:
     import pyarrow as pa
+    import pyarrow.compute
     import pyarrow.parquet as pq
 except ImportError as error:
-    raise ValueError("vectors are kept in Parquet: pip install 'jepa3d[search]'") from error
+    raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
+pc: Any = pa.compute  # its functions are made when it is imported
 FORMAT = "jepa3d-vectors-1"
 ROWS = 8192  # of a row group, at least; the last has the rest
 
-
-@dataclass(frozen=True)
-class Making:
-    """What made vectors; only those of one making can be compared."""
-
-    model: str  # as given: a folder or Hub id, or "default"
-    fingerprint: str
-    layer: int
-    pooling: str
-    up_axis: str
-    embed_dim: int  # of the vectors
-    frame: int = 1  # version of frame.py; files of before have none
-    keep_strays: bool = False
-
-    def check_frame(self, where: str) -> None:
-        """ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
-        if self.frame != FRAME:
-            found = f"{where}: its vectors were made by another version of jepa3d (frame {self.frame}, here {FRAME})"
-            raise ValueError(f"{found}; embed the clouds again, into another --out")
-
-    def check(self, other: "Making", where: str) -> None:
-        """ValueError naming the first difference; a model may go by two names."""
-        if self.frame != other.frame:
-            other.check_frame(where)
-        for name, value in asdict(self).items():
-            if name != "model" and value != (theirs := getattr(other, name)):
-                what = (
-                    "another model"
-                    if name == "fingerprint"
-                    else f"{name.replace('_', '-')} {theirs}"
-                )
-                now = (
-                    f"{other.model} there, {self.model} here"
-                    if name == "fingerprint"
-                    else f"not {value}"
-                )
-                raise ValueError(
-                    f"{where}: its vectors were made with {what} ({now}); choose another --out or --model"
-                )
+ReadGroup = Callable[[list[str] | None], pa.Table]  # some or all columns of a row group
 
 
-def schema(making: Making, errors: bool = False) -> pa.Schema:
-    number = pa.field("element", pa.float32(), nullable=False)
-    fields = [
-        ("path", pa.string()),
-        ("label", pa.string()),
-        ("num_points", pa.int64()),
-        ("stamp", pa.uint64()),
-    ]
-    metadata = {"jepa3d": json.dumps({"format": FORMAT} | asdict(making))}
-    fields += [
-        ("vector", pa.list_(number, making.embed_dim)),
-        *([("error", pa.string())] if errors else []),
-    ]
-    return pa.schema(fields, metadata)
+def vector_type(embed_dim: int, dtype: str = "float32") -> pa.DataType:
+    """The type of a column of vectors."""
+    number = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
+    return pa.list_(number, embed_dim)
 
 
-def table(making: Making, rows: dict[str, list], vectors: np.ndarray) -> pa.Table:
+def schema(spec: EmbeddingSpec) -> pa.Schema:
+    """Columns and metadata of a file of vectors."""
+    columns = {"path": pa.string(), "label": pa.string(), "num_points": pa.int64()}
+    columns |= {"stamp": pa.uint64(), "vector": vector_type(spec.embed_dim)}
+    return pa.schema(columns, {"jepa3d": json.dumps({"format": FORMAT} | asdict(spec))})
+
+
+def table(spec: EmbeddingSpec, columns: dict, vectors: np.ndarray) -> pa.Table:
     """Columns path, label, num_points and stamp, and vectors n E, as a table."""
-    kind = schema(making)
-    flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
-    columns = [pa.array(rows[name], kind.field(name).type) for name in kind.names[:-1]]
-    return pa.Table.from_arrays(
-        [*columns, pa.FixedSizeListArray.from_arrays(flat, type=kind.field("vector").type)],
-        schema=kind,
-    )
+    vector = to_column(vectors, spec.embed_dim)
+    return pa.table(columns | {"vector": vector}, schema(spec))
 
 
-def with_errors(made: pa.Table, making: Making, failed: dict[str, list[str]]) -> pa.Table:
-    """The rows of `table`, and those of clouds without a vector: path and error, all else null."""
-    kind = schema(making, errors=True)
-    columns = [failed.get(field.name, pa.nulls(len(failed["path"]), field.type)) for field in kind]
-    lacking = pa.table(dict(zip(kind.names, columns, strict=True)), kind)
-    good = made.append_column(kind.field("error"), pa.nulls(len(made), pa.string()))
-    return pa.concat_tables([good, lacking])
+def table_of_rows(spec: EmbeddingSpec, rows: list[tuple]) -> pa.Table:
+    """Rows of path, label, num_points, stamp and vector as a table."""
+    *columns, vectors = zip(*rows, strict=True) if rows else [()] * 5
+    names = ("path", "label", "num_points", "stamp")
+    return table(spec, dict(zip(names, columns, strict=True)), np.asarray(vectors))
+
+
+def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
+    """The rows and, of clouds without a vector, rows of a path and its error, all else null."""
+    rows = rows.append_column("error", pa.nulls(len(rows), pa.string()))
+    kind = pa.schema({"path": pa.string(), "error": pa.string()})
+    lacking = pa.table(list(zip(*failed, strict=True)) or [[], []], kind)
+    return pa.concat_tables([rows, lacking], promote_options="default")
+
+
+def to_column(vectors: np.ndarray, embed_dim: int, dtype: str = "float32") -> pa.Array:
+    """Vectors n E as a column."""
+    flat = pa.array(np.ascontiguousarray(vectors, dtype).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(embed_dim, dtype))
 
 
 def to_numpy(column: Any) -> np.ndarray:
-    """A vector column, or a batch's, as n E float32."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [
-        chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
-        for chunk in chunks
-        if len(chunk)
-    ]
-    if len(parts) == 1:
-        return parts[0]  # not copied
-    return np.concatenate(parts) if parts else np.empty((0, column.type.list_size), np.float32)
+    """A column of vectors as an array n E; not copied if it is one chunk."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), column.type.list_size)
 
 
 class Vectors:
     """The vectors in a Parquet file, or in all of a folder.
 
-    Raises ReadError for what is no such file or, unless it may be, empty; ValueError for a mixture.
+    Raises ReadError for what is no such file or, unless it may be, empty; ValueError for a mixture
+    of specifications.
     """
 
     def __init__(self, path: str | Path, may_be_empty: bool = False):
         self.path = Path(path)
-        self.files = sorted(self.path.glob("*.parquet")) if self.path.is_dir() else [self.path]
+        inside = sorted(self.path.glob("*.parquet"))
+        self.files = inside if self.path.is_dir() else [self.path]
         if not self.files:
-            raise ReadError(f"{path}: holds no .parquet file; make some with jepa3d embed")
-        self.making = _making(self.files[0])
+            raise ReadError(f"{path}: no .parquet file; make some with jepa3d embed")
+        self.spec = _read_spec(self.files[0])
         for file in self.files[1:]:
-            self.making.check(_making(file), str(file))
+            self.spec.check(_read_spec(file), file)
         if not may_be_empty and not len(self):
             raise ReadError(f"{path}: holds no vectors; add some with jepa3d embed")
 
     def __len__(self) -> int:
         return sum(_count(file) for file in self.files)
 
-    def groups(self) -> Iterator[Callable[[list[str] | None], pa.RecordBatch]]:
-        """A function for every row group, in the order of the files, that reads some or all of its
-        columns.
-        """
+    def groups(self) -> Iterator[ReadGroup]:
+        """A function for every row group, in the order of the files, that reads its columns."""
         for file in self.files:
-            try:
-                with pq.ParquetFile(file) as opened:
-                    for i in range(opened.num_row_groups):
-                        if opened.metadata.row_group(
-                            i
-                        ).num_rows:  # files of earlier versions may have empty ones
-                            good = _good(opened, i)
-                            if good is None or good.true_count:
-                                yield partial(_row_group, opened, i, file, good)
-            except (pa.ArrowException, OSError) as error:
-                raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
+            with _naming(file), pq.ParquetFile(file) as opened:
+                for number in range(opened.num_row_groups):
+                    # Files of earlier versions may have empty groups.
+                    if opened.metadata.row_group(number).num_rows:
+                        yield partial(_read_group, opened, number, file)
 
-    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Some or all columns of every row group."""
         for read in self.groups():
             yield read(columns)
 
     def column(self, name: str) -> list:
-        return [value for batch in self.batches([name]) for value in batch.column(0).to_pylist()]
+        """The values of a column."""
+        parts = (batch.column(0).to_pylist() for batch in self.batches([name]))
+        return [value for part in parts for value in part]
+
+    def array(self) -> np.ndarray:
+        """All vectors n E."""
+        batches = self.batches(["vector"])
+        return np.concatenate([to_numpy(batch.column(0)) for batch in batches])
+
+
+@contextmanager
+def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
+    """Raise what the Parquet library raises as a ReadError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ReadError(f"{file}: {problem} ({line(error)})") from error
 
 
 def _count(file: Path) -> int:
-    """The rows that have a vector."""
+    """The number of rows that have a vector."""
     with pq.ParquetFile(file) as opened:
-        errors = "error" in opened.schema_arrow.names
-        return opened.read(["error"])["error"].null_count if errors else opened.metadata.num_rows
+        if "error" in opened.schema_arrow.names:
+            return opened.read(["error"])["error"].null_count
+        return opened.metadata.num_rows
 
 
-def _good(opened: pq.ParquetFile, number: int) -> pa.BooleanArray | None:
-    """Which rows of a row group have a vector; None where all do."""
-    if "error" not in opened.schema_arrow.names:
-        return None
-    return opened.read_row_group(number, ["error"])["error"].is_null().combine_chunks()
+def _read_group(
+    opened: pq.ParquetFile, number: int, file: Path, columns: list[str] | None
+) -> pa.Table:
+    """Columns of the rows of a group that have a vector."""
+    names = opened.schema_arrow.names
+    wanted = [name for name in columns or names if name != "error"]
+    errors = [name for name in names if name == "error"]
+    # Threads cost more than they give: nearly all of a group is one column.
+    with _naming(file):
+        found = opened.read_row_group(number, wanted + errors, use_threads=False)
+        if errors:
+            found = found.filter(pc.is_null(found["error"])).drop_columns("error")
+        return found.combine_chunks()
 
 
-def _row_group(
-    opened: pq.ParquetFile,
-    number: int,
-    file: Path,
-    good: pa.BooleanArray | None,
-    columns: list[str] | None,
-) -> pa.RecordBatch:
-    try:  # threads cost more than they give: nearly all of a row group is one column
-        found = opened.read_row_group(number, columns, use_threads=False)
-        if good is not None:
-            found = found.filter(good).select(
-                [name for name in found.column_names if name != "error"]
-            )
-        return found.combine_chunks().to_batches()[0]
-    except (pa.ArrowException, OSError) as error:
-        raise ReadError(f"{file}: damaged ({str(error).splitlines()[0]})") from error
+def _read_spec(file: Path) -> EmbeddingSpec:
+    with _naming(file, "not a readable Parquet file"):
+        metadata = pq.read_schema(file).metadata or {}
+    return spec_of(metadata, f"{file}: not a file of jepa3d embed")
 
 
-def _making(file: Path) -> Making:
-    try:
-        found = json.loads((pq.read_schema(file).metadata or {}).get(b"jepa3d", b"{}"))
-    except (pa.ArrowException, OSError) as error:
-        raise ReadError(
-            f"{file}: not a readable Parquet file ({str(error).splitlines()[0]})"
-        ) from error
+def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
+    """The specification in the metadata of a file or store; ReadError with `message` if it has none."""
+    found = json.loads(metadata.get(b"jepa3d", b"{}"))
     if found.pop("format", None) != FORMAT:
-        raise ReadError(f"{file}: not a file of jepa3d embed")
-    return Making(**found)
+        raise ReadError(message)
+    return EmbeddingSpec(**found)
 
 
-def write(tables: Iterable[pa.Table], making: Making, path: Path, errors: bool = False) -> None:
-    """Make a Parquet file of the rows of all tables, in groups of 8,192 to 16,384, atomically and
-    durably.
+def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) -> None:
+    """Make a Parquet file of the rows of tables of one schema, atomically and durably.
 
-    errors: the tables are those of `with_errors`.
+    Rows are written in groups of `minimum` (`ROWS` by default) to twice as many; the last may be
+    smaller.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial_file, tables = path.with_name(f".{path.name}.partial"), iter(tables)
+    minimum, waiting = minimum or ROWS, [next(tables)]
+    kind = waiting[0].schema
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["label"]}
-    waiting, count = [], 0
+    floats = [field.name for field in kind if field.type == _float_list(field.type)]
+    split = [f"{name}.list.element" for name in floats]
+    options["use_byte_stream_split"] = split or False
+
+    def flush(writer: pq.ParquetWriter) -> None:
+        if any(map(len, waiting)):
+            writer.write_table(pa.concat_tables(waiting), 2 * minimum)
+        waiting.clear()
+
     try:
-        with pq.ParquetWriter(
-            partial,
-            schema(making, errors),
-            **options,
-            use_byte_stream_split=["vector.list.element"],
-        ) as writer:
-            for some in tables:
-                waiting.append(some)
-                count += len(some)
-                if count >= ROWS:
-                    writer.write_table(pa.concat_tables(waiting), 2 * ROWS)
-                    waiting, count = [], 0
-            if count:
-                writer.write_table(pa.concat_tables(waiting))
-        with partial.open("rb+") as file:
+        with pq.ParquetWriter(partial_file, kind, **options) as writer:
+            for rows in tables:
+                if sum(map(len, waiting)) >= minimum:
+                    flush(writer)
+                waiting.append(rows)
+            flush(writer)
+        with partial_file.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial_file.replace(path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
 
 
-def update(path: Path, making: Making, new: pa.Table, dropped: set[str]) -> None:
-    """Put rows into a file, there or not, in place of those of the same path, and drop others.
+def _float_list(kind: pa.DataType) -> pa.DataType | None:
+    return vector_type(kind.list_size) if pa.types.is_fixed_size_list(kind) else None
+
+
+def update(path: Path, new: pa.Table, dropped: set[str]) -> None:
+    """Add rows to a file, which may not exist yet, in place of rows of the same path; drop others.
 
     In bounded memory.
     """
-    dropped = dropped.union(new.column("path").to_pylist())
+    dropped_paths = pa.array([*dropped, *new["path"].to_pylist()], pa.string())
 
     def rows() -> Iterator[pa.Table]:
-        for batch in Vectors(path, may_be_empty=True).batches() if path.exists() else ():
-            keep = [name not in dropped for name in batch.column("path").to_pylist()]
-            yield pa.Table.from_batches([batch]).filter(pa.array(keep, pa.bool_()))
+        old = Vectors(path, may_be_empty=True).batches() if path.exists() else ()
+        for batch in old:
+            kept = batch.filter(pc.invert(pc.is_in(batch["path"], dropped_paths)))
+            yield kept.replace_schema_metadata(new.schema.metadata)
         yield new
 
-    write(rows(), making, path)
+    write(rows(), path)

@@ -10,53 +10,53 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA as Components
 from torch import Tensor
 
 from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
-from jepa3d.data.io import sampled
-from jepa3d.inference.clouds import Item, item_at, listed, show_left_out
+from jepa3d.inference.clouds import Item, find_clouds, item_at, log_left_out
+from jepa3d.inference.embedding import see
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.models.ready import fingerprint, load
+from jepa3d.models.ready import load
 from jepa3d.models.sampling import multi_block
 from jepa3d.ops import three_nn_interpolate
 
 try:
+    import matplotlib
     import viser
     import websockets.asyncio.server as websocket_server
 except ImportError as error:
-    raise ValueError("the page of clouds needs viser: pip install 'jepa3d[view]'") from error
+    raise ValueError("view needs viser: pip install 'jepa3d[view]'") from error
 
 HOST = "127.0.0.1"
 MAX_DRAWN = 200_000
-MAX_LISTED = 300  # clouds in a list to choose from; of more, one is chosen by its number
+# Clouds in a list to choose from; of more, one is chosen by its number.
+MAX_LISTED = 300
 NEIGHBOURS = 6
-HEIGHT, OWN, PCA, SIMILARITY, SAMPLE = (
-    "height",
-    "file's own",
-    "PCA of tokens",
-    "similarity",
-    "context and targets",
-)
-_VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
-_ROLE_NAMES = ("in neither", "context", "target 1", "target 2", "target 3", "target 4")
-_ROLES = np.array(
-    [[190] * 3, [31, 119, 180], [214, 39, 40], [255, 152, 0], [44, 160, 44], [200, 60, 200]],
-    np.uint8,
-)
+# What a cloud may be coloured by.
+HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
+SIMILARITY, SAMPLE = "similarity", "context and targets"
+_ROLES = {
+    "in neither": (190, 190, 190),
+    "context": (31, 119, 180),
+    "target 1": (214, 39, 40),
+    "target 2": (255, 152, 0),
+    "target 3": (44, 160, 44),
+    "target 4": (200, 60, 200),
+}
+_ROLE_COLORS = np.array(list(_ROLES.values()), np.uint8)
 # The page's own origin, also through a tunnel from another port; None: no browser. Any other is a
 # foreign web page.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A cloud as drawn and as encoded, both z-up in the unit sphere of the points that the encoder
     sees.
     """
@@ -79,39 +79,20 @@ def view_of(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> View:
-    """The points and the vector are those of `prepare` and `embed`.
-
-    Raises ReadError and OSError.
-    """
-    cloud = sampled(item.read(), encoder.num_points)
-    turned = cloud.points if item.z_up else cloud.points @ cloud.to_z_up(up_axis).T
-    try:
-        seen = encoder.frame(turned)
-    except ValueError as error:
-        raise ReadError(f"{item.path}: {error}") from error
+    """The points and the vector are those of `embed`. Raises ReadError and OSError."""
+    _, cloud, turned, seen = see(encoder, item, up_axis)
     states, centers = encoder.states(torch.from_numpy(seen.points)[None])
     drawn = np.sort(np.random.default_rng(0).permutation(len(cloud))[:MAX_DRAWN])
-    points, colors = (
-        seen.place(turned[drawn]),
-        None if cloud.colors is None else cloud.colors[drawn],
-    )
-    weights = three_nn_interpolate(
-        torch.from_numpy(points)[None], centers, torch.eye(centers.shape[1])[None]
-    )[0]
+    points, total = seen.place(turned[drawn]), cloud.total or len(cloud)
+    colors = None if cloud.colors is None else cloud.colors[drawn]
+    unit = torch.eye(centers.shape[1])[None]
+    weights = three_nn_interpolate(torch.from_numpy(points)[None], centers, unit)[0]
     vector = encoder.pool(states[layer], layer, pooling)[0].numpy()
-    return View(
-        item.path,
-        cloud.total or len(cloud),
-        points,
-        colors,
-        states[-1][0],
-        centers[0],
-        weights,
-        vector,
-    )
+    tokens, centers = states[-1][0], centers[0]
+    return View(item.path, total, points, colors, tokens, centers, weights, vector)
 
 
-def nearest_to_ray(points: np.ndarray, origin, direction, reach: float = 0.05) -> int | None:
+def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
     """Which of points N 3 is meant by a ray: of the foremost layer within `reach` of it, the
     nearest to the ray.
 
@@ -133,23 +114,19 @@ def pca_colors(view: View) -> tuple[np.ndarray, float]:
     """Colours N 3 uint8 of the first three principal components of the tokens, and their share of
     the variance.
     """
-    centred = (view.tokens - view.tokens.mean(0)).double()
-    _, strength, axes = torch.linalg.svd(centred, full_matrices=False)
-    axes = (
-        axes[:3] * axes[:3].gather(1, axes[:3].abs().argmax(1, keepdim=True)).sign()
-    )  # signs are arbitrary: fix them
-    values = centred @ axes.T
-    low, extent = values.amin(0), values.amax(0) - values.amin(0)
-    rgb = torch.where(extent > 1e-9, (values - low) / extent.clamp_min(1e-9), 0.5)
-    share = strength[:3].square().sum() / strength.square().sum().clamp_min(1e-30)
-    return (view.weights.double() @ rgb).mul(255).round().clamp(0, 255).byte().numpy(), float(share)
+    components = Components(3, svd_solver="full")
+    values = components.fit_transform(view.tokens.double().numpy())
+    low, extent = values.min(0), np.ptp(values, axis=0)
+    rgb = np.where(extent > 1e-9, (values - low) / np.maximum(extent, 1e-9), 0.5)
+    colors = 255 * (view.weights.double().numpy() @ rgb)
+    share = float(components.explained_variance_ratio_.sum())
+    return colors.round().clip(0, 255).astype(np.uint8), share
 
 
 def similarity(view: View, point: int) -> np.ndarray:
     """Cosines N of the features at all points with those at one."""
-    products = (
-        view.tokens @ view.tokens.T
-    )  # of features by those of tokens: N C would not fit for many points
+    # Of features by those of tokens: N C would not fit for many points.
+    products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
     square = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)
     return (dot / (square * square[point]).sqrt()).clamp(-1, 1).numpy()
@@ -170,16 +147,16 @@ def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
-    """Colours n 3 uint8 (viridis) of values n, from their least to their greatest."""
-    at = (values - values.min()) / max(float(np.ptp(values)), 1e-9) * (len(_VIRIDIS) - 1)
-    channels = [np.interp(at, range(len(_VIRIDIS)), channel) for channel in _VIRIDIS.T]
-    return np.stack(channels, 1).round().astype(np.uint8)
+    """Colours n 3 uint8 (viridis) of values n, from the smallest to the largest."""
+    scaled = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+    rgb = matplotlib.colormaps["viridis"](scaled)[:, :3]
+    return (255 * rgb).round().astype(np.uint8)
 
 
 def serve(port: int) -> viser.ViserServer:
     """A page on this machine only, for no other web page.
 
-    Port 0: any. Raises ValueError where it is not to be had.
+    Port 0: any that is free. Raises ValueError for a port that cannot be had.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port {port}: 1 to 65535, or 0 for any that is free")
@@ -188,24 +165,21 @@ def serve(port: int) -> viser.ViserServer:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
     except OSError as error:
-        raise ValueError(
-            f"--port {port}: not to be had ({error.strerror}); choose another, or 0 for any"
-        ) from error
+        why = f"not to be had ({error.strerror}); choose another, or 0 for any"
+        raise ValueError(f"--port {port}: {why}") from error
     library: Any = websocket_server
     original = library.serve
     # viser has no setting for it, and answers every web page that the browser has open
     library.serve = functools.partial(original, origins=_ORIGINS)
     try:
         with redirect_stdout(io.StringIO()):
-            server = viser.ViserServer(host=HOST, port=port, label="jepa3d view", verbose=False)
+            server = viser.ViserServer(HOST, port, label="jepa3d view", verbose=False)
     finally:
         library.serve = original
     server.gui.configure_theme(show_logo=False, show_share_button=False)
     server.scene.set_up_direction("+z")
-    server.initial_camera.position, server.initial_camera.look_at = (
-        (0.5, -2.8, 0.9),
-        (0.0, 0.0, -0.35),
-    )
+    server.initial_camera.position = (0.5, -2.8, 0.9)
+    server.initial_camera.look_at = (0.0, 0.0, -0.35)
     return server
 
 
@@ -230,40 +204,34 @@ class Page:
         self.view: View | None = None
         self.picked: int | None = None
         self.generator = torch.Generator().manual_seed(0)
-        self.lock = (
-            threading.RLock()
-        )  # viser calls back from many threads, and from the same when a value is set
+        # Viser calls back from many threads, and from the same when a value is set.
+        self.lock = threading.RLock()
         gui, count = server.gui, len(items)
-        names = [
-            f"{row + 1}:  {shortened(Path(item.path).name, 24)}" for row, item in enumerate(items)
-        ]
+        files = [shortened(Path(item.path).name, 24) for item in items]
+        names = [f"{i}:  {name}" for i, name in enumerate(files, 1)]
         listed = count <= MAX_LISTED
         self.choices: Any = names if listed else range(1, count + 1)
         self.text = gui.add_html("")
-        self.chooser: Any = (
-            gui.add_dropdown("Cloud", names)
-            if listed
-            else gui.add_number("Cloud", 1, min=1, max=count)
-        )
+        self.chooser: Any = gui.add_dropdown("Cloud", names) if listed else None
+        self.chooser = self.chooser or gui.add_number("Cloud", 1, min=1, max=count)
         self.chooser.visible = count > 1
         step = gui.add_button_group("", ("previous", "next"), visible=count > 1)
-        self.colours: Any = gui.add_dropdown("Colours", (HEIGHT, PCA, SIMILARITY, SAMPLE))
+        ways = (HEIGHT, PCA, SIMILARITY, SAMPLE)
+        self.colours: Any = gui.add_dropdown("Colours", ways)
         self.again = gui.add_button("sample again", visible=False)
-        self.chooser.on_update(
-            self.callback(lambda event: self.go(self.choices.index(event.target.value)))
-        )
-        step.on_click(
-            self.callback(lambda _: self.go(self.row + (1 if step.value == "next" else -1)))
-        )
-        self.colours.on_update(self.callback(lambda _: self.recolour()))
-        self.again.on_click(self.callback(lambda _: self.recolour()))
-        server.scene.on_click()(
-            self.callback(lambda event: self.pick(event.ray_origin, event.ray_direction))
-        )
         with gui.add_folder("Nearest shapes", visible=index is not None):
-            self.buttons = [gui.add_button("", visible=False) for _ in range(NEIGHBOURS)]
-        for at, button in enumerate(self.buttons):
-            button.on_click(self.callback(lambda _, at=at: self.show(_item(self.hits[at]))))
+            rows = range(NEIGHBOURS)
+            self.buttons = [gui.add_button("", visible=False) for _ in rows]
+        on = self.callback
+        find, ways = self.choices.index, {"next": 1, "previous": -1}
+        self.chooser.on_update(on(lambda event: self.go(find(event.target.value))))
+        step.on_click(on(lambda _: self.go(self.row + ways[step.value])))
+        self.colours.on_update(on(lambda _: self.recolour()))
+        self.again.on_click(on(lambda _: self.recolour()))
+        click = on(lambda event: self.pick(event.ray_origin, event.ray_direction))
+        server.scene.on_click()(click)
+        for i, button in enumerate(self.buttons):
+            button.on_click(on(lambda _, i=i: self.show(_item(self.hits[i]))))
 
     def callback(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(event: Any) -> None:
@@ -276,9 +244,8 @@ class Page:
         return call
 
     def _say(self, text: str) -> None:
-        self.text.content = (
-            f"<div style='padding: 0 1em; font-size: 0.85em; overflow-wrap: anywhere'>{text}</div>"
-        )
+        style = "padding: 0 1em; font-size: 0.85em; overflow-wrap: anywhere"
+        self.text.content = f"<div style='{style}'>{text}</div>"
 
     def go(self, row: int) -> None:
         row %= len(self.items)
@@ -290,24 +257,18 @@ class Page:
 
         Raises ReadError and OSError; what is shown then stays.
         """
-        self.row = self.rows.get(item.path, -1)  # before the chooser is set, which calls `go`
+        # Before the chooser is set, which calls `go`.
+        self.row = self.rows.get(item.path, -1)
         if self.row >= 0:
             self.chooser.value = self.choices[self.row]
         self.view, self.picked = self.look(item), None
-        points = self.view.points
-        self.title = " ".join(
-            html.escape(printable(part)) for part in (Path(item.path).name, item.label) if part
-        )
-        self.cloud = self._draw(
-            "/cloud", points, float(np.clip(1.2 / np.sqrt(len(points)), 0.004, 0.02))
-        )
-        self.colours.options = (
-            HEIGHT,
-            *([] if self.view.colors is None else [OWN]),
-            PCA,
-            SIMILARITY,
-            SAMPLE,
-        )
+        points, colors = self.view.points, self.view.colors
+        names = [Path(item.path).name, item.label or ""]
+        self.title = html.escape(printable(" ".join(names).strip()))
+        size = float(np.clip(1.2 / np.sqrt(len(points)), 0.004, 0.02))
+        self.cloud = self._draw("/cloud", points, size)
+        file_colors = () if colors is None else (OWN,)
+        self.colours.options = (HEIGHT, *file_colors, PCA, SIMILARITY, SAMPLE)
         self.recolour()
         if self.index is not None:
             self._show_neighbours(self.index, self.view)
@@ -315,20 +276,15 @@ class Page:
     def _draw(
         self, name: str, points: np.ndarray, size: float, position=(0.0, 0.0, 0.0)
     ) -> viser.PointCloudHandle:
-        return self.server.scene.add_point_cloud(
-            name,
-            points,
-            ramp(points[:, 2]),
-            point_size=size,
-            point_shape="circle",
-            point_shading="flat",
-            precision="float32",
-            position=position,
-        )
+        look: Any = {"point_shape": "circle", "point_shading": "flat"}
+        look |= {"point_size": size, "precision": "float32", "position": position}
+        colors, scene = ramp(points[:, 2]), self.server.scene
+        return scene.add_point_cloud(name, points, colors, **look)
 
     def pick(self, origin, direction) -> None:
         """Colour by similarity to the point that a ray means, if it means one."""
-        point = None if self.view is None else nearest_to_ray(self.view.points, origin, direction)
+        points = np.empty((0, 3)) if self.view is None else self.view.points
+        point = nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
             self.colours.value = SIMILARITY  # recolours if it was another
@@ -345,33 +301,37 @@ class Page:
         picked = self.picked if by == SIMILARITY else None
         self.again.visible = by == SAMPLE
         at = np.zeros(3) if picked is None else view.points[picked]
-        self.server.scene.add_icosphere(
-            "/picked", 0.03, (255, 0, 0), position=at, visible=picked is not None
-        )
-        colors, said = ramp(view.points[:, 2]), "low is dark, high is bright"
-        if by == OWN and view.colors is not None:
-            colors, said = view.colors, "as in the file"
-        elif by == PCA:
-            colors, share = pca_colors(view)
-            said = f"red, green, blue: first principal components of {len(view.tokens)} tokens, {share:.0%} of variance"
-        elif picked is not None:
-            cosine = similarity(view, picked)
-            colors = ramp(cosine)
-            said = f"cosine with point {picked:,}: {cosine.min():.3f} (dark) to {cosine.max():.3f} (bright)"
-        elif by == SIMILARITY:
-            colors, said = _ROLES[np.zeros(len(view.points), int)], "click a point of the cloud"
-        elif by == SAMPLE:
-            colors = _ROLES[sample_roles(view, self.generator)]
-            said = (
-                "one pretraining sample, by each point's nearest token; of overlapping targets the last:<br>"
-                + " ".join(
-                    f"<span style='white-space: nowrap; color: rgb{tuple(rgb.tolist())}'>&#9632; {name}</span>"
-                    for name, rgb in zip(_ROLE_NAMES, _ROLES, strict=True)
-                )
-            )
-        self.cloud.colors = colors
+        add, red = self.server.scene.add_icosphere, (255, 0, 0)
+        add("/picked", 0.03, red, position=at, visible=picked is not None)
+        self.cloud.colors, meaning = self._colors(view, by, picked)
         drawn = f", {len(view.points):,} drawn" if len(view.points) < view.total else ""
-        self._say(f"<b>{self.title}</b>: {view.total:,} points{drawn}<br>{said}")
+        self._say(f"<b>{self.title}</b>: {view.total:,} points{drawn}<br>{meaning}")
+
+    def _colors(self, view: View, by: str, picked: int | None) -> tuple[Any, str]:
+        """Colours N 3 uint8 of the points, and HTML that says what they mean."""
+        if by == OWN and view.colors is not None:
+            return view.colors, "as in the file"
+        if by == PCA:
+            colors, share = pca_colors(view)
+            what = f"first principal components of {len(view.tokens)} tokens"
+            return colors, f"red, green, blue: {what}, {share:.0%} of variance"
+        if by == SIMILARITY and picked is None:
+            grey = np.tile(_ROLE_COLORS[0], (len(view.points), 1))
+            return grey, "click a point of the cloud"
+        if picked is not None:
+            cosine = similarity(view, picked)
+            low, high = f"{cosine.min():.3f} (dark)", f"{cosine.max():.3f} (bright)"
+            return ramp(cosine), f"cosine with point {picked:,}: {low} to {high}"
+        if by == SAMPLE:
+            what = "one pretraining sample, by each point's nearest token"
+            nowrap = "white-space: nowrap"
+            legend = " ".join(
+                f"<span style='{nowrap}; color: rgb{rgb}'>&#9632; {name}</span>"
+                for name, rgb in _ROLES.items()
+            )
+            colors = _ROLE_COLORS[sample_roles(view, self.generator)]
+            return colors, f"{what}; of overlapping targets the last:<br>{legend}"
+        return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _show_neighbours(self, index: Path, view: View) -> None:
         """The nearest shapes of the index but itself: a button each that shows it, and small clouds
@@ -379,26 +339,26 @@ class Page:
         """
         from jepa3d.inference.search import search
 
-        (self.hits,), scene = (
-            search(index, view.vector, NEIGHBOURS, but=[view.name]),
-            self.server.scene,
-        )
-        for at, button in enumerate(self.buttons):
-            scene.remove_by_name(name := f"/neighbours/{at}")
-            button.visible = at < len(self.hits)
-            if not button.visible:
-                continue
-            hit, x = self.hits[at], 0.62 * (at - (len(self.hits) - 1) / 2)
-            button.label = f"{at + 1}:  {hit.cosine:.4f}  {shortened(Path(hit.path).name, 24)}"
-            try:
-                points = self.look(_item(hit)).points
-                self._draw(name, 0.28 * points[:: -(-len(points) // 2048)], 0.012, (x, 0.0, -1.5))
-                title = f"{at + 1}:  {hit.cosine:.3f}\n{shortened(Path(hit.path).name, 12)}"
-                scene.add_label(
-                    f"{name}/title", title, position=(0.0, 0.0, -0.33), anchor="top-center"
-                )
-            except (ReadError, OSError) as error:
-                button.label += f"  not drawn: {error}"
+        (self.hits,) = search(index, view.vector, NEIGHBOURS, exclude=[view.name])
+        for i, button in enumerate(self.buttons):
+            self.server.scene.remove_by_name(f"/neighbours/{i}")
+            button.visible = i < len(self.hits)
+            if button.visible:
+                name, cosine = Path(self.hits[i].path).name, self.hits[i].cosine
+                button.label = f"{i + 1}:  {cosine:.4f}  {shortened(name, 24)}"
+                try:
+                    title = f"{i + 1}:  {cosine:.3f}\n{shortened(name, 12)}"
+                    self._draw_neighbour(i, title)
+                except (ReadError, OSError) as error:
+                    button.label += f"  not drawn: {error}"
+
+    def _draw_neighbour(self, i: int, title: str) -> None:
+        points = self.look(_item(self.hits[i])).points
+        thinned = points[:: -(-len(points) // 2048)]
+        name, x = f"/neighbours/{i}", 0.62 * (i - (len(self.hits) - 1) / 2)
+        self._draw(name, 0.28 * thinned, 0.012, (x, 0.0, -1.5))
+        place: Any = {"position": (0.0, 0.0, -0.33), "anchor": "top-center"}
+        self.server.scene.add_label(f"{name}/title", title, **place)
 
 
 def _item(hit: Any) -> Item:
@@ -412,53 +372,39 @@ def open_page(
     """The page, served and showing the first cloud. Raises ValueError, ReadError and OSError."""
     if up_axis not in TO_Z_UP:
         raise ValueError(f"--up-axis {up_axis}: one of {', '.join(TO_Z_UP)}")
-    layer, pooling, keep_strays = -1, "mean_max", False
+    layer, pooling, encoder = -1, "mean_max", None
     if index is not None:
-        from jepa3d.inference.search import making_of
+        from jepa3d.inference.search import open_index
 
-        making = making_of(index)
-        if making.up_axis != up_axis:
-            raise ValueError(f"{index}: made with --up-axis {making.up_axis}, not {up_axis}")
-        making.check_frame(str(index))
-        model, layer, pooling, keep_strays = (
-            model or making.model,
-            making.layer,
-            making.pooling,
-            making.keep_strays,
-        )
-        if fingerprint(load(model)) != making.fingerprint:
-            raise ValueError(
-                f"{index}: made with another encoder than {model}; embed again, or --model"
-            )
-    found = [listed(path) for path in paths]
-    items = list({item.path: item for some, _ in found for item in some}.values())
-    show_left_out([one for _, skipped in found for one in skipped])
+        spec = open_index(index).spec
+        if spec.up_axis != up_axis:
+            difference = f"made with --up-axis {spec.up_axis}, not {up_axis}"
+            raise ValueError(f"{index}: {difference}")
+        layer, pooling, encoder = spec.layer, spec.pooling, spec.encoder(index, model)
+    items, skipped = find_clouds(*paths)
+    log_left_out(skipped)
     if not items:
         raise ReadError(f"{paths[0]}: no clouds there")
-    encoder = load(model or "default")
-    encoder.keep_strays = keep_strays
-    look = functools.partial(view_of, encoder, up_axis=up_axis, layer=layer, pooling=pooling)
-    server = serve(port)
+    encoder = encoder or load(model or "default")
+    settings = {"up_axis": up_axis, "layer": layer, "pooling": pooling}
+    look, server = functools.partial(view_of, encoder, **settings), serve(port)
     try:
         page = Page(server, items, look, index)
+        # Of many clouds, others may be readable.
+        first = page.go if len(items) == 1 else page.callback(page.go)
         with page.lock:
-            (page.go if len(items) == 1 else page.callback(page.go))(
-                0
-            )  # of many, others may be readable
+            first(0)
     except BaseException:
         stop(server)
         raise
     return page
 
 
-def view(paths: list[Path], model: str | None, index: Path | None, port: int, up_axis: str) -> None:
-    """Serve the page until Ctrl-C. Raises what `open_page` raises."""
-    server = open_page(paths, model, index, port, up_axis).server
+def serve_until_stopped(server: viser.ViserServer) -> None:
+    """Say where the page is, and serve it until Ctrl-C."""
     at = server.get_port()
-    print(
-        f"http://{HOST}:{at}  (Ctrl-C stops it)\nfrom another machine, first: ssh -L {at}:{HOST}:{at} HOST",
-        flush=True,
-    )
+    tunnel = f"from another machine, first: ssh -L {at}:{HOST}:{at} HOST"
+    print(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}", flush=True)
     try:
         server.sleep_forever()
     finally:

@@ -73,7 +73,7 @@ class LinearClassifier(
     begins with it.
 
     A cloud is unknown where the cosine of its vector, standardised, to the nearest class mean is
-    under `least_likeness` (-1: never; see inference/unknown.py). That changes no logit.
+    under `least_likeness` (-1: never; see inference/label.py). That changes no logit.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded

@@ -10,18 +10,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, ClassVar, get_origin
 
 import safetensors.torch
 import torch
 from huggingface_hub import ModelHubMixin, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from jepa3d.plain import nearest
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
 _REACHED_WITHIN = 5  # seconds; the Hub's own client tries six times, for half a minute
 
 
@@ -44,11 +45,12 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             written = (file.metadata() or {}).get("sha256")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise ValueError(f"{path}: is missing") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cut off or damaged ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: cut off or damaged ({first_line(error)})") from error
     if written is not None and written != _digest(tensors):
         raise ValueError(f"{path}: damaged: its checksum is not the one written")
     return tensors
@@ -69,104 +71,74 @@ class Pretrained(nn.Module, ModelHubMixin):
     The arguments of `__init__` travel as config.json and must be plain values.
     """
 
+    # Arguments that hold those of another network; arguments younger than a file, and what
+    # networks were before they came.
+    PARTS: ClassVar[dict[str, type]] = {}
+    BEFORE: ClassVar[dict[str, Any]] = {}
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        for name in getattr(
-            self, "PARTS", {}
-        ):  # whole: what a part does not say is what `BEFORE` says
-            vars(self)["_hub_mixin_config"][name] = vars(getattr(self, name))["_hub_mixin_config"]
-        weights = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
-        }
+        for name in self.PARTS:  # whole: what a part does not say is what `BEFORE` says
+            part = vars(getattr(self, name))["_hub_mixin_config"]
+            vars(self)["_hub_mixin_config"][name] = part
+        state = self.state_dict().items()
+        weights = {name: values.detach().cpu().contiguous() for name, values in state}
         save_file(weights, save_directory / "model.safetensors")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *,
-        force_download=False,
-        token=None,
-        cache_dir=None,
-        local_files_only=False,
-        revision=None,
-        **settings,
-    ):
-        """The network in a folder of `save_pretrained` or a Hub repository, in evaluation mode;
-        `settings` override.
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """The network in a folder of `save_pretrained` or a Hub repository, in evaluation mode.
 
-        Raises ValueError, which names the file at fault and what is expected of it.
+        options: revision, cache_dir, force_download, token and local_files_only of a Hub
+        repository; others override settings. Raises ValueError, which names the file at fault and
+        what is expected of it.
         """
-        folder = local_folder(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
+        folder = local_folder(pretrained_model_name_or_path, **download)
         file, weights = folder / "config.json", folder / "model.safetensors"
-        found = _as_made(cls, read_settings(folder))
-        known = {name: value for name, value in found.items() if name in _arguments(cls)} | settings
+        found, names = _as_made(cls, read_settings(folder)), _arguments(cls)
+        known = {name: found[name] for name in found if name in names} | options
         _check(cls, known, f"{file}: is not one of {cls.__name__}")
         try:
             model = cls(**known)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"{file}: makes no {cls.__name__} ({first_line(error)})") from error
-        tensors = load_file(weights)
-        expected = model.state_dict()
-        wrong = [
-            name
-            for name in sorted(tensors.keys() | expected.keys())
-            if _differ(tensors, expected, name)
-        ]
-        if wrong:
-            raise ValueError(
-                f"{weights}: not the weights of the {cls.__name__} in {file.name}: {wrong[0]} "
-                f"{_differ(tensors, expected, wrong[0])}"
-                + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-            )
+            why = f"makes no {cls.__name__} ({first_line(error)})"
+            raise ValueError(f"{file}: {why}") from error
+        tensors, expected = load_file(weights), model.state_dict()
+        names = sorted(tensors.keys() | expected.keys())
+        if wrong := list(filter(None, (_differ(tensors, expected, n) for n in names))):
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            what = f"not the weights of the {cls.__name__} in {file.name}"
+            raise ValueError(f"{weights}: {what}: {wrong[0]}{more}")
         for name, values in tensors.items():
             if not torch.isfinite(values).all():
-                raise ValueError(
-                    f"{weights}: {name} holds NaN or infinite values: train again, or take other weights"
-                )
+                wrong = f"{name} holds NaN or infinite values"
+                raise ValueError(f"{weights}: {wrong}: train again, or take others")
         model.load_state_dict(tensors)
         return model.eval()
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
-    return {
-        name: value
-        for name, value in inspect.signature(cls.__init__).parameters.items()
-        if name != "self"
-    }
+    arguments = dict(inspect.signature(cls.__init__).parameters)
+    del arguments["self"]
+    return arguments
 
 
-def _as_made(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a file, an argument younger than it as the network was before:
-
-    `cls.BEFORE`, else its default.
-    """
-    made = getattr(cls, "BEFORE", {}) | settings
-    parts = {
-        name: part
-        for name, part in getattr(cls, "PARTS", {}).items()
-        if isinstance(made.get(name), dict)
-    }
-    return made | {name: _as_made(part, made[name]) for name, part in parts.items()}
+def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file, arguments that it lacks as `cls.BEFORE` says; others have their default."""
+    complete = cls.BEFORE | settings
+    for name, part in cls.PARTS.items():
+        if isinstance(complete.get(name), dict):
+            complete[name] = _as_made(part, complete[name])
+    return complete
 
 
-def _check(cls: type, settings: dict[str, Any], begin: str) -> None:
-    """ValueError where settings lack an argument of a class (its first one is always needed), or
-    one has another type.
-
-    Arguments that hold those of another network, `cls.PARTS`, are checked alike.
+def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
+    """Raise ValueError where settings lack an argument of a class (its first one is always needed),
+    or one has another type; also of the networks in `cls.PARTS`.
     """
     arguments = _arguments(cls)
-    first = next(iter(arguments))
-    needed = [
-        name for name, value in arguments.items() if value.default is value.empty or name == first
-    ]
+    needed = [name for name, value in arguments.items() if value.default is value.empty]
+    needed += [name for name in list(arguments)[:1] if name not in needed]
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{begin}: it lacks {', '.join(missing)}")
     for name, value in settings.items():
@@ -175,21 +147,24 @@ def _check(cls: type, settings: dict[str, Any], begin: str) -> None:
         wanted = get_origin(arguments[name].annotation) or arguments[name].annotation
         fits = isinstance(value, (int, float) if wanted is float else wanted)
         if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{begin}: {name} is {value!r}, not of type {wanted.__name__}")
+            kind = wanted.__name__
+            raise ValueError(f"{begin}: {name} is {value!r}, not of type {kind}")
         if wanted is int and value < 1 and name != "layer":  # -1 is the last
             raise ValueError(f"{begin}: {name} is {value}, and at least 1 is needed")
-        if part := getattr(cls, "PARTS", {}).get(name):
+        if part := cls.PARTS.get(name):
             _check(part, settings[name], f"{begin}: {name}")
 
 
-def _differ(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> str:
+def _differ(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> str:
     """How a tensor differs from what is expected, in words; empty where it does not."""
     if name not in found:
-        return "is missing"
+        return f"{name} is missing"
     if name not in expected:
-        return "has no place in it"
+        return f"{name} has no place in it"
     sizes = list(found[name].shape), list(expected[name].shape)
-    return "" if sizes[0] == sizes[1] else f"has the shape {sizes[0]}, not {sizes[1]}"
+    if sizes[0] == sizes[1]:
+        return ""
+    return f"{name} has the shape {sizes[0]}, not {sizes[1]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -207,11 +182,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{file}: is missing, so {folder} holds no network") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: damaged or not JSON ({first_line(error)})") from error
+        raise ValueError(f"{file}: damaged, not JSON ({first_line(error)})") from error
     if not isinstance(settings, dict):
-        raise ValueError(
-            f"{file}: holds a value of type {type(settings).__name__}, not the settings of a network"
-        )
+        found = f"a value of type {type(settings).__name__}"
+        raise ValueError(f"{file}: holds {found}, not the settings of a network")
     return settings
 
 
@@ -228,18 +202,18 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
         return True
     if _HUB_ID.fullmatch(str(model)):
         return False
-    raise ValueError(
-        f"{model}: neither a folder nor a Hub id (owner/name){similar(Path(model), known)}"
-    )
+    hint = similar(Path(model), known)
+    raise ValueError(f"{model}: neither a folder nor a Hub id (owner/name){hint}")
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
     """`; did you mean ...?`, where a name is like `path`."""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = nearest(path.name, [*known, *(folder.name for folder in beside if folder.is_dir())])
-    return (
-        found.replace("mean '", f"mean '{path.parent}/") if found and len(path.parts) > 1 else found
-    )
+    names = [folder.name for folder in beside if folder.is_dir()]
+    found = nearest(path.name, [*known, *names])
+    if len(path.parts) > 1:
+        found = found.replace("mean '", f"mean '{path.parent}/")
+    return found
 
 
 def local_folder(model: str | Path, **options: Any) -> Path:
@@ -253,27 +227,23 @@ def local_folder(model: str | Path, **options: Any) -> Path:
             return Path(model)
         raise ValueError(f"{model}: a file, and the folder of a network is expected")
     begin = f"{model}: neither a folder nor a repository of the Hub that can be had"
-    unreachable = (
-        "" if options.get("local_files_only") or constants.HF_HUB_OFFLINE else _unreachable()
-    )
+    hint, offline = similar(Path(model)), options.get("local_files_only")
+    unreachable = "" if offline or constants.HF_HUB_OFFLINE else _unreachable()
     if unreachable:
         options |= {"local_files_only": True}
+    names = "config.json", "model.safetensors"
     try:
-        files = [
-            hf_hub_download(str(model), name, **options)
-            for name in ("config.json", "model.safetensors")
-        ]
-    except LocalEntryNotFoundError as error:
+        files = [hf_hub_download(str(model), name, **options) for name in names]
+    except hub_errors.LocalEntryNotFoundError as error:
         reason = unreachable or "this machine is told to stay offline"
+        why = f"({reason}, and no copy is kept here)"
+        raise ValueError(f"{begin} {why}{hint}") from error
+    except hub_errors.EntryNotFoundError as error:
         raise ValueError(
-            f"{begin} ({reason}, and no copy is kept here){similar(Path(model))}"
+            f"{model}: a repository of the Hub without {' or '.join(names)}"
         ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(
-            f"{model}: a repository of the Hub without config.json or model.safetensors"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{begin} ({first_line(error)}){similar(Path(model))}") from error
+    except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{begin} ({first_line(error)}){hint}") from error
     return Path(files[0]).parent
 
 
@@ -286,9 +256,6 @@ def _unreachable() -> str:
         return ""
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        return (
-            ""
-            if isinstance(reason, ssl.SSLError)
-            else f"{constants.ENDPOINT} cannot be reached: {reason}"
-        )
+        if not isinstance(reason, ssl.SSLError):
+            return f"{constants.ENDPOINT} cannot be reached: {reason}"
     return ""

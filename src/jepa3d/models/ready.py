@@ -10,6 +10,7 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.hub import check_name, read_settings, similar
 
+Network = Classifier | LinearClassifier | Segmenter  # with a head
 DEFAULT = Path(__file__).parents[1] / "weights"
 
 
@@ -27,29 +28,29 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
     if model != "default" and not check_name(model, ("default",)):
         return PointEncoder.from_pretrained(model, revision=revision)
     folder = DEFAULT if model == "default" else Path(model)
-    folder = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
+    if (folder / "encoder" / "config.json").is_file():
+        folder = folder / "encoder"
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{model}: no encoder, and no run that has one: config.json is missing")
+        why = "no encoder, and no run that has one: config.json is missing"
+        raise ValueError(f"{model}: {why}")
     try:
         return PointEncoder.from_pretrained(folder)
     except ValueError as error:
         raise ValueError(f"{model}: not a readable encoder ({error})") from error
 
 
-def load_any(model: str | Path) -> PointEncoder | Classifier | LinearClassifier | Segmenter:
+def load_any(model: str | Path) -> PointEncoder | Network:
     """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`.
 
     Raises ValueError.
     """
     folder = _network_folder(Path(model))
-    return load_network(model) if _has_head(folder) else load(model)
+    if (folder / "config.json").is_file() and "class_names" in read_settings(folder):
+        return load_network(model)
+    return load(model)
 
 
-def _has_head(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and "class_names" in read_settings(folder)
-
-
-def load_network(run: str | Path) -> Classifier | LinearClassifier | Segmenter:
+def load_network(run: str | Path) -> Network:
     """The network of a finished run of classify, segment or label, or in its model folder.
 
     Raises ValueError for anything else.
@@ -60,19 +61,12 @@ def load_network(run: str | Path) -> Classifier | LinearClassifier | Segmenter:
             raise ValueError(f"no such folder{similar(folder)}")
         settings = read_settings(folder)
         if "class_names" not in settings:
-            raise ValueError(f"{folder / 'config.json'}: is of a network without classes")
-        kind = (
-            Segmenter
-            if "parts_of" in settings
-            else LinearClassifier
-            if "pooling" in settings
-            else Classifier
-        )
-        return kind.from_pretrained(folder)
+            raise ValueError(f"{folder}/config.json: is of a network without classes")
+        kind = LinearClassifier if "pooling" in settings else Classifier
+        return (Segmenter if "parts_of" in settings else kind).from_pretrained(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{run}: no finished run of jepa3d classify, segment or label ({error})"
-        ) from error
+        expected = "no finished run of jepa3d classify, segment or label"
+        raise ValueError(f"{run}: {expected} ({error})") from error
 
 
 def _network_folder(run: Path) -> Path:
@@ -81,12 +75,9 @@ def _network_folder(run: Path) -> Path:
 
 def fingerprint(encoder: PointEncoder) -> str:
     """16 hexadecimal digits over the settings and weights of an encoder: equal for equal vectors."""
-    settings = {
-        name: value
-        for name, value in vars(encoder)["_hub_mixin_config"].items()
-        if name not in encoder.BEFORE
-    }
-    # names of weights tell the rest
+    made = vars(encoder)["_hub_mixin_config"].items()
+    settings = {name: value for name, value in made if name not in encoder.BEFORE}
+    # The names of the weights tell the settings that are left out.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,0 +1,191 @@
+"""`jepa3d embed`: the vectors of files in Parquet, on all cores, adding what is new."""
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from jepa3d.data.boundary import left_out
+from jepa3d.data.cloud import ReadError
+from jepa3d.data.parallel import mapped
+from jepa3d.data.store import hash64
+from jepa3d.inference import embedding
+from jepa3d.inference.clouds import Address, Item, find_clouds, log_left_out, spelled
+from jepa3d.inference.embedding import Embedded, Embedder, as_row
+from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.inference.vectors import Vectors, table_of_rows, update, write
+from jepa3d.locking import writing
+from jepa3d.plain import log
+
+COMMIT_SECONDS = 60.0  # between two changes of the file
+
+
+def embed_files(
+    paths: list[Path],
+    out: Path,
+    model: str = "default",
+    up_axis: str = "z",
+    layer: int = -1,
+    pooling: str = "mean_max",
+    workers: int = 0,
+    share: str = "1/1",
+    prune: bool = False,
+    keep_strays: bool = False,
+) -> Counter[str]:
+    """Embed every cloud at `paths` that is new or changed into `out`: a .parquet file, or a folder
+    of one a share.
+
+    Interrupted, the same call goes on. share: "2/4" is the second of four calls that fill one
+    folder. prune: forget what is no longer at `paths`, and files that are gone. Returns how many
+    clouds are new, changed, unchanged, forgotten and left out, and how many points were NaN; logs
+    these and each cloud that cannot be used. Raises ValueError, also where another command writes,
+    and ReadError where no cloud can be used.
+    """
+    files, shares = _share_files(out, share)
+    if workers < 0:
+        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
+    embedder = Embedder(model, up_axis, layer, pooling, keep_strays=keep_strays)
+    items, counts = _find(paths, prune)
+    roots = [spelled(os.path.abspath(path)) for path in paths]
+    inside = tuple(root + sign for root in roots for sign in "/#")
+    with ExitStack() as locks:
+        for file in files.values():
+            locks.enter_context(writing(file))
+        for number, file in files.items():
+            known: dict[str, int] = {}
+            if file.exists():
+                vectors = Vectors(file, may_be_empty=True)
+                embedder.spec.check(vectors.spec, file)
+                stamps = vectors.column("stamp")
+                known = dict(zip(vectors.column("path"), stamps, strict=True))
+            elif shares > 1:  # may stay empty, yet its name says the number of shares
+                write([table_of_rows(embedder.spec, [])], file)
+            in_share = [
+                item
+                for item in items.values()
+                if shares == 1 or hash64(item.path.encode()) % shares == number - 1
+            ]
+            todo = [item for item in in_share if known.get(item.path) != item.stamp]
+            gone = {
+                path
+                for path in known.keys() - items.keys()
+                if prune and (path.startswith(inside) or Address.parse(path) is None)
+            }
+            counts.update(known=len(known), tried=len(todo), forgotten=len(gone))
+            counts["unchanged"] += len(in_share) - len(todo)
+            # A process takes seconds to start.
+            batch, module = embedding.BATCH, embedding.__name__
+            useful = min(os.cpu_count() or 1, max(1, len(todo) // (4 * batch)))
+            work = embedder.work, todo, batch, workers or useful, "embedding", module
+            finished = embedder.finish(result for _, result in mapped(*work))
+            results = zip(todo, finished, strict=True)
+            _collect(results, file, embedder.spec, known.keys(), gone, counts)
+    if counts["tried"] and not counts["known"] + counts["new"]:
+        raise ReadError(f"{paths[0]}: none of the clouds can be used")
+    names = ["new", "changed", "unchanged"] + ["forgotten"] * bool(counts["forgotten"])
+    done = ", ".join(f"{counts[name]:,} {name}" for name in names)
+    unseen = f"; {counts['unseen']:,} points that are NaN were left out"
+    unseen = unseen if counts["unseen"] else ""
+    log.info(f"{out}: {done}; left out {counts['left out']:,}{unseen}")
+    return counts
+
+
+def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
+    """The files to write by the number of their share, and the number of shares. Raises ValueError."""
+    first, _, of = share.partition("/")
+    if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
+        raise ValueError(f"--share {share}: i/n, such as 2/4 for the second of four")
+    number, shares = int(first), int(of)
+    if out.suffix == ".parquet":
+        if shares > 1:
+            raise ValueError(f"--share {share}: needs a folder as --out, not a file")
+        if out.is_dir():
+            raise ValueError(f"{out}: exists and is no file; choose another --out")
+        return {1: out}, 1
+    if out.suffix or out.is_file():
+        allowed = "a .parquet file, or a folder of them, whose name has no dot"
+        if out.suffix == ".lancedb":
+            allowed += "; jepa3d index makes a .lancedb of them"
+        raise ValueError(f"--out {out}: {allowed}")
+    begun = {shares} if shares > 1 else set()
+    for file in out.glob("*.parquet"):
+        if not (part := re.fullmatch(r"part-\d+of(\d+)\.parquet", file.name)):
+            command = f"jepa3d embed --out {out}"
+            raise ValueError(f"{file}: not written by {command}; choose another --out")
+        begun.add(int(part[1]))
+    if len(begun) > 1:
+        before = f"was begun with n = {min(begun - {shares})}; a folder keeps its n"
+        raise ValueError(f"--share {share}: {out} {before}")
+    total = min(begun, default=1)
+    # Without --share, all of them in turn.
+    numbers = [number] if shares > 1 else range(1, total + 1)
+    return {i: out / f"part-{i}of{total}.parquet" for i in numbers}, total
+
+
+def _find(paths: list[Path], prune: bool) -> tuple[dict[str, Item], Counter[str]]:
+    """The clouds at all paths by their path, and how many files are none, which are logged.
+
+    To forget what was there, a folder may be empty. Raises ReadError.
+    """
+    items: dict[str, Item] = {}
+    counts = Counter()
+    for path in paths:
+        try:
+            found, skipped = find_clouds(path)
+        except ReadError as error:
+            if not (prune and path.is_dir()):
+                raise
+            log.info(str(error))
+            continue
+        items |= {item.path: item for item in found}
+        log_left_out(skipped)
+        counts["left out"] += len(skipped)
+    return items, counts
+
+
+def _collect(
+    results: Iterator[tuple[Item, Embedded | str]],
+    file: Path,
+    spec: EmbeddingSpec,
+    known: Iterable[str],
+    gone: set[str],
+    counts: Counter[str],
+) -> None:
+    """Bring a file up to date with results: from time to time, since it is written as a whole, and
+    at the end, also that of an interrupted run.
+    """
+    rows: list[tuple] = []
+    last, cost = time.monotonic(), 0.0
+
+    def commit() -> None:
+        nonlocal last, cost
+        begun = time.monotonic()
+        if rows or gone:
+            update(file, table_of_rows(spec, rows), gone)
+            rows.clear()
+            gone.clear()
+        last = time.monotonic()
+        cost = last - begun
+
+    try:
+        for item, result in results:
+            if isinstance(result, str):
+                dropped = item.path in known
+                note = "; its former vector is dropped" if dropped else ""
+                log.info(left_out(item.path, result) + note)
+                gone.update([item.path] if dropped else [])
+                counts["left out"] += 1
+                continue
+            rows.append(as_row(item, result))
+            counts["changed" if item.path in known else "new"] += 1
+            counts["unseen"] += result.unseen
+            if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):
+                commit()
+    except KeyboardInterrupt:
+        done = f"stopped after {counts['new'] + counts['changed']:,} new vectors, kept"
+        raise KeyboardInterrupt(f"{done}; the same command goes on") from None
+    finally:
+        commit()

@@ -1,0 +1,98 @@
+"""What searches of files and of stores share: neighbours, their order, and conditions on rows."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from jepa3d.inference.vectors import pa, pc
+
+COLUMNS = ("path", "label", "num_points")
+SLACK = 1e-5  # twice what cosines in float32 may be wrong by, in any order of summing
+_COMPARE = {
+    "=": pc.equal,
+    "!=": pc.not_equal,
+    "<=": pc.less_equal,
+    ">=": pc.greater_equal,
+    "<": pc.less,
+    ">": pc.greater,
+    "~": lambda values, pattern: pc.match_substring_regex(values, regex(pattern)),
+}
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A neighbour."""
+
+    cosine: float
+    path: str
+    label: str | None
+
+
+def best(hits: list[Hit], k: int) -> list[Hit]:
+    """The k best hits, best first, hits of equal cosine in the order of their paths."""
+    return sorted(hits, key=lambda hit: (-hit.cosine, hit.path))[:k]
+
+
+def rank(
+    query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list[str | None], k: int
+) -> list[Hit]:
+    """The k of vectors n E nearest to a query E of length 1.
+
+    Each cosine is summed by itself in float64 and rounded to six decimals, so that copies of a
+    cloud tie wherever they lie.
+    """
+    x = vectors.astype(np.float64)
+    cosine = np.round((x * query).sum(1) / np.linalg.norm(x, axis=1), 6)
+    return best(list(map(Hit, cosine.tolist(), paths, labels)), k)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`COLUMN OP VALUE` over path, label and num_points.
+
+    OP is = != < <= > >=, or ~ for a pattern of * and ?.
+    """
+
+    column: str
+    compare: str
+    value: str | int
+
+    @staticmethod
+    def parse(text: str) -> "Condition":
+        """The condition that a text means. Raises ValueError that says what is allowed."""
+        shape = r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*"
+        match = re.fullmatch(shape, text, re.DOTALL)
+        if not match or match[1] not in COLUMNS:
+            quoted = "'COLUMN OP VALUE' in quotes, else the shell takes < > * ?"
+            allowed = f"columns {', '.join(COLUMNS)}; OP = != < <= > >= or ~"
+            raise ValueError(f"condition {text!r}: {quoted}; {allowed}")
+        column, compare, value = match.groups()
+        if column != "num_points":
+            return Condition(column, compare, value)
+        if not re.fullmatch(r"\d+", value) or compare == "~":
+            raise ValueError(f"condition {text!r}: a number, as in 'num_points>=1000'")
+        return Condition(column, compare, int(value))
+
+    def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Mask of the values that satisfy the condition; a missing value satisfies only `!=`."""
+        held = _COMPARE[self.compare](values, self.value)
+        return np.asarray(pc.fill_null(held, self.compare == "!="))
+
+    def sql(self) -> str:
+        """The condition in SQL, as LanceDB takes it."""
+        if isinstance(self.value, int):
+            return f"{self.column} {self.compare} {self.value}"
+        if self.compare == "~":
+            return f"regexp_like({self.column}, {_quoted(regex(self.value))})"
+        missing = f" OR {self.column} IS NULL" if self.compare == "!=" else ""
+        return f"({self.column} {self.compare} {_quoted(self.value)}{missing})"
+
+
+def regex(pattern: str) -> str:
+    """The regular expression of a whole text that matches a pattern of * and ?."""
+    return f"^(?s:{re.escape(pattern)})$".replace(r"\*", ".*").replace(r"\?", ".")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

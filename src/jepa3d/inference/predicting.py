@@ -1,0 +1,218 @@
+"""A fine-tuned network on files: a CSV of classes, or coloured PLYs of parts in the files' own
+coordinates.
+"""
+
+import colorsys
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from jepa3d.data.boundary import left_out
+from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.ply import header_of
+from jepa3d.evaluation.partseg import restricted_argmax
+from jepa3d.frame import Frame
+from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original
+from jepa3d.inference.embedding import Seen, error_text, log_remarks, see
+from jepa3d.inference.outputs import ply_row
+from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
+from jepa3d.models.ready import Network, load_network
+from jepa3d.plain import log, write_bytes, write_csv
+
+CSV_COLUMNS = ("class", "probability", "second", "second_probability")
+_CHUNK = 2**16  # points segmented at once
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one cloud, or why the cloud cannot be used."""
+
+    path: str
+    # Of a classifier the most probable class, and the second; see `two_classes`.
+    class_name: str | None = None
+    probability: float | None = None
+    second: str | None = None
+    second_probability: float | None = None
+    # Of a segmenter the part N int16 of every point.
+    parts: np.ndarray | None = None
+    error: str | None = None
+
+
+def predict(
+    run: str | Path,
+    clouds: str | Path | Sequence[str | Path],
+    category: str | None = None,
+    up_axis: str = "z",
+) -> list[Prediction]:
+    """Classify or segment the clouds of files, folders and stores, in their order.
+
+    run: of classify, segment or label. category: of the clouds, for a segmenter of several. A file
+    that cannot be used has its `error` and does not end the list. Raises ValueError for a network
+    or category that cannot work.
+    """
+    network = load_network(run)
+    label = _label(network, category)
+    items: dict[str, Item] = {}
+    skipped: list[tuple[str, str]] = []
+    for path in [clouds] if isinstance(clouds, (str, Path)) else clouds:
+        try:
+            found, others = _find([path])
+        except ReadError as error:
+            found, others = {}, [(str(path), str(error))]
+        items |= found
+        skipped += others
+    predictions = [found for found, _ in _predictions(network, items, label, up_axis)]
+    return predictions + [Prediction(path, error=reason) for path, reason in skipped]
+
+
+def predict_files(
+    run: Path,
+    paths: list[Path],
+    out: Path,
+    category: str | None = None,
+    up_axis: str = "z",
+) -> None:
+    """Classify every cloud at `paths` into the CSV `out`, or segment it into a PLY in the folder
+    `out`.
+
+    Logs and leaves out files that cannot be used. Raises ValueError for a network, category or
+    output that cannot work, and ReadError where no file can be used.
+    """
+    network = load_network(run)
+    if out.exists():
+        raise ValueError(f"{out}: exists already; choose another --out")
+    label = _label(network, category)
+    items, skipped = _find(paths)
+    log_left_out(skipped)
+    rows, failed = [], len(skipped)
+    predictions, few = _predictions(network, items, label, up_axis), len(items) < 20
+    bar = track(predictions, "predicting", len(items), transient=True, disable=few)
+    for found, seen in bar:
+        if seen is None:
+            log.info(left_out(found.path, str(found.error)))
+            failed += 1
+            continue
+        log_remarks(found.path, seen.read.remarks())
+        if isinstance(network, Segmenter):
+            _write_parts(network, found, seen.cloud, label, out)
+        first = found.path, found.class_name, found.probability
+        rows.append((*first, found.second, found.second_probability))
+    if failed:
+        log.info(f"left out {failed:,}")
+    if not rows:
+        raise ReadError(f"{paths[0]}: none of the clouds can be used")
+    if not isinstance(network, Segmenter):
+        write_csv(out, ("file", *CSV_COLUMNS), *rows)
+    what = "PLY files" if isinstance(network, Segmenter) else "rows"
+    log.info(f"written: {out}, {len(rows):,} {what}")
+
+
+def _label(network: Network, category: str | None) -> int:
+    """The number of the category whose parts are predicted; 0 for a classifier. Raises ValueError."""
+    if not isinstance(network, Segmenter):
+        return 0
+    names = network.class_names
+    if category is None and len(names) > 1:
+        raise ValueError(f"--category is missing: one of {', '.join(names)}")
+    if category is not None and category not in names:
+        raise ValueError(f"--category {category}: one of {', '.join(names)}")
+    return names.index(category) if category else 0
+
+
+def _find(paths: Sequence[str | Path]) -> tuple[dict[str, Item], list[tuple[str, str]]]:
+    """The clouds at all paths, each once, by their names as the paths were given; and files that
+    are none, with the reason.
+    """
+    items, names, skipped = {}, {}, []
+    for path in paths:
+        found, others = find_clouds(path)
+        skipped += others
+        for item in found:
+            name = f"{path}{original(item.path).removeprefix(os.path.abspath(path))}"
+            items.setdefault(item.path, item)
+            names.setdefault(item.path, os.path.normpath(name))
+    return {name: items[path] for path, name in names.items()}, skipped
+
+
+def _predictions(
+    network: Network, items: dict[str, Item], label: int, up_axis: str
+) -> Iterator[tuple[Prediction, Seen | None]]:
+    """What the network says of each cloud, and the cloud if it can be used."""
+    for name, item in items.items():
+        try:
+            seen = see(network.encoder, item, up_axis)
+        except (ReadError, OSError) as error:
+            yield Prediction(name, error=error_text(error)), None
+            continue
+        if isinstance(network, Segmenter):
+            parts = segment_cloud(network, seen.points, seen.frame, label)
+            yield Prediction(name, parts=parts), seen
+        else:
+            yield Prediction(name, *classify_cloud(network, seen.frame)), seen
+
+
+@torch.no_grad()
+def classify_cloud(
+    network: Classifier | LinearClassifier, seen: Frame
+) -> tuple[str, float | None, str, float]:
+    """The two most probable classes of a cloud in the encoder's frame, each with its probability."""
+    points, unknown = torch.from_numpy(seen.points)[None], False
+    if isinstance(network, LinearClassifier):
+        vectors = network.vectors(points)
+        unknown, logits = bool(network.unknown(vectors)), network.out(vectors)
+    else:
+        logits = network(points)
+    return two_classes(network.class_names, logits[0].softmax(-1).numpy(), unknown)
+
+
+def two_classes(
+    names: Sequence[str] | np.ndarray, probability: np.ndarray, unknown: bool
+) -> tuple[str, float | None, str, float]:
+    """The two classes of the highest probability, each with its probability to four decimals.
+
+    Of an unknown cloud: `UNKNOWN`, None, then its most probable class.
+    """
+    order = np.argsort(-probability, kind="stable")[:2]
+    first, second = ((str(names[i]), round(float(probability[i]), 4)) for i in order)
+    return (UNKNOWN, None, *first) if unknown else (*first, *second)
+
+
+@torch.no_grad()
+def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: int) -> np.ndarray:
+    """The part N int16 of every point N 3 of a cloud of category `label`, however many points the
+    network encodes.
+    """
+    number = torch.tensor([label])
+    parts_of = [np.array(parts) for parts in network.parts_of]
+    encoded = network.encode(torch.from_numpy(seen.points)[None])
+    parts = []
+    for at in range(0, len(points), _CHUNK):
+        query = torch.from_numpy(seen.place(points[at : at + _CHUNK]))[None]
+        logits = network.decode(query, *encoded, number).numpy()
+        parts.append(restricted_argmax(logits, number.numpy(), parts_of)[0])
+    return np.concatenate(parts)
+
+
+def _write_parts(
+    network: Segmenter, found: Prediction, cloud: PointCloud, label: int, out: Path
+) -> None:
+    """A PLY of a cloud in its file's coordinates, its parts as numbers and as colours of even hues."""
+    parts_of = network.parts_of[label]
+    colors = np.zeros((max(parts_of) + 1, 3), np.uint8)
+    for i, part in enumerate(parts_of):
+        rgb = colorsys.hsv_to_rgb(i / len(parts_of), 0.75, 0.95)
+        colors[part] = np.round(255 * np.array(rgb))
+    comments = [f"part {part} {network.part_names[part]}" for part in parts_of]
+    rows = np.empty(len(cloud), ply_row({"part": "<i2"}))
+    rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T
+    rows["red"], rows["green"], rows["blue"] = colors[found.parts].T
+    rows["part"] = found.parts
+    file = out / (Path(found.path).name.replace("#", "-") + ".ply")
+    while file.exists():  # files of one name in different folders
+        file = file.with_name(f"_{file.name}")
+    write_bytes(file, header_of(rows.dtype, len(rows), comments) + rows.tobytes())

@@ -1,0 +1,86 @@
+"""What made a vector. Only vectors of one specification can be compared."""
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jepa3d.data.cloud import TO_Z_UP
+from jepa3d.frame import FRAME
+from jepa3d.models.encoder import POOLINGS, PointEncoder
+from jepa3d.models.ready import fingerprint, load
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """The encoder and the settings behind a vector, as the metadata of a file of vectors has them."""
+
+    model: str  # as given: a folder or Hub id, or "default"
+    fingerprint: str
+    layer: int
+    pooling: str
+    up_axis: str
+    embed_dim: int  # of the vectors
+    frame: int = 1  # version of frame.py; older files have none
+    keep_strays: bool = False
+
+    @staticmethod
+    def of(
+        model: str, encoder: PointEncoder, up_axis: str, layer: int, pooling: str
+    ) -> "EmbeddingSpec":
+        """The specification of what `encoder` makes, which was loaded from `model`, or "" if nobody
+        will ask. Raises ValueError for a setting that does not exist.
+        """
+        if up_axis not in (*TO_Z_UP, "none"):
+            raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}, none")
+        if not -1 <= layer <= encoder.depth:
+            allowed = f"0 (tokenizer) to {encoder.depth}, or -1 for the last"
+            raise ValueError(f"layer {layer}: {allowed}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
+        name = str(Path(model).absolute()) if model and Path(model).exists() else model
+        weights = fingerprint(encoder) if model else ""
+        layer, width = layer % (encoder.depth + 1), encoder.width
+        settings = layer, pooling, up_axis, width * len(pooling.split("_"))
+        return EmbeddingSpec(name, weights, *settings, FRAME, encoder.keep_strays)
+
+    def applied(self, encoder: PointEncoder) -> PointEncoder:
+        """The encoder, which now sees clouds as this specification says; the weights are shared."""
+        encoder = copy.copy(encoder)
+        encoder.keep_strays = self.keep_strays
+        encoder.upright = encoder.upright and self.up_axis != "none"
+        return encoder
+
+    def encoder(self, index: str | Path, model: str | None = None) -> PointEncoder:
+        """The encoder that made the vectors of `index`, which may lie at another place, `model`, now.
+
+        Raises ValueError for another encoder, or vectors of another version of jepa3d.
+        """
+        self.check_frame(index)
+        encoder = load(model or self.model)
+        if fingerprint(encoder) != self.fingerprint:
+            found = f"{index}: made with another encoder than {model or self.model}"
+            raise ValueError(f"{found}; embed again, or --model")
+        return self.applied(encoder)
+
+    def check_frame(self, index: str | Path) -> None:
+        """Raise ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
+        if self.frame != FRAME:
+            by = f"another version of jepa3d (frame {self.frame}, here {FRAME})"
+            hint = "embed the clouds again, into another --out"
+            raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
+
+    def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
+        """Raise ValueError that names the first difference from `other`, the specification of `index`.
+
+        The same model may go by two names.
+        """
+        if self.frame != other.frame:
+            other.check_frame(index)
+        for name, value in asdict(self).items():
+            if name == "model" or (theirs := getattr(other, name)) == value:
+                continue
+            difference = f"{name.replace('_', '-')} {theirs}, not {value}"
+            if name == "fingerprint":
+                difference = f"another model ({other.model}, not {self.model})"
+            hint = "choose another --out or --model"
+            raise ValueError(f"{index}: its vectors were made with {difference}; {hint}")
