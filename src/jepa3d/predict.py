@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import left_out
 from jepa3d.data.io import sampled
 from jepa3d.data.ply import header_of
 from jepa3d.data.sources import discover

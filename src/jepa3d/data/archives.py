@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from jepa3d.data.boundary import line, printable
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import first_line, printable
 from jepa3d.data.io import refusal
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
@@ -54,7 +54,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
             else:
                 _untar(source, folder)
         except _DAMAGE as error:
-            what = f"damaged or refused archive ({line(error)})"
+            what = f"damaged or refused archive ({first_line(error)})"
             raise ReadError(f"{source}: {what}") from error
         yield folder
     finally:

@@ -199,7 +199,7 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
+def attributes_in(known: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Which of these columns, fields or properties are the normals, colors and parts."""
     found: dict[str, tuple[str, ...]] = {}
     for key, groups in ATTRIBUTE_COLUMNS.items():

@@ -32,9 +32,7 @@ def read_off(path: Path) -> PointCloud:
     first = num_vertices + 1  # row of the first face
     width = rows.counts[1:first].min(initial=99)
     if len(rows) < first + num_faces or width < 3:
-        return _off_of_any_lines(
-            rows.numbers()[0][min(rows.counts[0], 3) :], num_vertices, num_faces
-        )
+        return _any_lines(rows.numbers()[0][min(rows.counts[0], 3) :], num_vertices, num_faces)
     values, at = rows.numbers(1, first)
     rows_of_3, after, colors = at[:, None] + np.arange(3), 6 if normal else 3, None
     vertices = values[rows_of_3]
@@ -49,7 +47,7 @@ def read_off(path: Path) -> PointCloud:
     return mesh(vertices, triangles(vertices, sizes, corners), colors=colors)
 
 
-def _off_of_any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
+def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
     """An OFF file without colours whose lines do not end where its rows do."""
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:

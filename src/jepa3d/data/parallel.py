@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import progress
 
 CRASHED = "its parser crashed"
 # entries to as many results; picklable. A text says why an entry has none.
@@ -32,18 +32,19 @@ def mapped(
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[rate]}")]
-    with Progress(*columns, transient=True, disable=len(entries) < 20) as progress:
-        task = progress.add_task(doing, total=len(entries), rate="")
+    columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
+    columns += [progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
+    columns.append(progress.TextColumn("{task.fields[rate]}"))
+    with progress.Progress(*columns, transient=True, disable=len(entries) < 20) as bar:
+        task = bar.add_task(doing, total=len(entries), rate="")
         results = map(work, chunks)
         if workers > 1:
             results = isolated(chunks, work, workers, preload)
         for some, found in zip(chunks, results, strict=True):
             yield from zip(some, found, strict=True)
-            progress.advance(task, len(some))
-            done = progress.tasks[0]
-            progress.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
+            bar.advance(task, len(some))
+            done = bar.tasks[0]
+            bar.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:

@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from jepa3d.data.boundary import check_claim
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import check_claim
 from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import attributes_of
 

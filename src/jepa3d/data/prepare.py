@@ -146,7 +146,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
 # ---------------------------------------------------------------------------------------- one cloud
 
 
-def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+Arrays, Row = dict[str, np.ndarray], dict[str, Any]
+
+
+def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
 
     The row has further entries, which `_Report.add` counts and removes.
@@ -206,12 +209,9 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
         raise ReadError(f"float16 moves its points by {share}: {reason}")
 
 
-Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
-
-
-def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
+def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
     """For each entry its arrays and row, or the text of its error."""
-    results: list[Result] = []
+    results: list[tuple | str] = []
     for entry in entries:
         try:
             results.append(convert(entry, options))
@@ -236,7 +236,7 @@ class _Report:
     strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
     unseen: Counter[str] = field(default_factory=Counter)
 
-    def add(self, entry: Entry, row: dict[str, Any]) -> None:
+    def add(self, entry: Entry, row: Row) -> None:
         """Count a cloud, and remove from its row what is only counted."""
         self.taken[Path(entry.file).suffix or self.layout] += 1
         self.fewer += row.pop("count") < self.points

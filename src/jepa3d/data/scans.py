@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.boundary import check_claim, line, module
-from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, as_attribute, attribute_names
+from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, as_attribute, attributes_in
+from jepa3d.data.errors import check_claim, first_line, io_module
 from jepa3d.data.text import collected, coordinate_columns, parsed
 
 
@@ -21,7 +21,7 @@ def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
     """Normals, colors and parts among named columns, such as properties of PLY or fields of PCD."""
     found = {
         key: as_attribute(key, np.stack([columns[name] for name in names], 1))
-        for key, names in attribute_names(columns.keys()).items()
+        for key, names in attributes_in(columns.keys()).items()
     }
     # PCL's colours: the bytes b, g, r, a of one float or integer
     packed = columns.get("rgb", columns.get("rgba"))
@@ -63,7 +63,7 @@ def read_pcd(path: Path) -> PointCloud:
         elif way == "binary_compressed":  # all of a field, then all of the next
             packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
             check_claim(path, unpacked, 100)  # LZF's best is 88
-            content = module("lzf").decompress(file.read(packed), unpacked) or b""
+            content = io_module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
                 found = f"{len(content):,} bytes of data, {size:,} are needed"
                 raise ReadError(f"truncated or damaged: {found}")
@@ -155,7 +155,7 @@ def _check_las(path: Path) -> None:
         start, minor, length = number(96, 4), number(25, 1), number(105, 2)
         check_claim(path, 54 * number(100, 4), 1)  # records of variable length
         if head[104] & 0x80:  # compressed
-            module("lazrs")
+            io_module("lazrs")
             file.seek(start)
             table = int.from_bytes(file.read(8), "little", signed=True)
             if table < 0:  # written as a stream: the offset is at the end
@@ -179,7 +179,7 @@ def las_records(path: Path, size: int) -> Iterator[Any]:
 
     Raises ReadError, also if records are missing.
     """
-    laspy, seen = module("laspy"), 0
+    laspy, seen = io_module("laspy"), 0
     _check_las(path)
     try:
         # one thread: of a damaged chunk table the parallel decompressor allocates what it claims,
@@ -192,12 +192,12 @@ def las_records(path: Path, size: int) -> Iterator[Any]:
                 seen += len(records)
                 yield records
     except laspy.errors.LaspyException as error:
-        raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
+        raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
     except BaseException as error:
         # of Rust, no Exception and not importable
         if type(error).__name__ != "PanicException":
             raise
-        raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
+        raise ReadError(f"damaged or not a LAZ file ({first_line(error)})") from error
     if seen < header.point_count:
         raise ReadError(f"truncated: {seen} of {header.point_count} points")
 
@@ -227,7 +227,7 @@ def read_las(path: Path) -> PointCloud:
 
 def read_e57(path: Path) -> PointCloud:
     """All scans of an E57 file, each placed by its pose, without points that are marked invalid."""
-    pye57 = module("pye57")
+    pye57 = io_module("pye57")
     try:
         file = pye57.E57(str(path))
         try:
@@ -238,7 +238,7 @@ def read_e57(path: Path) -> PointCloud:
         finally:
             file.close()
     except pye57.libe57.E57Exception as error:
-        raise ReadError(f"damaged or not an E57 file ({line(error)})") from error
+        raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
         raise ReadError("no points" if counts else "no scans")
     names = [f"cartesian{axis}" for axis in "XYZ"]

@@ -14,8 +14,8 @@ import numpy as np
 
 from jepa3d.data import procedural, synthetic
 from jepa3d.data.arrays import clouds_in, npz_headers, read_npz
-from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import UNLABELLED, ReadError, check_cloud, to_parts
+from jepa3d.data.errors import as_read_error, printable
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store
@@ -124,7 +124,7 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     ordered = store.num_points and store.header["settings"]["reduce"] == "fps"
 
     def read(row: int) -> Shape:
-        with boundary(path):
+        with as_read_error(path):
             points = store.points(row)
             _check(points, num_points, f"{store.key(row)}: ")
             return Shape(points, "z", store.array("parts", row) if parts else None)
@@ -154,7 +154,7 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
 
     def read(i: int) -> Shape:
         key = entries[i].key
-        with boundary(path / key if path.is_dir() else path):
+        with as_read_error(path / key if path.is_dir() else path):
             seed = zlib.crc32(key.encode())
             cloud = enough_points(entries[i].read(), num_points, seed)
             if source.unpublished and not raw:
@@ -180,7 +180,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     arrays = _arrays(path)
     points = arrays["points"]
     for i, cloud in enumerate(points):
-        with boundary(path):
+        with as_read_error(path):
             _check(cloud, num_points, f"shape {i}: ")
     labels, names = _classes(arrays, key, path)
     split = arrays.get("split", np.full(len(points), -1))
@@ -207,7 +207,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a bundle, without those of Python objects and raw data. Raises ReadError."""
-    with boundary(path):
+    with as_read_error(path):
         headers = npz_headers(path)
         objects = {name for name, (_, kind) in headers.items() if kind.hasobject}
         names = headers.keys() - (objects - {"points"})
@@ -264,7 +264,7 @@ def _parts(arrays: dict[str, np.ndarray], path: Path) -> tuple[Any, tuple[str, .
         wanted = f"must be a whole number a point, {list(shape)}"
         found = f"found {parts.dtype} {list(parts.shape)}"
         raise ReadError(f"{path}: {key} {wanted}, {found}")
-    with boundary(path):
+    with as_read_error(path):
         parts = to_parts(parts)
         if empty := int((parts == UNLABELLED).all(1).sum()):
             reason = "all of theirs are -1 or the like"

@@ -10,15 +10,13 @@ from typing import NoReturn
 from jepa3d.data import procedural
 from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import benchmark_at, check_sizes, fold_of, meshes_of
-from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.entries import Entry, Source, entries_of
+from jepa3d.data.entries import Columns, Entry, Source, entries_of
+from jepa3d.data.errors import as_read_error, printable
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
 from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
-
-Columns = tuple[str, ...] | None  # as of `io.py::read`
 
 
 def discover(root: Path, variant: str | None = None, columns: Columns = None) -> Source:
@@ -120,7 +118,7 @@ def _no_cloud(path: Path, columns: Columns) -> str | None:
         return NO_COLUMNS
     if path.suffix.lower() == ".txt":
         try:
-            with boundary(path):
+            with as_read_error(path):
                 check_table(path)
         except ReadError as error:  # a README is no damaged cloud
             return str(error).removeprefix(f"{path}: ")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry
+from jepa3d.data.errors import printable
 
 _NAMES = {
     "train": "train training",

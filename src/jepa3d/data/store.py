@@ -270,7 +270,7 @@ class StoreWriter:
         if self._new:
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
             if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
-                raise ValueError(f"{path}: exists, is not a store; use another --out")
+                raise ValueError(f"{path}: is not a store; choose another --out")
             self.header: dict[str, Any] = {
                 "format": FORMAT,
                 "complete": False,

@@ -22,7 +22,7 @@ from jepa3d.data.cloud import (
     ReadError,
     Reservoir,
     as_attribute,
-    attribute_names,
+    attributes_in,
 )
 
 Names = tuple[str, ...]
@@ -91,7 +91,7 @@ class Table:
         at = {name: order.index(name) for name in order}
         cells = zip(order, row, strict=False)
         texts = {name for name, cell in cells if _number(cell) is None}
-        found = attribute_names(at.keys() - set(xyz) - texts)
+        found = attributes_in(at.keys() - set(xyz) - texts)
         self.attributes = {key: len(group) for key, group in found.items()}
         self.columns = [at[name] for name in chain(xyz, *found.values())]
         if max(self.columns[:3]) >= len(row):

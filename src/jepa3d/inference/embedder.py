@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from jepa3d.data.boundary import left_out
+from jepa3d.data.errors import left_out
 from jepa3d.data.parallel import isolated
 from jepa3d.inference import embedding
 from jepa3d.inference.clouds import Item, listed, spelled

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
+from jepa3d.data.errors import left_out
 from jepa3d.data.io import sampled
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64

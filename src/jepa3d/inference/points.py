@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.boundary import module
 from jepa3d.data.cloud import CHUNK
+from jepa3d.data.errors import io_module
 from jepa3d.data.io import chunks
 from jepa3d.data.ply import header_of
 from jepa3d.data.scans import las_records
@@ -44,7 +44,7 @@ def write_las(
     offset, and its coordinate system; its point format becomes the one with colours. Of other scans
     the scale is a millionth of the extent, at most 0.001 where that fits.
     """
-    laspy, done = module("laspy"), 0
+    laspy, done = io_module("laspy"), 0
     from_las = scan.suffix.lower() in (".las", ".laz")
     if from_las:
         with laspy.open(scan, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:

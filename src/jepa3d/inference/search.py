@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import SUFFIXES
 from jepa3d.inference import mapped
 from jepa3d.inference.clouds import Address, listed, show_left_out
@@ -270,7 +270,7 @@ def query_vectors(
             f"{query}: no such file; a query is a cloud or mesh ({' '.join(SUFFIXES)}), or a .npy of vectors"
         )
     if path.suffix == ".npy" and path.is_file():
-        with boundary(path):
+        with as_read_error(path):
             array = np.load(path, allow_pickle=False)
         if array.ndim and array.shape[-1] == making.embed_dim:
             return [query] * len(np.atleast_2d(array)), np.atleast_2d(array)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.errors import printable, shortened
 from jepa3d.data.io import sampled
 from jepa3d.inference.clouds import Item, item_at, listed, show_left_out
 from jepa3d.models.encoder import PointEncoder
