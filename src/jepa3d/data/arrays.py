@@ -110,7 +110,7 @@ def _headers(path: Path) -> Headers:
     found: Headers = {}
     wanted = {"mask"}.union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
-        for name in file:  # by its links: others than the wanted ones are not opened
+        for name in file:  # lists names only; other arrays are not opened
             found[name] = (), np.dtype("V")
             if name in wanted:
                 data = _dataset(file, name)
@@ -192,7 +192,7 @@ def _dataset(file: Any, name: str) -> Any:
     return place
 
 
-# --------------------------------------------------------------------------------- by what they are
+# -------------------------------------------------------------------------------------- by meaning
 
 
 def _known(headers: Headers) -> dict[str, str]:
@@ -254,12 +254,12 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # texts as h5py writes them by default, whose bytes are within the file's
+                # texts, whose bytes lie in the file: no size to check
                 if h5py.check_string_dtype(data.dtype) is None:
                     raise ReadError(f"{name} holds objects of any length, not numbers")
                 found[key] = data.asstr()[rows].astype(str)
                 continue
-            check_claim(path, data.nbytes, 1100)  # gzip's best is 1032
+            check_claim(path, data.nbytes, 1100)  # gzip packs at most 1032 times
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
             check_inflated(path, max(int(data.nbytes * share), chunk))
@@ -306,6 +306,6 @@ def npy_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
         found = f"found {_described(values)}"
         raise ReadError(f"expected an array of points [n, 3], {found}")
     for at in range(0, len(values), size):
-        # opened again, else all pages that were read once count as memory of this process
+        # opened again for each chunk, or all pages read so far would count as our memory
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         yield values[at : at + size, :3].astype(np.float64)

@@ -134,7 +134,7 @@ def _modelnet_hdf5(root: Path) -> Source:
     names, entries = _lines(root / "shape_names.txt", "ModelNet"), []
     for split in ("train", "test"):
         for line in _lines(root / f"{split}_files.txt", "ModelNet"):
-            # the list's own folders are those of its maker's machine
+            # the folders in the list are those of its author's machine
             path = root / Path(line).name
             if not path.is_file():
                 _missing("ModelNet", f"{split}_files.txt", path)

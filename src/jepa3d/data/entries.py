@@ -20,9 +20,9 @@ class Entry:
     read: Callable[[], PointCloud]
     label: str | None = None
     split: str | None = None  # train, test or val
-    up_axis: str | None = None  # where the layout's owner fixed one
-    name: str | None = None  # of the cloud, where its file has names
-    row: int | None = None  # in a file of many clouds, whose key ends in #row
+    up_axis: str | None = None  # of a published layout
+    name: str | None = None  # of the cloud, if its file has names
+    row: int | None = None  # in a file of many clouds; the key ends in #row
 
     @property
     def file(self) -> str:

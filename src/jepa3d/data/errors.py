@@ -24,7 +24,7 @@ _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIterat
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
 _PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
-# else it prints beside the one line of the error
+# or laspy would print more than the one line of the error
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 

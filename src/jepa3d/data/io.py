@@ -21,7 +21,8 @@ from jepa3d.data.meshes import read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
 from jepa3d.data.text import read_table, table_rows
 
-_MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or this many
+# A .gz may unpack to this many times its size, and always to this many bytes.
+_MAX_UNPACKED = 100, 1 << 26
 
 
 def read(
@@ -64,16 +65,16 @@ def _inflated(path: Path) -> Iterator[Path]:
     if path.suffix.lower() != ".gz":
         yield path
         return
-    most = max(_MOST_INFLATED[0] * path.stat().st_size, _MOST_INFLATED[1])
+    largest = max(_MAX_UNPACKED[0] * path.stat().st_size, _MAX_UNPACKED[1])
     with tempfile.TemporaryDirectory() as folder:
         file, total = Path(folder, "file" + suffix_of(path)), 0
         with gzip.open(path) as packed, file.open("wb") as out:
-            while some := packed.read(1 << 20):
-                total += len(some)
-                if total > most:
-                    what = f"more than {most:,} bytes, too many for its size"
+            while block := packed.read(1 << 20):
+                total += len(block)
+                if total > largest:
+                    what = f"more than {largest:,} bytes, too many for its size"
                     raise ReadError(f"holds {what}; unpack it to read it")
-                out.write(some)
+                out.write(block)
         yield file
 
 
@@ -154,7 +155,7 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# path, rows a chunk, whether with attributes -> chunks; None for a file that is read at once
+# (path, rows a chunk, whether with attributes) -> chunks, or None for a file to be read at once
 _IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] = {
     **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
