@@ -15,8 +15,8 @@ import torch
 
 from jepa3d.cli import main
 from jepa3d.data import archives
-from jepa3d.data.boundary import left_out, printable
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import left_out, printable
 from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Vectors
 from jepa3d.models.encoder import PointEncoder

@@ -15,8 +15,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from jepa3d.config import PretrainConfig
-from jepa3d.data.boundary import shortened
 from jepa3d.data.datasets import PointClouds
+from jepa3d.data.errors import shortened
 from jepa3d.evaluation.curve import Curve
 from jepa3d.evaluation.fitting import one_thread
 from jepa3d.evaluation.outcomes import METRICS

@@ -11,9 +11,9 @@ import numpy as np
 
 from jepa3d import figures
 from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
-from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
+from jepa3d.data.errors import as_read_error
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.probe import summary_table
@@ -202,7 +202,7 @@ def _classes(details: dict) -> str:
 def _predictions(run: Path) -> dict[str, np.ndarray]:
     """The arrays of RUN/predictions.npz. Raises ReadError where it is missing or damaged."""
     file = run / "predictions.npz"
-    with boundary(file), np.load(file, allow_pickle=False) as saved:
+    with as_read_error(file), np.load(file, allow_pickle=False) as saved:
         return {name: saved[name] for name in saved.files}
 
 

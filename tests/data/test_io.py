@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import enough_points, read
 
 BOX = trimesh.creation.box((1.0, 2.0, 4.0))
@@ -18,7 +18,7 @@ TETRAHEDRON = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 
 
 def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
-    with boundary(path):
+    with as_read_error(path):
         return enough_points(read(path), num_points, seed).points
 
 

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from jepa3d.data.boundary import line, printable
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import first_line, printable
 from jepa3d.data.io import refusal
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
-# bytes of the files in an archive: this many times its size, or this many
+# An archive may unpack to this many times its size, and always to this many bytes.
 _MOST = 100, 1 << 30
 
 
@@ -41,7 +41,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # what a killed command left there: the lock is ours
+    # left by a killed command, since the lock is held here
     for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
         shutil.rmtree(left)
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
@@ -54,7 +54,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
             else:
                 _untar(source, folder)
         except _DAMAGE as error:
-            what = f"damaged or refused archive ({line(error)})"
+            what = f"damaged or refused archive ({first_line(error)})"
             raise ReadError(f"{source}: {what}") from error
         yield folder
     finally:

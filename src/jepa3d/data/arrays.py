@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary, check_claim, module, printable
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import as_read_error, check_claim, io_module, printable
 from jepa3d.data.store import SPLITS
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
@@ -33,7 +33,7 @@ def clouds_in(path: Path) -> int | None:
     """The number of clouds in an array file; None for a file that is one cloud. Raises ReadError."""
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
-    with boundary(path):
+    with as_read_error(path):
         shapes = _array_shapes(path, path.stat().st_mtime_ns)
         return shapes["points"][0] if len(shapes["points"]) == 3 else None
 
@@ -43,13 +43,14 @@ def facts_in(path: Path) -> dict[str, list]:
 
     Only those that the file has. Raises ReadError.
     """
-    with boundary(path):
+    with as_read_error(path):
         headers = _headers(path)
         arrays = {key: name for key, name in _known(headers).items() if key in _FACTS}
         if path.suffix.lower() == ".npz":
             arrays |= {name: name for name in _FACTS[2:] if name in headers}
         count, facts, found = clouds_in(path), _read(path, arrays, slice(None)), {}
-        facts = {key: v[:, 0] if v.shape == (len(v), 1) else v for key, v in facts.items()}
+        for key, values in facts.items():
+            facts[key] = values[:, 0] if values.shape == (len(values), 1) else values
         if "label" in facts:
             names = [_text(name) for name in facts.get("class_names", ())]
             found["label"] = _classes(facts["label"], names, arrays["label"])
@@ -87,10 +88,7 @@ def _classes(values: np.ndarray, names: list[str], array: str) -> list[str | Non
     if names and (largest := numbers.max(initial=-1)) >= len(names):
         known = f"there are {len(names)} names"
         raise ReadError(f"label {largest} without class: {known}")
-    classes: list[str | None] = [names[n] if names else str(n) for n in numbers.tolist()]
-    for i in np.flatnonzero(numbers < 0):
-        classes[i] = None
-    return classes
+    return [None if n < 0 else names[n] if names else str(n) for n in numbers.tolist()]
 
 
 def _text(name: object) -> str:
@@ -111,8 +109,8 @@ def _headers(path: Path) -> Headers:
             return {"points": _npy_header(file)}
     found: Headers = {}
     wanted = {"mask"}.union(*_NAMES.values())
-    with module("h5py").File(path, "r") as file:
-        for name in file:  # by its links: others than the wanted ones are not opened
+    with io_module("h5py").File(path, "r") as file:
+        for name in file:  # lists names only; other arrays are not opened
             found[name] = (), np.dtype("V")
             if name in wanted:
                 data = _dataset(file, name)
@@ -174,7 +172,7 @@ def check_inflated(path: Path, claimed: int) -> None:
 
 def _dataset(file: Any, name: str) -> Any:
     """The data set of a name. Raises ReadError if it, or its values, lie in another file."""
-    h5py, place, left, steps = module("h5py"), file, [name], 0
+    h5py, place, left, steps = io_module("h5py"), file, [name], 0
     while left:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
@@ -194,7 +192,7 @@ def _dataset(file: Any, name: str) -> Any:
     return place
 
 
-# --------------------------------------------------------------------------------- by what they are
+# -------------------------------------------------------------------------------------- by meaning
 
 
 def _known(headers: Headers) -> dict[str, str]:
@@ -250,18 +248,18 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
     if path.suffix.lower() == ".npz":
         arrays = read_npz(path, set(names.values()))
         return {key: arrays[name] for key, name in names.items()}
-    h5py = module("h5py")
+    h5py = io_module("h5py")
     with h5py.File(path, "r") as file:
         found = {}
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # texts as h5py writes them by default, whose bytes are within the file's
+                # texts, whose bytes lie in the file: no size to check
                 if h5py.check_string_dtype(data.dtype) is None:
                     raise ReadError(f"{name} holds objects of any length, not numbers")
                 found[key] = data.asstr()[rows].astype(str)
                 continue
-            check_claim(path, data.nbytes, 1100)  # gzip's best is 1032
+            check_claim(path, data.nbytes, 1100)  # gzip packs at most 1032 times
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
             check_inflated(path, max(int(data.nbytes * share), chunk))
@@ -305,8 +303,9 @@ def npy_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
     """Chunks of the points of an NPY, float64 n 3, at most `size` at once. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
-        raise ReadError(f"expected points [n, 3], found {_described(values)}")
+        found = f"found {_described(values)}"
+        raise ReadError(f"expected an array of points [n, 3], {found}")
     for at in range(0, len(values), size):
-        # opened again, else all pages that were read once count as memory of this process
+        # opened again for each chunk, or all pages read so far would count as our memory
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         yield values[at : at + size, :3].astype(np.float64)

@@ -19,9 +19,9 @@ import numpy as np
 import yaml
 
 from jepa3d.data.arrays import array_rows
-from jepa3d.data.boundary import boundary
 from jepa3d.data.cloud import PointCloud, ReadError, to_parts
 from jepa3d.data.entries import Entry, Source, entries_of
+from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.data.text import read_table
@@ -78,7 +78,7 @@ def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
 
 def _lines(path: Path, owner: str) -> list[str]:
     """The non-empty lines of a benchmark's list. Raises ReadError if the list is missing."""
-    with boundary(path):
+    with as_read_error(path):
         if not path.is_file():
             _missing(owner, None, path)
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -126,7 +126,7 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
 
 
 def _table(names: tuple[str, ...], path: Path) -> PointCloud:
-    with boundary(path):
+    with as_read_error(path):
         return read_table(path, names=names)
 
 
@@ -134,7 +134,7 @@ def _modelnet_hdf5(root: Path) -> Source:
     names, entries = _lines(root / "shape_names.txt", "ModelNet"), []
     for split in ("train", "test"):
         for line in _lines(root / f"{split}_files.txt", "ModelNet"):
-            # the list's own folders are those of its maker's machine
+            # the folders in the list are those of its author's machine
             path = root / Path(line).name
             if not path.is_file():
                 _missing("ModelNet", f"{split}_files.txt", path)
@@ -183,7 +183,7 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
 
 def _masked(path: Path, row: int) -> PointCloud:
     """A cloud with part labels 1 for the object and 0 for its background (mask -1)."""
-    with boundary(path):
+    with as_read_error(path):
         cloud, (arrays, at) = read(path, row), array_rows(path, row)
         if "mask" not in arrays:
             return cloud
@@ -212,7 +212,7 @@ def _shapenetpart(root: Path) -> Source:
     for split in SPLITS:
         path = root / "train_test_split" / f"shuffled_{split}_file_list.json"
         if path.is_file():
-            with boundary(path):
+            with as_read_error(path):
                 names = json.loads(path.read_text())
                 splits |= {name.removeprefix("shape_data/"): split for name in names}
     entries = []
@@ -234,7 +234,7 @@ def _with_parts(first: int, count: int, path: Path) -> PointCloud:
     """A cloud with its part labels, which the file numbers from 1 to `count` in each category."""
     cloud = read(path)
     side = path.parents[1] / "points_label" / f"{path.stem}.seg"
-    with boundary(side):
+    with as_read_error(side):
         parts = to_parts(np.loadtxt(side, ndmin=1))
         if len(parts) != len(cloud):
             raise ReadError(f"{len(parts)} part labels for {len(cloud)} points")
@@ -278,7 +278,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 @lru_cache(maxsize=1)
 def _fold(path: Path, changed: int) -> dict[str, list]:
-    with boundary(path):
+    with as_read_error(path):
         try:
             fold = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
         except pickle.UnpicklingError as error:
@@ -291,7 +291,7 @@ def _fold(path: Path, changed: int) -> dict[str, list]:
 def fold_of(path: Path) -> Source:
     """One published few-shot fold (`5way_10shot/0.pkl`): train W * S items, test W * 20."""
     fold, entries = _fold(path, path.stat().st_mtime_ns), []
-    with boundary(path):
+    with as_read_error(path):
         for split in ("train", "test"):
             for i, item in enumerate(fold[split]):
                 label = str(int(np.ravel(item[1])[0]))
@@ -301,7 +301,7 @@ def fold_of(path: Path) -> Source:
 
 
 def _fold_item(path: Path, split: str, row: int) -> PointCloud:
-    with boundary(path):
+    with as_read_error(path):
         rows = np.asarray(_fold(path, path.stat().st_mtime_ns)[split][row][0])
         normals = rows[:, 3:6].astype(np.float32) if rows.shape[1] >= 6 else None
         return PointCloud.make(rows, normals=normals)

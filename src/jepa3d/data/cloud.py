@@ -10,20 +10,20 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-# kept of one file; of more, a uniform random part, so that memory is bounded
+# points kept of a file; of a larger one a uniform random part, so that memory is bounded
 MAX_POINTS = 1_000_000
 CHUNK = 200_000  # rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
-# what files of larger or unknown types write for it
+# what files write for it that have larger or unknown types
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
-# names of the columns, fields or properties of each attribute; the first ones found count
+# names that columns, fields or properties of an attribute may have; the first found are used
 ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
     "colors": (("r", "g", "b"), ("red", "green", "blue")),
     "parts": (("part",), ("label",), ("classification",), ("class",), ("segment",)),
 }
-# Rows of (x, y, z) giving the z-up frame of a source whose up axis is the key.
+# The rotation to z-up, as rows [3, 3], from each axis that may be up in a source.
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
     "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
@@ -52,10 +52,10 @@ class PointCloud:
     # N numbers of any type: part labels as the file has them; `to_parts` reads them
     parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # F 3 int64
-    total: int | None = None  # points in the file, where more than MAX_POINTS
-    # the axis that is up where the file's format says so: y in glTF
+    total: int | None = None  # points in the file, if more than MAX_POINTS
+    # the up axis, if the file's format defines one: y in glTF
     up: str | None = None
-    # points of the file that were left out, for they are NaN: where a sensor saw nothing
+    # points of the file that are NaN, where a sensor saw nothing, and were left out
     unseen: int = 0
 
     def __len__(self) -> int:
@@ -199,7 +199,7 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def attribute_names(known: Collection[str]) -> dict[str, tuple[str, ...]]:
+def attributes_in(known: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Which of these columns, fields or properties are the normals, colors and parts."""
     found: dict[str, tuple[str, ...]] = {}
     for key, groups in ATTRIBUTE_COLUMNS.items():
@@ -272,8 +272,8 @@ def filled(cloud: PointCloud, count: int) -> PointCloud:
     Raises ReadError for fewer than LEAST different points.
     """
     different = np.unique(cloud.points, axis=0, return_index=True)[1]
-    if len(different) < (least := min(LEAST, count)):
-        raise ReadError(too_few(len(cloud), len(different), least))
+    if len(different) < (needed := min(LEAST, count)):
+        raise ReadError(too_few(len(cloud), len(different), needed))
     cloud = reduce(cloud.take(different), len(different), "fps", 0)
     points, source = fill(cloud.points, count)
     return replace(cloud.take(source), points=points)

@@ -19,7 +19,7 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # whether the views that trained the package's encoder have it: `transforms.py::random_view`
+    # whether `transforms.py::random_view`, which trained the package's encoder, has it too
     trained: bool = True
 
 
@@ -110,7 +110,7 @@ def turn_up(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
 def turn_any(points: np.ndarray, _: float, rng: Generator) -> np.ndarray:
     """Turn by a uniformly drawn rotation."""
     turn, upper = np.linalg.qr(rng.standard_normal((3, 3)))
-    turn = turn * np.sign(np.diag(upper))  # else qr prefers some
+    turn = turn * np.sign(np.diag(upper))  # or some rotations would be more likely
     return points @ (turn * np.linalg.det(turn))
 
 

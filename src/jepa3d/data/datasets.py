@@ -24,17 +24,17 @@ class PointClouds:
     """Shapes in the standard form. `split` is 0 for train, 1 for test, 2 for val."""
 
     name: str
-    # sha256 of a store or a bundle's file, or of the points read from files or made
+    # sha256 of a store or of a bundle's file, else of the points
     fingerprint: str
     points: np.ndarray | StoredPoints  # n N 3 float32
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8
-    # n N int16, one label a point; only where `load` is asked for them
+    # n N int16, a label for each point, if `load` was asked for them
     parts: np.ndarray | StoredPoints | None = None
-    # names of the part labels, which count through all classes; () where they have none
+    # names of the part labels, which are numbered through all classes; () if they have none
     part_names: tuple[str, ...] = ()
-    # shapes that the source has of the split, where `load` was given a limit
+    # shapes in this part of the source, of which `load` may have read fewer (limit)
     available: int | None = None
 
     def __len__(self) -> int:
@@ -101,7 +101,10 @@ def load(
     for i, source in enumerate(sources):
         axis = axes[i % len(axes)]
         shapes = open_shapes(source, num_points, axis, labels_key, limit, raw, parts)
-        loaded.append(_loaded(shapes, num_points, split, limit, raw, parts))
+        rows, total = shapes.rows(split), shapes.total or len(shapes.split)
+        found = _loaded(shapes, rows[:limit], num_points, raw, parts)
+        available = round(len(rows) * total / len(shapes.split))
+        loaded.append(replace(found, available=available))
     if len(loaded) == 1:
         return loaded[0]
     digest = hashlib.sha256("".join(d.fingerprint for d in loaded).encode()).hexdigest()
@@ -112,11 +115,9 @@ def load(
 
 
 def _loaded(
-    shapes: Shapes, num_points: int, split: str, limit: int | None, raw: bool, parts: bool
+    shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> PointClouds:
-    """The shapes of one part of a source, in place or in memory."""
-    rows, total = shapes.rows(split), shapes.total or len(shapes.split)
-    available, rows = round(len(rows) * total / len(shapes.split)), rows[:limit]
+    """These shapes of a source, in place or in memory."""
     if (store := shapes.store) is not None:
         points, digest = StoredPoints(store, rows, num_points), store.fingerprint
         of_points = StoredPoints(store, rows, num_points, "parts") if parts else None
@@ -132,7 +133,6 @@ def _loaded(
         shapes.split[rows] if (shapes.split >= 0).any() else None,
         of_points,
         shapes.part_names if parts else (),
-        available,
     )
 
 
@@ -151,11 +151,12 @@ def _read(
         unseen += sum(shape.unseen for shape in found)
         if not shapes.fingerprint:
             digest.update(b"".join(shape.points.tobytes() for shape in found))
-        some = np.stack([shape.points for shape in found])
+        points = np.stack([shape.points for shape in found])
         labels = np.stack([np.asarray(s.parts) for s in found]) if parts else None
         if not raw:
-            some, labels = _standard(some, num_points, TO_Z_UP[found[0].up], labels)
-        clouds.append(some)
+            axes = TO_Z_UP[found[0].up]
+            points, labels = _standard(points, num_points, axes, labels)
+        clouds.append(points)
         of_points.append(labels)
     if unseen:
         what = "points that are NaN, where nothing was seen, were left out"
@@ -183,7 +184,7 @@ def _standard(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Clouds b N 3 in the standard form, b num_points 3, and the part labels of the chosen points."""
     points = points.astype(np.float64)
-    # before float32: map coordinates of millions keep their millimetres
+    # in float64, so that map coordinates of millions keep their millimetres
     points -= points.mean(1, keepdims=True)
     clouds = unit_sphere(torch.from_numpy(points.astype(np.float32) @ axes.T))
     if clouds.shape[1] > num_points:

@@ -9,6 +9,8 @@ from jepa3d.data.arrays import clouds_in, facts_in
 from jepa3d.data.cloud import PointCloud
 from jepa3d.data.io import read
 
+Columns = tuple[str, ...] | None  # as of `io.py::read`
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -18,9 +20,9 @@ class Entry:
     read: Callable[[], PointCloud]
     label: str | None = None
     split: str | None = None  # train, test or val
-    up_axis: str | None = None  # where the layout's owner fixed one
-    name: str | None = None  # of the cloud, where its file has names
-    row: int | None = None  # in a file of many clouds, whose key ends in #row
+    up_axis: str | None = None  # of a published layout
+    name: str | None = None  # of the cloud, if its file has names
+    row: int | None = None  # in a file of many clouds; the key ends in #row
 
     @property
     def file(self) -> str:
@@ -49,7 +51,7 @@ class Source:
 
 
 def entries_of(
-    path: Path, key: str, label: str | None, split: str | None, columns: tuple[str, ...] | None
+    path: Path, key: str, label: str | None, split: str | None, columns: Columns = None
 ) -> list[Entry]:
     """The clouds of one file. Labels and splits in an array file take the place of the given ones.
 
@@ -59,8 +61,9 @@ def entries_of(
     if count is None:
         return [Entry(key, partial(read, path, None, columns), label, split)]
     facts = facts_in(path)
-    labels, splits = facts.get("label", [label] * count), facts.get("split", [split] * count)
-    rows = zip(labels, splits, facts.get("names", [None] * count), strict=True)
+    given = {"label": label, "split": split, "names": None}
+    found = [facts.get(name, [value] * count) for name, value in given.items()]
+    rows = zip(*found, strict=True)
     return [
         Entry(f"{key}#{row}", partial(read, path, row), label, split, None, name, row)
         for row, (label, split, name) in enumerate(rows)

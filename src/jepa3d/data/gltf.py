@@ -17,11 +17,11 @@ from jepa3d.data.polygons import mesh, strip
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# vertices and corners of a scene, whose nodes may show one mesh many times
+# largest number of vertices and corners of a scene, which may show one mesh many times
 _MOST = 50_000_000
 # extensions that change shapes and are read
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")
-# Those that change none: how a surface looks, lights, notes.
+# extensions that change no shape: how a surface looks, lights, notes
 _LOOKS = re.compile(
     r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*"
 )
@@ -51,7 +51,7 @@ class _Scene:
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
                 raise ReadError(f"needs {name}, which is not read; save it without")
         self.nodes: list[dict] = self.json.get("nodes", [])
-        self.places: dict[int, np.ndarray] = {}  # of each node of the scene its matrix
+        self.places: dict[int, np.ndarray] = {}  # the matrix of each node of the scene
         self.hidden: set[int] = set()  # nodes of the scene that are not shown
         self.buffers: dict[int, bytes] = {}
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from jepa3d.data import scans
 from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
-from jepa3d.data.boundary import boundary, suffix_of
 from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, sample_surface
+from jepa3d.data.errors import as_read_error, suffix_of
 from jepa3d.data.gltf import read_gltf
 from jepa3d.data.meshes import read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
-from jepa3d.data.scans import las_rows, ptx_rows, read_bin, read_e57, read_las, read_pcd, read_ptx
 from jepa3d.data.text import read_table, table_rows
 
-_MOST_INFLATED = 100, 1 << 26  # bytes of a .gz: this many times its size, or this many
+# A .gz may unpack to this many times its size, and always to this many bytes.
+_MAX_UNPACKED = 100, 1 << 26
 
 
 def read(
@@ -38,7 +39,7 @@ def read(
         allowed = f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
         raise ReadError(f"{path}: {reason}{'' if suffix in _CONVERTED else allowed}")
     reader = _READERS[suffix]
-    with boundary(path), _inflated(path) as file:
+    with as_read_error(path), _inflated(path) as file:
         if file.stat().st_size == 0:
             raise ReadError("empty file")
         if suffix in ARRAY_SUFFIXES:
@@ -64,16 +65,16 @@ def _inflated(path: Path) -> Iterator[Path]:
     if path.suffix.lower() != ".gz":
         yield path
         return
-    most = max(_MOST_INFLATED[0] * path.stat().st_size, _MOST_INFLATED[1])
+    largest = max(_MAX_UNPACKED[0] * path.stat().st_size, _MAX_UNPACKED[1])
     with tempfile.TemporaryDirectory() as folder:
         file, total = Path(folder, "file" + suffix_of(path)), 0
         with gzip.open(path) as packed, file.open("wb") as out:
-            while some := packed.read(1 << 20):
-                total += len(some)
-                if total > most:
-                    what = f"more than {most:,} bytes, too many for its size"
+            while block := packed.read(1 << 20):
+                total += len(block)
+                if total > largest:
+                    what = f"more than {largest:,} bytes, too many for its size"
                     raise ReadError(f"holds {what}; unpack it to read it")
-                out.write(some)
+                out.write(block)
         yield file
 
 
@@ -85,12 +86,12 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
     coordinates and for meshes.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
-    with boundary(path):
+    with as_read_error(path):
         if path.stat().st_size == 0:
             raise ReadError("empty file")
         parts = (reader(path, CHUNK, False) if reader else None) or _at_once(path)
     while True:
-        with boundary(path):
+        with as_read_error(path):
             xyz = next(parts, None)
         if xyz is None:
             return tell(unseen)
@@ -147,20 +148,20 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".stl": read_stl,
     **dict.fromkeys((".glb", ".gltf"), read_gltf),
     **dict.fromkeys(_TABLES, read_table),
-    ".pcd": read_pcd,
-    **dict.fromkeys((".las", ".laz"), read_las),
-    ".e57": read_e57,
-    ".ptx": read_ptx,
-    ".bin": read_bin,
+    ".pcd": scans.read_pcd,
+    **dict.fromkeys((".las", ".laz"), scans.read_las),
+    ".e57": scans.read_e57,
+    ".ptx": scans.read_ptx,
+    ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# path, rows a chunk, whether with attributes -> chunks; None for a file that is read at once
+# (path, rows a chunk, whether with attributes) -> chunks, or None for a file to be read at once
 _IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] = {
-    **dict.fromkeys((".las", ".laz"), las_rows),
+    **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
     ".ply": ply_rows,
     ".npy": npy_rows,
-    ".ptx": ptx_rows,
+    ".ptx": scans.ptx_rows,
 }
 _TRIMESH = (
     "pip install trimesh pycollada lxml networkx; "

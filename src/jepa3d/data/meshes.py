@@ -9,7 +9,7 @@ from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 from jepa3d.data.polygons import Rows, mesh, runs, triangles, unix_lines, whole
 
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
-# normal, corners, attribute
+# normal, corners, attribute: fields f0, f1, f2
 _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
 _HEAD = 84  # bytes of a binary STL: a title of 80 and the number of triangles
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
@@ -32,9 +32,8 @@ def read_off(path: Path) -> PointCloud:
     first = num_vertices + 1  # row of the first face
     width = rows.counts[1:first].min(initial=99)
     if len(rows) < first + num_faces or width < 3:
-        return _off_of_any_lines(
-            rows.numbers()[0][min(rows.counts[0], 3) :], num_vertices, num_faces
-        )
+        values = rows.numbers()[0][min(rows.counts[0], 3) :]
+        return _any_lines(values, num_vertices, num_faces)
     values, at = rows.numbers(1, first)
     rows_of_3, after, colors = at[:, None] + np.arange(3), 6 if normal else 3, None
     vertices = values[rows_of_3]
@@ -49,7 +48,7 @@ def read_off(path: Path) -> PointCloud:
     return mesh(vertices, triangles(vertices, sizes, corners), colors=colors)
 
 
-def _off_of_any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
+def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
     """An OFF file without colours whose lines do not end where its rows do."""
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:
@@ -89,10 +88,11 @@ def read_obj(path: Path) -> PointCloud:
     vertices = values[at[:, None] + np.arange(3)]
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
-    faces = Rows(re.sub(rb"/\S*", b"", after(b"fo?")))  # of v/vt/vn the first
+    # only the first number of v/vt/vn
+    faces = Rows(re.sub(rb"/\S*", b"", after(b"fo?")))
     corners = whole(faces.numbers(integers=True)[0])
     above = np.ones_like(corners)
-    if (corners < 0).any():  # counted back from the vertices above the line
+    if (corners < 0).any():  # counted back from the last vertex above the line
         kinds = np.array(re.findall(rb"(?m)^[ \t]*(v|f)o?[ \t]", text))
         above = np.repeat(-np.cumsum(kinds == b"v")[kinds == b"f"], faces.counts)
     corners = corners - np.where(corners < 0, above, 1)

@@ -14,10 +14,10 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import progress
 
 CRASHED = "its parser crashed"
-# entries to as many results; picklable. A text says why an entry has none.
+# From entries to as many results; picklable. A result that is a text is an error.
 Work = Callable[[list], list]
 
 
@@ -32,18 +32,19 @@ def mapped(
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeRemainingColumn(), TextColumn("{task.fields[rate]}")]
-    with Progress(*columns, transient=True, disable=len(entries) < 20) as progress:
-        task = progress.add_task(doing, total=len(entries), rate="")
+    columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
+    columns += [progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
+    columns.append(progress.TextColumn("{task.fields[rate]}"))
+    with progress.Progress(*columns, transient=True, disable=len(entries) < 20) as bar:
+        task = bar.add_task(doing, total=len(entries), rate="")
         results = map(work, chunks)
         if workers > 1:
             results = isolated(chunks, work, workers, preload)
-        for some, found in zip(chunks, results, strict=True):
-            yield from zip(some, found, strict=True)
-            progress.advance(task, len(some))
-            done = progress.tasks[0]
-            progress.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
+        for part, found in zip(chunks, results, strict=True):
+            yield from zip(part, found, strict=True)
+            bar.advance(task, len(part))
+            done = bar.tasks[0]
+            bar.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
@@ -69,7 +70,7 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     def start(chunk: list) -> Future:
         try:
             return executor.submit(work, chunk)
-        # a chunk before it broke the pool just now; told when its turn comes
+        # an earlier chunk has just broken the pool, which is handled when its result is read
         except BrokenProcessPool as error:
             failed: Future = Future()
             failed.set_exception(error)
@@ -96,7 +97,7 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # after Ctrl-C they would finish what they have begun
+            process.terminate()  # or they would finish their chunks after Ctrl-C
 
 
 @contextmanager
@@ -105,7 +106,7 @@ def _interrupts_later() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # it would take SIGINT out of the mask
+    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -126,7 +127,7 @@ def _alone(executor: ProcessPoolExecutor, entry: Any, work: Work) -> Any:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

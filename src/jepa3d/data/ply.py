@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from jepa3d.data.boundary import check_claim
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import check_claim
 from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import attributes_of
 
@@ -19,7 +19,7 @@ _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
 _KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _LONGEST_HEADER = 1 << 24  # bytes
-# a value a row; or, of lists, their lengths and all their values
+# the value of each row or, for lists, the length of each and all values
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
@@ -167,7 +167,7 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
         ends = at + rows.counts[first:last]
         for p in element.properties:
             if p.length is not None and element.count and (at == ends).all():
-                continue  # Blender declared lists that it did not write
+                continue  # Blender declares lists that it does not write
             _check_rows(element, at < ends)
             if p.length is None:
                 columns[p.name], at = values[at], at + 1
@@ -193,8 +193,8 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
         smallest = sum((p.length or p.kind).itemsize for p in element.properties)
-        if element.count > (most := (len(data) - at) // smallest):
-            have = f"at most {most} of {element.count}"
+        if element.count > (fits := (len(data) - at) // smallest):
+            have = f"at most {fits} of {element.count}"
             raise ReadError(f"truncated: {have} of its {element.name} rows")
         first, end = _one_by_one(element, header.order, data, at, 1)
         lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
@@ -227,7 +227,7 @@ def _one_by_one(
 ) -> tuple[dict[str, Column], int]:
     """Columns of `count` binary rows with lists of any lengths, from byte `at` on, and their end."""
     byteorder: Literal["big", "little"] = "big" if order == ">" else "little"
-    # of each property: bytes of the length of a list, its sign, bytes of a value; lengths, values
+    # for each property: bytes of a list's length, its sign, bytes of a value, lengths, values
     plan = []
     for p in element.properties:
         number = p.length.itemsize if p.length else 0

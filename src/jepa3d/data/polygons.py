@@ -6,9 +6,9 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError
 
-# as older compilers of Windows write it
+# NaN as older compilers of Windows write it
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
-_MOST_CORNERS = 2000  # of a concave polygon: the time may grow with the cube
+_MOST_CORNERS = 2000  # of a concave polygon, whose time may grow with the cube
 
 
 def unix_lines(text: bytes) -> bytes:
@@ -29,12 +29,13 @@ class Rows:
         self.text = text = _NAN.sub(b"nan", text) if b"#" in text else text
         data = np.frombuffer(text, np.uint8)
         blank = np.concatenate([[True], data <= 32])
-        begins = np.flatnonzero(blank[:-1] > blank[1:])  # of each word
+        begins = np.flatnonzero(blank[:-1] > blank[1:])  # the first byte of each word
         self._words = np.append(begins, len(data))
         ends = np.searchsorted(begins, np.append(np.flatnonzero(data == 10), len(data)))
         counts = np.diff(ends, prepend=0)
         self.counts = counts[counts > 0]
-        self._first = np.append(0, np.cumsum(self.counts))  # word of each row
+        # the number of each row's first word
+        self._first = np.append(0, np.cumsum(self.counts))
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -140,7 +141,7 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
-    # counter-clockwise
+    # seen so that it runs counter-clockwise
     flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]
 
     def side(a, b, x, y):
@@ -149,7 +150,7 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # so many for a hostile polygon; a spiral needs 20 a corner
+    # a limit for hostile polygons; a spiral needs 20 tries a corner
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1

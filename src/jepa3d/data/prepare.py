@@ -44,21 +44,21 @@ Attribute = Literal["normals", "colors", "parts"]
 class Preparation:
     """Settings of a store. They are written to it, and it can only be continued with the same."""
 
-    points: int | None = 2048  # a cloud; None keeps all
+    points: int | None = 2048  # of each cloud; None keeps all
     reduce: Literal["fps", "random", "voxel"] = "fps"
     # what to do with a cloud of fewer points
     short: Literal["skip", "repeat"] = "repeat"
-    # of the files; None: as the benchmark or format has it, else z
+    # of the files; None for that of the benchmark or format, else z
     up_axis: Literal["x", "y", "z"] | None = None
-    unit: str | None = None  # of the files; only written down
-    # of folders, or a fraction for test, or a file that lists the test clouds
+    unit: str | None = None  # of the files; only noted
+    # by folder, or a fraction for test, or a file that lists the test clouds
     split: str = "folder"
     keep: tuple[Attribute, ...] = ()
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None
     columns: tuple[str, ...] | None = None
     seed: int = 0
-    keep_strays: bool = False  # of own files; those of a benchmark stay as published
+    keep_strays: bool = False  # benchmarks always keep theirs
 
 
 def prepare(
@@ -104,8 +104,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep_strays = options.keep_strays or not source.unpublished
     options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        hint = "--up-axis says otherwise"
-        print(f"axes are kept: taken as z-up, of glTF as y-up ({hint})")
+        print("axes are kept: z-up, in glTF y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         print(printable(note), flush=True)
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
@@ -146,7 +145,10 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
 # ---------------------------------------------------------------------------------------- one cloud
 
 
-def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+Arrays, Row = dict[str, np.ndarray], dict[str, Any]
+
+
+def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
 
     The row has further entries, which `_Report.add` counts and removes.
@@ -155,7 +157,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[dict[str, np.ndarray], 
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
     row = {"total": cloud.total, "unseen": cloud.unseen}
     row["content"] = hash64(cloud.points.tobytes() + faces)
-    # the same seed for all keys: equal files give equal clouds
+    # the seed does not depend on the key, so that equal files give equal clouds
     count, seed = options.points, options.seed
     if cloud.faces is not None:
         cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
@@ -206,12 +208,9 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
         raise ReadError(f"float16 moves its points by {share}: {reason}")
 
 
-Result = tuple[dict[str, np.ndarray], dict[str, Any]] | str
-
-
-def _convert_all(options: Preparation, entries: list[Entry]) -> list[Result]:
+def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
     """For each entry its arrays and row, or the text of its error."""
-    results: list[Result] = []
+    results: list[tuple | str] = []
     for entry in entries:
         try:
             results.append(convert(entry, options))
@@ -228,7 +227,7 @@ class _Report:
     """What became of the clouds of a source; printed, and written to report.json."""
 
     layout: str
-    points: int  # a cloud; 0 keeps all
+    points: int  # of each cloud; 0 keeps all
     notes: list[str]
     skipped: list[tuple[str, str]]  # key and reason
     taken: Counter[str] = field(default_factory=Counter)  # by suffix
@@ -236,7 +235,7 @@ class _Report:
     strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
     unseen: Counter[str] = field(default_factory=Counter)
 
-    def add(self, entry: Entry, row: dict[str, Any]) -> None:
+    def add(self, entry: Entry, row: Row) -> None:
         """Count a cloud, and remove from its row what is only counted."""
         self.taken[Path(entry.file).suffix or self.layout] += 1
         self.fewer += row.pop("count") < self.points

@@ -15,11 +15,11 @@ from jepa3d.data.synthetic import Rng, normalise, triangles_of, turn
 
 # chances of 1 to 9 parts, as published
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
-POINTS = 4096  # of a shape, of which an encoder sees farthest ones
-NOISE = 0.006  # largest standard deviation a coordinate, for a shape of radius 1
-# corners of an outline: triangles, squares, hexagons and octagons keep theirs
+POINTS = 4096  # of a shape, from which an encoder samples
+NOISE = 0.006  # largest standard deviation of a coordinate, for a shape of radius 1
+# points of an outline, a multiple of the corners of triangles to octagons
 SIDES = 24
-GRID = 48  # of directions, a side, in a view from one side
+GRID = 48  # cells along each side of a view
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
 # turns that bring z to z, to x and to y

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.boundary import check_claim, line, module
-from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, as_attribute, attribute_names
+from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, as_attribute, attributes_in
+from jepa3d.data.errors import check_claim, first_line, io_module
 from jepa3d.data.text import collected, coordinate_columns, parsed
 
 
@@ -21,7 +21,7 @@ def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
     """Normals, colors and parts among named columns, such as properties of PLY or fields of PCD."""
     found = {
         key: as_attribute(key, np.stack([columns[name] for name in names], 1))
-        for key, names in attribute_names(columns.keys()).items()
+        for key, names in attributes_in(columns.keys()).items()
     }
     # PCL's colours: the bytes b, g, r, a of one float or integer
     packed = columns.get("rgb", columns.get("rgba"))
@@ -49,21 +49,21 @@ def read_pcd(path: Path) -> PointCloud:
             if "DATA" in header:
                 break
         row, count = _pcd_row(header)
-        way, size = " ".join(header.get("DATA", ())).lower(), count * row.itemsize
+        encoding, size = " ".join(header.get("DATA", ())).lower(), count * row.itemsize
         data: Any
-        if way == "ascii":
+        if encoding == "ascii":
             columns = _pcd_ascii(file, above + 1, row, count)
-        elif way == "binary":
+        elif encoding == "binary":
             check_claim(path, file.tell() + size, 1)
             columns = _fields(np.frombuffer(file.read(size), row))
             more = file.read(row.itemsize)
-            if len(more) == row.itemsize and any(more):  # zeros are padding
+            if len(more) == row.itemsize and any(more):  # zeros only are padding
                 follows = f"more follows than the {count:,} points that its header says"
                 raise ReadError(f"damaged: {follows}")
-        elif way == "binary_compressed":  # all of a field, then all of the next
+        elif encoding == "binary_compressed":  # all of a field, then all of the next
             packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
-            check_claim(path, unpacked, 100)  # LZF's best is 88
-            content = module("lzf").decompress(file.read(packed), unpacked) or b""
+            check_claim(path, unpacked, 100)  # LZF packs at most 88 times
+            content = io_module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
                 found = f"{len(content):,} bytes of data, {size:,} are needed"
                 raise ReadError(f"truncated or damaged: {found}")
@@ -75,7 +75,7 @@ def read_pcd(path: Path) -> PointCloud:
             columns = _fields(data)
         else:
             known = "known are ascii, binary, binary_compressed"
-            raise ReadError(f"DATA {way or 'is missing'}: {known}")
+            raise ReadError(f"DATA {encoding or 'is missing'}: {known}")
     xyz = np.stack([columns[axis].astype(np.float64) for axis in "xyz"], 1)
     return PointCloud.make(xyz, **attributes_of(columns))
 
@@ -109,7 +109,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
         number, key = f"{kind.lower()}{size}", name.lower()
         if not re.fullmatch("[iu][1248]|f[248]", number):
             raise ReadError(f"field {name} is of unknown TYPE {kind} and SIZE {size}")
-        if name == "_" or key in fields:  # _: padding, any number of times
+        if name == "_" or key in fields:  # _ is padding and may be repeated
             key = f"_{i}"
         fields[key] = np.dtype((f"<{number}", () if repeat == "1" else (int(repeat),)))
     single = {name for name, kind in fields.items() if kind.shape == ()}
@@ -155,7 +155,7 @@ def _check_las(path: Path) -> None:
         start, minor, length = number(96, 4), number(25, 1), number(105, 2)
         check_claim(path, 54 * number(100, 4), 1)  # records of variable length
         if head[104] & 0x80:  # compressed
-            module("lazrs")
+            io_module("lazrs")
             file.seek(start)
             table = int.from_bytes(file.read(8), "little", signed=True)
             if table < 0:  # written as a stream: the offset is at the end
@@ -168,9 +168,9 @@ def _check_las(path: Path) -> None:
     end = path.stat().st_size
     waves = (minor > 2 and number(227, 8)) or end
     records = (minor > 3 and number(235, 8)) or end
-    held = (min(waves, records) - start) // max(1, length)
-    if held > (said := number(247, 8) if minor > 3 else number(107, 4)):
-        follows = f"its header says {said:,} points, but {held:,} follow"
+    found = (min(waves, records) - start) // max(1, length)
+    if found > (count := number(247, 8) if minor > 3 else number(107, 4)):
+        follows = f"its header says {count:,} points, but {found:,} follow"
         raise ReadError(f"damaged: {follows}")
 
 
@@ -179,25 +179,26 @@ def las_records(path: Path, size: int) -> Iterator[Any]:
 
     Raises ReadError, also if records are missing.
     """
-    laspy, seen = module("laspy"), 0
+    laspy, seen = io_module("laspy"), 0
     _check_las(path)
     try:
-        # one thread: of a damaged chunk table the parallel decompressor allocates what it claims,
-        # and aborts
+        # one thread: the parallel decompressor allocates what a damaged chunk table claims, and
+        # aborts
         lazrs = laspy.LazBackend.Lazrs
         with laspy.open(path, read_evlrs=False, laz_backend=lazrs) as file:
-            header, most = file.header, 5000 if file.header.are_points_compressed else 1
-            check_claim(path, header.point_count * header.point_format.size, most)
+            header = file.header
+            factor = 5000 if header.are_points_compressed else 1
+            check_claim(path, header.point_count * header.point_format.size, factor)
             for records in file.chunk_iterator(size):
                 seen += len(records)
                 yield records
     except laspy.errors.LaspyException as error:
-        raise ReadError(f"damaged or not a LAS file ({line(error)})") from error
+        raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
     except BaseException as error:
-        # of Rust, no Exception and not importable
+        # an error of Rust, which is no Exception and cannot be imported
         if type(error).__name__ != "PanicException":
             raise
-        raise ReadError(f"damaged or not a LAZ file ({line(error)})") from error
+        raise ReadError(f"damaged or not a LAZ file ({first_line(error)})") from error
     if seen < header.point_count:
         raise ReadError(f"truncated: {seen} of {header.point_count} points")
 
@@ -227,18 +228,18 @@ def read_las(path: Path) -> PointCloud:
 
 def read_e57(path: Path) -> PointCloud:
     """All scans of an E57 file, each placed by its pose, without points that are marked invalid."""
-    pye57 = module("pye57")
+    pye57 = io_module("pye57")
     try:
         file = pye57.E57(str(path))
         try:
             counts = [file.get_header(i).point_count for i in range(file.scan_count)]
-            check_claim(path, max(counts, default=0), 8)  # a bit each
+            check_claim(path, max(counts, default=0), 8)  # a point may take one bit
             filled = [i for i, count in enumerate(counts) if count]
             scans = [file.read_scan(i, ignore_missing_fields=True) for i in filled]
         finally:
             file.close()
     except pye57.libe57.E57Exception as error:
-        raise ReadError(f"damaged or not an E57 file ({line(error)})") from error
+        raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
         raise ReadError("no points" if counts else "no scans")
     names = [f"cartesian{axis}" for axis in "XYZ"]

@@ -14,8 +14,8 @@ import numpy as np
 
 from jepa3d.data import procedural, synthetic
 from jepa3d.data.arrays import clouds_in, npz_headers, read_npz
-from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import UNLABELLED, ReadError, check_cloud, to_parts
+from jepa3d.data.errors import as_read_error, printable
 from jepa3d.data.io import SUFFIXES, enough_points
 from jepa3d.data.sources import discover
 from jepa3d.data.store import SPLITS, Store
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
     points: np.ndarray  # N 3
     up: str  # the axis that is up
-    parts: np.ndarray | None = None  # N int16, where they are asked for
+    parts: np.ndarray | None = None  # N int16, if they are asked for
     unseen: int = 0  # points that are NaN and were left out
 
 
@@ -46,9 +46,9 @@ class Shapes:
     class_names: tuple[str, ...]
     split: np.ndarray  # n int8, index of SPLITS, -1 for none
     part_names: tuple[str, ...] = ()
-    fingerprint: str | None = None  # None: that of the points which are read
-    store: Store | None = None  # whose clouds are read in place when they are used
-    # shapes that may be read at once: they are in memory, with equal numbers of points
+    fingerprint: str | None = None  # None for a digest of the points
+    store: Store | None = None  # if clouds are read in place, when they are used
+    # shapes to read at once; more than 1 if they are in memory and have equal numbers of points
     batch: int = 1
     total: int | None = None  # shapes of the whole source, if these are not all
 
@@ -85,9 +85,8 @@ def open_shapes(
         return _bundle(path, num_points, up_axis, labels_key, parts)
     if path.exists() or procedural.count_of(path):
         return _files(path, num_points, up_axis, raw, parts)
-    allowed = "give synthetic, procedural:COUNT, a store, or files of"
-    allowed = f"{allowed} {', '.join(SUFFIXES)}"
-    raise ReadError(f"{source}: no such file or folder; {allowed}")
+    allowed = "synthetic, procedural:COUNT, a store, or files of " + ", ".join(SUFFIXES)
+    raise ReadError(f"{source}: no such file or folder; give {allowed}")
 
 
 def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> Shapes:
@@ -99,7 +98,7 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     total = int(count)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # a class comes every 21: none is left out
+    # classes repeat every 21 shapes, so that test has all of them
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 
@@ -124,7 +123,7 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     ordered = store.num_points and store.header["settings"]["reduce"] == "fps"
 
     def read(row: int) -> Shape:
-        with boundary(path):
+        with as_read_error(path):
             points = store.points(row)
             _check(points, num_points, f"{store.key(row)}: ")
             return Shape(points, "z", store.array("parts", row) if parts else None)
@@ -154,7 +153,7 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
 
     def read(i: int) -> Shape:
         key = entries[i].key
-        with boundary(path / key if path.is_dir() else path):
+        with as_read_error(path / key if path.is_dir() else path):
             seed = zlib.crc32(key.encode())
             cloud = enough_points(entries[i].read(), num_points, seed)
             if source.unpublished and not raw:
@@ -180,7 +179,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     arrays = _arrays(path)
     points = arrays["points"]
     for i, cloud in enumerate(points):
-        with boundary(path):
+        with as_read_error(path):
             _check(cloud, num_points, f"shape {i}: ")
     labels, names = _classes(arrays, key, path)
     split = arrays.get("split", np.full(len(points), -1))
@@ -207,7 +206,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a bundle, without those of Python objects and raw data. Raises ReadError."""
-    with boundary(path):
+    with as_read_error(path):
         headers = npz_headers(path)
         objects = {name for name, (_, kind) in headers.items() if kind.hasobject}
         names = headers.keys() - (objects - {"points"})
@@ -243,7 +242,7 @@ def _classes(
         labels = labels[:, 0]
     if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
         return labels, ()
-    if labels.min() < 0:  # as of a store: of all shapes or of none
+    if labels.min() < 0:  # as in a store, all shapes must have a label, or none has
         return none, ()
     stem = key.removeprefix("labels").strip("_") or "class"
     names = tuple(printable(str(name)) for name in arrays.get(f"{stem}_names", ()))
@@ -264,7 +263,7 @@ def _parts(arrays: dict[str, np.ndarray], path: Path) -> tuple[Any, tuple[str, .
         wanted = f"must be a whole number a point, {list(shape)}"
         found = f"found {parts.dtype} {list(parts.shape)}"
         raise ReadError(f"{path}: {key} {wanted}, {found}")
-    with boundary(path):
+    with as_read_error(path):
         parts = to_parts(parts)
         if empty := int((parts == UNLABELLED).all(1).sum()):
             reason = "all of theirs are -1 or the like"

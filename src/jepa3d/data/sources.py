@@ -10,15 +10,13 @@ from typing import NoReturn
 from jepa3d.data import procedural
 from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import benchmark_at, check_sizes, fold_of, meshes_of
-from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.entries import Entry, Source, entries_of
+from jepa3d.data.entries import Columns, Entry, Source, entries_of
+from jepa3d.data.errors import as_read_error, printable
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
 from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
-
-Columns = tuple[str, ...] | None  # as of `io.py::read`
 
 
 def discover(root: Path, variant: str | None = None, columns: Columns = None) -> Source:
@@ -90,13 +88,13 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
     folders = [Path(key).parts[:-1] for key in paths]
     places = classes_and_splits(folders, flat=bool(benchmarks))
     for (key, path), (name, split) in zip(paths.items(), places, strict=True):
-        label = name and printable(name)  # it goes into JSON, Parquet and pictures
+        label = name and printable(name)  # for JSON, Parquet and pictures
         try:
             entries += entries_of(path, key, label, split, columns)
         except ReadError as error:
             entries.append(Entry(key, partial(_refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
-        # the folder of an archive, with a benchmark in it
+        # the folder of an archive with one benchmark in it
         return replace(benchmarks[0], entries=entries, skipped=skipped)
     classes = {entry.label for entry in entries}
     if both := sorted(label for label in classes if label and split_of(label)):
@@ -116,13 +114,14 @@ def _no_cloud(path: Path, columns: Columns) -> str | None:
         return "a few-shot fold is prepared by itself"
     if reason := REFUSAL if is_archive(path) else refusal(path):
         return reason
-    if path.suffix.lower() == ".bin" and columns is None:  # or the buffer of a mesh
+    # a .bin may be the buffer of a mesh
+    if path.suffix.lower() == ".bin" and columns is None:
         return NO_COLUMNS
     if path.suffix.lower() == ".txt":
         try:
-            with boundary(path):
+            with as_read_error(path):
                 check_table(path)
-        except ReadError as error:  # a README is no damaged cloud
+        except ReadError as error:  # a README, say
             return str(error).removeprefix(f"{path}: ")
     return None
 

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry
+from jepa3d.data.errors import printable
 
 _NAMES = {
     "train": "train training",
     "test": "test testing",
     "val": "val valid validation validate dev eval",
 }
-# what the name of a folder, in lower case, says
+# the split that the name of a folder, in lower case, means
 SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
 # what may stand around such a name: 01_train, Test Set, train_data
 _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
@@ -39,7 +39,8 @@ def classes_and_splits(
     beside it; otherwise it is a class. The class is the first other folder that does not contain
     all files; flat: simply the first other folder.
     """
-    inside: dict[tuple[str, ...], set[str]] = defaultdict(set)  # folders in a folder
+    # the folders in each folder
+    inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for names in set(folders):
         for depth, name in enumerate(names):
             inside[names[:depth]].add(name)
@@ -47,7 +48,7 @@ def classes_and_splits(
     def splits_in(names: set[str]) -> set[str]:
         return {split for name in names if (split := split_of(name))}
 
-    levels: dict[int, set[str]] = defaultdict(set)  # folders of a depth
+    levels: dict[int, set[str]] = defaultdict(set)  # the folders of each depth
     for at, names in inside.items():
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
@@ -55,7 +56,7 @@ def classes_and_splits(
     def most_splits(depth: int) -> tuple[int, int]:
         return len(splits_in(levels[depth])), -depth
 
-    # Of several such levels (a class `test` in folders train and test) the one with most splits.
+    # of several such levels (a class `test` in folders train and test) the one with most splits
     level = max(all_named, key=most_splits, default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
@@ -116,8 +117,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
 def _with_test(entries: list[Entry], test: set[str]) -> list[Entry]:
     """All entries, those with these keys in test and the others in train."""
-    splits = ["test" if entry.key in test else "train" for entry in entries]
-    return [replace(entry, split=s) for entry, s in zip(entries, splits, strict=True)]
+    return [replace(e, split="test" if e.key in test else "train") for e in entries]
 
 
 def _listed(entries: list[Entry], path: Path) -> set[str]:

@@ -99,7 +99,7 @@ class Store:
         if not path.is_file() or path.stat().st_size < needed:
             what = f"{needed} bytes are needed for {len(self)} clouds"
             raise ReadError(f"{path}: missing or cut off: {what}")
-        # in memory: a mapped file that is cut off kills the process
+        # a small one into memory, since a mapped file that is cut off would kill the process
         if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
@@ -112,7 +112,7 @@ class Store:
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
         if index in self._open and size < self._bytes[index]:
-            # touching its pages would be a crash
+            # reading its pages would crash the process
             raise ReadError(f"{path}: is gone or was cut off while it was read")
         if (found := self._open.get(index)) is None:
             try:
@@ -120,7 +120,7 @@ class Store:
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
             self._open[index] = found
-            # the first one, so that two threads may share a store without a lock
+            # the oldest, so that two threads may share a store without a lock
             if len(self._open) > 64:
                 self._open.popitem(last=False)
         return found
@@ -242,7 +242,7 @@ class StoredPoints:
 
         An epoch reads shard after shard by it.
         """
-        if (np.diff(self.rows) < 0).any():  # in an order of its own
+        if (np.diff(self.rows) < 0).any():  # sorted in another way
             return np.array([len(self.rows)])
         counts = np.diff(np.searchsorted(self.rows, self.store.first))
         return counts[counts > 0]
@@ -270,7 +270,7 @@ class StoreWriter:
         if self._new:
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
             if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
-                raise ValueError(f"{path}: exists, is not a store; use another --out")
+                raise ValueError(f"{path}: is not a store; choose another --out")
             self.header: dict[str, Any] = {
                 "format": FORMAT,
                 "complete": False,
@@ -282,7 +282,7 @@ class StoreWriter:
             }
             self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
             path.mkdir(parents=True, exist_ok=True)
-            # From now on a store: it can be continued.
+            # from now on it is a store that can be continued
             write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
@@ -299,7 +299,7 @@ class StoreWriter:
             self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
             del store
         self._index.mkdir(exist_ok=True)
-        # points in the store and waiting
+        # points in the store, and those that wait to be written
         self._end = sum(shard["points"] for shard in self.header["shards"])
         known = dict.fromkeys([*self.header["class_names"], *class_names])
         self.header["class_names"] = list(known)
@@ -366,7 +366,7 @@ class StoreWriter:
             shards = [*header["shards"], shard | {"index_crc32": crc}]
             header = header | {"shards": shards}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
-        # only now, so that a commit that failed can be made again
+        # only now, so that a failed commit can be repeated
         self.header, self._size = header, sizes
         self._rows, self._clouds = {name: [] for name in COLUMNS}, []
         self._keys, self._bytes = [], 0

@@ -26,7 +26,7 @@ Rng = np.random.Generator
 Draw = Callable[[float, float], float]
 Range = tuple[float, float]
 Floats = Sequence | np.ndarray
-# of (part name, loft, loft, ...); a part without lofts is absent
+# tuples (part name, loft, loft, ...); a part without lofts is absent
 Parts = Iterator[tuple]
 
 _ANGLES = np.arange(16) * (np.pi / 8)

@@ -22,7 +22,7 @@ from jepa3d.data.cloud import (
     ReadError,
     Reservoir,
     as_attribute,
-    attribute_names,
+    attributes_in,
 )
 
 Names = tuple[str, ...]
@@ -83,7 +83,7 @@ class Table:
         self._header = ""
         self._find_numbers(path)
         row = _fields(self._first, self.mark)
-        if columns and len(columns) != 3:  # those of a .bin in the same folder
+        if columns and len(columns) != 3:  # for a .bin in the same folder
             columns = None
         names = names or self._names(row, columns)
         xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
@@ -91,7 +91,7 @@ class Table:
         at = {name: order.index(name) for name in order}
         cells = zip(order, row, strict=False)
         texts = {name for name, cell in cells if _number(cell) is None}
-        found = attribute_names(at.keys() - set(xyz) - texts)
+        found = attributes_in(at.keys() - set(xyz) - texts)
         self.attributes = {key: len(group) for key, group in found.items()}
         self.columns = [at[name] for name in chain(xyz, *found.values())]
         if max(self.columns[:3]) >= len(row):
@@ -221,7 +221,7 @@ class Table:
 
 def check_table(path: Path) -> None:
     """Raises ReadError for a file that is no table of numbers, such as a README."""
-    # without the names of its columns, which may be anything
+    # without looking at the names of its columns, which may be anything
     Table.__new__(Table)._find_numbers(path)
 
 
@@ -254,7 +254,7 @@ def delimiter_of(text: str) -> str | None:
         fields = [field.strip() for field in text.rstrip(mark).split(mark)]
         blank = any(not field or re.search(r"\d +[-+.\d]", field) for field in fields)
         if mark == "\t" and blank:
-            continue  # tabs as white space
+            continue  # tabs are used as white space
         decimal = r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+"
         if mark == "," and len(fields) >= 2 and re.fullmatch(decimal, text, re.I):
             return None  # decimal commas
@@ -308,8 +308,8 @@ def _one_by_one(
         row = _fields(line.partition(" #")[0], mark)
         damaged = f"damaged: line {number} is not a row"
         if len(row) <= (max(columns) if mark is None else max(columns[:3])):
-            least = f"of at least {max(columns) + 1} columns"
-            raise ReadError(f"{damaged} {least}: {text[:60]!r}")
+            needed = f"of at least {max(columns) + 1} columns"
+            raise ReadError(f"{damaged} {needed}: {text[:60]!r}")
         fields = [row[column] if column < len(row) else "" for column in columns]
         values = [_number(field) for field in fields]
         if None in values[:3]:

@@ -76,7 +76,7 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     cut = 2 * MAX_CUT * (draws[:, 6:7] - 0.5).clamp_min(0)
     edge = place.sort(1).values.gather(1, ((1 - cut) * (drawn - 1)).long())
     even = -torch.arange(drawn, device=points.device) / drawn
-    # Gumbel noise: the largest are a weighted draw
+    # Gumbel noise: the points with the largest values are a weighted draw
     chance = uniform(generator.stream("thin"), place.shape, points.device)
     chance = -(-chance.clamp_min(1e-9).log()).log()
     chance -= 3 * draws[:, 7:8] * (points @ along)[..., 0]

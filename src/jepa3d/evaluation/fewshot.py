@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jepa3d.data.boundary import boundary, printable
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds, load
+from jepa3d.data.errors import as_read_error, printable
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation.descriptors import cosine, unit_length
@@ -104,7 +104,7 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
 
     Raises ReadError for a damaged file and for episodes of other data.
     """
-    with boundary(path):
+    with as_read_error(path):
         record = read_checked(path)
         if record["fingerprint"] != fingerprint:
             raise ReadError(

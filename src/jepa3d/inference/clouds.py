@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.arrays import ARRAY_SUFFIXES
-from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.entries import Entry
+from jepa3d.data.errors import left_out
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import left_out
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64
 from jepa3d.inference import embedding

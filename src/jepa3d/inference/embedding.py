@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jepa3d.data.boundary import left_out, printable
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import left_out, printable
 from jepa3d.data.io import sampled
 from jepa3d.data.parallel import isolated
 from jepa3d.frame import Frame

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa3d.data.boundary import line
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import first_line
 from jepa3d.inference.hits import SLACK, Condition, Hit, rank
 from jepa3d.inference.vectors import Vectors, schema, spec_of, to_numpy
 
@@ -43,7 +43,7 @@ class VectorStore:
         try:
             self.table = _connect(path).open_table(_TABLE)
         except (ValueError, RuntimeError, OSError) as error:
-            wrong = f"not a store of jepa3d index ({line(error)})"
+            wrong = f"not a store of jepa3d index ({first_line(error)})"
             raise ReadError(f"{path}: {wrong}") from error
         wrong = "a LanceDB store, but not of jepa3d index"
         self.spec = spec_of(self.table.schema.metadata or {}, f"{path}: {wrong}")

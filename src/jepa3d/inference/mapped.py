@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor, from_dlpack
 
-from jepa3d.data.boundary import line
+from jepa3d.data.errors import first_line
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.locking import writing
 from jepa3d.plain import log
@@ -71,7 +71,7 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
         return _open(file, stamp)
     # A full disk, another process that writes it, or damaged vectors.
     except (OSError, ValueError, pa.ArrowException) as error:
-        log.warning(f"searching without {file.name}: {line(error)}")
+        log.warning(f"searching without {file.name}: {first_line(error)}")
         return None
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d.data.boundary import printable
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import printable
 from jepa3d.data.io import enough_points
 from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.figures import draw_contact_sheet, even_sample

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa3d.data.boundary import module
 from jepa3d.data.cloud import CHUNK
+from jepa3d.data.errors import io_module
 from jepa3d.data.io import chunks
 from jepa3d.data.ply import header_of
 from jepa3d.data.scans import las_records
@@ -60,7 +60,7 @@ def write_las(
     format becomes the one with colours. Of other scans, whose box is `low` to `high`, the scale is
     a millionth of the extent, at most 0.001 where that fits.
     """
-    laspy, done = module("laspy"), 0
+    laspy, done = io_module("laspy"), 0
     from_las = scan.suffix.lower() in (".las", ".laz")
     if from_las:
         header = _with_colors(laspy, scan)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from jepa3d.data.boundary import left_out
 from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.errors import left_out
 from jepa3d.data.ply import header_of
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.frame import Frame

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from jepa3d.data.boundary import boundary, left_out
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import as_read_error, left_out
 from jepa3d.data.io import SUFFIXES
 from jepa3d.inference import mapped
 from jepa3d.inference.clouds import Address
@@ -183,7 +183,7 @@ def query_vectors(
         kinds = f"a cloud or mesh ({' '.join(SUFFIXES)}), or a .npy of vectors"
         raise ReadError(f"{query}: no such file; a query is {kinds}")
     if path.suffix == ".npy" and path.is_file():
-        with boundary(path):
+        with as_read_error(path):
             array = np.load(path, allow_pickle=False)
         if array.ndim and array.shape[-1] == spec.embed_dim:
             return [str(query)] * len(np.atleast_2d(array)), np.atleast_2d(array)

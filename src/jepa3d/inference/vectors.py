@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from jepa3d.data.boundary import line
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.errors import first_line
 from jepa3d.inference.spec import EmbeddingSpec
 
 try:
@@ -141,7 +141,7 @@ def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise ReadError(f"{file}: {problem} ({line(error)})") from error
+        raise ReadError(f"{file}: {problem} ({first_line(error)})") from error
 
 
 def _count(file: Path) -> int:

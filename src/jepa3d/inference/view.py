@@ -18,8 +18,8 @@ import torch
 from sklearn.decomposition import PCA as Components
 from torch import Tensor
 
-from jepa3d.data.boundary import printable, shortened
 from jepa3d.data.cloud import TO_Z_UP, ReadError
+from jepa3d.data.errors import printable, shortened
 from jepa3d.inference.clouds import Item, find_clouds, item_at, log_left_out
 from jepa3d.inference.embedding import see
 from jepa3d.models.encoder import PointEncoder

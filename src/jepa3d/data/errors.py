@@ -24,12 +24,12 @@ _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIterat
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
 _PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
-# else it prints beside the one line of the error
+# or laspy would print more than the one line of the error
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
 @contextmanager
-def boundary(path: Path) -> Iterator[None]:
+def as_read_error(path: Path) -> Iterator[None]:
     """Turns every error that a parser raises in this block into a ReadError that names the file."""
     try:
         with warnings.catch_warnings():
@@ -40,16 +40,16 @@ def boundary(path: Path) -> Iterator[None]:
             raise
         raise ReadError(f"{path}: {printable(str(error))}") from error
     except OSError as error:
-        reason = line(error.strerror or error)
+        reason = first_line(error.strerror or error)
         raise ReadError(f"{path}: cannot be read ({reason})") from error
     except _PARSER_ERRORS as error:
         if str(error).startswith(f"{path}: "):
             raise ReadError(printable(str(error))) from error
         what = f"damaged or not a {suffix_of(path)[1:].upper()} file"
-        raise ReadError(f"{path}: {what} ({line(error)})") from error
+        raise ReadError(f"{path}: {what} ({first_line(error)})") from error
 
 
-def line(error: Any) -> str:
+def first_line(error: Any) -> str:
     """The first line of an error, printable and short."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return printable(text)[:200]
@@ -59,9 +59,9 @@ def left_out(name: str, reason: str) -> str:
     """The line that reports an unusable file; its path is not repeated if the reason begins with
     it.
     """
-    last = name.rsplit("/", 1)[-1]
-    names = "|".join(re.escape(file) for file in (last, last.rpartition("#")[0]) if file)
-    reason = re.sub(rf"^(?:.*?/)?(?:{names}): ", "", reason)
+    last = re.escape(name.rsplit("/", 1)[-1])
+    file = re.sub(r"\\#\d+$", "", last)
+    reason = re.sub(rf"^(?:.*?/)?(?:{last}|{file}): ", "", reason)
     return f"left out: {printable(name)}: {printable(reason)}"
 
 
@@ -84,7 +84,7 @@ def check_claim(path: Path, claimed: int, factor: int) -> None:
         raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
 
 
-def module(name: str) -> Any:
+def io_module(name: str) -> Any:
     """Import a parser of the `io` extra. Raises ReadError that says how to install it."""
     try:
         return importlib.import_module(name)
