@@ -30,8 +30,8 @@ Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"  # one for every 20 classes
 _DOTS = 4096  # of a cloud in a contact sheet
 _DPI = 110
-# Rows: to the right, up and towards the one who looks, from 30 degrees above and 60 to the left of
-# x.
+# Rows: directions to the right, up and towards the viewer, who is 30 degrees above the ground and
+# 60 degrees to the left of x.
 _FRONT_RIGHT = np.array(
     [[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]]
 )
@@ -57,8 +57,8 @@ def _colors(name: str, values: Any) -> np.ndarray:
 
 
 def _text(name: str) -> str:
-    """A name from data as matplotlib draws it: no formula between two $, not hidden from legends
-    for a leading _.
+    """A name from data, escaped for matplotlib: $ begins no formula, and a leading _ does not hide
+    it from the legend.
     """
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
@@ -220,9 +220,7 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
 
 
 def even_sample(points: np.ndarray) -> np.ndarray:
-    """At most as many of points N 3 as are drawn, from all of the cloud whatever the order in its
-    file.
-    """
+    """At most 4,096 of points N 3, drawn from the whole cloud whatever the order in its file."""
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 
 

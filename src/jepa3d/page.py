@@ -86,7 +86,7 @@ def note(text: str, kind: str = "note") -> str:
 
 
 def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
-    """What is to be seen first: a name, a value and a remark each."""
+    """Large figures for the top of a page: a name, a value and a remark each."""
     cells = (
         f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
         for name, value, remark in shown
@@ -95,7 +95,7 @@ def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """Names and their values, one below the other."""
+    """Names and their values, a line each."""
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(show(v))}</dd>' for k, v in values.items())}</dl>"
 
 
@@ -120,7 +120,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
-    """What `draw` writes to a file, a PNG, in the page itself."""
+    """The PNG that `draw` writes to a file, embedded in the page."""
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)
@@ -137,7 +137,7 @@ def section(title: str, *parts: str) -> str:
 
 
 def folded(title: str, part: str) -> str:
-    """HTML that is shown when it is asked for."""
+    """HTML that is hidden until it is unfolded."""
     return f"<details><summary>{escape(title)}</summary>{part}</details>"
 
 
