@@ -159,7 +159,8 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
     figure = _new(7.5, 4.5, layout="tight")
     axes = figure.subplots()
     for curve in curves:
-        minutes, accuracy, seeds = curve.minutes.mean(0), curve.accuracy.mean(0), len(curve.seeds)
+        minutes, accuracy = curve.minutes.mean(0), curve.accuracy.mean(0)
+        seeds = len(curve.seeds)
         (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{curve.name} ({seeds} seeds)")
         if seeds > 1:
             std = curve.accuracy.std(0, ddof=1)

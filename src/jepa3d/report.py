@@ -211,7 +211,8 @@ def _parts(run: Path, names: list[str]) -> str:
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
     rows = first[_spread(len(first), MOST_PARTS)]
-    points, truth, predicted = (saved[key][rows] for key in ("points", "parts", "predicted"))
+    keys = ("points", "parts", "predicted")
+    points, truth, predicted = (saved[key][rows] for key in keys)
     titles = [names[label] for label in labels[rows]]
     known = truth != UNLABELLED
     right = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
@@ -239,7 +240,8 @@ def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
         return note(f"Left out: {len(shapes.test)} test shapes are too few.")
     rows = _spread(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
-    before, after = (layer_features(model, some)[-1] for model in (start, network.encoder))
+    before = layer_features(start, some)[-1]
+    after = layer_features(network.encoder, some)[-1]
     names = details["class_names"]
     return picture(
         partial(figures.draw_tsne, before, after, shapes.y_test[rows], names),

@@ -66,7 +66,8 @@ def draw_episodes(
         raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
     labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
     train_rows, test_rows = (np.flatnonzero(clouds.split == i) for i in range(2))
-    train, test = (np.bincount(labels[rows], minlength=size) for rows in (train_rows, test_rows))
+    train = np.bincount(labels[train_rows], minlength=size)
+    test = np.bincount(labels[test_rows], minlength=size)
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
