@@ -63,9 +63,11 @@ def _text(name: str) -> str:
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _cloud_axes(figure: Any, rows: int, columns: int, at: int, reach: float, zoom: float) -> Any:
-    """The subplot number `at` for a cloud: no axes, equal units, `reach` in every direction."""
-    axes = figure.add_subplot(rows, columns, at, projection="3d")
+def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float) -> Any:
+    """A subplot for a cloud `at` (rows, columns, number): no axes, equal units, `reach` in every
+    direction.
+    """
+    axes = figure.add_subplot(*at, projection="3d")
     axes.set_axis_off()
     axes.set_box_aspect((1, 1, 1), zoom=zoom)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
@@ -95,12 +97,14 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
     for row, cloud in enumerate(points):
         tokens = [sample.context[row][sample.mask[row]], *sample.target[row]]
         for column, title in enumerate(titles):
-            axes = _cloud_axes(figure, shapes, columns, row * columns + column + 1, 0.7, 1.25)
+            at = shapes, columns, row * columns + column + 1
+            axes = _cloud_axes(figure, at, 0.7, 1.25)
             inside = torch.full((len(cloud),), column == 0)
             if column:
                 inside[grouped.index[row, tokens[column - 1]].flatten()] = True
             axes.scatter(*cloud[~inside].T, s=1, color="0.85", depthshade=False)
-            axes.scatter(*cloud[inside].T, s=3, color=colors[column], depthshade=column == 0)
+            style = {"color": colors[column], "depthshade": column == 0}
+            axes.scatter(*cloud[inside].T, s=3, **style)
             if row == 0:
                 axes.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 0.96, 0, 0)
@@ -269,7 +273,7 @@ def draw_parts(
         cloud /= np.linalg.norm(cloud, axis=1).max()
         present = np.unique([truth[i], predicted[i]])
         for side, (parts, name) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
-            axes = _cloud_axes(figure, rows, 2 * pairs, 2 * i + side + 1, 0.75, 1.3)
+            axes = _cloud_axes(figure, (rows, 2 * pairs, 2 * i + side + 1), 0.75, 1.3)
             colors = _colors("tab10", np.searchsorted(present, parts) % 10)
             axes.scatter(*cloud.T, s=2, c=colors, depthshade=False)
             words = name if side else f"{_text(title[-20:])}, {name}"

@@ -17,7 +17,7 @@ from jepa3d.data.datasets import load
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.probe import summary_table
-from jepa3d.info import run_facts
+from jepa3d.info import listed, run_facts
 from jepa3d.models.ready import load_network
 from jepa3d.models.teacher import load_module
 from jepa3d.page import (
@@ -88,11 +88,8 @@ def report(
         ]
         parts += [_blocks(config, data), _departures(record)]
     versions = record["versions"] | {"python": record["python"]}
-    about = run_facts(run) | {
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": record["commit"],
-        "machine": record["machine"],
-    }
+    about = run_facts(run) | {"versions": listed(versions)}
+    about |= {key: record[key] for key in ("commit", "machine")}
     parts += [section("Provenance", facts(about)), _settings(config, record)]
     html = page(folder.resolve().name, record["status"], KINDS[kind], parts)
     write_bytes(out, html.encode())
