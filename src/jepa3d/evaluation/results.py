@@ -118,7 +118,7 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
         below = list(_below(path, unfinished))
         if not below:
             listed = ", ".join(map(str, unfinished))
-            others = f"; unfinished, go on with --resume: {listed}" * bool(unfinished)
+            others = f"; unfinished: {listed}; go on with --resume" * bool(unfinished)
             raise ValueError(
                 f"{path}: no results.json of classify, segment or fewshot in or below it{others}"
             )
