@@ -139,7 +139,7 @@ def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
     python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
     (wheel,) = tmp_path.glob(f"jepa3d-{VERSION}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    data = {"weights/model.safetensors", "evaluation/published.yaml"}
+    data = {"weights/model.safetensors", "evaluation/published.yaml", "page.css"}
     assert {f"jepa3d/{name}" for name in ("py.typed", "__main__.py", *data)} <= set(names)
     assert all(name.startswith(("jepa3d/", f"jepa3d-{VERSION}.dist-info/")) for name in names)
     target = tmp_path / "installed"

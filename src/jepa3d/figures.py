@@ -30,8 +30,8 @@ Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"  # one for every 20 classes
 _DOTS = 4096  # of a cloud in a contact sheet
 _DPI = 110
-# Rows: to the right, up and towards the one who looks, from 30 degrees above and 60 to the left of
-# x.
+# Rows: directions to the right, up and towards the viewer, who is 30 degrees above the ground and
+# 60 degrees to the left of x.
 _FRONT_RIGHT = np.array(
     [[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]]
 )
@@ -57,15 +57,17 @@ def _colors(name: str, values: Any) -> np.ndarray:
 
 
 def _text(name: str) -> str:
-    """A name from data as matplotlib draws it: no formula between two $, not hidden from legends
-    for a leading _.
+    """A name from data, escaped for matplotlib: $ begins no formula, and a leading _ does not hide
+    it from the legend.
     """
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
-def _cloud_axes(figure: Any, rows: int, columns: int, at: int, reach: float, zoom: float) -> Any:
-    """The subplot number `at` for a cloud: no axes, equal units, `reach` in every direction."""
-    axes = figure.add_subplot(rows, columns, at, projection="3d")
+def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float) -> Any:
+    """A subplot for a cloud `at` (rows, columns, number): no axes, equal units, `reach` in every
+    direction.
+    """
+    axes = figure.add_subplot(*at, projection="3d")
     axes.set_axis_off()
     axes.set_box_aspect((1, 1, 1), zoom=zoom)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
@@ -95,12 +97,14 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
     for row, cloud in enumerate(points):
         tokens = [sample.context[row][sample.mask[row]], *sample.target[row]]
         for column, title in enumerate(titles):
-            axes = _cloud_axes(figure, shapes, columns, row * columns + column + 1, 0.7, 1.25)
+            at = shapes, columns, row * columns + column + 1
+            axes = _cloud_axes(figure, at, 0.7, 1.25)
             inside = torch.full((len(cloud),), column == 0)
             if column:
                 inside[grouped.index[row, tokens[column - 1]].flatten()] = True
             axes.scatter(*cloud[~inside].T, s=1, color="0.85", depthshade=False)
-            axes.scatter(*cloud[inside].T, s=3, color=colors[column], depthshade=column == 0)
+            style = {"color": colors[column], "depthshade": column == 0}
+            axes.scatter(*cloud[inside].T, s=3, **style)
             if row == 0:
                 axes.set_title(title, fontsize=9)
     figure.subplots_adjust(0, 0, 1, 0.96, 0, 0)
@@ -159,7 +163,8 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
     figure = _new(7.5, 4.5, layout="tight")
     axes = figure.subplots()
     for curve in curves:
-        minutes, accuracy, seeds = curve.minutes.mean(0), curve.accuracy.mean(0), len(curve.seeds)
+        minutes, accuracy = curve.minutes.mean(0), curve.accuracy.mean(0)
+        seeds = len(curve.seeds)
         (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{curve.name} ({seeds} seeds)")
         if seeds > 1:
             std = curve.accuracy.std(0, ddof=1)
@@ -220,9 +225,7 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
 
 
 def even_sample(points: np.ndarray) -> np.ndarray:
-    """At most as many of points N 3 as are drawn, from all of the cloud whatever the order in its
-    file.
-    """
+    """At most 4,096 of points N 3, drawn from the whole cloud whatever the order in its file."""
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 
 
@@ -270,7 +273,7 @@ def draw_parts(
         cloud /= np.linalg.norm(cloud, axis=1).max()
         present = np.unique([truth[i], predicted[i]])
         for side, (parts, name) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
-            axes = _cloud_axes(figure, rows, 2 * pairs, 2 * i + side + 1, 0.75, 1.3)
+            axes = _cloud_axes(figure, (rows, 2 * pairs, 2 * i + side + 1), 0.75, 1.3)
             colors = _colors("tab10", np.searchsorted(present, parts) % 10)
             axes.scatter(*cloud.T, s=2, c=colors, depthshade=False)
             words = name if side else f"{_text(title[-20:])}, {name}"

@@ -1,7 +1,7 @@
 """`jepa3d info`: what a run, a source of shapes or this installation is, in plain lines."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,14 @@ def describe(
             _draw(clouds.points.__getitem__, labels, clouds.class_names, str, picture)
 
 
+def listed(values: Mapping[str, Any]) -> str:
+    """Names and their values in one line, such as "train 32, test 16"."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _installation() -> None:
     about = provenance()
-    print(", ".join(f"{name} {value}" for name, value in about["versions"].items()))
+    print(listed(about["versions"]))
     print(f"python {about['python']}, {about['machine']}, device {default_device()}")
     for module, use in (
         ("torch_quickfps", "compiled sampling (extra: fast)"),
@@ -87,15 +92,13 @@ def run_facts(run: Run) -> dict[str, Any]:
     if "task" in config:
         found["begins with"] = config["init"] or "random weights"
     if sizes := record.get("parameters"):
-        found["parameters"] = ", ".join(
-            f"{key} {count / 1e6:.2f} M" for key, count in sizes.items()
-        )
+        found["parameters"] = listed({key: f"{n / 1e6:.2f} M" for key, n in sizes.items()})
     if backbone := record.get("backbone"):
         text = f"{backbone['name']}, sha256 {backbone['sha256'][:16]}"
         found["image transformer, not in the run"] = text
     if engine := run.engine:
         device = f" on {engine['device']}" if "device" in engine else ""
-        found["computed in"] = named(engine["mixed_precision"], engine["compile"]) + device
+        found["computed in"] = f"{named(engine['mixed_precision'], engine['compile'])}{device}"
     spent = [
         f"{cost[key] / divisor:{form}} {words}"
         for key, (divisor, form, words) in _UNITS.items()
@@ -131,13 +134,14 @@ def _network(folder: Path) -> None:
         f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them"
     )
     if not isinstance(network, PointEncoder):
-        print(printable(f"{len(network.class_names)} classes: {', '.join(network.class_names)}"))
+        names = network.class_names
+        print(printable(f"{len(names)} classes: {', '.join(names)}"))
 
 
 def _counts(numbers: np.ndarray, names: Sequence[str]) -> str:
-    """How many there are of each name, such as "train 32, test 16"."""
+    """How many of the numbers stand for each name, in one line."""
     found = zip(names, np.bincount(numbers, minlength=len(names)), strict=True)
-    return ", ".join(f"{printable(name)} {count:,}" for name, count in found)
+    return listed({printable(name): f"{count:,}" for name, count in found})
 
 
 def _shapes(clouds: PointClouds) -> None:
@@ -162,22 +166,23 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
         f"{store.path}: {len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB, "
         f"sha256 {store.fingerprint}{state}"
     )
-    chosen = {name: value for name, value in header["settings"].items() if value not in (None, [])}
-    print("prepared with " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+    settings = header["settings"]
+    chosen = {name: value for name, value in settings.items() if value not in (None, [])}
+    print(f"prepared with {listed(chosen)}")
     if not len(store):
         return
     counts = np.diff(columns["end"], prepend=0)
     if not store.num_points:
         span = f"{counts.min():,} to {counts.max():,}"
         print(f"points a cloud: {span}, median {int(np.median(counts)):,}")
-    radius, unit = columns["frame"][:, 3], header["settings"]["unit"] or "units of the files"
+    radius, unit = columns["frame"][:, 3], settings["unit"] or "units of the files"
     span = f"{radius.min():.4g} to {radius.max():.4g}"
     print(f"radius: {span}, median {np.median(radius):.4g} {unit}")
     print(f"up axis of the files, turned to z here: {_counts(columns['up'], 'xyz')}")
-    first, again = np.unique(columns["content"], return_index=True, return_counts=True)[1:]
-    if again.max() > 1:
-        key = printable(store.key(int(first[np.argmax(again > 1)])))
-        print(f"duplicates: {int((again - 1).sum()):,} clouds repeat another, such as {key}")
+    _, first, count = np.unique(columns["content"], return_index=True, return_counts=True)
+    if count.max() > 1:
+        key = printable(store.key(int(first[np.argmax(count > 1)])))
+        print(f"duplicates: {(count - 1).sum():,} clouds repeat another, such as {key}")
     _classes(store)
     if verify:
         store.verify()
@@ -189,7 +194,7 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
 
 def _classes(store: Store) -> None:
     """Print a table of clouds by class and split."""
-    labels, split = np.asarray(store.columns["label"]), np.asarray(store.columns["split"])
+    labels, split = (np.asarray(store.columns[name]) for name in ("label", "split"))
     names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
     cells = np.zeros((len(names), len(parts)), np.int64)
     np.add.at(cells, (labels, split), 1)  # -1 is the last

@@ -17,7 +17,7 @@ from jepa3d.data.errors import as_read_error
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.probe import summary_table
-from jepa3d.info import run_facts
+from jepa3d.info import listed, run_facts
 from jepa3d.models.ready import load_network
 from jepa3d.models.teacher import load_module
 from jepa3d.page import (
@@ -88,11 +88,8 @@ def report(
         ]
         parts += [_blocks(config, data), _departures(record)]
     versions = record["versions"] | {"python": record["python"]}
-    about = run_facts(run) | {
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": record["commit"],
-        "machine": record["machine"],
-    }
+    about = run_facts(run) | {"versions": listed(versions)}
+    about |= {key: record[key] for key in ("commit", "machine")}
     parts += [section("Provenance", facts(about)), _settings(config, record)]
     html = page(folder.resolve().name, record["status"], KINDS[kind], parts)
     write_bytes(out, html.encode())
@@ -211,7 +208,8 @@ def _parts(run: Path, names: list[str]) -> str:
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
     rows = first[_spread(len(first), MOST_PARTS)]
-    points, truth, predicted = (saved[key][rows] for key in ("points", "parts", "predicted"))
+    keys = ("points", "parts", "predicted")
+    points, truth, predicted = (saved[key][rows] for key in keys)
     titles = [names[label] for label in labels[rows]]
     known = truth != UNLABELLED
     right = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
@@ -239,7 +237,8 @@ def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
         return note(f"Left out: {len(shapes.test)} test shapes are too few.")
     rows = _spread(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
-    before, after = (layer_features(model, some)[-1] for model in (start, network.encoder))
+    before = layer_features(start, some)[-1]
+    after = layer_features(network.encoder, some)[-1]
     names = details["class_names"]
     return picture(
         partial(figures.draw_tsne, before, after, shapes.y_test[rows], names),

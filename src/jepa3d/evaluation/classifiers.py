@@ -114,7 +114,8 @@ def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
     The strength of regularisation is chosen by the same folds, so the estimate is a little too
     good. None where a class has one vector only: then nothing can be chosen either.
     """
-    folds, c, accuracy = min(5, int(np.unique(y, return_counts=True)[1].min())), _CS[2], None
+    folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
+    c, accuracy = _CS[2], None
     with one_thread():
         if folds > 1:
             jobs = [(x, y, c, folds) for c in _CS]

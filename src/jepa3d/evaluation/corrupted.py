@@ -107,7 +107,8 @@ def _classify(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> Score:
 def sheet(result: dict[str, Any]) -> Sheet:
     """The table of a result: a row a kind, a column a vector, means over severities."""
     data, rows = result["data"], result["corruptions"]
-    how, figures = "searched among the clean shapes, without their own", "nearest right / mAP"
+    how = "searched among the clean shapes, without their own"
+    figures = "nearest right / mAP"
     if result["task"] == "probe":
         figures = "10 labels a class / kNN"
         how = (

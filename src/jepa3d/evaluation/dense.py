@@ -36,7 +36,8 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-_POINTS, _MOST_POINTS = 256, 2**17  # that a shape gives to a fit, and that all shapes together give
+_POINTS = 256  # that a train shape gives to a fit, fewer where all shapes together
+_MOST_POINTS = 2**17  # would give more than this
 _BATCH = 16
 
 # Features B Q E of points B Q 3 of clouds B N 3, both as the encoder sees them.
@@ -69,7 +70,8 @@ def probe_parts(
             held = train.subset(spared)
         assert test.parts is not None
         assert held.parts is not None
-        truth, held_truth, held_labels = test.parts[:], held.parts[:], np.asarray(held.labels)
+        truth, held_truth = test.parts[:], held.parts[:]
+        held_labels = np.asarray(held.labels)
         parts_of = [np.array(parts) for parts in shapes.parts_of]
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
@@ -83,14 +85,16 @@ def probe_parts(
                 for predicted in _predict(tried, features, encoder, held)
             ]
             c = _C_GRID[int(np.argmax(miou))]
-            (predicted,) = _predict([_classifiers(c, x, y, shapes.y)], features, encoder, test)
+            best = [_classifiers(c, x, y, shapes.y)]
+            (predicted,) = _predict(best, features, encoder, test)
             scored = predicted, truth, shapes.y_test, parts_of
             iou[name] = shape_iou(*scored)
-            found[name] = {"C": c, "channels": x.shape[-1]} | mean_iou(*scored, shapes.class_names)
-        about = {"name": shapes.name, "fingerprint": shapes.fingerprint, "labels": labels_key}
-        about |= {"part": part, "train": len(train), "test": len(test)}
-        record = {"task": "parts", "data": about | {"categories": len(shapes.class_names)}}
-        record["points"] = _points_a_shape(len(train))
+            found[name] = {"C": c, "channels": x.shape[-1]}
+            found[name] |= mean_iou(*scored, shapes.class_names)
+        about = {"name": shapes.name, "fingerprint": shapes.fingerprint}
+        about |= {"labels": labels_key, "part": part, "train": len(train), "test": len(test)}
+        about |= {"categories": len(shapes.class_names)}
+        record = {"task": "parts", "data": about, "points": _points_a_shape(len(train))}
     for name, gain in compared(iou).items():
         found[name] |= gain
     return record | {"results": found} | provenance()

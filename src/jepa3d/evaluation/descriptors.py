@@ -24,8 +24,8 @@ class Descriptor(NamedTuple):
 
 
 def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
-    """Shape histograms, and pooled geometry of the encoder's patches, standardised by clouds
-    `train` m N 3.
+    """Shape histograms, and pooled geometry of the encoder's patches, standardised by prepared
+    clouds `train` m N 3.
 
     train: never the clouds that are searched, unless those are searched to choose by.
     """
@@ -101,7 +101,9 @@ def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Shares B 64 of values B n in [0, 1], or moved there, in each of 64 equal bins; double."""
+    """The share of values B n in each of 64 equal bins of [0, 1], B 64 double; values outside count
+    in the nearest bin.
+    """
     bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
     counts = bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS)
     return counts.double() / values.shape[1]

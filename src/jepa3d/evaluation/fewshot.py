@@ -57,16 +57,17 @@ def draw_episodes(
     replacement.
 
     Episode i depends on the data, seed, ways, shots, queries and i alone, not on how many are
-    drawn. Classes are drawn among those that have enough shapes in both parts. `queries` is never
-    cut down silently: every class counts alike, and accuracy is then also the mean over classes.
-    Raises ValueError, and says with how many queries it would do.
+    drawn. Classes are drawn among those that have enough shapes in both parts. All have `queries`
+    test shapes, so accuracy is also the mean over classes. Raises ValueError where too few classes
+    have enough, with the number of queries that would do.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
         raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
     labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
     train_rows, test_rows = (np.flatnonzero(clouds.split == i) for i in range(2))
-    train, test = (np.bincount(labels[rows], minlength=size) for rows in (train_rows, test_rows))
+    train = np.bincount(labels[train_rows], minlength=size)
+    test = np.bincount(labels[test_rows], minlength=size)
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
@@ -119,7 +120,7 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
     """Train (support) and test (query) parts of an episode, labels 0 to W - 1.
 
-    Raises ValueError as `_numbers`.
+    Raises ValueError for an episode of other data.
     """
     known = clouds.class_names
     names = tuple(known[number] for number in episode.classes if number < len(known))
@@ -132,7 +133,7 @@ def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
 
 
 def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each row as its place in `classes`. Raises ValueError for an episode of other
+    """The class of each row, as an index into `classes`. Raises ValueError for an episode of other
     data.
     """
     labels = np.empty(0) if clouds.labels is None else clouds.labels
@@ -227,7 +228,7 @@ def run_frozen(
 
 
 def run_frozen_folds(model: PointEncoder | DVAE, folds: list[Fold], method: str) -> list[float]:
-    """`run_frozen` of folds that are train and test parts, the published."""
+    """As `run_frozen`, of the published folds, each encoded by itself."""
     scores = []
     for train, test in folds:
         x, x_test = (layer_features(model, part)[-1] for part in (train, test))

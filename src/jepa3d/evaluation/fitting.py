@@ -1,4 +1,4 @@
-"""How classifiers are fitted: each on one thread, many of them side by side on all cores."""
+"""Fitting classifiers: each on one thread, many of them side by side on all cores."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -31,14 +31,13 @@ def _libraries() -> ThreadpoolController:
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
-    """`fit(*job)` of every job, in order; in processes, one a core, where `numbers` (those read in
-    all) is large.
+    """`fit(*job)` of every job, in order; in processes, one a core, if many numbers are read.
 
-    fit: a function of a module, its result anything but a text.
+    fit: a function of a module that never returns a text. numbers: how many all fits read.
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     found = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A text says that a process died, say for lack of memory: here there is one fit at a time.
+    # A text says that a process died, perhaps for lack of memory: fit alone, in this process.
     return [fit(*job) if isinstance(result, str) else result for job, result in found]
 
 

@@ -63,10 +63,11 @@ class Labelled:
         Raises ReadError where labels, part labels or a test part are missing.
         """
         clouds = load([data], num_points, "all", [up_axis], labels_key, parts=parts)
-        report = Path(data) / "report.json"
-        layout = json.loads(report.read_text()).get("layout") if report.is_file() else None
-        read_with = [clouds.fingerprint, labels_key, up_axis, num_points, part]
-        key = hashlib.sha256(repr([*read_with, FRAME, version("jepa3d")]).encode()).hexdigest()
+        report, layout = Path(data) / "report.json", None
+        if report.is_file():
+            layout = json.loads(report.read_text()).get("layout")
+        known = [clouds.fingerprint, labels_key, up_axis, num_points, part, FRAME]
+        key = hashlib.sha256(repr([*known, version("jepa3d")]).encode()).hexdigest()
         return replace(Labelled.of(clouds, part), layout=layout, key=key[:8])
 
     @staticmethod
@@ -91,34 +92,33 @@ class Labelled:
         if part == "validation" and not has_validation:
             clouds = _with_validation(clouds.part("train"))
         labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
-        train, scored = split == _TRAIN, split == (_TEST if part == "test" else _VALIDATION)
-        both = np.intersect1d(labels[train], labels[scored])
+        in_train, in_test = split == _TRAIN, split == (_TEST if part == "test" else _VALIDATION)
+        both = np.intersect1d(labels[in_train], labels[in_test])
         if len(both) < (needed := 2 if clouds.parts is None else 1):
             raise ReadError(
                 f"{name}: {len(both)} classes in both train and {part}, at least {needed} are needed"
             )
-        if dropped := tuple(lacking(labels, train, scored, clouds.class_names, part)):
+        if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
             print(
                 f"{len(dropped)} classes dropped, since not in both parts: {', '.join(dropped)}",
                 flush=True,
             )
-        names = tuple(clouds.class_names[i] if clouds.class_names else str(i) for i in both)
+        known = clouds.class_names or list(map(str, range(labels.max() + 1)))
+        names = tuple(known[i] for i in both)
         mask = np.isin(labels, both)
         numbers = np.searchsorted(both, labels[mask])
         kept = replace(clouds.subset(mask), labels=numbers, class_names=names)
-        subsets = [kept.subset(split[mask] == i) for i in range(len(SPLITS))]
-        validation = subsets[_VALIDATION] if part == "test" and len(subsets[_VALIDATION]) else None
-        test = subsets[_TEST if part == "test" else _VALIDATION]
+        train, test, held = (kept.subset(split[mask] == i) for i in range(len(SPLITS)))
         return Labelled(
             name,
             None,
             clouds.fingerprint,
-            subsets[_TRAIN],
-            test,
-            validation,
+            train,
+            test if part == "test" else held,
+            held if part == "test" and len(held) else None,
             names,
             dropped,
-            *_parts(kept, subsets[_TRAIN]),
+            *_parts(kept, train),
             part,
             has_validation,
         )

@@ -1,5 +1,4 @@
-"""What frozen vectors get right on a labelled set, shape by shape, in per cent; quick: nothing is
-chosen.
+"""Scores of frozen vectors on a labelled set, shape by shape, in per cent; nothing is chosen.
 
 | metric      | of each scored shape                                                                               |
 |-------------|----------------------------------------------------------------------------------------------------|
@@ -46,7 +45,7 @@ class Vectors(NamedTuple):
 
 
 class LabelledSet(NamedTuple):
-    """Where labelled shapes lie."""
+    """A source of labelled shapes, and how it is read."""
 
     source: str
     labels_key: str = "labels"
@@ -74,7 +73,7 @@ class LabelledSet(NamedTuple):
 
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
-    """What each set is called: its file's name, and more where two would have the same."""
+    """A name for each set: that of its file, or its whole path where two would be the same."""
     names = {}
     for asked in sets:
         key = "" if asked.labels_key == "labels" else f" ({asked.labels_key})"

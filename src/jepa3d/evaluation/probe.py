@@ -105,7 +105,8 @@ def run_protocol(
     if len(choices) > 1:
         x, labels = train, y
         if held and not few:
-            x, labels = np.concatenate([train, held[0]], 1), np.concatenate([y, held[1]])
+            x = np.concatenate([train, held[0]], 1)
+            labels = np.concatenate([y, held[1]])
         jobs = []
         for rows in draws:
             if few:
@@ -152,7 +153,8 @@ def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
     """Rows to fit and rows to score of five folds, or as many as the largest class has labels."""
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
-    with warnings.catch_warnings():  # a class of fewer than 5 labels is missing from some folds
+    with warnings.catch_warnings():
+        # a class of fewer than 5 labels is missing from some folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
@@ -160,7 +162,8 @@ def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
     """Indices of 10 labels a class, all of a smaller class, for each of ten draws."""
-    rng, classes = np.random.default_rng(seed), [np.flatnonzero(y == k) for k in np.unique(y)]
+    rng = np.random.default_rng(seed)
+    classes = [np.flatnonzero(y == label) for label in np.unique(y)]
     return [
         np.concatenate([rng.permutation(members)[:_SHOTS] for members in classes])
         for _ in range(_DRAWS)
@@ -402,7 +405,8 @@ def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]
     """Columns and rows of the table of `summarise`: a row a model, a column a protocol."""
     rows = []
     for model, scores in summary.items():
-        name, form = ("pretrained - untrained", "+.1f") if model == "gain" else (model, ".1f")
+        gain = model == "gain"
+        name, form = "pretrained - untrained" if gain else model, "+.1f" if gain else ".1f"
         rows.append([name, *(mean_std(found, form) for found in scores.values())])
     return ["", *next(iter(summary.values()))], rows
 

@@ -1,4 +1,4 @@
-"""What a number needs to be worth something: where it came from and how it was chosen."""
+"""Results with their origin: how a number was chosen; command, versions and machine."""
 
 import json
 import platform
@@ -19,13 +19,13 @@ from jepa3d.plain import write_bytes
 
 @dataclass(frozen=True)
 class Result:
-    """A test figure with all that it takes to be believed. Metrics are in per cent."""
+    """A test result with its protocol, data, selection rule and cost. Metrics are in per cent."""
 
     task: str  # classify, fewshot or segment
     protocol: str  # in words: "fine-tuned, all weights"
     data: dict[str, Any]  # name, fingerprint, and the number of train, validation and test shapes
     init: str  # scratch, or where the encoder came from
-    pretraining: dict[str, Any] | None  # what its run says of it
+    pretraining: dict[str, Any] | None  # settings, data and cost of the pretraining run
     seed: int
     selection: str  # validation, last epoch, best on test, or none
     votes: int

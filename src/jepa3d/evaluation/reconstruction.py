@@ -1,5 +1,5 @@
-"""Is the dVAE a teacher? Its reconstruction against the best constant patch, and how many codes it
-uses.
+"""Figures of a dVAE: its reconstruction error beside that of the best constant patch, and how many
+codes it uses.
 """
 
 import numpy as np
@@ -22,10 +22,8 @@ def dvae_figures(
     the codes of the test patches, between 1 and num_codes.
     """
     dvae.eval()
-    fitted, (patches, centers) = (
-        _patches(dvae, train, max_clouds)[0],
-        _patches(dvae, test, max_clouds),
-    )
+    fitted, _ = _patches(dvae, train, max_clouds)
+    patches, centers = _patches(dvae, test, max_clouds)
     with torch.no_grad():  # a few clouds at a time: at 8,192 codes the logits of all are gigabytes
         batches = list(zip(patches.split(16), centers.split(16), strict=True))
         codes = torch.cat([dvae.codes(*batch) for batch in batches])
@@ -42,14 +40,11 @@ def dvae_figures(
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """The K points (K 3) that serve best as the reconstruction of every patch (n K 3), by Adam on
-    Chamfer-L1.
-    """
+    """The K points (K 3) with the least mean Chamfer-L1 to patches (n K 3), found by Adam."""
     generator = torch.Generator().manual_seed(0)
-    pick = torch.randint(
-        patches.shape[0] * patches.shape[1], (patches.shape[1],), generator=generator
-    )
-    constant = patches.flatten(0, 1)[pick].clone().requires_grad_()
+    points = patches.flatten(0, 1)
+    pick = torch.randint(len(points), patches.shape[1:2], generator=generator)
+    constant = points[pick].clone().requires_grad_()
     optimizer = torch.optim.Adam([constant], lr=0.05 * patches.norm(dim=-1).mean().item())
     for _ in range(steps):
         batch = patches[torch.randint(len(patches), (batch_size,), generator=generator)]

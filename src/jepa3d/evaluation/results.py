@@ -4,6 +4,7 @@ seed, selection rules shown.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
         below = list(_below(path, unfinished))
         if not below:
             listed = ", ".join(map(str, unfinished))
-            others = f"; unfinished, go on with --resume: {listed}" if unfinished else ""
+            others = f"; unfinished: {listed}; go on with --resume" * bool(unfinished)
             raise ValueError(
                 f"{path}: no results.json of classify, segment or fewshot in or below it{others}"
             )
@@ -149,7 +150,8 @@ def read_run(folder: Path) -> Finished:
             raise ValueError(
                 f"{file}: {name} is {value!r}, not a {getattr(kind, '__name__', kind)}"
             )
-    for name, value in [*result["metrics"].items(), *(result["validation"] or {}).items()]:
+    figures = [*result["metrics"].items(), *(result["validation"] or {}).items()]
+    for name, value in figures:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
     return Finished(folder, result, _origin(result["init"], result["pretraining"]))
@@ -294,13 +296,14 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 def _labels(arms: list[Arm]) -> dict[str, str]:
     """A name for each init of the arms, or its path where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
-    paths, every = {arm.init: arm.result["init"] for arm in arms}, list(names.values())
-    return {key: name if every.count(name) == 1 else paths[key] for key, name in names.items()}
+    counts, paths = Counter(names.values()), {arm.init: arm.result["init"] for arm in arms}
+    return {init: name if counts[name] == 1 else paths[init] for init, name in names.items()}
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
     result, labels, settings = arms[0].result, _labels(arms), _differing(arms, setting)
-    data, metrics = result["data"], dict.fromkeys(m for arm in arms for m in arm.result["metrics"])
+    data = result["data"]
+    metrics = dict.fromkeys(name for arm in arms for name in arm.result["metrics"])
     columns: dict[str, Callable[[Arm], str]] = {
         "init": lambda arm: labels[arm.init],
         "protocol": lambda arm: arm.result["protocol"],
@@ -318,7 +321,9 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     cells = {name: [cell(arm) for arm in arms] for name, cell in columns.items()}
     if set(cells["pretraining CPU-min"]) == {"-"}:
         del cells["pretraining CPU-min"]
-    protocol = f"; {cells.pop('protocol')[0]}" if len(set(cells["protocol"])) == 1 else ""
+    protocol = ""
+    if len(set(cells["protocol"])) == 1:
+        protocol = f"; {cells.pop('protocol')[0]}"
     shared = [f"{k} {_text(v)}" for k, v in result["settings"].items() if k not in settings]
     notes = [*_mixtures(arms), *notes]
     if shared:
@@ -327,7 +332,8 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     name = f"{data.get('name')} ({variant})" if variant else data.get("name")
     if not isinstance(dropped, int):  # results of older versions only count them
         dropped = len(dropped)
-    counts = f"{_text(data.get('classes'))} classes" + f" ({dropped} more dropped)" * bool(dropped)
+    counts = f"{_text(data.get('classes'))} classes"
+    counts += f" ({dropped} more dropped)" * bool(dropped)
     title = (
         f"{result['task']}, {name}: {counts}, {_text(data.get('test'))} test shapes{protocol}; "
         "per cent, mean ± std over seeds"

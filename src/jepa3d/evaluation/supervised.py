@@ -73,7 +73,8 @@ def figures(
     Of a classifier the details have the confusion matrix too, its rows the true classes.
     """
     assert clouds.labels is not None
-    labels, found, names = clouds.labels, predicted["predicted"], list(network.class_names)
+    labels, found = clouds.labels, predicted["predicted"]
+    names = list(network.class_names)
     if isinstance(network, Segmenter):
         assert clouds.parts is not None
         metrics = mean_iou(found, clouds.parts[:], labels, _parts_of(network), names)
