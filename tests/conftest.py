@@ -6,15 +6,19 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch, and for child processes: bit for bit holds for one number of threads
 )
 
+import logging
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from jepa3d import cli
 from jepa3d import config as settings
 from jepa3d.data.synthetic import CLASS_NAMES, make_shapes
 from jepa3d.models.encoder import PointEncoder
+from jepa3d.plain import log
 
 TINY = {
     "teacher": "ema",
@@ -53,6 +57,19 @@ TINY = {
         "folding_dim": 16,
     },
 }
+
+
+class Echo(logging.Handler):
+    """Prints what the library logs, as the command line does, to tests that call functions."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not any(isinstance(handler, cli.Printer) for handler in log.handlers):
+            file = sys.stderr if record.levelno > logging.INFO else sys.stdout
+            print(record.getMessage(), file=file)
+
+
+log.setLevel(logging.INFO)
+log.addHandler(Echo())
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
     ]
 
 
-class _Printer(logging.Handler):
+class Printer(logging.Handler):
     """Prints what the library logs: warnings on standard error, the rest on standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream, io.TextIOWrapper
         ):  # names that the terminal cannot have are spelled out
             stream.reconfigure(errors="backslashreplace")
-    printer = _Printer()
+    printer = Printer()
     log.setLevel(logging.INFO)
     log.addHandler(printer)
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.errors import first_line, printable
 from jepa3d.data.io import refusal
+from jepa3d.plain import log
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
@@ -47,7 +48,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
     folder = Path(made).resolve()
     try:
-        print(f"unpacking {printable(str(source))}", flush=True)
+        log.info(f"unpacking {printable(str(source))}")
         try:
             if source.suffix.lower() == ".zip":
                 _unzip(source, folder)

@@ -17,6 +17,7 @@ from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.data.shapes import Shapes, open_shapes
 from jepa3d.data.store import SPLITS, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
+from jepa3d.plain import log
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _read(
         of_points.append(labels)
     if unseen:
         what = "points that are NaN, where nothing was seen, were left out"
-        print(f"{shapes.name}: {unseen:,} {what}")
+        log.info(f"{shapes.name}: {unseen:,} {what}")
     varied = raw and shapes.batch == 1
     labels = _joined(of_points, varied) if parts else None
     return _joined(clouds, varied), labels, digest.hexdigest()

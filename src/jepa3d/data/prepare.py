@@ -33,7 +33,7 @@ from jepa3d.data.splits import divide, lacking
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
 from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
-from jepa3d.plain import printable, write_bytes
+from jepa3d.plain import log, printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
@@ -104,9 +104,9 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep_strays = options.keep_strays or not source.unpublished
     options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        print("axes are kept: z-up, in glTF y-up (--up-axis says otherwise)")
+        log.info("axes are kept: z-up, in glTF y-up (--up-axis says otherwise)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
-        print(printable(note), flush=True)
+        log.info(printable(note))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
     report = _Report(source.layout, options.points or 0, source.notes, source.skipped)
@@ -269,7 +269,7 @@ class _Report:
 
     def _note(self, note: str, option: str = "") -> None:
         self.notes.append(note)
-        print(printable(note + option))
+        log.info(printable(note + option))
 
     def show(self, out: Path, before: int, lines: int = 40) -> None:
         """Print how many clouds were taken, and which files were left out."""
@@ -278,11 +278,11 @@ class _Report:
         kinds = f" ({', '.join(kinds)})" if kinds else ""
         took = f"took {self.taken.total():,} clouds{kinds}{already}"
         left_out = f"left out {len(self.skipped):,}{':' if self.skipped else ''}"
-        print(f"{out}: {took}; {left_out}")
+        log.info(f"{out}: {took}; {left_out}")
         for key, reason in self.skipped[:lines]:
-            print(printable(f"  {key}: {reason}"))
+            log.info(printable(f"  {key}: {reason}"))
         if len(self.skipped) > lines:
-            print(f"  and {len(self.skipped) - lines:,} more, in {out / 'report.json'}")
+            log.info(f"  and {len(self.skipped) - lines:,} more, in {out / 'report.json'}")
 
 
 def _show_lacking(store: Store) -> None:
@@ -293,4 +293,4 @@ def _show_lacking(store: Store) -> None:
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:
         alone = "in one part only, so that training and testing will leave them out"
-        print(f"{alone}: {', '.join(found)}")
+        log.info(f"{alone}: {', '.join(found)}")

@@ -12,6 +12,7 @@ import numpy as np
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry
 from jepa3d.data.errors import printable
+from jepa3d.plain import log
 
 _NAMES = {
     "train": "train training",
@@ -97,7 +98,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
         if without and len(without) < len(entries):
             counts = f"{len(without):,} of {len(entries):,} clouds"
             key = printable(without[0].key)
-            print(f"{counts} are in no train or test part, such as {key}")
+            log.info(f"{counts} are in no train or test part, such as {key}")
         return entries
     try:
         fraction = float(split)
@@ -106,7 +107,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     if not 0 < fraction < 1:
         raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
     if any(entry.split for entry in entries):
-        print(f"--split {split} takes the place of the split that the source has")
+        log.info(f"--split {split} takes the place of the split that the source has")
     rng, test = np.random.default_rng(seed), set()
     for label in sorted({entry.label or "" for entry in entries}):
         keys = [entry.key for entry in entries if (entry.label or "") == label]

@@ -32,7 +32,7 @@ from jepa3d.evaluation.descriptors import cosine, unit_length
 from jepa3d.evaluation.features import layer_features
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.plain import read_checked, write_checked
+from jepa3d.plain import log, read_checked, write_checked
 
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
@@ -79,7 +79,7 @@ def draw_episodes(
     if few:
         listed = ", ".join(f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in few)
         needed = f"{shots} train and {queries} test shapes"
-        print(f"not drawn, for want of {needed}: {printable(listed)}", flush=True)
+        log.info(f"not drawn, for want of {needed}: {printable(listed)}")
 
     def draw(fold: int) -> Episode:
         rng = np.random.default_rng([seed, ways, shots, fold])

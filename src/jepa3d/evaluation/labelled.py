@@ -19,6 +19,7 @@ from jepa3d.data.splits import lacking
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.partseg import category_parts
 from jepa3d.frame import FRAME
+from jepa3d.plain import log
 
 Part = Literal["test", "validation"]  # what is scored
 _TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
@@ -99,9 +100,8 @@ class Labelled:
                 f"{name}: {len(both)} classes in both train and {part}, at least {needed} are needed"
             )
         if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
-            print(
-                f"{len(dropped)} classes dropped, since not in both parts: {', '.join(dropped)}",
-                flush=True,
+            log.info(
+                f"{len(dropped)} classes dropped, since not in both parts: {', '.join(dropped)}"
             )
         known = clouds.class_names or list(map(str, range(labels.max() + 1)))
         names = tuple(known[i] for i in both)

@@ -29,7 +29,7 @@ from jepa3d.data.datasets import PointClouds
 from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import groups_at
 from jepa3d.ops import farthest_point_sample, gather_points, knn
-from jepa3d.plain import naming, read_checked, write_checked
+from jepa3d.plain import log, naming, read_checked, write_checked
 from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import cpu_seconds
@@ -143,10 +143,7 @@ class CachedTargets:
         state.wait_for_everyone()
         if todo and state.is_main_process:
             megabytes, seconds = num_bytes(self.columns) / 1e6, time.perf_counter() - wall
-            print(
-                f"targets of {count:,} shapes: {megabytes:,.1f} MB, asked in {seconds:.1f} s",
-                flush=True,
-            )
+            log.info(f"targets of {count:,} shapes: {megabytes:,.1f} MB, asked in {seconds:.1f} s")
         if (
             self.folder
         ):  # only now: what another machine wrote is seen by whoever opens the file after it
@@ -189,7 +186,7 @@ class CachedTargets:
             if done:
                 return
         except (OSError, ValueError, EOFError) as error:
-            print(f"{self.folder}: damaged ({error}); its targets are computed again", flush=True)
+            log.info(f"{self.folder}: damaged ({error}); its targets are computed again")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         self.arrays = []

@@ -7,8 +7,9 @@ OUT/costs.json       what a step costs, where arms get equal CPU time     OUT/lo
 OUT/table.md         the tables            OUT/compare.json  all of it    OUT/compare.png  differences with intervals
 """
 
-import sys
-from contextlib import ExitStack, redirect_stdout
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,7 @@ from jepa3d.evaluation.probe import selection_rule, was_seen
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.evaluation.tables import Sheet, markdown, show
 from jepa3d.figures import draw_differences
-from jepa3d.plain import read_checked, to_dict, write_bytes, write_checked
+from jepa3d.plain import log, read_checked, to_dict, write_bytes, write_checked
 from jepa3d.run import Run
 from jepa3d.training import runs
 from jepa3d.training.engine import plain_settings, settle
@@ -66,9 +67,7 @@ class Comparison:
             self.shapes(asked, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
-            print(
-                "measuring what a step of each arm costs, where that is not known yet", flush=True
-            )
+            log.info("measuring what a step of each arm costs, where that is not known yet")
             with self._quiet():
                 grid = at_equal_time(grid, out)
         self.grid = grid
@@ -85,7 +84,7 @@ class Comparison:
             for arm, config in grid.arms.items()
         }
         told = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
-        print(f"steps of a run: {told}", flush=True)
+        log.info(f"steps of a run: {told}")
         if grid.cpu_minutes is None and len(set(self.steps.values())) > 1:
             raise ValueError(
                 f"{grid.path}: equal steps, but they are {told}; give all arms the same max_steps"
@@ -241,7 +240,7 @@ class Comparison:
                 write_checked(failure, {"reason": reason})
         self.ended[folder] = reason
         told = f"failed: {reason}" if reason else f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
-        print(f"run {len(self.ended)} of {self.total}: {folder.name}: {told}", flush=True)
+        log.info(f"run {len(self.ended)} of {self.total}: {folder.name}: {told}")
         return reason
 
     def _load(self, config: PretrainConfig) -> PointClouds:
@@ -253,13 +252,19 @@ class Comparison:
             self.clouds[key] = clouds_of(config, config.objective)
         return self.clouds[key]
 
-    def _quiet(self) -> ExitStack:
-        """What training prints goes to OUT/log.txt, but for the bar on a terminal."""
-        stack = ExitStack()
-        if not sys.stderr.isatty():
-            log = stack.enter_context((self.out / "log.txt").open("a", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(log))
-        return stack
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """What training logs goes to OUT/log.txt."""
+        handlers, level = log.handlers[:], log.level
+        file = logging.FileHandler(self.out / "log.txt", encoding="utf-8", delay=True)
+        log.handlers = [file]
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            log.handlers = handlers
+            log.setLevel(level)
+            file.close()
 
     def _folders(self, arm: str) -> dict[int, Path]:
         """The runs of an arm at its rate, by seed."""

@@ -27,6 +27,7 @@ from jepa3d.models.decoder import ContextAwareBlock, ContextAwareDecoder
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.transformer import Block
 from jepa3d.ops import BatchGenerator
+from jepa3d.plain import log
 from jepa3d.run import Run
 
 ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
@@ -106,9 +107,7 @@ def settle(config: Config, run: Path | None = None) -> Config:
     state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
     precision = broadcast_object_list(found)[0]  # every process as the first one
     if state.is_main_process:
-        print(
-            f"computing in {named(precision)} on {device_name()} (mixed_precision auto)", flush=True
-        )
+        log.info(f"computing in {named(precision)} on {device_name()} (mixed_precision auto)")
     return replace(config, mixed_precision=precision)
 
 
@@ -139,10 +138,7 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
         and PartialState(cpu=ON_CPU).is_main_process
     ):
         how = named(found["mixed_precision"], found["compile"])
-        print(
-            f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}",
-            flush=True,
-        )
+        log.info(f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}")
     return found["mixed_precision"], found["compile"]
 
 
@@ -162,7 +158,7 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
     precision, compiled = broadcast_object_list(choice)[0]  # every process as the first one
     if PartialState(cpu=ON_CPU).is_main_process:
         tried = ", ".join(f"{named(*how)} {1000 * value:.0f}" for how, value in seconds.items())
-        print(f"trial, ms a pass: {tried}; taken: {named(precision, compiled)}", flush=True)
+        log.info(f"trial, ms a pass: {tried}; taken: {named(precision, compiled)}")
     measured = {named(*how): value for how, value in seconds.items()}
     return {"mixed_precision": precision, "compile": compiled, "seconds": measured}
 
@@ -197,7 +193,7 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                     len(copies) == 1 or state.num_processes > 1
                 ):  # the others would wait for this one
                     raise
-                print(f"trial of {named(*how)}: {str(error).splitlines()[0]}", flush=True)
+                log.info(f"trial of {named(*how)}: {str(error).splitlines()[0]}")
                 del copies[how]
             objective.zero_grad()
             times[how].append(time.perf_counter() - start)

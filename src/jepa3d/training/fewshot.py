@@ -20,7 +20,7 @@ from jepa3d.evaluation import fewshot
 from jepa3d.evaluation.labelled import Labelled
 from jepa3d.evaluation.protocol import Result, moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
-from jepa3d.plain import read_checked, to_dict
+from jepa3d.plain import log, read_checked, to_dict
 from jepa3d.training import runs
 from jepa3d.training.finetune import (
     FINETUNED,
@@ -139,7 +139,7 @@ def _finetuned(
         done = read_checked(folder / "results.json")
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
-        print(f"fold {i}: {scores[-1]:.1f} %", flush=True)
+        log.info(f"fold {i}: {scores[-1]:.1f} %")
         for network in (
             "start",
             "model",

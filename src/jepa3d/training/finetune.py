@@ -30,7 +30,7 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter, thirds
 from jepa3d.models.ready import DEFAULT
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
-from jepa3d.plain import to_dict, write_bytes
+from jepa3d.plain import log, to_dict, write_bytes
 from jepa3d.run import Run
 from jepa3d.training import checkpoint, runs
 from jepa3d.training.engine import settle
@@ -231,7 +231,7 @@ def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
     if data.validation is not None and config.labels == 1:
         return "validation", 0.0
     if (labelled := len(data.labelled(config.labels, config.seed))) < FEW or config.validation == 0:
-        print(
+        log.info(
             f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts"
         )
         return "last", 0.0

@@ -26,7 +26,7 @@ from jepa3d.data.cloud import ReadError
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.transforms import augment
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import to_dict
+from jepa3d.plain import log, to_dict
 from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import (
@@ -111,7 +111,7 @@ def fit(
     if run and checkpoint.latest(run / "checkpoints"):
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
-            print(line, flush=True)
+            log.info(line)
     elif run and not (run / task.export).exists() and _has_saved(run, config):
         raise ValueError(
             f"{run}/checkpoints: gone, though the run had begun: begin again with another --out"
@@ -177,7 +177,7 @@ def fit(
     if task.look and task.looks_first and begun == 0:
         score = look(0)
         if accelerator.is_main_process:
-            print(f"step 0/{total:,}, the head fitted: {task.looks_at} {score:.4g}", flush=True)
+            log.info(f"step 0/{total:,}, the head fitted: {task.looks_at} {score:.4g}")
     repeatable = can_repeat(config, accelerator.num_processes, accelerator.device)
     repeated = Repeated(one_pass, objective) if repeatable else None
     batches = read_ahead(read, range(begun, total))

@@ -27,7 +27,7 @@ from jepa3d.objectives.generative import Generative
 from jepa3d.objectives.invariance import Invariance
 from jepa3d.objectives.jepa import JEPA, make_sampler
 from jepa3d.ops import BatchGenerator
-from jepa3d.plain import is_code, load_code
+from jepa3d.plain import is_code, load_code, log
 from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
@@ -333,17 +333,17 @@ def dry_run(config: PretrainConfig) -> None:
             else 0
         )
         disk += 4 * (6 * count_parameters(task.objective, True) + size * (2 + snapshots))
-        print(
+        log.info(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
             f"2 steps of {batch} in {state['wall_seconds']:.1f} s, "
             f"{size / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
     if is_main():
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
-        print(
+        log.info(
             f"the whole run on {shapes:,} shapes takes about {duration(sum(s for _, s in spent))} here: {parts}"
         )
-        print(
+        log.info(
             f"it needs about {memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk"
         )
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from jepa3d.plain import naming, write_bytes
+from jepa3d.plain import log, naming, write_bytes
 from jepa3d.run import Run
 
 SHOWN = (  # of a step's figures, on the line
@@ -109,9 +109,8 @@ class Progress:
                 file.write(json.dumps(self.last) + "\n")
         text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
         if self.bar.disable:
-            print(
-                f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left",
-                flush=True,
+            log.info(
+                f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left"
             )
         else:
             self.bar.update(self.task, completed=step, description=f"{rate:.0f} samples/s {text}")

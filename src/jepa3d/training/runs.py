@@ -19,7 +19,7 @@ from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.protocol import Result, provenance, write_json
 from jepa3d.locking import writing
 from jepa3d.models.hub import Pretrained
-from jepa3d.plain import differences, read_checked, sha256_of, to_dict, write_checked
+from jepa3d.plain import differences, log, read_checked, sha256_of, to_dict, write_checked
 from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
@@ -67,7 +67,7 @@ def close_if_finished(out: Path) -> bool:
     finished = Run(out).finished
     if finished:
         drop_scratch(out)  # a kill may have come between the two
-        print(f"{out}: finished already")
+        log.info(f"{out}: finished already")
     return finished
 
 
