@@ -1,6 +1,9 @@
 """The public functions: typed, silent, and not ended by one bad file."""
 
 import inspect
+import logging
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 import jepa3d
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, Segmenter
+from jepa3d.plain import log
 
 SIZES = {
     "embed_dim": 24,
@@ -19,6 +23,11 @@ SIZES = {
     "num_points": 64,
     "tokenizer_dim": 8,
 }
+
+
+@pytest.fixture(autouse=True)
+def without_the_tests_own_printer(monkeypatch):
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
 
 
 @pytest.fixture
@@ -37,7 +46,9 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["load", "embed", "search", "predict", "export"])
+@pytest.mark.parametrize(
+    "name", ["load", "embed", "search", "predict", "export", "pretrain", "finetune", "probe"]
+)
 def test_arguments_and_results_have_types(name):
     signature = inspect.signature(getattr(jepa3d, name))
     for value in (*signature.parameters.values(),):
@@ -75,4 +86,18 @@ def test_a_path_is_a_query_and_not_its_own_neighbour(folder, capfd):
         assert str(scans / f"{i}.npy") not in [hit.path for hit in hits]
     vectors = jepa3d.embed(scans / "2.npy", jepa3d.load(folder / "encoder"))
     assert jepa3d.search(index, vectors, k=1)[0][0].path == str(scans / "2.npy")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_as_the_page_says(tmp_path, monkeypatch, capfd):
+    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "scans").mkdir()
+    for i in range(4):
+        np.save(tmp_path / "scans" / f"{i}.npy", np.random.default_rng(i).normal(size=(600, 3)))
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(code.replace('"max_steps": 1000', '"max_steps": 2, "batch_size": 2'), scope)
+    assert isinstance(scope["encoder"], PointEncoder)
+    assert scope["run"] == Path("runs/mine")
     assert capfd.readouterr() == ("", "")

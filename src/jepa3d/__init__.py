@@ -7,7 +7,7 @@ second to import, and `jepa3d --help` needs none of it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Without export, predict and search: `from jepa3d import *` would need extras.
+# Some others need an extra, which `from jepa3d import *` must not ask for.
 __all__ = ["Embedder", "PointEncoder", "embed", "load"]
 
 _MODULES = {
@@ -15,18 +15,24 @@ _MODULES = {
     "PointEncoder": "jepa3d.models.encoder",
     "embed": "jepa3d.inference.embedding",
     "export": "jepa3d.inference.export",
+    "finetune": "jepa3d.training.finetune",
     "load": "jepa3d.models.ready",
     "predict": "jepa3d.inference.predicting",
+    "pretrain": "jepa3d.training.pretrain",
+    "probe": "jepa3d.evaluation.probe",
     "search": "jepa3d.inference.search",
 }
 
 if TYPE_CHECKING:  # editors and type checkers read these lines instead of running __getattr__
+    from jepa3d.evaluation.probe import probe as probe
     from jepa3d.inference.embedding import Embedder, embed
     from jepa3d.inference.export import export as export
     from jepa3d.inference.predicting import predict as predict
     from jepa3d.inference.search import search as search
     from jepa3d.models.encoder import PointEncoder
     from jepa3d.models.ready import load
+    from jepa3d.training.finetune import finetune as finetune
+    from jepa3d.training.pretrain import pretrain as pretrain
 
     __version__: str
 else:

@@ -3,6 +3,7 @@ cost.
 """
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
             expand=True,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not (shown and sys.stderr.isatty() and log.isEnabledFor(logging.INFO)),
         )
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():

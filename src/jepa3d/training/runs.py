@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psutil
 from accelerate import PartialState
@@ -24,19 +24,21 @@ from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training.engine import ON_CPU
 
+C = TypeVar("C")
 P = ParamSpec("P")
 
 
 def exclusive(
-    train: Callable[Concatenate[Any, Path, P], Path],
-) -> Callable[Concatenate[Any, Path, P], Path]:
+    train: Callable[Concatenate[C, Path, P], Path],
+) -> Callable[Concatenate[C, Path | str, P], Path]:
     """A function (config, out, ...) that holds the lock of `out`.
 
     Raises ValueError where another command has it.
     """
 
     @functools.wraps(train)
-    def locked(config: Any, out: Path, *arguments: P.args, **options: P.kwargs) -> Path:
+    def locked(config: C, out: Path | str, *arguments: P.args, **options: P.kwargs) -> Path:
+        out = Path(out)
         with writing(out) if is_main() else nullcontext():
             return train(config, out, *arguments, **options)
 
