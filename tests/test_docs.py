@@ -16,8 +16,7 @@ import pytest
 import torch
 import yaml
 
-from jepa3d.cli import main
-from jepa3d.cli.app import app
+from jepa3d.cli import app, main
 from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parent.parent

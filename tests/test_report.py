@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import jepa3d.cli.reporting  # noqa: F401  (adds its command)
 from jepa3d import figures
 from jepa3d.cli import main
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig

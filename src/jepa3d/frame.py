@@ -72,7 +72,7 @@ def farthest_point_sample(points: np.ndarray, num_samples: int, start: int) -> n
 def frame(
     points: np.ndarray,
     num_points: int,
-    least: int = 1,
+    min_points: int = 1,
     sample: Callable[[np.ndarray, int, int], np.ndarray] = farthest_point_sample,
     keep_strays: bool = False,
     upright: bool = True,
@@ -83,7 +83,7 @@ def frame(
     Farthest points of more, and fewer filled up: see `fill`. A point that is there several times
     counts once, and strays not at all (`without_strays`), unless `keep_strays`. sample: what draws
     farthest points, as `farthest_point_sample` does. upright: as the cloud stands, else turned into
-    its own axes (`own_axes`). Raises ValueError as `check` does, and for fewer than `least`
+    its own axes (`own_axes`). Raises ValueError as `check` does, and for fewer than `min_points`
     different points.
     """
     cloud = check(points)
@@ -97,13 +97,13 @@ def frame(
         # sorted again, by where points lie now: ties are in this order
         cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
-        cloud = cloud[without_strays(cloud, least)]
+        cloud = cloud[without_strays(cloud, min_points)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
     cloud = (cloud / size).astype(np.float32)  # in double until here: map coordinates are large
-    if different < least:
-        raise ValueError(too_few(len(points), different, least))
+    if different < min_points:
+        raise ValueError(too_few(len(points), different, min_points))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
     if len(cloud) != num_points:
         cloud = cloud[sample(cloud, min(len(cloud), num_points), start)]
@@ -139,7 +139,7 @@ def own_axes(points: np.ndarray) -> np.ndarray:
     return axes.T
 
 
-def without_strays(points: np.ndarray, least: int = 1) -> np.ndarray:
+def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
     """Which of different points n 3, as indices in order, lie where others are; a clean cloud keeps
     nearly all.
 
@@ -149,7 +149,7 @@ def without_strays(points: np.ndarray, least: int = 1) -> np.ndarray:
     through the box; of fewer than 256: fewer than n / 64). Then again in the box of the rest, until
     nothing goes: one point far off puts all others into one cell at first; at most `ROUNDS` times,
     as often as a graph can do it (inference/graph_frame.py). A cloud that would lose more than
-    `MAX_STRAYS` of its points, or keep fewer than `least`, is no surface with strays and keeps all.
+    `MAX_STRAYS` of its points, or keep fewer than `min_points`, is no surface with strays and keeps all.
     """
     kept = np.arange(len(points))
     for _ in range(ROUNDS):
@@ -175,16 +175,18 @@ def without_strays(points: np.ndarray, least: int = 1) -> np.ndarray:
             break
         kept = kept[good]
     return (
-        np.arange(len(points)) if len(kept) < max(least, (1 - MAX_STRAYS) * len(points)) else kept
+        np.arange(len(points))
+        if len(kept) < max(min_points, (1 - MAX_STRAYS) * len(points))
+        else kept
     )
 
 
-def are_kept(points: np.ndarray, least: int = 1) -> np.ndarray:
+def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
     """Which points of any cloud n 3 `frame` keeps, a mask [n]; copies of a point share its lot."""
     centred = points - (points.min(0) + points.max(0)) / 2
     different, which = np.unique(centred, axis=0, return_inverse=True)
     kept = np.zeros(len(different), bool)
-    kept[without_strays(different, least)] = True
+    kept[without_strays(different, min_points)] = True
     return kept[which.reshape(-1)]
 
 
@@ -233,8 +235,8 @@ def check(points: np.ndarray) -> np.ndarray:
     return cloud
 
 
-def too_few(count: int, different: int, least: int) -> str:
-    """What is said of a cloud of `count` points, `different` of them, where at least `least` are
+def too_few(count: int, different: int, min_points: int) -> str:
+    """What is said of a cloud of `count` points, `different` of them, where at least `min_points` are
     needed.
     """
     if different == 1:
@@ -242,7 +244,7 @@ def too_few(count: int, different: int, least: int) -> str:
     found = (
         f"{count} points" if count == different else f"{different} different points of {count:,}"
     )
-    return f"{found}, at least {least} are needed"
+    return f"{found}, at least {min_points} are needed"
 
 
 def _distinct(points: np.ndarray) -> np.ndarray:

@@ -8,23 +8,32 @@ import sys
 from pathlib import Path
 
 import cyclopts
+from cyclopts import Parameter
 
+import jepa3d
 from jepa3d import config as settings
 from jepa3d.allocator import keep_large_blocks
-from jepa3d.cli import (  # noqa: F401
-    evaluating,
-    exporting,
-    finetuning,
-    pretraining,
-    reporting,
-    scenes,
-    using,
-    viewing,
-)
-from jepa3d.cli.app import app
+from jepa3d.cli import evaluating, finetuning, pretraining, using
 from jepa3d.config import KINDS, SCHEDULE, STAGE_ONE
 from jepa3d.plain import from_dict, log, merge, printable, read_recipe, to_dict
 from jepa3d.run import Run
+
+app = cyclopts.App(
+    name="jepa3d",
+    help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
+    version=lambda: jepa3d.__version__,  # read when it is asked for: that takes a while
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
+    suppress_keyboard_interrupt=False,
+)
+for command in (
+    *(pretraining.prepare, pretraining.pretrain, pretraining.demo, pretraining.info),
+    *(finetuning.classify, finetuning.segment, finetuning.fewshot, finetuning.predict),
+    *(evaluating.probe, evaluating.curve, evaluating.results, evaluating.retrieval),
+    *(evaluating.compare, evaluating.report),
+    *(using.embed, using.index, using.search, using.label, using.scene, using.view, using.export),
+):
+    app.command(command)
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:

@@ -1,16 +1,13 @@
-"""What an encoder learned: probe, curve, results, retrieval, compare."""
+"""What an encoder learned: probe, curve, results, retrieval, compare, report."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from jepa3d.cli.app import app
-
 _CHOICES = ("best", "mean_max", None, False, None)  # of a probe, where none was made
 
 
-@app.command
 def probe(
     runs: Annotated[list[Path], Parameter(negative=())],
     /,
@@ -102,7 +99,6 @@ def probe(
     print(f"written: {out}")
 
 
-@app.command
 def curve(
     runs: Annotated[list[Path], Parameter(negative=())],
     /,
@@ -144,7 +140,6 @@ def curve(
     print(f"written: {out}")
 
 
-@app.command
 def results(
     runs: Annotated[tuple[Path, ...], Parameter(negative=())] = (),
     /,
@@ -186,7 +181,6 @@ def results(
         print(f"written: {out}")
 
 
-@app.command
 def retrieval(
     models: Annotated[list[str], Parameter(negative=())],
     /,
@@ -237,7 +231,6 @@ def retrieval(
         print(f"written: {out}")
 
 
-@app.command
 def compare(
     grid: Path,
     /,
@@ -289,3 +282,25 @@ def compare(
     except Interrupted as stop:
         raise KeyboardInterrupt(f"{stop}; continue with the same command") from None
     print(f"written: {out / 'table.md'}, compare.json and compare.png")
+
+
+def report(
+    run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None
+) -> None:
+    """Write a run as one HTML file: results, curves, figures, settings, cost; it opens anywhere,
+    without a network.
+
+    Parameters
+    ----------
+    run: Path
+        A folder of pretrain, classify, segment or fewshot.
+    data: str
+        Where the run's data is now, for the pictures that need it; where it was by default.
+    out: Path
+        The file; report.html in the run by default.
+    figures: Path
+        A folder to write the pictures to as well, as PNG files.
+    """
+    from jepa3d.report import report as write
+
+    print(f"written: {write(run, data, out, figures)}")

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from jepa3d.cli.app import app
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
@@ -18,7 +17,6 @@ Out = Annotated[Path, Parameter(help="Run folder to make.")]
 Resume = Annotated[bool, Parameter(help="Continue the run in --out, which was interrupted.")]
 
 
-@app.command
 def classify(
     *,
     config: Annotated[FinetuneConfig, Parameter(name="*")] = FinetuneConfig(),  # noqa: B008
@@ -31,7 +29,6 @@ def classify(
     _run("classify", config, out, resume)
 
 
-@app.command
 def segment(
     *,
     config: Annotated[SegmentConfig, Parameter(name="*")] = SegmentConfig(),  # noqa: B008
@@ -44,7 +41,6 @@ def segment(
     _run("segment", config, out, resume)
 
 
-@app.command
 def fewshot(
     *,
     config: Annotated[FewshotConfig, Parameter(name="*")] = FewshotConfig(),  # noqa: B008
@@ -57,7 +53,6 @@ def fewshot(
     _run("fewshot", config, out, resume)
 
 
-@app.command
 def predict(
     run: Path,
     files: Annotated[list[Path], Parameter(negative=())],

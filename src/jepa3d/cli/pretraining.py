@@ -5,13 +5,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from jepa3d.cli.app import app
 from jepa3d.config import PretrainConfig
 
 _DEFAULT = PretrainConfig()
 
 
-@app.command
 def prepare(
     source: Path,
     /,
@@ -103,7 +101,6 @@ def prepare(
         )
 
 
-@app.command
 def pretrain(
     *,
     config: Annotated[PretrainConfig, Parameter(name="*")] = _DEFAULT,
@@ -152,7 +149,6 @@ def pretrain(
     leave()
 
 
-@app.command
 def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int = 4000) -> None:
     """Pretrain on built-in shapes for some minutes, probe the encoder, draw pictures.
 
@@ -170,7 +166,6 @@ def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int 
     run_demo(out, max_steps, shapes)
 
 
-@app.command
 def info(
     path: str | None = None,
     /,

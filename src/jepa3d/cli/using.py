@@ -1,4 +1,4 @@
-"""What an encoder is for: embed, index, search, label."""
+"""What an encoder is for: embed, index, search, label, scene, view, export."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from jepa3d.cli.app import app
 
-
-@app.command
 def embed(
     paths: Annotated[list[Path], Parameter(negative=())],
     /,
@@ -56,7 +53,6 @@ def embed(
     embed_files(paths, out, model, up_axis, layer, pooling, workers, share, prune, keep_strays)
 
 
-@app.command
 def index(
     vectors: Path,
     /,
@@ -97,7 +93,6 @@ def index(
         print(f"{out}: {len(store):,} vectors{', indexed' if store.indexed else ''}")
 
 
-@app.command
 def search(
     where_in: Annotated[Path, Parameter(name="INDEX")],
     queries: Annotated[list[str], Parameter(negative=())],
@@ -159,7 +154,6 @@ def search(
         print(f"written: {html}", file=sys.stderr)
 
 
-@app.command
 def label(
     paths: Annotated[list[Path], Parameter(negative=())],
     /,
@@ -198,3 +192,87 @@ def label(
 
     with writing(out):
         run(paths, out, model, up_axis, clusters, names, unknown)
+
+
+def scene(
+    scan: Path,
+    /,
+    *,
+    out: Path,
+    model: str = "default",
+    tile: float | None = None,
+    up_axis: str = "z",
+    dtype: str = "float32",
+) -> None:
+    """Give every point of a large cloud a feature, by overlapping tiles; memory stays bounded.
+
+    Parameters
+    ----------
+    scan: Path
+        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other clouds where they fit
+        into memory.
+    out: Path
+        .ply, .las or .laz: features as colours, in the order of the scan. .parquet: the features
+        themselves.
+    model: str
+        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+    tile: float
+        Side of a tile in the scan's unit, as large as the objects of interest; by default as many
+        points need.
+    up_axis: str
+        The scan's up axis: x, y or z.
+    dtype: str
+        Of the features in .parquet: float32 or float16.
+    """
+    from jepa3d.inference.scene import write_features
+
+    write_features(scan, out, model, tile, up_axis, dtype)
+
+
+def view(
+    paths: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    model: str | None = None,
+    index: Path | None = None,
+    port: int = 8080,
+    up_axis: str = "z",
+) -> None:
+    """Show clouds on a local web page: coloured by height, tokens, similarity to a click, or a
+    pretraining sample.
+
+    Parameters
+    ----------
+    paths: list[Path]
+        Clouds, meshes, folders of them, FILE#ROW of a file of many, or stores of jepa3d prepare.
+    model: str
+        The folder of a run or an encoder, or a Hub id; by default that of the index, without one
+        "default".
+    index: Path
+        What jepa3d embed or index wrote: the nearest shapes are shown beside.
+    port: int
+        Of the page, which only this machine can open; 0: any that is free.
+    up_axis: str
+        The files' up axis: x, y or z; stores and glTF know their own.
+    """
+    from jepa3d.inference.view import open_page, serve_until_stopped
+
+    serve_until_stopped(open_page(paths, model, index, port, up_axis).server)
+
+
+def export(model: str = "default", /, *, out: Path) -> None:
+    """Write a model for use without this package: ONNX, torch.export, and a folder ready for the
+    Hub; all checked.
+
+    Parameters
+    ----------
+    model: str
+        The folder of a run, an encoder or a classifier, or a Hub id; the encoder of the package by
+        default.
+    out: Path
+        A new folder.
+    """
+    from jepa3d.inference.export import export as write
+
+    write(model, out)
+    print(f"written: {out}, {', '.join(sorted(file.name for file in out.iterdir()))}")

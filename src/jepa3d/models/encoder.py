@@ -163,13 +163,13 @@ class PointEncoder(
             self.norm.weight
         )
 
-    def frame(self, cloud: Tensor | np.ndarray, least: int | None = None) -> Frame:
-        """What the encoder sees of one cloud N 3, and where it lies. least: different points,
+    def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
+        """What the encoder sees of one cloud N 3, and where it lies. min_points: different points,
         instead of min_points.
         """
-        least = self.min_points if least is None else least
+        min_points = self.min_points if min_points is None else min_points
         return frame(
-            as_array(cloud), self.num_points, least, sample_one, self.keep_strays, self.upright
+            as_array(cloud), self.num_points, min_points, sample_one, self.keep_strays, self.upright
         )
 
     def poses(self, prepared: Tensor) -> list[Tensor]:

@@ -63,8 +63,8 @@ class Comparison:
         self.rates: dict[str, float | None] = {}  # arm -> the learning rate chosen
         self.total = len(grid.arms) * (len(grid.rates) + len(grid.seeds) - 1)
         parts: set[Part] = {part, "validation"} if len(grid.rates) > 1 else {part}
-        for asked, config, scored in product(sets, grid.arms.values(), parts):
-            self.shapes(asked, config.encoder.num_points, scored)
+        for dataset, config, scored in product(sets, grid.arms.values(), parts):
+            self.shapes(dataset, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
             log.info("measuring what a step of each arm costs, where that is not known yet")
@@ -83,11 +83,11 @@ class Comparison:
             arm: config.max_steps or total_steps(config, len(self._load(config)))
             for arm, config in grid.arms.items()
         }
-        told = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
-        log.info(f"steps of a run: {told}")
+        text = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
+        log.info(f"steps of a run: {text}")
         if grid.cpu_minutes is None and len(set(self.steps.values())) > 1:
             raise ValueError(
-                f"{grid.path}: equal steps, but they are {told}; give all arms the same max_steps"
+                f"{grid.path}: equal steps, but they are {text}; give all arms the same max_steps"
             )
 
     def folder(self, arm: str, seed: int, rate: float | None) -> Path:
@@ -102,10 +102,12 @@ class Comparison:
         for seed, arm in product(grid.seeds, grid.arms):
             if arm not in self.failed and (reason := self._train(arm, seed, self.rates[arm])):
                 self.failed[arm] = f"seed {seed}: {reason}"
-        for asked, name in self.names.items():
-            found = {arm: self._outcomes(arm, asked) for arm in grid.arms if arm not in self.failed}
+        for dataset, name in self.names.items():
+            found = {
+                arm: self._outcomes(arm, dataset) for arm in grid.arms if arm not in self.failed
+            }
             if grid.reference in found:
-                found |= self._baselines(asked)
+                found |= self._baselines(dataset)
             rows += rows_of(name, found, grid.reference)
         return rows
 
@@ -135,11 +137,11 @@ class Comparison:
             notes.append(
                 "NOTE: one seed: the intervals are over shapes alone and say nothing about other runs"
             )
-        for asked, name in self.names.items():
-            shapes = self._read(asked, grid.reference)
+        for dataset, name in self.names.items():
+            shapes = self._read(dataset, grid.reference)
             notes.append(f"{name}: selection {selection_rule(shapes, quick=True)}")
             configs = {arm: to_dict(config) for arm, config in grid.arms.items()}
-            seen = [arm for arm in configs if was_seen(configs[arm], asked.source, self.part)]
+            seen = [arm for arm in configs if was_seen(configs[arm], dataset.source, self.part)]
             if seen:
                 what = "scored shapes were among the unlabelled ones of pretraining"
                 notes.append(f"{name}: {what}: {', '.join(seen)}")
@@ -158,8 +160,8 @@ class Comparison:
         columns = ["arm", "its own settings", "lr", "steps", "batch"]
         first = Sheet(f"{grid.title}; reference: {grid.reference}", columns, lines, self.notes())
         about = {}
-        for asked, name in self.names.items():
-            shapes = self._read(asked, grid.reference)
+        for dataset, name in self.names.items():
+            shapes = self._read(dataset, grid.reference)
             about[name] = (
                 f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes, {self.part} "
                 "part, mean ± std over seeds"
@@ -186,7 +188,7 @@ class Comparison:
             | {name: getattr(grid, name) for name in names}
             | {
                 "part": self.part,
-                "data": {name: asked._asdict() for asked, name in self.names.items()},
+                "data": {name: dataset._asdict() for dataset, name in self.names.items()},
                 "arms": arms,
                 "notes": self.notes(),
                 "rows": [row.record() for row in rows],
@@ -206,7 +208,7 @@ class Comparison:
             return None
 
         def score(rate: float | None) -> float:
-            found = [self._score(arm, seed, rate, asked, "validation") for asked in self.names]
+            found = [self._score(arm, seed, rate, dataset, "validation") for dataset in self.names]
             return float(np.mean([outcomes["logistic_10"].mean() for outcomes in found]))
 
         return max(ended, key=score)
@@ -239,8 +241,8 @@ class Comparison:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
         self.ended[folder] = reason
-        told = f"failed: {reason}" if reason else f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
-        log.info(f"run {len(self.ended)} of {self.total}: {folder.name}: {told}")
+        text = f"failed: {reason}" if reason else f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
+        log.info(f"run {len(self.ended)} of {self.total}: {folder.name}: {text}")
         return reason
 
     def _load(self, config: PretrainConfig) -> PointClouds:
@@ -270,29 +272,35 @@ class Comparison:
         """The runs of an arm at its rate, by seed."""
         return {seed: self.folder(arm, seed, self.rates[arm]) for seed in self.grid.seeds}
 
-    def _read(self, asked: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
+    def _read(self, dataset: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
         """A scored set at the points of an arm."""
-        return self.shapes(asked, self.grid.arms[arm].encoder.num_points, part or self.part)
+        return self.shapes(dataset, self.grid.arms[arm].encoder.num_points, part or self.part)
 
     def _score(
-        self, arm: str, seed: int, rate: float | None, asked: LabelledSet, part: Part
+        self, arm: str, seed: int, rate: float | None, dataset: LabelledSet, part: Part
     ) -> dict[str, np.ndarray]:
-        folder, shapes = self.folder(arm, seed, rate), self._read(asked, arm, part)
+        folder, shapes = self.folder(arm, seed, rate), self._read(dataset, arm, part)
         return kept_outcomes(
             folder, "encoder", partial(encoded, folder / "encoder", shapes), shapes, seed
         )
 
-    def _outcomes(self, arm: str, asked: LabelledSet) -> Outcomes:
+    def _outcomes(self, arm: str, dataset: LabelledSet) -> Outcomes:
         """Of an arm, seeds x shapes."""
         return stacked(
-            [self._score(arm, seed, self.rates[arm], asked, self.part) for seed in self.grid.seeds]
+            [
+                self._score(arm, seed, self.rates[arm], dataset, self.part)
+                for seed in self.grid.seeds
+            ]
         )
 
-    def _baselines(self, asked: LabelledSet) -> dict[str, Outcomes]:
+    def _baselines(self, dataset: LabelledSet) -> dict[str, Outcomes]:
         """Vectors without training, on the shapes that the reference sees; seeds draw weights and
         labels.
         """
-        folders, shapes = self._folders(self.grid.reference), self._read(asked, self.grid.reference)
+        folders, shapes = (
+            self._folders(self.grid.reference),
+            self._read(dataset, self.grid.reference),
+        )
         first, found = folders[self.grid.seeds[0]], {}
         for name in BASELINES:
             by_hand = cache(partial(made_by_hand, first / "untrained", name, shapes))

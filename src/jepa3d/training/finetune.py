@@ -158,13 +158,13 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
     return labels, torch.from_numpy(clouds.parts[index].astype(np.int64))
 
 
-def start_encoder(config: FinetuneConfig, own: Path | None) -> PointEncoder | None:
+def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder | None:
     """The encoder that a run begins with, on its number of points and patches; None from scratch.
 
-    `own` is a started run's copy, which serves whatever became of the source. ValueError where it
+    `copied` is a started run's copy, which serves whatever became of the source. ValueError where it
     is no encoder.
     """
-    source = str(own) if own else config.init
+    source = str(copied) if copied else config.init
     if source is None:
         return None
     loaded = load_module(str(DEFAULT) if source == "default" else source)

@@ -147,8 +147,10 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
     for name in grid.arms.keys() & known.keys():
         if changed := differences(to_dict(grid.arms[name]), known[name]["settings"]):
             setting, (now, then) = next(iter(changed.items()))
-            told = f"{setting} was {then} when its cost was measured ({file}), not {now}"
-            raise ValueError(f"{grid.path}: arms.{name}: {told}; give the changed arm another name")
+            reason = f"{setting} was {then} when its cost was measured ({file}), not {now}"
+            raise ValueError(
+                f"{grid.path}: arms.{name}: {reason}; give the changed arm another name"
+            )
     if new := [name for name in grid.arms if name not in known]:
         # The machine may be busier now: what was measured before is measured again beside it.
         again = [name for name in grid.arms if name in known][:1]
@@ -163,8 +165,8 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
         before, step = known[name]["before"], known[name]["step"]
         steps = int((60 * grid.cpu_minutes - before) / step)
         if steps < 1:
-            told = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g} CPU-minutes"
-            raise ValueError(f"{grid.path}: arms.{name}: {told}")
+            reason = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g} CPU-minutes"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason}")
         arms[name] = replace(config, max_steps=steps)
     return grid._replace(arms=arms)
 
