@@ -178,8 +178,9 @@ def score(
     seed: int,
     c: float | None = None,
 ) -> dict:
-    """`run_protocol` on features [L, n, E] of `shapes.subsets()`; without the last subset, a fifth of
-    train chooses.
+    """`run_protocol` on features [L, n, E] of each of `shapes.subsets()`.
+
+    Without those of a validation part, layer and C are chosen on a fifth of train.
     """
     (x, x_test, *x_held), (y, y_test, *y_held) = features, shapes.labels()
     held = (x_held[0], y_held[0]) if x_held else None
@@ -209,7 +210,7 @@ def probe(
     check_protocols(protocols)
     networks = {run: _models(run) for run in runs}
     configs = {run: config for run, (config, _) in networks.items()}
-    seeds, first = _seeds(configs), configs[runs[0]]
+    seeds, first = _seeds(runs, configs), configs[runs[0]]
     axis = up_axis.replace("none", "z")
     shapes = Labelled.read(data, first["encoder"]["num_points"], axis, labels_key, part)
     subsets = shapes.subsets()[: 2 if quick else 3]
@@ -272,16 +273,15 @@ def probe(
     }
 
 
-def _seeds(configs: dict[Path, dict]) -> list[int]:
+def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
     """The seeds of runs that differ in nothing else. Raises ValueError where they do not."""
-    (first, reference), *_ = configs.items()
-    for run, config in configs.items():
-        changed = differences(config, reference).keys() - {"seed", *BOOKKEEPING}
+    for run in runs:
+        changed = differences(configs[run], configs[runs[0]]).keys() - {"seed", *BOOKKEEPING}
         if changed:
             raise ValueError(
-                f"{run}: differs in {min(changed)} from {first}; only seeds of one run can be averaged"
+                f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged"
             )
-    seeds = [config["seed"] for config in configs.values()]
+    seeds = [configs[run]["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(
             f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one"
