@@ -250,7 +250,7 @@ def write_features(
         survey = _survey(scan, up_axis, show)
         low, high, total, sample = survey
         if total < (min_points := encoder.min_points):
-            raise ReadError(f"{scan}: {total} points, at min_points {min_points} are needed")
+            raise ReadError(f"{scan}: {total} points, at least {min_points} are needed")
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
         grid = _grid(survey, tile, encoder)

@@ -79,7 +79,7 @@ class EmbeddingSpec:
         for name, value in asdict(self).items():
             if name == "model" or (theirs := getattr(other, name)) == value:
                 continue
-            difference = f"{name.replace('_', '-')} {theirs}, not {value}"
+            difference = f"{name.replace('_', '-')} {theirs} (not {value})"
             if name == "fingerprint":
                 difference = f"another model ({other.model}, not {self.model})"
             hint = "choose another --out or --model"
