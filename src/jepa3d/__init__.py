@@ -7,8 +7,8 @@ second to import, and `jepa3d --help` needs none of it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Some others need an extra, which `from jepa3d import *` must not ask for.
-__all__ = ["Embedder", "PointEncoder", "embed", "load"]
+# Without export, finetune, pretrain, probe and search: `from jepa3d import *` would need extras.
+__all__ = ["Embedder", "PointEncoder", "embed", "load", "predict"]
 
 _MODULES = {
     "Embedder": "jepa3d.inference.embedding",
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
     from jepa3d.evaluation.probe import probe as probe
     from jepa3d.inference.embedding import Embedder, embed
     from jepa3d.inference.export import export as export
-    from jepa3d.inference.predicting import predict as predict
+    from jepa3d.inference.predicting import predict
     from jepa3d.inference.search import search as search
     from jepa3d.models.encoder import PointEncoder
     from jepa3d.models.ready import load

@@ -79,7 +79,7 @@ class Grid:
         return keys // (strip * height)
 
     def check(self) -> None:
-        """ValueError where there are more cells than keys."""
+        """Raise ValueError for more cells than keys can number."""
         if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
             extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
             scene = f"a scene of {extent} (points far outside?)"
@@ -110,12 +110,14 @@ def tiles_of(
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Different keys, ascending; where each is first; which each row has; and their numbers."""
+    """Of keys n: the different ones, the first row of each, the number of each row's key among them,
+    and how many rows each has.
+    """
     return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
 
 
 def median_count(grid: Grid, points: np.ndarray) -> float:
-    """Median number of points n 3 in the occupied tiles."""
+    """Median number of points in the tiles that hold some of points n 3."""
     coords = grid.cells(points)[0]
     _, first, _, counts = _unique(grid.keys(coords))
     return float(np.median(tiles_of(grid, coords[first], counts)[1]))
@@ -155,7 +157,7 @@ class Cells:
         self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Records of the cell-th cell from its first-th point."""
+        """Records of `count` points of a cell (all by default), from its point number `first` on."""
         count = int(self.counts[cell]) - first if count is None else count
         self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)

@@ -69,7 +69,7 @@ class Address:
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
-        """The cloud. Raises ReadError."""
+        """Read the cloud. Raises ReadError."""
         if self.part is None:
             return read(self.file)
         if is_store(self.file):
@@ -86,7 +86,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One cloud to use."""
+    """One cloud, which is read when it is needed."""
 
     path: str  # its address as text
     read: Callable[[], PointCloud]  # picklable
@@ -113,7 +113,7 @@ def find_clouds(*paths: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
     """The clouds of files, folders and stores, each once, and the files there that are none.
 
     A path may also be the address of one cloud. Files that are no clouds come as (path, reason).
-    Raises ReadError where nothing is.
+    Raises ReadError for a path that does not exist.
     """
     items: dict[str, Item] = {}
     skipped: dict[str, str] = {}
@@ -205,7 +205,7 @@ def _row_of(path: str, key: str) -> int | None:
 
 
 def _store(path: str) -> tuple[Store, np.ndarray, np.ndarray]:
-    """A store, the hashes of its keys in order, and their rows."""
+    """A store, the sorted hashes of its keys, and the row of each."""
     return _opened(path, os.stat(os.path.join(path, "store.json")).st_mtime_ns)
 
 

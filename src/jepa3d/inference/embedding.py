@@ -1,5 +1,5 @@
-"""Clouds to vectors, in memory: arrays or files for `jepa3d.embed`, batches of paths for another
-engine.
+"""Clouds to vectors in memory: `jepa3d.embed` of arrays or files, and `jepa3d.Embedder` of batches of
+paths.
 """
 
 import warnings
@@ -168,7 +168,7 @@ def embed_batch(
 def encode(
     encoder: PointEncoder, spec: EmbeddingSpec, results: Iterable[Embedded | str]
 ) -> Iterator[Embedded | str]:
-    """Results with vectors in place of what the encoder sees, made in batches."""
+    """Replace what the encoder sees in each result by its vector, a batch at a time."""
     results = iter(results)
     while batch := list(islice(results, BATCH)):
         points = [result.vector for result in batch if isinstance(result, Embedded)]

@@ -43,7 +43,7 @@ Run = Callable[..., list[np.ndarray]]  # an exported file: arrays to arrays
 
 
 class Graph(NamedTuple):
-    """One graph, as files of its name, and what it must agree with."""
+    """One graph to export, and the network's own results, with which its files must agree."""
 
     name: str
     module: nn.Module
@@ -176,8 +176,8 @@ def _write(network: Network, encoder: PointEncoder, folder: Path) -> Differences
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say about themselves: a missing torchvision, deprecations,
-    each folded node.
+    """Silence messages of torch and onnxscript: a missing torchvision, deprecations, every folded
+    node.
     """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]

@@ -1,7 +1,7 @@
-"""`frame.py` for batches, as operations that torch.export and ONNX can hold: no loop of open
-length, no point less.
+"""`frame.py` for batches, as operations that torch.export and ONNX can hold: no loop of unknown
+length, and always the same number of points.
 
-A point that does not count is put where another is: farthest point sampling never picks it.
+A point that is left out is moved onto another one, where farthest point sampling never picks it.
 """
 
 from typing import Any

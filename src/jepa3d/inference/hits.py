@@ -22,7 +22,7 @@ _COMPARE = {
 
 @dataclass(frozen=True)
 class Hit:
-    """A neighbour."""
+    """A neighbour: a row of an index, and the cosine of its vector with the query."""
 
     cosine: float
     path: str

@@ -31,7 +31,7 @@ _OLD = timedelta(hours=1)  # versions kept for those who read while it is writte
 
 
 class VectorStore:
-    """A store that is there; `create_or_update` makes one. Raises ReadError for anything else.
+    """An existing store; `create_or_update` makes one. Raises ReadError for anything else.
 
     Whoever changes it holds its lock, `jepa3d.locking.writing`.
     """

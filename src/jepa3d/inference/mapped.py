@@ -29,7 +29,7 @@ _KEY = b"jepa3d copy 2 of"
 
 
 class Group(NamedTuple):
-    """A row group of an index."""
+    """A row group of an index: a function that reads its columns, and what the copy knows besides."""
 
     read: Callable[[list[str]], pa.RecordBatch]  # some of its columns
     # Of its vectors, where they are known: the lengths n, and in half precision the directions n E
@@ -54,7 +54,7 @@ def groups(vectors: Vectors) -> Iterator[Group]:
 
 
 def copy_of(index: Path) -> Path:
-    """Where the copy of an index lies."""
+    """The path of the copy of an index."""
     real = index.resolve()
     return real.with_name(f"{real.name}.arrow")
 
@@ -76,16 +76,16 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
 
 
 def _stamp(files: list[Path]) -> str:
-    """Equal where every file is the same one: a change of vectors replaces a file by a new one."""
+    """A text that differs when a file changed: every change replaces the file by a new one."""
     stats = [(file.name, file.stat()) for file in files]
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
 
 
 @lru_cache(maxsize=2)  # mapped once, so that a search meets pages that are there
 def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
-    """The row groups of a copy, nothing read yet.
+    """The row groups of a copy, mapped but not read yet.
 
-    Raises OSError or ValueError where it is none of these files.
+    Raises OSError or ValueError for a copy of other files.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(file)))
     if (reader.schema.metadata or {}).get(_KEY) != stamp.encode():
@@ -94,7 +94,9 @@ def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
 
 
 def _write(vectors: Vectors, file: Path, stamp: str) -> None:
-    """Whole or not at all. Raises OSError, and ValueError where the vectors changed meanwhile."""
+    """Write a copy, whole or not at all. Raises OSError, and ValueError if the vectors changed
+    meanwhile.
+    """
     partial = file.with_name(f".{file.name}.partial")
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
     log.warning(f"making {file}, a copy for quick searches ({size:,.0f} MB)")

@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 
 class Features:
-    """Features of the points of cells: of each tile around, interpolated from its tokens, and
+    """Features of the points of cells: interpolated from the tokens of each tile around, and
     blended.
 
     A tile weighs most at its middle and nothing at its border. Tiles with fewer points than the
@@ -250,7 +250,7 @@ def write_features(
         survey = _survey(scan, up_axis, show)
         low, high, total, sample = survey
         if total < (min_points := encoder.min_points):
-            raise ReadError(f"{scan}: {total} points, at min_points {min_points} are needed")
+            raise ReadError(f"{scan}: {total} points, at least {min_points} are needed")
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
         grid = _grid(survey, tile, encoder)
@@ -288,9 +288,7 @@ def write_features(
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards; one that a killed run left there is cleared away
-    first.
-    """
+    """An empty folder that is deleted afterwards; one that a killed run left is deleted first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -300,7 +298,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:
-    """Raise ValueError for what cannot work whatever is in the scan."""
+    """Raise ValueError for arguments that cannot work, before the scan is read."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
     if out.is_dir():

@@ -72,7 +72,7 @@ def search(
 
 
 def _without(hits: list[Hit], path: str | None) -> list[Hit]:
-    """Hits but for the one of a path, or of the file that it leads to."""
+    """Hits without the one of this path, or of a path that leads to the same file."""
     paths = [hit.path for hit in hits]
     if path is not None and path not in paths:
         real = os.path.realpath(path)

@@ -27,8 +27,10 @@ class EmbeddingSpec:
     def of(
         model: str, encoder: PointEncoder, up_axis: str, layer: int, pooling: str
     ) -> "EmbeddingSpec":
-        """The specification of what `encoder` makes, which was loaded from `model`, or "" if nobody
-        will ask. Raises ValueError for a setting that does not exist.
+        """The specification of vectors of `encoder`, which was loaded from `model`.
+
+        Without a model ("") the weights get no fingerprint, which takes time. Raises ValueError for
+        a setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}, none")
@@ -44,7 +46,7 @@ class EmbeddingSpec:
         return EmbeddingSpec(name, weights, *settings, FRAME, encoder.keep_strays)
 
     def applied(self, encoder: PointEncoder) -> PointEncoder:
-        """The encoder, which now sees clouds as this specification says; the weights are shared."""
+        """A copy of the encoder, sharing its weights, that sees clouds as this specification says."""
         encoder = copy.copy(encoder)
         encoder.keep_strays = self.keep_strays
         encoder.upright = encoder.upright and self.up_axis != "none"
@@ -79,7 +81,7 @@ class EmbeddingSpec:
         for name, value in asdict(self).items():
             if name == "model" or (theirs := getattr(other, name)) == value:
                 continue
-            difference = f"{name.replace('_', '-')} {theirs}, not {value}"
+            difference = f"{name.replace('_', '-')} {theirs} (not {value})"
             if name == "fingerprint":
                 difference = f"another model ({other.model}, not {self.model})"
             hint = "choose another --out or --model"

@@ -79,7 +79,10 @@ def view_of(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> View:
-    """The points and the vector are those of `embed`. Raises ReadError and OSError."""
+    """A cloud as the page shows it; points and vector are those of `embed`.
+
+    Raises ReadError and OSError.
+    """
     _, cloud, turned, seen = see(encoder, item, up_axis)
     states, centers = encoder.states(torch.from_numpy(seen.points)[None])
     drawn = np.sort(np.random.default_rng(0).permutation(len(cloud))[:MAX_DRAWN])
@@ -93,11 +96,10 @@ def view_of(
 
 
 def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
-    """Which of points N 3 is meant by a ray: of the foremost layer within `reach` of it, the
-    nearest to the ray.
+    """Index of the point that a click on points N 3 means, or None if the ray meets no point.
 
-    The layer is `reach` deep. None where the ray passes all points by, or they lie behind its
-    origin.
+    Of the points within `reach` of the ray, those up to `reach` behind the foremost are taken, and
+    of these the one nearest to the ray.
     """
     direction = np.asarray(direction, float) / np.linalg.norm(direction)
     offset = points - np.asarray(origin, float)
@@ -282,7 +284,7 @@ class Page:
         return scene.add_point_cloud(name, points, colors, **look)
 
     def pick(self, origin, direction) -> None:
-        """Colour by similarity to the point that a ray means, if it means one."""
+        """Colour by similarity to the point that a click means, if it means one."""
         points = np.empty((0, 3)) if self.view is None else self.view.points
         point = nearest_to_ray(points, origin, direction)
         if point is not None:
@@ -362,7 +364,7 @@ class Page:
 
 
 def _item(hit: Any) -> Item:
-    """A neighbour. Raises ReadError where it is gone."""
+    """The cloud of a neighbour. Raises ReadError if it is gone."""
     return item_at(hit.path, hit.label)
 
 
@@ -401,7 +403,7 @@ def open_page(
 
 
 def serve_until_stopped(server: viser.ViserServer) -> None:
-    """Say where the page is, and serve it until Ctrl-C."""
+    """Print the address of the page and serve it until Ctrl-C."""
     at = server.get_port()
     tunnel = f"from another machine, first: ssh -L {at}:{HOST}:{at} HOST"
     print(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}", flush=True)

@@ -124,7 +124,7 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a file, arguments that it lacks as `cls.BEFORE` says; others have their default."""
+    """The settings of a file, completed by `cls.BEFORE` where the file is older than an argument."""
     complete = cls.BEFORE | settings
     for name, part in cls.PARTS.items():
         if isinstance(complete.get(name), dict):
@@ -172,7 +172,7 @@ def first_line(error: BaseException) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What config.json in a folder holds.
+    """The settings in config.json of a folder.
 
     Raises ValueError, which names the file, where it is missing or damaged.
     """
@@ -248,7 +248,7 @@ def local_folder(model: str | Path, **options: Any) -> Path:
 
 
 def _unreachable() -> str:
-    """Why the Hub cannot be reached; empty where it answers, whatever it says."""
+    """Why the Hub cannot be reached; empty if it answers anything."""
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_REACHED_WITHIN).close()
