@@ -475,8 +475,9 @@ def test_attributes_of_copies_are_those_of_their_points(tmp_path):
     lines = np.c_[points, np.arange(70)]
     np.savetxt(tmp_path / "in/a.csv", lines, delimiter=",", header="x,y,z,part", comments="")
     store = stored(tmp_path / "in", tmp_path / "out", points=100, keep=("parts",))
-    assert np.allclose(back(store)[:70], points[store.parts(0)[:70]], atol=1e-4)
-    assert set(store.parts(0)[70:]) == set(store.parts(0)[:30])  # the farthest of them, once more
+    assert np.allclose(back(store)[:70], points[store.array("parts", 0)[:70]], atol=1e-4)
+    parts = store.array("parts", 0)
+    assert set(parts[70:]) == set(parts[:30])  # the farthest of them, once more
 
 
 def test_all_points_are_kept_where_asked(tmp_path):

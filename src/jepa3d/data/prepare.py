@@ -104,7 +104,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep_strays = options.keep_strays or not source.unpublished
     options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        log.info("axes are kept: z-up, in glTF y-up (--up-axis says otherwise)")
+        log.info("axes are kept: taken as z-up, glTF as y-up (else: --up-axis)")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         log.info(printable(note))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))

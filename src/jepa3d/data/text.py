@@ -206,8 +206,7 @@ class Table:
             if len(names) == len(row) - 1 and quoted:
                 names.insert(0, "")  # R's row names have no name
             if len(names) in (filled, len(row)) or wanted <= set(names):
-                blank = self.mark is None
-                if len(names) > len(row) and blank and names[:3] != ["x", "y", "z"]:
+                if len(names) > len(row) and not self.mark and names[:3] != [*"xyz"]:
                     wrong = f"names {len(names)} columns, {self._where} has {len(row)}"
                     raise ReadError(f"line {number} {wrong}")
                 return tuple(names)
