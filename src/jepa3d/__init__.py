@@ -7,7 +7,7 @@ second to import, and `jepa3d --help` needs none of it.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Without export, finetune, pretrain, probe and search: `from jepa3d import *` would need extras.
+# What `from jepa3d import *` gives; the others are imported by name, since some need extras.
 __all__ = ["Embedder", "PointEncoder", "embed", "load", "predict"]
 
 _MODULES = {
