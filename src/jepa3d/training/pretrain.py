@@ -1,4 +1,4 @@
-"""Pretraining: settings and data in, a run folder out (`jepa3d/run.py`), in one stage or two."""
+"""Pretraining: settings and data in, a run folder out (`run.py`), in one stage or two."""
 
 import copy
 import time
