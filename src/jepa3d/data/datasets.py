@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from jepa3d.data.cloud import TO_Z_UP
+from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.shapes import Shapes, open_shapes
 from jepa3d.data.store import SPLITS, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
@@ -103,6 +103,8 @@ def load(
         axis = axes[i % len(axes)]
         shapes = open_shapes(source, num_points, axis, labels_key, limit, raw, parts)
         rows, total = shapes.rows(split), shapes.total or len(shapes.split)
+        if not len(rows):
+            raise ReadError(f"{source}: no shapes in its {split} part")
         found = _loaded(shapes, rows[:limit], num_points, raw, parts)
         available = round(len(rows) * total / len(shapes.split))
         loaded.append(replace(found, available=available))

@@ -53,17 +53,10 @@ class Shapes:
     total: int | None = None  # shapes of the whole source, if these are not all
 
     def rows(self, split: str) -> np.ndarray:
-        """Indices of the shapes in a part; a source without a split is all train.
-
-        Raises ReadError if the part is empty.
-        """
-        rows = np.arange(len(self.split))
-        has_split = bool((self.split >= 0).any())
-        if split != "all" and (has_split or split != "train"):
-            rows = np.flatnonzero(self.split == SPLITS.index(split))
-        if not len(rows):
-            raise ReadError(f"{self.name}: no shapes in its {split} part")
-        return rows
+        """Indices of the shapes in a part; a source without a split is all train."""
+        if split == "all" or (split == "train" and (self.split < 0).all()):
+            return np.arange(len(self.split))
+        return np.flatnonzero(self.split == SPLITS.index(split))
 
 
 def open_shapes(
