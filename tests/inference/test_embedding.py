@@ -24,6 +24,7 @@ from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint
+from jepa3d.plain import log
 
 RNG = np.random.default_rng(0)
 SIZES = {
@@ -305,8 +306,9 @@ def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
         item_at(f"{tmp_path / 'store'}#nothing")
 
 
-def test_bad_files_are_named_and_left_out(model, scans, tmp_path, caplog, capfd):
+def test_bad_files_are_named_and_left_out(model, scans, tmp_path, caplog, capfd, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(log, "handlers", [])  # the tests' own printer
     (scans / "cup" / "bad.npy").write_bytes(b"no array")
     (scans / "cup" / os.fsdecode(b"\xff.npy")).write_bytes((scans / "cup" / "1.npy").read_bytes())
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)

@@ -22,6 +22,7 @@ import jepa3d
 from jepa3d.data import parallel
 from jepa3d.data.cloud import ReadError
 from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.embedding import Embedded
 from jepa3d.inference.lance import create_or_update
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy, write
@@ -114,7 +115,7 @@ def crash(items: list) -> list:
     """Work whose process dies of one item."""
     if any(item.path.endswith("bad.ply") for item in items):
         os._exit(1)
-    return [(np.ones(384, np.float32), 200, 0)] * len(items)
+    return [Embedded(np.ones(384, np.float32), 200, 0, [])] * len(items)
 
 
 def test_a_file_whose_parser_crashes_costs_its_own_row(tmp_path):
