@@ -90,7 +90,7 @@ def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainCo
 
 @torch.no_grad()
 def grow_points() -> Growth:
-    """From points to vectors;
+    """From points to vectors.
 
     `prepare` is the unit sphere and, above 2,048 points, farthest points.
     """

@@ -76,7 +76,7 @@ def busy_core(wanted: bool):
 
 
 def run(words: list[str], folder: Path) -> tuple[float, float]:
-    """Wall and processor seconds of a command and of the processes it waited for;
+    """Wall and processor seconds of a command and of the processes it waited for.
 
     SystemExit where it fails.
     """

@@ -231,7 +231,7 @@ def milliseconds(times: list[float] | None) -> str:
 
 
 def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
-    """A row a contender, a column a size;
+    """A row a contender, a column a size.
 
     `exact` makes one word of a contender's figures at all sizes.
     """

@@ -25,7 +25,7 @@ DENSITY, PER_OBJECT, CHUNK = (
 
 
 def make(path: Path, total: int) -> None:
-    """Hills of 5 m, and on them boxes and cylinders of 1 to 6 m, which have half of the points;
+    """Hills of 5 m, and on them boxes and cylinders of 1 to 6 m, which have half of the points.
 
     UTM coordinates.
     """

@@ -103,7 +103,7 @@ def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers
 
 
 def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
-    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s;
+    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s.
 
     0 ends.
     """

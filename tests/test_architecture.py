@@ -1,6 +1,7 @@
 """The house rules that a reader relies on."""
 
 import ast
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 
+CUT = re.compile(r'"""([^"\n]*[;:])\n\n')
 ROOMS = runpy.run_path(str(SOURCE.parents[1] / "docs" / "rooms.py"))
 
 
@@ -107,3 +109,20 @@ def test_no_file_needs_linux_to_be_imported():
     assert {
         p.name: found for p in SOURCE.rglob("*.py") if (found := only_on_linux(p.read_text()))
     } == {}
+
+
+def test_the_first_line_of_a_docstring_is_a_whole_sentence():
+    """A line that ends with a semicolon or a colon before an empty one was cut in two."""
+    root = SOURCE.parents[1]
+    files = [
+        path for folder in ("src", "tests", "benchmarks") for path in (root / folder).rglob("*.py")
+    ]
+    cut = [f"{path.name}: {line}" for path in files for line in CUT.findall(path.read_text())]
+    assert files
+    assert cut == []
+
+
+def test_a_sentence_that_was_cut_is_found():
+    quotes = '"' * 3
+    assert CUT.findall(f"    {quotes}Tokens B M C;\n\n    LayerNorm of each.{quotes}")
+    assert not CUT.findall(f"    {quotes}Tokens B M C.\n\n    LayerNorm of each.{quotes}")

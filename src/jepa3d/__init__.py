@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
 else:
 
     def __getattr__(name: str):
-        """Import a public name on its first use;
+        """Import a public name on its first use.
 
         `__version__` is that of the installed distribution.
         """

@@ -1,7 +1,4 @@
-"""The command line as a module:
-
-`python -m jepa3d`, and on several processes `torchrun -m jepa3d`.
-"""
+"""The command line as a module: `python -m jepa3d`, or `torchrun -m jepa3d` on several processes."""
 
 import sys
 

@@ -108,7 +108,7 @@ class RepeatedDraws(BatchGenerator):
 def uniform(
     generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device
 ) -> Tensor:
-    """Uniform draws in [0, 1) of `shape` whose first axis is the batch;
+    """Uniform draws in [0, 1) of `shape` whose first axis is the batch.
 
     None draws from torch's own state.
     """

@@ -47,7 +47,7 @@ def test_histograms_tell_a_ball_from_a_line_whatever_their_size_and_turn(encoder
 
 
 def test_histograms_of_known_shapes():
-    """A3 of points on a line:
+    """A3 of points on a line.
 
     0 or 180 degrees and nothing between, areas 0; heights of a level line: one bin.
     """

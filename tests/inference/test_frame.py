@@ -501,7 +501,7 @@ def test_nan_is_refused_in_memory_and_left_out_of_files(encoder, tmp_path):
 
 @pytest.mark.parametrize("count", [15, 16, 64, 100])
 def test_the_commands_agree_on_the_fewest_points(model, classifier, tmp_path, capsys, count):
-    """`label` recommends `predict`, and both take what `embed` takes;
+    """`label` recommends `predict`, and both take what `embed` takes.
 
     `prepare` from 64 points on, whatever follows.
     """

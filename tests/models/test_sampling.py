@@ -234,7 +234,7 @@ def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
 
 
 def test_the_sequence_sampler_takes_as_many_tokens_as_point_jepa():
-    """Of 64 tokens:
+    """Of 64 tokens.
 
     17.7 of context (a plain loop of 200,000 draws), at least int(0.4 x 16), and targets of 9 to 12.
     """

@@ -33,7 +33,7 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def write_grid(tiny, tmp_path_factory):
-    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each;
+    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each.
 
     None leaves a key out.
     """

@@ -23,6 +23,7 @@ from jepa3d.data.store import Store
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load
 from jepa3d.plain import from_dict, merge
+from jepa3d.run import Run
 from jepa3d.training import checkpoint
 from jepa3d.training import fewshot as fewshots
 from jepa3d.training.fewshot import run_fewshot
@@ -351,7 +352,7 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
     step = int(
         re.search(r"read at step (\d)", str(caught.value))[1]
     )  # the next batch may be read already
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == f"step-{step - 1:07d}"
+    assert Run(tmp_path / "run").checkpoint.name == f"step-{step - 1:07d}"
     assert str(store) in refusal(capsys, "info", store, "--verify")
     file.write_bytes(content)
     pretrain(config, tmp_path / "run", resume=True)

@@ -19,7 +19,7 @@ from jepa3d import config as settings
 from jepa3d.config import Schedule
 from jepa3d.data.datasets import load
 from jepa3d.objectives.jepa import JEPA
-from jepa3d.training import checkpoint
+from jepa3d.run import Run
 from jepa3d.training import pretrain as training
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.optim import adamw, learning_rate, total_steps
@@ -128,7 +128,7 @@ def test_resume_restores_optimizer_and_ema_teacher(tiny, tmp_path):
     config = tiny(max_steps=4)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "run", stop_at=3)
-    saved = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    saved = Run(tmp_path / "run").checkpoint
     names = load_file(saved / "model.safetensors").keys()
     assert any(name.startswith("teacher.") for name in names)
     steps = {
@@ -144,7 +144,7 @@ def test_a_frozen_teacher_is_not_in_the_checkpoint_and_does_not_change(tiny, tmp
     config = tiny(teacher=str(first), max_steps=4)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "second", stop_at=2)
-    saved = checkpoint.latest(tmp_path / "second" / "checkpoints")
+    saved = Run(tmp_path / "second").checkpoint
     assert not any(name.startswith("teacher.") for name in load_file(saved / "model.safetensors"))
     assert same(weights(first), weights(tmp_path / "second", "given/0"))
     pretrain(config, tmp_path / "second", resume=True)
@@ -164,9 +164,7 @@ def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_pat
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "saved; continue with: jepa3d pretrain --out" in errors
-    stopped_at = json.loads((checkpoint.latest(run / "checkpoints") / "state.json").read_text())[
-        "step"
-    ]
+    stopped_at = json.loads((Run(run).checkpoint / "state.json").read_text())["step"]
     assert 5 <= stopped_at < 60
     pretrain(config, run, resume=True)
     assert same(weights(pretrain(config, tmp_path / "whole")), weights(run))
@@ -192,7 +190,7 @@ def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_
     )
     done = subprocess.run([sys.executable, "-c", die], capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
-    assert checkpoint.latest(run / "checkpoints").name == "step-0000002"
+    assert Run(run).checkpoint.name == "step-0000002"
     pretrain(config, run, resume=True)
     whole = pretrain(config, tmp_path / "whole")
     assert same(weights(whole), weights(run))
@@ -230,7 +228,7 @@ def test_seeds_differ(tiny, tmp_path):
 
 @pytest.mark.parametrize("teacher", ["ema", "dvae"])
 def test_golden_curve(tiny, tmp_path, teacher):
-    """20 losses that a change which should not alter results must reproduce (write:
+    """20 losses that a change which should not alter results must reproduce (write.
 
     UPDATE_GOLDEN=1 pytest).
     """
@@ -459,9 +457,7 @@ def test_cost_accumulates_over_sessions(tiny, tmp_path):
     config = tiny(max_steps=4)
     with pytest.raises(Interrupted):
         pretrain(config, tmp_path / "run", stop_at=2)
-    before = json.loads(
-        (checkpoint.latest(tmp_path / "run" / "checkpoints") / "state.json").read_text()
-    )
+    before = json.loads((Run(tmp_path / "run").checkpoint / "state.json").read_text())
     time.sleep(0.01)
     pretrain(config, tmp_path / "run", resume=True)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -499,7 +495,7 @@ def test_a_spoilt_loss_never_replaces_a_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(JEPA, "forward", spoilt)
     with pytest.raises(ValueError, match="the loss is nan at step 4: lower --lr"):
         pretrain(config, tmp_path / "run")
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "step-0000002"
+    assert Run(tmp_path / "run").checkpoint.name == "step-0000002"
 
 
 def test_two_processes_in_bf16_finish(tiny, tmp_path):

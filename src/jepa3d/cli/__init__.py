@@ -101,9 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # names that the terminal cannot have are spelled out
+        # Names that the terminal cannot have are spelled out.
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     printer = Printer()
     log.setLevel(logging.INFO)

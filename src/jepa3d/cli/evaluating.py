@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from jepa3d.run import Run
+
 _CHOICES = ("best", "mean_max", None, False, None)  # of a probe, where none was made
 
 
@@ -90,7 +92,7 @@ def probe(
         [pooling] * (pooling != "mean_max") + [*(protocols or ())] + [part] * (part != "test")
     )
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
-    if not (run := (runs[0] / "run.json").is_file()):  # an encoder's own folder is left as it is
+    if not (run := Run.is_at(runs[0])):  # an encoder's own folder is left as it is
         special.insert(0, runs[0].name)
     if out is None:
         name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])

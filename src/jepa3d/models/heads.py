@@ -41,7 +41,7 @@ class Classifier(
         self.out = nn.Linear(256, len(class_names))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere;
+        """Logits B classes of clouds B N 3 in the unit sphere.
 
         `generator` draws grouping, drop-path and dropout.
         """
@@ -100,7 +100,7 @@ class LinearClassifier(
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere;
+        """Logits B classes of clouds B N 3 in the unit sphere.
 
         `generator` draws grouping and drop-path.
         """
@@ -214,10 +214,7 @@ class Segmenter(
 
 
 def thirds(depth: int) -> tuple[int, int, int]:
-    """The blocks that end each third of an encoder, whose tokens are joined for dense tasks:
-
-    4, 8 and 12 of 12.
-    """
+    """The blocks that end each third of an encoder: 4, 8 and 12 of 12 (for dense tasks)."""
     return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
 
 

@@ -57,9 +57,9 @@ class Teacher(nn.Module):
 
 
 def normalise(tokens: Tensor, norm: str) -> Tensor:
-    """Tokens B M C;
+    """Normalise tokens B M C: LayerNorm of each, or per channel over all tokens of the batch.
 
-    LayerNorm of each, or centred or standardised per channel over the tokens of the batch.
+    norm: none, layernorm, center or standardize.
     """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])

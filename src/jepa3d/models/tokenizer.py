@@ -112,9 +112,8 @@ class PatchTokenizer(nn.Module):
         lead, size = patches.shape[:-2], patches.shape[-2]
         first = (self.linear1.weight, self.linear1.bias)
         second = (self.linear3.weight, self.linear3.bias)
-        if (
-            not self.norm1.training
-        ):  # a norm with fixed statistics is part of the linear layer before it
+        # A norm with fixed statistics is part of the linear layer before it.
+        if not self.norm1.training:
             first = self.norm1.fold_into_linear(*first)
             second = self.norm3.fold_into_linear(*second)
         local = F.linear(patches.reshape(-1, 3), *first)

@@ -62,7 +62,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each pre-normalised and residual;
+    """Self-attention and MLP, each pre-normalised and residual.
 
     `keep` scales each sample's or row's two branches.
     """

@@ -21,9 +21,7 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: (
-        Tensor  # mean squared distance of a view's embedding to the mean of the global views'
-    )
+    invariance: Tensor  # mean squared distance of views' embeddings to the global views' mean
     regularizer: Tensor  # the weighted VICReg terms, or SIGReg
     embedding: Tensor  # V B E, global views first
     encoded: Tensor  # n C, the encoder's tokens of the first view
@@ -59,9 +57,8 @@ class Invariance(nn.Module):
         pooled, encoded = [], None
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
-            if (
-                view >= settings.global_views
-            ):  # fewer points, fewer patches: each of the size it has in the whole
+            if view >= settings.global_views:
+                # Fewer points and fewer patches, so that a patch is as large as in the whole.
                 groups = max(1, round(share * groups))
                 seen = random_crop(
                     points, max(encoder.group_size, round(share * points.shape[1])), draws

@@ -1,7 +1,4 @@
-"""What keeps embeddings from collapsing when no frozen teacher does:
-
-SIGReg and VICReg's two terms.
-"""
+"""SIGReg and VICReg's two terms, which keep embeddings from collapsing without a frozen teacher."""
 
 import torch
 import torch.nn.functional as F

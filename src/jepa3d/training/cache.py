@@ -144,9 +144,8 @@ class CachedTargets:
         if todo and state.is_main_process:
             megabytes, seconds = num_bytes(self.columns) / 1e6, time.perf_counter() - wall
             log.info(f"targets of {count:,} shapes: {megabytes:,.1f} MB, asked in {seconds:.1f} s")
-        if (
-            self.folder
-        ):  # only now: what another machine wrote is seen by whoever opens the file after it
+        # Only now: what another machine wrote is seen by whoever opens the file after it.
+        if self.folder:
             self.arrays = [
                 np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns
             ]

@@ -102,11 +102,6 @@ def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint."""
-    return max(_all(folder), default=None)
-
-
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], list[str]]:

@@ -189,9 +189,8 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                 loss.backward()
                 loss.item()  # wait for the device
             except RuntimeError as error:  # no compiler, say, or no kernel of that precision
-                if (
-                    len(copies) == 1 or state.num_processes > 1
-                ):  # the others would wait for this one
+                # The others would wait for this one.
+                if len(copies) == 1 or state.num_processes > 1:
                     raise
                 log.info(f"trial of {named(*how)}: {str(error).splitlines()[0]}")
                 del copies[how]

@@ -140,10 +140,8 @@ def _finetuned(
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         log.info(f"fold {i}: {scores[-1]:.1f} %")
-        for network in (
-            "start",
-            "model",
-        ):  # at the paper's size a gigabyte or two a setting, and no use
+        # At the paper's size a gigabyte or two a setting, and no use.
+        for network in ("start", "model"):
             shutil.rmtree(folder / network, ignore_errors=True)
     return scores, {
         key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")

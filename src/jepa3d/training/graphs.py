@@ -83,9 +83,8 @@ class Repeated:
                     parameter.grad = None
         device.current_stream().wait_stream(aside)
         graph = device.CUDAGraph()
-        with device.graph(
-            graph, pool=self.pool, capture_error_mode="thread_local"
-        ):  # another thread reads ahead
+        # Another thread reads ahead.
+        with device.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.run(seen, RepeatedDraws(draws.seed, draws.step, parent=draws))
         self.pool = graph.pool()
         for buffer, value in zip(self.model.buffers(), kept, strict=True):

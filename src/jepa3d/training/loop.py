@@ -108,7 +108,7 @@ def fit(
         "best": None,
     }
     metrics = run and run / "metrics.jsonl"
-    if run and checkpoint.latest(run / "checkpoints"):
+    if run and Run(run).checkpoint:
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
             log.info(line)

@@ -43,9 +43,9 @@ TIMED_STEPS = 9  # of a stage whose cost is measured; the first is not timed
 def make_task(
     config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]
 ) -> Task:
-    """What the loop trains for an objective;
+    """What the loop trains for an objective.
 
-    `networks` holds those of stage I and those given, by name.
+    networks: those of stage I and those given, by name.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -235,9 +235,9 @@ def clouds_of(
     loaded: PointClouds | None = None,
     limit: int | None = None,
 ) -> PointClouds:
-    """The data at the number of points of an objective, twice that for views where it has them;
+    """The data at the number of points of an objective, twice that for views if it has them.
 
-    `loaded` if it is.
+    `loaded` is returned as it is if it has that number already.
     """
     num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
     viewed = objective == "jepa" and config.target.view > 0
