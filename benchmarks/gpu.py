@@ -370,6 +370,7 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
             share - 15,
         ]
         command += ["--batch", arguments.batch, *(["--rehearse"] if rehearse else [])]
+        command += ["--start", arguments.start] if arguments.start else []
         subprocess.run(
             [str(word) for word in command], timeout=None if rehearse else share, check=True
         )
@@ -406,8 +407,8 @@ def procedural(i: int) -> np.ndarray:
     return make_procedural(i, 3 * DRAWN // 2)
 
 
-def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict:
-    """Train one arm in the time that is left: as many steps as a short trial says, and a seventh
+def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: str | None) -> dict:
+    """Train one arm in the time that is left: as many steps as a short trial says, and an eighth
     fewer.
     """
     end = time.monotonic() + budget
@@ -420,6 +421,8 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict
         "checkpoint_every": 10**6,
         "encoder": LARGE,
         "target": {"layers": LARGE["depth"]},
+        "init": start,
+        "seed": int(start is not None),  # other draws than those that made the first weights
     }
     points = np.load(out / "shapes.npy")
     config = settings.resolve(settings.preset("tiny"), merge({}, overrides, ARMS[name]))
@@ -438,7 +441,7 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int) -> dict
     rate = (lines[-1]["step"] - lines[-2]["step"]) / (
         lines[-1]["wall_seconds"] - lines[-2]["wall_seconds"]
     )
-    steps = 6 if rehearse else max(100, int(0.85 * rate * (end - time.monotonic())))
+    steps = 6 if rehearse else max(100, int(0.88 * rate * (end - time.monotonic())))
     every = max(1, steps // 5)
     print(f"{name}: {rate:.1f} steps/s, {steps:,} steps", flush=True)
     config = settings.resolve(
@@ -506,6 +509,7 @@ def main() -> None:
     parser.add_argument(
         "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, trained on beside them"
     )
+    parser.add_argument("--start", help="an encoder whose weights are the first ones of training")
     parser.add_argument("--rehearse", action="store_true", help="sizes of seconds")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -514,7 +518,8 @@ def main() -> None:
         part = arguments.parts[0]
         if part == "arm":
             name = arguments.arms[0]
-            write(out / f"{name}.json", arm(out, arguments.budget, rehearse, name, arguments.batch))
+            found = arm(out, arguments.budget, rehearse, name, arguments.batch, arguments.start)
+            write(out / f"{name}.json", found)
         elif part == "train":
             write(out / "train.json", train(out, arguments.budget, rehearse, arguments))
         else:

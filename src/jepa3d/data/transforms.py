@@ -10,7 +10,7 @@ from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
 # of `random_view`
-MAX_CUT, MAX_CLUTTER, VIEW_SHARES = 0.5, 0.1, (1, 1, 1 / 2, 1 / 4, 1 / 8)
+MAX_CUT, MAX_CLUTTER, MAX_LUMPS, VIEW_SHARES = 0.5, 0.1, 1 / 3, (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 def random_scale(
@@ -63,13 +63,14 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     A cloud is turned about z. In half of the clouds up to `MAX_CUT` of the points are removed:
     those beyond a plane. Of the rest a share of `VIEW_SHARES`, the same for the whole batch, is
     kept: evenly, or in half of the clouds with a density that falls along one direction by up to
-    e^3 a radius. Then noise of up to 2 % of the radius is added, and in a third of the clouds up to
-    `MAX_CLUTTER` of the points are put anywhere in the ball. Last, clouds are filled up to
+    e^3 a radius. Then noise of up to 2 % of the radius is added. In a third of the clouds up to
+    `MAX_CLUTTER` of the points are put anywhere in the ball, in another third up to `MAX_LUMPS` of
+    them into at most seven lumps around some of the points. Last, clouds are filled up to
     num_points by `fill`.
     """
     points = random_rotate(points, generator.stream("turn"))
     batch, drawn, _ = points.shape
-    draws = uniform(generator.stream("view"), (batch, 11), points.device)
+    draws = uniform(generator.stream("view"), (batch, 12), points.device)
     away = F.normalize(draws[:, :3] - 0.5, dim=1)[..., None]
     along = F.normalize(draws[:, 3:6] - 0.5, dim=1)[..., None]
     place = (points @ away)[..., 0]
@@ -91,8 +92,15 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     stray = uniform(generator.stream("clutter"), (batch, count, 4), points.device)
     radius = (2 * stray[..., 1:] - 1).abs().amax(-1, keepdim=True)
     anywhere = F.normalize(stray[..., 1:] - 0.5, dim=-1) * radius
-    cluttered = stray[..., :1] < 3 * MAX_CLUTTER * (draws[:, 10:, None] - 2 / 3)
-    return unit_sphere(fill(torch.where(cluttered, anywhere, points), num_points))
+    clutter, lumps = draws[:, 10, None, None], draws[:, 11, None, None]
+    cluttered = stray[..., :1] < 3 * MAX_CLUTTER * (clutter - 2 / 3)
+    middle = uniform(generator.stream("lumps"), (batch, 7), points.device) * count
+    own = (stray[..., 1] * (1 + 6 * lumps[..., 0])).long()
+    lumped = gather_points(gather_points(points, middle.long()), own)
+    lumped = random_jitter(lumped, 0.1, generator.stream("lump"))
+    in_lump = (clutter < 1 / 3) & (stray[..., :1] < 3 * MAX_LUMPS * clutter)
+    points = torch.where(cluttered, anywhere, torch.where(in_lump, lumped, points))
+    return unit_sphere(fill(points, num_points))
 
 
 def fill(points: Tensor, num_points: int) -> Tensor:
