@@ -240,7 +240,9 @@ class PretrainConfig(RunConfig):
         tiny=("ema", "untrained"),
     )
     init: str | None = setting(
-        None, "First weights of the student: generative, invariance, a folder or a Hub id."
+        None,
+        "First weights of the student: generative, invariance, default (the encoder of the "
+        "package), a run, a folder or a Hub id.",
     )
     sampler: SamplerConfig = SamplerConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -288,7 +290,9 @@ class FinetuneConfig(RunConfig):
     labels_key: str = setting("labels", "Which labels of a .npz bundle.")
     up_axis: Literal["x", "y", "z"] = setting("z", "Of the data.")
     init: str | None = setting(
-        None, "The pretrained encoder: a run, a folder or a Hub id; by default from scratch."
+        None,
+        "The pretrained encoder: default (that of the package), a run, a folder or a Hub id; none: "
+        "from scratch.",
     )
     num_points: int | None = setting(None, "Points per cloud, if not the encoder's.", "[1, 1e7]")
     num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")

@@ -7,6 +7,7 @@ import torch
 from jepa3d import frame
 from jepa3d.data.transforms import (
     MAX_CLUTTER,
+    MAX_LUMPS,
     VIEW_SHARES,
     fill,
     random_jitter,
@@ -135,6 +136,15 @@ def test_a_third_of_the_views_has_clutter_and_at_most_a_tenth_of_their_points():
     )  # neither cut
     assert 0.15 < (share[whole] > 0.005).float().mean() < 0.5
     assert share[whole].max() < MAX_CLUTTER
+
+
+def test_another_third_has_lumps_of_up_to_a_third_of_its_points():
+    view = views_of(ball(200, 2000), 1000, 1)
+    beside = (torch.cdist(view, view) < 0.1).sum(-1)  # of each point, itself included
+    lumped = beside.amax(1) > 4 * beside.float().mean(1)
+    assert 0.1 < lumped.float().mean() < 0.4
+    dense = (beside > 2.5 * beside.float().median(1, keepdim=True).values).float().mean(1)
+    assert 0.02 < dense[lumped].mean() < MAX_LUMPS
 
 
 def test_few_points_are_filled_up_as_the_frame_fills_one_cloud():

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from jepa3d import config as settings
 from jepa3d.config import Schedule
 from jepa3d.data.datasets import load
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.models.ready import load as package_encoder
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.run import Run
 from jepa3d.training import pretrain as training
@@ -412,6 +414,16 @@ def test_a_given_init_is_copied_and_another_architecture_is_refused(tiny, tmp_pa
     with pytest.raises(ValueError, match=r"init .*first: not an encoder of this run's sizes"):
         pretrain(tiny(init=str(first), encoder={"embed_dim": 12}), tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_training_goes_on_from_the_encoder_of_the_package(tiny, tmp_path):
+    sizes = {"embed_dim": 192, "depth": 6, "num_heads": 6, "tokenizer_dim": 48}
+    still = {"max_steps": 1, "lr": 1e-12, "min_lr": 0.0, "weight_decay": 0.0}
+    run = pretrain(tiny(init="default", encoder=sizes, **still), tmp_path / "run")
+    begun, shipped = PointEncoder.from_pretrained(run / "encoder"), package_encoder()
+    assert torch.allclose(begun.blocks[3].mlp[0].weight, shipped.blocks[3].mlp[0].weight, atol=1e-6)
+    with pytest.raises(ValueError, match="init default: not an encoder of this run's sizes"):
+        pretrain(tiny(init="default"), tmp_path / "other")
 
 
 def test_stage_one_of_a_self_made_teacher_is_that_objectives_own_run(tiny, tmp_path):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from jepa3d.plain import nearest
 
+DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder of the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
 _REACHED_WITHIN = 5  # seconds; the Hub's own client tries six times, for half a minute

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
-from jepa3d.models.hub import check_name, read_settings, similar
+from jepa3d.models.hub import DEFAULT, check_name, read_settings, similar
 
 Network = Classifier | LinearClassifier | Segmenter  # with a head
-DEFAULT = Path(__file__).parents[1] / "weights"
 
 
 def load(model: str | Path = "default", revision: str | None = None) -> PointEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.models.hub import check_name, local_folder, read_settings
+from jepa3d.models.hub import DEFAULT, check_name, local_folder, read_settings
 
 
 class Teacher(nn.Module):
@@ -96,11 +96,13 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
-    """The network in a run, in a folder of `save_pretrained` or on the Hub. ValueError if there is
-    none.
+    """The network in a run, in a folder of `save_pretrained` or on the Hub; "default": the encoder
+    of the package. ValueError if there is none.
 
     known: other names that the setting takes, for the hint at a misspelt one.
     """
+    if path == "default":
+        path = str(DEFAULT)
     try:
         check_name(path, known)
         exported = [sub for name in ("encoder", "dvae") if (sub := Path(path) / name).is_dir()]

@@ -27,7 +27,6 @@ from jepa3d.evaluation.protocol import Result
 from jepa3d.evaluation.supervised import Network, figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter, thirds
-from jepa3d.models.ready import DEFAULT
 from jepa3d.models.teacher import load_module
 from jepa3d.objectives.supervised import Supervised
 from jepa3d.plain import log, to_dict, write_bytes
@@ -167,7 +166,7 @@ def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder |
     source = str(copied) if copied else config.init
     if source is None:
         return None
-    loaded = load_module(str(DEFAULT) if source == "default" else source)
+    loaded = load_module(source)
     if not isinstance(loaded, PointEncoder):
         raise ValueError(f"--init {source}: not an encoder")
     encoder = PointEncoder(**vars(encoder_config(loaded)) | size_overrides(config))
