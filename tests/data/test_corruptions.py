@@ -154,4 +154,4 @@ def own_of(found: np.ndarray) -> np.ndarray:
 
 def test_what_the_encoder_was_never_trained_with_is_marked():
     marked = {name for name, kind in KINDS.items() if not kind.trained}
-    assert marked == {"rotate", "drop local", "add local", "turned any way", "partial (40 % cut)"}
+    assert marked == {"rotate", "drop local", "turned any way", "partial (40 % cut)"}

@@ -167,7 +167,7 @@ KINDS = {
     "drop global": Kind(drop_global, (0.25, 0.375, 0.5, 0.625, 0.75)),
     "drop local": Kind(drop_local, tuple(100 * i / 1024 for i in range(1, 6)), False),
     "add global": Kind(add_global, tuple(10 * i / 1024 for i in range(1, 6))),
-    "add local": Kind(add_local, tuple(100 * i / 1024 for i in range(1, 6)), False),
+    "add local": Kind(add_local, tuple(100 * i / 1024 for i in range(1, 6))),
     "5 % strays": Kind(strays, (0.05,)),
     "one far stray": Kind(far_stray, (3,)),
     "256 points": Kind(few_points, (256,)),
