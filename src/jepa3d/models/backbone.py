@@ -1,8 +1,7 @@
-"""The frozen image transformer between the dVAE's two DGCNNs, steered by learned prompts (ACT, Dong
-et al. 2023).
+"""The frozen image transformer between the dVAE's two DGCNNs, with learned prompts (ACT, Dong et al.
+2023).
 
-Its weights are never part of a run: a dVAE holds the name of their folder or Hub id, and their
-checksum.
+Its weights are never stored in a run: a dVAE stores their folder or Hub id, and their checksum.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from jepa3d.plain import sha256_of
 if TYPE_CHECKING:
     from transformers import ViTModel
 
-NUM_PROMPTS = 64  # a layer
+NUM_PROMPTS = 64  # per layer
 DROPOUT = 0.1  # of the prompts, in training
-HINT = "no run holds a ViT's weights: name their folder or Hub id, dvae.backbone, or backbone in a dVAE's config.json"
+HINT = "runs do not store a ViT's weights: name their folder or Hub id as dvae.backbone, or in the dVAE's config.json"
 
 
 class PromptedViT(nn.Module):
-    """A frozen ViT over the tokens of a cloud, with new prompt tokens in front of them at every
-    layer.
+    """A frozen ViT on the tokens of a cloud; every layer gets its own learned prompt tokens in front
+    of them.
 
-    Only its transformer layers and last norm are used, no image patches, class token or image
-    positions. Trained are the prompts, their positions, the MLP of the token positions and the two
-    linear maps between the widths.
+    name: folder or Hub id of the ViT. width: of the tokens. Only the ViT's transformer layers and
+    last norm are used: no image patches, class token or image positions. The prompts, their
+    positions, the MLP of the token positions and the two linear maps between the widths are trained.
     """
 
     def __init__(self, name: str, width: int):
         super().__init__()
         vit, sha256 = load_vit(name)
         self.name, self.sha256 = name, sha256
-        # a tuple hides it from parameters(), state_dict() and train(): it stays as it is
+        # The tuple hides the ViT from parameters(), state_dict() and train(), so it stays frozen.
         self._frozen = (vit,)
         dim = vit.config.hidden_size
         self.enter, self.leave = nn.Linear(width, dim), nn.Linear(dim, width)
@@ -51,7 +50,7 @@ class PromptedViT(nn.Module):
             )
             for _ in range(2)
         )
-        # Travels with the trained weights, so that neither a checkpoint nor an export meets another
+        # Stored with the trained weights, so that a checkpoint or export is never used with another
         # ViT.
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(check_digest)
@@ -59,7 +58,11 @@ class PromptedViT(nn.Module):
     def forward(
         self, tokens: Tensor, centers: Tensor, generator: BatchGenerator | None = None
     ) -> Tensor:
-        """Tokens B M width after all layers; positions are added again at every layer, as in ACT."""
+        """Returns tokens B M width; tokens: B M width, centers: B M 3.
+
+        Positions are added again at every layer, as in ACT. generator: draws the dropout of the
+        prompts, in training.
+        """
         vit = self._frozen[0]
         hidden, position = self.enter(tokens), self.position(centers)
         for layer, prompts, places in zip(
@@ -80,19 +83,19 @@ class PromptedViT(nn.Module):
 def check_digest(
     module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object
 ) -> None:
-    """Before weights are loaded. Raises ValueError where they were trained with another ViT."""
+    """Hook before weights are loaded: raises ValueError if they were trained with another ViT."""
     found = state_dict.get(f"{prefix}digest")
     if found is not None and bytes(found.tolist()).hex() != module.sha256:
         raise ValueError(
             f"backbone {module.name}: not the ViT that this dVAE was trained with: the sha256 of its "
-            f"model.safetensors is {module.sha256[:16]}..., then {bytes(found.tolist()).hex()[:16]}..."
+            f"model.safetensors is {module.sha256[:16]}..., not {bytes(found.tolist()).hex()[:16]}..."
         )
 
 
 def load_vit(name: str) -> tuple[ViTModel, str]:
-    """The frozen ViT of a folder or Hub id, and the sha256 of its model.safetensors.
+    """Load a frozen ViT from a folder or Hub id; also returns the sha256 of its model.safetensors.
 
-    Raises ValueError, one line, where transformers is not installed or there is no such ViT.
+    Raises ValueError with one line if transformers is not installed or there is no such ViT.
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -111,7 +114,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
     except ValueError as error:
         raise ValueError(f"backbone {str(error).removeprefix('backbone ')}; {HINT}") from error
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # it reports weights that it does not use, those of a classifier
+    logging.set_verbosity_error()  # transformers would warn about unused weights of a classifier
     logging.disable_progress_bar()
     try:
         loaded: Any = ViTModel.from_pretrained(
@@ -141,7 +144,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
 
 
 def reference(name: str) -> str:
-    """A backbone as it is written down: a folder by its absolute path, so that any command finds
-    it.
+    """The backbone's name for config.json: a folder's absolute path, so that any command finds it;
+    a Hub id unchanged.
     """
     return str(Path(name).absolute()) if Path(name).exists() else name

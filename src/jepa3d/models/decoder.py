@@ -1,4 +1,4 @@
-"""The context-aware decoder (paper III-D): the encoded context is fed to every layer."""
+"""The context-aware decoder (paper III-D): every layer attends to the encoded context."""
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,13 @@ from jepa3d.models.transformer import Attention, Mlp, init_xavier, position_embe
 
 
 class ContextAwareBlock(nn.Module):
-    """Self-attention over [context ; mask tokens], cross-attention to the encoder's output, MLP;
-    all residual.
+    """Self-attention over [context ; mask tokens], cross-attention to the encoder's output, and an
+    MLP, all residual.
 
-    The cross-attention's query is normalised; its key and value are the encoder's output,
-    normalised already and the same for every block. Without `cross_attention` it is a plain block
-    (Table V, second row). With `isolated` every token attends to the context alone, so that mask
-    tokens do not see each other.
+    The query of the cross-attention is normalised. Key and value come from the encoder's output,
+    which is already normalised and the same for every block. Without `cross_attention` this is a
+    plain transformer block (Table V, second row). With `isolated` every token attends only to the
+    context, so mask tokens do not see each other.
     """
 
     def __init__(
@@ -37,16 +37,18 @@ class ContextAwareBlock(nn.Module):
             self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """The updated rows of `joint` [n, C], with the context repeated for each pass.
+        """Returns the updated rows [n, C] of the layout `joint`, with the context repeated for each
+        pass.
 
-        If `last`, only the mask-token rows: nothing reads the context afterwards. `context` [n, C],
-        the encoder's output, is projected to key and value once per sample, for all its passes.
+        x: rows of `joint`. context: the encoder's output, rows [n, C]; its key and value are
+        computed once per cloud, for all passes. last: return only the rows of mask tokens, since
+        nothing reads the context afterwards.
         """
         normed = self.norm1(x)
         seen, keys = (
             (normed[: joint.context.num_rows], joint.context) if self.isolated else (normed, joint)
         )
-        if last:  # nobody reads the context's rows after it: they are keys and values only
+        if last:  # the context's rows are only keys and values
             x, queries = x[-joint.num_masked :], normed[-joint.num_masked :]
         else:
             x, queries = joint.every_pass(x), normed
@@ -57,14 +59,13 @@ class ContextAwareBlock(nn.Module):
 
 
 class ContextAwareDecoder(nn.Module):
-    """Predicts every target token from the encoded context and the positions of the target's
-    centres.
+    """Predicts every target token from the encoded context and the positions of the target centres.
 
-    One pass a target block, all of them batched as B*A, so that a block never sees another block's
-    mask tokens (the paper's equation); `stacked` puts all blocks in one pass (its overview
-    picture). With `isolated` no mask token sees any other (AsymDSD, arXiv 2506.21724), so one pass
-    is enough. With `ranks` the decoder has positions of its own, of `token_ranks` (MPL-MAE, arXiv
-    2606.31570, without its gate).
+    By default there is one pass per target block, batched as B*A, so that a block never sees
+    another block's mask tokens (the paper's equation). `stacked` puts all blocks into one pass (the
+    paper's overview picture). `isolated`: no mask token sees any other (AsymDSD, arXiv
+    2506.21724), so one pass is enough. `ranks`: the decoder has its own position embedding, of
+    `token_ranks` instead of coordinates (MPL-MAE, arXiv 2606.31570, without its gate).
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class ContextAwareDecoder(nn.Module):
     def forward(
         self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
     ) -> Tensor:
-        """Predictions B A T C of context and context_position, rows [n, C] of `layout`, and
-        target_position B A T C.
+        """Returns predictions B A T C.
+
+        context and context_position: rows [n, C] of `layout`. target_position: B A T C.
         """
         x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
@@ -117,8 +119,10 @@ class ContextAwareDecoder(nn.Module):
     def assemble(
         self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
     ) -> tuple[Tensor, Tensor, Joint]:
-        """[context ; mask tokens] and their positions, rows of a joint layout that share the
-        context.
+        """Join the context with a mask token per target.
+
+        Returns the rows of [context ; mask tokens], the rows of their positions, and their layout;
+        all passes of a cloud still share one copy of its context.
         """
         batch, blocks, length, width = target_position.shape
         joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
@@ -131,15 +135,13 @@ class ContextAwareDecoder(nn.Module):
 
     @staticmethod
     def predictions(x: Tensor, target_position: Tensor) -> Tensor:
-        """The mask tokens, the last rows of x, as B A T C."""
+        """The rows of the mask tokens (the last ones of x), reshaped to B A T C."""
         return x[-target_position.shape[:3].numel() :].view(target_position.shape)
 
 
 def token_ranks(centers: Tensor) -> Tensor:
-    """Where each of the centers B M 3 stands among all of its cloud's, along each axis: -1 the
-    lowest, 1 the highest.
+    """Rank of each centre (B M 3) among those of its cloud along each axis, scaled to [-1, 1].
 
-    The order of the tokens is told, but not how far apart they are, which alone says much of a
-    shape.
+    Ranks give the order of the tokens, but not their distances, which alone reveal much of a shape.
     """
     return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

@@ -1,10 +1,10 @@
-"""The discrete autoencoder of ACT's first stage: the paper's frozen teacher, with its image
-transformer or without.
+"""The discrete autoencoder (dVAE) of ACT's first stage: the paper's frozen teacher, with or without
+its image transformer.
 
 tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN ->
-folding decoder. The second DGCNN's output is what 3D-JEPA predicts. As a teacher it is
-deterministic: evaluation mode, and the expected code instead of a Gumbel sample. (Dong et al. 2023,
-section 4; Yu et al. 2022 for the networks.)
+folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a teacher the dVAE is
+deterministic: it runs in evaluation mode, with the expected code instead of a Gumbel sample. (Dong
+et al. 2023, section 4; Yu et al. 2022 for the networks.)
 """
 
 import math
@@ -22,10 +22,10 @@ from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
 
 
 class EdgeConv(nn.Module):
-    """max over neighbours of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
+    """Maximum over neighbours j of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
-    Split exactly: W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, so the product is made once a
-    token, not once an edge.
+    Since W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, the products are computed once per token
+    instead of once per edge.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -45,10 +45,10 @@ class EdgeConv(nn.Module):
 
 
 class TokenDGCNN(nn.Module):
-    """Four EdgeConvs over the nearest token centres, concatenated (Yu et al. 2022); widths are
-    multiples of `dim`.
+    """Four EdgeConvs over the nearest token centres, with concatenated outputs (Yu et al. 2022).
 
-    The output's norm spans a cloud's tokens (GroupNorm, as there), or the batch's.
+    The layers' widths are multiples of `dim`. The output is normalised over the tokens of each
+    cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over those of the batch (BatchNorm).
     """
 
     def __init__(self, in_dim: int, out_dim: int, dim: int, over_batch: bool = False):
@@ -73,15 +73,15 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """A token to a coarse patch by an MLP, then to a fine one by folding a 2 x 2 grid at each
-    coarse point.
+    """Decodes a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid at
+    each coarse point.
     """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
         super().__init__()
         if group_size % 4:
             raise ValueError(
-                f"the folding decoder makes 4 points a coarse one: group_size {group_size} must be a multiple of 4"
+                f"the folding decoder makes 4 points per coarse point: group_size {group_size} must be a multiple of 4"
             )
         self.num_coarse = group_size // 4
         self.coarse = nn.Sequential(
@@ -103,11 +103,13 @@ class FoldingDecoder(nn.Module):
         nn.init.normal_(self.linear3.weight, std=0.01)  # folding begins at the coarse points
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches B M K/4 3 and B M K 3 of tokens B M C, relative to the patch centre."""
+        """Returns coarse patches B M K/4 3 and fine patches B M K 3 of tokens B M C, relative to the
+        patch centres.
+        """
         coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
         around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)
         seeds = torch.cat([around, self.grid.expand(*around.shape[:-1], 2)], -1).flatten(2, 3)
-        # The token is the same for all its points: its product is made once (exact split).
+        # All points of a patch share its token, so their product with it is computed once.
         hidden = self.point(seeds) + self.token(tokens)[:, :, None]
         shape = hidden.shape
         hidden = F.relu(self.norm1(hidden.flatten(0, 2)))
@@ -120,18 +122,18 @@ class DVAEOutput(NamedTuple):
     reconstruction: Tensor  # coarse + fine Chamfer-L1
     fine: Tensor  # the fine term alone
     kl: Tensor
-    perplexity: Tensor  # exp(entropy) of the codes in use, between 1 and num_codes
+    perplexity: Tensor  # exp(entropy) of the arg-max codes in the batch, between 1 and num_codes
 
 
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
-    """Discrete variational autoencoder of patches. `features` is the teacher's voice.
+    """Discrete variational autoencoder of patches. `features` returns the tokens that it teaches.
 
-    `backbone` is the folder or Hub id of the frozen ViT between the two DGCNNs; empty: points only.
-    `expected_code`: the teacher reads softmax(logits) @ codebook of a patch instead of its one most
-    likely code.
+    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for points only.
+    expected_code: the teacher uses softmax(logits) @ codebook for a patch instead of its single
+    most likely code. Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # where config.json does not say: so it was then
+    BEFORE: ClassVar = {"expected_code": False}  # value for an older config.json without it
 
     def __init__(
         self,
@@ -150,9 +152,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.width, self.num_codes, self.expected_code = width, num_codes, expected_code
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
-        # Logits over the batch, so that patches differ in them from the first step, at a scale that
-        # the Gumbel noise (std 1.3) does not drown: with Point-BERT's GroupNorm one code served all
-        # for thousands of steps.
+        # Normalising over the batch makes the patches' logits differ from the first step. Scale 4
+        # keeps them above the Gumbel noise (std 1.3). With Point-BERT's GroupNorm all patches chose
+        # one code for thousands of steps.
         self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim, over_batch=True)
         nn.init.constant_(self.to_logits.norm.weight, 4.0)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
@@ -169,7 +171,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
-        """Deterministic teacher tokens B M width, its only layer: codes through the second DGCNN."""
+        """Deterministic teacher tokens: a list of one tensor B M width, the second DGCNN's output.
+
+        patches: B M K 3. centers: B M 3. layers: ignored, since there is only one.
+        """
         logits, neighbours = self._logits(patches, centers)
         code = (
             F.softmax(logits, -1) @ self.codebook
@@ -204,7 +209,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl_weight: float,
         generator: BatchGenerator | None = None,
     ) -> DVAEOutput:
-        """One training pass on patches B M K 3 with a Gumbel-softmax at `temperature`."""
+        """One training pass on patches B M K 3 with centers B M 3.
+
+        temperature: of the Gumbel-softmax. kl_weight: of the KL term. generator: draws the noise.
+        """
         logits, neighbours = self._logits(patches, centers)
         noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)
         gumbel = -torch.log(-torch.log(noise))
@@ -213,12 +221,14 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
             self._features(soft @ self.codebook, centers, neighbours, generator)
         )
         coarse_loss, fine_loss = chamfer_l1(coarse, patches), chamfer_l1(fine, patches)
-        usage = F.softmax(logits, -1).mean(1)  # a cloud's mean code distribution, B codes
-        # KL(uniform || usage): no code may be forgotten (Yu et al. 2022).
+        usage = F.softmax(logits, -1).mean(1)  # mean code distribution of each cloud, B num_codes
+        # KL(uniform || usage) keeps all codes in use (Yu et al. 2022).
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():
             codes = logits.argmax(-1).flatten()
-            counts = torch.zeros(self.num_codes, device=codes.device)  # float32: bf16 counts to 256
+            counts = torch.zeros(
+                self.num_codes, device=codes.device
+            )  # float32: bf16 cannot count above 256
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())

@@ -1,4 +1,4 @@
-"""The point encoder: what every command trains, saves, loads and uses."""
+"""The point encoder, which every command trains, saves, loads or uses."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -15,7 +15,7 @@ from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
 from jepa3d.ops import BatchGenerator, sample_one
 
-# N 3, B N 3, or a list of N 3 of any N
+# one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes
 Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 POOLINGS = ("mean_max", "mean", "max")
@@ -27,21 +27,20 @@ class PointEncoder(
     tags=["point-cloud", "self-supervised", "3d-jepa"],
     license="apache-2.0",
 ):
-    """PointNet tokens and a plain pre-LN transformer; positions are added at every block, or once.
+    """Encodes point clouds with a light PointNet per patch and a plain pre-LN transformer.
 
-    The defaults are the paper's encoder (21.8 M parameters). Weights travel as safetensors:
-    `save_pretrained(folder)`, `PointEncoder.from_pretrained(folder or Hub id)`.
+    The defaults are the paper's encoder (21.8 M parameters); docs/settings.md explains every
+    argument. `save_pretrained(folder)` writes safetensors, which
+    `PointEncoder.from_pretrained(folder or Hub id)` loads. Raises ValueError if `num_groups` or
+    `group_size` exceeds `num_points`.
 
     >>> encoder = PointEncoder().eval()
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
 
-    keep_strays = (
-        False  # of clouds: see frame.py; True on an encoder whose clouds must lose nothing
-    )
-    # clouds stand as they are given, z up; False: vectors are the same however a cloud is turned
-    upright = True
-    # where config.json does not say: so it was then
+    keep_strays = False  # True keeps stray points of clouds (see frame.py)
+    upright = True  # clouds are z-up; False makes vectors independent of a cloud's rotation
+    # values for an older config.json without these settings
     BEFORE: ClassVar = {
         "qkv_bias": True,
         "standardised": False,
@@ -65,7 +64,7 @@ class PointEncoder(
         standardised: bool = False,
     ):
         super().__init__()
-        self.min_points = max(num_groups, group_size)  # of a cloud
+        self.min_points = max(num_groups, group_size)  # fewest different points of a cloud
         if self.min_points > num_points:
             raise ValueError(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
@@ -79,9 +78,9 @@ class PointEncoder(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
-        for name in ("vector_mean", "vector_std"):  # of `standardise_vectors`
+        for name in ("vector_mean", "vector_std"):  # set by `standardise_vectors`
             self.register_buffer(name, torch.ones(2 * embed_dim) if standardised else None)
-        # tokenizer and position keep torch's: at 0.02, inputs of 3 all but vanish
+        # Tokenizer and position MLP keep torch's defaults: 0.02 nearly silences 3 input channels.
         self.blocks.apply(init_weights)
 
     def hidden_states(
@@ -91,11 +90,11 @@ class PointEncoder(
         layout: Layout | None = None,
         generator: BatchGenerator | None = None,
     ) -> list[Tensor]:
-        """Tokens before the first block and after each one, `depth + 1` of B M C; the last is
-        normalised.
+        """Run the transformer blocks.
 
-        Tokens and position are B M C, or rows [n, C] of a `layout`. `generator` draws the
-        drop-path, once a sample.
+        tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: draws the
+        drop-path, once per cloud. Returns `depth + 1` tensors of the same shape: the tokens before
+        the first block and after each block; the last one is normalised.
         """
         keep = None
         if self.training and self.drop_path > 0:
@@ -119,10 +118,10 @@ class PointEncoder(
     def visible(
         self, patches: Tensor, centers: Tensor, index: Tensor, layout: Ragged
     ) -> tuple[Tensor, Tensor]:
-        """Tokens and positions, rows [n, C], of the patches (of B M K 3) and centers (B M 3) at
-        index B V.
+        """Tokens and positions of the visible patches only, as packed rows [n, C].
 
-        Packed, so that padding costs nothing and enters no BatchNorm.
+        patches: B M K 3. centers: B M 3. index: B V, the visible ones. layout: of `index`; padding
+        is not computed and does not influence BatchNorm.
         """
         first = centers.shape[1] * torch.arange(len(index), device=index.device)
         chosen = layout.pack((index + first[:, None])[..., None])[:, 0]
@@ -137,19 +136,20 @@ class PointEncoder(
         layers: int = 1,
         generator: BatchGenerator | None = None,
     ) -> list[Tensor]:
-        """Encoded tokens B M C of patches (B M K 3) and centers (B M 3) after each of the last
-        `layers` blocks.
+        """Encode all patches (B M K 3) with centers B M 3.
+
+        Returns the tokens B M C after each of the last `layers` blocks. generator: draws the
+        drop-path.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
         ]
 
     def prepare(self, clouds: Clouds) -> Tensor:
-        """Clouds as the encoder sees them, B num_points 3 on its device: see `frame`. No gradient
-        flows through it.
+        """Prepare clouds as the encoder sees them (see frame.py), without gradient.
 
-        Raises ValueError for NaN, another shape, or fewer than `min_points` different points in a
-        cloud.
+        Returns B num_points 3 on the encoder's device. Raises ValueError for NaN, another shape, or
+        a cloud of fewer than `min_points` different points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
@@ -164,8 +164,10 @@ class PointEncoder(
         )
 
     def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
-        """What the encoder sees of one cloud N 3, and where it lies. min_points: different points,
-        instead of min_points.
+        """Prepare one cloud N 3: the points that the encoder sees, and their scale and position.
+
+        min_points: fewest different points, by default the encoder's `min_points`. Raises
+        ValueError as `prepare` does.
         """
         min_points = self.min_points if min_points is None else min_points
         return frame(
@@ -173,8 +175,8 @@ class PointEncoder(
         )
 
     def poses(self, prepared: Tensor) -> list[Tensor]:
-        """Prepared clouds B N 3 in every pose whose vectors are averaged: one, or all `TURNS` if
-        not `upright`.
+        """The poses of prepared clouds B N 3 whose vectors are averaged: one if `upright`, else one
+        for each of `TURNS`.
         """
         return (
             [prepared]
@@ -183,51 +185,51 @@ class PointEncoder(
         )
 
     def vectors(self, prepared: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """One vector a prepared cloud, see `embed`."""
+        """The vectors B E of prepared clouds B N 3; see `embed`."""
         poses = self.poses(prepared)
         return torch.stack(
             [self.pool(self.states(pose)[0][layer], layer, pooling) for pose in poses]
         ).mean(0)
 
     def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Tokens of every layer (see `hidden_states`) of prepared clouds, and their centers B M 3."""
+        """Tokens of every layer (see `hidden_states`) and centers B M 3 of prepared clouds B N 3."""
         grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
         return states, grouped.centers
 
     def layer_tokens(self, points: Clouds) -> tuple[list[Tensor], Tensor]:
-        """Tokens of every layer (see `hidden_states`) and their centers B M 3, grouped
-        deterministically.
-        """
+        """Tokens of every layer (see `hidden_states`) and centers B M 3 of clouds as for `embed`."""
         return self.states(self.prepare(points))
 
     def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tensor, Tensor]:
-        """Tokens B M C after block `layer` (0: the tokenizer's; -1: the encoder's output) and
-        centers B M 3.
+        """Encode clouds to one token per patch.
 
-        Takes what `embed` takes. Centers are in the unit sphere of what the encoder sees: see
-        `frame`.
+        points: as for `embed`. layer: the block after which tokens are taken (0: before the first,
+        -1: the encoder's output). Returns tokens B M C and the patch centers B M 3, in the unit
+        sphere that the encoder sees (see frame.py). Raises ValueError as `embed` does.
         """
         states, centers = self.layer_tokens(points)
         return states[layer], centers
 
     def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """One vector a cloud, B E: pooled tokens, standardised; E = 2C for "mean_max", C for "mean"
-        and "max".
+        """Encode each cloud to one vector: the pooled tokens, standardised.
 
-        `points` is one cloud N 3, clouds B N 3, or a list of N 3 of any N: tensors, or arrays of
-        numpy, in any unit. Call `.eval()` first, as `from_pretrained` does: in training mode the
-        vector would depend on the rest of the batch. Raises ValueError for NaN, another shape, or
-        fewer than `min_points` different points.
+        points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes; tensors or numpy
+        arrays, in any unit. layer: as for `tokens`. pooling: "mean_max", "mean" or "max". Returns
+        B E with E = 2C for "mean_max", else C.
+
+        Call `.eval()` first, as `from_pretrained` does: in training mode a vector depends on the
+        rest of the batch. Raises ValueError for NaN, another shape, or a cloud of fewer than
+        `min_points` different points.
         """
         return self.vectors(self.prepare(points), layer, pooling)
 
     forward = embed
 
     def load_weights(self, source: nn.Module) -> None:
-        """Take weights and BatchNorm statistics of an encoder of the same sizes.
+        """Copy the weights and BatchNorm statistics of another encoder.
 
-        Raises RuntimeError for another.
+        Raises RuntimeError if its sizes are different.
         """
         weights = {
             name: value
@@ -237,12 +239,13 @@ class PointEncoder(
         self.load_state_dict(weights)
 
     def pool(self, tokens: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """Tokens B M C of block `layer` as one vector B E a cloud, as of `embed`."""
+        """Pool tokens B M C of block `layer` to one vector per cloud, B E, as `embed` does."""
         return self.standardise(pool(tokens, pooling), layer, pooling)
 
     def standardise(self, vectors: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
-        """Pooled tokens B E of block `layer`; of the last block standardised, where its statistics
-        are known.
+        """Standardise pooled tokens B E of block `layer`.
+
+        Unchanged if this is not the last block, or if the encoder has no statistics.
         """
         if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
             return vectors
@@ -253,7 +256,7 @@ class PointEncoder(
 
 
 def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
-    """A tensor on any device, or what numpy takes for an array, as an array."""
+    """Convert a tensor on any device, or anything that numpy accepts, to a numpy array."""
     if isinstance(cloud, Tensor):
         cloud = cloud.detach().cpu()
         return cloud.float().numpy() if cloud.dtype == torch.bfloat16 else cloud.numpy()
@@ -261,7 +264,9 @@ def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:
-    """Tokens B M C as one vector a cloud."""
+    """Pool tokens B M C to one vector per cloud (B 2C or B C). Raises ValueError for an unknown
+    pooling.
+    """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
     parts = {"mean": tokens.mean(1), "max": tokens.amax(1)}
@@ -270,20 +275,16 @@ def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:
 
 @torch.no_grad()
 def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int = 128) -> None:
-    """Set every BatchNorm's running statistics to the mean over batches of points (n N 3).
+    """Set the running statistics of every BatchNorm to the mean over batches of points (n N 3).
 
-    An encoder that was never trained has none, and a comparison against it would be one against
-    noise.
+    A newly initialised encoder has no statistics yet; without them it would be too weak a baseline.
     """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta, was_training = [norm.momentum for norm in norms], encoder.training
     for norm in norms:
         norm.reset_running_stats()
-        # cumulative mean over batches, the same on every process
-        norm.momentum, norm.synchronised = (
-            None,
-            False,
-        )
+        # momentum None: cumulative mean over batches; the same on every process
+        norm.momentum, norm.synchronised = None, False
         norm.train()
     for batch in points.split(batch_size):
         grouped = group(encoder.prepare(batch), encoder.num_groups, encoder.group_size)
@@ -295,11 +296,11 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
 
 @torch.no_grad()
 def standardise_vectors(encoder: PointEncoder, points: Tensor, batch_size: int = 64) -> None:
-    """Make every channel of the encoder's vectors have mean 0 and standard deviation 1 over
-    `points` (n N 3).
+    """Standardise the encoder's vectors: mean 0 and standard deviation 1 per channel over `points`
+    (n N 3).
 
-    Without it a few channels of large spread, and the mean that all clouds share, decide which
-    vectors are alike.
+    Otherwise the similarity of vectors would mostly depend on a few channels of large variance and
+    on the mean that all clouds share.
     """
     encoder.vector_mean = encoder.vector_std = None
     vectors = torch.cat([encoder.embed(batch).cpu() for batch in points.split(batch_size)]).double()

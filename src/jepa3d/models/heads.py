@@ -1,4 +1,4 @@
-"""Networks for downstream tasks: an encoder with a classification or a part segmentation head
+"""Networks for downstream tasks: an encoder with a head for classification or part segmentation
 (paper IV-B).
 """
 
@@ -13,17 +13,16 @@ from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
 
-UNKNOWN = "unknown"  # what a cloud unlike every class is called
+UNKNOWN = "unknown"  # label of a cloud that resembles no class
 
 
 class Classifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """[class token ; max over tokens] -> 256 -> 256 -> classes with BatchNorm, ReLU, dropout
-    (Point-MAE, ACT).
+    """Classifies clouds: [class token ; max over tokens] -> 256 -> 256 -> classes, with BatchNorm,
+    ReLU and dropout (Point-MAE, ACT).
 
-    `encoder` holds the arguments of `PointEncoder`. The class token and its position are new at
-    fine-tuning.
+    encoder: arguments of `PointEncoder`. The class token and its position are not pretrained.
 
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
@@ -41,9 +40,9 @@ class Classifier(
         self.out = nn.Linear(256, len(class_names))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere.
+        """Returns logits B classes of clouds B N 3 in the unit sphere.
 
-        `generator` draws grouping, drop-path and dropout.
+        generator: draws grouping, drop-path and dropout.
         """
         tokens = self.encode(points, generator)
         x = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], -1)
@@ -62,18 +61,20 @@ class Classifier(
         )[-1]
 
     def predict(self, points: Clouds) -> Tensor:
-        """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
+        """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
         return self(self.encoder.prepare(points))
 
 
 class LinearClassifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """A linear head on an encoder's vectors, as `jepa3d label` fits it and head-first fine-tuning
-    begins with it.
+    """Classifies clouds with a linear head on the encoder's vectors; fitted by `jepa3d label` and at
+    the start of head-first fine-tuning.
 
-    A cloud is unknown where the cosine of its vector, standardised, to the nearest class mean is
-    under `least_likeness` (-1: never; see inference/label.py). That changes no logit.
+    encoder: arguments of `PointEncoder`. layer and pooling: of the vectors (see
+    `PointEncoder.embed`). A cloud is unknown if the cosine of its standardised vector to the
+    nearest class mean is below `least_likeness` (-1: never; see inference/label.py). This changes
+    no logits.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
@@ -100,14 +101,14 @@ class LinearClassifier(
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
     def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """Logits B classes of clouds B N 3 in the unit sphere.
+        """Returns logits B classes of clouds B N 3 in the unit sphere.
 
-        `generator` draws grouping and drop-path.
+        generator: draws grouping and drop-path.
         """
         return self.out(self.vectors(points, generator))
 
     def vectors(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-        """What the head sees, B E, of what `forward` takes."""
+        """The inputs of the head, B E; arguments as for `forward`."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
         states = encoder.hidden_states(
@@ -116,14 +117,14 @@ class LinearClassifier(
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
     def unknown(self, vectors: Tensor) -> Tensor:
-        """Mask B of the vectors B E that are unlike every class."""
+        """Mask B, True for vectors (B E) that resemble no class."""
         if self.least_likeness <= -1:
             return torch.zeros(len(vectors), dtype=torch.bool)
         likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
         return likeness.amax(-1) < self.least_likeness
 
     def predict(self, points: Clouds) -> Tensor:
-        """Logits B classes of clouds as `PointEncoder.embed` takes them, and its errors."""
+        """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
         return self(self.encoder.prepare(points))
 
 
@@ -133,13 +134,13 @@ class Segmenter(
     tags=["point-cloud", "part-segmentation"],
     license="apache-2.0",
 ):
-    """Tokens of three depths interpolated to the points, joined with their max and mean and the
-    category (Point-MAE).
+    """Segments parts: tokens of three depths are interpolated to the points and concatenated with
+    their max and mean and the category (Point-MAE).
 
-    `parts_of` lists the part numbers of each category. Every point sees its own coordinates, the
-    tokens of its three nearest centres, and the shape's global vector: -> 512 -> 256 -> parts. The
-    first layer acts on tokens and is interpolated afterwards, which is the same sum (both are
-    linear) at M/N of the cost.
+    encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
+    three blocks. The head is -> 512 -> 256 -> parts; each point gets its coordinates, the tokens
+    of its three nearest centres and the shape's global vector. The first layer is applied to the
+    tokens before interpolation. Both are linear, so the result is the same, at M/N of the cost.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
@@ -157,7 +158,7 @@ class Segmenter(
         self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
         self.class_names, self.part_names = list(class_names), list(part_names)
         width = len(layers) * self.encoder.width
-        # of the depths before the last, which the encoder has normalised
+        # for the two earlier depths; the encoder normalises its last tokens itself
         self.norm = nn.LayerNorm(self.encoder.width)
         self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
         self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
@@ -169,7 +170,7 @@ class Segmenter(
     def forward(
         self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None
     ) -> Tensor:
-        """Logits B N parts of clouds B N 3 in the unit sphere, of categories `labels` (B)."""
+        """Returns logits B N parts of clouds B N 3 in the unit sphere; labels: categories B."""
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
     def decode(
@@ -180,8 +181,10 @@ class Segmenter(
         labels: Tensor,
         generator: BatchGenerator | None = None,
     ) -> Tensor:
-        """Logits B Q parts of points `at` (B Q 3), any in the frame of the clouds that `encode`
-        saw.
+        """Returns logits B Q parts of any points `at` (B Q 3), in the coordinates of the clouds that
+        were encoded.
+
+        tokens and centers: as `encode` returns them. labels: categories B.
         """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
@@ -200,7 +203,7 @@ class Segmenter(
     def encode(
         self, points: Tensor, generator: BatchGenerator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens B M 3C of the three depths, and their centers B M 3."""
+        """Returns the tokens B M 3C of the three depths and their centers B M 3."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
         states = encoder.hidden_states(
@@ -214,7 +217,7 @@ class Segmenter(
 
 
 def thirds(depth: int) -> tuple[int, int, int]:
-    """The blocks that end each third of an encoder: 4, 8 and 12 of 12 (for dense tasks)."""
+    """The last block of each third of an encoder, for dense tasks: 4, 8 and 12 of 12."""
     return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
 
 
@@ -232,7 +235,9 @@ class Hidden(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout drawn by a generator, so that a resumed run repeats it; the first axis is the batch."""
+    """Dropout with an explicit generator, so that a resumed run repeats it; the first axis is the
+    batch.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
@@ -246,6 +251,6 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Tensor, generator: BatchGenerator | None) -> Groups:
-    """Patches; in training from a random first centre, else always the same."""
+    """Group points into patches; the first centre is random with a generator, else deterministic."""
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

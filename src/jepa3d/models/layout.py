@@ -1,8 +1,8 @@
-"""Sequences of unequal length as packed rows: linear layers see no padding, only attention does.
+"""Packed rows for sequences of different lengths: only attention uses padding, linear layers do not.
 
-Contexts of one batch differ in length by a half: padded, a third of the student's work would be on
-nothing. A layout turns rows [n, C] into padded sequences and back; its `mask` is True at tokens
-that exist, None if all do.
+Context lengths in one batch differ by half: with padding, a third of the student's work would be
+wasted. A layout converts rows [n, C] to padded sequences and back. Its `mask` is False at padding,
+or None if there is no padding.
 """
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 class Ragged:
-    """One sequence a sample; `mask` (B V) has its True entries first, `num_rows` of them.
+    """One sequence per cloud.
 
-    The number is given, since counting would make the host wait for the device.
+    mask: B V, in each row the True entries come first. num_rows: their number n, passed in because
+    counting on a GPU would make the CPU wait.
     """
 
     def __init__(self, mask: Tensor, num_rows: int):
@@ -20,14 +21,13 @@ class Ragged:
         self.num_rows = num_rows
         full = num_rows == mask.numel()
         self.mask = None if full else mask
-        # A stable sort puts the places of True entries first; `nonzero` would wait for their
-        # number.
+        # Indices of the True entries. `nonzero` would make the CPU wait for their number.
         self._place = (
             None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
         )
 
     def pad(self, rows: Tensor) -> Tensor:
-        """Rows (..., n, C) as sequences (..., B, V, C), zero where there is no token."""
+        """Rows (..., n, C) as sequences (..., B, V, C), with zeros as padding."""
         if self._place is not None:
             empty = rows.new_zeros(*rows.shape[:-2], self.batch * self.longest, rows.shape[-1])
             rows = empty.index_copy(-2, self._place, rows)
@@ -39,16 +39,16 @@ class Ragged:
         return rows if self._place is None else rows.index_select(-2, self._place)
 
     def per_row(self, values: Tensor) -> Tensor:
-        """The value of its sample (B C) for every row, n C."""
+        """Repeat the value of each cloud (B C) for each of its rows; returns n C."""
         return self.pack(values[:, None].expand(-1, self.longest, -1))
 
 
 class Joint:
-    """[context ; mask tokens], P passes a sample, as rows: the contexts of each pass, then B x P x
-    T mask tokens.
+    """[context ; mask tokens] of P decoder passes per cloud, as rows: first contexts, then B x P x T
+    mask tokens.
 
-    As long as the passes share their context its rows stand there once; mask tokens may also stand
-    alone.
+    The contexts' rows stand there once if all passes share them, else once per pass; they may also
+    be absent.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -60,7 +60,7 @@ class Joint:
             self.mask = torch.cat([seen, seen.new_ones(self.batch, passes, length)], 2)
 
     def pad(self, rows: Tensor) -> Tensor:
-        """Rows as sequences B P V+T C; of mask tokens alone B P T C."""
+        """Rows as sequences B P V+T C, or B P T C if the rows are only mask tokens."""
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         tail = tail.unflatten(0, (self.batch, self.passes, self.length))
         if not len(head):
@@ -69,7 +69,7 @@ class Joint:
         return torch.cat([head.expand(-1, self.passes, -1, -1), tail], 2)
 
     def pack(self, sequences: Tensor) -> Tensor:
-        """The inverse of `pad`, with the contexts of every pass."""
+        """The inverse of `pad`; the result has the contexts once per pass."""
         if sequences.shape[2] == self.length:
             return sequences.flatten(0, 2)
         head, tail = sequences.split([self.context.longest, self.length], 2)
@@ -78,14 +78,14 @@ class Joint:
         )
 
     def every_pass(self, rows: Tensor) -> Tensor:
-        """Rows with the context of every pass, of rows whose passes may still share it."""
+        """Repeat the contexts for each pass, if the rows still have them only once."""
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         if len(head) == self.passes * self.context.num_rows:
             return rows
         return torch.cat([head.repeat(self.passes, 1), tail])
 
     def per_row(self, values: Tensor) -> Tensor:
-        """The value of its sample (B C) for every row."""
+        """Repeat the value of each cloud (B C) for each of its rows."""
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))
 

@@ -1,5 +1,5 @@
-"""`jepa3d.load`: the encoder that the package brings, a run's, or one of the Hub; fine-tuned
-networks; fingerprints.
+"""Loads pretrained encoders (`jepa3d.load`) and fine-tuned networks, and computes fingerprints of
+weights.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ Network = Classifier | LinearClassifier | Segmenter  # with a head
 
 
 def load(model: str | Path = "default", revision: str | None = None) -> PointEncoder:
-    """A pretrained encoder, ready to embed: float32, in evaluation mode, on the CPU.
+    """Load a pretrained encoder: float32, in evaluation mode, on the CPU.
 
-    model: "default" for the one in the package (its card: `jepa3d/weights/README.md`), the folder
-    of a run or of an encoder, or a Hub id. revision: of a Hub repository. Raises ValueError for
-    anything else.
+    model: "default" for the encoder in the package (model card: `jepa3d/weights/README.md`), the
+    folder of a run or of an encoder, or a Hub id. revision: of a Hub repository. Raises ValueError
+    for anything else.
 
     >>> encoder = load()
     >>> encoder.embed(torch.randn(1, 2048, 3)).shape[1] == 2 * encoder.width
@@ -39,9 +39,9 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """The fine-tuned network of a run or folder that has one, else the encoder, as of `load`.
+    """Load the fine-tuned network of a run or folder that has one, else the encoder, as `load` does.
 
-    Raises ValueError.
+    Raises ValueError if there is neither.
     """
     folder = _network_folder(Path(model))
     if (folder / "config.json").is_file() and "class_names" in read_settings(folder):
@@ -50,7 +50,8 @@ def load_any(model: str | Path) -> PointEncoder | Network:
 
 
 def load_network(run: str | Path) -> Network:
-    """The network of a finished run of classify, segment or label, or in its model folder.
+    """Load the network of a finished run of classify, segment or label, from its folder or model
+    folder.
 
     Raises ValueError for anything else.
     """
@@ -73,10 +74,13 @@ def _network_folder(run: Path) -> Path:
 
 
 def fingerprint(encoder: PointEncoder) -> str:
-    """16 hexadecimal digits over the settings and weights of an encoder: equal for equal vectors."""
+    """A hash (16 hexadecimal digits) of an encoder's settings and weights.
+
+    Encoders with equal fingerprints give equal vectors.
+    """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
-    # The names of the weights tell the settings that are left out.
+    # The omitted settings show in the names of the weights.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

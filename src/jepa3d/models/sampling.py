@@ -1,8 +1,9 @@
-"""Which tokens are context and which are target: pure functions of token centres and a generator.
+"""Samplers choose which tokens are context and which are targets, from token centres and a random
+generator.
 
-Every sample has its own draw; context and targets share no token, by construction. Sizes are drawn
-once a batch, so targets need no padding; contexts differ in length and carry a mask. Padded entries
-of `context` repeat a token of the same context and are False in `mask`.
+Every cloud of the batch gets its own draw. Context and targets never share a token. Sizes are drawn
+once per batch, so targets need no padding. Contexts differ in length: padded entries of `context`
+repeat a token of the same context and are False in `mask`.
 """
 
 from typing import NamedTuple
@@ -27,19 +28,19 @@ Generator = torch.Generator | BatchGenerator
 
 class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
-    mask: Tensor  # B V, True where the context token exists
+    mask: Tensor  # B V, False at padding
     target: Tensor  # B A T, token indices
-    num_context: int  # context tokens of the batch, known to the host
+    num_context: int  # True entries of `mask`; a Python int, so that no step waits for the GPU
 
     def layout(self) -> Ragged:
-        """Where each context lies in packed rows."""
+        """The layout of the batch's contexts as packed rows [num_context, C]."""
         return Ragged(self.mask, self.num_context)
 
 
 def check_sample(sample: TokenSample) -> None:
-    """Raises ValueError where a context sees tokens of its target, or the number of rows is wrong.
+    """Check the result of a user's sampler.
 
-    The samplers here cannot do that; one of the user's could.
+    Raises ValueError if a context contains a token of its targets, or if `num_context` is wrong.
     """
     rows = sample.mask.sum()
     seen = (sample.context[:, :, None, None] == sample.target[:, None]).flatten(2).any(2)
@@ -58,13 +59,14 @@ def multi_block(
     context_ratio: tuple[float, float] = (0.85, 1.0),
     min_context: int = 4,
 ) -> TokenSample:
-    """The paper's sampler (III-C): A target blocks around farthest-point centres, one context block
-    less the targets.
+    """The paper's sampler (III-C): several target blocks, and one context block without the tokens
+    of the targets.
 
-    A block is the tokens nearest to its centre, a ball. Block centres are farthest-point samples of
-    the token centres (B M 3), which keeps their overlap low; the context centre is any token. A
-    sample left with fewer than `min_context` tokens is drawn again; ValueError when that does not
-    help.
+    A block is a ball: the tokens nearest to its centre. Target blocks have farthest-point samples
+    of the token `centers` (B M 3) as centres, so that they overlap little; the context block is
+    around a random token. target_ratio and context_ratio: size of a block as a share of the M
+    tokens, (low, high). A context with fewer than `min_context` tokens is drawn again; raises
+    ValueError if 20 redraws do not help.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -82,8 +84,8 @@ def multi_block(
 
 
 def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """A random subset of int(mask_ratio * M) tokens is the target, its complement the context
-    (Table IV).
+    """Random masking (Table IV): int(mask_ratio * M) random tokens are the target, all others the
+    context.
     """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
@@ -91,7 +93,9 @@ def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> T
 
 
 def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """One ball of int(mask_ratio * M) tokens is the target, its complement the context (Table IV)."""
+    """One-block masking (Table IV): one ball of int(mask_ratio * M) tokens is the target, all others
+    the context.
+    """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
     return _complement(_balls(centers, start, size)[:, 0], centers.shape[1])
@@ -105,12 +109,12 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Point-JEPA's sampler: tokens ordered by a greedy walk to the nearest unvisited one, which
-    sets out at the token
-    with the smallest coordinate sum (Saito et al. 2024, section 3.2).
+    """Point-JEPA's sampler (Saito et al. 2024, section 3.2): spans of tokens in the order of a
+    greedy walk.
 
-    Targets are spans of int(fraction * M) tokens. The context is a run of int(fraction * left) of
-    the tokens that they leave, in the order of the walk: it reaches over targets.
+    The walk starts at the token with the smallest coordinate sum and goes to the nearest unvisited
+    one. Targets are spans of int(share * M) tokens. The context is a span of int(share * left) of
+    the tokens left after removing all targets; it may lie on both sides of a target.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -122,7 +126,7 @@ def sequence(
             uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)
         ).long()
         places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
-        left = ~_membership(places, num_tokens)  # along the walk
+        left = ~_membership(places, num_tokens)  # in the order of the walk
         count = left.sum(1, keepdim=True)
         length = (share * count).long().clamp_min(1)
         first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()
@@ -136,10 +140,10 @@ def sequence(
 
 
 def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
-    """Share of the context's points that lie in a target patch too, a scalar; patches B M K are
-    point indices.
+    """Share of the context's points that also lie in a target patch (a scalar tensor).
 
-    Context and targets share no token, but neighbouring patches overlap: this is what leaks.
+    patches: point indices B M K. Context and targets share no token, but neighbouring patches
+    overlap; this measures the leak.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
@@ -150,7 +154,7 @@ def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
 
 
 def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
-    """One fraction a batch."""
+    """A random fraction in [low, high], one for the whole batch."""
     low, high = ratio
     if not 0 < low <= high <= 1:
         raise ValueError(f"a ratio {ratio} must satisfy 0 < low <= high <= 1")
@@ -168,14 +172,15 @@ def _balls(centers: Tensor, around: Tensor, size: int) -> Tensor:
 
 
 def _membership(index: Tensor, num_tokens: int) -> Tensor:
-    """B M, True at the tokens in index (B ...)."""
+    """Mask B M, True at the tokens in index (B ...)."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
 
 def _compact(context: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Membership B M as indices B V and mask B V, V the longest of `counts`; padding repeats the
-    first index.
+    """Convert a mask B M to indices B V and their mask B V, where V is the largest of `counts`.
+
+    Padding repeats the first index.
     """
     longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
@@ -194,13 +199,15 @@ def _complement(target: Tensor, num_tokens: int) -> TokenSample:
 
 
 def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
-    """What `draw` makes, membership B M of the contexts and targets B A T; samples with too few
-    tokens drawn again.
+    """Call `draw` until every context has at least `min_context` tokens.
+
+    `draw` returns the mask B M of the contexts and the targets B A T. Only clouds with too few
+    context tokens take the new draw. Raises ValueError after `_REDRAWS` redraws.
     """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
-        counts = lengths.tolist()  # the one time in a step that the host reads from the device
+        counts = lengths.tolist()  # the only time in a step that the CPU waits for the GPU
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:
@@ -209,14 +216,14 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             context = torch.where(short, again, context)
             target = torch.where(short[..., None], targets, target)
     raise ValueError(
-        f"the context empties: after {_REDRAWS} redraws a sample keeps fewer than min_context = {min_context} of "
-        f"{num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "
+        f"the context empties: after {_REDRAWS} redraws a cloud still has fewer than min_context = {min_context} "
+        f"of {num_tokens} tokens outside {target.shape[1]} targets of {target.shape[2]} tokens; "
         f"use fewer or smaller targets (num_targets, target_ratio)"
     )
 
 
 def _nearest_walk(centers: Tensor) -> Tensor:
-    """Order B M of tokens along a greedy nearest-neighbour walk."""
+    """Token indices B M in the order of a greedy nearest-neighbour walk."""
     distance = squared_distance(centers, centers)
     rows = torch.arange(len(centers), device=centers.device)
     current = centers.sum(-1).argmin(1)

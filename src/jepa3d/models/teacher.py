@@ -1,5 +1,5 @@
-"""What the student predicts: frozen networks, a moving average of the student itself, or several
-joined.
+"""Teachers, whose tokens the student predicts: frozen networks, a moving average of the student, or
+several concatenated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,13 +17,13 @@ from jepa3d.models.hub import DEFAULT, check_name, local_folder, read_settings
 
 
 class Teacher(nn.Module):
-    """Deterministic target tokens from networks with `features(patches, centers, layers)` and
-    `width`.
+    """Computes deterministic target tokens with one or several networks.
 
-    It sees all tokens, never gets a gradient and stays in evaluation mode. Targets of several
-    networks are joined along the channels. `layers` averages the normalised outputs of each
-    network's last blocks (data2vec). `average` is the index of the network that `ema_update` moves
-    after every step; all others are frozen.
+    A network has a method `features(patches, centers, layers)` and an attribute `width`. It sees
+    all tokens, gets no gradient and stays in evaluation mode. The tokens of several networks are
+    concatenated along the channels. norm: see `normalise`. layers: the normalised outputs of this
+    many last blocks of each network are averaged (data2vec). average: index of the network that
+    `ema_update` moves after every step; all others are frozen.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches: Tensor, centers: Tensor) -> Tensor:
-        """Target tokens B M width of all patches (B M K 3)."""
+        """Returns target tokens B M width of all patches (B M K 3) with centers B M 3."""
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
-            exact = isinstance(network, DVAE)  # an arg-max code must not hang on rounding
+            exact = isinstance(network, DVAE)  # an arg-max code must not depend on rounding
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
             targets.append(
@@ -57,9 +57,10 @@ class Teacher(nn.Module):
 
 
 def normalise(tokens: Tensor, norm: str) -> Tensor:
-    """Normalise tokens B M C: LayerNorm of each, or per channel over all tokens of the batch.
+    """Normalise tokens B M C.
 
-    norm: none, layernorm, center or standardize.
+    norm: "none"; "layernorm": each token; "center": subtract the mean of each channel over the
+    batch's tokens; "standardize": also divide by the standard deviation.
     """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])
@@ -70,7 +71,7 @@ def normalise(tokens: Tensor, norm: str) -> Tensor:
 
 
 def batch_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of rows [n, C] over all processes' rows (equal n)."""
+    """Mean [C] and variance [C] of the rows [n, C] of all processes (n must be equal)."""
     mean = _over_processes(rows.mean(0))
     return mean, _over_processes((rows - mean).square().mean(0))
 
@@ -84,8 +85,9 @@ def _over_processes(mean: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
-    """Its average <- momentum * average + (1 - momentum) * student; statistics of BatchNorm are
-    copied.
+    """Move the teacher's EMA network: average <- momentum * average + (1 - momentum) * student.
+
+    BatchNorm statistics are copied.
     """
     assert teacher.average is not None
     average = teacher.networks[teacher.average]
@@ -96,10 +98,11 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
-    """The network in a run, in a folder of `save_pretrained` or on the Hub; "default": the encoder
-    of the package. ValueError if there is none.
+    """Load a network from a run, a folder written by `save_pretrained`, or the Hub; "default" is
+    the encoder in the package.
 
-    known: other names that the setting takes, for the hint at a misspelt one.
+    known: other valid names of the setting, for the hint after a misspelt one. Raises ValueError
+    if no network can be loaded.
     """
     if path == "default":
         path = str(DEFAULT)

@@ -1,5 +1,5 @@
-"""From points to patches to tokens: grouping by farthest points and neighbours, then a light
-PointNet.
+"""Turns points into patches and patches into tokens: farthest point sampling, nearest neighbours, a
+light PointNet.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, knn
 class Groups(NamedTuple):
     centers: Tensor  # B M 3
     patches: Tensor  # B M K 3, each relative to its centre
-    index: Tensor  # B M K, the points of each patch
+    index: Tensor  # B M K, indices of each patch's points
 
 
 def group(
@@ -24,10 +24,12 @@ def group(
     group_size: int,
     generator: torch.Generator | BatchGenerator | None = None,
 ) -> Groups:
-    """Patches of the `group_size` points nearest to each of `num_groups` farthest-point centres
-    (paper III-B).
+    """Group points B N 3 into patches: centres by farthest point sampling, then the nearest points
+    of each (paper III-B).
 
-    Raises ValueError when a cloud has fewer points than `num_groups` or `group_size`.
+    num_groups: patches per cloud (M). group_size: points per patch (K). generator: draws the first
+    centre; None takes the point farthest from the centroid. Returns `Groups`. Raises ValueError if
+    a cloud has fewer points than `num_groups` or `group_size`.
     """
     num_points = points.shape[1]
     if num_points < max(num_groups, group_size):
@@ -40,17 +42,19 @@ def group(
 
 
 def groups_at(points: Tensor, centers: Tensor, index: Tensor) -> Groups:
-    """Patches of given points, B M K, around given centres, B M: both are indices of points."""
+    """`Groups` of points B N 3, from the indices of the centres (B M) and of the patch points
+    (B M K).
+    """
     at = gather_points(points, centers)
     return Groups(at, gather_points(points, index) - at[:, :, None], index)
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over rows [n, C] whose statistics span all processes (torch's SyncBatchNorm refuses
-    a CPU).
+    """BatchNorm over rows [n, C] with statistics over all processes (torch's SyncBatchNorm does not
+    run on a CPU).
 
-    Each process weighs by its own number of rows, so unequal contexts give the statistics of one
-    process. `synchronised` False keeps to this process's rows.
+    Each process is weighted by its number of rows, so the result equals that of one process with
+    all rows. With `synchronised` False only this process's rows count.
     """
 
     synchronised = True
@@ -59,7 +63,7 @@ class BatchNorm(nn.BatchNorm1d):
         alone = not (dist.is_initialized() and dist.get_world_size() > 1)
         if alone or not self.training or not self.synchronised:
             return super().forward(input)
-        x = input.float()  # sums over many rows do not fit half precision
+        x = input.float()  # half precision is too coarse for sums over many rows
         rows = torch.full((1,), float(len(x)), device=x.device, dtype=x.dtype)
         sums = sum_over_processes(torch.cat([x.sum(0), rows]))
         mean = sums[:-1] / sums[-1]
@@ -92,10 +96,10 @@ class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU)
     -> C; max.
 
-    Three exact rewrites halve its cost while the weights keep the standard layout. Split: W[g ; x]
-    = Wg g + Wx x, so the max g is multiplied once a patch instead of once a point. Fold: nothing
-    stands between `linear2` and the local half of `linear3`, so the path to the latter is one
-    matrix, Wx W2. A bias is added after the maximum.
+    Three exact rewrites halve its cost; the weights keep the standard layout. (1) Split: W[g ; x]
+    = Wg g + Wx x, so the maximum g is multiplied once per patch instead of once per point. (2) Fold:
+    no nonlinearity lies between `linear2` and the local half of `linear3`, so both are one matrix,
+    Wx W2. (3) Biases are added after the maximum instead of before.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):
@@ -108,11 +112,11 @@ class PatchTokenizer(nn.Module):
         self.linear4 = nn.Linear(4 * hidden_dim, embed_dim)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Tokens (..., C) of patches (..., K, 3)."""
+        """Returns tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
         first = (self.linear1.weight, self.linear1.bias)
         second = (self.linear3.weight, self.linear3.bias)
-        # A norm with fixed statistics is part of the linear layer before it.
+        # In evaluation mode, each norm is folded into the linear layer before it.
         if not self.norm1.training:
             first = self.norm1.fold_into_linear(*first)
             second = self.norm3.fold_into_linear(*second)

@@ -1,4 +1,4 @@
-"""Pre-LN transformer parts shared by encoder and decoder."""
+"""Parts of a pre-LN transformer, shared by encoder and decoder."""
 
 import math
 
@@ -11,8 +11,10 @@ from jepa3d.ops import BatchGenerator, uniform
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries B Q C over keys B S C, or of packed rows, each laid out as
-    told.
+    """Multi-head attention of queries B Q C over keys B S C.
+
+    Either input may also be packed rows [n, C], if its layout is given. Raises ValueError if `dim`
+    is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
@@ -34,7 +36,7 @@ class Attention(nn.Module):
             key_value = keys.pad(key_value)
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
-        lead = query.shape  # queries of all passes over one context are one sequence
+        lead = query.shape  # all passes over one context become one sequence of queries
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
         ).transpose(1, 2)
@@ -46,8 +48,8 @@ class Attention(nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # The gradient of torch's kernel for bf16 on a CPU is three to eight times as slow as that
-        # for fp32.
+        # On a CPU, the gradient of torch's bf16 kernel takes three to eight times as long as that
+        # of the fp32 kernel.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask
@@ -62,9 +64,10 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each pre-normalised and residual.
+    """A transformer block: self-attention and MLP, each pre-normalised and residual.
 
-    `keep` scales each sample's or row's two branches.
+    `forward` takes tokens B M C, or packed rows [n, C] with their layout. keep: scales of the two
+    branches (see `drop_path_scales`), per cloud B 1 2 or per row n 2.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
@@ -86,9 +89,10 @@ class Block(nn.Module):
 def drop_path_scales(
     rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
 ):
-    """Stochastic depth (Huang et al.
+    """Draw stochastic depth (Huang et al. 2016) as scales of the branches, B depth 2.
 
-    2016) as branch scales (B depth 2): 0 or 1/keep, rising linearly to `rate`.
+    A scale is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly with
+    depth, from 0 to `rate`. like: a tensor of the wanted device and dtype.
     """
     rates = (
         rate
@@ -100,28 +104,28 @@ def drop_path_scales(
 
 
 def position_embedding(dim: int) -> nn.Sequential:
-    """Centre coordinates (..., 3) to (..., dim): the MLP of Point-MAE."""
+    """The position embedding of Point-MAE: an MLP from centre coordinates (..., 3) to (..., dim)."""
     return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
 def init_xavier(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases (the decoder of Point-MAE and ACT).
 
-    Query, key and value are there one matrix C x 3C, which has one bound.
+    There, query, key and value are one matrix C x 3C, so all three use the bound of that matrix.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # after its layers: `apply` ends with the whole
+    elif isinstance(module, Attention):  # overrides its layers: `apply` visits them first
         bound = math.sqrt(6 / (4 * module.out.in_features))
         nn.init.uniform_(module.query.weight, -bound, bound)
         nn.init.uniform_(module.key_value.weight, -bound, bound)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal 0.02 for Linear weights, zeros for biases (the encoder of Point-MAE and
-    ACT).
+    """Truncated normal weights (std 0.02) and zero biases for linear layers (the encoder of
+    Point-MAE and ACT).
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
