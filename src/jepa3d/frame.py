@@ -1,9 +1,10 @@
-"""From any cloud to what the encoder sees: the one frame behind every vector, with numpy alone.
+"""Converts any point cloud to the normalised points that the encoder sees (its frame), with numpy
+alone.
 
-Every command and call that asks an encoder goes through `frame`, so that a vector depends on the
-set of points and on nothing else: not on the order of rows, a file's name, a place in a list or a
-random number. `jepa3d export` puts this file beside the model as the module `grouping`. Within the package
-the compiled sampling of ops.py takes the place of the loop below and picks the same points.
+Every use of an encoder goes through `frame`. So a vector depends only on the set of points: not on
+their order, a file's name, a place in a list or a random number. `jepa3d export` copies this file
+beside the model as the module `grouping`. Inside the package, the compiled sampling of ops.py
+replaces `farthest_point_sample` below and picks the same points.
 """
 
 from collections.abc import Callable
@@ -11,29 +12,31 @@ from typing import NamedTuple
 
 import numpy as np
 
-FRAME = 3  # version of the rules in this file: vectors of two versions cannot be compared
-# different points of a cloud that is kept for any encoder; one encoder needs its own `min_points`
+FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
+# fewest different points of a cloud in a store; each encoder has its own `min_points`
 LEAST = 64
 STEP = 0.6  # see `fill`
 ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # see `without_strays`
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
-# Turns 12 3 3: each of a cloud's own axes up, either end first; among them those that `own_axes`
-# may confuse.
+# Rotations 12 3 3: each of the cloud's own axes up, with either end up. They cover every ambiguity
+# of `own_axes`.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )
 
 
 class Frame(NamedTuple):
-    """What the encoder sees of a cloud, and where in the cloud's own coordinates that lies."""
+    """The points that the encoder sees, and their position, scale and rotation in the cloud's
+    coordinates.
+    """
 
     points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
     center: np.ndarray  # 3 float64
     radius: float
-    turn: np.ndarray | None = None  # 3 3 float64, where the cloud was turned into its own axes
+    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes, if any
 
     def place(self, others: np.ndarray) -> np.ndarray:
-        """Any points (..., 3) of the cloud where the encoder would see them, float32."""
+        """Convert any points (..., 3) from the cloud's coordinates to the encoder's, float32."""
         away = others - self.center
         return ((away if self.turn is None else away @ self.turn.T) / self.radius).astype(
             np.float32
@@ -43,11 +46,11 @@ class Frame(NamedTuple):
 def group(
     points: np.ndarray, num_points: int, num_groups: int, group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs of patches.onnx: patches num_groups group_size 3 and centers num_groups 3, float32, of
-    a cloud N 3.
+    """Compute the inputs of patches.onnx from a cloud N 3 in any unit.
 
-    Any unit. Stack those of several clouds for a batch. The sizes stand in the model's metadata and
-    its README. Raises ValueError as `frame` does.
+    Returns patches num_groups group_size 3 and centers num_groups 3, float32; stack those of
+    several clouds for a batch. The three sizes are in the model's metadata and README. Raises
+    ValueError as `frame` does.
 
     >>> patches, centers = group(cloud, 1024, 64, 24)
     >>> session.run(["embedding"], {"patches": patches[None], "centers": centers[None]})
@@ -59,7 +62,9 @@ def group(
 
 
 def farthest_point_sample(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Indices num_samples of points N 3, each farthest from those before it; the first is `start`."""
+    """Farthest point sampling of points N 3: indices [num_samples], each of the point farthest from
+    all before it; the first is `start`.
+    """
     distance = np.full(len(points), np.inf, points.dtype)
     picked = np.empty(num_samples, np.int64)
     for i in range(num_samples):
@@ -77,31 +82,29 @@ def frame(
     keep_strays: bool = False,
     upright: bool = True,
 ) -> Frame:
-    """What the encoder sees of a cloud N 3 of any unit and number type: `num_points` points in the
-    unit sphere.
+    """Convert a cloud N 3, of any unit and number type, to `num_points` points in the unit sphere.
 
-    Farthest points of more, and fewer filled up: see `fill`. A point that is there several times
-    counts once, and strays not at all (`without_strays`), unless `keep_strays`. sample: what draws
-    farthest points, as `farthest_point_sample` does. upright: as the cloud stands, else turned into
-    its own axes (`own_axes`). Raises ValueError as `check` does, and for fewer than `min_points`
-    different points.
+    Duplicate points count once. Stray points are removed (`without_strays`) unless `keep_strays`.
+    More points are reduced by farthest point sampling; fewer are filled up (`fill`). min_points:
+    fewest different points. sample: a function like `farthest_point_sample`. upright: keep the
+    cloud's orientation; if False, rotate it into its own axes (`own_axes`). Raises ValueError as
+    `check` does, and for fewer than `min_points` different points.
     """
     cloud = check(points)
-    place = (
-        cloud.min(0) + cloud.max(0)
-    ) / 2  # of the box: the same in any order, and however often a point is there
+    # the centre of the box does not depend on the order of points or on duplicates
+    place = (cloud.min(0) + cloud.max(0)) / 2
     cloud = _distinct(cloud - place)
     different, turn = len(cloud), None
     if not upright:
         turn = own_axes(cloud)
-        # sorted again, by where points lie now: ties are in this order
+        # sort again by the new coordinates: this order decides ties
         cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
         cloud = cloud[without_strays(cloud, min_points)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
-    cloud = (cloud / size).astype(np.float32)  # in double until here: map coordinates are large
+    cloud = (cloud / size).astype(np.float32)  # float64 until here: map coordinates are large
     if different < min_points:
         raise ValueError(too_few(len(points), different, min_points))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
@@ -123,13 +126,12 @@ def frame(
 
 
 def own_axes(points: np.ndarray) -> np.ndarray:
-    """The turn 3 3 that brings a cloud n 3 into its own axes, the one along which it is flattest
-    first.
+    """The rotation 3 3 of a cloud n 3 into its own axes, flattest axis first.
 
-    However a cloud is turned, it comes to lie in the same place. The axes are of the directions in
-    which points lie from their mean, each counting once however far, so that strays weigh little;
-    the first two point to where they are skew. A shape that looks alike from both ends of an axis
-    may have either first; one with equal axes, say a cube, may come to lie anyhow.
+    Rotated copies of a cloud get the same coordinates. The axes are the principal axes of the unit
+    vectors from the mean to the points, so that far strays have little weight. The first two axes
+    point to the side of positive skewness. If a shape is symmetric along an axis, either end may
+    come first. If axes are equal, as for a cube, the rotation is arbitrary.
     """
     away = points - points.mean(0)
     away /= np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-300)
@@ -140,16 +142,18 @@ def own_axes(points: np.ndarray) -> np.ndarray:
 
 
 def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Which of different points n 3, as indices in order, lie where others are; a clean cloud keeps
+    """Indices of the points (n 3, all different) that are not strays, in order; a clean cloud keeps
     nearly all.
 
-    Points are counted in a grid over the box with three cells a point, at most `MAX_CELLS` along
-    its longest side. In the cell of a stray and the 26 around it lie fewer than `ALONE` points,
-    itself among them (of many points: fewer than an eighth of them would put there, spread evenly
-    through the box; of fewer than 256: fewer than n / 64). Then again in the box of the rest, until
-    nothing goes: one point far off puts all others into one cell at first; at most `ROUNDS` times,
-    as often as a graph can do it (inference/graph_frame.py). A cloud that would lose more than
-    `MAX_STRAYS` of its points, or keep fewer than `min_points`, is no surface with strays and keeps all.
+    Points are counted in a grid over the bounding box with three cells per point, at most
+    `MAX_CELLS` along the longest side. A point is a stray if its cell and the 26 cells around it
+    hold fewer than `ALONE` points, itself included. This threshold is higher for large clouds
+    (where `MAX_CELLS` makes cells larger) and n / 64 for fewer than 256 points.
+
+    This is repeated in the bounding box of the rest until nothing is removed, since one far point
+    puts all others into one cell at first. There are at most `ROUNDS` rounds, as in the exported
+    graph (inference/graph_frame.py). A cloud that would lose more than the share `MAX_STRAYS` of
+    its points, or keep fewer than `min_points`, keeps all.
     """
     kept = np.arange(len(points))
     for _ in range(ROUNDS):
@@ -182,7 +186,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Which points of any cloud n 3 `frame` keeps, a mask [n]; copies of a point share its lot."""
+    """Mask [n] of the points of any cloud n 3 that are not strays; duplicates are treated alike."""
     centred = points - (points.min(0) + points.max(0)) / 2
     different, which = np.unique(centred, axis=0, return_inverse=True)
     kept = np.zeros(len(different), bool)
@@ -191,13 +195,13 @@ def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
-    """`num_points` points from fewer different ones, n 3 in farthest point order; and of which
-    point each is a copy.
+    """Fill up points n 3, all different and in farthest point order, to `num_points` with moved
+    copies.
 
-    All points come first, then copies of them, turn after turn. A copy of turn t is moved away from
-    the t-th nearest point by STEP of that distance, a little less the later it comes, to where the
-    surface goes on: patches of many copies in one place are unlike any that an encoder was trained
-    on.
+    Returns the points num_points 3, and for each the index of the point that it copies. The
+    originals come first, then rounds of copies. A copy of round t is moved away from its t-th
+    nearest point by STEP of their distance, a little less the later it comes. This continues the
+    surface; exact copies would give patches unlike those that an encoder was trained on.
     """
     turn, row = np.divmod(np.arange(len(points), num_points), len(points))
     source, k = points[row], min(int(turn[-1]), len(points) - 1)
@@ -205,9 +209,9 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     nearest = np.concatenate(
         [_nearest(copied[at : at + 256], points, k + 1) for at in range(0, len(copied), 256)]
     )
-    # itself is the nearest
+    # the nearest point is the point itself
     away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)
-    # else copies of two neighbours are equally far
+    # decreasing, or copies of two neighbours would be equally far
     step = (STEP * (1 - row / (4 * len(points)))).astype(np.float32)
     filled = np.concatenate([points, source + step[:, None] * away])
     return filled, np.r_[: len(points), row]
@@ -223,7 +227,7 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
 
 
 def check(points: np.ndarray) -> np.ndarray:
-    """A copy in float64 of points N 3. Raises ValueError for another array, or one of NaN."""
+    """A float64 copy of points N 3. Raises ValueError for another shape, no points, NaN or infinity."""
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
         raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")
@@ -236,8 +240,8 @@ def check(points: np.ndarray) -> np.ndarray:
 
 
 def too_few(count: int, different: int, min_points: int) -> str:
-    """What is said of a cloud of `count` points, `different` of them, where at least `min_points` are
-    needed.
+    """The error text for a cloud of `count` points, of which `different` are different, where at
+    least `min_points` are needed.
     """
     if different == 1:
         return "one point only" if count == 1 else "all points are equal"
@@ -248,9 +252,9 @@ def too_few(count: int, different: int, min_points: int) -> str:
 
 
 def _distinct(points: np.ndarray) -> np.ndarray:
-    """Each different point of n 3 once, in an order that depends on their values alone."""
+    """Remove duplicates from points n 3; the order depends only on the coordinates."""
     x, y, z = points.T
-    # far cheaper than to sort by rows
+    # much faster than sorting rows
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 

@@ -1,7 +1,7 @@
 """Sampling and neighbourhood operators on batched point clouds.
 
-Each has one plain torch reference that runs on any device. A faster back end is chosen in exactly
-one place, `farthest_point_sample`, and returns the same indices.
+Each operator is plain torch and runs on any device. Only `farthest_point_sample` has faster back
+ends, which return the same indices.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
 
-_MAX_PAIRS = 2**26  # distances held at once by `knn`: 256 MiB of float32
+_MAX_PAIRS = 2**26  # distances that `knn` holds at once: 256 MiB of float32
 
 
 class BatchGenerator:
-    """Random draws for one process's rows of a global batch.
+    """Random numbers that depend only on (seed, step, stream), not on the number of processes.
 
-    Every draw is made for the whole batch from (seed, step, stream) and cut to this process's rows.
-    So P processes together draw what one process would, a resumed run draws what an uninterrupted
-    one would, and a checkpoint has no generator state to keep.
+    Every draw is made for the whole global batch and cut to this process's rows: `first` is the
+    first of them, `total` the size of the global batch. So several processes together draw the same
+    numbers as one, a resumed run the same as an uninterrupted one, and checkpoints need no
+    generator state.
     """
 
     def __init__(
@@ -38,39 +39,39 @@ class BatchGenerator:
         self._key, self._generators = int.from_bytes(key, "big"), {}
 
     def stream(self, name: str) -> "BatchGenerator":
-        """An independent generator for one use, so that one use's draws never shift another's."""
+        """An independent generator for one purpose, so that its draws never change those of others."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
-        """A generator for the batch in which each row is repeated `times` times, copies side by
-        side.
+        """A generator for the batch with each row repeated `times` times, as
+        `torch.repeat_interleave` does.
         """
         total = self.total and self.total * times
         return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
 
     def on(self, device: torch.device) -> torch.Generator:
-        """The underlying generator, which lives where its draws are needed."""
+        """The underlying torch generator on a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._key)
         return self._generators[device]
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """This process's rows, `shape`, of draws in [0, 1) for the whole batch."""
+        """Uniform draws in [0, 1) for this process's rows; shape: of these rows."""
         total = self.total or shape[0]
         assert self.first + shape[0] <= total, "more rows than the global batch has"
         whole = torch.rand((total, *shape[1:]), generator=self.on(device), device=device)
         return whole[self.first : self.first + shape[0]]
 
     def choice(self, count: int) -> int:
-        """A whole number below `count`, one for the whole batch; made on the CPU."""
+        """A random integer below `count`, one for the whole batch, drawn on the CPU."""
         return int(count * uniform_scalar(self))
 
 
 class RepeatedDraws(BatchGenerator):
-    """Draws in buffers that `redraw` fills anew, so that a recorded step (training/graphs.py) can
-    be repeated.
+    """Keeps its draws in buffers that `redraw` refills, so that a recorded CUDA graph of a step can
+    be replayed (training/graphs.py).
 
-    All its streams share `buffers`, (stream, shape) in the order of their first use, and `choices`.
+    All streams share `buffers`, with keys (stream, number of the draw), and `choices`.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class RepeatedDraws(BatchGenerator):
         return super().choice(count)
 
     def redraw(self, step: int) -> None:
-        """The draws of another step into the buffers."""
+        """Refill all buffers with the draws of another step."""
         streams: dict[str, BatchGenerator] = {}
         for (name, _), buffer in self.buffers.items():
             stream = streams.setdefault(name, BatchGenerator(self.seed, step, stream=name))
@@ -108,9 +109,9 @@ class RepeatedDraws(BatchGenerator):
 def uniform(
     generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device
 ) -> Tensor:
-    """Uniform draws in [0, 1) of `shape` whose first axis is the batch.
+    """Uniform draws in [0, 1) of `shape`; the first axis is the batch.
 
-    None draws from torch's own state.
+    generator None uses torch's global random state.
     """
     device = torch.device(device)
     if isinstance(generator, BatchGenerator):
@@ -120,7 +121,7 @@ def uniform(
 
 
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
-    """One uniform draw shared by the whole batch, the same on every process; made on the CPU."""
+    """One uniform draw in [0, 1) for the whole batch, the same on every process, drawn on the CPU."""
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))
     if generator is not None and generator.device.type != "cpu":
@@ -129,7 +130,7 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduced sum; so is its gradient, since every process's loss depends on it."""
+    """Sum over all processes. Its gradient is summed too, since every process's loss depends on it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -143,13 +144,13 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of every process's x, with gradient; x itself on a single process."""
+    """The sum of x over all processes, with gradient; x itself if there is only one."""
     return _SumOverProcesses.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
 @cache
 def _quickfps():
-    """The compiled farthest point sampler of the `fast` extra, or None."""
+    """The compiled farthest point sampler of the extra `fast`, or None if it is not installed."""
     if importlib.util.find_spec("torch_quickfps") is None:
         return None
     import torch_quickfps
@@ -159,8 +160,8 @@ def _quickfps():
 
 @cache
 def _triton():
-    """The sampler as one kernel on a GPU, where there is Triton and the C compiler that it needs;
-    or None.
+    """The module of the Triton sampler for GPUs, or None without Triton or the C compiler that it
+    needs.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if importlib.util.find_spec("triton") is None or compiler is None:
@@ -173,12 +174,13 @@ def _triton():
 def farthest_point_sample(
     points: Tensor, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
 ) -> Tensor:
-    """Indices B num_samples of points each farthest from those before it (Eldar et al. 1997).
+    """Farthest point sampling of points B N 3 (Eldar et al. 1997).
 
-    Without a generator the first is the point farthest from the centroid, whatever the order of the
-    points; with one it is a random point. Of equally far points the reference takes the lowest
-    index, the compiled back end any (lattices; clouds with duplicates beyond their distinct
-    points).
+    Returns indices B num_samples; each is the point farthest from all before it. With a generator
+    the first point is random. Without one it is the point farthest from the centroid, so the result
+    does not depend on the order of points. If several points are equally far, plain torch takes the
+    lowest index and the compiled back end any of them. This happens on lattices, and if a cloud has
+    fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
@@ -199,7 +201,7 @@ def farthest_point_sample(
         and num_points <= kernel.MAX_POINTS
     ):
         return kernel.farthest_point_sample(points, num_samples, start)
-    # Below some hundred points the batched loop is as fast.
+    # For fewer points the batched torch loop is as fast.
     wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
     sample = (
         _farthest_point_sample_compiled
@@ -210,8 +212,8 @@ def farthest_point_sample(
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Indices of `farthest_point_sample` for one cloud N 3 float32; by numpy where there is no
-    compiled back end.
+    """`farthest_point_sample` of one cloud N 3 float32 from the index `start`; uses numpy without
+    the compiled back end.
     """
     if len(points) < 32 or _quickfps() is None:
         return numpy_farthest_point_sample(points, num_samples, start)
@@ -222,8 +224,8 @@ def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
 
 
 def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    # The kernel takes a batch but one start for all: each cloud's own is swapped to its row 0 and
-    # back.
+    # The kernel takes one start index for all clouds of a batch: so the start of each cloud is
+    # swapped with its row 0, and back afterwards.
     batch, num_points, _ = points.shape
     rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
     swapped = points.clone(memory_format=torch.contiguous_format)
@@ -235,7 +237,7 @@ def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Ten
 
 
 def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    # Three contiguous coordinate arrays: 3-4 times faster on a CPU than one strided B N 3 tensor.
+    # On a CPU, three contiguous coordinate arrays are 3-4 times as fast as one B N 3 tensor.
     x, y, z = (axis.contiguous() for axis in points.unbind(-1))
     distance = torch.full_like(x, torch.inf)
     picked, current = [], start[:, None]
@@ -250,13 +252,13 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
 
 
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference, as one step that an exported graph repeats instead of a thousand copies of
-    it.
+    """Farthest point sampling as a scan: an exported graph then has one repeated step instead of a
+    thousand copies of it.
 
-    Returns the indices B num_samples, and of each its squared distance from those before it
+    Returns the indices B num_samples, and the squared distance of each sample from those before it
     (infinite for the first).
     """
-    from torch._higher_order_ops.scan import scan  # private in torch, and only export needs it
+    from torch._higher_order_ops.scan import scan  # private in torch; only export needs it
 
     planes = points.transpose(1, 2).contiguous()
 
@@ -277,8 +279,9 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
 
 
 def squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (..., M, N) of (..., M, 3) and (..., N, 3), without the cancellation of the
-    matmul form.
+    """Squared distances (..., M, N) between points (..., M, 3) and (..., N, 3).
+
+    Avoids the cancellation errors of the formula with a matrix product.
     """
     total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
     for axis in (1, 2):
@@ -287,11 +290,14 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
-    """Indices B M k of the k points nearest to each query (B M 3), nearest first."""
+    """Indices B M k of the k points (B N 3) nearest to each query (B M 3), nearest first.
+
+    Raises ValueError unless 1 <= k <= N.
+    """
     batch, num_points, _ = points.shape
     if not 1 <= k <= num_points:
         raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
-    # An exported graph holds for any batch, so nothing in it may be split by the batch's size.
+    # An exported graph must work for any batch size, so it cannot be split by it.
     rows = (
         query.shape[1]
         if torch.compiler.is_exporting()
@@ -305,52 +311,54 @@ def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
 
 
 def gather_points(values: Tensor, index: Tensor) -> Tensor:
-    """values (B N C) at index (B ...) as (B ... C)."""
+    """Look up values (B N C) at index (B ...); returns (B ... C)."""
     flat = index.flatten(1)
     out = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
     return out.view(*index.shape, values.shape[-1])
 
 
 def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Tensor:
-    """Features B M C of centers (B M 3) at query (B N 3): three nearest, inverse squared distance
-    (PointNet++).
+    """Interpolate features B M C from centers (B M 3) to query points (B N 3); returns B N C.
+
+    Weights the three nearest centers by inverse squared distance (PointNet++).
     """
     index = knn(query, centers, 3)
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
-    # As a product with a matrix of three entries a row: its gradient is a product too, not a
-    # scatter.
+    # A product with a matrix of three entries per row: its gradient is a matrix product too, not a
+    # slow scatter.
     dense = weight.new_zeros(*query.shape[:2], centers.shape[1]).scatter_(-1, index, weight)
     return dense.to(features.dtype) @ features
 
 
 def unit_sphere(points: Tensor) -> Tensor:
-    """Points B N 3 moved to centroid 0 and scaled so that the farthest one lies at distance 1."""
+    """Move points B N 3 to centroid 0 and scale them so that the farthest has distance 1."""
     points = points - points.mean(1, keepdim=True)
     radius = points.norm(dim=-1).amax(1)[:, None, None]
     return points / radius.clamp_min(torch.finfo(points.dtype).tiny)
 
 
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3): half the sum of mean nearest
-    distances each way.
+    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar: half the sum of both
+    directions' mean nearest distances.
     """
     one, other = _to_nearest(a, b)
     return (one.norm(dim=-1).mean() + other.norm(dim=-1).mean()) / 2
 
 
 def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3): mean squared nearest distances,
-    both ways summed.
+    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar: the sum of both
+    directions' mean squared nearest distances.
     """
     one, other = _to_nearest(a, b)
     return one.square().sum(-1).mean() + other.square().sum(-1).mean()
 
 
 def _to_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets of each point to the nearest of the other set; neighbours carry no gradient,
-    distances to them do.
+    """Offsets from the nearest point of the other set, for both sets.
+
+    The choice of the nearest point has no gradient, the offsets have.
     """
     with torch.no_grad():
         pairs = squared_distance(a, b)

@@ -1,4 +1,4 @@
-"""Farthest point sampling on a GPU as one Triton kernel, where the torch loop launches eight a
+"""Farthest point sampling on a GPU as one Triton kernel; the torch loop launches eight kernels per
 sample.
 """
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_POINTS = 16384  # coordinates and distances of a cloud are held in registers
+MAX_POINTS = 16384  # limited by registers, which hold a cloud's coordinates and distances
 
 
 @triton.jit
@@ -28,20 +28,22 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
         dy = y - tl.load(points + 3 * current + 1)
         dz = z - tl.load(points + 3 * current + 2)
         distance = tl.minimum(distance, dx * dx + dy * dy + dz * dz)
-        current = tl.argmax(distance, 0)  # of equals the first, as torch
+        current = tl.argmax(distance, 0)  # the first one if several are equal, as in torch
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    """Indices B num_samples of points B N 3 float32 on a GPU, N at most `MAX_POINTS`, from `start`
-    B.
+    """Farthest point sampling of points B N 3 float32 on a GPU, N at most `MAX_POINTS`.
 
-    The same as the torch loop's: products and sums are not fused, so distances round alike.
+    start: index of the first point, B. Returns indices B num_samples, the same as the torch loop:
+    products and sums are not fused, so distances are rounded in the same way.
     """
     batch, num_points, _ = points.shape
     index = torch.empty(batch, num_samples, dtype=torch.long, device=points.device)
     block = triton.next_power_of_2(num_points)
     warps = min(32, max(1, block // 256))
-    with torch.get_device_module(points.device).device(points.device):  # where Triton launches
+    with torch.get_device_module(points.device).device(
+        points.device
+    ):  # Triton launches on this device
         _sample[(batch,)](
             points.contiguous(),
             start,

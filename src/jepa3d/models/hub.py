@@ -1,4 +1,4 @@
-"""Saving and loading a network: a folder or a Hub repository of config.json and model.safetensors."""
+"""Saves and loads networks: a folder or Hub repository with config.json and model.safetensors."""
 
 import hashlib
 import http.client
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from jepa3d.plain import nearest
 
-DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder of the package
+DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder in the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-_REACHED_WITHIN = 5  # seconds; the Hub's own client tries six times, for half a minute
+_REACHED_WITHIN = 5  # seconds; the Hub's own client retries for half a minute
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, their checksum among the metadata.
+    """Write tensors as safetensors, with their checksum in the metadata.
 
-    OSError names a file that cannot be written.
+    Raises OSError, which names the file, if it cannot be written.
     """
     try:
         safetensors.torch.save_file(tensors, path, {"sha256": _digest(tensors)})
@@ -39,9 +39,10 @@ def save_file(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_file(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ValueError, which names it, where it is damaged.
+    """Read the tensors of a safetensors file.
 
-    A file without a checksum (made by version 0.1.0, or by others) is taken as it is.
+    A file without a checksum (from version 0.1.0 or other software) is accepted. Raises
+    ValueError, which names the file, if it is missing or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -66,19 +67,22 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 class Pretrained(nn.Module, ModelHubMixin):
-    """`save_pretrained(folder)`, `from_pretrained(folder or Hub id)`, `push_to_hub`; loads all
-    weights or none.
+    """Base class of networks with `save_pretrained(folder)`, `from_pretrained(folder or Hub id)`
+    and `push_to_hub`.
 
-    The arguments of `__init__` travel as config.json and must be plain values.
+    The arguments of `__init__` are stored in config.json and must be plain values. Loading fails
+    unless all weights fit.
     """
 
-    # Arguments that hold those of another network; arguments younger than a file, and what
-    # networks were before they came.
+    # PARTS: arguments that are the settings of another network, and its class. BEFORE: values of
+    # arguments that an older config.json does not have.
     PARTS: ClassVar[dict[str, type]] = {}
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for name in self.PARTS:  # whole: what a part does not say is what `BEFORE` says
+        for (
+            name
+        ) in self.PARTS:  # all settings of the part; a missing one would be read as `BEFORE` says
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part
         state = self.state_dict().items()
@@ -87,11 +91,11 @@ class Pretrained(nn.Module, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
-        """The network in a folder of `save_pretrained` or a Hub repository, in evaluation mode.
+        """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation mode.
 
-        options: revision, cache_dir, force_download, token and local_files_only of a Hub
-        repository; others override settings. Raises ValueError, which names the file at fault and
-        what is expected of it.
+        options: revision, cache_dir, force_download, token and local_files_only for a Hub
+        repository; all others override settings. Raises ValueError, which names the file and what
+        is wrong with it.
         """
         download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
         folder = local_folder(pretrained_model_name_or_path, **download)
@@ -125,7 +129,9 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file, completed by `cls.BEFORE` where the file is older than an argument."""
+    """The settings of a config.json, completed with `cls.BEFORE` if the file is older than an
+    argument.
+    """
     complete = cls.BEFORE | settings
     for name, part in cls.PARTS.items():
         if isinstance(complete.get(name), dict):
@@ -134,8 +140,9 @@ def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
-    """Raise ValueError where settings lack an argument of a class (its first one is always needed),
-    or one has another type; also of the networks in `cls.PARTS`.
+    """Raise ValueError if settings do not fit the arguments of a class and of those in `cls.PARTS`.
+
+    Arguments may be missing (the first one is always required), unknown, or of the wrong type.
     """
     arguments = _arguments(cls)
     needed = [name for name, value in arguments.items() if value.default is value.empty]
@@ -157,7 +164,7 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
 
 
 def _differ(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> str:
-    """How a tensor differs from what is expected, in words; empty where it does not."""
+    """A text that says how a tensor differs from the expected one; empty if it does not."""
     if name not in found:
         return f"{name} is missing"
     if name not in expected:
@@ -173,9 +180,9 @@ def first_line(error: BaseException) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings in config.json of a folder.
+    """Read the settings in a folder's config.json.
 
-    Raises ValueError, which names the file, where it is missing or damaged.
+    Raises ValueError, which names the file, if it is missing or damaged.
     """
     file = folder / "config.json"
     try:
@@ -190,14 +197,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-# -------------------------------------------------------------------------------- what a name means
+# ------------------------------------------------------------------------------ folders and Hub ids
 
 
 def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
-    """True if a folder or file lies at `model`, False if it can only be of the Hub: owner/name.
+    """True if `model` is an existing folder or file, False if it can only be a Hub id (owner/name).
 
-    Raises ValueError for any other name, with the most similar one of `known` and of what lies
-    beside it.
+    Raises ValueError for any other name, and suggests the most similar one of `known` and of the
+    neighbouring folders.
     """
     if Path(model).exists():
         return True
@@ -208,7 +215,9 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
-    """`; did you mean ...?`, where a name is like `path`."""
+    """The text `; did you mean ...?` if a folder beside `path` or a `known` name is similar; else
+    empty.
+    """
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     names = [folder.name for folder in beside if folder.is_dir()]
     found = nearest(path.name, [*known, *names])
@@ -218,10 +227,10 @@ def similar(path: Path, known: Iterable[str] = ()) -> str:
 
 
 def local_folder(model: str | Path, **options: Any) -> Path:
-    """The folder at `model`, or the local copy of the Hub repository of that id; `options` of
-    `hf_hub_download`.
+    """The folder `model`, or the local copy of the Hub repository with that id.
 
-    Asks the Hub only for owner/name, and only if it answers within seconds. Raises ValueError.
+    Contacts the Hub only for names like owner/name, and only if it answers within seconds. options:
+    of `hf_hub_download`. Raises ValueError if there is no such folder or repository.
     """
     if check_name(model):
         if Path(model).is_dir():
@@ -249,7 +258,7 @@ def local_folder(model: str | Path, **options: Any) -> Path:
 
 
 def _unreachable() -> str:
-    """Why the Hub cannot be reached; empty if it answers anything."""
+    """The reason why the Hub cannot be reached; empty if it answers."""
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_REACHED_WITHIN).close()

@@ -1,1 +1,1 @@
-"""What is minimised: 3D-JEPA, its rivals, supervised losses."""
+"""Training objectives: 3D-JEPA, its rivals, the dVAE and supervised losses."""

@@ -11,12 +11,11 @@ from jepa3d.ops import BatchGenerator
 
 
 class Autoencoding(nn.Module):
-    """The dVAE with its schedules: Gumbel temperature falls by a cosine, the KL weight rises from 0
-    by another.
+    """Trains the dVAE with two cosine schedules: the Gumbel temperature falls, the KL weight rises
+    from 0.
 
-    Point-BERT and ACT count steps: the temperature takes the first 100,000, the KL weight as many
-    from the 10,000th. Of their 200,000 that is a half, and a half from a twentieth on: shares of
-    the run, here.
+    In Point-BERT and ACT the temperature falls over the first 100,000 of 200,000 steps, and the KL
+    weight rises over 100,000 steps from step 10,000. Here the same shares of the run are used.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -24,7 +23,7 @@ class Autoencoding(nn.Module):
         self.dvae, self.config = dvae, config
 
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> DVAEOutput:
-        """`progress` is the finished fraction of the run, 0 to 1."""
+        """One pass on points B N 3; progress: the finished share of the run, 0 to 1."""
         dvae, (warm, cold) = self.dvae, self.config.temperature
         temperature = cold + (warm - cold) * (1 - _risen(2 * progress))
         kl_weight = self.config.kl_weight * _risen(2 * progress - 0.1)
@@ -42,5 +41,5 @@ class Autoencoding(nn.Module):
 
 
 def _risen(done: float) -> float:
-    """0 to 1 along half a cosine, while `done` goes from 0 to 1."""
+    """Rises from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
     return (1 - math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

@@ -1,4 +1,4 @@
-"""Is the loss worth anything? Figures that show a collapsed or trivial representation as such."""
+"""Figures that reveal a collapsed representation or a trivially low loss."""
 
 from itertools import product
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def rankme(rows: Tensor) -> float:
-    """Effective rank of rows [n, E]: exp of the entropy of the normalised singular values (Garrido
-    et al. 2023).
+    """Effective rank of rows [n, E]: exp(entropy) of the normalised singular values (Garrido et al.
+    2023).
 
-    Between 1 and min(n, E); 1 means that all rows lie on one line.
+    Lies between 1 and min(n, E); 1 means that all rows lie on one line through the origin.
     """
     values = torch.linalg.svdvals(rows.float())
     share = values / values.sum().clamp_min(1e-12) + 1e-7
@@ -20,15 +20,17 @@ def rankme(rows: Tensor) -> float:
 
 @torch.no_grad()
 def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, float]:
-    """Figures of rows [n, E].
+    """Three collapse figures of rows [n, E], normalised to unit length; at most `max_rows` are used.
 
-    std: mean over dimensions of the std of unit-length rows, times sqrt(E): 1 is isotropic, 0 is
-    collapse. cosine: mean pairwise cosine of different rows: 0 is spread, 1 is collapse. rankme:
-    effective rank.
+    NAME_std: standard deviation, averaged over dimensions, times sqrt(E); 1 is isotropic, 0 is
+    collapsed. NAME_cosine: mean cosine of pairs of rows; 0 is spread out, 1 is collapsed.
+    NAME_rankme: effective rank.
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
-    mean_square = float(rows.mean(0).square().sum())  # |mean of unit rows|^2, diagonal included
+    mean_square = float(
+        rows.mean(0).square().sum()
+    )  # mean of all pairwise cosines, each row with itself too
     return {
         f"{name}_std": float(rows.std(0, correction=0).mean()) * width**0.5,
         f"{name}_cosine": (mean_square * count - 1) / max(count - 1, 1),
@@ -40,11 +42,10 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
 def collapse_figures(
     prediction: Tensor, target: Tensor, unit: str = "token", max_rows: int = 2048
 ) -> dict[str, float]:
-    """`row_figures` of predictions and targets (B A T E), each row a token or a block as the loss
-    sees it.
+    """`row_figures` of predictions and targets (B A T E), and constant_loss.
 
-    constant_loss: what the best constant prediction would score, so a loss near it, however low,
-    says nothing was predicted.
+    unit: whether a row is a "token" or a "block", as in `cosine_loss`. constant_loss is the loss of
+    the best constant prediction: if the loss is near it, however low, nothing was learned.
     """
     rows = [
         value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)
@@ -58,13 +59,12 @@ def collapse_figures(
 
 @torch.no_grad()
 def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: int = 2048) -> float:
-    """What a least-squares polynomial of a target's position alone scores on tokens B A T E at
-    centers B A T 3.
+    """The loss of predicting target tokens B A T E from their positions (centers B A T 3) alone.
 
-    A predictor is told where its target lies, and tokens carry their position: this much of a low
-    loss needs no shape. The polynomial (35 terms at degree 4) is fitted to unit-length tokens, on
-    the rows that it is scored on: n rows of noise would score about 1 - sqrt(35 / n), 0.76 for a
-    batch of preset `tiny`.
+    The decoder knows the positions of its targets, and tokens encode their position: so this loss
+    can be reached without any knowledge of the shape. The prediction is a least-squares polynomial
+    (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows. So n rows of
+    noise would score about 1 - sqrt(35 / n), 0.76 for a batch of preset `tiny`.
     """
     rows = _unit(target.flatten(0, -2), max_rows)
     at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)
@@ -76,7 +76,7 @@ def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: in
 
 
 def _unit(rows: Tensor, max_rows: int) -> Tensor:
-    """At most `max_rows` of rows, evenly spread, at unit length."""
+    """At most `max_rows` of the rows, evenly spaced, scaled to unit length."""
     return F.normalize(_spread(rows, max_rows).float(), dim=-1)
 
 

@@ -1,5 +1,5 @@
-"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as Point-MAE
-does.
+"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as in
+Point-MAE.
 
 Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
 """
@@ -25,8 +25,8 @@ class GenerativeOutput(NamedTuple):
 
 
 class Generative(nn.Module):
-    """Encoder on the visible tokens, a plain decoder of them and mask tokens, a linear head to K
-    points.
+    """A masked autoencoder: encoder on the visible tokens, plain decoder on visible and mask tokens,
+    linear head to K points.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -47,14 +47,14 @@ class Generative(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> GenerativeOutput:
-        """One pass on points B N 3."""
+        """One pass on points B N 3. generator: draws everything random. progress: not used."""
         encoder = self.encoder
         centers, patches, _ = group(
             points, encoder.num_groups, encoder.group_size, generator.stream("group")
         )
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
-        # All patches become tokens, as there: the norms' statistics are of masked ones too.
+        # As in Point-MAE, all patches are tokenized, so masked ones influence the norms' statistics.
         tokens = layout.pack(gather_points(encoder.tokenizer(patches), sample.context))
         position = layout.pack(encoder.position(gather_points(centers, sample.context)))
         encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]

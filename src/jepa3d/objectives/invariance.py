@@ -1,8 +1,8 @@
-"""The invariance rival (the paper's Fig. 2): views of one shape must have one embedding, without
-collapsing.
+"""The invariance rival (the paper's Fig. 2): all views of a shape get the same embedding, with a
+regulariser against collapse.
 
-Multi-crop views; regularised as in VICReg (Bardes, Ponce, LeCun, ICLR 2022) or by SIGReg (LeJEPA,
-Balestriero and LeCun, arXiv 2511.08544).
+Views are multi-crop. The regulariser is VICReg's (Bardes, Ponce, LeCun, ICLR 2022) or SIGReg
+(LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
 """
 
 from typing import NamedTuple
@@ -28,8 +28,8 @@ class InvarianceOutput(NamedTuple):
 
 
 class Invariance(nn.Module):
-    """Global views are the whole cloud, partial ones a ball of it; each augmented alone, encoded,
-    pooled, projected.
+    """Draws global views (the whole cloud) and partial views (a ball of it). Each is augmented on its
+    own, encoded, pooled and projected.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -50,7 +50,10 @@ class Invariance(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> InvarianceOutput:
-        """One pass on points B N 3, not augmented yet."""
+        """One pass on points B N 3, before augmentation.
+
+        generator: draws everything random. progress: not used.
+        """
         settings, encoder = self.settings, self.encoder
         low, high = settings.partial_ratio
         share = low + (high - low) * uniform_scalar(generator.stream("partial"))
@@ -58,7 +61,7 @@ class Invariance(nn.Module):
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
             if view >= settings.global_views:
-                # Fewer points and fewer patches, so that a patch is as large as in the whole.
+                # Fewer patches too, so that patches are as large as in the whole cloud.
                 groups = max(1, round(share * groups))
                 seen = random_crop(
                     points, max(encoder.group_size, round(share * points.shape[1])), draws
@@ -89,7 +92,7 @@ class Invariance(nn.Module):
             variance, covariance = torch.stack(terms).mean(0)
             # VICReg sums the covariances of its two views
             regularizer = spread * variance + 2 * apart * covariance
-            # two views are 4 times farther apart than from their mean
+            # the squared distance of two views is 4 times that to their mean
             loss = 4 * same * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 

@@ -1,8 +1,7 @@
-"""3D-JEPA: predict, in embedding space, what a teacher says about blocks that the encoder does not
-see.
+"""3D-JEPA: predict a teacher's embeddings of blocks that the encoder does not see.
 
 Hu, Cheng, Xie, Li, Zhu, "3D-JEPA: A Joint Embedding Predictive Architecture for 3D Self-Supervised
-Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to these lines.
+Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to this code.
 """
 
 from functools import partial
@@ -27,24 +26,24 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar, mean over blocks of 1 - cos (plus SIGReg, where it is on)
+    loss: Tensor  # scalar, mean over blocks of 1 - cos (plus SIGReg and the view term, if used)
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
     centers: Tensor  # B M 3, of all tokens
-    patch_index: Tensor  # B M K, the points of each patch
+    patch_index: Tensor  # B M K, indices of each patch's points
     encoded: Tensor  # n C, the encoder's context tokens
     sigreg: Tensor | None = None  # unweighted
     view: Tensor | None = None  # unweighted
 
 
 class JEPA(nn.Module):
-    """Encoder on the context only, decoder, one linear projection to the teacher's width, teacher
-    on all tokens.
+    """The objective of 3D-JEPA: encoder on the context, decoder, and one linear projection to the
+    width of the teacher, which sees all tokens.
 
-    Teacher None: the target is the same encoder's output on all tokens, with its gradient, and
-    SIGReg keeps it from collapsing (LeJEPA). With a teacher SIGReg may be added; then it reads the
-    context's tokens.
+    With teacher None, the target is the same encoder's output on all tokens, with its gradient, and
+    SIGReg prevents collapse (LeJEPA). With a teacher, SIGReg is optional and applies to the context
+    tokens. Raises ValueError if `target.project` is set and the widths differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
@@ -86,14 +85,15 @@ class JEPA(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor
     ) -> JEPAOutput:
-        """One pass on points B N 3; `progress` (of every objective) plays no part before
-        `after_step`.
+        """One pass on points B N 3.
 
-        With the view term the points, `num_points` or more, are in farthest point order, and the
-        student sees a damaged view of each cloud (`random_view`) and predicts also what the teacher
-        says of the whole, undamaged one. With several masks a cloud (`sampler.masks`, as in
-        AsymDSD, arXiv 2506.21724) the output's B counts all of them. `cached`: the indices of
-        centers (B M) and patches (B M K) and the teacher's tokens B M E (training/cache.py).
+        generator: draws everything random. progress: not used here. cached: the indices of the
+        centers (B M) and patches (B M K), and the teacher's tokens B M E (training/cache.py).
+
+        With the view term (`target.view`), the points are in farthest point order, at least
+        `num_points` of them. The student then sees a damaged view of each cloud (`random_view`) and
+        also predicts the teacher's vector of the whole, undamaged cloud. With several masks per
+        cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), the output's B counts all masks.
         """
         encoder, viewed = self.encoder, None
         if self.settings.view:
@@ -112,7 +112,7 @@ class JEPA(nn.Module):
         several = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
         every_center, draws = several(centers), generator.repeated(self.masks)
         sample = self.sampler(every_center, draws.stream("sampler"))
-        # The teacher first: what it needs is free again before the student's activations are kept.
+        # The teacher first: its memory is freed before the student's activations are stored.
         if cached:
             tokens = cached[2].float()
         elif self.teacher:
@@ -150,7 +150,7 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """What the teacher says of whole clouds B N 3: mean and max of its tokens, standardised
+        """The teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens, standardised
         over the batch.
         """
         assert self.teacher
@@ -164,8 +164,10 @@ class JEPA(nn.Module):
         sample: TokenSample,
         generator: BatchGenerator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predicted teacher tokens B A T E and the encoded context n C; only context patches are
-        read.
+        """Predict the teacher's target tokens from the context patches alone.
+
+        patches: B M K 3. centers: B M 3. sample: context and targets. generator: draws the
+        drop-path. Returns predictions B A T E and the encoded context, rows [n, C].
         """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
@@ -187,17 +189,17 @@ class JEPA(nn.Module):
         ]
 
     def after_step(self, progress: float) -> None:
-        """Move an EMA teacher; a frozen one stays.
+        """Update an EMA teacher; frozen teachers do not change.
 
-        `progress` is the finished fraction of the run, 0 to 1.
+        progress: the finished share of the run, 0 to 1.
         """
         if self.teacher and self.teacher.average is not None:
             first, last = self.settings.momentum
             ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Collapse figures, the mean number of context tokens, and the share of points they have in
-        common.
+        """Numbers for the log: collapse figures, mean number of context tokens, and the share of the
+        context's points that also lie in target patches.
         """
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
@@ -215,11 +217,11 @@ class JEPA(nn.Module):
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
-    """Mean over blocks of 1 - cos(prediction, target), B A T E (paper, equation of III-E with its
-    sign corrected).
+    """Mean over blocks of 1 - cos(prediction, target), both B A T E (paper, equation of III-E with
+    corrected sign).
 
-    `unit` "token": cosine of each token, averaged over the block; "block": of the block's tokens as
-    one vector.
+    unit: "token" takes the cosine of each token and averages over the block; "block" takes one
+    cosine of all tokens of the block, concatenated.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
@@ -227,14 +229,16 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
 
 
 def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
-    """Mean and max B 2C of each sample's context tokens, packed rows n C."""
+    """Mean and max of each cloud's context tokens: B 2C from packed rows [n, C]."""
     tokens, missing = sample.layout().pad(rows), ~sample.mask[..., None]
     mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding is 0
     return torch.cat([mean, tokens.masked_fill(missing, -torch.inf).amax(1)], -1)
 
 
 def make_sampler(config: PretrainConfig):
-    """The configured sampler as a function of (centers, generator)."""
+    """The sampler of the settings, as a function of (centers, generator) that returns a
+    `TokenSample`.
+    """
     settings = config.sampler
     if is_code(settings.name):
         return partial(load_code(settings.name), settings=settings)

@@ -1,4 +1,4 @@
-"""SIGReg and VICReg's two terms, which keep embeddings from collapsing without a frozen teacher."""
+"""SIGReg and VICReg's two regularisers, which prevent collapse without a frozen teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -10,22 +10,22 @@ _KNOTS, _LAST = 17, 3.0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
-    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): are rows [n, E] drawn
-    from N(0, I)?
+    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far rows [n, E] are
+    from samples of N(0, I).
 
-    Along `num_slices` random directions the empirical characteristic function is compared with a
-    Gaussian's at 17 knots on [0, 3] (Epps-Pulley: squared difference, Gaussian window, trapezoid
-    rule, both signs of t), times n. About 1 for Gaussian rows, whatever their number. n counts the
-    rows of all processes.
+    Along `num_slices` random directions, the empirical characteristic function is compared with
+    that of a Gaussian at 17 knots on [0, 3]. The statistic is Epps-Pulley's (squared difference,
+    Gaussian window, trapezoid rule, both signs of t), times n, the number of rows of all processes.
+    It is about 1 for Gaussian rows, for any n. Returns a scalar.
     """
     width = rows.shape[1]
-    rows = rows.float()  # characteristic functions of half precision are noise
+    rows = rows.float()  # in half precision the characteristic function would be noise
     maker = generator.on(rows.device)  # the same directions on every process
     slices = F.normalize(torch.randn(width, num_slices, generator=maker, device=rows.device), dim=0)
     step = _LAST / (_KNOTS - 1)
     knots = torch.arange(_KNOTS, device=rows.device) * step
     gaussian = torch.exp(-knots.square() / 2)
-    # cos and sin of k * angle from those of angle (Chebyshev's recurrence): one pair of kernels
+    # Chebyshev's recurrence gives cos and sin of k * angle from those of angle: one call each
     # instead of 17.
     angle = rows @ slices * step
     cos, sin = angle.cos(), angle.sin()
@@ -46,9 +46,10 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
 def variance_covariance(
     rows: Tensor, least: float = 1.0, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """VICReg's regularisers of rows [n, E] (Bardes et al.
+    """VICReg's two regularisers of rows [n, E] (Bardes et al. 2022), as scalars.
 
-    2022): hinge on each dimension's std, squared covariances.
+    The first is the mean hinge loss max(0, least - std) over dimensions; the second is the sum of
+    the squared covariances of different dimensions, divided by E.
     """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))

@@ -1,6 +1,4 @@
-"""Supervised training of a classifier or a part segmenter: cross-entropy, in the loop of
-pretraining.
-"""
+"""Supervised training of a classifier or part segmenter with cross-entropy, in the pretraining loop."""
 
 from typing import NamedTuple
 
@@ -19,10 +17,10 @@ class SupervisedOutput(NamedTuple):
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with label smoothing, over the points that have a label.
+    """Cross-entropy with label smoothing; clouds or points without a label are ignored.
 
-    `trained` "head": the encoder stays as it is. "head_first": its BatchNorms keep their
-    statistics, all else learns.
+    trained: "all"; "head" freezes the encoder; "head_first" trains all weights but keeps the
+    statistics of the encoder's BatchNorms.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
@@ -44,7 +42,7 @@ class Supervised(nn.Module):
         if self.trained == "head":
             self.network.encoder.eval()
         elif self.trained == "head_first":
-            self.network.encoder.tokenizer.eval()  # no other part of it has a BatchNorm
+            self.network.encoder.tokenizer.eval()  # only the tokenizer has BatchNorms
         return self
 
     def forward(
@@ -55,7 +53,10 @@ class Supervised(nn.Module):
         labels: Tensor,
         parts: Tensor | None = None,
     ) -> SupervisedOutput:
-        """One pass on points B N 3; `progress` plays no part."""
+        """One pass on points B N 3 with labels B, and parts B N for a segmenter.
+
+        generator: draws everything random. progress: not used.
+        """
         if isinstance(self.network, Segmenter):
             assert parts is not None
             logits, target = self.network(points, labels, generator), parts
@@ -71,6 +72,6 @@ class Supervised(nn.Module):
         """Nothing to do."""
 
     def metrics(self, output: SupervisedOutput) -> dict[str, float]:
-        """Accuracy on the batch, per cent."""
+        """Accuracy on the batch, in %."""
         right = (output.logits.argmax(-1) == output.target)[output.target != UNLABELLED]
         return {"accuracy": 100 * right.float().mean().item()}
