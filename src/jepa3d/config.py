@@ -1,7 +1,8 @@
-"""Every setting, once: its default, its help, its range and its values in the presets.
+"""Defines every setting with its default, help, range and values in the presets.
 
-The defaults are the paper's (docs/method.md). Command-line flags win over the recipe (YAML), the
-recipe over the preset, the preset over these defaults. docs/settings.md is made of this file.
+The defaults are the paper's (docs/method.md). Command-line flags override the recipe (YAML), the
+recipe overrides the preset, the preset overrides these defaults. docs/settings.md is generated from
+this file.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -9,12 +10,12 @@ from typing import Any, Literal
 
 from jepa3d.plain import configuration, differences, from_dict, merge, nearest, setting, to_dict
 
-# `small` is the paper. `tiny` is for runs of minutes: its targets and rates are those that learned
-# most in them (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective at its size.
+# `small` is the paper. `tiny` is for runs of minutes, with the settings that learned most in them
+# (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective at this size.
 PRESETS = ("tiny", "small", "base")
-TEACHERS = ("ema", "untrained", "none")  # that need no stage I
+TEACHERS = ("ema", "untrained", "none")  # teachers that need no stage I
 Rival = Literal["dvae", "generative", "invariance"]
-STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")  # objectives that make teachers
+STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")  # objectives of stage I
 SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 
 
@@ -26,17 +27,21 @@ class EncoderConfig:
     embed_dim: int = setting(384, "Width of the tokens.", "[1, 16384]", tiny=96, base=768)
     depth: int = setting(12, "Number of transformer blocks.", "[1, 200]", tiny=4)
     num_heads: int = setting(6, "Attention heads.", "[1, 256]", tiny=4, base=12)
-    num_groups: int = setting(64, "Patches, and so tokens, per cloud.", "[1, 65536]", tiny=32)
+    num_groups: int = setting(64, "Patches per cloud; each gives a token.", "[1, 65536]", tiny=32)
     group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
     num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
     tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
-    mlp_ratio: float = setting(4.0, "Hidden width of an MLP, in widths of a token.", "(0, 64]")
-    drop_path: float = setting(0.1, "Stochastic depth of the last block.", "[0, 1)", tiny=0.0)
-    position_every_block: bool = setting(True, "Add positions before every block, not only once.")
-    qkv_bias: bool = setting(False, "Biases of queries, keys and values (Point-JEPA has them).")
+    mlp_ratio: float = setting(4.0, "Hidden width of the MLPs, relative to embed_dim.", "(0, 64]")
+    drop_path: float = setting(
+        0.1, "Drop rate of stochastic depth in the last block.", "[0, 1)", tiny=0.0
+    )
+    position_every_block: bool = setting(
+        True, "Add positions before every block, not only the first."
+    )
+    qkv_bias: bool = setting(False, "Biases for queries, keys and values, as in Point-JEPA.")
 
 
-@configuration("Sampler: which tokens are context, which are target")
+@configuration("Sampler: which tokens are context and which are targets")
 @dataclass(frozen=True)
 class SamplerConfig:
     """Ratios are shares of a cloud's tokens."""
@@ -48,11 +53,13 @@ class SamplerConfig:
         tiny="random",
     )
     num_targets: int = setting(4, "Target blocks per cloud.", "[1, 65536]")
-    target_ratio: tuple[float, float] = setting((0.15, 0.2), "Size of a block.", "(0, 1] rising")
+    target_ratio: tuple[float, float] = setting(
+        (0.15, 0.2), "Size of a target block.", "(0, 1] rising"
+    )
     context_ratio: tuple[float, float] | None = setting(
         None,
-        "Size of the context before targets are removed; by default (0.85, 1.0), and (0.4, 0.75) "
-        "of the remaining tokens for sequence.",
+        "Size of the context before targets are removed. Default: (0.85, 1.0); for sequence "
+        "(0.4, 0.75) of the tokens that targets leave.",
         "(0, 1] rising",
     )
     min_context: int = setting(
@@ -61,7 +68,7 @@ class SamplerConfig:
     mask_ratio: float = setting(
         0.25, "Share of masked tokens, for random and one_block.", "(0, 1)", tiny=0.6
     )
-    masks: int = setting(1, "Masks per cloud and step; the teacher runs once for all.", "[1, 256]")
+    masks: int = setting(1, "Masks per cloud and step; the teacher runs only once.", "[1, 256]")
 
 
 @configuration("Decoder")
@@ -69,35 +76,35 @@ class SamplerConfig:
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = setting(2, "Number of blocks; 0: the encoder itself predicts.", "[0, 200]")
-    cross_attention: bool = setting(True, "Feed the context to every block; without it: plain.")
-    stacked: bool = setting(False, "All target blocks in one pass, instead of one pass each.")
-    isolated: bool = setting(False, "Mask tokens see the context only, not each other.")
-    ranks: bool = setting(False, "Tell the order of tokens along each axis, not coordinates.")
+    depth: int = setting(2, "Number of blocks; with 0 the encoder itself predicts.", "[0, 200]")
+    cross_attention: bool = setting(True, "Cross-attention to the context in every block.")
+    stacked: bool = setting(False, "Predict all target blocks in one pass, instead of one each.")
+    isolated: bool = setting(False, "Mask tokens attend to the context, not to each other.")
+    ranks: bool = setting(False, "Use each token's rank along each axis as its position.")
 
 
 @configuration("Target: how predictions are compared with the teacher's tokens")
 @dataclass(frozen=True)
 class TargetConfig:
-    """Normalisation and averaging of targets, and terms beside the cosine loss."""
+    """Normalisation and averaging of targets, and additional loss terms."""
 
     unit: Literal["token", "block"] = setting("token", "One cosine per token, or per block.")
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
-        "standardize", "Normalisation of the teacher's tokens (the paper names none)."
+        "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
     )
-    layers: int = setting(1, "Last blocks of the teacher that are averaged.", "[1, 200]", tiny=4)
-    cache: bool = setting(False, "Ask frozen teachers once per shape, before training.")
-    project: bool = setting(False, "Apply the projection to targets too (the paper's equation).")
+    layers: int = setting(1, "Average the outputs of this many last blocks.", "[1, 200]", tiny=4)
+    cache: bool = setting(False, "Run frozen teachers once per shape, before training.")
+    project: bool = setting(False, "Project targets too, as in the paper's equation.")
     momentum: tuple[float, float] = setting(
-        (0.996, 1.0), "Of the EMA teacher, at the first and the last step.", "[0, 1]"
+        (0.996, 1.0), "Momentum of the EMA teacher at the first and last step.", "[0, 1]"
     )
     view: float = setting(
-        0.0, "Weight of predicting the teacher's vector of the whole, undamaged cloud.", "[0, 1000]"
+        0.0, "Weight of predicting the teacher's vector of the undamaged cloud.", "[0, 1000]"
     )
     sigreg: float = setting(
         0.0, "Weight of SIGReg on the student's tokens; needed for teacher none.", "[0, 1)"
     )
-    num_slices: int = setting(256, "Random directions of SIGReg.", "[1, 65536]", tiny=64)
+    num_slices: int = setting(256, "Random directions for SIGReg.", "[1, 65536]", tiny=64)
 
 
 @configuration("Schedule")
@@ -106,13 +113,13 @@ class Schedule:
     """AdamW with linear warm-up and cosine decay, and how long to train."""
 
     lr: float = setting(1e-3, "Highest learning rate.", "(0, 100]")
-    weight_decay: float = setting(0.05, "Of AdamW.", "[0, 100]")
-    warmup_epochs: float = setting(10, "Epochs in which the rate rises from 0.", "[0, 1e6]")
+    weight_decay: float = setting(0.05, "Weight decay of AdamW.", "[0, 100]")
+    warmup_epochs: float = setting(10, "Epochs of linear warm-up from rate 0.", "[0, 1e6]")
     min_lr: float = setting(1e-6, "Learning rate of the last step.", "[0, 100]")
-    clip_grad: float = setting(10.0, "Largest norm of the gradient.", "(0, 1e9]")
+    clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
     epochs: float = setting(300, "Passes over the data.", "(0, 1e6]")
-    max_steps: int | None = setting(None, "End the schedule at this step instead.", "[1, 1e9]")
+    max_steps: int | None = setting(None, "Number of steps; overrides epochs.", "[1, 1e9]")
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
@@ -125,9 +132,9 @@ def _schedule(config: Schedule) -> dict[str, Any]:
 @configuration("Run")
 @dataclass(frozen=True)
 class RunConfig(Schedule):
-    """What every training run has beside its schedule."""
+    """Settings of every training run."""
 
-    seed: int = setting(0, "Of weights, batches, masks and augmentations.", "[0, 4e9]")
+    seed: int = setting(0, "Seed of weights, batches, masks and augmentations.", "[0, 4e9]")
     scale: tuple[float, float] = setting(
         (0.8, 1.2), "Augmentation: scale each axis by a factor in this range.", "(0, 1000] rising"
     )
@@ -137,22 +144,24 @@ class RunConfig(Schedule):
     )
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
         "auto",
-        "auto: bf16 on GPUs that have it and on CPUs with AMX, else no; measure: the faster one "
-        "of a trial at the start.",
+        "auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: the faster "
+        "one in a short trial.",
     )
     compile: Literal["no", "yes", "auto"] = setting("no", "Compile transformer blocks.")
-    accumulate: int = setting(1, "Passes per step, each on a part of the batch.", "[1, 1e6]")
-    checkpoint_activations: bool = setting(False, "Compute blocks twice: less memory, more time.")
+    accumulate: int = setting(1, "Split each batch into this many passes.", "[1, 1e6]")
+    checkpoint_activations: bool = setting(
+        False, "Recompute blocks in the backward pass: less memory, more time."
+    )
     log_every: int = setting(50, "Steps between log lines.", "[1, 1e9]")
     checkpoint_every: int = setting(1000, "Steps between checkpoints.", "[1, 1e9]")
     snapshot_every: int | None = setting(
-        None, "Steps between encoders kept for learning curves; none by default.", "[1, 1e9]"
+        None, "Steps between stored encoders, for learning curves; default: none.", "[1, 1e9]"
     )
-    track: str | None = setting(None, "Tracker of Accelerate's to log to as well, as wandb.")
+    track: str | None = setting(None, "Also log to this tracker of Accelerate, such as wandb.")
     encoder: EncoderConfig = EncoderConfig()
 
 
-# Settings of a run that never change what is learned.
+# Settings that never change what is learned.
 BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
 
 
@@ -167,17 +176,17 @@ class DVAEConfig(Schedule):
     batch_size: int = setting(64, tiny=32)
     epochs: float = setting(300, tiny=15)
     num_points: int = setting(1024, "Points per cloud.", "[1, 1e7]", tiny=512)
-    width: int = setting(384, "Width of its tokens.", "[4, 16384]", tiny=96)
+    width: int = setting(384, "Width of the dVAE's tokens.", "[4, 16384]", tiny=96)
     num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
     tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
     dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
     folding_dim: int = setting(512, "Width of the folding decoder.", "[1, 16384]", tiny=128)
     temperature: tuple[float, float] = setting(
-        (1.0, 0.0625), "Of Gumbel-softmax, first and last.", "(0, 1000]"
+        (1.0, 0.0625), "Gumbel-softmax temperature, first and last.", "(0, 1000]"
     )
     kl_weight: float = setting(0.1, "Final weight of the KL term.", "[0, 1000]", tiny=0.01)
     backbone: str | None = setting(
-        None, "Folder or Hub id of the frozen ViT between the DGCNNs; by default points only."
+        None, "Folder or Hub id of a frozen ViT between the DGCNNs; default: none."
     )
 
 
@@ -196,14 +205,14 @@ class GenerativeConfig(Schedule):
 @configuration("Rival: invariance")
 @dataclass(frozen=True)
 class InvarianceConfig(Schedule):
-    """Views of a shape get one embedding; the weights of VICReg, and those of LeJEPA."""
+    """All views of a shape get the same embedding. Loss weights are those of VICReg and LeJEPA."""
 
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=30)
-    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "What prevents a collapse.")
+    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "Regulariser against collapse.")
     global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
-    partial_views: int = setting(2, "Views of a ball of it.", "[0, 64]")
+    partial_views: int = setting(2, "Views of a ball cut out of the cloud.", "[0, 64]")
     partial_ratio: tuple[float, float] = setting(
         (0.3, 0.6), "Share of the points in a ball, drawn once per batch.", "(0, 1] rising"
     )
@@ -212,36 +221,38 @@ class InvarianceConfig(Schedule):
     vicreg: tuple[float, float, float] = setting(
         (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
     )
-    sigreg: float = setting(0.02, "Weight of SIGReg; invariance has the rest.", "[0, 1)")
-    num_slices: int = setting(256, "Random directions of SIGReg.", "[1, 65536]", tiny=64)
+    sigreg: float = setting(0.02, "Weight w of SIGReg; that of invariance is 1 - w.", "[0, 1)")
+    num_slices: int = setting(256, "Random directions for SIGReg.", "[1, 65536]", tiny=64)
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
-    """One pretraining run."""
+    """Settings of one pretraining run."""
 
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=60)
     rotate: bool = setting(True, tiny=False)
-    data: tuple[str, ...] = setting(("synthetic",), "Shapes to learn from (docs/data.md).")
-    split: Literal["train", "test", "all"] = setting("train", "Which part of them.")
-    up_axis: tuple[Literal["x", "y", "z"], ...] = setting(("z",), "Of the data: one, or one each.")
+    data: tuple[str, ...] = setting(("synthetic",), "Shapes to train on (docs/data.md).")
+    split: Literal["train", "test", "all"] = setting("train", "Which split of the data.")
+    up_axis: tuple[Literal["x", "y", "z"], ...] = setting(
+        ("z",), "Up axis of the data: one, or one per source."
+    )
     objective: str = setting(
         "jepa",
-        "jepa; generative or invariance, the rivals; dvae, stage I alone; or your own as "
+        "jepa; a rival: generative or invariance; dvae: stage I alone; or your own function as "
         "package.module:function.",
     )
     teacher: tuple[str, ...] = setting(
         ("dvae",),
-        "dvae, generative or invariance (trained first), ema, untrained, none, a folder, a Hub "
-        "id or package.module:function; several are joined.",
+        "dvae, generative or invariance (trained first), ema, untrained, none, default, a run, a "
+        "folder, a Hub id or package.module:function; several are concatenated.",
         tiny=("ema", "untrained"),
     )
     init: str | None = setting(
         None,
-        "First weights of the student: generative, invariance, default (the encoder of the "
+        "Initial weights of the student: generative, invariance, default (the encoder in the "
         "package), a run, a folder or a Hub id.",
     )
     sampler: SamplerConfig = SamplerConfig()
@@ -253,7 +264,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def stages(self) -> tuple[Rival, ...]:
-        """Names of the networks that stage I has to train first."""
+        """The networks that stage I must train first."""
         named = (*self.teacher, self.init) if self.objective == "jepa" else ()
         return tuple(name for name in STAGE_ONE if name in named)
 
@@ -264,21 +275,20 @@ class PretrainConfig(RunConfig):
             object.__setattr__(self, self.objective, group)
 
     def schedule(self, objective: str) -> Schedule:
-        """The run's schedule for its own objective, else that of a network of stage I."""
+        """The schedule of an objective: the run's own, or that of a network of stage I."""
         return self if objective == self.objective else getattr(self, objective)
 
     def stage(self, name: str) -> "PretrainConfig":
-        """The run that trains a network of stage I, on its own schedule."""
+        """Settings of the run that trains a network of stage I, with its own schedule."""
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Classification, with the published settings of ScanObjectNN (Point-MAE's, ACT's).
+    """Classification. The defaults are the published settings for ScanObjectNN (Point-MAE, ACT).
 
-    `encoder` is that of a run from scratch; with `init` it is what the loaded encoder was made
-    with.
+    `encoder` is used for training from scratch; with `init` it becomes that of the loaded encoder.
     """
 
     lr: float = 5e-4
@@ -287,43 +297,43 @@ class FinetuneConfig(RunConfig):
     epochs: float = setting(300, tiny=30)
     scale: tuple[float, float] = (1.0, 1.0)
     data: str = setting("", "Shapes with labels and a test part (docs/data.md).")
-    labels_key: str = setting("labels", "Which labels of a .npz bundle.")
-    up_axis: Literal["x", "y", "z"] = setting("z", "Of the data.")
+    labels_key: str = setting("labels", "Key of the labels in an .npz file.")
+    up_axis: Literal["x", "y", "z"] = setting("z", "Up axis of the data.")
     init: str | None = setting(
         None,
-        "The pretrained encoder: default (that of the package), a run, a folder or a Hub id; none: "
-        "from scratch.",
+        "The pretrained encoder: default (that in the package), a run, a folder or a Hub id; "
+        "without it, training is from scratch.",
     )
     num_points: int | None = setting(None, "Points per cloud, if not the encoder's.", "[1, 1e7]")
     num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")
     trained: Literal["all", "head", "head_first"] = setting(
         "all",
-        "head: the encoder stays frozen; head_first: a linear head is fitted to its vectors, then "
-        "all weights are trained.",
+        "all: all weights; head: the encoder stays frozen; head_first: a linear head is fitted to its "
+        "vectors, then all weights are trained.",
     )
     layer_decay: float = setting(
-        1.0, "Factor of the learning rate from each block to the one below.", "(0, 1]"
+        1.0, "Factor on the learning rate from each block to the one below.", "(0, 1]"
     )
-    dropout: float = setting(0.5, "In the head.", "[0, 1)")
-    label_smoothing: float = setting(0.0, "Of the cross-entropy.", "[0, 1)")
+    dropout: float = setting(0.5, "Dropout in the head.", "[0, 1)")
+    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy.", "[0, 1)")
     labels: float = setting(
-        1.0, "Share of the train part that is labelled, drawn with the seed, stratified.", "(0, 1]"
+        1.0, "Share of the train labels to use; a seeded, stratified draw.", "(0, 1]"
     )
     validation: float = setting(
-        0.2, "Share of these that chooses the epoch, if the data has no validation part.", "[0, 1)"
+        0.2, "Share of these used for validation, if the data has no such split.", "[0, 1)"
     )
     select: Literal["validation", "last", "best-on-test"] = setting(
-        "validation", "Which epoch's weights are kept."
+        "validation", "How the kept epoch is chosen (docs/protocols.md)."
     )
     votes: int = setting(
-        1, "Scaled and moved copies of a test shape whose logits are averaged.", "[1, 10000]"
+        1, "Average the logits of this many scaled, moved copies of a test shape.", "[1, 10000]"
     )
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Part segmentation, with the published settings of ShapeNetPart (Point-MAE's)."""
+    """Part segmentation. The defaults are the published settings for ShapeNetPart (Point-MAE)."""
 
     lr: float = 2e-4
     batch_size: int = 16
@@ -331,14 +341,14 @@ class SegmentConfig(FinetuneConfig):
     scale: tuple[float, float] = (0.8, 1.25)
     translate: float = 0.1
     layers: tuple[int, int, int] | None = setting(
-        None, "Blocks whose tokens are joined; by default each third of the depth.", "[0, 200]"
+        None, "Blocks whose tokens are used; default: after each third of the depth.", "[0, 200]"
     )
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class FewshotConfig(FinetuneConfig):
-    """W-way S-shot episodes, with the published settings of ModelNet40 (Point-MAE's)."""
+    """Few-shot episodes. The defaults are the published settings for ModelNet40 (Point-MAE)."""
 
     epochs: float = setting(150, tiny=30)
     rotate: bool = False
@@ -349,7 +359,9 @@ class FewshotConfig(FinetuneConfig):
     folds: int = setting(10, "Number of episodes.", "[1, 10000]")
     queries: int = setting(20, "Test shapes per class.", "[1, 1e6]")
     method: Literal["finetune", "ncm", "logistic"] = setting(
-        "finetune", "Train each episode; or nearest class mean or logistic regression, frozen."
+        "finetune",
+        "finetune: train each episode; ncm, logistic: nearest class mean or logistic regression "
+        "on frozen features.",
     )
 
 
@@ -363,7 +375,10 @@ SHAPENET55 = 52_470  # shapes in both of its lists
 
 
 def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
-    """What a preset changes of the settings of a kind, nested. ValueError names the nearest one."""
+    """The settings (nested) that a preset changes; kind: the dataclass of settings.
+
+    Raises ValueError for an unknown preset.
+    """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(
             f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}"
@@ -378,10 +393,11 @@ def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
 
 
 def resolve(*layers: dict) -> PretrainConfig:
-    """The configuration that layers of overrides give, weakest first.
+    """Merge layers of overrides (later ones win) to the settings of a pretraining run.
 
-    A schedule is written for each objective (`max_steps` is 3D-JEPA's, `generative.max_steps` the
-    autoencoder's): in every layer that of the run's objective is the run's.
+    Each objective may have its own schedule in a layer: `max_steps` is 3D-JEPA's,
+    `generative.max_steps` the masked autoencoder's. The schedule of the run's objective becomes
+    that of the run. Raises ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     defaults = {objective: to_dict(PretrainConfig())[objective]} if objective in STAGE_ONE else {}
@@ -401,11 +417,10 @@ def _one_schedule(layer: dict, objective: str) -> dict:
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
-    """Settings of a run on `num_shapes` shapes that depart from the paper's, as dotted name ->
-    (here, paper).
+    """The settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    The paper's: ShapeNet55, all shapes, 150 or 300 epochs. Logging, seed and up axis are not the
-    method's.
+    num_shapes: of the run's data. The paper uses all shapes of ShapeNet55, and 150 or 300 epochs.
+    Logging, seed and up axis are ignored.
     """
     defaults = to_dict(
         resolve({"objective": config.objective})

@@ -1,5 +1,5 @@
-"""One writer at a time: a lock beside what a command writes, which ends with the process, even a
-killed one.
+"""Locks files and folders so that only one command writes them; a lock ends with its process, even
+if it is killed.
 """
 
 import os
@@ -12,12 +12,13 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that this process writes; readers need none.
+    """Context manager: hold the lock of a file or folder while this process writes it.
 
-    The lock is `.NAME.lock` beside it, and gone afterwards, as are folders made for it that are
-    still empty. Raises ValueError where another command holds it.
+    The lock is the file `.NAME.lock` beside it. Afterwards it is deleted, and so are folders made
+    for it that are still empty. Readers need no lock. Raises ValueError if another command holds
+    it.
     """
-    real = Path(os.path.realpath(path))  # whatever link or spelling leads there
+    real = Path(os.path.realpath(path))  # the same for all links and spellings
     made = [folder for folder in real.parents if not folder.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(real.with_name(f".{real.name}.lock"))
@@ -31,10 +32,9 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # Windows keeps files that are open; the folder may be gone
-            os.unlink(
-                lock.lock_file
-            )  # while it is held: whoever opened it before sees that it has no name any more
+            # while the lock is held: a process that opened the file before sees that it is gone
+            os.unlink(lock.lock_file)
         lock.release()
-        with suppress(OSError):  # the first that is not empty
+        with suppress(OSError):  # stops at the first folder that is not empty
             for folder in made:
                 folder.rmdir()

@@ -1,5 +1,5 @@
-"""Frozen dataclasses of settings from plain values (YAML, JSON) and back, and files that are
-written whole.
+"""Converts settings between plain values (YAML, JSON) and frozen dataclasses; reads and writes small
+files atomically.
 """
 
 import csv
@@ -27,14 +27,14 @@ from jepa3d.locking import writing
 
 T = TypeVar("T")
 
-# What functions of the library have to say while they work. Nothing is shown unless a program adds
-# a handler, as the command line does.
+# Progress messages of the library. Nothing is shown unless a program adds a handler, as the command
+# line does.
 log = logging.getLogger("jepa3d")
 log.addHandler(logging.NullHandler())
 
 
 def merge(base: dict, *overrides: dict) -> dict:
-    """Nested dictionaries, later ones winning key by key."""
+    """Merge nested dictionaries; for each key the last one wins."""
     out = dict(base)
     for override in overrides:
         for key, value in override.items():
@@ -44,7 +44,9 @@ def merge(base: dict, *overrides: dict) -> dict:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """A recipe's overrides and the name of its preset. ValueError for anything but a mapping."""
+    """Read a recipe: its settings and the name of its preset. Raises ValueError if it is not a YAML
+    mapping.
+    """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -57,9 +59,9 @@ def read_recipe(path: str | Path) -> dict:
 
 
 def from_dict(cls: type, values: dict, where: str = "") -> Any:
-    """A (nested, frozen) dataclass from plain values.
+    """Build a (nested, frozen) dataclass from plain values.
 
-    ValueError for an unknown key, naming the nearest, or a wrong type.
+    Raises ValueError for a wrong type, or for an unknown key, with the most similar known one.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -78,20 +80,20 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
 
 
 def setting(default: Any, help: str = "", allowed: str | None = None, **presets: Any) -> Any:
-    """A field of a `configuration`, with all that is said of it anywhere.
+    """A field of a `configuration`, with its default, help, range and values in presets.
 
     help: its line in `--help` and docs/settings.md. allowed: the range of a number, or of each
-    number of a tuple, such as "[0, 1)"; "[0, 1] rising": and no number is below the one before it.
-    presets: its value in other presets than the default, by name.
+    number of a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets: its
+    values in presets that differ from the default, by name.
     """
     said = {"doc": help, "range": allowed, "presets": presets}
     return dataclasses.field(default=default, metadata=said)
 
 
 def configuration(title: str) -> Callable[[type[T]], type[T]]:
-    """Decorator of a dataclass of settings. title: the heading of its flags in `--help`.
+    """Decorator for a dataclass of settings. title: the heading of its flags in `--help`.
 
-    A field that a class takes over from its base and gives another default keeps help and range.
+    A field that overrides the default of a base class keeps the base's help and range.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -104,14 +106,16 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
                 others = ", ".join(f"{name} {value}" for name, value in said["presets"].items())
                 said["help"] = f"{said.get('doc', '')} {f'[{others}]' if others else ''}".strip()
                 part.metadata = MappingProxyType(said)
-        order = int(title != "Run")  # which comes first, the others as they are written
+        order = int(
+            title != "Run"
+        )  # "Run" comes first, the others in the order of their definition
         return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
 
     return decorate
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """ValueError that names the first number outside of its range, groups of settings included."""
+    """Raise ValueError for the first number outside its range, also in nested groups of settings."""
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -146,12 +150,12 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
 
 
 def to_dict(config: Any) -> dict:
-    """Plain JSON values (tuples as lists)."""
+    """Convert settings to plain JSON values (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (value, reference) of every setting that differs."""
+    """The settings that differ, as dotted name -> (value, reference)."""
     out = {}
     for key, value in values.items():
         other = reference.get(key)
@@ -168,12 +172,12 @@ def nearest(name: str, known) -> str:
 
 
 def is_code(name: str) -> bool:
-    """Whether a setting names code of the user, as `package.module:function`."""
+    """Whether a setting names a user's function, as `package.module:function`."""
     return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
 
 
 def load_code(name: str) -> Any:
-    """What `package.module:function` names. Raises ValueError where there is no such thing."""
+    """Import the object that `package.module:function` names. Raises ValueError if it does not exist."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -182,7 +186,7 @@ def load_code(name: str) -> Any:
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raises ValueError for a setting that is none of the choices and no code of the user."""
+    """Raise ValueError for a value that is neither one of the choices nor the name of a function."""
     if value not in choices and not is_code(value):
         known = ", ".join(choices)
         raise ValueError(
@@ -192,7 +196,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a full disk, names `path`."""
+    """Add `path` to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -202,19 +206,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal only shows: ? for control characters and the like, bytes that are not
-    UTF-8 spelled out.
+    """Make text safe for a terminal: control characters become ?, bytes that are not UTF-8 become
+    escapes such as \\xff.
     """
     plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
     return "".join(plain).encode("utf-8", "backslashreplace").decode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically and durably: a reader sees the old file or the new one, and a full disk leaves
-    nothing behind.
+    """Write a file atomically and durably: readers see the old or the new file, and a full disk
+    leaves nothing behind.
 
-    Makes the folders around it. Raises ValueError where another command writes the same file at
-    this moment.
+    Makes the folders that contain it. Raises ValueError while another command writes the same file.
     """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path), naming(path):
@@ -229,23 +232,23 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, *rows: Sequence) -> None:
-    """A CSV file of rows, the header among them, written as `write_bytes` does."""
+    """Write rows, including the header, as a CSV file, as `write_bytes` does."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_checked(path: Path, value: dict) -> None:
-    """A JSON object with its own checksum, written whole."""
+    """Write a JSON object together with its checksum, as `write_bytes` does."""
     write_bytes(path, json.dumps({"sha256": _digest(value)} | value, indent=2).encode())
 
 
 def read_checked(path: Path, *needed: str) -> dict:
-    """What `write_checked` wrote. Raises ValueError, which names the file, where it is missing,
-    damaged or lacks a key.
+    """Read a JSON object that `write_checked` wrote.
 
-    An object without a checksum (RUN/run.json, which people may edit; all of version 0.1.0) is
-    taken as it is.
+    A file without a checksum is accepted (RUN/run.json, which people may edit; all files of version
+    0.1.0). needed: required keys. Raises ValueError, which names the file, if it is missing,
+    damaged or lacks a key.
     """
     try:
         value = json.loads(path.read_text())
@@ -264,7 +267,7 @@ def read_checked(path: Path, *needed: str) -> dict:
 
 
 def sha256_of(path: Path) -> str | None:
-    """The checksum of a file; None where there is none."""
+    """The sha256 of a file; None if it does not exist."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
@@ -273,7 +276,7 @@ def _digest(value: dict) -> str:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """value as `kind`: a scalar, a Literal, an Optional or a tuple of these."""
+    """Check and convert a value to the type `kind`: a scalar, Literal, Optional or tuple of these."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value not in args:

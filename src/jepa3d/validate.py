@@ -1,4 +1,4 @@
-"""Checks of settings that can be made before any data is read; the range of each number stands in
+"""Checks of settings that are possible before any data is read; the ranges of numbers are in
 config.py.
 """
 
@@ -16,7 +16,7 @@ from jepa3d.plain import check_choice, check_ranges
 
 
 def validate(config: PretrainConfig) -> None:
-    """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
+    """Raise ValueError, which names the setting, for settings that cannot work with any data."""
     _validate_run(config)
     encoder, dvae, target = config.encoder, config.dvae, config.target
     check_choice("objective", config.objective, ("jepa", *STAGE_ONE))
@@ -27,14 +27,16 @@ def validate(config: PretrainConfig) -> None:
         raise ValueError(f"teacher {config.teacher}: each only once")
     if config.objective == "jepa" and config.teacher == ("none",) and not target.sigreg > 0:
         raise ValueError(
-            "teacher none needs target.sigreg above 0 (LeJEPA: 0.02), or everything collapses to one point"
+            "teacher none needs target.sigreg above 0 (LeJEPA: 0.02), or all tokens collapse to one point"
         )
     if target.view and (config.teacher == ("none",) or target.cache):
         raise ValueError(
-            "target.view needs a teacher that is asked in every step: not teacher none, not target.cache"
+            "target.view needs a teacher that runs in every step: not teacher none, not target.cache"
         )
     if config.init in ("dvae", *TEACHERS):
-        raise ValueError(f"init {config.init!r}: generative, invariance, a folder or a Hub id")
+        raise ValueError(
+            f"init {config.init!r} must be generative, invariance, default, a run, a folder or a Hub id"
+        )
     if target.cache and (moving := [name for name in config.teacher if name in ("ema", "none")]):
         raise ValueError(
             f"target.cache needs frozen teachers, not {moving[0]} (teacher {', '.join(config.teacher)})"
@@ -58,7 +60,7 @@ def validate(config: PretrainConfig) -> None:
         ratio = getattr(config, name).mask_ratio
         if max(1, int(ratio * encoder.num_groups)) >= encoder.num_groups:
             raise ValueError(
-                f"{name}.mask_ratio {ratio} leaves none of encoder.num_groups {encoder.num_groups}"
+                f"{name}.mask_ratio {ratio} leaves no visible token of encoder.num_groups {encoder.num_groups}"
             )
     if "dvae" in used:
         if dvae.num_points < max(encoder.num_groups, encoder.group_size):
@@ -70,34 +72,36 @@ def validate(config: PretrainConfig) -> None:
 
 
 def validate_finetune(config: FinetuneConfig) -> None:
-    """Refuse, with a ValueError that names the setting, what cannot work whatever the data."""
+    """Raise ValueError, which names the setting, for settings that cannot work with any data."""
     _validate_run(config)
     if not config.data:
         raise ValueError("--data is missing: labelled shapes with a train and a test part")
     if config.batch_size < 2 * config.accumulate:
-        passes = f" a pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
+        passes = f" per pass (accumulate {config.accumulate})" if config.accumulate > 1 else ""
         raise ValueError(
-            f"batch_size {config.batch_size} must be at least 2{passes}: a BatchNorm needs two shapes"
+            f"batch_size {config.batch_size} must be at least 2{passes}: BatchNorm needs two shapes"
         )
     if config.trained == "head_first" and isinstance(config, SegmentConfig):
         raise ValueError(
-            "trained head_first is for classes of whole shapes; segment takes all or head"
+            "trained head_first is for classification; for segmentation use all or head"
         )
     if config.trained == "head_first" and config.init is None:
-        raise ValueError("trained head_first needs --init, an encoder; from scratch take all")
+        raise ValueError("trained head_first needs --init, an encoder; from scratch use all")
     if isinstance(config, FewshotConfig):
         if config.mixed_precision == "measure" or config.compile == "auto":
             raise ValueError(
-                "mixed_precision measure and compile auto: folds are too short for a trial; say which"
+                "mixed_precision measure and compile auto: folds are too short for a trial; choose a value"
             )
         if config.labels != 1:
             raise ValueError(f"labels {config.labels}: all shots of an episode are labelled")
         if config.votes > 1 and config.method != "finetune":
-            raise ValueError(f"votes {config.votes}: frozen features have none")
+            raise ValueError(
+                f"votes {config.votes}: voting needs method finetune, not {config.method}"
+            )
     layers = config.layers or () if isinstance(config, SegmentConfig) else ()
     if wrong := [layer for layer in layers if layer > config.encoder.depth]:
         raise ValueError(
-            f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}"
+            f"layers {layers}: {wrong[0]} must lie between 0 (tokenizer) and {config.encoder.depth}"
         )
 
 
