@@ -308,8 +308,8 @@ class FinetuneConfig(RunConfig):
     num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")
     trained: Literal["all", "head", "head_first"] = setting(
         "all",
-        "all: all weights; head: the encoder stays frozen; head_first: a linear head is fitted to its "
-        "vectors, then all weights are trained.",
+        "all: all weights; head: the encoder stays frozen; head_first: a linear head is fitted "
+        "to its vectors, then all weights are trained.",
     )
     layer_decay: float = setting(
         1.0, "Factor on the learning rate from each block to the one below.", "(0, 1]"
@@ -408,10 +408,10 @@ def resolve(*layers: dict) -> PretrainConfig:
 
 
 def _one_schedule(layer: dict, objective: str) -> dict:
-    own = layer.get(objective)
+    schedule = layer.get(objective)
     return (
-        layer | {key: own[key] for key in SCHEDULE if key in own}
-        if isinstance(own, dict)
+        layer | {key: schedule[key] for key in SCHEDULE if key in schedule}
+        if isinstance(schedule, dict)
         else layer
     )
 

@@ -227,7 +227,9 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
 
 
 def check(points: np.ndarray) -> np.ndarray:
-    """A float64 copy of points N 3. Raises ValueError for another shape, no points, NaN or infinity."""
+    """A float64 copy of points N 3. Raises ValueError for another shape, no points, NaN or
+    infinity.
+    """
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
         raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")

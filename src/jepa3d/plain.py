@@ -1,5 +1,5 @@
-"""Converts settings between plain values (YAML, JSON) and frozen dataclasses; reads and writes small
-files atomically.
+"""Converts settings between plain values (YAML, JSON) and frozen dataclasses; reads and writes
+small files atomically.
 """
 
 import csv
@@ -86,8 +86,8 @@ def setting(default: Any, help: str = "", allowed: str | None = None, **presets:
     number of a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets: its
     values in presets that differ from the default, by name.
     """
-    said = {"doc": help, "range": allowed, "presets": presets}
-    return dataclasses.field(default=default, metadata=said)
+    metadata = {"doc": help, "range": allowed, "presets": presets}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def configuration(title: str) -> Callable[[type[T]], type[T]]:
@@ -101,21 +101,24 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
             if part.name in inspect.get_annotations(cls):
                 same = (vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__[1:])
                 base = next((known[part.name] for known in same if part.name in known), part)
-                said = {**base.metadata, "presets": {}}
-                said |= {key: value for key, value in part.metadata.items() if value}
-                others = ", ".join(f"{name} {value}" for name, value in said["presets"].items())
-                said["help"] = f"{said.get('doc', '')} {f'[{others}]' if others else ''}".strip()
-                part.metadata = MappingProxyType(said)
-        order = int(
-            title != "Run"
-        )  # "Run" comes first, the others in the order of their definition
+                metadata = {**base.metadata, "presets": {}}
+                metadata |= {key: value for key, value in part.metadata.items() if value}
+                others = ", ".join(f"{name} {value}" for name, value in metadata["presets"].items())
+                metadata["help"] = (
+                    f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}".strip()
+                )
+                part.metadata = MappingProxyType(metadata)
+        # "Run" comes first, the others in the order of their definition
+        order = int(title != "Run")
         return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
 
     return decorate
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first number outside its range, also in nested groups of settings."""
+    """Raise ValueError for the first number outside its range, also in nested groups of
+    settings.
+    """
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -136,14 +139,14 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
         number < float(high) or (closes == "]" and number == float(high)) for number in numbers
     )
     if not (large and small):  # NaN is neither
-        said = (
+        limits = (
             f"positive and at most {high}"
             if (opens, low) == ("(", "0")
             else f"at least {low} and at most {high}"
         )
         raise ValueError(
             f"{name} {value} must "
-            + (f"be {said}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
+            + (f"be {limits}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
         )
     if rising and list(numbers) != sorted(numbers):
         raise ValueError(f"{name} {value} must satisfy low <= high")
@@ -177,7 +180,9 @@ def is_code(name: str) -> bool:
 
 
 def load_code(name: str) -> Any:
-    """Import the object that `package.module:function` names. Raises ValueError if it does not exist."""
+    """Import the object that `package.module:function` names. Raises ValueError if it does not
+    exist.
+    """
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -186,7 +191,9 @@ def load_code(name: str) -> Any:
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for a value that is neither one of the choices nor the name of a function."""
+    """Raise ValueError for a value that is neither one of the choices nor the name of a
+    function.
+    """
     if value not in choices and not is_code(value):
         known = ", ".join(choices)
         raise ValueError(
@@ -276,7 +283,9 @@ def _digest(value: dict) -> str:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Check and convert a value to the type `kind`: a scalar, Literal, Optional or tuple of these."""
+    """Check and convert a value to the type `kind`: a scalar, Literal, Optional or tuple of
+    these.
+    """
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value not in args:

@@ -1,5 +1,5 @@
-"""The frozen image transformer between the dVAE's two DGCNNs, with learned prompts (ACT, Dong et al.
-2023).
+"""The frozen image transformer between the dVAE's two DGCNNs, with learned prompts (ACT, Dong et
+al. 2023).
 
 Its weights are never stored in a run: a dVAE stores their folder or Hub id, and their checksum.
 """
@@ -27,12 +27,13 @@ HINT = "runs do not store a ViT's weights: name their folder or Hub id as dvae.b
 
 
 class PromptedViT(nn.Module):
-    """A frozen ViT on the tokens of a cloud; every layer gets its own learned prompt tokens in front
-    of them.
+    """A frozen ViT on the tokens of a cloud; every layer gets its own learned prompt tokens in
+    front of them.
 
     name: folder or Hub id of the ViT. width: of the tokens. Only the ViT's transformer layers and
     last norm are used: no image patches, class token or image positions. The prompts, their
-    positions, the MLP of the token positions and the two linear maps between the widths are trained.
+    positions, the MLP of the token positions and the two linear maps between the widths are
+    trained.
     """
 
     def __init__(self, name: str, width: int):

@@ -34,10 +34,10 @@ class EdgeConv(nn.Module):
         self.norm = nn.GroupNorm(4, out_dim)
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
-        difference, own = self.linear.weight.chunk(2, 1)
+        of_difference, of_center = self.linear.weight.chunk(2, 1)
         edges = (
-            gather_points(F.linear(x, difference), neighbours)
-            + F.linear(x, own - difference)[:, :, None]
+            gather_points(F.linear(x, of_difference), neighbours)
+            + F.linear(x, of_center - of_difference)[:, :, None]
         )
         edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
         # LeakyReLU is increasing: it commutes with the maximum
@@ -73,8 +73,8 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """Decodes a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid at
-    each coarse point.
+    """Decodes a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid
+    at each coarse point.
     """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
@@ -103,8 +103,8 @@ class FoldingDecoder(nn.Module):
         nn.init.normal_(self.linear3.weight, std=0.01)  # folding begins at the coarse points
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns coarse patches B M K/4 3 and fine patches B M K 3 of tokens B M C, relative to the
-        patch centres.
+        """Returns coarse patches B M K/4 3 and fine patches B M K 3 of tokens B M C, relative to
+        the patch centres.
         """
         coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
         around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)

@@ -192,13 +192,13 @@ class PointEncoder(
         ).mean(0)
 
     def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Tokens of every layer (see `hidden_states`) and centers B M 3 of prepared clouds B N 3."""
+        """Tokens of every layer (see `hidden_states`) and centers B M 3; prepared: B N 3."""
         grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
         return states, grouped.centers
 
     def layer_tokens(self, points: Clouds) -> tuple[list[Tensor], Tensor]:
-        """Tokens of every layer (see `hidden_states`) and centers B M 3 of clouds as for `embed`."""
+        """Tokens of every layer (see `hidden_states`) and centers B M 3; points as for `embed`."""
         return self.states(self.prepare(points))
 
     def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tensor, Tensor]:

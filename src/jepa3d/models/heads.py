@@ -68,8 +68,8 @@ class Classifier(
 class LinearClassifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """Classifies clouds with a linear head on the encoder's vectors; fitted by `jepa3d label` and at
-    the start of head-first fine-tuning.
+    """Classifies clouds with a linear head on the encoder's vectors; fitted by `jepa3d label` and
+    at the start of head-first fine-tuning.
 
     encoder: arguments of `PointEncoder`. layer and pooling: of the vectors (see
     `PointEncoder.embed`). A cloud is unknown if the cosine of its standardised vector to the
@@ -181,8 +181,8 @@ class Segmenter(
         labels: Tensor,
         generator: BatchGenerator | None = None,
     ) -> Tensor:
-        """Returns logits B Q parts of any points `at` (B Q 3), in the coordinates of the clouds that
-        were encoded.
+        """Returns logits B Q parts of any points `at` (B Q 3), in the coordinates of the clouds
+        that were encoded.
 
         tokens and centers: as `encode` returns them. labels: categories B.
         """
@@ -251,6 +251,6 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Tensor, generator: BatchGenerator | None) -> Groups:
-    """Group points into patches; the first centre is random with a generator, else deterministic."""
+    """Group points into patches; with a generator, the first centre is random."""
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -91,7 +91,8 @@ class Pretrained(nn.Module, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
-        """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation mode.
+        """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation
+        mode.
 
         options: revision, cache_dir, force_download, token and local_files_only for a Hub
         repository; all others override settings. Raises ValueError, which names the file and what
@@ -218,8 +219,8 @@ def similar(path: Path, known: Iterable[str] = ()) -> str:
     """The text `; did you mean ...?` if a folder beside `path` or a `known` name is similar; else
     empty.
     """
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    names = [folder.name for folder in beside if folder.is_dir()]
+    neighbours = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = [folder.name for folder in neighbours if folder.is_dir()]
     found = nearest(path.name, [*known, *names])
     if len(path.parts) > 1:
         found = found.replace("mean '", f"mean '{path.parent}/")

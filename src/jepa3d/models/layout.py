@@ -1,4 +1,5 @@
-"""Packed rows for sequences of different lengths: only attention uses padding, linear layers do not.
+"""Packed rows for sequences of different lengths: only attention uses padding, linear layers do
+not.
 
 Context lengths in one batch differ by half: with padding, a third of the student's work would be
 wasted. A layout converts rows [n, C] to padded sequences and back. Its `mask` is False at padding,
@@ -44,8 +45,8 @@ class Ragged:
 
 
 class Joint:
-    """[context ; mask tokens] of P decoder passes per cloud, as rows: first contexts, then B x P x T
-    mask tokens.
+    """[context ; mask tokens] of P decoder passes per cloud, as rows: first contexts, then B x P x
+    T mask tokens.
 
     The contexts' rows stand there once if all passes share them, else once per pass; they may also
     be absent.

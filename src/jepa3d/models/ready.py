@@ -39,7 +39,8 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """Load the fine-tuned network of a run or folder that has one, else the encoder, as `load` does.
+    """Load the fine-tuned network of a run or folder that has one, else the encoder, as `load`
+    does.
 
     Raises ValueError if there is neither.
     """

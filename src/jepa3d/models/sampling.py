@@ -93,8 +93,8 @@ def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> T
 
 
 def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """One-block masking (Table IV): one ball of int(mask_ratio * M) tokens is the target, all others
-    the context.
+    """One-block masking (Table IV): one ball of int(mask_ratio * M) tokens is the target, all
+    others the context.
     """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
@@ -212,9 +212,9 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:
             short = (lengths < min_context)[:, None]
-            again, targets = draw()
-            context = torch.where(short, again, context)
-            target = torch.where(short[..., None], targets, target)
+            new_context, new_target = draw()
+            context = torch.where(short, new_context, context)
+            target = torch.where(short[..., None], new_target, target)
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a cloud still has fewer than min_context = {min_context} "
         f"of {num_tokens} tokens outside {target.shape[1]} targets of {target.shape[2]} tokens; "

@@ -96,8 +96,8 @@ class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU)
     -> C; max.
 
-    Three exact rewrites halve its cost; the weights keep the standard layout. (1) Split: W[g ; x]
-    = Wg g + Wx x, so the maximum g is multiplied once per patch instead of once per point. (2) Fold:
+    Three exact rewrites halve its cost; the weights keep the standard layout. (1) Split: W[g ; x] =
+    Wg g + Wx x, so the maximum g is multiplied once per patch instead of once per point. (2) Fold:
     no nonlinearity lies between `linear2` and the local half of `linear3`, so both are one matrix,
     Wx W2. (3) Biases are added after the maximum instead of before.
     """

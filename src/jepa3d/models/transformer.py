@@ -104,7 +104,7 @@ def drop_path_scales(
 
 
 def position_embedding(dim: int) -> nn.Sequential:
-    """The position embedding of Point-MAE: an MLP from centre coordinates (..., 3) to (..., dim)."""
+    """Point-MAE's position embedding: an MLP from centre coordinates (..., 3) to (..., dim)."""
     return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 

@@ -20,7 +20,8 @@ def rankme(rows: Tensor) -> float:
 
 @torch.no_grad()
 def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, float]:
-    """Three collapse figures of rows [n, E], normalised to unit length; at most `max_rows` are used.
+    """Three collapse figures of rows [n, E], normalised to unit length; at most `max_rows` are
+    used.
 
     NAME_std: standard deviation, averaged over dimensions, times sqrt(E); 1 is isotropic, 0 is
     collapsed. NAME_cosine: mean cosine of pairs of rows; 0 is spread out, 1 is collapsed.

@@ -25,8 +25,8 @@ class GenerativeOutput(NamedTuple):
 
 
 class Generative(nn.Module):
-    """A masked autoencoder: encoder on the visible tokens, plain decoder on visible and mask tokens,
-    linear head to K points.
+    """A masked autoencoder: encoder on the visible tokens, plain decoder on visible and mask
+    tokens, linear head to K points.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -54,7 +54,7 @@ class Generative(nn.Module):
         )
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
-        # As in Point-MAE, all patches are tokenized, so masked ones influence the norms' statistics.
+        # As in Point-MAE, all patches are tokenized, so the norms' statistics include masked ones.
         tokens = layout.pack(gather_points(encoder.tokenizer(patches), sample.context))
         position = layout.pack(encoder.position(gather_points(centers, sample.context)))
         encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]

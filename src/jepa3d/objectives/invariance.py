@@ -28,8 +28,8 @@ class InvarianceOutput(NamedTuple):
 
 
 class Invariance(nn.Module):
-    """Draws global views (the whole cloud) and partial views (a ball of it). Each is augmented on its
-    own, encoded, pooled and projected.
+    """Draws global views (the whole cloud) and partial views (a ball of it). Each is augmented on
+    its own, encoded, pooled and projected.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -87,13 +87,13 @@ class Invariance(nn.Module):
             regularizer = torch.stack(terms).mean()
             loss = (1 - settings.sigreg) * invariance + settings.sigreg * regularizer
         else:
-            same, spread, apart = settings.vicreg
+            w_invariance, w_variance, w_covariance = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
             # VICReg sums the covariances of its two views
-            regularizer = spread * variance + 2 * apart * covariance
+            regularizer = w_variance * variance + 2 * w_covariance * covariance
             # the squared distance of two views is 4 times that to their mean
-            loss = 4 * same * invariance + regularizer
+            loss = 4 * w_invariance * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 
     def after_step(self, progress: float) -> None:

@@ -150,8 +150,8 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """The teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens, standardised
-        over the batch.
+        """The teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens,
+        standardised over the batch.
         """
         assert self.teacher
         grouped = group(points, self.encoder.num_groups, self.encoder.group_size, generator)
@@ -198,8 +198,8 @@ class JEPA(nn.Module):
             ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Numbers for the log: collapse figures, mean number of context tokens, and the share of the
-        context's points that also lie in target patches.
+        """Numbers for the log: collapse figures, mean number of context tokens, and the share of
+        the context's points that also lie in target patches.
         """
         figures = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":

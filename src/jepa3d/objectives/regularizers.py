@@ -10,8 +10,8 @@ _KNOTS, _LAST = 17, 3.0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
-    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far rows [n, E] are
-    from samples of N(0, I).
+    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far rows [n, E]
+    are from samples of N(0, I).
 
     Along `num_slices` random directions, the empirical characteristic function is compared with
     that of a Gaussian at 17 knots on [0, 3]. The statistic is Epps-Pulley's (squared difference,

@@ -1,4 +1,6 @@
-"""Supervised training of a classifier or part segmenter with cross-entropy, in the pretraining loop."""
+"""Supervised training of a classifier or part segmenter with cross-entropy, in the pretraining
+loop.
+"""
 
 from typing import NamedTuple
 
