@@ -39,9 +39,7 @@ class BatchGenerator:
         self._key, self._generators = int.from_bytes(key, "big"), {}
 
     def stream(self, name: str) -> "BatchGenerator":
-        """An independent generator for one purpose, so that its draws never change those of
-        others.
-        """
+        """An independent generator for one purpose; its draws never change those of others."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
@@ -123,9 +121,7 @@ def uniform(
 
 
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
-    """One uniform draw in [0, 1) for the whole batch, the same on every process, drawn on the
-    CPU.
-    """
+    """One draw in [0, 1) for the whole batch, the same on every process, made on the CPU."""
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))
     if generator is not None and generator.device.type != "cpu":
@@ -134,9 +130,7 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over all processes. Its gradient is summed too, since every process's loss depends on
-    it.
-    """
+    """Sum over all processes; the gradient too, since every process's loss depends on it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -116,9 +116,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first number outside its range, also in nested groups of
-    settings.
-    """
+    """Raise ValueError for the first number outside its range, nested groups included."""
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -180,9 +178,7 @@ def is_code(name: str) -> bool:
 
 
 def load_code(name: str) -> Any:
-    """Import the object that `package.module:function` names. Raises ValueError if it does not
-    exist.
-    """
+    """Import what `package.module:function` names. Raises ValueError if it does not exist."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -191,9 +187,7 @@ def load_code(name: str) -> Any:
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for a value that is neither one of the choices nor the name of a
-    function.
-    """
+    """Raise ValueError unless a value is one of the choices or names a user's function."""
     if value not in choices and not is_code(value):
         known = ", ".join(choices)
         raise ValueError(
@@ -283,9 +277,7 @@ def _digest(value: dict) -> str:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Check and convert a value to the type `kind`: a scalar, Literal, Optional or tuple of
-    these.
-    """
+    """Check and convert a value to a type: a scalar, Literal, Optional or tuple of these."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value not in args:

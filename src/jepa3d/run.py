@@ -114,9 +114,7 @@ class Run:
 
     @property
     def engine(self) -> dict[str, Any] | None:
-        """Precision, compilation and device at the start of the run; None if they were not
-        stored.
-        """
+        """Precision, compilation and device at the start of the run; None if not stored."""
         if found := self.record.get("engine"):
             return found
         file = self.folder / "engine.json"  # of version 0.1.0
