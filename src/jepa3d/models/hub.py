@@ -118,7 +118,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         for name, values in tensors.items():
             if not torch.isfinite(values).all():
                 wrong = f"{name} holds NaN or infinite values"
-                raise ValueError(f"{weights}: {wrong}: train again, or take others")
+                raise ValueError(f"{weights}: {wrong}: use other weights or train again")
         model.load_state_dict(tensors)
         return model.eval()
 
@@ -169,7 +169,7 @@ def _differ(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) ->
     if name not in found:
         return f"{name} is missing"
     if name not in expected:
-        return f"{name} has no place in it"
+        return f"{name} has no place in this network"
     sizes = list(found[name].shape), list(expected[name].shape)
     if sizes[0] == sizes[1]:
         return ""
@@ -189,7 +189,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{file}: is missing, so {folder} holds no network") from error
+        raise ValueError(f"{file}: is missing, so there is no network in {folder}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: damaged, not JSON ({first_line(error)})") from error
     if not isinstance(settings, dict):
@@ -236,8 +236,8 @@ def local_folder(model: str | Path, **options: Any) -> Path:
     if check_name(model):
         if Path(model).is_dir():
             return Path(model)
-        raise ValueError(f"{model}: a file, and the folder of a network is expected")
-    begin = f"{model}: neither a folder nor a repository of the Hub that can be had"
+        raise ValueError(f"{model}: a file; give the folder of a network")
+    begin = f"{model}: neither a folder nor a Hub repository that can be loaded"
     hint, offline = similar(Path(model)), options.get("local_files_only")
     unreachable = "" if offline or constants.HF_HUB_OFFLINE else _unreachable()
     if unreachable:
@@ -246,13 +246,11 @@ def local_folder(model: str | Path, **options: Any) -> Path:
     try:
         files = [hf_hub_download(str(model), name, **options) for name in names]
     except hub_errors.LocalEntryNotFoundError as error:
-        reason = unreachable or "this machine is told to stay offline"
+        reason = unreachable or "offline mode is set"
         why = f"({reason}, and no copy is kept here)"
         raise ValueError(f"{begin} {why}{hint}") from error
     except hub_errors.EntryNotFoundError as error:
-        raise ValueError(
-            f"{model}: a repository of the Hub without {' or '.join(names)}"
-        ) from error
+        raise ValueError(f"{model}: a Hub repository without {' or '.join(names)}") from error
     except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(f"{begin} ({first_line(error)}){hint}") from error
     return Path(files[0]).parent

@@ -30,7 +30,7 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
     if (folder / "encoder" / "config.json").is_file():
         folder = folder / "encoder"
     if not (folder / "config.json").is_file():
-        why = "no encoder, and no run that has one: config.json is missing"
+        why = "no encoder and no finished run: config.json is missing"
         raise ValueError(f"{model}: {why}")
     try:
         return PointEncoder.from_pretrained(folder)
@@ -62,7 +62,7 @@ def load_network(run: str | Path) -> Network:
             raise ValueError(f"no such folder{similar(folder)}")
         settings = read_settings(folder)
         if "class_names" not in settings:
-            raise ValueError(f"{folder}/config.json: is of a network without classes")
+            raise ValueError(f"{folder}/config.json: describes a network without classes")
         kind = LinearClassifier if "pooling" in settings else Classifier
         return (Segmenter if "parts_of" in settings else kind).from_pretrained(folder)
     except ValueError as error:
