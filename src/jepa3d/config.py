@@ -422,9 +422,8 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     num_shapes: of the run's data. The paper uses all shapes of ShapeNet55, and 150 or 300 epochs.
     Logging, seed and up axis are ignored.
     """
-    defaults = to_dict(
-        resolve({"objective": config.objective})
-    )  # a rival's schedule is compared with its own
+    # for a rival, these include its own schedule
+    defaults = to_dict(resolve({"objective": config.objective}))
     paper = defaults | {
         "objective": "jepa",
         "data": ["ShapeNet55"],

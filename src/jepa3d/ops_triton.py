@@ -41,9 +41,8 @@ def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Te
     index = torch.empty(batch, num_samples, dtype=torch.long, device=points.device)
     block = triton.next_power_of_2(num_points)
     warps = min(32, max(1, block // 256))
-    with torch.get_device_module(points.device).device(
-        points.device
-    ):  # Triton launches on this device
+    # Triton launches on the current device
+    with torch.get_device_module(points.device).device(points.device):
         _sample[(batch,)](
             points.contiguous(),
             start,

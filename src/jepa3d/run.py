@@ -44,12 +44,12 @@ class Run:
         file = self.folder / "config.json"
         try:
             values = json.loads(file.read_text())
-            if values.get("mixed_precision") == "auto":  # version 0.1.0 called it "auto"
+            if values.get("mixed_precision") == "auto":  # version 0.1.0 called the trial "auto"
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}
             # Each fold of a few-shot run is a run itself, with task `classify`.
             kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]
-            values = merge({"encoder": {"qkv_bias": True}}, values)  # before it was a setting
+            values = merge({"encoder": {"qkv_bias": True}}, values)  # older encoders had biases
             return task | to_dict(from_dict(kind, values) if task else resolve(values))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(

@@ -77,7 +77,7 @@ class PromptedViT(nn.Module):
         return self.leave(vit.layernorm(hidden))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedViT:
-        self._frozen[0]._apply(fn, recurse)  # to another device
+        self._frozen[0]._apply(fn, recurse)  # moves the ViT to another device too
         return super()._apply(fn, recurse)
 
 

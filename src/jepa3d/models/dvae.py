@@ -226,9 +226,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():
             codes = logits.argmax(-1).flatten()
-            counts = torch.zeros(
-                self.num_codes, device=codes.device
-            )  # float32: bf16 cannot count above 256
+            # float32, since bf16 cannot count above 256
+            counts = torch.zeros(self.num_codes, device=codes.device)
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
             share = counts / counts.sum()
             perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())

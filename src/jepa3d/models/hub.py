@@ -80,9 +80,8 @@ class Pretrained(nn.Module, ModelHubMixin):
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for (
-            name
-        ) in self.PARTS:  # all settings of the part; a missing one would be read as `BEFORE` says
+        # All settings of a part are stored, since a missing one would be read as `BEFORE` says.
+        for name in self.PARTS:
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part
         state = self.state_dict().items()

@@ -29,9 +29,8 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
-    mean_square = float(
-        rows.mean(0).square().sum()
-    )  # mean of all pairwise cosines, each row with itself too
+    # mean of all pairwise cosines, each row with itself too
+    mean_square = float(rows.mean(0).square().sum())
     return {
         f"{name}_std": float(rows.std(0, correction=0).mean()) * width**0.5,
         f"{name}_cosine": (mean_square * count - 1) / max(count - 1, 1),
