@@ -83,7 +83,7 @@ def validate_finetune(config: FinetuneConfig) -> None:
         )
     if config.trained == "head_first" and isinstance(config, SegmentConfig):
         raise ValueError(
-            "trained head_first is for classification; for segmentation use all or head"
+            "trained head_first is for classes of whole shapes; segment takes all or head"
         )
     if config.trained == "head_first" and config.init is None:
         raise ValueError("trained head_first needs --init, an encoder; from scratch use all")

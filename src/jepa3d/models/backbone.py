@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 NUM_PROMPTS = 64  # per layer
 DROPOUT = 0.1  # of the prompts, in training
-HINT = "runs do not store a ViT's weights: name their folder or Hub id as dvae.backbone, or in the dVAE's config.json"
+HINT = (
+    "runs do not store a ViT's weights: give their folder or Hub id as dvae.backbone, "
+    "or as backbone in a dVAE's config.json"
+)
 
 
 class PromptedViT(nn.Module):
