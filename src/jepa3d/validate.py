@@ -101,7 +101,7 @@ def validate_finetune(config: FinetuneConfig) -> None:
     layers = config.layers or () if isinstance(config, SegmentConfig) else ()
     if wrong := [layer for layer in layers if layer > config.encoder.depth]:
         raise ValueError(
-            f"layers {layers}: {wrong[0]} must lie between 0 (tokenizer) and {config.encoder.depth}"
+            f"layers {layers}: {wrong[0]} is not 0 (tokenizer) to {config.encoder.depth}"
         )
 
 
