@@ -217,7 +217,7 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             target = torch.where(short[..., None], new_target, target)
     raise ValueError(
         f"the context empties: after {_REDRAWS} redraws a cloud still has fewer than min_context = {min_context} "
-        f"of {num_tokens} tokens outside {target.shape[1]} targets of {target.shape[2]} tokens; "
+        f"of {num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "
         f"use fewer or smaller targets (num_targets, target_ratio)"
     )
 
