@@ -14,8 +14,8 @@ import numpy as np
 
 import jepa3d
 from jepa3d.evaluation.descriptors import baselines, cosine
-from jepa3d.evaluation.outcomes import METRICS, LabelledSet, Vectors, outcomes
-from jepa3d.evaluation.paired import difference
+from jepa3d.evaluation.labelled import LabelledSet
+from jepa3d.evaluation.paired import METRICS, Vectors, difference, outcomes
 from jepa3d.evaluation.retrieval import vectors_of
 
 

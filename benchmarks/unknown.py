@@ -23,9 +23,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jepa3d.data.datasets import load
+from jepa3d.evaluation.classifiers import one_thread
 from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.fitting import one_thread
 from jepa3d.inference.label import FALSE_ALARMS, known_clouds
 from jepa3d.models.ready import load as load_encoder
 

@@ -17,10 +17,9 @@ from sklearn.manifold import TSNE
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
 from jepa3d.data.errors import shortened
+from jepa3d.evaluation.classifiers import one_thread
 from jepa3d.evaluation.curve import Curve
-from jepa3d.evaluation.fitting import one_thread
-from jepa3d.evaluation.outcomes import METRICS
-from jepa3d.evaluation.paired import Row
+from jepa3d.evaluation.paired import METRICS, Row
 from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import make_sampler
 from jepa3d.ops import BatchGenerator

@@ -12,6 +12,7 @@ from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import corrupted as module
 from jepa3d.evaluation.classifiers import predict
 from jepa3d.evaluation.corrupted import corrupted
+from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.probe import QUICK_C, few_labels
 from jepa3d.evaluation.retrieval import opened
 
@@ -64,7 +65,7 @@ def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
         return points
 
     monkeypatch.setattr(module, "corrupt", unchanged)
-    rows = corrupted(command, [model], data)["corruptions"]
+    rows = corrupted(command, [model], LabelledSet(data))["corruptions"]
     assert sizes == {(512, 3)}
     for kind, row in rows.items():
         if len(row["levels"]) == 1:
@@ -77,15 +78,17 @@ def test_dirt_is_told_from_clean(encoder_and_data, command, monkeypatch):
     model, data = encoder_and_data
     same = make_shapes(1, 512, seed=9)["points"][0]
     monkeypatch.setattr(module, "corrupt", lambda points, *_: same)
-    row = corrupted(command, [model], data)["corruptions"]["256 points"]["results"][model]
+    row = corrupted(command, [model], LabelledSet(data))["corruptions"]["256 points"]["results"][
+        model
+    ]
     assert next(iter(row.values()))[0] < 60
     assert corruptions.corrupt(same, "256 points", 0, 0).shape == (256, 3)
 
 
 def test_clean_shapes_are_told_as_classifiers_fitted_to_train_tell_them(encoder_and_data):
     model, data = encoder_and_data
-    found = corrupted("probe", [model], data)["corruptions"]["clean"]["results"]
-    encoder, descriptors, shapes = next(opened([model], data, "labels", "z", "test", whole=True))
+    found = corrupted("probe", [model], LabelledSet(data))["corruptions"]["clean"]["results"]
+    encoder, descriptors, shapes = next(opened([model], LabelledSet(data), "test", whole=True))
     train, test = shapes.train, shapes.test
     asked = np.sort(np.random.default_rng(0).permutation(len(test))[:20])
     for name, (of, _) in descriptors.items():
@@ -102,8 +105,13 @@ def test_clean_shapes_are_told_as_classifiers_fitted_to_train_tell_them(encoder_
 
 def test_validation_leaves_the_test_part_alone(encoder_and_data):
     model, data = encoder_and_data
-    before = corrupted("probe", [model], data, part="validation")["corruptions"]["clean"]
+    before = corrupted("probe", [model], LabelledSet(data), part="validation")["corruptions"][
+        "clean"
+    ]
     arrays = dict(np.load(data))
     arrays["points"][arrays["split"] == 1] *= [1, 0.3, 2]
     np.savez(data, **arrays)
-    assert corrupted("probe", [model], data, part="validation")["corruptions"]["clean"] == before
+    assert (
+        corrupted("probe", [model], LabelledSet(data), part="validation")["corruptions"]["clean"]
+        == before
+    )

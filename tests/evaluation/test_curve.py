@@ -8,6 +8,7 @@ import pytest
 from jepa3d.cli import main
 from jepa3d.evaluation import curve as curves
 from jepa3d.evaluation.curve import Curve, learning_curves
+from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.training.pretrain import pretrain
 
 
@@ -34,14 +35,14 @@ def scored(monkeypatch):
         calls.append(float(np.abs(x).sum()))
         return {"accuracy": float(len(calls))}
 
-    monkeypatch.setattr("jepa3d.evaluation.probe.run_protocol", protocol)
+    monkeypatch.setattr(curves, "run_protocol", protocol)
     return calls
 
 
 def test_a_curve_has_the_untrained_encoder_each_snapshot_and_the_end_at_their_cost(
     runs, bundle, scored
 ):
-    ema, warm = learning_curves(runs, bundle, protocol="knn")
+    ema, warm = learning_curves(runs, LabelledSet(bundle), protocol="knn")
     assert (ema.name, ema.seeds, ema.steps) == ("ema", [0, 1], [0, 2, 4])
     assert (warm.name, warm.seeds, warm.steps) == ("warm", [0], [0, 2, 4])
     assert ema.accuracy.tolist() == [[1, 2, 3], [4, 5, 6]]
@@ -55,16 +56,16 @@ def test_a_curve_has_the_untrained_encoder_each_snapshot_and_the_end_at_their_co
 
 
 def test_scores_are_kept_and_those_of_other_data_are_not_used(runs, bundle, scored, tmp_path):
-    first = learning_curves(runs[:1], bundle, protocol="svc_linear")
+    first = learning_curves(runs[:1], LabelledSet(bundle), protocol="svc_linear")
     assert len(scored) == 3
-    again = learning_curves(runs[:1], bundle, protocol="svc_linear")
+    again = learning_curves(runs[:1], LabelledSet(bundle), protocol="svc_linear")
     assert len(scored) == 3
     assert again[0].accuracy.tolist() == first[0].accuracy.tolist()
     with np.load(bundle) as archive:
         arrays = dict(archive)
     other = tmp_path / "shapes.npz"
     np.savez(other, **(arrays | {"points": arrays["points"] * [1, 1, 0.5]}))
-    learning_curves(runs[:1], str(other), protocol="svc_linear")
+    learning_curves(runs[:1], LabelledSet(str(other)), protocol="svc_linear")
     assert len(scored) == 6
 
 
@@ -78,7 +79,7 @@ def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(
         lambda model, clouds: sizes.append(len(clouds)) or np.zeros((1, 1, 1)),
     )
     for part in ("test", "validation", "validation"):
-        learning_curves(runs[:1], bundle, protocol="logistic", part=part)
+        learning_curves(runs[:1], LabelledSet(bundle), protocol="logistic", part=part)
     assert (
         sizes == [32, 16] * 3 + [25, 7] * 3
     )  # train and what is scored of the untrained encoder and two snapshots
@@ -128,6 +129,6 @@ def test_what_is_no_run_is_refused(runs, bundle, tmp_path, wrong):
     ):
         learning_curves(
             [tmp_path] if wrong == "folder" else runs,
-            bundle,
+            LabelledSet(bundle),
             protocol="knn" if wrong == "folder" else "svm",
         )

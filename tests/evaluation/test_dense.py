@@ -12,6 +12,7 @@ from jepa3d.cli import main
 from jepa3d.data.datasets import load
 from jepa3d.evaluation import dense
 from jepa3d.evaluation.dense import local_features, probe_parts, token_features
+from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import thirds
 from jepa3d.ops import knn
@@ -59,14 +60,14 @@ def test_labels_of_the_test_part_choose_nothing(model, shapes, tmp_path, monkeyp
 
     monkeypatch.setattr(dense, "_fit", watched)
     monkeypatch.setattr(dense, "local_features", lambda encoder: {})
-    first = probe_parts([model], shapes)
+    first = probe_parts([model], LabelledSet(shapes))
     fits = list(seen)
     arrays = dict(np.load(shapes))
     test = arrays["split"] == 1
     arrays["seg"][test] = arrays["seg"][test][:, ::-1]
     np.savez(tmp_path / "other.npz", **arrays)
     seen.clear()
-    second = probe_parts([model], str(tmp_path / "other.npz"))
+    second = probe_parts([model], LabelledSet(str(tmp_path / "other.npz")))
     assert fits == seen
     assert first["results"][model]["instance_miou"] != second["results"][model]["instance_miou"]
 
@@ -116,7 +117,7 @@ def test_every_point_of_a_cloud_is_told_strays_among_them(model, tmp_path):
     assert float(placed.norm(dim=-1).amax()) > 2
     assert float(seen.norm(dim=-1).amax()) < 1.001
     assert float(knn(seen, placed, 1).float().std()) > 0
-    found = probe_parts([model], str(file))["results"]["positions"]
+    found = probe_parts([model], LabelledSet(str(file)))["results"]["positions"]
     assert found["instance_miou"] > 90
 
 
@@ -132,7 +133,7 @@ def test_points_without_a_label_are_left_out_and_shapes_of_them_refused(model, s
     arrays["seg"][3] = -1
     np.savez(tmp_path / "few.npz", **arrays)
     with pytest.raises(ValueError, match=r"few.npz: .*1 shapes have no labelled point"):
-        probe_parts([model], str(tmp_path / "few.npz"))
+        probe_parts([model], LabelledSet(str(tmp_path / "few.npz")))
 
 
 def test_a_category_of_one_part_is_that_part_everywhere():

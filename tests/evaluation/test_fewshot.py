@@ -17,13 +17,12 @@ from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.evaluation import fewshot
 from jepa3d.evaluation.fewshot import (
     Episode,
+    accuracy,
     draw_episodes,
     fold_of,
     load_episodes,
     predict,
     published_folds,
-    run_frozen,
-    run_frozen_folds,
     save_episodes,
 )
 from jepa3d.models.encoder import PointEncoder
@@ -343,31 +342,11 @@ def labelled_by_place(data: PointClouds) -> PointClouds:
     return replace(data, points=points)
 
 
-def test_a_shape_is_encoded_once_and_each_episode_gets_its_own(fake_layers):
+def test_each_episode_gets_the_features_of_its_own_shapes(fake_layers):
     data = labelled_by_place(clouds([4] * 5, [3] * 5))
-    episodes = draw_episodes(data, 3, 2, 6, seed=0, queries=2)
-    assert run_frozen(None, data, episodes, "ncm") == [100.0] * 6
-    assert fake_layers == [
-        len({row for episode in episodes for row in np.concatenate(episode[:2]).tolist()})
-    ]
-
-
-def test_frozen_episodes_equal_their_folds_scored_one_by_one(fake_layers):
-    data = clouds([4] * 5, [3] * 5)
-    episodes = draw_episodes(data, 3, 2, 6, seed=0, queries=3)
-    folds = [fold_of(data, episode) for episode in episodes]
-    for method in METHODS:
-        together = run_frozen(None, data, episodes, method)
-        assert together == run_frozen_folds(None, folds, method)
-        assert len(set(together)) > 1
-
-
-def test_episodes_of_other_data_are_refused_before_any_work(fake_layers):
-    data = clouds([4] * 5, [3] * 5)
-    episodes = draw_episodes(data, 3, 2, 2, seed=0, queries=2)
-    with pytest.raises(ValueError, match="are not those that the episodes were drawn from"):
-        run_frozen(None, replace(data, labels=data.labels[::-1].copy()), episodes, "ncm")
-    assert not fake_layers
+    for episode in draw_episodes(data, 3, 2, 6, seed=0, queries=2):
+        assert accuracy(None, *fold_of(data, episode), "ncm") == 100
+    assert fake_layers == [6, 6] * 6
 
 
 def test_a_network_is_scored_on_real_episodes(tiny):
@@ -378,4 +357,4 @@ def test_a_network_is_scored_on_real_episodes(tiny):
     data.points[data.labels == 2, :, 1:] = 0  # thin
     episodes = draw_episodes(data, 3, 3, 2, seed=0, queries=3)
     for method in METHODS:
-        assert min(run_frozen(encoder, data, episodes, method)) > 60
+        assert min(accuracy(encoder, *fold_of(data, some), method) for some in episodes) > 60

@@ -9,9 +9,8 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from jepa3d.data import parallel
-from jepa3d.evaluation import fitting
-from jepa3d.evaluation.classifiers import predict
-from jepa3d.evaluation.fitting import one_thread, side_by_side
+from jepa3d.evaluation import classifiers
+from jepa3d.evaluation.classifiers import one_thread, predict, side_by_side
 from jepa3d.evaluation.probe import run_protocol
 
 
@@ -31,7 +30,7 @@ def leave_a_process(scale: int) -> int:
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(fitting, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(classifiers, "_WORTH_PROCESSES", 0)
 
 
 def test_every_library_has_one_thread_within_and_what_it_had_after():
@@ -44,8 +43,6 @@ def test_every_library_has_one_thread_within_and_what_it_had_after():
 
 @pytest.mark.parametrize("protocol", ["logistic", "knn", "svc_linear", "linear_svc", "mlp3"])
 def test_a_classifier_is_fitted_on_one_thread(protocol, monkeypatch):
-    from jepa3d.evaluation import classifiers
-
     seen, made = [], classifiers._classifier
     monkeypatch.setattr(classifiers, "_STEPS", 2)
     monkeypatch.setattr(
@@ -82,7 +79,7 @@ def test_a_probe_chooses_the_same_side_by_side(protocol, monkeypatch):
     )
     found = []
     for worth in (10**9, 0):
-        monkeypatch.setattr(fitting, "_WORTH_PROCESSES", worth)
+        monkeypatch.setattr(classifiers, "_WORTH_PROCESSES", worth)
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
         found.append(run_protocol(protocol, x, y, x_test, y_test, [0, 1, 2]))
     assert found[0] == found[1]

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from jepa3d.evaluation.descriptors import cosine
-from jepa3d.evaluation.outcomes import LabelledSet, Vectors, names_of, outcomes
-from jepa3d.evaluation.paired import Difference, Row, difference, rows_of, sheets_of
+from jepa3d.evaluation.labelled import LabelledSet
+from jepa3d.evaluation.paired import (
+    Difference,
+    Row,
+    Vectors,
+    difference,
+    names_of,
+    outcomes,
+    rows_of,
+    sheets_of,
+)
 from jepa3d.evaluation.probe import QUICK_C, run_protocol
 
 

@@ -175,35 +175,6 @@ def test_a_part_of_another_category_is_refused():
         category_parts(("cup/ear", "axe/head"), np.array([1]), np.array([[0, 9]]), NAMES)
 
 
-EMPTY_HAT = [*PARTS_OF[:2], np.zeros(0, int)]
-ONE = np.zeros((1, 4), np.int16)
-
-
-@pytest.mark.parametrize(
-    ("predicted", "truth", "labels", "parts_of", "said"),
-    [
-        (ONE[:, :3], ONE, [0], PARTS_OF, r"\[1, 3\]"),
-        (ONE[:0], ONE[:0], [], PARTS_OF, "n > 0"),
-        (ONE, ONE, [0, 0], PARTS_OF, "one a shape"),
-        (ONE, ONE, [3], PARTS_OF, "label 3"),
-        (ONE, ONE, [-1], PARTS_OF, "label -1"),
-        (ONE, ONE, [2], EMPTY_HAT, "no parts"),
-        (ONE - 1, ONE, [0], PARTS_OF, "from 0"),
-    ],
-)
-def test_what_has_no_mean_iou_is_refused_in_one_line(predicted, truth, labels, parts_of, said):
-    with pytest.raises(ValueError, match=rf"\A.*{said}.*\Z"):
-        mean_iou(predicted, truth, np.array(labels, int), parts_of, NAMES)
-
-
-@pytest.mark.parametrize(
-    ("label", "parts_of", "said"), [(2, EMPTY_HAT, "no parts"), (2, PARTS_OF, "part 5")]
-)
-def test_what_has_no_best_part_is_refused(label, parts_of, said):
-    with pytest.raises(ValueError, match=said):
-        restricted_argmax(np.zeros((1, 4, 5)), np.array([label]), parts_of)
-
-
 def test_on_real_shapes_the_truth_is_right_and_the_commonest_part_is_not(real_data):
     every = load(
         [str(real_data / "labeled_psb/labeled_psb_2048.npz")], 128, "all", ["y"], parts=True

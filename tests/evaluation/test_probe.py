@@ -14,7 +14,7 @@ from jepa3d.data.io import ReadError
 from jepa3d.evaluation import classifiers
 from jepa3d.evaluation import probe as probing
 from jepa3d.evaluation.features import layer_features, untrained_like
-from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.labelled import Labelled, LabelledSet
 from jepa3d.evaluation.probe import PROTOCOLS, run_protocol, summarise
 from jepa3d.evaluation.tables import show
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
@@ -486,7 +486,7 @@ def test_a_protocol_without_figures_of_classes_is_refused(probed, protocol):
     with pytest.raises(
         ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"
     ):
-        probing.sheets(probed, per_class=protocol)
+        probing.check_per_class(protocol, probed["rows"][0]["scores"])
 
 
 @pytest.mark.parametrize("content", ["nothing", "folder", "unfinished"])
@@ -514,7 +514,7 @@ def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
     """The untrained encoder of preset tiny, logistic probe: between 50 and 90 per cent."""
     torch.manual_seed(0)
     encoder = PointEncoder(**vars(settings.resolve(settings.preset("tiny")).encoder))
-    shapes = Labelled.read("synthetic:1000", 512)
+    shapes = LabelledSet("synthetic:1000").read(512)
     calibrate_batchnorm(encoder, torch.from_numpy(shapes.train.points[:256]))
     x, x_test = (layer_features(encoder, half) for half in shapes.subsets())
     found = probing.run_protocol("logistic", x, shapes.y, x_test, shapes.y_test, [encoder.depth])
@@ -543,7 +543,7 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
     by_hand = ["histograms", "geometry"]
     assert [row["model"] for row in result["rows"]] == ["untrained", "pretrained", *by_hand]
     assert set(result["summary"]) == {"untrained", "pretrained", "gain", *by_hand}
-    read = Labelled.read(shapes, 32)
+    read = LabelledSet(shapes).read(32)
     untrained = untrained_like(encoder, read.train)
     for row, model in zip(result["rows"][:2], (untrained, encoder), strict=True):
         x, x_test = (layer_features(model, half) for half in read.subsets())

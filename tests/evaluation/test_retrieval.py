@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score
 from jepa3d.data.synthetic import make_shapes
 from jepa3d.evaluation import retrieval as module
 from jepa3d.evaluation.descriptors import Descriptor, cosine, minus_l1
+from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.retrieval import paired_interval, ranked, retrieval, search
 from jepa3d.evaluation.tables import show
 
@@ -101,7 +102,7 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
     encoder_and_data, monkeypatch, capsys
 ):
     model, data = encoder_and_data
-    result = retrieval([model] * 2, data)
+    result = retrieval([model] * 2, LabelledSet(data))
     assert result["queries"] == 60
     assert list(result["results"]) == [model, *BASELINES]
     for name in BASELINES:
@@ -115,7 +116,7 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
     spy_on_baselines(
         monkeypatch, lambda name, vectors: np.eye(4)[labels] if name == model else vectors
     )
-    perfect = retrieval([model], data)["results"]
+    perfect = retrieval([model], LabelledSet(data))["results"]
     assert perfect[model]["map"] == pytest.approx(100)
     assert perfect[model]["nearest"] == 100
     assert perfect["histograms"]["first_minus_this"] == pytest.approx(
@@ -129,7 +130,7 @@ def test_no_baseline_s_statistics_are_of_the_searched_part(encoder_and_data, mon
     cloud = torch.from_numpy(make_shapes(1, 512, seed=3)["points"])
 
     def said() -> list[np.ndarray]:
-        encoder, descriptors, *_ = next(module.opened([model], data, "labels", "z", "test"))
+        encoder, descriptors, *_ = next(module.opened([model], LabelledSet(data), "test"))
         return [descriptor.of(encoder.prepare(cloud)) for descriptor in descriptors.values()]
 
     before = said()

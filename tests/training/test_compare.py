@@ -16,8 +16,9 @@ from torch.testing import assert_close
 
 from jepa3d import config as settings
 from jepa3d.cli import main
-from jepa3d.evaluation.outcomes import METRICS, LabelledSet
-from jepa3d.evaluation.paired import difference
+from jepa3d.evaluation import paired
+from jepa3d.evaluation.labelled import LabelledSet
+from jepa3d.evaluation.paired import METRICS, difference
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.training import compare as comparing
 from jepa3d.training import grid as grids
@@ -145,10 +146,8 @@ def test_the_same_command_again_makes_nothing_anew(copied, monkeypatch, capsys):
     grid, out = copied
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     table = (out / "table.md").read_text().rpartition("Made by")[0]
-    for name in ("pretrain", "encoded", "made_by_hand"):
-        monkeypatch.setattr(
-            comparing, name, lambda *_, name=name: pytest.fail(f"{name} was called")
-        )
+    for module, name in ((comparing, "pretrain"), (paired, "vectors_by")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
     call(grid, "--out", out)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
     assert (out / "table.md").read_text().rpartition("Made by")[0] == table
@@ -426,7 +425,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
         best = (slow == base) == (shapes.part == "validation")
         return dict.fromkeys(METRICS, np.full(len(shapes.y_test), 90.0 if best else 10.0))
 
-    monkeypatch.setattr(comparing, "kept_outcomes", scripted)
+    monkeypatch.setattr(paired, "kept_outcomes", scripted)
     comparison = Comparison(grid, [LabelledSet(bundle)], "test", tmp_path)
     comparison.run()
     assert comparison.rates == {"base": 0.001, "block": 0.002}

@@ -65,19 +65,20 @@ def probe(
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
+    from jepa3d.evaluation.labelled import LabelledSet
     from jepa3d.evaluation.protocol import write_json
     from jepa3d.evaluation.tables import show
 
-    models = [str(run) for run in runs]
+    models, dataset = [str(run) for run in runs], LabelledSet(data, labels_key, up_axis)
     if corruptions or parts:
         if (corruptions and parts) or (layer, pooling, protocols, quick, per_class) != _CHOICES:
             other = "--layer, --pooling, --protocols, --quick, --per-class"
             raise ValueError(f"--corruptions and --parts: one of them, and without {other}")
         if parts:
-            result = dense.probe_parts(models, data, labels_key, up_axis, part)
+            result = dense.probe_parts(models, dataset, part)
             show([dense.sheet(result)])
         else:
-            result = corrupted.corrupted("probe", models, data, labels_key, up_axis, part)
+            result = corrupted.corrupted("probe", models, dataset, part)
             show([corrupted.sheet(result)])
     else:
         if layer != "best" and not layer.isdigit():
@@ -133,10 +134,11 @@ def curve(
         The picture.
     """
     from jepa3d.evaluation.curve import learning_curves, sheet
+    from jepa3d.evaluation.labelled import LabelledSet
     from jepa3d.evaluation.tables import show
     from jepa3d.figures import draw_learning_curves
 
-    arms = learning_curves(runs, data, labels_key, up_axis, protocol, part)
+    arms = learning_curves(runs, LabelledSet(data, labels_key, up_axis), protocol, part)
     show([sheet(arms, protocol, part)])
     draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
     print(f"written: {out}")
@@ -219,14 +221,16 @@ def retrieval(
     """
     from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
+    from jepa3d.evaluation.labelled import LabelledSet
     from jepa3d.evaluation.protocol import write_json
     from jepa3d.evaluation.tables import show
 
+    dataset = LabelledSet(data, labels_key, up_axis)
     if corruptions:
-        result = corrupted.corrupted("retrieval", models, data, labels_key, up_axis, part)
+        result = corrupted.corrupted("retrieval", models, dataset, part)
         show([corrupted.sheet(result)])
     else:
-        result = retrieving.retrieval(models, data, labels_key, up_axis, part)
+        result = retrieving.retrieval(models, dataset, part)
         show([retrieving.sheet(result)])
     if out is not None:
         write_json(out, result)
@@ -268,7 +272,7 @@ def compare(
     out: Path
         The folder of the comparison: its runs, tables and picture.
     """
-    from jepa3d.evaluation.outcomes import LabelledSet
+    from jepa3d.evaluation.labelled import LabelledSet
     from jepa3d.training import compare as comparing
     from jepa3d.training.grid import read_grid
     from jepa3d.training.loop import Interrupted

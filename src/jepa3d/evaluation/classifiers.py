@@ -1,8 +1,14 @@
-"""The classifiers of the probe's protocols, and accuracy class by class."""
+"""The classifiers of the probe's protocols, each fitted on one thread, many of them side by side on all
+cores, and accuracy class by class.
+"""
 
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +20,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from threadpoolctl import ThreadpoolController
 from torch import nn
 
-from jepa3d.evaluation.fitting import one_thread, side_by_side
+from jepa3d.data.parallel import mapped
 from jepa3d.models.heads import LinearClassifier
 
 # The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and
@@ -24,7 +31,11 @@ from jepa3d.models.heads import LinearClassifier
 # train part, six times the work (2,000 steps of 128) gained 0.2 to 1.0 points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
-_CS = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of a linear head's regularisation that are tried
+# inverse strengths of a linear head's regularisation that are tried
+_CS = (0.001, 0.01, 0.1, 1.0)
+# Numbers that the fits read in all, from which on starting processes pays: about 4 seconds of
+# logistic regression.
+_WORTH_PROCESSES = 2**22
 
 
 class MLP3(ClassifierMixin, BaseEstimator):
@@ -102,7 +113,7 @@ def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0)
 def predict(
     protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Labels [n] of features test [n, E] by a classifier as of `fitted`, on train [m, E] and y [m]."""
+    """Labels [n] of features test [n, E] by the classifier of `fitted` on train [m, E] and y [m]."""
     with one_thread():
         return np.asarray(fitted(protocol, c, train, y, seed).predict(test))
 
@@ -158,4 +169,35 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
     """Accuracy in per cent and number of shapes of each class, by name."""
     table = np.array(confusion)
     figures = zip(class_names, class_accuracy(table).tolist(), table.sum(1).tolist(), strict=True)
-    return {name: {"accuracy": accuracy, "count": count} for name, accuracy, count in figures}
+    return {name: {"accuracy": share, "count": count} for name, share, count in figures}
+
+
+def one_thread() -> AbstractContextManager:
+    """A context in which BLAS, OpenMP and torch use one thread each. Import scikit-learn first.
+
+    A solver multiplies small matrices thousands of times. A BLAS library that shares each product
+    among all cores makes them wait for one another, actively: on two cores the same fits took 2 to
+    16 times the processor time, and far more beside a busy core.
+    """
+    return _libraries().limit(limits=1)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()  # finding them takes milliseconds, as long as a small fit
+
+
+def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
+    """Return `fit(*job)` of every job, in order; in one process per core if many numbers are read.
+
+    fit: a function of a module that never returns a text. numbers: how many all fits read.
+    """
+    workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
+    found = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
+    # A text says that a process died, perhaps for lack of memory: fit alone, in this process.
+    return [fit(*job) if isinstance(result, str) else result for job, result in found]
+
+
+def _fits(fit: Callable, jobs: list[tuple]) -> list[Any]:
+    with one_thread():
+        return [fit(*job) for job in jobs]

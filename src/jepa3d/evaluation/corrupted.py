@@ -12,7 +12,7 @@ import numpy as np
 
 from jepa3d.data.corruptions import KINDS, corrupt
 from jepa3d.evaluation.classifiers import fitted
-from jepa3d.evaluation.descriptors import Descriptor
+from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.probe import QUICK_C, few_labels
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.retrieval import data_record, opened, search
@@ -27,9 +27,7 @@ Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 def corrupted(
     task: Literal["retrieval", "probe"],
     models: list[str],
-    data: str,
-    labels_key: str = "labels",
-    up_axis: str = "z",
+    dataset: LabelledSet,
     part: str = "test",
 ) -> dict[str, Any]:
     """What each model and the first one's baselines reach on corrupted shapes of a part.
@@ -48,19 +46,20 @@ def corrupted(
         }
         for kind in ("clean", *KINDS)
     }
-    for encoder, descriptors, shapes in opened(models, data, labels_key, up_axis, part, whole=True):
+    for encoder, descriptors, shapes in opened(models, dataset, part, whole=True):
         train, clouds, labels = shapes.train, shapes.test, shapes.y_test
         asked = np.arange(len(labels))
         if searches:  # a shape alone in its class has nothing to be found
             asked = asked[np.bincount(labels)[labels] > 1]
         asked = np.sort(np.random.default_rng(0).permutation(asked)[:QUERIES])
         clean = encoder.prepare((clouds if searches else train).points[:])
-        scores = {
-            name: _search(descriptor, descriptor.of(clean), labels)
-            if searches
-            else _classify(descriptor.of(clean), shapes.y, labels)
-            for name, descriptor in descriptors.items()
-        }
+        scores: dict[str, Score] = {}
+        for name, (of, likeness) in descriptors.items():
+            fixed = of(clean)
+            if searches:
+                scores[name] = _search(likeness, fixed, labels)
+            else:
+                scores[name] = _classify(fixed, shapes.y, labels)
         for kind, row in found.items():
             rows = asked[:: 1 if len(row["levels"]) == 1 else 2]
             results: dict[str, dict[str, list[float]]] = {name: {} for name in descriptors}
@@ -73,16 +72,16 @@ def corrupted(
                     for figure, value in scores[name](of(points), rows).items():
                         results[name].setdefault(figure, []).append(value)
             row["results"] |= results
-        record = data_record(task, shapes, labels_key, part)
+        record = data_record(task, shapes, dataset, part)
         record |= ({} if searches else {"train": len(train)}) | {"queries": len(asked)}
     return record | {"corruptions": found} | provenance()
 
 
-def _search(descriptor: Descriptor, gallery: np.ndarray, labels: np.ndarray) -> Score:
+def _search(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
     """Nearest shape right and mAP in the gallery n E."""
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        ranks = search(descriptor.likeness, vectors, gallery, labels, rows)
+        ranks = search(likeness, vectors, gallery, labels, rows)
         nearest, average = 100 * ranks.mean(1)
         return {"nearest": float(nearest), "map": float(average)}
 
@@ -91,15 +90,16 @@ def _search(descriptor: Descriptor, gallery: np.ndarray, labels: np.ndarray) -> 
 
 def _classify(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> Score:
     """Accuracy of each protocol fitted to train m E: the mean over its classifiers."""
-    draws = [fitted("logistic_10", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed=0)]
+    some = few_labels(y, seed=0)
+    draws = [fitted("logistic_10", QUICK_C, x[rows], y[rows]) for rows in some]
     fits = {"logistic_10": draws, "knn": [fitted("knn", 0.0, x, y)]}
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        right = {
-            name: [fit.predict(vectors) == labels[rows] for fit in some]
-            for name, some in fits.items()
-        }
-        return {name: 100 * float(np.mean(found)) for name, found in right.items()}
+        figures = {}
+        for name, some in fits.items():
+            right = [fit.predict(vectors) == labels[rows] for fit in some]
+            figures[name] = 100 * float(np.mean(right))
+        return figures
 
     return score
 
@@ -121,12 +121,10 @@ def sheet(result: dict[str, Any]) -> Sheet:
         "chosen.\nThe first seven kinds: mean of PointCloud-C's five severities, at each every "
         "second shape.\n* the encoder of the package was never trained with it"
     )
-    cells = [
-        [kind + " *" * (not row["trained"])]
-        + [
-            " / ".join(f"{np.mean(values):.1f}" for values in found.values())
-            for found in row["results"].values()
-        ]
-        for kind, row in rows.items()
-    ]
+    cells = []
+    for kind, row in rows.items():
+        line = [kind if row["trained"] else f"{kind} *"]
+        for found in row["results"].values():
+            line.append(" / ".join(f"{np.mean(values):.1f}" for values in found.values()))
+        cells.append(line)
     return Sheet(title, [figures, *rows["clean"]["results"]], cells, [])

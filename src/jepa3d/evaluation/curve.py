@@ -2,6 +2,7 @@
 paper's Fig. 1).
 """
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from rich.progress import track
 
-from jepa3d.config import BOOKKEEPING, differences
+from jepa3d.config import BOOKKEEPING
 from jepa3d.evaluation.features import layer_features
-from jepa3d.evaluation.labelled import Labelled, Part
-from jepa3d.evaluation.probe import check_protocols, score, selection_rule
+from jepa3d.evaluation.labelled import Labelled, LabelledSet, Part
+from jepa3d.evaluation.probe import check_protocols, run_protocol, selection_rule
 from jepa3d.evaluation.protocol import moments, provenance, write_json
 from jepa3d.evaluation.tables import Sheet, mean_std
 from jepa3d.models.encoder import PointEncoder
@@ -39,12 +40,7 @@ class Curve(NamedTuple):
 
 
 def learning_curves(
-    runs: list[Path],
-    data: str,
-    labels_key: str = "labels",
-    up_axis: str = "z",
-    protocol: str = "logistic_10",
-    part: Part = "test",
+    runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
     """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped
     by configuration.
@@ -53,57 +49,56 @@ def learning_curves(
     point of a curve and selects none. Raises ValueError for what is no finished run of an encoder.
     """
     check_protocols([protocol])
+    configs = {}
     for run in map(Run, runs):
         if not run.encoder.is_dir() or not run.untrained.is_dir():
             raise ValueError(f"{run.folder}: not a finished run of an encoder")
-    configs = [Run(run).config for run in runs]
-    read = cache(lambda num_points: Labelled.read(data, num_points, up_axis, labels_key, part))
-    special = [labels_key] * (labels_key != "labels") + [part] * (part != "test")
-    name = "-".join(["curve", Path(data).stem.replace(":", "-"), *special, protocol])
-    found = []
-    for run, config in zip(runs, configs, strict=True):
-        shapes = read(config["encoder"]["num_points"])
-        found.append(_points(run, config["seed"], run / f"{name}.json", shapes, protocol))
-    groups: list[list[int]] = []  # places of runs of one configuration
+        configs[run] = run.config
+    read, key = cache(dataset.read), dataset.labels_key
+    special = [key] * (key != "labels") + [part] * (part != "test")
+    name = "-".join(["curve", Path(dataset.source).stem.replace(":", "-"), *special, protocol])
     ignored = {"seed", *BOOKKEEPING}
-    for i, config in enumerate(configs):
-        same = [
-            group for group in groups if not {*differences(config, configs[group[0]])} - ignored
-        ]
-        same[0].append(i) if same else groups.append([i])
+    groups: dict[str, dict[Run, dict[int, list[float]]]] = {}  # the runs of a configuration
+    for run, config in configs.items():
+        shapes = read(config["encoder"]["num_points"], part)
+        points = _points(run, config["seed"], run.folder / f"{name}.json", shapes, protocol)
+        kept = {name: value for name, value in config.items() if name not in ignored}
+        groups.setdefault(json.dumps(kept, sort_keys=True), {})[run] = points
     curves = []
-    for group in groups:
-        seeds, points = [configs[i]["seed"] for i in group], [found[i] for i in group]
-        steps = sorted(set(points[0]).intersection(*points[1:]))
-        values = np.array([[of_run[step] for step in steps] for of_run in points])
-        name = runs[group[0]].name.removesuffix(f"-{seeds[0]}")
+    for group in groups.values():
+        first, *others = group.values()
+        steps = sorted(set(first).intersection(*others))
+        values = np.array([[points[step] for step in steps] for points in group.values()])
+        seeds = [configs[run]["seed"] for run in group]
+        name = next(iter(group)).folder.name.removesuffix(f"-{seeds[0]}")
         curves.append(Curve(name, seeds, steps, values[..., 0], values[..., 1]))
     return curves
 
 
 def _points(
-    folder: Path, seed: int, file: Path, shapes: Labelled, protocol: str
+    run: Run, seed: int, file: Path, shapes: Labelled, protocol: str
 ) -> dict[int, list[float]]:
     """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
-    run, rule = Run(folder), selection_rule(shapes)
-    cost = run.record["cost"]
+    cost, rule = run.record["cost"], selection_rule(shapes)
+    kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
     before = read_checked(file) if file.exists() else {}
-    same = (before.get("fingerprint"), before.get("selection")) == (shapes.fingerprint, rule)
-    known = before["points"] if same else {}
+    known = before["points"] if kept.items() <= before.items() else {}
     stage_one = cost["stage1_cpu_seconds"]
     spent = {line["step"]: line["cpu_seconds"] + stage_one for line in [*run.metrics, cost]}
     spent[0] = 0.0
     points: dict[int, list[float]] = {}
-    for step, path in track(sorted(run.snapshots.items()), f"probing {folder}", transient=True):
+    snapshots = sorted(run.snapshots.items())
+    for step, path in track(snapshots, f"probing {run.folder}", transient=True):
         if str(step) in known:
             points[step] = known[str(step)]
             continue
         model = PointEncoder.from_pretrained(path)
         features = [layer_features(model, subset) for subset in shapes.subsets()]
-        accuracy = score(protocol, features, shapes, range(len(features[0])), seed)["accuracy"]
+        train, test, *held = zip(features, shapes.labels(), strict=True)
+        choice = range(len(features[0])), seed, held[0] if held else None
+        accuracy = run_protocol(protocol, *train, *test, *choice)["accuracy"]
         points[step] = [spent[step] / 60, accuracy]
     if len(points) > len(known):
-        kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
         write_json(file, provenance() | kept | {"points": points})
     return points
 
@@ -112,18 +107,15 @@ def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
     """Where each curve begins and ends, and when each reaches the end of every other."""
     rows = []
     for curve in curves:
-        first, last = curve.accuracy[:, 0], curve.accuracy[:, -1]
+        first, last = curve.accuracy[:, 0].mean(), moments(curve.accuracy[:, -1])
         reached = [curve.minutes_to(other.accuracy.mean(0)[-1]) for other in curves]
-        seeds, spent = ",".join(map(str, curve.seeds)), curve.minutes.mean(0)[-1]
-        rows.append([curve.name, seeds, f"{first.mean():.1f}", mean_std(moments(last))])
-        rows[-1].append(f"{spent:.1f}")
-        rows[-1] += ["-" if minutes is None else f"{minutes:.1f} min" for minutes in reached]
+        row = [curve.name, ",".join(map(str, curve.seeds)), f"{first:.1f}", mean_std(last)]
+        row += [f"{curve.minutes.mean(0)[-1]:.1f}"]
+        rows.append(row + ["-" if spent is None else f"{spent:.1f} min" for spent in reached])
     columns = ["run", "seeds", "untrained", "final", "CPU-min"]
-    notes = [
-        f"{protocol}, overall accuracy % on the {part} part, which scores every snapshot and "
-        "selects none",
-        "within a snapshot: layer and C are chosen as by jepa3d probe; the files curve-*.json say "
-        "on what",
-    ]
     columns += [f"{curve.name}'s final after" for curve in curves]
+    what = f"{protocol}, overall accuracy % on the {part} part"
+    rule = "within a snapshot: layer and C are chosen as by jepa3d probe"
+    notes = [f"{what}, which scores every snapshot and selects none"]
+    notes.append(f"{rule}; the files curve-*.json say on what")
     return Sheet("learning curves", columns, rows, notes)

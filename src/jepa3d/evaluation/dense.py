@@ -21,11 +21,10 @@ from torch import Tensor
 
 from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.classifiers import fitted
+from jepa3d.evaluation.classifiers import fitted, one_thread
 from jepa3d.evaluation.descriptors import surface
 from jepa3d.evaluation.features import untrained_like
-from jepa3d.evaluation.fitting import one_thread
-from jepa3d.evaluation.labelled import Labelled, Part, fifth
+from jepa3d.evaluation.labelled import LabelledSet, Part, fifth
 from jepa3d.evaluation.partseg import mean_iou, shape_iou
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.retrieval import compared, compared_cells
@@ -44,13 +43,7 @@ _BATCH = 16
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
-def probe_parts(
-    models: list[str],
-    data: str,
-    labels_key: str = "labels",
-    up_axis: str = "z",
-    part: Part = "test",
-) -> dict[str, Any]:
+def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") -> dict[str, Any]:
     """Instance mIoU of the parts of labelled shapes by each encoder's features; of the first one's
     baselines too.
 
@@ -62,7 +55,7 @@ def probe_parts(
     iou: dict[str, np.ndarray] = {}
     for model in models:
         encoder = load_encoder(model)
-        shapes = Labelled.read(data, encoder.num_points, up_axis, labels_key, part, parts=True)
+        shapes = dataset.read(encoder.num_points, part, parts=True)
         train, test, held = shapes.train, shapes.test, shapes.validation
         used = np.arange(len(train))
         if held is None:
@@ -70,9 +63,9 @@ def probe_parts(
             held = train.subset(spared)
         assert test.parts is not None
         assert held.parts is not None
-        truth, held_truth = test.parts[:], held.parts[:]
-        held_labels = np.asarray(held.labels)
         parts_of = [np.array(parts) for parts in shapes.parts_of]
+        truth = test.parts[:], shapes.y_test, parts_of
+        held_truth = held.parts[:], np.asarray(held.labels), parts_of
         rows: dict[str, Features] = {model: partial(token_features, encoder)}
         if model == models[0]:
             rows["untrained"] = partial(token_features, untrained_like(encoder, train))
@@ -80,20 +73,17 @@ def probe_parts(
         for name, features in rows.items():
             x, y = _samples(features, encoder, train)
             tried = [_classifiers(c, x[used], y[used], shapes.y[used]) for c in _C_GRID]
-            miou = [
-                shape_iou(predicted, held_truth, held_labels, parts_of).mean()
-                for predicted in _predict(tried, features, encoder, held)
-            ]
-            c = _C_GRID[int(np.argmax(miou))]
+            predicted = _predict(tried, features, encoder, held)
+            scores = [shape_iou(each, *held_truth).mean() for each in predicted]
+            c = _C_GRID[int(np.argmax(scores))]
             best = [_classifiers(c, x, y, shapes.y)]
             (predicted,) = _predict(best, features, encoder, test)
-            scored = predicted, truth, shapes.y_test, parts_of
-            iou[name] = shape_iou(*scored)
+            iou[name] = shape_iou(predicted, *truth)
             found[name] = {"C": c, "channels": x.shape[-1]}
-            found[name] |= mean_iou(*scored, shapes.class_names)
+            found[name] |= mean_iou(predicted, *truth, shapes.class_names)
         about = {"name": shapes.name, "fingerprint": shapes.fingerprint}
-        about |= {"labels": labels_key, "part": part, "train": len(train), "test": len(test)}
-        about |= {"categories": len(shapes.class_names)}
+        about |= {"labels": dataset.labels_key, "part": part, "train": len(train)}
+        about |= {"test": len(test), "categories": len(shapes.class_names)}
         record = {"task": "parts", "data": about, "points": _points_a_shape(len(train))}
     for name, gain in compared(iou).items():
         found[name] |= gain
@@ -174,16 +164,16 @@ def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> 
     """A classifier for each category, of features n P E and parts n P of shapes of categories
     `labels` n.
     """
-    rows = {label: labels == label for label in np.unique(labels).tolist()}
     return {
-        label: _fit(c, x[of_category].reshape(-1, x.shape[-1]), y[of_category].ravel())
-        for label, of_category in rows.items()
+        label: _fit(c, np.concatenate(x[labels == label]), y[labels == label].ravel())
+        for label in np.unique(labels).tolist()
     }
 
 
 def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
     """Logistic regression; where there is one part only, always that part."""
-    return fitted("logistic", c, x, y) if len(np.unique(y)) > 1 else DummyClassifier().fit(x, y)
+    several = len(np.unique(y)) > 1
+    return fitted("logistic", c, x, y) if several else DummyClassifier().fit(x, y)
 
 
 def _predict(
@@ -212,15 +202,12 @@ def sheet(result: dict[str, Any]) -> Sheet:
         f"{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} "
         f"train, {data['test']:,} {data['part']}; parts of points, frozen features, %"
     )
-    figures = {
-        "instance mIoU": "instance_miou",
-        "category mIoU": "category_miou",
-        "points right": "point_accuracy",
-    }
+    keys = ("instance_miou", "category_miou", "point_accuracy")
     rows = [
-        [name, *(f"{row[key]:.1f}" for key in figures.values()), *compared_cells(row)]
+        [name, *(f"{row[key]:.1f}" for key in keys), *compared_cells(row)]
         for name, row in result["results"].items()
     ]
     rule = "selection: C of each row on a held-out part of train, by instance mIoU; "
-    columns = ["", *figures, "first - this", "95 %, paired by shape"]
+    columns = ["", "instance mIoU", "category mIoU", "points right"]
+    columns += ["first - this", "95 %, paired by shape"]
     return Sheet(title, columns, rows, [f"{rule}{data['part']} scored once"])

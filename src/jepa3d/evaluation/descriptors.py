@@ -30,16 +30,18 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     train: never the clouds that are searched, unless those are searched to choose by.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
+    histograms = partial(_mean_over_poses, encoder, shape_histograms)
+    surfaces = standardised(partial(_mean_over_poses, encoder, of), train)
     return {
-        "histograms": Descriptor(partial(_mean_over_poses, encoder, shape_histograms), minus_l1),
-        "geometry": Descriptor(standardised(partial(_mean_over_poses, encoder, of), train), cosine),
+        "histograms": Descriptor(histograms, minus_l1),
+        "geometry": Descriptor(surfaces, cosine),
     }
 
 
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """The descriptor `of` prepared clouds in the encoder's pose, or its mean over several poses."""
+    """The mean of the descriptor `of` over the poses in which the encoder sees prepared clouds."""
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
 
@@ -68,7 +70,7 @@ def standardised(
 
 
 def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """The function `of` clouds B N 3, called with eight of them at a time."""
+    """Decorator: call a function of clouds B N 3 with eight clouds at a time."""
 
     @wraps(of)
     def batched(points: Tensor, *settings, **named) -> np.ndarray:
@@ -140,11 +142,13 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
         found += [(roots.square().sum(-1, keepdim=True) + 1e-6).log()]
         found += [roots / (small + medium + large)]
         found += [_product(directions[..., 0]) * (medium - small) / large]
-        found += [_product(directions[..., 2]) * (large - medium) / large, middle - centers]
+        found += [_product(directions[..., 2]) * (large - medium) / large]
+        found += [middle - centers]
     others = distance.sort(-1).values[..., 1:]  # the first is its own
     at = torch.linspace(0.05, 0.95, 10, dtype=others.dtype)
-    found += [others.quantile(at, -1).movedim(0, -1), centers.norm(dim=-1, keepdim=True)]
-    found += [centers[..., 2:], centers[..., :2].norm(dim=-1, keepdim=True)]
+    found += [others.quantile(at, -1).movedim(0, -1)]
+    found += [centers.norm(dim=-1, keepdim=True), centers[..., 2:]]
+    found += [centers[..., :2].norm(dim=-1, keepdim=True)]
     return torch.cat(found, -1), grouped.centers
 
 

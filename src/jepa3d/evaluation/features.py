@@ -13,7 +13,8 @@ from jepa3d.models.tokenizer import group
 
 def default_device() -> torch.device:
     """The machine's accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    available = torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator() if available else None
     return found or torch.device("cpu")
 
 
@@ -32,7 +33,7 @@ def layer_features(
         else:
             grouped = group(points, model.num_groups, model.group_size)
             poses = [model.features(grouped.patches, grouped.centers)]
-        pooled = [torch.stack([pool(tokens, pooling) for tokens in states]) for states in poses]
+        pooled = [torch.stack([pool(layer, pooling) for layer in pose]) for pose in poses]
         layers.append(torch.stack(pooled).mean(0).cpu())
     return torch.cat(layers, 1).numpy()
 

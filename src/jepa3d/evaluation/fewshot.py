@@ -71,7 +71,7 @@ def draw_episodes(
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
-        hint = f"; with {most[0]} test shapes a class there are enough" if most.any() else ""
+        hint = f"; with {most[0]} test shapes a class there are enough" * bool(most.any())
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
         raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
     names = dict(enumerate(clouds.class_names))
@@ -122,28 +122,17 @@ def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
 
     Raises ValueError for an episode of other data.
     """
+    labels = np.empty(0) if clouds.labels is None else clouds.labels
+    rows = np.concatenate(episode[:2])
+    inside = rows.min() >= 0 and rows.max() < len(labels)
+    if not inside or not np.isin(labels[rows], episode.classes).all():
+        found = f"its {len(clouds)} shapes or their labels"
+        raise ValueError(f"{clouds.name}: {found} are not those that the episodes were drawn from")
     known = clouds.class_names
     names = tuple(known[number] for number in episode.classes if number < len(known))
-    labels = [_numbers(clouds, rows, episode.classes) for rows in episode[:2]]
-    train, test = (
-        replace(clouds.subset(rows), labels=numbers, class_names=names)
-        for rows, numbers in zip(episode, labels, strict=False)
-    )
-    return train, test
-
-
-def _numbers(clouds: PointClouds, rows: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The class of each row, as an index into `classes`. Raises ValueError for an episode of other
-    data.
-    """
-    labels = np.empty(0) if clouds.labels is None else clouds.labels
-    known = rows.min() >= 0 and rows.max() < len(labels)
-    if not known or not np.isin(labels[rows], classes).all():
-        raise ValueError(
-            f"{clouds.name}: its {len(clouds)} shapes or their labels are not those that the "
-            "episodes were drawn from"
-        )
-    return np.searchsorted(classes, labels[rows])
+    numbers = np.searchsorted(episode.classes, labels)
+    clouds = replace(clouds, labels=numbers, class_names=names)
+    return clouds.subset(episode.support), clouds.subset(episode.query)
 
 
 # ---------------------------------------------------------------------------------- published folds
@@ -172,10 +161,8 @@ def published_folds(
 
     def read(path: Path) -> Fold:
         if not (path / "store.json").is_file():
-            raise ReadError(
-                f"{path}: is missing, and {folds} folds are needed; "
-                "run its jepa3d prepare again, it goes on"
-            )
+            needed = f"is missing, and {folds} folds are needed"
+            raise ReadError(f"{path}: {needed}; run its jepa3d prepare again, it goes on")
         clouds = load([str(path)], num_points, "all", [up_axis])
         clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
         if clouds.labels is None or clouds.split is None:
@@ -211,30 +198,10 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
     return classes[cosine(query - center, means).argmax(1)]
 
 
-def run_frozen(
-    model: PointEncoder | DVAE, clouds: PointClouds, episodes: list[Episode], method: str
-) -> list[float]:
-    """Accuracy of each episode in per cent. Each shape is encoded once, however many episodes have
-    it. Raises ValueError for episodes of other data.
-    """
-    labels = [[_numbers(clouds, rows, found.classes) for rows in found[:2]] for found in episodes]
-    needed = np.unique(np.concatenate([rows for found in episodes for rows in found[:2]]))
-    features = layer_features(model, clouds.subset(needed))[-1]
-    scores = []
-    for (*rows, _), (y, y_query) in zip(episodes, labels, strict=True):
-        support, query = (features[np.searchsorted(needed, some)] for some in rows)
-        scores.append(_accuracy(method, support, y, query, y_query))
-    return scores
-
-
-def run_frozen_folds(model: PointEncoder | DVAE, folds: list[Fold], method: str) -> list[float]:
-    """As `run_frozen`, of the published folds, each encoded by itself."""
-    scores = []
-    for train, test in folds:
-        x, x_test = (layer_features(model, part)[-1] for part in (train, test))
-        scores.append(_accuracy(method, x, train.labels, x_test, test.labels))
-    return scores
-
-
-def _accuracy(method: str, support: np.ndarray, y, query: np.ndarray, y_query) -> float:
-    return 100 * float((predict(method, support, y, query) == y_query).mean())
+def accuracy(
+    model: PointEncoder | DVAE, train: PointClouds, test: PointClouds, method: str
+) -> float:
+    """Accuracy in per cent of a method on the frozen features of one fold."""
+    x, x_test = (layer_features(model, part)[-1] for part in (train, test))
+    found = predict(method, x, np.asarray(train.labels), x_test)
+    return 100 * float((found == test.labels).mean())

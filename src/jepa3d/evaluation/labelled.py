@@ -4,10 +4,11 @@ validation part.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.model_selection import train_test_split
@@ -23,6 +24,45 @@ from jepa3d.plain import log
 
 Part = Literal["test", "validation"]  # what is scored
 _TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
+
+
+class LabelledSet(NamedTuple):
+    """A source of labelled shapes, and how it is read."""
+
+    source: str
+    labels_key: str = "labels"
+    up_axis: str = "z"
+
+    def read(self, num_points: int, part: Part = "test", parts: bool = False) -> "Labelled":
+        """The shapes, `part` of them to be scored; with the part labels of their points if `parts`.
+
+        Raises ReadError where labels, part labels or a test part are missing.
+        """
+        source, key, axis = self
+        clouds = load([source], num_points, "all", [axis], key, parts=parts)
+        report, layout = Path(source) / "report.json", None
+        if report.is_file():
+            layout = json.loads(report.read_text()).get("layout")
+        known = [clouds.fingerprint, key, axis, num_points, part, FRAME]
+        known.append(version("jepa3d"))
+        digest = hashlib.sha256(repr(known).encode()).hexdigest()
+        return replace(Labelled.of(clouds, part), layout=layout, key=digest[:8])
+
+    @staticmethod
+    def each(
+        sources: Sequence[str], labels_keys: Sequence[str], up_axes: Sequence[str]
+    ) -> "list[LabelledSet]":
+        """One set per source; a single key or axis is that of all.
+
+        Raises ValueError for another number of them.
+        """
+        count, columns = len(sources), []
+        for flag, values in (("--labels-key", labels_keys), ("--up-axis", up_axes)):
+            if len(values) not in (1, count):
+                found = f"{flag}: {len(values)} values for {count} scored sets"
+                raise ValueError(f"{found}: give one, or one each")
+            columns.append([*values] * (count // len(values)))
+        return list(map(LabelledSet, sources, *columns))
 
 
 @dataclass(frozen=True)
@@ -45,31 +85,9 @@ class Labelled:
 
     @staticmethod
     def load(config: FinetuneConfig, num_points: int, parts: bool = False) -> "Labelled":
-        """The shapes that a run is trained and tested on: see `read`."""
-        return Labelled.read(
-            config.data, num_points, config.up_axis, config.labels_key, parts=parts
-        )
-
-    @staticmethod
-    def read(
-        data: str,
-        num_points: int,
-        up_axis: str = "z",
-        labels_key: str = "labels",
-        part: Part = "test",
-        parts: bool = False,
-    ) -> "Labelled":
-        """The labelled shapes of a source; with the part labels of their points if `parts`.
-
-        Raises ReadError where labels, part labels or a test part are missing.
-        """
-        clouds = load([data], num_points, "all", [up_axis], labels_key, parts=parts)
-        report, layout = Path(data) / "report.json", None
-        if report.is_file():
-            layout = json.loads(report.read_text()).get("layout")
-        known = [clouds.fingerprint, labels_key, up_axis, num_points, part, FRAME]
-        key = hashlib.sha256(repr([*known, version("jepa3d")]).encode()).hexdigest()
-        return replace(Labelled.of(clouds, part), layout=layout, key=key[:8])
+        """The shapes that a run is trained and tested on."""
+        dataset = LabelledSet(config.data, config.labels_key, config.up_axis)
+        return dataset.read(num_points, parts=parts)
 
     @staticmethod
     def of(clouds: PointClouds, part: Part = "test") -> "Labelled":
@@ -80,48 +98,35 @@ class Labelled:
         """
         name = clouds.name
         if clouds.labels is None:
-            raise ReadError(
-                f"{name}: has no labels, or not of all its shapes; sub-folders are classes, "
-                "and --labels-key names a bundle's"
-            )
+            hint = "sub-folders are classes, and --labels-key names a bundle's"
+            raise ReadError(f"{name}: has no labels, or not of all its shapes; {hint}")
         if clouds.split is None or (part == "test" and not (clouds.split == _TEST).any()):
-            raise ReadError(
-                f"{name}: has no train/test split, or no test part; make one with: "
-                "jepa3d prepare --split 0.2"
-            )
+            hint = "make one with: jepa3d prepare --split 0.2"
+            raise ReadError(f"{name}: has no train/test split, or no test part; {hint}")
         has_validation = bool((clouds.split == _VALIDATION).any())
         if part == "validation" and not has_validation:
             clouds = _with_validation(clouds.part("train"))
         labels, split = np.asarray(clouds.labels), np.asarray(clouds.split)
-        in_train, in_test = split == _TRAIN, split == (_TEST if part == "test" else _VALIDATION)
+        scored = _TEST if part == "test" else _VALIDATION
+        in_train, in_test = split == _TRAIN, split == scored
         both = np.intersect1d(labels[in_train], labels[in_test])
         if len(both) < (needed := 2 if clouds.parts is None else 1):
-            raise ReadError(
-                f"{name}: {len(both)} classes in both train and {part}, at least {needed} are needed"
-            )
+            found = f"{len(both)} classes in both train and {part}"
+            raise ReadError(f"{name}: {found}, at least {needed} are needed")
         if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
-            log.info(
-                f"{len(dropped)} classes dropped, since not in both parts: {', '.join(dropped)}"
-            )
-        known = clouds.class_names or list(map(str, range(labels.max() + 1)))
-        names = tuple(known[i] for i in both)
+            listed = ", ".join(dropped)
+            log.info(f"{len(dropped)} classes dropped, since not in both parts: {listed}")
+        every = clouds.class_names or list(map(str, range(labels.max() + 1)))
+        names = tuple(every[i] for i in both)
         mask = np.isin(labels, both)
         numbers = np.searchsorted(both, labels[mask])
         kept = replace(clouds.subset(mask), labels=numbers, class_names=names)
         train, test, held = (kept.subset(split[mask] == i) for i in range(len(SPLITS)))
-        return Labelled(
-            name,
-            None,
-            clouds.fingerprint,
-            train,
-            test if part == "test" else held,
-            held if part == "test" and len(held) else None,
-            names,
-            dropped,
-            *_parts(kept, train),
-            part,
-            has_validation,
-        )
+        if part == "validation":
+            test, held = held, ()
+        subsets, parts = (train, test, held or None), _parts(kept, train)
+        known = name, None, clouds.fingerprint, *subsets, names, dropped, *parts
+        return Labelled(*known, part, has_validation)
 
     @property
     def y(self) -> np.ndarray:
@@ -172,7 +177,7 @@ class Labelled:
             "classes": len(self.class_names),
             "dropped_classes": list(self.dropped),
             "train": len(train),
-            "validation": 0 if validation is None else len(validation),
+            "validation": len(validation or ()),
             "test": len(self.test),
             "labels": labels,
         }
@@ -181,9 +186,8 @@ class Labelled:
 def _with_validation(train: PointClouds) -> PointClouds:
     """Train shapes with a fifth of them marked as their validation part."""
     if len(train) < 5:
-        raise ReadError(
-            f"{train.name}: {len(train)} train shapes, and validation is a fifth of them"
-        )
+        found = f"{len(train)} train shapes, and validation is a fifth of them"
+        raise ReadError(f"{train.name}: {found}")
     split = np.full(len(train), _TRAIN, np.int8)
     split[fifth(np.asarray(train.labels), seed=0)[1]] = _VALIDATION
     return replace(train, split=split)

@@ -1,17 +1,115 @@
-"""Paired differences between rows of a comparison: the interval over seeds and shapes, the verdict,
-the tables.
+"""Scores of frozen vectors shape by shape, in per cent, and what a comparison makes of them: paired
+differences with their interval over seeds and shapes, the verdict, the tables. Nothing is chosen.
+
+| metric      | of each scored shape                                                                               |
+|-------------|----------------------------------------------------------------------------------------------------|
+| logistic_10 | share of 10 draws of 10 labels a class in which logistic regression is right (standardised, C 0.1) |
+| knn         | whether its 10 nearest train shapes are right (standardised, by cosine)                            |
+| map         | average precision of the other scored shapes, ranked by likeness (vectors as they are)             |
+| nearest     | whether the nearest of these is of its class                                                       |
+
+The first two are those of `jepa3d probe --quick`, the last two those of `jepa3d retrieval`. A shape
+alone in its class has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of
+the tokens of the last layer.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from scipy.stats import t as student
 
-from jepa3d.evaluation.outcomes import METRICS
+from jepa3d.evaluation.classifiers import predict
+from jepa3d.evaluation.descriptors import baselines, cosine
+from jepa3d.evaluation.features import layer_features
+from jepa3d.evaluation.labelled import Labelled, LabelledSet
+from jepa3d.evaluation.probe import QUICK_C, few_labels, selection_rule
 from jepa3d.evaluation.protocol import moments
+from jepa3d.evaluation.retrieval import search
 from jepa3d.evaluation.tables import Sheet, mean_std
+from jepa3d.models.encoder import PointEncoder
+from jepa3d.plain import read_checked, write_checked
 
 Outcomes = dict[str, np.ndarray]  # metric -> per cent of every shape in every run, seeds shapes
+METRICS = {
+    "logistic_10": "10 labels a class",
+    "knn": "kNN",
+    "map": "mAP",
+    "nearest": "nearest neighbour right",
+}
+
+
+class Vectors(NamedTuple):
+    """Vectors of a labelled set, and how two of them are compared."""
+
+    train: np.ndarray  # m E
+    scored: np.ndarray  # n E
+    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]  # q E, n E -> q n, larger is nearer
+
+
+def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
+    """A name for each set: that of its file, or its whole path where two would be the same."""
+    names = {}
+    for dataset in sets:
+        key = "" if dataset.labels_key == "labels" else f" ({dataset.labels_key})"
+        name = f"{Path(dataset.source).stem}{key}"
+        names[dataset] = name if name not in names.values() else f"{dataset.source}{key}"
+    return names
+
+
+def outcomes(
+    vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """Metric -> per cent of each scored shape [n]; `seed` draws the labels of logistic_10."""
+    train, scored, likeness = vectors
+    right = [
+        predict("logistic", QUICK_C, train[rows], y[rows], scored) == y_scored
+        for rows in few_labels(y, seed)
+    ]
+    nearest, average = search(likeness, scored, scored, y_scored, np.arange(len(scored)))
+    return {
+        "logistic_10": 100 * np.mean(right, 0),
+        "knn": 100.0 * (predict("knn", 0.0, train, y, scored) == y_scored),
+        "map": 100 * average,
+        "nearest": 100 * nearest,
+    }
+
+
+def kept_outcomes(
+    folder: Path, name: str, vectors: Callable[[], Vectors], data: Labelled, seed: int
+) -> dict[str, np.ndarray]:
+    """`outcomes` from folder/scores-NAME-*.json, which is written first where it is missing."""
+    stem = Path(data.name).stem.replace(":", "-")
+    file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
+    if not file.exists():
+        found = outcomes(vectors(), data.y, data.y_test, seed)
+        plain = {}
+        for key, values in found.items():
+            plain[key] = [None if np.isnan(value) else value for value in values.tolist()]
+        rule = selection_rule(data, quick=True)
+        write_checked(file, {"seed": seed, "selection": rule, "outcomes": plain})
+    kept = read_checked(file, "outcomes")["outcomes"]
+    return {key: np.array(values, np.float64) for key, values in kept.items()}
+
+
+def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
+    """Vectors by a run's encoder ("encoder"), by its untrained one ("untrained"), or by the
+    descriptor of that name in `baselines` on what this encoder sees.
+    """
+    folder = run / ("encoder" if name == "encoder" else "untrained")
+    encoder, subsets = PointEncoder.from_pretrained(folder), data.subsets()[:2]
+    if name in ("encoder", "untrained"):
+        found = [torch.from_numpy(layer_features(encoder, subset)[-1]) for subset in subsets]
+        train, scored = (encoder.cpu().standardise(some).numpy() for some in found)
+        return Vectors(train, scored, cosine)
+    train, scored = (encoder.prepare(subset.points[:]) for subset in subsets)
+    of, likeness = baselines(encoder, train)[name]
+    return Vectors(of(train), of(scored), likeness)
+
+
+# ------------------------------------------------------------------------------- paired differences
 
 
 class Difference(NamedTuple):
@@ -44,22 +142,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     """
     gain = ours - theirs
     parts = []  # variance, degrees of freedom
-    for axis in (0, 1):
-        count = gain.shape[axis]
+    for axis, count in enumerate(gain.shape):
         if count > 1:
             parts.append((gain.mean(1 - axis).var(ddof=1) / count, count - 1))
     variance = sum(part for part, _ in parts)
-    mean = float(gain.mean())
-    if variance == 0:
-        return Difference(mean, mean, mean)
-    freedom = variance**2 / sum(part**2 / count for part, count in parts)
-    reach = float(student.ppf(0.975, freedom) * np.sqrt(variance))
+    mean, reach = float(gain.mean()), 0.0
+    if variance:
+        freedom = variance**2 / sum(part**2 / count for part, count in parts)
+        reach = float(student.ppf(0.975, freedom) * np.sqrt(variance))
     return Difference(mean, mean - reach, mean + reach)
-
-
-def stacked(outcomes: list[dict[str, np.ndarray]]) -> Outcomes:
-    """Outcomes of each seed as one table a metric, seeds x shapes."""
-    return {metric: np.stack([found[metric] for found in outcomes]) for metric in METRICS}
 
 
 class Row(NamedTuple):
@@ -74,8 +165,8 @@ class Row(NamedTuple):
     def record(self) -> dict[str, Any]:
         """As JSON."""
         found = self._asdict() | moments(self.values)
-        if self.difference:
-            found |= {"difference": self.difference._asdict(), "verdict": self.difference.verdict}
+        if gain := self.difference:
+            found |= {"difference": gain._asdict(), "verdict": gain.verdict}
         return found
 
 
@@ -85,16 +176,13 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
     """
     rows = []
     for metric in METRICS:
-        values = {name: outcomes[metric] for name, outcomes in found.items()}
-        kept = np.all([np.isfinite(table).all(0) for table in values.values()], 0)
-        base = values.get(reference)
-        for name, table in values.items():
-            pair = (
-                None
-                if base is None or name == reference
-                else difference(table[:, kept], base[:, kept])
-            )
-            rows.append(Row(data, metric, name, table[:, kept].mean(1).tolist(), pair))
+        tables = {name: outcomes[metric] for name, outcomes in found.items()}
+        kept = np.isfinite(np.concatenate([*tables.values()])).all(0)
+        tables = {name: table[:, kept] for name, table in tables.items()}
+        for name, table in tables.items():
+            compared = name != reference and reference in tables
+            gain = difference(table, tables[reference]) if compared else None
+            rows.append(Row(data, metric, name, table.mean(1).tolist(), gain))
     return rows
 
 
@@ -107,21 +195,17 @@ def sheets_of(
     """
     tables: dict[tuple[str, str], list[list[str]]] = {}
     for row in rows:
-        spent, compared = "-", ["-", "-", "-"]
-        if row.name in minutes:
-            spent, compared[2] = f"{minutes[row.name]:.1f}", "reference"
+        spent = f"{minutes[row.name]:.1f}" if row.name in minutes else "-"
+        compared = ["-", "-", "-" if spent == "-" else "reference"]
         if gain := row.difference:
             interval = f"{gain.low:+.1f} to {gain.high:+.1f}"
             compared = [f"{gain.mean:+.1f}", interval, gain.verdict]
         line = [row.name, mean_std(moments(row.values)), *compared, spent]
         tables.setdefault((row.data, row.metric), []).append(line)
     columns = ["", "%", "difference", "95 % interval", "verdict", "CPU-min"]
-    return [
-        Sheet(
-            f"{data}, {METRICS[metric]}: {about[data]}",
-            columns,
-            lines + [[name, "-", "-", "-", "failed", "-"] for name in failed],
-            [],
-        )
-        for (data, metric), lines in tables.items()
-    ]
+    no_result = [[name, "-", "-", "-", "failed", "-"] for name in failed]
+    sheets = []
+    for (data, metric), lines in tables.items():
+        title = f"{data}, {METRICS[metric]}: {about[data]}"
+        sheets.append(Sheet(title, columns, lines + no_result, []))
+    return sheets

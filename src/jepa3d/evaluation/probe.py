@@ -18,7 +18,8 @@ validation part takes the place of the fifth. A quick probe chooses nothing: the
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,10 @@ from sklearn.model_selection import StratifiedKFold
 
 from jepa3d.config import BOOKKEEPING, differences
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict
+from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict, side_by_side
 from jepa3d.evaluation.descriptors import baselines
 from jepa3d.evaluation.features import layer_features, untrained_like
-from jepa3d.evaluation.fitting import side_by_side
-from jepa3d.evaluation.labelled import Labelled, Part, check_pairs, fifth
+from jepa3d.evaluation.labelled import Labelled, LabelledSet, Part, check_pairs, fifth
 from jepa3d.evaluation.protocol import moments, provenance
 from jepa3d.evaluation.reconstruction import dvae_figures
 from jepa3d.evaluation.tables import Sheet, mean_std
@@ -83,7 +83,7 @@ def run_protocol(
     y: np.ndarray,
     test: np.ndarray,
     y_test: np.ndarray,
-    layers: list[int],
+    layers: Iterable[int],
     seed: int = 0,
     held: tuple[np.ndarray, np.ndarray] | None = None,
     c: float | None = None,
@@ -99,7 +99,7 @@ def run_protocol(
     grid = (0.0,)
     if protocol.startswith("logistic"):
         grid = (c,) if c is not None else _FEW_C_GRID if few else _C_GRID
-    choices = [(layer, c) for layer in layers for c in grid]
+    choices = list(product(layers, grid))
     draws = few_labels(y, seed) if few else [slice(None)]
     chosen = choices[:1] * len(draws)
     if len(choices) > 1:
@@ -121,14 +121,15 @@ def run_protocol(
         numbers = sum(len(folds) * features.size for _, _, features, _, folds, _ in jobs)
         validation = np.reshape(side_by_side(_validation, jobs, numbers), (len(draws), -1))
         chosen = [choices[best] for best in validation.argmax(1)]
-    confusions = [
-        _confusion(protocol, c, train[layer][rows], y[rows], test[layer], y_test, seed=seed)
-        for rows, (layer, c) in zip(draws, chosen, strict=True)
-    ]
+    confusions = []
+    for rows, (layer, c) in zip(draws, chosen, strict=True):
+        parts = train[layer][rows], y[rows], test[layer], y_test
+        confusions.append(_confusion(protocol, c, *parts, seed=seed))
     if few:
         found = moments([_overall(confusion) for confusion in confusions])
         pairs = [list(choice) for choice in chosen]
-        return {"accuracy": found["mean"], "std_over_draws": found["std"], "chosen": pairs}
+        mean, std = found["mean"], found["std"]
+        return {"accuracy": mean, "std_over_draws": std, "chosen": pairs}
     ((layer, c),) = chosen
     return {
         "accuracy": _overall(confusions[0]),
@@ -170,23 +171,6 @@ def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
     ]
 
 
-def score(
-    protocol: str,
-    features: Sequence[np.ndarray],
-    shapes: Labelled,
-    layers: Iterable[int],
-    seed: int,
-    c: float | None = None,
-) -> dict:
-    """`run_protocol` on features [L, n, E] of each of `shapes.subsets()`.
-
-    Without those of a validation part, layer and C are chosen on a fifth of train.
-    """
-    (x, x_test, *x_held), (y, y_test, *y_held) = features, shapes.labels()
-    held = (x_held[0], y_held[0]) if x_held else None
-    return run_protocol(protocol, x, y, x_test, y_test, list(layers), seed, held, c)
-
-
 def probe(
     runs: list[Path],
     data: str,
@@ -211,8 +195,8 @@ def probe(
     networks = {run: _models(run) for run in runs}
     configs = {run: config for run, (config, _) in networks.items()}
     seeds, first = _seeds(runs, configs), configs[runs[0]]
-    axis = up_axis.replace("none", "z")
-    shapes = Labelled.read(data, first["encoder"]["num_points"], axis, labels_key, part)
+    dataset = LabelledSet(data, labels_key, up_axis.replace("none", "z"))
+    shapes = dataset.read(first["encoder"]["num_points"], part)
     subsets = shapes.subsets()[: 2 if quick else 3]
     by_rule, fixed = ("last", QUICK_C) if quick else ("best on validation", None)
     rows = []
@@ -238,8 +222,10 @@ def probe(
             if quick or layer is not None:
                 layers = [depth if layer is None else min(layer, depth)]
             row = {"run": str(run), "model": name, "seed": config["seed"], "scores": {}}
+            train, test, *others = zip(features, shapes.labels(), strict=False)
+            choice = layers, config["seed"], others[0] if others else None, fixed
             for protocol in protocols:
-                found = score(protocol, features, shapes, layers, config["seed"], fixed)
+                found = run_protocol(protocol, *train, *test, *choice)
                 if "confusion" in found:
                     found["per_class"] = by_class(found["confusion"], shapes.class_names)
                 row["scores"][protocol] = found
@@ -261,7 +247,7 @@ def probe(
             str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
         # as far as is known
-        "seen_in_pretraining": any(was_seen(config, data, part) for config in configs.values()),
+        "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
         "selection": selection_rule(shapes, quick),
@@ -276,16 +262,14 @@ def probe(
 def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
     """The seeds of runs that differ in nothing else. Raises ValueError where they do not."""
     for run in runs:
-        changed = differences(configs[run], configs[runs[0]]).keys() - {"seed", *BOOKKEEPING}
-        if changed:
-            raise ValueError(
-                f"{run}: differs in {min(changed)} from {runs[0]}; only seeds of one run can be averaged"
-            )
+        changed = differences(configs[run], configs[runs[0]]).keys()
+        if changed := changed - {"seed", *BOOKKEEPING}:
+            found = f"{run}: differs in {min(changed)} from {runs[0]}"
+            raise ValueError(f"{found}; only seeds of one run can be averaged")
     seeds = [configs[run]["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"runs of seeds {seeds}: only different seeds can be averaged; probe other models one by one"
-        )
+        found = f"runs of seeds {seeds}: only different seeds can be averaged"
+        raise ValueError(f"{found}; probe other models one by one")
     return seeds
 
 
@@ -293,7 +277,7 @@ def _by_hand(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, lis
     """Vectors [1, n, E] of each subset by each of the `baselines`, as of a network of one layer."""
     prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
     made = baselines(encoder, prepared[0])
-    return {name: [of(points)[None] for points in prepared] for name, (of, _) in made.items()}
+    return {name: [of(x)[None] for x in prepared] for name, (of, _) in made.items()}
 
 
 def was_seen(config: dict, data: str, part: Part) -> bool:
@@ -320,14 +304,12 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     run = Run(folder)
     config = run.config
     if "task" in config:
-        raise ValueError(
-            f"{folder}: a run of jepa3d {config['task']}; the probe takes runs of jepa3d pretrain"
-        )
+        found = f"a run of jepa3d {config['task']}"
+        raise ValueError(f"{folder}: {found}; the probe takes runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (folder / export).is_dir():
-        raise ValueError(
-            f"{folder}: has no {export} yet; finish it with: jepa3d pretrain --out {folder} --resume"
-        )
+        command = f"jepa3d pretrain --out {folder} --resume"
+        raise ValueError(f"{folder}: has no {export} yet; finish it with: {command}")
     if export == "dvae":
         return config, {"teacher": load_module(str(folder))}
     return config, {
@@ -342,56 +324,44 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     the paired gain over the untrained encoder; beside it those of the mean class accuracy, if any.
     """
     table: dict[str, dict] = {}
-    for protocol in protocols:
-        for model, found in _means(rows, protocol, "accuracy").items():
-            table.setdefault(model, {})[protocol] = found
-        for model, found in _means(rows, protocol, "mean_class_accuracy").items():
-            table[model][protocol]["mean_class_accuracy"] = found
+    for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):
+        values: dict[str, dict[str, float]] = {}  # model, run
+        for row in rows:
+            if key in (scores := row["scores"][protocol]):
+                values.setdefault(row["model"], {})[row["run"]] = scores[key]
+        if after := values.get("pretrained"):
+            before = values["untrained"]
+            values["gain"] = {run: value - before[run] for run, value in after.items()}
+        for model, found in values.items():
+            figures = moments([*found.values()]) | {"runs": len(found)}
+            scores = table.setdefault(model, {})
+            scores[protocol] = scores[protocol] | {key: figures} if protocol in scores else figures
     return table
-
-
-def _means(rows: list[dict], protocol: str, key: str) -> dict[str, dict]:
-    """Model, or "gain" -> mean, std and number of runs of one figure; of rows that have it."""
-    values: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if key in (scores := row["scores"][protocol]):
-            values.setdefault(row["model"], {})[row["run"]] = scores[key]
-    if after := values.get("pretrained"):
-        before = values["untrained"]
-        values["gain"] = {run: value - before[run] for run, value in after.items()}
-    return {
-        model: moments([*found.values()]) | {"runs": len(found)} for model, found in values.items()
-    }
 
 
 def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
     """ValueError unless `protocol` is None, or one of `protocols` that has figures of every class."""
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
-        raise ValueError(
-            f"per class {protocol!r}: one of the probed {', '.join(known)} (logistic_10 has none)"
-        )
+        listed = f"{', '.join(known)} (logistic_10 has none)"
+        raise ValueError(f"per class {protocol!r}: one of the probed {listed}")
 
 
 def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
     """The summary of a result as a table; a second one has the accuracy of every class under the
-    protocol `per_class`.
-
-    Raises ValueError for a protocol without figures of classes.
+    protocol `per_class`, which is one of those of `check_per_class`.
     """
-    check_per_class(per_class, result["rows"][0]["scores"])
     data, part = result["data"], result["data"].get("part", "test")
     title = (
         f"{data['name']} ({data['labels']}): {data['classes']} classes, {data['train']:,} train, "
         f"{data['test']:,} {part}; overall accuracy %, {result['pooling']}, "
         f"layer {result['layer']}, seeds {result['seeds']}"
     )
+    dvaes = [row["dvae"] | {"run": row["run"]} for row in result["rows"] if "dvae" in row]
     notes = [
-        f"teacher of {row['run']}: Chamfer-L1 {row['dvae']['reconstruction']:.4f}, best constant "
-        f"patch {row['dvae']['constant_patch']:.4f}; code perplexity "
-        f"{row['dvae']['perplexity']:.0f} of {row['dvae']['num_codes']}"
-        for row in result["rows"]
-        if "dvae" in row
+        f"teacher of {dvae['run']}: Chamfer-L1 {dvae['reconstruction']:.4f}, best constant patch "
+        f"{dvae['constant_patch']:.4f}; code perplexity {dvae['perplexity']:.0f} of {dvae['num_codes']}"
+        for dvae in dvaes
     ]
     if result["seen_in_pretraining"]:
         notes.append(f"the {part} part was among the (unlabelled) pretraining data")
@@ -406,7 +376,8 @@ def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]
     rows = []
     for model, scores in summary.items():
         gain = model == "gain"
-        name, form = "pretrained - untrained" if gain else model, "+.1f" if gain else ".1f"
+        name = "pretrained - untrained" if gain else model
+        form = "+.1f" if gain else ".1f"
         rows.append([name, *(mean_std(found, form) for found in scores.values())])
     return ["", *next(iter(summary.values()))], rows
 
@@ -417,15 +388,14 @@ def _class_sheet(result: dict, protocol: str) -> Sheet:
     for row in result["rows"]:
         found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))
     counts = next(iter(found.values()))[0].sum(1)
-    columns = {
-        model: np.mean([class_accuracy(table) for table in tables], 0)
-        for model, tables in found.items()
-    }
+    columns = {}
+    for model, tables in found.items():
+        columns[model] = np.mean([class_accuracy(table) for table in tables], 0)
     if "pretrained" in columns:
         columns["gain"] = columns["pretrained"] - columns["untrained"]
     forms = ["+.1f" if model == "gain" else ".1f" for model in columns]
     table = np.stack(list(columns.values()), 1)  # classes models
     names = [*result["class_names"], "mean class accuracy"]
-    numbers = zip([*table, table.mean(0)], names, [*counts, counts.sum()], strict=True)
-    rows = [[name, f"{count:,}", *map(format, values, forms)] for values, name, count in numbers]
+    lines = zip(names, [*counts, counts.sum()], [*table, table.mean(0)], strict=True)
+    rows = [[name, f"{count:,}", *map(format, row, forms)] for name, count, row in lines]
     return Sheet(f"{protocol}, accuracy %", ["class", "shapes", *columns], rows, [])

@@ -28,7 +28,8 @@ def dvae_figures(
         batches = list(zip(patches.split(16), centers.split(16), strict=True))
         codes = torch.cat([dvae.codes(*batch) for batch in batches])
         made = torch.cat([dvae.reconstruct(*batch) for batch in batches])
-        share = torch.bincount(codes.flatten(), minlength=dvae.num_codes).double() / codes.numel()
+        counts = torch.bincount(codes.flatten(), minlength=dvae.num_codes)
+        share = counts.double() / codes.numel()
         reconstruction = chamfer_l1(made, patches)
     constant = best_constant_patch(fitted.flatten(0, 1))
     return {

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jepa3d.evaluation.protocol import moments
 from jepa3d.evaluation.published import PUBLISHED, benchmark_of, published_sheet
 from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
+from jepa3d.run import Run
 
 BASES = ("scratch", "untrained")  # what a pretrained encoder is measured against
 CHOSEN_BY = {
@@ -23,23 +25,14 @@ CHOSEN_BY = {
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
+Finished = dict[
+    str, Any
+]  # a results.json, its folder, and what its encoder began as, without seeds
 _TEXTS, _NUMBERS = ("protocol", "init", "selection"), ("seed", "votes")
-_GROUPS, _OPTIONAL = ("data", "metrics", "settings"), ("validation", "pretraining", "cost")
+_GROUPS = ("data", "metrics", "settings")
+_OPTIONAL = ("validation", "pretraining", "cost")
 _FIELDS: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_NUMBERS, int)
 _FIELDS |= dict.fromkeys(_GROUPS, dict) | dict.fromkeys(_OPTIONAL, dict | None)
-
-
-class Finished(NamedTuple):
-    """A finished run: its folder, results.json, and what its encoder began as, without seeds."""
-
-    folder: Path
-    result: dict[str, Any]
-    init: str
-
-    @property
-    def pretraining(self) -> dict[str, Any]:
-        """The record of the pretraining run that the encoder comes from; empty if there is none."""
-        return self.result["pretraining"] or {}
 
 
 class Arm(NamedTuple):
@@ -50,16 +43,18 @@ class Arm(NamedTuple):
     @property
     def result(self) -> dict[str, Any]:
         """The first run's, for all that the seeds share."""
-        return self.runs[0].result
+        return self.runs[0]
 
     @property
     def init(self) -> str:
-        return self.runs[0].init
+        """What the encoder began as, without seeds."""
+        return self.runs[0]["origin"]
 
     @property
     def rule(self) -> str:
         """How the epoch was chosen; a choice on the test part is marked."""
-        return ON_TEST if self.result["selection"] == "best on test" else self.result["selection"]
+        rule = self.result["selection"]
+        return ON_TEST if rule == "best on test" else rule
 
     def setting(self, name: str) -> str:
         """A setting as text."""
@@ -67,11 +62,13 @@ class Arm(NamedTuple):
 
     def values(self, metric: str, part: str = "metrics") -> list[float]:
         """A figure a run on the test part, or of part "validation"; of those runs that have it."""
-        found = [(run.result[part] or {}).get(metric) for run in self.runs]
-        return [value for value in found if value is not None]
+        return [run[part][metric] for run in self.runs if run[part].get(metric) is not None]
 
-    def has_validation(self) -> bool:
-        return len(self.values(CHOSEN_BY[self.result["task"]], "validation")) == len(self.runs)
+    @property
+    def validation(self) -> float | None:
+        """The mean figure on the validation part; None unless every run has one."""
+        values = self.values(CHOSEN_BY[self.result["task"]], "validation")
+        return float(np.mean(values)) if len(values) == len(self.runs) else None
 
     def measured_on(self) -> str:
         """Equal for arms of one task and data set."""
@@ -93,10 +90,9 @@ class Arm(NamedTuple):
             return self.init
         names = set()
         for run in self.runs:
-            path = Path(run.result["init"])
+            path, record = Path(run["init"]), run["pretraining"]
             name = (path.parent if path.name == "encoder" else path).name
-            seed = run.pretraining.get("seed")
-            names.add(name.removesuffix(f"-{seed}") if run.pretraining else str(path))
+            names.add(name.removesuffix(f"-{record.get('seed')}") if record else str(path))
         return " ".join(sorted(names))
 
 
@@ -108,20 +104,17 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
 
     Raises ValueError.
     """
+    kinds = "classify, segment or fewshot"
     found: dict[Path, Path] = {}
     unfinished: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise ValueError(
-                f"{path}: no such folder; give runs of jepa3d classify, segment or fewshot"
-            )
+            raise ValueError(f"{path}: no such folder; give runs of jepa3d {kinds}")
         below = list(_below(path, unfinished))
         if not below:
             listed = ", ".join(map(str, unfinished))
-            others = f"; unfinished: {listed}; go on with --resume" * bool(unfinished)
-            raise ValueError(
-                f"{path}: no results.json of classify, segment or fewshot in or below it{others}"
-            )
+            others = f"; unfinished: {listed}; go on with --resume" if listed else ""
+            raise ValueError(f"{path}: no results.json of {kinds} in or below it{others}")
         found |= {folder.resolve(): folder for folder in below}
     notes = [f"unfinished, left out: {folder}" for folder in unfinished]
     return [read_run(folder) for folder in found.values()], notes
@@ -131,7 +124,7 @@ def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
     """The outermost run folders: a few-shot run may hold its folds' runs."""
     if (folder / "results.json").is_file():
         yield folder
-    elif (folder / "run.json").is_file() and "task" in read_checked(folder / "config.json"):
+    elif Run.is_at(folder) and "task" in read_checked(folder / "config.json"):
         unfinished.append(folder)  # a run of pretrain has no task
     else:
         for child in sorted(folder.iterdir()):
@@ -147,17 +140,17 @@ def read_run(folder: Path) -> Finished:
         raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
     for name, kind in _FIELDS.items():
         if not isinstance(value := result.setdefault(name, None), kind):
-            raise ValueError(
-                f"{file}: {name} is {value!r}, not a {getattr(kind, '__name__', kind)}"
-            )
-    figures = [*result["metrics"].items(), *(result["validation"] or {}).items()]
-    for name, value in figures:
+            needed = getattr(kind, "__name__", kind)
+            raise ValueError(f"{file}: {name} is {value!r}, not a {needed}")
+    result |= {name: result[name] or {} for name in _OPTIONAL}
+    for name, value in [*result["metrics"].items(), *result["validation"].items()]:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value!r}, not a number")
-    return Finished(folder, result, _origin(result["init"], result["pretraining"]))
+    origin = _origin(result["init"], result["pretraining"])
+    return result | {"folder": folder, "origin": origin}
 
 
-def _origin(init: str, record: dict | None) -> str:
+def _origin(init: str, record: dict) -> str:
     """What an encoder began as, from its pretraining run's record: equal for all seeds of one
     configuration. An init or teacher that is a run of the same seed (runs/mae-0) counts without it.
     """
@@ -194,15 +187,12 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
     """
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
-        seen: dict[Any, Path] = {}
-        for run in arm.runs:
-            seeds = seed, _ = run.result["seed"], run.pretraining.get("seed")
-            if seeds in seen:
-                raise ValueError(
-                    f"{seen[seeds]} and {run.folder}: both seed {seed} of one arm; give one of them"
-                )
-            seen[seeds] = run.folder
-        arm.runs.sort(key=lambda run: run.result["seed"])
+        arm.runs.sort(key=lambda run: run["seed"])
+        for same in _grouped(arm.runs, lambda run: (run["seed"], run["pretraining"].get("seed"))):
+            if len(same) > 1:
+                folders = f"{same[0]['folder']} and {same[1]['folder']}"
+                found = f"both seed {same[0]['seed']} of one arm"
+                raise ValueError(f"{folders}: {found}; give one of them")
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
 
@@ -214,26 +204,22 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
     """
     kept, notes = [], []
     for group in _grouped(arms, lambda arm: arm.key(setting)):
-        judged = [arm for arm in group if arm.has_validation()]
-        kept += [arm for arm in group if not arm.has_validation()]
-        name = group[0].label()
-        if len(judged) < len(group):
-            notes.append(
-                f"NOTE: {name} (selection: {group[0].result['selection']}) has no validation "
-                f"figures: every {setting} is kept"
-            )
-        if judged:
-            metric = CHOSEN_BY[group[0].result["task"]]
-            scores = [float(np.mean(arm.values(metric, "validation"))) for arm in judged]
-            tried = [arm.setting(setting) for arm in judged]
-            best, how = int(np.argmax(scores)), "is the only one"
-            if len(judged) > 1:
-                pairs = zip(tried, scores, strict=True)
-                means = ", ".join(f"{value}: {score:.2f}" for value, score in pairs)
-                how = f"chosen by mean validation {metric} ({means})"
-            kept.append(judged[best])
-            notes.append(f"{name}: {setting} {tried[best]} {how}")
-        if len({len(arm.runs) for arm in judged}) > 1:
+        found = {i: arm.validation for i, arm in enumerate(group)}
+        scores = {i: score for i, score in found.items() if score is not None}
+        kept += [arm for i, arm in enumerate(group) if i not in scores]
+        name, result = group[0].label(), group[0].result
+        if len(scores) < len(group):
+            what = f"{name} (selection: {result['selection']}) has no validation figures"
+            notes.append(f"NOTE: {what}: every {setting} is kept")
+        if scores:
+            best, how = group[max(scores, key=scores.__getitem__)], "is the only one"
+            if len(scores) > 1:
+                tried = ((group[i].setting(setting), score) for i, score in scores.items())
+                means = ", ".join(f"{value}: {score:.2f}" for value, score in tried)
+                how = f"chosen by mean validation {CHOSEN_BY[result['task']]} ({means})"
+            kept.append(best)
+            notes.append(f"{name}: {setting} {best.setting(setting)} {how}")
+        if len({len(group[i].runs) for i in scores}) > 1:
             notes.append(f"NOTE: {name}: the {setting}s compared have different numbers of seeds")
     return [arm for arm in arms if arm in kept], notes
 
@@ -249,11 +235,10 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
     seed given twice.
     """
     runs, notes = read_runs(paths)
-    known = sorted({name for run in runs for name in run.result["settings"]})
+    known = sorted({name for run in runs for name in run["settings"]})
     if setting is not None and setting not in known:
-        raise ValueError(
-            f"--choose {setting}: not a setting of these runs; one of {', '.join(known)}"
-        )
+        listed = ", ".join(known)
+        raise ValueError(f"--choose {setting}: not a setting of these runs; one of {listed}")
     sheets = []
     for arms in _grouped(arms_of(runs), Arm.measured_on):
         arms, decided = (arms, []) if setting is None else choose(arms, setting)
@@ -261,7 +246,7 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
         sheets += _gains_sheet(arms, setting)
         for group in _grouped(arms, lambda arm: benchmark_of(arm.result)):
             if key := benchmark_of(group[0].result):
-                results = [run.result for arm in group for run in arm.runs]
+                results = [run for arm in group for run in arm.runs]
                 sheets.append(published_sheet(PUBLISHED[key], results))
         notes = []  # once is enough
     return sheets
@@ -272,13 +257,11 @@ def _spread(values: list[float], sign: str = "") -> str:
     return mean_std(moments(values), f"{sign}.2f") if values else "-"
 
 
-def _minutes(costs: list[dict]) -> str:
-    """Mean CPU-minutes of the costs of runs, stage I included."""
-    spent = [
-        cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0)
-        for cost in costs
-        if cost.get("cpu_seconds")
-    ]
+def _minutes(records: list[dict]) -> str:
+    """Mean CPU-minutes of records of runs, stage I included."""
+    costs = [record.get("cost") or {} for record in records]
+    known = [cost for cost in costs if cost.get("cpu_seconds")]
+    spent = [cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0) for cost in known]
     return f"{np.mean(spent) / 60:.1f}" if spent else "-"
 
 
@@ -289,73 +272,69 @@ def _text(value: Any) -> str:
 def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
     """Names of the settings in which arms differ, `setting` always among them."""
     names = dict.fromkeys(name for arm in arms for name in arm.result["settings"])
-    every = {name: {json.dumps(arm.result["settings"].get(name)) for arm in arms} for name in names}
+    settings = [arm.result["settings"] for arm in arms]
+    every = {name: {json.dumps(known.get(name)) for known in settings} for name in names}
     return [name for name in names if len(every[name]) > 1 or name == setting]
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
     """A name for each init of the arms, or its path where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
-    counts, paths = Counter(names.values()), {arm.init: arm.result["init"] for arm in arms}
+    counts = Counter(names.values())
+    paths = {arm.init: arm.result["init"] for arm in arms}
     return {init: name if counts[name] == 1 else paths[init] for init, name in names.items()}
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
     result, labels, settings = arms[0].result, _labels(arms), _differing(arms, setting)
-    data = result["data"]
     metrics = dict.fromkeys(name for arm in arms for name in arm.result["metrics"])
-    columns: dict[str, Callable[[Arm], str]] = {
-        "init": lambda arm: labels[arm.init],
-        "protocol": lambda arm: arm.result["protocol"],
-        "train": lambda arm: _text(arm.result["data"].get("train")),
-        **{name: lambda arm, name=name: arm.setting(name) for name in settings},
-        "seeds": lambda arm: str(len(arm.runs)),
-        **{name: lambda arm, name=name: _spread(arm.values(name)) for name in metrics},
-        "selection": lambda arm: arm.rule,
-        "votes": lambda arm: str(arm.result["votes"]),
-        "CPU-min": lambda arm: _minutes([run.result["cost"] or {} for run in arm.runs]),
-        "pretraining CPU-min": lambda arm: _minutes(
-            [run.pretraining.get("cost") or {} for run in arm.runs]
-        ),
-    }
-    cells = {name: [cell(arm) for arm in arms] for name, cell in columns.items()}
-    if set(cells["pretraining CPU-min"]) == {"-"}:
-        del cells["pretraining CPU-min"]
-    protocol = ""
-    if len(set(cells["protocol"])) == 1:
-        protocol = f"; {cells.pop('protocol')[0]}"
-    shared = [f"{k} {_text(v)}" for k, v in result["settings"].items() if k not in settings]
-    notes = [*_mixtures(arms), *notes]
-    if shared:
-        notes.append(f"shared settings: {', '.join(shared)}")
-    variant, dropped = data.get("variant"), data.get("dropped_classes") or 0
-    name = f"{data.get('name')} ({variant})" if variant else data.get("name")
-    if not isinstance(dropped, int):  # results of older versions only count them
-        dropped = len(dropped)
-    counts = f"{_text(data.get('classes'))} classes"
-    counts += f" ({dropped} more dropped)" * bool(dropped)
-    title = (
-        f"{result['task']}, {name}: {counts}, {_text(data.get('test'))} test shapes{protocol}; "
-        "per cent, mean ± std over seeds"
-    )
-    return Sheet(
-        title, list(cells), [list(row) for row in zip(*cells.values(), strict=True)], notes
-    )
-
-
-def _mixtures(arms: list[Arm]) -> list[str]:
-    """Notes on what makes rows of one table incomparable."""
-    notes = []
+    rows = [
+        {
+            "init": labels[arm.init],
+            "protocol": arm.result["protocol"],
+            "train": _text(arm.result["data"].get("train")),
+            **{name: arm.setting(name) for name in settings},
+            "seeds": str(len(arm.runs)),
+            **{name: _spread(arm.values(name)) for name in metrics},
+            "selection": arm.rule,
+            "votes": str(arm.result["votes"]),
+            "CPU-min": _minutes(arm.runs),
+            "pretraining CPU-min": _minutes([run["pretraining"] for run in arm.runs]),
+        }
+        for arm in arms
+    ]
+    columns, protocols = list(rows[0]), {row["protocol"] for row in rows}
+    if {row["pretraining CPU-min"] for row in rows} == {"-"}:
+        columns.remove("pretraining CPU-min")
+    title = _title(result)
+    if len(protocols) == 1:
+        columns.remove("protocol")
+        title += f"; {result['protocol']}"
+    mixed = []
     for name, words in (("selection", "selection rules"), ("votes", "votes")):
         found = sorted({arm.result[name] for arm in arms})
         if len(found) > 1:
             listed = ", ".join(map(str, found))
-            notes.append(f"NOTE: rows of different {words} are not comparable: {listed}")
+            mixed.append(f"NOTE: rows of different {words} are not comparable: {listed}")
     if any(arm.rule == ON_TEST for arm in arms):
-        notes.append(
-            f"NOTE: {ON_TEST} is optimistic: the test part chose the epoch, as in published tables"
-        )
-    return notes
+        what = "the test part chose the epoch, as in published tables"
+        mixed.append(f"NOTE: {ON_TEST} is optimistic: {what}")
+    shared = [f"{k} {_text(v)}" for k, v in result["settings"].items() if k not in settings]
+    notes = [*mixed, *notes, *[f"shared settings: {', '.join(shared)}"] * bool(shared)]
+    cells = [[row[name] for name in columns] for row in rows]
+    return Sheet(f"{title}; per cent, mean ± std over seeds", columns, cells, notes)
+
+
+def _title(result: dict[str, Any]) -> str:
+    """Task and data of a result, in words."""
+    data = result["data"]
+    variant, dropped = data.get("variant"), data.get("dropped_classes") or 0
+    if not isinstance(dropped, int):  # results of older versions only count them
+        dropped = len(dropped)
+    name = f"{data.get('name')} ({variant})" if variant else data.get("name")
+    classes = f"{_text(data.get('classes'))} classes"
+    classes += f" ({dropped} more dropped)" if dropped else ""
+    return f"{result['task']}, {name}: {classes}, {_text(data.get('test'))} test shapes"
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
@@ -363,14 +342,16 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
     seed by seed.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
-    shared = set.intersection(*(set(run.result["metrics"]) for arm in arms for run in arm.runs))
+    shared = set.intersection(*(set(run["metrics"]) for arm in arms for run in arm.runs))
     metrics = [m for m in arms[0].result["metrics"] if m in shared - {"std_over_folds"}]
     rows, notes = [], []
-    for group in _grouped(
-        arms, lambda arm: arm.key(setting if arm.has_validation() else None, init=False)
-    ):
-        bases = [arm for arm in group if arm.init in BASES]
-        for arm, base in ((arm, base) for base in bases for arm in group if arm.init not in BASES):
+
+    def alike(arm: Arm) -> str:
+        return arm.key(setting if arm.validation is not None else None, init=False)
+
+    for group in _grouped(arms, alike):
+        ours = [arm for arm in group if arm.init not in BASES]
+        for base, arm in product((arm for arm in group if arm.init in BASES), ours):
             gains = [paired_gains(arm, base, name) for name in metrics]
             if not any(gains):
                 notes.append(f"{labels[arm.init]} and {base.init} have no seed in common")
@@ -389,9 +370,6 @@ def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
     """
     bases: dict[int, list[float]] = {}
     for run in base.runs:
-        bases.setdefault(run.result["seed"], []).append(run.result["metrics"][metric])
-    return [
-        run.result["metrics"][metric] - float(np.mean(bases[run.result["seed"]]))
-        for run in arm.runs
-        if run.result["seed"] in bases
-    ]
+        bases.setdefault(run["seed"], []).append(run["metrics"][metric])
+    ours = [(run["metrics"][metric], bases.get(run["seed"])) for run in arm.runs]
+    return [value - float(np.mean(theirs)) for value, theirs in ours if theirs]

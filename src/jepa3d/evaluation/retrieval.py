@@ -21,7 +21,7 @@ from jepa3d.data.arrays import npz_headers
 from jepa3d.data.store import Store
 from jepa3d.evaluation.descriptors import Descriptor, baselines, cosine
 from jepa3d.evaluation.features import untrained_like
-from jepa3d.evaluation.labelled import Labelled
+from jepa3d.evaluation.labelled import Labelled, LabelledSet
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.tables import Sheet
 from jepa3d.models.encoder import PointEncoder, pool
@@ -82,12 +82,11 @@ def vectors_of(
     return torch.cat(found).numpy()
 
 
-def paired_interval(gain: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of gains n, over queries."""
+def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % bootstrap interval of the mean of gains n, over queries: its two ends."""
     rng = np.random.default_rng(seed)
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -96,10 +95,11 @@ def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     values: of the same n queries or shapes under each name, in per cent.
     """
     first, *others = values
+    gains = {name: values[first] - values[name] for name in others}
     found: dict[str, dict[str, Any]] = {first: {}}
-    for name in others:
-        gain = values[first] - values[name]
-        found[name] = {"first_minus_this": float(gain.mean()), "interval": paired_interval(gain)}
+    for name, gain in gains.items():
+        found[name] = {"first_minus_this": float(gain.mean())}
+        found[name]["interval"] = paired_interval(gain)
     return found
 
 
@@ -111,9 +111,7 @@ def compared_cells(row: dict[str, Any]) -> list[str]:
     return [f"{row['first_minus_this']:+.1f}", f"{low:+.1f} to {high:+.1f}"]
 
 
-def retrieval(
-    models: list[str], data: str, labels_key: str = "labels", up_axis: str = "z", part: str = "test"
-) -> dict[str, Any]:
+def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> dict[str, Any]:
     """mAP and nearest neighbours of each model on a part of labelled shapes; of the first one's
     baselines too.
 
@@ -123,40 +121,40 @@ def retrieval(
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
-    for encoder, descriptors, shapes in opened(models, data, labels_key, up_axis, part):
+    for encoder, descriptors, shapes in opened(models, dataset, part):
         points, labels = encoder.prepare(shapes.test.points[:]), shapes.y_test
         for name, (of, likeness) in descriptors.items():
             vectors = of(points)
             scores[name] = 100 * search(likeness, vectors, vectors, labels, np.arange(len(labels)))
-        record = data_record("retrieval", shapes, labels_key, part)
+        record = data_record("retrieval", shapes, dataset, part)
     kept = np.isfinite(scores[models[0]][1])
     gains = compared({name: average[kept] for name, (_, average) in scores.items()})
-    found = {
-        name: {"map": float(average[kept].mean()), "nearest": float(nearest[kept].mean())}
-        | gains[name]
-        for name, (nearest, average) in scores.items()
-    }
+    found = {}
+    for name, (nearest, average) in scores.items():
+        found[name] = {"map": float(average[kept].mean())}
+        found[name] |= {"nearest": float(nearest[kept].mean())} | gains[name]
     return record | {"queries": int(kept.sum()), "results": found} | provenance()
 
 
 def opened(
-    models: list[str], data: str, labels_key: str, up_axis: str, part: str, whole: bool = False
+    models: list[str], dataset: LabelledSet, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
     """For every model its encoder, its descriptor (for the first its baselines too), and the shapes
     as it reads them; their test part is the part asked for.
 
-    part: train, test or validation, see `Labelled.of`. whole: clouds with all points that the
-    source has.
+    dataset: its up axis may also be "none". part: train, test or validation, see `Labelled.of`.
+    whole: clouds with all points that the source has.
     """
+    placed = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
         if not isinstance(model, Classifier):  # heads of others have no features of their own
             model = encoder
-        count = _points_in(data, encoder.num_points) if whole else encoder.num_points
-        encoder.upright = up_axis != "none"
-        scored = "validation" if part == "validation" else "test"
-        shapes = Labelled.read(data, count, up_axis.replace("none", "z"), labels_key, scored)
+        encoder.upright = dataset.up_axis != "none"
+        count = encoder.num_points
+        count = _points_in(dataset.source, count) if whole else count
+        shapes = placed.read(count, "validation" if part == "validation" else "test")
         train = shapes.train
         descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
         if name == models[0]:
@@ -164,7 +162,8 @@ def opened(
             untrained = untrained_like(encoder, train)
             descriptors["untrained"] = Descriptor(partial(vectors_of, untrained), cosine)
             descriptors |= baselines(encoder, encoder.prepare(train.points[some]))
-        yield encoder, descriptors, replace(shapes, test=train) if part == "train" else shapes
+        shapes = replace(shapes, test=train) if part == "train" else shapes
+        yield encoder, descriptors, shapes
 
 
 def _points_in(data: str, fewest: int) -> int:
@@ -178,10 +177,10 @@ def _points_in(data: str, fewest: int) -> int:
     return max(fewest, count or 0)
 
 
-def data_record(task: str, shapes: Labelled, labels_key: str, part: str) -> dict[str, Any]:
+def data_record(task: str, shapes: Labelled, dataset: LabelledSet, part: str) -> dict[str, Any]:
     """The part of a result that describes its shapes."""
     data = {"name": shapes.name, "fingerprint": shapes.fingerprint}
-    data |= {"labels_key": labels_key, "part": part}
+    data |= {"labels_key": dataset.labels_key, "part": part}
     return {"task": task, "data": data, "classes": len(shapes.class_names)}
 
 

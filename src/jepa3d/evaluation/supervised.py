@@ -44,7 +44,9 @@ def predict(
         total = torch.zeros(())
         for vote in range(votes):
             draws = BatchGenerator(seed, at, stream=f"vote {vote}")
-            seen = points if votes == 1 else augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
+            seen = points
+            if votes > 1:
+                seen = augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
             total = total + network(seen, *category).float().cpu()
         if isinstance(network, Segmenter):
             predicted.append(restricted_argmax(total.numpy(), labels, _parts_of(network)))
@@ -78,11 +80,12 @@ def figures(
     if isinstance(network, Segmenter):
         assert clouds.parts is not None
         metrics = mean_iou(found, clouds.parts[:], labels, _parts_of(network), names)
-        return metrics, {"per_category": metrics.pop("per_category"), "class_names": names}
+        details = {"per_category": metrics.pop("per_category")}
+        return metrics, details | {"class_names": names}
     confusion = confusion_matrix(labels, found, labels=np.arange(len(names)))
     metrics = {
         "overall_accuracy": 100 * float((labels == found).mean()),
         "mean_class_accuracy": float(np.nanmean(class_accuracy(confusion))),
     }
-    rows = confusion.tolist()
-    return metrics, {"per_class": by_class(rows, names), "confusion": rows, "class_names": names}
+    details = {"per_class": by_class(confusion.tolist(), names)}
+    return metrics, details | {"confusion": confusion.tolist(), "class_names": names}

@@ -45,11 +45,12 @@ def markdown(sheets: Iterable[Sheet], command: str) -> str:
     """Tables with their notes, and the command that makes them again."""
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        marked = [f"**{cell}**" if cell == ON_TEST else cell for cell in cells]
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in marked) + " |"
 
     lines = []
     for sheet in sheets:
-        rows = [[f"**{cell}**" if cell == ON_TEST else cell for cell in row] for row in sheet.rows]
-        lines += [f"### {sheet.title}", "", line(sheet.columns), "|" + "---|" * len(sheet.columns)]
-        lines += [*map(line, rows), "", *(f"- {note}" for note in sheet.notes), ""]
+        lines += [f"### {sheet.title}", "", line(sheet.columns)]
+        lines += ["|" + "---|" * len(sheet.columns), *map(line, sheet.rows), ""]
+        lines += [*(f"- {note}" for note in sheet.notes), ""]
     return "\n".join([*lines, f"Made by `{command}`.", ""])

@@ -25,9 +25,8 @@ import torch
 from sklearn.cluster import KMeans
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.evaluation.classifiers import fit_head, set_head
+from jepa3d.evaluation.classifiers import fit_head, one_thread, set_head
 from jepa3d.evaluation.descriptors import unit_length
-from jepa3d.evaluation.fitting import one_thread
 from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.neighbours import display, draw
 from jepa3d.inference.predicting import CSV_COLUMNS, two_classes

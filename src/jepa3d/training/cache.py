@@ -1,8 +1,7 @@
 """Targets of frozen teachers, computed once a shape before training instead of in every step.
 
-RUN/cache/{centers,patches,tokens}.npy    one row a shape, memory-mapped; dropped when the run is finished
-RUN/cache/checksum.npy                    of each shape's row of the three
-RUN/cache/run.json                        how many batches of shapes are done, and what they cost
+RUN/cache/targets.npy    a row a shape, memory-mapped; dropped when the run is finished
+RUN/cache/run.json       how many batches of shapes are done, and what they cost
 
 A variant, not a shortcut to the same numbers: a shape keeps one grouping for the whole run (its
 patches are the same points, moved by each step's augmentation), and the teacher has seen the shape
@@ -11,7 +10,6 @@ as it is, not augmented.
 
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,36 +30,27 @@ from jepa3d.ops import farthest_point_sample, gather_points, knn
 from jepa3d.plain import log, naming, read_checked, write_checked
 from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
-from jepa3d.training.progress import cpu_seconds
+from jepa3d.training.progress import clock, spent_since
 
 SAVE_EVERY = 20  # batches
-START: dict[str, Any] = {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
+FIELDS = ("centers", "patches", "tokens")
 
 
-def columns(
-    config: PretrainConfig, num_shapes: int, width: int
-) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and type of each array of the targets of `num_shapes` shapes by a teacher of that
-    width.
+def row_type(config: PretrainConfig, width: int) -> np.dtype:
+    """What is kept of a shape: indices of the points of centers M and patches M K, tokens M E of a
+    teacher of that width, and a checksum of the three.
     """
     encoder = config.encoder
-    rows = (num_shapes, encoder.num_groups)
-    whole = np.uint16 if encoder.num_points <= 2**16 else np.int32
-    return {
-        "centers": (rows, whole),
-        "patches": ((*rows, encoder.group_size), whole),
-        "tokens": ((*rows, width), np.float16),
-        "checksum": ((num_shapes,), np.uint32),
-    }
-
-
-def num_bytes(arrays: dict[str, tuple[tuple[int, ...], type]]) -> int:
-    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays.values())
+    number = np.uint16 if encoder.num_points <= 2**16 else np.int32
+    sizes = (), (encoder.group_size,), (width,)
+    kinds = zip(FIELDS, (number, number, np.float16), sizes, strict=True)
+    fields = [(name, kind, (encoder.num_groups, *size)) for name, kind, size in kinds]
+    return np.dtype([*fields, ("checksum", np.uint32)])
 
 
 def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) -> None:
     """ValueError where the disk of a run that does not exist yet cannot hold its targets."""
-    needed = num_bytes(columns(config, num_shapes, width))
+    needed = num_shapes * row_type(config, width).itemsize
     disk = next(folder for folder in out.absolute().parents if folder.exists())
     if needed > (free := shutil.disk_usage(disk).free):
         raise ValueError(
@@ -75,19 +64,14 @@ class CachedTargets:
     """
 
     def __init__(self, config: PretrainConfig, num_shapes: int, width: int, folder: Path | None):
-        """Arrays in `folder`, or in memory for a dry run (None)."""
-        self.folder, self.columns = folder, columns(config, num_shapes, width)
-        self.arrays = (
-            [] if folder else [np.zeros(shape, kind) for shape, kind in self.columns.values()]
-        )
+        """Rows in `folder`, or in memory for a dry run (None)."""
+        self.folder, self.file = folder, folder and folder / "targets.npy"
+        self.num_shapes, self.kind = num_shapes, row_type(config, width)
+        self.rows = np.zeros(0 if folder else num_shapes, self.kind)
 
     def __call__(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        centers, patches, tokens, _ = (array[index] for array in self.arrays)
-        return (
-            torch.from_numpy(centers.astype(int)),
-            torch.from_numpy(patches.astype(int)),
-            torch.from_numpy(tokens),
-        )
+        centers, patches, tokens = (torch.from_numpy(self.rows[name][index]) for name in FIELDS)
+        return centers.long(), patches.long(), tokens
 
     @torch.no_grad()
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
@@ -98,16 +82,17 @@ class CachedTargets:
         Interrupted.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
+
+        def index_of(batch: int) -> np.ndarray:
+            return batch_index(config.seed, batch, size, count, clouds.shard_sizes)
+
         if state.is_main_process:
-            self._open(
-                lambda batch: batch_index(config.seed, batch, size, count, clouds.shard_sizes)
-            )
+            self._open(index_of)
         state.wait_for_everyone()  # how far it is, is known
         record = self._record()
-        before, cpu, wall = record["cost"], cpu_seconds(), time.perf_counter()
+        began = clock()
         teacher = teacher.to(state.device)
-        share = size // state.num_processes
-        total = -(-count // size)
+        share, total = size // state.num_processes, -(-count // size)
         rows = slice(state.process_index * share, (state.process_index + 1) * share)
         todo = range(record["batches"], total)
         state.wait_for_everyone()  # all have read it
@@ -115,84 +100,65 @@ class CachedTargets:
             for batch in track(
                 todo, "targets of the frozen teachers", disable=not (todo and state.is_main_process)
             ):
-                index = batch_index(config.seed, batch, size, count, clouds.shard_sizes)
+                index = index_of(batch)
                 points = clouds.batch(index[rows]).to(state.device)
                 centers = farthest_point_sample(points, config.encoder.num_groups)
                 patches = knn(gather_points(points, centers), points, config.encoder.group_size)
                 grouped = groups_at(points, centers, patches)
                 found = gather([centers, patches, teacher(grouped.patches, grouped.centers)])
                 if state.is_main_process:
-                    for array, values in zip(self.arrays, found, strict=False):
-                        array[index] = values.cpu().numpy()
-                    self.arrays[-1][index] = self._checksums(index)
+                    for name, values in zip(FIELDS, found, strict=True):
+                        self.rows[name][index] = values.cpu().numpy()
+                    self.rows["checksum"][index] = self._checksums(index)
                     if self.folder and ((batch + 1) % SAVE_EVERY == 0 or batch + 1 == total):
-                        for array in self.arrays:
-                            cast(np.memmap, array).flush()
-                        spent = {
-                            "cpu_seconds": cpu_seconds() - cpu,
-                            "wall_seconds": time.perf_counter() - wall,
-                        }
-                        cost = {name: before[name] + value for name, value in spent.items()}
-                        write_checked(
-                            self.folder / "run.json", {"batches": batch + 1, "cost": cost}
-                        )
+                        cast(np.memmap, self.rows).flush()
+                        spent = spent_since(began).items()
+                        cost = {name: record["cost"][name] + value for name, value in spent}
+                        done = {"batches": batch + 1, "cost": cost}
+                        write_checked(self.folder / "run.json", done)
         except KeyboardInterrupt as stop:
             raise Interrupted(
                 "stopped while the teachers were asked, saved every few batches"
             ) from stop
         state.wait_for_everyone()
         if todo and state.is_main_process:
-            megabytes, seconds = num_bytes(self.columns) / 1e6, time.perf_counter() - wall
-            log.info(f"targets of {count:,} shapes: {megabytes:,.1f} MB, asked in {seconds:.1f} s")
-        # Only now: what another machine wrote is seen by whoever opens the file after it.
-        if self.folder:
-            self.arrays = [
-                np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns
-            ]
+            written, seconds = self.rows.nbytes / 1e6, spent_since(began)["wall_seconds"]
+            log.info(f"targets of {count:,} shapes: {written:,.1f} MB, asked in {seconds:.1f} s")
+        if self.file:  # only now: what another machine wrote is seen by whoever opens it later
+            self.rows = np.load(self.file, mmap_mode="r")
 
     def _checksums(self, index: np.ndarray) -> list[int]:
         """Of each shape's centers, patches and tokens, which a damaged row does not have."""
-        crc = np.zeros(len(index), np.uint32).tolist()
-        for array in self.arrays[:-1]:
-            crc = [
-                zlib.crc32(row.tobytes(), before)
-                for row, before in zip(array[index], crc, strict=True)
-            ]
-        return crc
+        end = self.kind.itemsize - 4  # where the checksum itself begins
+        return [zlib.crc32(row.tobytes()[:end]) for row in self.rows[index]]
 
     def _record(self) -> dict[str, Any]:
         """How many batches are done, and what they cost. Raises ValueError where it is damaged."""
         record = self.folder and self.folder / "run.json"
-        return read_checked(record) if record and record.exists() else START
+        if record and record.exists():
+            return read_checked(record)
+        return {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
 
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
-        """Make or open the arrays; the targets of damaged ones, which are named, will be computed
+        """Make or open the file; the targets of a damaged one, which is named, will be computed
         again.
         """
-        if self.folder is None:
+        if self.folder is None or self.file is None:
             return
         try:
-            done = self._record()["batches"]
-            self.arrays = [
-                np.load(self.folder / f"{name}.npy", mmap_mode="r+")
-                for name in self.columns
-                if done
-            ]
-            for batch in range(done):
-                index = index_of(batch)
-                if (self.arrays[-1][index] != self._checksums(index)).any():
-                    raise ValueError(f"the targets of batch {batch} are not those written")
-            if done:
+            if done := self._record()["batches"]:
+                self.rows = np.load(self.file, mmap_mode="r+")
+                for batch in range(done):
+                    index = index_of(batch)
+                    if (self.rows["checksum"][index] != self._checksums(index)).any():
+                        raise ValueError(f"the targets of batch {batch} are not those written")
                 return
         except (OSError, ValueError, EOFError) as error:
             log.info(f"{self.folder}: damaged ({error}); its targets are computed again")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        self.arrays = []
-        for name, (shape, kind) in self.columns.items():
-            path = self.folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", kind, shape).flush()
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
-                with naming(path), path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            self.arrays.append(np.load(path, mmap_mode="r+"))
+        np.lib.format.open_memmap(self.file, "w+", self.kind, (self.num_shapes,)).flush()
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+            with naming(self.file), self.file.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.file.stat().st_size)
+        self.rows = np.load(self.file, mmap_mode="r+")

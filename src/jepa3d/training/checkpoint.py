@@ -50,8 +50,8 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
 
 
 def put_back(path: Path) -> Path:
-    """`path`, the folder that was there before where a kill came while `replace_folder` put a new
-    one in its place.
+    """Return `path`, after restoring the folder that a kill during `replace_folder` left beside it
+    under another name.
     """
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
@@ -61,15 +61,12 @@ def put_back(path: Path) -> Path:
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Everything a step changes: all but frozen teachers."""
-    teacher = getattr(model, "teacher", None)
-    frozen = ()
+    teacher, frozen = getattr(model, "teacher", None), ()
     if isinstance(teacher, Teacher):
-        frozen = tuple(
-            f"teacher.networks.{i}." for i in range(len(teacher.networks)) if i != teacher.average
-        )
-    return {
-        name: value for name, value in model.state_dict().items() if not name.startswith(frozen)
-    }
+        others = (i for i in range(len(teacher.networks)) if i != teacher.average)
+        frozen = tuple(f"teacher.networks.{i}." for i in others)
+    state = model.state_dict().items()
+    return {name: value for name, value in state if not name.startswith(frozen)}
 
 
 def save(
@@ -85,7 +82,8 @@ def save(
     }
 
     def write(partial: Path) -> None:
-        weights = {name: value.cpu().contiguous() for name, value in _trained_state(model).items()}
+        kept = _trained_state(model).items()
+        weights = {name: value.cpu().contiguous() for name, value in kept}
         save_file(weights, partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         write_checked(partial / "state.json", state)
@@ -117,11 +115,17 @@ def restore(
         except ValueError as error:
             damaged.append(str(error))
             continue
-        _load(checkpoint, model, optimizer, weights, moments)
+        _check_fit(checkpoint, weights, _trained_state(model))
+        model.load_state_dict(weights, strict=False)
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
         return state, [f"{line}; going on from {checkpoint.name}" for line in damaged]
-    raise ValueError(
-        f"{'; '.join(damaged)}; no whole checkpoint is left: begin again with another --out"
-    )
+    found = "; ".join(damaged)
+    raise ValueError(f"{found}; no whole checkpoint is left: begin again with another --out")
 
 
 _READ: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -131,25 +135,9 @@ _READ: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _load(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-) -> None:
-    expected = _trained_state(model)
-    shapes, wanted = ({name: value.shape for name, value in d.items()} for d in (weights, expected))
-    wrong = [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]
-    if wrong:
-        raise ValueError(
-            f"{checkpoint}: does not fit this model (first of {len(wrong)}: {min(wrong)})"
-        )
-    model.load_state_dict(weights, strict=False)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in moments.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+def _check_fit(checkpoint: Path, weights: dict[str, Any], expected: dict[str, Any]) -> None:
+    """ValueError unless the weights have the names and shapes of those expected."""
+    shapes, wanted = ({(k, v.shape) for k, v in found.items()} for found in (weights, expected))
+    if wrong := {name for name, _ in shapes ^ wanted}:
+        found = f"first of {len(wrong)}: {min(wrong)}"
+        raise ValueError(f"{checkpoint}: does not fit this model ({found})")

@@ -19,15 +19,8 @@ import numpy as np
 
 from jepa3d.config import PretrainConfig
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.labelled import Labelled, Part
-from jepa3d.evaluation.outcomes import (
-    LabelledSet,
-    encoded,
-    kept_outcomes,
-    made_by_hand,
-    names_of,
-)
-from jepa3d.evaluation.paired import Outcomes, Row, rows_of, sheets_of, stacked
+from jepa3d.evaluation import paired
+from jepa3d.evaluation.labelled import Labelled, LabelledSet, Part
 from jepa3d.evaluation.probe import selection_rule, was_seen
 from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.evaluation.tables import Sheet, markdown, show
@@ -46,8 +39,8 @@ BASELINES = ("untrained", *BY_HAND)
 
 
 class Comparison:
-    """The runs and scores of a grid in a folder: what is there is used, the rest is made, a line a
-    run.
+    """The runs and scores of a grid in a folder. What exists is used; the rest is made, with a line
+    of the log per run.
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
@@ -55,7 +48,7 @@ class Comparison:
 
         Raises ValueError, before anything is trained.
         """
-        self.names, self.part, self.out = names_of(sets), part, out
+        self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
         self.ended: dict[Path, str | None] = {}  # run -> why it failed, None where it did not
@@ -72,29 +65,29 @@ class Comparison:
                 grid = at_equal_time(grid, out)
         self.grid = grid
         for arm, seed, rate in product(grid.arms, grid.seeds, grid.rates):
-            if (folder := self.folder(arm, seed, rate)).exists():
-                try:
+            folder = self.folder(arm, seed, rate)
+            try:
+                if folder.exists():
                     runs.check_unchanged(settle(grid.config(arm, seed, rate), folder), folder)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{grid.path}: arms.{arm}: {error}; give a changed arm another name"
-                    ) from error
-        self.steps = {
-            arm: config.max_steps or total_steps(config, len(self._load(config)))
-            for arm, config in grid.arms.items()
-        }
+            except ValueError as error:
+                where = f"{grid.path}: arms.{arm}"
+                raise ValueError(f"{where}: {error}; give a changed arm another name") from error
+        self.steps = {}
+        for arm, config in grid.arms.items():
+            steps = config.max_steps or total_steps(config, len(self._load(config)))
+            self.steps[arm] = steps
         text = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
         log.info(f"steps of a run: {text}")
         if grid.cpu_minutes is None and len(set(self.steps.values())) > 1:
-            raise ValueError(
-                f"{grid.path}: equal steps, but they are {text}; give all arms the same max_steps"
-            )
+            found = f"equal steps, but they are {text}"
+            raise ValueError(f"{grid.path}: {found}; give all arms the same max_steps")
 
     def folder(self, arm: str, seed: int, rate: float | None) -> Path:
-        """Where a run lies."""
-        return self.out / "runs" / (f"{arm}-{seed}" if rate is None else f"{arm}-lr{rate:g}-{seed}")
+        """The folder of a run."""
+        tried = "" if rate is None else f"-lr{rate:g}"
+        return self.out / "runs" / f"{arm}{tried}-{seed}"
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[paired.Row]:
         """Train and score everything."""
         grid, rows = self.grid, []
         for arm in grid.arms:
@@ -102,23 +95,18 @@ class Comparison:
         for seed, arm in product(grid.seeds, grid.arms):
             if arm not in self.failed and (reason := self._train(arm, seed, self.rates[arm])):
                 self.failed[arm] = f"seed {seed}: {reason}"
-        for dataset, name in self.names.items():
-            found = {
-                arm: self._outcomes(arm, dataset) for arm in grid.arms if arm not in self.failed
-            }
-            if grid.reference in found:
-                found |= self._baselines(dataset)
-            rows += rows_of(name, found, grid.reference)
+        arms = [arm for arm in grid.arms if arm not in self.failed]
+        scored = [(arm, "encoder", arm) for arm in arms]
+        if grid.reference in arms:
+            scored += [(name, name, grid.reference) for name in BASELINES]
+        for dataset, title in self.names.items():
+            found = {row: self._outcomes(name, arm, dataset) for row, name, arm in scored}
+            rows += paired.rows_of(title, found, grid.reference)
         return rows
-
-    def minutes(self, arm: str) -> float:
-        """CPU-minutes of a run of an arm, stage I included, mean over seeds."""
-        return float(np.mean([Run(folder).cpu_minutes for folder in self._folders(arm).values()]))
 
     def notes(self) -> list[str]:
         """The protocol in words."""
-        grid = self.grid
-        equal = "equal steps"
+        grid, equal = self.grid, "equal steps"
         if grid.cpu_minutes is not None:
             equal = f"equal CPU time, {grid.cpu_minutes:g} minutes a run, stage I included"
         rule = "every arm as it is written, nothing searched"
@@ -138,80 +126,76 @@ class Comparison:
                 "NOTE: one seed: the intervals are over shapes alone and say nothing about other runs"
             )
         for dataset, name in self.names.items():
-            shapes = self._read(dataset, grid.reference)
-            notes.append(f"{name}: selection {selection_rule(shapes, quick=True)}")
+            rule = selection_rule(self._read(dataset, grid.reference), quick=True)
+            notes.append(f"{name}: selection {rule}")
             configs = {arm: to_dict(config) for arm, config in grid.arms.items()}
-            seen = [arm for arm in configs if was_seen(configs[arm], dataset.source, self.part)]
-            if seen:
+            source = dataset.source
+            if seen := [arm for arm in configs if was_seen(configs[arm], source, self.part)]:
                 what = "scored shapes were among the unlabelled ones of pretraining"
                 notes.append(f"{name}: {what}: {', '.join(seen)}")
         return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in self.failed.items()]
 
-    def sheets(self, rows: list[Row]) -> list[Sheet]:
-        """The arms with the protocol, then a table for every set and metric."""
-        grid = self.grid
-        minutes = {arm: self.minutes(arm) for arm in self.grid.arms if arm not in self.failed}
-        lines = []
+    def record(self, rows: list[paired.Row]) -> dict[str, Any]:
+        """The result as JSON."""
+        grid, arms = self.grid, {}
         for arm, config in grid.arms.items():
-            changed = plain_settings(grid.overrides[arm]).items()
-            changes = ", ".join(f"{name} {value}" for name, value in changed) or "-"
-            rate, steps = f"{self.rates[arm] or config.lr:g}", f"{self.steps[arm]:,}"
-            lines.append([arm, changes, rate, steps, str(config.batch_size)])
-        columns = ["arm", "its own settings", "lr", "steps", "batch"]
-        first = Sheet(f"{grid.title}; reference: {grid.reference}", columns, lines, self.notes())
-        about = {}
-        for dataset, name in self.names.items():
-            shapes = self._read(dataset, grid.reference)
-            about[name] = (
-                f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes, {self.part} "
-                "part, mean ± std over seeds"
-            )
-        return [first, *sheets_of(rows, minutes, self.failed, about)]
-
-    def record(self, rows: list[Row]) -> dict[str, Any]:
-        """All of it as JSON."""
-        grid = self.grid
-        arms = {
-            arm: {
+            minutes = None
+            if arm not in self.failed:
+                minutes = float(np.mean([Run(run).cpu_minutes for run in self._runs(arm).values()]))
+            arms[arm] = {
                 "settings": to_dict(config),
                 "overrides": grid.overrides[arm],
                 "lr": self.rates[arm] or config.lr,
                 "steps": self.steps[arm],
                 "failed": self.failed.get(arm),
-                "cpu_minutes": None if arm in self.failed else self.minutes(arm),
+                "cpu_minutes": minutes,  # of a run, stage I included, mean over seeds
             }
-            for arm, config in grid.arms.items()
-        }
         names = ("title", "reference", "seeds", "rates", "cpu_minutes")
-        return (
-            provenance()
-            | {name: getattr(grid, name) for name in names}
-            | {
-                "part": self.part,
-                "data": {name: dataset._asdict() for dataset, name in self.names.items()},
-                "arms": arms,
-                "notes": self.notes(),
-                "rows": [row.record() for row in rows],
-            }
-        )
+        return {
+            **provenance(),
+            **{name: getattr(grid, name) for name in names},
+            "part": self.part,
+            "data": {name: dataset._asdict() for dataset, name in self.names.items()},
+            "arms": arms,
+            "notes": self.notes(),
+            "rows": [row.record() for row in rows],
+        }
+
+    def sheets(self, rows: list[paired.Row], record: dict[str, Any]) -> list[Sheet]:
+        """The arms with the protocol, then a table for every set and metric."""
+        arms, lines, about = record["arms"], [], {}
+        for arm, values in arms.items():
+            changed = plain_settings(values["overrides"]).items()
+            changes = ", ".join(f"{name} {value}" for name, value in changed) or "-"
+            batch = str(values["settings"]["batch_size"])
+            lines.append([arm, changes, f"{values['lr']:g}", f"{values['steps']:,}", batch])
+        columns = ["arm", "its own settings", "lr", "steps", "batch"]
+        title = f"{record['title']}; reference: {record['reference']}"
+        for dataset, name in self.names.items():
+            shapes = self._read(dataset, record["reference"])
+            size = f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes"
+            about[name] = f"{size}, {self.part} part, mean ± std over seeds"
+        minutes = {arm: arms[arm]["cpu_minutes"] for arm in arms if arm not in self.failed}
+        first = Sheet(title, columns, lines, record["notes"])
+        return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
     def _choose_rate(self, arm: str) -> float | None:
         """The learning rate that is best by 10 labels a class on the validation parts, mean over
         sets, first seed.
         """
-        rates, seed = self.grid.rates, self.grid.seeds[0]
+        rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
             return rates[0]
-        ended = [rate for rate in rates if self._train(arm, seed, rate) is None]
-        if not ended:
+        for rate in rates:
+            if self._train(arm, seed, rate) is None:
+                found, run = [], {seed: self.folder(arm, seed, rate)}
+                for dataset in self.names:
+                    outcomes = self._outcomes("encoder", arm, dataset, run, "validation")
+                    found.append(outcomes["logistic_10"].mean())
+                scores[rate] = np.mean(found)
+        if not scores:
             self.failed[arm] = f"at every learning rate, seed {seed}"
-            return None
-
-        def score(rate: float | None) -> float:
-            found = [self._score(arm, seed, rate, dataset, "validation") for dataset in self.names]
-            return float(np.mean([outcomes["logistic_10"].mean() for outcomes in found]))
-
-        return max(ended, key=score)
+        return max(scores, key=scores.__getitem__, default=None)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
         """Train a run, or go on with it; says so in a line.
@@ -225,38 +209,33 @@ class Comparison:
         if failure.exists():
             reason = read_checked(failure, "reason")["reason"]
         elif not (folder.exists() and Run(folder).finished):
+            stages = sorted(run.parent for run in self.out.glob("runs/*/stage1/*/run.json"))
             try:
                 with self._quiet():
-                    trained = sorted(
-                        run.parent for run in self.out.glob("runs/*/stage1/*/run.json")
-                    )
-                    pretrain(
-                        config,
-                        folder,
-                        folder.exists(),
-                        clouds=self._load(config),
-                        stage_one=trained,
-                    )
+                    clouds = self._load(config)
+                    pretrain(config, folder, folder.exists(), clouds=clouds, stage_one=stages)
             except Diverged as error:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
         self.ended[folder] = reason
-        text = f"failed: {reason}" if reason else f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
+        text = f"failed: {reason}"
+        if reason is None:
+            text = f"{Run(folder).cpu_minutes:.1f} CPU-minutes"
         log.info(f"run {len(self.ended)} of {self.total}: {folder.name}: {text}")
         return reason
 
     def _load(self, config: PretrainConfig) -> PointClouds:
         """The shapes of a run; runs of the same data share them."""
-        # those are read with twice the points
+        # with views twice as many points are read
         viewed = config.objective == "jepa" and config.target.view > 0
-        key = config.data, config.split, config.up_axis, config.encoder.num_points, viewed
+        key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)
         return self.clouds[key]
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """What training logs goes to OUT/log.txt."""
+        """A context in which log lines go to OUT/log.txt."""
         handlers, level = log.handlers[:], log.level
         file = logging.FileHandler(self.out / "log.txt", encoding="utf-8", delay=True)
         log.handlers = [file]
@@ -268,71 +247,47 @@ class Comparison:
             log.setLevel(level)
             file.close()
 
-    def _folders(self, arm: str) -> dict[int, Path]:
-        """The runs of an arm at its rate, by seed."""
+    def _runs(self, arm: str) -> dict[int, Path]:
+        """Seed -> the run of an arm at its learning rate."""
         return {seed: self.folder(arm, seed, self.rates[arm]) for seed in self.grid.seeds}
 
     def _read(self, dataset: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
         """A scored set at the points of an arm."""
         return self.shapes(dataset, self.grid.arms[arm].encoder.num_points, part or self.part)
 
-    def _score(
-        self, arm: str, seed: int, rate: float | None, dataset: LabelledSet, part: Part
-    ) -> dict[str, np.ndarray]:
-        folder, shapes = self.folder(arm, seed, rate), self._read(dataset, arm, part)
-        return kept_outcomes(
-            folder, "encoder", partial(encoded, folder / "encoder", shapes), shapes, seed
-        )
+    def _outcomes(
+        self,
+        name: str,
+        arm: str,
+        dataset: LabelledSet,
+        runs: dict[int, Path] | None = None,
+        part: Part | None = None,
+    ) -> paired.Outcomes:
+        """Outcomes, seeds x shapes, of what `vectors_by` calls `name` in the runs of an arm.
 
-    def _outcomes(self, arm: str, dataset: LabelledSet) -> Outcomes:
-        """Of an arm, seeds x shapes."""
-        return stacked(
-            [
-                self._score(arm, seed, self.rates[arm], dataset, self.part)
-                for seed in self.grid.seeds
-            ]
-        )
-
-    def _baselines(self, dataset: LabelledSet) -> dict[str, Outcomes]:
-        """Vectors without training, on the shapes that the reference sees; seeds draw weights and
-        labels.
+        Vectors made by hand are the same for every seed, which only draws labels.
         """
-        folders, shapes = (
-            self._folders(self.grid.reference),
-            self._read(dataset, self.grid.reference),
-        )
-        first, found = folders[self.grid.seeds[0]], {}
-        for name in BASELINES:
-            by_hand = cache(partial(made_by_hand, first / "untrained", name, shapes))
-            found[name] = stacked(
-                [
-                    kept_outcomes(
-                        folder,
-                        name,
-                        by_hand
-                        if name in BY_HAND
-                        else partial(encoded, folder / "untrained", shapes),
-                        shapes,
-                        seed,
-                    )
-                    for seed, folder in folders.items()
-                ]
-            )
-        return found
+        shapes, runs = self._read(dataset, arm, part), runs or self._runs(arm)
+        vectors = cache(lambda run: paired.vectors_by(name, run, shapes))
+        found, first = [], next(iter(runs.values()))
+        for seed, run in runs.items():
+            make = partial(vectors, first if name in BY_HAND else run)
+            found.append(paired.kept_outcomes(run, name, make, shapes, seed))
+        return {metric: np.stack([values[metric] for values in found]) for metric in paired.METRICS}
 
 
-def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[Row]:
+def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[paired.Row]:
     """Make the comparison in `out`, print its tables and write them there.
 
     Raises ValueError and loop.Interrupted.
     """
     comparison = Comparison(grid, sets, part, out)
     rows = comparison.run()
-    sheets = comparison.sheets(rows)
+    record = comparison.record(rows)
+    sheets = comparison.sheets(rows, record)
     show(sheets)
-    write_json(out / "compare.json", comparison.record(rows))
-    write_bytes(out / "table.md", markdown(sheets, provenance()["command"]).encode())
-    draw_differences(
-        rows, out / "compare.png", f"{grid.title}: difference from {grid.reference}, {part} part"
-    )
+    write_json(out / "compare.json", record)
+    write_bytes(out / "table.md", markdown(sheets, record["command"]).encode())
+    title = f"{grid.title}: difference from {grid.reference}, {part} part"
+    draw_differences(rows, out / "compare.png", title)
     return rows

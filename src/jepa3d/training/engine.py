@@ -9,6 +9,7 @@ steps of this model. RUN/run.json says what was taken, and a resumed run keeps t
 import copy
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar, cast
@@ -66,9 +67,8 @@ def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             out |= plain_settings(value, f"{where}{key}.")
         else:
-            out[f"{where}{key}"] = (
-                value if isinstance(value, (int, float, str, bool)) else str(value)
-            )
+            plain = isinstance(value, (int, float, str, bool))
+            out[f"{where}{key}"] = value if plain else str(value)
     return out
 
 
@@ -76,9 +76,8 @@ def compile_blocks(objective: nn.Module) -> None:
     """Each transformer block by `torch.compile`, for any number of rows; names of weights stay as
     they are.
     """
-    torch._dynamo.config.recompile_limit = (
-        64  # blocks of teacher, student, decoder, padded or not, in two precisions
-    )
+    # blocks of teacher, student, decoder, padded or not, in two precisions
+    torch._dynamo.config.recompile_limit = 64
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
             module.compile(dynamic=True)
@@ -123,44 +122,36 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
     """Precision and whether to compile: those that the run began with, else those of its settings,
     or of a trial.
     """
+    is_main, device = PartialState(cpu=ON_CPU).is_main_process, device_name()
     found: dict[str, Any] | None = Run(run).engine if run else None
     if found is None:
         config = settle(config)
-        found = {"mixed_precision": config.mixed_precision, "compile": config.compile == "yes"}
-        if config.mixed_precision == "measure" or config.compile == "auto":
+        precision, compiled = config.mixed_precision, config.compile == "yes"
+        found = {"mixed_precision": precision, "compile": compiled}
+        if precision == "measure" or config.compile == "auto":
             found = _measured(task, clouds, config)
-        if run and PartialState(cpu=ON_CPU).is_main_process:
-            write_json(
-                run / "run.json", Run(run).record | {"engine": found | {"device": device_name()}}
-            )
-    elif (
-        found.get("device", device_name()) != device_name()
-        and PartialState(cpu=ON_CPU).is_main_process
-    ):
+        if run and is_main:
+            record = Run(run).record | {"engine": found | {"device": device}}
+            write_json(run / "run.json", record)
+    elif is_main and (before := found.get("device", device)) != device:
         how = named(found["mixed_precision"], found["compile"])
-        log.info(f"{run}: begun in {how} on {found['device']}; goes on in {how} on {device_name()}")
+        log.info(f"{run}: begun in {how} on {before}; goes on in {how} on {device}")
     return found["mixed_precision"], found["compile"]
 
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
     """What a trial finds quickest, and the seconds of everything tried; the first process says so."""
-    precisions = (
-        ("no", "bf16") if config.mixed_precision == "measure" else (config.mixed_precision,)
-    )
+    precision, measured = config.mixed_precision, config.mixed_precision == "measure"
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
-    seconds = trial(
-        task,
-        clouds,
-        config,
-        [(precision, compiled) for precision in precisions for compiled in ways],
-    )
+    hows = list(product(("no", "bf16") if measured else (precision,), ways))
+    seconds = trial(task, clouds, config, hows)
     choice = [min(seconds, key=seconds.__getitem__)]
     precision, compiled = broadcast_object_list(choice)[0]  # every process as the first one
+    tried = {named(*how): value for how, value in seconds.items()}
     if PartialState(cpu=ON_CPU).is_main_process:
-        tried = ", ".join(f"{named(*how)} {1000 * value:.0f}" for how, value in seconds.items())
-        log.info(f"trial, ms a pass: {tried}; taken: {named(precision, compiled)}")
-    measured = {named(*how): value for how, value in seconds.items()}
-    return {"mixed_precision": precision, "compile": compiled, "seconds": measured}
+        text = ", ".join(f"{how} {1000 * value:.0f}" for how, value in tried.items())
+        log.info(f"trial, ms a pass: {text}; taken: {named(precision, compiled)}")
+    return {"mixed_precision": precision, "compile": compiled, "seconds": tried}
 
 
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
@@ -173,9 +164,8 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
     index = np.arange(share) % len(clouds)
     points = clouds.batch(index).to(device)
     targets = [t.to(device) for t in task.targets(index)] if task.targets else ()
-    copies: dict[How, nn.Module] = {}
+    copies = {how: copy.deepcopy(task.objective).to(device).train() for how in hows}
     for how in hows:
-        copies[how] = copy.deepcopy(task.objective).to(device).train()
         if how[1]:
             compile_blocks(copies[how])
     times: dict[How, list[float]] = {how: [] for how in hows}

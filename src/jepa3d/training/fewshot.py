@@ -7,7 +7,6 @@ OUT/results.json            mean and standard deviation over folds
 """
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,22 +17,14 @@ from jepa3d.config import FewshotConfig
 from jepa3d.data.datasets import PointClouds, load
 from jepa3d.evaluation import fewshot
 from jepa3d.evaluation.labelled import Labelled
-from jepa3d.evaluation.protocol import Result, moments
+from jepa3d.evaluation.protocol import moments
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.plain import log, read_checked, to_dict
 from jepa3d.training import runs
-from jepa3d.training.finetune import (
-    FINETUNED,
-    arm_settings,
-    begin,
-    finetune,
-    init_name,
-    num_points,
-    pretraining_of,
-)
-from jepa3d.training.progress import cpu_seconds
+from jepa3d.training.finetune import TRAINED, arm_settings, begin, finetune, pretraining_of
+from jepa3d.training.progress import clock, spent_since
 
-WORDS = {
+METHODS = {
     "finetune": "fine-tuned",
     "ncm": "frozen, nearest class mean",
     "logistic": "frozen, logistic regression",
@@ -50,14 +41,14 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     config, encoder, started = begin(config, out, resume)
     if started and runs.close_if_finished(out):
         return out
-    clouds, folds, drawn = _folds(config, num_points(config), out / "episodes.json")
-    head = FINETUNED[config.trained].removeprefix("fine-tuned").removesuffix(", all weights")
-    head = head if config.method == "finetune" else ""
-    name = f"{config.ways}-way {config.shots}-shot, {WORDS[config.method]}{head}"
-    if encoder is None and config.method != "finetune":
+    clouds, folds, drawn = _folds(config, out / "episodes.json")
+    trains = config.method == "finetune"
+    head = f", {TRAINED[config.trained]}" if trains and config.trained != "all" else ""
+    protocol = f"{config.ways}-way {config.shots}-shot, {METHODS[config.method]}{head}"
+    if encoder is None and not trains:
         torch.manual_seed(config.seed)
         encoder = PointEncoder(**vars(config.encoder))
-        calibrate_batchnorm(encoder, folds[0][0].batch(np.arange(len(folds[0][0]))))
+        calibrate_batchnorm(encoder, folds[0].train.batch(np.arange(len(folds[0].train))))
     if started:
         runs.check_same_data(clouds, out)
     else:
@@ -68,47 +59,31 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
             fewshot.save_episodes(out / "episodes.json", drawn, clouds.fingerprint)
     runs.wait_for_everyone()
 
-    if config.method == "finetune":
-        scores, cost = _finetuned(config, out, name, clouds, folds, encoder)
+    if trains:
+        scores, cost = _finetuned(config, out, protocol, folds, encoder)
     else:
         assert encoder is not None
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        if drawn:
-            scores = fewshot.run_frozen(encoder, clouds, drawn, config.method)
-        else:
-            scores = fewshot.run_frozen_folds(encoder, folds, config.method)
-        cost = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
-    over_folds = moments(scores)
-    named = {"overall_accuracy": over_folds["mean"], "std_over_folds": over_folds["std"]}
-    # one fold has no std
-    named = {name: value for name, value in named.items() if value is not None}
+        began = clock()
+        pairs = [(fold.train, fold.test) for fold in folds]
+        scores = [fewshot.accuracy(encoder, *pair, config.method) for pair in pairs]
+        cost = spent_since(began)
+    found = moments(scores)
+    metrics = {"overall_accuracy": found["mean"]}
+    if len(folds) > 1:
+        metrics["std_over_folds"] = found["std"]
     if runs.is_main():
-        result = Result(
-            task="fewshot",
-            protocol=name,
-            data={
-                "name": clouds.name,
-                "variant": None if drawn else "ModelNet40 few-shot",
-                "fingerprint": clouds.fingerprint,
-                "classes": config.ways,
-                "train": config.ways * config.shots,
-                "validation": 0,
-                "test": config.ways * config.queries,
-                "labels": 1.0,
-            },
-            init=init_name(config.init, "scratch" if config.method == "finetune" else "untrained"),
-            pretraining=pretraining_of(config.init),
-            seed=config.seed,
-            selection="last epoch" if config.method == "finetune" else "none",
-            votes=config.votes,
-            metrics=named,
-            validation=None,
-            details={"folds": scores},
-            settings=arm_settings(config)
-            | {"ways": config.ways, "shots": config.shots, "queries": config.queries},
-            cost=cost,
-        )
-        runs.finish(out, cost, named, result)
+        variant = None if drawn else "ModelNet40 few-shot"
+        sizes = {name: getattr(config, name) for name in ("ways", "shots", "queries")}
+        result = {
+            "protocol": protocol,
+            "data": folds[0].record(folds[0].train, None, 1.0) | {"variant": variant},
+            "selection": "last epoch" if trains else "none",
+            "metrics": metrics,
+            "validation": None,
+            "details": {"folds": scores},
+            "settings": arm_settings(config) | sizes,
+        }
+        runs.finish(out, cost, metrics, result)
     runs.wait_for_everyone()
     return out
 
@@ -116,26 +91,16 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
 def _finetuned(
     config: FewshotConfig,
     out: Path,
-    name: str,
-    clouds: PointClouds,
-    folds: list[fewshot.Fold],
+    protocol: str,
+    folds: list[Labelled],
     encoder: PointEncoder | None,
 ) -> tuple[list[float], dict[str, float]]:
     """Accuracy of every fold, each a run of its own with its own seed, and what they cost together."""
     scores, costs = [], []
-    for i, (train, test) in enumerate(folds):
-        fold = replace(config, seed=config.seed + i)
-        names = train.class_names or tuple(map(str, range(config.ways)))
-        data = Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names)
-        folder = out / f"fold-{i}"
-        finetune(
-            fold,
-            folder,
-            (folder / "config.json").is_file(),
-            data=data,
-            encoder=encoder,
-            protocol=name,
-        )
+    for i, data in enumerate(folds):
+        fold, folder = replace(config, seed=config.seed + i), out / f"fold-{i}"
+        resume = (folder / "config.json").is_file()
+        finetune(fold, folder, resume, data=data, encoder=encoder, protocol=protocol)
         done = read_checked(folder / "results.json")
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
@@ -149,20 +114,27 @@ def _finetuned(
 
 
 def _folds(
-    config: FewshotConfig, points: int, saved: Path
-) -> tuple[PointClouds, list[fewshot.Fold], list[fewshot.Episode] | None]:
-    """The published folds at config.data, or folds of episodes drawn with the seed, or before."""
-    if Path(config.data).is_dir():
-        sizes = config.ways, config.shots, config.folds, config.queries
-        folds = fewshot.published_folds(Path(config.data), points, config.up_axis, *sizes)
-        if folds:
-            digest = "".join(train.fingerprint for train, _ in folds)
-            whole = replace(folds[0][0], name=Path(config.data).name, fingerprint=digest)
-            return whole, folds, None
-    clouds = load([config.data], points, "all", [config.up_axis], config.labels_key)
-    if saved.is_file():
-        episodes = fewshot.load_episodes(saved, clouds.fingerprint)
+    config: FewshotConfig, saved: Path
+) -> tuple[PointClouds, list[Labelled], list[fewshot.Episode] | None]:
+    """The data, its folds and, unless they are the published ones at config.data, their episodes:
+    those saved before, or drawn with the seed.
+    """
+    num_points = config.num_points or config.encoder.num_points
+    sizes, queries = (config.ways, config.shots, config.folds), config.queries
+    source, episodes = Path(config.data), None
+    folds = fewshot.published_folds(source, num_points, config.up_axis, *sizes, queries)
+    if folds:
+        digest = "".join(train.fingerprint for train, _ in folds)
+        clouds = replace(folds[0][0], name=source.name, fingerprint=digest)
     else:
-        sizes = config.ways, config.shots, config.folds, config.seed, config.queries
-        episodes = fewshot.draw_episodes(clouds, *sizes)
-    return clouds, [fewshot.fold_of(clouds, episode) for episode in episodes], episodes
+        clouds = load([config.data], num_points, "all", [config.up_axis], config.labels_key)
+        if saved.is_file():
+            episodes = fewshot.load_episodes(saved, clouds.fingerprint)
+        else:
+            episodes = fewshot.draw_episodes(clouds, *sizes, config.seed, queries)
+        folds = [fewshot.fold_of(clouds, episode) for episode in episodes]
+    data = []
+    for train, test in folds:
+        names = train.class_names or tuple(map(str, range(config.ways)))
+        data.append(Labelled(clouds.name, None, clouds.fingerprint, train, test, None, names))
+    return clouds, data, episodes

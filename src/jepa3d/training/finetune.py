@@ -23,7 +23,6 @@ from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import fit_head, set_head
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled
-from jepa3d.evaluation.protocol import Result
 from jepa3d.evaluation.supervised import Network, figures, predict, score
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter, thirds
@@ -37,11 +36,8 @@ from jepa3d.training.loop import Task, fit
 from jepa3d.validate import validate_finetune
 
 Config = TypeVar("Config", bound=FinetuneConfig)
-FINETUNED = {
-    "all": "fine-tuned, all weights",
-    "head": "fine-tuned, head only",
-    "head_first": "fine-tuned, head first",
-}
+TRAINED = {"all": "all weights", "head": "head only", "head_first": "head first"}
+SELECTION = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
 FEW = 100  # labels below which none are spared to choose an epoch by
 
 
@@ -65,33 +61,29 @@ def finetune(
     if started and runs.close_if_finished(out):
         return out
     segments = isinstance(config, SegmentConfig)
-    data = data or Labelled.load(config, num_points(config), parts=segments)
-    select, shares = selection(config, data)
-    train, validation = data.divide(config.labels, shares, config.seed)
+    num_points = config.num_points or config.encoder.num_points
+    data = data or Labelled.load(config, num_points, parts=segments)
+    select, share = selection(config, data)
+    train, validation = data.divide(config.labels, share, config.seed)
     network = make_network(config, data, train, encoder)
     if started:
         runs.check_same_data(train, out)
     else:
-        record = {
-            "parameters": {"model": runs.count_parameters(network)},
-            "pretraining": pretraining_of(config.init),
-        }
-        task_name = {"task": "segment" if segments else "classify"}
-        runs.create(out, task_name | to_dict(config), train, record, {"start": network.encoder})
+        parameters = {"model": runs.count_parameters(network)}
+        record = {"parameters": parameters, "pretraining": pretraining_of(config.init)}
+        settings = {"task": "segment" if segments else "classify"} | to_dict(config)
+        runs.create(out, settings, train, record, {"start": network.encoder})
     runs.wait_for_everyone()
 
     seen = {"validation": validation, "best-on-test": data.test, "last": None}[select]
-    part = "test" if select == "best-on-test" else "validation"
-    look = (lambda: score(network, seen)) if seen is not None else None
-    objective = Supervised(network, config.label_smoothing, config.trained)
     task = Task(
-        objective,
+        Supervised(network, config.label_smoothing, config.trained),
         config,
         "model",
         network,
         targets=partial(_targets, train),
-        look=look,
-        looks_at=part,
+        look=None if seen is None else partial(score, network, seen),
+        looks_at="test" if select == "best-on-test" else "validation",
         layer_decay=config.layer_decay,
         looks_first=config.trained == "head_first",
     )
@@ -103,27 +95,20 @@ def finetune(
         predicted = predict(network, data.test, config.votes, config.seed)
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
-        held = None
+        chosen_by = None
         if validation is not None:
-            held, _ = figures(network, validation, predict(network, validation))
-        names = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
-        cost = runs.cost_of(out, state)
-        result = Result(
-            task="segment" if segments else "classify",
-            protocol=protocol or protocol_name(config),
-            data=data.record(train, validation, config.labels),
-            init=init_name(config.init),
-            pretraining=Run(out).record["pretraining"],
-            seed=config.seed,
-            selection=names[select],
-            votes=config.votes,
-            metrics=metrics,
-            validation=held,
-            details=details,
-            settings=arm_settings(config) | {"mixed_precision": state["mixed_precision"]},
-            cost=cost,
-        )
-        runs.finish(out, cost, state["metrics"], result)
+            chosen_by, _ = figures(network, validation, predict(network, validation))
+        precision = {"mixed_precision": state["mixed_precision"]}
+        result = {
+            "protocol": protocol or protocol_name(config),
+            "data": data.record(train, validation, config.labels),
+            "selection": SELECTION[select],
+            "metrics": metrics,
+            "validation": chosen_by,
+            "details": details,
+            "settings": arm_settings(config) | precision,
+        }
+        runs.finish(out, runs.cost_of(out, state), state["metrics"], result)
         shutil.rmtree(out / "best", ignore_errors=True)
     runs.wait_for_everyone()
     return out
@@ -188,11 +173,6 @@ def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def num_points(config: FinetuneConfig) -> int:
-    """Points per cloud."""
-    return config.num_points or config.encoder.num_points
-
-
 def make_network(
     config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
 ) -> Network:
@@ -219,7 +199,8 @@ def make_network(
         network.encoder.load_state_dict(encoder.state_dict())
     if isinstance(network, LinearClassifier):
         assert train.labels is not None
-        set_head(network, fit_head(layer_features(network.encoder, train)[-1], train.labels)[0])
+        vectors = layer_features(network.encoder, train)[-1]
+        set_head(network, fit_head(vectors, train.labels)[0])
     return network
 
 
@@ -241,9 +222,8 @@ def protocol_name(config: FinetuneConfig) -> str:
     """What is trained, in words."""
     if isinstance(config, SegmentConfig):
         return "part segmentation" + ("" if config.trained == "all" else ", head only")
-    return FINETUNED[config.trained] + (
-        f", layer decay {config.layer_decay}" if config.layer_decay != 1 else ""
-    )
+    decay = "" if config.layer_decay == 1 else f", layer decay {config.layer_decay}"
+    return f"fine-tuned, {TRAINED[config.trained]}{decay}"
 
 
 ARM = (  # settings that arms of one comparison may differ in
@@ -256,18 +236,11 @@ ARM = (  # settings that arms of one comparison may differ in
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
     """The settings that arms of one comparison may differ in, with the sizes of the encoder."""
     known = to_dict(config)
-    sizes = [known["encoder"], size_overrides(config)]
+    sizes = known["encoder"] | size_overrides(config)
     names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
     return {name: known[name] for name in ARM if name in known} | {
-        name: value for known in sizes for name, value in known.items() if name in names
+        name: sizes[name] for name in sizes if name in names
     }
-
-
-def init_name(init: str | None, none: str = "scratch") -> str:
-    """What a result calls the encoder that a run begins with."""
-    if init is None:
-        return none
-    return "untrained" if Path(init).name == "untrained" else init
 
 
 def pretraining_of(init: str | None) -> dict | None:
@@ -278,11 +251,13 @@ def pretraining_of(init: str | None) -> dict | None:
     """
     if init is None or Path(init).name == "untrained":
         return None
-    folders = (Path(init), *Path(init).parents[:2])  # of a run, its encoder or a snapshot
+    # of a run, its encoder or a snapshot
+    folders = (Path(init), *Path(init).parents[:2])
     run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
     if run is None or run.task != "pretrain":
         return None
-    which = Path(init).relative_to(run.folder).as_posix().removeprefix("encoder").removeprefix(".")
+    which = Path(init).relative_to(run.folder).as_posix()
+    which = "" if which in (".", "encoder") else which
     kept = {name: run.record.get(name) for name in ("data", "cost", "commit")}
     return run.config | {"encoder_of": which} | kept
 
@@ -291,7 +266,8 @@ def _write_predictions(path: Path, data: Labelled, predicted: Mapping[str, np.nd
     arrays: dict[str, Any] = {"label": data.test.labels} | dict(predicted)
     if "probability" not in arrays:
         assert data.test.parts is not None
-        arrays |= {"points": data.test.points[:].astype(np.float16), "parts": data.test.parts[:]}
+        points = data.test.points[:].astype(np.float16)
+        arrays |= {"points": points, "parts": data.test.parts[:]}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_bytes(path, buffer.getvalue())

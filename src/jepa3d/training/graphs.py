@@ -64,16 +64,17 @@ class Repeated:
     def _key(self, points: Tensor, generator: BatchGenerator) -> tuple:
         """Everything that decides the shapes of a pass: the batch's and the sizes that it draws."""
         assert self.sizes is not None
-        streams = {
-            name: BatchGenerator(generator.seed, generator.step, stream=name) for name in self.sizes
-        }
-        return points.shape, *(streams[name].choice(count) for name, count in self.sizes.items())
+        drawn = []
+        for name, count in self.sizes.items():
+            stream = BatchGenerator(generator.seed, generator.step, stream=name)
+            drawn.append(stream.choice(count))
+        return points.shape, *drawn
 
     def _record(self, points: Tensor, draws: RepeatedDraws) -> tuple:
         """The graph, its points, draws, output and gradients. What warming up moved is put back."""
         device = torch.get_device_module(points.device)
         seen, kept = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         aside = device.Stream()
         aside.wait_stream(device.current_stream())
         with device.stream(aside):
@@ -89,9 +90,7 @@ class Repeated:
         self.pool = graph.pool()
         for buffer, value in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(value)
-        gradients = [
-            (parameter, parameter.grad) for parameter in parameters if parameter.grad is not None
-        ]
+        gradients = [(p, p.grad) for p in parameters if p.grad is not None]
         return graph, seen, draws, detached(output), gradients
 
 

@@ -13,15 +13,7 @@ import numpy as np
 
 from jepa3d import config as settings
 from jepa3d.config import PretrainConfig
-from jepa3d.plain import (
-    differences,
-    from_dict,
-    nearest,
-    read_checked,
-    read_recipe,
-    to_dict,
-    write_checked,
-)
+from jepa3d.plain import from_dict, nearest, read_checked, read_recipe, write_checked
 from jepa3d.training.pretrain import check, cpu_costs
 
 ROUNDS = 3  # of measuring what a step costs, arm after arm
@@ -41,7 +33,7 @@ class Grid(NamedTuple):
     cpu_minutes: float | None  # of every run, stage I included; None: equal steps
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
-        """Of one run.
+        """The configuration of one run.
 
         The rate is that of the arm's own objective, as of `config.resolve`; stage I keeps its own.
         """
@@ -72,20 +64,19 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
     values = read_recipe(path)
     try:
         equal = values.pop("equal", "steps")
-        minutes = equal.get("cpu_minutes") if isinstance(equal, dict) and len(equal) == 1 else None
+        timed = isinstance(equal, dict) and len(equal) == 1
+        minutes = equal.get("cpu_minutes") if timed else None
         if equal != "steps" and not (isinstance(minutes, int | float) and minutes > 0):
             raise ValueError(f"equal {equal!r}: steps, or {{cpu_minutes: M}} with M above 0")
         if missing := [key for key in ("arms", "reference", "seeds") if key not in values]:
             raise ValueError(f"{missing[0]} is missing")
         file = from_dict(_File, values)
-        overrides = {
-            str(name): {} if changes is None else changes for name, changes in file.arms.items()
-        }
-        if not overrides:
+        arms = {str(k): {} if v is None else v for k, v in file.arms.items()}
+        if not arms:
             raise ValueError("arms: none given, and at least one is needed")
-        if file.reference not in overrides:
+        if file.reference not in arms:
             raise ValueError(
-                f"reference {file.reference!r} is no arm{nearest(file.reference, overrides)}"
+                f"reference {file.reference!r} is no arm{nearest(file.reference, arms)}"
             )
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
@@ -95,24 +86,19 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     ruled = ["seed", *["lr"] * bool(file.lr), *["max_steps"] * (minutes is not None)]
-    rates = file.lr or (None,)
-    grid = Grid(
-        path, file.title or path.stem, {}, overrides, file.reference, file.seeds, rates, minutes
-    )
-    for name, changes in overrides.items():
+    rates, title = file.lr or (None,), file.title or path.stem
+    grid = Grid(path, title, {}, arms, file.reference, file.seeds, rates, minutes)
+    for name, changes in arms.items():
         try:
             if not re.fullmatch(r"[\w.+-]+", name) or name in reserved:
-                raise ValueError(
-                    f"a name of letters, digits, . + - and _, but not {', '.join(reserved)}"
-                )
+                allowed = "a name of letters, digits, . + - and _"
+                raise ValueError(f"{allowed}, but not {', '.join(reserved)}")
             if not isinstance(changes, dict):
-                raise ValueError(
-                    f"the settings in which it differs, {{}} for none, not {changes!r}"
-                )
+                allowed = "the settings in which it differs, {} for none"
+                raise ValueError(f"{allowed}, not {changes!r}")
             grid.arms[name] = config = settings.resolve(*layers, changes)
-            if clash := [
-                key for key in ruled if key in changes | changes.get(config.objective, {})
-            ]:
+            written = changes | changes.get(config.objective, {})
+            if clash := [key for key in ruled if key in written]:
                 raise ValueError(f"{clash[0]} is set by the grid, for all arms alike")
             if config.objective == "dvae":
                 raise ValueError("objective dvae trains no encoder")
@@ -145,20 +131,27 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
     file = out / "costs.json"
     known: dict[str, Any] = read_checked(file, "arms")["arms"] if file.exists() else {}
     for name in grid.arms.keys() & known.keys():
-        if changed := differences(to_dict(grid.arms[name]), known[name]["settings"]):
+        if changed := settings.differences(
+            settings.to_dict(grid.arms[name]), known[name]["settings"]
+        ):
             setting, (now, then) = next(iter(changed.items()))
             reason = f"{setting} was {then} when its cost was measured ({file}), not {now}"
-            raise ValueError(
-                f"{grid.path}: arms.{name}: {reason}; give the changed arm another name"
-            )
+            hint = "give the changed arm another name"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason}; {hint}")
     if new := [name for name in grid.arms if name not in known]:
         # The machine may be busier now: what was measured before is measured again beside it.
         again = [name for name in grid.arms if name in known][:1]
-        found = _measured({name: grid.arms[name] for name in [*new, *again]})
+        asked = {name: grid.arms[name] for name in [*new, *again]}.items()
+        rounds = [{name: cpu_costs(arm) for name, arm in asked} for _ in range(ROUNDS)]
+        found = {name: np.median([costs[name] for costs in rounds], 0) for name in rounds[0]}
         scale = known[again[0]]["step"] / found[again[0]][1] if again else 1.0
         for name in new:
             before, step = (scale * seconds for seconds in found[name])
-            known[name] = {"before": before, "step": step, "settings": to_dict(grid.arms[name])}
+            known[name] = {
+                "before": before,
+                "step": step,
+                "settings": settings.to_dict(grid.arms[name]),
+            }
         write_checked(file, {"unit": "CPU-seconds", "arms": known})
     arms = {}
     for name, config in grid.arms.items():
@@ -169,9 +162,3 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             raise ValueError(f"{grid.path}: arms.{name}: {reason}")
         arms[name] = replace(config, max_steps=steps)
     return grid._replace(arms=arms)
-
-
-def _measured(arms: dict[str, PretrainConfig]) -> dict[str, np.ndarray]:
-    """`cpu_costs` of every arm, the median of rounds in which the arms take turns."""
-    rounds = [{name: cpu_costs(config) for name, config in arms.items()} for _ in range(ROUNDS)]
-    return {name: np.median([found[name] for found in rounds], 0) for name in arms}

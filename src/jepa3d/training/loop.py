@@ -6,7 +6,6 @@ A resumed run repeats an uninterrupted one bit for bit on one CPU with one numbe
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,18 +27,10 @@ from jepa3d.data.transforms import augment
 from jepa3d.ops import BatchGenerator
 from jepa3d.plain import log, to_dict
 from jepa3d.run import Run
-from jepa3d.training import checkpoint
-from jepa3d.training.engine import (
-    ON_CPU,
-    choose,
-    compile_blocks,
-    plain_settings,
-    set_activation_checkpoints,
-    tracker,
-)
+from jepa3d.training import checkpoint, engine
 from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
-from jepa3d.training.progress import Progress, cpu_seconds
+from jepa3d.training.progress import Progress, clock
 
 BAD_CLOUD = (
     "restore the file as it was (jepa3d info DATA --verify finds such clouds), then --resume"
@@ -82,74 +73,66 @@ def fit(
     metrics, step_seconds, step_cpu_seconds, mixed_precision (as used). Raises Interrupted on Ctrl-C
     or SIGTERM, or at `stop_at`, after saving, and Diverged.
     """
-    began = cpu_seconds(), time.perf_counter()
+    began = clock()
     # cuDNN plans anew for every length of a context, which takes most of a step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    set_activation_checkpoints(task.objective, config.checkpoint_activations)
-    precision, compiled = choose(task, clouds, config, run)
+    engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
+    precision, compiled = engine.choose(task, clouds, config, run)
     # Stage I, a run before this one in the same process, may have chosen another precision.
     AcceleratorState._reset_state()
-    tracked = tracker(config.track, run)
+    tracked = engine.tracker(config.track, run)
     accelerator = Accelerator(
-        cpu=ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run
+        cpu=engine.ON_CPU, mixed_precision=precision, log_with=tracked or None, project_dir=run
     )
     if tracked:
-        accelerator.init_trackers("jepa3d", plain_settings(to_dict(config)))
+        accelerator.init_trackers("jepa3d", engine.plain_settings(to_dict(config)))
     schedule, objective = task.schedule, task.objective.to(accelerator.device)
     if compiled:
-        compile_blocks(objective)
+        engine.compile_blocks(objective)
     optimizer = adamw(objective, schedule, task.layer_decay)
     total = total_steps(schedule, len(clouds))
-    state: dict[str, Any] = {
-        "step": 0,
-        "cpu_seconds": 0.0,
-        "wall_seconds": 0.0,
-        "peak_memory": 0,
-        "best": None,
-    }
-    metrics = run and run / "metrics.jsonl"
+    state: dict[str, Any] = {"step": 0, "best": None}
+    state |= dict.fromkeys(("cpu_seconds", "wall_seconds", "peak_memory"), 0)
     if run and Run(run).checkpoint:
         state, damaged = checkpoint.restore(run / "checkpoints", objective, optimizer)
         for line in damaged if accelerator.is_main_process else ():
             log.info(line)
     elif run and not (run / task.export).exists() and _has_saved(run, config):
-        raise ValueError(
-            f"{run}/checkpoints: gone, though the run had begun: begin again with another --out"
-        )
+        gone = f"{run}/checkpoints: gone, though the run had begun"
+        raise ValueError(f"{gone}: begin again with another --out")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     share = schedule.batch_size // accelerator.num_processes // config.accumulate
     rank = accelerator.process_index
-    progress = Progress(
-        metrics, state, total, schedule.batch_size, accelerator.is_main_process, began
-    )
+    shown, metrics = accelerator.is_main_process, run and run / "metrics.jsonl"
+    progress = Progress(metrics, state, total, schedule.batch_size, shown, began)
+
+    def check_finite(loss: float) -> float:
+        if not math.isfinite(loss):
+            found = f"the loss is {loss} at step {state['step']}"
+            raise Diverged(f"{found}: lower --lr (now {schedule.lr})")
+        return loss
 
     def save(loss: float) -> None:
-        if not math.isfinite(loss):  # never replace a good checkpoint by a spoilt one
-            raise Diverged(
-                f"the loss is {loss} at step {state['step']}: lower --lr (now {schedule.lr})"
-            )
+        check_finite(loss)  # never replace a good checkpoint by a spoilt one
         if run and accelerator.is_main_process:
             state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
-            checkpoint.save(
-                run / "checkpoints", objective, optimizer.optimizer, progress.stamp(state)
-            )
+            stamped = progress.stamp(state)
+            checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, stamped)
         accelerator.wait_for_everyone()
 
-    def read(step: int) -> list[tuple[int, np.ndarray, Tensor]]:
+    def read(step: int) -> list:
         """Of every pass of a step: the place of this process's first row in the batch, its shapes
         and their points.
         """
         batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
-        places = [
-            (part * accelerator.num_processes + rank) * share for part in range(config.accumulate)
-        ]
-        rows = [batch[first : first + share] for first in places]
-        return [
-            (first, row, to_device(clouds.batch(row), accelerator.device))
-            for first, row in zip(places, rows, strict=True)
-        ]
+        passes: list[tuple[int, np.ndarray, Tensor]] = []
+        for part in range(config.accumulate):
+            first = (part * accelerator.num_processes + rank) * share
+            rows = batch[first : first + share]
+            passes.append((first, rows, to_device(clouds.batch(rows), accelerator.device)))
+        return passes
 
     def one_pass(
         points: Tensor, generator: BatchGenerator, progress: float = 0.0, *targets: Tensor
@@ -196,9 +179,8 @@ def fit(
                 raise ReadError(f"{error}, read at step {step + 1}; {BAD_CLOUD}") from error
             for part, (first, index, points) in enumerate(passes):
                 generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
-                targets = (
-                    (t.to(accelerator.device) for t in task.targets(index)) if task.targets else ()
-                )
+                targets = task.targets(index) if task.targets else ()
+                targets = [target.to(accelerator.device) for target in targets]
                 last = part == config.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     if repeated:
@@ -219,15 +201,9 @@ def fit(
             epochs = [at * schedule.batch_size // len(clouds) for at in (step - 1, step)]
             looked = task.look and (step == total or epochs[1] > epochs[0])
             if step % config.log_every == 0 or step in (1, total) or snapshot or looked:
-                mean = accelerator.reduce(loss, "mean").item()
-                if not math.isfinite(mean):
-                    raise Diverged(
-                        f"the loss is {mean} at step {step}: lower --lr (now {schedule.lr})"
-                    )
-                epoch = step * schedule.batch_size / len(clouds)
                 figures = {
-                    "loss": mean,
-                    "epoch": epoch,
+                    "loss": check_finite(accelerator.reduce(loss, "mean").item()),
+                    "epoch": step * schedule.batch_size / len(clouds),
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": 0.0 if norm is None else norm.item(),
                 }
@@ -237,9 +213,8 @@ def fit(
                 progress.log(step, figures)
                 accelerator.log(figures, step)
             if run and snapshot and accelerator.is_main_process:
-                checkpoint.replace_folder(
-                    run / "snapshots" / f"step-{step:07d}", task.module.save_pretrained
-                )
+                folder = run / "snapshots" / f"step-{step:07d}"
+                checkpoint.replace_folder(folder, task.module.save_pretrained)
             stopping = stopped(accelerator, stop, step) or step == stop_at
             if step % config.checkpoint_every == 0 or step == total or stopping:
                 save(loss.item())
@@ -304,11 +279,11 @@ def epoch_order(
         return rng.permutation(num_samples)
     first = np.cumsum((0, *shard_sizes))
     shards = rng.permutation(len(shard_sizes))
-    windows = [shards[at : at + WINDOW] for at in range(0, len(shards), WINDOW)]
-    members = (
-        np.concatenate([np.arange(first[i], first[i + 1]) for i in window]) for window in windows
-    )
-    return np.concatenate([rng.permutation(rows) for rows in members])
+    order = []
+    for at in range(0, len(shards), WINDOW):
+        rows = [np.arange(first[i], first[i + 1]) for i in shards[at : at + WINDOW]]
+        order.append(rng.permutation(np.concatenate(rows)))
+    return np.concatenate(order)
 
 
 def stopped(accelerator: Accelerator, stop: list, step: int) -> bool:

@@ -1,6 +1,7 @@
 """AdamW with proper parameter groups, and the learning-rate and momentum schedules."""
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -28,31 +29,23 @@ def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> tor
     return torch.optim.AdamW(rows, lr=schedule.lr, fused=True)
 
 
+_LAYER = re.compile(r".*?\bencoder\.(?:blocks\.(\d+)|tokenizer|position)\.")
+
+
 def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """layer_decay^(depth + 1 - layer): layer 0 before an encoder's blocks, i + 1 block i, depth + 1
     after them.
     """
-    scales = {name: 1.0 for name, _ in model.named_parameters()}
-    if layer_decay == 1.0:
-        return scales
-    blocks = [name.partition(".blocks.") for name in scales if ".blocks." in name]
-    depth = 1 + max(int(rest.partition(".")[0]) for _, _, rest in blocks)
-    encoder = blocks[0][0]
-    for name in scales:
-        if name.startswith(f"{encoder}.blocks."):
-            scales[name] = layer_decay ** (
-                depth - int(name.removeprefix(f"{encoder}.blocks.").partition(".")[0])
-            )
-        elif name.startswith((f"{encoder}.tokenizer.", f"{encoder}.position.")):
-            scales[name] = layer_decay ** (depth + 1)
-    return scales
+    found = {name: _LAYER.match(name) for name, _ in model.named_parameters()}
+    layers = {name: int(match[1] or -1) + 1 for name, match in found.items() if match}
+    last = max(layers.values(), default=0) + 1
+    return {name: layer_decay ** (last - layers.get(name, last)) for name in found}
 
 
 def total_steps(schedule: Schedule, num_samples: int) -> int:
     """Optimiser steps of the whole schedule."""
-    return schedule.max_steps or max(
-        1, math.ceil(schedule.epochs * num_samples / schedule.batch_size)
-    )
+    steps = math.ceil(schedule.epochs * num_samples / schedule.batch_size)
+    return schedule.max_steps or max(1, steps)
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:

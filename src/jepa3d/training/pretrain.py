@@ -1,12 +1,11 @@
 """Pretraining: settings and data in, a run folder out (`run.py`), in one stage or two."""
 
 import copy
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from jepa3d.training import cache, checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
 from jepa3d.training.optim import total_steps
-from jepa3d.training.progress import cpu_seconds
+from jepa3d.training.progress import clock, spent_since
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
@@ -43,7 +42,7 @@ TIMED_STEPS = 9  # of a stage whose cost is measured; the first is not timed
 def make_task(
     config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]
 ) -> Task:
-    """What the loop trains for an objective.
+    """The task that the loop trains for an objective.
 
     networks: those of stage I and those given, by name.
     """
@@ -55,18 +54,17 @@ def make_task(
     encoder = PointEncoder(**vars(config.encoder))
     # An EMA teacher reads these statistics from step 1.
     calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
-    if is_code(objective):
-        return Task(load_code(objective)(config, encoder), schedule, "encoder", encoder)
-    if objective == "generative":
-        return Task(Generative(config, encoder), schedule, "encoder", encoder)
-    if objective == "invariance":
-        return Task(Invariance(config, encoder), schedule, "encoder", encoder, augments=False)
-    # before a warm start, the average after it
-    networks = networks | {"untrained": copy.deepcopy(encoder)}
-    if config.init:
-        warm_start(encoder, networks[config.init], config.init)
-    networks["ema"] = copy.deepcopy(encoder)
-    return Task(JEPA(config, encoder, make_teacher(config, networks)), schedule, "encoder", encoder)
+    if objective == "jepa":
+        # before a warm start, the average after it
+        networks = networks | {"untrained": copy.deepcopy(encoder)}
+        if config.init:
+            warm_start(encoder, networks[config.init], config.init)
+        networks["ema"] = copy.deepcopy(encoder)
+        trained: Any = JEPA(config, encoder, make_teacher(config, networks))
+    else:
+        rivals = {"generative": Generative, "invariance": Invariance}
+        trained = (rivals.get(objective) or load_code(objective))(config, encoder)
+    return Task(trained, schedule, "encoder", encoder, augments=objective != "invariance")
 
 
 def _some(seed: int, count: int) -> np.ndarray:
@@ -74,13 +72,12 @@ def _some(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
-def to_export(network: Network, clouds: PointClouds, seed: int) -> Network:
-    """A copy of an encoder whose vectors are standardised by some of the clouds; a dVAE as it is."""
-    if isinstance(network, DVAE):
-        return network
-    network = copy.deepcopy(network).eval()
-    standardise_vectors(network, clouds.batch(_some(seed, len(clouds))))
-    return network
+def _export(network: Network, clouds: PointClouds, seed: int, folder: Path) -> None:
+    """Save a network; an encoder with vectors standardised by some of the clouds."""
+    if isinstance(network, PointEncoder):
+        network = copy.deepcopy(network).eval()
+        standardise_vectors(network, clouds.batch(_some(seed, len(clouds))))
+    checkpoint.replace_folder(folder, network.save_pretrained)
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
@@ -96,17 +93,13 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
     """All teachers of the configuration joined; None where there is none."""
     if config.teacher == ("none",):
         return None
+    teachers, target = [networks[name] for name in config.teacher], config.target
     average = config.teacher.index("ema") if "ema" in config.teacher else None
-    return Teacher(
-        [networks[name] for name in config.teacher],
-        config.target.norm,
-        config.target.layers,
-        average,
-    )
+    return Teacher(teachers, target.norm, target.layers, average)
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
-    """Weights and statistics of `source`. ValueError where it is not the same architecture."""
+    """Copy the weights and statistics of `source`. ValueError where its architecture differs."""
     try:
         encoder.load_weights(source)
     except RuntimeError as error:
@@ -147,20 +140,16 @@ def pretrain(
         task = rehearse(config, clouds, networks)
         if teacher := teacher_to_cache(config, task):
             cache.check_space(config, len(clouds), teacher.width, out)
-        created = {
-            "departures": settings.departures(config, len(clouds)),
-            "parameters": {
-                task.export: count_parameters(task.module),
-                "trained": count_parameters(task.objective, True),
-            },
+        parameters = {
+            task.export: count_parameters(task.module),
+            "trained": count_parameters(task.objective, True),
         }
+        departures = settings.departures(config, len(clouds))
+        created: dict[str, Any] = {"departures": departures, "parameters": parameters}
         if task.export == "dvae" and (backbone := task.module.backbone):
             created["backbone"] = {"name": backbone.name, "sha256": backbone.sha256}
-        given = {
-            f"given/{i}": network
-            for i, network in enumerate(networks.values())
-            if isinstance(network, Pretrained)
-        }
+        named = ((f"given/{i}", network) for i, network in enumerate(networks.values()))
+        given = {name: found for name, found in named if isinstance(found, Pretrained)}
         runs.create(out, settings.to_dict(config), clouds, created, given)
     wait_for_everyone()
     for name in config.stages:
@@ -168,23 +157,18 @@ def pretrain(
         if is_main() and not folder.exists():
             runs.copy_twin(config.stage(name), folder, stage_one)
         wait_for_everyone()
-        pretrain(config.stage(name), folder, folder.exists(), clouds=stage_clouds.get(name, clouds))
+        its_clouds = stage_clouds.get(name, clouds)
+        pretrain(config.stage(name), folder, folder.exists(), clouds=its_clouds)
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
-        fresh = (
-            task
-            if not config.init
-            else make_task(replace(config, init=None), config.objective, clouds, networks)
-        )
-        checkpoint.replace_folder(
-            out / "untrained", to_export(fresh.module, clouds, config.seed).save_pretrained
-        )
+        fresh = task
+        if config.init:
+            fresh = make_task(replace(config, init=None), config.objective, clouds, networks)
+        _export(fresh.module, clouds, config.seed, out / "untrained")
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
-        checkpoint.replace_folder(
-            out / task.export, to_export(task.module, clouds, config.seed).save_pretrained
-        )
+        _export(task.module, clouds, config.seed, out / task.export)
         runs.finish(out, runs.cost_of(out, state), state["metrics"])
     wait_for_everyone()
     return out
@@ -192,9 +176,8 @@ def pretrain(
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
     """The frozen teacher whose targets the configuration wants computed beforehand."""
-    return (
-        task.objective.teacher if config.target.cache and isinstance(task.objective, JEPA) else None
-    )
+    cached = config.target.cache and isinstance(task.objective, JEPA)
+    return task.objective.teacher if cached else None
 
 
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
@@ -241,14 +224,13 @@ def clouds_of(
     """
     num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
     viewed = objective == "jepa" and config.target.view > 0
-    if loaded is not None and loaded.points.shape[1] in (
-        num_points,
-        2 * num_points if viewed else num_points,
-    ):
+    # A view of twice the points still has enough when some are cut away; not all data has them.
+    sizes = (2 * num_points, num_points) if viewed else (num_points,)
+    if loaded is not None and loaded.points.shape[1] in sizes:
         return loaded
-    if viewed:  # of which a view still has enough when some are cut away
+    for size in sizes[:-1]:
         with suppress(ReadError):
-            return load(config.data, 2 * num_points, config.split, config.up_axis, limit=limit)
+            return load(config.data, size, config.split, config.up_axis, limit=limit)
     return load(config.data, num_points, config.split, config.up_axis, limit=limit)
 
 
@@ -265,39 +247,29 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
     return task
 
 
-class StageTrial(NamedTuple):
-    """Some steps of one stage on a few clouds, and what they cost; nothing is written."""
+def try_stages(
+    config: PretrainConfig, steps: int
+) -> Iterator[tuple[str, Task, PointClouds, int, dict, dict]]:
+    """Take `steps` steps of every stage on the clouds of two batches; nothing is written.
 
-    stage: str
-    task: Task
-    clouds: PointClouds
-    shapes: int  # that the whole data has
-    steps: int  # of the whole stage
-    # wall and CPU seconds of asking the teachers about all shapes; 0 unless their targets are
-    # cached
-    asking: np.ndarray
-    state: dict  # of `fit`
-
-
-def try_stages(config: PretrainConfig, steps: int) -> Iterator[StageTrial]:
-    """Take `steps` steps of every stage, on the clouds of two batches."""
+    Yields the stage, its task, the clouds, how many shapes the whole data has, wall and CPU seconds
+    of asking the teachers about all of them (0 unless their targets are cached), and the state of
+    `fit`.
+    """
     networks = load_given(config, None)
     for stage in (*config.stages, config.objective):
         schedule = config.schedule(stage)
         clouds = clouds_of(config, stage, limit=2 * schedule.batch_size)
         shapes = clouds.available or len(clouds)
         task = make_task(config, stage, clouds, networks)
-        began = np.array([time.perf_counter(), cpu_seconds()])
-        task = with_cache(
-            replace(task, schedule=replace(schedule, max_steps=steps)), clouds, config, None
-        )
-        asking = (
-            np.array([time.perf_counter(), cpu_seconds()]) - began if task.targets else np.zeros(2)
-        )
+        task = replace(task, schedule=replace(schedule, max_steps=steps))
+        began = clock()
+        task = with_cache(task, clouds, config, None)
+        scale = shapes / len(clouds) if task.targets else 0
+        asking = {name: scale * seconds for name, seconds in spent_since(began).items()}
         state = fit(task, clouds, replace(config, log_every=steps, snapshot_every=None), None)
         networks[stage] = task.module
-        whole = total_steps(schedule, shapes)
-        yield StageTrial(stage, task, clouds, shapes, whole, asking * (shapes / len(clouds)), state)
+        yield stage, task, clouds, shapes, asking, state
 
 
 def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
@@ -305,9 +277,11 @@ def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
     steps; measured.
     """
     before, step = 0.0, 0.0
-    for trial in try_stages(settle(config), TIMED_STEPS):
-        step = trial.state["step_cpu_seconds"]
-        before += trial.asking[1] + (trial.steps * step if trial.stage != config.objective else 0.0)
+    for stage, _, _, shapes, asking, state in try_stages(settle(config), TIMED_STEPS):
+        step = state["step_cpu_seconds"]
+        before += asking["cpu_seconds"]
+        if stage != config.objective:
+            before += step * total_steps(config.schedule(stage), shapes)
     return before, step
 
 
@@ -316,23 +290,22 @@ def dry_run(config: PretrainConfig) -> None:
     nothing.
     """
     check(config := settle(config))
-    spent, memory, disk = [], 0.0, 0
-    for trial in try_stages(config, 2):
-        stage, task, clouds, shapes, steps, asking, state = trial
+    spent, memory, disk, shapes = [], 0.0, 0, 0
+    for stage, task, clouds, shapes, asking, state in try_stages(config, 2):
         if teacher := teacher_to_cache(config, task):
-            disk += cache.num_bytes(cache.columns(config, shapes, teacher.width))
-            spent.append(("asking the teachers", asking[0]))
+            disk += shapes * cache.row_type(config, teacher.width).itemsize
+            spent.append(("asking the teachers", asking["wall_seconds"]))
         size, batch = count_parameters(task.module), config.schedule(stage).batch_size
+        steps = total_steps(config.schedule(stage), shapes)
         spent.append((f"{stage} {steps:,} steps of {batch}", steps * state["step_seconds"]))
-        unread = 0 if clouds.shard_sizes else (shapes - len(clouds)) * clouds.points[0].nbytes
-        memory = max(memory, state["peak_memory"] + (unread if runs.ON_CPU else 0))
+        in_memory = runs.ON_CPU and not clouds.shard_sizes
+        unread = (shapes - len(clouds)) * clouds.points[0].nbytes if in_memory else 0
+        memory = max(memory, state["peak_memory"] + unread)
         # Two checkpoints of weights and two moments; what is kept before and after, and on the way.
-        snapshots = (
-            steps // config.snapshot_every
-            if config.snapshot_every and stage == config.objective
-            else 0
-        )
-        disk += 4 * (6 * count_parameters(task.objective, True) + size * (2 + snapshots))
+        snapshots = 2
+        if config.snapshot_every and stage == config.objective:
+            snapshots += steps // config.snapshot_every
+        disk += 4 * (6 * count_parameters(task.objective, True) + size * snapshots)
         log.info(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
             f"2 steps of {batch} in {state['wall_seconds']:.1f} s, "
@@ -340,12 +313,10 @@ def dry_run(config: PretrainConfig) -> None:
         )
     if is_main():
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
-        log.info(
-            f"the whole run on {shapes:,} shapes takes about {duration(sum(s for _, s in spent))} here: {parts}"
-        )
-        log.info(
-            f"it needs about {memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk"
-        )
+        total = duration(sum(seconds for _, seconds in spent))
+        log.info(f"the whole run on {shapes:,} shapes takes about {total} here: {parts}")
+        needed = f"{memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk"
+        log.info(f"it needs about {needed}")
 
 
 def duration(seconds: float) -> str:

@@ -23,9 +23,14 @@ SHOWN = (  # of a step's figures, on the line
 ).split()
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process, all threads."""
-    return time.process_time()
+def clock() -> dict[str, float]:
+    """CPU time of this process, all threads, and wall time, to be compared with a later one."""
+    return {"cpu_seconds": time.process_time(), "wall_seconds": time.perf_counter()}
+
+
+def spent_since(began: dict[str, float]) -> dict[str, float]:
+    """CPU and wall seconds since `began`, an earlier `clock()`."""
+    return {name: now - began[name] for name, now in clock().items()}
 
 
 def peak_memory() -> int:
@@ -54,25 +59,23 @@ class Progress:
         total: int,
         batch_size: int,
         shown: bool,
-        began: tuple[float, float],
+        began: dict[str, float],
     ):
-        self.path, self.total, self.batch_size, self.shown = path, total, batch_size, shown
+        self.path, self.total = path, total
+        self.batch_size, self.shown = batch_size, shown
         self.base = dict(state)
-        self.cpu, self.wall = began  # CPU and wall clock, before any trial
+        self.began = began  # the clock before any trial
         self.last: dict[str, float] = {}
         self.step_seconds = self.step_cpu_seconds = 0.0  # of a step, since the line before
-        self.before = state["step"], time.perf_counter(), cpu_seconds()
-        self.bar = Bar(
-            BarColumn(12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
-            expand=True,
-            disable=not (shown and sys.stderr.isatty() and log.isEnabledFor(logging.INFO)),
-        )
+        self.before = {"step": state["step"]} | clock()
+        drawn = shown and sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+        text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
+        columns = BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(), text
+        self.bar = Bar(*columns, expand=True, disable=not drawn)
         self.task = self.bar.add_task("", total=total, completed=state["step"])
         if path and shown and path.exists():
-            kept = [line for line in Run(path.parent).metrics if line["step"] <= state["step"]]
+            lines = Run(path.parent).metrics
+            kept = [line for line in lines if line["step"] <= state["step"]]
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.last = kept[-1] if kept else {}
 
@@ -85,33 +88,30 @@ class Progress:
 
     def stamp(self, state: dict) -> dict:
         """`state` with the cost so far, over all sessions of the run."""
-        return state | {
-            "cpu_seconds": self.base["cpu_seconds"] + cpu_seconds() - self.cpu,
-            "wall_seconds": self.base["wall_seconds"] + time.perf_counter() - self.wall,
-            "peak_memory": max(self.base["peak_memory"], peak_memory()),
-        }
+        spent, peak = spent_since(self.began), max(self.base["peak_memory"], peak_memory())
+        total = {name: self.base[name] + value for name, value in spent.items()}
+        return state | total | {"peak_memory": peak}
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of a step."""
-        now = step, time.perf_counter(), cpu_seconds()
-        steps, wall, cpu = (after - before for after, before in zip(now, self.before, strict=True))
-        self.step_seconds, self.step_cpu_seconds = wall / max(1, steps), cpu / max(1, steps)
-        self.before = now
+        spent, steps = spent_since(self.before), max(1, step - self.before["step"])
+        self.step_seconds = spent["wall_seconds"] / steps
+        self.step_cpu_seconds = spent["cpu_seconds"] / steps
+        self.before = {"step": step} | clock()
         if not self.shown:
             return
         cost = self.stamp({})
-        done = step - self.base["step"]
-        here = cost["wall_seconds"] - self.base["wall_seconds"]
-        rate = done * self.batch_size / here
-        left = (self.total - step) * here / done
+        step_seconds = (cost["wall_seconds"] - self.base["wall_seconds"]) / (
+            step - self.base["step"]
+        )
+        rate, left = self.batch_size / step_seconds, (self.total - step) * step_seconds
         self.last = {"step": step, **figures, "samples_per_second": rate, **cost}
         if self.path:
             with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(self.last) + "\n")
         text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
         if self.bar.disable:
-            log.info(
-                f"step {step:,}/{self.total:,} {text} | {rate:.0f} samples/s, {left / 60:.1f} min left"
-            )
+            speed = f"{rate:.0f} samples/s, {left / 60:.1f} min left"
+            log.info(f"step {step:,}/{self.total:,} {text} | {speed}")
         else:
             self.bar.update(self.task, completed=step, description=f"{rate:.0f} samples/s {text}")

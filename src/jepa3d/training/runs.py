@@ -16,7 +16,7 @@ from torch import nn
 
 from jepa3d.config import STAGE_ONE, PretrainConfig, RunConfig
 from jepa3d.data.datasets import PointClouds
-from jepa3d.evaluation.protocol import Result, provenance, write_json
+from jepa3d.evaluation.protocol import provenance, write_json
 from jepa3d.locking import writing
 from jepa3d.models.hub import Pretrained
 from jepa3d.plain import differences, log, read_checked, sha256_of, to_dict, write_checked
@@ -55,10 +55,8 @@ def begin(out: Path, resume: bool) -> bool:
     started, existed = (out / "config.json").exists(), out.exists()
     wait_for_everyone()  # all have looked before the first one writes
     if existed and not (resume and started):
-        raise ValueError(
-            f"{out}: exists already; choose another --out"
-            + (", or continue it with --resume" if started else "")
-        )
+        hint = ", or continue it with --resume" if started else ""
+        raise ValueError(f"{out}: exists already; choose another --out{hint}")
     if resume and not started and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         raise ValueError(f"{out}: no run to resume")
     return started
@@ -74,12 +72,12 @@ def close_if_finished(out: Path) -> bool:
 
 
 def check_unchanged(config: Any, out: Path) -> None:
-    """A resumed run has the settings it began with."""
-    file, written = out / "config.json", Run(out).record.get("config")  # version 0.1.0 wrote none
+    """ValueError unless a resumed run has the settings that it began with."""
+    file = out / "config.json"
+    written = Run(out).record.get("config")  # version 0.1.0 wrote none
     if written not in (None, sha256_of(file)):
-        raise ValueError(
-            f"{file}: missing, damaged or edited: its checksum is not that in run.json"
-        )
+        found = "missing, damaged or edited"
+        raise ValueError(f"{file}: {found}: its checksum is not that in run.json")
     before = {key: value for key, value in Run(out).config.items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
@@ -87,7 +85,7 @@ def check_unchanged(config: Any, out: Path) -> None:
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's settings that its objective reads: all, but for networks of stage I."""
+    """The settings of a run that its objective reads: all, except for networks of stage I."""
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
         return settings
@@ -102,20 +100,18 @@ def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> 
     asked = read_by(to_dict(config))
     for run in candidates:
         if Run(run).finished and not differences(asked, read_by(Run(run).config)):
-            checkpoint.replace_folder(
-                out, functools.partial(shutil.copytree, run, dirs_exist_ok=True), new=True
-            )
+            copy = functools.partial(shutil.copytree, run, dirs_exist_ok=True)
+            checkpoint.replace_folder(out, copy, new=True)
             return
 
 
 def check_same_data(clouds: PointClouds, out: Path) -> None:
-    """A resumed run has the data it began with."""
+    """ValueError unless a resumed run has the data that it began with."""
     before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
-        raise ValueError(
-            f"{out}: the data changed since the run began: {clouds.name} with {len(clouds)} shapes, "
-            f"then {before['name']} with {before['shapes']}"
-        )
+        found = f"{clouds.name} with {len(clouds)} shapes"
+        then = f"{before['name']} with {before['shapes']}"
+        raise ValueError(f"{out}: the data changed since the run began: {found}, then {then}")
 
 
 def create(
@@ -132,7 +128,8 @@ def create(
 
     def write(partial: Path) -> None:
         write_json(partial / "config.json", config)
-        running = {"status": "running", "config": sha256_of(partial / "config.json"), "data": data}
+        digest = sha256_of(partial / "config.json")
+        running = {"status": "running", "config": digest, "data": data}
         write_json(partial / "run.json", provenance() | running | record)
         for folder, network in networks.items():
             network.save_pretrained(partial / folder)
@@ -142,40 +139,33 @@ def create(
 
 
 def check_batch(config: RunConfig, name: str, size: int) -> None:
-    """ValueError for a batch that memory cannot hold, or that processes and passes of a step cannot
-    share evenly.
+    """ValueError for a batch or weights that the memory of a machine without a GPU cannot hold
+    whatever the rest takes, or for a batch that processes and passes cannot share evenly.
     """
-    accumulate = config.accumulate
-    if ON_CPU:
-        _check_memory(config, name, size)
+    accumulate, encoder = config.accumulate, config.encoder
+    memory = psutil.virtual_memory().total if ON_CPU else float("inf")
+    # gradient, two moments
+    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
+    if weights > memory:
+        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
+        raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
+    # of each visible token, a block; far fewer than there are
+    kept = 1 if config.checkpoint_activations else 8
+    tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
+    needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
+    if needed > memory:
+        what = f"{name} {size} needs {needed / 1e9:,.0f} GB or more a pass, this machine has {memory / 1e9:,.0f}"
+        raise ValueError(f"{what} GB; lower it or raise accumulate (now {accumulate})")
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
         raise ValueError(f"{name} {size} is not a multiple of the {processes} processes{passes}")
 
 
-def _check_memory(config: RunConfig, name: str, batch_size: int) -> None:
-    """ValueError where weights, or the tokens of one pass, cannot fit into this machine whatever
-    the rest takes.
-    """
-    encoder, memory = config.encoder, psutil.virtual_memory().total
-    # gradient, two moments
-    weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
-    if weights > memory:
-        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
-        raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
-    # a block, of each visible token; far fewer than there are
-    kept = 1 if config.checkpoint_activations else 8
-    tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
-    needed = 4 * batch_size // config.accumulate * (tokens + 3 * encoder.num_points)
-    if needed > memory:
-        what = f"{name} {batch_size} needs {needed / 1e9:,.0f} GB or more a pass, this machine has {memory / 1e9:,.0f}"
-        raise ValueError(f"{what} GB; lower it or raise accumulate (now {config.accumulate})")
-
-
 def cost_of(out: Path, state: dict) -> dict[str, float]:
     """What a run has cost; beside it what came before: stage I and cached targets."""
-    cost = {key: state[key] for key in ("step", "cpu_seconds", "wall_seconds", "peak_memory")}
+    names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
+    cost = {key: state[key] for key in names}
     before = [read_checked(stage, "cost")["cost"] for stage in out.glob("stage1/*/run.json")]
     before += [read_checked(file)["cost"] for file in out.glob("cache/run.json")]
     for key in ("cpu_seconds", "wall_seconds"):
@@ -184,14 +174,29 @@ def cost_of(out: Path, state: dict) -> dict[str, float]:
 
 
 def finish(
-    out: Path, cost: dict[str, float], metrics: dict[str, float], result: Result | None = None
+    out: Path,
+    cost: dict[str, float],
+    metrics: Mapping[str, float | None],
+    result: dict[str, Any] | None = None,
 ) -> None:
-    """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints."""
-    record = Run(out).record
+    """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints.
+
+    result: protocol, data, selection, metrics on the test part in per cent, the same on the
+    validation part or None, details by class, category or fold, and the settings that arms of a
+    comparison may differ in. What is the same for every task is added: where the encoder came from,
+    seed, votes, cost, versions and machine.
+    """
+    record, config = Run(out).record, Run(out).config
     if result:
-        # not that of a resume
-        write_checked(out / "results.json", result.record() | {"command": record["command"]})
-    write_json(out / "run.json", record | {"status": "finished", "cost": cost, "metrics": metrics})
+        init, frozen = config["init"], config.get("method", "finetune") != "finetune"
+        if init is None or Path(init).name == "untrained":
+            init = "untrained" if init or frozen else "scratch"
+        known = {name: config[name] for name in ("task", "seed", "votes")}
+        known |= {"init": init, "pretraining": record["pretraining"], "cost": cost}
+        origin = provenance() | {"command": record["command"]}  # not that of a resume
+        write_checked(out / "results.json", known | result | origin)
+    ended = {"status": "finished", "cost": cost, "metrics": metrics}
+    write_json(out / "run.json", record | ended)
     drop_scratch(out)
 
 
@@ -206,13 +211,13 @@ def is_main() -> bool:
 
 
 def wait_for_everyone() -> None:
-    """Until every process is here."""
+    """Wait until every process has made this call."""
     PartialState(cpu=ON_CPU).wait_for_everyone()
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any: one that ends while joined aborts now and
-    then (gloo).
+    """Leave the group of processes, if there is one: a process that ends inside it sometimes aborts
+    (gloo).
     """
     PartialState(cpu=ON_CPU).destroy_process_group()
 
@@ -230,14 +235,10 @@ def show_result(out: Path) -> None:
 
 
 def outcome(result: dict) -> str:
-    """A line of a results.json: figures, and how they were come by."""
+    """A line that sums up a results.json: its figures, and how they were chosen."""
     data = result["data"]
-    shown = {
-        name.replace("_", " "): value
-        for name, value in result["metrics"].items()
-        if value is not None
-    }
-    metrics = ", ".join(f"{name} {value:.1f} %" for name, value in shown.items())
+    shown = {name: value for name, value in result["metrics"].items() if value is not None}
+    metrics = ", ".join(f"{key.replace('_', ' ')} {value:.1f} %" for key, value in shown.items())
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
     return (
         f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
