@@ -148,7 +148,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
     itself among them (of many points: fewer than an eighth of them would put there, spread evenly
     through the box; of fewer than 256: fewer than n / 64). Then again in the box of the rest, until
     nothing goes: one point far off puts all others into one cell at first; at most `ROUNDS` times,
-    as often as a graph can do it (inference/graph_frame.py). A cloud that would lose more than
+    as often as a graph can do it (inference/export.py). A cloud that would lose more than
     `MAX_STRAYS` of its points, or keep fewer than `min_points`, is no surface with strays and keeps all.
     """
     kept = np.arange(len(points))
