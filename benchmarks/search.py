@@ -139,7 +139,7 @@ def ask(way: str, folder: Path, probes: int) -> None:
         def find(i: int) -> list[int]:
             return index.search(unit[i : i + 1].astype(np.float32), K)[1][0].tolist()
     else:
-        from jepa3d.inference import mapped
+        from jepa3d.inference import search as mapped
         from jepa3d.inference.search import search
 
         path = folder / ("v.parquet" if "jepa3d" in way else "v.lancedb")

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from jepa3d.cli import main
-from jepa3d.data import archives
+from jepa3d.data import sources
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.errors import left_out, printable
+from jepa3d.data.errors import because, printable
 from jepa3d.inference.embedding import embed
 from jepa3d.inference.vectors import Vectors
 from jepa3d.models.encoder import PointEncoder
@@ -115,7 +115,7 @@ def test_predict_names_each_left_out_file_once_and_counts_it_once(scans, capfd):
     ],
 )
 def test_a_left_out_file_is_named_once(name, reason):
-    assert left_out(name, reason) == f"left out: {name}: no points"
+    assert because(name, reason) == f"{name}: no points"
 
 
 def test_every_character_is_printed_on_one_line():
@@ -155,7 +155,7 @@ def test_commands_that_read_files_in_place_say_what_to_do_with_an_archive(scans,
     ):
         text = said(capfd, command, code=2)
         assert text.startswith("jepa3d: error: ")
-        assert text.endswith(f"{name}: {archives.REFUSAL}\n")
+        assert text.endswith(f"{name}: {sources.REFUSAL}\n")
     (scans / name).rename(scans / "scans" / name)
     assert f"left out: scans/{name}: an archive: unpack it" in said(
         capfd, "embed scans --model model --out v.parquet"
@@ -165,19 +165,19 @@ def test_commands_that_read_files_in_place_say_what_to_do_with_an_archive(scans,
 @pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
 def test_an_archive_out_of_proportion_is_refused_before_it_is_written(tmp_path, name, monkeypatch):
     packed(tmp_path / name, {f"{i}.xyz": b"0" * 2_000_000 for i in range(3)})
-    monkeypatch.setattr(archives, "_MOST", (100, 4_000_000))
+    monkeypatch.setattr(sources, "_MOST", (100, 4_000_000))
     with (
         pytest.raises(ReadError, match="too many for its size"),
-        archives.unpacked(tmp_path / name, tmp_path / "out"),
+        sources.unpacked(tmp_path / name, tmp_path / "out"),
     ):
         pass
-    monkeypatch.setattr(archives, "_MOST", (10_000, 1 << 30))
+    monkeypatch.setattr(sources, "_MOST", (10_000, 1 << 30))
     monkeypatch.setattr(
-        archives.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000})
+        sources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5_000_000})
     )
     with (
         pytest.raises(ReadError, match="5,000,000 are free"),
-        archives.unpacked(tmp_path / name, tmp_path / "out"),
+        sources.unpacked(tmp_path / name, tmp_path / "out"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]

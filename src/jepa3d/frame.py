@@ -152,7 +152,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
     This is repeated in the bounding box of the rest until nothing is removed, since one far point
     puts all others into one cell at first. There are at most `ROUNDS` rounds, as in the exported
-    graph (inference/graph_frame.py). A cloud that would lose more than the share `MAX_STRAYS` of
+    graph (inference/export.py). A cloud that would lose more than the share `MAX_STRAYS` of
     its points, or keep fewer than `min_points`, keeps all.
     """
     kept = np.arange(len(points))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data import io, text
+from jepa3d.data import io
 from jepa3d.data.io import ReadError, enough_points, read
 
 h5py, laspy = pytest.importorskip("h5py"), pytest.importorskip("laspy")
@@ -292,7 +292,7 @@ def test_absurd_claims_of_a_header_are_refused(tmp_path, name):
 
 
 def test_a_larger_table_is_a_uniform_part_and_the_same_each_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "CHUNK", 97)
+    monkeypatch.setattr(clouds, "CHUNK", 97)
     monkeypatch.setattr(clouds.Reservoir.__init__, "__defaults__", (500, 0))
     rows = np.arange(4000)
     np.savetxt(tmp_path / "a.xyz", np.c_[rows, rows % 7, rows % 11], fmt="%d")

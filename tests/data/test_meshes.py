@@ -16,7 +16,7 @@ from spellings import polygons
 from jepa3d.data.cloud import PointCloud
 from jepa3d.data.datasets import load
 from jepa3d.data.io import ReadError, chunks, read
-from jepa3d.data.polygons import triangles
+from jepa3d.data.meshes import triangles
 from jepa3d.data.prepare import Preparation, prepare
 from jepa3d.data.store import Store
 
@@ -200,7 +200,7 @@ SHORT = FACES.rsplit("\n", 3)[0] + "\n"
         ("a.off", f"OFF\n8 6 0\n{VERTICES.replace('1 1 1', '1 nan 1')}{FACES}", "NaN or infinite"),
         ("a.obj", OBJ + SQUARE.replace("8 6", "0 6"), "a face of vertex -1"),
         ("a.obj", OBJ.replace("1", "0,5") + SQUARE, "'0,5' where a number should be"),
-        ("a.obj", OBJ + "cstype bspline\nsurf 0 1 0 1 1 2 3 4\n", "free-form surfaces"),
+        ("a.obj", OBJ + "cstype bspline\nsurf 0 1 0 1 1 2 3 4\n", "free-form surface"),
         (
             "a.ply",
             PLY.format("ascii") + LIST + VERTICES + SHORT,
@@ -242,12 +242,12 @@ SHORT = FACES.rsplit("\n", 3)[0] + "\n"
         (
             "a.stl",
             b"\0" * 80 + b"\x02\0\0\0" + b"\x01" * 50,
-            "truncated or not an STL file: its header counts 2",
+            "truncated or no STL file: 1 of 2 triangles",
         ),
         (
             "a.stl",
             b"\0" * 80 + b"\x01\0\0\0" + b"\x01" * 150,
-            "its header counts 1 triangles, it has 3",
+            "damaged or no STL file: 3 of 1 triangles",
         ),
         ("a.dae", "<COLLADA/>", "convert it first: pip install trimesh"),
         ("a.3mf", "PK", "convert it first"),
@@ -438,7 +438,7 @@ def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
             lambda s: s["nodes"].append({"children": [0, 1]}) or s["scenes"][0].update(nodes=[1]),
             "reached twice",
         ),
-        (lambda s: s["meshes"][0]["primitives"][0].update(mode=1), "lines only"),
+        (lambda s: s["meshes"][0]["primitives"][0].update(mode=1), "of lines"),
         (lambda s: s["asset"].update(version="1.0"), "glTF 1.0 is not read"),
         (lambda s: s["scenes"][0].update(nodes=[]), "without meshes"),
     ],

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa3d.data.datasets import load
-from jepa3d.data.entries import Entry
+from jepa3d.data.entries import SPLIT_OF, Entry, classes_and_splits, divide, lacking
 from jepa3d.data.prepare import Preparation, prepare
-from jepa3d.data.splits import SPLIT_OF, classes_and_splits, divide, lacking
 from jepa3d.data.store import SPLITS, Store
 
 CLASSES = ("ball", "rod", "disc", "Train", "test", "Validation", "testbed", "training camp")

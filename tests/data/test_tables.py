@@ -120,7 +120,7 @@ def test_a_table_is_read_however_it_is_spelled(tmp_path, seed):
         ("2\n3\n1 2 3\n", "name it .ptx"),
         ("ncols 4\nnrows 4\n1 2 3 4\n", "a grid of heights"),
         ("Dear all,\nthese are no numbers.\n", "no rows of numbers: the first line is 'Dear all,'"),
-        ("1 2 3 " * 30_000, "line 1 is no row of a table: it has 100,000 characters or more"),
+        ("1 2 3 " * 30_000, "line 1 has 100,000 characters or more"),
         ("1_0 2 3\n4 5_0 6\n", "no rows of numbers"),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_pcd_is_read_however_it_is_spelled(tmp_path, seed):
         ("FIELDS x y z", "FIELDS a y z", "has no field x; it has a, y, z"),
         ("SIZE 4 4 4", "SIZE 4 4", "its header has 3 FIELDS, 2 SIZE"),
         ("DATA", "DATUM", "DATA is missing"),
-        ("DATA ", "DATA un", "known are ascii"),
+        ("DATA ", "DATA un", "ascii, binary or"),
     ],
 )
 @pytest.mark.parametrize("way", ["ascii", "binary"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa3d.inference import mapped
+from jepa3d.inference import search as mapped
 from jepa3d.inference.neighbours import random_cosines
 from jepa3d.inference.search import HALF_SLACK, _cosines, search
 from jepa3d.inference.spec import EmbeddingSpec
@@ -156,7 +156,7 @@ def test_vectors_that_change_while_they_are_copied_are_not_kept(index, monkeypat
 
 def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
     program = (
-        "import sys, numpy as np; from jepa3d.inference import mapped; from jepa3d.inference.search import search\n"
+        "import sys, numpy as np; from jepa3d.inference import search as mapped; search = mapped.search\n"
         "mapped.WORTH = 1; print([[h.path for h in hits] for hits in search(sys.argv[1], np.load(sys.argv[2]), 7)])"
     )
     np.save(index.with_name("q.npy"), QUERIES)

@@ -13,7 +13,7 @@ import trimesh
 
 from jepa3d import load
 from jepa3d.cli import main
-from jepa3d.data import io as files
+from jepa3d.data import cloud as clouds
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.io import chunks
 from jepa3d.inference import cells as sorting
@@ -137,7 +137,7 @@ def test_y_up_and_z_up_scans_of_one_scene_have_the_same_features(model, scan, xy
 
 def test_the_result_does_not_depend_on_chunks_or_buckets(model, scan, monkeypatch):
     write_features(scan, scan.with_name("a.parquet"), model)
-    monkeypatch.setattr(files, "CHUNK", 777)
+    monkeypatch.setattr(clouds, "CHUNK", 777)
     monkeypatch.setattr(sorting, "BUCKET", 3000)
     monkeypatch.setattr(module, "BATCH", 5)
     write_features(scan, scan.with_name("b.parquet"), model)
@@ -331,7 +331,7 @@ def variants(folder, xyz) -> dict:
 
 
 def test_every_kind_of_file_is_read_in_order_in_chunks(tmp_path, xyz, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 1999)
+    monkeypatch.setattr(clouds, "CHUNK", 1999)
     found = variants(tmp_path, xyz[:5000])
     assert len(found) == 8
     for name, path in found.items():
@@ -393,7 +393,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tile": 0.01}, "most tiles would have under 16 points; try "),
+        ({"tile": 0.01}, "tiles of few points; try "),
         ({"tile": 1e-9}, "too small for a scene"),
         ({"tile": -1.0}, "a length above 0"),
         ({"up_axis": "w"}, "one of x, y, z"),

@@ -177,7 +177,7 @@ def test_the_store_replaces_adds_deletes_and_stays_exact(index, store, tmp_path)
 
 def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
     opened = VectorStore(store)
-    with pytest.raises(ValueError, match="has no index for --probes"):
+    with pytest.raises(ValueError, match="--probes needs jepa3d index --ann"):
         search(store, X[0], probes=3)
     opened.build()
     queries = RNG.normal(size=(20, 12))

@@ -292,7 +292,7 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no array")
     assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
     assert "--up-axis w: one of x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
-    assert "made with --up-axis z, not y" in fails(
+    assert "of --up-axis z, not y" in fails(
         capsys, clouds, *model, "--up-axis", "y", "--index", index
     )
     torch.manual_seed(1)
@@ -312,7 +312,7 @@ def test_neighbours_are_of_the_cloud_but_itself_and_open(opened, index, items):
     assert [button.visible for button in page.buttons] == [True] * 3 + [False] * 3
     nearest, cosine = page.hits[0].path, page.hits[0].cosine
     assert page.buttons[0].label == f"1:  {cosine:.4f}  {Path(nearest).name}"
-    page.callback(lambda _: page.show(view._item(page.hits[0])))(None)
+    page.callback(lambda _: page.show(page._neighbour(0)))(None)
     assert page.view.name == nearest
     assert nearest not in {hit.path for hit in page.hits}
     assert page.chooser.value.endswith(Path(nearest).name)

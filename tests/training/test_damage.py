@@ -362,7 +362,7 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
 @pytest.mark.parametrize("name", ["label", "split", "end", "key_end", "frame"])
 def test_a_damaged_index_of_a_store_is_refused_when_it_is_opened(store, capsys, name):
     flip(store / "index" / f"{name}.bin", 5)
-    assert "index: rows 0-40 are not those written" in refusal(capsys, "info", store)
+    assert "index rows 0-40 are damaged" in refusal(capsys, "info", store)
 
 
 def test_verify_finds_nan_whose_checksum_is_right(store, capsys):

@@ -27,6 +27,7 @@ def prepare(
     columns: tuple[str, ...] | None = None,
     seed: int = 0,
     keep_strays: Annotated[bool, Parameter(negative=())] = False,
+    reader: str | None = None,
     workers: int = 0,
     strict: bool = False,
 ) -> None:
@@ -72,6 +73,8 @@ def prepare(
     keep_strays: bool
         Keep points that lie where hardly any other does, as benchmarks always do; else they are
         left out first.
+    reader: str
+        Reads files of a format of your own: package.module:function, from a path to points n x 3.
     workers: int
         Processes; 0 is one a core.
     strict: bool
@@ -94,6 +97,7 @@ def prepare(
         names or None,
         seed,
         keep_strays,
+        reader,
     )
     for store in run(source, out, options, workers, strict):
         print(

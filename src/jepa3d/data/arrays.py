@@ -12,7 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data import cloud as clouds
+from jepa3d.data.cloud import PointCloud, ReadError, check_shape
 from jepa3d.data.errors import as_read_error, check_claim, io_module, printable
 from jepa3d.data.store import SPLITS
 
@@ -56,11 +57,9 @@ def facts_in(path: Path) -> dict[str, list]:
             found["label"] = _classes(facts["label"], names, arrays["label"])
         if (split := facts.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
-                wrong = f"found {_described(split)}"
-                raise ReadError(f"split must be {count} whole numbers, {wrong}")
+                raise ReadError(f"split must be {count} integers: {_described(split)}")
             if not np.isin(split, range(len(SPLITS))).all():
-                allowed = "0 (train), 1 (test) or 2 (val)"
-                raise ReadError(f"split must be {allowed}, found {split.max()}")
+                raise ReadError(f"split must be 0, 1 or 2, found {split.max()}")
             found["split"] = [SPLITS[number] for number in split.tolist()]
         if len(names := facts.get("names", ())) == count:
             found["names"] = [_text(name) for name in names]
@@ -86,8 +85,7 @@ def _classes(values: np.ndarray, names: list[str], array: str) -> list[str | Non
     if values.dtype.kind in "iu":
         numbers[values == np.iinfo(values.dtype).max] = -1
     if names and (largest := numbers.max(initial=-1)) >= len(names):
-        known = f"there are {len(names)} names"
-        raise ReadError(f"label {largest} without class: {known}")
+        raise ReadError(f"label {largest} without class: there are {len(names)} names")
     return [None if n < 0 else names[n] if names else str(n) for n in numbers.tolist()]
 
 
@@ -133,8 +131,7 @@ def npz_headers(path: Path) -> Headers:
                 found[name] = header = _npy_header(file)
                 claimed = 0 if header[1].hasobject else _bytes(header)
                 if file.tell() + claimed > member.file_size:
-                    claim = f"the header of {name} claims {claimed:,} bytes"
-                    raise ReadError(f"truncated or damaged: {claim}")
+                    raise ReadError(f"truncated: {name} of {claimed:,} bytes")
     return found
 
 
@@ -155,8 +152,7 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     headers, names = npz_headers(path), list(names)
     for name in names:
         if headers[name][1].hasobject:
-            danger = "which could run anything and are not read"
-            raise ReadError(f"{name} holds Python objects, {danger}")
+            raise ReadError(f"{name} holds Python objects, which are not read")
     check_inflated(path, sum(_bytes(headers[name]) for name in names))
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
@@ -166,8 +162,7 @@ def check_inflated(path: Path, claimed: int) -> None:
     """Raises ReadError for a file that claims over 256 MiB and over 50 times its own size."""
     size = path.stat().st_size
     if claimed > max(2**28, 50 * size):
-        claim = f"{size:,} bytes that claim to hold {claimed:,}"
-        raise ReadError(f"refused: {claim}; save it again without compression")
+        raise ReadError(f"{claimed:,} bytes in {size:,}: save it without compression")
 
 
 def _dataset(file: Any, name: str) -> Any:
@@ -177,8 +172,7 @@ def _dataset(file: Any, name: str) -> Any:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            where = "to another file, to nothing or in a circle"
-            raise ReadError(f"{name} is a link {where}, which is not followed")
+            raise ReadError(f"{name} is a link to another file, to nothing or a circle")
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
             path = [part for part in link.path.split("/") if part not in ("", ".")]
@@ -299,13 +293,11 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     return PointCloud.make(points, **attributes)
 
 
-def npy_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
-    """Chunks of the points of an NPY, float64 n 3, at most `size` at once. Raises ReadError."""
+def npy_rows(path: Path, attributes: bool) -> Iterator[np.ndarray]:
+    """Chunks of the points of an NPY, float64 n 3. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
-    if values.ndim != 2 or values.shape[1] < 3 or values.dtype.kind not in "fiu":
-        found = f"found {_described(values)}"
-        raise ReadError(f"expected an array of points [n, 3], {found}")
-    for at in range(0, len(values), size):
+    check_shape(values)
+    for at in range(0, len(values), clouds.CHUNK):
         # opened again for each chunk, or all pages read so far would count as our memory
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-        yield values[at : at + size, :3].astype(np.float64)
+        yield values[at : at + clouds.CHUNK, :3].astype(np.float64)

@@ -147,12 +147,10 @@ def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
     labels.
     """
     entries = []
-    for entry in entries_of(path, path.name, None, split, None):
+    for entry in entries_of(path, path.name, None, split):
         number = -1 if entry.label is None else int(entry.label)
         if not 0 <= number < len(names):
-            known = f"there are {len(names)}"
-            label = f"label {number} of {entry.key}"
-            raise ReadError(f"{path}: {label} without class: {known}")
+            raise ReadError(f"{path}: label {number} of {entry.key} without class")
         entries.append(replace(entry, label=names[number], up_axis="y"))
     return entries
 
@@ -271,8 +269,7 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
             return lambda text, _: text.encode("latin1")
         if not _ARRAY_PARTS.fullmatch(f"{module}.{name}"):
-            wrong = f"a pickle that asks for {module}.{name}"
-            raise ReadError(f"{wrong}; only numpy arrays are read")
+            raise ReadError(f"a pickle of {module}.{name}; only numpy arrays are read")
         return super().find_class(module, name)
 
 

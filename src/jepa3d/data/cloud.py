@@ -1,6 +1,6 @@
 """One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,13 +69,7 @@ class PointCloud:
         Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN,
         and an attribute of other length.
         """
-        xyz = np.asarray(xyz)
-        found = f"found {xyz.dtype} {list(xyz.shape)}"
-        found = f"expected an array of points [n, 3], {found}"
-        if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
-            raise ReadError(found)
-        if len(xyz) == 3 and xyz.shape[1] > 32:
-            raise ReadError(f"{found}: turn it over, points first")
+        check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
         kept = {name: attributes.get(name) for name in ATTRIBUTES}
         kept = {name: values for name, values in kept.items() if values is not None}
@@ -87,8 +81,7 @@ class PointCloud:
             xyz, unseen = xyz[seen], unseen + int((~seen).sum())
             attributes |= {name: values[seen] for name, values in kept.items()}
         if unseen and not len(xyz):
-            what = f"all {unseen:,} are NaN, where nothing was seen"
-            raise ReadError(f"no points: {what}")
+            raise ReadError(f"no points: all {unseen:,} are NaN (nothing was seen)")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
@@ -96,19 +89,11 @@ class PointCloud:
             raise ReadError("all points are equal, up to rounding")
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
-    def to_z_up(self, up_axis: str) -> np.ndarray:
-        """Rows [3, 3] of `TO_Z_UP` for the up axis that the file's format defines, else for
-        `up_axis`.
-        """
-        return TO_Z_UP[self.up or up_axis]
-
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at an index, with their attributes, without faces."""
-        found = {}
-        for name in ATTRIBUTES:
-            if (values := getattr(self, name)) is not None:
-                found[name] = values[index]
-        return replace(self, points=self.points[index], faces=None, **found)
+        kept = {name: getattr(self, name) for name in ATTRIBUTES}
+        kept = {key: None if old is None else old[index] for key, old in kept.items()}
+        return replace(self, points=self.points[index], faces=None, **kept)
 
     def normalised(self) -> "PointCloud":
         """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
@@ -122,20 +107,70 @@ class PointCloud:
         origin = self.origin + center * self.scale
         return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
+    def sampled(self, count: int, seed: int) -> "PointCloud":
+        """`count` points of this mesh, uniform by area, with the normals of their faces.
+
+        Raises ReadError for a mesh without area.
+        """
+        triangles = self.points[self.faces].astype(np.float64)
+        points, chosen = sample_triangles(triangles, count, np.random.default_rng(seed))
+        a, b, c = triangles[chosen].swapaxes(0, 1)
+        normals = np.cross(b - a, c - a)
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+        points, normals = points.astype(np.float32), normals.astype(np.float32)
+        return PointCloud(points, self.origin, self.scale, normals, up=self.up)
+
+    def reduced(self, count: int, method: str, seed: int) -> "PointCloud":
+        """`count` points of this cloud, which has at least as many.
+
+        method: fps for farthest points, in an order of which any first n are the farthest n; random
+        for uniform; voxel for one point a cell of the coarsest grid (2^k cells a side) with `count`
+        occupied cells, then random of these, which is near-even and takes linear time.
+        """
+        rng = np.random.default_rng(seed)
+        if method == "fps":
+            points = torch.from_numpy(self.points)[None]
+            return self.take(farthest_point_sample(points, count)[0].numpy())
+        if method == "random":
+            return self.take(rng.choice(len(self), count, replace=False))
+        return self.take(rng.permutation(_one_a_voxel(self.points, count))[:count])
+
+    def filled(self, count: int) -> "PointCloud":
+        """This cloud of fewer than `count` points, filled up to `count`: see `frame.fill`.
+
+        Raises ReadError for fewer than LEAST different points.
+        """
+        different = np.unique(self.points, axis=0, return_index=True)[1]
+        if len(different) < (needed := min(LEAST, count)):
+            raise ReadError(too_few(len(self), len(different), needed))
+        cloud = self.take(different).reduced(len(different), "fps", 0)
+        points, source = fill(cloud.points, count)
+        return replace(cloud.take(source), points=points)
+
+    @property
+    def part_read(self) -> str | None:
+        """A sentence about a larger file, of which only a part was read."""
+        part = f"a random {MAX_POINTS:,} of its {self.total or 0:,} points were read"
+        return part if self.total else None
+
     def remarks(self) -> list[str]:
         """Sentences for the user about points of the file that are not in the cloud."""
-        found = []
-        if self.total:
-            part = f"a random {MAX_POINTS:,} of its {self.total:,} points"
-            found.append(f"{part} were read")
-        if self.unseen:
-            missing = f"{self.unseen:,} points that are NaN, where nothing was seen"
-            found.append(f"{missing}, were left out")
-        return found
+        unseen = f"{self.unseen:,} points that are NaN, where nothing was seen"
+        unseen = f"{unseen}, were left out" if self.unseen else None
+        return [remark for remark in (self.part_read, unseen) if remark]
 
     def file_coordinates(self) -> np.ndarray:
         """Points N 3 float64 in the coordinates of the file."""
         return self.points.astype(np.float64) * self.scale + self.origin
+
+
+def check_shape(xyz: np.ndarray) -> None:
+    """Raises ReadError for an array that holds no points n 3, or more columns."""
+    found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
+    if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
+        raise ReadError(found)
+    if len(xyz) == 3 and xyz.shape[1] > 32:
+        raise ReadError(f"{found}: turn it over, points first")
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
@@ -215,21 +250,6 @@ def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
     return to_bytes(values) if key == "colors" else values[:, 0]
 
 
-def sample_surface(mesh: PointCloud, count: int, seed: int) -> PointCloud:
-    """`count` points of a mesh, uniform by area, with the normals of their faces.
-
-    Raises ReadError for a mesh without area.
-    """
-    assert mesh.faces is not None
-    triangles = mesh.points[mesh.faces].astype(np.float64)
-    points, chosen = sample_triangles(triangles, count, np.random.default_rng(seed))
-    a, b, c = triangles[chosen].swapaxes(0, 1)
-    normals = np.cross(b - a, c - a)
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    points, normals = points.astype(np.float32), normals.astype(np.float32)
-    return PointCloud(points, mesh.origin, mesh.scale, normals, up=mesh.up)
-
-
 def sample_triangles(
     triangles: np.ndarray, count: int, rng: np.random.Generator, weight: Any = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -246,37 +266,6 @@ def sample_triangles(
     # uniform in a triangle: Osada et al. 2002, eq. 1
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
     return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
-
-
-def reduce(cloud: PointCloud, count: int, method: str, seed: int) -> PointCloud:
-    """`count` points of a cloud that has at least as many.
-
-    method: fps for farthest points, in an order of which any first n are the farthest n; random for
-    uniform; voxel for one point a cell of the coarsest grid (2^k cells a side) with `count`
-    occupied cells, then random of these, which is near-even and takes linear time.
-    """
-    rng = np.random.default_rng(seed)
-    if method == "fps":
-        points = torch.from_numpy(cloud.points)[None]
-        index = farthest_point_sample(points, count)[0].numpy()
-    elif method == "random":
-        index = rng.choice(len(cloud), count, replace=False)
-    else:
-        index = rng.permutation(_one_a_voxel(cloud.points, count))[:count]
-    return cloud.take(index)
-
-
-def filled(cloud: PointCloud, count: int) -> PointCloud:
-    """A cloud of fewer than `count` points, filled up to `count`: see `frame.fill`.
-
-    Raises ReadError for fewer than LEAST different points.
-    """
-    different = np.unique(cloud.points, axis=0, return_index=True)[1]
-    if len(different) < (needed := min(LEAST, count)):
-        raise ReadError(too_few(len(cloud), len(different), needed))
-    cloud = reduce(cloud.take(different), len(different), "fps", 0)
-    points, source = fill(cloud.points, count)
-    return replace(cloud.take(source), points=points)
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
@@ -322,3 +311,23 @@ class Reservoir:
         if len(rows) <= self.limit:
             return rows
         return rows[np.sort(np.argpartition(rows[:, 0], self.limit)[: self.limit])]
+
+
+def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
+    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
+
+    attributes: the number of columns of each attribute, in order. One without any number is left
+    out.
+    """
+    reservoir, unseen = Reservoir(), 0
+    for rows in chunks:
+        seen = rows[~np.isnan(rows[:, :3]).any(1)]
+        unseen += len(rows) - len(seen)
+        reservoir.add(seen)
+    rows, found = reservoir.rows(), {}
+    ends = np.cumsum([3, *attributes.values()])
+    for key, values in zip(attributes, np.split(rows, ends, 1)[1:], strict=False):
+        if np.isfinite(values).any():
+            found[key] = as_attribute(key, values)
+    total = reservoir.total if reservoir.total > len(rows) else None
+    return PointCloud.make(rows[:, :3], total=total, unseen=unseen, **found)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
@@ -55,14 +55,19 @@ def first_line(error: Any) -> str:
     return printable(text)[:200]
 
 
-def left_out(name: str, reason: str) -> str:
-    """The line that reports an unusable file; its path is not repeated if the reason begins with
-    it.
+def because(name: str, reason: str) -> str:
+    """The name of an unusable file and why it is, on one line; its path is not repeated if the
+    reason begins with it.
     """
     last = re.escape(name.rsplit("/", 1)[-1])
     file = re.sub(r"\\#\d+$", "", last)
     reason = re.sub(rf"^(?:.*?/)?(?:{last}|{file}): ", "", reason)
-    return f"left out: {printable(name)}: {printable(reason)}"
+    return printable(f"{name}: {reason}")
+
+
+def refuse(message: str) -> NoReturn:
+    """Raises a ReadError that was found before; stands for the reader of a bad file."""
+    raise ReadError(message)
 
 
 def shortened(text: str, most: int) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, rotation
-from jepa3d.data.polygons import mesh, strip
+from jepa3d.data.meshes import mesh, strip
 
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
@@ -40,9 +40,8 @@ class _Scene:
 
     def __init__(self, path: Path):
         data = path.read_bytes()
-        self.path, self.binary = path, b""
-        if data[:4] == b"glTF":
-            data, self.binary = _chunks(data)
+        packed = data[:4] == b"glTF"
+        self.path, (data, self.binary) = path, _chunks(data) if packed else (data, b"")
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
         if version.split(".")[0] != "2":
@@ -66,9 +65,11 @@ class _Scene:
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
-            what = "of lines only" if primitives else "without meshes"
-            raise ReadError(f"a scene {what}")
-        self._check_size([primitive for _, _, _, primitive in chosen])
+            raise ReadError(f"a scene {'of lines' if primitives else 'without meshes'}")
+        used = [p["attributes"]["POSITION"] for *_, p in chosen]
+        used += [p["indices"] for *_, p in chosen if "indices" in p]
+        if sum(self.json["accessors"][i]["count"] for i in used) > _MOST:
+            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
         vertices, faces, colors, known = [], [np.empty((0, 3), np.int64)], [], {}
         total = 0
         for at, node, place, primitive in chosen:
@@ -89,13 +90,6 @@ class _Scene:
                 faces.append(corners[:, ::-1] if mirrored else corners)
         rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
         return mesh(np.concatenate(vertices), np.concatenate(faces), up="y", colors=rgb)
-
-    def _check_size(self, primitives: list[dict]) -> None:
-        """Raises ReadError if primitives have too many vertices and corners together."""
-        accessors = [p["indices"] for p in primitives if "indices" in p]
-        accessors += [p["attributes"]["POSITION"] for p in primitives]
-        if sum(self.json["accessors"][i]["count"] for i in accessors) > _MOST:
-            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
 
     # ---------------------------------------------------------------------------------------- nodes
 
@@ -181,8 +175,7 @@ class _Scene:
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            wrong = f"a face of vertex {corners.max()}"
-            raise ReadError(f"{wrong}, but only {count} vertices")
+            raise ReadError(f"a face of vertex {corners.max()}, of {count} vertices")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
@@ -232,8 +225,7 @@ class _Scene:
         data = memoryview(self._buffer(view["buffer"]))[begin:end]
         needed = offset + (count - 1) * stride + size if count else 0
         if min(begin, offset, stride) < 0 or needed > len(data):
-            found = f"a view of {len(data)} bytes for {count} values"
-            raise ReadError(f"truncated or damaged: {found}")
+            raise ReadError(f"truncated: {len(data)} bytes of {count} values")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
@@ -241,8 +233,7 @@ class _Scene:
             buffer = self.json["buffers"][i]
             self.buffers[i] = data = self._load(buffer.get("uri"))
             if (claimed := buffer["byteLength"]) > len(data):
-                have = f"buffer {i} has {len(data)} of {claimed} bytes"
-                raise ReadError(f"truncated: {have}")
+                raise ReadError(f"truncated: {len(data)} of {claimed} bytes")
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
@@ -255,8 +246,7 @@ class _Scene:
             return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                allowed = "only those are opened"
-                raise ReadError(f"its buffer {name} is not in its folder: {allowed}")
+                raise ReadError(f"its buffer {name} is not in its folder")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")

@@ -14,39 +14,47 @@ import numpy as np
 
 from jepa3d.data import scans
 from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
-from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, sample_surface
+from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.errors import as_read_error, suffix_of
 from jepa3d.data.gltf import read_gltf
 from jepa3d.data.meshes import read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
 from jepa3d.data.text import read_table, table_rows
+from jepa3d.plain import load_code
 
 # A .gz may unpack to this many times its size, and always to this many bytes.
 _MAX_UNPACKED = 100, 1 << 26
 
 
 def read(
-    path: str | Path, row: int | None = None, columns: tuple[str, ...] | None = None
+    path: str | Path,
+    row: int | None = None,
+    columns: tuple[str, ...] | None = None,
+    reader: str | None = None,
 ) -> PointCloud:
     """The cloud or mesh in a file. Raises ReadError.
 
     row: the cloud in an array of clouds (HDF5, NPZ). columns: the names of x, y, z in a table whose
-    header has others, or of all columns of a .bin.
+    header has others, or of all columns of a .bin. reader: `package.module:function` of the user,
+    from the path of a file to points n 3 or a `PointCloud`, instead of those below.
     """
     path = Path(path)
+    if reader is not None:
+        with as_read_error(path):
+            found = load_code(reader)(path)
+            return found if isinstance(found, PointCloud) else PointCloud.make(found)
     suffix = suffix_of(path)
     if reason := refusal(path):
         allowed = f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
         raise ReadError(f"{path}: {reason}{'' if suffix in _CONVERTED else allowed}")
-    reader = _READERS[suffix]
     with as_read_error(path), _inflated(path) as file:
         if file.stat().st_size == 0:
             raise ReadError("empty file")
         if suffix in ARRAY_SUFFIXES:
-            return reader(file, row)
+            return read_array(file, row)
         if suffix in (*_TABLES, ".bin"):
-            return reader(file, columns)
-        return reader(file)
+            return _READERS[suffix](file, columns)
+        return _READERS[suffix](file)
 
 
 def refusal(path: Path) -> str | None:
@@ -72,8 +80,7 @@ def _inflated(path: Path) -> Iterator[Path]:
             while block := packed.read(1 << 20):
                 total += len(block)
                 if total > largest:
-                    what = f"more than {largest:,} bytes, too many for its size"
-                    raise ReadError(f"holds {what}; unpack it to read it")
+                    raise ReadError(f"holds over {largest:,} bytes; unpack it")
                 out.write(block)
         yield file
 
@@ -89,7 +96,7 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
     with as_read_error(path):
         if path.stat().st_size == 0:
             raise ReadError("empty file")
-        parts = (reader(path, CHUNK, False) if reader else None) or _at_once(path)
+        parts = (reader(path, False) if reader else None) or _at_once(path)
     while True:
         with as_read_error(path):
             xyz = next(parts, None)
@@ -118,8 +125,7 @@ def _whole(path: Path, changed: int) -> PointCloud:
     if cloud.faces is not None:
         raise ReadError("a mesh; a scene is a cloud of points")
     if cloud.total:
-        only = f"only {len(cloud):,} of its {cloud.total:,} points are read"
-        raise ReadError(f"{only} so; unpack it first")
+        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} points are read so")
     return cloud
 
 
@@ -127,7 +133,7 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
     """The cloud, or samples of a mesh, more than `num_points`; equal meshes give equal samples."""
     if cloud.faces is None:
         return cloud
-    cloud = sample_surface(cloud, max(2 * num_points, 2048), seed)
+    cloud = cloud.sampled(max(2 * num_points, 2048), seed)
     return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
 
 
@@ -155,8 +161,8 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# (path, rows a chunk, whether with attributes) -> chunks, or None for a file to be read at once
-_IN_CHUNKS: dict[str, Callable[[Path, int, bool], Iterator[np.ndarray] | None]] = {
+# (path, whether with attributes) -> chunks, or None for a file to be read at once
+_IN_CHUNKS: dict[str, Callable[[Path, bool], Iterator[np.ndarray] | None]] = {
     **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
     ".ply": ply_rows,

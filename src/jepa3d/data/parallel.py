@@ -37,14 +37,13 @@ def mapped(
     columns.append(progress.TextColumn("{task.fields[rate]}"))
     with progress.Progress(*columns, transient=True, disable=len(entries) < 20) as bar:
         task = bar.add_task(doing, total=len(entries), rate="")
-        results = map(work, chunks)
-        if workers > 1:
-            results = isolated(chunks, work, workers, preload)
+        alone = workers < 2
+        results = map(work, chunks) if alone else isolated(chunks, work, workers, preload)
         for part, found in zip(chunks, results, strict=True):
             yield from zip(part, found, strict=True)
-            bar.advance(task, len(part))
             done = bar.tasks[0]
-            bar.update(task, rate=f"{done.completed / (done.elapsed or 1):.0f}/s")
+            rate = f"{done.completed / (done.elapsed or 1):.0f}/s"
+            bar.update(task, advance=len(part), rate=rate)
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
@@ -55,34 +54,30 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     methods = multiprocessing.get_all_start_methods()
     method = "forkserver" if "forkserver" in methods else "spawn"
     context = multiprocessing.get_context(method)
-    if sys.platform == "win32":
-        workers = min(workers, 61)  # the most that Python allows there
     if method == "forkserver":
         context.set_forkserver_preload([preload])
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # the most that Python allows there
 
     def pool(processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(processes, context, initializer=_start_worker)
 
-    left = iter(chunks)
-    executor = pool(workers)
+    left, executor = iter(chunks), pool(workers)
     running: list[tuple[list, Future]] = []  # oldest first
 
-    def start(chunk: list) -> Future:
+    def start(chunk: list) -> tuple[list, Future]:
         try:
-            return executor.submit(work, chunk)
+            return chunk, executor.submit(work, chunk)
         # an earlier chunk has just broken the pool, which is handled when its result is read
         except BrokenProcessPool as error:
             failed: Future = Future()
             failed.set_exception(error)
-            return failed
-
-    def submit(number: int) -> None:
-        running.extend((chunk, start(chunk)) for chunk in islice(left, number))
+            return chunk, failed
 
     others = set(multiprocessing.active_children())
     try:
         with _interrupts_later():
-            submit(4 * workers)
+            running += map(start, islice(left, 4 * workers))
         while running:
             chunk, future = running.pop(0)
             try:
@@ -91,8 +86,8 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
                 executor.shutdown(cancel_futures=True)
                 results = [_alone(pool(1), entry, work) for entry in chunk]
                 executor = pool(workers)
-                running[:] = [(c, f if _is_done(f) else start(c)) for c, f in running]
-            submit(1)
+                running = [(c, f) if _is_done(f) else start(c) for c, f in running]
+            running += map(start, islice(left, 1))
             yield results
     finally:
         executor.shutdown(wait=False, cancel_futures=True)

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from jepa3d.data import cloud as clouds
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.errors import check_claim
-from jepa3d.data.polygons import Rows, mesh, runs, strip, triangles, unix_lines, whole
+from jepa3d.data.meshes import Rows, mesh, runs, strip, triangles, unix_lines, whole
 from jepa3d.data.scans import attributes_of
 
 _OF_C = "char uchar short ushort int uint long ulong float double"
@@ -36,12 +36,6 @@ class Element:
     count: int
     properties: list[Property] = field(default_factory=list)
 
-    def add(self, name: str, kind: np.dtype, length: np.dtype | None = None) -> None:
-        """Add a property. A repeated name gets a number, so that the first one counts."""
-        name, names = name.lower(), [p.name for p in self.properties]
-        name = f"{name} {len(names)}" if name in names else name
-        self.properties.append(Property(name, kind, length))
-
 
 @dataclass(frozen=True)
 class Header:
@@ -51,10 +45,6 @@ class Header:
     elements: list[Element]
     start: int  # byte at which its rows begin
     old_mac: bool  # lines end with CR alone
-
-    @property
-    def is_mesh(self) -> bool:
-        return any(e.count for e in self.elements if e.name in ("face", "tristrips"))
 
 
 # --------------------------------------------------------------------------------------- the header
@@ -87,13 +77,16 @@ def read_header(path: Path) -> Header:
         match words:
             case ["element", name, count] if count.isdecimal():
                 elements.append(Element(name.lower(), int(count)))
-            case ["property", "list", length, kind, name] if elements:
-                number = _kind(length, order)
-                if number.kind == "f":
-                    raise ReadError(f"{damaged}: the length of a list is a {length}")
-                elements[-1].add(name, _kind(kind, order), number)
-            case ["property", kind, name] if elements:
-                elements[-1].add(name, _kind(kind, order))
+            case ["property", "list", _, _, name] | ["property", _, name] if elements:
+                kinds = [word for word in words[1:-1] if word != "list"]
+                *length, kind = (_kind(word, order) for word in kinds)
+                if length and length[0].kind == "f":
+                    raise ReadError(f"{damaged}: the length of a list is a {words[2]}")
+                before, name = elements[-1].properties, name.lower()
+                # a repeated name gets a number, so that the first one counts
+                if name in [p.name for p in before]:
+                    name = f"{name} {len(before)}"
+                before.append(Property(name, kind, *length))
             case ["element" | "property", *_]:
                 raise ReadError(f"{damaged}: {' '.join(words)[:80]!r}")
     return Header(order, [e for e in elements if e.properties], found.end(), old_mac)
@@ -131,8 +124,7 @@ def read_ply(path: Path) -> PointCloud:
     columns = found["vertex"].items()
     vertex = {key: column for key, column in columns if isinstance(column, np.ndarray)}
     if {*"xyz"} - {*vertex}:
-        have = ", ".join(vertex) or "nothing"
-        raise ReadError(f"its vertices have no x, y, z; they have {have}")
+        raise ReadError(f"its vertices have no x, y, z; they have {', '.join(vertex)}")
     vertices = np.stack([vertex[axis].astype(np.float64) for axis in "xyz"], 1)
     faces = np.empty((0, 3), np.int64)
     if "face" in found:
@@ -160,8 +152,8 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
     for element in header.elements:
         last, columns = first + element.count, {}
         if last > len(rows):
-            have = f"{max(len(rows) - first, 0)} of {element.count}"
-            raise ReadError(f"truncated: {have} of its {element.name} rows")
+            have = max(len(rows) - first, 0)
+            raise ReadError(f"truncated: {have} of {element.count} {element.name} rows")
         integers = all(p.kind.kind != "f" for p in element.properties)
         values, at = rows.numbers(first, last, integers)
         ends = at + rows.counts[first:last]
@@ -181,8 +173,7 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
 
 def _check_rows(element: Element, good: np.ndarray) -> None:
     if not good.all():
-        where = f"in row {int(good.argmin())} of its {element.name}"
-        raise ReadError(f"truncated or damaged {where}")
+        raise ReadError(f"truncated or damaged {element.name}, row {good.argmin()}")
 
 
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
@@ -194,21 +185,20 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
     for element in (e for e in header.elements if e.count):
         smallest = sum((p.length or p.kind).itemsize for p in element.properties)
         if element.count > (fits := (len(data) - at) // smallest):
-            have = f"at most {fits} of {element.count}"
-            raise ReadError(f"truncated: {have} of its {element.name} rows")
-        first, end = _one_by_one(element, header.order, data, at, 1)
+            raise ReadError(f"truncated: {fits} of {element.count} {element.name} rows")
+        first, end = _one_by_one(element, data, at, 1)
         lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
         lengths = {name: int(column[0][0]) for name, column in lists}
         fits = min(element.count, (len(data) - at) // (end - at))
         table = np.frombuffer(data, _row_type(element, lengths), fits, at)
         columns: dict[str, Column] = {p.name: table[p.name] for p in element.properties}
-        equal = True
+        equal = fits == element.count
         for name, length in lengths.items():
             equal &= bool((table[f"length of {name}"] == length).all())
             columns[name] = (np.full(fits, length), table[name].reshape(-1))
         end = at + table.nbytes
-        if fits < element.count or not equal:
-            columns, end = _one_by_one(element, header.order, data, at, element.count)
+        if not equal:
+            columns, end = _one_by_one(element, data, at, element.count)
         found[element.name], at = columns, end
     return found
 
@@ -223,74 +213,69 @@ def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
 
 
 def _one_by_one(
-    element: Element, order: str, data: bytes, at: int, count: int
+    element: Element, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
     """Columns of `count` binary rows with lists of any lengths, from byte `at` on, and their end."""
-    byteorder: Literal["big", "little"] = "big" if order == ">" else "little"
-    # for each property: bytes of a list's length, its sign, bytes of a value, lengths, values
-    plan = []
-    for p in element.properties:
-        number = p.length.itemsize if p.length else 0
-        signed = bool(p.length and p.length.kind == "i")
-        plan.append((number, signed, p.kind.itemsize, [], []))
+    lengths = {p.name: [] for p in element.properties}
+    pieces = {p.name: [] for p in element.properties}
     for row in range(count):
-        for number, signed, width, lengths, pieces in plan:
-            if number:
-                size = int.from_bytes(data[at : at + number], byteorder, signed=signed)
-                lengths.append(size)
-                at, width = at + number, max(size, 0) * width
-            pieces.append(data[at : at + width])
-            at += width
+        for p in element.properties:
+            size = 1
+            if p.length:
+                begin, at = at, at + p.length.itemsize
+                size = int(np.frombuffer(data[begin:at].ljust(8), p.length, 1)[0])
+                lengths[p.name].append(size)
+            begin, at = at, at + max(size, 0) * p.kind.itemsize
+            pieces[p.name].append(data[begin:at])
         if at > len(data):
-            where = f"in row {row} of {count} of its {element.name}"
-            raise ReadError(f"truncated or damaged {where}")
+            raise ReadError(f"truncated or damaged: {element.name} {row} of {count}")
     columns: dict[str, Column] = {}
-    for p, (*_, lengths, pieces) in zip(element.properties, plan, strict=True):
-        values = np.frombuffer(b"".join(pieces), p.kind)
-        columns[p.name] = (np.array(lengths), values) if p.length else values
+    for p in element.properties:
+        values = np.frombuffer(b"".join(pieces[p.name]), p.kind)
+        columns[p.name] = (np.array(lengths[p.name]), values) if p.length else values
     return columns, at
 
 
 # ---------------------------------------------------------------------------------------- in chunks
 
 
-def ply_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray] | None:
-    """The vertices of a cloud, float64 n 3, at most `size` at a time. Raises ReadError for a mesh.
+def ply_rows(path: Path, attributes: bool) -> Iterator[np.ndarray] | None:
+    """The vertices of a cloud in chunks, float64 n 3. Raises ReadError for a mesh.
 
     None for a file whose vertices have lists or do not come first; it must be read whole.
     """
     header = read_header(path)
-    if header.is_mesh:
+    if any(e.count for e in header.elements if e.name in ("face", "tristrips")):
         raise ReadError("a mesh; a scene is a cloud of points")
     vertex = header.elements[0] if header.elements else Element("", 0)
-    names = [p.name for p in vertex.properties]
-    lists = any(p.length for p in vertex.properties)
+    names = [p.name for p in vertex.properties if not p.length]
+    lists = len(names) < len(vertex.properties)
     if vertex.name != "vertex" or header.old_mac or {*"xyz"} - {*names} or lists:
         return None
     chunks = _chunks_of_bytes if header.order else _chunks_of_text
-    return chunks(path, header.start, vertex, size)
+    return chunks(path, header.start, vertex)
 
 
-def _chunks_of_bytes(path: Path, start: int, vertex: Element, size: int):
+def _chunks_of_bytes(path: Path, start: int, vertex: Element) -> Iterator[np.ndarray]:
     kind = _row_type(vertex, {})
     check_claim(path, start + vertex.count * kind.itemsize, 1)
-    for at in range(0, vertex.count, size):
-        count, offset = min(size, vertex.count - at), start + at * kind.itemsize
+    for at in range(0, vertex.count, clouds.CHUNK):
+        offset = start + at * kind.itemsize
+        count = min(clouds.CHUNK, vertex.count - at)
         table = np.fromfile(path, kind, count, offset=offset)
         yield np.stack([table[axis].astype(np.float64) for axis in "xyz"], 1)
 
 
-def _chunks_of_text(path: Path, start: int, vertex: Element, size: int):
+def _chunks_of_text(path: Path, start: int, vertex: Element) -> Iterator[np.ndarray]:
     names = [p.name for p in vertex.properties]
     columns = [names.index(axis) for axis in "xyz"]
     with path.open("rb") as file:
         file.seek(start)
         lines, done = islice((line for line in file if line.strip()), vertex.count), 0
         while done < vertex.count:
-            rows = Rows(b"".join(islice(lines, size)))
+            rows = Rows(b"".join(islice(lines, clouds.CHUNK)))
             if rows.counts.min(initial=99) <= max(columns) or not len(rows):
-                where = f"{done} or a few more of {vertex.count} points"
-                raise ReadError(f"truncated or damaged: {where}")
+                raise ReadError(f"truncated: about {done} of {vertex.count} points")
             values, at = rows.numbers()
             yield values[at[:, None] + columns]
             done += len(rows)

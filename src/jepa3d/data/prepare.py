@@ -13,30 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from jepa3d.data import procedural
-from jepa3d.data.archives import unpacked
-from jepa3d.data.cloud import (
-    ATTRIBUTES,
-    MAX_POINTS,
-    TO_Z_UP,
-    UNLABELLED,
-    ReadError,
-    check_cloud,
-    filled,
-    reduce,
-    sample_surface,
-    to_parts,
-)
-from jepa3d.data.entries import Entry
+from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_parts
+from jepa3d.data.entries import Entry, divide, lacking
 from jepa3d.data.parallel import mapped
-from jepa3d.data.sources import discover
-from jepa3d.data.splits import divide, lacking
+from jepa3d.data.sources import discover, unpacked
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
 from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
-from jepa3d.plain import log, printable, write_bytes
+from jepa3d.plain import load_code, log, printable, write_bytes
 
 _MESH_POINTS = 8192  # samples of a mesh where all points are kept
 _CHUNK = 8  # entries sent to a process at once
+_SHOWN = 40  # lines on files that were left out; the report has all
 Attribute = Literal["normals", "colors", "parts"]
 
 
@@ -59,6 +47,7 @@ class Preparation:
     columns: tuple[str, ...] | None = None
     seed: int = 0
     keep_strays: bool = False  # benchmarks always keep theirs
+    reader: str | None = None  # of the files, package.module:function
 
 
 def prepare(
@@ -80,8 +69,8 @@ def prepare(
         folds = sorted(root.glob("**/*way_*shot/*.pkl")) if root.is_dir() else []
         if root.is_dir() and root.name.endswith("shot"):
             folds += sorted(root.glob("*.pkl"))
-        pairs = [(fold, out / fold.relative_to(root).with_suffix("")) for fold in folds]
-        pairs = pairs or [(root, out)]
+        stores = {fold: out / fold.relative_to(root).with_suffix("") for fold in folds}
+        pairs = (stores or {root: out}).items()
         return [_prepare_one(*pair, options, workers, strict) for pair in pairs]
 
 
@@ -89,14 +78,16 @@ def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
         raise ValueError(f"--points {options.points}: all, or a number from 1")
     if options.columns is not None and len(options.columns) < 3:
-        allowed = "the names of x, y and z, or of all columns of a .bin"
-        raise ValueError(f"--columns {' '.join(options.columns)}: {allowed}")
+        given = " ".join(options.columns)
+        raise ValueError(f"--columns {given}: names of x, y and z, or of all columns")
+    if options.reader is not None:
+        load_code(options.reader)
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
 
 
 def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
-    source = discover(root, options.variant, options.columns)
+    source = discover(root, options.variant, options.columns, options.reader)
     entries = divide(source.entries, options.split, options.seed)
     keep: tuple[Attribute, ...] = tuple(sorted(options.keep, key=ATTRIBUTES.index))
     if not keep and source.part_names and source.layout != "folder":
@@ -155,18 +146,17 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
-    row = {"total": cloud.total, "unseen": cloud.unseen}
-    row["content"] = hash64(cloud.points.tobytes() + faces)
+    content = hash64(cloud.points.tobytes() + faces)
+    row: Row = {"part": cloud.part_read, "unseen": cloud.unseen, "content": content}
     # the seed does not depend on the key, so that equal files give equal clouds
     count, seed = options.points, options.seed
     if cloud.faces is not None:
-        cloud = sample_surface(cloud, 2 * count if count else _MESH_POINTS, seed)
+        cloud = cloud.sampled(2 * count if count else _MESH_POINTS, seed)
     row["count"] = len(cloud)
     if missing := [name for name in options.keep if getattr(cloud, name) is None]:
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
-        needed = f"{count} are needed (--points, --short skip)"
-        raise ReadError(f"{len(cloud)} points, {needed}")
+        raise ReadError(f"{len(cloud)} points of {count} (--points, --short skip)")
     up = options.up_axis or entry.up_axis or cloud.up or "z"
     if count and not options.keep_strays:
         kept = are_kept(cloud.points.astype(np.float64), LEAST)
@@ -174,23 +164,21 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     row["strays"] = row["count"] - len(cloud)
     cloud = cloud.normalised()
     if count and len(cloud) < count:
-        cloud = filled(cloud, count)
+        cloud = cloud.filled(count)
     elif count and (len(cloud) > count or options.reduce == "fps"):
-        cloud = reduce(cloud, count, options.reduce, seed)
+        cloud = cloud.reduced(count, options.reduce, seed)
     check_cloud(cloud.points, "of the points that are kept: ")
     cloud = cloud.normalised()
     turn = TO_Z_UP[up].T
     points = cloud.points @ turn
     arrays = {"points": points.astype(options.precision)}
-    if options.precision == "float16":
-        _check_rounding(points, arrays["points"])
-    for name in options.keep:
-        arrays[name] = getattr(cloud, name)
+    _check_rounding(points, arrays["points"])
+    arrays |= {name: getattr(cloud, name) for name in options.keep}
     if "normals" in arrays:
         arrays["normals"] = (arrays["normals"] @ turn).astype(np.float16)
     if "parts" in arrays:
         arrays["parts"] = to_parts(arrays["parts"])
-        if (arrays["parts"] == UNLABELLED).all():
+        if (arrays["parts"] < 0).all():
             raise ReadError("none of its points has a part label (--keep parts)")
     return arrays, row | {"up": up, "frame": (*cloud.origin, cloud.scale)}
 
@@ -203,9 +191,8 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
     if error > 0.01 * extent:
-        share = f"{100 * error / max(extent, 1e-30):.0f} % of their extent"
         reason = "a point far out sets its scale; remove it, or --precision float32"
-        raise ReadError(f"float16 moves its points by {share}: {reason}")
+        raise ReadError(f"float16 moves its points by over 1 %: {reason}")
 
 
 def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
@@ -239,8 +226,7 @@ class _Report:
         """Count a cloud, and remove from its row what is only counted."""
         self.taken[Path(entry.file).suffix or self.layout] += 1
         self.fewer += row.pop("count") < self.points
-        if total := row.pop("total"):
-            part = f"a random {MAX_POINTS:,} of its {total:,} points were read"
+        if part := row.pop("part"):
             self._note(f"{entry.key}: {part}")
         for name in ("strays", "unseen"):
             if lost := row.pop(name):
@@ -251,10 +237,10 @@ class _Report:
         if self.fewer:
             short = f"{self.fewer:,} clouds of fewer than {self.points:,} points"
             self._note(f"{short} were filled up", " (--short skip leaves them out)")
-        for counts, what, option in (
-            (self.strays, "stray points", " (--keep-strays keeps them)"),
-            (self.unseen, "points that are NaN, where nothing was seen,", ""),
-        ):
+        unseen = "points that are NaN, where nothing was seen,"
+        keep = " (--keep-strays keeps them)"
+        found = (self.strays, "stray points", keep), (self.unseen, unseen, "")
+        for counts, what, option in found:
             if counts:
                 most = counts.most_common(1)[0][0]
                 where = f"in {len(counts):,} clouds, most in {most}"
@@ -271,7 +257,7 @@ class _Report:
         self.notes.append(note)
         log.info(printable(note + option))
 
-    def show(self, out: Path, before: int, lines: int = 40) -> None:
+    def show(self, out: Path, before: int) -> None:
         """Print how many clouds were taken, and which files were left out."""
         already = f", {before:,} were there already" if before else ""
         kinds = [f"{count:,} {suffix}" for suffix, count in self.taken.most_common()]
@@ -279,10 +265,11 @@ class _Report:
         took = f"took {self.taken.total():,} clouds{kinds}{already}"
         left_out = f"left out {len(self.skipped):,}{':' if self.skipped else ''}"
         log.info(f"{out}: {took}; {left_out}")
-        for key, reason in self.skipped[:lines]:
+        for key, reason in self.skipped[:_SHOWN]:
             log.info(printable(f"  {key}: {reason}"))
-        if len(self.skipped) > lines:
-            log.info(f"  and {len(self.skipped) - lines:,} more, in {out / 'report.json'}")
+        if len(self.skipped) > _SHOWN:
+            more = len(self.skipped) - _SHOWN
+            log.info(f"  and {more:,} more, in {out / 'report.json'}")
 
 
 def _show_lacking(store: Store) -> None:

@@ -12,9 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from jepa3d.data.cloud import CHUNK, PointCloud, ReadError, as_attribute, attributes_in
+from jepa3d.data import cloud as clouds
+from jepa3d.data.cloud import PointCloud, ReadError, as_attribute, attributes_in, collected
 from jepa3d.data.errors import check_claim, first_line, io_module
-from jepa3d.data.text import collected, coordinate_columns, parsed
+from jepa3d.data.text import coordinate_columns, parsed
 
 
 def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -50,62 +51,52 @@ def read_pcd(path: Path) -> PointCloud:
                 break
         row, count = _pcd_row(header)
         encoding, size = " ".join(header.get("DATA", ())).lower(), count * row.itemsize
-        data: Any
         if encoding == "ascii":
             columns = _pcd_ascii(file, above + 1, row, count)
         elif encoding == "binary":
             check_claim(path, file.tell() + size, 1)
-            columns = _fields(np.frombuffer(file.read(size), row))
+            data = np.frombuffer(file.read(size), row)
+            columns = {name: data[name] for name in row.names or ()}
             more = file.read(row.itemsize)
             if len(more) == row.itemsize and any(more):  # zeros only are padding
-                follows = f"more follows than the {count:,} points that its header says"
-                raise ReadError(f"damaged: {follows}")
+                raise ReadError(f"damaged: more than {count:,} points follow")
         elif encoding == "binary_compressed":  # all of a field, then all of the next
             packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
             check_claim(path, unpacked, 100)  # LZF packs at most 88 times
             content = io_module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
-                found = f"{len(content):,} bytes of data, {size:,} are needed"
-                raise ReadError(f"truncated or damaged: {found}")
-            data, at = np.empty(count, row), 0
+                raise ReadError(f"truncated: {len(content)} of {size} bytes")
+            columns, at = {}, 0
             for name in row.names or ():
-                part = content[at : at + data[name].nbytes]
-                values = np.frombuffer(part, row[name].base)
-                data[name], at = values.reshape(data[name].shape), at + len(part)
-            columns = _fields(data)
+                columns[name] = np.frombuffer(content, row[name], count, at)
+                at += columns[name].nbytes
         else:
-            known = "known are ascii, binary, binary_compressed"
-            raise ReadError(f"DATA {encoding or 'is missing'}: {known}")
+            known = "ascii, binary or binary_compressed"
+            raise ReadError(f"DATA {encoding or 'is missing'}: must be {known}")
+    # fields of one value a point
+    columns = {name: values for name, values in columns.items() if values.ndim == 1}
     xyz = np.stack([columns[axis].astype(np.float64) for axis in "xyz"], 1)
     return PointCloud.make(xyz, **attributes_of(columns))
-
-
-def _fields(data: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields with one value for each point."""
-    return {name: data[name] for name in data.dtype.names or () if data[name].ndim == 1}
 
 
 def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     """The type of a point, with names in lower case, and the number of points. Raises ReadError."""
     names = header.get("FIELDS", header.get("COLUMNS", []))
-    sizes = header.get("SIZE", [])
-    kinds = header.get("TYPE", ["F"] * len(names))
-    repeats = header.get("COUNT", ["1"] * len(names))
-    if not names or not len(names) == len(sizes) == len(kinds) == len(repeats):
-        found = f"{len(names)} FIELDS, {len(sizes)} SIZE, {len(kinds)} TYPE"
-        found = f"its header has {found}, {len(repeats)} COUNT"
-        raise ReadError(f"damaged or not a PCD file: {found}")
+    every = {"SIZE": [], "TYPE": ["F"] * len(names), "COUNT": ["1"] * len(names)}
+    every = {"FIELDS": names} | {key: header.get(key, of) for key, of in every.items()}
+    counts = [len(values) for values in every.values()]
+    if not names or len(set(counts)) > 1:
+        found = ", ".join(f"{len(values)} {key}" for key, values in every.items())
+        raise ReadError(f"damaged or not a PCD file: its header has {found}")
     keys = ("POINTS", "WIDTH", "HEIGHT")
     points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
     grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
     if points >= 0 and grid >= 0 and points != grid:
-        sizes = f"{points:,} points and {width:,} x {height:,}"
-        raise ReadError(f"damaged: its header says {sizes}")
+        raise ReadError(f"damaged: {points:,} points of {width:,} x {height:,}")
     if (count := max(points, grid)) < 1:
         raise ReadError("no points")
     fields: dict[str, np.dtype] = {}
-    columns = zip(names, sizes, kinds, repeats, strict=True)
-    for i, (name, size, kind, repeat) in enumerate(columns):
+    for i, (name, size, kind, repeat) in enumerate(zip(*every.values(), strict=True)):
         number, key = f"{kind.lower()}{size}", name.lower()
         if not re.fullmatch("[iu][1248]|f[248]", number):
             raise ReadError(f"field {name} is of unknown TYPE {kind} and SIZE {size}")
@@ -127,7 +118,7 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[s
         at += math.prod(row[name].shape)
     order = sorted(columns, key=lambda name: name not in {*"xyz"})
     lines = (text.decode("latin-1") for text in file)
-    chunks = parsed(lines, first, CHUNK, None, [columns[name] for name in order])
+    chunks = parsed(lines, first, None, [columns[name] for name in order])
     rows = np.concatenate([np.empty((0, len(order))), *chunks])
     if len(rows) != count:
         state = "truncated" if len(rows) < count else "damaged"
@@ -170,12 +161,11 @@ def _check_las(path: Path) -> None:
     records = (minor > 3 and number(235, 8)) or end
     found = (min(waves, records) - start) // max(1, length)
     if found > (count := number(247, 8) if minor > 3 else number(107, 4)):
-        follows = f"its header says {count:,} points, but {found:,} follow"
-        raise ReadError(f"damaged: {follows}")
+        raise ReadError(f"damaged: {found:,} points, but its header says {count:,}")
 
 
-def las_records(path: Path, size: int) -> Iterator[Any]:
-    """laspy's records of a LAS or LAZ file, at most `size` at a time.
+def las_records(path: Path) -> Iterator[Any]:
+    """laspy's records of a LAS or LAZ file, in chunks.
 
     Raises ReadError, also if records are missing.
     """
@@ -189,27 +179,26 @@ def las_records(path: Path, size: int) -> Iterator[Any]:
             header = file.header
             factor = 5000 if header.are_points_compressed else 1
             check_claim(path, header.point_count * header.point_format.size, factor)
-            for records in file.chunk_iterator(size):
+            for records in file.chunk_iterator(clouds.CHUNK):
                 seen += len(records)
                 yield records
-    except laspy.errors.LaspyException as error:
-        raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
     except BaseException as error:
-        # an error of Rust, which is no Exception and cannot be imported
-        if type(error).__name__ != "PanicException":
+        # an error of Rust is no Exception, and cannot be imported
+        rust = type(error).__name__ == "PanicException"
+        if not rust and not isinstance(error, laspy.errors.LaspyException):
             raise
-        raise ReadError(f"damaged or not a LAZ file ({first_line(error)})") from error
+        raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
     if seen < header.point_count:
         raise ReadError(f"truncated: {seen} of {header.point_count} points")
 
 
-def las_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
+def las_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
     """Chunks of x, y, z, class, red, green, blue, float64 n 7; NaN for what a file does not have.
 
     attributes: False for x, y, z only.
     """
     names = [*"XYZ", "classification", "red", "green", "blue"][: 7 if attributes else 3]
-    for records in las_records(path, size):
+    for records in las_records(path):
         have = {*records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
         for i, name in enumerate(names):
@@ -220,7 +209,7 @@ def las_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndar
 
 def read_las(path: Path) -> PointCloud:
     """LAS and LAZ, with colours and classification."""
-    return collected(las_rows(path, CHUNK), {"parts": 1, "colors": 3})
+    return collected(las_rows(path), {"parts": 1, "colors": 3})
 
 
 # ------------------------------------------------------------------------------------ E57, PTX, BIN
@@ -242,18 +231,17 @@ def read_e57(path: Path) -> PointCloud:
         raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
         raise ReadError("no points" if counts else "no scans")
-    names = [f"cartesian{axis}" for axis in "XYZ"]
-    scans = [np.stack([scan[name] for name in names], 1) for scan in scans]
-    xyz = np.concatenate(scans)
+    axes = (np.concatenate([scan[f"cartesian{axis}"] for scan in scans]) for axis in "XYZ")
+    xyz = np.stack([*axes], 1)
     return PointCloud.make(xyz, unseen=sum(counts) - len(xyz))
 
 
 def read_ptx(path: Path) -> PointCloud:
     """All scans of a PTX file, each placed by its matrix, with colours where there are any."""
-    return collected(ptx_rows(path, CHUNK), {"colors": 3})
+    return collected(ptx_rows(path), {"colors": 3})
 
 
-def ptx_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
+def ptx_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
     """Chunks of x, y, z, red, green, blue of Leica's PTX, float64 n 6; NaN for no value.
 
     attributes: False for x, y, z only. A scan is its columns and rows, the scanner's place and
@@ -262,25 +250,21 @@ def ptx_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndar
     """
     with path.open(encoding="latin-1") as text:
         # without blank lines and the byte order mark of Windows' editors
-        mark = "\u00ef\u00bb\u00bf"
-        file = (line.removeprefix(mark) for line in text if line.strip())
+        file = (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip())
         at = 0
-        while head := list(islice(file, 10)):
-            if not "".join(head).strip():
-                break
+        while (head := list(islice(file, 10))) and "".join(head).strip():
             try:
                 count = int(head[0]) * int(head[1])
                 rows = [text.split() for text in head[6:]]
                 matrix = np.array(rows, np.float64).reshape(4, 4)
             except (ValueError, IndexError):
-                what = "no head of a PTX scan: sizes, axes, matrix"
-                raise ReadError(f"lines {at + 1} to {at + 10} are {what}") from None
+                raise ReadError(f"no head of a PTX scan at line {at + 1}") from None
             check_claim(path, 6 * count, 1)
             lines, done = islice(file, count), 0
             first = next(lines, "")
             colored = attributes and len(first.split()) >= 7
             columns = [0, 1, 2, *((4, 5, 6) if colored else ())]
-            for found in parsed(chain([first], lines), at + 11, size, None, columns):
+            for found in parsed(chain([first], lines), at + 11, None, columns):
                 rows = np.full((len(found), 6 if attributes else 3), np.nan)
                 rows[:, : len(columns)] = found
                 rows[(rows[:, :3] == 0).all(1), :3] = np.nan
@@ -288,8 +272,7 @@ def ptx_rows(path: Path, size: int, attributes: bool = True) -> Iterator[np.ndar
                 done += len(rows)
                 yield rows
             if done < count:
-                where = f"in the scan from line {at + 1} on"
-                raise ReadError(f"truncated: {done:,} of {count:,} points {where}")
+                raise ReadError(f"truncated: {done} of {count} points after line {at}")
             at += 10 + count
 
 

@@ -86,8 +86,7 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     """`synthetic` or `synthetic:COUNT`; every fourth shape is test, for any COUNT."""
     count = source.partition(":")[2] or "4000"
     if not count.isdigit() or int(count) < 8:
-        allowed = "give synthetic or synthetic:COUNT with COUNT of at least 8"
-        raise ReadError(f"{source}: {allowed}")
+        raise ReadError(f"{source}: give synthetic:COUNT with COUNT of at least 8")
     total = int(count)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
@@ -106,11 +105,9 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     """A store; its clouds are read in place if they are in farthest point order."""
     store = Store(path)
     if up_axis != "z":
-        hint = "give the up axis to jepa3d prepare"
-        raise ReadError(f"{path}: a store is z-up already; {hint}")
+        raise ReadError(f"{path}: a store is z-up already (prepare --up-axis)")
     if store.num_points is not None and store.num_points < num_points:
-        needed = f"at least {num_points} are needed (num_points)"
-        raise ReadError(f"{path}: clouds of {store.num_points} points, {needed}")
+        raise ReadError(f"{path}: clouds of {_too_few(store.num_points, num_points)}")
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     ordered = store.num_points and store.header["settings"]["reduce"] == "fps"
@@ -130,8 +127,11 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 def _check(points: np.ndarray, num_points: int, where: str) -> None:
     check_cloud(points, where)
     if len(points) < num_points:
-        needed = f"at least {num_points} are needed (num_points)"
-        raise ReadError(f"{where}{len(points)} points, {needed}")
+        raise ReadError(f"{where}{_too_few(len(points), num_points)}")
+
+
+def _too_few(count: int, num_points: int) -> str:
+    return f"{count} points, at least {num_points} are needed (num_points)"
 
 
 def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) -> Shapes:
@@ -140,9 +140,8 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
     entries = source.entries
     split = [-1 if e.split is None else SPLITS.index(e.split) for e in entries]
     if -1 in split and max(split) >= 0:
-        key, hint = entries[split.index(-1)].key, "move it, or: jepa3d prepare"
-        what = "is in no train or test folder, but others are"
-        raise ReadError(f"{path}/{key}: {what}; {hint}")
+        key, what = entries[split.index(-1)].key, "is in no train or test folder"
+        raise ReadError(f"{path}/{key}: {what}, but others are")
 
     def read(i: int) -> Shape:
         key = entries[i].key
@@ -183,8 +182,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
         if kind.kind not in "iu":
             raise ReadError(f"{path}: {name} must be integers from 0, found {kind}")
     if "split" in arrays and not np.isin(split, range(len(SPLITS))).all():
-        allowed, wrong = "0 (train), 1 (test) or 2 (val)", split.max()
-        raise ReadError(f"{path}: split must be {allowed}, found {wrong}")
+        raise ReadError(f"{path}: split must be 0, 1 or 2, found {split.max()}")
     of_points, part_names = [None] * len(points), ()
     if parts:
         of_points, part_names = _parts(arrays, path)
@@ -225,8 +223,7 @@ def _classes(
     if labels is None:
         if key != "labels":
             known = ", ".join(name for name in arrays if name.startswith("labels"))
-            have = f"it has {known or 'no labels'}"
-            raise ReadError(f"{path}: has no labels {key!r}; {have}")
+            raise ReadError(f"{path}: has no labels {key!r}, but {known or 'none'}")
         return none, ()
     if labels.shape in (shape, (*shape, 1)):
         arrays.setdefault("parts", labels.reshape(shape))
@@ -240,9 +237,8 @@ def _classes(
     stem = key.removeprefix("labels").strip("_") or "class"
     names = tuple(printable(str(name)) for name in arrays.get(f"{stem}_names", ()))
     names = names or tuple(str(i) for i in range(int(labels.max()) + 1))
-    if labels.max() >= len(names):
-        only = f"only {len(names)} names in {stem}_names"
-        raise ReadError(f"{path}: label {labels.max()}, but {only}")
+    if (most := labels.max()) >= len(names):
+        raise ReadError(f"{path}: label {most}, but {len(names)} {stem}_names")
     return labels, names
 
 
@@ -253,16 +249,13 @@ def _parts(arrays: dict[str, np.ndarray], path: Path) -> tuple[Any, tuple[str, .
         raise ReadError(f"{path}: {NO_PARTS}")
     parts, shape = arrays[key], arrays["points"].shape[:2]
     if parts.shape != shape or parts.dtype.kind not in "iu":
-        wanted = f"must be a whole number a point, {list(shape)}"
-        found = f"found {parts.dtype} {list(parts.shape)}"
-        raise ReadError(f"{path}: {key} {wanted}, {found}")
+        found = f"{parts.dtype} {list(parts.shape)}"
+        raise ReadError(f"{path}: {key} must be integers {list(shape)}, found {found}")
     with as_read_error(path):
         parts = to_parts(parts)
         if empty := int((parts == UNLABELLED).all(1).sum()):
-            reason = "all of theirs are -1 or the like"
-            raise ReadError(f"{key}: {empty} shapes have no labelled point, {reason}")
+            raise ReadError(f"{key}: {empty} shapes have no labelled point")
         names = tuple(str(name) for name in arrays.get("part_names", ()))
         if names and (largest := parts.max()) >= len(names):
-            allowed = f"must be from 0 to {len(names) - 1}"
-            raise ReadError(f"{key} {allowed}, found {largest}")
+            raise ReadError(f"{key} has {largest}, but there are {len(names)} names")
     return parts, names

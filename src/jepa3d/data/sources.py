@@ -1,42 +1,63 @@
-"""Find what lies at a path: a published benchmark, a folder of files, or one file."""
+"""Find what lies at a path: a published benchmark, a folder of files, or one file.
+
+Archives are unpacked by `jepa3d prepare`, since it copies their clouds; other commands refuse them.
+"""
 
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from glob import escape
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 from jepa3d.data import procedural
-from jepa3d.data.archives import REFUSAL, is_archive
 from jepa3d.data.benchmarks import benchmark_at, check_sizes, fold_of, meshes_of
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.entries import Columns, Entry, Source, entries_of
-from jepa3d.data.errors import as_read_error, printable
+from jepa3d.data.entries import Entry, Source, classes_and_splits, entries_of, split_of
+from jepa3d.data.errors import as_read_error, first_line, printable, refuse
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
-from jepa3d.data.splits import classes_and_splits, split_of
 from jepa3d.data.text import check_table
+from jepa3d.plain import log
+
+_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
+REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
+# An archive may unpack to this many times its size, and always to this many bytes.
+_MOST = 100, 1 << 30
 
 
-def discover(root: Path, variant: str | None = None, columns: Columns = None) -> Source:
+def discover(
+    root: Path,
+    variant: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    reader: str | None = None,
+) -> Source:
     """The clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
 
-    variant: of a benchmark that has several. columns: as of `io.py::read`. Raises ReadError if
-    there is no cloud.
+    variant: of a benchmark that has several. columns, reader: as of `io.py::read`; with a reader,
+    nothing is taken for a benchmark. Raises ReadError if there is no cloud.
     """
+    how = columns, reader
     if count := procedural.count_of(root):
         readers = [partial(procedural.read, i) for i in range(count)]
         shapes = [Entry(str(i), read, up_axis="z") for i, read in enumerate(readers)]
         return Source("procedural", shapes)
-    if root.suffix == ".pkl":
+    if root.is_file() and (reader or root.suffix != ".pkl"):
+        if is_archive(root):
+            raise ReadError(f"{root}: {REFUSAL}")
+        source = Source("file", entries_of(root, root.name, None, None, *how))
+    elif root.suffix == ".pkl":
         source = fold_of(root)
-    elif root.is_file() and is_archive(root):
-        raise ReadError(f"{root}: {REFUSAL}")
-    elif root.is_file():
-        source = Source("file", entries_of(root, root.name, None, None, columns))
-    else:
-        source = benchmark_at(root, variant) or _files(root, variant, columns)
+    elif reader or not (source := benchmark_at(root, variant)):
+        source = _files(root, variant, *how)
     if not source.entries:
         reason = f"; {': '.join(source.skipped[0])}" if source.skipped else ""
         raise ReadError(f"{root}: holds no cloud ({' '.join(SUFFIXES)}){reason}")
@@ -61,8 +82,8 @@ def walk(
         yield Path(folder), folders, sorted(files)
 
 
-def _files(root: Path, variant: str | None, columns: Columns) -> Source:
-    """Any tree of files; folders are classes and splits, as splits.py finds them."""
+def _files(root: Path, variant: str | None, *how: Any) -> Source:
+    """Any tree of files; folders are classes and splits, as `classes_and_splits` finds them."""
     entries, skipped, notes, part_names = [], [], [], ()
     benchmarks, paths = [], {}
 
@@ -71,7 +92,9 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
         skipped.append((key, f"cannot be read ({error.strerror})"))
 
     for folder, folders, files in walk(root, failed):
-        if folder != root and (found := benchmark_at(folder, variant)):
+        # with a reader of the user, nothing is taken for a benchmark
+        inner = folder != root and not any(how[1:])
+        if inner and (found := benchmark_at(folder, variant)):
             at = folder.relative_to(root).as_posix()
             folders.clear()
             benchmarks.append(found)
@@ -81,7 +104,7 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
             continue
         for path in map(folder.joinpath, files):
             key = path.relative_to(root).as_posix()
-            if reason := _no_cloud(path, columns):
+            if reason := _no_cloud(path, *how):
                 skipped.append((key, reason))
             else:
                 paths[key] = path
@@ -90,9 +113,9 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
     for (key, path), (name, split) in zip(paths.items(), places, strict=True):
         label = name and printable(name)  # for JSON, Parquet and pictures
         try:
-            entries += entries_of(path, key, label, split, columns)
+            entries += entries_of(path, key, label, split, *how)
         except ReadError as error:
-            entries.append(Entry(key, partial(_refuse, str(error)), label, split))
+            entries.append(Entry(key, partial(refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
         # the folder of an archive with one benchmark in it
         return replace(benchmarks[0], entries=entries, skipped=skipped)
@@ -106,10 +129,12 @@ def _files(root: Path, variant: str | None, columns: Columns) -> Source:
     return Source(layout or "folder", entries, part_names, skipped, notes)
 
 
-def _no_cloud(path: Path, columns: Columns) -> str | None:
+def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
     """Why a file of a folder is left out unread; None if it may be a cloud."""
     if path.name.startswith("._"):
         return "written by macOS beside the file"
+    if reader:
+        return None
     if path.suffix == ".pkl":
         return "a few-shot fold is prepared by itself"
     if reason := REFUSAL if is_archive(path) else refusal(path):
@@ -126,6 +151,68 @@ def _no_cloud(path: Path, columns: Columns) -> str | None:
     return None
 
 
-def _refuse(message: str) -> NoReturn:
-    """Raises a ReadError that was found before; stands for the reader of a bad file."""
-    raise ReadError(message)
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive, by its name. A compressed single file such as a.ply.gz is none."""
+    return path.suffix.lower() in _SUFFIXES and refusal(path) is not None
+
+
+@contextmanager
+def unpacked(source: Path, out: Path) -> Iterator[Path]:
+    """A folder with the files of an archive, beside `out` and removed afterwards; other sources
+    unchanged.
+
+    The caller must hold the lock of `out`. Raises ReadError for an archive that is damaged or too
+    large, or that would write outside its folder.
+    """
+    if not (source.is_file() and is_archive(source)):
+        yield source
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # left by a killed command, since the lock is held here
+    for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
+        shutil.rmtree(left)
+    made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
+    folder = Path(made).resolve()
+    try:
+        log.info(f"unpacking {printable(str(source))}")
+        try:
+            if source.suffix.lower() == ".zip":
+                _unzip(source, folder)
+            else:
+                _untar(source, folder)
+        except _DAMAGE as error:
+            raise ReadError(f"{source}: bad archive ({first_line(error)})") from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unzip(source: Path, folder: Path) -> None:
+    with zipfile.ZipFile(source) as archive:
+        for name in archive.namelist():
+            if not (folder / name).resolve().is_relative_to(folder):
+                raise ReadError(f"{source}: {name!r} would be outside of its folder")
+        total = sum(member.file_size for member in archive.infolist())
+        _check_size(source, folder, total)
+        archive.extractall(folder)
+
+
+def _untar(source: Path, folder: Path) -> None:
+    """Members are unpacked one by one, since the claimed size of each is checked before it is
+    written.
+    """
+    with tarfile.open(source) as archive:
+        total = 0
+        for member in archive:
+            total += member.size
+            _check_size(source, folder, total)
+            archive.extract(member, folder, filter="data")
+
+
+def _check_size(source: Path, folder: Path, total: int) -> None:
+    """Raises ReadError if the files are far larger than their archive, or do not fit on the disk."""
+    size = f"would unpack to {total:,} bytes"
+    if total > max(_MOST[0] * source.stat().st_size, _MOST[1]):
+        raise ReadError(f"{source}: {size}, too many for its size; unpack it yourself")
+    if total > (free := shutil.disk_usage(folder).free):
+        raise ReadError(f"{source}: {size} beside the store, where {free:,} are free")

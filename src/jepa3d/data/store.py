@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import zlib
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20
 # what a command killed at its first write leaves
 _UNFINISHED = (".store.json.partial", ".store.json.lock")
+# settings that older stores do not name, as they were then
+_LATER = {"keep_strays": True, "reader": None}
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
     "end": ("<i8", ()),  # points up to and including this cloud's
     "label": ("<i4", ()),  # index of class_names, -1 none
@@ -69,18 +70,16 @@ class Store:
             self.part_names = tuple(self.header["part_names"])
             complete = self.header["complete"]
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            what = "not a store of jepa3d prepare, or damaged"
-            raise ReadError(f"{path}: {what} ({error})") from error
+            raise ReadError(f"{path}: not a store, or damaged ({error})") from error
         if found != FORMAT:
             raise ReadError(f"{path}: of format {found!r}, only {FORMAT!r} is read")
         if not (unfinished or complete):
-            what = "an unfinished store; run its jepa3d prepare again, it goes on"
-            raise ReadError(f"{path}: {what}")
+            raise ReadError(f"{path}: an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
-        self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-        self._bytes: dict[int, int] = {}
+        # by number, the oldest first: the bytes of a shard's file, and its arrays
+        self._open: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -97,8 +96,7 @@ class Store:
         if not (needed := len(self) * _row_bytes(name)):
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
-            what = f"{needed} bytes are needed for {len(self)} clouds"
-            raise ReadError(f"{path}: missing or cut off: {what}")
+            raise ReadError(f"{path}: missing or cut off: {needed} bytes are needed")
         # a small one into memory, since a mapped file that is cut off would kill the process
         if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
@@ -111,18 +109,18 @@ class Store:
         """
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
-        if index in self._open and size < self._bytes[index]:
-            # reading its pages would crash the process
-            raise ReadError(f"{path}: is gone or was cut off while it was read")
-        if (found := self._open.get(index)) is None:
+        if index not in self._open:
             try:
-                self._bytes[index], found = size, _map_safetensors(path)
+                self._open[index] = size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
-            self._open[index] = found
-            # the oldest, so that two threads may share a store without a lock
-            if len(self._open) > 64:
-                self._open.popitem(last=False)
+        before, found = self._open[index]
+        if size < before:
+            # reading its pages would crash the process
+            raise ReadError(f"{path}: is gone or was cut off while it was read")
+        # the oldest, so that two threads may share a store without a lock
+        if len(self._open) > 64:
+            self._open.pop(next(iter(self._open)))
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:
@@ -153,11 +151,11 @@ class Store:
     def cloud(self, row: int) -> PointCloud:
         """A cloud with all its stored attributes; points are z-up in the unit sphere."""
         shard, rows = self._span(row)
-        found = self.shard(shard)
-        arrays: dict[str, Any] = {name: values[rows] for name, values in found.items()}
-        *origin, scale = self.columns["frame"][row].tolist()
-        points = np.asarray(arrays.pop("points"), np.float32)
-        return PointCloud(points, np.array(origin), scale, **arrays)
+        found = self.shard(shard).items()
+        arrays: dict[str, Any] = {name: values[rows] for name, values in found}
+        frame, points = self.columns["frame"][row], arrays.pop("points")
+        points = np.asarray(points, np.float32)
+        return PointCloud(points, np.array(frame[:3]), float(frame[3]), **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
         """Points n 3 of a stored cloud in the coordinates of its file, float64."""
@@ -176,20 +174,21 @@ class Store:
         """Compare all checksums. Raises ReadError that names the first file that differs."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
-            if (found := sha256_of(path)) != shard["sha256"]:
-                what = "its checksum is not the one written" if found else "is missing"
-                raise ReadError(f"{path}: {what}")
-            rows = range(*self.first[i : i + 2].tolist())
-            wrong = [row for row in rows if not np.isfinite(self.points(row)).all()]
-            if wrong:
-                what = f"NaN or infinite coordinates ({len(wrong)} clouds)"
-                raise ReadError(f"{self.path}: {self.key(wrong[0])}: {what}")
+            if sha256_of(path) != shard["sha256"]:
+                raise ReadError(f"{path}: missing, or not as it was written")
+            for row in range(*self.first[i : i + 2].tolist()):
+                self._check_finite(row, self.points(row))
         self._check_index()
         path = self.path / "index" / "keys.bin"
         text = path.read_bytes() if path.is_file() else b""
         for row, key in enumerate(self.columns["key"].tolist()):
             if hash64(text[slice(*self._bounds("key_end", row))]) != key:
                 raise ReadError(f"{path}: its text is not the one written")
+
+    def _check_finite(self, row: int, points: np.ndarray) -> None:
+        if not np.isfinite(points).all():
+            wrong = "NaN or infinite coordinates (jepa3d info --verify)"
+            raise ReadError(f"{self.path}: {self.key(row)}: {wrong}")
 
     def _check_index(self) -> None:
         """Raises ReadError if the index does not have the checksum that was written."""
@@ -198,8 +197,7 @@ class Store:
             for name in COLUMNS:
                 crc = zlib.crc32(self.columns[name][begin:end].tobytes(), crc)
             if crc != shard["index_crc32"]:
-                rows = f"rows {begin}-{end} are not those written"
-                raise ReadError(f"{self.path / 'index'}: {rows}")
+                raise ReadError(f"{self.path}: index rows {begin}-{end} are damaged")
 
 
 class StoredPoints:
@@ -211,7 +209,6 @@ class StoredPoints:
     def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
         self.store, self.rows, self.num_points = store, rows, num_points
         self.name = name
-        self._kind = np.float32 if name == "points" else np.int16
         self.shape = (len(rows), num_points, 3)[: 3 if name == "points" else 2]
 
     def __len__(self) -> int:
@@ -220,13 +217,11 @@ class StoredPoints:
     def __getitem__(self, index) -> np.ndarray:
         """n N 3 at an index, slice, mask or array of indices; N 3 at a number. Unit sphere."""
         rows = np.atleast_1d(self.rows[index])
-        out = np.empty((len(rows), *self.shape[1:]), self._kind)
+        kind = np.float32 if self.name == "points" else np.int16
+        out = np.empty((len(rows), *self.shape[1:]), kind)
         for i, row in enumerate(rows.tolist()):
             out[i] = self.store.array(self.name, row, self.num_points)
-            if not np.isfinite(out[i]).all():
-                path, what = self.store.path, "NaN or infinite coordinates"
-                hint = f"jepa3d info {path} --verify finds all of them"
-                raise ReadError(f"{path}: {self.store.key(row)}: {what} ({hint})")
+            self.store._check_finite(row, out[i])
         # fewer points have another centroid and radius
         if self.name == "points" and self.num_points != self.store.num_points:
             out -= out.mean(1, keepdims=True)
@@ -263,9 +258,9 @@ class StoreWriter:
         part_names: tuple[str, ...],
     ):
         self.path, self._index = path, path / "index"
-        self._rows: dict[str, list] = {name: [] for name in COLUMNS}
+        self._rows: list[dict[str, Any]] = []
         self._clouds: list[dict[str, np.ndarray]] = []
-        self._keys, self._bytes = [], 0
+        self._bytes = 0
         self._new = not (path / "store.json").is_file()
         if self._new:
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
@@ -286,21 +281,21 @@ class StoreWriter:
             write_bytes(path / "store.json", json.dumps(self.header).encode())
         else:
             store = Store(path, unfinished=True)
-            before = {"keep_strays": True} | store.header["settings"]
+            before = _LATER | store.header["settings"]
             self.header = store.header | {"settings": before}
             if before != settings:
                 name = next(key for key in settings if before.get(key) != settings[key])
                 was = f"begun with {name} = {before.get(name)}, not {settings[name]}"
-                hint = "choose another --out, or say what it was"
-                raise ValueError(f"{path}: was {was}; {hint}")
+                raise ValueError(f"{path}: was {was}; choose another --out")
             if part_names and list(part_names) != self.header["part_names"]:
                 raise ValueError(f"{path}: has other part names; choose another --out")
             self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
             self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
             del store
         self._index.mkdir(exist_ok=True)
-        # points in the store, and those that wait to be written
+        # points and bytes of keys in the store, and of those that wait to be written
         self._end = sum(shard["points"] for shard in self.header["shards"])
+        self._key_end = self._size["keys"]
         known = dict.fromkeys([*self.header["class_names"], *class_names])
         self.header["class_names"] = list(known)
         for name, size in self._size.items():
@@ -321,21 +316,19 @@ class StoreWriter:
         if label is not None and label not in classes:
             raise ValueError(f"{key}: class {label!r} is not among the store's")
         text = key.encode("utf-8", "surrogateescape")
-        self._clouds.append(arrays)
-        self._keys.append(text)
         self._end += len(arrays["points"])
-        values = {
+        self._key_end += len(text)
+        row |= {
             "end": self._end,
             "label": -1 if label is None else classes.index(label),
             "split": -1 if split is None else SPLITS.index(split),
             "up": "xyz".index(row["up"]),
-            "frame": row["frame"],
-            "content": row["content"],
             "key": hash64(text),
-            "key_end": self._size["keys"] + sum(map(len, self._keys)),
+            "key_end": self._key_end,
+            "text": text,
         }
-        for name, value in values.items():
-            self._rows[name].append(value)
+        self._rows.append(row)
+        self._clouds.append(arrays)
         self._bytes += sum(values.nbytes for values in arrays.values())
         if self._bytes >= SHARD_BYTES:
             self.commit()
@@ -347,29 +340,28 @@ class StoreWriter:
         """
         header, sizes = self.header, self._size
         if self._clouds:
-            arrays = {}
-            for name in self._clouds[0]:
-                arrays[name] = np.concatenate([cloud[name] for cloud in self._clouds])
+            first, *_ = clouds = self._clouds
+            arrays = {name: np.concatenate([c[name] for c in clouds]) for name in first}
             content, crc = save(arrays), 0
             shard = {
                 "file": f"points-{len(header['shards']):05d}.safetensors",
-                "clouds": len(self._clouds),
+                "clouds": len(clouds),
                 "points": len(arrays["points"]),
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
             write_bytes(self.path / shard["file"], content)
-            for name, (kind, tail) in COLUMNS.items():
-                rows = np.array(self._rows[name], kind).reshape(-1, *tail).tobytes()
+            for name, (kind, _) in COLUMNS.items():
+                rows = np.array([row[name] for row in self._rows], kind).tobytes()
                 crc = zlib.crc32(rows, crc)
                 sizes = sizes | {name: self._append(name, rows)}
-            sizes = sizes | {"keys": self._append("keys", b"".join(self._keys))}
+            keys = b"".join(row["text"] for row in self._rows)
+            sizes = sizes | {"keys": self._append("keys", keys)}
             shards = [*header["shards"], shard | {"index_crc32": crc}]
             header = header | {"shards": shards}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
         # only now, so that a failed commit can be repeated
         self.header, self._size = header, sizes
-        self._rows, self._clouds = {name: [] for name in COLUMNS}, []
-        self._keys, self._bytes = [], 0
+        self._rows, self._clouds, self._bytes = [], [], 0
 
     def _append(self, name: str, content: bytes) -> int:
         """Write content after the committed part of an index file. Returns the file's new size."""

@@ -9,21 +9,14 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
-from jepa3d.data.cloud import (
-    ATTRIBUTE_COLUMNS,
-    CHUNK,
-    PointCloud,
-    ReadError,
-    Reservoir,
-    as_attribute,
-    attributes_in,
-)
+from jepa3d.data import cloud as clouds
+from jepa3d.data.cloud import PointCloud, ReadError, attributes_in, collected
 
 Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
@@ -33,7 +26,7 @@ _BLANK = ",;|\t "  # what a line without content may hold
 _MAX_TITLE = 100  # lines of other text that may stand above the numbers
 _MAX_LINE = 100_000  # characters of a line above the numbers
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
-_KNOWN = {"x", "y", "z", "intensity", "i"}.union(*chain(*ATTRIBUTE_COLUMNS.values()))
+_KNOWN = {"x", "y", "z", "intensity", "i"}.union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
 
 
 def read_table(path: Path, columns: Names | None = None, names: Names = ()) -> PointCloud:
@@ -42,32 +35,12 @@ def read_table(path: Path, columns: Names | None = None, names: Names = ()) -> P
     columns, names: as of `Table`.
     """
     table = Table(path, columns, names)
-    return collected(table.rows(CHUNK), table.attributes)
+    return collected(table.rows(), table.attributes)
 
 
-def table_rows(path: Path, size: int, attributes: bool) -> Iterator[np.ndarray]:
+def table_rows(path: Path, attributes: bool) -> Iterator[np.ndarray]:
     """Chunks of a table as of `Table.rows`."""
-    return Table(path).rows(size, attributes)
-
-
-def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
-    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
-
-    attributes: the number of columns of each attribute, in order. One without any number is left
-    out.
-    """
-    reservoir, unseen = Reservoir(), 0
-    for rows in chunks:
-        seen = rows[~np.isnan(rows[:, :3]).any(1)]
-        unseen += len(rows) - len(seen)
-        reservoir.add(seen)
-    rows, found = reservoir.rows(), {}
-    ends = np.cumsum([3, *attributes.values()])
-    for key, values in zip(attributes, np.split(rows, ends, 1)[1:], strict=False):
-        if np.isfinite(values).any():
-            found[key] = as_attribute(key, values)
-    total = reservoir.total if reservoir.total > len(rows) else None
-    return PointCloud.make(rows[:, :3], total=total, unseen=unseen, **found)
+    return Table(path).rows(attributes)
 
 
 class Table:
@@ -88,18 +61,17 @@ class Table:
         names = names or self._names(row, columns)
         xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
         order = list(names or xyz)
-        at = {name: order.index(name) for name in order}
         cells = zip(order, row, strict=False)
         texts = {name for name, cell in cells if _number(cell) is None}
-        found = attributes_in(at.keys() - set(xyz) - texts)
+        found = attributes_in(set(order) - set(xyz) - texts)
         self.attributes = {key: len(group) for key, group in found.items()}
-        self.columns = [at[name] for name in chain(xyz, *found.values())]
-        if max(self.columns[:3]) >= len(row):
-            wrong = f"has {len(row)} columns, its header has {len(names)}"
-            raise ReadError(f"{self._where} {wrong}")
+        self.columns = [order.index(name) for name in chain(xyz, *found.values())]
+        if max(self.columns[:3]) >= (width := len(row)):
+            counts = f"has {width} columns, its header has {len(names)}"
+            raise ReadError(f"{self._where} {counts}")
 
-    def rows(self, size: int, attributes: bool = True) -> Iterator[np.ndarray]:
-        """Chunks of at most `size` rows x, y, z and attributes, float64 n D; NaN for empty cells.
+    def rows(self, attributes: bool = True) -> Iterator[np.ndarray]:
+        """Chunks of rows x, y, z and attributes, float64 n D; NaN for empty cells.
 
         Raises ReadError for a line that is no row, and if the file's count of rows is wrong.
         """
@@ -117,11 +89,11 @@ class Table:
 
         with self._open() as file:
             lines, first = islice(file, self._skip, None), self._skip + 1
-            for rows in parsed(lines, first, size, self.mark, columns, is_skipped):
+            for rows in parsed(lines, first, self.mark, columns, is_skipped):
                 seen += len(rows)
                 yield rows
-        if counts and seen != sum(counts):
-            total, state = sum(counts), "truncated" if seen < sum(counts) else "damaged"
+        if counts and seen != (total := sum(counts)):
+            state = "truncated" if seen < total else "damaged"
             raise ReadError(f"{state}: {seen:,} points, but its count says {total:,}")
 
     def _open(self) -> TextIO:
@@ -137,20 +109,19 @@ class Table:
         self._count: int | None = None
         with self._open() as file:
             lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
-            if any(self._begins_at(number, line) for number, line in lines):
-                return
-        raise self._without_numbers()
-
-    def _without_numbers(self) -> ReadError:
+            for number, line in lines:
+                if self._begins_at(number, line):
+                    return
+                if len(self._above) > _MAX_TITLE:
+                    break
         first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
-        return ReadError(f"no rows of numbers{first}")
+        raise ReadError(f"no rows of numbers{first}")
 
     def _begins_at(self, number: int, line: str) -> bool:
         """True if this line is the first row of numbers; otherwise remembers what the line is."""
         text = line.strip()
         if len(line) >= _MAX_LINE:
-            size = f"{_MAX_LINE:,} characters or more"
-            raise ReadError(f"line {number} is no row of a table: it has {size}")
+            raise ReadError(f"line {number} has {_MAX_LINE:,} characters or more")
         if text.startswith(_COMMENT):
             if {*"xyz"} <= {*text.lower()}:
                 self._comments.append(text)
@@ -176,11 +147,8 @@ class Table:
         if text.lower().startswith("ncols"):
             raise ReadError("a grid of heights (ESRI): write its cells as x y z first")
         if all(filled):
-            needed = "at least 3 are needed (x, y, z)"
-            raise ReadError(f"line {number} has {len(row)} columns, {needed}")
+            raise ReadError(f"line {number} has {len(row)} columns, at least 3 needed")
         self._above.append((number, text))
-        if len(self._above) > _MAX_TITLE:
-            raise self._without_numbers()
         return False
 
     def _split(self, text: str, width: int) -> list[str]:
@@ -207,8 +175,8 @@ class Table:
                 names.insert(0, "")  # R's row names have no name
             if len(names) in (filled, len(row)) or wanted <= set(names):
                 if len(names) > len(row) and not self.mark and names[:3] != [*"xyz"]:
-                    wrong = f"names {len(names)} columns, {self._where} has {len(row)}"
-                    raise ReadError(f"line {number} {wrong}")
+                    counts = f"{len(names)} columns, {self._where} has {len(row)}"
+                    raise ReadError(f"line {number} names {counts}")
                 return tuple(names)
         for comment in reversed(self._comments):  # CloudCompare: //X Y Z R G B
             names = self._split(comment, filled)
@@ -268,7 +236,6 @@ def delimiter_of(text: str) -> str | None:
 def parsed(
     lines: Iterable[str],
     first: int,
-    size: int,
     mark: str | None,
     columns: list[int],
     is_skipped: Callable[[str], bool] = lambda text: False,
@@ -279,42 +246,33 @@ def parsed(
     out, besides comments and empty ones. The first three columns must be numbers or empty, or a
     ReadError names the line; in other columns a text becomes NaN.
     """
-    lines = iter(lines)
-    while chunk := list(islice(lines, size)):
-        kept = [row for row in chunk if row.strip() and not row.startswith(_COMMENT)]
-        try:
-            rows = []
-            if kept:
-                options = {"delimiter": mark, "usecols": columns}
-                rows = np.loadtxt(kept, ndmin=2, comments=None, **options)
-        except ValueError:
-            rows = list(_one_by_one(chunk, first, mark, columns, is_skipped))
-        yield np.asarray(rows, np.float64).reshape(-1, len(columns))
-        first += len(chunk)
 
-
-def _one_by_one(
-    lines: list[str],
-    first: int,
-    mark: str | None,
-    columns: list[int],
-    is_skipped: Callable[[str], bool],
-) -> Iterator[list[float]]:
-    for number, line in enumerate(lines, first):
+    def cells(number: int, line: str) -> Iterator[list[float]]:
+        """The row in a line, if it is one."""
         text = line.strip()
         if not text.strip(_BLANK) or text.startswith(_COMMENT) or is_skipped(text):
-            continue
+            return
         row = _fields(line.partition(" #")[0], mark)
-        damaged = f"damaged: line {number} is not a row"
-        if len(row) <= (max(columns) if mark is None else max(columns[:3])):
-            needed = f"of at least {max(columns) + 1} columns"
-            raise ReadError(f"{damaged} {needed}: {text[:60]!r}")
+        damaged = f"damaged: line {number} is not a row of"
+        if len(row) <= (needed := max(columns if mark is None else columns[:3])):
+            raise ReadError(f"{damaged} at least {needed + 1} columns: {text[:60]!r}")
         fields = [row[column] if column < len(row) else "" for column in columns]
         values = [_number(field) for field in fields]
         if None in values[:3]:
             wrong = fields[values.index(None)][:60]
-            raise ReadError(f"{damaged} of numbers, with {wrong!r}: {text[:60]!r}")
+            raise ReadError(f"{damaged} numbers, with {wrong!r}: {text[:60]!r}")
         yield [np.nan if value is None else value for value in values]
+
+    lines = iter(lines)
+    while chunk := list(islice(lines, clouds.CHUNK)):
+        kept = [row for row in chunk if row.strip() and not row.startswith(_COMMENT)]
+        try:
+            options = {"delimiter": mark, "usecols": columns, "comments": None}
+            rows = np.loadtxt(kept, ndmin=2, **options) if kept else []
+        except ValueError:
+            rows = list(chain.from_iterable(map(cells, count(first), chunk)))
+        yield np.asarray(rows, np.float64).reshape(-1, len(columns))
+        first += len(chunk)
 
 
 def _fields(line: str, mark: str | None) -> list[str]:
@@ -349,24 +307,21 @@ def coordinate_columns(names: Names, columns: Names | None) -> Names:
     """Names of the x, y and z columns. Raises ReadError if there are none, or several to choose
     from.
     """
-    wanted = tuple(_plain(name) for name in columns or "xyz")
-    have = ", ".join(names)
+    wanted, have = tuple(_plain(name) for name in columns or "xyz"), ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:
-        raise ReadError(f"two columns of one name in its header, {twice[0]!r}: {have}")
+        raise ReadError(f"two columns of its header are named {twice[0]!r}: {have}")
     if not (missing := [name for name in wanted if name not in names]):
         return wanted
     if columns:
         raise ReadError(f"has no column {missing[0]!r} (--columns); it has {have}")
     named = [name for name in names if "x" in name and name[0] != "n"]
-    stems = [name.replace("x", "{}", 1) for name in named]
-    triples = [tuple(stem.format(axis) for axis in "xyz") for stem in stems]
+    triples = [tuple(name.replace("x", axis, 1) for axis in "xyz") for name in named]
     triples = [triple for triple in triples if set(triple) <= set(names)]
     if len(triples) == 1:
         return triples[0]
     if triples:
         have = f"{len(triples)} triples: {'; '.join(map(','.join, triples))}"
-    hint = "choose with --columns of jepa3d prepare"
-    raise ReadError(f"no columns x, y, z, but {have}; {hint}")
+    raise ReadError(f"no columns x, y, z, but {have}; choose with --columns")
 
 
 def _plain(name: str) -> str:

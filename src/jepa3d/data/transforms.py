@@ -10,7 +10,8 @@ from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
 # of `random_view`
-MAX_CUT, MAX_CLUTTER, MAX_LUMPS, VIEW_SHARES = 0.5, 0.1, 1 / 3, (1, 1, 1 / 2, 1 / 4, 1 / 8)
+MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
+VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 def random_scale(

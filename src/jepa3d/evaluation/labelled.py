@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from jepa3d.config import FinetuneConfig
 from jepa3d.data.cloud import UNLABELLED, ReadError
 from jepa3d.data.datasets import PointClouds, load
-from jepa3d.data.splits import lacking
+from jepa3d.data.entries import lacking
 from jepa3d.data.store import SPLITS
 from jepa3d.evaluation.partseg import category_parts
 from jepa3d.frame import FRAME

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.cloud import TO_Z_UP
+from jepa3d.models.encoder import PointEncoder
 
 # Z-up coordinates, and the row in the file.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
@@ -82,8 +83,7 @@ class Grid:
         """Raise ValueError for more cells than keys can number."""
         if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
             extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
-            scene = f"a scene of {extent} (points far outside?)"
-            raise ValueError(f"--tile {self.tile:g}: too small for {scene}")
+            raise ValueError(f"--tile {self.tile:g}: too small for a scene of {extent}")
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
         """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they
@@ -140,6 +140,32 @@ def choose_tile(
             return tile if goal / median < points / goal else larger
         larger, points = tile, median
     return extent
+
+
+def grid_for(
+    low: np.ndarray,
+    high: np.ndarray,
+    sample: np.ndarray,
+    total: int,
+    tile: float | None,
+    encoder: PointEncoder,
+) -> Grid:
+    """The grid of the tile asked for, or of the one that suits the encoder.
+
+    sample: a random part n 3 of `total` points in the box from low to high. Raises ValueError for
+    too small a tile.
+    """
+    if tile is not None:
+        grid = Grid(low, high, tile)
+        grid.check()
+        if median_count(grid, sample) * total / len(sample) >= encoder.min_points:
+            return grid
+    side = choose_tile(low, high, sample, total, 2 * encoder.num_points)
+    suitable = Grid(low, high, side)
+    suitable.check()
+    if tile is not None:
+        raise ValueError(f"--tile {tile:g}: tiles of few points; try {suitable.tile:g}")
+    return suitable
 
 
 class Cells:

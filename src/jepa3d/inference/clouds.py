@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.arrays import ARRAY_SUFFIXES
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import TO_Z_UP, PointCloud, ReadError
 from jepa3d.data.entries import Entry
-from jepa3d.data.errors import left_out
+from jepa3d.data.errors import because
 from jepa3d.data.io import read
 from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
@@ -98,7 +98,7 @@ class Item:
         """The points N 3 of this cloud, as read or sampled, with z up; "none": as they are."""
         if self.z_up or up_axis == "none":
             return cloud.points
-        return cloud.points @ cloud.to_z_up(up_axis).T
+        return cloud.points @ TO_Z_UP[cloud.up or up_axis].T
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
@@ -168,7 +168,7 @@ def _stamp(address: Address) -> int:
 def log_left_out(skipped: list[tuple[str, str]]) -> None:
     """Log a line for each of the first five files that are no clouds, and one for all others."""
     for path, reason in skipped[:5]:
-        log.info(left_out(path, reason))
+        log.info(f"left out: {because(path, reason)}")
     if len(skipped) > 5:
         log.info(f"left out: {len(skipped) - 5:,} more that are no clouds")
 

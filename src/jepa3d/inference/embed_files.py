@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.errors import left_out
+from jepa3d.data.errors import because
 from jepa3d.data.parallel import mapped
 from jepa3d.data.store import hash64
 from jepa3d.inference import embedding
@@ -63,19 +63,12 @@ def embed_files(
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
             elif shares > 1:  # may stay empty, yet its name says the number of shares
                 write([table_of_rows(embedder.spec, [])], file)
-            in_share = [
-                item
-                for item in items.values()
-                if shares == 1 or hash64(item.path.encode()) % shares == number - 1
-            ]
-            todo = [item for item in in_share if known.get(item.path) != item.stamp]
-            gone = {
-                path
-                for path in known.keys() - items.keys()
-                if prune and (path.startswith(inside) or Address.parse(path) is None)
-            }
+            part = [x for x in items.values() if _share_of(x.path, shares) == number]
+            todo = [item for item in part if known.get(item.path) != item.stamp]
+            gone = known.keys() - items.keys() if prune else set()
+            gone = {x for x in gone if x.startswith(inside) or Address.parse(x) is None}
             counts.update(known=len(known), tried=len(todo), forgotten=len(gone))
-            counts["unchanged"] += len(in_share) - len(todo)
+            counts["unchanged"] += len(part) - len(todo)
             # A process takes seconds to start.
             batch, module = embedding.BATCH, embedding.__name__
             useful = min(os.cpu_count() or 1, max(1, len(todo) // (4 * batch)))
@@ -88,9 +81,13 @@ def embed_files(
     names = ["new", "changed", "unchanged"] + ["forgotten"] * bool(counts["forgotten"])
     done = ", ".join(f"{counts[name]:,} {name}" for name in names)
     unseen = f"; {counts['unseen']:,} points that are NaN were left out"
-    unseen = unseen if counts["unseen"] else ""
-    log.info(f"{out}: {done}; left out {counts['left out']:,}{unseen}")
+    done += f"; left out {counts['left out']:,}{unseen if counts['unseen'] else ''}"
+    log.info(f"{out}: {done}")
     return counts
+
+
+def _share_of(path: str, shares: int) -> int:
+    return 1 + hash64(path.encode()) % shares
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
@@ -113,12 +110,10 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
     begun = {shares} if shares > 1 else set()
     for file in out.glob("*.parquet"):
         if not (part := re.fullmatch(r"part-\d+of(\d+)\.parquet", file.name)):
-            command = f"jepa3d embed --out {out}"
-            raise ValueError(f"{file}: not written by {command}; choose another --out")
+            raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        before = f"was begun with n = {min(begun - {shares})}; a folder keeps its n"
-        raise ValueError(f"--share {share}: {out} {before}")
+        raise ValueError(f"--share {share}: was begun with n = {min(begun - {shares})}")
     total = min(begun, default=1)
     # Without --share, all of them in turn.
     numbers = [number] if shares > 1 else range(1, total + 1)
@@ -176,7 +171,7 @@ def _collect(
             if isinstance(result, str):
                 dropped = item.path in known
                 note = "; its former vector is dropped" if dropped else ""
-                log.info(left_out(item.path, result) + note)
+                log.info(f"left out: {because(item.path, result)}{note}")
                 gone.update([item.path] if dropped else [])
                 counts["left out"] += 1
                 continue

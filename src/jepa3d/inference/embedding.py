@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import left_out, printable
+from jepa3d.data.errors import because, printable, refuse
 from jepa3d.data.io import sampled
 from jepa3d.data.parallel import isolated
 from jepa3d.frame import Frame
@@ -72,7 +72,7 @@ def embed(
     spec = EmbeddingSpec.of("", encoder, up_axis, layer, pooling)
     for path, result in embed_each(clouds, encoder, spec):
         if isinstance(result, str):
-            errors.append(left_out(path, result).removeprefix("left out: "))
+            errors.append(because(path, result))
         vectors.append(None if isinstance(result, str) else result.vector)
     if len(errors) == len(vectors):
         raise ReadError(errors[0]) if errors else ValueError("no clouds to embed")
@@ -86,13 +86,13 @@ def embed_each(
     clouds: Clouds, encoder: PointEncoder, spec: EmbeddingSpec
 ) -> list[tuple[str, Embedded | str]]:
     """The path of each cloud, as of `embed`, with its vector or the reason why it has none."""
-    items, results, encoder = list(_items_of(clouds)), [], spec.applied(encoder)
-    for at in range(0, len(items), BATCH):
-        results += embed_batch(encoder, spec, False, items[at : at + BATCH])
-    for item, result in zip(items, results, strict=True):
+    items = list(_items_of(clouds))
+    results = embed_batch(spec.applied(encoder), spec, False, items)
+    found = [(item.path, result) for item, result in zip(items, results, strict=True)]
+    for path, result in found:
         if isinstance(result, Embedded):
-            log_remarks(item.path, result.remarks)
-    return [(item.path, result) for item, result in zip(items, results, strict=True)]
+            log_remarks(path, result.remarks)
+    return found
 
 
 def _items_of(clouds: Clouds) -> Iterator[Item]:
@@ -105,7 +105,7 @@ def _items_of(clouds: Clouds) -> Iterator[Item]:
         try:
             yield from find_clouds(cloud)[0]
         except ReadError as error:
-            yield Item(str(cloud), partial(_fail, error))
+            yield Item(str(cloud), partial(refuse, str(error)))
 
 
 def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
@@ -115,10 +115,6 @@ def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
     return cloud
 
 
-def _fail(error: ReadError) -> PointCloud:
-    raise error
-
-
 def log_remarks(path: str, remarks: list[str]) -> None:
     """Log what the user should know of a cloud."""
     for remark in remarks:
@@ -126,42 +122,38 @@ def log_remarks(path: str, remarks: list[str]) -> None:
 
 
 def see(encoder: PointEncoder, item: Item, up_axis: str) -> Seen:
-    """Read a cloud or mesh and bring it into the encoder's frame.
-
-    Raises ReadError, which names it, and OSError.
-    """
-    read = item.read()
-    cloud = sampled(read, encoder.num_points)
-    points = item.turned(cloud, up_axis)
+    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError, which names it."""
     try:
+        read = item.read()
+        cloud = sampled(read, encoder.num_points)
+        points = item.turned(cloud, up_axis)
         return Seen(read, cloud, points, encoder.frame(points))
+    except ReadError:
+        raise
+    except OSError as error:
+        raise ReadError(f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise ReadError(f"{item.path}: {error}") from error
 
 
-def error_text(error: ReadError | OSError) -> str:
-    """Why a cloud cannot be used."""
-    if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror or error})"
-    return str(error)
+def _seen_by(encoder: PointEncoder, spec: EmbeddingSpec, item: Item) -> Embedded | str:
+    """What the encoder sees of a cloud, or the reason why it cannot be used."""
+    try:
+        read, *_, frame = see(encoder, item, spec.up_axis)
+        return Embedded(frame.points, len(read), read.unseen, read.remarks())
+    except ReadError as error:
+        return str(error)
 
 
 def embed_batch(
     encoder: PointEncoder, spec: EmbeddingSpec, points_only: bool, items: list[Item]
 ) -> list[Embedded | str]:
-    """Vectors of clouds that are encoded at once; of a cloud that cannot be used the reason.
+    """Vectors of clouds; of a cloud that cannot be used the reason.
 
     points_only: give what the encoder sees instead of vectors.
     """
-    results: list[Embedded | str] = []
-    for item in items:
-        try:
-            read, *_, frame = see(encoder, item, spec.up_axis)
-            known = len(read), read.unseen, read.remarks()
-            results.append(Embedded(frame.points, *known))
-        except (ReadError, OSError) as error:
-            results.append(error_text(error))
-    return results if points_only else list(encode(encoder, spec, results))
+    results = (_seen_by(encoder, spec, item) for item in items)
+    return list(results if points_only else encode(encoder, spec, results))
 
 
 @torch.inference_mode()
@@ -172,13 +164,14 @@ def encode(
     results = iter(results)
     while batch := list(islice(results, BATCH)):
         points = [result.vector for result in batch if isinstance(result, Embedded)]
-        encoded: Iterator[np.ndarray] = iter(())
         if points:
             stacked = torch.from_numpy(np.stack(points)).to(encoder.norm.weight)
             vectors = encoder.vectors(stacked, spec.layer, spec.pooling)
-            encoded = iter(vectors.float().cpu().numpy())
-        for result in batch:
-            yield result if isinstance(result, str) else result._replace(vector=next(encoded))
+            made = iter(vectors.float().cpu().numpy())
+            for i, result in enumerate(batch):
+                if isinstance(result, Embedded):
+                    batch[i] = result._replace(vector=next(made))
+        yield from batch
 
 
 @lru_cache(maxsize=1)
@@ -255,10 +248,7 @@ class Embedder:
                 failed.append((item.path, result))
             else:
                 rows.append(as_row(item, result))
-        errors = [
-            (spelled(path), left_out(path, reason).removeprefix("left out: "))
-            for path, reason in failed
-        ]
+        errors = [(spelled(path), because(path, reason)) for path, reason in failed]
         return with_errors(table_of_rows(self.spec, rows), errors)
 
 

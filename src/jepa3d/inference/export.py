@@ -10,18 +10,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d import frame
-from jepa3d.inference.graph_frame import prepared
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
+from jepa3d.ops import farthest_point_scan, gather_points, squared_distance, unit_sphere
 from jepa3d.plain import log
 
 try:
@@ -36,55 +37,66 @@ MAX_POINTS = 10**6  # of a cloud, as declared to torch.export
 BATCHES = (1, 2, 7)
 SIZES = ("num_points", "num_groups", "group_size")
 
-Program = torch.export.ExportedProgram
 Network = PointEncoder | Classifier | LinearClassifier
 Differences = dict[str, float]  # of files, from torch
 Run = Callable[..., list[np.ndarray]]  # an exported file: arrays to arrays
 
 
-class Graph(NamedTuple):
-    """One graph to export, and the network's own results, with which its files must agree."""
+class Graph(nn.Module):
+    """One graph to export: a network between inputs and outputs of these names."""
 
     name: str
-    module: nn.Module
-    inputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ("points",)
     outputs: tuple[str, ...]
-    arrays: Callable[[Tensor], tuple[np.ndarray, ...]]  # inputs of clouds B N 3
-    expected: Callable[[Tensor], tuple[Tensor, ...]]  # their outputs by the network
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network: Any = network
+
+    def arrays(self, clouds: Tensor) -> tuple[np.ndarray, ...]:
+        """The inputs that clouds B N 3 have."""
+        return (clouds.numpy(),)
+
+    def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for clouds B N 3 by the network itself, and maybe more."""
+        if not isinstance(self.network, PointEncoder):
+            return (self.network.predict(clouds),)
+        tokens, centers = self.network.tokens(clouds)
+        return self.network.pool(tokens), tokens, centers
 
 
-class FromPatches(nn.Module):
+class FromPatches(Graph):
     """Patches B M K 3 and centers B M 3 to vectors B E and tokens B M C."""
 
-    def __init__(self, encoder: PointEncoder):
-        super().__init__()
-        self.encoder = encoder
+    name, inputs, outputs = "patches", ("patches", "centers"), ("embedding", "tokens")
 
     def forward(self, patches: Tensor, centers: Tensor) -> tuple[Tensor, ...]:
-        tokens = self.encoder.features(patches, centers)[0]
-        return self.encoder.pool(tokens), tokens
+        tokens = self.network.features(patches, centers)[0]
+        return self.network.pool(tokens), tokens
+
+    def arrays(self, clouds: Tensor) -> tuple[np.ndarray, ...]:
+        sizes = [getattr(self.network, name) for name in SIZES]
+        parts = [frame.group(cloud, *sizes) for cloud in clouds.numpy()]
+        return tuple(np.stack(part) for part in zip(*parts, strict=True))
 
 
-class FromPoints(nn.Module):
+class FromPoints(Graph):
     """Clouds B N 3 in any unit to vectors B E, tokens B M C and centers B M 3."""
 
-    def __init__(self, encoder: PointEncoder):
-        super().__init__()
-        self.network = FromPatches(encoder)
+    name, outputs = "encoder", ("embedding", "tokens", "centers")
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
-        encoder = self.network.encoder
+        encoder = self.network
         points = prepared(encoder, points)
         grouped = group(points, encoder.num_groups, encoder.group_size)
-        return *self.network(grouped.patches, grouped.centers), grouped.centers
+        tokens = encoder.features(grouped.patches, grouped.centers)[0]
+        return encoder.pool(tokens), tokens, grouped.centers
 
 
-class ToClasses(nn.Module):
+class ToClasses(Graph):
     """Clouds B N 3 in any unit to logits B classes."""
 
-    def __init__(self, network: Classifier | LinearClassifier):
-        super().__init__()
-        self.network = network
+    name, outputs = "classifier", ("logits",)
 
     def forward(self, points: Tensor) -> tuple[Tensor, ...]:
         return (self.network(prepared(self.network.encoder, points)),)
@@ -106,8 +118,7 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     # No graph has such a `fill`.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
-        sizes = f"num_groups or group_size would have to be at least {needed}"
-        raise ValueError(f"{model}: cannot be exported: {sizes}")
+        raise ValueError(f"{model}: not exported: needs num_groups {needed} or more")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -119,43 +130,19 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     return differences
 
 
-def _graphs(network: Network) -> list[Graph]:
-    def points(clouds: Tensor) -> tuple[np.ndarray, ...]:
-        return (clouds.numpy(),)
-
-    if not isinstance(network, PointEncoder):
-        graph = "classifier", ToClasses(network), ("points",), ("logits",), points
-        return [Graph(*graph, lambda clouds: (network.predict(clouds),))]
-
-    def expected(clouds: Tensor) -> tuple[Tensor, ...]:
-        tokens, centers = network.tokens(clouds)
-        return network.pool(tokens), tokens, centers
-
-    def patches(clouds: Tensor) -> tuple[np.ndarray, ...]:
-        sizes = [getattr(network, name) for name in SIZES]
-        parts = [frame.group(cloud, *sizes) for cloud in clouds.numpy()]
-        return tuple(np.stack(part) for part in zip(*parts, strict=True))
-
-    outputs = ("embedding", "tokens", "centers")
-    whole, part = FromPoints(network), FromPatches(network)
-    inputs = ("patches", "centers")
-    return [
-        Graph("encoder", whole, ("points",), outputs, points, expected),
-        Graph("patches", part, inputs, outputs[:2], patches, expected),
-    ]
-
-
 @torch.no_grad()
 def _write(network: Network, encoder: PointEncoder, folder: Path) -> Differences:
     """Write every file of the folder. Returns of each graph's file the largest difference from torch."""
     properties = {name: str(getattr(encoder, name)) for name in SIZES}
     if isinstance(network, PointEncoder):
+        graphs: list[Graph] = [FromPoints(network), FromPatches(network)]
         properties["fingerprint"] = fingerprint(network)
         shutil.copyfile(frame.__file__, folder / "grouping.py")
     else:
+        graphs = [ToClasses(network)]
         properties["class_names"] = json.dumps(network.class_names)
     differences = {}
-    for graph in _graphs(network):
+    for graph in graphs:
         with _quiet():
             program = _program(graph, encoder)
             _write_onnx(program, graph, properties, folder / f"{graph.name}.onnx")
@@ -179,37 +166,32 @@ def _quiet() -> Iterator[None]:
     """Silence messages of torch and onnxscript: a missing torchvision, deprecations, every folded
     node.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
-def _program(graph: Graph, encoder: PointEncoder) -> Program:
+def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
     # Of two clouds: a batch of 1 becomes a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())
     axes = {0: torch.export.Dim("batch", min=1)}
-    count = torch.export.Dim("num_points", min=encoder.min_points, max=MAX_POINTS)
+    if graph.inputs == ("points",):
+        least = encoder.min_points
+        axes[1] = torch.export.Dim("num_points", min=least, max=MAX_POINTS)
     shapes = dict.fromkeys(graph.inputs, axes)
-    if "points" in shapes:
-        shapes["points"] = axes | {1: count}
     arrays = tuple(map(torch.from_numpy, graph.arrays(clouds)))
     # Not strict, torch would take the `len` of a tensor for a constant.
-    return torch.export.export(graph.module, arrays, dynamic_shapes=shapes, strict=True)
+    return torch.export.export(graph, arrays, dynamic_shapes=shapes, strict=True)
 
 
-def _write_onnx(program: Program, graph: Graph, properties: dict[str, str], file: Path) -> None:
+def _write_onnx(program: Any, graph: Graph, properties: dict[str, str], file: Path) -> None:
     options: Any = {"input_names": graph.inputs, "output_names": graph.outputs}
     options |= {"dynamo": True, "external_data": False, "verbose": False}
-    exported = torch.onnx.export(program, (), **options)
-    assert exported is not None
+    exported: Any = torch.onnx.export(program, (), **options)
     proto = exported.model_proto
     onnx.helper.set_model_props(proto, properties)
     _name_axes(proto.graph)
@@ -265,21 +247,103 @@ def _difference(graph: Graph, encoder: PointEncoder, name: str, run: Run) -> flo
 
 def _card(network: Network, encoder: PointEncoder, differences: Differences) -> str:
     """The README of the folder, of templates beside this file."""
-    values = {name: getattr(encoder, name) for name in ("min_points", *SIZES)}
+    values = {name: getattr(encoder, name) for name in ("min_points", "width", *SIZES)}
+    values |= {"vector_width": 2 * encoder.width, "kind": type(network).__name__}
     values["front"] = type(network)._hub_mixin_info.model_card_data.to_yaml().strip()
-    values["kind"], folder = type(network).__name__, Path(__file__).parent
     rows = [f"| {name} | {value:.1e} |" for name, value in differences.items()]
-    values["differences"] = "\n".join(rows)
+    values["differences"], folder = "\n".join(rows), Path(__file__).parent
     if isinstance(network, PointEncoder):
-        values |= {"width": encoder.width, "vector_width": 2 * encoder.width}
         values |= {"kind_name": "encoder", "first": "embedding"}
-        outputs = (folder / "card_encoder.md").read_text().strip()
-        values["outputs"] = outputs.format(**values)
-        values["more"] = (folder / "card_patches.md").read_text().format(**values)
+        parts = [(folder / f"card_{name}.md").read_text() for name in ("encoder", "patches")]
+        outputs, values["more"] = (part.format(**values) for part in parts)
+        values["outputs"] = outputs.strip()
     else:
+        values |= {"kind_name": "classifier", "first": "logits", "more": ""}
         names = network.class_names
-        values |= {"kind_name": "classifier", "first": "logits"}
         classes = f"[batch, {len(names)}] of the classes {', '.join(names)}"
         values["outputs"] = f"Output: `logits` {classes}."
-        values["more"] = ""
     return (folder / "card.md").read_text().format(**values)
+
+
+def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
+    """`frame` and its `fill` for clouds B N 3, as operations of a graph, which cannot hold their
+    checks.
+    """
+    points = without_strays(points.double(), encoder.min_points)
+    points = points - (points.amin(1, True) + points.amax(1, True)) / 2
+    points = (points / points.abs().amax((1, 2), True)).float()
+    device, min_points = points.device, encoder.min_points
+    # In a graph a number still open.
+    count: Any = torch.sym_min(points.shape[1], encoder.num_points)
+    start = squared_distance(points, points.new_zeros(1, 3))[..., 0].argmax(1)
+    order, apart = farthest_point_scan(points, count, start)
+    chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
+    row = torch.arange(encoder.num_points, device=device) % different
+    # Out of bounds where there are too few: the runtime raises.
+    row = torch.where(different < min_points, 2**30, row)
+    source = gather_points(chosen, row)
+    # Most clouds have enough points, and distances of all pairs cost.
+    copied = (different < encoder.num_points).any()
+    # Turns, and a point itself.
+    most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)
+
+    def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
+        # The other points are copies of these.
+        among = torch.arange(chosen.shape[1], device=device) < different
+        distance = squared_distance(chosen, chosen)
+        distance = distance.masked_fill(~among[:, None], torch.inf)
+        nearest = distance.topk(most, largest=False).indices
+        turn = torch.arange(source.shape[1], device=device)
+        turn, row = turn // different, turn % different
+        column = torch.where(turn > 0, 1 + (turn - 1) % (different - 1).clamp_min(1), 0)
+        other = gather_points(nearest, row).gather(2, column[..., None])[..., 0]
+        step = frame.STEP * (1 - row / (4 * different))[..., None]
+        return step * (source - gather_points(chosen, other))
+
+    def unmoved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
+        return torch.zeros_like(source)
+
+    away = torch.cond(copied, moved, unmoved, (chosen, different, source))
+    return unit_sphere((source + away).double()).float()
+
+
+def without_strays(points: Tensor, min_points: int) -> Tensor:
+    """Clouds B N 3, in double, with every stray (`frame.without_strays`) moved onto a point that is
+    none.
+    """
+    points = points - (points.amin(1, True) + points.amax(1, True)) / 2
+    weights = points.new_tensor([1, 2**0.5, torch.pi])
+    points = gather_points(points, (points * weights).sum(-1).argsort(1))
+    first = (points[:, 1:] != points[:, :-1]).any(-1)
+    # A point that is there several times counts once.
+    first = torch.cat([torch.ones_like(first[:, :1]), first], 1)
+    different, kept, side = first.sum(1, keepdim=True), first, frame.MAX_CELLS
+    for _ in range(frame.ROUNDS):
+        number = kept.sum(1, keepdim=True).double()
+        cells = (3 * number).pow(1 / 3).round().clamp(2, side)
+        box = _onto_one(points, kept)
+        low = box.amin(1, True)
+        width = (box.amax(1, True) - low).amax(2, True).clamp_min(1e-30)
+        place = (points - low) * ((cells - 1e-6)[..., None] / width)
+        place = place.clamp(0, side - 1).long()
+        cell = (place[..., 0] * side + place[..., 1]) * side + place[..., 2]
+        count = points.new_zeros(points.shape[0], side**3)
+        count = count.scatter_add(1, cell, kept.double())
+        count = count.view(-1, side, side, side)
+        for axis in range(3):
+            width_of_pad = [int(axis == other) for other in (2, 1, 0) for _ in "ab"]
+            padded, dim = F.pad(count, width_of_pad), 1 + axis
+            count = padded.narrow(dim, 0, side) + count + padded.narrow(dim, 2, side)
+        few = frame.ALONE * (3 * number / cells**3).clamp_min(1)
+        few = torch.minimum(few, number / 64)
+        kept = kept & (count.flatten(1).gather(1, cell) >= few)
+    fewest = ((1 - frame.MAX_STRAYS) * different).clamp_min(min_points)
+    enough = kept.sum(1, keepdim=True) >= fewest
+    return _onto_one(points, kept | (first & ~enough))
+
+
+def _onto_one(points: Tensor, kept: Tensor) -> Tensor:
+    """Points B N 3 with those that are not kept, B N, moved onto one that is."""
+    place = torch.arange(points.shape[1], device=points.device)
+    first = kept.long().argmax(1, keepdim=True)
+    return gather_points(points, torch.where(kept, place, first))

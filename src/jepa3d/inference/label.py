@@ -71,13 +71,11 @@ def label(
     if not known and names != out / "names.csv":
         raise ReadError(f"{names}: no names of these clouds")
     if known and clusters is not None:
-        why = f"not used, since {names} has names already"
-        print(f"--clusters {clusters}: {why}; another --out proposes clusters anew")
+        print(f"--clusters {clusters}: not used, since {names} has names already")
     if not known:
         known = _propose(x, cloud_paths, clusters, up_axis, out)
     if len(set(known.values())) < 2:
-        needed = f"names of two classes at least in {out}/names.csv"
-        print(f"to go on: {needed}, and the same command")
+        print(f"next: name two classes or more in {out}/names.csv, and run this again")
         return
     rows = np.array([i for i, path in enumerate(cloud_paths) if path in known])
     classes, y = np.unique([known[cloud_paths[i]] for i in rows], return_inverse=True)
@@ -98,27 +96,20 @@ def label(
     probability = head.predict_proba(x)
     unlike = network.unknown(torch.from_numpy(x)).numpy()
     order = np.argsort(np.where(unlike, 0, probability.max(1)), kind="stable")
-    labels = []
-    for i in order:
-        answer = two_classes(classes, probability[i], unlike[i])
-        labels.append((cloud_paths[i], *answer))
+    answers = [two_classes(classes, probability[i], unlike[i]) for i in order]
+    labels = [(cloud_paths[i], *two) for i, two in zip(order, answers, strict=True)]
     write_csv(out / "labels.csv", ("path", *CSV_COLUMNS), *labels)
     named = f"{len(rows):,} named clouds of {len(classes)} classes"
-    print(f"{named}: {_quality(estimate, classes, y)}")
+    if estimate is None:
+        alone = printable(", ".join(classes[np.bincount(y) == 1]))
+        needed = f"one cloud of {alone}; name a second of each"
+        print(f"{named}: no estimate while there is {needed}")
+    else:
+        print(f"{named}: {100 * estimate:.1f} % right, cross-validated")
     if unknown:
-        share = "of those of the named classes about 1 in 20 is"
-        print(f"{unlike.sum():,} clouds are called unknown; {share}")
+        print(f"{unlike.sum():,} clouds are called unknown, of known ones 1 in 20")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
     print(f"written: {written}; jepa3d predict {out} labels others")
-
-
-def _quality(estimate: float | None, classes: np.ndarray, y: np.ndarray) -> str:
-    """How often the head is right, or of which classes more names are needed to tell."""
-    if estimate is not None:
-        return f"{100 * estimate:.1f} % right, cross-validated"
-    alone = ", ".join(printable(str(name)) for name in classes[np.bincount(y) == 1])
-    hint = "name a second of each, and run this again"
-    return f"no estimate while there is one cloud of {alone}; {hint}"
 
 
 def _propose(
@@ -131,20 +122,19 @@ def _propose(
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: from 2 to {len(x):,}, one a cloud")
-    groups = list(cluster(x, count))
+    # the size of each cluster, and the clouds nearest to its centre
+    groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in cluster(x, count)]
     sections = []
-    for number, group in enumerate(groups, 1):
-        shown = [paths[i] for i in group[:SHOWN]]
+    for number, (size, shown) in enumerate(groups, 1):
         titles = [Path(path).name for path in shown]
         drawn = draw(shown, titles, up_axis, "nearest to the centre first")
         files = note(", ".join(map(display, shown)))
-        sections.append(section(f"{number}: {len(group):,} clouds", *drawn, files))
+        sections.append(section(f"{number}: {size:,} clouds", *drawn, files))
     kind = "spherical k-means of vectors"
     html = page("Clusters", f"{count} clusters", kind, sections)
     write_bytes(out / "clusters.html", html.encode())
-    known, rows = _ask(groups, paths) if sys.stdin.isatty() else {}, []
-    for number, group in enumerate(groups, 1):
-        shown = [paths[i] for i in group[:SHOWN]]
+    known, rows = _ask(groups) if sys.stdin.isatty() else {}, []
+    for number, (_, shown) in enumerate(groups, 1):
         rows += [(path, known.get(path, ""), number) for path in shown]
     write_csv(out / "names.csv", ("path", "name", "cluster"), *rows)
     print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
@@ -178,32 +168,29 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
     known, embedded = {}, set(paths)
     for row in rows:
         if not {"path", "name"} <= row.keys():
-            columns = ", ".join(map(str, row))
-            raise ReadError(f"{file}: needs columns path and name, and has {columns}")
+            raise ReadError(f"{file}: needs columns path and name, has {[*row]}")
         if not (name := (row["name"] or "").strip()):
             continue
-        path = row["path"]
-        if path not in embedded:
-            path = str(Path(path).absolute())
-        if path not in embedded:
+        spellings = row["path"], str(Path(row["path"]).absolute())
+        if not (path := next((path for path in spellings if path in embedded), None)):
             raise ReadError(f"{file}: {row['path']} is not among the embedded clouds")
         known[path] = name
     return known
 
 
-def _ask(groups: list[np.ndarray], paths: list[str]) -> dict[str, str]:
+def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
     """Names of clusters, asked for in the terminal; they become the names of the representatives."""
     known = {}
     print("clusters.html shows them. A name for each; the same for several is fine.")
     print("Enter skips one, Ctrl-D ends.")
-    for number, group in enumerate(groups, 1):
-        files = printable(", ".join(Path(paths[i]).name for i in group[:3]))
-        print(f"{number}: {len(group):,} clouds, such as {files}")
+    for number, (size, shown) in enumerate(groups, 1):
+        files = printable(", ".join(Path(path).name for path in shown[:3]))
+        print(f"{number}: {size:,} clouds, such as {files}")
         try:
             name = input("   name: ").strip()
         except EOFError:
             break
-        known |= {paths[i]: name for i in group[:SHOWN] if name}
+        known |= {path: name for path in shown if name}
     return known
 
 

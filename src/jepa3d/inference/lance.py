@@ -77,11 +77,9 @@ class VectorStore:
         Raises ValueError for probes of a store without an index.
         """
         if probes and not self.indexed:
-            hint = "build one with jepa3d index --ann"
-            raise ValueError(f"{self.path}: has no index for --probes; {hint}")
-        columns = ["path", "label", "vector", "_distance"]
+            raise ValueError(f"{self.path}: --probes needs jepa3d index --ann first")
         ask = self.table.search(query.astype(np.float32)).distance_type("cosine")
-        ask = ask.select(columns)
+        ask = ask.select(["path", "label", "vector", "_distance"])
         ask = ask.nprobes(probes) if probes else ask.bypass_vector_index()
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
@@ -90,7 +88,7 @@ class VectorStore:
         if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
             ask = ask.distance_range(None, distance[k - 1] + SLACK)
             rows = ask.limit(len(self)).to_arrow()
-        paths, labels = (rows.column(name).to_pylist() for name in columns[:2])
+        paths, labels = (rows.column(name).to_pylist() for name in ("path", "label"))
         return rank(query, to_numpy(rows.column("vector")), paths, labels, k)
 
 

@@ -13,10 +13,9 @@ from jepa3d.data.errors import printable
 from jepa3d.data.io import enough_points
 from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.figures import draw_contact_sheet, even_sample
-from jepa3d.inference import mapped
 from jepa3d.inference.clouds import item_at
 from jepa3d.inference.hits import Hit
-from jepa3d.inference.search import open_index
+from jepa3d.inference.search import groups, open_index
 from jepa3d.inference.spec import EmbeddingSpec
 from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.page import facts, note, page, picture, section, table
@@ -46,10 +45,11 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
         rows = np.sort(rng.permutation(len(vectors))[:SAMPLE]).tolist()
         taken = vectors.table.take_offsets(rows).select(["vector"]).to_arrow()
         return to_numpy(taken["vector"])
-    count = sum(1 for _ in mapped.groups(vectors))
+    count = sum(1 for _ in groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
-    groups = enumerate(mapped.groups(vectors))  # each is read before the next is opened
-    parts = [group.read(["vector"]).column(0) for i, group in groups if i in chosen]
+    # each is read before the next is opened
+    numbered = enumerate(groups(vectors))
+    parts = [x.read(["vector"]).column(0) for i, x in numbered if i in chosen]
     sample = np.concatenate([to_numpy(part) for part in parts])
     return sample[np.sort(rng.permutation(len(sample))[:SAMPLE])]
 

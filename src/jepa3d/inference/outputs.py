@@ -10,13 +10,12 @@ The file's metadata `jepa3d` is JSON: format, model, fingerprint, tile and up_ax
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jepa3d.data.cloud import CHUNK
 from jepa3d.data.errors import io_module
 from jepa3d.data.io import chunks
 from jepa3d.data.ply import header_of
@@ -66,15 +65,15 @@ def write_las(
         header = _with_colors(laspy, scan)
     else:
         header = laspy.LasHeader(version="1.4", point_format=7)
-        extent = float((high - low).max())
-        fine, coarse = _power(1e-6 * extent, np.floor), _power(extent / 2e9, np.ceil)
+        extent = np.log10((high - low).max())
+        fine, coarse = 10 ** np.floor(extent - 6), 10 ** np.ceil(extent - np.log10(2e9))
         header.scales = np.full(3, max(min(1e-3, fine), coarse))
         header.offsets = np.floor(low)
     options: dict[str, Any] = {"mode": "w", "header": header}
     if out.suffix.lower() == ".laz":
         options["laz_backend"] = laspy.LazBackend.Lazrs
     with laspy.open(out, **options) as file:
-        for part in las_records(scan, CHUNK) if from_las else chunks(scan):
+        for part in las_records(scan) if from_las else chunks(scan):
             records = laspy.ScaleAwarePointRecord.zeros(len(part), header=header)
             if from_las:
                 records.copy_fields_from(part)
@@ -102,11 +101,6 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header
-
-
-def _power(value: float, rounded: Callable) -> float:
-    """A power of ten near a value."""
-    return float(10 ** rounded(np.log10(value)))
 
 
 def _read_colors(path: Path, at: int, count: int) -> np.ndarray:

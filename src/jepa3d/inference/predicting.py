@@ -6,6 +6,7 @@ import colorsys
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ import torch
 from rich.progress import track
 
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import left_out
+from jepa3d.data.errors import because
 from jepa3d.data.ply import header_of
 from jepa3d.evaluation.partseg import restricted_argmax
 from jepa3d.frame import Frame
 from jepa3d.inference.clouds import Item, find_clouds, log_left_out, original
-from jepa3d.inference.embedding import Seen, error_text, log_remarks, see
+from jepa3d.inference.embedding import Seen, log_remarks, see
 from jepa3d.inference.outputs import ply_row
 from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import Network, load_network
@@ -58,16 +59,16 @@ def predict(
     network = load_network(run)
     label = _label(network, category)
     items: dict[str, Item] = {}
-    skipped: list[tuple[str, str]] = []
+    failed: list[tuple[str, str]] = []
     for path in [clouds] if isinstance(clouds, (str, Path)) else clouds:
         try:
             found, others = _find([path])
+            items |= found
+            failed += others
         except ReadError as error:
-            found, others = {}, [(str(path), str(error))]
-        items |= found
-        skipped += others
+            failed.append((str(path), str(error)))
     predictions = [found for found, _ in _predictions(network, items, label, up_axis)]
-    return predictions + [Prediction(path, error=reason) for path, reason in skipped]
+    return predictions + [Prediction(path, error=reason) for path, reason in failed]
 
 
 def predict_files(
@@ -94,14 +95,14 @@ def predict_files(
     bar = track(predictions, "predicting", len(items), transient=True, disable=few)
     for found, seen in bar:
         if seen is None:
-            log.info(left_out(found.path, str(found.error)))
+            log.info(f"left out: {because(found.path, str(found.error))}")
             failed += 1
             continue
         log_remarks(found.path, seen.read.remarks())
         if isinstance(network, Segmenter):
             _write_parts(network, found, seen.cloud, label, out)
-        first = found.path, found.class_name, found.probability
-        rows.append((*first, found.second, found.second_probability))
+        names = "path class_name probability second second_probability"
+        rows.append(attrgetter(*names.split())(found))
     if failed:
         log.info(f"left out {failed:,}")
     if not rows:
@@ -146,8 +147,8 @@ def _predictions(
     for name, item in items.items():
         try:
             seen = see(network.encoder, item, up_axis)
-        except (ReadError, OSError) as error:
-            yield Prediction(name, error=error_text(error)), None
+        except ReadError as error:
+            yield Prediction(name, error=str(error)), None
             continue
         if isinstance(network, Segmenter):
             parts = segment_cloud(network, seen.points, seen.frame, label)

@@ -19,15 +19,7 @@ from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
 from jepa3d.data.io import chunks
-from jepa3d.inference.cells import (
-    RECORD,
-    Cells,
-    Grid,
-    choose_tile,
-    median_count,
-    sort_points,
-    tiles_of,
-)
+from jepa3d.inference.cells import RECORD, Cells, grid_for, sort_points, tiles_of
 from jepa3d.inference.outputs import write_las, write_parquet, write_ply
 from jepa3d.locking import writing
 from jepa3d.models.encoder import PointEncoder
@@ -47,9 +39,6 @@ _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # points as `RECORD`, n
 Show = Callable[[int], None]  # shows how much is done
-# Corners low and high of the z-up box, number of points, and of a random part coordinates and index
-# n 4.
-Survey = tuple[np.ndarray, np.ndarray, int, np.ndarray]
 
 
 class Tile(NamedTuple):
@@ -247,13 +236,12 @@ def write_features(
         bars.Progress(*columns, transient=True, disable=hidden) as progress,
     ):
         show = _bar(progress, "reading", None)
-        survey = _survey(scan, up_axis, show)
-        low, high, total, sample = survey
+        low, high, total, sample = _survey(scan, up_axis, show)
         if total < (min_points := encoder.min_points):
             raise ReadError(f"{scan}: {total} points, at least {min_points} are needed")
         if (low == high).all():
             raise ReadError(f"{scan}: all points are equal")
-        grid = _grid(survey, tile, encoder)
+        grid = grid_for(low, high, sample[:, :3], total, tile, encoder)
         parquet = suffix == ".parquet"
         _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize * parquet)
         show = _bar(progress, "sorting", 2 * total)
@@ -315,27 +303,6 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
         raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
 
 
-def _grid(survey: Survey, tile: float | None, encoder: PointEncoder) -> Grid:
-    """The grid of the tile asked for, or of the one that suits the encoder.
-
-    Raises ValueError for too small a tile.
-    """
-    low, high, total, sample = survey
-    sample = sample[:, :3]
-    if tile is not None:
-        grid = Grid(low, high, tile)
-        grid.check()
-        if median_count(grid, sample) * total / len(sample) >= encoder.min_points:
-            return grid
-    side = choose_tile(low, high, sample, total, 2 * encoder.num_points)
-    suitable = Grid(low, high, side)
-    suitable.check()
-    if tile is not None:
-        few = f"most tiles would have under {encoder.min_points} points"
-        raise ValueError(f"--tile {tile:g}: {few}; try {suitable.tile:g}")
-    return suitable
-
-
 def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
     """Raise OSError where the disk cannot hold sorted points, and features or colours, before hours
     are spent.
@@ -355,8 +322,10 @@ def _bar(progress: bars.Progress, doing: str, total: int | None) -> Show:
     return lambda done: progress.update(task, completed=done)
 
 
-def _survey(scan: Path, up_axis: str, shown: Show) -> Survey:
-    """Read a scan once, and log how many of its points are NaN."""
+def _survey(scan: Path, up_axis: str, shown: Show) -> tuple[np.ndarray, np.ndarray, int, Records]:
+    """Corners low and high of a scan's z-up box, its number of points, and coordinates and index
+    n 4 of a random part of them.
+    """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)
 

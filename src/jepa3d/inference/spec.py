@@ -35,8 +35,7 @@ class EmbeddingSpec:
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}, none")
         if not -1 <= layer <= encoder.depth:
-            allowed = f"0 (tokenizer) to {encoder.depth}, or -1 for the last"
-            raise ValueError(f"layer {layer}: {allowed}")
+            raise ValueError(f"layer {layer}: 0 (tokenizer) to {encoder.depth}, or -1")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
         name = str(Path(model).absolute()) if model and Path(model).exists() else model
@@ -60,16 +59,14 @@ class EmbeddingSpec:
         self.check_frame(index)
         encoder = load(model or self.model)
         if fingerprint(encoder) != self.fingerprint:
-            found = f"{index}: made with another encoder than {model or self.model}"
-            raise ValueError(f"{found}; embed again, or --model")
+            raise ValueError(f"{index}: not made by {model or self.model} (--model)")
         return self.applied(encoder)
 
     def check_frame(self, index: str | Path) -> None:
         """Raise ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
         if self.frame != FRAME:
             by = f"another version of jepa3d (frame {self.frame}, here {FRAME})"
-            hint = "embed the clouds again, into another --out"
-            raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
+            raise ValueError(f"{index}: made by {by}; embed the clouds again")
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
         """Raise ValueError that names the first difference from `other`, the specification of `index`.
@@ -84,5 +81,4 @@ class EmbeddingSpec:
             difference = f"{name.replace('_', '-')} {theirs} (not {value})"
             if name == "fingerprint":
                 difference = f"another model ({other.model}, not {self.model})"
-            hint = "choose another --out or --model"
-            raise ValueError(f"{index}: its vectors were made with {difference}; {hint}")
+            raise ValueError(f"{index}: its vectors were made with {difference}")

@@ -191,9 +191,9 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
     minimum, waiting = minimum or ROWS, [next(tables)]
     kind = waiting[0].schema
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["label"]}
-    floats = [field.name for field in kind if field.type == _float_list(field.type)]
-    split = [f"{name}.list.element" for name in floats]
-    options["use_byte_stream_split"] = split or False
+    lists = [x for x in kind if pa.types.is_fixed_size_list(x.type)]
+    floats = [x.name for x in lists if x.type.value_type == pa.float32()]
+    options["use_byte_stream_split"] = [f"{x}.list.element" for x in floats] or False
 
     def flush(writer: pq.ParquetWriter) -> None:
         if any(map(len, waiting)):
@@ -214,10 +214,6 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
         raise OSError(f"{path}: cannot be written ({error})") from error
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def _float_list(kind: pa.DataType) -> pa.DataType | None:
-    return vector_type(kind.list_size) if pa.types.is_fixed_size_list(kind) else None
 
 
 def update(path: Path, new: pa.Table, dropped: set[str]) -> None:

@@ -167,8 +167,7 @@ def serve(port: int) -> viser.ViserServer:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
     except OSError as error:
-        why = f"not to be had ({error.strerror}); choose another, or 0 for any"
-        raise ValueError(f"--port {port}: {why}") from error
+        raise ValueError(f"--port {port}: not to be had ({error.strerror})") from error
     library: Any = websocket_server
     original = library.serve
     # viser has no setting for it, and answers every web page that the browser has open
@@ -186,6 +185,7 @@ def serve(port: int) -> viser.ViserServer:
 
 
 def stop(server: viser.ViserServer) -> None:
+    """End a page without viser's message."""
     with redirect_stdout(io.StringIO()):
         server.stop()
 
@@ -233,7 +233,7 @@ class Page:
         click = on(lambda event: self.pick(event.ray_origin, event.ray_direction))
         server.scene.on_click()(click)
         for i, button in enumerate(self.buttons):
-            button.on_click(on(lambda _, i=i: self.show(_item(self.hits[i]))))
+            button.on_click(on(lambda _, i=i: self.show(self._neighbour(i))))
 
     def callback(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
         def call(event: Any) -> None:
@@ -265,12 +265,12 @@ class Page:
             self.chooser.value = self.choices[self.row]
         self.view, self.picked = self.look(item), None
         points, colors = self.view.points, self.view.colors
-        names = [Path(item.path).name, item.label or ""]
-        self.title = html.escape(printable(" ".join(names).strip()))
+        name = f"{Path(item.path).name} {item.label or ''}".strip()
+        self.title = html.escape(printable(name))
         size = float(np.clip(1.2 / np.sqrt(len(points)), 0.004, 0.02))
         self.cloud = self._draw("/cloud", points, size)
-        file_colors = () if colors is None else (OWN,)
-        self.colours.options = (HEIGHT, *file_colors, PCA, SIMILARITY, SAMPLE)
+        own = () if colors is None else (OWN,)
+        self.colours.options = (HEIGHT, *own, PCA, SIMILARITY, SAMPLE)
         self.recolour()
         if self.index is not None:
             self._show_neighbours(self.index, self.view)
@@ -335,6 +335,10 @@ class Page:
             return colors, f"{what}; of overlapping targets the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
+    def _neighbour(self, i: int) -> Item:
+        """The cloud of a neighbour. Raises ReadError if it is gone."""
+        return item_at(self.hits[i].path, self.hits[i].label)
+
     def _show_neighbours(self, index: Path, view: View) -> None:
         """The nearest shapes of the index but itself: a button each that shows it, and small clouds
         in a row below.
@@ -350,22 +354,14 @@ class Page:
                 button.label = f"{i + 1}:  {cosine:.4f}  {shortened(name, 24)}"
                 try:
                     title = f"{i + 1}:  {cosine:.3f}\n{shortened(name, 12)}"
-                    self._draw_neighbour(i, title)
-                except (ReadError, OSError) as error:
+                    points = self.look(self._neighbour(i)).points
+                    thinned = points[:: -(-len(points) // 2048)]
+                    x, place = 0.62 * (i - (len(self.hits) - 1) / 2), f"/neighbours/{i}"
+                    self._draw(place, 0.28 * thinned, 0.012, (x, 0.0, -1.5))
+                    at: Any = {"position": (0.0, 0.0, -0.33), "anchor": "top-center"}
+                    self.server.scene.add_label(f"{place}/title", title, **at)
+                except ReadError as error:
                     button.label += f"  not drawn: {error}"
-
-    def _draw_neighbour(self, i: int, title: str) -> None:
-        points = self.look(_item(self.hits[i])).points
-        thinned = points[:: -(-len(points) // 2048)]
-        name, x = f"/neighbours/{i}", 0.62 * (i - (len(self.hits) - 1) / 2)
-        self._draw(name, 0.28 * thinned, 0.012, (x, 0.0, -1.5))
-        place: Any = {"position": (0.0, 0.0, -0.33), "anchor": "top-center"}
-        self.server.scene.add_label(f"{name}/title", title, **place)
-
-
-def _item(hit: Any) -> Item:
-    """The cloud of a neighbour. Raises ReadError if it is gone."""
-    return item_at(hit.path, hit.label)
 
 
 def open_page(
@@ -380,8 +376,7 @@ def open_page(
 
         spec = open_index(index).spec
         if spec.up_axis != up_axis:
-            difference = f"made with --up-axis {spec.up_axis}, not {up_axis}"
-            raise ValueError(f"{index}: {difference}")
+            raise ValueError(f"{index}: of --up-axis {spec.up_axis}, not {up_axis}")
         layer, pooling, encoder = spec.layer, spec.pooling, spec.encoder(index, model)
     items, skipped = find_clouds(*paths)
     log_left_out(skipped)
