@@ -71,7 +71,7 @@ def draw_episodes(
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
-        hint = f"; with {most[0]} test shapes a class there are enough" * bool(most.any())
+        hint = f"; with {most[0]} test shapes a class there are enough" if most.any() else ""
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
         raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
     names = dict(enumerate(clouds.class_names))
