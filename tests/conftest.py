@@ -16,10 +16,14 @@ import pytest
 import torch
 
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
-    from jaxtyping import install_import_hook
+    import jaxtyping
 
-    # Types and shapes of arguments and results are checked at every call.
-    install_import_hook(["jepa3d.models", "jepa3d.ops"], "beartype.beartype")
+    # Types and shapes of arguments and results are checked at every call, but not while torch
+    # compiles or exports it.
+    whole_numbers_are_floats = "conf=beartype.BeartypeConf(is_pep484_tower=True)"
+    checker = f"beartype.beartype({whole_numbers_are_floats})"
+    jaxtyping.install_import_hook(["jepa3d.models", "jepa3d.ops"], checker)
+    type(jaxtyping.config).jaxtyping_disable = property(lambda _: torch.compiler.is_compiling())
 
 from jepa3d import cli
 from jepa3d import config as settings

@@ -1,12 +1,14 @@
 """docs/extending.md: its code, installed as a package of its own, trains."""
 
-import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from site import addsitedir
 
 import pytest
+from processes import Command
 
 from jepa3d.run import Run
 
@@ -37,25 +39,26 @@ def site(tmp_path_factory) -> Path:
     return site
 
 
-def pretrain(site: Path, *words: str) -> subprocess.CompletedProcess:
+def pretrain(site: Path, *words: str, out: Path) -> Command:
+    """The ended command, with the distribution on its path."""
     sizes = "--preset tiny --encoder.depth 1 --target.layers 1 --batch-size 8 --max-steps 3"
-    command = [sys.executable, "-m", "jepa3d", "pretrain", "--data", "synthetic:64", *sizes.split()]
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*command, *words], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    given = ["--data", "synthetic:64", *sizes.split(), *words, "--out", out]
+    log = out.with_name(f"log{len(list(out.parent.iterdir()))}")
+    command = Command("pretrain", *given, log=log, before=partial(addsitedir, str(site)))
+    command.end()
+    return command
 
 
 @pytest.mark.parametrize("flags", [*FLAGS, "--teacher ema mylab.teachers:moments"])
 def test_code_of_another_package_is_trained_with(flags, site, tmp_path):
     assert len(BLOCKS) == len(FLAGS) == 3
-    done = pretrain(site, *flags.split(), "--out", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
+    done = pretrain(site, *flags.split(), out=tmp_path / "run")
+    assert done.process.exitcode == 0, done.printed("err")
     run = Run(tmp_path / "run")
     assert run.finished
     assert run.encoder.is_dir()
-    again = pretrain(site, *flags.split(), "--out", str(tmp_path / "run"), "--resume")
-    assert "finished already" in again.stdout
+    again = pretrain(site, *flags.split(), "--resume", out=tmp_path / "run")
+    assert "finished already" in again.printed()
 
 
 @pytest.mark.parametrize(
@@ -71,8 +74,8 @@ def test_code_of_another_package_is_trained_with(flags, site, tmp_path):
 def test_what_cannot_be_used_is_refused_in_a_line(flags, reason, site, tmp_path):
     leak = dict(BLOCKS)["samplers"].replace("target[:, None]", "context[:, None]")
     (site / "mylab" / "leaks.py").write_text(leak.replace("upper_half", "peek"))
-    done = pretrain(site, *flags.split(), "--out", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert reason in done.stderr
-    assert done.stderr.count("\n") == 1
+    done = pretrain(site, *flags.split(), out=tmp_path / "run")
+    assert done.process.exitcode == 2
+    assert reason in done.printed("err")
+    assert done.printed("err").count("\n") == 1
     assert not (tmp_path / "run").exists()
