@@ -1,14 +1,17 @@
-# Two commands from nothing: `make demo` and `make test`. Both set up .venv first.
+# From nothing: `make demo`, `make test` (some minutes) or `make test-all`. All set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check
+.PHONY: demo test test-all check
 
 demo: .venv/ready
 	$(BIN)/jepa3d demo --out demo
 
 test: .venv/ready check
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+
+test-all: .venv/ready check
+	$(BIN)/pytest -n auto --dist worksteal
 
 check: .venv/ready
 	$(BIN)/ruff check src tests benchmarks

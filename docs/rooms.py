@@ -34,7 +34,7 @@ ROOMS = {  # of files that lie beside the rooms' folders
     "pages": ["demo", "info", "report"],
     "evaluation": ["figures", "page"],
     "settings": ["config", "validate", "run"],
-    "ground": ["allocator", "frame", "locking", "ops", "ops_triton", "plain"],
+    "ground": ["allocator", "frame", "locking", "ops", "ops_triton", "plain", "shapes"],
 }
 
 

@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch, and for child processes: bit for bit holds for one number of threads
 )
 
+import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -13,6 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
+    import jaxtyping
+
+    # Types and shapes of arguments and results are checked at every call, but not while torch
+    # compiles or exports it.
+    whole_numbers_are_floats = "conf=beartype.BeartypeConf(is_pep484_tower=True)"
+    checker = f"beartype.beartype({whole_numbers_are_floats})"
+    jaxtyping.install_import_hook(["jepa3d.models", "jepa3d.ops"], checker)
+    type(jaxtyping.config).jaxtyping_disable = property(lambda _: torch.compiler.is_compiling())
 
 from jepa3d import cli
 from jepa3d import config as settings
@@ -132,6 +143,15 @@ def vit(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("vit")
     transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def quick_probe(monkeypatch) -> None:
+    """Makes the probe fit a tenth as often, all in this process; what it finds is not looked at."""
+    for name, value in (("_DRAWS", 2), ("_C_GRID", (0.01,)), ("_FEW_C_GRID", (0.01,))):
+        monkeypatch.setattr(f"jepa3d.evaluation.probe.{name}", value)
+    monkeypatch.setattr("jepa3d.evaluation.classifiers._STEPS", 20)
+    monkeypatch.setattr("jepa3d.evaluation.fitting._WORTH_PROCESSES", float("inf"))
 
 
 @pytest.fixture(scope="session")

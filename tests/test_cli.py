@@ -267,11 +267,7 @@ def test_an_interrupted_run_goes_on_from_the_command_line(run, shapes, tmp_path,
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="pictures need matplotlib")
-def test_the_demo_ends_and_draws_pictures(tmp_path, monkeypatch):
-    for name, fewer in (("_DRAWS", 2), ("_C_GRID", (0.01,)), ("_FEW_C_GRID", (0.01,))):
-        monkeypatch.setattr(
-            f"jepa3d.evaluation.probe.{name}", fewer
-        )  # the demo's time is the probe's
+def test_the_demo_ends_and_draws_pictures(tmp_path, quick_probe):
     out = tmp_path / "demo"
     assert call("demo", "--max-steps", 3, "--shapes", 200, "--out", out) == 0
     for name in ("blocks.png", "curves.png"):

@@ -1,6 +1,8 @@
 """Operators against loops that are too plain to be wrong."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -332,3 +334,23 @@ def test_chamfer_is_that_of_a_loop():
 def test_the_gradient_of_chamfer_is_its_finite_difference():
     a, b = (clouds(2, n, seed=n).double().requires_grad_() for n in (4, 6))
     assert torch.autograd.gradcheck(ops.chamfer_l1, (a, b))
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+def test_a_shape_that_a_signature_does_not_have_is_an_error_here():
+    jaxtyping = pytest.importorskip("jaxtyping")
+    points, wide = torch.zeros(2, 5, 3), torch.zeros(2, 4, 2)
+    for arguments in (
+        (wide, points, 1),
+        (torch.zeros(3, 4, 3), points, 1),
+        (points.long(), points, 1),
+    ):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            knn(*arguments)
+
+
+def test_elsewhere_shapes_are_neither_checked_nor_imported():
+    code = "import sys, jepa3d.models.heads, jepa3d.ops; assert 'jaxtyping' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

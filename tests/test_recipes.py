@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import h5py
 import layouts
 import numpy as np
 import pytest
+from processes import Command
 
 from jepa3d import config as settings
 from jepa3d.cli import main
@@ -21,7 +20,6 @@ from jepa3d.training.grid import read_grid
 from jepa3d.validate import validate_finetune
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +37,18 @@ def shapenet55(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("epochs", [150, 300])
-def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, epochs):
+@pytest.mark.parametrize("epochs", [pytest.param(150, marks=pytest.mark.slow), 300])
+def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, tmp_path, epochs):
     """The whole model, dVAE first; only the batches are small."""
     recipe = RECIPES / f"shapenet55-{epochs}.yaml"
     sizes = ["--batch-size", "2", "--dvae.batch-size", "2", "--dry-run"]
-    command = [*COMMAND, "pretrain", "--recipe", str(recipe), "--data", str(shapenet55), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dry run, dvae: 4 clouds of 1024 points" in done.stdout
-    assert "dry run, jepa: 4 clouds of 2048 points" in done.stdout
-    assert "M parameters in the encoder" in done.stdout
+    words = ("pretrain", "--recipe", recipe, "--data", shapenet55, *sizes)
+    command = Command(*words, log=tmp_path / "log")
+    assert command.end() == 0, command.printed("err")
+    printed = command.printed()
+    assert "dry run, dvae: 4 clouds of 1024 points" in printed
+    assert "dry run, jepa: 4 clouds of 2048 points" in printed
+    assert "M parameters in the encoder" in printed
 
 
 @pytest.mark.parametrize("epochs", [150, 300])
@@ -95,32 +94,12 @@ def test_the_rivals_recipes_differ_from_the_recommended_one_in_objective_and_rot
         assert {name.rpartition(".")[2] for name in own} <= {"epochs", "max_steps"}
 
 
-def test_bf16_is_one_flag(bundle):
-    sizes = [
-        "--encoder.num-points",
-        "64",
-        "--encoder.num-groups",
-        "16",
-        "--encoder.group-size",
-        "8",
-    ]
-    command = [
-        *COMMAND,
-        "pretrain",
-        "--preset",
-        "tiny",
-        "--teacher",
-        "ema",
-        "--data",
-        bundle,
-        *sizes,
-        "--dry-run",
-    ]
-    done = subprocess.run(
-        [*command, "--mixed-precision", "bf16"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dry run, jepa" in done.stdout
+def test_bf16_is_one_flag(bundle, tmp_path):
+    sizes = "--encoder.num-points 64 --encoder.num-groups 16 --encoder.group-size 8"
+    words = f"--preset tiny --teacher ema {sizes} --dry-run --mixed-precision bf16".split()
+    command = Command("pretrain", "--data", bundle, *words, log=tmp_path / "log")
+    assert command.end() == 0, command.printed("err")
+    assert "dry run, jepa" in command.printed()
 
 
 # --------------------------------------------------------------------------------------- downstream

@@ -11,6 +11,7 @@ import pytest
 ROUGH = Path(__file__).parent.parent / "benchmarks" / "rough.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     "words",

@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # What `from jepa3d import *` gives; the others are imported by name, since some need extras.
-__all__ = ["Embedder", "PointEncoder", "embed", "load", "predict"]
+__all__ = ["CloudVectorizer", "Embedder", "PointEncoder", "embed", "load", "predict"]
 
 _MODULES = {
+    "CloudVectorizer": "jepa3d.inference.vectorizer",
     "Embedder": "jepa3d.inference.embedding",
     "PointEncoder": "jepa3d.models.encoder",
     "embed": "jepa3d.inference.embedding",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
     from jepa3d.inference.export import export as export
     from jepa3d.inference.predicting import predict
     from jepa3d.inference.search import search as search
+    from jepa3d.inference.vectorizer import CloudVectorizer
     from jepa3d.models.encoder import PointEncoder
     from jepa3d.models.ready import load
     from jepa3d.training.finetune import finetune as finetune

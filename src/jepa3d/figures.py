@@ -73,6 +73,11 @@ def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float
     return axes
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` rows, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))
+
+
 def first_of_each(labels: np.ndarray) -> np.ndarray:
     """An order of shapes with labels n: the first of each class, then the second of each, ..."""
     turn = np.zeros(len(labels), np.int64)

@@ -12,7 +12,7 @@ from jepa3d.data.store import SPLITS, Store
 from jepa3d.evaluation.features import default_device
 from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.tables import Sheet, show
-from jepa3d.figures import draw_contact_sheet, first_of_each
+from jepa3d.figures import draw_contact_sheet, evenly, first_of_each
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.plain import printable
@@ -218,7 +218,7 @@ def _draw(
     """A contact sheet of shapes, one of each class first; a shape without a class has its key."""
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:
-        rows = np.unique(np.linspace(0, len(labels) - 1, _DRAWN).astype(int)).tolist()
+        rows = evenly(len(labels), _DRAWN).tolist()
     titles = [class_names[labels[i]] if labels[i] >= 0 else key(i) for i in rows]
     draw_contact_sheet([np.asarray(points(i), np.float32) for i in rows], titles, picture)
     print(f"written: {picture}")

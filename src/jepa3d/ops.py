@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 from functools import cache
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
+from jepa3d.shapes import Centers, Float, Indices, Int, Points, Tokens
 
 _MAX_PAIRS = 2**26  # distances that `knn` holds at once: 256 MiB of float32
 
@@ -172,8 +174,8 @@ def _triton():
 
 
 def farthest_point_sample(
-    points: Tensor, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
-) -> Tensor:
+    points: Points, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
+) -> Int[Tensor, "b m"]:
     """Farthest point sampling of points B N 3 (Eldar et al. 1997).
 
     Returns indices B num_samples; each is the point farthest from all before it. With a generator
@@ -223,7 +225,7 @@ def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
     ].numpy()
 
 
-def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Tensor) -> Tensor:
     # The kernel takes one start index for all clouds of a batch: so the start of each cloud is
     # swapped with its row 0, and back afterwards.
     batch, num_points, _ = points.shape
@@ -236,7 +238,7 @@ def _farthest_point_sample_compiled(points: Tensor, num_samples: int, start: Ten
     return torch.where(index == 0, start, torch.where(index == start, 0, index))
 
 
-def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
+def _farthest_point_sample_reference(points: Points, num_samples: int, start: Tensor) -> Tensor:
     # On a CPU, three contiguous coordinate arrays are 3-4 times as fast as one B N 3 tensor.
     x, y, z = (axis.contiguous() for axis in points.unbind(-1))
     distance = torch.full_like(x, torch.inf)
@@ -251,6 +253,7 @@ def _farthest_point_sample_reference(points: Tensor, num_samples: int, start: Te
     return torch.cat(picked, 1)
 
 
+@no_type_check  # torch.export cannot trace a check of the inner function
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
     """Farthest point sampling as a scan: an exported graph then has one repeated step instead of a
     thousand copies of it.
@@ -278,7 +281,9 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
     return index.transpose(0, 1), apart.transpose(0, 1)
 
 
-def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+def squared_distance(
+    a: Float[Tensor, "*b m 3"], b: Float[Tensor, "*b n 3"]
+) -> Float[Tensor, "*b m n"]:
     """Squared distances (..., M, N) between points (..., M, 3) and (..., N, 3).
 
     Avoids the cancellation errors of the formula with a matrix product.
@@ -289,7 +294,7 @@ def squared_distance(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
+def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b m k"]:
     """Indices B M k of the k points (B N 3) nearest to each query (B M 3), nearest first.
 
     Raises ValueError unless 1 <= k <= N.
@@ -310,14 +315,16 @@ def knn(query: Tensor, points: Tensor, k: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def gather_points(values: Tensor, index: Tensor) -> Tensor:
+def gather_points(values: Float[Tensor, "b n c"], index: Indices) -> Float[Tensor, "b *any c"]:
     """Look up values (B N C) at index (B ...); returns (B ... C)."""
     flat = index.flatten(1)
     out = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
     return out.view(*index.shape, values.shape[-1])
 
 
-def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Tensor:
+def three_nn_interpolate(
+    query: Points, centers: Centers, features: Tokens
+) -> Float[Tensor, "b n c"]:
     """Interpolate features B M C from centers (B M 3) to query points (B N 3); returns B N C.
 
     Weights the three nearest centers by inverse squared distance (PointNet++).
@@ -332,7 +339,7 @@ def three_nn_interpolate(query: Tensor, centers: Tensor, features: Tensor) -> Te
     return dense.to(features.dtype) @ features
 
 
-def unit_sphere(points: Tensor) -> Tensor:
+def unit_sphere(points: Points) -> Points:
     """Move points B N 3 to centroid 0 and scale them so that the farthest has distance 1."""
     points = points - points.mean(1, keepdim=True)
     radius = points.norm(dim=-1).amax(1)[:, None, None]

@@ -207,7 +207,7 @@ def _parts(run: Path, names: list[str]) -> str:
     saved = _predictions(run)
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
-    rows = first[_spread(len(first), MOST_PARTS)]
+    rows = first[figures.evenly(len(first), MOST_PARTS)]
     keys = ("points", "parts", "predicted")
     points, truth, predicted = (saved[key][rows] for key in keys)
     titles = [names[label] for label in labels[rows]]
@@ -235,7 +235,7 @@ def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
         raise ValueError(f"{shapes.name}: its test part is not what the run was tested on")
     if len(shapes.test) < 5:
         return note(f"Left out: {len(shapes.test)} test shapes are too few.")
-    rows = _spread(len(shapes.test), MOST_TSNE)
+    rows = figures.evenly(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
     before = layer_features(start, some)[-1]
     after = layer_features(network.encoder, some)[-1]
@@ -372,8 +372,3 @@ def _settings(config: dict, record: dict) -> str:
         body = note(f"Settings that are not the defaults{beside}.")
         body += table(["setting", "here", "default"], rows)
     return section("Settings", body, folded("All settings", table(["", ""], every)))
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` rows, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, most).astype(int))

@@ -430,9 +430,10 @@ def probed(tmp_path_factory) -> dict:
         class_names=["ball", "rod", "beam", "disc [flat]"],
         split=np.repeat([0, 1], [32, 16]),
     )
-    return probing.probe(
-        runs, str(folder / "blobs.npz"), protocols=("logistic_10", "knn", "svc_linear")
-    )
+    protocols = ("logistic_10", "knn", "svc_linear")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing, "_DRAWS", 2)
+        return probing.probe(runs, str(folder / "blobs.npz"), protocols=protocols)
 
 
 def test_every_row_names_its_present_classes_and_their_accuracy(probed):

@@ -93,6 +93,43 @@ def test_onnx_and_torch_export_give_what_the_encoder_gives_for_any_batch_and_num
         assert_allclose(other.detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def of_encoder_onnx(folder, points):
+    return session(folder / "encoder.onnx").run(["embedding"], {"points": points[None]})[0]
+
+
+def of_encoder_pt2(folder, points):
+    program = torch.export.load(folder / "encoder.pt2").module()
+    return program(torch.from_numpy(points)[None])[0].detach()
+
+
+def of_grouping_and_patches_onnx(folder, points):
+    grouped = runpy.run_path(str(folder / "grouping.py"))["group"](points, 128, 16, 8)
+    inputs = dict(zip(("patches", "centers"), (part[None] for part in grouped), strict=True))
+    return session(folder / "patches.onnx").run(["embedding"], inputs)[0]
+
+
+@pytest.mark.parametrize("vector", [of_encoder_onnx, of_encoder_pt2, of_grouping_and_patches_onnx])
+@pytest.mark.parametrize("count", [16, 17, 40, 127, 128, 129, 700])
+def test_every_exported_file_gives_the_vector_of_a_cloud_whatever_its_order_and_copies(
+    made, vector, count
+):
+    u, v = np.random.default_rng(0).uniform(-1, 1, (2, count))
+    sheet = np.stack([u, v, np.sin(2 * u) * v], 1) * 30
+    order = RNG.permutation(count + count // 2)
+    for cloud in (sheet, np.concatenate([sheet, sheet[: count // 2]])[order]):
+        points = (cloud - cloud.mean(0)).astype(np.float32)
+        expected = load(made[0]).embed(np.add(cloud, (500, -200, 40))).detach()
+        assert_allclose(vector(made[1], points)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_graph_refuses_fewer_points_too(made):
+    few = clouds(1, 15)[0]
+    opened = session(made[1] / "encoder.onnx")
+    for cloud in (few, np.tile(few, (20, 1)), few[:1], np.ones((64, 3))):
+        with pytest.raises(Exception, match=r"Out of range|out of data bounds|Shape mismatch"):
+            opened.run(["embedding"], {"points": (cloud - cloud.mean(0)).astype(np.float32)[None]})
+
+
 def test_axes_and_metadata_say_what_goes_in(made):
     (points,) = session(made[1] / "encoder.onnx").get_inputs()
     assert points.shape == ["batch", "num_points", 3]
@@ -148,6 +185,7 @@ def test_grouping_refuses_what_the_encoder_refuses(cloud, reason):
         frame.group(cloud, 128, 16, 8)
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_its_logits_and_names_its_classes(tmp_path):
     torch.manual_seed(0)
     network = trained(Classifier(SIZES | {"depth": 1}, ["cup", "Stuhl, groß", "car"]))

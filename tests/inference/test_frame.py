@@ -4,7 +4,6 @@ batch.
 
 import csv
 import os
-import runpy
 import shutil
 from pathlib import Path
 
@@ -64,15 +63,6 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def encoder(model) -> PointEncoder:
     return load(model)
-
-
-@pytest.fixture(scope="module")
-def exported(model, tmp_path_factory) -> Path:
-    pytest.importorskip("onnxruntime")
-    out = tmp_path_factory.mktemp("export") / "out"
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["export", model, "--out", str(out)])
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -243,34 +233,10 @@ class Entry:
         return min(vectors, key=lambda v: np.abs(v - vector(self.encoder, cloud)).max())
 
 
-class Exported:
-    """The same, by an export without jepa3d."""
-
-    def __init__(self, folder: Path):
-        import onnxruntime
-
-        self.folder, self.session = folder, onnxruntime.InferenceSession
-
-    def encoder_onnx(self, cloud):
-        points = (cloud - cloud.mean(0)).astype(np.float32)[None]
-        return self.session(self.folder / "encoder.onnx").run(["embedding"], {"points": points})[0]
-
-    def encoder_pt2(self, cloud):
-        points = torch.from_numpy((cloud - cloud.mean(0)).astype(np.float32))[None]
-        return torch.export.load(self.folder / "encoder.pt2").module()(points)[0].detach()
-
-    def grouping_and_patches_onnx(self, cloud):
-        group = runpy.run_path(str(self.folder / "grouping.py"))["group"]
-        patches, centers = group(cloud, 128, 16, 8)
-        inputs = {"patches": patches[None], "centers": centers[None]}
-        return self.session(self.folder / "patches.onnx").run(["embedding"], inputs)[0]
+NAMES = [name for name in vars(Entry) if not name.startswith("_")]
 
 
-def names(kind: type) -> list[str]:
-    return [name for name in vars(kind) if not name.startswith("_")]
-
-
-@pytest.mark.parametrize("name", names(Entry))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_entry_point_gives_the_same_vector(model, encoder, classifier, tmp_path, name):
     for count in COUNTS if name.startswith(("encoder", "embed_array", "classify")) else (16, 129):
         folder = tmp_path / str(count)
@@ -278,15 +244,6 @@ def test_every_entry_point_gives_the_same_vector(model, encoder, classifier, tmp
         assert_same(
             getattr(Entry(model, encoder, classifier, folder), name)(cloud), vector(encoder, cloud)
         )
-
-
-@pytest.mark.parametrize("name", names(Exported))
-@pytest.mark.parametrize("count", COUNTS)
-def test_every_exported_file_gives_the_same_vector(exported, encoder, name, count):
-    cloud = shape(count)
-    assert_same(getattr(Exported(exported), name)(cloud), vector(encoder, cloud))
-    copied = np.concatenate([cloud, cloud[: count // 2]])[RNG.permutation(count + count // 2)]
-    assert_same(getattr(Exported(exported), name)(copied), vector(encoder, cloud))
 
 
 # --------------------------------------------------------------------------------------- properties
@@ -523,13 +480,6 @@ def test_the_commands_agree_on_the_fewest_points(model, classifier, tmp_path, ca
     }
     if count >= 64:
         assert "3 clouds of fewer than 2,048 points were filled up" in capsys.readouterr().out
-
-
-def test_the_graph_refuses_fewer_points_too(exported):
-    session = Exported(exported).session(exported / "encoder.onnx")
-    for cloud in (shape(15), np.tile(shape(15), (20, 1)), shape(1), np.ones((64, 3))):
-        with pytest.raises(Exception, match=r"Out of range|out of data bounds|Shape mismatch"):
-            session.run(["embedding"], {"points": (cloud - cloud.mean(0)).astype(np.float32)[None]})
 
 
 # ----------------------------------------------------------------------------------------- versions

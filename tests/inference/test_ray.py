@@ -201,6 +201,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_node_embeds_every_file_once(cluster, tmp_path):
     paths, lists, out = [], tmp_path / "lists", tmp_path / "vectors"
     lists.mkdir()

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -20,6 +18,7 @@ import torch
 import viser
 import websockets.asyncio.server
 from browser import Browser
+from processes import Command
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -351,36 +350,23 @@ def test_the_files_colours_are_offered_where_it_has_some(opened, items):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_the_command_says_its_address_and_ends_by_ctrl_c(folder):
-    command = [
-        sys.executable,
-        "-c",
-        "from jepa3d.cli import main; main()",
-        "view",
-        folder / "clouds" / "b_many.npy",
-    ]
-    process = subprocess.Popen(
-        [*map(str, command), "--model", str(folder / "model"), "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a background shell ignores it
-    )
-    assert process.stdout is not None
-    lines = [process.stdout.readline(), process.stdout.readline()]
-    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)\n", lines[0])
+def test_the_command_says_its_address_and_ends_by_ctrl_c(folder, tmp_path):
+    words = ("view", folder / "clouds" / "b_many.npy", "--model", folder / "model", "--port", 0)
+    command = Command(*words, log=tmp_path / "log")
+    command.wait_for("HOST\n")
+    lines = command.printed().splitlines()
+    found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)", lines[0])
     assert found, lines
-    assert lines[1] == f"from another machine, first: ssh -L {found[1]}:127.0.0.1:{found[1]} HOST\n"
+    assert lines[1] == f"from another machine, first: ssh -L {found[1]}:127.0.0.1:{found[1]} HOST"
     assert urlopen(f"http://127.0.0.1:{found[1]}", timeout=10).status == 200
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=30)
-    assert (process.returncode, out) == (130, "")
+    os.kill(command.process.pid, signal.SIGINT)
+    assert (command.end(), len(command.printed().splitlines())) == (130, 2)
+    error = command.printed("err")
     assert error.startswith("jepa3d: ")
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_in_a_browser(opened, index, items):
     page = opened(index=index)

@@ -233,8 +233,8 @@ def test_layouts_pad_and_pack(full):
     assert torch.equal(joint.pack(joint.pad(both)), joint.every_pass(both))
     assert torch.equal(joint.every_pass(joint.every_pass(both)), joint.every_pass(both))
     assert torch.equal(joint.pack(joint.pad(masked)), masked)
-    of_sample = torch.arange(B)[:, None]
-    assert torch.equal(ragged.per_row(of_sample)[:, 0], mask.nonzero()[:, 0])
+    of_sample = torch.arange(float(B))[:, None]
+    assert torch.equal(ragged.per_row(of_sample)[:, 0], mask.nonzero()[:, 0].float())
     tails = of_sample.repeat_interleave(A * T, 0)
     assert torch.equal(
         joint.per_row(of_sample), torch.cat([ragged.per_row(of_sample).repeat(A, 1), tails])

@@ -49,14 +49,19 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(batch, 8, 8, 3), torch.randn(batch, 8, 3)
 
 
-class Says(nn.Module):
+def around(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches and centres of as many tokens."""
+    return torch.zeros(*tokens.shape[:2], 8, 3), torch.zeros(*tokens.shape[:2], 3)
+
+
+class Says(PointEncoder):
     """A network of given features."""
 
     def __init__(self, tokens: torch.Tensor):
-        super().__init__()
+        nn.Module.__init__(self)
         self.tokens, self.width = tokens, tokens.shape[-1]
 
-    def features(self, patches, centers, layers):
+    def features(self, patches, centers, layers, generator=None):
         return [self.tokens]
 
 
@@ -134,7 +139,7 @@ def test_a_teacher_says_what_its_module_says(student):
 
 def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
     tokens = 3 * torch.randn(4, 16, 6) * torch.arange(1, 7) + torch.arange(6)
-    rows = Teacher([Says(tokens)], "standardize")(torch.zeros(1), torch.zeros(1)).flatten(0, 1)
+    rows = Teacher([Says(tokens)], "standardize")(*around(tokens)).flatten(0, 1)
     assert_close(rows.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     assert_close(rows.var(0, unbiased=False), torch.ones(6), atol=1e-4, rtol=0)
     assert_close(
@@ -144,14 +149,14 @@ def test_standardized_targets_have_zero_mean_and_unit_variance_per_channel():
 
 def test_layernormed_targets_have_zero_mean_and_unit_variance_per_token():
     tokens = 3 * torch.randn(4, 16, 12) + 5
-    out = Teacher([Says(tokens)], "layernorm")(torch.zeros(1), torch.zeros(1))
+    out = Teacher([Says(tokens)], "layernorm")(*around(tokens))
     assert_close(out.mean(-1), torch.zeros(4, 16), atol=1e-5, rtol=0)
     assert_close(out.var(-1, unbiased=False), torch.ones(4, 16), atol=1e-4, rtol=0)
 
 
 def test_centred_targets_lose_their_mean_and_nothing_else():
     tokens = torch.randn(4, 16, 6) * torch.arange(1, 7) + 5
-    out = Teacher([Says(tokens)], "center")(torch.zeros(1), torch.zeros(1))
+    out = Teacher([Says(tokens)], "center")(*around(tokens))
     assert_close(out, tokens - tokens.flatten(0, 1).mean(0))
 
 
@@ -182,7 +187,7 @@ def test_several_layers_are_averaged_after_each_is_normalised(student, norm):
 
 def test_targets_as_they_are():
     tokens = torch.randn(2, 3, 4)
-    assert torch.equal(Teacher([Says(tokens)])(torch.zeros(1), torch.zeros(1)), tokens)
+    assert torch.equal(Teacher([Says(tokens)])(*around(tokens)), tokens)
 
 
 # ---------------------------------------------------------------------------------------- loading

@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Command
 from safetensors.torch import load_file, save_file
 
 from jepa3d.cli import main
@@ -30,8 +32,6 @@ from jepa3d.training.fewshot import run_fewshot
 from jepa3d.training.finetune import finetune
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import pretrain
-
-COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
 
 
 def flip(file: Path, seed: int = 0) -> None:
@@ -392,30 +392,35 @@ def test_a_second_command_on_a_run_is_refused_by_name(tiny, cut, tmp_path):
     assert same(weights(pretrain(tiny(), run, resume=True)), weights(cut[1]))
 
 
+def fill_the_disk(limit: int) -> None:
+    """In a process whose command is about to begin: no file may grow larger than `limit` bytes."""
+    import resource
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed is no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize("limit", [2_000, 30_000, 60_000])
 def test_a_full_disk_names_the_file_and_what_was_whole_stays(tiny, cut, tmp_path, limit):
     """A limit on the size of files stands for the disk: small ones fit, weights or moments do not."""
-    resource = pytest.importorskip("resource")
+    pytest.importorskip("resource")
     run = shutil.copytree(cut[0], tmp_path / "run")
     before = {
         str(path): path.read_bytes()
         for path in run.rglob("*")
         if path.is_file() and path.suffix != ".jsonl"
     }
-
-    def full() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    command = [*COMMAND, "pretrain", "--out", str(run), "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=full)
-    if done.returncode:
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith("jepa3d: error: ")
-        assert done.stderr.count("\n") == 1
-        assert str(run) in done.stderr
+    words = ("pretrain", "--out", run, "--resume")
+    command = Command(*words, log=tmp_path / "log", before=partial(fill_the_disk, limit))
+    if code := command.end():
+        said = command.printed("err")
+        assert code == 2, said
+        assert said.startswith("jepa3d: error: ")
+        assert said.count("\n") == 1
+        assert str(run) in said
         assert {name: Path(name).read_bytes() for name in before} == before
         assert not [path for path in run.rglob(".*") if path.suffix != ".lock"]
     pretrain(tiny(), run, resume=True)
     assert same(weights(run), weights(cut[1]))
-    assert done.returncode or limit > 2_000
+    assert code or limit > 2_000

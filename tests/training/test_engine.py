@@ -3,9 +3,6 @@ trial.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_loop import COMMAND, losses, same, weights
+from processes import two_processes
+from test_loop import losses, same, weights
 from torch.testing import assert_close
 
 from jepa3d import config as settings
@@ -382,7 +380,8 @@ def test_compiled_blocks_compute_the_same_and_keep_their_names(tiny, monkeypatch
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     states = []
     for wanted in ("no", "yes"):
-        config = tiny(compile=wanted, max_steps=2, encoder={"drop_path": 0.0})
+        sizes = {"encoder": {"drop_path": 0.0, "depth": 1}, "decoder": {"depth": 1}}
+        config = tiny(compile=wanted, max_steps=2, **sizes)
         clouds = clouds_of(config, "jepa")
         task = make_task(config, "jepa", clouds, {})
         loop.fit(task, clouds, config, None)
@@ -404,30 +403,10 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     config = tiny(**CACHED, max_steps=4)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings.to_dict(config)))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(name: str, *flags: str):
-        command = [
-            *launch,
-            *COMMAND,
-            "pretrain",
-            "--recipe",
-            str(recipe),
-            "--out",
-            str(tmp_path / name),
-            *flags,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-        assert done.returncode == 0, done.stderr
+        words = ("pretrain", "--recipe", recipe, "--out", tmp_path / name, *flags)
+        two_processes(*words, log=tmp_path / "logs" / name)
         return tmp_path / name
 
     one = pretrain(config, tmp_path / "one")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import Command, two_processes
 from safetensors.torch import load_file
 
 from jepa3d import config as settings
@@ -22,13 +23,13 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load as package_encoder
 from jepa3d.objectives.jepa import JEPA
 from jepa3d.run import Run
+from jepa3d.training import checkpoint
 from jepa3d.training import pretrain as training
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.pretrain import pretrain
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-COMMAND = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
 
 
 def weights(run: Path, part: str = "encoder") -> dict[str, torch.Tensor]:
@@ -157,19 +158,28 @@ def test_a_frozen_teacher_is_not_in_the_checkpoint_and_does_not_change(tiny, tmp
 def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_path, number):
     config = tiny(max_steps=60, checkpoint_every=1000)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", config), tmp_path / "run"
-    command = [*COMMAND, "pretrain", "--recipe", str(recipe), "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            process.send_signal(number)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "saved; continue with: jepa3d pretrain --out" in errors
+    command = Command("pretrain", "--recipe", recipe, "--out", run, log=tmp_path / "log")
+    command.wait_for("step 5/")
+    os.kill(command.process.pid, number)
+    assert command.end() == 130
+    assert "saved; continue with: jepa3d pretrain --out" in command.printed("err")
     stopped_at = json.loads((Run(run).checkpoint / "state.json").read_text())["step"]
     assert 5 <= stopped_at < 60
     pretrain(config, run, resume=True)
     assert same(weights(pretrain(config, tmp_path / "whole")), weights(run))
+
+
+def die_in_the_middle_of_step_4():
+    """Leave half of the first file of that checkpoint, as a power cut does."""
+    real = checkpoint.save_file
+
+    def save_file(tensors, path):
+        real(tensors, path)
+        if "step-0000004" in str(path):
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = save_file
 
 
 def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_last(
@@ -177,21 +187,9 @@ def test_kill_in_the_middle_of_a_checkpoint_write_loses_only_the_work_since_the_
 ):
     config = tiny(max_steps=6, checkpoint_every=2)
     recipe, run = write_recipe(tmp_path / "recipe.yaml", config), tmp_path / "run"
-    die = (
-        "import os, signal\n"
-        "from jepa3d.training import checkpoint\n"
-        "real = checkpoint.save_file\n"
-        "def save_file(tensors, path):\n"
-        "    real(tensors, path)\n"
-        "    if 'step-0000004' in str(path):\n"
-        "        data = path.read_bytes()\n"
-        "        path.write_bytes(data[: len(data) // 2])\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "checkpoint.save_file = save_file\n"
-        f"from jepa3d.cli import main; main(['pretrain', '--recipe', {str(recipe)!r}, '--out', {str(run)!r}])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", die], capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    words = ("pretrain", "--recipe", recipe, "--out", run)
+    command = Command(*words, log=tmp_path / "log", before=die_in_the_middle_of_step_4)
+    assert command.end() == -signal.SIGKILL
     assert Run(run).checkpoint.name == "step-0000002"
     pretrain(config, run, resume=True)
     whole = pretrain(config, tmp_path / "whole")
@@ -274,28 +272,9 @@ def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
     config = tiny(**(overrides | {"max_steps": 5} | steps))
     recipe = write_recipe(tmp_path / "recipe.yaml", config)
     single = pretrain(config, tmp_path / "single")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
-    command = [
-        *launch,
-        *COMMAND,
-        "pretrain",
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(tmp_path / "double"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 5/5") == 1  # two processes of one run, not two runs
+    words = ("pretrain", "--recipe", recipe, "--out", tmp_path / "double")
+    printed = two_processes(*words, log=tmp_path / "log")
+    assert printed.count("step 5/5") == 1  # two processes of one run, not two runs
     # Rounding grows by ten a step: 0.8e-4 to 2.6e-4 after five, over three seeds.
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=5e-4)
     begun, one, two = (
@@ -324,51 +303,32 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tmp_path):
     """The same command begins the run and continues it; step 3 is done twice, its figures are kept
     once.
     """
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny())
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
-    launch += [
-        "--max-restarts",
-        "5",
-    ]  # on a busy machine gloo may not find the new processes at once
-    for name, code in (("whole", COMMAND[-1]), ("killed", KILLED_ONCE)):
-        command = [
-            *COMMAND[:-1],
-            code,
-            "pretrain",
-            "--recipe",
-            str(recipe),
-            "--out",
-            str(tmp_path / name),
-            "--resume",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            [*launch, *command],
-            stdout=-1,
-            stderr=-1,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        ) as process:
-            try:
-                printed, errors = process.communicate(timeout=120)
-            except subprocess.TimeoutExpired:  # seen once in 13 minutes of tests side by side
-                os.killpg(process.pid, signal.SIGKILL)
-                pytest.skip("gloo did not find the restarted processes: not ours to mend")
-        assert process.returncode == 0, errors
-        assert printed.count("step 3/6") == (1 if name == "whole" else 2)
+    words = ["pretrain", "--recipe", str(recipe), "--out"]
+    printed = two_processes(*words, tmp_path / "whole", log=tmp_path / "log")
+    assert printed.count("step 3/6") == 1
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    # On a busy machine gloo may not find the new processes at once.
+    launch += ["--nproc-per-node", "2", "--max-restarts", "5", sys.executable, "-c", KILLED_ONCE]
+    with subprocess.Popen(
+        [*launch, *words, str(tmp_path / "killed"), "--resume"],
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:  # seen once in 13 minutes of tests side by side
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.skip("gloo did not find the restarted processes: not ours to mend")
+    assert process.returncode == 0, errors
+    assert printed.count("step 3/6") == 2
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
@@ -512,27 +472,7 @@ def test_a_spoilt_loss_never_replaces_a_checkpoint(tiny, tmp_path, monkeypatch):
 
 def test_two_processes_in_bf16_finish(tiny, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny(max_steps=2, mixed_precision="bf16"))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
-    command = [
-        *launch,
-        *COMMAND,
-        "pretrain",
-        "--recipe",
-        str(recipe),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    assert done.returncode == 0, done.stderr
+    two_processes("pretrain", "--recipe", recipe, "--out", tmp_path / "run", log=tmp_path / "log")
     assert len(losses(tmp_path / "run")) == 2
 
 

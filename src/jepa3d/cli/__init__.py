@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
                 tokens = _one_schedule(tokens, objective)
         app(tokens)
     except (ValueError, OSError) as error:
-        sys.exit(_fail(error))
+        print(printable(f"jepa3d: error: {error}"), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
             process.terminate()  # or this one would wait until they have done what they have begun
@@ -123,8 +124,3 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     finally:
         log.removeHandler(printer)
-
-
-def _fail(error: Exception) -> int:
-    print(printable(f"jepa3d: error: {error}"), file=sys.stderr)
-    return 2

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from jepa3d.cli.pretraining import going_on_with
 from jepa3d.run import Run
 
 _CHOICES = ("best", "mean_max", None, False, None)  # of a probe, where none was made
@@ -275,7 +276,6 @@ def compare(
     from jepa3d.evaluation.labelled import LabelledSet
     from jepa3d.training import compare as comparing
     from jepa3d.training.grid import read_grid
-    from jepa3d.training.loop import Interrupted
 
     common = {"data": list(data)} if data else {}
     common |= {"up_axis": list(up_axis)} if up_axis and not score else {}
@@ -283,10 +283,8 @@ def compare(
     trained_on = plan.arms[plan.reference]
     axes = up_axis or (("z",) if score else trained_on.up_axis)
     sets = LabelledSet.each(score or trained_on.data, labels_key, axes)
-    try:
+    with going_on_with(" the same command"):
         comparing.compare(plan, sets, part, out)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(f"{stop}; continue with the same command") from None
     print(f"written: {out / 'table.md'}, compare.json and compare.png")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from jepa3d.cli.pretraining import going_on_with
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
@@ -86,18 +87,13 @@ def predict(
 def _run(command: str, config: FinetuneConfig, out: Path, resume: bool) -> None:
     from jepa3d.training.fewshot import run_fewshot
     from jepa3d.training.finetune import finetune
-    from jepa3d.training.loop import Interrupted
     from jepa3d.training.runs import is_main, leave, show_result
 
-    try:
+    with going_on_with(f": jepa3d {command} --out {out} --resume"):
         if isinstance(config, FewshotConfig):
             run_fewshot(config, out, resume)
         else:
             finetune(config, out, resume)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(
-            f"{stop}; continue with: jepa3d {command} --out {out} --resume"
-        ) from None
     if is_main():
         show_result(out)
     leave()

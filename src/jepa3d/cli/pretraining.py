@@ -1,5 +1,7 @@
 """Data in, an encoder out: prepare, pretrain, demo, info."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +10,17 @@ from cyclopts import Parameter
 from jepa3d.config import PretrainConfig
 
 _DEFAULT = PretrainConfig()
+
+
+@contextmanager
+def going_on_with(command: str) -> Iterator[None]:
+    """Add to the message of an interrupted run which command goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):  # nothing was saved
+            raise
+        raise KeyboardInterrupt(f"{stop}; continue with{command}") from None
 
 
 def prepare(
@@ -133,7 +146,6 @@ def pretrain(
         nothing.
     """
     from jepa3d.training import pretrain as training
-    from jepa3d.training.loop import Interrupted
     from jepa3d.training.runs import is_main, leave
 
     if dry_run:
@@ -142,12 +154,8 @@ def pretrain(
         return
     if out is None:
         raise ValueError("--out is missing: the folder that the run is written to")
-    try:
+    with going_on_with(f": jepa3d pretrain --out {out} --resume"):
         training.pretrain(config, out, resume)
-    except Interrupted as stop:
-        raise KeyboardInterrupt(
-            f"{stop}; continue with: jepa3d pretrain --out {out} --resume"
-        ) from None
     if is_main():
         print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
     leave()

@@ -17,6 +17,7 @@ from jepa3d.models.hub import first_line, load_file, local_folder, read_settings
 from jepa3d.models.transformer import position_embedding
 from jepa3d.ops import BatchGenerator, uniform
 from jepa3d.plain import sha256_of
+from jepa3d.shapes import Centers, Tokens
 
 if TYPE_CHECKING:
     from transformers import ViTModel
@@ -60,8 +61,8 @@ class PromptedViT(nn.Module):
         self.register_load_state_dict_pre_hook(check_digest)
 
     def forward(
-        self, tokens: Tensor, centers: Tensor, generator: BatchGenerator | None = None
-    ) -> Tensor:
+        self, tokens: Tokens, centers: Centers, generator: BatchGenerator | None = None
+    ) -> Tokens:
         """Returns tokens B M width; tokens: B M width, centers: B M 3.
 
         Positions are added again at every layer, as in ACT. generator: draws the dropout of the

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jepa3d.models.layout import Joint, Ragged
 from jepa3d.models.transformer import Attention, Mlp, init_xavier, position_embedding
+from jepa3d.shapes import Blocks, Centers, Rows
 
 
 class ContextAwareBlock(nn.Module):
@@ -36,7 +37,7 @@ class ContextAwareBlock(nn.Module):
             self.cross_norm = nn.LayerNorm(dim)
             self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
-    def forward(self, x: Tensor, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
+    def forward(self, x: Rows, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
         """Returns the updated rows [n, C] of the layout `joint`, with the context repeated for each
         pass.
 
@@ -96,8 +97,8 @@ class ContextAwareDecoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
-    ) -> Tensor:
+        self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
+    ) -> Blocks:
         """Returns predictions B A T C.
 
         context and context_position: rows [n, C] of `layout`. target_position: B A T C.
@@ -117,7 +118,7 @@ class ContextAwareDecoder(nn.Module):
         return self.predictions(self.norm(x), target_position)
 
     def assemble(
-        self, context: Tensor, layout: Ragged, context_position: Tensor, target_position: Tensor
+        self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> tuple[Tensor, Tensor, Joint]:
         """Join the context with a mask token per target.
 
@@ -134,12 +135,12 @@ class ContextAwareDecoder(nn.Module):
         )
 
     @staticmethod
-    def predictions(x: Tensor, target_position: Tensor) -> Tensor:
+    def predictions(x: Rows, target_position: Blocks) -> Blocks:
         """The rows of the mask tokens (the last ones of x), reshaped to B A T C."""
         return x[-target_position.shape[:3].numel() :].view(target_position.shape)
 
 
-def token_ranks(centers: Tensor) -> Tensor:
+def token_ranks(centers: Centers) -> Centers:
     """Rank of each centre (B M 3) among those of its cloud along each axis, scaled to [-1, 1].
 
     Ranks give the order of the tokens, but not their distances, which alone reveal much of a shape.

@@ -19,6 +19,7 @@ from jepa3d.models.backbone import PromptedViT
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer
 from jepa3d.ops import BatchGenerator, chamfer_l1, gather_points, knn, uniform
+from jepa3d.shapes import Centers, Float, Indices, Int, Patches, Tokens
 
 
 class EdgeConv(nn.Module):
@@ -33,7 +34,7 @@ class EdgeConv(nn.Module):
         self.linear = nn.Linear(2 * in_dim, out_dim, bias=False)
         self.norm = nn.GroupNorm(4, out_dim)
 
-    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+    def forward(self, x: Tokens, neighbours: Indices) -> Float[Tensor, "b m out"]:
         of_difference, of_center = self.linear.weight.chunk(2, 1)
         edges = (
             gather_points(F.linear(x, of_difference), neighbours)
@@ -59,7 +60,7 @@ class TokenDGCNN(nn.Module):
         self.last = nn.Linear(sum(widths[1:]), out_dim, bias=False)
         self.norm = BatchNorm(out_dim) if over_batch else nn.GroupNorm(4, out_dim)
 
-    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+    def forward(self, x: Tokens, neighbours: Indices) -> Float[Tensor, "b m out"]:
         x, outputs = self.first(x), []
         for layer in self.layers:
             x = layer(x, neighbours)
@@ -102,7 +103,7 @@ class FoldingDecoder(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.normal_(self.linear3.weight, std=0.01)  # folding begins at the coarse points
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tokens) -> tuple[Float[Tensor, "b m coarse 3"], Patches]:
         """Returns coarse patches B M K/4 3 and fine patches B M K 3 of tokens B M C, relative to
         the patch centres.
         """
@@ -162,15 +163,15 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.decoder = FoldingDecoder(width, group_size, folding_dim)
         self.backbone = PromptedViT(backbone, width) if backbone else None
 
-    def _logits(self, patches: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, patches: Patches, centers: Centers) -> tuple[Tokens, Indices]:
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
         return self.to_logits(self.tokenizer(patches), neighbours), neighbours
 
-    def codes(self, patches: Tensor, centers: Tensor) -> Tensor:
+    def codes(self, patches: Patches, centers: Centers) -> Int[Tensor, "b m"]:
         """The arg-max code B M of every patch."""
         return self._logits(patches, centers)[0].argmax(-1)
 
-    def features(self, patches: Tensor, centers: Tensor, layers: int = 1) -> list[Tensor]:
+    def features(self, patches: Patches, centers: Centers, layers: int = 1) -> list[Tokens]:
         """Deterministic teacher tokens: a list of one tensor B M width, the second DGCNN's output.
 
         patches: B M K 3. centers: B M 3. layers: ignored, since there is only one.
@@ -185,16 +186,16 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
 
     def _features(
         self,
-        tokens: Tensor,
-        centers: Tensor,
-        neighbours: Tensor,
+        tokens: Tokens,
+        centers: Centers,
+        neighbours: Indices,
         generator: BatchGenerator | None = None,
-    ) -> Tensor:
+    ) -> Tokens:
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
         return self.to_features(tokens, neighbours)
 
-    def reconstruct(self, patches: Tensor, centers: Tensor) -> Tensor:
+    def reconstruct(self, patches: Patches, centers: Centers) -> Patches:
         """Fine reconstruction B M K 3 of patches from their arg-max codes."""
         logits, neighbours = self._logits(patches, centers)
         return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[
@@ -203,8 +204,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
 
     def forward(
         self,
-        patches: Tensor,
-        centers: Tensor,
+        patches: Patches,
+        centers: Centers,
         temperature: float,
         kl_weight: float,
         generator: BatchGenerator | None = None,

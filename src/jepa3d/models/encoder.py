@@ -14,6 +14,7 @@ from jepa3d.models.layout import Layout, Ragged
 from jepa3d.models.tokenizer import BatchNorm, PatchTokenizer, group
 from jepa3d.models.transformer import Block, drop_path_scales, init_weights, position_embedding
 from jepa3d.ops import BatchGenerator, sample_one
+from jepa3d.shapes import Centers, Float, Int, Patches, Points, Rows, Tokens, Vectors
 
 # one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes
 Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
@@ -85,11 +86,11 @@ class PointEncoder(
 
     def hidden_states(
         self,
-        tokens: Tensor,
-        position: Tensor,
+        tokens: Float[Tensor, "*rest c"],
+        position: Float[Tensor, "*rest c"],
         layout: Layout | None = None,
         generator: BatchGenerator | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Float[Tensor, "*rest c"]]:
         """Run the transformer blocks.
 
         tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: draws the
@@ -116,8 +117,8 @@ class PointEncoder(
         return states
 
     def visible(
-        self, patches: Tensor, centers: Tensor, index: Tensor, layout: Ragged
-    ) -> tuple[Tensor, Tensor]:
+        self, patches: Patches, centers: Centers, index: Int[Tensor, "b v"], layout: Ragged
+    ) -> tuple[Rows, Rows]:
         """Tokens and positions of the visible patches only, as packed rows [n, C].
 
         patches: B M K 3. centers: B M 3. index: B V, the visible ones. layout: of `index`; padding
@@ -131,11 +132,11 @@ class PointEncoder(
 
     def features(
         self,
-        patches: Tensor,
-        centers: Tensor,
+        patches: Patches,
+        centers: Centers,
         layers: int = 1,
         generator: BatchGenerator | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tokens]:
         """Encode all patches (B M K 3) with centers B M 3.
 
         Returns the tokens B M C after each of the last `layers` blocks. generator: draws the
@@ -145,7 +146,7 @@ class PointEncoder(
             -layers:
         ]
 
-    def prepare(self, clouds: Clouds) -> Tensor:
+    def prepare(self, clouds: Clouds) -> Points:
         """Prepare clouds as the encoder sees them (see frame.py), without gradient.
 
         Returns B num_points 3 on the encoder's device. Raises ValueError for NaN, another shape, or
@@ -174,7 +175,7 @@ class PointEncoder(
             as_array(cloud), self.num_points, min_points, sample_one, self.keep_strays, self.upright
         )
 
-    def poses(self, prepared: Tensor) -> list[Tensor]:
+    def poses(self, prepared: Points) -> list[Points]:
         """The poses of prepared clouds B N 3 whose vectors are averaged: one if `upright`, else one
         for each of `TURNS`.
         """
@@ -184,24 +185,24 @@ class PointEncoder(
             else [prepared @ turn.mT for turn in torch.from_numpy(TURNS).to(prepared)]
         )
 
-    def vectors(self, prepared: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+    def vectors(self, prepared: Points, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """The vectors B E of prepared clouds B N 3; see `embed`."""
         poses = self.poses(prepared)
         return torch.stack(
             [self.pool(self.states(pose)[0][layer], layer, pooling) for pose in poses]
         ).mean(0)
 
-    def states(self, prepared: Tensor) -> tuple[list[Tensor], Tensor]:
+    def states(self, prepared: Points) -> tuple[list[Tokens], Centers]:
         """Tokens of every layer (see `hidden_states`) and centers B M 3; prepared: B N 3."""
         grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
         return states, grouped.centers
 
-    def layer_tokens(self, points: Clouds) -> tuple[list[Tensor], Tensor]:
+    def layer_tokens(self, points: Clouds) -> tuple[list[Tokens], Centers]:
         """Tokens of every layer (see `hidden_states`) and centers B M 3; points as for `embed`."""
         return self.states(self.prepare(points))
 
-    def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tensor, Tensor]:
+    def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tokens, Centers]:
         """Encode clouds to one token per patch.
 
         points: as for `embed`. layer: the block after which tokens are taken (0: before the first,
@@ -211,7 +212,7 @@ class PointEncoder(
         states, centers = self.layer_tokens(points)
         return states[layer], centers
 
-    def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+    def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Encode each cloud to one vector: the pooled tokens, standardised.
 
         points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes; tensors or numpy
@@ -238,11 +239,11 @@ class PointEncoder(
         }
         self.load_state_dict(weights)
 
-    def pool(self, tokens: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+    def pool(self, tokens: Tokens, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Pool tokens B M C of block `layer` to one vector per cloud, B E, as `embed` does."""
         return self.standardise(pool(tokens, pooling), layer, pooling)
 
-    def standardise(self, vectors: Tensor, layer: int = -1, pooling: str = "mean_max") -> Tensor:
+    def standardise(self, vectors: Vectors, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Standardise pooled tokens B E of block `layer`.
 
         Unchanged if this is not the last block, or if the encoder has no statistics.
@@ -263,7 +264,7 @@ def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
     return np.asarray(cloud)
 
 
-def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:
+def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
     """Pool tokens B M C to one vector per cloud (B 2C or B C). Raises ValueError for an unknown
     pooling.
     """
@@ -274,7 +275,7 @@ def pool(tokens: Tensor, pooling: str = "mean_max") -> Tensor:
 
 
 @torch.no_grad()
-def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int = 128) -> None:
+def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int = 128) -> None:
     """Set the running statistics of every BatchNorm to the mean over batches of points (n N 3).
 
     A newly initialised encoder has no statistics yet; without them it would be too weak a baseline.
@@ -295,7 +296,7 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Tensor, batch_size: int =
 
 
 @torch.no_grad()
-def standardise_vectors(encoder: PointEncoder, points: Tensor, batch_size: int = 64) -> None:
+def standardise_vectors(encoder: PointEncoder, points: Points, batch_size: int = 64) -> None:
     """Standardise the encoder's vectors: mean 0 and standard deviation 1 per channel over `points`
     (n N 3).
 

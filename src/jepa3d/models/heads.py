@@ -12,6 +12,7 @@ from jepa3d.models.encoder import Clouds, PointEncoder
 from jepa3d.models.hub import Pretrained
 from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
+from jepa3d.shapes import Bool, Centers, Float, Int, Points, Rows, Tokens, Vectors
 
 UNKNOWN = "unknown"  # label of a cloud that resembles no class
 
@@ -39,7 +40,7 @@ class Classifier(
         self.hidden1, self.hidden2 = Hidden(2 * width, 256, dropout), Hidden(256, 256, dropout)
         self.out = nn.Linear(256, len(class_names))
 
-    def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
         """Returns logits B classes of clouds B N 3 in the unit sphere.
 
         generator: draws grouping, drop-path and dropout.
@@ -49,7 +50,7 @@ class Classifier(
         x = self.hidden1(x, generator and generator.stream("dropout1"))
         return self.out(self.hidden2(x, generator and generator.stream("dropout2")))
 
-    def encode(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def encode(self, points: Points, generator: BatchGenerator | None = None) -> Tokens:
         """Tokens B 1+M C after the last block, the class token first."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
@@ -60,7 +61,7 @@ class Classifier(
             tokens, position, None, generator and generator.stream("drop_path")
         )[-1]
 
-    def predict(self, points: Clouds) -> Tensor:
+    def predict(self, points: Clouds) -> Vectors:
         """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
         return self(self.encoder.prepare(points))
 
@@ -100,14 +101,14 @@ class LinearClassifier(
             )
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
-    def forward(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
         """Returns logits B classes of clouds B N 3 in the unit sphere.
 
         generator: draws grouping and drop-path.
         """
         return self.out(self.vectors(points, generator))
 
-    def vectors(self, points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def vectors(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
         """The inputs of the head, B E; arguments as for `forward`."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
@@ -116,14 +117,14 @@ class LinearClassifier(
         )
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
-    def unknown(self, vectors: Tensor) -> Tensor:
+    def unknown(self, vectors: Vectors) -> Bool[Tensor, " b"]:
         """Mask B, True for vectors (B E) that resemble no class."""
         if self.least_likeness <= -1:
             return torch.zeros(len(vectors), dtype=torch.bool)
         likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
         return likeness.amax(-1) < self.least_likeness
 
-    def predict(self, points: Clouds) -> Tensor:
+    def predict(self, points: Clouds) -> Vectors:
         """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
         return self(self.encoder.prepare(points))
 
@@ -168,19 +169,19 @@ class Segmenter(
         self.out = nn.Linear(256, len(part_names))
 
     def forward(
-        self, points: Tensor, labels: Tensor, generator: BatchGenerator | None = None
-    ) -> Tensor:
+        self, points: Points, labels: Int[Tensor, " b"], generator: BatchGenerator | None = None
+    ) -> Tokens:
         """Returns logits B N parts of clouds B N 3 in the unit sphere; labels: categories B."""
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
     def decode(
         self,
-        at: Tensor,
-        tokens: Tensor,
-        centers: Tensor,
-        labels: Tensor,
+        at: Points,
+        tokens: Tokens,
+        centers: Centers,
+        labels: Int[Tensor, " b"],
         generator: BatchGenerator | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "b n parts"]:
         """Returns logits B Q parts of any points `at` (B Q 3), in the coordinates of the clouds
         that were encoded.
 
@@ -201,8 +202,8 @@ class Segmenter(
         return self.out(self.hidden2(rows)).unflatten(0, at.shape[:2])
 
     def encode(
-        self, points: Tensor, generator: BatchGenerator | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, points: Points, generator: BatchGenerator | None = None
+    ) -> tuple[Tokens, Centers]:
         """Returns the tokens B M 3C of the three depths and their centers B M 3."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
@@ -230,7 +231,7 @@ class Hidden(nn.Module):
         self.norm = BatchNorm(out)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(self, x: Rows, generator: BatchGenerator | None = None) -> Tensor:
         return self.dropout(F.relu(self.norm(self.linear(x))), generator)
 
 
@@ -243,14 +244,16 @@ class Dropout(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, generator: BatchGenerator | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*any"], generator: BatchGenerator | None = None
+    ) -> Float[Tensor, "*any"]:
         if not self.training or self.rate == 0:
             return x
         keep = (uniform(generator, tuple(x.shape), x.device) >= self.rate).to(x.dtype)
         return x * keep.mul_(1 / (1 - self.rate))
 
 
-def _group(encoder: PointEncoder, points: Tensor, generator: BatchGenerator | None) -> Groups:
+def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
     """Group points into patches; with a generator, the first centre is random."""
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -9,6 +9,8 @@ or None if there is no padding.
 import torch
 from torch import Tensor
 
+from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
+
 
 class Ragged:
     """One sequence per cloud.
@@ -17,7 +19,7 @@ class Ragged:
     counting on a GPU would make the CPU wait.
     """
 
-    def __init__(self, mask: Tensor, num_rows: int):
+    def __init__(self, mask: Bool[Tensor, "b v"], num_rows: int):
         self.batch, self.longest = mask.shape
         self.num_rows = num_rows
         full = num_rows == mask.numel()
@@ -27,19 +29,19 @@ class Ragged:
             None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
         )
 
-    def pad(self, rows: Tensor) -> Tensor:
+    def pad(self, rows: Float[Tensor, "*rest rows c"]) -> Float[Tensor, "*rest b v c"]:
         """Rows (..., n, C) as sequences (..., B, V, C), with zeros as padding."""
         if self._place is not None:
             empty = rows.new_zeros(*rows.shape[:-2], self.batch * self.longest, rows.shape[-1])
             rows = empty.index_copy(-2, self._place, rows)
         return rows.unflatten(-2, (self.batch, self.longest))
 
-    def pack(self, sequences: Tensor) -> Tensor:
+    def pack(self, sequences: Shaped[Tensor, "*rest b v c"]) -> Shaped[Tensor, "*rest rows c"]:
         """Sequences (..., B, V, C) as rows (..., n, C)."""
         rows = sequences.flatten(-3, -2)
         return rows if self._place is None else rows.index_select(-2, self._place)
 
-    def per_row(self, values: Tensor) -> Tensor:
+    def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
         """Repeat the value of each cloud (B C) for each of its rows; returns n C."""
         return self.pack(values[:, None].expand(-1, self.longest, -1))
 
@@ -60,7 +62,7 @@ class Joint:
             seen = context.mask[:, None].expand(-1, passes, -1)
             self.mask = torch.cat([seen, seen.new_ones(self.batch, passes, length)], 2)
 
-    def pad(self, rows: Tensor) -> Tensor:
+    def pad(self, rows: Rows) -> Blocks:
         """Rows as sequences B P V+T C, or B P T C if the rows are only mask tokens."""
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         tail = tail.unflatten(0, (self.batch, self.passes, self.length))
@@ -69,7 +71,7 @@ class Joint:
         head = self.context.pad(head.unflatten(0, (-1, self.context.num_rows))).transpose(0, 1)
         return torch.cat([head.expand(-1, self.passes, -1, -1), tail], 2)
 
-    def pack(self, sequences: Tensor) -> Tensor:
+    def pack(self, sequences: Blocks) -> Rows:
         """The inverse of `pad`; the result has the contexts once per pass."""
         if sequences.shape[2] == self.length:
             return sequences.flatten(0, 2)
@@ -78,14 +80,14 @@ class Joint:
             [self.context.pack(head.transpose(0, 1)).flatten(0, 1), tail.flatten(0, 2)]
         )
 
-    def every_pass(self, rows: Tensor) -> Tensor:
+    def every_pass(self, rows: Rows) -> Float[Tensor, "every c"]:
         """Repeat the contexts for each pass, if the rows still have them only once."""
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         if len(head) == self.passes * self.context.num_rows:
             return rows
         return torch.cat([head.repeat(self.passes, 1), tail])
 
-    def per_row(self, values: Tensor) -> Tensor:
+    def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
         """Repeat the value of each cloud (B C) for each of its rows."""
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))

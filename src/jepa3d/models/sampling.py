@@ -20,6 +20,7 @@ from jepa3d.ops import (
     uniform,
     uniform_scalar,
 )
+from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
 _REDRAWS = 20
 
@@ -52,7 +53,7 @@ def check_sample(sample: TokenSample) -> None:
 
 
 def multi_block(
-    centers: Tensor,
+    centers: Centers,
     generator: Generator,
     num_targets: int = 4,
     target_ratio: tuple[float, float] = (0.15, 0.2),
@@ -83,7 +84,7 @@ def multi_block(
     return _enough(draw, num_tokens, min_context)
 
 
-def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
+def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
     """Random masking (Table IV): int(mask_ratio * M) random tokens are the target, all others the
     context.
     """
@@ -92,7 +93,7 @@ def random(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> T
     return _complement(order[:, :size], centers.shape[1])
 
 
-def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
+def one_block(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
     """One-block masking (Table IV): one ball of int(mask_ratio * M) tokens is the target, all
     others the context.
     """
@@ -102,7 +103,7 @@ def one_block(centers: Tensor, generator: Generator, mask_ratio: float = 0.25) -
 
 
 def sequence(
-    centers: Tensor,
+    centers: Centers,
     generator: Generator,
     num_targets: int = 4,
     target_ratio: tuple[float, float] = (0.15, 0.2),
@@ -139,7 +140,7 @@ def sequence(
     return _enough(draw, num_tokens, min_context)
 
 
-def shared_points(patches: Tensor, sample: TokenSample) -> Tensor:
+def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[Tensor, ""]:
     """Share of the context's points that also lie in a target patch (a scalar tensor).
 
     patches: point indices B M K. Context and targets share no token, but neighbouring patches
@@ -161,23 +162,25 @@ def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
     return low if low == high else low + (high - low) * uniform_scalar(generator)
 
 
-def _random_token(centers: Tensor, generator: Generator) -> Tensor:
+def _random_token(centers: Centers, generator: Generator) -> Float[Tensor, "b 1 3"]:
     pick = (uniform(generator, (len(centers), 1), centers.device) * centers.shape[1]).long()
     return gather_points(centers, pick)
 
 
-def _balls(centers: Tensor, around: Tensor, size: int) -> Tensor:
+def _balls(centers: Centers, around: Float[Tensor, "b a 3"], size: int) -> Int[Tensor, "b a t"]:
     """Indices B A size of the tokens nearest to each of `around` (B A 3)."""
     return squared_distance(around, centers).topk(size, largest=False).indices
 
 
-def _membership(index: Tensor, num_tokens: int) -> Tensor:
+def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
     """Mask B M, True at the tokens in index (B ...)."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
 
-def _compact(context: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _compact(
+    context: Bool[Tensor, "b m"], counts: list[int]
+) -> tuple[Int[Tensor, "b v"], Bool[Tensor, "b v"]]:
     """Convert a mask B M to indices B V and their mask B V, where V is the largest of `counts`.
 
     Padding repeats the first index.
@@ -188,7 +191,7 @@ def _compact(context: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     return torch.where(mask, index, index[:, :1]), mask
 
 
-def _complement(target: Tensor, num_tokens: int) -> TokenSample:
+def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
     batch, size = target.shape
     if size >= num_tokens:
         raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
@@ -222,7 +225,7 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
     )
 
 
-def _nearest_walk(centers: Tensor) -> Tensor:
+def _nearest_walk(centers: Centers) -> Int[Tensor, "b m"]:
     """Token indices B M in the order of a greedy nearest-neighbour walk."""
     distance = squared_distance(centers, centers)
     rows = torch.arange(len(centers), device=centers.device)

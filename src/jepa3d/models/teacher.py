@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.hub import DEFAULT, check_name, local_folder, read_settings
+from jepa3d.shapes import Centers, Float, Patches, Rows, Tokens
 
 
 class Teacher(nn.Module):
@@ -43,7 +44,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, patches: Tensor, centers: Tensor) -> Tensor:
+    def forward(self, patches: Patches, centers: Centers) -> Tokens:
         """Returns target tokens B M width of all patches (B M K 3) with centers B M 3."""
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
@@ -56,7 +57,7 @@ class Teacher(nn.Module):
         return torch.cat(targets, -1)
 
 
-def normalise(tokens: Tensor, norm: str) -> Tensor:
+def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*rest c"]:
     """Normalise tokens B M C.
 
     norm: "none"; "layernorm": each token; "center": subtract the mean of each channel over the
@@ -70,7 +71,7 @@ def normalise(tokens: Tensor, norm: str) -> Tensor:
     return tokens - mean if norm == "center" else (tokens - mean) * (var + 1e-6).rsqrt()
 
 
-def batch_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def batch_moments(rows: Rows) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Mean [C] and variance [C] of the rows [n, C] of all processes (n must be equal)."""
     mean = _over_processes(rows.mean(0))
     return mean, _over_processes((rows - mean).square().mean(0))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa3d.ops import BatchGenerator, farthest_point_sample, gather_points, knn, sum_over_processes
+from jepa3d.shapes import Float, Int, Points, Rows
 
 
 class Groups(NamedTuple):
@@ -19,7 +20,7 @@ class Groups(NamedTuple):
 
 
 def group(
-    points: Tensor,
+    points: Points,
     num_groups: int,
     group_size: int,
     generator: torch.Generator | BatchGenerator | None = None,
@@ -41,7 +42,7 @@ def group(
     return groups_at(points, chosen, knn(gather_points(points, chosen), points, group_size))
 
 
-def groups_at(points: Tensor, centers: Tensor, index: Tensor) -> Groups:
+def groups_at(points: Points, centers: Int[Tensor, "b m"], index: Int[Tensor, "b m k"]) -> Groups:
     """`Groups` of points B N 3, from the indices of the centres (B M) and of the patch points
     (B M K).
     """
@@ -59,7 +60,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     synchronised = True
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Rows) -> Rows:
         alone = not (dist.is_initialized() and dist.get_world_size() > 1)
         if alone or not self.training or not self.synchronised:
             return super().forward(input)
@@ -111,7 +112,7 @@ class PatchTokenizer(nn.Module):
         self.norm3 = BatchNorm(4 * hidden_dim)
         self.linear4 = nn.Linear(4 * hidden_dim, embed_dim)
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Float[Tensor, "*rest k 3"]) -> Float[Tensor, "*rest c"]:
         """Returns tokens (..., C) of patches (..., K, 3)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
         first = (self.linear1.weight, self.linear1.bias)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from jepa3d.models.layout import Layout
 from jepa3d.ops import BatchGenerator, uniform
+from jepa3d.shapes import Float
 
 
 class Attention(nn.Module):
@@ -77,8 +78,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_ratio)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, keep: Tensor | None = None
-    ) -> Tensor:
+        self, x: Float[Tensor, "*rest c"], layout: Layout | None = None, keep: Tensor | None = None
+    ) -> Float[Tensor, "*rest c"]:
         normed = self.norm1(x)
         branch = self.attention(normed, normed, layout, layout)
         x = x + (branch if keep is None else branch * keep[..., :1])
