@@ -141,17 +141,6 @@ def test_points_without_label_count_nowhere(seed):
     assert observed[0].tolist() == np.unique(truth[:, known]).tolist()
 
 
-def test_shapes_without_any_label_have_no_mean_iou():
-    with pytest.raises(ValueError, match="1 shapes have no labelled point"):
-        mean_iou(
-            np.zeros((2, 4), int),
-            np.array([[0] * 4, [-1] * 4]),
-            np.zeros(2, int),
-            [np.arange(3)],
-            ("cup",),
-        )
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_points_without_label_teach_nothing(smoothing):
     torch.manual_seed(0)

@@ -162,7 +162,9 @@ def check_inflated(path: Path, claimed: int) -> None:
     """Raises ReadError for a file that claims over 256 MiB and over 50 times its own size."""
     size = path.stat().st_size
     if claimed > max(2**28, 50 * size):
-        raise ReadError(f"{claimed:,} bytes in {size:,}: save it without compression")
+        raise ReadError(
+            f"refused: {claimed:,} bytes in a file of {size:,}; save it without compression"
+        )
 
 
 def _dataset(file: Any, name: str) -> Any:

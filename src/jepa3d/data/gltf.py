@@ -233,7 +233,7 @@ class _Scene:
             buffer = self.json["buffers"][i]
             self.buffers[i] = data = self._load(buffer.get("uri"))
             if (claimed := buffer["byteLength"]) > len(data):
-                raise ReadError(f"truncated: {len(data)} of {claimed} bytes")
+                raise ReadError(f"truncated: buffer {i} has {len(data)} of {claimed} bytes")
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:

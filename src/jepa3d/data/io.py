@@ -80,7 +80,9 @@ def _inflated(path: Path) -> Iterator[Path]:
             while block := packed.read(1 << 20):
                 total += len(block)
                 if total > largest:
-                    raise ReadError(f"holds over {largest:,} bytes; unpack it")
+                    raise ReadError(
+                        f"holds over {largest:,} bytes, too many for its size; unpack it"
+                    )
                 out.write(block)
         yield file
 

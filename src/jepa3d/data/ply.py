@@ -153,7 +153,7 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
         last, columns = first + element.count, {}
         if last > len(rows):
             have = max(len(rows) - first, 0)
-            raise ReadError(f"truncated: {have} of {element.count} {element.name} rows")
+            raise ReadError(f"truncated: {have} of {element.count} of its {element.name} rows")
         integers = all(p.kind.kind != "f" for p in element.properties)
         values, at = rows.numbers(first, last, integers)
         ends = at + rows.counts[first:last]
@@ -185,7 +185,7 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
     for element in (e for e in header.elements if e.count):
         smallest = sum((p.length or p.kind).itemsize for p in element.properties)
         if element.count > (fits := (len(data) - at) // smallest):
-            raise ReadError(f"truncated: {fits} of {element.count} {element.name} rows")
+            raise ReadError(f"truncated: {fits} of {element.count} of its {element.name} rows")
         first, end = _one_by_one(element, data, at, 1)
         lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
         lengths = {name: int(column[0][0]) for name, column in lists}

@@ -67,7 +67,7 @@ def read_pcd(path: Path) -> PointCloud:
             if not len(content) == unpacked == size:
                 raise ReadError(f"truncated: {len(content)} of {size} bytes")
             columns, at = {}, 0
-            for name in row.names or ():
+            for name in (name for name in row.names or () if row[name].itemsize):  # not COUNT 0
                 columns[name] = np.frombuffer(content, row[name], count, at)
                 at += columns[name].nbytes
         else:
@@ -92,7 +92,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
     grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
     if points >= 0 and grid >= 0 and points != grid:
-        raise ReadError(f"damaged: {points:,} points of {width:,} x {height:,}")
+        raise ReadError(f"damaged: its header says {points:,} points and {width:,} x {height:,}")
     if (count := max(points, grid)) < 1:
         raise ReadError("no points")
     fields: dict[str, np.dtype] = {}
@@ -161,7 +161,7 @@ def _check_las(path: Path) -> None:
     records = (minor > 3 and number(235, 8)) or end
     found = (min(waves, records) - start) // max(1, length)
     if found > (count := number(247, 8) if minor > 3 else number(107, 4)):
-        raise ReadError(f"damaged: {found:,} points, but its header says {count:,}")
+        raise ReadError(f"damaged: its header says {count:,} points, but {found:,} follow")
 
 
 def las_records(path: Path) -> Iterator[Any]:
