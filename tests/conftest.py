@@ -151,7 +151,7 @@ def quick_probe(monkeypatch) -> None:
     for name, value in (("_DRAWS", 2), ("_C_GRID", (0.01,)), ("_FEW_C_GRID", (0.01,))):
         monkeypatch.setattr(f"jepa3d.evaluation.probe.{name}", value)
     monkeypatch.setattr("jepa3d.evaluation.classifiers._STEPS", 20)
-    monkeypatch.setattr("jepa3d.evaluation.fitting._WORTH_PROCESSES", float("inf"))
+    monkeypatch.setattr("jepa3d.evaluation.classifiers._WORTH_PROCESSES", float("inf"))
 
 
 @pytest.fixture(scope="session")

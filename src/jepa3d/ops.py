@@ -282,8 +282,8 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
 
 
 def squared_distance(
-    a: Float[Tensor, "*b m 3"], b: Float[Tensor, "*b n 3"]
-) -> Float[Tensor, "*b m n"]:
+    a: Float[Tensor, "*#b m 3"], b: Float[Tensor, "*#b n 3"]
+) -> Float[Tensor, "*#b m n"]:
     """Squared distances (..., M, N) between points (..., M, 3) and (..., N, 3).
 
     Avoids the cancellation errors of the formula with a matrix product.

@@ -118,7 +118,7 @@ def test_every_exported_file_gives_the_vector_of_a_cloud_whatever_its_order_and_
     order = RNG.permutation(count + count // 2)
     for cloud in (sheet, np.concatenate([sheet, sheet[: count // 2]])[order]):
         points = (cloud - cloud.mean(0)).astype(np.float32)
-        expected = load(made[0]).embed(np.add(cloud, (500, -200, 40))).detach()
+        expected = load(made[0]).embed(np.add(cloud, (500, -200, 40))).detach()[0]
         assert_allclose(vector(made[1], points)[0], expected, rtol=1e-5, atol=1e-5)
 
 

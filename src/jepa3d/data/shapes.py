@@ -254,8 +254,8 @@ def _parts(arrays: dict[str, np.ndarray], path: Path) -> tuple[Any, tuple[str, .
     with as_read_error(path):
         parts = to_parts(parts)
         if empty := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(f"{key}: {empty} shapes have no labelled point")
+            raise ReadError(f"{key}: {empty} shapes have no labelled point, only -1")
         names = tuple(str(name) for name in arrays.get("part_names", ()))
         if names and (largest := parts.max()) >= len(names):
-            raise ReadError(f"{key} has {largest}, but there are {len(names)} names")
+            raise ReadError(f"{key} must be from 0 to {len(names) - 1}, found {largest}")
     return parts, names

@@ -59,14 +59,17 @@ class EmbeddingSpec:
         self.check_frame(index)
         encoder = load(model or self.model)
         if fingerprint(encoder) != self.fingerprint:
-            raise ValueError(f"{index}: not made by {model or self.model} (--model)")
+            raise ValueError(
+                f"{index}: made with another encoder than {model or self.model}; embed again, or --model"
+            )
         return self.applied(encoder)
 
     def check_frame(self, index: str | Path) -> None:
         """Raise ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
         if self.frame != FRAME:
             by = f"another version of jepa3d (frame {self.frame}, here {FRAME})"
-            raise ValueError(f"{index}: made by {by}; embed the clouds again")
+            hint = "embed the clouds again, into another --out"
+            raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
         """Raise ValueError that names the first difference from `other`, the specification of `index`.
