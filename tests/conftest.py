@@ -19,10 +19,12 @@ if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"
     import jaxtyping
 
     # Types and shapes of arguments and results are checked at every call, but not while torch
-    # compiles or exports it.
+    # compiles or exports it, and not of layout.py, whose objects are made within compiled code.
+    models = (Path(__file__).parent.parent / "src" / "jepa3d" / "models").glob("[a-z]*.py")
+    checked = [f"jepa3d.models.{file.stem}" for file in models if file.stem != "layout"]
     whole_numbers_are_floats = "conf=beartype.BeartypeConf(is_pep484_tower=True)"
     checker = f"beartype.beartype({whole_numbers_are_floats})"
-    jaxtyping.install_import_hook(["jepa3d.models", "jepa3d.ops"], checker)
+    jaxtyping.install_import_hook([*checked, "jepa3d.ops"], checker)
     type(jaxtyping.config).jaxtyping_disable = property(lambda _: torch.compiler.is_compiling())
 
 from jepa3d import cli

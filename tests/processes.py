@@ -55,7 +55,9 @@ def _run(
     words: list[str], log: str, before: Callable[[], None] | None, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background
+    # Ignored in a job in the background, blocked where data/parallel.py started the fork server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
     if before:
