@@ -131,7 +131,7 @@ def npz_headers(path: Path) -> Headers:
                 found[name] = header = _npy_header(file)
                 claimed = 0 if header[1].hasobject else _bytes(header)
                 if file.tell() + claimed > member.file_size:
-                    raise ReadError(f"truncated: {name} of {claimed:,} bytes")
+                    raise ReadError(f"truncated: the header of {name} claims {claimed:,} bytes")
     return found
 
 

@@ -246,7 +246,7 @@ class _Scene:
             return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is not in its folder")
+                raise ReadError(f"its buffer {name} is not in its folder, and no other is read")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")
