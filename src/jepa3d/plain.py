@@ -13,17 +13,21 @@ import json
 import logging
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from cyclopts import Group, Parameter
 
 from jepa3d.locking import writing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -31,6 +35,19 @@ T = TypeVar("T")
 # line does.
 log = logging.getLogger("jepa3d")
 log.addHandler(logging.NullHandler())
+
+
+def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any) -> "tqdm":
+    """A bar on standard error, over items or with `total`, from the second second on.
+
+    Hidden where there is no terminal, and where messages of the library are not shown. settings:
+    of tqdm.
+    """
+    from tqdm import tqdm  # not imported with jepa3d, which is to start quickly
+
+    hidden = not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
+    look: dict[str, Any] = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
+    return tqdm(items, doing, **look | settings)
 
 
 def merge(base: dict, *overrides: dict) -> dict:

@@ -92,8 +92,11 @@ class Printer(logging.Handler):
     """Prints what the library logs: warnings on standard error, the rest on standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # not imported for --help
+
         file = sys.stderr if record.levelno > logging.INFO else sys.stdout
-        print(record.getMessage(), file=file, flush=True)
+        with tqdm.external_write_mode(file):  # any bar is drawn below the message
+            print(record.getMessage(), file=file, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

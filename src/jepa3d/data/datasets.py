@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.shapes import Shapes, open_shapes
 from jepa3d.data.store import SPLITS, StoredPoints
 from jepa3d.ops import farthest_point_sample, gather_points, unit_sphere
-from jepa3d.plain import log
+from jepa3d.plain import log, progress_bar
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,8 @@ def _read(
     array.
     """
     digest, clouds, of_points, unseen = hashlib.sha256(), [], [], 0
-    starts, name = range(0, len(rows), shapes.batch), f"reading {shapes.name}"
-    for at in track(starts, name, transient=True, disable=len(starts) < 20):
+    starts = range(0, len(rows), shapes.batch)
+    for at in progress_bar(starts, f"reading {shapes.name}"):
         found = [shapes.read(row) for row in rows[at : at + shapes.batch].tolist()]
         unseen += sum(shape.unseen for shape in found)
         if not shapes.fingerprint:

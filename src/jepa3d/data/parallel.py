@@ -14,7 +14,8 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from rich import progress
+
+from jepa3d.plain import progress_bar
 
 CRASHED = "its parser crashed"
 # From entries to as many results; picklable. A result that is a text is an error.
@@ -32,18 +33,11 @@ def mapped(
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
-    columns += [progress.MofNCompleteColumn(), progress.TimeRemainingColumn()]
-    columns.append(progress.TextColumn("{task.fields[rate]}"))
-    with progress.Progress(*columns, transient=True, disable=len(entries) < 20) as bar:
-        task = bar.add_task(doing, total=len(entries), rate="")
-        alone = workers < 2
-        results = map(work, chunks) if alone else isolated(chunks, work, workers, preload)
+    results = map(work, chunks) if workers < 2 else isolated(chunks, work, workers, preload)
+    with progress_bar(doing=doing, total=len(entries)) as bar:
         for part, found in zip(chunks, results, strict=True):
             yield from zip(part, found, strict=True)
-            done = bar.tasks[0]
-            rate = f"{done.completed / (done.elapsed or 1):.0f}/s"
-            bar.update(task, advance=len(part), rate=rate)
+            bar.update(len(part))
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:

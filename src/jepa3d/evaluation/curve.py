@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.progress import track
 
 from jepa3d.config import BOOKKEEPING
 from jepa3d.evaluation.features import layer_features
@@ -17,7 +16,7 @@ from jepa3d.evaluation.probe import check_protocols, run_protocol, selection_rul
 from jepa3d.evaluation.protocol import moments, provenance, write_json
 from jepa3d.evaluation.tables import Sheet, mean_std
 from jepa3d.models.encoder import PointEncoder
-from jepa3d.plain import read_checked
+from jepa3d.plain import progress_bar, read_checked
 from jepa3d.run import Run
 
 
@@ -88,7 +87,7 @@ def _points(
     spent[0] = 0.0
     points: dict[int, list[float]] = {}
     snapshots = sorted(run.snapshots.items())
-    for step, path in track(snapshots, f"probing {run.folder}", transient=True):
+    for step, path in progress_bar(snapshots, f"probing {run.folder}"):
         if str(step) in known:
             points[step] = known[str(step)]
             continue

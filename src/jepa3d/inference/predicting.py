@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.errors import because
@@ -23,7 +22,7 @@ from jepa3d.inference.embedding import Seen, log_remarks, see
 from jepa3d.inference.outputs import ply_row
 from jepa3d.models.heads import UNKNOWN, Classifier, LinearClassifier, Segmenter
 from jepa3d.models.ready import Network, load_network
-from jepa3d.plain import log, write_bytes, write_csv
+from jepa3d.plain import log, progress_bar, write_bytes, write_csv
 
 CSV_COLUMNS = ("class", "probability", "second", "second_probability")
 _CHUNK = 2**16  # points segmented at once
@@ -91,9 +90,8 @@ def predict_files(
     items, skipped = _find(paths)
     log_left_out(skipped)
     rows, failed = [], len(skipped)
-    predictions, few = _predictions(network, items, label, up_axis), len(items) < 20
-    bar = track(predictions, "predicting", len(items), transient=True, disable=few)
-    for found, seen in bar:
+    predictions = _predictions(network, items, label, up_axis)
+    for found, seen in progress_bar(predictions, "predicting", total=len(items)):
         if seen is None:
             log.info(f"left out: {because(found.path, str(found.error))}")
             failed += 1

@@ -3,7 +3,6 @@ memory.
 """
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich import progress as bars
 from sklearn.neighbors import KDTree
 from torch import Tensor
+from tqdm import tqdm
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
 from jepa3d.data.io import chunks
@@ -26,6 +25,7 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import fingerprint, load
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import three_nn_interpolate
+from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
@@ -227,15 +227,12 @@ def write_features(
     metadata["fingerprint"] = fingerprint(encoder)
     if torch.accelerator.is_available():
         encoder = encoder.to(torch.accelerator.current_accelerator())
-    text, bar = bars.TextColumn("{task.description:8}"), bars.BarColumn()
-    columns = text, bar, bars.TaskProgressColumn(), bars.TimeRemainingColumn()
-    hidden = not sys.stdout.isatty()
     with (
         writing(out),
         _scratch(out.with_name(f".{out.name}.partial")) as folder,
-        bars.Progress(*columns, transient=True, disable=hidden) as progress,
+        progress_bar(doing="reading", unit_scale=True) as bar,
     ):
-        show = _bar(progress, "reading", None)
+        show = partial(_set, bar)
         low, high, total, sample = _survey(scan, up_axis, show)
         if total < (min_points := encoder.min_points):
             raise ReadError(f"{scan}: {total} points, at least {min_points} are needed")
@@ -244,14 +241,15 @@ def write_features(
         grid = grid_for(low, high, sample[:, :3], total, tile, encoder)
         parquet = suffix == ".parquet"
         _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize * parquet)
-        show = _bar(progress, "sorting", 2 * total)
+        _restart(bar, "sorting", 2 * total)
         cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, show)
         if cells.counts.sum() != total:
             raise ReadError(f"{scan}: changed while it was read")
         try:
             features, written = Features(encoder, cells), folder / f"written{suffix}"
-            print(_summary(features))
-            stream = _stream(features, _bar(progress, "features", total))
+            log.info(_summary(features))
+            _restart(bar, "features", total)
+            stream = _stream(features, show)
             axes = TO_Z_UP[up_axis].astype(np.float64)  # from z-up to the scan's own
             if parquet:
                 parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
@@ -264,14 +262,14 @@ def write_features(
                 box = np.sort([low @ axes, high @ axes], 0)
                 write = partial(write_las, low=box[0], high=box[1])
                 write = partial(write_ply, count=total) if suffix == ".ply" else write
-                show = _bar(progress, "writing", total)
+                _restart(bar, "writing", total)
                 for done in write(scan, colors.path, written):
                     show(done)
         finally:
             cells.close()
         written.replace(out)
     minutes = (time.monotonic() - began) / 60
-    print(f"{out}: {total:,} points, {encoder.width} features each, {minutes:.1f} min")
+    log.info(f"{out}: {total:,} points, {encoder.width} features each, {minutes:.1f} min")
 
 
 @contextmanager
@@ -314,12 +312,13 @@ def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
         raise OSError(f"{folder.parent}: {sizes}")
 
 
-def _bar(progress: bars.Progress, doing: str, total: int | None) -> Show:
-    """A new bar in place of the last; the function sets how much is done."""
-    for task in progress.task_ids:
-        progress.update(task, visible=False)
-    task = progress.add_task(doing, total=total)
-    return lambda done: progress.update(task, completed=done)
+def _restart(bar: tqdm, doing: str, total: int) -> None:
+    bar.set_description(doing, refresh=False)
+    bar.reset(total)
+
+
+def _set(bar: tqdm, done: int) -> None:
+    bar.update(done - bar.n)
 
 
 def _survey(scan: Path, up_axis: str, shown: Show) -> tuple[np.ndarray, np.ndarray, int, Records]:
@@ -332,7 +331,7 @@ def _survey(scan: Path, up_axis: str, shown: Show) -> tuple[np.ndarray, np.ndarr
     def tell(unseen: int) -> None:
         if unseen:
             why = "points that are NaN, where nothing was seen, are left out"
-            print(f"{scan}: {unseen:,} {why} of the output")
+            log.info(f"{scan}: {unseen:,} {why} of the output")
 
     for part in chunks(scan, tell):
         xyz = part @ TO_Z_UP[up_axis].T.astype(np.float64)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from rich.progress import track
 from torch import Tensor
 
 from jepa3d.config import PretrainConfig
@@ -27,7 +26,7 @@ from jepa3d.data.datasets import PointClouds
 from jepa3d.models.teacher import Teacher
 from jepa3d.models.tokenizer import groups_at
 from jepa3d.ops import farthest_point_sample, gather_points, knn
-from jepa3d.plain import log, naming, read_checked, write_checked
+from jepa3d.plain import log, naming, progress_bar, read_checked, write_checked
 from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import clock, spent_since
@@ -97,9 +96,8 @@ class CachedTargets:
         todo = range(record["batches"], total)
         state.wait_for_everyone()  # all have read it
         try:
-            for batch in track(
-                todo, "targets of the frozen teachers", disable=not (todo and state.is_main_process)
-            ):
+            shown = progress_bar(todo, "targets of the frozen teachers")
+            for batch in shown if state.is_main_process else todo:
                 index = index_of(batch)
                 points = clouds.batch(index[rows]).to(state.device)
                 centers = farthest_point_sample(points, config.encoder.num_groups)

@@ -3,18 +3,15 @@ cost.
 """
 
 import json
-import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
 
-from jepa3d.plain import log, naming, write_bytes
+from jepa3d.plain import log, naming, progress_bar, write_bytes
 from jepa3d.run import Run
 
 SHOWN = (  # of a step's figures, on the line
@@ -68,11 +65,14 @@ class Progress:
         self.last: dict[str, float] = {}
         self.step_seconds = self.step_cpu_seconds = 0.0  # of a step, since the line before
         self.before = {"step": state["step"]} | clock()
-        drawn = shown and sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True))
-        columns = BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn(), text
-        self.bar = Bar(*columns, expand=True, disable=not drawn)
-        self.task = self.bar.add_task("", total=total, completed=state["step"])
+        whole: dict[str, Any] = {
+            "total": total,
+            "initial": state["step"],
+            "leave": True,
+            "delay": 0,
+        }
+        whole["bar_format"] = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        self.bar = progress_bar(**whole if shown else {"disable": True})
         if path and shown and path.exists():
             lines = Run(path.parent).metrics
             kept = [line for line in lines if line["step"] <= state["step"]]
@@ -80,11 +80,10 @@ class Progress:
             self.last = kept[-1] if kept else {}
 
     def __enter__(self) -> "Progress":
-        self.bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.stop()
+        self.bar.close()
 
     def stamp(self, state: dict) -> dict:
         """`state` with the cost so far, over all sessions of the run."""
@@ -114,4 +113,5 @@ class Progress:
             speed = f"{rate:.0f} samples/s, {left / 60:.1f} min left"
             log.info(f"step {step:,}/{self.total:,} {text} | {speed}")
         else:
-            self.bar.update(self.task, completed=step, description=f"{rate:.0f} samples/s {text}")
+            self.bar.set_postfix_str(f"{rate:.0f} samples/s {text}", refresh=False)
+            self.bar.update(step - self.bar.n)
