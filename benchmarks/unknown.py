@@ -1,8 +1,8 @@
 """How well clouds of classes that nobody named are told from the others: five measures, whole
 classes left out.
 
-    python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz python
-    benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
+    python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz
+    python benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
 
 Train part only. A draw leaves out three classes of ten and names some clouds of each other class.
 The threshold of each measure is what all but one in twenty of the named clouds reach when held out.
