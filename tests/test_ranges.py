@@ -17,7 +17,7 @@ from jepa3d.cli import main
 from jepa3d.config import KINDS, SCHEDULE, PretrainConfig
 from jepa3d.plain import check_ranges, from_dict, to_dict
 from jepa3d.training import pretrain as training
-from jepa3d.validate import validate, validate_finetune
+from jepa3d.validate import validate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -57,7 +57,6 @@ def test_a_number_outside_of_its_range_is_refused_by_name(command, path, kind, a
         else [*wrong, math.nan, math.inf, -math.inf, low - 1e-9]
     )
     config = KINDS[command](**({} if command == "pretrain" else {"data": "x"}))
-    check = validate if command == "pretrain" else validate_finetune
     size = str(kind).count("float" if not whole else "int") if "tuple" in str(kind) else 0
     for value in wrong:
         items: list = list(functools.reduce(getattr, path, config) or ()) if size else []
@@ -65,7 +64,7 @@ def test_a_number_outside_of_its_range_is_refused_by_name(command, path, kind, a
         if size:
             items[draw.randrange(size)] = value
         with pytest.raises(ValueError, match=f"^{re.escape(name)} "):
-            check(changed(config, path, tuple(items) if size else value))
+            validate(changed(config, path, tuple(items) if size else value))
 
 
 @pytest.mark.parametrize("command", KINDS)

@@ -17,7 +17,7 @@ from jepa3d.config import FinetuneConfig, SegmentConfig
 from jepa3d.plain import from_dict, merge, read_recipe
 from jepa3d.training.compare import BASELINES
 from jepa3d.training.grid import read_grid
-from jepa3d.validate import validate_finetune
+from jepa3d.validate import validate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -247,4 +247,4 @@ def test_the_other_downstream_recipes_resolve(name):
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     kind = SegmentConfig if "segment" in name else FinetuneConfig
     config = from_dict(kind, merge(settings.preset(recipe.pop("preset", "small"), kind), recipe))
-    validate_finetune(replace(config, data="x", init="default"))
+    validate(replace(config, data="x", init="default"))

@@ -8,6 +8,7 @@ import pytest
 from jepa3d.evaluation.descriptors import cosine
 from jepa3d.evaluation.labelled import LabelledSet
 from jepa3d.evaluation.paired import (
+    METRICS,
     Difference,
     Row,
     Vectors,
@@ -99,24 +100,27 @@ def test_a_shape_without_a_figure_is_left_out_of_every_row():
     assert rows["b"].difference is None
 
 
-def test_the_table_has_mean_and_deviation_over_seeds_and_what_failed():
-    rows = [
-        Row("set", "knn", "base", [80.0, 82.0], None),
-        Row("set", "knn", "new", [85.0, 85.0], Difference(4, 1, 7)),
-    ]
-    rows.append(Row("set", "knn", "histograms", [70.0, 70.0], Difference(-11, -23, 1)))
+def test_the_table_of_a_set_has_a_column_for_every_metric():
+    rows = []
+    for metric in METRICS:
+        rows += [
+            Row("set", metric, "base", [80.0, 82.0], None),
+            Row("set", metric, "new", [85.0, 85.0], Difference(4, 1, 7)),
+            Row("set", metric, "histograms", [70.0, 70.0], Difference(-11, -23, 1)),
+        ]
     (sheet,) = sheets_of(
         rows,
         {"base": 8.04, "new": 7.96},
         {"broken": "seed 0: the loss is nan"},
         {"set": "40 shapes"},
     )
-    assert sheet.title == "set, kNN: 40 shapes"
+    assert sheet.title == "set: 40 shapes"
+    assert sheet.columns == ["", *METRICS.values(), "CPU-min"]
     assert sheet.rows == [
-        ["base", "81.0 ± 1.4", "-", "-", "reference", "8.0"],
-        ["new", "85.0 ± 0.0", "+4.0", "+1.0 to +7.0", "better", "8.0"],
-        ["histograms", "70.0 ± 0.0", "-11.0", "-23.0 to +1.0", "undecided", "-"],
-        ["broken", "-", "-", "-", "failed", "-"],
+        ["base", *["81.0 ± 1.4"] * 4, "8.0"],
+        ["new", *["+4.0 (1.0 to 7.0), better"] * 4, "8.0"],
+        ["histograms", *["-11.0 (-23.0 to 1.0), undecided"] * 4, "-"],
+        ["broken", *["failed"] * 4, "-"],
     ]
 
 

@@ -189,23 +189,23 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """A table for every set and metric.
+    """A table for every set, with a column for every metric.
 
-    minutes: CPU-minutes of an arm. about: what each set is, in words.
+    A cell is the mean ± std over seeds of the reference; of any other row the difference from it,
+    with its interval and verdict. minutes: CPU-minutes of an arm. about: what each set is, in
+    words.
     """
-    tables: dict[tuple[str, str], list[list[str]]] = {}
+    tables: dict[str, dict[str, list[str]]] = {}  # set -> row -> cells
     for row in rows:
-        spent = f"{minutes[row.name]:.1f}" if row.name in minutes else "-"
-        compared = ["-", "-", "-" if spent == "-" else "reference"]
-        if gain := row.difference:
-            interval = f"{gain.low:+.1f} to {gain.high:+.1f}"
-            compared = [f"{gain.mean:+.1f}", interval, gain.verdict]
-        line = [row.name, mean_std(moments(row.values)), *compared, spent]
-        tables.setdefault((row.data, row.metric), []).append(line)
-    columns = ["", "%", "difference", "95 % interval", "verdict", "CPU-min"]
-    no_result = [[name, "-", "-", "-", "failed", "-"] for name in failed]
+        gain, cell = row.difference, mean_std(moments(row.values))
+        if gain:
+            cell = f"{gain.mean:+.1f} ({gain.low:.1f} to {gain.high:.1f}), {gain.verdict}"
+        tables.setdefault(row.data, {}).setdefault(row.name, []).append(cell)
+    columns = ["", *METRICS.values(), "CPU-min"]
+    missing = [[name, *["failed"] * len(METRICS), "-"] for name in failed]
     sheets = []
-    for (data, metric), lines in tables.items():
-        title = f"{data}, {METRICS[metric]}: {about[data]}"
-        sheets.append(Sheet(title, columns, lines + no_result, []))
+    for data, table in tables.items():
+        spent = {name: f"{minutes[name]:.1f}" if name in minutes else "-" for name in table}
+        lines = [[name, *cells, spent[name]] for name, cells in table.items()]
+        sheets.append(Sheet(f"{data}: {about[data]}", columns, lines + missing, []))
     return sheets

@@ -162,7 +162,7 @@ class Comparison:
         }
 
     def sheets(self, rows: list[paired.Row], record: dict[str, Any]) -> list[Sheet]:
-        """The arms with the protocol, then a table for every set and metric."""
+        """The arms with the protocol, then a table for every set."""
         arms, lines, about = record["arms"], [], {}
         for arm, values in arms.items():
             changed = plain_settings(values["overrides"]).items()

@@ -33,7 +33,7 @@ from jepa3d.run import Run
 from jepa3d.training import checkpoint, runs
 from jepa3d.training.engine import settle
 from jepa3d.training.loop import Task, fit
-from jepa3d.validate import validate_finetune
+from jepa3d.validate import validate
 
 Config = TypeVar("Config", bound=FinetuneConfig)
 TRAINED = {"all": "all weights", "head": "head only", "head_first": "head first"}
@@ -126,7 +126,7 @@ def begin(
     config = settle(config, out if started else None)
     encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
-    validate_finetune(config)
+    validate(config)
     runs.check_batch(config, "batch_size", config.batch_size)
     if started:
         runs.check_unchanged(config, out)
