@@ -185,18 +185,19 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     baseline.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
-    size = 3 + 2.4 * len(METRICS), 1.4 + 0.28 * len(lines)
+    metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
+    size = 3 + 2.4 * len(metrics), 1.4 + 0.28 * len(lines)
     figure = _new(*size, layout="constrained")
-    grid = figure.subplots(1, len(METRICS), sharey=True)
+    grid = figure.subplots(1, len(metrics), sharey=True)
     colors = {"better": "tab:green", "worse": "tab:red", "undecided": "0.5"}
-    for axes, (metric, name) in zip(grid, METRICS.items(), strict=True):
+    for axes, metric in zip(grid, metrics, strict=True):
         for row in rows:
             if row.metric == metric and (gain := row.difference):
                 at, color = lines.index((row.data, row.name)), colors[gain.verdict]
                 axes.plot([gain.low, gain.high], [at, at], color=color, lw=2)
                 axes.plot(gain.mean, at, "o", color=color, ms=5)
         axes.axvline(0, color="0.3", lw=0.8)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(METRICS[metric], fontsize=9)
         axes.grid(axis="x", alpha=0.3)
     labels = [_text(f"{name}, {data}") for data, name in lines]
     grid[0].set_yticks(range(len(lines)), labels, fontsize=8)

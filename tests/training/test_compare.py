@@ -26,6 +26,7 @@ from jepa3d.training.compare import BASELINES, Comparison
 from jepa3d.training.grid import at_equal_time, read_grid
 from jepa3d.training.pretrain import cpu_costs, pretrain
 
+FROZEN = [metric for metric in METRICS if metric != "finetuned"]
 ARMS = {
     "base": {},
     "block": {"sampler": {"name": "multi_block", "num_targets": 2, "min_context": 1}},
@@ -98,7 +99,7 @@ def test_a_comparison_has_every_run_row_and_file(made):
     ]
     record = json.loads((out / "compare.json").read_text())
     rows = [(row["metric"], row["name"]) for row in record["rows"]]
-    assert rows == [(metric, name) for metric in METRICS for name in ("base", "block", *BASELINES)]
+    assert rows == [(metric, name) for metric in FROZEN for name in ("base", "block", *BASELINES)]
     assert record["arms"]["block"]["overrides"] == ARMS["block"]
     assert record["arms"]["base"]["cpu_minutes"] > 0
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -120,7 +121,7 @@ def test_a_comparison_has_every_run_row_and_file(made):
 def test_the_figures_are_those_of_the_kept_outcomes(made):
     _, out = made
     record = json.loads((out / "compare.json").read_text())
-    for metric in METRICS:
+    for metric in FROZEN:
         tables = {}
         for arm in ARMS:
             files = [
@@ -188,7 +189,7 @@ def test_an_arm_and_a_seed_may_be_added_and_other_data_scored(
     assert len(list((out / "runs").iterdir())) == 9
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     record = json.loads((out / "compare.json").read_text())
-    assert len(record["rows"]) == 2 * len(METRICS) * 6
+    assert len(record["rows"]) == 2 * len(FROZEN) * 6
     assert len(record["rows"][0]["values"]) == 3
     assert record["arms"]["fast"]["lr"] == 0.002
     table = (out / "table.md").read_text()
@@ -235,6 +236,33 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
     )
 
 
+def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, capsys):
+    """The row untrained is that of the reference's network, fine-tuned from its first weights."""
+    _, out = copied
+    changes = {"arms": ["base"], "labels": 0.5, "epochs": 1, "batch_size": 4, "warmup_epochs": 0}
+    grid = write_grid(finetune=changes)
+    call(grid, "--out", out)
+    record = json.loads((out / "compare.json").read_text())
+    rows = [row for row in record["rows"] if row["metric"] == "finetuned"]
+    assert [row["name"] for row in rows] == ["base", "untrained"]
+    for row, name in zip(rows, ("encoder", "untrained"), strict=True):
+        for seed, value in enumerate(row["values"]):
+            folder = out / "runs" / f"base-{seed}" / f"finetuned-{name}-test"
+            metrics = json.loads((folder / "results.json").read_text())["metrics"]
+            assert value == pytest.approx(metrics["overall_accuracy"])
+            config = json.loads((folder / "config.json").read_text())
+            assert (config["labels"], config["seed"]) == (0.5, seed)
+            assert config["init"] == str(out / "runs" / f"base-{seed}" / name)
+    table = (out / "table.md").read_text()
+    assert "fine-tuned, as by jepa3d classify: 50% of the labels, 1 epochs" in table
+    assert "undecided | - |" in table or " | - | 0." in table  # block was not fine-tuned
+    monkeypatch.setattr("jepa3d.training.finetune.fit", None)  # nothing is trained again
+    call(grid, "--out", out)
+    capsys.readouterr()
+    call(write_grid(finetune=changes | {"epochs": 2}), "--out", out, code=2)
+    assert "epochs" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------- bad grids
 
 
@@ -273,6 +301,9 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
         ({"seeds": []}, "seeds []: one at least, and each only once"),
         ({"seeds": [1, 1]}, "seeds [1, 1]: one at least, and each only once"),
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
+        ({"finetune": {"arms": ["bas"]}}, "finetune.arms ['bas']: a list of some of base, block"),
+        ({"finetune": {"label": 0.1}}, "setting 'label' is unknown; did you mean 'labels'?"),
+        ({"finetune": {"labels": 3}}, "labels 3 must lie in (0, 1]"),
         ({"equal": "time"}, "equal 'time': steps, or {cpu_minutes: M} with M above 0"),
         ({"equal": {"cpu_minutes": 0}}, "equal {'cpu_minutes': 0}: steps, or"),
         (
@@ -423,7 +454,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
         looked.append((folder.name, name, shapes.part))
         slow, base = "lr0.001" in folder.name, folder.name.startswith("base")
         best = (slow == base) == (shapes.part == "validation")
-        return dict.fromkeys(METRICS, np.full(len(shapes.y_test), 90.0 if best else 10.0))
+        return dict.fromkeys(FROZEN, np.full(len(shapes.y_test), 90.0 if best else 10.0))
 
     monkeypatch.setattr(paired, "kept_outcomes", scripted)
     comparison = Comparison(grid, [LabelledSet(bundle)], "test", tmp_path)

@@ -8,6 +8,8 @@ differences with their interval over seeds and shapes, the verdict, the tables. 
 | map         | average precision of the other scored shapes, ranked by likeness (vectors as they are)             |
 | nearest     | whether the nearest of these is of its class                                                       |
 
+| finetuned   | whether a network fine-tuned from the encoder is right, where a grid asks for it                    |
+
 The first two are those of `jepa3d probe --quick`, the last two those of `jepa3d retrieval`. A shape
 alone in its class has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of
 the tokens of the last layer.
@@ -38,6 +40,7 @@ METRICS = {
     "knn": "kNN",
     "map": "mAP",
     "nearest": "nearest neighbour right",
+    "finetuned": "fine-tuned",
 }
 
 
@@ -176,7 +179,9 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
     """
     rows = []
     for metric in METRICS:
-        tables = {name: outcomes[metric] for name, outcomes in found.items()}
+        tables = {name: kept[metric] for name, kept in found.items() if metric in kept}
+        if not tables:
+            continue
         kept = np.isfinite(np.concatenate([*tables.values()])).all(0)
         tables = {name: table[:, kept] for name, table in tables.items()}
         for name, table in tables.items():
@@ -189,23 +194,26 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """A table for every set, with a column for every metric.
+    """A table for every set, with a column for every metric that it has.
 
     A cell is the mean ± std over seeds of the reference; of any other row the difference from it,
     with its interval and verdict. minutes: CPU-minutes of an arm. about: what each set is, in
     words.
     """
-    tables: dict[str, dict[str, list[str]]] = {}  # set -> row -> cells
+    tables: dict[str, dict[str, dict[str, str]]] = {}  # set -> row -> metric -> cell
     for row in rows:
         gain, cell = row.difference, mean_std(moments(row.values))
         if gain:
             cell = f"{gain.mean:+.1f} ({gain.low:.1f} to {gain.high:.1f}), {gain.verdict}"
-        tables.setdefault(row.data, {}).setdefault(row.name, []).append(cell)
-    columns = ["", *METRICS.values(), "CPU-min"]
-    missing = [[name, *["failed"] * len(METRICS), "-"] for name in failed]
+        tables.setdefault(row.data, {}).setdefault(row.name, {})[row.metric] = cell
     sheets = []
     for data, table in tables.items():
-        spent = {name: f"{minutes[name]:.1f}" if name in minutes else "-" for name in table}
-        lines = [[name, *cells, spent[name]] for name, cells in table.items()]
-        sheets.append(Sheet(f"{data}: {about[data]}", columns, lines + missing, []))
+        metrics = [metric for metric in METRICS if any(metric in cells for cells in table.values())]
+        lines = []
+        for name, cells in table.items():
+            spent = f"{minutes[name]:.1f}" if name in minutes else "-"
+            lines.append([name, *(cells.get(metric, "-") for metric in metrics), spent])
+        lines += [[name, *["failed"] * len(metrics), "-"] for name in failed]
+        columns = ["", *(METRICS[metric] for metric in metrics), "CPU-min"]
+        sheets.append(Sheet(f"{data}: {about[data]}", columns, lines, []))
     return sheets

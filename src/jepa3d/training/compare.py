@@ -10,6 +10,7 @@ OUT/table.md         the tables            OUT/compare.json  all of it    OUT/co
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,7 @@ from jepa3d.plain import log, read_checked, to_dict, write_bytes, write_checked
 from jepa3d.run import Run
 from jepa3d.training import runs
 from jepa3d.training.engine import plain_settings, settle
+from jepa3d.training.finetune import finetune
 from jepa3d.training.grid import Grid, at_equal_time
 from jepa3d.training.loop import Diverged
 from jepa3d.training.optim import total_steps
@@ -101,6 +103,10 @@ class Comparison:
             scored += [(name, name, grid.reference) for name in BASELINES]
         for dataset, title in self.names.items():
             found = {row: self._outcomes(name, arm, dataset) for row, name, arm in scored}
+            for row, name, arm in scored:
+                first = dataset == next(iter(self.names))
+                if first and arm in grid.finetuned and name not in BY_HAND:
+                    found[row]["finetuned"] = self._finetuned(name, arm, dataset)
             rows += paired.rows_of(title, found, grid.reference)
         return rows
 
@@ -125,6 +131,11 @@ class Comparison:
             notes.append(
                 "NOTE: one seed: the intervals are over shapes alone and say nothing about other runs"
             )
+        if grid.finetuned:
+            tuned = grid.finetune
+            how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
+            rule = "epoch chosen on a fifth of these; untrained: from scratch"
+            notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
             notes.append(f"{name}: selection {rule}")
@@ -155,6 +166,7 @@ class Comparison:
             **provenance(),
             **{name: getattr(grid, name) for name in names},
             "part": self.part,
+            "finetune": to_dict(grid.finetune) if grid.finetuned else None,
             "data": {name: dataset._asdict() for dataset, name in self.names.items()},
             "arms": arms,
             "notes": self.notes(),
@@ -273,7 +285,24 @@ class Comparison:
         for seed, run in runs.items():
             make = partial(vectors, first if name in BY_HAND else run)
             found.append(paired.kept_outcomes(run, name, make, shapes, seed))
-        return {metric: np.stack([values[metric] for values in found]) for metric in paired.METRICS}
+        return {metric: np.stack([values[metric] for values in found]) for metric in found[0]}
+
+    def _finetuned(self, name: str, arm: str, dataset: LabelledSet) -> np.ndarray:
+        """Per cent right of every shape, seeds x shapes, after fine-tuning from the runs' encoders
+        called `name`: encoder or untrained.
+        """
+        shapes, right = self._read(dataset, arm), []
+        source, key, axis = dataset
+        data: dict[str, Any] = {"data": source, "labels_key": key, "up_axis": axis}
+        for seed, run in self._runs(arm).items():
+            config = replace(self.grid.finetune, **data, init=str(run / name), seed=seed)
+            folder = run / f"finetuned-{name}-{self.part}"
+            with self._quiet():
+                finetune(config, folder, folder.exists(), data=shapes)
+            log.info(f"fine-tuned: {run.name}, {name}")
+            with np.load(folder / "predictions.npz") as found:
+                right.append(100.0 * (found["predicted"] == found["label"]))
+        return np.stack(right)
 
 
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[paired.Row]:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jepa3d import config as settings
-from jepa3d.config import PretrainConfig
-from jepa3d.plain import from_dict, nearest, read_checked, read_recipe, write_checked
+from jepa3d.config import FinetuneConfig, PretrainConfig
+from jepa3d.plain import from_dict, merge, nearest, read_checked, read_recipe, write_checked
 from jepa3d.training.pretrain import check, cpu_costs
+from jepa3d.validate import validate
 
 ROUNDS = 3  # of measuring what a step costs, arm after arm
 
@@ -31,6 +32,8 @@ class Grid(NamedTuple):
     # learning rates to choose from; (None,) leaves each arm its own
     rates: tuple[float | None, ...]
     cpu_minutes: float | None  # of every run, stage I included; None: equal steps
+    finetune: FinetuneConfig  # how arms are fine-tuned on the first scored set
+    finetuned: tuple[str, ...]  # which are
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
         """The configuration of one run.
@@ -53,6 +56,7 @@ class _File:
     settings: dict = field(default_factory=dict)
     lr: tuple[float, ...] = ()
     title: str = ""
+    finetune: dict = field(default_factory=dict)
 
 
 def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
@@ -81,13 +85,14 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
                 raise ValueError(f"{key} {list(given)}: one at least, and each only once")
+        tuning = _finetuning(file, arms)
         layers = [*_base(path, file), file.settings, common]
         settings.resolve(*layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     ruled = ["seed", *["lr"] * bool(file.lr), *["max_steps"] * (minutes is not None)]
     rates, title = file.lr or (None,), file.title or path.stem
-    grid = Grid(path, title, {}, arms, file.reference, file.seeds, rates, minutes)
+    grid = Grid(path, title, {}, arms, file.reference, file.seeds, rates, minutes, *tuning)
     for name, changes in arms.items():
         try:
             if not re.fullmatch(r"[\w.+-]+", name) or name in reserved:
@@ -107,6 +112,19 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         except ValueError as error:
             raise ValueError(f"{path}: arms.{name}: {error}") from error
     return grid
+
+
+def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple[str, ...]]:
+    """How arms are fine-tuned, by settings of jepa3d classify over those of the preset, and which."""
+    chosen = file.finetune.get("arms", [*arms] if file.finetune else [])
+    if not isinstance(chosen, list) or not set(chosen) <= {*arms}:
+        raise ValueError(f"finetune.arms {chosen!r}: a list of some of {', '.join(arms)}")
+    changes = {key: value for key, value in file.finetune.items() if key != "arms"}
+    changes["data"] = "-"  # the first scored set, which is not known yet
+    base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
+    config = from_dict(FinetuneConfig, merge(base, changes))
+    validate(config)
+    return config, tuple(chosen)
 
 
 def _base(grid: Path, file: _File) -> list[dict]:
