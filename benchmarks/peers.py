@@ -179,9 +179,8 @@ class _LightningModule(nn.Module):
     device, loggers = torch.device("cpu"), ()
 
     def save_hyperparameters(self) -> None:
-        self.hparams = SimpleNamespace(
-            **inspect.currentframe().f_back.f_locals
-        )  # the arguments of its __init__
+        caller = sys._getframe(1)  # the arguments of its __init__
+        self.hparams = SimpleNamespace(**caller.f_locals)
 
     def on_fit_start(self) -> None: ...
 

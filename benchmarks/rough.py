@@ -220,7 +220,7 @@ def start(words: list[str], log: Path) -> int:
         return process
     os.setsid()
     # or its end would clear away this process's temporary folders
-    weakref.finalize._registry.clear()
+    weakref.finalize._registry.clear()  # pyrefly: ignore
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     code = 1
@@ -231,7 +231,7 @@ def start(words: list[str], log: Path) -> int:
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
-        threading._shutdown()
+        threading._shutdown()  # pyrefly: ignore
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -27,7 +27,7 @@ from statistics import median
 import numpy as np
 import torch
 from common import machine, random_clouds
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from jepa3d import ops
@@ -136,11 +136,11 @@ def searches(points: Tensor, centers: Tensor) -> Contenders:
     def scipy() -> Tensor:
         pairs = zip(points.numpy(), centers.numpy(), strict=True)
         return torch.from_numpy(
-            np.stack([cKDTree(cloud).query(query, NEIGHBOURS)[1] for cloud, query in pairs])
+            np.stack([KDTree(cloud).query(query, NEIGHBOURS)[1] for cloud, query in pairs])
         )
 
     found: Contenders = {
-        "scipy cKDTree, build and query": (batch, scipy),
+        "scipy KDTree, build and query": (batch, scipy),
         "torch.cdist and topk": (
             batch,
             lambda: torch.cdist(centers, points).topk(NEIGHBOURS, largest=False).indices,

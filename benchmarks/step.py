@@ -71,7 +71,7 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
             f"jepa3d tiny, {name}{suffix}": Contender(ours, ("tiny", name, shared))
             for name in ("jepa", "generative", "invariance")
         }
-    teachers = {
+    teachers: dict[str, dict] = {
         "EMA teacher": {"teacher": ["ema"]},
         "EMA teacher, 2 masks a cloud": {"teacher": ["ema"], "sampler": {"masks": 2}},
         "cached frozen teacher": {"teacher": ["untrained"], "target": {"cache": True}},
