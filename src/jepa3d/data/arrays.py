@@ -23,10 +23,9 @@ _NAMES = {
     "points": ("data", "points", "xyz"),
     "label": ("label", "labels"),
     "normals": ("normal", "normals"),
-    "parts": ("pid", "seg", "parts"),
+    "parts": ("pid", "seg", "parts", "mask"),
     "split": ("split",),
 }
-_FACTS = ("label", "split", "class_names", "names")
 Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
@@ -39,30 +38,34 @@ def clouds_in(path: Path) -> int | None:
         return shapes["points"][0] if len(shapes["points"]) == 3 else None
 
 
-def facts_in(path: Path) -> dict[str, list]:
-    """Labels, splits and names of the clouds in an array file, each a list of texts or None.
+def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
+    """What an array file says of its clouds, by meaning; only what it has.
 
-    Only those that the file has. Raises ReadError.
+    label: n int64, -1 for none. class_names: their names; without any, labels are numbers. split: n
+    integers, indices of SPLITS. names: n texts. part_names: texts. labels_key: the array of the
+    labels. more: other arrays to read, points or parts. Raises ReadError.
     """
     with as_read_error(path):
         headers = _headers(path)
-        arrays = {key: name for key, name in _known(headers).items() if key in _FACTS}
+        arrays = _known(headers, labels_key)
+        count = headers[arrays["points"]][0][0]
+        arrays = {key: arrays[key] for key in ("label", "split", *more) if key in arrays}
         if path.suffix.lower() == ".npz":
-            arrays |= {name: name for name in _FACTS[2:] if name in headers}
-        count, facts, found = clouds_in(path), _read(path, arrays, slice(None)), {}
-        for key, values in facts.items():
-            facts[key] = values[:, 0] if values.shape == (len(values), 1) else values
-        if "label" in facts:
-            names = [_text(name) for name in facts.get("class_names", ())]
-            found["label"] = _classes(facts["label"], names, arrays["label"])
-        if (split := facts.get("split")) is not None:
+            classes = labels_key.removeprefix("labels").strip("_") or "class"
+            lists = {"class_names": f"{classes}_names"}
+            lists |= {name: name for name in ("names", "part_names")}
+            arrays |= {key: name for key, name in lists.items() if name in headers}
+        found: dict[str, Any] = _read(path, arrays, slice(None))
+        for key in found.keys() & {"class_names", "names", "part_names"}:
+            found[key] = tuple(map(_text, found[key]))
+        if "label" in found:
+            names, values = found.get("class_names", ()), found["label"].reshape(count)
+            found["label"], found["class_names"] = _classes(values, names, arrays["label"])
+        if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
                 raise ReadError(f"split must be {count} integers: {_described(split)}")
-            if not np.isin(split, range(len(SPLITS))).all():
-                raise ReadError(f"split must be 0, 1 or 2, found {split.max()}")
-            found["split"] = [SPLITS[number] for number in split.tolist()]
-        if len(names := facts.get("names", ())) == count:
-            found["names"] = [_text(name) for name in names]
+            if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
+                raise ReadError(f"split must be 0, 1 or 2, found {wrong[0]}")
         return found
 
 
@@ -70,23 +73,26 @@ def _described(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)}"
 
 
-def _classes(values: np.ndarray, names: list[str], array: str) -> list[str | None]:
-    """The name of the class of each label. Labels are texts, or numbers that index `names`.
+def _classes(
+    values: np.ndarray, names: tuple[str, ...], array: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels n as int64 and the names of their classes. They are texts, or numbers from 0.
 
-    None for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
+    -1 for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
     """
     if values.dtype.kind in "US":
-        return [_text(value) for value in values]
+        texts, labels = np.unique(values, return_inverse=True)
+        return labels, tuple(map(_text, texts))
     numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
         found = f"found {_described(values)}"
         raise ReadError(f"{array} must be whole numbers or names, {found}")
-    numbers = numbers.astype(np.int64)
+    labels = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
-        numbers[values == np.iinfo(values.dtype).max] = -1
-    if names and (largest := numbers.max(initial=-1)) >= len(names):
+        labels[values == np.iinfo(values.dtype).max] = -1
+    if names and (largest := labels.max(initial=-1)) >= len(names):
         raise ReadError(f"label {largest} without class: there are {len(names)} names")
-    return [None if n < 0 else names[n] if names else str(n) for n in numbers.tolist()]
+    return labels.clip(-1), names
 
 
 def _text(name: object) -> str:
@@ -106,7 +112,7 @@ def _headers(path: Path) -> Headers:
         with path.open("rb") as file:
             return {"points": _npy_header(file)}
     found: Headers = {}
-    wanted = {"mask"}.union(*_NAMES.values())
+    wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
         for name in file:  # lists names only; other arrays are not opened
             found[name] = (), np.dtype("V")
@@ -191,13 +197,19 @@ def _dataset(file: Any, name: str) -> Any:
 # -------------------------------------------------------------------------------------- by meaning
 
 
-def _known(headers: Headers) -> dict[str, str]:
+def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     """Names of the arrays to read, by their meaning (see `_NAMES`). Raises ReadError.
 
-    An array label with a number for each point, [n, N], is taken as parts.
+    labels_key: the array of the labels. One with a number for each point, [n, N], is taken as
+    parts.
     """
-    found: dict[str, str] = {}
-    for key, names in _NAMES.items():
+    wanted, found = _NAMES, {}
+    if labels_key != "labels":
+        if labels_key not in headers:
+            have = ", ".join(name for name in headers if name.startswith("label"))
+            raise ReadError(f"has no labels {labels_key!r}, but {have or 'none'}")
+        wanted = _NAMES | {"label": (labels_key,)}
+    for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
             found[key] = name
     if "points" not in found:
@@ -229,11 +241,7 @@ def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.nda
     All rows if block is None, and always all of an NPZ.
     """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
-    headers = _headers(path)
-    names = _known(headers)
-    if "mask" in headers:
-        names["mask"] = "mask"
-    return _read(path, names, rows)
+    return _read(path, _known(_headers(path)), rows)
 
 
 def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarray]:
@@ -263,28 +271,21 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
         return found
 
 
-def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the block with this row, and the row's index in them. Raises ReadError."""
-    block, at = divmod(row, _BLOCK) if path.suffix.lower() != ".npz" else (None, row)
-    arrays = array_block(path, block, path.stat().st_mtime_ns)
-    counts = {key: len(values) for key, values in arrays.items()}
-    if len(set(counts.values())) > 1:
-        lengths = ", ".join(f"{key} {n}" for key, n in counts.items())
-        raise ReadError(f"arrays of different lengths: {lengths}")
-    if at >= len(arrays["points"]):
-        raise ReadError(f"has no cloud {row}")
-    return arrays, at
-
-
 def read_array(path: Path, row: int | None) -> PointCloud:
     """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
-    shape = _array_shapes(path, path.stat().st_mtime_ns)["points"]
+    changed = path.stat().st_mtime_ns
+    shape = _array_shapes(path, changed)["points"]
     if len(shape) != 3:
-        arrays = array_block(path, None, path.stat().st_mtime_ns)
+        arrays = array_block(path, None, changed)
     elif row is None:
         raise ReadError(f"expected points [n, 3], found {list(shape)}: many clouds")
     else:
-        arrays, at = array_rows(path, row)
+        whole = path.suffix.lower() == ".npz"
+        block, at = (None, row) if whole else divmod(row, _BLOCK)
+        arrays = array_block(path, block, changed)
+        lengths = {key: len(values) for key, values in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ReadError(f"its arrays must have as many rows as clouds: {lengths}")
         arrays = {key: values[at] for key, values in arrays.items()}
     points, attributes = arrays["points"], {}
     normals, parts = arrays.get("normals"), arrays.get("parts")
@@ -295,7 +296,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     return PointCloud.make(points, **attributes)
 
 
-def npy_rows(path: Path, attributes: bool) -> Iterator[np.ndarray]:
+def npy_rows(path: Path) -> Iterator[np.ndarray]:
     """Chunks of the points of an NPY, float64 n 3. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)

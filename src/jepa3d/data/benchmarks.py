@@ -18,13 +18,11 @@ from typing import NoReturn
 import numpy as np
 import yaml
 
-from jepa3d.data.arrays import array_rows
 from jepa3d.data.cloud import PointCloud, ReadError, to_parts
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
-from jepa3d.data.text import read_table
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SHAPENETPART: dict[str, int] = _PUBLISHED["parts"]  # number of parts of each category
@@ -112,7 +110,7 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
     classes, entries = set(_lines(root / f"{name}_shape_names.txt", "ModelNet")), []
-    table = partial(_table, ("x", "y", "z", "nx", "ny", "nz"))
+    table = partial(read, columns=("x", "y", "z", "nx", "ny", "nz"))
     for split in ("train", "test"):
         path = root / f"{name}_{split}.txt"
         for shape in _lines(path, "ModelNet"):
@@ -123,11 +121,6 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
             reader = _listed(root / key, table, "ModelNet", path.name)
             entries.append(Entry(key, reader, label, split, "y"))
     return Source(f"{name.replace('modeln', 'ModelN')} normals", entries)
-
-
-def _table(names: tuple[str, ...], path: Path) -> PointCloud:
-    with as_read_error(path):
-        return read_table(path, names=names)
 
 
 def _modelnet_hdf5(root: Path) -> Source:
@@ -181,11 +174,9 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
 
 def _masked(path: Path, row: int) -> PointCloud:
     """A cloud with part labels 1 for the object and 0 for its background (mask -1)."""
-    with as_read_error(path):
-        cloud, (arrays, at) = read(path, row), array_rows(path, row)
-        if "mask" not in arrays:
-            return cloud
-        return replace(cloud, parts=(arrays["mask"][at] != -1).astype(np.int32))
+    cloud = read(path, row)
+    parts = None if cloud.parts is None else (cloud.parts != -1).astype(np.int32)
+    return replace(cloud, parts=parts)
 
 
 def _shapenetpart(root: Path) -> Source:
@@ -199,7 +190,7 @@ def _shapenetpart(root: Path) -> Source:
         raise ReadError(f"{path}: label {min(unknown)!r} without class")
     firsts = np.cumsum([0, *SHAPENETPART.values()]).tolist()
     readers: dict[str, partial] = {}  # by synset/id
-    table = partial(_table, ("x", "y", "z", "nx", "ny", "nz", "part"))
+    table = partial(read, columns=("x", "y", "z", "nx", "ny", "nz", "part"))
     for synset, name in category.items():
         first = firsts[[*SHAPENETPART].index(name)]
         labelled = partial(_with_parts, first, SHAPENETPART[name])

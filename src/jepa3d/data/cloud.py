@@ -1,6 +1,6 @@
 """One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,9 +91,9 @@ class PointCloud:
 
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at an index, with their attributes, without faces."""
-        kept = {name: getattr(self, name) for name in ATTRIBUTES}
-        kept = {key: None if old is None else old[index] for key, old in kept.items()}
-        return replace(self, points=self.points[index], faces=None, **kept)
+        arrays = {name: getattr(self, name) for name in ("points", *ATTRIBUTES)}
+        kept = {key: None if old is None else old[index] for key, old in arrays.items()}
+        return replace(self, faces=None, **kept)
 
     def normalised(self) -> "PointCloud":
         """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
@@ -234,20 +234,24 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def attributes_in(known: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Which of these columns, fields or properties are the normals, colors and parts."""
-    found: dict[str, tuple[str, ...]] = {}
+def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Normals, colors and parts among columns, fields or properties n by their names."""
+    found: dict[str, Any] = {}
     for key, groups in ATTRIBUTE_COLUMNS.items():
-        if names := next((group for group in groups if set(group) <= set(known)), None):
-            found[key] = names
+        if names := next((group for group in groups if columns.keys() >= {*group}), None):
+            found[key] = np.stack([columns[name] for name in names], 1)
+    if "normals" in found:
+        found["normals"] = found["normals"].astype(np.float32)
+    if "parts" in found:
+        found["parts"] = found["parts"][:, 0]
+    # PCL's colours: the bytes b, g, r, a of one float or integer
+    packed = columns.get("rgb", columns.get("rgba"))
+    if "colors" in found:
+        found["colors"] = to_bytes(found["colors"])
+    elif packed is not None and packed.dtype.itemsize == 4:
+        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
+        found["colors"] = bgra[:, 2::-1].copy()
     return found
-
-
-def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
-    """The columns N D of an attribute in the form that `PointCloud` has it."""
-    if key == "normals":
-        return values.astype(np.float32)
-    return to_bytes(values) if key == "colors" else values[:, 0]
 
 
 def sample_triangles(
@@ -313,21 +317,18 @@ class Reservoir:
         return rows[np.sort(np.argpartition(rows[:, 0], self.limit)[: self.limit])]
 
 
-def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
-    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
+def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
+    """A cloud from chunks of rows n D: a random part if there are too many, without those of NaN.
 
-    attributes: the number of columns of each attribute, in order. One without any number is left
-    out.
+    names: of the columns, D or fewer; x, y, z come first. A column without any number is left out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:
         seen = rows[~np.isnan(rows[:, :3]).any(1)]
         unseen += len(rows) - len(seen)
         reservoir.add(seen)
-    rows, found = reservoir.rows(), {}
-    ends = np.cumsum([3, *attributes.values()])
-    for key, values in zip(attributes, np.split(rows, ends, 1)[1:], strict=False):
-        if np.isfinite(values).any():
-            found[key] = as_attribute(key, values)
+    rows = reservoir.rows()
+    columns = zip(names, rows.T, strict=False)
+    found = attributes_of({n: values for n, values in columns if np.isfinite(values).any()})
     total = reservoir.total if reservoir.total > len(rows) else None
     return PointCloud.make(rows[:, :3], total=total, unseen=unseen, **found)

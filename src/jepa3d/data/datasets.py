@@ -156,7 +156,7 @@ def _read(
         points = np.stack([shape.points for shape in found])
         labels = np.stack([np.asarray(s.parts) for s in found]) if parts else None
         if not raw:
-            axes = TO_Z_UP[found[0].up]
+            axes = TO_Z_UP[found[0].up or "z"]
             points, labels = _standard(points, num_points, axes, labels)
         clouds.append(points)
         of_points.append(labels)

@@ -98,12 +98,13 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
     with as_read_error(path):
         if path.stat().st_size == 0:
             raise ReadError("empty file")
-        parts = (reader(path, False) if reader else None) or _at_once(path)
+        parts = (reader(path) if reader else None) or _at_once(path)
     while True:
         with as_read_error(path):
-            xyz = next(parts, None)
-        if xyz is None:
+            rows = next(parts, None)
+        if rows is None:
             return tell(unseen)
+        xyz = rows[:, :3]
         wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
         if wrong.any():
             first = f"first in point {number + int(wrong.argmax()):,}"
@@ -139,14 +140,6 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
     return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
 
 
-def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
-    """As `sampled`; raises ReadError for a cloud of fewer than `num_points`."""
-    cloud = sampled(cloud, num_points, seed)
-    if len(cloud) < num_points:
-        raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
-    return cloud
-
-
 _TABLES = (".xyz", ".txt", ".csv", ".pts", ".asc")
 _READERS: dict[str, Callable[..., PointCloud]] = {
     **dict.fromkeys(ARRAY_SUFFIXES, read_array),
@@ -163,8 +156,8 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# (path, whether with attributes) -> chunks, or None for a file to be read at once
-_IN_CHUNKS: dict[str, Callable[[Path, bool], Iterator[np.ndarray] | None]] = {
+# path -> chunks of rows x, y, z, ..., or None for a file to be read at once
+_IN_CHUNKS: dict[str, Callable[[Path], Iterator[np.ndarray] | None]] = {
     **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
     ".ply": ply_rows,

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, attributes_of
 from jepa3d.data.errors import check_claim
 from jepa3d.data.meshes import Rows, mesh, runs, strip, triangles, unix_lines, whole
-from jepa3d.data.scans import attributes_of
 
 _OF_C = "char uchar short ushort int uint long ulong float double"
 _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
@@ -239,7 +238,7 @@ def _one_by_one(
 # ---------------------------------------------------------------------------------------- in chunks
 
 
-def ply_rows(path: Path, attributes: bool) -> Iterator[np.ndarray] | None:
+def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """The vertices of a cloud in chunks, float64 n 3. Raises ReadError for a mesh.
 
     None for a file whose vertices have lists or do not come first; it must be read whole.

@@ -118,8 +118,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                     continue
                 arrays, row = result
                 report.add(entry, row)
-                row |= {"label": entry.label, "split": entry.split}
-                writer.add(entry.key, arrays, **row)
+                writer.add(entry.key, arrays, label=entry.label, split=entry.split, **row)
         except KeyboardInterrupt:
             kept = f"stopped after {report.taken.total():,} new clouds, kept"
             raise KeyboardInterrupt(f"{kept}; the same command goes on") from None
@@ -142,7 +141,7 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
 
-    The row has further entries, which `_Report.add` counts and removes.
+    The row also has what `_Report.add` counts.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
@@ -223,14 +222,14 @@ class _Report:
     unseen: Counter[str] = field(default_factory=Counter)
 
     def add(self, entry: Entry, row: Row) -> None:
-        """Count a cloud, and remove from its row what is only counted."""
+        """Count a cloud."""
         self.taken[Path(entry.file).suffix or self.layout] += 1
-        self.fewer += row.pop("count") < self.points
-        if part := row.pop("part"):
+        self.fewer += row["count"] < self.points
+        if part := row["part"]:
             self._note(f"{entry.key}: {part}")
-        for name in ("strays", "unseen"):
-            if lost := row.pop(name):
-                getattr(self, name)[entry.key] = lost
+        for counts, lost in ((self.strays, row["strays"]), (self.unseen, row["unseen"])):
+            if lost:
+                counts[entry.key] = lost
 
     def write(self, out: Path) -> None:
         """Print what was changed in the clouds, and write report.json."""

@@ -248,15 +248,16 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
     return points.astype(np.float32)
 
 
-def count_of(source: Path) -> int:
-    """COUNT of a source `procedural:COUNT`, 0 for other sources. Raises ReadError if it is no
-    number.
+def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> int:
+    """COUNT of a source `kind:COUNT`, 0 for other sources.
+
+    Raises ReadError if it is no number or smaller than `fewest`.
     """
     name, _, count = str(source).partition(":")
-    if name != "procedural":
+    if name != kind:
         return 0
-    if not count.isdigit() or not int(count):
-        raise ReadError(f"{source}: give procedural:COUNT with a COUNT from 1")
+    if not count.isdigit() or int(count) < fewest:
+        raise ReadError(f"{source}: give {kind}:COUNT with a COUNT from {fewest}")
     return int(count)
 
 

@@ -5,7 +5,7 @@ LAS, LAZ, E57 and compressed PCD need the `io` extra.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -13,24 +13,9 @@ from typing import IO, Any
 import numpy as np
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data.cloud import PointCloud, ReadError, as_attribute, attributes_in, collected
+from jepa3d.data.cloud import PointCloud, ReadError, attributes_of, collected
 from jepa3d.data.errors import check_claim, first_line, io_module
 from jepa3d.data.text import coordinate_columns, parsed
-
-
-def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Normals, colors and parts among named columns, such as properties of PLY or fields of PCD."""
-    found = {
-        key: as_attribute(key, np.stack([columns[name] for name in names], 1))
-        for key, names in attributes_in(columns.keys()).items()
-    }
-    # PCL's colours: the bytes b, g, r, a of one float or integer
-    packed = columns.get("rgb", columns.get("rgba"))
-    if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
-        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
-        found["colors"] = bgra[:, 2::-1].copy()
-    return found
-
 
 # ---------------------------------------------------------------------------------------------- PCD
 
@@ -192,24 +177,21 @@ def las_records(path: Path) -> Iterator[Any]:
         raise ReadError(f"truncated: {seen} of {header.point_count} points")
 
 
-def las_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z, class, red, green, blue, float64 n 7; NaN for what a file does not have.
-
-    attributes: False for x, y, z only.
-    """
-    names = [*"XYZ", "classification", "red", "green", "blue"][: 7 if attributes else 3]
+def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
+    """Chunks of columns of LAS by their names, float64 n D; NaN for those that a file lacks."""
     for records in las_records(path):
-        have = {*records.point_format.dimension_names}
+        have = {*"xyz", *records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
         for i, name in enumerate(names):
             if name in have:
-                columns[:, i] = records[name.lower()]
+                columns[:, i] = records[name]
         yield columns
 
 
 def read_las(path: Path) -> PointCloud:
     """LAS and LAZ, with colours and classification."""
-    return collected(las_rows(path), {"parts": 1, "colors": 3})
+    names = (*"xyz", "classification", "red", "green", "blue")
+    return collected(las_rows(path, names), names)
 
 
 # ------------------------------------------------------------------------------------ E57, PTX, BIN
@@ -238,13 +220,13 @@ def read_e57(path: Path) -> PointCloud:
 
 def read_ptx(path: Path) -> PointCloud:
     """All scans of a PTX file, each placed by its matrix, with colours where there are any."""
-    return collected(ptx_rows(path), {"colors": 3})
+    return collected(ptx_rows(path), (*"xyz", "red", "green", "blue"))
 
 
-def ptx_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
+def ptx_rows(path: Path) -> Iterator[np.ndarray]:
     """Chunks of x, y, z, red, green, blue of Leica's PTX, float64 n 6; NaN for no value.
 
-    attributes: False for x, y, z only. A scan is its columns and rows, the scanner's place and
+    A scan is its columns and rows, the scanner's place and
     axes, a matrix that acts on rows, and a line a point: x y z intensity [r g b], zeros where no
     light came back. Raises ReadError.
     """
@@ -262,10 +244,9 @@ def ptx_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
             check_claim(path, 6 * count, 1)
             lines, done = islice(file, count), 0
             first = next(lines, "")
-            colored = attributes and len(first.split()) >= 7
-            columns = [0, 1, 2, *((4, 5, 6) if colored else ())]
+            columns = [0, 1, 2, 4, 5, 6] if len(first.split()) >= 7 else [0, 1, 2]
             for found in parsed(chain([first], lines), at + 11, None, columns):
-                rows = np.full((len(found), 6 if attributes else 3), np.nan)
+                rows = np.full((len(found), 6), np.nan)
                 rows[:, : len(columns)] = found
                 rows[(rows[:, :3] == 0).all(1), :3] = np.nan
                 rows[:, :3] = rows[:, :3] @ matrix[:3, :3] + matrix[3, :3]

@@ -24,7 +24,7 @@ from jepa3d.data.entries import Entry, Source, classes_and_splits, entries_of, s
 from jepa3d.data.errors import as_read_error, first_line, printable, refuse
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
-from jepa3d.data.text import check_table
+from jepa3d.data.text import Table
 from jepa3d.plain import log
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
@@ -145,7 +145,7 @@ def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
     if path.suffix.lower() == ".txt":
         try:
             with as_read_error(path):
-                check_table(path)
+                Table(path)
         except ReadError as error:  # a README, say
             return str(error).removeprefix(f"{path}: ")
     return None
@@ -176,10 +176,7 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
     try:
         log.info(f"unpacking {printable(str(source))}")
         try:
-            if source.suffix.lower() == ".zip":
-                _unzip(source, folder)
-            else:
-                _untar(source, folder)
+            _unpack(source, folder)
         except _DAMAGE as error:
             raise ReadError(f"{source}: bad archive ({first_line(error)})") from error
         yield folder
@@ -187,26 +184,23 @@ def unpacked(source: Path, out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unzip(source: Path, folder: Path) -> None:
+def _unpack(source: Path, folder: Path) -> None:
+    """Members are unpacked one by one; the claimed size of each is checked before it is written."""
+    total = 0
+    if source.suffix.lower() != ".zip":
+        with tarfile.open(source) as archive:
+            for member in archive:
+                total += member.size
+                _check_size(source, folder, total)
+                archive.extract(member, folder, filter="data")
+        return
     with zipfile.ZipFile(source) as archive:
-        for name in archive.namelist():
-            if not (folder / name).resolve().is_relative_to(folder):
-                raise ReadError(f"{source}: {name!r} would be outside of its folder")
-        total = sum(member.file_size for member in archive.infolist())
-        _check_size(source, folder, total)
-        archive.extractall(folder)
-
-
-def _untar(source: Path, folder: Path) -> None:
-    """Members are unpacked one by one, since the claimed size of each is checked before it is
-    written.
-    """
-    with tarfile.open(source) as archive:
-        total = 0
-        for member in archive:
-            total += member.size
+        for member in archive.infolist():
+            if not (folder / member.filename).resolve().is_relative_to(folder):
+                raise ReadError(f"{source}: {member.filename!r} would be outside of its folder")
+            total += member.file_size
             _check_size(source, folder, total)
-            archive.extract(member, folder, filter="data")
+            archive.extract(member, folder)
 
 
 def _check_size(source: Path, folder: Path, total: int) -> None:

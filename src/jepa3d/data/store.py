@@ -266,7 +266,7 @@ class StoreWriter:
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
             if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
                 raise ValueError(f"{path}: is not a store; choose another --out")
-            self.header: dict[str, Any] = {
+            header = {
                 "format": FORMAT,
                 "complete": False,
                 "settings": settings,
@@ -275,29 +275,25 @@ class StoreWriter:
                 "class_names": [],
                 "part_names": list(part_names),
             }
-            self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
-            path.mkdir(parents=True, exist_ok=True)
             # from now on it is a store that can be continued
-            write_bytes(path / "store.json", json.dumps(self.header).encode())
-        else:
-            store = Store(path, unfinished=True)
-            before = _LATER | store.header["settings"]
-            self.header = store.header | {"settings": before}
-            if before != settings:
-                name = next(key for key in settings if before.get(key) != settings[key])
-                was = f"begun with {name} = {before.get(name)}, not {settings[name]}"
-                raise ValueError(f"{path}: was {was}; choose another --out")
-            if part_names and list(part_names) != self.header["part_names"]:
-                raise ValueError(f"{path}: has other part names; choose another --out")
-            self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
-            self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
-            del store
-        self._index.mkdir(exist_ok=True)
+            write_bytes(path / "store.json", json.dumps(header).encode())
+        store = Store(path, unfinished=True)
+        before, wanted = _LATER | store.header["settings"], _LATER | settings
+        if before != wanted:
+            name = next(key for key in wanted if before.get(key) != wanted[key])
+            was = f"begun with {name} = {before.get(name)}, not {wanted[name]}"
+            raise ValueError(f"{path}: was {was}; choose another --out")
+        if part_names and part_names != store.part_names:
+            raise ValueError(f"{path}: has other part names; choose another --out")
+        classes = dict.fromkeys([*store.class_names, *class_names])
+        self.header = store.header | {"settings": settings, "class_names": [*classes]}
         # points and bytes of keys in the store, and of those that wait to be written
-        self._end = sum(shard["points"] for shard in self.header["shards"])
-        self._key_end = self._size["keys"]
-        known = dict.fromkeys([*self.header["class_names"], *class_names])
-        self.header["class_names"] = list(known)
+        ends = (store.columns[name] for name in ("end", "key_end"))
+        self._end, self._key_end = (int(column[-1]) if len(store) else 0 for column in ends)
+        self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
+        self._size["keys"] = self._key_end
+        del store  # closes its index
+        self._index.mkdir(exist_ok=True)
         for name, size in self._size.items():
             file = self._index / f"{name}.bin"
             file.touch()
@@ -310,11 +306,12 @@ class StoreWriter:
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
         """Add a cloud: its arrays (points and attributes) and its row of the index.
 
-        row: label and split (names or None), up, frame and content, as in `COLUMNS`.
+        row: label and split (names or None), up, frame and content, as in `COLUMNS`; what else it
+        has is not written.
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:
-            raise ValueError(f"{key}: class {label!r} is not among the store's")
+            raise ValueError(f"{key}: class {label!r} is not among {', '.join(classes)}")
         text = key.encode("utf-8", "surrogateescape")
         self._end += len(arrays["points"])
         self._key_end += len(text)
