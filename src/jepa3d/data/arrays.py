@@ -14,11 +14,13 @@ import numpy as np
 
 from jepa3d.data import cloud as clouds
 from jepa3d.data.cloud import PointCloud, ReadError, check_shape
-from jepa3d.data.errors import as_read_error, check_claim, io_module, printable
+from jepa3d.data.errors import as_read_error, check_claim, check_unpacked, io_module
 from jepa3d.data.store import SPLITS
+from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
+_MOST = 50, 1 << 28  # see `check_unpacked`
 _NAMES = {
     "points": ("data", "points", "xyz"),
     "label": ("label", "labels"),
@@ -26,6 +28,7 @@ _NAMES = {
     "parts": ("pid", "seg", "parts", "mask"),
     "split": ("split",),
 }
+Names = tuple[str, ...]
 Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
@@ -34,8 +37,8 @@ def clouds_in(path: Path) -> int | None:
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
-        shapes = _array_shapes(path, path.stat().st_mtime_ns)
-        return shapes["points"][0] if len(shapes["points"]) == 3 else None
+        shape = _shape(path, path.stat().st_mtime_ns)
+        return shape[0] if len(shape) == 3 else None
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
@@ -47,9 +50,9 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
     """
     with as_read_error(path):
         headers = _headers(path)
-        arrays = _known(headers, labels_key)
-        count = headers[arrays["points"]][0][0]
-        arrays = {key: arrays[key] for key in ("label", "split", *more) if key in arrays}
+        known = _known(headers, labels_key)
+        count = headers[known["points"]][0][0]
+        arrays = {key: known[key] for key in ("label", "split", *more) if key in known}
         if path.suffix.lower() == ".npz":
             classes = labels_key.removeprefix("labels").strip("_") or "class"
             lists = {"class_names": f"{classes}_names"}
@@ -60,7 +63,7 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
             found[key] = tuple(map(_text, found[key]))
         if "label" in found:
             names, values = found.get("class_names", ()), found["label"].reshape(count)
-            found["label"], found["class_names"] = _classes(values, names, arrays["label"])
+            found["label"], found["class_names"] = _classes(values, names)
         if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
                 raise ReadError(f"split must be {count} integers: {_described(split)}")
@@ -73,9 +76,7 @@ def _described(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)}"
 
 
-def _classes(
-    values: np.ndarray, names: tuple[str, ...], array: str
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
     """Labels n as int64 and the names of their classes. They are texts, or numbers from 0.
 
     -1 for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
@@ -86,12 +87,12 @@ def _classes(
     numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
         found = f"found {_described(values)}"
-        raise ReadError(f"{array} must be whole numbers or names, {found}")
+        raise ReadError(f"labels must be whole numbers or names, {found}")
     labels = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
         labels[values == np.iinfo(values.dtype).max] = -1
     if names and (largest := labels.max(initial=-1)) >= len(names):
-        raise ReadError(f"label {largest} without class: there are {len(names)} names")
+        raise ReadError(f"label {largest} without class: {len(names)} have names")
     return labels.clip(-1), names
 
 
@@ -137,7 +138,7 @@ def npz_headers(path: Path) -> Headers:
                 found[name] = header = _npy_header(file)
                 claimed = 0 if header[1].hasobject else _bytes(header)
                 if file.tell() + claimed > member.file_size:
-                    raise ReadError(f"truncated: the header of {name} claims {claimed:,} bytes")
+                    raise ReadError(f"truncated: {name} claims {claimed:,} bytes")
     return found
 
 
@@ -159,18 +160,9 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     for name in names:
         if headers[name][1].hasobject:
             raise ReadError(f"{name} holds Python objects, which are not read")
-    check_inflated(path, sum(_bytes(headers[name]) for name in names))
+    check_unpacked(path, sum(_bytes(headers[name]) for name in names), *_MOST)
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
-
-
-def check_inflated(path: Path, claimed: int) -> None:
-    """Raises ReadError for a file that claims over 256 MiB and over 50 times its own size."""
-    size = path.stat().st_size
-    if claimed > max(2**28, 50 * size):
-        raise ReadError(
-            f"refused: {claimed:,} bytes in a file of {size:,}; save it without compression"
-        )
 
 
 def _dataset(file: Any, name: str) -> Any:
@@ -180,15 +172,15 @@ def _dataset(file: Any, name: str) -> Any:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            raise ReadError(f"{name} is a link to another file, to nothing or a circle")
+            raise ReadError(f"{name} links to another file, to nothing or in a circle")
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
-            path = [part for part in link.path.split("/") if part not in ("", ".")]
-            left = path + left
+            path = link.path.split("/")
+            left = [part for part in path if part not in ("", ".")] + left
         else:
             place = place[step]
     if not isinstance(place, h5py.Dataset):
-        raise ReadError(f"{name} is a group, not an array")
+        raise ReadError(f"{name} is a group; an array is needed")
     if place.external or place.is_virtual:
         raise ReadError(f"{name} has its values in other files, which are not read")
     return place
@@ -228,10 +220,10 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _array_shapes(path: Path, changed: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a file, by their meaning."""
+def _shape(path: Path, changed: int) -> tuple[int, ...]:
+    """The shape of the points of a file."""
     headers = _headers(path)
-    return {key: headers[name][0] for key, name in _known(headers).items()}
+    return headers[_known(headers)["points"]][0]
 
 
 @lru_cache(maxsize=2)
@@ -266,19 +258,18 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
             check_claim(path, data.nbytes, 1100)  # gzip packs at most 1032 times
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
-            check_inflated(path, max(int(data.nbytes * share), chunk))
+            check_unpacked(path, max(int(data.nbytes * share), chunk), *_MOST)
             found[key] = data[rows]
         return found
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
     """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
-    changed = path.stat().st_mtime_ns
-    shape = _array_shapes(path, changed)["points"]
-    if len(shape) != 3:
+    changed, count = path.stat().st_mtime_ns, clouds_in(path)
+    if count is None:
         arrays = array_block(path, None, changed)
     elif row is None:
-        raise ReadError(f"expected points [n, 3], found {list(shape)}: many clouds")
+        raise ReadError(f"holds {count:,} clouds; PATH#ROW names one")
     else:
         whole = path.suffix.lower() == ".npz"
         block, at = (None, row) if whole else divmod(row, _BLOCK)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from itertools import takewhile
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import numpy as np
 
 from jepa3d.data.arrays import clouds_in, facts_in
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import printable
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
-from jepa3d.plain import log
+from jepa3d.plain import log, printable
 
 _NAMES = {
     "train": "train training",
@@ -81,16 +80,18 @@ def entries_of(
     if count is None:
         return [Entry(key, partial(read, path, None, *how), label, split)]
     facts = facts_in(path)
-    labels, splits, names = [label] * count, [split] * count, facts.get("names", ())
+    labels, splits, names = repeat(label), repeat(split), facts.get("names", ())
     if "label" in facts:
-        classes, labels = facts["class_names"], facts["label"].tolist()
-        labels = [(classes[n] if classes else str(n)) if n >= 0 else None for n in labels]
+        classes, numbers = facts["class_names"] or None, facts["label"].tolist()
+        labels = [None if n < 0 else classes[n] if classes else str(n) for n in numbers]
     if "split" in facts:
         splits = [SPLITS[n] for n in facts["split"].tolist()]
-    names = names if len(names) == count else [None] * count
+    if len(names) != count:
+        names = repeat(None)
+    rows = zip(range(count), labels, splits, names, strict=False)
     return [
         Entry(f"{key}#{row}", partial(read, path, row), label, split, None, name, row)
-        for row, (label, split, name) in enumerate(zip(labels, splits, names, strict=True))
+        for row, label, split, name in rows
     ]
 
 
@@ -123,7 +124,7 @@ def classes_and_splits(
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
     # of several such levels (a class `test` in folders train and test) the first with most splits
-    level = max(sorted(all_named), key=lambda depth: splits_in(levels[depth]), default=None)
+    level = max(sorted(all_named), key=lambda at: splits_in(levels[at]), default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
         if level is not None:
@@ -169,7 +170,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
         if not 0 < fraction < 1:
             raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
         if any(entry.split for entry in entries):
-            log.info(f"--split {split} takes the place of the split that the source has")
+            log.info(f"--split {split} takes the place of the split of the source")
         rng, test = np.random.default_rng(seed), set()
         for label in sorted({entry.label or "" for entry in entries}):
             keys = [entry.key for entry in entries if (entry.label or "") == label]

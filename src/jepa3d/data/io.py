@@ -15,15 +15,12 @@ import numpy as np
 from jepa3d.data import scans
 from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import as_read_error, suffix_of
+from jepa3d.data.errors import as_read_error, check_unpacked, suffix_of
 from jepa3d.data.gltf import read_gltf
 from jepa3d.data.meshes import read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
 from jepa3d.data.text import read_table, table_rows
 from jepa3d.plain import load_code
-
-# A .gz may unpack to this many times its size, and always to this many bytes.
-_MAX_UNPACKED = 100, 1 << 26
 
 
 def read(
@@ -73,16 +70,12 @@ def _inflated(path: Path) -> Iterator[Path]:
     if path.suffix.lower() != ".gz":
         yield path
         return
-    largest = max(_MAX_UNPACKED[0] * path.stat().st_size, _MAX_UNPACKED[1])
     with tempfile.TemporaryDirectory() as folder:
         file, total = Path(folder, "file" + suffix_of(path)), 0
         with gzip.open(path) as packed, file.open("wb") as out:
             while block := packed.read(1 << 20):
                 total += len(block)
-                if total > largest:
-                    raise ReadError(
-                        f"holds over {largest:,} bytes, too many for its size; unpack it"
-                    )
+                check_unpacked(path, total, 100, 1 << 26)
                 out.write(block)
         yield file
 
@@ -128,7 +121,7 @@ def _whole(path: Path, changed: int) -> PointCloud:
     if cloud.faces is not None:
         raise ReadError("a mesh; a scene is a cloud of points")
     if cloud.total:
-        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} points are read so")
+        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} read; use LAS or PLY")
     return cloud
 
 

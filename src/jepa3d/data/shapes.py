@@ -63,9 +63,8 @@ def open_shapes(
 ) -> Shapes:
     """The shapes of a source. Arguments as of `datasets.py::load`. Raises ReadError."""
     path = Path(source)
-    built_in = "synthetic:4000" if source == "synthetic" else source
-    if total := procedural.count_of(built_in, "synthetic", 8):
-        return _synthetic(source, total, num_points, limit, parts)
+    if source.split(":")[0] == "synthetic":
+        return _synthetic(source, num_points, limit, parts)
     if (path / "store.json").is_file():
         return _store(path, num_points, up_axis, parts)
     if path.suffix == ".npz" and path.is_file() and clouds_in(path):
@@ -76,8 +75,10 @@ def open_shapes(
     raise ReadError(f"{source}: no such file or folder; give {allowed}")
 
 
-def _synthetic(source: str, total: int, num_points: int, limit: int | None, parts: bool) -> Shapes:
+def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> Shapes:
     """`synthetic` or `synthetic:COUNT`; every fourth shape is test, for any COUNT."""
+    counted = source if ":" in source else "synthetic:4000"
+    total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
     # classes repeat every 21 shapes, so that test has all of them
@@ -99,8 +100,8 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
         raise ReadError(f"{path}: a store is z-up already (prepare --up-axis)")
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
-    ordered = store.header["settings"]["reduce"] == "fps"
-    in_place = (store.num_points or 0) > num_points if ordered else False
+    ordered, have = store.header["settings"]["reduce"] == "fps", store.num_points or 0
+    in_place = store if have == num_points or (ordered and have > num_points) else None
 
     def read(row: int) -> PointCloud:
         with as_read_error(path):
@@ -109,7 +110,6 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
     names = store.class_names, np.asarray(store.columns["split"]), store.part_names
-    in_place = store if in_place or store.num_points == num_points else None
     return Shapes(path.name, read, labels, *names, store.fingerprint, in_place)
 
 
@@ -128,9 +128,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     points, none = facts["points"], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())
     names = names or tuple(map(str, range(int(labels.max()) + 1)))
-    of_points, part_names = none, ()
-    if parts:
-        of_points, part_names = _parts(facts, path)
+    of_points, part_names = _parts(facts, path) if parts else ([None] * len(points), ())
 
     def read(i: int) -> PointCloud:
         with as_read_error(path):
@@ -142,7 +140,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
     return Shapes(path.name, read, labels, names, split, part_names, digest, batch=64)
 
 
-def _parts(facts: dict[str, Any], path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
     """Part labels n N int16 of a bundle, and the names of the parts. Raises ReadError."""
     if "parts" not in facts:
         raise ReadError(f"{path}: {NO_PARTS}")

@@ -150,12 +150,10 @@ class Store:
 
     def cloud(self, row: int) -> PointCloud:
         """A cloud with all its stored attributes; points are z-up in the unit sphere."""
-        shard, rows = self._span(row)
-        found = self.shard(shard).items()
-        arrays: dict[str, Any] = {name: values[rows] for name, values in found}
-        frame, points = self.columns["frame"][row], arrays.pop("points")
-        points = np.asarray(points, np.float32)
-        return PointCloud(points, np.array(frame[:3]), float(frame[3]), **arrays)
+        names, frame = self.shard(self._span(row)[0]), self.columns["frame"][row]
+        arrays: dict[str, Any] = {name: self.array(name, row) for name in names}
+        arrays["points"] = np.asarray(arrays["points"], np.float32)
+        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
         """Points n 3 of a stored cloud in the coordinates of its file, float64."""
@@ -232,15 +230,16 @@ class StoredPoints:
         """Those of the clouds at a mask or index, still unread."""
         return StoredPoints(self.store, self.rows[keep], self.num_points, self.name)
 
-    def shard_sizes(self) -> np.ndarray:
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
         """How many of these clouds lie in each shard, in order.
 
         An epoch reads shard after shard by it.
         """
         if (np.diff(self.rows) < 0).any():  # sorted in another way
-            return np.array([len(self.rows)])
+            return (len(self.rows),)
         counts = np.diff(np.searchsorted(self.rows, self.store.first))
-        return counts[counts > 0]
+        return tuple(counts[counts > 0].tolist())
 
 
 class StoreWriter:
@@ -288,8 +287,8 @@ class StoreWriter:
         classes = dict.fromkeys([*store.class_names, *class_names])
         self.header = store.header | {"settings": settings, "class_names": [*classes]}
         # points and bytes of keys in the store, and of those that wait to be written
-        ends = (store.columns[name] for name in ("end", "key_end"))
-        self._end, self._key_end = (int(column[-1]) if len(store) else 0 for column in ends)
+        self._end = int(store.columns["end"][-1]) if len(store) else 0
+        self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
         self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
         self._size["keys"] = self._key_end
         del store  # closes its index
@@ -311,7 +310,7 @@ class StoreWriter:
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:
-            raise ValueError(f"{key}: class {label!r} is not among {', '.join(classes)}")
+            raise ValueError(f"{key}: class {label!r} is not among the store's")
         text = key.encode("utf-8", "surrogateescape")
         self._end += len(arrays["points"])
         self._key_end += len(text)

@@ -79,14 +79,15 @@ class Table:
         xyz = columns if columns and len(columns) == 3 else None
         names = self._names(row, xyz)
         if not names:
-            every = columns if columns and len(columns) == len(row) > 3 else tuple("xyz")
-            names, xyz = every, None
+            full = columns if columns and len(columns) == len(row) > 3 else tuple("xyz")
+            names, xyz = full, None
         xyz = coordinate_columns(names, xyz)
         found = dict(zip("xyz", map(names.index, xyz), strict=True))
         if max(found.values()) >= (width := len(row)):
             counts = f"has {width} columns, its header has {len(names)}"
             raise ReadError(f"{self._where} {counts}")
-        numbers = {n for n, cell in zip(names, row, strict=False) if _number(cell) is not None}
+        cells = dict(zip(names, row, strict=False))
+        numbers = {name for name, cell in cells.items() if _number(cell) is not None}
         others = _ATTRIBUTES & (numbers - {*xyz})
         return found | {name: names.index(name) for name in others}
 

@@ -33,7 +33,7 @@ def random_jitter(
     return points + sigma * noise.clamp(-3, 3)
 
 
-def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = None) -> Tensor:
+def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor:
     """The `count` points of each cloud that are nearest to a random one of its points, not moved."""
     draws = uniform(generator, (len(points), 1), points.device)
     around = gather_points(points, (draws * points.shape[1]).long())
@@ -80,8 +80,8 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     clutter, lumps = draws[:, 10, None, None], draws[:, 11, None, None]
     cluttered = stray[..., :1] < 3 * MAX_CLUTTER * (clutter - 2 / 3)
     middle = uniform(generator.stream("lumps"), (batch, 7), points.device) * count
-    own = (stray[..., 1] * (1 + 6 * lumps[..., 0])).long()
-    lumped = gather_points(gather_points(points, middle.long()), own)
+    lump = (stray[..., 1] * (1 + 6 * lumps[..., 0])).long()
+    lumped = gather_points(gather_points(points, middle.long()), lump)
     lumped = random_jitter(lumped, 0.1, generator.stream("lump"))
     in_lump = (clutter < 1 / 3) & (stray[..., :1] < 3 * MAX_LUMPS * clutter)
     points = torch.where(cluttered, anywhere, torch.where(in_lump, lumped, points))
