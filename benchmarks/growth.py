@@ -168,7 +168,7 @@ def grow_shapes() -> Growth:
             for record in store.header["shards"]:
                 (path / record["file"]).symlink_to(shard)
             points = StoredPoints(store, np.arange(count), POINTS)
-            order = 128, count, tuple(points.shard_sizes().tolist())
+            order = 128, count, points.shard_sizes
             once = {
                 ("open", count): partial(Store, path),
                 ("order of an epoch", count): partial(epoch_order.__wrapped__, 0, 0, *order[1:]),

@@ -94,7 +94,7 @@ def main() -> None:
         print(f"| memory grown by opening | {resident() - before:,.0f} MiB |")
         train = np.flatnonzero(np.asarray(store.columns["split"]) == 0)
         points = StoredPoints(store, train, POINTS)
-        sizes = tuple(points.shard_sizes().tolist())
+        sizes = points.shard_sizes
         print(
             f"| rows of the train part | {timed(lambda: np.flatnonzero(np.asarray(store.columns['split']) == 0), 3)} |"
         )

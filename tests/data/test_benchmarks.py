@@ -206,8 +206,8 @@ def test_a_benchmark_is_found_in_the_folder_of_its_archive(tmp_path, name):
     [
         (layouts.modelnet_normals, None, "modelnet10, modelnet40"),
         (layouts.modelnet_normals, "obj_bg", "modelnet10, modelnet40"),
-        (layouts.scanobjectnn, None, "obj_bg, pb_t50_rs, obj_only"),
-        (layouts.scanobjectnn, "obj_fg", "obj_bg, pb_t50_rs, obj_only"),
+        (layouts.scanobjectnn, None, "obj_bg, pb_t50_rs, obj_only, pb_t50_rs_nobg"),
+        (layouts.scanobjectnn, "obj_fg", "obj_bg, pb_t50_rs, obj_only, pb_t50_rs_nobg"),
     ],
 )
 def test_a_variant_that_is_not_there_names_those_that_are(tmp_path, write, variant, choices):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jepa3d.data import cloud as clouds
 from jepa3d.data import io
-from jepa3d.data.io import ReadError, enough_points, read
+from jepa3d.data.io import ReadError, read, sampled
 
 h5py, laspy = pytest.importorskip("h5py"), pytest.importorskip("laspy")
 pye57, pypcd4 = pytest.importorskip("pye57"), pytest.importorskip("pypcd4")
@@ -249,7 +249,7 @@ def test_one_of_two_triples_is_chosen_by_name(tmp_path):
 def test_a_mesh_without_area_is_refused(tmp_path):
     (tmp_path / "a.off").write_text("OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n")
     with pytest.raises(ReadError, match="without surface"):
-        enough_points(read(tmp_path / "a.off"), 16, 0)
+        sampled(read(tmp_path / "a.off"), 16)
 
 
 @pytest.mark.skipif(

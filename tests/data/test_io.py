@@ -9,8 +9,9 @@ import pytest
 import trimesh
 
 from jepa3d.data.cloud import ReadError
+from jepa3d.data.datasets import load
 from jepa3d.data.errors import as_read_error
-from jepa3d.data.io import enough_points, read
+from jepa3d.data.io import read, sampled
 
 BOX = trimesh.creation.box((1.0, 2.0, 4.0))
 CLOUD = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
@@ -19,7 +20,7 @@ TETRAHEDRON = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 
 def read_points(path: Path, num_points: int, seed: int = 0) -> np.ndarray:
     with as_read_error(path):
-        return enough_points(read(path), num_points, seed).points
+        return sampled(read(path), num_points, seed).points
 
 
 def write_mesh(path: Path, mesh: trimesh.Trimesh = BOX, **options) -> Path:
@@ -178,9 +179,8 @@ def test_a_mesh_with_nan_vertices_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.npy", "a.ply", "a.obj"])
 def test_too_few_points_are_refused_with_both_numbers(tmp_path, name):
-    message = read_error(write_cloud(tmp_path / name), num_points=61)
-    assert "60" in message
-    assert "61" in message
+    with pytest.raises(ReadError, match="60 points, at least 61 are needed"):
+        load([str(write_cloud(tmp_path / name))], 61)
 
 
 def test_points_all_equal_are_refused(tmp_path):

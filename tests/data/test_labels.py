@@ -121,7 +121,7 @@ def test_a_bundle_of_ignored_points_is_read_and_one_of_nothing_else_is_refused(t
     assert (load([str(tmp_path / "a.npz")], 80, "all", parts=True).parts == -1).sum() == 6 * 9
     seg[2] = -1
     np.savez(tmp_path / "b.npz", points=points, labels=np.arange(6) % 2, seg=seg)
-    with pytest.raises(ReadError, match=r"b\.npz: seg: 1 shapes have no labelled point"):
+    with pytest.raises(ReadError, match=r"b\.npz: part labels: 1 shapes have none"):
         load([str(tmp_path / "b.npz")], 80, "all", parts=True)
 
 

@@ -204,7 +204,7 @@ SHORT = FACES.rsplit("\n", 3)[0] + "\n"
         (
             "a.ply",
             PLY.format("ascii") + LIST + VERTICES + SHORT,
-            "truncated: 4 of 6 of its face rows",
+            "truncated: 4 of 6 rows of face",
         ),
         (
             "a.ply",
@@ -224,7 +224,7 @@ SHORT = FACES.rsplit("\n", 3)[0] + "\n"
         (
             "a.ply",
             PLY.format("ascii").replace("float", "real") + LIST + VERTICES + FACES,
-            "no type is called 'real'",
+            "no type 'real', but int8",
         ),
         (
             "a.ply",
@@ -431,7 +431,7 @@ def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
         (lambda s: s["buffers"][0].update(uri="../a.bin"), "is not in its folder"),
         (lambda s: s["buffers"][0].update(uri="/etc/passwd"), "is not in its folder"),
         (lambda s: s["buffers"][0].update(uri="http://localhost/a.bin"), "is not in its folder"),
-        (lambda s: s["buffers"][0].update(byteLength=999), "truncated: buffer 0 has 168 of 999"),
+        (lambda s: s["buffers"][0].update(byteLength=999), "truncated buffer 0: 168 of 999"),
         (lambda s: s["accessors"][0].update(count=99), "99 values"),
         (lambda s: s["accessors"][0].update(count=10**12), "more than 50,000,000"),
         (

@@ -136,6 +136,17 @@ def test_an_error_names_the_cause(tmp_path, content, said, suffix):
         assert ("--columns" in str(caught.value)) == ("--columns" in said)
 
 
+def test_columns_name_those_of_a_table_without_header(tmp_path):
+    np.savetxt(tmp_path / "a.txt", np.c_[LABELS, POINTS], "%.4f")
+    cloud = read(tmp_path / "a.txt", columns=("label", "x", "y", "z"))
+    assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-4)
+    assert np.array_equal(to_parts(cloud.parts), LABELS)
+    np.savetxt(tmp_path / "b.txt", POINTS, "%.4f")  # another file of the same folder
+    for columns in (("label", "x", "y", "z"), ("e", "n", "h")):
+        cloud = read(tmp_path / "b.txt", columns=columns)
+        assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-4)
+
+
 def test_binary_data_is_no_table(tmp_path):
     (tmp_path / "a.xyz").write_bytes(bytes(range(256)) * 20)
     with pytest.raises(ReadError, match="binary"):

@@ -9,11 +9,10 @@ from jepa3d.data.transforms import (
     MAX_CLUTTER,
     MAX_LUMPS,
     VIEW_SHARES,
+    augment,
     fill,
     random_jitter,
     random_rotate,
-    random_scale,
-    random_translate,
     random_view,
 )
 from jepa3d.ops import BatchGenerator
@@ -21,8 +20,12 @@ from jepa3d.ops import BatchGenerator
 POINTS = torch.randn(16, 50, 3, generator=torch.Generator().manual_seed(0))
 
 
+def scaled(points: torch.Tensor, generator: BatchGenerator) -> torch.Tensor:
+    return augment(points, (0.8, 1.2), False, 0.0, generator)
+
+
 def test_scale_is_one_factor_an_axis_and_sample_within_its_range():
-    factors = random_scale(POINTS, 0.8, 1.2, BatchGenerator(0)) / POINTS
+    factors = scaled(POINTS, BatchGenerator(0)) / POINTS
     assert torch.allclose(factors, factors[:, :1].expand_as(factors), atol=1e-4)
     factors = factors[:, 0]
     assert factors.min() >= 0.8 - 1e-4
@@ -54,21 +57,21 @@ def test_every_sample_is_turned_by_its_own_angle_over_the_whole_circle():
     assert torch.histc(angle, 4, -torch.pi, torch.pi).min() > 25
 
 
-@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+@pytest.mark.parametrize("transform", [scaled, random_rotate])
 def test_the_generator_decides(transform):
     one, again, other = (transform(POINTS, BatchGenerator(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+@pytest.mark.parametrize("transform", [scaled, random_rotate])
 def test_the_points_given_are_not_changed(transform):
     points = POINTS.clone()
     transform(points, BatchGenerator(0))
     assert torch.equal(points, POINTS)
 
 
-@pytest.mark.parametrize("transform", [lambda p, g: random_scale(p, 0.8, 1.2, g), random_rotate])
+@pytest.mark.parametrize("transform", [scaled, random_rotate])
 def test_half_a_batch_on_each_of_two_processes_is_the_whole_batch(transform):
     whole = transform(POINTS, BatchGenerator(0, total=16))
     halves = [
@@ -78,7 +81,7 @@ def test_half_a_batch_on_each_of_two_processes_is_the_whole_batch(transform):
 
 
 def test_translation_moves_a_cloud_as_a_whole():
-    moved = random_translate(POINTS, 0.2, BatchGenerator(0)) - POINTS
+    moved = augment(POINTS, (1.0, 1.0), False, 0.2, BatchGenerator(0)) - POINTS
     assert torch.allclose(moved, moved[:, :1].expand_as(moved), atol=1e-5)
     assert 0.15 < moved.abs().max() <= 0.2 + 1e-5
     assert len(moved[:, 0].flatten().unique()) > 40

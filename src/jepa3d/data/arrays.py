@@ -14,19 +14,21 @@ import numpy as np
 
 from jepa3d.data import cloud as clouds
 from jepa3d.data.cloud import PointCloud, ReadError, check_shape
-from jepa3d.data.errors import as_read_error, check_claim, io_module, printable
+from jepa3d.data.errors import as_read_error, check_claim, check_unpacked, io_module
 from jepa3d.data.store import SPLITS
+from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # clouds read at once
+_MOST = 50, 1 << 28  # see `check_unpacked`
 _NAMES = {
     "points": ("data", "points", "xyz"),
     "label": ("label", "labels"),
     "normals": ("normal", "normals"),
-    "parts": ("pid", "seg", "parts"),
+    "parts": ("pid", "seg", "parts", "mask"),
     "split": ("split",),
 }
-_FACTS = ("label", "split", "class_names", "names")
+Names = tuple[str, ...]
 Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
@@ -35,34 +37,38 @@ def clouds_in(path: Path) -> int | None:
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
-        shapes = _array_shapes(path, path.stat().st_mtime_ns)
-        return shapes["points"][0] if len(shapes["points"]) == 3 else None
+        shape = _shape(path, path.stat().st_mtime_ns)
+        return shape[0] if len(shape) == 3 else None
 
 
-def facts_in(path: Path) -> dict[str, list]:
-    """Labels, splits and names of the clouds in an array file, each a list of texts or None.
+def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
+    """What an array file says of its clouds, by meaning; only what it has.
 
-    Only those that the file has. Raises ReadError.
+    label: n int64, -1 for none. class_names: their names; without any, labels are numbers. split: n
+    integers, indices of SPLITS. names: n texts. part_names: texts. labels_key: the array of the
+    labels. more: other arrays to read, points or parts. Raises ReadError.
     """
     with as_read_error(path):
         headers = _headers(path)
-        arrays = {key: name for key, name in _known(headers).items() if key in _FACTS}
+        known = _known(headers, labels_key)
+        count = headers[known["points"]][0][0]
+        arrays = {key: known[key] for key in ("label", "split", *more) if key in known}
         if path.suffix.lower() == ".npz":
-            arrays |= {name: name for name in _FACTS[2:] if name in headers}
-        count, facts, found = clouds_in(path), _read(path, arrays, slice(None)), {}
-        for key, values in facts.items():
-            facts[key] = values[:, 0] if values.shape == (len(values), 1) else values
-        if "label" in facts:
-            names = [_text(name) for name in facts.get("class_names", ())]
-            found["label"] = _classes(facts["label"], names, arrays["label"])
-        if (split := facts.get("split")) is not None:
+            classes = labels_key.removeprefix("labels").strip("_") or "class"
+            lists = {"class_names": f"{classes}_names"}
+            lists |= {name: name for name in ("names", "part_names")}
+            arrays |= {key: name for key, name in lists.items() if name in headers}
+        found: dict[str, Any] = _read(path, arrays, slice(None))
+        for key in found.keys() & {"class_names", "names", "part_names"}:
+            found[key] = tuple(map(_text, found[key]))
+        if "label" in found:
+            names, values = found.get("class_names", ()), found["label"].reshape(count)
+            found["label"], found["class_names"] = _classes(values, names)
+        if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
                 raise ReadError(f"split must be {count} integers: {_described(split)}")
-            if not np.isin(split, range(len(SPLITS))).all():
-                raise ReadError(f"split must be 0, 1 or 2, found {split.max()}")
-            found["split"] = [SPLITS[number] for number in split.tolist()]
-        if len(names := facts.get("names", ())) == count:
-            found["names"] = [_text(name) for name in names]
+            if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
+                raise ReadError(f"split must be 0, 1 or 2, found {wrong[0]}")
         return found
 
 
@@ -70,23 +76,24 @@ def _described(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)}"
 
 
-def _classes(values: np.ndarray, names: list[str], array: str) -> list[str | None]:
-    """The name of the class of each label. Labels are texts, or numbers that index `names`.
+def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
+    """Labels n as int64 and the names of their classes. They are texts, or numbers from 0.
 
-    None for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
+    -1 for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
     """
     if values.dtype.kind in "US":
-        return [_text(value) for value in values]
+        texts, labels = np.unique(values, return_inverse=True)
+        return labels, tuple(map(_text, texts))
     numbers = np.nan_to_num(values, nan=-1) if values.dtype.kind == "f" else values
     if values.dtype.kind not in "iuf" or (numbers != np.floor(numbers)).any():
         found = f"found {_described(values)}"
-        raise ReadError(f"{array} must be whole numbers or names, {found}")
-    numbers = numbers.astype(np.int64)
+        raise ReadError(f"labels must be whole numbers or names, {found}")
+    labels = numbers.astype(np.int64)
     if values.dtype.kind in "iu":
-        numbers[values == np.iinfo(values.dtype).max] = -1
-    if names and (largest := numbers.max(initial=-1)) >= len(names):
-        raise ReadError(f"label {largest} without class: there are {len(names)} names")
-    return [None if n < 0 else names[n] if names else str(n) for n in numbers.tolist()]
+        labels[values == np.iinfo(values.dtype).max] = -1
+    if names and (largest := labels.max(initial=-1)) >= len(names):
+        raise ReadError(f"label {largest} without class: {len(names)} have names")
+    return labels.clip(-1), names
 
 
 def _text(name: object) -> str:
@@ -106,7 +113,7 @@ def _headers(path: Path) -> Headers:
         with path.open("rb") as file:
             return {"points": _npy_header(file)}
     found: Headers = {}
-    wanted = {"mask"}.union(*_NAMES.values())
+    wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
         for name in file:  # lists names only; other arrays are not opened
             found[name] = (), np.dtype("V")
@@ -131,7 +138,7 @@ def npz_headers(path: Path) -> Headers:
                 found[name] = header = _npy_header(file)
                 claimed = 0 if header[1].hasobject else _bytes(header)
                 if file.tell() + claimed > member.file_size:
-                    raise ReadError(f"truncated: the header of {name} claims {claimed:,} bytes")
+                    raise ReadError(f"truncated: {name} claims {claimed:,} bytes")
     return found
 
 
@@ -153,18 +160,9 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     for name in names:
         if headers[name][1].hasobject:
             raise ReadError(f"{name} holds Python objects, which are not read")
-    check_inflated(path, sum(_bytes(headers[name]) for name in names))
+    check_unpacked(path, sum(_bytes(headers[name]) for name in names), *_MOST)
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
-
-
-def check_inflated(path: Path, claimed: int) -> None:
-    """Raises ReadError for a file that claims over 256 MiB and over 50 times its own size."""
-    size = path.stat().st_size
-    if claimed > max(2**28, 50 * size):
-        raise ReadError(
-            f"refused: {claimed:,} bytes in a file of {size:,}; save it without compression"
-        )
 
 
 def _dataset(file: Any, name: str) -> Any:
@@ -174,15 +172,15 @@ def _dataset(file: Any, name: str) -> Any:
         step, steps = left.pop(0), steps + 1
         link = place.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
-            raise ReadError(f"{name} is a link to another file, to nothing or a circle")
+            raise ReadError(f"{name} links to another file, to nothing or in a circle")
         if isinstance(link, h5py.SoftLink):
             place = file if link.path.startswith("/") else place
-            path = [part for part in link.path.split("/") if part not in ("", ".")]
-            left = path + left
+            path = link.path.split("/")
+            left = [part for part in path if part not in ("", ".")] + left
         else:
             place = place[step]
     if not isinstance(place, h5py.Dataset):
-        raise ReadError(f"{name} is a group, not an array")
+        raise ReadError(f"{name} is a group; an array is needed")
     if place.external or place.is_virtual:
         raise ReadError(f"{name} has its values in other files, which are not read")
     return place
@@ -191,13 +189,19 @@ def _dataset(file: Any, name: str) -> Any:
 # -------------------------------------------------------------------------------------- by meaning
 
 
-def _known(headers: Headers) -> dict[str, str]:
+def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     """Names of the arrays to read, by their meaning (see `_NAMES`). Raises ReadError.
 
-    An array label with a number for each point, [n, N], is taken as parts.
+    labels_key: the array of the labels. One with a number for each point, [n, N], is taken as
+    parts.
     """
-    found: dict[str, str] = {}
-    for key, names in _NAMES.items():
+    wanted, found = _NAMES, {}
+    if labels_key != "labels":
+        if labels_key not in headers:
+            have = ", ".join(name for name in headers if name.startswith("label"))
+            raise ReadError(f"has no labels {labels_key!r}, but {have or 'none'}")
+        wanted = _NAMES | {"label": (labels_key,)}
+    for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
             found[key] = name
     if "points" not in found:
@@ -216,10 +220,10 @@ def _known(headers: Headers) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _array_shapes(path: Path, changed: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a file, by their meaning."""
+def _shape(path: Path, changed: int) -> tuple[int, ...]:
+    """The shape of the points of a file."""
     headers = _headers(path)
-    return {key: headers[name][0] for key, name in _known(headers).items()}
+    return headers[_known(headers)["points"]][0]
 
 
 @lru_cache(maxsize=2)
@@ -229,11 +233,7 @@ def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.nda
     All rows if block is None, and always all of an NPZ.
     """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
-    headers = _headers(path)
-    names = _known(headers)
-    if "mask" in headers:
-        names["mask"] = "mask"
-    return _read(path, names, rows)
+    return _read(path, _known(_headers(path)), rows)
 
 
 def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarray]:
@@ -258,33 +258,25 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
             check_claim(path, data.nbytes, 1100)  # gzip packs at most 1032 times
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
-            check_inflated(path, max(int(data.nbytes * share), chunk))
+            check_unpacked(path, max(int(data.nbytes * share), chunk), *_MOST)
             found[key] = data[rows]
         return found
 
 
-def array_rows(path: Path, row: int) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of the block with this row, and the row's index in them. Raises ReadError."""
-    block, at = divmod(row, _BLOCK) if path.suffix.lower() != ".npz" else (None, row)
-    arrays = array_block(path, block, path.stat().st_mtime_ns)
-    counts = {key: len(values) for key, values in arrays.items()}
-    if len(set(counts.values())) > 1:
-        lengths = ", ".join(f"{key} {n}" for key, n in counts.items())
-        raise ReadError(f"arrays of different lengths: {lengths}")
-    if at >= len(arrays["points"]):
-        raise ReadError(f"has no cloud {row}")
-    return arrays, at
-
-
 def read_array(path: Path, row: int | None) -> PointCloud:
     """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
-    shape = _array_shapes(path, path.stat().st_mtime_ns)["points"]
-    if len(shape) != 3:
-        arrays = array_block(path, None, path.stat().st_mtime_ns)
+    changed, count = path.stat().st_mtime_ns, clouds_in(path)
+    if count is None:
+        arrays = array_block(path, None, changed)
     elif row is None:
-        raise ReadError(f"expected points [n, 3], found {list(shape)}: many clouds")
+        raise ReadError(f"holds {count:,} clouds; PATH#ROW names one")
     else:
-        arrays, at = array_rows(path, row)
+        whole = path.suffix.lower() == ".npz"
+        block, at = (None, row) if whole else divmod(row, _BLOCK)
+        arrays = array_block(path, block, changed)
+        lengths = {key: len(values) for key, values in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise ReadError(f"its arrays must have as many rows as clouds: {lengths}")
         arrays = {key: values[at] for key, values in arrays.items()}
     points, attributes = arrays["points"], {}
     normals, parts = arrays.get("normals"), arrays.get("parts")
@@ -295,7 +287,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
     return PointCloud.make(points, **attributes)
 
 
-def npy_rows(path: Path, attributes: bool) -> Iterator[np.ndarray]:
+def npy_rows(path: Path) -> Iterator[np.ndarray]:
     """Chunks of the points of an NPY, float64 n 3. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)

@@ -18,13 +18,11 @@ from typing import NoReturn
 import numpy as np
 import yaml
 
-from jepa3d.data.arrays import array_rows
 from jepa3d.data.cloud import PointCloud, ReadError, to_parts
 from jepa3d.data.entries import Entry, Source, entries_of
 from jepa3d.data.errors import as_read_error
 from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
-from jepa3d.data.text import read_table
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SHAPENETPART: dict[str, int] = _PUBLISHED["parts"]  # number of parts of each category
@@ -112,22 +110,18 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
     classes, entries = set(_lines(root / f"{name}_shape_names.txt", "ModelNet")), []
-    table = partial(_table, ("x", "y", "z", "nx", "ny", "nz"))
+    table = partial(read, columns=("x", "y", "z", "nx", "ny", "nz"))
     for split in ("train", "test"):
         path = root / f"{name}_{split}.txt"
         for shape in _lines(path, "ModelNet"):
             label = shape.rpartition("_")[0]
-            key = f"{shape.rpartition('_')[0]}/{shape}.txt"
+            key = f"{label}/{shape}.txt"
             if label not in classes:
-                raise ReadError(f"{path}: label {label!r} of {shape} without class")
+                wrong = f"label {label!r} of {shape} without class"
+                raise ReadError(f"{path}: {wrong} in {name}_shape_names.txt")
             reader = _listed(root / key, table, "ModelNet", path.name)
             entries.append(Entry(key, reader, label, split, "y"))
     return Source(f"{name.replace('modeln', 'ModelN')} normals", entries)
-
-
-def _table(names: tuple[str, ...], path: Path) -> PointCloud:
-    with as_read_error(path):
-        return read_table(path, names=names)
 
 
 def _modelnet_hdf5(root: Path) -> Source:
@@ -150,42 +144,40 @@ def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
     for entry in entries_of(path, path.name, None, split):
         number = -1 if entry.label is None else int(entry.label)
         if not 0 <= number < len(names):
-            raise ReadError(f"{path}: label {number} of {entry.key} without class")
+            wrong = f"label {number} of {entry.key} without class"
+            raise ReadError(f"{path}: {wrong}; allowed are 0 to {len(names) - 1}")
         entries.append(replace(entry, label=names[number], up_axis="y"))
     return entries
 
 
 def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
     """The whole download, or one of its folders: main_split or, without background, _nobg."""
+    here = any(root.glob("t*_objectdataset*.h5"))
     one = "main_split_nobg" if "nobg" in root.name else "main_split"
-    inside = {name: root for name, (folder, _) in _SCANS.items() if folder == one}
-    names = ("obj_bg", "pb_t50_rs", "obj_only")
-    whole = {name: root / _SCANS[name][0] for name in names}
-    ends = {name: f"_objectdataset{end}.h5" for name, (_, end) in _SCANS.items()}
-    for places in (inside, whole):
-        found = [name for name, at in places.items() if any(at.glob(f"t*{ends[name]}"))]
-        if found:
-            break
-    else:
+    files = {
+        name: (root if here else root / folder, f"_objectdataset{end}.h5")
+        for name, (folder, end) in _SCANS.items()
+        if folder == one or not here
+    }
+    found = [name for name, (at, end) in files.items() if any(at.glob(f"t*{end}"))]
+    if not found:
         return None
     name, entries = _chosen(root, found, variant), []
+    folder, end = files[name]
     for split, part in (("train", "training"), ("test", "test")):
-        path = places[name] / f"{part}{ends[name]}"
+        path = folder / f"{part}{end}"
         if not path.is_file():
             _missing("ScanObjectNN", f"the {name} variant", path)
         rows = _rows_of(path, _PUBLISHED["classes"]["ScanObjectNN"], split)
-        for row, entry in enumerate(rows):
-            entries.append(replace(entry, read=partial(_masked, path, row)))
+        entries += [replace(row, read=partial(_masked, row.read)) for row in rows]
     return Source(f"ScanObjectNN {name}", entries, ("background", "object"))
 
 
-def _masked(path: Path, row: int) -> PointCloud:
+def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
     """A cloud with part labels 1 for the object and 0 for its background (mask -1)."""
-    with as_read_error(path):
-        cloud, (arrays, at) = read(path, row), array_rows(path, row)
-        if "mask" not in arrays:
-            return cloud
-        return replace(cloud, parts=(arrays["mask"][at] != -1).astype(np.int32))
+    cloud = reader()
+    parts = None if cloud.parts is None else (cloud.parts != -1).astype(np.int32)
+    return replace(cloud, parts=parts)
 
 
 def _shapenetpart(root: Path) -> Source:
@@ -196,10 +188,11 @@ def _shapenetpart(root: Path) -> Source:
     lines = [line.split() for line in _lines(path, "ShapeNetPart")]
     category = {line[1]: line[0] for line in lines if len(line) == 2}
     if unknown := set(category.values()) - SHAPENETPART.keys():
-        raise ReadError(f"{path}: label {min(unknown)!r} without class")
+        allowed = ", ".join(SHAPENETPART)
+        raise ReadError(f"{path}: label {min(unknown)!r} without class ({allowed})")
     firsts = np.cumsum([0, *SHAPENETPART.values()]).tolist()
     readers: dict[str, partial] = {}  # by synset/id
-    table = partial(_table, ("x", "y", "z", "nx", "ny", "nz", "part"))
+    table = partial(read, columns=("x", "y", "z", "nx", "ny", "nz", "part"))
     for synset, name in category.items():
         first = firsts[[*SHAPENETPART].index(name)]
         labelled = partial(_with_parts, first, SHAPENETPART[name])

@@ -1,6 +1,6 @@
 """One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,34 +66,37 @@ class PointCloud:
         """A cloud from coordinates N 3 of any number type, and attributes of N rows.
 
         Points with NaN are left out and counted, together with `unseen` that the caller left out.
-        Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN,
-        and an attribute of other length.
+        Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN
+        in a face, and an attribute of other length.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
-        kept = {name: attributes.get(name) for name in ATTRIBUTES}
-        kept = {name: values for name, values in kept.items() if values is not None}
+        kept = {n: attributes[n] for n in ATTRIBUTES if attributes.get(n) is not None}
         for name, values in kept.items():
             if len(values) != len(xyz):
                 raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
-        seen = ~np.isnan(xyz).any(1)
-        if faces is None and not seen.all():
-            xyz, unseen = xyz[seen], unseen + int((~seen).sum())
+        seen = np.all(~np.isnan(xyz), axis=1)
+        if not seen.all() and (faces is None or seen[faces].all()):
             attributes |= {name: values[seen] for name, values in kept.items()}
+            xyz = xyz[seen]
+            if faces is None:
+                unseen += int((~seen).sum())
+            else:
+                attributes["faces"] = (np.cumsum(seen) - 1)[faces]
         if unseen and not len(xyz):
             raise ReadError(f"no points: all {unseen:,} are NaN (nothing was seen)")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
         if not points.any():
-            raise ReadError("all points are equal, up to rounding")
+            raise ReadError("all points are equal, up to rounding; two must differ")
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def take(self, index: np.ndarray) -> "PointCloud":
         """The points at an index, with their attributes, without faces."""
-        kept = {name: getattr(self, name) for name in ATTRIBUTES}
-        kept = {key: None if old is None else old[index] for key, old in kept.items()}
-        return replace(self, points=self.points[index], faces=None, **kept)
+        arrays = {name: getattr(self, name) for name in ("points", *ATTRIBUTES)}
+        kept = {key: None if old is None else old[index] for key, old in arrays.items()}
+        return replace(self, faces=None, **kept)
 
     def normalised(self) -> "PointCloud":
         """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
@@ -234,20 +237,19 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
     return np.array(rows)
 
 
-def attributes_in(known: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Which of these columns, fields or properties are the normals, colors and parts."""
-    found: dict[str, tuple[str, ...]] = {}
+def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Normals, colors and parts among columns, fields or properties n by their names."""
+    found: dict[str, Any] = {}
+    forms = {"normals": np.float32, "colors": to_bytes, "parts": np.ravel}
     for key, groups in ATTRIBUTE_COLUMNS.items():
-        if names := next((group for group in groups if set(group) <= set(known)), None):
-            found[key] = names
+        if names := next((g for g in groups if {*g} <= columns.keys()), None):
+            found[key] = forms[key](np.stack([columns[name] for name in names], 1))
+    # PCL's colours: the bytes b, g, r, a of one float or integer
+    packed = columns.get("rgb", columns.get("rgba"))
+    if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
+        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
+        found["colors"] = bgra[:, 2::-1].copy()
     return found
-
-
-def as_attribute(key: str, values: np.ndarray) -> np.ndarray:
-    """The columns N D of an attribute in the form that `PointCloud` has it."""
-    if key == "normals":
-        return values.astype(np.float32)
-    return to_bytes(values) if key == "colors" else values[:, 0]
 
 
 def sample_triangles(
@@ -261,7 +263,7 @@ def sample_triangles(
     a, b, c = triangles.swapaxes(0, 1)
     area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
     if not area[-1] > 0:
-        raise ReadError("a mesh without surface")
+        raise ReadError("a mesh without surface: its triangles have no area")
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
     # uniform in a triangle: Osada et al. 2002, eq. 1
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
@@ -313,21 +315,18 @@ class Reservoir:
         return rows[np.sort(np.argpartition(rows[:, 0], self.limit)[: self.limit])]
 
 
-def collected(chunks: Iterable[np.ndarray], attributes: dict[str, int]) -> PointCloud:
-    """A cloud from chunks of rows x, y, z and attributes; a random part if there are too many rows.
+def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
+    """A cloud from chunks of rows n D: a random part if there are too many, without those of NaN.
 
-    attributes: the number of columns of each attribute, in order. One without any number is left
-    out.
+    names: of the columns, D or fewer; x, y, z come first. A column without any number is left out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:
         seen = rows[~np.isnan(rows[:, :3]).any(1)]
         unseen += len(rows) - len(seen)
         reservoir.add(seen)
-    rows, found = reservoir.rows(), {}
-    ends = np.cumsum([3, *attributes.values()])
-    for key, values in zip(attributes, np.split(rows, ends, 1)[1:], strict=False):
-        if np.isfinite(values).any():
-            found[key] = as_attribute(key, values)
+    rows = reservoir.rows()
+    columns = zip(names, rows.T, strict=False)
+    found = attributes_of({n: v for n, v in columns if np.isfinite(v).any()})
     total = reservoir.total if reservoir.total > len(rows) else None
     return PointCloud.make(rows[:, :3], total=total, unseen=unseen, **found)

@@ -45,9 +45,7 @@ class PointClouds:
         """How many shapes each shard of a store holds, if it is read in place; () for shapes in
         memory.
         """
-        if not isinstance(self.points, StoredPoints):
-            return ()
-        return tuple(self.points.shard_sizes().tolist())
+        return self.points.shard_sizes if isinstance(self.points, StoredPoints) else ()
 
     def batch(self, index: np.ndarray) -> Tensor:
         """Clouds b N 3 at an index."""
@@ -103,7 +101,7 @@ def load(
         shapes = open_shapes(source, num_points, axis, labels_key, limit, raw, parts)
         rows, total = shapes.rows(split), shapes.total or len(shapes.split)
         if not len(rows):
-            raise ReadError(f"{source}: no shapes in its {split} part")
+            raise ReadError(f"{source}: no shapes in its {split} part; 'all' has all")
         found = _loaded(shapes, rows[:limit], num_points, raw, parts)
         available = round(len(rows) * total / len(shapes.split))
         loaded.append(replace(found, available=available))
@@ -125,17 +123,11 @@ def _loaded(
         of_points = StoredPoints(store, rows, num_points, "parts") if parts else None
     else:
         points, of_points, digest = _read(shapes, rows, num_points, raw, parts)
-    labels = shapes.labels[rows] if (shapes.labels[rows] >= 0).all() else None
-    return PointClouds(
-        shapes.name,
-        shapes.fingerprint or digest,
-        points,
-        labels,
-        () if labels is None else shapes.class_names,
-        shapes.split[rows] if (shapes.split >= 0).any() else None,
-        of_points,
-        shapes.part_names if parts else (),
-    )
+    digest, labels = shapes.fingerprint or digest, shapes.labels[rows]
+    classes = (labels, shapes.class_names) if (labels >= 0).all() else (None, ())
+    split = shapes.split[rows] if (shapes.split >= 0).any() else None
+    of_parts = of_points, shapes.part_names if parts else ()
+    return PointClouds(shapes.name, digest, points, *classes, split, *of_parts)
 
 
 def _read(
@@ -156,7 +148,7 @@ def _read(
         points = np.stack([shape.points for shape in found])
         labels = np.stack([np.asarray(s.parts) for s in found]) if parts else None
         if not raw:
-            axes = TO_Z_UP[found[0].up]
+            axes = TO_Z_UP[found[0].up or "z"]
             points, labels = _standard(points, num_points, axes, labels)
         clouds.append(points)
         of_points.append(labels)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from jepa3d.data.arrays import clouds_in, facts_in
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import printable
 from jepa3d.data.io import read
-from jepa3d.plain import log
+from jepa3d.data.store import SPLITS
+from jepa3d.plain import log, printable
 
 _NAMES = {
     "train": "train training",
@@ -79,12 +80,18 @@ def entries_of(
     if count is None:
         return [Entry(key, partial(read, path, None, *how), label, split)]
     facts = facts_in(path)
-    given = {"label": label, "split": split, "names": None}
-    found = [facts.get(name, [value] * count) for name, value in given.items()]
-    rows = zip(*found, strict=True)
+    labels, splits, names = repeat(label), repeat(split), facts.get("names", ())
+    if "label" in facts:
+        classes, numbers = facts["class_names"] or None, facts["label"].tolist()
+        labels = [None if n < 0 else classes[n] if classes else str(n) for n in numbers]
+    if "split" in facts:
+        splits = [SPLITS[n] for n in facts["split"].tolist()]
+    if len(names) != count:
+        names = repeat(None)
+    rows = zip(range(count), labels, splits, names, strict=False)
     return [
         Entry(f"{key}#{row}", partial(read, path, row), label, split, None, name, row)
-        for row, (label, split, name) in enumerate(rows)
+        for row, label, split, name in rows
     ]
 
 
@@ -109,25 +116,21 @@ def classes_and_splits(
         for depth, name in enumerate(names):
             inside[names[:depth]].add(name)
 
-    def splits_in(names: set[str]) -> set[str]:
-        return {split for name in names if (split := split_of(name))}
+    def splits_in(names: set[str]) -> int:
+        return len({split_of(name) for name in names} - {None})
 
     levels: dict[int, set[str]] = defaultdict(set)  # the folders of each depth
     for at, names in inside.items():
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
-
-    def most_splits(depth: int) -> tuple[int, int]:
-        return len(splits_in(levels[depth])), -depth
-
-    # of several such levels (a class `test` in folders train and test) the one with most splits
-    level = max(all_named, key=most_splits, default=None)
+    # of several such levels (a class `test` in folders train and test) the first with most splits
+    level = max(sorted(all_named), key=lambda at: splits_in(levels[at]), default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
         if level is not None:
             return depth == level
         beside, within = inside[names[:depth]], inside.get(names[: depth + 1], set())
-        several = len(splits_in(beside)) > 1 or not beside.isdisjoint(within)
+        several = splits_in(beside) > 1 or not beside.isdisjoint(within)
         return split_of(names[depth]) is not None and several
 
     @cache
@@ -139,13 +142,9 @@ def classes_and_splits(
         return names, None
 
     found = [divided(names) for names in folders]
-    classes, depth = {names for names, _ in found}, 0
-    while (
-        not flat
-        and len({names[: depth + 1] for names in classes}) == 1
-        and min(map(len, classes)) > depth + 1
-    ):
-        depth += 1
+    outer = zip(*(names[:-1] for names, _ in found), strict=False)
+    shared = list(takewhile(lambda names: len(set(names)) == 1, outer))
+    depth = 0 if flat else len(shared)
     return [(next(iter(names[depth:]), None), split) for names, split in found]
 
 
@@ -166,21 +165,17 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     try:
         fraction = float(split)
     except ValueError:
-        return _with_test(entries, _listed(entries, Path(split)))
-    if not 0 < fraction < 1:
-        raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
-    if any(entry.split for entry in entries):
-        log.info(f"--split {split} takes the place of the split that the source has")
-    rng, test = np.random.default_rng(seed), set()
-    for label in sorted({entry.label or "" for entry in entries}):
-        keys = [entry.key for entry in entries if (entry.label or "") == label]
-        count = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
-        test |= {keys[i] for i in rng.permutation(len(keys))[:count]}
-    return _with_test(entries, test)
-
-
-def _with_test(entries: list[Entry], test: set[str]) -> list[Entry]:
-    """All entries, those with these keys in test and the others in train."""
+        test = _listed(entries, Path(split))
+    else:
+        if not 0 < fraction < 1:
+            raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
+        if any(entry.split for entry in entries):
+            log.info(f"--split {split} takes the place of the split of the source")
+        rng, test = np.random.default_rng(seed), set()
+        for label in sorted({entry.label or "" for entry in entries}):
+            keys = [entry.key for entry in entries if (entry.label or "") == label]
+            count = min(max(round(fraction * len(keys)), 1), len(keys) - 1)
+            test |= {keys[i] for i in rng.permutation(len(keys))[:count]}
     return [replace(e, split="test" if e.key in test else "train") for e in entries]
 
 

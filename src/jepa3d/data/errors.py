@@ -86,7 +86,15 @@ def check_claim(path: Path, claimed: int, factor: int) -> None:
     To be called before memory is allocated for them.
     """
     if claimed > factor * path.stat().st_size:
-        raise ReadError(f"truncated or damaged: its header claims {claimed} bytes")
+        raise ReadError(f"truncated or damaged: its header claims {claimed:,} bytes")
+
+
+def check_unpacked(path: Path, total: int, factor: int, always: int) -> None:
+    """Raises ReadError if a file unpacks to over `factor` times its size and over `always` bytes."""
+    size = path.stat().st_size
+    if total > max(factor * size, always):
+        reason = f"{size:,} bytes would unpack to {total:,}, too many for its size"
+        raise ReadError(f"{reason}; unpack it yourself, or save it without compression")
 
 
 def io_module(name: str) -> Any:

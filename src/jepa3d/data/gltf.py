@@ -51,7 +51,7 @@ class _Scene:
                 raise ReadError(f"needs {name}, which is not read; save it without")
         self.nodes: list[dict] = self.json.get("nodes", [])
         self.places: dict[int, np.ndarray] = {}  # the matrix of each node of the scene
-        self.hidden: set[int] = set()  # nodes of the scene that are not shown
+        self.shown: dict[int, bool] = {}  # whether each node is visible
         self.buffers: dict[int, bytes] = {}
 
     def read(self) -> PointCloud:
@@ -65,7 +65,8 @@ class _Scene:
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
-            raise ReadError(f"a scene {'of lines' if primitives else 'without meshes'}")
+            what = "of lines" if primitives else "without meshes"
+            raise ReadError(f"a scene {what}; triangles or points are read")
         used = [p["attributes"]["POSITION"] for *_, p in chosen]
         used += [p["indices"] for *_, p in chosen if "indices" in p]
         if sum(self.json["accessors"][i]["count"] for i in used) > _MOST:
@@ -106,12 +107,11 @@ class _Scene:
         while waiting:
             i, above, visible = waiting.pop()
             if i in self.places or i < 0:
-                raise ReadError(f"node {i} is reached twice")
+                raise ReadError(f"node {i} is reached twice; nodes must form a tree")
             node = self.nodes[i]
             self.places[i] = above @ _matrix(node)
             visible &= _extension(node, "KHR_node_visibility").get("visible", True)
-            if not visible:
-                self.hidden.add(i)
+            self.shown[i] = visible
             children = node.get("children", ())
             waiting += [(child, self.places[i], visible) for child in children]
 
@@ -125,7 +125,7 @@ class _Scene:
         shown = []
         for i, place in sorted(self.places.items()):
             node = self.nodes[i]
-            if "mesh" not in node or i in self.hidden:
+            if "mesh" not in node or not self.shown[i]:
                 continue
             copies = [{}]
             if instances := _extension(node, "EXT_mesh_gpu_instancing"):
@@ -175,7 +175,7 @@ class _Scene:
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"a face of vertex {corners.max()}, of {count} vertices")
+            raise ReadError(f"face of vertex {corners.max()}; allowed 0 to {count - 1}")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
@@ -195,7 +195,7 @@ class _Scene:
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
         if not 0 <= count <= _MOST:
-            raise ReadError(f"an accessor of {count} values")
+            raise ReadError(f"an accessor of {count} values; at most {_MOST} are read")
         if "bufferView" in accessor:
             values = self._view(accessor, count, width, kind)
         else:
@@ -232,8 +232,8 @@ class _Scene:
         if i not in self.buffers:
             buffer = self.json["buffers"][i]
             self.buffers[i] = data = self._load(buffer.get("uri"))
-            if (claimed := buffer["byteLength"]) > len(data):
-                raise ReadError(f"truncated: buffer {i} has {len(data)} of {claimed} bytes")
+            if (size := buffer["byteLength"]) > len(data):
+                raise ReadError(f"truncated buffer {i}: {len(data)} of {size} bytes")
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
@@ -246,7 +246,7 @@ class _Scene:
             return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is not in its folder, and no other is read")
+                raise ReadError(f"its buffer {name} is not in its folder: not read")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
         raise ReadError(f"its buffer {unquote(uri)} is not beside it")
@@ -291,7 +291,7 @@ def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
         hub = np.repeat(corners[:1], max(len(corners) - 2, 0))
         return np.stack([hub, corners[1:-1], corners[2:]], 1)
     if mode != 4:
-        raise ReadError(f"no primitives are of mode {mode}")
+        raise ReadError(f"primitives of mode {mode}; allowed are 0 to 6")
     if len(corners) % 3:
-        raise ReadError(f"{len(corners)} corners of triangles")
+        raise ReadError(f"{len(corners)} corners of triangles, not a multiple of 3")
     return corners.reshape(-1, 3)

@@ -15,15 +15,12 @@ import numpy as np
 from jepa3d.data import scans
 from jepa3d.data.arrays import ARRAY_SUFFIXES, npy_rows, read_array
 from jepa3d.data.cloud import PointCloud, ReadError
-from jepa3d.data.errors import as_read_error, suffix_of
+from jepa3d.data.errors import as_read_error, check_unpacked, suffix_of
 from jepa3d.data.gltf import read_gltf
 from jepa3d.data.meshes import read_obj, read_off, read_stl
 from jepa3d.data.ply import ply_rows, read_ply
 from jepa3d.data.text import read_table, table_rows
 from jepa3d.plain import load_code
-
-# A .gz may unpack to this many times its size, and always to this many bytes.
-_MAX_UNPACKED = 100, 1 << 26
 
 
 def read(
@@ -73,16 +70,12 @@ def _inflated(path: Path) -> Iterator[Path]:
     if path.suffix.lower() != ".gz":
         yield path
         return
-    largest = max(_MAX_UNPACKED[0] * path.stat().st_size, _MAX_UNPACKED[1])
     with tempfile.TemporaryDirectory() as folder:
         file, total = Path(folder, "file" + suffix_of(path)), 0
         with gzip.open(path) as packed, file.open("wb") as out:
             while block := packed.read(1 << 20):
                 total += len(block)
-                if total > largest:
-                    raise ReadError(
-                        f"holds over {largest:,} bytes, too many for its size; unpack it"
-                    )
+                check_unpacked(path, total, 100, 1 << 26)
                 out.write(block)
         yield file
 
@@ -98,12 +91,13 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
     with as_read_error(path):
         if path.stat().st_size == 0:
             raise ReadError("empty file")
-        parts = (reader(path, False) if reader else None) or _at_once(path)
+        parts = (reader(path) if reader else None) or _at_once(path)
     while True:
         with as_read_error(path):
-            xyz = next(parts, None)
-        if xyz is None:
+            rows = next(parts, None)
+        if rows is None:
             return tell(unseen)
+        xyz = rows[:, :3]
         wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
         if wrong.any():
             first = f"first in point {number + int(wrong.argmax()):,}"
@@ -127,7 +121,7 @@ def _whole(path: Path, changed: int) -> PointCloud:
     if cloud.faces is not None:
         raise ReadError("a mesh; a scene is a cloud of points")
     if cloud.total:
-        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} points are read so")
+        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} read; use LAS or PLY")
     return cloud
 
 
@@ -137,14 +131,6 @@ def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
         return cloud
     cloud = cloud.sampled(max(2 * num_points, 2048), seed)
     return PointCloud.make(cloud.file_coordinates(), normals=cloud.normals, up=cloud.up)
-
-
-def enough_points(cloud: PointCloud, num_points: int, seed: int) -> PointCloud:
-    """As `sampled`; raises ReadError for a cloud of fewer than `num_points`."""
-    cloud = sampled(cloud, num_points, seed)
-    if len(cloud) < num_points:
-        raise ReadError(f"{len(cloud)} points, at least {num_points} are needed")
-    return cloud
 
 
 _TABLES = (".xyz", ".txt", ".csv", ".pts", ".asc")
@@ -163,8 +149,8 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# (path, whether with attributes) -> chunks, or None for a file to be read at once
-_IN_CHUNKS: dict[str, Callable[[Path, bool], Iterator[np.ndarray] | None]] = {
+# path -> chunks of rows x, y, z, ..., or None for a file to be read at once
+_IN_CHUNKS: dict[str, Callable[[Path], Iterator[np.ndarray] | None]] = {
     **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
     ".ply": ply_rows,

@@ -87,20 +87,10 @@ def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
-    """A mesh, or a cloud if there are no faces. Raises ReadError.
-
-    Vertices with NaN are dropped if no face uses them.
-    """
-    if not len(faces):
-        return PointCloud.make(vertices, **attributes)
+    """A mesh, or a cloud if there are no faces. Raises ReadError."""
     _check_range(faces, len(vertices))
-    good = np.all(np.isfinite(vertices), axis=1)
-    if not good.all() and good[faces].all():
-        faces, vertices = (np.cumsum(good) - 1)[faces], vertices[good]
-        for name, values in attributes.items():
-            if isinstance(values, np.ndarray):
-                attributes[name] = values[good]
-    return PointCloud.make(vertices, faces=faces, **attributes)
+    attributes["faces"] = faces if len(faces) else None
+    return PointCloud.make(vertices, **attributes)
 
 
 def _check_range(corners: np.ndarray, count: int) -> None:
@@ -109,13 +99,13 @@ def _check_range(corners: np.ndarray, count: int) -> None:
         raise ReadError(f"a face of vertex {int(wrong)}, allowed are 0 to {count - 1}")
 
 
-def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
+def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Triangles [t, 3] of polygons with `sizes` [f] corners, which follow each other in `corners`.
 
     Convex polygons become fans, concave ones are cut by their ears. Polygons of one or two corners
     are dropped. Raises ReadError for a corner that is no vertex.
     """
-    _check_range(corners, len(vertices))
+    _check_range(corners, len(points))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
     for size in np.unique(sizes[sizes >= 3]):
         polygons = corners[starts[sizes == size][:, None] + np.arange(size)]
@@ -124,7 +114,7 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
         if size == 3:
             found.append(polygons[:, fan].reshape(-1, 3))
             continue
-        spokes = vertices[polygons[:, 1:]] - vertices[polygons[:, :1]]
+        spokes = points[polygons[:, 1:]] - points[polygons[:, :1]]
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
         normal = normals.sum(1)
         along = (normals @ normal[:, :, None])[..., 0]
@@ -133,7 +123,7 @@ def triangles(vertices: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> n
             raise ReadError(f"a concave polygon of {size} corners: cut it first")
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
         for polygon, up in zip(polygons[concave], normal[concave], strict=True):
-            found.append(polygon[_ears(vertices[polygon], up)])
+            found.append(polygon[_ears(points[polygon], up)])
     return np.concatenate(found)
 
 
@@ -253,7 +243,7 @@ def read_obj(path: Path) -> PointCloud:
         raise ReadError("no vertices: not an OBJ file, or an empty one")
     first = int(rows.counts.argmin())
     if rows.counts[first] < 3:
-        raise ReadError(f"vertex {first + 1} has {rows.counts[first]} coordinates")
+        raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
     if set(rows.counts) <= {6, 7}:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import resource_tracker
 from typing import Any
@@ -33,7 +33,8 @@ def mapped(
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
-    results = map(work, chunks) if workers < 2 else isolated(chunks, work, workers, preload)
+    parallel = isolated(chunks, work, workers, preload)
+    results = parallel if workers > 1 else map(work, chunks)
     with progress_bar(doing=doing, total=len(entries)) as bar:
         for part, found in zip(chunks, results, strict=True):
             yield from zip(part, found, strict=True)
@@ -60,13 +61,12 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     running: list[tuple[list, Future]] = []  # oldest first
 
     def start(chunk: list) -> tuple[list, Future]:
-        try:
-            return chunk, executor.submit(work, chunk)
-        # an earlier chunk has just broken the pool, which is handled when its result is read
-        except BrokenProcessPool as error:
-            failed: Future = Future()
-            failed.set_exception(error)
-            return chunk, failed
+        future = Future()
+        # an earlier chunk may have just broken the pool, which is handled below
+        future.set_exception(BrokenProcessPool())
+        with suppress(BrokenProcessPool):
+            future = executor.submit(work, chunk)
+        return chunk, future
 
     others = set(multiprocessing.active_children())
     try:

@@ -2,17 +2,16 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data.cloud import PointCloud, ReadError
+from jepa3d.data.cloud import PointCloud, ReadError, attributes_of
 from jepa3d.data.errors import check_claim
 from jepa3d.data.meshes import Rows, mesh, runs, strip, triangles, unix_lines, whole
-from jepa3d.data.scans import attributes_of
 
 _OF_C = "char uchar short ushort int uint long ulong float double"
 _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
@@ -23,22 +22,23 @@ _LONGEST_HEADER = 1 << 24  # bytes
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Property:
+class Property(NamedTuple):
+    """A column of an element."""
+
     name: str
     kind: np.dtype
     length: np.dtype | None = None  # of a list: the type of the number before it
 
 
-@dataclass(frozen=True)
-class Element:
+class Element(NamedTuple):
+    """A table of a PLY file."""
+
     name: str
     count: int
-    properties: list[Property] = field(default_factory=list)
+    properties: list[Property]
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The header of a PLY file."""
 
     order: str  # of bytes; "" for text
@@ -76,7 +76,7 @@ def read_header(path: Path) -> Header:
     for words in rows:
         match words:
             case ["element", name, count] if count.isdecimal():
-                elements.append(Element(name.lower(), int(count)))
+                elements.append(Element(name.lower(), int(count), []))
             case ["property", "list", _, _, name] | ["property", _, name] if elements:
                 kinds = [word for word in words[1:-1] if word != "list"]
                 *length, kind = (_kind(word, order) for word in kinds)
@@ -95,7 +95,7 @@ def read_header(path: Path) -> Header:
 def _kind(word: str, order: str) -> np.dtype:
     name = _KINDS.get(word.lower(), word.lower())
     if name not in _KINDS.values():
-        raise ReadError(f"damaged PLY header: no type is called {word[:40]!r}")
+        raise ReadError(f"damaged PLY header: no type {word[:40]!r}, but {_OF_NUMPY}")
     return np.dtype((order or "=") + np.dtype(name).str[1:])
 
 
@@ -118,11 +118,10 @@ def read_ply(path: Path) -> PointCloud:
     with path.open("rb") as file:
         file.seek(header.start)
         data = file.read()
-    found = (_columns_of_bytes if header.order else _columns_of_text)(header, data)
+    found = _columns(header, data)
     if "vertex" not in found:
-        raise ReadError("no vertices")
-    columns = found["vertex"].items()
-    vertex = {key: column for key, column in columns if isinstance(column, np.ndarray)}
+        raise ReadError(f"has no element vertex; it has {', '.join(found) or 'none'}")
+    vertex = {k: c for k, c in found["vertex"].items() if isinstance(c, np.ndarray)}
     if {*"xyz"} - {*vertex}:
         raise ReadError(f"its vertices have no x, y, z; they have {', '.join(vertex)}")
     vertices = np.stack([vertex[axis].astype(np.float64) for axis in "xyz"], 1)
@@ -146,14 +145,17 @@ def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndar
     return sizes, whole(values)
 
 
+def _columns(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
+    """The columns of every element, from the text or bytes below the header."""
+    return (_columns_of_bytes if header.order else _columns_of_text)(header, data)
+
+
 def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """The columns of every element; a row is a line."""
     rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
         last, columns = first + element.count, {}
-        if last > len(rows):
-            have = max(len(rows) - first, 0)
-            raise ReadError(f"truncated: {have} of {element.count} of its {element.name} rows")
+        _check_count(element, max(len(rows) - first, 0))
         integers = all(p.kind.kind != "f" for p in element.properties)
         values, at = rows.numbers(first, last, integers)
         ends = at + rows.counts[first:last]
@@ -171,6 +173,11 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
     return found
 
 
+def _check_count(element: Element, have: int) -> None:
+    if have < element.count:
+        raise ReadError(f"truncated: {have} of {element.count} rows of {element.name}")
+
+
 def _check_rows(element: Element, good: np.ndarray) -> None:
     if not good.all():
         raise ReadError(f"truncated or damaged {element.name}, row {good.argmin()}")
@@ -184,8 +191,7 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
         smallest = sum((p.length or p.kind).itemsize for p in element.properties)
-        if element.count > (fits := (len(data) - at) // smallest):
-            raise ReadError(f"truncated: {fits} of {element.count} of its {element.name} rows")
+        _check_count(element, (len(data) - at) // smallest)
         first, end = _one_by_one(element, data, at, 1)
         lists = [(name, c) for name, c in first.items() if isinstance(c, tuple)]
         lengths = {name: int(column[0][0]) for name, column in lists}
@@ -239,7 +245,7 @@ def _one_by_one(
 # ---------------------------------------------------------------------------------------- in chunks
 
 
-def ply_rows(path: Path, attributes: bool) -> Iterator[np.ndarray] | None:
+def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """The vertices of a cloud in chunks, float64 n 3. Raises ReadError for a mesh.
 
     None for a file whose vertices have lists or do not come first; it must be read whole.
@@ -247,35 +253,23 @@ def ply_rows(path: Path, attributes: bool) -> Iterator[np.ndarray] | None:
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):
         raise ReadError("a mesh; a scene is a cloud of points")
-    vertex = header.elements[0] if header.elements else Element("", 0)
+    vertex = header.elements[0] if header.elements else Element("", 0, [])
     names = [p.name for p in vertex.properties if not p.length]
     lists = len(names) < len(vertex.properties)
     if vertex.name != "vertex" or header.old_mac or {*"xyz"} - {*names} or lists:
         return None
-    chunks = _chunks_of_bytes if header.order else _chunks_of_text
-    return chunks(path, header.start, vertex)
+    return _chunks(path, header, vertex)
 
 
-def _chunks_of_bytes(path: Path, start: int, vertex: Element) -> Iterator[np.ndarray]:
-    kind = _row_type(vertex, {})
-    check_claim(path, start + vertex.count * kind.itemsize, 1)
-    for at in range(0, vertex.count, clouds.CHUNK):
-        offset = start + at * kind.itemsize
-        count = min(clouds.CHUNK, vertex.count - at)
-        table = np.fromfile(path, kind, count, offset=offset)
-        yield np.stack([table[axis].astype(np.float64) for axis in "xyz"], 1)
-
-
-def _chunks_of_text(path: Path, start: int, vertex: Element) -> Iterator[np.ndarray]:
-    names = [p.name for p in vertex.properties]
-    columns = [names.index(axis) for axis in "xyz"]
+def _chunks(path: Path, header: Header, vertex: Element) -> Iterator[np.ndarray]:
+    width = _row_type(vertex, {}).itemsize if header.order else 0  # of text: unknown
+    check_claim(path, header.start + vertex.count * width, 1)
     with path.open("rb") as file:
-        file.seek(start)
-        lines, done = islice((line for line in file if line.strip()), vertex.count), 0
-        while done < vertex.count:
-            rows = Rows(b"".join(islice(lines, clouds.CHUNK)))
-            if rows.counts.min(initial=99) <= max(columns) or not len(rows):
-                raise ReadError(f"truncated: about {done} of {vertex.count} points")
-            values, at = rows.numbers()
-            yield values[at[:, None] + columns]
-            done += len(rows)
+        file.seek(header.start)
+        lines = (line for line in file if line.strip())
+        for at in range(0, vertex.count, clouds.CHUNK):
+            count = min(clouds.CHUNK, vertex.count - at)
+            data = file.read(count * width) if width else b"".join(islice(lines, count))
+            part = header._replace(elements=[vertex._replace(count=count)])
+            columns = _columns(part, data)["vertex"]
+            yield np.stack([np.asarray(columns[axis], np.float64) for axis in "xyz"], 1)

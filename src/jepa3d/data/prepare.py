@@ -14,7 +14,7 @@ import numpy as np
 
 from jepa3d.data import procedural
 from jepa3d.data.cloud import ATTRIBUTES, TO_Z_UP, ReadError, check_cloud, to_parts
-from jepa3d.data.entries import Entry, divide, lacking
+from jepa3d.data.entries import Entry, Source, divide, lacking
 from jepa3d.data.parallel import mapped
 from jepa3d.data.sources import discover, unpacked
 from jepa3d.data.store import SPLITS, Store, StoreWriter, hash64, key_hash
@@ -100,7 +100,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
         log.info(printable(note))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     parts = source.part_names if "parts" in options.keep else ()
-    report = _Report(source.layout, options.points or 0, source.notes, source.skipped)
+    report = _Report(source, options.points or 0)
     settings = json.loads(json.dumps(asdict(options)))
     with StoreWriter(out, settings, names, parts) as writer:
         known = set(writer.keys().tolist())
@@ -112,7 +112,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 if isinstance(result, str):
                     path = root / entry.file if root.is_dir() else root
                     reason = result.removeprefix(f"{path}: ")
-                    report.skipped.append((entry.key, reason))
+                    source.skipped.append((entry.key, reason))
                     if strict:
                         raise ReadError(f"{path}: {reason} (--strict)")
                     continue
@@ -127,7 +127,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
             report.write(out)
     report.show(out, len(entries) - len(new))
     if not (out / "store.json").is_file():
-        reason = ": ".join(report.skipped[-1])
+        reason = ": ".join(source.skipped[-1])
         raise ReadError(f"{root}: none of its clouds can be used; {reason}")
     _show_lacking(Store(out))
     return out
@@ -142,7 +142,7 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
 
-    The row has further entries, which `_Report.add` counts and removes.
+    The row also has what `_Report.add` counts.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
@@ -159,8 +159,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
         raise ReadError(f"{len(cloud)} points of {count} (--points, --short skip)")
     up = options.up_axis or entry.up_axis or cloud.up or "z"
     if count and not options.keep_strays:
-        kept = are_kept(cloud.points.astype(np.float64), LEAST)
-        cloud = cloud.take(np.flatnonzero(kept))
+        cloud = cloud.take(are_kept(cloud.points.astype(np.float64), LEAST))
     row["strays"] = row["count"] - len(cloud)
     cloud = cloud.normalised()
     if count and len(cloud) < count:
@@ -213,24 +212,21 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str
 class _Report:
     """What became of the clouds of a source; printed, and written to report.json."""
 
-    layout: str
+    source: Source  # gets more notes and skipped files
     points: int  # of each cloud; 0 keeps all
-    notes: list[str]
-    skipped: list[tuple[str, str]]  # key and reason
     taken: Counter[str] = field(default_factory=Counter)  # by suffix
     fewer: int = 0  # clouds that were filled up
     strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
     unseen: Counter[str] = field(default_factory=Counter)
 
     def add(self, entry: Entry, row: Row) -> None:
-        """Count a cloud, and remove from its row what is only counted."""
-        self.taken[Path(entry.file).suffix or self.layout] += 1
-        self.fewer += row.pop("count") < self.points
-        if part := row.pop("part"):
+        """Count a cloud."""
+        self.taken[Path(entry.file).suffix or self.source.layout] += 1
+        self.fewer += row["count"] < self.points
+        if part := row["part"]:
             self._note(f"{entry.key}: {part}")
-        for name in ("strays", "unseen"):
-            if lost := row.pop(name):
-                getattr(self, name)[entry.key] = lost
+        for counts, name in ((self.strays, "strays"), (self.unseen, "unseen")):
+            counts.update({entry.key: row[name]} if row[name] else {})
 
     def write(self, out: Path) -> None:
         """Print what was changed in the clouds, and write report.json."""
@@ -245,16 +241,17 @@ class _Report:
                 most = counts.most_common(1)[0][0]
                 where = f"in {len(counts):,} clouds, most in {most}"
                 self._note(f"{counts.total():,} {what} left out {where}", option)
+        source = self.source
         record = {
-            "layout": self.layout,
-            "notes": self.notes,
+            "layout": source.layout,
+            "notes": source.notes,
             "new": self.taken.total(),
-            "skipped": [{"file": key, "reason": why} for key, why in self.skipped],
+            "skipped": [{"file": key, "reason": why} for key, why in source.skipped],
         }
         write_bytes(out / "report.json", json.dumps(record, indent=1).encode())
 
     def _note(self, note: str, option: str = "") -> None:
-        self.notes.append(note)
+        self.source.notes.append(note)
         log.info(printable(note + option))
 
     def show(self, out: Path, before: int) -> None:
@@ -263,12 +260,11 @@ class _Report:
         kinds = [f"{count:,} {suffix}" for suffix, count in self.taken.most_common()]
         kinds = f" ({', '.join(kinds)})" if kinds else ""
         took = f"took {self.taken.total():,} clouds{kinds}{already}"
-        left_out = f"left out {len(self.skipped):,}{':' if self.skipped else ''}"
-        log.info(f"{out}: {took}; {left_out}")
-        for key, reason in self.skipped[:_SHOWN]:
+        skipped = self.source.skipped
+        log.info(f"{out}: {took}; left out {len(skipped):,}{':' if skipped else ''}")
+        for key, reason in skipped[:_SHOWN]:
             log.info(printable(f"  {key}: {reason}"))
-        if len(self.skipped) > _SHOWN:
-            more = len(self.skipped) - _SHOWN
+        if (more := len(skipped) - _SHOWN) > 0:
             log.info(f"  and {more:,} more, in {out / 'report.json'}")
 
 

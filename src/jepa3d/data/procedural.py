@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
-from jepa3d.data.synthetic import Rng, normalise, triangles_of, turn
+from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 
 # chances of 1 to 9 parts, as published
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
@@ -93,9 +93,7 @@ def _solid(rng: Rng) -> np.ndarray:
         across = 1 - thick + thick * profile[:, :1] * outline[:, 0]
         height = np.broadcast_to(thick * profile[:, :1] * outline[:, 1], across.shape)
         return np.stack([np.cos(angle) * across, np.sin(angle) * across, height], 2)
-    loft = np.empty((len(profile), SIDES, 3))
-    loft[..., :2] = profile[:, :1, None] * outline
-    loft[..., 2] = profile[:, 1:]
+    loft = sweep(profile, outline)
     if rng.random() < 0.15:  # leaning
         loft[..., :2] += rng.uniform(-0.6, 0.6, 2) * loft[..., 2:]
     return loft
@@ -248,15 +246,16 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
     return points.astype(np.float32)
 
 
-def count_of(source: Path) -> int:
-    """COUNT of a source `procedural:COUNT`, 0 for other sources. Raises ReadError if it is no
-    number.
+def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> int:
+    """COUNT of a source `kind:COUNT`, 0 for other sources.
+
+    Raises ReadError if it is no number or smaller than `fewest`.
     """
     name, _, count = str(source).partition(":")
-    if name != "procedural":
+    if name != kind:
         return 0
-    if not count.isdigit() or not int(count):
-        raise ReadError(f"{source}: give procedural:COUNT with a COUNT from 1")
+    if not count.isdigit() or int(count) < fewest:
+        raise ReadError(f"{source}: give {kind}:COUNT with a COUNT from {fewest}")
     return int(count)
 
 

@@ -5,7 +5,8 @@ LAS, LAZ, E57 and compressed PCD need the `io` extra.
 
 import math
 import re
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -13,24 +14,11 @@ from typing import IO, Any
 import numpy as np
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data.cloud import PointCloud, ReadError, as_attribute, attributes_in, collected
+from jepa3d.data.cloud import PointCloud, ReadError, attributes_of, collected
 from jepa3d.data.errors import check_claim, first_line, io_module
 from jepa3d.data.text import coordinate_columns, parsed
 
-
-def attributes_of(columns: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Normals, colors and parts among named columns, such as properties of PLY or fields of PCD."""
-    found = {
-        key: as_attribute(key, np.stack([columns[name] for name in names], 1))
-        for key, names in attributes_in(columns.keys()).items()
-    }
-    # PCL's colours: the bytes b, g, r, a of one float or integer
-    packed = columns.get("rgb", columns.get("rgba"))
-    if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
-        bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
-        found["colors"] = bgra[:, 2::-1].copy()
-    return found
-
+Columns = dict[str, np.ndarray]
 
 # ---------------------------------------------------------------------------------------------- PCD
 
@@ -67,7 +55,8 @@ def read_pcd(path: Path) -> PointCloud:
             if not len(content) == unpacked == size:
                 raise ReadError(f"truncated: {len(content)} of {size} bytes")
             columns, at = {}, 0
-            for name in (name for name in row.names or () if row[name].itemsize):  # not COUNT 0
+            # not COUNT 0
+            for name in (name for name in row.names or () if row[name].itemsize):
                 columns[name] = np.frombuffer(content, row[name], count, at)
                 at += columns[name].nbytes
         else:
@@ -92,7 +81,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
     grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
     if points >= 0 and grid >= 0 and points != grid:
-        raise ReadError(f"damaged: its header says {points:,} points and {width:,} x {height:,}")
+        raise ReadError(f"its header says {points:,} points and {width:,} x {height:,}")
     if (count := max(points, grid)) < 1:
         raise ReadError("no points")
     fields: dict[str, np.dtype] = {}
@@ -109,16 +98,15 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     return np.dtype([*fields.items()]), count
 
 
-def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[str, np.ndarray]:
+def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Columns:
     """Columns of a text PCD, in the types of its header where the values fit."""
-    at, columns = 0, {}
-    for name in row.names or ():
-        if row[name].shape == ():
-            columns[name] = at
-        at += math.prod(row[name].shape)
-    order = sorted(columns, key=lambda name: name not in {*"xyz"})
+    names = row.names or ()
+    widths = [math.prod(row[name].shape) for name in names]
+    starts = dict(zip(names, np.cumsum([0, *widths]).tolist(), strict=False))
+    single = [name for name in names if row[name].shape == ()]
+    order = sorted(single, key=lambda name: name not in {*"xyz"})
     lines = (text.decode("latin-1") for text in file)
-    chunks = parsed(lines, first, None, [columns[name] for name in order])
+    chunks = parsed(lines, first, None, [starts[name] for name in order])
     rows = np.concatenate([np.empty((0, len(order))), *chunks])
     if len(rows) != count:
         state = "truncated" if len(rows) < count else "damaged"
@@ -136,32 +124,20 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> dict[s
 
 
 def _check_las(path: Path) -> None:
-    """Raises ReadError for a header that says too few points, or on which laspy would take hours."""
+    """Raises ReadError for a header on which laspy would take hours, or lazrs would abort."""
     with path.open("rb") as file:
-        head = file.read(375).ljust(375, b"\0")
-
-        def number(at: int, size: int) -> int:
-            return int.from_bytes(head[at : at + size], "little")
-
-        start, minor, length = number(96, 4), number(25, 1), number(105, 2)
-        check_claim(path, 54 * number(100, 4), 1)  # records of variable length
-        if head[104] & 0x80:  # compressed
+        file.seek(96)
+        start, records, kind = struct.unpack("<IIB", file.read(9))
+        check_claim(path, 54 * records, 1)  # of variable length
+        if kind & 0x80:  # compressed
             io_module("lazrs")
             file.seek(start)
-            table = int.from_bytes(file.read(8), "little", signed=True)
+            (table,) = struct.unpack("<q", file.read(8))
             if table < 0:  # written as a stream: the offset is at the end
                 file.seek(-8, 2)
-                table = int.from_bytes(file.read(8), "little", signed=True)
+                (table,) = struct.unpack("<q", file.read(8))
             file.seek(max(table, 0) + 4)
-            chunks = int.from_bytes(file.read(4), "little")
-            check_claim(path, chunks, 1)  # or lazrs aborts the process
-            return
-    end = path.stat().st_size
-    waves = (minor > 2 and number(227, 8)) or end
-    records = (minor > 3 and number(235, 8)) or end
-    found = (min(waves, records) - start) // max(1, length)
-    if found > (count := number(247, 8) if minor > 3 else number(107, 4)):
-        raise ReadError(f"damaged: its header says {count:,} points, but {found:,} follow")
+            check_claim(path, int.from_bytes(file.read(4), "little"), 1)
 
 
 def las_records(path: Path) -> Iterator[Any]:
@@ -177,8 +153,14 @@ def las_records(path: Path) -> Iterator[Any]:
         lazrs = laspy.LazBackend.Lazrs
         with laspy.open(path, read_evlrs=False, laz_backend=lazrs) as file:
             header = file.header
+            count, size = header.point_count, header.point_format.size
             factor = 5000 if header.are_points_compressed else 1
-            check_claim(path, header.point_count * header.point_format.size, factor)
+            check_claim(path, count * size, factor)
+            waves = header.start_of_waveform_data_packet_record
+            ends = waves, header.start_of_first_evlr, path.stat().st_size
+            found = (min(filter(None, ends)) - header.offset_to_point_data) // size
+            if factor == 1 and found > count:
+                raise ReadError(f"its header says {count} points, but {found} follow")
             for records in file.chunk_iterator(clouds.CHUNK):
                 seen += len(records)
                 yield records
@@ -188,28 +170,25 @@ def las_records(path: Path) -> Iterator[Any]:
         if not rust and not isinstance(error, laspy.errors.LaspyException):
             raise
         raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
-    if seen < header.point_count:
-        raise ReadError(f"truncated: {seen} of {header.point_count} points")
+    if seen < count:
+        raise ReadError(f"truncated: {seen} of {count} points")
 
 
-def las_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z, class, red, green, blue, float64 n 7; NaN for what a file does not have.
-
-    attributes: False for x, y, z only.
-    """
-    names = [*"XYZ", "classification", "red", "green", "blue"][: 7 if attributes else 3]
+def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
+    """Chunks of columns of LAS by their names, float64 n D; NaN for those that a file lacks."""
     for records in las_records(path):
-        have = {*records.point_format.dimension_names}
+        have = {*"xyz", *records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
         for i, name in enumerate(names):
             if name in have:
-                columns[:, i] = records[name.lower()]
+                columns[:, i] = records[name]
         yield columns
 
 
 def read_las(path: Path) -> PointCloud:
     """LAS and LAZ, with colours and classification."""
-    return collected(las_rows(path), {"parts": 1, "colors": 3})
+    names = (*"xyz", "classification", "red", "green", "blue")
+    return collected(las_rows(path, names), names)
 
 
 # ------------------------------------------------------------------------------------ E57, PTX, BIN
@@ -231,26 +210,26 @@ def read_e57(path: Path) -> PointCloud:
         raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
         raise ReadError("no points" if counts else "no scans")
-    axes = (np.concatenate([scan[f"cartesian{axis}"] for scan in scans]) for axis in "XYZ")
+    axes = (np.concatenate([scan[f"cartesian{a}"] for scan in scans]) for a in "XYZ")
     xyz = np.stack([*axes], 1)
     return PointCloud.make(xyz, unseen=sum(counts) - len(xyz))
 
 
 def read_ptx(path: Path) -> PointCloud:
     """All scans of a PTX file, each placed by its matrix, with colours where there are any."""
-    return collected(ptx_rows(path), {"colors": 3})
+    return collected(ptx_rows(path), (*"xyz", "red", "green", "blue"))
 
 
-def ptx_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
+def ptx_rows(path: Path) -> Iterator[np.ndarray]:
     """Chunks of x, y, z, red, green, blue of Leica's PTX, float64 n 6; NaN for no value.
 
-    attributes: False for x, y, z only. A scan is its columns and rows, the scanner's place and
+    A scan is its columns and rows, the scanner's place and
     axes, a matrix that acts on rows, and a line a point: x y z intensity [r g b], zeros where no
     light came back. Raises ReadError.
     """
     with path.open(encoding="latin-1") as text:
         # without blank lines and the byte order mark of Windows' editors
-        file = (line.removeprefix("\u00ef\u00bb\u00bf") for line in text if line.strip())
+        file = (line.removeprefix("\xef\xbb\xbf") for line in text if line.strip())
         at = 0
         while (head := list(islice(file, 10))) and "".join(head).strip():
             try:
@@ -262,10 +241,9 @@ def ptx_rows(path: Path, attributes: bool = True) -> Iterator[np.ndarray]:
             check_claim(path, 6 * count, 1)
             lines, done = islice(file, count), 0
             first = next(lines, "")
-            colored = attributes and len(first.split()) >= 7
-            columns = [0, 1, 2, *((4, 5, 6) if colored else ())]
+            columns = [0, 1, 2, 4, 5, 6] if len(first.split()) >= 7 else [0, 1, 2]
             for found in parsed(chain([first], lines), at + 11, None, columns):
-                rows = np.full((len(found), 6 if attributes else 3), np.nan)
+                rows = np.full((len(found), 6), np.nan)
                 rows[:, : len(columns)] = found
                 rows[(rows[:, :3] == 0).all(1), :3] = np.nan
                 rows[:, :3] = rows[:, :3] @ matrix[:3, :3] + matrix[3, :3]

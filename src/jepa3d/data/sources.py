@@ -21,17 +21,16 @@ from jepa3d.data import procedural
 from jepa3d.data.benchmarks import benchmark_at, check_sizes, fold_of, meshes_of
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.entries import Entry, Source, classes_and_splits, entries_of, split_of
-from jepa3d.data.errors import as_read_error, first_line, printable, refuse
+from jepa3d.data.errors import as_read_error, check_unpacked, first_line, refuse
 from jepa3d.data.io import SUFFIXES, refusal
 from jepa3d.data.scans import NO_COLUMNS
-from jepa3d.data.text import check_table
-from jepa3d.plain import log
+from jepa3d.data.text import Table
+from jepa3d.plain import log, printable
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
+_MOST = 100, 1 << 30  # see `check_unpacked`
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
-# An archive may unpack to this many times its size, and always to this many bytes.
-_MOST = 100, 1 << 30
 
 
 def discover(
@@ -145,7 +144,7 @@ def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
     if path.suffix.lower() == ".txt":
         try:
             with as_read_error(path):
-                check_table(path)
+                Table(path)
         except ReadError as error:  # a README, say
             return str(error).removeprefix(f"{path}: ")
     return None
@@ -192,8 +191,7 @@ def _unzip(source: Path, folder: Path) -> None:
         for name in archive.namelist():
             if not (folder / name).resolve().is_relative_to(folder):
                 raise ReadError(f"{source}: {name!r} would be outside of its folder")
-        total = sum(member.file_size for member in archive.infolist())
-        _check_size(source, folder, total)
+        _check_size(source, folder, sum(m.file_size for m in archive.infolist()))
         archive.extractall(folder)
 
 
@@ -211,8 +209,7 @@ def _untar(source: Path, folder: Path) -> None:
 
 def _check_size(source: Path, folder: Path, total: int) -> None:
     """Raises ReadError if the files are far larger than their archive, or do not fit on the disk."""
-    size = f"would unpack to {total:,} bytes"
-    if total > max(_MOST[0] * source.stat().st_size, _MOST[1]):
-        raise ReadError(f"{source}: {size}, too many for its size; unpack it yourself")
-    if total > (free := shutil.disk_usage(folder).free):
-        raise ReadError(f"{source}: {size} beside the store, where {free:,} are free")
+    with as_read_error(source):
+        check_unpacked(source, total, *_MOST)
+        if total > (free := shutil.disk_usage(folder).free):
+            raise ReadError(f"unpacks to {total:,} bytes, but {free:,} are free")

@@ -150,12 +150,10 @@ class Store:
 
     def cloud(self, row: int) -> PointCloud:
         """A cloud with all its stored attributes; points are z-up in the unit sphere."""
-        shard, rows = self._span(row)
-        found = self.shard(shard).items()
-        arrays: dict[str, Any] = {name: values[rows] for name, values in found}
-        frame, points = self.columns["frame"][row], arrays.pop("points")
-        points = np.asarray(points, np.float32)
-        return PointCloud(points, np.array(frame[:3]), float(frame[3]), **arrays)
+        names, frame = self.shard(self._span(row)[0]), self.columns["frame"][row]
+        arrays: dict[str, Any] = {name: self.array(name, row) for name in names}
+        arrays["points"] = np.asarray(arrays["points"], np.float32)
+        return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
         """Points n 3 of a stored cloud in the coordinates of its file, float64."""
@@ -232,15 +230,16 @@ class StoredPoints:
         """Those of the clouds at a mask or index, still unread."""
         return StoredPoints(self.store, self.rows[keep], self.num_points, self.name)
 
-    def shard_sizes(self) -> np.ndarray:
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
         """How many of these clouds lie in each shard, in order.
 
         An epoch reads shard after shard by it.
         """
         if (np.diff(self.rows) < 0).any():  # sorted in another way
-            return np.array([len(self.rows)])
+            return (len(self.rows),)
         counts = np.diff(np.searchsorted(self.rows, self.store.first))
-        return counts[counts > 0]
+        return tuple(counts[counts > 0].tolist())
 
 
 class StoreWriter:
@@ -266,7 +265,7 @@ class StoreWriter:
             names = [p.name for p in path.iterdir()] if path.is_dir() else []
             if (path.exists() and not path.is_dir()) or set(names) - {*_UNFINISHED}:
                 raise ValueError(f"{path}: is not a store; choose another --out")
-            self.header: dict[str, Any] = {
+            header = {
                 "format": FORMAT,
                 "complete": False,
                 "settings": settings,
@@ -275,29 +274,25 @@ class StoreWriter:
                 "class_names": [],
                 "part_names": list(part_names),
             }
-            self._size = dict.fromkeys([*COLUMNS, "keys"], 0)
-            path.mkdir(parents=True, exist_ok=True)
             # from now on it is a store that can be continued
-            write_bytes(path / "store.json", json.dumps(self.header).encode())
-        else:
-            store = Store(path, unfinished=True)
-            before = _LATER | store.header["settings"]
-            self.header = store.header | {"settings": before}
-            if before != settings:
-                name = next(key for key in settings if before.get(key) != settings[key])
-                was = f"begun with {name} = {before.get(name)}, not {settings[name]}"
-                raise ValueError(f"{path}: was {was}; choose another --out")
-            if part_names and list(part_names) != self.header["part_names"]:
-                raise ValueError(f"{path}: has other part names; choose another --out")
-            self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
-            self._size["keys"] = int(store.columns["key_end"][-1]) if len(store) else 0
-            del store
-        self._index.mkdir(exist_ok=True)
+            write_bytes(path / "store.json", json.dumps(header).encode())
+        store = Store(path, unfinished=True)
+        before, wanted = _LATER | store.header["settings"], _LATER | settings
+        if before != wanted:
+            name = next(key for key in wanted if before.get(key) != wanted[key])
+            was = f"begun with {name} = {before.get(name)}, not {wanted[name]}"
+            raise ValueError(f"{path}: was {was}; choose another --out")
+        if part_names and part_names != store.part_names:
+            raise ValueError(f"{path}: has other part names; choose another --out")
+        classes = dict.fromkeys([*store.class_names, *class_names])
+        self.header = store.header | {"settings": settings, "class_names": [*classes]}
         # points and bytes of keys in the store, and of those that wait to be written
-        self._end = sum(shard["points"] for shard in self.header["shards"])
-        self._key_end = self._size["keys"]
-        known = dict.fromkeys([*self.header["class_names"], *class_names])
-        self.header["class_names"] = list(known)
+        self._end = int(store.columns["end"][-1]) if len(store) else 0
+        self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
+        self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
+        self._size["keys"] = self._key_end
+        del store  # closes its index
+        self._index.mkdir(exist_ok=True)
         for name, size in self._size.items():
             file = self._index / f"{name}.bin"
             file.touch()
@@ -310,7 +305,8 @@ class StoreWriter:
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
         """Add a cloud: its arrays (points and attributes) and its row of the index.
 
-        row: label and split (names or None), up, frame and content, as in `COLUMNS`.
+        row: label and split (names or None), up, frame and content, as in `COLUMNS`; what else it
+        has is not written.
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:

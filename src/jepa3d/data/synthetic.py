@@ -26,6 +26,7 @@ Rng = np.random.Generator
 Draw = Callable[[float, float], float]
 Range = tuple[float, float]
 Floats = Sequence | np.ndarray
+Loft = np.ndarray  # rings sides 3
 # tuples (part name, loft, loft, ...); a part without lofts is absent
 Parts = Iterator[tuple]
 
@@ -35,7 +36,7 @@ _SIDES = (-1, 1)
 _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
-def _box(base: Floats, size: Floats, taper: float = 1.0, lean: Floats = (0.0, 0.0)) -> np.ndarray:
+def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> Loft:
     """Box `size` (x, y, z) on the point `base`; its top is scaled by `taper` and moved by `lean`."""
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
@@ -45,19 +46,23 @@ def _box(base: Floats, size: Floats, taper: float = 1.0, lean: Floats = (0.0, 0.
     return middles[:, None] + widths[:, None, None] * corners
 
 
-def _lathe(
-    profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2
-) -> np.ndarray:
+def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> Loft:
     """Surface of revolution of `profile`, rows (radius, height); `power` > 2 squares it off."""
-    radius, height = np.array(profile, float).T
-    loft = np.empty((len(radius), len(_CIRCLE), 3))
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
-    loft[..., :2] = radius[:, None, None] * circle * scale
-    loft[..., 2] = height[:, None]
-    return loft + at
+    return sweep(np.array(profile, float), circle) * (*scale, 1) + at
 
 
-def _tube(path: Floats, radius: float | Floats) -> np.ndarray:
+def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
+    """The loft [rings, sides, 3] of an outline [sides, 2] along z: a ring for each row (radius,
+    height) of a profile.
+    """
+    loft = np.empty((len(profile), len(outline), 3))
+    loft[..., :2] = profile[:, :1, None] * outline
+    loft[..., 2] = profile[:, 1:]
+    return loft
+
+
+def _tube(path: Floats, radius: float | Floats) -> Loft:
     """Capped tube along `path` [k, 3], straight or in a plane of two axes; one radius or k radii."""
     path = np.array(path, float)
     tangent = np.gradient(path, axis=0)
@@ -86,7 +91,7 @@ def turn(points: np.ndarray, angle: float) -> np.ndarray:
     return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
-def _legs(rng: Rng, width: float, depth: float, height: float) -> list[np.ndarray]:
+def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
     """Four legs, straight or splayed, tapering downwards, under a `width` x `depth` top."""
     thick, taper = rng.uniform(0.03, 0.08), rng.uniform(1, 2)
     splay = max(1, rng.uniform(0.8, 1.2))
@@ -95,7 +100,7 @@ def _legs(rng: Rng, width: float, depth: float, height: float) -> list[np.ndarra
     return [_box((*top * splay, 0), size, taper, top * (1 - splay)) for top in tops]
 
 
-def _support(rng: Rng, width: float, depth: float, height: float, column: bool) -> list[np.ndarray]:
+def _support(rng: Rng, width: float, depth: float, height: float, column: bool) -> list[Loft]:
     """Four legs, two end panels or, if `column` allows it, a column on a round foot or on a star of
     feet.
     """
@@ -116,7 +121,7 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
 
 def _back(
     rng: Rng, width: float, rear: float, foot: float, height: float, thick: float
-) -> list[np.ndarray]:
+) -> list[Loft]:
     """Backrest at y = `rear` from height `foot` up, maybe leaning: a panel, or posts with a rail."""
     posts, lean = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height
     low = rng.uniform(0.5, 0.9)
@@ -281,7 +286,7 @@ def _airplane(rng: Rng, u: Draw) -> Parts:
     yield "engine", *(pod + spot for spot in spots)
 
 
-def _along_y(box: np.ndarray) -> np.ndarray:
+def _along_y(box: Loft) -> Loft:
     """A box turned so that it grows along y instead of z."""
     return box[..., [0, 2, 1]]
 
@@ -361,7 +366,7 @@ PART_NAMES: tuple[str, ...] = tuple(
 )
 
 
-def triangles_of(loft: np.ndarray) -> np.ndarray:
+def triangles_of(loft: Loft) -> np.ndarray:
     """Triangles [t, 3, 3] of a loft [rings, sides, 3]."""
     a, b = loft[:-1], loft[1:]
     c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)

@@ -16,7 +16,7 @@ from typing import TextIO
 import numpy as np
 
 from jepa3d.data import cloud as clouds
-from jepa3d.data.cloud import PointCloud, ReadError, attributes_in, collected
+from jepa3d.data.cloud import PointCloud, ReadError, collected
 
 Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
@@ -26,57 +26,77 @@ _BLANK = ",;|\t "  # what a line without content may hold
 _MAX_TITLE = 100  # lines of other text that may stand above the numbers
 _MAX_LINE = 100_000  # characters of a line above the numbers
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
-_KNOWN = {"x", "y", "z", "intensity", "i"}.union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
+_ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
+_KNOWN = _ATTRIBUTES | {"x", "y", "z", "intensity", "i"}
 
 
-def read_table(path: Path, columns: Names | None = None, names: Names = ()) -> PointCloud:
+def read_table(path: Path, columns: Names | None = None) -> PointCloud:
     """A cloud from a table, with the attributes that its header names. Raises ReadError.
 
-    columns, names: as of `Table`.
+    columns: as of `Table.used`.
     """
-    table = Table(path, columns, names)
-    return collected(table.rows(), table.attributes)
+    table = Table(path)
+    used = table.used(columns)
+    return collected(table.rows([*used.values()]), used)
 
 
-def table_rows(path: Path, attributes: bool) -> Iterator[np.ndarray]:
-    """Chunks of a table as of `Table.rows`."""
-    return Table(path).rows(attributes)
+def table_rows(path: Path) -> Iterator[np.ndarray]:
+    """Chunks of x, y, z as of `Table.rows`."""
+    table = Table(path)
+    return table.rows([*table.used(None).values()][:3])
 
 
 class Table:
-    """The layout of a table: where its numbers begin, its delimiter, and the columns that are used.
+    """A file of rows of numbers, found below a header, comments and counts.
 
-    columns: the header's names of x, y and z, if they differ from these. names: the names of all
-    columns of a file that has no header. Without any names the first three columns are x, y, z and
-    others are ignored. The attribute `attributes` has the number of columns of the normals, colors
-    and parts that are named. Raises ReadError.
+    Raises ReadError for a file without such rows, such as a README.
     """
 
-    def __init__(self, path: Path, columns: Names | None = None, names: Names = ()):
+    def __init__(self, path: Path):
+        self.path, self.encoding = path, encoding_of(path)
+        # lines of other text with their numbers; the last comments that may be a header
+        self._above: list[tuple[int, str]] = []
+        self._comments = deque[str](maxlen=1000)
+        self._count: int | None = None
         self._header = ""
-        self._find_numbers(path)
+        with self._open() as file:
+            lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
+            for number, line in lines:
+                if self._begins_at(number, line):
+                    return
+                if len(self._above) > _MAX_TITLE:
+                    break
+        first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
+        raise ReadError(f"no rows of numbers{first}; a row must have x, y and z")
+
+    def used(self, columns: Names | None) -> dict[str, int]:
+        """The numbers of the columns x, y, z and of attributes that the header names, by name.
+
+        columns: what the header calls x, y and z; or names of all columns, which count if there is
+        no header. Without any names the first three columns are x, y, z. Raises ReadError.
+        """
         row = _fields(self._first, self.mark)
-        if columns and len(columns) != 3:  # for a .bin in the same folder
-            columns = None
-        names = names or self._names(row, columns)
-        xyz = coordinate_columns(names, columns) if names else ("0", "1", "2")
-        order = list(names or xyz)
-        cells = zip(order, row, strict=False)
-        texts = {name for name, cell in cells if _number(cell) is None}
-        found = attributes_in(set(order) - set(xyz) - texts)
-        self.attributes = {key: len(group) for key, group in found.items()}
-        self.columns = [order.index(name) for name in chain(xyz, *found.values())]
-        if max(self.columns[:3]) >= (width := len(row)):
+        xyz = columns if columns and len(columns) == 3 else None
+        names = self._names(row, xyz)
+        if not names:
+            full = columns if columns and len(columns) == len(row) > 3 else tuple("xyz")
+            names, xyz = full, None
+        xyz = coordinate_columns(names, xyz)
+        found = dict(zip("xyz", map(names.index, xyz), strict=True))
+        if max(found.values()) >= (width := len(row)):
             counts = f"has {width} columns, its header has {len(names)}"
             raise ReadError(f"{self._where} {counts}")
+        cells = dict(zip(names, row, strict=False))
+        numbers = {name for name, cell in cells.items() if _number(cell) is not None}
+        others = _ATTRIBUTES & (numbers - {*xyz})
+        return found | {name: names.index(name) for name in others}
 
-    def rows(self, attributes: bool = True) -> Iterator[np.ndarray]:
-        """Chunks of rows x, y, z and attributes, float64 n D; NaN for empty cells.
+    def rows(self, columns: list[int]) -> Iterator[np.ndarray]:
+        """Chunks of rows of these columns, float64 n D; NaN for empty cells.
 
         Raises ReadError for a line that is no row, and if the file's count of rows is wrong.
         """
-        columns, seen = self.columns if attributes else self.columns[:3], 0
-        counts = [] if self._count is None else [self._count]
+        counts, seen = [] if self._count is None else [self._count], 0
 
         def is_skipped(text: str) -> bool:
             """True for a repeated header, and for the count of a further block, which is
@@ -99,23 +119,6 @@ class Table:
     def _open(self) -> TextIO:
         errors = "surrogateescape" if self.encoding.startswith("utf-8") else "replace"
         return self.path.open(encoding=self.encoding, errors=errors)
-
-    def _find_numbers(self, path: Path) -> None:
-        """Find the first row of numbers; above it may be comments, counts, names and titles."""
-        self.path, self.encoding = path, encoding_of(path)
-        # lines of other text with their numbers; the last comments that may be a header
-        self._above: list[tuple[int, str]] = []
-        self._comments = deque[str](maxlen=1000)
-        self._count: int | None = None
-        with self._open() as file:
-            lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
-            for number, line in lines:
-                if self._begins_at(number, line):
-                    return
-                if len(self._above) > _MAX_TITLE:
-                    break
-        first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
-        raise ReadError(f"no rows of numbers{first}")
 
     def _begins_at(self, number: int, line: str) -> bool:
         """True if this line is the first row of numbers; otherwise remembers what the line is."""
@@ -184,12 +187,6 @@ class Table:
             if wanted <= set(names) and (known or len(names) == filled):
                 return tuple(names)
         return ()
-
-
-def check_table(path: Path) -> None:
-    """Raises ReadError for a file that is no table of numbers, such as a README."""
-    # without looking at the names of its columns, which may be anything
-    Table.__new__(Table)._find_numbers(path)
 
 
 def encoding_of(path: Path) -> str:

@@ -14,27 +14,11 @@ MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
-def random_scale(
-    points: Tensor, low: float, high: float, generator: BatchGenerator | None = None
-) -> Tensor:
-    """Scale each axis of each cloud by its own factor in [low, high]."""
-    draws = uniform(generator, (len(points), 1, 3), points.device)
-    return points * (low + (high - low) * draws)
-
-
 def random_rotate(points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
     """Rotate each cloud about the up axis z by its own angle."""
     angle = 2 * math.pi * uniform(generator, (len(points), 1), points.device)
     cos, sin, (x, y, z) = angle.cos(), angle.sin(), points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
-
-
-def random_translate(
-    points: Tensor, reach: float, generator: BatchGenerator | None = None
-) -> Tensor:
-    """Move each cloud along each axis by its own distance in [-reach, reach]."""
-    draws = uniform(generator, (len(points), 1, 3), points.device)
-    return points + reach * (2 * draws - 1)
 
 
 def random_jitter(
@@ -49,7 +33,7 @@ def random_jitter(
     return points + sigma * noise.clamp(-3, 3)
 
 
-def random_crop(points: Tensor, count: int, generator: BatchGenerator | None = None) -> Tensor:
+def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor:
     """The `count` points of each cloud that are nearest to a random one of its points, not moved."""
     draws = uniform(generator, (len(points), 1), points.device)
     around = gather_points(points, (draws * points.shape[1]).long())
@@ -96,8 +80,8 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     clutter, lumps = draws[:, 10, None, None], draws[:, 11, None, None]
     cluttered = stray[..., :1] < 3 * MAX_CLUTTER * (clutter - 2 / 3)
     middle = uniform(generator.stream("lumps"), (batch, 7), points.device) * count
-    own = (stray[..., 1] * (1 + 6 * lumps[..., 0])).long()
-    lumped = gather_points(gather_points(points, middle.long()), own)
+    lump = (stray[..., 1] * (1 + 6 * lumps[..., 0])).long()
+    lumped = gather_points(gather_points(points, middle.long()), lump)
     lumped = random_jitter(lumped, 0.1, generator.stream("lump"))
     in_lump = (clutter < 1 / 3) & (stray[..., :1] < 3 * MAX_LUMPS * clutter)
     points = torch.where(cluttered, anywhere, torch.where(in_lump, lumped, points))
@@ -129,11 +113,20 @@ def augment(
     translate: float,
     generator: BatchGenerator,
 ) -> Tensor:
-    """Scale each axis, rotate about the up axis and move, each if it is configured."""
+    """Scale each axis, rotate about the up axis and move, each if it is configured.
+
+    Each cloud B N 3 gets its own factor in `scale` for each axis, its own angle, and its own
+    distance in [-translate, translate] along each axis.
+    """
+
+    def draws(name: str) -> Tensor:
+        return uniform(generator.stream(name), (len(points), 1, 3), points.device)
+
     if scale != (1.0, 1.0):
-        points = random_scale(points, *scale, generator.stream("scale"))
+        low, high = scale
+        points = points * (low + (high - low) * draws("scale"))
     if rotate:
         points = random_rotate(points, generator.stream("rotate"))
     if translate:
-        points = random_translate(points, translate, generator.stream("translate"))
+        points = points + translate * (2 * draws("translate") - 1)
     return points

@@ -10,7 +10,7 @@ import numpy as np
 
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.errors import printable
-from jepa3d.data.io import enough_points
+from jepa3d.data.io import sampled
 from jepa3d.evaluation.descriptors import unit_length
 from jepa3d.figures import draw_contact_sheet, even_sample
 from jepa3d.inference.clouds import item_at
@@ -93,7 +93,7 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Points n 3 of a cloud as they are drawn, z-up. Raises ReadError and OSError."""
     item = item_at(path)
-    cloud = enough_points(item.read(), 1, 0)
+    cloud = sampled(item.read(), 1)
     return even_sample(item.turned(cloud, "z" if up_axis == "none" else up_axis))
 
 
