@@ -61,7 +61,8 @@ def make(store: Path, count: int, folder: Path) -> None:
             )
             names = [f"/shapes/{i:08d}.ply" for i in range(at, at + n)]
             rows = {"path": names, "label": [None] * n, "num_points": [1024] * n, "stamp": [0] * n}
-            yield table(spec, rows, made[one] + rng.random((n, 1)) * step + noise)
+            x = made[one] + rng.random((n, 1)) * step + noise
+            yield table(spec, zip(*rows.values(), x, strict=True))
 
     write(tables(), folder / "v.parquet")
     np.save(folder / "q.npy", queries)

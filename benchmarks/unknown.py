@@ -37,8 +37,9 @@ Measured = tuple[float, np.ndarray]  # a threshold, and the likeness of all clou
 
 
 def by_class_mean(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
-    found = known_clouds(x, rows, y)
-    return found.least, (unit_length((x - found.shift) / found.spread) @ found.means.T).max(1)
+    least, looks = known_clouds(x, rows, y)
+    standard = unit_length((x - looks["shift"]) / looks["spread"])
+    return least, (standard @ looks["means"].T).max(1)
 
 
 def by_nearest(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:

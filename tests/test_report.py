@@ -545,9 +545,8 @@ def test_predicted_parts_are_drawn_as_predicted(tmp_path):
 
 
 def test_curves_of_nothing_are_refused(tmp_path):
-    for draw in (figures.draw_curves, figures.draw_supervised):
-        with pytest.raises(ValueError, match="no step has been logged"):
-            draw(tmp_path, tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="no step has been logged"):
+        figures.draw_curves(tmp_path, tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,6 +1,5 @@
 """The demo: built-in shapes, some minutes of 3D-JEPA, the probe table, pictures."""
 
-import os
 from pathlib import Path
 
 from jepa3d import config as settings
@@ -36,7 +35,5 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     result = probe([run], source, protocols=("logistic", "logistic_10", "knn"))
     show(sheets(result))
     write_json(out / "probe.json", result)
-    files = ", ".join(
-        os.path.join(out, name) for name in ("blocks.png", "curves.png", "probe.json")
-    )
-    print(f"written: {files}; the encoder: {run / 'encoder'}")
+    files = "blocks.png, curves.png, probe.json"
+    print(f"written: {out}: {files}; the encoder: {run / 'encoder'}")

@@ -44,7 +44,8 @@ def _new(width: float, height: float, **options) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("pictures need matplotlib: pip install 'jepa3d[view]'") from error
+        needed = "pictures need matplotlib: pip install 'jepa3d[view]'"
+        raise ValueError(needed) from error
     return Figure((width, height), dpi=_DPI, **options)
 
 
@@ -53,6 +54,12 @@ def _colors(name: str, values: Any) -> np.ndarray:
     from matplotlib import colormaps
 
     return colormaps[name](values)
+
+
+def ramp(values: np.ndarray) -> np.ndarray:
+    """Colours n 3 uint8 (viridis) of values n, from the smallest to the largest."""
+    share = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+    return (255 * _colors("viridis", share)[:, :3]).round().astype(np.uint8)
 
 
 def _text(name: str) -> str:
@@ -115,32 +122,17 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
     figure.savefig(path)
 
 
-def draw_curves(run: Path, path: Target) -> None:
-    """Loss beside what positions alone and the best constant score, and effective ranks, by step.
+def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
+    """Draw what a run has logged by step: losses, effective ranks and accuracies, a panel each.
 
+    Losses stand beside those of positions alone and of the best constant; accuracy on the training
+    batches beside the score that the epoch is chosen by, whose name is `selected`. Raises
     ValueError where the run has logged nothing.
     """
-    ranks = ("prediction_rankme", "target_rankme", "embedding_rankme", "encoded_rankme")
+    ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
-    _draw_by_step(run, path, {"": losses, "effective rank": (*ranks, "perplexity")}, {})
-
-
-def draw_supervised(run: Path, path: Target, selected: str = "validation") -> None:
-    """Loss; accuracy on the training batches beside the score the epoch is chosen by, `selected`
-    its name; by step.
-
-    ValueError where the run has logged nothing.
-    """
-    names = {"accuracy": "training batches, accuracy", "validation": selected, "test": selected}
-    _draw_by_step(run, path, {"loss": ("loss",), "%": tuple(names)}, names)
-
-
-def _draw_by_step(
-    run: Path, path: Target, panels: dict[str, tuple[str, ...]], names: dict[str, str]
-) -> None:
-    """One panel (its unit, its figures) beside the other; figures that were not logged are left
-    out.
-    """
+    names = {"accuracy": "training accuracy", "validation": selected, "test": selected}
+    panels = {"loss": losses, "effective rank": [*ranks, "perplexity"], "%": [*names]}
     if not (lines := Run(run).metrics):
         raise ValueError(f"{run}: no step has been logged")
     logged = {key for line in lines for key in line}
@@ -149,7 +141,7 @@ def _draw_by_step(
     grid = figure.subplots(1, len(shown), squeeze=False)
     for axes, (unit, keys) in zip(grid[0], shown.items(), strict=True):
         for key in filter(logged.__contains__, keys):
-            at = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            at = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
             label = _text(names.get(key, key.replace("_rankme", "").replace("_", " ")))
             marker = "." if len(at) < 40 else None
             axes.plot(*zip(*at, strict=True), label=label, marker=marker, lw=1.4)
@@ -169,7 +161,8 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
     for curve in curves:
         minutes, accuracy = curve.minutes.mean(0), curve.accuracy.mean(0)
         seeds = len(curve.seeds)
-        (line,) = axes.plot(minutes, accuracy, marker=".", label=f"{curve.name} ({seeds} seeds)")
+        label = f"{curve.name} ({seeds} seeds)"
+        (line,) = axes.plot(minutes, accuracy, marker=".", label=label)
         if seeds > 1:
             std = curve.accuracy.std(0, ddof=1)
             band = {"color": line.get_color(), "alpha": 0.15, "lw": 0}
@@ -219,7 +212,8 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
         left, top = cell * (i % columns), height - (cell + caption) * (i // columns)
         figure.figimage(_pixels(points, cell), left, top - cell, origin="upper")
         x, y = (left + cell / 2) / width, (top - cell) / height
-        figure.text(x, y, _caption(title), fontsize=7, ha="center", va="top", linespacing=1.1)
+        style = {"fontsize": 7, "ha": "center", "va": "top", "linespacing": 1.1}
+        figure.text(x, y, _caption(title), **style)
     drawn = io.BytesIO()
     with warnings.catch_warnings():  # a letter that the font lacks is drawn as a box
         warnings.simplefilter("ignore", UserWarning)
@@ -243,14 +237,13 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     points /= max(np.linalg.norm(points, axis=1).max(), 1e-30)
     across, up, towards = _FRONT_RIGHT @ points.T
     nearest_last = np.argsort(towards, kind="stable")
-    height = points[nearest_last, 2]
-    share = (height - height.min()) / max(np.ptp(height), 1e-30)
-    colors = (255 * _colors("viridis", share)[:, :3]).astype(np.uint8)
+    colors = ramp(points[nearest_last, 2])
     x, y = ((1 + 0.94 * at[nearest_last]) * size / 2 for at in (across, -up))
     image = np.full((size, size, 3), 255, np.uint8)
     side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))  # of a dot
     shifts = np.indices((side, side)).reshape(2, -1) - side // 2
-    at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts  # points, 2, pixels of a dot
+    # points, 2, pixels of a dot
+    at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts
     at = at.transpose(0, 2, 1).reshape(-1, 2).clip(0, size - 1)
     image[at[:, 0], at[:, 1]] = np.repeat(colors, side * side, axis=0)
     return image
@@ -258,7 +251,8 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """A title on few lines, its middle cut out where it is too long."""
-    return _text("\n".join(textwrap.wrap(shortened(title, width * lines * 3 // 4), width)[:lines]))
+    wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
+    return _text("\n".join(wrapped[:lines]))
 
 
 def draw_parts(
@@ -277,7 +271,8 @@ def draw_parts(
         cloud = cloud - cloud.mean(0)
         cloud /= np.linalg.norm(cloud, axis=1).max()
         present = np.unique([truth[i], predicted[i]])
-        for side, (parts, name) in enumerate(((truth[i], "true"), (predicted[i], "predicted"))):
+        sides = (truth[i], "true"), (predicted[i], "predicted")
+        for side, (parts, name) in enumerate(sides):
             axes = _cloud_axes(figure, (rows, 2 * pairs, 2 * i + side + 1), 0.75, 1.3)
             colors = _colors("tab10", np.searchsorted(present, parts) % 10)
             axes.scatter(*cloud.T, s=2, c=colors, depthshade=False)
@@ -311,16 +306,14 @@ def draw_tsne(
         near = min(30, (len(rows) - 1) / 3)
         with one_thread():
             rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
-            plane = TSNE(perplexity=near, init="pca", random_state=0).fit_transform(rows)
+            tsne = TSNE(perplexity=near, init="pca", random_state=0)
+            plane = tsne.fit_transform(rows)
         for i, label in enumerate(present):
-            axes.scatter(
-                *plane[labels == label].T,
-                s=9,
-                lw=0,
-                color=_colors("tab10" if len(present) <= 10 else "tab20", i % 20),
-                marker=_MARKERS[i // 20 % len(_MARKERS)],
-                label=_text(class_names[label][:22]),
-            )
+            color = _colors("tab10" if len(present) <= 10 else "tab20", i % 20)
+            marker = _MARKERS[i // 20 % len(_MARKERS)]
+            style = {"marker": marker, "color": color, "s": 9, "lw": 0}
+            name = _text(class_names[label][:22])
+            axes.scatter(*plane[labels == label].T, label=name, **style)
         axes.set_title(title, fontsize=10)
         axes.set(xticks=[], yticks=[])
     style = {"loc": "lower center", "fontsize": 8, "frameon": False, "markerscale": 2}

@@ -45,9 +45,10 @@ def describe(
         _installation()
         return
     folder = Path(path)
+    configs = [folder / name / "config.json" for name in ("", "model", "encoder")]
     if Run.is_at(folder):
         _run(Run(folder))
-    elif any((folder / name / "config.json").is_file() for name in ("", "model", "encoder")):
+    elif any(map(Path.is_file, configs)):
         _network(folder)
     elif (folder / "store.json").is_file():
         _store(Store(path, unfinished=True), verify, picture)
@@ -58,7 +59,8 @@ def describe(
         if verify:
             print("every cloud was read: none has NaN or infinite coordinates")
         if picture:
-            labels = np.full(len(clouds), -1) if clouds.labels is None else clouds.labels
+            none = np.full(len(clouds), -1)
+            labels = none if clouds.labels is None else clouds.labels
             _draw(clouds.points.__getitem__, labels, clouds.class_names, str, picture)
 
 
@@ -80,7 +82,7 @@ def _installation() -> None:
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """What is known of a run, finished or not: command, data, settings, sizes and cost, in words."""
+    """Facts about a run, finished or not, as text: command, data, settings, sizes and cost."""
     config, record, cost = run.config, run.record, run.cost or {}
     data = record["data"]
     found: dict[str, Any] = {
@@ -92,13 +94,15 @@ def run_facts(run: Run) -> dict[str, Any]:
     if "task" in config:
         found["begins with"] = config["init"] or "random weights"
     if sizes := record.get("parameters"):
-        found["parameters"] = listed({key: f"{n / 1e6:.2f} M" for key, n in sizes.items()})
+        millions = {key: f"{count / 1e6:.2f} M" for key, count in sizes.items()}
+        found["parameters"] = listed(millions)
     if backbone := record.get("backbone"):
         text = f"{backbone['name']}, sha256 {backbone['sha256'][:16]}"
         found["image transformer, not in the run"] = text
     if engine := run.engine:
         device = f" on {engine['device']}" if "device" in engine else ""
-        found["computed in"] = f"{named(engine['mixed_precision'], engine['compile'])}{device}"
+        precision = named(engine["mixed_precision"], engine["compile"])
+        found["computed in"] = precision + device
     spent = [
         f"{cost[key] / divisor:{form}} {words}"
         for key, (divisor, form, words) in _UNITS.items()
@@ -110,7 +114,8 @@ def run_facts(run: Run) -> dict[str, Any]:
 def _run(run: Run) -> None:
     """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
     config, record = run.config, run.record
-    print(f"{run.folder}: {config.get('task') or config['objective']}, {record['status']}")
+    kind = config.get("task") or config["objective"]
+    print(f"{run.folder}: {kind}, {record['status']}")
     for name, value in run_facts(run).items():
         print(f"{name}: {value}")
     if folds := len(list(run.folder.glob("fold-*/results.json"))):
@@ -128,11 +133,10 @@ def _network(folder: Path) -> None:
     network = load_any(folder)
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     count = sum(parameter.numel() for parameter in network.parameters())
-    print(
-        f"{folder}: {type(network).__name__}, {count / 1e6:.2f} M parameters, "
-        f"fingerprint {fingerprint(encoder)}\n"
-        f"takes clouds of {encoder.min_points:,} points or more, sees {encoder.num_points:,} of them"
-    )
+    size = f"{count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}"
+    print(f"{folder}: {type(network).__name__}, {size}")
+    fewest, seen = encoder.min_points, encoder.num_points
+    print(f"takes clouds of {fewest:,} points or more, sees {seen:,} of them")
     if not isinstance(network, PointEncoder):
         names = network.class_names
         print(printable(f"{len(names)} classes: {', '.join(names)}"))
@@ -147,7 +151,8 @@ def _counts(numbers: np.ndarray, names: Sequence[str]) -> str:
 def _shapes(clouds: PointClouds) -> None:
     sizes = sorted({len(cloud) for cloud in clouds.points})
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    print(f"{clouds.name}: {len(clouds):,} shapes of {span} points, sha256 {clouds.fingerprint}")
+    shapes = f"{len(clouds):,} shapes of {span} points"
+    print(f"{clouds.name}: {shapes}, sha256 {clouds.fingerprint}")
     if clouds.split is not None:
         print(f"split: {_counts(clouds.split, SPLITS)}")
     if clouds.labels is None:
@@ -162,12 +167,10 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
     points = f"{store.num_points:,} points" if store.num_points else "all their points"
     state = "" if header["complete"] else ", UNFINISHED: run its jepa3d prepare again"
-    print(
-        f"{store.path}: {len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB, "
-        f"sha256 {store.fingerprint}{state}"
-    )
+    what = f"{len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB"
+    print(f"{store.path}: {what}, sha256 {store.fingerprint}{state}")
     settings = header["settings"]
-    chosen = {name: value for name, value in settings.items() if value not in (None, [])}
+    chosen = {k: value for k, value in settings.items() if value not in (None, [])}
     print(f"prepared with {listed(chosen)}")
     if not len(store):
         return
@@ -179,7 +182,8 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     span = f"{radius.min():.4g} to {radius.max():.4g}"
     print(f"radius: {span}, median {np.median(radius):.4g} {unit}")
     print(f"up axis of the files, turned to z here: {_counts(columns['up'], 'xyz')}")
-    _, first, count = np.unique(columns["content"], return_index=True, return_counts=True)
+    content = columns["content"]
+    _, first, count = np.unique(content, return_index=True, return_counts=True)
     if count.max() > 1:
         key = printable(store.key(int(first[np.argmax(count > 1)])))
         print(f"duplicates: {(count - 1).sum():,} clouds repeat another, such as {key}")
@@ -201,9 +205,7 @@ def _classes(store: Store) -> None:
     used = np.flatnonzero(cells.sum(0))
     filled = cells[:, used]
     found = zip([*names, "all"], [*filled, filled.sum(0)], strict=True)
-    rows = [
-        [printable(name), *(f"{n:,}" for n in counts)] for name, counts in found if counts.any()
-    ]
+    rows = [[printable(x), *map("{:,}".format, n)] for x, n in found if n.any()]
     columns = ["class", *(parts[i] for i in used)]
     show([Sheet("clouds by class and split", columns, rows, [])])
 
@@ -220,5 +222,6 @@ def _draw(
     if labels.max() < 0:
         rows = evenly(len(labels), _DRAWN).tolist()
     titles = [class_names[labels[i]] if labels[i] >= 0 else key(i) for i in rows]
-    draw_contact_sheet([np.asarray(points(i), np.float32) for i in rows], titles, picture)
+    shapes = [np.asarray(points(i), np.float32) for i in rows]
+    draw_contact_sheet(shapes, titles, picture)
     print(f"written: {picture}")

@@ -1,7 +1,7 @@
 """A page in one HTML file: no script, no network, pictures inside; for screens, telephones and
 paper.
 
-Every function escapes the texts that it is given and returns HTML; only `section` and `page` take
+Every function escapes the texts that it is given and returns HTML; only `section` and `document` take
 HTML.
 """
 
@@ -60,14 +60,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
         return escape(show(value))
 
     top = "".join(f"<th>{escape(name)}</th>" for name in header)
-    lines = (
-        f"<tr{' class=strong' if row[0] == strong else ''}>"
-        + "".join(f"<td>{cell(v)}</td>" for v in row)
-        + "</tr>"
-        for row in rows
-    )
+
+    def line(row: Sequence[Any]) -> str:
+        kind = " class=strong" if row[0] == strong else ""
+        return f"<tr{kind}>{''.join(f'<td>{cell(value)}</td>' for value in row)}</tr>"
+
     head = f"<thead><tr>{top}</tr></thead>" if any(header) else ""
-    return f"<div class=wide><table>{head}<tbody>{''.join(lines)}</tbody></table></div>"
+    return f"<div class=wide><table>{head}<tbody>{''.join(map(line, rows))}</tbody></table></div>"
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
@@ -75,7 +74,8 @@ def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)
-    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of its header
+    # In its header.
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     shape = "wide panorama" if width > 1.6 * height else "wide"
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     image = f"<img alt='{text}' width={width} height={height} src='{source}'>"
@@ -92,7 +92,7 @@ def folded(title: str, part: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{part}</details>"
 
 
-def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
+def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
     """The document of HTML parts, empty ones left out."""
     name, status, kind = escape(name), escape(status), escape(kind)
     return (
@@ -107,6 +107,5 @@ def page(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
 
 def pictures(html: str) -> list[bytes]:
     """The PNGs of a page, in its order."""
-    return [
-        base64.b64decode(found) for found in re.findall(r"data:image/png;base64,([\w+/=]+)", html)
-    ]
+    found = re.findall(r"data:image/png;base64,([\w+/=]+)", html)
+    return [base64.b64decode(text) for text in found]

@@ -231,22 +231,29 @@ def printable(text: str) -> str:
     return "".join(plain).encode("utf-8", "backslashreplace").decode()
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a file to write in this block, which then replaces `path`, atomically and durably.
+
+    Readers see the old or the new file, and an error, such as a full disk, leaves nothing behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically and durably: readers see the old or the new file, and a full disk
-    leaves nothing behind.
+    """Write a file as `replacing` does.
 
     Makes the folders that contain it. Raises ValueError while another command writes the same file.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path), naming(path):
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with writing(path), naming(path), replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_csv(path: Path, *rows: Sequence) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jepa3d import figures
-from jepa3d.config import FewshotConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from jepa3d import figures, page
+from jepa3d.config import KINDS, FinetuneConfig, PretrainConfig
 from jepa3d.data.cloud import UNLABELLED
 from jepa3d.data.datasets import load
 from jepa3d.data.errors import as_read_error
@@ -20,23 +20,10 @@ from jepa3d.evaluation.probe import summary_table
 from jepa3d.info import listed, run_facts
 from jepa3d.models.ready import load_network
 from jepa3d.models.teacher import load_module
-from jepa3d.page import (
-    Bar,
-    facts,
-    folded,
-    note,
-    page,
-    picture,
-    pictures,
-    section,
-    show,
-    table,
-    tiles,
-)
 from jepa3d.plain import differences, from_dict, read_checked, to_dict, write_bytes
 from jepa3d.run import Run
 
-KINDS = {
+TITLES = {
     "jepa": "3D-JEPA pretraining",
     "generative": "Masked autoencoder pretraining",
     "invariance": "Invariance pretraining",
@@ -45,7 +32,6 @@ KINDS = {
     "segment": "Part segmentation",
     "fewshot": "Few-shot classification",
 }
-DEFAULTS = {"classify": FinetuneConfig(), "segment": SegmentConfig(), "fewshot": FewshotConfig()}
 SELECTION = {
     "validation": "the epoch was chosen on validation; the test part was used once",
     "last epoch": "the last epoch; nothing was chosen",
@@ -58,14 +44,12 @@ MOST_TSNE, MOST_PARTS = 2000, 8  # shapes in these pictures
 def report(
     folder: Path, data: str | None = None, out: Path | None = None, figures_to: Path | None = None
 ) -> Path:
-    """Write the report of a run to `out`, RUN/report.html by default, whole or not at all; returns
-    where.
+    """Write the report of a run as one HTML file, whole or not at all, and return its path.
 
-    Its pictures go to the folder `figures_to` too, where given, as PNG files in the page's order.
-
-    `data` is where the run's data lies now. Pictures that need data which cannot be read are left
-    out, and the page says why; a `data` that cannot be read is a ValueError, as are a folder that
-    is no run and a place that cannot be.
+    out: RUN/report.html by default. figures_to: a folder that also gets the pictures, as PNG files
+    in the page's order. data: where the run's data is now. A picture whose data cannot be read is
+    left out, and the page says why. Raises ValueError for a `data` that cannot be read, a folder
+    that is not a run, and an `out` that cannot be written.
     """
     for name in ("config.json", "run.json"):
         if not (folder / name).is_file():
@@ -76,62 +60,62 @@ def report(
     run = Run(folder)
     config, record = run.config, run.record
     kind = config.get("task") or config["objective"]
-    if kind in DEFAULTS:
+    if "task" in config:
         parts = [*_outcome(run, config, data), _training(run, config)]
     else:
         last = run.metrics[-1] if run.metrics else {}
-        parts = [
-            _last_step(last, record),
-            *_probes(folder),
-            _training(run, config),
-            _collapse(last),
-        ]
-        parts += [_blocks(config, data), _departures(record)]
+        parts = [_last_step(last, record), *_probes(folder), _training(run, config)]
+        parts.append(_collapse(last))
+        if kind == "jepa":
+            parts.append(_from_data("Sampled blocks", data, _blocks, config))
+        parts.append(_departures(record))
     versions = record["versions"] | {"python": record["python"]}
     about = run_facts(run) | {"versions": listed(versions)}
     about |= {key: record[key] for key in ("commit", "machine")}
-    parts += [section("Provenance", facts(about)), _settings(config, record)]
-    html = page(folder.resolve().name, record["status"], KINDS[kind], parts)
+    parts += [page.section("Provenance", page.facts(about)), _settings(config, record)]
+    html = page.document(folder.resolve().name, record["status"], TITLES[kind], parts)
     write_bytes(out, html.encode())
     if figures_to:
         figures_to.mkdir(parents=True, exist_ok=True)
-        for i, png in enumerate(pictures(html), 1):
+        for i, png in enumerate(page.pictures(html), 1):
             write_bytes(figures_to / f"figure-{i}.png", png)
     return out
 
 
-def _unless_unreadable(draw: Callable[[], str], data: str | None) -> str:
-    """HTML of a picture that needs data, or why it is left out. Raises if `data` was asked for."""
+def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings: dict) -> str:
+    """A section with a picture that needs data, or why it is left out. Raises if `data` was given."""
     try:
-        return draw()
+        body = draw(data, *settings)
     except (ValueError, OSError) as error:
         if data:
             raise
-        return note(f"Left out: {error}. Where the data is now: --data.")
+        body = page.note(f"Left out: {error}. Where the data is now: --data.")
+    return page.section(title, body)
 
 
 # ---------------------------------------------------------------------------------- downstream runs
 def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
     """Metrics and their protocol, details, and pictures of what was predicted."""
     if (result := run.result) is None:
-        yield section("Result", note("There is no result yet."))
+        yield page.section("Result", page.note("There is no result yet."))
         return
     details = result["details"]
     yield _result(result)
     if folds := details.get("folds"):
-        rows = [[i, Bar(score)] for i, score in enumerate(folds)]
-        yield section("Folds", table(["fold", "overall accuracy, %"], rows))
+        rows = [[i, page.Bar(score)] for i, score in enumerate(folds)]
+        yield page.section("Folds", page.table(["fold", "overall accuracy, %"], rows))
     if "per_category" in details:
         scores = details["per_category"].items()
-        rows = [[name, Bar(value)] for name, value in scores if value is not None]
-        yield section("Categories", table(["category", "mIoU, %"], rows))
+        rows = [[name, page.Bar(value)] for name, value in scores if value is not None]
+        yield page.section("Categories", page.table(["category", "mIoU, %"], rows))
     if "per_class" in details:
         yield _classes(details)
     if config["task"] == "segment":
-        yield section("True and predicted parts", _parts(run.folder, details["class_names"]))
+        body = _parts(run.folder, details["class_names"])
+        yield page.section("True and predicted parts", body)
     if config["task"] == "classify":
-        body = _unless_unreadable(partial(_tsne, run.folder, config, details, data), data)
-        yield section("Features before and after fine-tuning", body)
+        title = "Features before and after fine-tuning"
+        yield _from_data(title, data, partial(_tsne, run.folder), config, details)
 
 
 def _result(result: dict) -> str:
@@ -145,7 +129,8 @@ def _result(result: dict) -> str:
             remark += f", standard error {math.sqrt(value * (100 - value) / source['test']):.1f}"
         held = (result["validation"] or {}).get(name)
         remark += "" if held is None else f"; validation {held:.1f} %"
-        shown.append((name.replace("_", " ").replace("miou", "mIoU"), f"{value:.1f} %", remark))
+        words = name.replace("_", " ").replace("miou", "mIoU")
+        shown.append((words, f"{value:.1f} %", remark))
     before = dict(result["pretraining"] or {})
     if isinstance(before.get("data"), dict):
         before["data"] = before["data"]["name"]
@@ -155,7 +140,7 @@ def _result(result: dict) -> str:
         "protocol": result["protocol"],
         "selection": SELECTION.get(result["selection"], result["selection"]),
         "encoder from": result["init"],
-        "pretrained by": "; ".join(f"{key} {show(before[key])}" for key in keys),
+        "pretrained by": "; ".join(f"{key} {page.show(before[key])}" for key in keys),
         "data": source["name"] + (f", {source['variant']}" if source.get("variant") else ""),
         "classes": source["classes"],
         "shapes": ", ".join(f"{count:,} {part}" for part, count in counts.items()),
@@ -166,14 +151,14 @@ def _result(result: dict) -> str:
     warning = ""
     if result["selection"] == "best on test":
         text = "The epoch was chosen on the test part: compare only with published numbers chosen the same way."
-        warning = note(text, "warning")
-    return section("Result", tiles(shown), warning, facts(rows))
+        warning = page.note(text, "warning")
+    return page.section("Result", page.tiles(shown), warning, page.facts(rows))
 
 
 def _classes(details: dict) -> str:
     """Accuracy by class, the most frequent mistakes, and the whole confusion matrix."""
     scores, names = details["per_class"].items(), details["class_names"]
-    rows = [[name, row["count"], Bar(row["accuracy"])] for name, row in scores]
+    rows = [[name, row["count"], page.Bar(row["accuracy"])] for name, row in scores]
     confusion = np.asarray(details["confusion"])
     wrong = confusion * (1 - np.eye(len(names), dtype=int))
     share = 100 * wrong / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -183,16 +168,13 @@ def _classes(details: dict) -> str:
         for true, found in zip(*np.unravel_index(worst, wrong.shape), strict=True)
         if wrong[true, found]
     ]
-    caption = (
-        "Confusion matrix of the test part. Rows are true classes; numbers are shapes, the colour "
-        "is their share of the row."
-    )
+    caption = "Confusion matrix of the test part. Rows are true classes, colours shares of a row."
     columns = ["most frequent mistakes", "taken for", "shapes", "of its class"]
-    return section(
+    return page.section(
         "Classes",
-        table(["class", "test shapes", "accuracy, %"], rows),
-        table(columns, mistakes) if mistakes else "",
-        picture(partial(figures.draw_confusion, confusion, names), caption),
+        page.table(["class", "test shapes", "accuracy, %"], rows),
+        page.table(columns, mistakes) if mistakes else "",
+        page.picture(partial(figures.draw_confusion, confusion, names), caption),
     )
 
 
@@ -213,34 +195,33 @@ def _parts(run: Path, names: list[str]) -> str:
     titles = [names[label] for label in labels[rows]]
     known = truth != UNLABELLED
     right = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
-    shares = ", ".join(f"{name} {share:.0f} %" for name, share in zip(titles, right, strict=True))
-    return picture(
+    shares = map("{} {:.0f} %".format, titles, right)
+    return page.picture(
         partial(figures.draw_parts, points, truth, predicted, titles),
         "The paper's figure 6: the first test shapes of each category, or of "
         f"{MOST_PARTS} evenly spread categories, not chosen for their looks. Points given their "
-        f"true part: {shares}.",
+        f"true part: {', '.join(shares)}.",
     )
 
 
-def _tsne(run: Path, config: dict, details: dict, data: str | None) -> str:
+def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
     """The picture of the test part's pooled features by RUN/start and by RUN/model."""
-    for folder in (run / "start", run / "model"):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+    if not (run / "start").is_dir():
+        raise ValueError(f"{run / 'start'}: no such folder")
     start, network = load_module(str(run / "start")), load_network(run)
     values = {key: value for key, value in config.items() if key != "task"}
     settings = from_dict(FinetuneConfig, values | {"data": data or config["data"]})
     shapes = Labelled.load(settings, network.encoder.num_points)
     if not np.array_equal(shapes.y_test, _predictions(run)["label"]):
-        raise ValueError(f"{shapes.name}: its test part is not what the run was tested on")
+        raise ValueError(f"{shapes.name}: test part is not what the run was tested on")
     if len(shapes.test) < 5:
-        return note(f"Left out: {len(shapes.test)} test shapes are too few.")
+        return page.note(f"Left out: {len(shapes.test)} test shapes are too few.")
     rows = figures.evenly(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
     before = layer_features(start, some)[-1]
     after = layer_features(network.encoder, some)[-1]
     names = details["class_names"]
-    return picture(
+    return page.picture(
         partial(figures.draw_tsne, before, after, shapes.y_test[rows], names),
         f"The paper's figure 7: t-SNE of the pooled features of {len(rows):,} test shapes, before "
         "the first step and in the fine-tuned network. Distances between groups and their sizes "
@@ -254,9 +235,9 @@ def _last_step(last: dict, record: dict) -> str:
         return ""
     data = record["data"]
     others = {"constant_loss": "best constant", "position_loss": "position alone"}
-    remark = ", ".join(f"{text} {last[key]:.3f}" for key, text in others.items() if key in last)
+    known = [f"{text} {last[key]:.3f}" for key, text in others.items() if key in last]
     shown = [
-        ("loss", f"{last['loss']:.3g}", remark),
+        ("loss", f"{last['loss']:.3g}", ", ".join(known)),
         ("steps", f"{last['step']:,}", f"{last['epoch']:.1f} epochs"),
         ("shapes", f"{data['shapes']:,}", data["name"]),
     ]
@@ -264,7 +245,7 @@ def _last_step(last: dict, record: dict) -> str:
     for key, text, remark in (rank, ("perplexity", "code perplexity", "")):
         if key in last:
             shown.append((text, f"{last[key]:.1f}", remark))
-    return tiles(shown)
+    return page.tiles(shown)
 
 
 def _probes(run: Path) -> Iterator[str]:
@@ -278,13 +259,14 @@ def _probes(run: Path) -> Iterator[str]:
         text = (
             f"Overall accuracy in per cent on {data['test']:,} {part} shapes of {data['classes']} "
             f"classes, {data['train']:,} train; {probe['pooling']} pooling, layer "
-            f"{probe['layer']}, seeds {show(probe['seeds'])}. Selection: {probe['selection']}."
+            f"{probe['layer']}, seeds {page.show(probe['seeds'])}. Selection: {probe['selection']}."
         )
         if probe.get("seen_in_pretraining"):
             text += f" The {part} part was among the (unlabelled) pretraining data."
         labels = "" if data["labels"] == "labels" else f", {data['labels']}"
         title = f"Frozen features on {data['name']}{labels}"
-        yield section(title, table(columns, rows, strong="pretrained"), note(text))
+        scores = page.table(columns, rows, strong="pretrained")
+        yield page.section(title, scores, page.note(text))
 
 
 def _collapse(last: dict) -> str:
@@ -295,8 +277,9 @@ def _collapse(last: dict) -> str:
         "embedding": "embeddings",
         "encoded": "encoder's tokens",
     }
+    measures = ("std", "cosine", "rankme")
     rows = [
-        [words, *(f"{last[f'{name}_{figure}']:.3g}" for figure in ("std", "cosine", "rankme"))]
+        [words, *(f"{last[f'{name}_{measure}']:.3g}" for measure in measures)]
         for name, words in names.items()
         if f"{name}_std" in last
     ]
@@ -306,69 +289,61 @@ def _collapse(last: dict) -> str:
     if "constant_loss" in last:
         text += " A loss that is not well below that of the best constant, and of position alone, says little."
     columns = ["last step", "std", "mean cosine", "effective rank"]
-    return section("Collapse", table(columns, rows), note(text))
+    return page.section("Collapse", page.table(columns, rows), page.note(text))
 
 
-def _blocks(config: dict, data: str | None) -> str:
-    """The paper's figure 4, or why it is left out."""
-    if config["objective"] != "jepa":
-        return ""
-
-    def draw() -> str:
-        settings = from_dict(PretrainConfig, config)
-        sources = [data] if data else list(settings.data)
-        axes = settings.up_axis[: len(sources)]
-        clouds = load(sources, settings.encoder.num_points, settings.split, axes)
-        return picture(
-            partial(figures.draw_blocks, clouds, settings),
-            f"The paper's figure 4 on four shapes of {clouds.name}: what the encoder sees (blue) "
-            "and what it has to predict (red), drawn as in training.",
-        )
-
-    return section("Sampled blocks", _unless_unreadable(draw, data))
+def _blocks(data: str | None, config: dict) -> str:
+    """The paper's figure 4."""
+    settings = from_dict(PretrainConfig, config)
+    sources = [data] if data else list(settings.data)
+    axes = settings.up_axis[: len(sources)]
+    clouds = load(sources, settings.encoder.num_points, settings.split, axes)
+    return page.picture(
+        partial(figures.draw_blocks, clouds, settings),
+        f"The paper's figure 4 on four shapes of {clouds.name}: what the encoder sees (blue) "
+        "and what it has to predict (red), drawn as in training.",
+    )
 
 
 def _departures(record: dict) -> str:
-    rows = [[name, ours, paper] for name, (ours, paper) in record.get("departures", {}).items()]
-    body = table(["setting", "here", "paper"], rows)
-    none = note("None: these are the paper's settings.")
-    return section("Departures from the paper", body if rows else none)
+    rows = [[name, *pair] for name, pair in record.get("departures", {}).items()]
+    body = page.table(["setting", "here", "paper"], rows)
+    none = page.note("None: these are the paper's settings.")
+    return page.section("Departures from the paper", body if rows else none)
 
 
 # ---------------------------------------------------------------------------------------- every run
 def _training(run: Run, config: dict) -> str:
     """Curves of the run, of its stage I, or of the first fold of a few-shot run."""
-    draw = figures.draw_curves
-    if config.get("task"):
-        part = "validation"
-        if config.get("select") == "best-on-test":
-            part = "test, by which the epoch is chosen"
-        figure = "instance mIoU" if config["task"] == "segment" else "overall accuracy"
-        draw = partial(figures.draw_supervised, selected=f"{part}, {figure}")
+    on_test = config.get("select") == "best-on-test"
+    part = "test, by which the epoch is chosen" if on_test else "validation"
+    figure = "instance mIoU" if config.get("task") == "segment" else "overall accuracy"
+    draw = partial(figures.draw_curves, selected=f"{part}, {figure}")
     runs = {"By optimiser step.": run}
     runs["Fold 0, by optimiser step."] = Run(run.folder / "fold-0")
     for stage in run.stages:
         runs[f"Stage I, {stage.folder.name}, by optimiser step."] = stage
     drawn = [
-        picture(partial(draw, found.folder), caption)
+        page.picture(partial(draw, found.folder), caption)
         for caption, found in runs.items()
         if found.metrics
     ]
-    return section("Training", *(drawn or [note("No step has been logged.")]))
+    return page.section("Training", *(drawn or [page.note("No step has been logged.")]))
 
 
 def _settings(config: dict, record: dict) -> str:
     """What differs from the defaults; all settings folded away."""
     chosen = {name: value for name, value in config.items() if name != "task"}
-    changed = differences(chosen, to_dict(DEFAULTS.get(config.get("task", ""), PretrainConfig())))
+    changed = differences(chosen, to_dict(KINDS[config.get("task", "pretrain")]()))
     departures = record.get("departures", {})
     rows = [[name, *pair] for name, pair in changed.items() if name not in departures]
     groups = {name: value for name, value in chosen.items() if isinstance(value, dict)}
     every = [(name, value) for name, value in chosen.items() if name not in groups]
-    every += [(f"{name}.{k}", v) for name, group in groups.items() for k, v in group.items()]
-    body = note("All others are the defaults.")
+    every += [(f"{name}.{k}", v) for name, x in groups.items() for k, v in x.items()]
+    body = page.note("All others are the defaults.")
     if rows:
         beside = ", beside the departures above" if "departures" in record else ""
-        body = note(f"Settings that are not the defaults{beside}.")
-        body += table(["setting", "here", "default"], rows)
-    return section("Settings", body, folded("All settings", table(["", ""], every)))
+        body = page.note(f"Settings that are not the defaults{beside}.")
+        body += page.table(["setting", "here", "default"], rows)
+    whole = page.folded("All settings", page.table(["", ""], every))
+    return page.section("Settings", body, whole)

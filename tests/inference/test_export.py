@@ -250,7 +250,7 @@ def test_the_command_says_what_it_wrote(made, printed):
 
 
 def test_a_graph_that_differs_is_an_error_and_leaves_nothing(made, tmp_path, monkeypatch):
-    program, run = torch.export.load(made[1] / "encoder.pt2"), module._run_onnx
+    program, run = torch.export.load(made[1] / "encoder.pt2"), module._open
     monkeypatch.setattr(module, "_program", lambda *_: program)
     monkeypatch.setattr(
         module,
@@ -258,7 +258,7 @@ def test_a_graph_that_differs_is_an_error_and_leaves_nothing(made, tmp_path, mon
         lambda _, graph, __, file: shutil.copy(made[1] / "encoder.onnx", file),
     )
     monkeypatch.setattr(
-        module, "_run_onnx", lambda *given: lambda *x: [y * 1.001 for y in run(*given)(*x)]
+        module, "_open", lambda *given: lambda x: [y * 1.001 for y in run(*given)(x)]
     )
     with pytest.raises(
         ValueError, match=r"^encoder.onnx: embedding of 1 clouds differs from torch by"

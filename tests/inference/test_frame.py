@@ -22,12 +22,12 @@ from jepa3d.data.store import Store
 from jepa3d.inference import spec
 from jepa3d.inference.clouds import find_clouds
 from jepa3d.inference.embed_files import embed_files
+from jepa3d.inference.point_colors import view_of
 from jepa3d.inference.predicting import classify_cloud, predict_files, segment_cloud
 from jepa3d.inference.scene import Features, write_features
 from jepa3d.inference.search import query_vectors
 from jepa3d.inference.spec import EmbeddingSpec
 from jepa3d.inference.vectors import Vectors, to_numpy
-from jepa3d.inference.view import view_of
 from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm, pool
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import sample_one

@@ -3,6 +3,7 @@ files.
 """
 
 import csv
+import logging
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def test_the_head_is_estimated_on_what_it_did_not_see():
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
+def test_from_a_folder_to_predictions_of_new_files(scans, classes, caplog):
+    caplog.set_level(logging.INFO)
     out, kinds = scans / "out", ["ball", "stick", "plate"][:classes]
     label([scans / "scans"], out, str(scans / "model"), clusters=4)
     assert (out / "clusters.html").read_text().count("data:image/png") == 4
@@ -78,7 +80,7 @@ def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
     names_csv = "\n".join(["path,name", *(f"{scans}/{path},{name}" for path, name in names)])
     (out / "names.csv").write_text(names_csv)
     label([scans / "scans"], out, str(scans / "model"))
-    assert "cross-validated" in capsys.readouterr().out
+    assert "cross-validated" in caplog.text
     found = table(out / "labels.csv")
     assert len(found) == 24
     certainty = [float(row["probability"]) for row in found]
@@ -96,7 +98,8 @@ def test_from_a_folder_to_predictions_of_new_files(scans, classes, capsys):
     assert torch.equal(saved.encoder.norm.weight, load(scans / "model").norm.weight)
 
 
-def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_said(scans, capsys):
+def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_said(scans, caplog):
+    caplog.set_level(logging.INFO)
     out = scans / "out"
     out.mkdir()
     named = [(0, "ball"), (3, "ball"), (1, "stick"), (2, "plate")]
@@ -104,7 +107,7 @@ def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_sai
         "path,name\n" + "".join(f"{scans}/scans/{i:02}.xyz,{n}\n" for i, n in named)
     )
     label([scans / "scans"], out, str(scans / "model"), clusters=5)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert "one cloud of plate, stick; name a second of each" in said
     assert "--clusters 5: not used" in said
     assert not (out / "clusters.html").exists()
@@ -152,14 +155,14 @@ def test_a_list_without_names_costs_no_names_given_before(scans):
 def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
     y, rng = np.repeat([0, 1, 2], [12, 9, 1]), np.random.default_rng(1)
     x = np.concatenate([3 * np.eye(6)[y] + rng.normal(size=(22, 6)), rng.normal(size=(40, 6))])
-    found, z = known_clouds(x, np.arange(22), y), (x - x.mean(0)) / x.std(0)
+    (threshold, _), z = known_clouds(x, np.arange(22), y), (x - x.mean(0)) / x.std(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     best = []
     for i in range(21):  # the last is alone in its class
         others = [np.flatnonzero((y == c) & (np.arange(22) != i)) for c in range(3)]
         means = [z[rows].mean(0) for rows in others]
         best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
-    assert found.threshold == pytest.approx(min(best))
+    assert threshold == pytest.approx(min(best))
     with pytest.raises(
         ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"
     ):
@@ -179,7 +182,8 @@ def named(scans):
     return scans
 
 
-def test_clouds_unlike_every_named_one_are_called_unknown(named, capsys):
+def test_clouds_unlike_every_named_one_are_called_unknown(named, caplog):
+    caplog.set_level(logging.INFO)
     out, model = named / "out", str(named / "model")
     label([named / "scans"], out, model, names=named / "names.csv", unknown=True)
     rows = table(out / "labels.csv")
@@ -187,7 +191,7 @@ def test_clouds_unlike_every_named_one_are_called_unknown(named, capsys):
     unknown = {row["path"] for row in rows if row["class"] == "unknown"}
     assert len(plates & unknown) > 12
     assert len(unknown - plates) <= 2  # of 32: one in 20
-    assert f"{len(unknown)} clouds are called unknown" in capsys.readouterr().out
+    assert f"{len(unknown)} clouds are called unknown" in caplog.text
     for row in rows:
         assert (row["probability"] == "") == (row["class"] == "unknown")
         assert row["second"] in ("ball", "stick")

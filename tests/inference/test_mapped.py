@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
-import torch
 
 from jepa3d.inference import search as mapped
 from jepa3d.inference.neighbours import random_cosines
@@ -40,7 +40,7 @@ def rows(first: int, end: int, scale: float = 1.0):
         "num_points": list(range(first, end)),
         "stamp": [0] * len(names),
     }
-    return table(SPEC, columns, X[first:end] * scale)
+    return table(SPEC, zip(*columns.values(), X[first:end] * scale, strict=True))
 
 
 @pytest.fixture
@@ -180,11 +180,10 @@ def test_half_precision_errs_by_less_than_half_of_its_slack(width):
         [np.ones((1, width)), rng.random((200, width)), rng.normal(size=(200, width))]
     )
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    group = mapped.Group(
-        lambda names: pytest.fail("not read"), np.ones(len(x)), torch.from_numpy(x).half()
-    )
+    lengths = pa.array(np.ones(len(x), np.float32))
+    halves = pa.FixedSizeListArray.from_arrays(x.astype(np.float16).ravel(), width)
     for query in (x[0], x[5], x[300], -x[5]):
-        scores, slack = _cosines(group, x, query[None].astype(np.float64))
+        scores, slack = _cosines(x, query[None].astype(np.float64), lengths, halves)
         assert slack == HALF_SLACK
         assert np.abs(scores[0] - x.astype(np.float64) @ query).max() < HALF_SLACK / 2
 
@@ -201,7 +200,7 @@ def test_neighbours_that_half_precision_cannot_tell_apart_are_found_in_their_ord
     x[order, 0], x[order, 1] = 3 * np.cos(angles), 3 * np.sin(angles)
     names = [f"/s/{i:04d}.ply" for i in range(200)]
     columns = {"path": names, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
-    write([table(SPEC, columns, x)], tmp_path / "v.parquet")
+    write([table(SPEC, zip(*columns.values(), x, strict=True))], tmp_path / "v.parquet")
     found = search(tmp_path / "v.parquet", np.eye(12)[0], 50)[0]
     assert [hit.path for hit in found] == [names[i] for i in order[:50]]
     assert len({np.float16(hit.cosine) for hit in found}) < 5

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import trimesh
+from tqdm import tqdm
 
 from jepa3d import load
 from jepa3d.cli import main
@@ -157,10 +158,10 @@ def features_of(xyz, model, grid, folder) -> tuple[Features, np.ndarray]:
     folder.mkdir()
     features = Features(
         load(model),
-        sort_points(iter([xyz]), "z", grid, sample, len(xyz), folder, lambda done: None),
+        sort_points(iter([xyz]), "z", grid, sample, len(xyz), folder, tqdm(disable=True)),
     )
     out = np.full((len(xyz), features.encoder.width), np.nan, np.float32)
-    for records, values in module._stream(features, lambda done: None):
+    for records, values in module._stream(features, tqdm(disable=True)):
         out[records["index"]] = values
     return features, out
 
@@ -241,7 +242,7 @@ def test_cells_are_whole_random_parts_and_tiles_hold_their_cells(hills, tmp_path
     grid = Grid(hills.min(0), hills.max(0), 2.0)
     sample = np.c_[hills, np.arange(len(hills))]
     cells = sort_points(
-        iter(np.array_split(hills, 7)), "z", grid, sample, len(hills), tmp_path, lambda done: None
+        iter(np.array_split(hills, 7)), "z", grid, sample, len(hills), tmp_path, tqdm(disable=True)
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "sorted"]
     seen = []
@@ -399,7 +400,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
         ({"up_axis": "w"}, "one of x, y, z"),
         ({"dtype": "int8"}, "one of float32, float16"),
         ({"out": "o.obj"}, "must end in"),
-        ({"out": "none/o.ply"}, "there is no folder"),
+        ({"out": "none/o.ply"}, "in a folder that exists"),
         ({"out": "scan.npy.ply/../scan.npy"}, "must end in"),
     ],
 )

@@ -44,7 +44,7 @@ def rows(keep: np.ndarray, spec: EmbeddingSpec = SPEC) -> pa.Table:
         name: [values[i] for i in chosen] for name, values in (("path", PATHS), ("label", LABELS))
     }
     columns |= {"num_points": [POINTS[i] for i in chosen], "stamp": [2**63 + i for i in chosen]}
-    return table(spec, columns, X[chosen])
+    return table(spec, zip(*columns.values(), X[chosen], strict=True))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, s
     which = rng.integers(5, size=200)  # of each vector some forty copies, anywhere
     paths = [f"/{name:03d}.ply" for name in rng.permutation(200)]
     columns = {"path": paths, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
-    write([table(SPEC, columns, few[which])], tmp_path / "v.parquet")
+    write([table(SPEC, zip(*columns.values(), few[which], strict=True))], tmp_path / "v.parquet")
     create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
     for query in (few[0], rng.normal(size=12)):
         cosine = few.astype(float) @ query / np.linalg.norm(few, axis=1) / np.linalg.norm(query)
@@ -165,7 +165,7 @@ def test_the_store_replaces_adds_deletes_and_stays_exact(index, store, tmp_path)
         "num_points": POINTS[:100],
         "stamp": [1] * 100,
     }
-    write([table(SPEC, columns, moved[old])], tmp_path / "new.parquet")
+    write([table(SPEC, zip(*columns.values(), moved[old], strict=True))], tmp_path / "new.parquet")
     assert create_or_update(Vectors(tmp_path / "new.parquet"), store) == (0, 100)
     query = RNG.normal(size=12)
     agree(search(store, query, 9)[0], by_hand(query, 9, [], moved))
@@ -337,10 +337,8 @@ def test_a_page_is_bounded_and_says_what_it_leaves_out(scans, tmp_path, monkeypa
     monkeypatch.setattr(neighbours, "PICTURED", 3)
     clouds = sorted(map(str, (scans / "scans").rglob("*.xyz")))
     hits = [Hit(0.9 - i / 1000, clouds[i % 8], "stick") for i in range(150)]
-    spec, pairs = Vectors(scans / "v.parquet").spec, random_cosines(scans / "v.parquet")
-    neighbours.write_page(
-        [(clouds[0], hits)] * 5, spec, scans / "v.parquet", pairs, tmp_path / "p.html"
-    )
+    pairs = random_cosines(scans / "v.parquet")
+    neighbours.write_page([(clouds[0], hits)] * 5, scans / "v.parquet", pairs, tmp_path / "p.html")
     html = (tmp_path / "p.html").read_text()
     assert html.count("data:image/png") == 3
     assert "the first 10 of 150" in html
@@ -400,5 +398,5 @@ def test_vectors_of_zero_length_are_never_found(tmp_path):
     zero[:2] = X[:2]
     names = [f"{i}" for i in range(50)]
     columns = {"path": names, "label": names, "num_points": [9] * 50, "stamp": [1] * 50}
-    write([table(SPEC, columns, zero)], file)
+    write([table(SPEC, zip(*columns.values(), zero, strict=True))], file)
     assert sorted(hit.path for hit in search(file, X[0], k=10)[0]) == ["0", "1"]

@@ -24,19 +24,19 @@ from websockets.sync.client import connect
 
 from jepa3d.cli import main
 from jepa3d.data.cloud import ReadError
-from jepa3d.inference import view
+from jepa3d.figures import ramp
+from jepa3d.inference import point_colors, view
 from jepa3d.inference.clouds import Item, find_clouds
 from jepa3d.inference.embed_files import embed_files
 from jepa3d.inference.embedding import embed
-from jepa3d.inference.view import (
+from jepa3d.inference.point_colors import (
     nearest_to_ray,
-    open_page,
     pca_colors,
-    ramp,
     sample_roles,
     similarity,
     view_of,
 )
+from jepa3d.inference.view import open_page
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.ops import squared_distance, three_nn_interpolate
 
@@ -152,7 +152,7 @@ def test_the_third_axis_points_up(encoder, items):
 
 def test_no_more_points_are_drawn_than_a_browser_bears(encoder, items, monkeypatch):
     whole = view_of(encoder, items["b"])
-    monkeypatch.setattr(view, "MAX_DRAWN", 700)
+    monkeypatch.setattr(point_colors, "MAX_DRAWN", 700)
     some = view_of(encoder, items["b"])
     assert (len(some.points), some.total, some.weights.shape) == (700, 3000, (700, 32))
     assert {tuple(row) for row in some.points} < {tuple(row) for row in whole.points}
@@ -279,7 +279,7 @@ def test_a_taken_port_is_said_and_no_other_taken(folder, capsys):
         holder.listen()
         port = holder.getsockname()[1]
         error = fails(capsys, folder / "clouds", "--model", folder / "model", "--port", port)
-    assert f"--port {port}: not to be had (Address already in use)" in error
+    assert f"--port {port}: not available (Address already in use)" in error
     assert "--port 70000: 1 to 65535" in fails(
         capsys, folder / "clouds", "--model", folder / "model", "--port", 70000
     )

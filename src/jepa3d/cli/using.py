@@ -139,8 +139,8 @@ def search(
     from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
 
-    spec, found = searching.open_index(where_in).spec, []
-    pairs = neighbours.random_cosines(where_in)
+    pairs, found = neighbours.random_cosines(where_in), []
+    written = neighbours.to_json if json else neighbours.to_text
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         exclude = None if include_self else names
@@ -148,9 +148,9 @@ def search(
         near = [[hit for hit in some if hit.cosine >= min_cosine] for some in hits]
         found += zip(names, near, strict=True)
         for name, some in zip(names, near, strict=True):
-            print((neighbours.to_json if json else neighbours.to_text)(name, some, pairs))
+            print(written(name, some, pairs))
     if html is not None:
-        neighbours.write_page(found, spec, where_in, pairs, html)
+        neighbours.write_page(found, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
 
 

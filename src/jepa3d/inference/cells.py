@@ -2,13 +2,14 @@
 sort.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
@@ -79,12 +80,6 @@ class Grid:
         *_, strip, height = self._line
         return keys // (strip * height)
 
-    def check(self) -> None:
-        """Raise ValueError for more cells than keys can number."""
-        if np.prod(self.count + 2.0) * 8 > 2**_KEY_BITS:
-            extent = " x ".join(f"{size:.6g}" for size in self.high - self.low)
-            raise ValueError(f"--tile {self.tile:g}: too small for a scene of {extent}")
-
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
         """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they
         came in.
@@ -153,19 +148,17 @@ def grid_for(
     """The grid of the tile asked for, or of the one that suits the encoder.
 
     sample: a random part n 3 of `total` points in the box from low to high. Raises ValueError for
-    too small a tile.
+    too small a tile: with more cells than keys can number, or few points.
     """
-    if tile is not None:
-        grid = Grid(low, high, tile)
-        grid.check()
-        if median_count(grid, sample) * total / len(sample) >= encoder.min_points:
-            return grid
-    side = choose_tile(low, high, sample, total, 2 * encoder.num_points)
-    suitable = Grid(low, high, side)
-    suitable.check()
-    if tile is not None:
-        raise ValueError(f"--tile {tile:g}: tiles of few points; try {suitable.tile:g}")
-    return suitable
+    choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
+    grid = Grid(low, high, choose() if tile is None else tile)
+    if np.prod(grid.count + 2.0) * 8 > 2**_KEY_BITS:
+        extent = " x ".join(f"{size:.6g}" for size in high - low)
+        raise ValueError(f"--tile {grid.tile:g}: too small for a scene of {extent}")
+    few = median_count(grid, sample) * total / len(sample) < encoder.min_points
+    if few and tile is not None:
+        raise ValueError(f"--tile {tile:g}: tiles of few points; try {choose():g}")
+    return grid
 
 
 class Cells:
@@ -174,11 +167,9 @@ class Cells:
     The points of a cell are in random order, so its first n are a random part.
     """
 
-    def __init__(
-        self, path: Path, grid: Grid, keys: np.ndarray, counts: np.ndarray, coords: np.ndarray
-    ):
-        self.grid, self.keys, self.counts = grid, keys, counts  # n
-        self.coords = coords  # n 3
+    def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
+        self.grid, self.coords, self.counts = grid, coords, counts  # coords n 3, counts n
+        self.keys = grid.keys(coords)
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)
 
@@ -205,12 +196,13 @@ def sort_points(
     sample: np.ndarray,
     total: int,
     folder: Path,
-    progress: Callable[[int], None],
+    bar: tqdm,
 ) -> Cells:
     """Sort points, which come in parts n 3 of the file's axes, into a file in `folder`.
 
     sample: z-up coordinates and index n 4 of a random part of them; its quantiles are the edges of
-    buckets, each of which is sorted in memory. progress: called with points done, of 2 * total.
+    buckets, each of which is sorted in memory. bar: counts every
+    point twice.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)
@@ -228,8 +220,8 @@ def sort_points(
             with files[i].open("ab") as file:
                 records[ends[i - 1] if i else 0 : ends[i]].tofile(file)
         done += len(part)
-        progress(done)
-    keys, counts, coords = [], [], []
+        bar.update(len(part))
+    found = []
     with (folder / "sorted").open("wb") as out:
         for file in files:
             file.touch()  # empty where no point fell
@@ -237,14 +229,12 @@ def sort_points(
             order = grid.order(records["xyz"], records["index"])
             at = np.argsort(order, kind="stable")
             records[at].tofile(out)
-            cells, first, _, count = _unique(order[at] >> np.uint64(_HASH_BITS))
-            keys.append(cells.astype(np.int64))
-            counts.append(count)
-            coords.append(grid.cells(records["xyz"][at[first]])[0])
+            _, first, _, count = _unique(order[at] >> np.uint64(_HASH_BITS))
+            found.append((grid.cells(records["xyz"][at[first]])[0], count))
             file.unlink()
-            done += len(records)
-            progress(done)
+            bar.update(len(records))
     # The points of one cell may be in several buckets.
-    unique, first, inverse, _ = _unique(np.concatenate(keys))
-    whole = np.bincount(inverse, np.concatenate(counts)).astype(np.int64)
-    return Cells(folder / "sorted", grid, unique, whole, np.concatenate(coords)[first])
+    coords, counts = map(np.concatenate, zip(*found, strict=True))
+    _, first, inverse, _ = _unique(grid.keys(coords))
+    counts = np.bincount(inverse, counts).astype(np.int64)
+    return Cells(folder / "sorted", grid, coords[first], counts)

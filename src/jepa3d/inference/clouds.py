@@ -1,8 +1,8 @@
-"""Which clouds lie at a path, and the address of each, by which every command finds it again."""
+"""Finds the clouds at a path, and gives each an address by which every command finds it again."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +25,11 @@ _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where one cloud lies: a file, or one of those in a file of many or in a store.
+    """The place of one cloud: a file, or a part of a file of many clouds or of a store.
 
-    Written FILE, FILE#PART or STORE#PART. What exists under the whole text is meant first, so a
-    file whose name has a # is that file; FILE/#PART is never the name of a file, and is written
-    where FILE#PART is one.
+    Written FILE, FILE#PART or STORE#PART. A text that is the name of an existing file means that
+    file, even if the name has a #. Where FILE#PART is such a name, the part is written FILE/#PART,
+    which cannot be the name of a file.
     """
 
     file: str  # absolute
@@ -47,7 +47,7 @@ class Address:
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
-        """The address that a text means, or None where nothing is there."""
+        """The address that a text means, or None if there is no cloud."""
         for spelling in dict.fromkeys((str(text), original(str(text)))):
             path = os.path.abspath(spelling)
             if os.path.exists(path):
@@ -65,7 +65,7 @@ class Address:
 
     @property
     def z_up(self) -> bool:
-        """True of a stored cloud, whatever is said of files."""
+        """True for a stored cloud, which has z up whatever the up axis of files is."""
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
@@ -92,7 +92,7 @@ class Item:
     read: Callable[[], PointCloud]  # picklable
     stamp: int = 0  # differs when its file changed
     label: str | None = None
-    z_up: bool = False  # True of a stored cloud, whatever is said of files
+    z_up: bool = False  # True for a stored cloud, whatever the up axis of files is
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
         """The points N 3 of this cloud, as read or sampled, with z up; "none": as they are."""
@@ -102,23 +102,32 @@ class Item:
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
-    """The one cloud that a text means. Raises ReadError where nothing is there."""
+    """The cloud at an address. Raises ReadError if there is none."""
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")
     return Item(str(address), address.open, _stamp(address), label, address.z_up)
 
 
-def find_clouds(*paths: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The clouds of files, folders and stores, each once, and the files there that are none.
+def find_clouds(
+    *paths: str | Path, optional: Collection[str | Path] = ()
+) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Find the clouds in files, folders and stores, each once, and the files there that hold none.
 
-    A path may also be the address of one cloud. Files that are no clouds come as (path, reason).
-    Raises ReadError for a path that does not exist.
+    A path may also be the address of one cloud. Files without a cloud come as (path, reason).
+    optional: paths that may have no cloud; they are then listed like these files. Raises ReadError
+    for any other path without a cloud.
     """
     items: dict[str, Item] = {}
     skipped: dict[str, str] = {}
     for path in paths:
-        found, others = _clouds_at(path)
+        try:
+            found, others = _clouds_at(path)
+        except ReadError as error:
+            if path not in optional:
+                raise
+            skipped[str(path)] = str(error)
+            continue
         items |= {item.path: item for item in found}
         skipped |= {os.path.join(path, key): reason for key, reason in others}
     return list(items.values()), list(skipped.items())
@@ -166,11 +175,11 @@ def _stamp(address: Address) -> int:
 
 
 def log_left_out(skipped: list[tuple[str, str]]) -> None:
-    """Log a line for each of the first five files that are no clouds, and one for all others."""
+    """Log a line for each of the first five files without a cloud, and one for all others."""
     for path, reason in skipped[:5]:
         log.info(f"left out: {because(path, reason)}")
     if len(skipped) > 5:
-        log.info(f"left out: {len(skipped) - 5:,} more that are no clouds")
+        log.info(f"left out: {len(skipped) - 5:,} more that hold no cloud")
 
 
 def spelled(name: str) -> str:

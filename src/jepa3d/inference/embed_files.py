@@ -16,7 +16,7 @@ from jepa3d.inference import embedding
 from jepa3d.inference.clouds import Address, Item, find_clouds, log_left_out, spelled
 from jepa3d.inference.embedding import Embedded, Embedder, as_row
 from jepa3d.inference.spec import EmbeddingSpec
-from jepa3d.inference.vectors import Vectors, table_of_rows, update, write
+from jepa3d.inference.vectors import Vectors, table, update, write
 from jepa3d.locking import writing
 from jepa3d.plain import log
 
@@ -48,7 +48,12 @@ def embed_files(
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
     embedder = Embedder(model, up_axis, layer, pooling, keep_strays=keep_strays)
-    items, counts = _find(paths, prune)
+    # To forget what was there, a folder may be empty.
+    emptied = [path for path in paths if prune and path.is_dir()]
+    found, skipped = find_clouds(*paths, optional=emptied)
+    log_left_out(skipped)
+    items = {item.path: item for item in found}
+    counts = Counter({"left out": len(skipped)})
     roots = [spelled(os.path.abspath(path)) for path in paths]
     inside = tuple(root + sign for root in roots for sign in "/#")
     with ExitStack() as locks:
@@ -62,8 +67,8 @@ def embed_files(
                 stamps = vectors.column("stamp")
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
             elif shares > 1:  # may stay empty, yet its name says the number of shares
-                write([table_of_rows(embedder.spec, [])], file)
-            part = [x for x in items.values() if _share_of(x.path, shares) == number]
+                write([table(embedder.spec, [])], file)
+            part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
             todo = [item for item in part if known.get(item.path) != item.stamp]
             gone = known.keys() - items.keys() if prune else set()
             gone = {x for x in gone if x.startswith(inside) or Address.parse(x) is None}
@@ -86,10 +91,6 @@ def embed_files(
     return counts
 
 
-def _share_of(path: str, shares: int) -> int:
-    return 1 + hash64(path.encode()) % shares
-
-
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
     """The files to write by the number of their share, and the number of shares. Raises ValueError."""
     first, _, of = share.partition("/")
@@ -104,9 +105,7 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
         return {1: out}, 1
     if out.suffix or out.is_file():
         allowed = "a .parquet file, or a folder of them, whose name has no dot"
-        if out.suffix == ".lancedb":
-            allowed += "; jepa3d index makes a .lancedb of them"
-        raise ValueError(f"--out {out}: {allowed}")
+        raise ValueError(f"--out {out}: {allowed}; .lancedb: see jepa3d index")
     begun = {shares} if shares > 1 else set()
     for file in out.glob("*.parquet"):
         if not (part := re.fullmatch(r"part-\d+of(\d+)\.parquet", file.name)):
@@ -118,27 +117,6 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
     # Without --share, all of them in turn.
     numbers = [number] if shares > 1 else range(1, total + 1)
     return {i: out / f"part-{i}of{total}.parquet" for i in numbers}, total
-
-
-def _find(paths: list[Path], prune: bool) -> tuple[dict[str, Item], Counter[str]]:
-    """The clouds at all paths by their path, and how many files are none, which are logged.
-
-    To forget what was there, a folder may be empty. Raises ReadError.
-    """
-    items: dict[str, Item] = {}
-    counts = Counter()
-    for path in paths:
-        try:
-            found, skipped = find_clouds(path)
-        except ReadError as error:
-            if not (prune and path.is_dir()):
-                raise
-            log.info(str(error))
-            continue
-        items |= {item.path: item for item in found}
-        log_left_out(skipped)
-        counts["left out"] += len(skipped)
-    return items, counts
 
 
 def _collect(
@@ -160,7 +138,7 @@ def _collect(
         nonlocal last, cost
         begun = time.monotonic()
         if rows or gone:
-            update(file, table_of_rows(spec, rows), gone)
+            update(file, table(spec, rows), gone)
             rows.clear()
             gone.clear()
         last = time.monotonic()

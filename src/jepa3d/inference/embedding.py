@@ -17,6 +17,7 @@ from jepa3d.data.cloud import PointCloud, ReadError
 from jepa3d.data.errors import because, printable, refuse
 from jepa3d.data.io import sampled
 from jepa3d.data.parallel import isolated
+from jepa3d.evaluation.features import default_device
 from jepa3d.frame import Frame
 from jepa3d.inference.clouds import Item, find_clouds, spelled
 from jepa3d.inference.spec import EmbeddingSpec
@@ -45,8 +46,8 @@ class Embedded(NamedTuple):
 
     vector: np.ndarray  # E; or num_points 3, what the encoder sees, to be encoded later
     num_points: int
-    unseen: int  # points of NaN, which were left out
-    remarks: list[str]  # what the user should know
+    unseen: int  # points that are NaN, which were left out
+    remarks: list[str]  # lines for the user, such as how many points were left out
 
 
 def embed(
@@ -68,44 +69,46 @@ def embed(
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2
     """
-    encoder, vectors, errors = encoder or load(), [], []
+    encoder = encoder or load()
     spec = EmbeddingSpec.of("", encoder, up_axis, layer, pooling)
-    for path, result in embed_each(clouds, encoder, spec):
-        if isinstance(result, str):
-            errors.append(because(path, result))
-        vectors.append(None if isinstance(result, str) else result.vector)
-    if len(errors) == len(vectors):
-        raise ReadError(errors[0]) if errors else ValueError("no clouds to embed")
+    found, errors = embed_each(clouds, encoder, spec)
     for error in errors:
         warnings.warn(f"{error}; its vector is NaN", stacklevel=2)
     missing = np.full(spec.embed_dim, np.nan, np.float32)
-    return np.stack([missing if vector is None else vector for vector in vectors])
+    return np.stack([missing if vector is None else vector for _, vector in found])
 
 
 def embed_each(
     clouds: Clouds, encoder: PointEncoder, spec: EmbeddingSpec
-) -> list[tuple[str, Embedded | str]]:
-    """The path of each cloud, as of `embed`, with its vector or the reason why it has none."""
-    items = list(_items_of(clouds))
-    results = embed_batch(spec.applied(encoder), spec, False, items)
-    found = [(item.path, result) for item, result in zip(items, results, strict=True)]
-    for path, result in found:
-        if isinstance(result, Embedded):
-            log_remarks(path, result.remarks)
-    return found
+) -> tuple[list[tuple[str, np.ndarray | None]], list[str]]:
+    """The path and the vector of each cloud, as of `embed`; and a line for each that has none.
+
+    Raises ReadError where no cloud can be used.
+    """
+    encoder, items = spec.applied(encoder), list(_items_of(clouds))
+    found, errors = [], []
+    results = encode(encoder, spec, (_seen_by(encoder, spec, item) for item in items))
+    for item, result in zip(items, results, strict=True):
+        if isinstance(result, str):
+            errors.append(because(item.path, result))
+            found.append((item.path, None))
+        else:
+            log_remarks(item.path, result.remarks)
+            found.append((item.path, result.vector))
+    if len(errors) == len(found):
+        raise ReadError(errors[0]) if errors else ValueError("no clouds to embed")
+    return found, errors
 
 
 def _items_of(clouds: Clouds) -> Iterator[Item]:
     if isinstance(clouds, (str, Path)) or getattr(clouds, "ndim", 0) == 2:
         clouds = [clouds]
     for i, cloud in enumerate(clouds):
-        if not isinstance(cloud, (str, Path)):
+        if isinstance(cloud, (str, Path)):
+            found, failed = find_clouds(cloud, optional=[cloud])
+            yield from found or [Item(x, partial(refuse, why)) for x, why in failed]
+        else:
             yield Item(f"cloud {i}", partial(_whole_cloud, cloud))
-            continue
-        try:
-            yield from find_clouds(cloud)[0]
-        except ReadError as error:
-            yield Item(str(cloud), partial(refuse, str(error)))
 
 
 def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
@@ -116,7 +119,7 @@ def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
 
 
 def log_remarks(path: str, remarks: list[str]) -> None:
-    """Log what the user should know of a cloud."""
+    """Log the remarks on a cloud."""
     for remark in remarks:
         log.info(printable(f"{path}: {remark}"))
 
@@ -145,17 +148,6 @@ def _seen_by(encoder: PointEncoder, spec: EmbeddingSpec, item: Item) -> Embedded
         return str(error)
 
 
-def embed_batch(
-    encoder: PointEncoder, spec: EmbeddingSpec, points_only: bool, items: list[Item]
-) -> list[Embedded | str]:
-    """Vectors of clouds; of a cloud that cannot be used the reason.
-
-    points_only: give what the encoder sees instead of vectors.
-    """
-    results = (_seen_by(encoder, spec, item) for item in items)
-    return list(results if points_only else encode(encoder, spec, results))
-
-
 @torch.inference_mode()
 def encode(
     encoder: PointEncoder, spec: EmbeddingSpec, results: Iterable[Embedded | str]
@@ -174,16 +166,19 @@ def encode(
         yield from batch
 
 
-@lru_cache(maxsize=1)
-def _loaded(model: str) -> PointEncoder:
-    return load(model)
+_loaded = lru_cache(maxsize=1)(load)
 
 
 def embed_items(
     model: str, spec: EmbeddingSpec, points_only: bool, items: list[Item]
 ) -> list[Embedded | str]:
-    """`embed_batch` in a worker process, which loads the model once."""
-    return embed_batch(spec.applied(_loaded(model)), spec, points_only, items)
+    """Worker. Vectors of clouds; of a cloud that cannot be used the reason.
+
+    points_only: give what the encoder sees instead of vectors.
+    """
+    encoder = spec.applied(_loaded(model))
+    results = (_seen_by(encoder, spec, item) for item in items)
+    return list(results if points_only else encode(encoder, spec, results))
 
 
 class Embedder:
@@ -209,11 +204,9 @@ class Embedder:
         encoder, self.workers = load(model), workers
         encoder.keep_strays = keep_strays
         self.spec = EmbeddingSpec.of(model, encoder, up_axis, layer, pooling)
-        self.encoder = self.spec.applied(encoder)
         # Ray hides the GPU from an actor that did not ask for one.
         self.on_device = torch.accelerator.is_available()
-        if self.on_device:
-            self.encoder = self.encoder.to(torch.accelerator.current_accelerator())
+        self.encoder = self.spec.applied(encoder).to(default_device())
         self.work = partial(embed_items, model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
@@ -229,17 +222,10 @@ class Embedder:
         A path, taken once, is a file, a folder, a store, or the address of one cloud. What cannot
         be used is a row of its path and its error, all else null. Rows with vectors come first.
         """
-        from jepa3d.inference.vectors import table_of_rows, with_errors
+        from jepa3d.inference.vectors import table, with_errors
 
-        items: list[Item] = []
-        failed: list[tuple[str, str]] = []
-        for path in dict.fromkeys(map(str, batch["path"])):
-            try:
-                found, skipped = find_clouds(path)
-                items += found
-                failed += skipped
-            except (ValueError, OSError) as error:
-                failed.append((path, str(error)))
+        paths = dict.fromkeys(map(str, batch["path"]))
+        items, failed = find_clouds(*paths, optional=paths)
         chunks = [items[at : at + BATCH] for at in range(0, len(items), BATCH)]
         results = isolated(chunks, self.work, self.workers, __name__)
         finished, rows = self.finish(chain.from_iterable(results)), []
@@ -249,7 +235,7 @@ class Embedder:
             else:
                 rows.append(as_row(item, result))
         errors = [(spelled(path), because(path, reason)) for path, reason in failed]
-        return with_errors(table_of_rows(self.spec, rows), errors)
+        return with_errors(table(self.spec, rows), errors)
 
 
 def as_row(item: Item, result: Embedded) -> tuple:

@@ -7,8 +7,9 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jepa3d.models.ready import fingerprint, load_any
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import farthest_point_scan, gather_points, squared_distance, unit_sphere
 from jepa3d.plain import log
+from jepa3d.training.checkpoint import replace_folder
 
 try:
     import onnx
@@ -39,7 +41,6 @@ SIZES = ("num_points", "num_groups", "group_size")
 
 Network = PointEncoder | Classifier | LinearClassifier
 Differences = dict[str, float]  # of files, from torch
-Run = Callable[..., list[np.ndarray]]  # an exported file: arrays to arrays
 
 
 class Graph(nn.Module):
@@ -106,7 +107,7 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     """Write the folder `out`; `model` as of `jepa3d.load`, or a classifier's run or folder.
 
     Returns the largest difference of each file from torch. Raises ValueError for a model that
-    cannot be had or exported, an `out` that exists, or a graph whose results differ from torch's;
+    cannot be loaded or exported, an `out` that exists, or a graph whose results differ from torch's;
     then nothing is left.
     """
     out = Path(out)
@@ -119,20 +120,14 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     # No graph has such a `fill`.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
         raise ValueError(f"{model}: not exported: needs num_groups {needed} or more")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        differences = _write(network, encoder, partial)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    differences: Differences = {}
+    replace_folder(out, partial(_write, network, encoder, differences), True)
     return differences
 
 
 @torch.no_grad()
-def _write(network: Network, encoder: PointEncoder, folder: Path) -> Differences:
-    """Write every file of the folder. Returns of each graph's file the largest difference from torch."""
+def _write(network: Network, encoder: PointEncoder, found: Differences, folder: Path) -> None:
+    """Write every file of the folder; add the largest difference of each to those found."""
     properties = {name: str(getattr(encoder, name)) for name in SIZES}
     if isinstance(network, PointEncoder):
         graphs: list[Graph] = [FromPoints(network), FromPatches(network)]
@@ -141,24 +136,19 @@ def _write(network: Network, encoder: PointEncoder, folder: Path) -> Differences
     else:
         graphs = [ToClasses(network)]
         properties["class_names"] = json.dumps(network.class_names)
-    differences = {}
     for graph in graphs:
         with _quiet():
             program = _program(graph, encoder)
             _write_onnx(program, graph, properties, folder / f"{graph.name}.onnx")
-            files = {f"{graph.name}.onnx": _run_onnx}
             if graph.inputs == ("points",):
                 torch.export.save(program, folder / f"{graph.name}.pt2")
-                files[f"{graph.name}.pt2"] = _run_pt2
-        for name, opened in files.items():
-            run = opened(folder / name, graph)
-            differences[name] = _difference(graph, encoder, name, run)
-            largest = f"differs from torch by at most {differences[name]:.1e}"
-            log.info(f"{name}: {largest} (batches of 1, 2 and 7 clouds)")
+        for file in sorted(folder.glob(f"{graph.name}.*")):
+            found[file.name] = _difference(graph, encoder, file)
+            largest = f"differs from torch by at most {found[file.name]:.1e}"
+            log.info(f"{file.name}: {largest} (batches of 1, 2 and 7 clouds)")
     network.save_pretrained(folder)
-    card = _card(network, encoder, differences)
+    card = _card(network, encoder, found)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return differences
 
 
 @contextmanager
@@ -199,19 +189,13 @@ def _write_onnx(program: Any, graph: Graph, properties: dict[str, str], file: Pa
     onnx.save(proto, file)
 
 
-def _run_onnx(file: Path, graph: Graph) -> Run:
+def _open(file: Path, graph: Graph) -> Callable[[Sequence[np.ndarray]], Sequence]:
+    """The function of an exported file, from arrays to arrays."""
+    if file.suffix == ".pt2":
+        module = torch.export.load(file).module()
+        return lambda arrays: module(*map(torch.from_numpy, arrays))
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-
-    def run(*arrays: np.ndarray) -> list[np.ndarray]:
-        found = session.run(graph.outputs, dict(zip(graph.inputs, arrays, strict=True)))
-        return list(map(np.asarray, found))
-
-    return run
-
-
-def _run_pt2(file: Path, graph: Graph) -> Run:
-    module = torch.export.load(file).module()
-    return lambda *arrays: [x.numpy() for x in module(*map(torch.from_numpy, arrays))]
+    return lambda x: session.run(graph.outputs, dict(zip(graph.inputs, x, strict=True)))
 
 
 def _name_axes(graph) -> None:
@@ -226,21 +210,22 @@ def _name_axes(graph) -> None:
                 dim.dim_param = new
 
 
-def _difference(graph: Graph, encoder: PointEncoder, name: str, run: Run) -> float:
+def _difference(graph: Graph, encoder: PointEncoder, file: Path) -> float:
     """The largest difference of a file's results from torch's.
 
     Raises ValueError beyond the tolerance.
     """
-    generator, largest = torch.Generator().manual_seed(0), 0.0
+    generator, largest, run = torch.Generator().manual_seed(0), 0.0, _open(file, graph)
     counts = encoder.min_points, encoder.num_points, 2 * encoder.num_points
     for batch, count in zip(BATCHES, counts, strict=True):
         points = torch.randn(batch, count, 3, generator=generator) * 30 + 100
-        results, expected = run(*graph.arrays(points)), graph.expected(points)
+        results, expected = run(graph.arrays(points)), graph.expected(points)
         for key, found, wanted in zip(graph.outputs, results, expected, strict=False):
-            difference = float(np.abs(found - wanted.numpy()).max())
-            if not np.allclose(found, wanted.numpy(), RTOL, ATOL):
+            found, wanted = np.asarray(found), wanted.numpy()
+            difference = float(np.abs(found - wanted).max())
+            if not np.allclose(found, wanted, RTOL, ATOL):
                 wrong = f"differs from torch by {difference:.1e}; not exported"
-                raise ValueError(f"{name}: {key} of {batch} clouds {wrong}")
+                raise ValueError(f"{file.name}: {key} of {batch} clouds {wrong}")
             largest = max(largest, difference)
     return largest
 
@@ -254,8 +239,8 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
     values["differences"], folder = "\n".join(rows), Path(__file__).parent
     if isinstance(network, PointEncoder):
         values |= {"kind_name": "encoder", "first": "embedding"}
-        parts = [(folder / f"card_{name}.md").read_text() for name in ("encoder", "patches")]
-        outputs, values["more"] = (part.format(**values) for part in parts)
+        parts = (folder / "card_encoder.md", folder / "card_patches.md")
+        outputs, values["more"] = (x.read_text().format(**values) for x in parts)
         values["outputs"] = outputs.strip()
     else:
         values |= {"kind_name": "classifier", "first": "logits", "more": ""}

@@ -35,7 +35,7 @@ def best(hits: list[Hit], k: int) -> list[Hit]:
 
 
 def rank(
-    query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list[str | None], k: int
+    query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list, k: int
 ) -> list[Hit]:
     """The k of vectors n E nearest to a query E of length 1.
 

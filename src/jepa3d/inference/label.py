@@ -18,7 +18,6 @@ import csv
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +32,8 @@ from jepa3d.inference.predicting import CSV_COLUMNS, two_classes
 from jepa3d.inference.vectors import Vectors
 from jepa3d.models.heads import UNKNOWN, LinearClassifier
 from jepa3d.models.ready import load
-from jepa3d.page import note, page, section
-from jepa3d.plain import printable, write_bytes, write_csv
+from jepa3d.page import document, note, section
+from jepa3d.plain import log, printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # representatives of a cluster
@@ -71,27 +70,25 @@ def label(
     if not known and names != out / "names.csv":
         raise ReadError(f"{names}: no names of these clouds")
     if known and clusters is not None:
-        print(f"--clusters {clusters}: not used, since {names} has names already")
+        log.info(f"--clusters {clusters}: not used, since {names} has names already")
     if not known:
         known = _propose(x, cloud_paths, clusters, up_axis, out)
     if len(set(known.values())) < 2:
-        print(f"next: name two classes or more in {out}/names.csv, and run this again")
+        log.info(f"next: name two or more classes in {out}/names.csv, and run again")
         return
     rows = np.array([i for i, path in enumerate(cloud_paths) if path in known])
     classes, y = np.unique([known[cloud_paths[i]] for i in rows], return_inverse=True)
     if unknown and UNKNOWN in classes:
         raise ValueError(f"--unknown: {names} has a class of that name; rename it")
-    appearance = known_clouds(x, rows, y) if unknown else None
+    threshold, appearance = known_clouds(x, rows, y) if unknown else (-1.0, {})
     head, estimate = fit_head(x[rows], y)
     encoder, spec = load(model), vectors.spec
     settings = vars(encoder)["_hub_mixin_config"], classes.tolist()
-    threshold = appearance.threshold if appearance else -1.0
     network = LinearClassifier(*settings, spec.layer, spec.pooling, threshold)
     network.encoder.load_state_dict(encoder.state_dict())
     set_head(network, head)
-    if appearance:
-        for name in ("shift", "spread", "means"):
-            getattr(network, name).copy_(torch.from_numpy(getattr(appearance, name)))
+    for name, values in appearance.items():
+        getattr(network, name).copy_(torch.from_numpy(values))
     replace_folder(out / "model", network.save_pretrained)
     probability = head.predict_proba(x)
     unlike = network.unknown(torch.from_numpy(x)).numpy()
@@ -103,13 +100,13 @@ def label(
     if estimate is None:
         alone = printable(", ".join(classes[np.bincount(y) == 1]))
         needed = f"one cloud of {alone}; name a second of each"
-        print(f"{named}: no estimate while there is {needed}")
+        log.info(f"{named}: no estimate while there is {needed}")
     else:
-        print(f"{named}: {100 * estimate:.1f} % right, cross-validated")
+        log.info(f"{named}: {100 * estimate:.1f} % right, cross-validated")
     if unknown:
-        print(f"{unlike.sum():,} clouds are called unknown, of known ones 1 in 20")
+        log.info(f"{unlike.sum():,} clouds are called unknown, of known ones 1 in 20")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
-    print(f"written: {written}; jepa3d predict {out} labels others")
+    log.info(f"written: {written}; jepa3d predict {out} labels others")
 
 
 def _propose(
@@ -123,7 +120,8 @@ def _propose(
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: from 2 to {len(x):,}, one a cloud")
     # the size of each cluster, and the clouds nearest to its centre
-    groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in cluster(x, count)]
+    found = cluster(x, count)
+    groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
     sections = []
     for number, (size, shown) in enumerate(groups, 1):
         titles = [Path(path).name for path in shown]
@@ -131,13 +129,14 @@ def _propose(
         files = note(", ".join(map(display, shown)))
         sections.append(section(f"{number}: {size:,} clouds", *drawn, files))
     kind = "spherical k-means of vectors"
-    html = page("Clusters", f"{count} clusters", kind, sections)
+    html = document("Clusters", f"{count} clusters", kind, sections)
     write_bytes(out / "clusters.html", html.encode())
     known, rows = _ask(groups) if sys.stdin.isatty() else {}, []
     for number, (_, shown) in enumerate(groups, 1):
         rows += [(path, known.get(path, ""), number) for path in shown]
     write_csv(out / "names.csv", ("path", "name", "cluster"), *rows)
-    print(f"written: {out / 'clusters.html'} and {out / 'names.csv'}, {count} clusters")
+    files = f"{out / 'clusters.html'} and {out / 'names.csv'}"
+    log.info(f"written: {files}, {count} clusters")
     return known
 
 
@@ -194,24 +193,16 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
     return known
 
 
-class Known(NamedTuple):
-    """What the named clouds look like: vectors are standardised by shift and spread, then compared
-    by cosine.
-    """
+def known_clouds(
+    x: np.ndarray, rows: np.ndarray, y: np.ndarray
+) -> tuple[float, dict[str, np.ndarray]]:
+    """What the named rows of vectors n E, with classes y (rows), look like: a threshold and arrays.
 
-    shift: np.ndarray  # E, the mean of all vectors
-    spread: np.ndarray  # E, their standard deviation
-    means: np.ndarray  # classes E, of length 1: the direction of each class
-    threshold: float  # cosine to the nearest of them below which a cloud is unknown
-
-
-def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
-    """Class means of the named rows of vectors n E, with classes y (rows), and the threshold
-    measured on them.
-
-    Every named cloud is compared with its class without it; the threshold is what 95 % of them
-    reach. A class of one named cloud takes no part in that. Raises ValueError for fewer than
-    `FEWEST` others.
+    A cloud is unknown if the cosine of its vector, standardised by `shift` E and `spread` E (mean
+    and standard deviation of all vectors), to the nearest of the class `means` (classes E, of
+    length 1) is below the threshold. Every named cloud is compared with its class without it; the
+    threshold is what 95 % of them reach. A class of one named cloud takes no part in that. Raises
+    ValueError for fewer than `FEWEST` others.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)
@@ -225,4 +216,4 @@ def known_clouds(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Known:
     cosines[every, y] = (named * unit_length(sums[y] - named)).sum(1)
     lowest = np.sort(cosines[inside].max(1))
     threshold = float(lowest[int(FALSE_ALARMS * (len(inside) + 1)) - 1])
-    return Known(shift, spread, unit_length(sums), threshold)
+    return threshold, {"shift": shift, "spread": spread, "means": unit_length(sums)}

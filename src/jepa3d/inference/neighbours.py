@@ -1,5 +1,5 @@
-"""What people read of a search: lines, JSON or a page of neighbours, and how a cosine compares with
-those of random pairs.
+"""Results of a search as lines, JSON or a page, with the share of random pairs that are less alike
+than each neighbour.
 """
 
 import json
@@ -16,9 +16,8 @@ from jepa3d.figures import draw_contact_sheet, even_sample
 from jepa3d.inference.clouds import item_at
 from jepa3d.inference.hits import Hit
 from jepa3d.inference.search import groups, open_index
-from jepa3d.inference.spec import EmbeddingSpec
 from jepa3d.inference.vectors import Vectors, to_numpy
-from jepa3d.page import facts, note, page, picture, section, table
+from jepa3d.page import document, facts, note, picture, section, table
 from jepa3d.plain import write_bytes
 
 SAMPLE = 1000  # vectors of an index that are paired
@@ -49,7 +48,7 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
     # each is read before the next is opened
     numbered = enumerate(groups(vectors))
-    parts = [x.read(["vector"]).column(0) for i, x in numbered if i in chosen]
+    parts = [read(["vector"]).column(0) for i, (read, _) in numbered if i in chosen]
     sample = np.concatenate([to_numpy(part) for part in parts])
     return sample[np.sort(rng.permutation(len(sample))[:SAMPLE])]
 
@@ -68,15 +67,15 @@ def to_text(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     lines = [f"{display(name)}:" + ("" if hits else " nothing found")]
     for hit in hits:
         label = f"  [{printable(hit.label)}]" if hit.label else ""
-        above = f"  (above {_standing(hit, pairs)} of random pairs)"
-        above = above if len(pairs) else ""
+        above = _standing(hit, pairs)
+        above = f"  (above {above} of random pairs)" if above else ""
         lines.append(f"  {hit.cosine:.4f}  {display(hit.path)}{label}{above}")
     return "\n".join(lines)
 
 
 def _standing(hit: Hit, pairs: np.ndarray) -> str:
     found = percentile(hit.cosine, pairs)
-    return "-" if found is None else f"{found:.1f} %"
+    return "" if found is None else f"{found:.1f} %"
 
 
 def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
@@ -110,22 +109,17 @@ def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> lis
     return ([picture(sheet, caption)] if clouds else []) + missing
 
 
-Found = list[tuple[str, list[Hit]]]  # queries and their neighbours
-
-
 def write_page(
-    found: Found, spec: EmbeddingSpec, index: Path, pairs: np.ndarray, out: Path
+    found: list[tuple[str, list[Hit]]], index: Path, pairs: np.ndarray, out: Path
 ) -> None:
-    """A page of every query and its neighbours; pictures of the first ten of each, and of the first
-    100 queries.
+    """Write a page of queries and their neighbours; pictures of the first ten of each, and of the
+    first 100 queries.
     """
-    meaning = (
-        f"Beside each cosine: how many of {len(pairs):,} random pairs are less alike. "
-        "A cosine that many pairs reach is no match, however near 1."
-    )
+    meaning = f"Beside each cosine: how many of {len(pairs):,} random pairs are less alike."
+    meaning += " A cosine that many pairs reach is no match, however near 1."
     if len(found) > PICTURED:
         meaning += f" Pictures are of the first {PICTURED} of {len(found):,} queries."
-    parts = [note(meaning)]
+    parts, spec = [note(meaning)], open_index(index).spec
     for number, (name, hits) in enumerate(found):
         drawn = _pictures(name, hits, spec.up_axis) if number < PICTURED else []
         rows = []
@@ -140,7 +134,7 @@ def write_page(
         parts.append(section(display(name), *drawn))
     encoder = {"encoder": spec.model, "fingerprint": spec.fingerprint}
     parts.append(facts({"index": str(index)} | encoder))
-    html = page("Nearest shapes", f"{len(found)} queries", "by cosine", parts)
+    html = document("Nearest shapes", f"{len(found)} queries", "by cosine", parts)
     write_bytes(out, html.encode(errors="backslashreplace"))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from jepa3d.data.errors import io_module
 from jepa3d.data.io import chunks
@@ -33,58 +34,44 @@ def ply_row(more: dict[str, str] | None = None) -> np.dtype:
     return np.dtype(list(types.items()))
 
 
-def write_ply(scan: Path, colors: Path, out: Path, count: int) -> Iterator[int]:
-    """A scan's points with colours (a file of uint8 n 3) as binary PLY; yields the points done so
-    far.
-    """
-    row, done = ply_row(), 0
+def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> None:
+    """Write a scan's points with colours (a file of uint8 n 3) as binary PLY."""
+    row = ply_row()
     with out.open("wb") as file:
         file.write(header_of(row, count, ["jepa3d scene"]))
-        for xyz in chunks(scan):
-            rows = np.empty(len(xyz), row)
-            values = (*xyz.T, *_read_colors(colors, done, len(xyz)).T)
-            for name, column in zip((*"xyz", *RGB), values, strict=True):
-                rows[name] = column
-            rows.tofile(file)
-            done += len(xyz)
-            yield done
+        for xyz, rgb in _with_rgb(chunks(scan), colors, bar):
+            np.rec.fromarrays([*xyz.T, *rgb.T], dtype=row).tofile(file)
 
 
-def write_las(
-    scan: Path, colors: Path, out: Path, low: np.ndarray, high: np.ndarray
-) -> Iterator[int]:
-    """A scan's points with colours as LAS, by its suffix LAZ; yields the points done so far.
+def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -> None:
+    """Write a scan's points with colours as LAS, or LAZ by the suffix of `out`.
 
     A LAS scan keeps its fields, its header's scale and offset, and its coordinate system; its point
-    format becomes the one with colours. Of other scans, whose box is `low` to `high`, the scale is
+    format becomes the one with colours. Of other scans, with the corners `box` 2 3, the scale is
     a millionth of the extent, at most 0.001 where that fits.
     """
-    laspy, done = io_module("laspy"), 0
+    laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")
     if from_las:
         header = _with_colors(laspy, scan)
     else:
         header = laspy.LasHeader(version="1.4", point_format=7)
-        extent = np.log10((high - low).max())
+        extent = np.log10((box[1] - box[0]).max())
         fine, coarse = 10 ** np.floor(extent - 6), 10 ** np.ceil(extent - np.log10(2e9))
         header.scales = np.full(3, max(min(1e-3, fine), coarse))
-        header.offsets = np.floor(low)
-    options: dict[str, Any] = {"mode": "w", "header": header}
-    if out.suffix.lower() == ".laz":
-        options["laz_backend"] = laspy.LazBackend.Lazrs
-    with laspy.open(out, **options) as file:
-        for part in las_records(scan) if from_las else chunks(scan):
+        header.offsets = np.floor(box[0])
+    lazrs = laspy.LazBackend.Lazrs  # for LAZ
+    with laspy.open(out, mode="w", header=header, laz_backend=lazrs) as file:
+        parts = las_records(scan) if from_las else chunks(scan)
+        for part, rgb in _with_rgb(parts, colors, bar):
             records = laspy.ScaleAwarePointRecord.zeros(len(part), header=header)
             if from_las:
                 records.copy_fields_from(part)
             else:
                 records["x"], records["y"], records["z"] = part.T
-            rgb = _read_colors(colors, done, len(part)).T
-            for name, values in zip(RGB, rgb, strict=True):
+            for name, values in zip(RGB, rgb.T, strict=True):
                 records[name] = values.astype(np.uint16) * 257
             file.write_points(records)
-            done += len(part)
-            yield done
 
 
 def _with_colors(laspy: Any, scan: Path) -> Any:
@@ -103,8 +90,12 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     return header
 
 
-def _read_colors(path: Path, at: int, count: int) -> np.ndarray:
-    return np.fromfile(path, np.uint8, 3 * count, offset=3 * at).reshape(-1, 3)
+def _with_rgb(parts: Iterable[Any], colors: Path, bar: tqdm) -> Iterator[tuple[Any, np.ndarray]]:
+    """Chunks of a scan, each with its colours n 3, read from a file of uint8 in the scan's order."""
+    with colors.open("rb") as file:
+        for part in parts:
+            yield part, np.fromfile(file, np.uint8, 3 * len(part)).reshape(-1, 3)
+            bar.update(len(part))
 
 
 def write_parquet(

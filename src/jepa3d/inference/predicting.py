@@ -6,7 +6,6 @@ import colorsys
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ _CHUNK = 2**16  # points segmented at once
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one cloud, or why the cloud cannot be used."""
+    """The classes or parts that a network predicts for one cloud, or why it cannot be used."""
 
     path: str
     # Of a classifier the most probable class, and the second; see `two_classes`.
@@ -57,15 +56,8 @@ def predict(
     """
     network = load_network(run)
     label = _label(network, category)
-    items: dict[str, Item] = {}
-    failed: list[tuple[str, str]] = []
-    for path in [clouds] if isinstance(clouds, (str, Path)) else clouds:
-        try:
-            found, others = _find([path])
-            items |= found
-            failed += others
-        except ReadError as error:
-            failed.append((str(path), str(error)))
+    paths = [clouds] if isinstance(clouds, (str, Path)) else clouds
+    items, failed = _find(paths, optional=paths)
     predictions = [found for found, _ in _predictions(network, items, label, up_axis)]
     return predictions + [Prediction(path, error=reason) for path, reason in failed]
 
@@ -99,8 +91,7 @@ def predict_files(
         log_remarks(found.path, seen.read.remarks())
         if isinstance(network, Segmenter):
             _write_parts(network, found, seen.cloud, label, out)
-        names = "path class_name probability second second_probability"
-        rows.append(attrgetter(*names.split())(found))
+        rows.append([*vars(found).values()][:5])
     if failed:
         log.info(f"left out {failed:,}")
     if not rows:
@@ -123,13 +114,17 @@ def _label(network: Network, category: str | None) -> int:
     return names.index(category) if category else 0
 
 
-def _find(paths: Sequence[str | Path]) -> tuple[dict[str, Item], list[tuple[str, str]]]:
+def _find(
+    paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
+) -> tuple[dict[str, Item], list[tuple[str, str]]]:
     """The clouds at all paths, each once, by their names as the paths were given; and files that
     are none, with the reason.
+
+    optional: see `find_clouds`.
     """
     items, names, skipped = {}, {}, []
     for path in paths:
-        found, others = find_clouds(path)
+        found, others = find_clouds(path, optional=optional)
         skipped += others
         for item in found:
             name = f"{path}{original(item.path).removeprefix(os.path.abspath(path))}"
@@ -141,7 +136,7 @@ def _find(paths: Sequence[str | Path]) -> tuple[dict[str, Item], list[tuple[str,
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """What the network says of each cloud, and the cloud if it can be used."""
+    """The prediction for each cloud, and the cloud as the encoder sees it, None if unusable."""
     for name, item in items.items():
         try:
             seen = see(network.encoder, item, up_axis)
@@ -207,10 +202,8 @@ def _write_parts(
         rgb = colorsys.hsv_to_rgb(i / len(parts_of), 0.75, 0.95)
         colors[part] = np.round(255 * np.array(rgb))
     comments = [f"part {part} {network.part_names[part]}" for part in parts_of]
-    rows = np.empty(len(cloud), ply_row({"part": "<i2"}))
-    rows["x"], rows["y"], rows["z"] = cloud.file_coordinates().T
-    rows["red"], rows["green"], rows["blue"] = colors[found.parts].T
-    rows["part"] = found.parts
+    columns: list = [*cloud.file_coordinates().T, *colors[found.parts].T, found.parts]
+    rows = np.rec.fromarrays(columns, dtype=ply_row({"part": "<i2"}))
     file = out / (Path(found.path).name.replace("#", "-") + ".ply")
     while file.exists():  # files of one name in different folders
         file = file.with_name(f"_{file.name}")

@@ -4,20 +4,21 @@ memory.
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from sklearn.neighbors import KDTree
 from torch import Tensor
 from tqdm import tqdm
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError, Reservoir
 from jepa3d.data.io import chunks
+from jepa3d.evaluation.features import default_device
 from jepa3d.inference.cells import RECORD, Cells, grid_for, sort_points, tiles_of
 from jepa3d.inference.outputs import write_las, write_parquet, write_ply
 from jepa3d.locking import writing
@@ -38,16 +39,9 @@ _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # points as `RECORD`, n
-Show = Callable[[int], None]  # shows how much is done
-
-
-class Tile(NamedTuple):
-    """Tokens of a tile; `origin + radius * centers` are in the scene's z-up frame."""
-
-    origin: np.ndarray  # 3 float64
-    radius: float
-    centers: Tensor  # M 3
-    tokens: Tensor  # M C
+# Origin (3, float64), radius, centers M 3 and tokens M C of a tile: `origin + radius * centers` are
+# in the scene's z-up frame.
+Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
 
 class Features:
@@ -67,10 +61,11 @@ class Features:
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
-        self._tree = None
-        if len(self.alone):
-            self._tree = KDTree(cells.coords, metric="chebyshev")
         self._tiles: dict[int, Tile] = {}
+
+    @cached_property
+    def _tree(self) -> KDTree:
+        return KDTree(self.cells.coords, metric="chebyshev")
 
     def of(
         self, chosen: np.ndarray, limit: int | None = None
@@ -82,8 +77,7 @@ class Features:
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
-        kept = [tile for tile in needed if tile in self._tiles]
-        self._tiles = {tile: self._tiles[tile] for tile in kept}
+        self._tiles = {t: self._tiles[t] for t in needed if t in self._tiles}
         self._encode([tile for tile in needed if tile not in self._tiles])
         blocks = []
         for cell in chosen.tolist():
@@ -99,10 +93,7 @@ class Features:
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
         """Records n and features n C of blocks (count, cell, first point)."""
         device = self.encoder.norm.weight.device
-
-        def on_device(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values.astype(np.float32)).to(device)
-
+        on_device = partial(torch.as_tensor, dtype=torch.float32, device=device)
         records = np.zeros((len(blocks), blocks[-1][0]), RECORD)
         for row, (count, cell, first) in zip(records, blocks, strict=True):
             row[:count] = self.cells.read(cell, first, count)
@@ -141,8 +132,8 @@ class Features:
             origins, radii, points = zip(*map(self._points, batch), strict=True)
             grouped = group(torch.stack(points).to(encoder.norm.weight.device), *sizes)
             tokens = encoder.features(grouped.patches, grouped.centers)[-1].float()
-            parts = zip(origins, radii, grouped.centers, tokens, strict=True)
-            self._tiles |= zip(batch, map(Tile._make, parts), strict=True)
+            made = zip(origins, radii, grouped.centers, tokens, strict=True)
+            self._tiles |= zip(batch, made, strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
         """Origin, radius, and the num_points 3 in the unit sphere that the encoder sees of a tile."""
@@ -160,7 +151,6 @@ class Features:
         """The occupied cells of a tile."""
         if tile < len(self.coords):
             return self.cells.find(self.coords[tile] + self.grid.corners)
-        assert self._tree is not None
         center = self.cells.coords[self.alone[tile - len(self.coords)]]
         min_points = self.encoder.min_points
         k = min(min_points, len(self.cells.keys))
@@ -176,7 +166,7 @@ class Colors:
     Fitted to the points of random cells.
     """
 
-    def __init__(self, features: Features, path: Path, total: int):
+    def __init__(self, features: Features):
         rng, counts = np.random.default_rng(0), features.cells.counts
         number = min(_PCA_CELLS, len(counts))
         share = counts / counts.sum()
@@ -184,25 +174,15 @@ class Colors:
         # One cell at a time: they lie far apart, and so many tiles are not held at once.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
-        self.mean = values.mean(0)
-        covariance = np.cov((values - self.mean).T.astype(np.float64))
-        axes = np.linalg.eigh(covariance)[1][:, :-4:-1]
-        # Else the sign is the library's.
-        axes *= np.sign(axes[np.abs(axes).argmax(0), np.arange(3)])
-        self.axes = axes.astype(np.float32)
-        main = (values - self.mean) @ self.axes
+        self.components = PCA(3, svd_solver="full")
+        main = self.components.fit_transform(values)
         self.low, self.high = np.quantile(main, [0.02, 0.98], axis=0)
-        self.path = path
-        with path.open("wb") as file:
-            file.truncate(3 * total)
 
-    def add(self, index: np.ndarray, features: np.ndarray) -> None:
-        """Colour the points at index n in the file, by their features n C."""
-        main = (features - self.mean) @ self.axes
+    def of(self, features: np.ndarray) -> np.ndarray:
+        """Red, green and blue n 3, from 0 to 255, of features n C."""
+        main = self.components.transform(features)
         scaled = (main - self.low) / np.maximum(self.high - self.low, 1e-12)
-        rgb = (255 * scaled).clip(0, 255).round()
-        # Mapped anew, or all pages once written count as ours.
-        np.memmap(self.path, np.uint8, "r+").reshape(-1, 3)[index] = rgb
+        return (255 * scaled).clip(0, 255).round()
 
 
 def write_features(
@@ -222,18 +202,10 @@ def write_features(
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
-    encoder, suffix = load(model), out.suffix.lower()
-    metadata: dict = {"model": model, "up_axis": up_axis}
-    metadata["fingerprint"] = fingerprint(encoder)
-    if torch.accelerator.is_available():
-        encoder = encoder.to(torch.accelerator.current_accelerator())
-    with (
-        writing(out),
-        _scratch(out.with_name(f".{out.name}.partial")) as folder,
-        progress_bar(doing="reading", unit_scale=True) as bar,
-    ):
-        show = partial(_set, bar)
-        low, high, total, sample = _survey(scan, up_axis, show)
+    encoder, suffix = load(model).to(default_device()), out.suffix.lower()
+    with writing(out), _scratch(out) as folder, progress_bar(unit_scale=True) as bar:
+        bar.set_description("reading", refresh=False)
+        low, high, total, sample = _survey(scan, up_axis, bar)
         if total < (min_points := encoder.min_points):
             raise ReadError(f"{scan}: {total} points, at least {min_points} are needed")
         if (low == high).all():
@@ -242,39 +214,47 @@ def write_features(
         parquet = suffix == ".parquet"
         _check_space(folder, total, encoder.width * np.dtype(dtype).itemsize * parquet)
         _restart(bar, "sorting", 2 * total)
-        cells = sort_points(chunks(scan), up_axis, grid, sample, total, folder, show)
-        if cells.counts.sum() != total:
-            raise ReadError(f"{scan}: changed while it was read")
-        try:
+        parts = chunks(scan)
+        cells = sort_points(parts, up_axis, grid, sample, total, folder, bar)
+        with closing(cells):
+            if cells.counts.sum() != total:
+                raise ReadError(f"{scan}: changed while it was read")
             features, written = Features(encoder, cells), folder / f"written{suffix}"
-            log.info(_summary(features))
+            alone, counts = len(features.alone), features.counts
+            tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
+            grown = f"; {alone:,} lone cells take a larger one" if alone else ""
+            log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
-            stream = _stream(features, show)
+            stream = _stream(features, bar)
             axes = TO_Z_UP[up_axis].astype(np.float64)  # from z-up to the scan's own
             if parquet:
                 parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
-                metadata["tile"] = grid.tile
+                metadata = {"model": model, "fingerprint": fingerprint(encoder)}
+                metadata |= {"tile": grid.tile, "up_axis": up_axis}
                 write_parquet(parts, written, encoder.width, dtype, metadata)
             else:
-                colors = Colors(features, folder / "colors", total)
+                colors, file = Colors(features), folder / "colors"
+                np.memmap(file, np.uint8, "w+", shape=3 * total)
                 for records, values in stream:
-                    colors.add(records["index"], values)
-                box = np.sort([low @ axes, high @ axes], 0)
-                write = partial(write_las, low=box[0], high=box[1])
-                write = partial(write_ply, count=total) if suffix == ".ply" else write
+                    # Mapped anew, or all pages once written count as ours.
+                    rgb = np.memmap(file, np.uint8, "r+").reshape(-1, 3)
+                    rgb[records["index"]] = colors.of(values)
                 _restart(bar, "writing", total)
-                for done in write(scan, colors.path, written):
-                    show(done)
-        finally:
-            cells.close()
+                if suffix == ".ply":
+                    write_ply(scan, file, written, total, bar)
+                else:
+                    box = np.sort([low @ axes, high @ axes], 0)
+                    write_las(scan, file, written, box, bar)
         written.replace(out)
     minutes = (time.monotonic() - began) / 60
-    log.info(f"{out}: {total:,} points, {encoder.width} features each, {minutes:.1f} min")
+    size = f"{total:,} points, {encoder.width} features each"
+    log.info(f"{out}: {size}, {minutes:.1f} min")
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder that is deleted afterwards; one that a killed run left is deleted first."""
+def _scratch(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that is deleted afterwards, and first if a killed run left one."""
+    folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -287,10 +267,8 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
     """Raise ValueError for arguments that cannot work, before the scan is read."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: names a file in a folder that exists")
     if out.exists() and scan.exists() and out.samefile(scan):
         raise ValueError(f"--out {out}: is the scan itself")
     if tile is not None and not 0 < tile < np.inf:
@@ -317,11 +295,7 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
     bar.reset(total)
 
 
-def _set(bar: tqdm, done: int) -> None:
-    bar.update(done - bar.n)
-
-
-def _survey(scan: Path, up_axis: str, shown: Show) -> tuple[np.ndarray, np.ndarray, int, Records]:
+def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
     """Corners low and high of a scan's z-up box, its number of points, and coordinates and index
     n 4 of a random part of them.
     """
@@ -338,22 +312,14 @@ def _survey(scan: Path, up_axis: str, shown: Show) -> tuple[np.ndarray, np.ndarr
         low, high = np.minimum(low, xyz.min(0)), np.maximum(high, xyz.max(0))
         reservoir.add(np.column_stack([xyz, np.arange(total, total + len(xyz))]))
         total += len(xyz)
-        shown(total)
+        bar.update(len(xyz))
     return low, high, total, reservoir.rows()
 
 
-def _summary(features: Features) -> str:
-    alone, counts = len(features.alone), features.counts
-    tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
-    grown = f"; {alone:,} lone cells take a larger one" if alone else ""
-    return f"tile {features.grid.tile:.6g}: {tiles}{grown}"
-
-
-def _stream(features: Features, shown: Show) -> Iterator[tuple[Records, np.ndarray]]:
+def _stream(features: Features, bar: tqdm) -> Iterator[tuple[Records, np.ndarray]]:
     """Records and features of all points, line by line of cells."""
-    lines, done = features.grid.lines(features.cells.keys), 0
+    lines = features.grid.lines(features.cells.keys)
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
         for records, values in features.of(line):
             yield records, values
-            done += len(records)
-            shown(done)
+            bar.update(len(records))

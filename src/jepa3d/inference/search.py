@@ -12,24 +12,22 @@ of these differs. It may be deleted.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, from_dlpack
+from torch import from_dlpack
 
 from jepa3d.data.cloud import ReadError
-from jepa3d.data.errors import as_read_error, because, first_line
-from jepa3d.data.io import SUFFIXES
-from jepa3d.inference.clouds import Address
-from jepa3d.inference.embedding import Embedded, embed_each
+from jepa3d.data.errors import as_read_error, first_line
+from jepa3d.inference.embedding import embed_each
 from jepa3d.inference.hits import SLACK, Condition, Hit, best, rank
-from jepa3d.inference.vectors import Vectors, pa, to_numpy
+from jepa3d.inference.vectors import ReadGroup, Vectors, pa, schema, to_numpy
 from jepa3d.locking import writing
-from jepa3d.plain import log
+from jepa3d.plain import log, replacing
 
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
@@ -41,16 +39,10 @@ FEW = 4  # queries up to which reading the vectors takes longer than multiplying
 # Rows from which on a copy is made: fewer are read from Parquet in 0.2 seconds.
 WORTH = 100_000
 _KEY = b"jepa3d copy 2 of"
-
-
-class Group(NamedTuple):
-    """A row group of an index: a function that reads its columns, and what the copy knows besides."""
-
-    read: Callable[[list[str]], pa.RecordBatch]  # some of its columns
-    # Of its vectors, where they are known: the lengths n, and in half precision the directions n E
-    # (of length 1, or zero for a zero vector).
-    lengths: np.ndarray | None = None
-    directions: Tensor | None = None
+_COPIED = ["path", "label", "num_points", "vector"]
+# Of the vectors, which only the copy has: the lengths, and in half precision the directions (of
+# length 1, or zero for a zero vector).
+_MORE = ("length", "direction")
 
 
 def search(
@@ -103,8 +95,8 @@ def _search_files(
     vectors: Vectors, directions: np.ndarray, k: int, conditions: list[Condition]
 ) -> list[list[Hit]]:
     hits: list[list[Hit]] = [[] for _ in directions]
-    for group in groups(vectors):
-        batch = group.read(["vector", *{condition.column for condition in conditions}])
+    for read, more in groups(vectors):
+        batch = read(["vector", *more, *{condition.column for condition in conditions}])
         mask = np.ones(len(batch), bool)
         for condition in conditions:
             mask &= condition.holds(batch.column(condition.column))
@@ -112,7 +104,7 @@ def _search_files(
         if not len(rows):
             continue
         x, names = to_numpy(batch.column("vector")), None
-        scores, slack = _cosines(group, x, directions)
+        scores, slack = _cosines(x, directions, *map(batch.column, more))
         for i, query in enumerate(directions):
             # Above -inf, the cosine of a zero vector, which is no hit.
             worst = hits[i][-1].cosine if len(hits[i]) == k else -2.0
@@ -122,23 +114,25 @@ def _search_files(
                 exact /= np.linalg.norm(x[top], axis=1)
                 top = top[_near(exact, worst, k, SLACK)]
             if len(top):  # most groups are too far away
-                names = names or group.read(["path", "label"])
+                names = names or read(["path", "label"])
                 path, label = (names.column(i).take(top).to_pylist() for i in (0, 1))
                 hits[i] = best(hits[i] + rank(query, x[top], path, label, k), k)
     return hits
 
 
-def _cosines(group: Group, x: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, float]:
-    """Cosines q n of queries q E with the vectors x n E of a group, and the slack that their
-    precision needs.
+def _cosines(
+    x: np.ndarray, directions: np.ndarray, lengths: Any = None, halves: Any = None
+) -> tuple[np.ndarray, float]:
+    """Cosines q n of queries q E with vectors x n E, and the slack that their precision needs.
 
-    The cosine of a zero vector is -inf.
+    lengths and halves: the columns `_MORE` of the copy. The cosine of a zero vector is -inf.
     """
-    length = np.linalg.norm(x, axis=1) if group.lengths is None else group.lengths
-    if group.directions is not None and len(directions) <= FEW:
+    length = np.linalg.norm(x, axis=1) if lengths is None else lengths.to_numpy()
+    if halves is not None and len(directions) <= FEW:
         # The product with a vector is several times as fast as that with a matrix of few columns.
         queries = torch.from_numpy(directions).to(torch.float16)
-        products = torch.stack([group.directions @ query for query in queries])
+        vectors = from_dlpack(halves.flatten()).view(x.shape)
+        products = torch.stack([vectors @ query for query in queries])
         scores, slack = products.float().numpy(), HALF_SLACK
     else:
         products = (x @ directions.T.astype(np.float32)).T
@@ -193,44 +187,35 @@ def query_vectors(
     .npy of vectors.
 
     Clouds that cannot be used are logged and left out. model: where the encoder of the index lies
-    now. Raises ValueError where it is another, and ReadError where no cloud can be used.
+    now. Raises ValueError where it is another, and ReadError where no cloud is or can be used.
     """
     spec, path = open_index(Path(index)).spec, Path(query)
-    if Address.parse(query) is None:
-        kinds = f"a cloud or mesh ({' '.join(SUFFIXES)}), or a .npy of vectors"
-        raise ReadError(f"{query}: no such file; a query is {kinds}")
     if path.suffix == ".npy" and path.is_file():
         with as_read_error(path):
             array = np.load(path, allow_pickle=False)
         if array.ndim and array.shape[-1] == spec.embed_dim:
             return [str(query)] * len(np.atleast_2d(array)), np.atleast_2d(array)
-    encoder = spec.encoder(index, model)
-    found = embed_each(path, encoder, spec)
-    errors = [because(path, made) for path, made in found if isinstance(made, str)]
-    if len(errors) == len(found):
-        raise ReadError(errors[0])
+    found, errors = embed_each(path, spec.encoder(index, model), spec)
     for error in errors:
         log.warning(f"left out: {error}")
-    good = [(path, made.vector) for path, made in found if isinstance(made, Embedded)]
-    return [path for path, _ in good], np.stack([vector for _, vector in good])
+    vectors = {name: vector for name, vector in found if vector is not None}
+    return [*vectors], np.stack([*vectors.values()])
 
 
 # ---------------------------------------------------------------------------------------- the copy
 
 
-def groups(vectors: Vectors) -> Iterator[Group]:
-    """The row groups of an index, one after another.
+def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
+    """The row groups of an index: a function that reads columns of one, and those of `_MORE` that
+    it has.
 
     From the copy, made now where it is missing or old; from Parquet where the vectors are few, the
     copy cannot be written, or another process is writing it.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
     if batches is None:
-        yield from map(Group, vectors.groups())
-        return
-    for batch in batches:
-        flat, lengths = from_dlpack(batch["direction"].flatten()), batch["length"]
-        yield Group(batch.select, lengths.to_numpy(), flat.view(len(batch), -1))
+        return ((read, ()) for read in vectors.groups())
+    return ((batch.select, _MORE) for batch in batches)
 
 
 def copy_of(index: Path) -> Path:
@@ -277,28 +262,20 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     """Write a copy, whole or not at all. Raises OSError, and ValueError if the vectors changed
     meanwhile.
     """
-    partial = file.with_name(f".{file.name}.partial")
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
     log.warning(f"making {file}, a copy for quick searches ({size:,.0f} MB)")
-    try:
-        with partial.open("wb") as sink:
-            writer = None
-            for batch in vectors.batches(["path", "label", "num_points", "vector"]):
+    width = vectors.spec.embed_dim
+    types = pa.float32(), pa.list_(pa.float16(), width)
+    base = pa.schema(map(schema(vectors.spec).field, _COPIED))
+    kind = pa.schema([*base, *zip(_MORE, types, strict=True)], {_KEY: stamp})
+    with replacing(file) as partial:
+        with pa.ipc.new_file(str(partial), kind) as writer:
+            for batch in vectors.batches(_COPIED):
                 x = to_numpy(batch.column("vector"))
                 length = np.linalg.norm(x, axis=1)
                 half = (x / np.maximum(length, 1e-30)[:, None]).astype(np.float16)
-                directions = pa.FixedSizeListArray.from_arrays(half.ravel(), x.shape[1])
-                batch = batch.append_column("length", pa.array(length, pa.float32()))
-                batch = batch.append_column("direction", directions)
-                batch = batch.replace_schema_metadata({_KEY: stamp})
-                writer = writer or pa.ipc.new_file(sink, batch.schema)
-                writer.write_table(batch)
-            if writer:
-                writer.close()
-            sink.flush()
-            os.fsync(sink.fileno())
+                direction = pa.FixedSizeListArray.from_arrays(half.ravel(), width)
+                columns = [*batch.cast(base).columns, length, direction]
+                writer.write_table(pa.table(columns, kind))
         if _stamp(vectors.files) != stamp:
             raise ValueError(f"{vectors.path}: changed while it was copied")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

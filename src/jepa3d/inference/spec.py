@@ -57,11 +57,10 @@ class EmbeddingSpec:
         Raises ValueError for another encoder, or vectors of another version of jepa3d.
         """
         self.check_frame(index)
-        encoder = load(model or self.model)
+        encoder, name = load(model or self.model), model or self.model
         if fingerprint(encoder) != self.fingerprint:
-            raise ValueError(
-                f"{index}: made with another encoder than {model or self.model}; embed again, or --model"
-            )
+            wrong = f"made with another encoder than {name}; embed again, or --model"
+            raise ValueError(f"{index}: {wrong}")
         return self.applied(encoder)
 
     def check_frame(self, index: str | Path) -> None:

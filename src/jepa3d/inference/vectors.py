@@ -12,8 +12,7 @@ error       only in files of `Embedder`: why a cloud has no vector; `Vectors` sk
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +24,7 @@ import numpy as np
 from jepa3d.data.cloud import ReadError
 from jepa3d.data.errors import first_line
 from jepa3d.inference.spec import EmbeddingSpec
+from jepa3d.plain import replacing
 
 try:
     import pyarrow as pa
@@ -53,17 +53,10 @@ def schema(spec: EmbeddingSpec) -> pa.Schema:
     return pa.schema(columns, {"jepa3d": json.dumps({"format": FORMAT} | asdict(spec))})
 
 
-def table(spec: EmbeddingSpec, columns: dict, vectors: np.ndarray) -> pa.Table:
-    """Columns path, label, num_points and stamp, and vectors n E, as a table."""
-    vector = to_column(vectors, spec.embed_dim)
-    return pa.table(columns | {"vector": vector}, schema(spec))
-
-
-def table_of_rows(spec: EmbeddingSpec, rows: list[tuple]) -> pa.Table:
+def table(spec: EmbeddingSpec, rows: Iterable[tuple]) -> pa.Table:
     """Rows of path, label, num_points, stamp and vector as a table."""
-    *columns, vectors = zip(*rows, strict=True) if rows else [()] * 5
-    names = ("path", "label", "num_points", "stamp")
-    return table(spec, dict(zip(names, columns, strict=True)), np.asarray(vectors))
+    *columns, vectors = [*zip(*rows, strict=True)] or [()] * 5
+    return pa.table([*columns, to_column(vectors, spec.embed_dim)], schema(spec))
 
 
 def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
@@ -74,7 +67,7 @@ def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
     return pa.concat_tables([rows, lacking], promote_options="default")
 
 
-def to_column(vectors: np.ndarray, embed_dim: int, dtype: str = "float32") -> pa.Array:
+def to_column(vectors: Sequence | np.ndarray, embed_dim: int, dtype: str = "float32") -> pa.Array:
     """Vectors n E as a column."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(embed_dim, dtype))
@@ -187,8 +180,8 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
     Rows are written in groups of `minimum` (`ROWS` by default) to twice as many; the last may be
     smaller.
     """
-    partial_file, tables = path.with_name(f".{path.name}.partial"), iter(tables)
-    minimum, waiting = minimum or ROWS, [next(tables)]
+    tables, minimum = iter(tables), minimum or ROWS
+    waiting = [next(tables)]
     kind = waiting[0].schema
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["label"]}
     lists = [x for x in kind if pa.types.is_fixed_size_list(x.type)]
@@ -201,19 +194,14 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
         waiting.clear()
 
     try:
-        with pq.ParquetWriter(partial_file, kind, **options) as writer:
+        with replacing(path) as file, pq.ParquetWriter(file, kind, **options) as writer:
             for rows in tables:
                 if sum(map(len, waiting)) >= minimum:
                     flush(writer)
                 waiting.append(rows)
             flush(writer)
-        with partial_file.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial_file.replace(path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 def update(path: Path, new: pa.Table, dropped: set[str]) -> None:

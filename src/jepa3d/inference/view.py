@@ -11,163 +11,51 @@ import threading
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA as Components
-from torch import Tensor
 
 from jepa3d.data.cloud import TO_Z_UP, ReadError
 from jepa3d.data.errors import printable, shortened
+from jepa3d.figures import ramp
+from jepa3d.inference import point_colors
 from jepa3d.inference.clouds import Item, find_clouds, item_at, log_left_out
-from jepa3d.inference.embedding import see
-from jepa3d.models.encoder import PointEncoder
+from jepa3d.inference.point_colors import ROLE_COLORS, ROLES, View, view_of
 from jepa3d.models.ready import load
-from jepa3d.models.sampling import multi_block
-from jepa3d.ops import three_nn_interpolate
+from jepa3d.plain import log
 
 try:
-    import matplotlib
     import viser
     import websockets.asyncio.server as websocket_server
 except ImportError as error:
     raise ValueError("view needs viser: pip install 'jepa3d[view]'") from error
 
 HOST = "127.0.0.1"
-MAX_DRAWN = 200_000
 # Clouds in a list to choose from; of more, one is chosen by its number.
 MAX_LISTED = 300
 NEIGHBOURS = 6
 # What a cloud may be coloured by.
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-_ROLES = {
-    "in neither": (190, 190, 190),
-    "context": (31, 119, 180),
-    "target 1": (214, 39, 40),
-    "target 2": (255, 152, 0),
-    "target 3": (44, 160, 44),
-    "target 4": (200, 60, 200),
-}
-_ROLE_COLORS = np.array(list(_ROLES.values()), np.uint8)
 # The page's own origin, also through a tunnel from another port; None: no browser. Any other is a
 # foreign web page.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
-class View(NamedTuple):
-    """A cloud as drawn and as encoded, both z-up in the unit sphere of the points that the encoder
-    sees.
-    """
-
-    name: str
-    total: int  # points in the file; of a mesh, those sampled
-    points: np.ndarray  # N 3 float32, at most MAX_DRAWN
-    colors: np.ndarray | None  # N 3 uint8, the file's
-    tokens: Tensor  # M C, of the last layer
-    centers: Tensor  # M 3
-    weights: Tensor  # N M: tokens to features at the points, each of its three nearest centres
-    vector: np.ndarray  # E, as `jepa3d embed` makes it
-
-
-@torch.inference_mode()
-def view_of(
-    encoder: PointEncoder,
-    item: Item,
-    up_axis: str = "z",
-    layer: int = -1,
-    pooling: str = "mean_max",
-) -> View:
-    """A cloud as the page shows it; points and vector are those of `embed`.
-
-    Raises ReadError and OSError.
-    """
-    _, cloud, turned, seen = see(encoder, item, up_axis)
-    states, centers = encoder.states(torch.from_numpy(seen.points)[None])
-    drawn = np.sort(np.random.default_rng(0).permutation(len(cloud))[:MAX_DRAWN])
-    points, total = seen.place(turned[drawn]), cloud.total or len(cloud)
-    colors = None if cloud.colors is None else cloud.colors[drawn]
-    unit = torch.eye(centers.shape[1])[None]
-    weights = three_nn_interpolate(torch.from_numpy(points)[None], centers, unit)[0]
-    vector = encoder.pool(states[layer], layer, pooling)[0].numpy()
-    tokens, centers = states[-1][0], centers[0]
-    return View(item.path, total, points, colors, tokens, centers, weights, vector)
-
-
-def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
-    """Index of the point that a click on points N 3 means, or None if the ray meets no point.
-
-    Of the points within `reach` of the ray, those up to `reach` behind the foremost are taken, and
-    of these the one nearest to the ray.
-    """
-    direction = np.asarray(direction, float) / np.linalg.norm(direction)
-    offset = points - np.asarray(origin, float)
-    depth = offset @ direction
-    aside = np.linalg.norm(offset - depth[:, None] * direction, axis=1)
-    hit = np.flatnonzero((depth > 0) & (aside <= reach))
-    if not len(hit):
-        return None
-    front = hit[depth[hit] <= depth[hit].min() + reach]
-    return int(front[aside[front].argmin()])
-
-
-def pca_colors(view: View) -> tuple[np.ndarray, float]:
-    """Colours N 3 uint8 of the first three principal components of the tokens, and their share of
-    the variance.
-    """
-    components = Components(3, svd_solver="full")
-    values = components.fit_transform(view.tokens.double().numpy())
-    low, extent = values.min(0), np.ptp(values, axis=0)
-    rgb = np.where(extent > 1e-9, (values - low) / np.maximum(extent, 1e-9), 0.5)
-    colors = 255 * (view.weights.double().numpy() @ rgb)
-    share = float(components.explained_variance_ratio_.sum())
-    return colors.round().clip(0, 255).astype(np.uint8), share
-
-
-def similarity(view: View, point: int) -> np.ndarray:
-    """Cosines N of the features at all points with those at one."""
-    # Of features by those of tokens: N C would not fit for many points.
-    products = view.tokens @ view.tokens.T
-    dot = view.weights @ (products @ view.weights[point])
-    square = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)
-    return (dot / (square * square[point]).sqrt()).clamp(-1, 1).numpy()
-
-
-def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Of each point (N) what its nearest token is in one draw of the paper's sampler: 0 unused, 1
-    context, 2.. targets.
-
-    Targets may overlap; the later one is given. Raises ValueError for too few tokens.
-    """
-    sample = multi_block(view.centers[None], generator, num_targets=len(_ROLES) - 2)
-    role = torch.zeros(len(view.centers), dtype=torch.long)
-    role[sample.context[0][sample.mask[0]]] = 1
-    for i, target in enumerate(sample.target[0]):
-        role[target] = 2 + i
-    return role[view.weights.argmax(1)].numpy()
-
-
-def ramp(values: np.ndarray) -> np.ndarray:
-    """Colours n 3 uint8 (viridis) of values n, from the smallest to the largest."""
-    scaled = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
-    rgb = matplotlib.colormaps["viridis"](scaled)[:, :3]
-    return (255 * rgb).round().astype(np.uint8)
-
-
 def serve(port: int) -> viser.ViserServer:
-    """A page on this machine only, for no other web page.
+    """Start a server that answers this machine only, and no other web page.
 
-    Port 0: any that is free. Raises ValueError for a port that cannot be had.
+    Port 0: any free port. Raises ValueError for a port that is not available.
     """
     if not 0 <= port < 2**16:
-        raise ValueError(f"--port {port}: 1 to 65535, or 0 for any that is free")
+        raise ValueError(f"--port {port}: 1 to 65535, or 0 for any free port")
     try:
         with socket.socket() as probe:  # viser would silently take another
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
     except OSError as error:
-        raise ValueError(f"--port {port}: not to be had ({error.strerror})") from error
+        raise ValueError(f"--port {port}: not available ({error.strerror})") from error
     library: Any = websocket_server
     original = library.serve
     # viser has no setting for it, and answers every web page that the browser has open
@@ -191,7 +79,7 @@ def stop(server: viser.ViserServer) -> None:
 
 
 class Page:
-    """What `server` shows of `items`; all tabs that are open share it."""
+    """The content of the page: the clouds of `items`, one at a time. All open tabs share it."""
 
     def __init__(
         self,
@@ -286,7 +174,7 @@ class Page:
     def pick(self, origin, direction) -> None:
         """Colour by similarity to the point that a click means, if it means one."""
         points = np.empty((0, 3)) if self.view is None else self.view.points
-        point = nearest_to_ray(points, origin, direction)
+        point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
             self.colours.value = SIMILARITY  # recolours if it was another
@@ -314,14 +202,14 @@ class Page:
         if by == OWN and view.colors is not None:
             return view.colors, "as in the file"
         if by == PCA:
-            colors, share = pca_colors(view)
+            colors, share = point_colors.pca_colors(view)
             what = f"first principal components of {len(view.tokens)} tokens"
             return colors, f"red, green, blue: {what}, {share:.0%} of variance"
         if by == SIMILARITY and picked is None:
-            grey = np.tile(_ROLE_COLORS[0], (len(view.points), 1))
+            grey = np.tile(ROLE_COLORS[0], (len(view.points), 1))
             return grey, "click a point of the cloud"
         if picked is not None:
-            cosine = similarity(view, picked)
+            cosine = point_colors.similarity(view, picked)
             low, high = f"{cosine.min():.3f} (dark)", f"{cosine.max():.3f} (bright)"
             return ramp(cosine), f"cosine with point {picked:,}: {low} to {high}"
         if by == SAMPLE:
@@ -329,9 +217,9 @@ class Page:
             nowrap = "white-space: nowrap"
             legend = " ".join(
                 f"<span style='{nowrap}; color: rgb{rgb}'>&#9632; {name}</span>"
-                for name, rgb in _ROLES.items()
+                for name, rgb in ROLES.items()
             )
-            colors = _ROLE_COLORS[sample_roles(view, self.generator)]
+            colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
             return colors, f"{what}; of overlapping targets the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
@@ -340,8 +228,8 @@ class Page:
         return item_at(self.hits[i].path, self.hits[i].label)
 
     def _show_neighbours(self, index: Path, view: View) -> None:
-        """The nearest shapes of the index but itself: a button each that shows it, and small clouds
-        in a row below.
+        """Show the nearest shapes of the index without the cloud itself: a button for each, and
+        small clouds in a row below.
         """
         from jepa3d.inference.search import search
 
@@ -367,24 +255,24 @@ class Page:
 def open_page(
     paths: list[Path], model: str | None, index: Path | None, port: int, up_axis: str
 ) -> Page:
-    """The page, served and showing the first cloud. Raises ValueError, ReadError and OSError."""
+    """Serve the page and show the first cloud. Raises ValueError, ReadError and OSError."""
     if up_axis not in TO_Z_UP:
         raise ValueError(f"--up-axis {up_axis}: one of {', '.join(TO_Z_UP)}")
-    layer, pooling, encoder = -1, "mean_max", None
-    if index is not None:
+    if index is None:
+        look = functools.partial(view_of, load(model or "default"), up_axis=up_axis)
+    else:
         from jepa3d.inference.search import open_index
 
         spec = open_index(index).spec
         if spec.up_axis != up_axis:
             raise ValueError(f"{index}: of --up-axis {spec.up_axis}, not {up_axis}")
-        layer, pooling, encoder = spec.layer, spec.pooling, spec.encoder(index, model)
+        settings = {"up_axis": up_axis, "layer": spec.layer, "pooling": spec.pooling}
+        look = functools.partial(view_of, spec.encoder(index, model), **settings)
     items, skipped = find_clouds(*paths)
     log_left_out(skipped)
     if not items:
         raise ReadError(f"{paths[0]}: no clouds there")
-    encoder = encoder or load(model or "default")
-    settings = {"up_axis": up_axis, "layer": layer, "pooling": pooling}
-    look, server = functools.partial(view_of, encoder, **settings), serve(port)
+    server = serve(port)
     try:
         page = Page(server, items, look, index)
         # Of many clouds, others may be readable.
@@ -398,10 +286,10 @@ def open_page(
 
 
 def serve_until_stopped(server: viser.ViserServer) -> None:
-    """Print the address of the page and serve it until Ctrl-C."""
+    """Log the address of the page and serve it until Ctrl-C."""
     at = server.get_port()
     tunnel = f"from another machine, first: ssh -L {at}:{HOST}:{at} HOST"
-    print(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}", flush=True)
+    log.info(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}")
     try:
         server.sleep_forever()
     finally:
