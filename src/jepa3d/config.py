@@ -24,21 +24,21 @@ SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 class EncoderConfig:
     """Arguments of `PointEncoder`."""
 
-    embed_dim: int = setting(384, "Width of the tokens.", "[1, 16384]", tiny=96, base=768)
+    embed_dim: int = setting(384, "Token width.", "[1, 16384]", tiny=96, base=768)
     depth: int = setting(12, "Number of transformer blocks.", "[1, 200]", tiny=4)
     num_heads: int = setting(6, "Attention heads.", "[1, 256]", tiny=4, base=12)
-    num_groups: int = setting(64, "Patches per cloud; each gives a token.", "[1, 65536]", tiny=32)
+    num_groups: int = setting(64, "Patches (tokens) per cloud.", "[1, 65536]", tiny=32)
     group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
     num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
-    tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
-    mlp_ratio: float = setting(4.0, "Hidden width of the MLPs, relative to embed_dim.", "(0, 64]")
+    tokenizer_dim: int = setting(128, "Light PointNet's width.", "[1, 16384]", tiny=64)
+    mlp_ratio: float = setting(4.0, "Hidden width of the MLPs / embed_dim.", "(0, 64]")
     drop_path: float = setting(
         0.1, "Drop rate of stochastic depth in the last block.", "[0, 1)", tiny=0.0
     )
     position_every_block: bool = setting(
         True, "Add positions before every block, not only the first."
     )
-    qkv_bias: bool = setting(False, "Biases for queries, keys and values, as in Point-JEPA.")
+    qkv_bias: bool = setting(False, "Biases of queries, keys and values (Point-JEPA).")
 
 
 @configuration("Sampler: which tokens are context and which are targets")
@@ -62,13 +62,11 @@ class SamplerConfig:
         "(0.4, 0.75) of the tokens that targets leave.",
         "(0, 1] rising",
     )
-    min_context: int = setting(
-        4, "Fewest context tokens; a mask with fewer is redrawn.", "[1, 65536]"
-    )
+    min_context: int = setting(4, "Redraw masks of fewer context tokens.", "[1, 65536]")
     mask_ratio: float = setting(
         0.25, "Share of masked tokens, for random and one_block.", "(0, 1)", tiny=0.6
     )
-    masks: int = setting(1, "Masks per cloud and step; the teacher runs only once.", "[1, 256]")
+    masks: int = setting(1, "Masks per cloud; the teacher runs once.", "[1, 256]")
 
 
 @configuration("Decoder")
@@ -76,11 +74,11 @@ class SamplerConfig:
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = setting(2, "Number of blocks; with 0 the encoder itself predicts.", "[0, 200]")
-    cross_attention: bool = setting(True, "Cross-attention to the context in every block.")
-    stacked: bool = setting(False, "Predict all target blocks in one pass, instead of one each.")
-    isolated: bool = setting(False, "Mask tokens attend to the context, not to each other.")
-    ranks: bool = setting(False, "Use each token's rank along each axis as its position.")
+    depth: int = setting(2, "Blocks; with 0 the encoder itself predicts.", "[0, 200]")
+    cross_attention: bool = setting(True, "Cross-attend to the context in every block.")
+    stacked: bool = setting(False, "Predict all target blocks in one pass.")
+    isolated: bool = setting(False, "Mask tokens attend to the context only.")
+    ranks: bool = setting(False, "Use a token's rank along each axis as position.")
 
 
 @configuration("Target: how predictions are compared with the teacher's tokens")
@@ -88,11 +86,11 @@ class DecoderConfig:
 class TargetConfig:
     """Normalisation and averaging of targets, and additional loss terms."""
 
-    unit: Literal["token", "block"] = setting("token", "One cosine per token, or per block.")
+    unit: Literal["token", "block"] = setting("token", "A cosine per token or block.")
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
         "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
     )
-    layers: int = setting(1, "Average the outputs of this many last blocks.", "[1, 200]", tiny=4)
+    layers: int = setting(1, "Average this many last blocks.", "[1, 200]", tiny=4)
     cache: bool = setting(False, "Run frozen teachers once per shape, before training.")
     project: bool = setting(False, "Project targets too, as in the paper's equation.")
     momentum: tuple[float, float] = setting(
@@ -104,7 +102,7 @@ class TargetConfig:
     sigreg: float = setting(
         0.0, "Weight of SIGReg on the student's tokens; needed for teacher none.", "[0, 1)"
     )
-    num_slices: int = setting(256, "Random directions for SIGReg.", "[1, 65536]", tiny=64)
+    num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
 
 
 @configuration("Schedule")
@@ -114,12 +112,12 @@ class Schedule:
 
     lr: float = setting(1e-3, "Highest learning rate.", "(0, 100]")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", "[0, 100]")
-    warmup_epochs: float = setting(10, "Epochs of linear warm-up from rate 0.", "[0, 1e6]")
+    warmup_epochs: float = setting(10, "Epochs of linear warm-up from 0.", "[0, 1e6]")
     min_lr: float = setting(1e-6, "Learning rate of the last step.", "[0, 100]")
     clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
     epochs: float = setting(300, "Passes over the data.", "(0, 1e6]")
-    max_steps: int | None = setting(None, "Number of steps; overrides epochs.", "[1, 1e9]")
+    max_steps: int | None = setting(None, "Steps; overrides epochs.", "[1, 1e9]")
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
@@ -134,14 +132,12 @@ def _schedule(config: Schedule) -> dict[str, Any]:
 class RunConfig(Schedule):
     """Settings of every training run."""
 
-    seed: int = setting(0, "Seed of weights, batches, masks and augmentations.", "[0, 4e9]")
+    seed: int = setting(0, "Seeds weights, batches, masks, augmentation.", "[0, 4e9]")
     scale: tuple[float, float] = setting(
         (0.8, 1.2), "Augmentation: scale each axis by a factor in this range.", "(0, 1000] rising"
     )
     rotate: bool = setting(True, "Augmentation: rotate about the up axis.")
-    translate: float = setting(
-        0.0, "Augmentation: move by up to this along each axis.", "[0, 1000]"
-    )
+    translate: float = setting(0.0, "Augmentation: largest move per axis.", "[0, 1000]")
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
         "auto",
         "auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: the faster "
@@ -157,12 +153,12 @@ class RunConfig(Schedule):
     snapshot_every: int | None = setting(
         None, "Steps between stored encoders, for learning curves; default: none.", "[1, 1e9]"
     )
-    track: str | None = setting(None, "Also log to this tracker of Accelerate, such as wandb.")
+    track: str | None = setting(None, "Accelerate's tracker to log to, such as wandb.")
     encoder: EncoderConfig = EncoderConfig()
 
 
 # Settings that never change what is learned.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "checkpoint_activations", "track")
+BOOKKEEPING = ("log_every checkpoint_every snapshot_every checkpoint_activations track").split()
 
 
 @configuration("Stage I: the dVAE, the paper's teacher")
@@ -178,13 +174,13 @@ class DVAEConfig(Schedule):
     num_points: int = setting(1024, "Points per cloud.", "[1, 1e7]", tiny=512)
     width: int = setting(384, "Width of the dVAE's tokens.", "[4, 16384]", tiny=96)
     num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
-    tokenizer_dim: int = setting(128, "Width of the light PointNet.", "[1, 16384]", tiny=64)
+    tokenizer_dim: int = setting(128, "Light PointNet's width.", "[1, 16384]", tiny=64)
     dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
-    folding_dim: int = setting(512, "Width of the folding decoder.", "[1, 16384]", tiny=128)
+    folding_dim: int = setting(512, "Folding decoder's width.", "[1, 16384]", tiny=128)
     temperature: tuple[float, float] = setting(
         (1.0, 0.0625), "Gumbel-softmax temperature, first and last.", "(0, 1000]"
     )
-    kl_weight: float = setting(0.1, "Final weight of the KL term.", "[0, 1000]", tiny=0.01)
+    kl_weight: float = setting(0.1, "KL term's final weight.", "[0, 1000]", tiny=0.01)
     backbone: str | None = setting(
         None, "Folder or Hub id of a frozen ViT between the DGCNNs; default: none."
     )
@@ -210,19 +206,19 @@ class InvarianceConfig(Schedule):
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=30)
-    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "Regulariser against collapse.")
+    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "Prevents collapse.")
     global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
     partial_views: int = setting(2, "Views of a ball cut out of the cloud.", "[0, 64]")
     partial_ratio: tuple[float, float] = setting(
         (0.3, 0.6), "Share of the points in a ball, drawn once per batch.", "(0, 1] rising"
     )
-    projector_dim: int = setting(2048, "Hidden width of the projector.", "[1, 65536]", tiny=256)
+    projector_dim: int = setting(2048, "Projector hidden width.", "[1, 65536]", tiny=256)
     embedding_dim: int = setting(64, "Width of the embedding.", "[1, 65536]")
     vicreg: tuple[float, float, float] = setting(
         (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
     )
-    sigreg: float = setting(0.02, "Weight w of SIGReg; that of invariance is 1 - w.", "[0, 1)")
-    num_slices: int = setting(256, "Random directions for SIGReg.", "[1, 65536]", tiny=64)
+    sigreg: float = setting(0.02, "SIGReg's weight w; invariance has 1 - w.", "[0, 1)")
+    num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
 
 
 @configuration("Run")
@@ -234,8 +230,8 @@ class PretrainConfig(RunConfig):
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=60)
     rotate: bool = setting(True, tiny=False)
-    data: tuple[str, ...] = setting(("synthetic",), "Shapes to train on (docs/data.md).")
-    split: Literal["train", "test", "all"] = setting("train", "Which split of the data.")
+    data: tuple[str, ...] = setting(("synthetic",), "Training shapes (docs/data.md).")
+    split: Literal["train", "test", "all"] = setting("train", "Split of the data.")
     up_axis: tuple[Literal["x", "y", "z"], ...] = setting(
         ("z",), "Up axis of the data: one, or one per source."
     )
@@ -304,7 +300,7 @@ class FinetuneConfig(RunConfig):
         "The pretrained encoder: default (that in the package), a run, a folder or a Hub id; "
         "without it, training is from scratch.",
     )
-    num_points: int | None = setting(None, "Points per cloud, if not the encoder's.", "[1, 1e7]")
+    num_points: int | None = setting(None, "Points, if not the encoder's.", "[1, 1e7]")
     num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")
     trained: Literal["all", "head", "head_first"] = setting(
         "all",
@@ -315,10 +311,8 @@ class FinetuneConfig(RunConfig):
         1.0, "Factor on the learning rate from each block to the one below.", "(0, 1]"
     )
     dropout: float = setting(0.5, "Dropout in the head.", "[0, 1)")
-    label_smoothing: float = setting(0.0, "Label smoothing of the cross-entropy.", "[0, 1)")
-    labels: float = setting(
-        1.0, "Share of the train labels to use; a seeded, stratified draw.", "(0, 1]"
-    )
+    label_smoothing: float = setting(0.0, "Label smoothing of the loss.", "[0, 1)")
+    labels: float = setting(1.0, "Share of the labels; seeded, stratified.", "(0, 1]")
     validation: float = setting(
         0.2, "Share of these used for validation, if the data has no such split.", "[0, 1)"
     )
@@ -380,9 +374,8 @@ def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
     Raises ValueError for an unknown preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(
-            f"preset {name!r} is unknown{nearest(name, PRESETS)}; one of {', '.join(PRESETS)}"
-        )
+        hint, known = nearest(name, PRESETS), ", ".join(PRESETS)
+        raise ValueError(f"preset {name!r} is unknown{hint}; one of {known}")
     found = {}
     for part in fields(kind):
         if is_dataclass(part.type):
@@ -400,20 +393,14 @@ def resolve(*layers: dict) -> PretrainConfig:
     that of the run. Raises ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
-    defaults = {objective: to_dict(PretrainConfig())[objective]} if objective in STAGE_ONE else {}
-    return from_dict(
-        PretrainConfig,
-        merge({}, *(_one_schedule(layer, objective) for layer in (defaults, *layers))),
-    )
-
-
-def _one_schedule(layer: dict, objective: str) -> dict:
-    schedule = layer.get(objective)
-    return (
-        layer | {key: schedule[key] for key in SCHEDULE if key in schedule}
-        if isinstance(schedule, dict)
-        else layer
-    )
+    if objective in STAGE_ONE:
+        layers = ({objective: to_dict(PretrainConfig())[objective]}, *layers)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        group = layer.get(objective)
+        own = group if isinstance(group, dict) else {}
+        merged = merge(merged, layer, {key: own[key] for key in SCHEDULE if key in own})
+    return from_dict(PretrainConfig, merged)
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
@@ -423,13 +410,9 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     Logging, seed and up axis are ignored.
     """
     # for a rival, these include its own schedule
-    defaults = to_dict(resolve({"objective": config.objective}))
-    paper = defaults | {
-        "objective": "jepa",
-        "data": ["ShapeNet55"],
-        "split": "all",
-        "mixed_precision": "no",
-    }
+    paper = to_dict(resolve({"objective": config.objective}))
+    paper |= {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
+    paper["mixed_precision"] = "no"
     paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
     unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
