@@ -398,8 +398,9 @@ def resolve(*layers: dict) -> PretrainConfig:
     merged: dict[str, Any] = {}
     for layer in layers:
         group = layer.get(objective)
-        own = group if isinstance(group, dict) else {}
-        merged = merge(merged, layer, {key: own[key] for key in SCHEDULE if key in own})
+        known = group if isinstance(group, dict) else {}
+        schedule = {key: known[key] for key in SCHEDULE if key in known}
+        merged = merge(merged, layer, schedule)
     return from_dict(PretrainConfig, merged)
 
 

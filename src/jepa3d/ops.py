@@ -102,9 +102,10 @@ class RepeatedDraws(BatchGenerator):
 
     def redraw(self, step: int) -> None:
         """Refill all buffers with the draws of another step."""
-        streams: dict[str, BatchGenerator] = {}
+        names = {name for name, _ in self.buffers}
+        streams = {name: BatchGenerator(self.seed, step, stream=name) for name in names}
         for (name, _), buffer in self.buffers.items():
-            stream = streams.setdefault(name, BatchGenerator(self.seed, step, stream=name))
+            stream = streams[name]
             torch.rand(buffer.shape, generator=stream.on(buffer.device), out=buffer)
 
 
@@ -186,9 +187,8 @@ def farthest_point_sample(
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
-        raise ValueError(
-            f"farthest point sampling: {num_samples} samples asked of {num_points} points"
-        )
+        found = f"{num_samples} samples asked of {num_points} points"
+        raise ValueError(f"farthest point sampling: {found}")
     points = points.detach()
     if generator is None:
         start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
@@ -196,21 +196,14 @@ def farthest_point_sample(
         start = (uniform(generator, (batch,), points.device) * num_points).long()
     if torch.compiler.is_exporting():
         return farthest_point_scan(points, num_samples, start)[0]
-    if (
-        points.is_cuda
-        and points.dtype == torch.float32
-        and (kernel := _triton())
-        and num_points <= kernel.MAX_POINTS
-    ):
+    single = points.dtype == torch.float32
+    kernel = _triton() if points.is_cuda and single else None
+    if kernel and num_points <= kernel.MAX_POINTS:
         return kernel.farthest_point_sample(points, num_samples, start)
     # For fewer points the batched torch loop is as fast.
-    wanted = points.device.type == "cpu" and points.dtype == torch.float32 and num_points >= 512
-    sample = (
-        _farthest_point_sample_compiled
-        if wanted and _quickfps()
-        else _farthest_point_sample_reference
-    )
-    return sample(points, num_samples, start)
+    if points.device.type == "cpu" and single and num_points >= 512 and _quickfps():
+        return _farthest_point_sample_compiled(points, num_samples, start)
+    return _farthest_point_sample_reference(points, num_samples, start)
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
@@ -219,10 +212,8 @@ def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
     """
     if len(points) < 32 or _quickfps() is None:
         return numpy_farthest_point_sample(points, num_samples, start)
-    first = torch.tensor([start])
-    return _farthest_point_sample_compiled(torch.from_numpy(points)[None], num_samples, first)[
-        0
-    ].numpy()
+    cloud, first = torch.from_numpy(points)[None], torch.tensor([start])
+    return _farthest_point_sample_compiled(cloud, num_samples, first)[0].numpy()
 
 
 def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Tensor) -> Tensor:
@@ -302,12 +293,9 @@ def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b
     batch, num_points, _ = points.shape
     if not 1 <= k <= num_points:
         raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
-    # An exported graph must work for any batch size, so it cannot be split by it.
-    rows = (
-        query.shape[1]
-        if torch.compiler.is_exporting()
-        else max(1, _MAX_PAIRS // (batch * num_points))
-    )
+    rows = max(1, _MAX_PAIRS // (batch * num_points))
+    if torch.compiler.is_exporting():  # the graph must work for any batch size
+        rows = query.shape[1]
     query, points = query.detach(), points.detach()
     parts = [
         squared_distance(q, points).topk(k, largest=False).indices for q in query.split(rows, 1)

@@ -16,7 +16,8 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from operator import ge, gt, le, lt
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin
@@ -67,9 +68,8 @@ def read_recipe(path: str | Path) -> dict:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path}: not a readable recipe: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable recipe: {reason}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a YAML mapping of settings")
     return recipe
@@ -114,16 +114,15 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
     """
 
     def decorate(cls: type[T]) -> type[T]:
+        base = getattr(cls.__base__, "__dataclass_fields__", {})
         for part in dataclasses.fields(cast(Any, cls)):
             if part.name in inspect.get_annotations(cls):
-                same = (vars(base).get("__dataclass_fields__", {}) for base in cls.__mro__[1:])
-                base = next((known[part.name] for known in same if part.name in known), part)
-                metadata = {**base.metadata, "presets": {}}
+                metadata = {**base.get(part.name, part).metadata, "presets": {}}
                 metadata |= {key: value for key, value in part.metadata.items() if value}
-                others = ", ".join(f"{name} {value}" for name, value in metadata["presets"].items())
-                metadata["help"] = (
-                    f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}".strip()
-                )
+                presets = metadata["presets"].items()
+                others = ", ".join(f"{name} {value}" for name, value in presets)
+                text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
+                metadata["help"] = text.strip()
                 part.metadata = MappingProxyType(metadata)
         # "Run" comes first, the others in the order of their definition
         order = int(title != "Run")
@@ -147,22 +146,14 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
     assert match, allowed
     opens, low, high, closes, rising = match.groups()
     numbers = value if isinstance(value, tuple) else (value,)
-    large = all(
-        number > float(low) or (opens == "[" and number == float(low)) for number in numbers
-    )
-    small = all(
-        number < float(high) or (closes == "]" and number == float(high)) for number in numbers
-    )
-    if not (large and small):  # NaN is neither
-        limits = (
-            f"positive and at most {high}"
-            if (opens, low) == ("(", "0")
-            else f"at least {low} and at most {high}"
-        )
-        raise ValueError(
-            f"{name} {value} must "
-            + (f"be {limits}" if float(high) > 1 else f"lie in {allowed.removesuffix(' rising')}")
-        )
+    above, below = (ge if opens == "[" else gt), (le if closes == "]" else lt)
+    # NaN is neither
+    if not all(above(x, float(low)) and below(x, float(high)) for x in numbers):
+        bound = "positive" if (opens, low) == ("(", "0") else f"at least {low}"
+        limits = f"be {bound} and at most {high}"
+        if float(high) <= 1:
+            limits = f"lie in {allowed.removesuffix(' rising')}"
+        raise ValueError(f"{name} {value} must {limits}")
     if rising and list(numbers) != sorted(numbers):
         raise ValueError(f"{name} {value} must satisfy low <= high")
 
@@ -206,10 +197,8 @@ def load_code(name: str) -> Any:
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the choices or names a user's function."""
     if value not in choices and not is_code(value):
-        known = ", ".join(choices)
-        raise ValueError(
-            f"{name} {value!r}: {known} or package.module:function{nearest(value, choices)}"
-        )
+        known = f"{', '.join(choices)} or package.module:function"
+        raise ValueError(f"{name} {value!r}: {known}{nearest(value, choices)}")
 
 
 @contextmanager
@@ -303,17 +292,16 @@ def _digest(value: dict) -> str:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """Check and convert a value to a type: a scalar, Literal, Optional or tuple of these."""
     origin, args = get_origin(kind), get_args(kind)
+    wrong = f"setting {name!r}: {value!r} is not"
     if origin is Literal:
         if value not in args:
-            raise ValueError(
-                f"setting {name!r}: {value!r} is not one of {', '.join(map(str, args))}"
-            )
+            raise ValueError(f"{wrong} one of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         wanted = len(args) if Ellipsis not in args else None
         if not isinstance(items, (list, tuple)) or (wanted and len(items) != wanted):
-            raise ValueError(f"setting {name!r}: {value!r} is not a list of {wanted or 'values'}")
+            raise ValueError(f"{wrong} a list of {wanted or 'values'}")
         return tuple(_checked(name, item, args[0]) for item in items)
     if type(None) in args:
         return None if value is None else _checked(name, value, args[0])
@@ -321,10 +309,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     if kind is float and number:
         return value
     if kind is float and isinstance(value, str):  # YAML reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"setting {name!r}: {value!r} is not {kind.__name__}")
+        raise ValueError(f"{wrong} {kind.__name__}")
     return value

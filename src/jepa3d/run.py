@@ -48,13 +48,13 @@ class Run:
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}
             # Each fold of a few-shot run is a run itself, with task `classify`.
-            kind = FewshotConfig if "ways" in values else KINDS[task.get("task", "pretrain")]
+            kind = KINDS[task.get("task", "pretrain")]
+            kind = FewshotConfig if "ways" in values else kind
             values = merge({"encoder": {"qkv_bias": True}}, values)  # older encoders had biases
             return task | to_dict(from_dict(kind, values) if task else resolve(values))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{file}: not the settings of a run of this version ({error})"
-            ) from error
+            found = f"not the settings of a run of this version ({error})"
+            raise ValueError(f"{file}: {found}") from error
 
     @property
     def record(self) -> dict[str, Any]:
@@ -68,7 +68,8 @@ class Run:
         for group, names in groups.items():
             for name in names:
                 if name not in record.get(group, names):
-                    raise ValueError(f"{self.folder}/run.json: damaged: its {group} has no {name}")
+                    found = f"damaged: its {group} has no {name}"
+                    raise ValueError(f"{self.folder}/run.json: {found}")
         return record
 
     @property
@@ -150,5 +151,6 @@ class Run:
     @property
     def teachers(self) -> dict[str, Path]:
         """Name -> folder of the networks that stage I trained or that were given by path."""
-        folders = [*(stage.folder for stage in self.stages), *sorted(self.folder.glob("given/*"))]
+        folders = [stage.folder for stage in self.stages]
+        folders += sorted(self.folder.glob("given/*"))
         return {f"{folder.parent.name} {folder.name}": folder for folder in folders}

@@ -82,8 +82,8 @@ def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
     if not config.data:
         yield "--data is missing: labelled shapes with a train and a test part"
     if size < 2 * passes:
-        least = f"{2 * passes} (2 x accumulate)" if passes > 1 else "2"
-        yield f"batch_size {size} must be at least {least}: BatchNorm needs two shapes"
+        fewest = f"{2 * passes} (2 x accumulate)" if passes > 1 else "2"
+        yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes"
     if config.trained == "head_first" and config.init is None:
         yield "trained head_first needs --init, an encoder; from scratch use all"
 

@@ -62,7 +62,8 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
         flag = {"objective": known.objective} if known.objective in STAGE_ONE else {}
         return to_dict(settings.resolve(*layers, flag))
     except ValueError as error:
-        raise ValueError(f"{known.recipe}: {error}" if known.recipe else str(error)) from error
+        where = f"{known.recipe}: " if known.recipe else ""
+        raise ValueError(f"{where}{error}") from error
 
 
 def _one_schedule(tokens: list[str], objective: str) -> list[str]:
@@ -80,12 +81,11 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
             continue
         value = value if equals else next(values, "")
         if given.setdefault(name, value) != value:
-            raise ValueError(
-                f"{name} {given[name]} and {value}: {name} and {objective}.{name} are one in this run"
-            )
-    return words + [
-        word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)
-    ]
+            found = f"{name} {given[name]} and {value}: {name} and {objective}.{name}"
+            raise ValueError(f"{found} are one in this run")
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 class Printer(logging.Handler):

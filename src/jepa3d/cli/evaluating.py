@@ -71,10 +71,12 @@ def probe(
     from jepa3d.evaluation.tables import show
 
     models, dataset = [str(run) for run in runs], LabelledSet(data, labels_key, up_axis)
+    chosen = layer, pooling, protocols, quick, per_class
     if corruptions or parts:
-        if (corruptions and parts) or (layer, pooling, protocols, quick, per_class) != _CHOICES:
-            other = "--layer, --pooling, --protocols, --quick, --per-class"
-            raise ValueError(f"--corruptions and --parts: one of them, and without {other}")
+        if (corruptions and parts) or chosen != _CHOICES:
+            others = "--layer, --pooling, --protocols, --quick, --per-class"
+            rule = f"one of them, and without {others}"
+            raise ValueError(f"--corruptions and --parts: {rule}")
         if parts:
             result = dense.probe_parts(models, dataset, part)
             show([dense.sheet(result)])
@@ -83,16 +85,16 @@ def probe(
             show([corrupted.sheet(result)])
     else:
         if layer != "best" and not layer.isdigit():
-            raise ValueError(f"--layer {layer}: best, or 0 (tokenizer) to the encoder's depth")
+            allowed = "best, or 0 (tokenizer) to the encoder's depth"
+            raise ValueError(f"--layer {layer}: {allowed}")
         names = protocols or probing.PROTOCOLS
         probing.check_per_class(per_class, names)
-        at = None if layer == "best" else int(layer)
-        result = probing.probe(runs, data, labels_key, up_axis, at, pooling, names, part, quick)
+        how = None if layer == "best" else int(layer), pooling, names, part, quick
+        result = probing.probe(runs, *dataset, *how)
         show(probing.sheets(result, per_class))
-    special = [labels_key] * (labels_key != "labels") + [f"layer{layer}"] * (layer != "best")
-    special += (
-        [pooling] * (pooling != "mean_max") + [*(protocols or ())] + [part] * (part != "test")
-    )
+    words = [labels_key, f"layer{layer}", pooling, *(protocols or ()), part]
+    usual = ("labels", "layerbest", "mean_max", "test")
+    special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
     if not (run := Run.is_at(runs[0])):  # an encoder's own folder is left as it is
         special.insert(0, runs[0].name)

@@ -15,7 +15,7 @@ Recipe = Annotated[
     Path | None, Parameter(help="YAML settings; flags win over it, it wins over the preset.")
 ]
 Out = Annotated[Path, Parameter(help="Run folder to make.")]
-Resume = Annotated[bool, Parameter(help="Continue the run in --out, which was interrupted.")]
+Resume = Annotated[bool, Parameter(help="Continue the interrupted run in --out.")]
 
 
 def classify(

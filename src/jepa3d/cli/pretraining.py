@@ -157,7 +157,8 @@ def pretrain(
     with going_on_with(f": jepa3d pretrain --out {out} --resume"):
         training.pretrain(config, out, resume)
     if is_main():
-        print(f"done: {out}; see what it learned with: jepa3d probe {out} --data {config.data[0]}")
+        hint = f"jepa3d probe {out} --data {config.data[0]}"
+        print(f"done: {out}; see what it learned with: {hint}")
     leave()
 
 

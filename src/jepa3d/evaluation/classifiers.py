@@ -61,10 +61,12 @@ class MLP3(ClassifierMixin, BaseEstimator):
                 self.head_.parameters(), _LR, weight_decay=_WEIGHT_DECAY, fused=True
             )
             for step in range(_STEPS):
-                optimizer.param_groups[0]["lr"] = _LR * (1 + math.cos(math.pi * step / _STEPS)) / 2
+                rate = _LR * (1 + math.cos(math.pi * step / _STEPS)) / 2
+                optimizer.param_groups[0]["lr"] = rate
                 batch = torch.randint(len(features), (_BATCH,))
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(self.head_(features[batch]), labels[batch]).backward()
+                logits = self.head_(features[batch])
+                nn.functional.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()
         self.head_.eval()
         return self
@@ -91,10 +93,11 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
         # Its default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the older
         # one, True.
         return LinearSVC(random_state=0)
+    made = LogisticRegression(C=c, max_iter=1000)
     if protocol == "knn":
         made = KNeighborsClassifier(min(10, count), metric="cosine")
-    else:
-        made = MLP3(seed) if protocol == "mlp3" else LogisticRegression(C=c, max_iter=1000)
+    if protocol == "mlp3":
+        made = MLP3(seed)
     return make_pipeline(StandardScaler(), made)
 
 
@@ -162,14 +165,16 @@ def class_accuracy(confusion: np.ndarray) -> np.ndarray:
     of a class without shapes.
     """
     counts = confusion.sum(1)
-    return 100 * np.where(counts > 0, np.diag(confusion) / np.maximum(counts, 1), np.nan)
+    share = np.diag(confusion) / np.maximum(counts, 1)
+    return 100 * np.where(counts > 0, share, np.nan)
 
 
 def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> dict[str, dict]:
     """Accuracy in per cent and number of shapes of each class, by name."""
     table = np.array(confusion)
-    figures = zip(class_names, class_accuracy(table).tolist(), table.sum(1).tolist(), strict=True)
-    return {name: {"accuracy": share, "count": count} for name, share, count in figures}
+    figures = class_accuracy(table).tolist(), table.sum(1).tolist()
+    rows = zip(class_names, *figures, strict=True)
+    return {name: {"accuracy": share, "count": count} for name, share, count in rows}
 
 
 def one_thread() -> AbstractContextManager:

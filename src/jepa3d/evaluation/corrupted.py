@@ -5,23 +5,19 @@ has the kinds), for the encoder and everything beside it alike. The clean shapes
 or that classifiers were fitted to, stay as they are. Nothing is chosen.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from jepa3d.data.corruptions import KINDS, corrupt
-from jepa3d.evaluation.classifiers import fitted
 from jepa3d.evaluation.labelled import LabelledSet
-from jepa3d.evaluation.probe import QUICK_C, few_labels
+from jepa3d.evaluation.paired import Score, classifying, searching
+from jepa3d.evaluation.probe import QUICK_C
 from jepa3d.evaluation.protocol import provenance
-from jepa3d.evaluation.retrieval import data_record, opened, search
+from jepa3d.evaluation.retrieval import data_record, opened
 from jepa3d.evaluation.tables import Sheet
 
 QUERIES = 400  # at most; where a kind has five severities, half as many at each
-
-# Figures in per cent of vectors q E of the shapes at rows q.
-Score = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
 def corrupted(
@@ -55,53 +51,27 @@ def corrupted(
         clean = encoder.prepare((clouds if searches else train).points[:])
         scores: dict[str, Score] = {}
         for name, (of, likeness) in descriptors.items():
-            fixed = of(clean)
-            if searches:
-                scores[name] = _search(likeness, fixed, labels)
-            else:
-                scores[name] = _classify(fixed, shapes.y, labels)
+            scores[name] = (
+                searching(likeness, of(clean), labels)
+                if searches
+                else classifying(of(clean), shapes.y, labels)
+            )
         for kind, row in found.items():
             rows = asked[:: 1 if len(row["levels"]) == 1 else 2]
             results: dict[str, dict[str, list[float]]] = {name: {} for name in descriptors}
             for severity in range(len(row["levels"])):
-                given = [(clouds.points[i], kind, severity, i) for i in rows]
-                points = encoder.prepare(
-                    [corrupt(*one) if kind in KINDS else one[0] for one in given]
-                )
+                given = [clouds.points[i] for i in rows]
+                if kind in KINDS:
+                    pairs = zip(given, rows, strict=True)
+                    given = [corrupt(cloud, kind, severity, i) for cloud, i in pairs]
+                points = encoder.prepare(given)
                 for name, (of, _) in descriptors.items():
-                    for figure, value in scores[name](of(points), rows).items():
-                        results[name].setdefault(figure, []).append(value)
+                    for figure, values in scores[name](of(points), rows).items():
+                        results[name].setdefault(figure, []).append(float(values.mean()))
             row["results"] |= results
         record = data_record(task, shapes, dataset, part)
         record |= ({} if searches else {"train": len(train)}) | {"queries": len(asked)}
     return record | {"corruptions": found} | provenance()
-
-
-def _search(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
-    """Nearest shape right and mAP in the gallery n E."""
-
-    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        ranks = search(likeness, vectors, gallery, labels, rows)
-        nearest, average = 100 * ranks.mean(1)
-        return {"nearest": float(nearest), "map": float(average)}
-
-    return score
-
-
-def _classify(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> Score:
-    """Accuracy of each protocol fitted to train m E: the mean over its classifiers."""
-    some = few_labels(y, seed=0)
-    draws = [fitted("logistic_10", QUICK_C, x[rows], y[rows]) for rows in some]
-    fits = {"logistic_10": draws, "knn": [fitted("knn", 0.0, x, y)]}
-
-    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        figures = {}
-        for name, some in fits.items():
-            right = [fit.predict(vectors) == labels[rows] for fit in some]
-            figures[name] = 100 * float(np.mean(right))
-        return figures
-
-    return score
 
 
 def sheet(result: dict[str, Any]) -> Sheet:

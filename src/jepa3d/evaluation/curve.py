@@ -55,19 +55,22 @@ def learning_curves(
         configs[run] = run.config
     read, key = cache(dataset.read), dataset.labels_key
     special = [key] * (key != "labels") + [part] * (part != "test")
-    name = "-".join(["curve", Path(dataset.source).stem.replace(":", "-"), *special, protocol])
+    stem = Path(dataset.source).stem.replace(":", "-")
+    name = "-".join(["curve", stem, *special, protocol])
     ignored = {"seed", *BOOKKEEPING}
     groups: dict[str, dict[Run, dict[int, list[float]]]] = {}  # the runs of a configuration
     for run, config in configs.items():
         shapes = read(config["encoder"]["num_points"], part)
-        points = _points(run, config["seed"], run.folder / f"{name}.json", shapes, protocol)
+        file = run.folder / f"{name}.json"
+        points = _points(run, config["seed"], file, shapes, protocol)
         kept = {name: value for name, value in config.items() if name not in ignored}
         groups.setdefault(json.dumps(kept, sort_keys=True), {})[run] = points
     curves = []
     for group in groups.values():
         first, *others = group.values()
         steps = sorted(set(first).intersection(*others))
-        values = np.array([[points[step] for step in steps] for points in group.values()])
+        rows = [[points[step] for step in steps] for points in group.values()]
+        values = np.array(rows)
         seeds = [configs[run]["seed"] for run in group]
         name = next(iter(group)).folder.name.removesuffix(f"-{seeds[0]}")
         curves.append(Curve(name, seeds, steps, values[..., 0], values[..., 1]))
@@ -82,8 +85,8 @@ def _points(
     kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
     before = read_checked(file) if file.exists() else {}
     known = before["points"] if kept.items() <= before.items() else {}
-    stage_one = cost["stage1_cpu_seconds"]
-    spent = {line["step"]: line["cpu_seconds"] + stage_one for line in [*run.metrics, cost]}
+    stage_one, lines = cost["stage1_cpu_seconds"], [*run.metrics, cost]
+    spent = {line["step"]: line["cpu_seconds"] + stage_one for line in lines}
     spent[0] = 0.0
     points: dict[int, list[float]] = {}
     snapshots = sorted(run.snapshots.items())
@@ -108,9 +111,9 @@ def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
     for curve in curves:
         first, last = curve.accuracy[:, 0].mean(), moments(curve.accuracy[:, -1])
         reached = [curve.minutes_to(other.accuracy.mean(0)[-1]) for other in curves]
-        row = [curve.name, ",".join(map(str, curve.seeds)), f"{first:.1f}", mean_std(last)]
-        row += [f"{curve.minutes.mean(0)[-1]:.1f}"]
-        rows.append(row + ["-" if spent is None else f"{spent:.1f} min" for spent in reached])
+        spent, seeds = curve.minutes.mean(0)[-1], ",".join(map(str, curve.seeds))
+        row = [curve.name, seeds, f"{first:.1f}", mean_std(last), f"{spent:.1f}"]
+        rows.append(row + ["-" if at is None else f"{at:.1f} min" for at in reached])
     columns = ["run", "seeds", "untrained", "final", "CPU-min"]
     columns += [f"{curve.name}'s final after" for curve in curves]
     what = f"{protocol}, overall accuracy % on the {part} part"

@@ -113,13 +113,15 @@ def local_features(encoder: PointEncoder) -> dict[str, Features]:
         return three_nn_interpolate(at, centers, tokens.float())
 
     def positions(_: Tensor, at: Tensor) -> Tensor:
-        terms = PolynomialFeatures(4, include_bias=False).fit_transform(at.flatten(0, 1).numpy())
+        polynomial = PolynomialFeatures(4, include_bias=False)
+        terms = polynomial.fit_transform(at.flatten(0, 1).numpy())
         return torch.from_numpy(terms).float().unflatten(0, at.shape[:2])
 
     def both(clouds: Tensor, at: Tensor) -> Tensor:
         return torch.cat([geometry(clouds, at), positions(clouds, at)], -1)
 
-    return {"geometry": geometry, "positions": positions, "geometry and positions": both}
+    found: dict[str, Features] = {"geometry": geometry, "positions": positions}
+    return found | {"geometry and positions": both}
 
 
 def _batches(

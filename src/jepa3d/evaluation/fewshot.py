@@ -63,7 +63,7 @@ def draw_episodes(
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
-        raise ReadError(f"{clouds.name}: has no {lacks}, and few-shot episodes need one")
+        raise ReadError(f"{clouds.name}: has no {lacks}, which few-shot episodes need")
     labels, size = clouds.labels, int(clouds.labels.max(initial=0)) + 1
     train_rows, test_rows = (np.flatnonzero(clouds.split == i) for i in range(2))
     train = np.bincount(labels[train_rows], minlength=size)
@@ -71,9 +71,11 @@ def draw_episodes(
     enough = np.flatnonzero((train >= shots) & (test >= queries))
     if len(enough) < ways:
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]  # queries that would do
-        hint = f"; with {most[0]} test shapes a class there are enough" if most.any() else ""
         needed = f"{ways} classes with {shots} train and {queries} test shapes each are needed"
-        raise ReadError(f"{clouds.name}: {needed}, {len(enough)} are there{hint}")
+        found = f"{needed}, {len(enough)} are there"
+        if most.any():
+            found += f"; with {most[0]} test shapes a class there are enough"
+        raise ReadError(f"{clouds.name}: {found}")
     names = dict(enumerate(clouds.class_names))
     few = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
     if few:
@@ -87,7 +89,8 @@ def draw_episodes(
 
         def some(rows: np.ndarray, count: int) -> np.ndarray:
             of_class = [rows[labels[rows] == number] for number in classes]
-            return np.concatenate([rng.choice(among, count, replace=False) for among in of_class])
+            picked = [rng.choice(among, count, replace=False) for among in of_class]
+            return np.concatenate(picked)
 
         return Episode(some(train_rows, shots), some(test_rows, queries), classes)
 
@@ -96,8 +99,8 @@ def draw_episodes(
 
 def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
     """Write the episodes of the data of `fingerprint` as JSON, atomically."""
-    rows = [{key: rows.tolist() for key, rows in found._asdict().items()} for found in episodes]
-    write_checked(path, {"fingerprint": fingerprint, "episodes": rows})
+    plain = [dict(zip(Episode._fields, map(np.ndarray.tolist, e), strict=True)) for e in episodes]
+    write_checked(path, {"fingerprint": fingerprint, "episodes": plain})
 
 
 def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
@@ -108,13 +111,10 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
     with as_read_error(path):
         record = read_checked(path)
         if record["fingerprint"] != fingerprint:
-            raise ReadError(
-                f"has episodes of the data {record['fingerprint']:.12}, these are {fingerprint:.12}"
-            )
-        fields = Episode._fields
-        return [
-            Episode(*(np.array(row[key], np.int64) for key in fields)) for row in record["episodes"]
-        ]
+            found = f"has episodes of the data {record['fingerprint']:.12}"
+            raise ReadError(f"{found}, these are {fingerprint:.12}")
+        rows = [[row[key] for key in Episode._fields] for row in record["episodes"]]
+        return [Episode(*(np.array(values, np.int64) for values in row)) for row in rows]
 
 
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
@@ -126,8 +126,8 @@ def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
     rows = np.concatenate(episode[:2])
     inside = rows.min() >= 0 and rows.max() < len(labels)
     if not inside or not np.isin(labels[rows], episode.classes).all():
-        found = f"its {len(clouds)} shapes or their labels"
-        raise ValueError(f"{clouds.name}: {found} are not those that the episodes were drawn from")
+        found = f"its {len(clouds)} shapes or their labels are not those"
+        raise ValueError(f"{clouds.name}: {found} that the episodes were drawn from")
     known = clouds.class_names
     names = tuple(known[number] for number in episode.classes if number < len(known))
     numbers = np.searchsorted(episode.classes, labels)
@@ -149,7 +149,8 @@ def published_folds(
     unfinished, or has not exactly W classes of S train and `queries` test shapes.
     """
     found: dict[tuple[int, int], Path] = {}
-    for path in [folder, *sorted(folder.glob("*way*shot")), *sorted(folder.glob("*/*way*shot"))]:
+    below = [path for depth in ("", "*/") for path in sorted(folder.glob(f"{depth}*way*shot"))]
+    for path in [folder, *below]:
         name = _SETTING.fullmatch(path.resolve().name)
         if name and any(path.glob("*/store.json")):
             found.setdefault((int(name[1]), int(name[2])), path)
@@ -161,8 +162,8 @@ def published_folds(
 
     def read(path: Path) -> Fold:
         if not (path / "store.json").is_file():
-            needed = f"is missing, and {folds} folds are needed"
-            raise ReadError(f"{path}: {needed}; run its jepa3d prepare again, it goes on")
+            found = f"{path}: is missing, and {folds} folds are needed"
+            raise ReadError(f"{found}; run its jepa3d prepare again, it goes on")
         clouds = load([str(path)], num_points, "all", [up_axis])
         clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
         if clouds.labels is None or clouds.split is None:

@@ -74,7 +74,7 @@ class Labelled:
     fingerprint: str
     train: PointClouds
     test: PointClouds  # what is scored: of part "validation" the validation part
-    validation: PointClouds | None  # the source's own, to choose by; None where that is scored
+    validation: PointClouds | None  # the source's own, unless that is scored
     class_names: tuple[str, ...]
     dropped: tuple[str, ...] = ()  # classes that train or test lacks, with their counts
     part_names: tuple[str, ...] = ()
@@ -114,8 +114,8 @@ class Labelled:
             found = f"{len(both)} classes in both train and {part}"
             raise ReadError(f"{name}: {found}, at least {needed} are needed")
         if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
-            listed = ", ".join(dropped)
-            log.info(f"{len(dropped)} classes dropped, since not in both parts: {listed}")
+            what = f"{len(dropped)} classes dropped, since not in both parts"
+            log.info(f"{what}: {', '.join(dropped)}")
         every = clouds.class_names or list(map(str, range(labels.max() + 1)))
         names = tuple(every[i] for i in both)
         mask = np.isin(labels, both)
@@ -164,7 +164,8 @@ class Labelled:
             return self.train.subset(chosen), self.validation if share == 1 else None
         rng = np.random.default_rng([seed, 1])
         spared = chosen[stratified(self.y[chosen], held, rng, keep=1)]
-        return self.train.subset(np.setdiff1d(chosen, spared)), self.train.subset(spared)
+        kept = np.setdiff1d(chosen, spared)
+        return self.train.subset(kept), self.train.subset(spared)
 
     def record(
         self, train: PointClouds, validation: PointClouds | None, labels: float
@@ -199,7 +200,8 @@ def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], li
         return (), []
     parts = clouds.parts[:]
     if alone := int((parts == UNLABELLED).all(1).sum()):
-        raise ReadError(f"{clouds.name}: {alone} shapes have no labelled point; leave them out")
+        found = f"{alone} shapes have no labelled point"
+        raise ReadError(f"{clouds.name}: {found}; leave them out")
     labels = np.asarray(train.labels)
     found = category_parts(clouds.part_names, labels, train.parts, clouds.class_names)
     names = clouds.part_names or tuple(f"part {i}" for i in range(int(parts.max()) + 1))
@@ -215,7 +217,8 @@ def stratified(
     picked = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        picked.append(members[: min(max(1, round(share * len(members))), len(members) - keep)])
+        count = max(1, round(share * len(members)))
+        picked.append(members[: min(count, len(members) - keep)])
     return np.sort(np.concatenate(picked))
 
 
@@ -235,4 +238,5 @@ def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def check_pairs(y: np.ndarray) -> None:
     """ValueError unless a class of labels y has two shapes: one to fit to, one to choose by."""
     if np.unique(y, return_counts=True)[1].max() < 2:
-        raise ValueError("one train shape a class: two of a class are needed to choose by one")
+        needed = "two of a class are needed to choose by one"
+        raise ValueError(f"one train shape a class: {needed}")

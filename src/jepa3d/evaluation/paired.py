@@ -7,10 +7,9 @@ differences with their interval over seeds and shapes, the verdict, the tables. 
 | knn         | whether its 10 nearest train shapes are right (standardised, by cosine)                            |
 | map         | average precision of the other scored shapes, ranked by likeness (vectors as they are)             |
 | nearest     | whether the nearest of these is of its class                                                       |
+| finetuned   | whether a network fine-tuned from the encoder is right, where a grid asks for it                   |
 
-| finetuned   | whether a network fine-tuned from the encoder is right, where a grid asks for it                    |
-
-The first two are those of `jepa3d probe --quick`, the last two those of `jepa3d retrieval`. A shape
+The first two are those of `jepa3d probe --quick`, the next two those of `jepa3d retrieval`. A shape
 alone in its class has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of
 the tokens of the last layer.
 """
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from jepa3d.evaluation.classifiers import predict
+from jepa3d.evaluation.classifiers import fitted, one_thread
 from jepa3d.evaluation.descriptors import baselines, cosine
 from jepa3d.evaluation.features import layer_features
 from jepa3d.evaluation.labelled import Labelled, LabelledSet
@@ -44,6 +43,10 @@ METRICS = {
 }
 
 
+# Per cent of each of the shapes at rows q, by metric, of their vectors q E.
+Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
+
+
 class Vectors(NamedTuple):
     """Vectors of a labelled set, and how two of them are compared."""
 
@@ -62,22 +65,39 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
     return names
 
 
+def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
+    """Scores map and nearest of queries in a gallery n E, which holds them too."""
+
+    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        nearest, average = 100 * search(likeness, vectors, gallery, labels, rows)
+        return {"nearest": nearest, "map": average}
+
+    return score
+
+
+def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0) -> Score:
+    """Scores logistic_10 and knn, fitted to train m E, of shapes of classes `labels` n."""
+    draws = [fitted("logistic", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed)]
+    fits = {"logistic_10": draws, "knn": [fitted("knn", 0.0, x, y)]}
+
+    def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        with one_thread():
+            return {
+                name: 100 * np.mean([fit.predict(vectors) == labels[rows] for fit in some], 0)
+                for name, some in fits.items()
+            }
+
+    return score
+
+
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
     """Metric -> per cent of each scored shape [n]; `seed` draws the labels of logistic_10."""
     train, scored, likeness = vectors
-    right = [
-        predict("logistic", QUICK_C, train[rows], y[rows], scored) == y_scored
-        for rows in few_labels(y, seed)
-    ]
-    nearest, average = search(likeness, scored, scored, y_scored, np.arange(len(scored)))
-    return {
-        "logistic_10": 100 * np.mean(right, 0),
-        "knn": 100.0 * (predict("knn", 0.0, train, y, scored) == y_scored),
-        "map": 100 * average,
-        "nearest": 100 * nearest,
-    }
+    rows = np.arange(len(scored))
+    found = classifying(train, y, y_scored, seed)(scored, rows)
+    return found | searching(likeness, scored, y_scored)(scored, rows)
 
 
 def kept_outcomes(

@@ -115,9 +115,8 @@ def run_protocol(
                 folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
             else:
                 folds = [fifth(y, seed)]
-            jobs += [
-                (protocol, c, x[layer][rows], labels[rows], folds, seed) for layer, c in choices
-            ]
+            given = labels[rows], folds, seed
+            jobs += [(protocol, c, x[layer][rows], *given) for layer, c in choices]
         numbers = sum(len(folds) * features.size for _, _, features, _, folds, _ in jobs)
         validation = np.reshape(side_by_side(_validation, jobs, numbers), (len(draws), -1))
         chosen = [choices[best] for best in validation.argmax(1)]
@@ -126,10 +125,8 @@ def run_protocol(
         parts = train[layer][rows], y[rows], test[layer], y_test
         confusions.append(_confusion(protocol, c, *parts, seed=seed))
     if few:
-        found = moments([_overall(confusion) for confusion in confusions])
-        pairs = [list(choice) for choice in chosen]
-        mean, std = found["mean"], found["std"]
-        return {"accuracy": mean, "std_over_draws": std, "chosen": pairs}
+        mean, std = moments([*map(_overall, confusions)]).values()
+        return {"accuracy": mean, "std_over_draws": std, "chosen": [*map(list, chosen)]}
     ((layer, c),) = chosen
     return {
         "accuracy": _overall(confusions[0]),
@@ -211,23 +208,23 @@ def probe(
                 models = {"untrained": untrained, **models}
             by_hand = by_hand or _by_hand(given, subsets)  # the same for every seed
         for name in (*models, *by_hand):
-            model = models.get(name)
-            features = by_hand.get(name, [])
+            features, model = by_hand.get(name, []), models.get(name)
             if model is not None:
-                features = [layer_features(model, subset, pooling) for subset in subsets]
+                features = [layer_features(model, some, pooling) for some in subsets]
             depth = len(features[0]) - 1
-            if layer is not None and not 0 <= layer <= depth and isinstance(model, PointEncoder):
-                raise ValueError(f"--layer {layer}: {run} has layers 0 (tokenizer) to {depth}")
-            layers = range(depth + 1)
-            if quick or layer is not None:
-                layers = [depth if layer is None else min(layer, depth)]
+            asked = depth if layer is None else layer
+            if not 0 <= asked <= depth and isinstance(model, PointEncoder):
+                known = f"{run} has layers 0 (tokenizer) to {depth}"
+                raise ValueError(f"--layer {layer}: {known}")
+            fixed_layer = quick or layer is not None
+            layers = [min(asked, depth)] if fixed_layer else range(depth + 1)
             row = {"run": str(run), "model": name, "seed": config["seed"], "scores": {}}
             train, test, *others = zip(features, shapes.labels(), strict=False)
             choice = layers, config["seed"], others[0] if others else None, fixed
             for protocol in protocols:
                 found = run_protocol(protocol, *train, *test, *choice)
-                if "confusion" in found:
-                    found["per_class"] = by_class(found["confusion"], shapes.class_names)
+                if confusion := found.get("confusion"):
+                    found["per_class"] = by_class(confusion, shapes.class_names)
                 row["scores"][protocol] = found
             if isinstance(model, DVAE):
                 row["dvae"] = dvae_figures(model, shapes.train, shapes.test)
@@ -305,7 +302,7 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     config = run.config
     if "task" in config:
         found = f"a run of jepa3d {config['task']}"
-        raise ValueError(f"{folder}: {found}; the probe takes runs of jepa3d pretrain")
+        raise ValueError(f"{folder}: {found}; probe takes runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (folder / export).is_dir():
         command = f"jepa3d pretrain --out {folder} --resume"

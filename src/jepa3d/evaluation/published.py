@@ -43,10 +43,11 @@ def _read(file: Path) -> dict[str, Benchmark]:
             rows = [row[:3] + row[at : at + len(metrics)] for row in cells]
             test, notes = about.get("test"), [*table.get("notes", [])]
             if error := about.get("standard_error"):
-                notes.append(f"standard error of {test:,} test shapes: about {error} points")
+                what = f"standard error of {test:,} test shapes"
+                notes.append(f"{what}: about {error} points")
             notes += [CAUTION] * (selection == BEST_TEST)
-            points = table.get("num_points")
-            found[key] = Benchmark(about["title"], rows, metrics, selection, notes, test, points)
+            known = metrics, selection, notes, test, table.get("num_points")
+            found[key] = Benchmark(about["title"], rows, *known)
     return found
 
 
@@ -83,8 +84,9 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
     found = []
     if benchmark.test not in (None, data.get("test")):
         found.append(f"{data.get('test') or 0:,} test shapes, not {benchmark.test:,}")
-    if benchmark.num_points not in (None, settings.get("num_points", benchmark.num_points)):
-        found.append(f"{settings['num_points']:,} points, not {benchmark.num_points:,}")
+    points = benchmark.num_points
+    if points not in (None, settings.get("num_points", points)):
+        found.append(f"{settings['num_points']:,} points, not {points:,}")
     if share != 1:
         found.append(f"{100 * share:g} % of the labels")
     if trained == "head" or "frozen" in protocol or "head only" in protocol:
@@ -103,14 +105,16 @@ def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()
     if results:
         votes = sorted({"yes" if result["votes"] > 1 else "no" for result in results})
         rules = " and ".join(sorted({result["selection"] for result in results}))
-        notes.append(
-            f"your runs: voting {' and '.join(votes)}, selection {rules}; compare like with like"
-        )
-    if found := dict.fromkeys(text for result in results for text in departures(result, benchmark)):
-        notes.append(f"NOTE: your runs depart from the published protocol: {'; '.join(found)}")
+        what = f"voting {' and '.join(votes)}, selection {rules}"
+        notes.append(f"your runs: {what}; compare like with like")
+    found = [text for result in results for text in departures(result, benchmark)]
+    if found:
+        listed = "; ".join(dict.fromkeys(found))
+        notes.append(f"NOTE: your runs depart from the published protocol: {listed}")
     rows = [
         [method, epochs, *values, voting, benchmark.selection]
         for method, epochs, voting, *values in benchmark.rows
     ]
     columns = ["method", "epochs", *benchmark.metrics, "voting", "selection"]
-    return Sheet(f"published: {benchmark.title}, per cent", columns, rows, [*notes, SOURCE])
+    title = f"published: {benchmark.title}, per cent"
+    return Sheet(title, columns, rows, [*notes, SOURCE])

@@ -25,9 +25,8 @@ CHOSEN_BY = {
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
-Finished = dict[
-    str, Any
-]  # a results.json, its folder, and what its encoder began as, without seeds
+# A results.json, its folder, and what its encoder began as, without seeds.
+Finished = dict[str, Any]
 _TEXTS, _NUMBERS = ("protocol", "init", "selection"), ("seed", "votes")
 _GROUPS = ("data", "metrics", "settings")
 _OPTIONAL = ("validation", "pretraining", "cost")
@@ -62,7 +61,8 @@ class Arm(NamedTuple):
 
     def values(self, metric: str, part: str = "metrics") -> list[float]:
         """A figure a run on the test part, or of part "validation"; of those runs that have it."""
-        return [run[part][metric] for run in self.runs if run[part].get(metric) is not None]
+        found = [run[part].get(metric) for run in self.runs]
+        return [value for value in found if value is not None]
 
     @property
     def validation(self) -> float | None:
@@ -188,10 +188,12 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
         arm.runs.sort(key=lambda run: run["seed"])
-        for same in _grouped(arm.runs, lambda run: (run["seed"], run["pretraining"].get("seed"))):
-            if len(same) > 1:
-                folders = f"{same[0]['folder']} and {same[1]['folder']}"
-                found = f"both seed {same[0]['seed']} of one arm"
+        first: dict[tuple, Finished] = {}
+        for run in arm.runs:
+            same = first.setdefault((run["seed"], run["pretraining"].get("seed")), run)
+            if same is not run:
+                folders = f"{same['folder']} and {run['folder']}"
+                found = f"both seed {run['seed']} of one arm"
                 raise ValueError(f"{folders}: {found}; give one of them")
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
@@ -204,23 +206,22 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
     """
     kept, notes = [], []
     for group in _grouped(arms, lambda arm: arm.key(setting)):
-        found = {i: arm.validation for i, arm in enumerate(group)}
-        scores = {i: score for i, score in found.items() if score is not None}
-        kept += [arm for i, arm in enumerate(group) if i not in scores]
+        kept += [arm for arm in group if arm.validation is None]
+        known = [arm for arm in group if arm.validation is not None]
         name, result = group[0].label(), group[0].result
-        if len(scores) < len(group):
-            what = f"{name} (selection: {result['selection']}) has no validation figures"
-            notes.append(f"NOTE: {what}: every {setting} is kept")
-        if scores:
-            best, how = group[max(scores, key=scores.__getitem__)], "is the only one"
-            if len(scores) > 1:
-                tried = ((group[i].setting(setting), score) for i, score in scores.items())
+        if len(known) < len(group):
+            what = f"{name} (selection: {result['selection']})"
+            notes.append(f"NOTE: {what} has no validation figures: every {setting} is kept")
+        if known:
+            best, how = max(known, key=lambda arm: arm.validation or 0), "is the only one"
+            if len(known) > 1:
+                tried = [(arm.setting(setting), arm.validation) for arm in known]
                 means = ", ".join(f"{value}: {score:.2f}" for value, score in tried)
                 how = f"chosen by mean validation {CHOSEN_BY[result['task']]} ({means})"
             kept.append(best)
             notes.append(f"{name}: {setting} {best.setting(setting)} {how}")
-        if len({len(group[i].runs) for i in scores}) > 1:
-            notes.append(f"NOTE: {name}: the {setting}s compared have different numbers of seeds")
+        if len({len(arm.runs) for arm in known}) > 1:
+            notes.append(f"NOTE: {name}: the {setting}s have different numbers of seeds")
     return [arm for arm in arms if arm in kept], notes
 
 
@@ -237,8 +238,8 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
     runs, notes = read_runs(paths)
     known = sorted({name for run in runs for name in run["settings"]})
     if setting is not None and setting not in known:
-        listed = ", ".join(known)
-        raise ValueError(f"--choose {setting}: not a setting of these runs; one of {listed}")
+        found = f"not a setting of these runs; one of {', '.join(known)}"
+        raise ValueError(f"--choose {setting}: {found}")
     sheets = []
     for arms in _grouped(arms_of(runs), Arm.measured_on):
         arms, decided = (arms, []) if setting is None else choose(arms, setting)
@@ -261,7 +262,7 @@ def _minutes(records: list[dict]) -> str:
     """Mean CPU-minutes of records of runs, stage I included."""
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]
-    spent = [cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0) for cost in known]
+    spent = [c["cpu_seconds"] + (c.get("stage1_cpu_seconds") or 0) for c in known]
     return f"{np.mean(spent) / 60:.1f}" if spent else "-"
 
 
@@ -271,18 +272,18 @@ def _text(value: Any) -> str:
 
 def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
     """Names of the settings in which arms differ, `setting` always among them."""
-    names = dict.fromkeys(name for arm in arms for name in arm.result["settings"])
-    settings = [arm.result["settings"] for arm in arms]
-    every = {name: {json.dumps(known.get(name)) for known in settings} for name in names}
-    return [name for name in names if len(every[name]) > 1 or name == setting]
+    every = [arm.result["settings"] for arm in arms]
+    names = dict.fromkeys(name for known in every for name in known)
+    values = {name: {json.dumps(known.get(name)) for known in every} for name in names}
+    return [name for name in names if len(values[name]) > 1 or name == setting]
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
     """A name for each init of the arms, or its path where the names are the same."""
     names = {arm.init: arm.label() for arm in arms}
     counts = Counter(names.values())
-    paths = {arm.init: arm.result["init"] for arm in arms}
-    return {init: name if counts[name] == 1 else paths[init] for init, name in names.items()}
+    several = [arm for arm in arms if counts[names[arm.init]] > 1]
+    return names | {arm.init: arm.result["init"] for arm in several}
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
@@ -314,12 +315,13 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     for name, words in (("selection", "selection rules"), ("votes", "votes")):
         found = sorted({arm.result[name] for arm in arms})
         if len(found) > 1:
-            listed = ", ".join(map(str, found))
-            mixed.append(f"NOTE: rows of different {words} are not comparable: {listed}")
+            what = f"NOTE: rows of different {words} are not comparable"
+            mixed.append(f"{what}: {', '.join(map(str, found))}")
     if any(arm.rule == ON_TEST for arm in arms):
         what = "the test part chose the epoch, as in published tables"
         mixed.append(f"NOTE: {ON_TEST} is optimistic: {what}")
-    shared = [f"{k} {_text(v)}" for k, v in result["settings"].items() if k not in settings]
+    known = result["settings"].items()
+    shared = [f"{name} {_text(value)}" for name, value in known if name not in settings]
     notes = [*mixed, *notes, *[f"shared settings: {', '.join(shared)}"] * bool(shared)]
     cells = [[row[name] for name in columns] for row in rows]
     return Sheet(f"{title}; per cent, mean ± std over seeds", columns, cells, notes)
@@ -342,8 +344,9 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
     seed by seed.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
-    shared = set.intersection(*(set(run["metrics"]) for arm in arms for run in arm.runs))
-    metrics = [m for m in arms[0].result["metrics"] if m in shared - {"std_over_folds"}]
+    every = [run["metrics"].keys() for arm in arms for run in arm.runs]
+    metrics = [name for name in every[0] if all(name in known for known in every)]
+    metrics = [name for name in metrics if name != "std_over_folds"]
     rows, notes = [], []
 
     def alike(arm: Arm) -> str:
@@ -354,14 +357,15 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
         for base, arm in product((arm for arm in group if arm.init in BASES), ours):
             gains = [paired_gains(arm, base, name) for name in metrics]
             if not any(gains):
-                notes.append(f"{labels[arm.init]} and {base.init} have no seed in common")
+                names = f"{labels[arm.init]} and {base.init}"
+                notes.append(f"{names} have no seed in common")
                 continue
             row = [labels[arm.init], base.init, arm.result["protocol"]]
             row += [*map(arm.setting, settings), arm.rule, str(len(gains[0]))]
             rows.append(row + [_spread(values, "+") for values in gains])
     columns = ["init", "over", "protocol", *settings, "selection", "pairs", *metrics]
-    sheet = Sheet("gain, points, paired by seed, mean ± std over seeds", columns, rows, notes)
-    return [sheet] if rows or notes else []
+    title = "gain, points, paired by seed, mean ± std over seeds"
+    return [Sheet(title, columns, rows, notes)] if rows or notes else []
 
 
 def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:

@@ -125,15 +125,16 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
         points, labels = encoder.prepare(shapes.test.points[:]), shapes.y_test
         for name, (of, likeness) in descriptors.items():
             vectors = of(points)
-            scores[name] = 100 * search(likeness, vectors, vectors, labels, np.arange(len(labels)))
+            found = search(likeness, vectors, vectors, labels, np.arange(len(labels)))
+            scores[name] = 100 * found
         record = data_record("retrieval", shapes, dataset, part)
     kept = np.isfinite(scores[models[0]][1])
     gains = compared({name: average[kept] for name, (_, average) in scores.items()})
-    found = {}
-    for name, (nearest, average) in scores.items():
-        found[name] = {"map": float(average[kept].mean())}
-        found[name] |= {"nearest": float(nearest[kept].mean())} | gains[name]
-    return record | {"queries": int(kept.sum()), "results": found} | provenance()
+    rows = {}
+    for name, values in scores.items():
+        nearest, average = values[:, kept].mean(1).tolist()
+        rows[name] = {"map": average, "nearest": nearest} | gains[name]
+    return record | {"queries": int(kept.sum()), "results": rows} | provenance()
 
 
 def opened(

@@ -53,8 +53,8 @@ def predict(
         else:
             predicted.append(total.argmax(-1).numpy().astype(np.int16))
             probability.append((total / votes).softmax(-1).numpy())
-    found = {"predicted": predicted} | ({"probability": probability} if probability else {})
-    return {name: np.concatenate(values) for name, values in found.items()}
+    found = {"predicted": predicted, "probability": probability}
+    return {name: np.concatenate(values) for name, values in found.items() if values}
 
 
 def _parts_of(network: Segmenter) -> list[np.ndarray]:
@@ -64,7 +64,8 @@ def _parts_of(network: Segmenter) -> list[np.ndarray]:
 def score(network: Network, clouds: PointClouds) -> float:
     """The figure that chooses an epoch: overall accuracy, or instance mIoU, per cent."""
     metrics = figures(network, clouds, predict(network, clouds))[0]
-    return metrics["instance_miou" if isinstance(network, Segmenter) else "overall_accuracy"]
+    segments = isinstance(network, Segmenter)
+    return metrics["instance_miou" if segments else "overall_accuracy"]
 
 
 def figures(

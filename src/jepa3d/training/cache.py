@@ -52,9 +52,8 @@ def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) 
     needed = num_shapes * row_type(config, width).itemsize
     disk = next(folder for folder in out.absolute().parents if folder.exists())
     if needed > (free := shutil.disk_usage(disk).free):
-        raise ValueError(
-            f"target.cache needs {needed / 1e9:.1f} GB in {out}, the disk has {free / 1e9:.1f} GB"
-        )
+        found = f"the disk has {free / 1e9:.1f} GB"
+        raise ValueError(f"target.cache needs {needed / 1e9:.1f} GB in {out}, {found}")
 
 
 class CachedTargets:
@@ -69,7 +68,8 @@ class CachedTargets:
         self.rows = np.zeros(0 if folder else num_shapes, self.kind)
 
     def __call__(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        centers, patches, tokens = (torch.from_numpy(self.rows[name][index]) for name in FIELDS)
+        found = [torch.from_numpy(self.rows[name][index]) for name in FIELDS]
+        centers, patches, tokens = found
         return centers.long(), patches.long(), tokens
 
     @torch.no_grad()
@@ -81,6 +81,7 @@ class CachedTargets:
         Interrupted.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
+        encoder = config.encoder
 
         def index_of(batch: int) -> np.ndarray:
             return batch_index(config.seed, batch, size, count, clouds.shard_sizes)
@@ -100,29 +101,32 @@ class CachedTargets:
             for batch in shown if state.is_main_process else todo:
                 index = index_of(batch)
                 points = clouds.batch(index[rows]).to(state.device)
-                centers = farthest_point_sample(points, config.encoder.num_groups)
-                patches = knn(gather_points(points, centers), points, config.encoder.group_size)
+                centers = farthest_point_sample(points, encoder.num_groups)
+                patches = knn(gather_points(points, centers), points, encoder.group_size)
                 grouped = groups_at(points, centers, patches)
-                found = gather([centers, patches, teacher(grouped.patches, grouped.centers)])
+                tokens = teacher(grouped.patches, grouped.centers)
+                found = gather([centers, patches, tokens])
                 if state.is_main_process:
                     for name, values in zip(FIELDS, found, strict=True):
                         self.rows[name][index] = values.cpu().numpy()
                     self.rows["checksum"][index] = self._checksums(index)
-                    if self.folder and ((batch + 1) % SAVE_EVERY == 0 or batch + 1 == total):
+                    done = batch + 1
+                    if self.folder and (done % SAVE_EVERY == 0 or done == total):
                         cast(np.memmap, self.rows).flush()
-                        spent = spent_since(began).items()
-                        cost = {name: record["cost"][name] + value for name, value in spent}
-                        done = {"batches": batch + 1, "cost": cost}
-                        write_checked(self.folder / "run.json", done)
+                        spent, before = spent_since(began), record["cost"]
+                        cost = {name: before[name] + value for name, value in spent.items()}
+                        kept = {"batches": done, "cost": cost}
+                        write_checked(self.folder / "run.json", kept)
         except KeyboardInterrupt as stop:
-            raise Interrupted(
-                "stopped while the teachers were asked, saved every few batches"
-            ) from stop
+            found = "stopped while the teachers were asked, saved every few batches"
+            raise Interrupted(found) from stop
         state.wait_for_everyone()
         if todo and state.is_main_process:
-            written, seconds = self.rows.nbytes / 1e6, spent_since(began)["wall_seconds"]
-            log.info(f"targets of {count:,} shapes: {written:,.1f} MB, asked in {seconds:.1f} s")
-        if self.file:  # only now: what another machine wrote is seen by whoever opens it later
+            written, spent = self.rows.nbytes / 1e6, spent_since(began)
+            asked = f"{written:,.1f} MB, asked in {spent['wall_seconds']:.1f} s"
+            log.info(f"targets of {count:,} shapes: {asked}")
+        # only now: what another machine wrote is seen by whoever opens it later
+        if self.file:
             self.rows = np.load(self.file, mmap_mode="r")
 
     def _checksums(self, index: np.ndarray) -> list[int]:
@@ -149,14 +153,17 @@ class CachedTargets:
                 for batch in range(done):
                     index = index_of(batch)
                     if (self.rows["checksum"][index] != self._checksums(index)).any():
-                        raise ValueError(f"the targets of batch {batch} are not those written")
+                        raise ValueError(f"batch {batch} is not as it was written")
                 return
         except (OSError, ValueError, EOFError) as error:
-            log.info(f"{self.folder}: damaged ({error}); its targets are computed again")
+            found = f"{self.folder}: damaged ({error})"
+            log.info(f"{found}; its targets are computed again")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        np.lib.format.open_memmap(self.file, "w+", self.kind, (self.num_shapes,)).flush()
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would kill the process
+        shape = (self.num_shapes,)
+        np.lib.format.open_memmap(self.file, "w+", self.kind, shape).flush()
+        # a disk that fills up later would kill the process
+        if hasattr(os, "posix_fallocate"):
             with naming(self.file), self.file.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.file.stat().st_size)
         self.rows = np.load(self.file, mmap_mode="r+")

@@ -111,7 +111,8 @@ def restore(
     damaged = []
     for checkpoint in reversed(_all(folder)):
         try:
-            state, weights, moments = (read(checkpoint / name) for name, read in _READ.items())
+            found = [read(checkpoint / name) for name, read in _READ.items()]
+            state, weights, moments = found
         except ValueError as error:
             damaged.append(str(error))
             continue
@@ -124,8 +125,8 @@ def restore(
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         return state, [f"{line}; going on from {checkpoint.name}" for line in damaged]
-    found = "; ".join(damaged)
-    raise ValueError(f"{found}; no whole checkpoint is left: begin again with another --out")
+    hint = "no whole checkpoint is left: begin again with another --out"
+    raise ValueError(f"{'; '.join(damaged)}; {hint}")
 
 
 _READ: dict[str, Callable[[Path], dict[str, Any]]] = {

@@ -53,7 +53,8 @@ class Comparison:
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
-        self.ended: dict[Path, str | None] = {}  # run -> why it failed, None where it did not
+        # run -> why it failed, None where it did not
+        self.ended: dict[Path, str | None] = {}
         self.failed: dict[str, str] = {}  # arm -> why
         self.rates: dict[str, float | None] = {}  # arm -> the learning rate chosen
         self.total = len(grid.arms) * (len(grid.rates) + len(grid.seeds) - 1)
@@ -62,7 +63,7 @@ class Comparison:
             self.shapes(dataset, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
-            log.info("measuring what a step of each arm costs, where that is not known yet")
+            log.info("measuring what a step of each arm costs, unless known already")
             with self._quiet():
                 grid = at_equal_time(grid, out)
         self.grid = grid
@@ -70,10 +71,11 @@ class Comparison:
             folder = self.folder(arm, seed, rate)
             try:
                 if folder.exists():
-                    runs.check_unchanged(settle(grid.config(arm, seed, rate), folder), folder)
+                    config = settle(grid.config(arm, seed, rate), folder)
+                    runs.check_unchanged(config, folder)
             except ValueError as error:
-                where = f"{grid.path}: arms.{arm}"
-                raise ValueError(f"{where}: {error}; give a changed arm another name") from error
+                text = f"{error}; give a changed arm another name"
+                raise ValueError(f"{grid.path}: arms.{arm}: {text}") from error
         self.steps = {}
         for arm, config in grid.arms.items():
             steps = config.max_steps or total_steps(config, len(self._load(config)))
@@ -95,14 +97,16 @@ class Comparison:
         for arm in grid.arms:
             self.rates[arm] = self._choose_rate(arm)
         for seed, arm in product(grid.seeds, grid.arms):
-            if arm not in self.failed and (reason := self._train(arm, seed, self.rates[arm])):
+            if arm in self.failed:
+                continue
+            if reason := self._train(arm, seed, self.rates[arm]):
                 self.failed[arm] = f"seed {seed}: {reason}"
         arms = [arm for arm in grid.arms if arm not in self.failed]
         scored = [(arm, "encoder", arm) for arm in arms]
         if grid.reference in arms:
             scored += [(name, name, grid.reference) for name in BASELINES]
         for dataset, title in self.names.items():
-            found = {row: self._outcomes(name, arm, dataset) for row, name, arm in scored}
+            found = {row: self._outcomes(of, arm, dataset) for row, of, arm in scored}
             for row, name, arm in scored:
                 first = dataset == next(iter(self.names))
                 if first and arm in grid.finetuned and name not in BY_HAND:
@@ -114,7 +118,8 @@ class Comparison:
         """The protocol in words."""
         grid, equal = self.grid, "equal steps"
         if grid.cpu_minutes is not None:
-            equal = f"equal CPU time, {grid.cpu_minutes:g} minutes a run, stage I included"
+            minutes = f"{grid.cpu_minutes:g} minutes a run"
+            equal = f"equal CPU time, {minutes}, stage I included"
         rule = "every arm as it is written, nothing searched"
         if len(grid.rates) > 1:
             tried = ", ".join(f"{rate:g}" for rate in grid.rates)
@@ -123,14 +128,13 @@ class Comparison:
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; chosen: {rule}",
             "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 draws; kNN: 10 "
             "nearest; both standardised by train. mAP, nearest neighbour: within the scored part, vectors as they are",
-            "difference: from the reference, paired by seed and by shape, with its 95 % interval over both "
-            "(evaluation/paired.py); better or worse: the whole interval lies on that side of 0. Of twenty rows that "
-            "are equal one is called better or worse by chance",
+            "a row other than the reference: difference from it, paired by seed and by shape, with its 95 % interval "
+            "over both (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. Of twenty "
+            "equal rows one is called better or worse by chance",
         ]
         if len(grid.seeds) == 1:
-            notes.append(
-                "NOTE: one seed: the intervals are over shapes alone and say nothing about other runs"
-            )
+            what = "the intervals are over shapes alone and say nothing about other runs"
+            notes.append(f"NOTE: one seed: {what}")
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
@@ -139,12 +143,12 @@ class Comparison:
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
             notes.append(f"{name}: selection {rule}")
-            configs = {arm: to_dict(config) for arm, config in grid.arms.items()}
-            source = dataset.source
-            if seen := [arm for arm in configs if was_seen(configs[arm], source, self.part)]:
+            trained = {arm: (to_dict(config), dataset.source) for arm, config in grid.arms.items()}
+            if seen := [arm for arm, known in trained.items() if was_seen(*known, self.part)]:
                 what = "scored shapes were among the unlabelled ones of pretraining"
                 notes.append(f"{name}: {what}: {', '.join(seen)}")
-        return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in self.failed.items()]
+        failed = self.failed.items()
+        return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in failed]
 
     def record(self, rows: list[paired.Row]) -> dict[str, Any]:
         """The result as JSON."""
@@ -152,7 +156,8 @@ class Comparison:
         for arm, config in grid.arms.items():
             minutes = None
             if arm not in self.failed:
-                minutes = float(np.mean([Run(run).cpu_minutes for run in self._runs(arm).values()]))
+                spent = [Run(run).cpu_minutes for run in self._runs(arm).values()]
+                minutes = float(np.mean(spent))
             arms[arm] = {
                 "settings": to_dict(config),
                 "overrides": grid.overrides[arm],
@@ -179,15 +184,15 @@ class Comparison:
         for arm, values in arms.items():
             changed = plain_settings(values["overrides"]).items()
             changes = ", ".join(f"{name} {value}" for name, value in changed) or "-"
-            batch = str(values["settings"]["batch_size"])
-            lines.append([arm, changes, f"{values['lr']:g}", f"{values['steps']:,}", batch])
+            rate, steps = f"{values['lr']:g}", f"{values['steps']:,}"
+            lines.append([arm, changes, rate, steps, str(values["settings"]["batch_size"])])
         columns = ["arm", "its own settings", "lr", "steps", "batch"]
         title = f"{record['title']}; reference: {record['reference']}"
         for dataset, name in self.names.items():
             shapes = self._read(dataset, record["reference"])
             size = f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes"
-            about[name] = f"{size}, {self.part} part, mean ± std over seeds"
-        minutes = {arm: arms[arm]["cpu_minutes"] for arm in arms if arm not in self.failed}
+            about[name] = f"{size}, {self.part} part; %, mean ± std over seeds"
+        minutes = {arm: arms[arm]["cpu_minutes"] for arm in arms.keys() - self.failed}
         first = Sheet(title, columns, lines, record["notes"])
         return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
@@ -202,8 +207,8 @@ class Comparison:
             if self._train(arm, seed, rate) is None:
                 found, run = [], {seed: self.folder(arm, seed, rate)}
                 for dataset in self.names:
-                    outcomes = self._outcomes("encoder", arm, dataset, run, "validation")
-                    found.append(outcomes["logistic_10"].mean())
+                    some = self._outcomes("encoder", arm, dataset, run, "validation")
+                    found.append(some["logistic_10"].mean())
                 scores[rate] = np.mean(found)
         if not scores:
             self.failed[arm] = f"at every learning rate, seed {seed}"
@@ -221,11 +226,12 @@ class Comparison:
         if failure.exists():
             reason = read_checked(failure, "reason")["reason"]
         elif not (folder.exists() and Run(folder).finished):
-            stages = sorted(run.parent for run in self.out.glob("runs/*/stage1/*/run.json"))
+            files = sorted(self.out.glob("runs/*/stage1/*/run.json"))
+            known: dict[str, Any] = {"stage_one": [file.parent for file in files]}
             try:
                 with self._quiet():
-                    clouds = self._load(config)
-                    pretrain(config, folder, folder.exists(), clouds=clouds, stage_one=stages)
+                    known["clouds"] = self._load(config)
+                    pretrain(config, folder, folder.exists(), **known)
             except Diverged as error:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
@@ -240,7 +246,8 @@ class Comparison:
         """The shapes of a run; runs of the same data share them."""
         # with views twice as many points are read
         viewed = config.objective == "jepa" and config.target.view > 0
-        key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
+        sizes = viewed, config.encoder.num_points
+        key = config.data, config.split, config.up_axis, *sizes
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)
         return self.clouds[key]
@@ -261,11 +268,13 @@ class Comparison:
 
     def _runs(self, arm: str) -> dict[int, Path]:
         """Seed -> the run of an arm at its learning rate."""
-        return {seed: self.folder(arm, seed, self.rates[arm]) for seed in self.grid.seeds}
+        rate = self.rates[arm]
+        return {seed: self.folder(arm, seed, rate) for seed in self.grid.seeds}
 
     def _read(self, dataset: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
         """A scored set at the points of an arm."""
-        return self.shapes(dataset, self.grid.arms[arm].encoder.num_points, part or self.part)
+        size = self.grid.arms[arm].encoder.num_points
+        return self.shapes(dataset, size, part or self.part)
 
     def _outcomes(
         self,
@@ -285,7 +294,7 @@ class Comparison:
         for seed, run in runs.items():
             make = partial(vectors, first if name in BY_HAND else run)
             found.append(paired.kept_outcomes(run, name, make, shapes, seed))
-        return {metric: np.stack([values[metric] for values in found]) for metric in found[0]}
+        return {name: np.stack([some[name] for some in found]) for name in found[0]}
 
     def _finetuned(self, name: str, arm: str, dataset: LabelledSet) -> np.ndarray:
         """Per cent right of every shape, seeds x shapes, after fine-tuning from the runs' encoders

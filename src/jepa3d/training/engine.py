@@ -53,7 +53,8 @@ def tracker(name: str | None, run: Path | None) -> list[Any]:
     if name is None:
         return []
     if name not in LOGGER_TYPE_TO_CLASS:
-        raise ValueError(f"--track {name}: one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise ValueError(f"--track {name}: one of {known}")
     if not filter_trackers([name], str(run)):
         package = "tensorboardX" if name == "tensorboard" else name.replace("_", "-")
         raise ValueError(f"--track {name}: pip install {package}")
@@ -91,7 +92,8 @@ def has_fast_bf16() -> bool:
         # Apple's GPUs have no answer
         supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
+    # torch has no public name for it
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return amx is not None and amx()
 
 
@@ -106,7 +108,8 @@ def settle(config: Config, run: Path | None = None) -> Config:
     state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
     precision = broadcast_object_list(found)[0]  # every process as the first one
     if state.is_main_process:
-        log.info(f"computing in {named(precision)} on {device_name()} (mixed_precision auto)")
+        how = f"{named(precision)} on {device_name()}"
+        log.info(f"computing in {how} (mixed_precision auto)")
     return replace(config, mixed_precision=precision)
 
 
@@ -145,8 +148,9 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
     hows = list(product(("no", "bf16") if measured else (precision,), ways))
     seconds = trial(task, clouds, config, hows)
-    choice = [min(seconds, key=seconds.__getitem__)]
-    precision, compiled = broadcast_object_list(choice)[0]  # every process as the first one
+    # every process as the first one
+    choice = broadcast_object_list([min(seconds, key=seconds.__getitem__)])
+    precision, compiled = choice[0]
     tried = {named(*how): value for how, value in seconds.items()}
     if PartialState(cpu=ON_CPU).is_main_process:
         text = ", ".join(f"{how} {1000 * value:.0f}" for how, value in tried.items())
@@ -174,11 +178,13 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how[0])
             start = time.perf_counter()
             try:
+                draws = BatchGenerator(config.seed, step)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = objective(points, BatchGenerator(config.seed, step), 0.0, *targets).loss
+                    loss = objective(points, draws, 0.0, *targets).loss
                 loss.backward()
                 loss.item()  # wait for the device
-            except RuntimeError as error:  # no compiler, say, or no kernel of that precision
+            # no compiler, say, or no kernel of that precision
+            except RuntimeError as error:
                 # The others would wait for this one.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
@@ -191,4 +197,5 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
 
 def named(precision: str, compiled: bool = False) -> str:
     """A precision and whether compiled, in words."""
-    return ("fp32" if precision == "no" else precision) + (", compiled" if compiled else "")
+    name = "fp32" if precision == "no" else precision
+    return f"{name}, compiled" if compiled else name

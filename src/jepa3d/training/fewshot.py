@@ -48,7 +48,8 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     if encoder is None and not trains:
         torch.manual_seed(config.seed)
         encoder = PointEncoder(**vars(config.encoder))
-        calibrate_batchnorm(encoder, folds[0].train.batch(np.arange(len(folds[0].train))))
+        train = folds[0].train
+        calibrate_batchnorm(encoder, train.batch(np.arange(len(train))))
     if started:
         runs.check_same_data(clouds, out)
     else:
@@ -108,9 +109,8 @@ def _finetuned(
         # At the paper's size a gigabyte or two a setting, and no use.
         for network in ("start", "model"):
             shutil.rmtree(folder / network, ignore_errors=True)
-    return scores, {
-        key: sum(cost[key] for cost in costs) for key in ("wall_seconds", "cpu_seconds")
-    }
+    names = ("wall_seconds", "cpu_seconds")
+    return scores, {name: sum(cost[name] for cost in costs) for name in names}
 
 
 def _folds(

@@ -124,7 +124,8 @@ def begin(
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
-    encoder = encoder or start_encoder(config, out / "start" if started and config.init else None)
+    copied = out / "start" if started and config.init else None
+    encoder = encoder or start_encoder(config, copied)
     config = replace(config, encoder=encoder_config(encoder)) if encoder else config
     validate(config)
     runs.check_batch(config, "batch_size", config.batch_size)
@@ -162,9 +163,8 @@ def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder |
 def encoder_config(encoder: PointEncoder) -> EncoderConfig:
     """The arguments that an encoder was made with."""
     arguments = vars(encoder)["_hub_mixin_config"]
-    return EncoderConfig(
-        **{name: arguments[name] for name in vars(EncoderConfig()) if name in arguments}
-    )
+    names = vars(EncoderConfig()).keys() & arguments.keys()
+    return EncoderConfig(**{name: arguments[name] for name in names})
 
 
 def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
@@ -210,10 +210,10 @@ def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
         return config.select, 0.0
     if data.validation is not None and config.labels == 1:
         return "validation", 0.0
-    if (labelled := len(data.labelled(config.labels, config.seed))) < FEW or config.validation == 0:
-        log.info(
-            f"{labelled} labelled shapes: none are spared to choose an epoch by, the last one counts"
-        )
+    labelled = len(data.labelled(config.labels, config.seed))
+    if labelled < FEW or config.validation == 0:
+        found = "none are spared to choose an epoch by, the last one counts"
+        log.info(f"{labelled} labelled shapes: {found}")
         return "last", 0.0
     return "validation", config.validation
 
@@ -238,9 +238,8 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
     known = to_dict(config)
     sizes = known["encoder"] | size_overrides(config)
     names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
-    return {name: known[name] for name in ARM if name in known} | {
-        name: sizes[name] for name in sizes if name in names
-    }
+    found = {name: known[name] for name in ARM if name in known}
+    return found | {name: size for name, size in sizes.items() if name in names}
 
 
 def pretraining_of(init: str | None) -> dict | None:

@@ -71,20 +71,22 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         timed = isinstance(equal, dict) and len(equal) == 1
         minutes = equal.get("cpu_minutes") if timed else None
         if equal != "steps" and not (isinstance(minutes, int | float) and minutes > 0):
-            raise ValueError(f"equal {equal!r}: steps, or {{cpu_minutes: M}} with M above 0")
-        if missing := [key for key in ("arms", "reference", "seeds") if key not in values]:
-            raise ValueError(f"{missing[0]} is missing")
+            allowed = "steps, or {cpu_minutes: M} with M above 0"
+            raise ValueError(f"equal {equal!r}: {allowed}")
+        for key in ("arms", "reference", "seeds"):
+            if key not in values:
+                raise ValueError(f"{key} is missing")
         file = from_dict(_File, values)
         arms = {str(k): {} if v is None else v for k, v in file.arms.items()}
         if not arms:
             raise ValueError("arms: none given, and at least one is needed")
         if file.reference not in arms:
-            raise ValueError(
-                f"reference {file.reference!r} is no arm{nearest(file.reference, arms)}"
-            )
+            hint = nearest(file.reference, arms)
+            raise ValueError(f"reference {file.reference!r} is no arm{hint}")
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
-                raise ValueError(f"{key} {list(given)}: one at least, and each only once")
+                found = f"{key} {list(given)}"
+                raise ValueError(f"{found}: one at least, and each only once")
         tuning = _finetuning(file, arms)
         layers = [*_base(path, file), file.settings, common]
         settings.resolve(*layers)
@@ -148,35 +150,31 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
     assert grid.cpu_minutes is not None
     file = out / "costs.json"
     known: dict[str, Any] = read_checked(file, "arms")["arms"] if file.exists() else {}
-    for name in grid.arms.keys() & known.keys():
-        if changed := settings.differences(
-            settings.to_dict(grid.arms[name]), known[name]["settings"]
-        ):
+    plain = {name: settings.to_dict(config) for name, config in grid.arms.items()}
+    for name in plain.keys() & known.keys():
+        if changed := settings.differences(plain[name], known[name]["settings"]):
             setting, (now, then) = next(iter(changed.items()))
-            reason = f"{setting} was {then} when its cost was measured ({file}), not {now}"
-            hint = "give the changed arm another name"
-            raise ValueError(f"{grid.path}: arms.{name}: {reason}; {hint}")
+            reason = f"{setting} was {then} when its cost was measured ({file})"
+            hint = f"not {now}; give the changed arm another name"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
         # The machine may be busier now: what was measured before is measured again beside it.
         again = [name for name in grid.arms if name in known][:1]
         asked = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in asked} for _ in range(ROUNDS)]
-        found = {name: np.median([costs[name] for costs in rounds], 0) for name in rounds[0]}
+        pairs = {name: [costs[name] for costs in rounds] for name in rounds[0]}
+        found = {name: np.median(costs, 0) for name, costs in pairs.items()}
         scale = known[again[0]]["step"] / found[again[0]][1] if again else 1.0
         for name in new:
             before, step = (scale * seconds for seconds in found[name])
-            known[name] = {
-                "before": before,
-                "step": step,
-                "settings": settings.to_dict(grid.arms[name]),
-            }
+            known[name] = {"before": before, "step": step, "settings": plain[name]}
         write_checked(file, {"unit": "CPU-seconds", "arms": known})
     arms = {}
     for name, config in grid.arms.items():
         before, step = known[name]["before"], known[name]["step"]
         steps = int((60 * grid.cpu_minutes - before) / step)
         if steps < 1:
-            reason = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g} CPU-minutes"
-            raise ValueError(f"{grid.path}: arms.{name}: {reason}")
+            reason = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g}"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason} CPU-minutes")
         arms[name] = replace(config, max_steps=steps)
     return grid._replace(arms=arms)

@@ -32,9 +32,7 @@ from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw, learning_rate, total_steps
 from jepa3d.training.progress import Progress, clock
 
-BAD_CLOUD = (
-    "restore the file as it was (jepa3d info DATA --verify finds such clouds), then --resume"
-)
+BAD_CLOUD = "restore the file as it was (jepa3d info DATA --verify finds it), then --resume"
 WINDOW = 32  # shards of a store that an epoch mixes, 1 GiB: fewer than a `Store` holds open
 
 
@@ -117,21 +115,24 @@ def fit(
     def save(loss: float) -> None:
         check_finite(loss)  # never replace a good checkpoint by a spoilt one
         if run and accelerator.is_main_process:
-            state["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            scaler, folder = accelerator.scaler, run / "checkpoints"
+            state["scaler"] = scaler.state_dict() if scaler else {}
             stamped = progress.stamp(state)
-            checkpoint.save(run / "checkpoints", objective, optimizer.optimizer, stamped)
+            checkpoint.save(folder, objective, optimizer.optimizer, stamped)
         accelerator.wait_for_everyone()
 
     def read(step: int) -> list:
         """Of every pass of a step: the place of this process's first row in the batch, its shapes
         and their points.
         """
-        batch = batch_index(config.seed, step, schedule.batch_size, len(clouds), clouds.shard_sizes)
+        sizes = schedule.batch_size, len(clouds), clouds.shard_sizes
+        batch = batch_index(config.seed, step, *sizes)
         passes: list[tuple[int, np.ndarray, Tensor]] = []
         for part in range(config.accumulate):
             first = (part * accelerator.num_processes + rank) * share
             rows = batch[first : first + share]
-            passes.append((first, rows, to_device(clouds.batch(rows), accelerator.device)))
+            points = to_device(clouds.batch(rows), accelerator.device)
+            passes.append((first, rows, points))
         return passes
 
     def one_pass(
@@ -139,7 +140,8 @@ def fit(
     ) -> Any:
         """Forward and backward on one process's share of a pass."""
         if task.augments:
-            points = augment(points, config.scale, config.rotate, config.translate, generator)
+            how = config.scale, config.rotate, config.translate
+            points = augment(points, *how, generator)
         output = model(points, generator, progress, *targets)
         accelerator.backward(output.loss / config.accumulate)
         return output
@@ -176,7 +178,8 @@ def fit(
             except ReadError as error:  # not the learning rate's fault
                 if step > begun and accelerator.num_processes == 1:
                     save(0.0)
-                raise ReadError(f"{error}, read at step {step + 1}; {BAD_CLOUD}") from error
+                where = f"read at step {step + 1}"
+                raise ReadError(f"{error}, {where}; {BAD_CLOUD}") from error
             for part, (first, index, points) in enumerate(passes):
                 generator = BatchGenerator(config.seed, step, first, schedule.batch_size)
                 targets = task.targets(index) if task.targets else ()
@@ -189,8 +192,9 @@ def fit(
                         output = one_pass(points, generator, step / total, *targets)
                 loss += output.loss.detach() / config.accumulate
 
+            rate = learning_rate(schedule, step, total, len(clouds))
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * learning_rate(schedule, step, total, len(clouds))
+                group["lr"] = group["lr_scale"] * rate
             norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip_grad)
             optimizer.step()
             optimizer.zero_grad()

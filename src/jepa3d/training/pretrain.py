@@ -84,7 +84,8 @@ def make_dvae(config: PretrainConfig) -> DVAE:
     """The stage-I dVAE, with the student's num_groups and group_size."""
     names = "width num_codes num_points tokenizer_dim dgcnn_dim folding_dim".split()
     sizes = {name: getattr(config.dvae, name) for name in names}
-    sizes |= {name: getattr(config.encoder, name) for name in ("num_groups", "group_size")}
+    encoder = config.encoder
+    sizes |= {"num_groups": encoder.num_groups, "group_size": encoder.group_size}
     backbone = reference(config.dvae.backbone) if config.dvae.backbone else ""
     return DVAE(backbone=backbone, **sizes)
 
@@ -104,7 +105,8 @@ def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
         encoder.load_weights(source)
     except RuntimeError as error:
         hint = "encoder.*; encoder.qkv_bias for one older than that setting"
-        raise ValueError(f"init {name}: not an encoder of this run's sizes ({hint})") from error
+        found = f"not an encoder of this run's sizes ({hint})"
+        raise ValueError(f"init {name}: {found}") from error
 
 
 @runs.exclusive
@@ -162,9 +164,9 @@ def pretrain(
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
-        fresh = task
+        fresh, cold = task, replace(config, init=None)
         if config.init:
-            fresh = make_task(replace(config, init=None), config.objective, clouds, networks)
+            fresh = make_task(cold, config.objective, clouds, networks)
         _export(fresh.module, clouds, config.seed, out / "untrained")
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
@@ -187,7 +189,8 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
     teacher = teacher_to_cache(config, task)
     if teacher is None:
         return task
-    targets = cache.CachedTargets(config, len(clouds), teacher.width, out and out / "cache")
+    folder = out and out / "cache"
+    targets = cache.CachedTargets(config, len(clouds), teacher.width, folder)
     targets.fill(teacher, clouds, config)
     return replace(task, targets=targets)
 
@@ -199,8 +202,8 @@ def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Networ
     """
     if config.objective != "jepa":
         return {}
-    names = [*config.teacher, *([config.init] if config.init else [])]
-    given = [name for name in dict.fromkeys(names) if name not in (*STAGE_ONE, *TEACHERS)]
+    names = dict.fromkeys([*config.teacher, config.init] if config.init else config.teacher)
+    given = [name for name in names if name not in (*STAGE_ONE, *TEACHERS)]
     networks = {}
     for i, name in enumerate(given):
         if is_code(name):
@@ -222,7 +225,8 @@ def clouds_of(
 
     `loaded` is returned as it is if it has that number already.
     """
-    num_points = config.dvae.num_points if objective == "dvae" else config.encoder.num_points
+    sizes_of = config.dvae if objective == "dvae" else config.encoder
+    num_points = sizes_of.num_points
     viewed = objective == "jepa" and config.target.view > 0
     # A view of twice the points still has enough when some are cut away; not all data has them.
     sizes = (2 * num_points, num_points) if viewed else (num_points,)
@@ -238,11 +242,12 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
     """Build every stage and draw one sample, so that what cannot work fails before anything is
     written.
     """
-    stages = {name: make_task(config, name, clouds, {}).module for name in config.stages}
+    tasks = {name: make_task(config, name, clouds, {}) for name in config.stages}
+    stages = {name: task.module for name, task in tasks.items()}
     task = make_task(config, config.objective, clouds, given | stages)
     if config.objective == "jepa":
-        points = clouds.batch(np.arange(min(len(clouds), 64)))
-        centers = group(points, config.encoder.num_groups, config.encoder.group_size).centers
+        points, encoder = clouds.batch(np.arange(min(len(clouds), 64))), config.encoder
+        centers = group(points, encoder.num_groups, encoder.group_size).centers
         check_sample(make_sampler(config)(centers, BatchGenerator(config.seed)))
     return task
 
@@ -267,7 +272,8 @@ def try_stages(
         task = with_cache(task, clouds, config, None)
         scale = shapes / len(clouds) if task.targets else 0
         asking = {name: scale * seconds for name, seconds in spent_since(began).items()}
-        state = fit(task, clouds, replace(config, log_every=steps, snapshot_every=None), None)
+        quiet = replace(config, log_every=steps, snapshot_every=None)
+        state = fit(task, clouds, quiet, None)
         networks[stage] = task.module
         yield stage, task, clouds, shapes, asking, state
 
@@ -297,7 +303,8 @@ def dry_run(config: PretrainConfig) -> None:
             spent.append(("asking the teachers", asking["wall_seconds"]))
         size, batch = count_parameters(task.module), config.schedule(stage).batch_size
         steps = total_steps(config.schedule(stage), shapes)
-        spent.append((f"{stage} {steps:,} steps of {batch}", steps * state["step_seconds"]))
+        what = f"{stage} {steps:,} steps of {batch}"
+        spent.append((what, steps * state["step_seconds"]))
         in_memory = runs.ON_CPU and not clouds.shard_sizes
         unread = (shapes - len(clouds)) * clouds.points[0].nbytes if in_memory else 0
         memory = max(memory, state["peak_memory"] + unread)
@@ -314,7 +321,8 @@ def dry_run(config: PretrainConfig) -> None:
     if is_main():
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent)
         total = duration(sum(seconds for _, seconds in spent))
-        log.info(f"the whole run on {shapes:,} shapes takes about {total} here: {parts}")
+        what = f"the whole run on {shapes:,} shapes"
+        log.info(f"{what} takes about {total} here: {parts}")
         needed = f"{memory / 2**30:.2f} GiB of memory and at most {disk / 1e9:.2f} GB of disk"
         log.info(f"it needs about {needed}")
 
@@ -331,4 +339,5 @@ def check(config: PretrainConfig) -> None:
     """Settings that can be refused before data is read."""
     validate(config)
     for objective in (*config.stages, config.objective):
-        runs.check_batch(config, f"{objective}: batch_size", config.schedule(objective).batch_size)
+        size = config.schedule(objective).batch_size
+        runs.check_batch(config, f"{objective}: batch_size", size)

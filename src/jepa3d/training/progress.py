@@ -18,6 +18,7 @@ SHOWN = (  # of a step's figures, on the line
     "loss accuracy validation test constant_loss prediction_std prediction_rankme reconstruction "
     "perplexity"
 ).split()
+BAR = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 def clock() -> dict[str, float]:
@@ -32,10 +33,9 @@ def spent_since(began: dict[str, float]) -> dict[str, float]:
 
 def peak_memory() -> int:
     """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
-    if torch.accelerator.is_available() and hasattr(
-        torch.get_device_module(), "max_memory_allocated"
-    ):
-        return torch.get_device_module().max_memory_allocated()
+    measure = getattr(torch.get_device_module(), "max_memory_allocated", None)
+    if torch.accelerator.is_available() and measure:
+        return measure()
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # Windows has none
@@ -60,19 +60,13 @@ class Progress:
     ):
         self.path, self.total = path, total
         self.batch_size, self.shown = batch_size, shown
-        self.base = dict(state)
-        self.began = began  # the clock before any trial
+        self.base, self.began = dict(state), began  # the clock before any trial
         self.last: dict[str, float] = {}
         self.step_seconds = self.step_cpu_seconds = 0.0  # of a step, since the line before
         self.before = {"step": state["step"]} | clock()
-        whole: dict[str, Any] = {
-            "total": total,
-            "initial": state["step"],
-            "leave": True,
-            "delay": 0,
-        }
-        whole["bar_format"] = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        self.bar = progress_bar(**whole if shown else {"disable": True})
+        look: dict[str, Any] = {"total": total, "initial": state["step"], "bar_format": BAR}
+        look |= {"leave": True, "delay": 0} if shown else {"disable": True}
+        self.bar = progress_bar(**look)
         if path and shown and path.exists():
             lines = Run(path.parent).metrics
             kept = [line for line in lines if line["step"] <= state["step"]]
@@ -99,10 +93,8 @@ class Progress:
         self.before = {"step": step} | clock()
         if not self.shown:
             return
-        cost = self.stamp({})
-        step_seconds = (cost["wall_seconds"] - self.base["wall_seconds"]) / (
-            step - self.base["step"]
-        )
+        cost, base = self.stamp({}), self.base
+        step_seconds = (cost["wall_seconds"] - base["wall_seconds"]) / (step - base["step"])
         rate, left = self.batch_size / step_seconds, (self.total - step) * step_seconds
         self.last = {"step": step, **figures, "samples_per_second": rate, **cost}
         if self.path:

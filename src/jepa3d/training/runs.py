@@ -81,7 +81,8 @@ def check_unchanged(config: Any, out: Path) -> None:
     before = {key: value for key, value in Run(out).config.items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
-        raise ValueError(f"{out}: began with {name} = {then}, not {now}; --resume cannot change it")
+        found = f"began with {name} = {then}, not {now}"
+        raise ValueError(f"{out}: {found}; --resume cannot change it")
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
         return settings
-    others = {"sampler", "decoder", "target", "teacher", "init", *STAGE_ONE} - {objective}
+    others = {"sampler", "decoder", "target", "teacher", "init", *STAGE_ONE}
+    others -= {objective}
     return {name: value for name, value in settings.items() if name not in others}
 
 
@@ -110,8 +112,8 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
     before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         found = f"{clouds.name} with {len(clouds)} shapes"
-        then = f"{before['name']} with {before['shapes']}"
-        raise ValueError(f"{out}: the data changed since the run began: {found}, then {then}")
+        then = f"then {before['name']} with {before['shapes']}"
+        raise ValueError(f"{out}: the data changed since the run began: {found}, {then}")
 
 
 def create(
@@ -159,15 +161,16 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
-        raise ValueError(f"{name} {size} is not a multiple of the {processes} processes{passes}")
+        found = f"not a multiple of the {processes} processes{passes}"
+        raise ValueError(f"{name} {size} is {found}")
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
     """What a run has cost; beside it what came before: stage I and cached targets."""
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
-    before = [read_checked(stage, "cost")["cost"] for stage in out.glob("stage1/*/run.json")]
-    before += [read_checked(file)["cost"] for file in out.glob("cache/run.json")]
+    files = [*out.glob("stage1/*/run.json"), *out.glob("cache/run.json")]
+    before = [read_checked(file, "cost")["cost"] for file in files]
     for key in ("cpu_seconds", "wall_seconds"):
         cost[f"stage1_{key}"] = sum(stage[key] for stage in before)
     return cost
@@ -231,14 +234,15 @@ def show_result(out: Path) -> None:
     result = read_checked(out / "results.json")
     print(outcome(result))
     minutes = result["cost"]["cpu_seconds"] / 60
-    print(f"{minutes:.1f} CPU-minutes; written: {out}; average seeds with: jepa3d results RUNS")
+    hint = "average seeds with: jepa3d results RUNS"
+    print(f"{minutes:.1f} CPU-minutes; written: {out}; {hint}")
 
 
 def outcome(result: dict) -> str:
     """A line that sums up a results.json: its figures, and how they were chosen."""
     data = result["data"]
-    shown = {name: value for name, value in result["metrics"].items() if value is not None}
-    metrics = ", ".join(f"{key.replace('_', ' ')} {value:.1f} %" for key, value in shown.items())
+    shown = [pair for pair in result["metrics"].items() if pair[1] is not None]
+    metrics = ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in shown)
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
     return (
         f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
