@@ -397,7 +397,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
         ({"tile": 0.01}, "tiles of few points; try "),
         ({"tile": 1e-9}, "too small for a scene"),
         ({"tile": -1.0}, "a length above 0"),
-        ({"up_axis": "w"}, "one of x, y, z"),
+        ({"up_axis": "w"}, "use x, y, z"),
         ({"dtype": "int8"}, "one of float32, float16"),
         ({"out": "o.obj"}, "must end in"),
         ({"out": "none/o.ply"}, "in a folder that exists"),
