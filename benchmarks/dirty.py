@@ -28,8 +28,7 @@ def direction(rng: np.random.Generator, count: int = 1) -> np.ndarray:
 
 
 def strays(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move 5 % of the points to random places in a ball of 1.5 radii, and add one at three radii.
-    """
+    """Move 5 % of the points to random places in a ball of 1.5 radii, and add one at three radii."""
     count = len(cloud) // 20
     ball = 1.5 * direction(rng, count) * rng.random((count, 1)) ** (1 / 3)
     return np.concatenate([cloud[count:], ball, 3 * direction(rng)])

@@ -244,8 +244,7 @@ for byte in range(256):
 
 
 def resum(content: bytes) -> bytes:
-    """Correct the checksums of an E57 file's pages, so that the reader gets as far as the damage.
-    """
+    """Correct the checksums of an E57 file's pages, so that the reader gets as far as the damage."""
     pages = []
     for at in range(0, len(content) - 1023, 1024):
         crc = 0xFFFFFFFF

@@ -348,8 +348,7 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
 
 
 def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespace) -> dict:
-    """Train the arms on the same shapes, each in its own process with an equal share of the time.
-    """
+    """Train the arms on the same shapes, each in its own process with an equal share of the time."""
     end, count = time.monotonic() + budget, 84 if rehearse else arguments.shapes
     kinds = [shapes_made(kind, count // 2) for kind in (built_in, procedural)]
     if arguments.sweethome:
@@ -357,7 +356,7 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
             [[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32
         )
         own = in_order(unit_sphere(torch.from_numpy(raw)).numpy())
-        kinds += [own] * round(0.3 * count / len(own))  # so that they are about a quarter of all shapes
+        kinds += [own] * round(0.3 * count / len(own))  # about a quarter of all shapes
     points = np.concatenate(kinds)
     np.save(out / "shapes.npy", points)
     print(f"{len(points):,} shapes after {budget - (end - time.monotonic()):.0f} s", flush=True)
@@ -435,7 +434,8 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: 
     clouds = PointClouds("built-in shapes", "", points)
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
-    trial = 2 if rehearse else 200  # only its second half is timed, since graphs are recorded before
+    # Only the second half of the trial is timed, since graphs are recorded in the first half.
+    trial = 2 if rehearse else 200
     pretrain(
         settings.resolve(settings.to_dict(config), {"max_steps": trial}),
         runs / "trial",
@@ -513,7 +513,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=60_000, help="built-in shapes to train on")
     parser.add_argument("--batch", type=int, default=256, help="batch size of training")
     parser.add_argument(
-        "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, added to the training data"
+        "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, to train on as well"
     )
     parser.add_argument("--start", help="an encoder with whose weights training starts")
     parser.add_argument("--rehearse", action="store_true", help="use sizes that take seconds")

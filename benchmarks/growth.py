@@ -191,8 +191,7 @@ def grow_shapes() -> Growth:
 
 @torch.no_grad()
 def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
-    """Measure clouds per second in every round, by number of threads and (preset, points, batch).
-    """
+    """Measure clouds per second in every round, by number of threads and (preset, points, batch)."""
     everything, actions = torch.get_num_threads(), {}
 
     def embed(encoder: PointEncoder, points: Tensor, threads: int) -> None:

@@ -88,8 +88,7 @@ def point2vec(folder: Path) -> tuple[nn.Module, Step]:
 
 
 def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.Module, Step]:
-    """Make a LightningModule and a step as its Trainer would take it with automatic optimisation.
-    """
+    """Make a LightningModule and a step as its Trainer would take it with automatic optimisation."""
     _timm()
     _stand_in("pytorch_lightning", LightningModule=_LightningModule, LightningDataModule=object)
     _stand_in("pytorch_lightning.loggers", WandbLogger=None)
@@ -119,7 +118,8 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
                 settings[key]
             )  # YAML 1.1 reads 1e-3 as text, but Lightning's parser reads it as a number
     model = make(**settings)
-    batches = 41_952 // read["data"]["init_args"]["batch_size"]  # shapes of ShapeNet55's train split
+    # 41,952 is the number of shapes in ShapeNet55's train split.
+    batches = 41_952 // read["data"]["init_args"]["batch_size"]
     model.trainer = SimpleNamespace(max_epochs=epochs, estimated_stepping_batches=epochs * batches)
     model.setup("fit")  # creates the teacher
     model.on_fit_start()

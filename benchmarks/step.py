@@ -61,8 +61,8 @@ class Setting:
 
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
-    """Return all contenders by name. The reference for ratios is jepa3d with an EMA teacher, else
-    the first.
+    """Return all contenders by name. Ratios are relative to those with a teacher in their name, or
+    to the first contender if there are none.
     """
     shared: dict = {"mixed_precision": arguments.mixed_precision}
     suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
     parser.add_argument("--size", choices=POINTS, default="small")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="for jepa3d")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of jepa3d")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)

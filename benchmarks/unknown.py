@@ -4,10 +4,10 @@ by leaving out whole classes.
     python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz
     python benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Uses the train split only. Each random draw leaves out three tenths of the classes and names some clouds of
-each other class. A measure's threshold is what all but one in twenty of the named clouds reach when
-held out. Prints mean and sample standard deviation over draws of the area under the ROC curve, and
-of the percentage of clouds called unknown, for named classes and for classes that were left out.
+Uses the train split only. Each draw leaves out three tenths of the classes at random and names some
+clouds of each other class. A measure's threshold is what all but one in twenty of the named clouds
+reach when held out. Prints mean and sample standard deviation over draws: of the area under the ROC
+curve, and of the percentage of clouds called unknown, for named classes and for classes left out.
 """
 
 import argparse

@@ -414,7 +414,7 @@ def test_features_are_drawn_only_of_the_shapes_that_were_tested(
         **{name: shapes[name] for name in ("points", "labels", "class_names")},
         split=1 - shapes["split"],
     )
-    with pytest.raises(ValueError, match="not the one the run was tested on"):
+    with pytest.raises(ValueError, match="its test split is not the one of the run"):
         report(classified, data=str(moved))
 
 

@@ -4,6 +4,7 @@ import sys
 
 from jepa3d.cli import main
 
-if __name__ == "__main__":  # false in worker processes, which import this file by another name
+# False in worker processes, which import this file by another name.
+if __name__ == "__main__":
     sys.argv[0] = "jepa3d"  # this name, not the file's path, is recorded as a run's command
     main()

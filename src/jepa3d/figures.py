@@ -242,7 +242,8 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     colors = ramp(points[nearest_last, 2])
     x, y = ((1 + 0.94 * at[nearest_last]) * size / 2 for at in (across, -up))
     image = np.full((size, size, 3), 255, np.uint8)
-    side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))  # pixels of a dot's side
+    # Pixels of a dot's side.
+    side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))
     shifts = np.indices((side, side)).reshape(2, -1) - side // 2
     # [points, 2, pixels of a dot]
     at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts

@@ -171,9 +171,9 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     """Print what a store holds; if asked for, verify it and draw a contact sheet."""
     header, columns = store.header, store.columns
     size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
-    points = f"{store.num_points:,} points each" if store.num_points else "all their points"
-    state = "" if header["complete"] else ", UNFINISHED: repeat its jepa3d prepare to finish it"
-    what = f"{len(store):,} clouds with {points}, {size / 2**20:,.1f} MiB"
+    points = f"{store.num_points:,} points" if store.num_points else "all their points"
+    state = "" if header["complete"] else ", UNFINISHED: repeat its jepa3d prepare"
+    what = f"{len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB"
     print(f"{store.path}: {what}, sha256 {store.fingerprint}{state}")
     settings = header["settings"]
     chosen = {k: value for k, value in settings.items() if value not in (None, [])}
@@ -207,7 +207,8 @@ def _classes(store: Store) -> None:
     labels, split = (np.asarray(store.columns[name]) for name in ("label", "split"))
     names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
     cells = np.zeros((len(names), len(parts)), np.int64)
-    np.add.at(cells, (labels, split), 1)  # -1, for none, counts in the last row or column
+    # -1, for none, counts in the last row or column.
+    np.add.at(cells, (labels, split), 1)
     used = np.flatnonzero(cells.sum(0))
     filled = cells[:, used]
     found = zip([*names, "all"], [*filled, filled.sum(0)], strict=True)

@@ -35,6 +35,7 @@ def writing(path: str | Path) -> Iterator[None]:
             # deleted before the release: a process that waits for the old file notices its deletion
             os.unlink(lock.lock_file)
         lock.release()
-        with suppress(OSError):  # fails, and stops, at the first folder that is not empty
+        # Fails, and stops, at the first folder that is not empty.
+        with suppress(OSError):
             for folder in made:
                 folder.rmdir()

@@ -200,7 +200,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the choices or names a user's function."""
     if value not in choices and not is_code(value):
         known = f"{', '.join(choices)} or package.module:function"
-        raise ValueError(f"{name} {value!r} is unknown: use {known}{nearest(value, choices)}")
+        raise ValueError(f"{name} {value!r}: use {known}{nearest(value, choices)}")
 
 
 @contextmanager

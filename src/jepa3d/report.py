@@ -226,7 +226,7 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
     settings = from_dict(FinetuneConfig, values | {"data": data or config["data"]})
     shapes = Labelled.load(settings, network.encoder.num_points)
     if not np.array_equal(shapes.y_test, _predictions(run)["label"]):
-        raise ValueError(f"{shapes.name}: its test split is not the one the run was tested on")
+        raise ValueError(f"{shapes.name}: its test split is not the one of the run")
     if len(shapes.test) < 5:
         return page.note(f"Missing: {len(shapes.test)} test shapes are too few.")
     rows = figures.evenly(len(shapes.test), MOST_TSNE)
@@ -268,7 +268,8 @@ def _probes(run: Path) -> Iterator[str]:
     """
     for path in sorted(run.glob("probe-*.json")):
         probe = read_checked(path)
-        if "summary" not in probe:  # written by --parts or --corruptions, in another format
+        # Written by --parts or --corruptions, in another format.
+        if "summary" not in probe:
             continue
         data, part = probe["data"], probe["data"].get("part", "test")
         columns, rows = summary_table(probe["summary"])

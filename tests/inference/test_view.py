@@ -291,7 +291,7 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no array")
     assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
     assert "--up-axis w is unknown: use x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
-    assert "of --up-axis z, not y" in fails(
+    assert "has --up-axis z, not y" in fails(
         capsys, clouds, *model, "--up-axis", "y", "--index", index
     )
     torch.manual_seed(1)

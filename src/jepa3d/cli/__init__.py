@@ -21,7 +21,7 @@ from jepa3d.run import Run
 app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
-    version=lambda: jepa3d.__version__,  # a function, since looking the version up takes a while
+    version=lambda: jepa3d.__version__,  # a function, since this takes a while
     help_format="plaintext",
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
@@ -49,7 +49,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     if known.resume and known.out and Path(known.out, "config.json").is_file():
         before = Run(Path(known.out)).config
         if (task := before.pop("task", "pretrain")) != command:
-            raise ValueError(f"{known.out}: is a run of jepa3d {task}, not of {command}")
+            raise ValueError(f"{known.out}: a run of jepa3d {task}, not of {command}")
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
     if named := known.preset or recipe.pop("preset", None):

@@ -97,7 +97,8 @@ def probe(
     usual = ("labels", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
-    if not (run := Run.is_at(runs[0])):  # results aren't written into the folder of an encoder
+    # Results aren't written into the folder of an encoder.
+    if not (run := Run.is_at(runs[0])):
         special.insert(0, runs[0].name)
     if out is None:
         name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])

@@ -11,7 +11,7 @@ from jepa3d.cli.pretraining import going_on_with
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
-    str, Parameter(help="Size of an encoder from scratch: tiny, small (as in the paper), base.")
+    str, Parameter(help="Size of an encoder from scratch: tiny, small (the paper), base.")
 ]
 Recipe = Annotated[
     Path | None, Parameter(help="YAML settings; they override the preset, flags override them.")

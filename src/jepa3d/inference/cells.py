@@ -18,7 +18,8 @@ from jepa3d.models.encoder import PointEncoder
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 _STRIP = 1024  # approximate number of cells in a line; limits how many tiles are held at once
-_HASH_BITS, _KEY_BITS = 24, 40  # of a 64-bit sorting key: random order in a cell, and the cell
+# Bits of a sorting key: for the random order within a cell, and for the cell.
+_HASH_BITS, _KEY_BITS = 24, 40
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class Grid:
         return major, 1 - major, max(8, _STRIP // height), height
 
     def keys(self, cells: np.ndarray) -> np.ndarray:
-        """Return an integer key for each of the cells or tiles n 3; ascending keys are the order of
-        processing.
+        """Return an integer key for each of the cells or tiles n 3, which are processed in the
+        order of their keys.
 
-        The grid is cut into strips along its longer horizontal axis, a strip into lines across it.
-        Two consecutive lines contain every cell of the tiles between them.
+        The grid is cut into strips along its longer horizontal axis, and each strip into lines
+        across it. Two consecutive lines contain all cells of the tiles between them.
         """
         major, minor, strip, height = self._line
         lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]
@@ -102,8 +103,8 @@ def tiles_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the occupied tiles, given the occupied cells n 3 and their point counts n.
 
-    Returns the tiles' coordinates t 3, their point counts t, and the rows n k of each cell's tiles
-    in these arrays.
+    Returns the tiles' coordinates t 3, their point counts t, and for each cell the rows of its
+    tiles in these two arrays, n k.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))
@@ -134,7 +135,7 @@ def choose_tile(
     scene has few points, else it is rounded to two digits.
     """
     extent = float((high - low).max())
-    larger, points = extent, np.inf  # the tile size of the previous step, and its median
+    larger, points = extent, np.inf  # of the previous step
     for step in range(120):
         tile = extent if step == 0 else float(f"{extent * 2 ** (-step / 4):.2g}")
         median = median_count(Grid(low, high, tile), sample) * total / len(sample)
@@ -155,8 +156,8 @@ def grid_for(
     """Return the grid for tiles of side `tile`, or of a side that suits the encoder if None.
 
     sample: n 3, a random sample of the scene's `total` points, whose box has the corners low and
-    high. Raises ValueError if the tile is too small: for the range of the keys, or to contain
-    enough points.
+    high. Raises ValueError if the tile is too small: if there are more cells than keys, or too few
+    points in a tile.
     """
     choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
     grid = Grid(low, high, choose() if tile is None else tile)
@@ -182,15 +183,15 @@ class Cells:
         self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Read `count` points (all by default) of a cell as records, starting with point number
-        `first`.
+        """Read the records of `count` points of a cell (by default all), from point number `first`
+        on.
         """
         count = int(self.counts[cell]) - first if count is None else count
         self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
-        """Return the positions of the occupied cells among the cells at coords n 3."""
+        """Return the positions in `coords` of this object of the cells n 3 that are occupied."""
         keys = self.grid.keys(coords)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return at[self.keys[at] == keys]

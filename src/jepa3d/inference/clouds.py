@@ -20,7 +20,8 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
 from jepa3d.plain import log
 
-# Which names the clouds in a file of many may have: a row number, or the split and row of a fold.
+# Patterns of a cloud's part name in a file of many clouds: a row number, or split and row of a
+# fold.
 _PARTS = dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")
 _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
@@ -39,7 +40,7 @@ class Address:
     part: str | None = None
 
     def __str__(self) -> str:
-        """Text that `parse` turns back into this address, as long as the files exist."""
+        """Write the address as text that `parse` turns back into it, as long as the files exist."""
         if self.part is None:
             return spelled(self.file)
         text = spelled(f"{self.file}#{self.part}")
@@ -94,13 +95,12 @@ class Item:
     read: Callable[[], PointCloud]  # picklable
     stamp: int = 0  # changes when the cloud's file changes
     label: str | None = None
-    z_up: bool = (
-        False  # True for a cloud in a store: it has z up, whatever `up_axis` says about files
-    )
+    # True for a cloud in a store, which always has z up, whatever `up_axis` says about files.
+    z_up: bool = False
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
-        """Rotate the cloud (as read, or sampled) to z-up and return its points N 3; "none" doesn't
-        rotate.
+        """Return the points N 3 of `cloud`, which is this cloud as read or sampled, rotated to z-up
+        (or not rotated for "none").
         """
         if self.z_up or up_axis == "none":
             return cloud.points

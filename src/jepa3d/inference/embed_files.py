@@ -22,7 +22,7 @@ from jepa3d.inference.vectors import Vectors, table, update, write
 from jepa3d.locking import writing
 from jepa3d.plain import log
 
-COMMIT_SECONDS = 60.0  # at least so long between two writes of the file
+COMMIT_SECONDS = 60.0  # fewest seconds between two writes of the file
 
 
 def embed_files(
@@ -71,7 +71,8 @@ def embed_files(
                 embedder.spec.check(vectors.spec, file)
                 stamps = vectors.column("stamp")
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
-            elif shares > 1:  # may stay empty, but its name records the number of shares
+            # May stay empty, but its name records the number of shares.
+            elif shares > 1:
                 write([table(embedder.spec, [])], file)
             part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
             todo = [item for item in part if known.get(item.path) != item.stamp]
@@ -97,10 +98,12 @@ def embed_files(
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
-    """Map share numbers to the files to write; also return the number of shares. Raises ValueError."""
+    """Return share number -> file for the files to write, and the number of shares. Raises
+    ValueError.
+    """
     first, _, of = share.partition("/")
     if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
-        raise ValueError(f"--share {share} is wrong: give i/n, such as 2/4 for the second of four")
+        raise ValueError(f"--share {share}: give i/n, such as 2/4 for share 2 of 4")
     number, shares = int(first), int(of)
     if out.suffix == ".parquet":
         if shares > 1:

@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 class Embedded(NamedTuple):
     """The vector of a cloud, and facts about the cloud as read."""
 
-    vector: np.ndarray  # E; before encoding num_points 3, the encoder's input
+    vector: np.ndarray  # E; before encoding, the encoder's input num_points 3
     num_points: int
     unseen: int  # number of NaN points, which were left out
     remarks: list[str]  # lines for the user, such as how many points were left out
@@ -130,9 +130,7 @@ def log_remarks(path: str, remarks: list[str]) -> None:
 
 
 def see(encoder: PointEncoder, item: Item, up_axis: str) -> Seen:
-    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError that names the
-    cloud.
-    """
+    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError if that fails."""
     try:
         read = item.read()
         cloud = sampled(read, encoder.num_points)
@@ -211,7 +209,7 @@ class Embedder:
         encoder, self.workers = load(model), workers
         encoder.keep_strays = keep_strays
         self.spec = EmbeddingSpec.of(model, encoder, up_axis, layer, pooling)
-        # Not in the workers: Ray hides the GPU from an actor that did not request one.
+        # False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
         self.on_device = torch.accelerator.is_available()
         self.encoder = self.spec.applied(encoder).to(default_device())
         self.work = partial(embed_items, model, self.spec, self.on_device)

@@ -117,9 +117,9 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # `prepared` looks up so many nearest points among the `min_points` that a cloud may have.
+    # `prepared` looks up this many nearest points, but a cloud may have only `min_points`.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
-        raise ValueError(f"{model}: cannot be exported: needs num_groups {needed} or more")
+        raise ValueError(f"{model}: needs num_groups {needed} to be exported")
     differences: Differences = {}
     replace_folder(out, partial(_write, network, encoder, differences), True)
     return differences
@@ -166,6 +166,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
+    """Export a graph for any batch size and, if its input is points, any number of points."""
     # Exported with two clouds, since torch would make a batch of 1 a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())
     axes = {0: torch.export.Dim("batch", min=1)}
@@ -179,6 +180,7 @@ def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgra
 
 
 def _write_onnx(program: Any, graph: Graph, properties: dict[str, str], file: Path) -> None:
+    """Write an exported program as an ONNX file with named axes and metadata, and check it."""
     options: Any = {"input_names": graph.inputs, "output_names": graph.outputs}
     options |= {"dynamo": True, "external_data": False, "verbose": False}
     exported: Any = torch.onnx.export(program, (), **options)
@@ -251,8 +253,8 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 
 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """Do what `jepa3d.frame` and its `fill` do, for clouds B N 3, with operations that a graph can
-    hold; their checks are left out, since a graph cannot raise.
+    """Prepare clouds B N 3 as `jepa3d.frame` and its `fill` do, but with operations that a graph
+    can contain. Their checks are left out, since a graph cannot raise errors.
     """
     points = without_strays(points.double(), encoder.min_points)
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
@@ -267,7 +269,8 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     # With too few points, the index is out of bounds, so that the runtime raises an error.
     row = torch.where(different < min_points, 2**30, row)
     source = gather_points(chosen, row)
-    # Most clouds have enough points, so the costly distances of all pairs are computed only if not.
+    # The distances of all pairs are costly, so they are computed only if a cloud has too few
+    # points.
     copied = (different < encoder.num_points).any()
     # Neighbours that a point needs: itself, and one for each further round of copies.
     most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)

@@ -71,7 +71,7 @@ class Condition:
         if column != "num_points":
             return Condition(column, compare, value)
         if not re.fullmatch(r"\d+", value) or compare == "~":
-            raise ValueError(f"condition {text!r}: needs a number, as in 'num_points>=1000'")
+            raise ValueError(f"condition {text!r}: needs a number: 'num_points>=1000'")
         return Condition(column, compare, int(value))
 
     def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -82,7 +82,7 @@ class Condition:
         return np.asarray(pc.fill_null(held, self.compare == "!="))
 
     def sql(self) -> str:
-        """Return the condition as LanceDB's SQL."""
+        """Return the condition as SQL for LanceDB."""
         if isinstance(self.value, int):
             return f"{self.column} {self.compare} {self.value}"
         if self.compare == "~":

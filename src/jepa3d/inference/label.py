@@ -39,7 +39,8 @@ from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # clouds shown per cluster
 FALSE_ALARMS = 0.05  # share of the clouds of named classes that may be called unknown
-# Fewest named clouds to measure that share: below the lowest of 19 lies one case in 20.
+# Fewest named clouds for measuring this share: a new cloud falls below the lowest of 19 in one case
+# of 20.
 FEWEST = 19
 _SEED = 0
 
@@ -107,7 +108,7 @@ def label(
     else:
         log.info(f"{named}: {100 * estimate:.1f} % correct, cross-validated")
     if unknown:
-        log.info(f"{unlike.sum():,} clouds are called unknown; of known ones, 1 in 20 wrongly")
+        log.info(f"{unlike.sum():,} clouds are called unknown; of known ones 1 in 20")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
     log.info(f"written: {written}; jepa3d predict {out} labels others")
 
@@ -200,8 +201,8 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
 def known_clouds(
     x: np.ndarray, rows: np.ndarray, y: np.ndarray
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Measure what the named clouds look like. x: vectors n E; rows: the named ones; y: their
-    classes.
+    """Compute from the named clouds when a cloud counts as unknown. x: vectors n E; rows: the named
+    ones; y: their classes.
 
     Returns the threshold below which a cloud is unknown, and three arrays: `shift` E and `spread`
     E, the mean and standard deviation of all vectors, and the class `means` [classes, E], of length
@@ -210,7 +211,7 @@ def known_clouds(
 
     For the threshold, each named cloud is compared with the mean of its class without this cloud;
     95 % of the named clouds reach the threshold. Classes with a single named cloud are skipped
-    there. Raises ValueError for fewer than `FEWEST` other named clouds.
+    there. Raises ValueError if fewer than `FEWEST` named clouds remain.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)

@@ -27,7 +27,8 @@ except ImportError as error:
 
 _TABLE = "vectors"
 _SPARE = 64  # additional rows to request, so that ties with the k-th row are noticed
-_OLD = timedelta(hours=1)  # how long old versions are kept for processes that still read them
+# How long old versions are kept for processes that still read them.
+_OLD = timedelta(hours=1)
 
 
 class VectorStore:
@@ -58,8 +59,8 @@ class VectorStore:
         return count
 
     def build(self) -> None:
-        """Build an index for approximate search: as many partitions as the square root of the
-        number of rows, with unchanged vectors in them.
+        """Build an index for approximate search. Its number of partitions is the square root of the
+        number of rows; vectors are not compressed.
         """
         self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
         self.table.create_index("path", config=BTree())
@@ -105,7 +106,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # A killed command leaves a table without any transaction, which is made again.
+    # A killed first command leaves a table without a finished transaction; it is then made anew.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
@@ -115,19 +116,20 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     vectors.spec.check(store.spec, path)
     merging = store.table.merge_insert("path").when_matched_update_all()
     result = merging.when_not_matched_insert_all().execute(reader)
-    # This also brings what is new into the index.
+    # This also adds the new rows to the index for approximate search.
     store.table.optimize(cleanup_older_than=_OLD)
     return result.num_inserted_rows, result.num_updated_rows
 
 
 def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the rows whose vector is not zero."""
     for batch in vectors.batches():
         nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
         yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:
-    # An interval of 0: what others wrote is seen.
+    # With an interval of 0, changes made by other processes are seen at once.
     return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 
 

@@ -21,14 +21,14 @@ from jepa3d.page import document, facts, note, picture, section, table
 from jepa3d.plain import write_bytes
 
 SAMPLE = 1000  # vectors of an index from which random pairs are made
-# For a page: neighbours drawn and neighbours listed per query; queries whose neighbours are drawn.
+# Limits of a page: neighbours drawn per query, neighbours listed per query, queries with pictures.
 DRAWN, LISTED, PICTURED = 10, 100, 100
 _GROUPS = 32  # row groups of a large file that are read for the sample
 
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
-    """Return the cosines, ascending, of all pairs of 1,000 random vectors of an index (of all its
-    vectors if there are fewer).
+    """Return the cosines of all pairs among 1,000 random vectors of an index (or among all its
+    vectors, if there are fewer), ascending.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
     x = unit_length(x[x.any(1)])
@@ -88,7 +88,7 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     return json.dumps({"query": name, "hits": rows})
 
 
-# About 100 KiB each are kept, since many queries often share neighbours.
+# A cloud's points take 100 KiB and are kept, since queries often share neighbours.
 @lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Return the points n 3 of a cloud to be drawn, z-up. Raises ReadError and OSError."""
@@ -117,9 +117,9 @@ def write_page(
     first ten neighbours.
     """
     meaning = f"Beside each cosine: the share of {len(pairs):,} random pairs with a lower cosine."
-    meaning += " A cosine that many random pairs reach is no match, even if it is close to 1."
+    meaning += " A cosine that many pairs reach is no match, even if it is near 1."
     if len(found) > PICTURED:
-        meaning += f" Only the first {PICTURED} of {len(found):,} queries have pictures."
+        meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."
     parts, spec = [note(meaning)], open_index(index).spec
     for number, (name, hits) in enumerate(found):
         drawn = _pictures(name, hits, spec.up_axis) if number < PICTURED else []

@@ -49,7 +49,7 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
 
     A LAS scan keeps its fields, its header's scale and offset, and its coordinate system, but gets
     the point format with colours. For other scans, the scale is a millionth of the extent of `box`
-    (2 3, lowest and highest corner), at most 0.001 if the coordinates then fit.
+    (2 3, lowest and highest corner), at most 0.001, but large enough for the coordinates to fit.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")

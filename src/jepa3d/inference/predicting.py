@@ -50,9 +50,9 @@ def predict(
 ) -> list[Prediction]:
     """Classify or segment the clouds in files, folders and stores, in their order.
 
-    run: output folder of classify, segment or label. category: of the clouds, if the segmenter
-    knows several. A file that cannot be used gives a Prediction with `error`, at the end of the
-    list. Raises ValueError for a network or category that cannot be used.
+    run: output folder of classify, segment or label. category: the clouds' category, if the
+    segmenter knows several. A file that cannot be used gives a Prediction with `error`, at the end
+    of the list. Raises ValueError for a network or category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
@@ -112,15 +112,15 @@ def _label(network: Network, category: str | None) -> int:
     if category is None and len(names) > 1:
         raise ValueError(f"--category is missing: give one of {', '.join(names)}")
     if category is not None and category not in names:
-        raise ValueError(f"--category {category} is unknown: use one of {', '.join(names)}")
+        raise ValueError(f"--category {category} is unknown: use {', '.join(names)}")
     return names.index(category) if category else 0
 
 
 def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    """Find the clouds at all paths, each once. Returns name -> item, with names that begin like the
-    paths did, and pairs (path, reason) of the files without a cloud.
+    """Find the clouds at all paths, each once. Returns name -> item, and pairs (path, reason) of
+    the files without a cloud. A cloud's name begins with its path as given.
 
     optional: see `find_clouds`.
     """

@@ -35,8 +35,10 @@ BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # points of a random sample by which the tile size is chosen
 _MOST = 32_768  # points of a tile from which the farthest points are sampled
 _BLOCK = 512  # points of one cell that are interpolated together
-_BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128  # most points and most blocks interpolated at once
-_PCA_CELLS, _PCA_POINTS = 64, 256  # random cells to which PCA is fitted, and points of each
+# Most points and most blocks interpolated at once.
+_BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
+# Random cells to which PCA is fitted, and points of each.
+_PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # n points, of dtype `RECORD`
 # Origin (3, float64), radius, centers M 3 and tokens M C of a tile. Its centers in the scene's z-up
@@ -45,8 +47,8 @@ Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
 
 class Features:
-    """Features of the points in cells: a weighted mean of what each surrounding tile's tokens give
-    by interpolation.
+    """Computes features of the points in cells: interpolates the tokens of each tile around a
+    point, and takes the weighted mean over these tiles.
 
     A tile's weight is highest at its middle and zero at its border. Tiles with fewer points than
     the encoder needs are left out. A cell that has no other tiles gets its own: the nearest
@@ -57,7 +59,7 @@ class Features:
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # Tiles of each cell n k, or -1; then the cells that have no tile.
+        # Tiles of each cell n k, -1 where a tile is left out. Cells without any tile get their own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -126,7 +128,7 @@ class Features:
 
     @torch.inference_mode()
     def _encode(self, wanted: list[int]) -> None:
-        """Encode tiles in batches and add them to those that are held."""
+        """Encode tiles in batches and add them to `_tiles`."""
         encoder = self.encoder
         sizes = encoder.num_groups, encoder.group_size
         step = max(1, min(BATCH, _PATCH_POINTS // (sizes[0] * sizes[1])))
@@ -165,8 +167,8 @@ class Features:
 
 
 class Colors:
-    """Maps features to red, green and blue: their first three principal components, each scaled
-    from its 2 % to its 98 % quantile.
+    """Maps features to red, green and blue: their first three principal components, scaled so that
+    the 2 % and 98 % quantiles become 0 and 255.
 
     The components are fitted to the points of random cells.
     """
@@ -202,9 +204,9 @@ def write_features(
     .laz), or as numbers (.parquet).
 
     tile: side of a tile in the file's unit; by default the median tile has about 2 * num_points
-    points. While working, it needs 32 bytes per point on the disk of `out`, and more for the
-    results (see `_check_space`). If it is interrupted, nothing is left and the next call starts
-    anew. Raises ValueError for wrong settings, and ReadError for a scan that cannot be used.
+    points. Needs 32 bytes per point of disk space beside `out`, and more for the results (see
+    `_check_space`). An interrupted call leaves nothing, and the next call starts anew. Raises
+    ValueError for wrong settings, and ReadError for a scan that cannot be used.
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
@@ -228,11 +230,12 @@ def write_features(
             features, written = Features(encoder, cells), folder / f"written{suffix}"
             alone, counts = len(features.alone), features.counts
             tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
-            grown = f"; {alone:,} cells in sparse places get a larger tile" if alone else ""
+            grown = f"; {alone:,} lone cells get a larger tile" if alone else ""
             log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
             stream = _stream(features, bar)
-            axes = TO_Z_UP[up_axis].astype(np.float64)  # rotates z-up back to the scan's axes
+            # Rotates z-up back to the scan's axes.
+            axes = TO_Z_UP[up_axis].astype(np.float64)
             if parquet:
                 parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
                 metadata = {"model": model, "fingerprint": fingerprint(encoder)}
@@ -259,7 +262,9 @@ def write_features(
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """Make an empty folder beside `out`, also if a killed run has left one; delete it at the end."""
+    """Context manager: make an empty folder beside `out`, even if a killed run left one there, and
+    delete it at the end.
+    """
     folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # Largest error of a cosine in half precision: 0.00122, that is 2^-11 for rounding either factor,
 # and 2^-12 for rounding the sum, which torch computes in float32. This is twice that.
 HALF_SLACK = 2.5e-3
-FEW = 4  # up to so many queries, reading the vectors takes longer than multiplying them
-# From so many rows on, a copy is made; fewer rows are read from Parquet within 0.2 seconds.
+FEW = 4  # with up to this many queries, reading the vectors takes longer than multiplying them
+# Indices with at least this many rows get a copy; smaller ones are read within 0.2 seconds.
 WORTH = 100_000
 _KEY = b"jepa3d copy 2 of"
 _COPIED = ["path", "label", "num_points", "vector"]
@@ -96,7 +96,7 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
 def _search_files(
     vectors: Vectors, directions: np.ndarray, k: int, conditions: list[Condition]
 ) -> list[list[Hit]]:
-    """Return the k best hits of each query (directions q E) among the rows that meet the conditions."""
+    """Return the k best hits of each query (directions q E) among rows that meet the conditions."""
     hits: list[list[Hit]] = [[] for _ in directions]
     for read, more in groups(vectors):
         batch = read(["vector", *more, *{condition.column for condition in conditions}])
@@ -109,7 +109,8 @@ def _search_files(
         x, names = to_numpy(batch.column("vector")), None
         scores, slack = _cosines(x, directions, *map(batch.column, more))
         for i, query in enumerate(directions):
-            # -2 is above -inf, the score of a zero vector, which is never a hit.
+            # -2 is below every cosine, but above -inf, the score of a zero vector, which is never a
+            # hit.
             worst = hits[i][-1].cosine if len(hits[i]) == k else -2.0
             top = rows[_near(scores[i, rows], worst, k, slack)]
             if slack > SLACK:
@@ -163,7 +164,7 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
     queries = np.atleast_2d(np.asarray(queries, np.float64))
     if queries.shape[-1] != embed_dim:
         width = queries.shape[-1]
-        raise ValueError(f"a query has {width} numbers, but the vectors have {embed_dim}")
+        raise ValueError(f"a query has {width} numbers, the vectors have {embed_dim}")
     length = np.linalg.norm(queries, axis=-1, keepdims=True)
     if not (np.isfinite(length).all() and (length > 0).all()):
         raise ValueError("a query is zero or not finite")
@@ -215,7 +216,7 @@ def query_vectors(
 
 def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
     """Return, for each row group of an index, a function that reads some of its columns, and the
-    names of those columns of `_MORE` that it has.
+    names of those `_MORE` columns that it has.
 
     Large indices are read from the copy, which is made now if it is missing or outdated. They are
     read from Parquet if the copy cannot be written or another process is writing it.

@@ -37,11 +37,11 @@ class EmbeddingSpec:
         setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
-            raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)} or none")
+            raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")
         if not -1 <= layer <= encoder.depth:
-            raise ValueError(f"layer {layer}: must be 0 (tokenizer) to {encoder.depth}, or -1")
+            raise ValueError(f"layer {layer}: use 0 (tokenizer) to {encoder.depth} or -1")
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r} is unknown: use {', '.join(POOLINGS)}")
+            raise ValueError(f"pooling {pooling!r}: use {', '.join(POOLINGS)}")
         name = str(Path(model).absolute()) if model and Path(model).exists() else model
         weights = fingerprint(encoder) if model else ""
         layer, width = layer % (encoder.depth + 1), encoder.width

@@ -4,7 +4,7 @@ A file is always replaced as a whole: readers see it as it was before or after a
 killed writer changes nothing.
 
 path        the cloud's address (clouds.py), unique
-label       class by its folder or file, else its name in a file of many clouds, or null
+label       class from its folder or file, else its name in a file of many clouds, or null
 num_points  number of points as read
 stamp       hash of the file's size and modification time, or of a stored cloud's content; if it
             is equal, the cloud is unchanged
@@ -34,7 +34,8 @@ try:
 except ImportError as error:
     raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
-pc: Any = pa.compute  # as Any, since its functions are only made at import
+# Typed Any, since its functions are made at import, unseen by type checkers.
+pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
 ROWS = 8192  # fewest rows of a row group; the last group may have fewer
 
@@ -61,9 +62,7 @@ def table(spec: EmbeddingSpec, rows: Iterable[tuple]) -> pa.Table:
 
 
 def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
-    """Add a column `error`, and a row with path and error, else null, for each (path, error) in
-    `failed`.
-    """
+    """Add a column `error`, and for each (path, error) in `failed` a row that is null elsewhere."""
     rows = rows.append_column("error", pa.nulls(len(rows), pa.string()))
     kind = pa.schema({"path": pa.string(), "error": pa.string()})
     lacking = pa.table(list(zip(*failed, strict=True)) or [[], []], kind)

@@ -38,8 +38,8 @@ NEIGHBOURS = 6  # nearest shapes shown
 # Choices for the colours of a cloud.
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-# Origins that may connect: the page itself, also through a tunnel from another port, or None, a
-# program that is no browser. Any other origin is a foreign web page.
+# Origins that may connect: the page itself, also through a tunnel from another port; and None,
+# which programs other than browsers have. Any other origin is a foreign web page.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
@@ -94,7 +94,8 @@ class Page:
         self.view: View | None = None
         self.picked: int | None = None
         self.generator = torch.Generator().manual_seed(0)
-        # Viser calls back from many threads, and in the same thread when a value is set here.
+        # Viser calls back from many threads. The lock is reentrant, since setting a value calls
+        # back too.
         self.lock = threading.RLock()
         gui, count = server.gui, len(items)
         files = [shortened(Path(item.path).name, 24) for item in items]
@@ -113,9 +114,9 @@ class Page:
             rows = range(NEIGHBOURS)
             self.buttons = [gui.add_button("", visible=False) for _ in rows]
         on = self.callback
-        find, ways = self.choices.index, {"next": 1, "previous": -1}
+        find, steps = self.choices.index, {"next": 1, "previous": -1}
         self.chooser.on_update(on(lambda event: self.go(find(event.target.value))))
-        step.on_click(on(lambda _: self.go(self.row + ways[step.value])))
+        step.on_click(on(lambda _: self.go(self.row + steps[step.value])))
         self.colours.on_update(on(lambda _: self.recolour()))
         self.again.on_click(on(lambda _: self.recolour()))
         click = on(lambda event: self.pick(event.ray_origin, event.ray_direction))
@@ -180,7 +181,8 @@ class Page:
         point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
-            self.colours.value = SIMILARITY  # this recolours, but only if the value changes
+            # This recolours, but only if the value changes.
+            self.colours.value = SIMILARITY
             self.recolour()
 
     def recolour(self) -> None:
@@ -223,7 +225,7 @@ class Page:
                 for name, rgb in ROLES.items()
             )
             colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
-            return colors, f"{what}; where targets overlap, of the last target:<br>{legend}"
+            return colors, f"{what}; of overlapping targets, the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _neighbour(self, i: int) -> Item:
@@ -268,7 +270,7 @@ def open_page(
 
         spec = open_index(index).spec
         if spec.up_axis != up_axis:
-            raise ValueError(f"{index}: was made with --up-axis {spec.up_axis}, not {up_axis}")
+            raise ValueError(f"{index}: has --up-axis {spec.up_axis}, not {up_axis}")
         settings = {"up_axis": up_axis, "layer": spec.layer, "pooling": spec.pooling}
         look = functools.partial(view_of, spec.encoder(index, model), **settings)
     items, skipped = find_clouds(*paths)
