@@ -19,7 +19,7 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     """Write out/blocks.png, out/run, out/curves.png and out/probe.json; continue a demo that was
     interrupted.
 
-    Raises ValueError if `out` is a folder of something else.
+    Raises ValueError if `out` exists and is not a demo's folder.
     """
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):

@@ -70,8 +70,8 @@ def _text(name: str) -> str:
 
 
 def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float) -> Any:
-    """Add a subplot for a cloud: no axes, equal units, `reach` in every direction from 0. at:
-    number of rows, number of columns, and the subplot's number.
+    """Add a subplot for a cloud: without axes, in equal units, from -reach to reach in every
+    direction. at: number of rows, number of columns, and the subplot's number.
     """
     axes = figure.add_subplot(*at, projection="3d")
     axes.set_axis_off()
@@ -245,7 +245,7 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     # Pixels of a dot's side.
     side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))
     shifts = np.indices((side, side)).reshape(2, -1) - side // 2
-    # [points, 2, pixels of a dot]
+    # shape: points, 2, pixels of a dot
     at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts
     at = at.transpose(0, 2, 1).reshape(-1, 2).clip(0, size - 1)
     image[at[:, 0], at[:, 1]] = np.repeat(colors, side * side, axis=0)

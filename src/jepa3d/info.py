@@ -37,7 +37,7 @@ def describe(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Describe `path`: a run, a network, shapes, or this installation if None.
+    """Print a description of `path` (a run, a network or shapes) or, if None, of this installation.
 
     picture: a file for a contact sheet, if the path is a source of shapes. Raises ValueError for a
     path that is none of these.
@@ -224,8 +224,8 @@ def _draw(
     key: Callable[[int], str],
     picture: Path,
 ) -> None:
-    """Draw a contact sheet of shapes, first one of each class. Shapes without a class are titled by
-    key.
+    """Draw a contact sheet of shapes, first one of each class. A shape without a class has its key
+    as title.
     """
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:

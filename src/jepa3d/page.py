@@ -32,12 +32,12 @@ def show(value: Any) -> str:
 
 
 def note(text: str, kind: str = "note") -> str:
-    """A paragraph; kind is "note" or "warning"."""
+    """Return a paragraph; kind is "note" or "warning"."""
     return f"<p class='{escape(kind)}'>{escape(text)}</p>"
 
 
 def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
-    """Large numbers for the top of a page; each has a name, a value and a remark."""
+    """Return large numbers for the top of a page; each has a name, a value and a remark."""
     cells = (
         f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
         for name, value, remark in shown
@@ -46,12 +46,12 @@ def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """A list of names and their values, one per line."""
+    """Return a list of names and their values, one per line."""
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(show(v))}</dd>' for k, v in values.items())}</dl>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | None = None) -> str:
-    """A table of rows of values; the row whose first value is `strong` is emphasised."""
+    """Return a table of rows of values; the row whose first value is `strong` is emphasised."""
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):
@@ -70,7 +70,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
-    """A figure with the PNG that `draw` writes to a file, embedded in the page."""
+    """Return a figure with the PNG that `draw` writes to a file, embedded in the page."""
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)
@@ -83,17 +83,17 @@ def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A section: a heading, and HTML parts below it."""
+    """Return a section: a heading, and HTML parts below it."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
 
 
 def folded(title: str, part: str) -> str:
-    """HTML that is hidden until the reader unfolds it."""
+    """Return HTML that is hidden until the reader unfolds it."""
     return f"<details><summary>{escape(title)}</summary>{part}</details>"
 
 
 def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
-    """The whole page from these HTML parts; empty parts are skipped."""
+    """Return the whole page from these HTML parts; empty parts are skipped."""
     name, status, kind = escape(name), escape(status), escape(kind)
     return (
         "<!DOCTYPE html>\n<html lang=en>\n<head><meta charset=utf-8>"

@@ -39,7 +39,8 @@ log.addHandler(logging.NullHandler())
 
 
 def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any) -> "tqdm":
-    """Make a progress bar on standard error over items, or with `total`; it appears after a second.
+    """Make a progress bar on standard error, over items or up to `total`; it appears after a
+    second.
 
     It is hidden without a terminal, and if the library's messages are not shown. settings: other
     settings of tqdm.
@@ -148,7 +149,7 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
     opens, low, high, closes, rising = match.groups()
     numbers = value if isinstance(value, tuple) else (value,)
     above, below = (ge if opens == "[" else gt), (le if closes == "]" else lt)
-    # stated positively, so that NaN fails too
+    # tests what is allowed, so that NaN, for which every comparison is false, is refused too
     if not all(above(x, float(low)) and below(x, float(high)) for x in numbers):
         bound = "positive" if (opens, low) == ("(", "0") else f"at least {low}"
         limits = f"be {bound} and at most {high}"

@@ -38,8 +38,8 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings in config.json. A setting that was introduced later gets the value that
-        applied before.
+        """The settings in config.json. A setting that did not exist when the run was made gets the
+        value that applied then.
         """
         file = self.folder / "config.json"
         try:

@@ -67,7 +67,8 @@ def view_of(
 
 
 def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
-    """Index of the clicked point among points N 3, or None if no point lies near the ray.
+    """Return the index of the clicked point among points N 3, or None if no point lies near the
+    ray.
 
     Candidates are within `reach` of the ray, and at most `reach` deeper than the frontmost of them.
     The one nearest to the ray is returned.
@@ -98,7 +99,7 @@ def pca_colors(view: View) -> tuple[np.ndarray, float]:
 
 
 def similarity(view: View, point: int) -> np.ndarray:
-    """Cosine similarity [N] of every point's features with those of `point`."""
+    """Return the cosine similarity [N] of every point's features with those of `point`."""
     # From dot products of tokens, since the features [N, C] of many points would not fit in memory.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
@@ -107,8 +108,8 @@ def similarity(view: View, point: int) -> np.ndarray:
 
 
 def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Role [N] of each point's nearest token in one draw of the paper's sampler: 0 unused, 1
-    context, 2 and up targets.
+    """Return the role [N] of each point's nearest token in one draw of the paper's sampler: 0
+    unused, 1 context, 2 and up targets.
 
     Where targets overlap, the later one counts. Raises ValueError for too few tokens.
     """
