@@ -3,8 +3,8 @@
     python benchmarks/few_points.py PSB.npz    # y up, with split and labels_coarse
 
 Every shape of the train split whose class has at least 8 shapes is cut to a few random points and
-is then the query among all other, whole shapes. For `frame.fill` and for other rules, the script
-prints how often the nearest shape has the query's class, in per cent.
+is then the query; all other shapes, uncut, are searched. For `frame.fill` and for other rules, the
+script prints how often the nearest shape has the query's class, in per cent.
 """
 
 import sys

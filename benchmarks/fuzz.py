@@ -4,10 +4,10 @@ are allowed.
     python benchmarks/fuzz.py --inputs 100000 --seconds 300            # at most 300 s per reader
     python benchmarks/fuzz.py --readers off,las --inputs 2000 --seed 1
 
-Input i of a reader depends only on --seed and i. Each reader runs in its own process, which has
-limits for memory and for the time of an input, and is restarted after a crash. Inputs that raise
-another error, crash or hang are stored in the folder --keep; if there are any, the exit status is
-1. Needs the extras `io` and `dev`.
+Input i of a reader depends only on --seed and i. Each reader runs in its own process, with a memory
+limit and a time limit per input; the process is restarted after a crash. Inputs that raise another
+error, crash or hang are stored in the folder --keep; if there are any, the exit status is 1. Needs
+the extras `io` and `dev`.
 """
 
 import argparse

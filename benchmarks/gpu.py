@@ -1,5 +1,5 @@
-"""Runs what a GPU should show in ten minutes: the same numbers as a CPU, the speed of the paper's
-step, and the training of an encoder.
+"""Uses a GPU for ten minutes: compares its numbers with a CPU's, measures the paper's step, and
+trains an encoder.
 
     python benchmarks/gpu.py --out gpu --budget 540
     python benchmarks/gpu.py --out gpu --budget 300 --parts train --sweethome sweethome3d_2048.npz

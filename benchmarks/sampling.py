@@ -12,9 +12,9 @@ torch-cluster and pytorch3d build from source.
 
 "exact" for farthest points: yes means the same indices as the textbook loop from the same start;
 ties means that they differ only where several points are equally far. All contenders start at a
-cloud's first point, which is the one farthest from the centroid, where `farthest_point_sample`
-starts. "exact" for neighbours compares the sets with those of scipy's tree, whose distances are
-float64.
+cloud's first point; the clouds are made so that this is the point farthest from the centroid, where
+`farthest_point_sample` starts. "exact" for neighbours: the share of queries with the same set of
+neighbours as in scipy's tree, whose distances are float64.
 """
 
 import argparse

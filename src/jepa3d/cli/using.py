@@ -140,15 +140,15 @@ def search(
     from jepa3d.inference import search as searching
 
     pairs, found = neighbours.random_cosines(where_in), []
-    written = neighbours.to_json if json else neighbours.to_text
+    formatted = neighbours.to_json if json else neighbours.to_text
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         exclude = None if include_self else names
         hits = searching.search(where_in, vectors, k, where, exclude, probes)
-        near = [[hit for hit in some if hit.cosine >= min_cosine] for some in hits]
+        near = [[hit for hit in ranked if hit.cosine >= min_cosine] for ranked in hits]
         found += zip(names, near, strict=True)
-        for name, some in zip(names, near, strict=True):
-            print(written(name, some, pairs))
+        for name, ranked in zip(names, near, strict=True):
+            print(formatted(name, ranked, pairs))
     if html is not None:
         neighbours.write_page(found, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
