@@ -394,7 +394,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tile": 0.01}, "tiles of few points; try "),
+        ({"tile": 0.01}, "too few points per tile; try "),
         ({"tile": 1e-9}, "too small for a scene"),
         ({"tile": -1.0}, "a length above 0"),
         ({"up_axis": "w"}, "use x, y, z"),

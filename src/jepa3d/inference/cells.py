@@ -166,7 +166,7 @@ def grid_for(
         raise ValueError(f"--tile {grid.tile:g}: too small for a scene of {extent}")
     few = median_count(grid, sample) * total / len(sample) < encoder.min_points
     if few and tile is not None:
-        raise ValueError(f"--tile {tile:g}: tiles of few points; try {choose():g}")
+        raise ValueError(f"--tile {tile:g}: too few points per tile; try {choose():g}")
     return grid
 
 

@@ -185,7 +185,7 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
 def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
     """Ask for the clusters' names in the terminal. Returns path -> name for the clouds shown."""
     known = {}
-    print("clusters.html shows them. A name for each; the same for several is fine.")
+    print("clusters.html shows the clusters. Name each; several may have the same name.")
     print("Enter skips one, Ctrl-D ends.")
     for number, (size, shown) in enumerate(groups, 1):
         files = printable(", ".join(Path(path).name for path in shown[:3]))

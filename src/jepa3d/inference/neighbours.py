@@ -127,7 +127,7 @@ def write_page(
         for i, hit in enumerate(hits[:LISTED], 1):
             above, file = _standing(hit, pairs), display(hit.path)
             rows.append((i, f"{hit.cosine:.4f}", above, hit.label, file))
-        header = ("", "cosine", "pairs less alike", "label", "file")
+        header = ("", "cosine", "random pairs below", "label", "file")
         drawn.append(table(header, rows))
         if (more := len(hits) - LISTED) > 0:
             hint = "jepa3d search --json has them"
