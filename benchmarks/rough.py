@@ -327,26 +327,26 @@ class Rough:
     def count(self, part: str, row: str, what: str) -> None:
         self.counts.setdefault((part, row), Counter())[what] += 1
 
-    def fault(self, part: str, row: str, what: str, told: str) -> None:
+    def fault(self, part: str, row: str, what: str, history: str) -> None:
         self.count(part, row, what)
-        self.shown.append(f"{part} {row}: {what}: {told}")
+        self.shown.append(f"{part} {row}: {what}: {history}")
 
-    def compare(self, part: str, name: str, out: Path, told: str = "") -> None:
+    def compare(self, part: str, name: str, out: Path, history: str = "") -> None:
         """Count a fault if a result differs from the undisturbed one, or if other files lie beside
         it.
         """
         found = self.result(name, out)
         if found.startswith(UNREADABLE):
-            self.fault(part, name, "lost", f"{found} {told}")
+            self.fault(part, name, "lost", f"{found} {history}")
         elif found != self.whole[name]:
-            self.fault(part, name, "differs", told)
+            self.fault(part, name, "differs", history)
         beside = [
             path.name
             for path in out.parent.rglob(".*")
             if path.suffix in (".partial", ".old", ".parts")
         ]
         if beside or any("unpacked" in path.name for path in out.parent.iterdir()):
-            self.fault(part, name, "files left", f"{beside} {told}")
+            self.fault(part, name, "files left", f"{beside} {history}")
 
     # ---------------------------------------------------------------------------------------- kills
 
@@ -356,7 +356,7 @@ class Rough:
         job, part = self.jobs[name], "kills"
         with tempfile.TemporaryDirectory(dir=self.base) as folder:
             out = self.place(name, Path(folder))
-            told = []
+            history = []
             for _ in range(draw.choice((1, 1, 2))):
                 sign, after = (
                     draw.choice((signal.SIGKILL, signal.SIGINT)),
@@ -367,16 +367,16 @@ class Rough:
                 with contextlib.suppress(ProcessLookupError):
                     (os.kill if sign == signal.SIGKILL else os.killpg)(process, sign)
                 code = self.check(name, finish(process, 20), part=part)
-                told.append(f"{sign.name} after {after:.2f} s")
+                history.append(f"{sign.name} after {after:.2f} s")
                 self.count(part, name, "tries")
                 self.count(part, name, "ended before" if code == 0 else "stopped")
                 if there := left(process):
-                    self.fault(part, name, "processes left", f"{there} {told}")
+                    self.fault(part, name, "processes left", f"{there} {history}")
             code = self.check(name, finish(start(job.again(out), self.base / "log")), part=part)
             if code:
-                self.fault(part, name, "blocked", f"{told}: {self.said()}")
+                self.fault(part, name, "blocked", f"{history}: {self.said()}")
             else:
-                self.compare(part, name, out, str(told))
+                self.compare(part, name, out, str(history))
 
     # ---------------------------------------------------------------------------------- two writers
 
@@ -424,13 +424,15 @@ class Rough:
             for words in self.readers()[kind]:
                 words = [word.replace("OUT", str(out)).replace("DIR", folder) for word in words]
                 code = self.check(kind, finish(start(words, self.base / "log")), part=part)
-                told = f"{file.relative_to(folder)} {how}, {words[0]}"
+                history = f"{file.relative_to(folder)} {how}, {words[0]}"
                 self.count(part, kind, "tries")
                 self.count(part, kind, "stopped" if code else "ended before")
                 if code == 2 and self.said().count("\n") != 1:
-                    self.fault(part, kind, "traceback", f"{told}: more than a line: {self.said()}")
+                    self.fault(
+                        part, kind, "traceback", f"{history}: more than a line: {self.said()}"
+                    )
                 if code == 0 and "--resume" in words and self.result(name, out) != self.whole[name]:
-                    self.fault(part, kind, "unnoticed", told)
+                    self.fault(part, kind, "unnoticed", history)
 
     def readers(self) -> dict[str, list[list[str]]]:
         """Return the commands that read what each command made or left unfinished."""

@@ -106,7 +106,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # A killed first command leaves a table without a finished transaction; it is then made anew.
+    # A killed first command leaves a table without a finished transaction; it is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
