@@ -1,11 +1,12 @@
-"""The encoder of the package against geometry made by hand: mAP, kNN, 10 labels, with paired
-intervals.
+"""Compares the encoder of the package with the handcrafted geometry descriptor: mAP, kNN, and
+accuracy with 10 labels, with paired intervals.
 
-    python benchmarks/ahead.py modelnet10_1024.npz                # test part, used once
+    python benchmarks/ahead.py modelnet10_1024.npz                # test split, used once
     python benchmarks/ahead.py psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Both see the same clouds. Nothing is chosen: the last layer, C 0.1, as `jepa3d probe --quick` and
-`jepa3d retrieval`. The interval is that of `jepa3d compare` for one training run: over test shapes.
+Both get the same clouds. Nothing is selected: the last layer and C 0.1 are used, as by `jepa3d
+probe --quick` and `jepa3d retrieval`. The interval is over test shapes, as `jepa3d compare`
+computes it for a single training run.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""What the benchmarks share: the machine's name and its GEMM peak, counted FLOPs, random clouds, a
-training step.
+"""Helpers of several benchmarks: the machine's name and GEMM peak, FLOP counts, random clouds, and
+a training step.
 """
 
 import math
@@ -24,7 +24,7 @@ from jepa3d.training.graphs import Repeated, can_repeat
 from jepa3d.training.optim import adamw
 from jepa3d.training.pretrain import make_task, with_cache
 
-ATTENTION = {  # on a CPU; torch counts that of CUDA only
+ATTENTION = {  # FLOP counts of attention on a CPU, since torch counts attention only on CUDA
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
         sdpa_flop_count(q, k, v)
     ),
@@ -35,14 +35,14 @@ ATTENTION = {  # on a CPU; torch counts that of CUDA only
 
 
 def count_flops() -> FlopCounterMode:
-    """A context whose `get_total_flops()` are those executed by matrix products, convolutions and
-    attention.
+    """Return a context manager whose `get_total_flops()` counts the FLOPs of matrix products,
+    convolutions and attention.
     """
     return FlopCounterMode(display=False, custom_mapping=ATTENTION)
 
 
 def machine() -> str:
-    """Processor, cores, threads, torch and date of a measurement."""
+    """Describe the processor, cores, threads, torch version and date of a measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next(
         (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine()
@@ -52,7 +52,7 @@ def machine() -> str:
 
 
 def gemm_peak(size: int = 2048, tries: int = 5) -> float:
-    """FLOP/s of the best of some fp32 products."""
+    """Return the FLOP/s of the fastest of some fp32 matrix products."""
     a, out, best = torch.randn(size, size), torch.empty(size, size), math.inf
     for _ in range(tries):
         began = time.perf_counter()
@@ -66,14 +66,14 @@ def random_clouds(batch: int, points: int) -> Tensor:
 
 
 class Training:
-    """jepa3d's pretraining on one process: called with points B N 3 it takes a step as
+    """The pretraining of jepa3d on one process: a call with points B N 3 takes one step, as
     training/loop.py does.
     """
 
     def __init__(
         self, config: PretrainConfig, objective: str = "jepa", where: torch.device | None = None
     ):
-        # BatchNorm is calibrated on 32 clouds, so that this does not set the peak of the memory.
+        # Only 32 clouds calibrate BatchNorm, so that calibration doesn't determine peak memory.
         self.clouds = PointClouds(
             "random", "", random_clouds(32, config.encoder.num_points).numpy()
         )
@@ -98,11 +98,11 @@ class Training:
         return output.loss.detach()
 
     def one_pass(self, points: Tensor, generator: BatchGenerator) -> Any:
-        """Forward and backward."""
+        """Run the forward and the backward pass."""
         config, task = self.config, self.task
         if task.augments:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
-        # Beyond 32 clouds those of others: as quick to read.
+        # Clouds beyond the 32nd reuse their cached targets, which takes equally long to read.
         targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
         with torch.autocast(
             self.where.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"
@@ -112,7 +112,9 @@ class Training:
         return output
 
     def update(self) -> None:
-        """What follows the gradients: clipping, AdamW, the teacher's moving average."""
+        """Use the gradients: clip them, take an AdamW step, and update the teacher's moving
+        average.
+        """
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.task.schedule.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()

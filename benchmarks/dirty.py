@@ -1,10 +1,10 @@
-"""Dirty scans of known shapes: does their own original come first?
+"""Checks whether damaged scans of known shapes find their original first.
 
     python benchmarks/dirty.py --data $JEPA3D_DATA --out dirty
 
-A gallery of all test shapes of ModelNet10 and PSB, z up; 100 seeded queries made from them, each
-damaged in one way; all of it through files and the command line. Prints how often the own original
-is the nearest, a kind of damage.
+The gallery is all test shapes of ModelNet10 and PSB, z up. From it, 100 seeded queries are made,
+each damaged in one way. Everything goes through files and the command line. For each kind of
+damage, the script prints how often the nearest shape is the original.
 """
 
 import argparse
@@ -22,39 +22,43 @@ Damage = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def direction(rng: np.random.Generator, count: int = 1) -> np.ndarray:
+    """Sample random unit vectors [count, 3]."""
     way = rng.normal(size=(count, 3))
     return way / np.linalg.norm(way, axis=1, keepdims=True)
 
 
 def strays(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """5 % of the points anywhere in a ball of 1.5 radii, and one at three radii."""
+    """Move 5 % of the points to random places in a ball of 1.5 radii, and add one at three radii."""
     count = len(cloud) // 20
     ball = 1.5 * direction(rng, count) * rng.random((count, 1)) ** (1 / 3)
     return np.concatenate([cloud[count:], ball, 3 * direction(rng)])
 
 
 def half(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What lies beyond a plane through the middle is gone."""
+    """Remove all points beyond a random plane through the median."""
     place = cloud @ direction(rng)[0]
     return cloud[place < np.median(place)]
 
 
 def sparse(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Keep 256 random points."""
     return cloud[rng.permutation(len(cloud))[:256]]
 
 
 def turned(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Rotate by a random angle about z."""
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     return cloud @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
 def jittered(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add normal noise of 1 % of the radius to every coordinate."""
     return cloud + rng.normal(scale=0.01, size=cloud.shape)
 
 
 def holed(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A fifth of the rows NaN, as of rays that met nothing."""
+    """Set a fifth of the rows to NaN, as scanners do for rays without an echo."""
     cloud = cloud.copy()
     cloud[rng.random(len(cloud)) < 0.2] = np.nan
     return cloud

@@ -1,11 +1,12 @@
-"""`jepa3d embed` against the script that people write: one process, the same encoder, batches of
-32.
+"""Compares the speed of `jepa3d embed` with the script that people usually write: one process,
+batches of 32, the same encoder.
 
     python benchmarks/embed.py                 # 1,600 meshes of ModelNet's sizes, 3 rounds: some minutes
     python benchmarks/embed.py --folder DIR    # on your own .off files
 
-Whole processes, start-up included, interleaved; medians over rounds, ratios made within a round.
-The second table is `jepa3d embed` on a store of the same shapes, and again where nothing is new.
+Measures whole processes, including their start, in turn; prints medians over rounds of times, and
+of ratios within a round. It also measures `jepa3d embed` on a store of the same shapes, and a
+second call without new files.
 """
 
 import argparse
@@ -24,6 +25,7 @@ BASELINE = Path(__file__).with_name("embed_baseline.py")
 
 
 def seconds(command: list[str]) -> float:
+    """Run a command and return its seconds."""
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

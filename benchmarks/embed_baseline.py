@@ -1,5 +1,5 @@
-"""What people write to get vectors of a folder of meshes: `benchmarks/embed.py` compares `jepa3d
-embed` to it.
+"""The script that people usually write to compute vectors of a folder of meshes;
+`benchmarks/embed.py` compares `jepa3d embed` with it.
 
 python benchmarks/embed_baseline.py FOLDER OUT
 """

@@ -1,12 +1,12 @@
-"""`examples/ray_embed.py` on one machine beside `jepa3d embed`: clouds a second once both have
-started.
+"""Compares the speed of `examples/ray_embed.py` and `jepa3d embed` on one machine: clouds per
+second, without the time to start.
 
     python benchmarks/embed_ray.py             # 1,600 meshes of ModelNet's sizes, 2 rounds: some minutes
 
-Every way is run on 64 meshes and on all of them, as whole processes, in turn; the difference is
-what a cloud takes, start-up what is left. CPU seconds are those of all processes of a way, Ray's
-own too, looked at five times a second; unlike clouds a second they hold on a machine that does
-other things besides. The second table splits them.
+Each way runs as a whole process on 64 meshes and on all meshes, in turn. The difference gives the
+time per cloud, and the rest is the start. CPU seconds are those of all processes, including Ray's
+own, sampled five times a second; unlike clouds per second, they also hold on a busy machine. The
+second table splits them into reading, preparing and encoding.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FEW, PARTITIONS = 64, 16
 
 
 def measured(command: list[str]) -> np.ndarray:
-    """Wall and CPU seconds of a command with all of its processes."""
+    """Run a command; return wall seconds and the CPU seconds of all its processes."""
     begun, used = time.perf_counter(), {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
@@ -52,11 +52,13 @@ def measured(command: list[str]) -> np.ndarray:
 
 
 def parts(folder: Path) -> str:
-    """CPU ms a cloud of the three parts of embedding, in one process of one thread."""
+    """Measure the CPU ms per cloud of reading, preparing and encoding, in one process with one
+    thread.
+    """
     torch.set_num_threads(1)
     encoder, spent = load(), np.zeros(3)
     items = find_clouds(folder)[0][:512]
-    for at in range(-32, len(items), 32):  # the first are for warming up
+    for at in range(-32, len(items), 32):  # the first batch is a warm-up
         some = items[max(at, 0) : max(at, 0) + 32]
         times = [time.process_time()]
         clouds = [item.read() for item in some]

@@ -1,9 +1,10 @@
-"""How clouds of few points are best filled up: python benchmarks/few_points.py PSB.npz (y up,
-split, labels_coarse).
+"""Compares rules for filling up clouds with few points.
 
-Each shape of the train part, of classes of at least 8, is cut to a few random points and searched
-among all others, which are whole. Prints how often the nearest is of its class, per cent, for
-`frame.fill` and other rules in its place.
+    python benchmarks/few_points.py PSB.npz    # y up, with split and labels_coarse
+
+Every shape of the train split whose class has at least 8 shapes is cut to a few random points and
+is then the query; all other shapes, uncut, are searched. For `frame.fill` and for other rules, the
+script prints how often the nearest shape has the query's class, in per cent.
 """
 
 import sys
@@ -14,14 +15,13 @@ from jepa3d import embed, frame, load
 
 
 def as_they_are(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
-    return points[
-        np.arange(-(-len(points) // 64) * 64) % len(points)
-    ], None  # a multiple of 64: a batch is one tensor
+    """Repeat points only up to a multiple of 64, so that a batch is still one tensor."""
+    return points[np.arange(-(-len(points) // 64) * 64) % len(points)], None
 
 
 def moved_by_noise(share: float = 0.0, spacings: float = 0.0):
-    """Copies with normal noise of a share of the largest distance from the middle, or of the median
-    spacing.
+    """Return a rule: repeat points, and add normal noise of `share` times the largest distance from
+    the mean plus `spacings` times the median distance between neighbours.
     """
 
     def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
@@ -75,7 +75,7 @@ def main(path: str) -> None:
 
 
 def right(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray) -> float:
-    """Of how many queries, per cent, the nearest other shape is of the same class."""
+    """Return the percentage of queries whose nearest other shape has the same class."""
     cosine = queries @ gallery.T
     np.fill_diagonal(cosine, -1)
     return 100 * float((labels[cosine.argmax(1)] == labels).mean())

@@ -1,7 +1,7 @@
-"""The table of formats in docs/data.md: a file of each is written and read back. Needs the extras
-`io` and `dev`.
+"""Makes the table of formats in docs/data.md: writes a file of each format and reads it back. Needs
+the extras `io` and `dev`.
 
-python benchmarks/formats.py            # print it
+python benchmarks/formats.py            # print the table
 python benchmarks/formats.py --update   # write it into docs/data.md
 """
 
@@ -86,7 +86,7 @@ def _mesh(path: Path) -> None:
     BOX.export(path)
 
 
-# suffix, what it is, extra, how it is written; a mesh's vertices are compared
+# Suffix, description, extra, and how the file is written. For meshes, the vertices are compared.
 CASES = [
     (".off", "mesh", "", _mesh),
     (".obj", "mesh", "", _mesh),
@@ -144,19 +144,21 @@ CASES = [
 
 
 def _gltf() -> bytes:
-    """One self-contained file: buffers as data URIs."""
+    """Make a glTF file in one piece: its buffers are data URIs."""
     files = trimesh.exchange.gltf.export_gltf(BOX.scene(), embed_buffers=True)
     return files["model.gltf"]
 
 
 def _error(cloud: PointCloud, truth: np.ndarray) -> float:
-    """Largest distance of a point read to the nearest written, along an axis, over the extent."""
+    """Return the largest distance, along an axis, of a read point from the nearest written point,
+    relative to the extent.
+    """
     gaps = np.abs(cloud.file_coordinates()[:, None] - truth).max(2)
     return float(max(gaps.min(0).max(), gaps.min(1).max()) / np.ptp(truth, axis=0).max())
 
 
 def table() -> str:
-    """The table, in Markdown."""
+    """Make the table as Markdown."""
     lines = ["| suffix | read here as | error below | also kept | extra |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for suffix, what, extra, write in CASES:

@@ -1,12 +1,13 @@
-"""Damaged files by the thousand against every reader of `jepa3d.data.io`: may anything but
-ReadError or OSError leave?
+"""Feeds thousands of damaged files to every reader of `jepa3d.data.io`: only ReadError and OSError
+are allowed.
 
-    python benchmarks/fuzz.py --inputs 100000 --seconds 300            # at most 300 s a reader
+    python benchmarks/fuzz.py --inputs 100000 --seconds 300            # at most 300 s per reader
     python benchmarks/fuzz.py --readers off,las --inputs 2000 --seed 1
 
-Input i of a reader is a function of --seed and i. Each reader runs in a process of its own, of
-bounded memory and time an input, which is started anew after a crash. Inputs that escape, crash or
-hang are kept in --keep. Exit status 1 if there is one. Needs the extras `io` and `dev`.
+Input i of a reader depends only on --seed and i. Each reader runs in its own process, with a memory
+limit and a time limit per input; the process is restarted after a crash. Inputs that raise another
+error, crash or hang are stored in the folder --keep; if there are any, the exit status is 1. Needs
+the extras `io` and `dev`.
 """
 
 import argparse
@@ -80,7 +81,7 @@ WORDS = [
 
 
 def seeds(reader: str, folder: Path) -> list[bytes]:
-    """Small valid files."""
+    """Make small valid files for a reader."""
     import trimesh
 
     points = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
@@ -187,12 +188,12 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
 
 
 def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) -> bytes:
-    """One to four damages."""
+    """Damage a file in one to four ways."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         size, kind = len(content), rng.randrange(10 if text else 8)
         at = (
             rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 400) + 1)
-        )  # headers more often
+        )  # the header, at the start, is damaged more often than the rest
         end = min(size, at + rng.choice((1, 4, 16, 200)))
         if kind == 0:
             content = content[:at]
@@ -224,7 +225,7 @@ def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) 
 
 
 def rezip(archive: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """An NPZ of valid checksums around a damaged member."""
+    """Make an NPZ with a damaged member but correct checksums."""
     made = streams.BytesIO()
     with zipfile.ZipFile(streams.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
         hit = rng.choice(old.namelist())
@@ -243,7 +244,7 @@ for byte in range(256):
 
 
 def resum(content: bytes) -> bytes:
-    """An E57 file's pages with valid checksums, so that its damage is reached."""
+    """Correct the checksums of an E57 file's pages, so that the reader gets as far as the damage."""
     pages = []
     for at in range(0, len(content) - 1023, 1024):
         crc = 0xFFFFFFFF
@@ -254,7 +255,7 @@ def resum(content: bytes) -> bytes:
 
 
 def child(reader: str, arguments) -> None:
-    """Reads inputs from counts[0] on; keeps the one at work as input.<reader>."""
+    """Read inputs from number counts[0] on; the current one is stored as input.<reader>."""
     from jepa3d.data import arrays, io
 
     folder, keep = Path(arguments.folder), Path(arguments.keep)
@@ -312,7 +313,9 @@ def escape(keep: Path, path: Path, index: int, error: BaseException) -> None:
 
 
 def fuzz(reader: str, arguments) -> bool:
-    """Runs a reader's inputs, prints its row; whether it was clean."""
+    """Read the inputs of a reader and print its row of the table. Returns whether no input did
+    harm.
+    """
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if Path("/dev/shm").is_dir() else None
     ) as folder:
@@ -375,15 +378,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--inputs", type=int, default=3000, help="of each reader")
+    parser.add_argument("--inputs", type=int, default=3000, help="number of inputs per reader")
     parser.add_argument("--readers", default=",".join(READERS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="of each reader, at most")
+    parser.add_argument("--seconds", type=float, default=1e9, help="most seconds per reader")
     parser.add_argument(
-        "--limit", type=float, default=10, help="seconds of an input that count as a hang"
+        "--limit", type=float, default=10, help="seconds after which an input counts as a hang"
     )
     parser.add_argument(
-        "--keep", default=tempfile.gettempdir() + "/fuzz", help="folder of inputs that do harm"
+        "--keep", default=tempfile.gettempdir() + "/fuzz", help="folder for inputs that do harm"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

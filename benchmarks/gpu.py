@@ -1,18 +1,19 @@
-"""What a GPU is asked in ten minutes: the same numbers as the CPU, the paper's step, an encoder
-trained.
+"""Uses a GPU for ten minutes: compares its numbers with a CPU's, measures the paper's step, and
+trains an encoder.
 
     python benchmarks/gpu.py --out gpu --budget 540
     python benchmarks/gpu.py --out gpu --budget 300 --parts train --sweethome sweethome3d_2048.npz
-    python benchmarks/gpu.py --out gpu --rehearse      # every part at sizes of seconds, on a machine without a GPU too
+    python benchmarks/gpu.py --out gpu --rehearse      # every part, at sizes that take seconds; a GPU is not needed
 
-Needs the package's core dependencies and no network: `pip wheel --no-deps -w wheels . trimesh`
-makes what a machine with torch and the libraries of its world still lacks. The parts run one after
-another, each in a process of its own, so that a part that fails leaves the others their time, and
-what was found so far is in OUT/*.json:
+Needs only the package's core dependencies and no network. For a machine that has torch and the
+usual libraries, `pip wheel --no-deps -w wheels . trimesh` makes the missing wheels. The parts run
+one after another, each in its own process, so that a part that fails does not stop the others. All
+results are written to OUT/*.json as soon as they are known:
 
-same   FPS, neighbours, vectors, every objective's loss and gradient, a resumed run, bf16: device beside CPU
-step   samples/s and memory of the paper's step in every precision, eager and compiled; where its time goes
-train  the encoders of --arms, one after another, on built-in shapes; OUT/NAME.safetensors in half precision
+same   compares the device with the CPU: FPS, neighbours, vectors, loss and gradient of every objective,
+       a resumed run, bf16
+step   samples/s and memory of the paper's step in every precision, eager and compiled, and a profile of it
+train  trains the encoders of --arms in turn on built-in shapes; OUT/NAME.safetensors is in half precision
 """
 
 import argparse
@@ -47,8 +48,8 @@ from jepa3d.plain import merge
 from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import make_task, pretrain
 
-SHARES = {"same": 0.12, "step": 0.25, "train": 0.63}  # of the budget
-# The encoder of the package, and the clouds that its views are cut from.
+SHARES = {"same": 0.12, "step": 0.25, "train": 0.63}  # shares of the time budget
+# Settings of the encoder in the package; its views are cut from clouds of `DRAWN` points.
 LARGE = {
     "num_points": 1024,
     "num_groups": 64,
@@ -70,13 +71,13 @@ def device() -> torch.device:
 
 
 def wait() -> None:
-    """Until the device has done what it was asked."""
+    """Wait until the device has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 def seconds(call: Callable[[], Any], tries: int = 5) -> float:
-    """Median seconds of a call, after one to warm up."""
+    """Return the median seconds of a call, after one call as warm-up."""
     times = []
     for _ in range(tries + 1):
         wait()
@@ -91,7 +92,9 @@ def seconds(call: Callable[[], Any], tries: int = 5) -> float:
 
 
 def same(out: Path, budget: float, rehearse: bool) -> dict:
-    """Largest difference of each thing between device and CPU, beside what is allowed."""
+    """Compare the device with the CPU. Returns, for each thing, the largest difference and the
+    allowed one.
+    """
     found: dict[str, dict] = {}
 
     def check(name: str, error: float, allowed: float) -> None:
@@ -178,8 +181,8 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
 def objective_gradient(
     config: PretrainConfig, objective: str, points, where, dtype=None
 ) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of an objective's first step, with draws made on the CPU whatever the
-    device.
+    """Compute loss and gradient of an objective's first step; random numbers are drawn on the CPU,
+    so that they are the same for every device.
     """
     clouds = PointClouds("random", "", points.numpy())
     rand, randn = torch.rand, torch.randn
@@ -206,7 +209,9 @@ def objective_gradient(
 
 
 def step(out: Path, budget: float, rehearse: bool) -> dict:
-    """Rates of the paper's step, then a profile, then its parts alone; the most telling first."""
+    """Measure the rates of the paper's step, then its profile, then its parts; the most important
+    first.
+    """
     end, found = time.monotonic() + budget, {}
     batch, size = (8, settings.preset("tiny")) if rehearse else (128, {})
     shape = settings.resolve(size).encoder
@@ -298,14 +303,14 @@ def step(out: Path, budget: float, rehearse: bool) -> dict:
 
 
 def matrix_rate(size: int) -> float:
-    """TFLOP/s of bf16 products of random square matrices."""
+    """Measure the TFLOP/s of bf16 products of random square matrices."""
     a = torch.randn(size, size, device=device(), dtype=torch.bfloat16)
     return 2 * size**3 / seconds(lambda: [a @ a for _ in range(5)]) * 5 / 1e12
 
 
 def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str, float]:
-    """Of a step: kernels, the device's busy share, time in launches and waits; the table of
-    operations in `file`.
+    """Profile a step: its kernels, how much of the time the device is busy, and time in launches
+    and waits. The table of operations is written to `file`.
     """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if points.is_cuda:
@@ -343,7 +348,7 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
 
 
 def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespace) -> dict:
-    """Train the arms, each in a process and an equal part of the time, on the same shapes."""
+    """Train the arms on the same shapes, each in its own process with an equal share of the time."""
     end, count = time.monotonic() + budget, 84 if rehearse else arguments.shapes
     kinds = [shapes_made(kind, count // 2) for kind in (built_in, procedural)]
     if arguments.sweethome:
@@ -351,7 +356,7 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
             [[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32
         )
         own = in_order(unit_sphere(torch.from_numpy(raw)).numpy())
-        kinds += [own] * round(0.3 * count / len(own))  # a quarter of all
+        kinds += [own] * round(0.3 * count / len(own))  # about a quarter of all shapes
     points = np.concatenate(kinds)
     np.save(out / "shapes.npy", points)
     print(f"{len(points):,} shapes after {budget - (end - time.monotonic()):.0f} s", flush=True)
@@ -383,13 +388,13 @@ def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespac
 
 
 def shapes_made(make: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-    """Shapes count DRAWN 3 float32 in farthest point order, made by all cores."""
+    """Make shapes [count, DRAWN, 3] float32 in farthest point order, on all cores."""
     with multiprocessing.get_context("spawn").Pool() as pool:
         return in_order(np.stack(pool.map(make, range(count), chunksize=64)))
 
 
 def in_order(raw: np.ndarray) -> np.ndarray:
-    """Clouds n N 3 as n DRAWN 3 in farthest point order, sampled on the device."""
+    """Sample clouds n N 3 on the device. Returns n DRAWN 3 in farthest point order."""
     done = []
     for at in range(0, len(raw), 256):
         clouds = torch.from_numpy(raw[at : at + 256]).to(device())
@@ -408,8 +413,8 @@ def procedural(i: int) -> np.ndarray:
 
 
 def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: str | None) -> dict:
-    """Train one arm in the time that is left: as many steps as a short trial says, and an eighth
-    fewer.
+    """Train one arm in the remaining time; the number of steps is seven eighths of what a short
+    trial predicts.
     """
     end = time.monotonic() + budget
     overrides: dict[str, Any] = {
@@ -422,14 +427,15 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: 
         "encoder": LARGE,
         "target": {"layers": LARGE["depth"]},
         "init": start,
-        "seed": int(start is not None),  # other draws than those that made the first weights
+        "seed": int(start is not None),  # another seed than that of the run that made the weights
     }
     points = np.load(out / "shapes.npy")
     config = settings.resolve(settings.preset("tiny"), merge({}, overrides, ARMS[name]))
     clouds = PointClouds("built-in shapes", "", points)
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
-    trial = 2 if rehearse else 200  # its second half: graphs are recorded in the first
+    # Only the second half of the trial is timed, since graphs are recorded in the first half.
+    trial = 2 if rehearse else 200
     pretrain(
         settings.resolve(settings.to_dict(config), {"max_steps": trial}),
         runs / "trial",
@@ -469,7 +475,7 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: 
 
 
 def keep_latest(run: Path, file: Path, done: threading.Event) -> None:
-    """Copy the newest encoder of a run to `file` in half precision whenever there is a newer one."""
+    """Copy the newest encoder of a run to `file` in half precision, whenever there is a new one."""
     last = None
     while True:
         finished = done.wait(2)
@@ -501,16 +507,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu"))
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all parts")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all parts together")
     parser.add_argument("--parts", nargs="+", choices=[*SHARES, "arm"], default=list(SHARES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--shapes", type=int, default=60_000, help="built-in shapes to train on")
-    parser.add_argument("--batch", type=int, default=256, help="of training")
+    parser.add_argument("--batch", type=int, default=256, help="batch size of training")
     parser.add_argument(
-        "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, trained on beside them"
+        "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, to train on as well"
     )
-    parser.add_argument("--start", help="an encoder whose weights are the first ones of training")
-    parser.add_argument("--rehearse", action="store_true", help="sizes of seconds")
+    parser.add_argument("--start", help="an encoder with whose weights training starts")
+    parser.add_argument("--rehearse", action="store_true", help="use sizes that take seconds")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     out, rehearse, end = arguments.out, arguments.rehearse, time.monotonic() + arguments.budget

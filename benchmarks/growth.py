@@ -1,22 +1,22 @@
-"""How time and memory grow with points, tokens, batch and shapes; and how many clouds a second an
-encoder takes.
+"""Measures how time and memory grow with points, tokens, batch size and shapes, and how many clouds
+per second an encoder takes.
 
     python benchmarks/growth.py                                            # some 5 minutes on two cores
     python benchmarks/growth.py --figure docs/growth.png --json figures.json
 
-The paper's encoder (preset small) with random weights, on clouds of normal points, fp32; times are
-medians of 3 rounds after one of warm-up. Slopes are least squares of log cost on log work: 1 is
-linear, 0 no growth; "larger half" leaves out the small sizes, where what does not grow is most of
-the cost.
+The encoder is the paper's (preset small) with random weights, in fp32, on clouds of normally
+distributed points. Times are medians of 3 rounds after a warm-up round. Slopes are least-squares
+fits of log cost against log size: 1 means linear growth, 0 none. "larger half" omits the small
+sizes, where constant costs dominate.
 
-Points: `encoder.embed`, which first reduces a cloud to num_points 2,048; tokens and their
-neighbours stay the same. Tokens: forward and backward of 3D-JEPA with an EMA teacher, 16 points and
-32 neighbours a token. FLOPs are of matrix products, attention's among them, without the neighbour
-search. Batch: whole steps of the training loop, each batch size in a process of its own, one after
-the other; peak memory is its largest resident set, libraries included. Shapes: the index is as
-large as it says (650 MB of temporary disk at ten million), but all its shards are links to one file
-of 32 MiB, so that reading is from memory and no disk is measured; what is done once a batch is the
-median of 30 batches.
+Points: `encoder.embed`, which first reduces a cloud to num_points 2,048, so that tokens and
+neighbours stay the same. Tokens: forward and backward pass of 3D-JEPA with an EMA teacher, with 16
+points and 32 neighbours per token. FLOPs are those of matrix products, including attention, without
+the neighbour search. Batch: whole steps of the training loop; each batch size runs in its own
+process, one after another. Peak memory is the process's largest resident set, including libraries.
+Shapes: the index has its full size (650 MB of temporary disk for ten million shapes), but all
+shards are links to one file of 32 MiB, so reading is from memory and no disk is measured. What is
+done once per batch is the median of 30 batches.
 """
 
 import argparse
@@ -55,16 +55,18 @@ CLOUD_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
 TOKENS = (64, 128, 256, 512, 1024)
 BATCHES = (1, 4, 16, 32, 64, 128)
 SHAPES = (10**3, 10**4, 10**5, 10**6, 10**7)
-CLOUDS = 4  # a call, where points and tokens grow
+CLOUDS = 4  # clouds per call, where points and tokens grow
 PRESETS, EMBED_SIZES, EMBED_BATCHES = ("tiny", "small"), (1024, 2048), (1, 32, 128)
 
-Growth = dict[str, dict[int, list[float]]]  # cost -> work -> its figure in every round
+Growth = dict[str, dict[int, list[float]]]  # name of a cost -> size -> the cost in every round
 
 
 def interleaved(
     actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS, clouds: int = 1
 ) -> dict:
-    """Milliseconds a cloud, a round each, of actions (cost, work); a first round is not counted."""
+    """Time actions (cost, size) in turn. Returns milliseconds per cloud for every round but the
+    first.
+    """
     found: dict = {cost: {} for cost, _ in actions}
     for i in range(rounds + 1):
         for (cost, work), action in actions.items():
@@ -90,9 +92,9 @@ def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainCo
 
 @torch.no_grad()
 def grow_points() -> Growth:
-    """From points to vectors.
+    """Measure the way from points to vectors.
 
-    `prepare` is the unit sphere and, above 2,048 points, farthest points.
+    `prepare` scales to the unit sphere and, above 2,048 points, samples the farthest points.
     """
     encoder, actions = make_encoder("small"), {}
     for size in CLOUD_SIZES:
@@ -103,8 +105,8 @@ def grow_points() -> Growth:
 
 
 def grow_tokens() -> Growth:
-    """A pretraining step's forward and backward; grouping is farthest points and the neighbour
-    search.
+    """Measure forward and backward pass of a pretraining step; `grouping` is farthest point
+    sampling and the neighbour search.
     """
     objective, actions, flops = make_pretraining(CLOUDS)[0].objective.train(), {}, {}
 
@@ -136,26 +138,25 @@ def grow_batch() -> Growth:
 
 
 def pretraining_steps(batch: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of steps of the loop, and the peak MiB of this process."""
+    """Return the milliseconds of some training steps, and the peak MiB of this process."""
     keep_large_blocks()
     task, clouds, config = make_pretraining(batch)
     task = replace(task, schedule=replace(task.schedule, max_steps=ROUNDS + 2))
     after, ends = task.objective.after_step, []
     task.objective.after_step = lambda progress: (after(progress), ends.append(time.perf_counter()))
-    with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
+    with contextlib.redirect_stdout(io.StringIO()):  # hides the loop's progress
         fit(task, clouds, config, None)
-    # Not getrusage: Linux carries ru_maxrss over exec, so that this process would be charged with
-    # its parent's memory.
+    # Not by getrusage: on Linux, ru_maxrss survives exec and would include the parent's memory.
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return (1000 * np.diff(ends)[1:]).tolist(), [
         peak / 2**10
-    ]  # the second step begins with the log of the first
+    ]  # without the first time, which includes logging the first step
 
 
 def grow_shapes() -> Growth:
-    """A store from its header to a batch of 128 clouds of 2,048 points, in the order that training
-    takes.
+    """Measure a store from opening to a batch of 128 clouds of 2,048 points, in the order of
+    training.
     """
     found: Growth = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +191,7 @@ def grow_shapes() -> Growth:
 
 @torch.no_grad()
 def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
-    """Clouds a second, a round each, of (preset, points, batch), by the number of threads."""
+    """Measure clouds per second in every round, by number of threads and (preset, points, batch)."""
     everything, actions = torch.get_num_threads(), {}
 
     def embed(encoder: PointEncoder, points: Tensor, threads: int) -> None:
@@ -200,7 +201,7 @@ def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
     cases = list(itertools.product((1, everything), PRESETS, EMBED_SIZES, EMBED_BATCHES))
     for threads, preset, size, batch in reversed(
         cases
-    ):  # the call that starts other threads is a long one
+    ):  # the call that starts more threads is a long one
         encoder, points = make_encoder(preset, num_points=size), random_clouds(batch, size)
         actions[threads, (preset, size, batch)] = partial(embed, encoder, points, threads)
     found = interleaved(actions)
@@ -216,7 +217,7 @@ def medians(figures: dict[int, list[float]]) -> dict[int, float]:
 
 
 def slope(points: Iterable[tuple[int, float]]) -> float:
-    """Of the line through (work, cost), both logarithmic."""
+    """Return the slope of a line fitted to log cost against log size."""
     return float(np.polyfit(*np.log(list(points)).T, 1)[0])
 
 
@@ -225,7 +226,7 @@ def figure(value: float) -> str:
 
 
 def print_growth(work: str, growth: Growth) -> None:
-    """A row a size, a column a cost, and the slopes below."""
+    """Print a row per size and a column per cost, with the slopes below."""
     columns = [list(medians(figures).items()) for figures in growth.values()]
     print(f"| {work} | {' | '.join(growth)} |\n|{'---|' * (len(growth) + 1)}")
     for row in zip(*columns, strict=True):
@@ -238,7 +239,7 @@ def print_growth(work: str, growth: Growth) -> None:
 
 
 def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) -> None:
-    """A row a preset and cloud size, a column a batch size and number of threads."""
+    """Print a row per preset and cloud size, and a column per batch size and number of threads."""
     columns = list(itertools.product(EMBED_BATCHES, found))
     heads = (f"batch {batch}, {threads} thread{'s' * (threads > 1)}" for batch, threads in columns)
     print(f"| clouds/s | {' | '.join(heads)} |\n|{'---|' * (len(columns) + 1)}")
@@ -248,8 +249,8 @@ def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) 
 
 
 def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
-    """A panel a kind of work: costs against it, and a line of slope 1 through the first cost at the
-    most work.
+    """Plot costs against size, a panel per kind of size; a line of slope 1 goes through the first
+    cost at the largest size.
     """
     from matplotlib.figure import Figure
 
@@ -260,7 +261,7 @@ def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
         for cost, figures in growth.items():
             middle = medians(figures)
             axes.loglog(list(middle), list(middle.values()), "o-", markersize=4, label=cost)
-        axes.set_ylim(axes.get_ylim())  # the line may leave the panel
+        axes.set_ylim(axes.get_ylim())  # fixed, since the line may leave the panel
         (*_, (most, highest)) = medians(next(iter(growth.values()))).items()
         axes.loglog(
             [most / 1e5, most],
@@ -282,10 +283,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--figure", type=Path, help="draw the growths to this file")
-    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    parser.add_argument("--figure", type=Path, help="write the plots to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers of every round to this file")
     arguments = parser.parse_args()
-    keep_large_blocks()  # as the command line does
+    keep_large_blocks()  # the command line does this too
 
     panels = {}
     for work, title, unit, measure in (

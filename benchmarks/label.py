@@ -1,10 +1,10 @@
-"""`jepa3d label` from 5 named shapes a class: PSB, 21 coarse classes, named in the train half,
-scored on the test half.
+"""Measures `jepa3d label` with 5 named shapes per class: on PSB with 21 coarse classes, named in
+the train split and scored on the test split.
 
     python benchmarks/label.py $JEPA3D_DATA/psb/psb_2048.npz
 
-Mean and sample standard deviation over draws of the named shapes; nothing is chosen on the test
-half.
+Prints mean and sample standard deviation over random choices of the named shapes. Nothing is
+selected on the test split.
 """
 
 import argparse

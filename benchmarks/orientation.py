@@ -1,10 +1,12 @@
-"""What `--up-axis none` costs: 250 random shapes of a train part, upright and turned any way.
+"""Measures what `--up-axis none` costs, on 250 random shapes of a train split, upright and randomly
+rotated.
 
     python benchmarks/orientation.py modelnet10_1024.npz
     python benchmarks/orientation.py psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Prints mAP and how often the nearest shape is of the same class, in per cent, of each shape as a
-query among the others, which are upright; and the lowest cosine of a shape to its turned copy.
+Each shape, upright or rotated, is a query among the others, which are upright. Prints mAP and how
+often the nearest shape has the same class, in per cent, and the lowest cosine between a shape and
+its rotated copy.
 """
 
 import argparse

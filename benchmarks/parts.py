@@ -1,11 +1,11 @@
-"""Where a pretraining step's time goes: part by part, and by kind of operation, against the
-machine's GEMM peak.
+"""Measures where the time of a pretraining step goes: by its parts, by kind of operation, and
+relative to the machine's GEMM peak.
 
     python benchmarks/parts.py                  # paper size, 1,024 points, batch 32, EMA teacher
 
-The step is cut where one part hands tensors to the next, forward and backward, so that each is
-timed alone; the parts take turns, medians over rounds. GEMM peak: the best 2048^3 fp32 product of
-each round, in the same process.
+The step is cut wherever one part passes tensors to the next, forward and backward, so each part is
+timed alone. The parts run in turn, and times are medians over rounds. GEMM peak: the fastest 2048^3
+fp32 product of each round, in the same process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ KINDS = {
 
 
 def step(points: Tensor, training: Training, number: int, run: Callable) -> None:
-    """One step, cut in parts: `run(name, work)` calls work and returns what it returns."""
+    """Take one step, cut into parts: `run(name, work)` calls `work` and returns its result."""
     config, objective = training.config, training.model
     encoder, decoder, generator = (
         objective.encoder,

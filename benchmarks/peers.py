@@ -1,15 +1,16 @@
-"""The pretraining step of Point-MAE, Point-JEPA and point2vec by their own code, on one CPU in
-fp32, for step.py.
+"""The pretraining steps of Point-MAE, Point-JEPA and point2vec by their own code, on one CPU in
+fp32; step.py uses them.
 
-Each function takes the folder of a checkout and returns the peer's model and `step(points B N 3) ->
-loss`: one step of its own training with its published configuration, that is augmentation,
-grouping, masking, forward, loss, backward, AdamW and, where there is one, the teacher's moving
-average. Left out is what is done once an epoch or for the log.
+Each function takes the folder of a checkout and returns the peer's model and a function
+`step(points B N 3) -> loss`. This is one step of the peer's training with its published
+configuration: augmentation, grouping, masking, forward pass, loss, backward pass, AdamW and, if
+there is a teacher, its moving average. What is done once per epoch or for logging is omitted.
 
-The folders are not edited, and nothing of theirs is copied here. What needs CUDA or is not about
-the step is replaced by a stand-in in `sys.modules`, also where the real one is installed. Farthest
-points and neighbours are those of `jepa3d.ops`, the compiled one included, so that no peer is
-slower for them than jepa3d is. Package names clash between peers: one a process.
+The checkouts are not edited, and none of their code is copied here. What needs CUDA or does not
+belong to the step is replaced by a stand-in in `sys.modules`, even if the real module is installed.
+Farthest points and neighbours are computed by `jepa3d.ops`, including its compiled version, so that
+no peer is slower than jepa3d for these. The peers' packages have clashing names, so each peer needs
+its own process.
 
     Point-MAE   github.com/Pang-Yatian/Point-MAE    7445a68
     Point-JEPA  github.com/Ayumu-J-S/Point-JEPA     c36b51c
@@ -34,7 +35,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 def point_mae(folder: Path) -> tuple[nn.Module, Step]:
-    """cfgs/pretrain.yaml, as tools/runner_pretrain.py trains it."""
+    """Make Point-MAE and its step: cfgs/pretrain.yaml, trained as tools/runner_pretrain.py does."""
     _timm()
     _stand_in("timm.scheduler", CosineLRScheduler=_nothing)
     _stand_in("easydict", EasyDict=_EasyDict)
@@ -47,7 +48,7 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
     _stand_in("extensions.chamfer_dist", ChamferDistanceL1=None, ChamferDistanceL2=_ChamferL2)
     _stand_in(
         "datasets", folder / "datasets", build_dataset_from_cfg=None
-    )  # whose __init__ would import every reader
+    )  # not imported normally, since its __init__ imports every reader
     _stand_in("tools", folder / "tools")
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *arguments, **options: self
     logging.disable(logging.INFO)
@@ -62,7 +63,7 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
     augment = import_module("datasets.data_transforms").PointcloudScaleAndTranslate()
 
     def step(points: Tensor) -> Tensor:
-        loss = model(augment(points.clone()))  # it writes into its argument
+        loss = model(augment(points.clone()))  # a copy, since it writes into its argument
         loss.backward()
         optimizer.step()
         model.zero_grad()
@@ -72,22 +73,22 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
 
 
 def point_jepa(folder: Path) -> tuple[nn.Module, Step]:
-    """configs/Point-JEPA/pretraining/shapenet.yaml."""
-    torch.Tensor.half = torch.Tensor.float  # its forward halves the context's tokens; fp32 here
+    """Make Point-JEPA and its step: configs/Point-JEPA/pretraining/shapenet.yaml."""
+    torch.Tensor.half = torch.Tensor.float  # its forward converts tokens to half; fp32 is compared
     return _lightning(
         folder, "pointjepa", "point_jepa.PointJepa", "configs/Point-JEPA/pretraining/shapenet.yaml"
     )
 
 
 def point2vec(folder: Path) -> tuple[nn.Module, Step]:
-    """configs/pretraining/shapenet.yaml."""
+    """Make point2vec and its step: configs/pretraining/shapenet.yaml."""
     return _lightning(
         folder, "point2vec", "point2vec.Point2Vec", "configs/pretraining/shapenet.yaml"
     )
 
 
 def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.Module, Step]:
-    """A LightningModule, trained as its Trainer trains it with automatic optimisation."""
+    """Make a LightningModule and a step as its Trainer would take it with automatic optimisation."""
     _timm()
     _stand_in("pytorch_lightning", LightningModule=_LightningModule, LightningDataModule=object)
     _stand_in("pytorch_lightning.loggers", WandbLogger=None)
@@ -97,13 +98,13 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
         sample_farthest_points=_sample_farthest_points,
         knn_points=_knn_points,
         knn_gather=ops.gather_points,
-        ball_query=None,  # no published configuration asks for it
+        ball_query=None,  # no published configuration uses it
     )
     _stand_in("pytorch3d.ops.utils", masked_gather=ops.gather_points)
     _stand_in("pytorch3d.transforms", euler_angles_to_matrix=_euler_angles_to_matrix)
     _stand_in(
         f"{package}.models", folder / package / "models"
-    )  # whose __init__ would import every downstream task
+    )  # not imported normally, since its __init__ imports every downstream task
     sys.path.insert(0, str(folder))
 
     read = yaml.safe_load((folder / config).read_text())
@@ -115,11 +116,12 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
         if parameter.annotation is float and key in settings:
             settings[key] = float(
                 settings[key]
-            )  # YAML 1.1 reads 1e-3 as text, Lightning's parser as a number
+            )  # YAML 1.1 reads 1e-3 as text, but Lightning's parser reads it as a number
     model = make(**settings)
-    batches = 41_952 // read["data"]["init_args"]["batch_size"]  # of ShapeNet55's train part
+    # 41,952 is the number of shapes in ShapeNet55's train split.
+    batches = 41_952 // read["data"]["init_args"]["batch_size"]
     model.trainer = SimpleNamespace(max_epochs=epochs, estimated_stepping_batches=epochs * batches)
-    model.setup("fit")  # makes the teacher
+    model.setup("fit")  # creates the teacher
     model.on_fit_start()
     (optimizer,), _ = model.configure_optimizers()
     model.train()
@@ -131,19 +133,19 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
             nonlocal loss
             loss = model.training_step(
                 (points.clone(), None), 0
-            )  # it augments, writing into its argument
+            )  # a copy, since it augments by writing into its argument
             optimizer.zero_grad()
             loss.backward()
             return loss
 
-        model.optimizer_step(optimizer, closure)  # moves the teacher too
+        model.optimizer_step(optimizer, closure)  # also updates the teacher
         return loss.detach()
 
     return model, step
 
 
 def _stand_in(name: str, path: Path | None = None, **contents) -> None:
-    """A module of that name; with `path` a package whose own __init__ is passed over."""
+    """Install a stand-in module; with `path`, a package whose own __init__ is skipped."""
     module = ModuleType(name)
     module.__dict__.update(contents)
     if path:
@@ -157,7 +159,7 @@ def _timm() -> None:
 
 
 def _nothing(*arguments, **options) -> None:
-    """A learning-rate schedule that moves once an epoch."""
+    """Stand in for a learning-rate schedule that changes once per epoch."""
 
 
 class _DropPath(nn.Module):
@@ -179,7 +181,7 @@ class _LightningModule(nn.Module):
     device, loggers = torch.device("cpu"), ()
 
     def save_hyperparameters(self) -> None:
-        caller = sys._getframe(1)  # the arguments of its __init__
+        caller = sys._getframe(1)  # its locals are the arguments of the module's __init__
         self.hparams = SimpleNamespace(**caller.f_locals)
 
     def on_fit_start(self) -> None: ...
@@ -223,7 +225,7 @@ def _knn_points(query: Tensor, points: Tensor, K: int, **options) -> tuple[None,
 
 
 def _euler_angles_to_matrix(angles: Tensor, convention: str) -> Tensor:
-    """Rotations about x, then y, then z; nothing asks for another order."""
+    """Make rotations about x, then y, then z; no peer uses another order."""
     turn = torch.eye(3)
     for axis, (cos, sin) in enumerate(zip(angles.cos(), angles.sin(), strict=True)):
         a, b = (axis + 1) % 3, (axis + 2) % 3

@@ -1,13 +1,13 @@
-"""`jepa3d prepare` against the script that people write, on meshes of ModelNet's sizes: time,
-memory, and the loader.
+"""Compares `jepa3d prepare` with the script that people usually write, on meshes of ModelNet's
+sizes: time, memory, and loading.
 
     python benchmarks/prepare.py                     # 800 meshes, 3 rounds: some minutes
     python benchmarks/prepare.py --count 4899 --rounds 1 # as many as ModelNet10 has
 
-Whole processes, start-up included, interleaved; medians over rounds. The baseline samples 2,048
-points; jepa3d samples 4,096 and puts 2,048 of them in farthest point order, hashes and checks.
-Memory is measured in runs of their own, on twice and eight times `count` files (hard links, so that
-only the number differs).
+Measures whole processes, including their start, in turn; prints medians over rounds. The baseline
+samples 2,048 points; jepa3d samples 4,096, puts 2,048 of them in farthest point order, computes
+hashes and checks. Memory is measured in separate runs, on twice and eight times `count` files (hard
+links, so that only the number of files differs).
 """
 
 import argparse
@@ -47,15 +47,15 @@ CLASSES = (
     "vase",
     "airplane",
 )
-FACES = (300, 60_000)  # of a mesh, log-uniform
+FACES = (300, 60_000)  # fewest and most faces of a mesh, distributed log-uniformly
 BASELINE = Path(__file__).with_name("prepare_baseline.py")
-POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60  # the loader check, at the sizes of preset tiny
+POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60  # for measuring the loader, as in preset tiny
 
 
 def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
-    """Meshes CLASS/train|test/CLASS_0001.off; every other one shares no vertices between faces.
+    """Make meshes CLASS/train|test/CLASS_0001.off; in every other mesh, faces share no vertices.
 
-    Returns the faces.
+    Returns the number of faces.
     """
     total = 0
     for i in range(count):
@@ -72,7 +72,7 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
             vertices, index = np.unique(soup.round(5), axis=0, return_inverse=True)
             faces = index.reshape(-1, 3)
         target = int(np.exp(rng.uniform(*np.log(FACES))))
-        while len(faces) + 3 <= target:  # a face that is cut in four adds three
+        while len(faces) + 3 <= target:  # cutting a face into four adds three
             some = rng.permutation(len(faces))[: (target - len(faces)) // 3]
             vertices, faces = trimesh.remesh.subdivide(vertices, faces, some)
         path = (
@@ -95,14 +95,14 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
 
 
 def _faces(loft: np.ndarray) -> np.ndarray:
-    """Triangles t 3 3 of a loft of closed rings."""
+    """Return the triangles t 3 3 of a loft of closed rings."""
     a, b = loft[:-1], loft[1:]
     c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
     return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
-    """Each way to prepare `folder`, by name."""
+    """Return the command of each way to prepare `folder`, by name."""
     ours = [
         sys.executable,
         "-c",
@@ -120,10 +120,10 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
-    """Seconds, and if sampled (every 20 ms) the peak MiB of the largest process and of all
-    processes together.
+    """Run a command. Returns its seconds and, if `sample`, the peak MiB of its largest process and
+    of all its processes together, sampled every 20 ms.
 
-    Not getrusage: Linux carries ru_maxrss over exec, so that a child is charged with this process's
+    getrusage isn't used, because on Linux ru_maxrss survives exec and would include this process's
     memory.
     """
     began, largest, together = time.perf_counter(), 0, 0
@@ -138,14 +138,14 @@ def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """KiB: largest VmHWM, and sum of VmRSS, of a process and its descendants; shared pages count in
-    each.
+    """Return the KiB of the largest VmHWM and of the sum of VmRSS over a process and its
+    descendants; shared pages count in each.
     """
     high, total = 0, 0
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for process in (parent, *parent.children(recursive=True)):
-            with contextlib.suppress(OSError):  # ended meanwhile
+            with contextlib.suppress(OSError):  # the process may have ended meanwhile
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 fields = {
                     line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")
@@ -158,8 +158,8 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
-    """Clouds/s, a round each, of preset tiny's training step, of reading files on one worker, of
-    batches of a store.
+    """Measure clouds/s in every round: of preset tiny's training step, of one worker reading files,
+    and of batches from a store.
     """
     config = settings.resolve(settings.preset("tiny"), {"mixed_precision": "no"})
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
@@ -178,7 +178,7 @@ def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
         fit(task, synthetic_clouds, replace(config, log_every=STEPS), None)
         rates["step"].append((STEPS - SKIP) * BATCH / (times[-1] - times[SKIP - 1]))
 
-        torch.set_num_threads(1)  # as in a worker of prepare
+        torch.set_num_threads(1)  # as in a worker process of prepare
         some = entries[i::rounds]
         began = time.perf_counter()
         for entry in some:
@@ -241,7 +241,7 @@ def main() -> None:
                 commands(scratch / str(copies), out)["jepa3d, 2 workers"], sample=True
             )
             print(f"| {copies * arguments.count:,} files | {own:.0f} | {tree:.0f} |", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # the loop's progress
+        with contextlib.redirect_stdout(io.StringIO()):  # hides the loop's progress
             rates = loader(few, scratch / "out-0-2", arguments.rounds)
         print(
             f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|"

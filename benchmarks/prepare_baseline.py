@@ -1,5 +1,5 @@
-"""What people write to make point clouds of a folder of meshes: `benchmarks/prepare.py` compares it
-to jepa3d.
+"""The script that people usually write to sample point clouds from a folder of meshes;
+`benchmarks/prepare.py` compares jepa3d with it.
 
 python benchmarks/prepare_baseline.py FOLDER OUT
 """

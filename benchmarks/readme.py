@@ -1,13 +1,12 @@
-"""Every command of the README on small data, alone and beside a busy core: seconds, processor
-seconds, and the ratio.
+"""Runs every command of the README on small data, alone and beside a busy core; prints seconds,
+processor seconds and their ratios.
 
     python benchmarks/readme.py [--steps 50] [--only embed probe] [--demo]
 
-The commands run in order in a folder of their own, twice: first alone, then beside a loop that
-keeps one core busy at lower priority (nice 10). Training is cut to --steps. A command that waits
-actively for other threads shows as a ratio far above 1, of the processor seconds too; none may take
-more than twice its time alone. `view` waits for a reader, so it is left out. --demo adds `jepa3d
-demo` with as many steps.
+The commands run in order in their own folder, twice: first alone, then beside a loop that keeps one
+core busy at lower priority (nice 10). Training is cut to --steps. If a command waits actively for
+other threads, its ratio is far above 1, that of processor seconds too; no ratio of times may exceed
+2. `view` is omitted, because it waits for a reader. --demo adds `jepa3d demo` with as many steps.
 """
 
 import argparse
@@ -31,7 +30,7 @@ STAGES = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "se
 
 
 def commands(steps: int) -> list[list[str]]:
-    """Words of the README's jepa3d commands, their training cut."""
+    """Return the words of the README's jepa3d commands, with shortened training."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     found = [words[1:] for words in lines if words[:1] == ["jepa3d"] and words[1] != "view"]
@@ -42,7 +41,9 @@ def commands(steps: int) -> list[list[str]]:
 
 
 def write_data(folder: Path) -> None:
-    """What the commands read: a folder of clouds, a scan, labelled shapes, and shapes with parts."""
+    """Write the commands' input: a folder of clouds, a scan, labelled shapes, and shapes with
+    parts.
+    """
     made = make_shapes(300, 2048, seed=1)
     (folder / "scans").mkdir()
     for i, points in enumerate(made["points"][:100]):
@@ -76,9 +77,9 @@ def busy_core(wanted: bool):
 
 
 def run(words: list[str], folder: Path) -> tuple[float, float]:
-    """Wall and processor seconds of a command and of the processes it waited for.
+    """Return the wall and processor seconds of a command, including the processes it waited for.
 
-    SystemExit where it fails.
+    Raises SystemExit if the command fails.
     """
     with (folder / "said.txt").open("w+") as said:
         began = time.perf_counter()
@@ -101,7 +102,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument(
-        "--only", nargs="+", help="report these commands alone; those before them run all the same"
+        "--only", nargs="+", help="report only these commands; those before them run all the same"
     )
     parser.add_argument("--demo", action="store_true")
     options = parser.parse_args()

@@ -1,18 +1,18 @@
-"""Rough handling by the hundred: kills, two writers at once, damaged files. What was whole stays
-whole, nothing blocks.
+"""Tests rough handling hundreds of times: kills, two writers at once, damaged files. Finished
+results must stay whole, and nothing may block.
 
-    python benchmarks/rough.py --count 100                    # tries a part
+    python benchmarks/rough.py --count 100                    # number of tries per part
     python benchmarks/rough.py --part kills --count 30 --seed 1 --commands pretrain embed
 
-kills: every command that writes is stopped at a random moment (SIGKILL, or Ctrl-C to its whole
-group), sometimes again in its rerun, and then run to its end: it must succeed, and give what an
-undisturbed one gives. two writers: every command twice at once into one place, then once more.
-damage: a bit turned over, half cut off, emptied or removed in a file of a run, store, vectors or
-index; then every reader of it. "unnoticed" counts runs that trained on or tested with what a
-damaged file holds.
+Part kills: every command that writes is stopped at a random moment (by SIGKILL, or by Ctrl-C to its
+process group), sometimes again when it is repeated, and then runs to its end. It must succeed with
+the same result as an undisturbed command. Part two writers: every command runs twice at once with
+the same output, and then once more. Part damage: a file of a run, store, vectors or index gets a
+flipped bit, is cut in half, emptied or removed; then every command that reads it runs. "unnoticed"
+counts runs that trained on a damaged file's content or tested with it.
 
-Try i is a function of --seed and i. Prints one table, also after Ctrl-C; exit status 1 if any
-column but the first three has more than 0.
+Try i depends only on --seed and i. Prints one table, also after Ctrl-C; the exit status is 1 if a
+column after the first three has a number above 0.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from jepa3d.data.store import Store
 from jepa3d.inference.vectors import Vectors, to_numpy
 
 UNREADABLE = "cannot be read: "
-LIMIT = 120  # seconds of a command, after which it hangs
+LIMIT = 120  # seconds after which a command counts as hanging
 FAULTS = (
     "lost",
     "blocked",
@@ -83,7 +83,9 @@ STEPS = ["--batch-size", "8", "--checkpoint-every", "3", "--log-every", "2"]
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes to a place, how to run it again, and what it gave, to be compared."""
+    """A command that writes to a place, how to repeat it, and how to read its result for
+    comparison.
+    """
 
     words: Callable[[Path], list[str]]
     suffix: str
@@ -99,8 +101,8 @@ class Job:
 
 
 def make_shapes(folder: Path) -> None:
-    """48 clouds in three classes as files with a train and a test part, and as a bundle with part
-    labels; a scene.
+    """Make 48 clouds in three classes, as files in a train and a test split and as a bundle with
+    part labels; and a scene.
     """
     rng, labels = np.random.default_rng(0), np.arange(48) % 3
     points = (
@@ -131,7 +133,7 @@ def make_shapes(folder: Path) -> None:
 
 
 def jobs(base: Path) -> dict[str, Job]:
-    """Every command that writes, on the material in `base`."""
+    """Return every command that writes, for the material in `base`."""
     shapes, store, run = str(base / "shapes"), str(base / "prepare"), str(base / "pretrain")
     data = ["--data", store, "--max-steps", "12", *STEPS]
 
@@ -212,14 +214,14 @@ def labels_in(out: Path) -> list[str]:
 
 
 def start(words: list[str], log: Path) -> int:
-    """A command in a process of its own session, forked from this one, which has the imports; its
-    number.
+    """Start a command in a process of its own session, forked from this process, which has imported
+    everything. Returns the process's number.
     """
     process = os.fork()
     if process:
         return process
     os.setsid()
-    # or its end would clear away this process's temporary folders
+    # otherwise the child's end would delete this process's temporary folders
     weakref.finalize._registry.clear()  # pyrefly: ignore
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -239,7 +241,9 @@ def start(words: list[str], log: Path) -> int:
 
 
 def finish(process: int, seconds: float = LIMIT) -> int | None:
-    """Its exit status, minus the signal that ended it; None if it had to be killed."""
+    """Wait for a process. Returns its exit status, or minus the signal that ended it; None if it
+    hung.
+    """
     end, done = time.monotonic() + seconds, 0
     try:
         while time.monotonic() < end and not done:
@@ -253,7 +257,7 @@ def finish(process: int, seconds: float = LIMIT) -> int | None:
 
 
 def left(session: int, patience: float = 60) -> list[str]:
-    """Processes of a session that are still there after some seconds."""
+    """Return the processes of a session that still exist after some seconds."""
     end = time.monotonic() + patience
     while True:
         there = []
@@ -268,7 +272,7 @@ def left(session: int, patience: float = 60) -> list[str]:
 
 
 class Rough:
-    """One folder of material, the undisturbed results, and what was counted."""
+    """A folder of material, the results of undisturbed commands, and the counts."""
 
     def __init__(self, base: Path, seed: int, commands: list[str] | None = None):
         self.base, self.seed = base, seed
@@ -287,8 +291,8 @@ class Rough:
         self.tried = [name for name in self.whole if name in (commands or self.jobs)]
 
     def result(self, name: str, out: Path) -> str:
-        """A checksum of what a command gave, computed in a process of its own, or why it cannot be
-        read.
+        """Return a checksum of a command's result, computed in a separate process, or why it cannot
+        be read.
         """
         there, process = self.base / "result", os.fork()
         if not process:
@@ -312,7 +316,7 @@ class Rough:
         return (self.base / "log.err").read_text(errors="replace")[-2000:]
 
     def check(self, row: str, code: int | None, log: str = "log", part: str = "") -> int | None:
-        """Count what an ended command must never do."""
+        """Count what a command that ended must never do."""
         text = (self.base / f"{log}.err").read_text(errors="replace")
         if code is None:
             self.fault(part, row, "hangs", text)
@@ -323,24 +327,26 @@ class Rough:
     def count(self, part: str, row: str, what: str) -> None:
         self.counts.setdefault((part, row), Counter())[what] += 1
 
-    def fault(self, part: str, row: str, what: str, told: str) -> None:
+    def fault(self, part: str, row: str, what: str, history: str) -> None:
         self.count(part, row, what)
-        self.shown.append(f"{part} {row}: {what}: {told}")
+        self.shown.append(f"{part} {row}: {what}: {history}")
 
-    def compare(self, part: str, name: str, out: Path, told: str = "") -> None:
-        """Whether a result is the undisturbed one, and nothing lies beside it."""
+    def compare(self, part: str, name: str, out: Path, history: str = "") -> None:
+        """Count a fault if a result differs from the undisturbed one, or if other files lie beside
+        it.
+        """
         found = self.result(name, out)
         if found.startswith(UNREADABLE):
-            self.fault(part, name, "lost", f"{found} {told}")
+            self.fault(part, name, "lost", f"{found} {history}")
         elif found != self.whole[name]:
-            self.fault(part, name, "differs", told)
+            self.fault(part, name, "differs", history)
         beside = [
             path.name
             for path in out.parent.rglob(".*")
             if path.suffix in (".partial", ".old", ".parts")
         ]
         if beside or any("unpacked" in path.name for path in out.parent.iterdir()):
-            self.fault(part, name, "files left", f"{beside} {told}")
+            self.fault(part, name, "files left", f"{beside} {history}")
 
     # ---------------------------------------------------------------------------------------- kills
 
@@ -350,7 +356,7 @@ class Rough:
         job, part = self.jobs[name], "kills"
         with tempfile.TemporaryDirectory(dir=self.base) as folder:
             out = self.place(name, Path(folder))
-            told = []
+            history = []
             for _ in range(draw.choice((1, 1, 2))):
                 sign, after = (
                     draw.choice((signal.SIGKILL, signal.SIGINT)),
@@ -361,16 +367,16 @@ class Rough:
                 with contextlib.suppress(ProcessLookupError):
                     (os.kill if sign == signal.SIGKILL else os.killpg)(process, sign)
                 code = self.check(name, finish(process, 20), part=part)
-                told.append(f"{sign.name} after {after:.2f} s")
+                history.append(f"{sign.name} after {after:.2f} s")
                 self.count(part, name, "tries")
                 self.count(part, name, "ended before" if code == 0 else "stopped")
                 if there := left(process):
-                    self.fault(part, name, "processes left", f"{there} {told}")
+                    self.fault(part, name, "processes left", f"{there} {history}")
             code = self.check(name, finish(start(job.again(out), self.base / "log")), part=part)
             if code:
-                self.fault(part, name, "blocked", f"{told}: {self.said()}")
+                self.fault(part, name, "blocked", f"{history}: {self.said()}")
             else:
-                self.compare(part, name, out, str(told))
+                self.compare(part, name, out, str(history))
 
     # ---------------------------------------------------------------------------------- two writers
 
@@ -418,16 +424,18 @@ class Rough:
             for words in self.readers()[kind]:
                 words = [word.replace("OUT", str(out)).replace("DIR", folder) for word in words]
                 code = self.check(kind, finish(start(words, self.base / "log")), part=part)
-                told = f"{file.relative_to(folder)} {how}, {words[0]}"
+                history = f"{file.relative_to(folder)} {how}, {words[0]}"
                 self.count(part, kind, "tries")
                 self.count(part, kind, "stopped" if code else "ended before")
                 if code == 2 and self.said().count("\n") != 1:
-                    self.fault(part, kind, "traceback", f"{told}: more than a line: {self.said()}")
+                    self.fault(
+                        part, kind, "traceback", f"{history}: more than a line: {self.said()}"
+                    )
                 if code == 0 and "--resume" in words and self.result(name, out) != self.whole[name]:
-                    self.fault(part, kind, "unnoticed", told)
+                    self.fault(part, kind, "unnoticed", history)
 
     def readers(self) -> dict[str, list[list[str]]]:
-        """Commands that read what a command made, or left unfinished."""
+        """Return the commands that read what each command made or left unfinished."""
         shapes = str(self.base / "shapes")
         query = [sorted(map(str, (self.base / "shapes").rglob("*.npy")))[0]]
         train = [
@@ -470,7 +478,7 @@ class Rough:
         }
 
     def unfinished(self, name: str) -> Path:
-        """The same run, killed after its third checkpoint or so."""
+        """Start a run and kill it soon after its second checkpoint. Returns its folder."""
         out = self.base / f"{name}-unfinished"
         while not out.exists():
             process = start(self.jobs[name].words(out), self.base / "log")
@@ -479,14 +487,14 @@ class Rough:
                 time.sleep(0.002)
             os.kill(process, signal.SIGKILL)
             finish(process)
-            if not (out / "checkpoints").is_dir():  # it ended before
+            if not (out / "checkpoints").is_dir():  # the run ended before it was killed
                 shutil.rmtree(out)
         return out
 
     # ------------------------------------------------------------------------------------ the table
 
     def show(self) -> int:
-        """Print the table; how many faults there were."""
+        """Print the table. Returns the number of faults."""
         names = ("tries", "stopped", "ended before", *FAULTS)
         table = Table("part", "of", *names)
         total: Counter = Counter()
@@ -501,7 +509,7 @@ class Rough:
 
 
 def spoil(file: Path, how: str, draw: random.Random) -> None:
-    """Damage a file."""
+    """Damage a file in the way `how`."""
     content = bytearray(file.read_bytes())
     if how == "removed":
         file.unlink()
@@ -513,7 +521,7 @@ def spoil(file: Path, how: str, draw: random.Random) -> None:
 
 
 def rough(seed: int, count: int, parts: list[str], commands: list[str] | None = None) -> int:
-    """Run `count` tries of each part; the number of faults."""
+    """Run `count` tries of each part. Returns the number of faults."""
     with tempfile.TemporaryDirectory(prefix="rough-") as folder:
         base = Path(folder).resolve()
         made = Rough(base, seed, commands)

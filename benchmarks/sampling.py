@@ -1,18 +1,20 @@
-"""The sampling kernels, farthest points and nearest neighbours (their share of a training step:
-parts.py).
+"""Measures the sampling kernels, farthest points and nearest neighbours (for their share of a
+training step see parts.py).
 
     python benchmarks/sampling.py                                # some 2 minutes
     python benchmarks/sampling.py --rounds 3 --json figures.json
 
-Kernels: ms a cloud on one thread, random clouds, contenders interleaved, median of rounds. "jepa3d"
-is what a user gets: `ops.farthest_point_sample`, with torch-quickfps below it where installed, and
-`ops.knn`. Other libraries are measured where they are installed: `pip install fpsample torch-fps`
-(the latter compiles at its first call, with ninja); torch-cluster and pytorch3d build from source.
+Prints milliseconds per cloud on one thread, for random clouds; contenders run in turn, and times
+are medians over rounds. "jepa3d" is what a user gets: `ops.farthest_point_sample`, which uses
+torch-quickfps where it is installed, and `ops.knn`. Other libraries are measured if they are
+installed: `pip install fpsample torch-fps` (the latter compiles at its first call, with ninja);
+torch-cluster and pytorch3d build from source.
 
-"exact" of farthest points: yes, the indices of the textbook loop from the same start; ties, they
-part only where the loop finds points equally far. All are told to start at a cloud's first point,
-which is the one farthest from the centroid, where `farthest_point_sample` starts. Of neighbours:
-the sets of scipy's tree, whose distances are float64.
+"exact" for farthest points: yes means the same indices as the textbook loop from the same start;
+ties means that they differ only where several points are equally far. All contenders start at a
+cloud's first point; the clouds are made so that this is the point farthest from the centroid, where
+`farthest_point_sample` starts. "exact" for neighbours: the share of queries with the same set of
+neighbours as in scipy's tree, whose distances are float64.
 """
 
 import argparse
@@ -40,18 +42,18 @@ FPS = {
     (8192, 512): 4,
     (8192, 1024): 4,
     (100_000, 4096): 1,
-}  # clouds, one at a time
-KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # clouds, as one batch
+}  # (points, samples) -> number of clouds, one at a time
+KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # the same, but all as one batch
 OTHERS = ("torch_quickfps", "fpsample", "torch_fps", "torch_cluster", "pytorch3d")
 INSTALLED = {
     name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)
 }
 
-Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds a call, the call
+Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds per call, the call
 
 
 def starting_farthest(count: int, num_points: int) -> Tensor:
-    """Random clouds whose first point is the one farthest from the centroid."""
+    """Make random clouds whose first point is the one farthest from the centroid."""
     points = random_clouds(count, num_points)
     for cloud, farthest in zip(
         points, ops.farthest_point_sample(points, 1)[:, 0].tolist(), strict=True
@@ -61,8 +63,8 @@ def starting_farthest(count: int, num_points: int) -> Tensor:
 
 
 def textbook(points: Tensor, num_samples: int) -> Tensor:
-    """Farthest points of a cloud N 3, the loop of PointNet++'s ports; their masked update is slower
-    than `minimum`.
+    """Sample farthest points of a cloud N 3 by the loop of PointNet++'s ports; its masked update is
+    slower than `minimum`.
     """
     distance = torch.full((len(points),), torch.inf)
     picked, current = torch.zeros(num_samples, dtype=torch.long), torch.tensor(0)
@@ -74,7 +76,9 @@ def textbook(points: Tensor, num_samples: int) -> Tensor:
 
 
 def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
-    """One cloud at a time on the first few of `points`; in batches, where there is one."""
+    """Return the samplers: for the first few of `points` one at a time, and in batches if
+    supported.
+    """
     num_points, start = points.shape[1], torch.zeros(len(points), dtype=torch.long)
     reference, sample = ops._farthest_point_sample_reference, ops.farthest_point_sample
 
@@ -107,7 +111,7 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
     if fpsample := INSTALLED.get("fpsample"):
         height = (
             3 if num_points < 8192 else 5 if num_points < 100_000 else 7
-        )  # its documentation: 3, 5 or 7, 9
+        )  # its documentation recommends 3 for small clouds, 5 or 7 for larger, 9 for the largest
         found["fpsample, bucket_fps_kdline_sampling"] = in_numpy(
             fpsample.bucket_fps_kdline_sampling, height
         )
@@ -118,7 +122,7 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
             lambda cloud: run(cloud, valid, num_samples, start_idx=start[:1])
         )
     if cluster := INSTALLED.get("torch_cluster"):
-        ratio = num_samples / num_points  # may round up to one sample more
+        ratio = num_samples / num_points  # rounding may give one sample more
         found["torch_cluster"] = singly(
             lambda cloud: cluster.fps(cloud[0], None, ratio, False)[:num_samples]
         )
@@ -130,7 +134,7 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
 
 
 def searches(points: Tensor, centers: Tensor) -> Contenders:
-    """The NEIGHBOURS of `centers` among `points`, each way."""
+    """Return every way to find the NEIGHBOURS of `centers` among `points`."""
     batch, num_points, _ = points.shape
 
     def scipy() -> Tensor:
@@ -160,7 +164,7 @@ def searches(points: Tensor, centers: Tensor) -> Contenders:
 
 
 def exactness(points: Tensor, indices: Tensor, expected: Tensor) -> str:
-    """yes, ties or no, as said above."""
+    """Return yes, ties or no, as explained at the top of this file."""
     if torch.equal(indices, expected):
         return "yes"
     if not torch.equal(indices[:, 0], expected[:, 0]):
@@ -175,7 +179,7 @@ def exactness(points: Tensor, indices: Tensor, expected: Tensor) -> str:
 
 
 def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """ms a cloud, a round each."""
+    """Time contenders in turn. Returns each contender's milliseconds per cloud in every round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, (count, run) in contenders.items():
@@ -186,7 +190,9 @@ def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
 
 
 def farthest_points(rounds: int) -> dict[str, dict]:
-    """Times and exactness of every contender, by size; the first call, which checks, is not timed."""
+    """Return times and exactness of every contender, by size; the first call, which checks, isn't
+    timed.
+    """
     figures = {}
     for (num_points, num_samples), few in FPS.items():
         points = starting_farthest(BATCH if num_points < 100_000 else few, num_points)
@@ -204,7 +210,7 @@ def farthest_points(rounds: int) -> dict[str, dict]:
 
 
 def neighbours(rounds: int) -> dict[str, dict]:
-    """Times and share of exact queries of every contender, by size."""
+    """Return times and the share of exact queries of every contender, by size."""
     figures = {}
     for (num_points, num_queries), batch in KNN.items():
         points = starting_farthest(batch, num_points)
@@ -223,7 +229,7 @@ def neighbours(rounds: int) -> dict[str, dict]:
 
 
 def milliseconds(times: list[float] | None) -> str:
-    """The median to three digits; a dash where nothing was measured."""
+    """Format the median with three digits; a dash if nothing was measured."""
     if times is None:
         return "-"
     middle = median(times)
@@ -231,9 +237,9 @@ def milliseconds(times: list[float] | None) -> str:
 
 
 def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
-    """A row a contender, a column a size.
+    """Print a row per contender and a column per size.
 
-    `exact` makes one word of a contender's figures at all sizes.
+    exact: makes one word of a contender's results at all sizes.
     """
     print(f"| ms a cloud | {' | '.join(figures)} | exact |\n|{'---|' * (len(figures) + 2)}")
     for name in next(iter(figures.values()))["ms"]:
@@ -247,9 +253,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers of every round to this file")
     arguments = parser.parse_args()
-    keep_large_blocks()  # for all alike, as the command line does
+    keep_large_blocks()  # for all contenders, as the command line does
     torch.set_num_threads(1)
     sampled = farthest_points(arguments.rounds)
     print(f"\nFarthest point sampling: {machine()}; median of {arguments.rounds} rounds\n")

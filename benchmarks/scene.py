@@ -1,5 +1,5 @@
-"""Time and memory of `jepa3d scene` on a synthetic LAS of a given number of points. Needs the extra
-`io`.
+"""Measures time and memory of `jepa3d scene` on a synthetic LAS file with a given number of points.
+Needs the extra `io`.
 
 python benchmarks/scene.py --points 1e6 5e6 --model ENCODER [--out features.parquet]
 """
@@ -21,13 +21,12 @@ DENSITY, PER_OBJECT, CHUNK = (
     50,
     4000,
     1_000_000,
-)  # points a square metre; of each object; written at once
+)  # points per square metre; points per object; points written at once
 
 
 def make(path: Path, total: int) -> None:
-    """Hills of 5 m, and on them boxes and cylinders of 1 to 6 m, which have half of the points.
-
-    UTM coordinates.
+    """Write a scan in UTM coordinates: hills of 5 m, and on them boxes and cylinders of 1 to 6 m
+    with half of the points.
     """
     rng, side = np.random.default_rng(0), np.sqrt(total / 2 / DENSITY)
     header = laspy.LasHeader(version="1.4", point_format=6)
@@ -69,10 +68,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--points", type=float, nargs="+", default=[1e6, 5e6])
     parser.add_argument("--model", default="default")
-    parser.add_argument("--out", default="features.ply", help="its suffix says what is written")
+    parser.add_argument("--out", default="features.ply", help="the suffix chooses the format")
     args = parser.parse_args()
     print(machine())
-    for total in map(int, args.points):  # in rising order: the peak is that of all so far
+    for total in map(int, args.points):  # in rising order, since the peak is that of all so far
         with tempfile.TemporaryDirectory() as folder:
             scan, out = Path(folder, "scan.las"), Path(folder, args.out)
             make(scan, total)

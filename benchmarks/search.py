@@ -1,14 +1,14 @@
-"""A million vectors: exact search in Parquet, a copy of it, LanceDB, FAISS; recall, latency,
-memory, disk, restart.
+"""Compares ways to search a million vectors: exactly in Parquet and in its copy, LanceDB, FAISS; by
+recall, latency, memory, disk and restart.
 
-    python benchmarks/search.py --store STORE              # STORE: of jepa3d prepare, some thousand shapes or more
+    python benchmarks/search.py --store STORE              # a store of jepa3d prepare with some thousand shapes or more
     python benchmarks/search.py --store STORE --count 100000
 
-The vectors are made of those of the store's shapes by the package's encoder: each is a point
-between two of them that are near each other, with noise of a tenth of their distance. Queries are
-shapes of the store that were left out. Each way runs in a process of its own; the truth is numpy's
-in float64. CPU is the processor time of all threads a query, which a busy machine inflates less
-than the clock. pip install faiss-cpu to have it beside.
+The vectors are made from the package's vectors of the store's shapes: each is a point between two
+nearby vectors, with noise of a tenth of their distance. Queries are shapes of the store that were
+held out. Each way runs in its own process; the true neighbours are computed by numpy in float64.
+CPU is the processor time of all threads per query, which depends less on a busy machine than the
+clock. FAISS is included if faiss-cpu is installed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ WAYS = (
 
 
 def make(store: Path, count: int, folder: Path) -> None:
-    """folder/v.parquet of `count` vectors and folder/q.npy."""
+    """Write `count` vectors to folder/v.parquet and the queries to folder/q.npy."""
     import jepa3d
     from jepa3d.inference.spec import EmbeddingSpec
     from jepa3d.inference.vectors import ROWS, table, write
@@ -126,7 +126,9 @@ def build(way: str, folder: Path) -> None:
 
 
 def ask(way: str, folder: Path, probes: int) -> None:
-    """Prints JSON: time of the first answer from nothing loaded, times of all, and the recall."""
+    """Print JSON: the time of the first answer after starting, the times of all answers, and the
+    recall.
+    """
     queries, known = np.load(folder / "q.npy"), np.load(folder / "truth.npy")
     start = time.perf_counter()
     if way.startswith("FAISS"):

@@ -1,21 +1,21 @@
-"""The pretraining step: jepa3d beside Point-MAE, Point-JEPA and point2vec, each by its own code
-(see peers.py).
+"""Compares the pretraining step of jepa3d with those of Point-MAE, Point-JEPA and point2vec, each
+by its own code (see peers.py).
 
     pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
     python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
     python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
-    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # as `auto` chooses with AMX
+    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # the choice of `auto` with AMX
 
-One process a contender; all are built and warmed up, then asked in turn, round by round, for the
-time of some steps on the same random clouds, the peers in fp32. So all must fit in memory together,
-1.5 to 3 GiB each at batch 32. Loading is left out.
+Each contender has its own process. All are built and warmed up; then, round by round, they take
+some steps in turn on the same random clouds, the peers in fp32. So all must fit in memory together,
+with 1.5 to 3 GiB each at batch 32. Loading data is not measured.
 
-A sample is a cloud with one mask: with 2 masks a cloud, a batch is half as many clouds. samples/s
-is the median of the rounds; ratios and shares are made within a round, then their median is taken.
-"tuned": glibc keeps large blocks, as it always does for jepa3d's commands. GFLOP are those
-executed, forward and backward (matrix products, convolutions and attention), the mean of the
-warm-up's steps: Point-JEPA and jepa3d draw the sizes of their blocks. GEMM peak: the best 2048^3
-fp32 product in the same process and round on the same threads.
+A sample is a cloud with one mask: with 2 masks per cloud, a batch has half as many clouds.
+samples/s is the median over rounds; ratios and shares are computed within a round, and then their
+median is taken. "tuned": glibc keeps large blocks, as in all commands of jepa3d. GFLOP counts the
+operations of forward and backward pass (matrix products, convolutions and attention), averaged over
+the warm-up steps, because Point-JEPA and jepa3d sample the sizes of their blocks. GEMM peak: the
+fastest 2048^3 fp32 product in the same process and round, with the same threads.
 """
 
 import argparse
@@ -45,12 +45,12 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """`build(*arguments)` returns a model and its step(points) -> loss."""
+    """A way to train: `build(*arguments)` returns a model and its step(points) -> loss."""
 
     build: Callable[..., tuple[nn.Module, peers.Step]]
     arguments: tuple
     tuned: bool = True
-    masks: int = 1  # a cloud
+    masks: int = 1  # per cloud
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Setting:
 
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
-    """All by name; those of jepa3d with a teacher, else the first, are what the others are compared
-    with.
+    """Return all contenders by name. Ratios are relative to those with a teacher in their name, or
+    to the first contender if there are none.
     """
     shared: dict = {"mixed_precision": arguments.mixed_precision}
     suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
@@ -103,9 +103,10 @@ def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers
 
 
 def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
-    """Build and warm up, then answer each number of steps with their seconds and the GEMM's FLOP/s.
+    """Build and warm up; then for each received number of steps, send their seconds and the GEMM's
+    FLOP/s.
 
-    0 ends.
+    The number 0 ends the process.
     """
     if contender.tuned:
         keep_large_blocks()
@@ -129,22 +130,22 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
         for _ in range(steps):
             step(points)
         pipe.send((time.perf_counter() - began, peak))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # GiB, on Linux
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # in GiB, on Linux
 
 
 def measure(
     found: dict[str, Contender], setting: Setting, rounds: int, steps: int
 ) -> dict[str, dict]:
-    """Figures of every contender: rates and peaks have one entry a round."""
+    """Measure every contender; rates and peaks have one entry per round."""
     spawn = multiprocessing.get_context("spawn")
     pipes, figures = {}, {}
     for (
         name,
         contender,
-    ) in found.items():  # one after another, so that none is built on a busy machine
+    ) in found.items():  # one after another, so that each is built on an idle machine
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=work, args=(theirs, contender, setting), daemon=True).start()
-        theirs.close()  # else a worker that died would be waited for
+        theirs.close()  # otherwise this process would wait for a worker that died
         figures[name] = pipes[name].recv() | {"rates": [], "peaks": []}
         print(f"{name}: ready", file=sys.stderr)
     names = list(found)
@@ -189,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--point-mae", type=Path, help="checkout of the peer; so the next two")
+    parser.add_argument("--point-mae", type=Path, help="folder of a checkout; also the next two")
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
     parser.add_argument("--size", choices=POINTS, default="small")
@@ -197,8 +198,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="a round")
-    parser.add_argument("--json", type=Path, help="write every round's figures to this file")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round")
+    parser.add_argument("--json", type=Path, help="write the numbers of every round to this file")
     arguments = parser.parse_args()
     setting = Setting(arguments.batch, POINTS[arguments.size], arguments.threads)
     torch.set_num_threads(setting.threads)

@@ -1,9 +1,10 @@
-"""A store of ten million clouds: opening, index, epoch order; and what shard-aware order is worth.
+"""Measures a store of ten million clouds: opening, index, the order of an epoch; and what reading
+shard by shard gains.
 
     python benchmarks/store.py                    # 10,000,000 clouds: an index of 650 MB in a temporary folder
 
-The large store has an index but only its first shard (the points would be 123 GB); the small one is
-real.
+The large store has an index but only its first shard, because its points would take 123 GB; the
+small store is real.
 """
 
 import argparse
@@ -19,11 +20,11 @@ import psutil
 from jepa3d.data.store import COLUMNS, FORMAT, Store, StoredPoints, StoreWriter
 from jepa3d.training.loop import batch_index, epoch_order
 
-PER_SHARD, POINTS = 2730, 2048  # 32 MiB of float16
+PER_SHARD, POINTS = 2730, 2048  # clouds of a shard, which has 32 MiB of float16; points of a cloud
 
 
 def make_index(path: Path, clouds: int) -> None:
-    """store.json and index/ of `clouds` clouds in chunks; no points."""
+    """Write store.json and index/ for `clouds` clouds in chunks, but no points."""
     (path / "index").mkdir(parents=True)
     for begin in range(0, clouds, 500_000):
         rows = np.arange(begin, min(begin + 500_000, clouds))
@@ -59,7 +60,7 @@ def make_index(path: Path, clouds: int) -> None:
 
 
 def timed(action, rounds: int = 5) -> str:
-    """Median milliseconds of an action."""
+    """Return the median milliseconds of an action, as text."""
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -69,7 +70,7 @@ def timed(action, rounds: int = 5) -> str:
 
 
 def resident() -> float:
-    """MiB of this process, mapped pages that were touched among them."""
+    """Return the MiB of this process, including mapped pages that were touched."""
     return psutil.Process().memory_info().rss / 2**20
 
 

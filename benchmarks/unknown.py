@@ -1,13 +1,13 @@
-"""How well clouds of classes that nobody named are told from the others: five measures, whole
-classes left out.
+"""Compares five measures of how well clouds of unnamed classes are told from clouds of named ones,
+by leaving out whole classes.
 
     python benchmarks/unknown.py $JEPA3D_DATA/modelnet10/modelnet10_1024.npz
     python benchmarks/unknown.py $JEPA3D_DATA/psb/psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Train part only. A draw leaves out three classes of ten and names some clouds of each other class.
-The threshold of each measure is what all but one in twenty of the named clouds reach when held out.
-Mean and sample standard deviation over draws: area under the ROC curve; clouds of named classes
-called unknown, in %; clouds of classes left out called so.
+Uses the train split only. Each draw leaves out three tenths of the classes at random and names some
+clouds of each other class. A measure's threshold is what all but one in twenty of the named clouds
+reach when held out. Prints mean and sample standard deviation over draws: of the area under the ROC
+curve, and of the percentage of clouds called unknown, for named classes and for classes left out.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from jepa3d.models.ready import load as load_encoder
 LEFT_OUT, MOST = (
     0.3,
     600,
-)  # share of the classes; clouds scored of those named, and of those left out
-Measured = tuple[float, np.ndarray]  # a threshold, and the likeness of all clouds
+)  # share of classes left out; most clouds scored of named classes, and of those left out
+Measured = tuple[float, np.ndarray]  # a threshold, and the similarity of every cloud
 
 
 def by_class_mean(x: np.ndarray, rows: np.ndarray, y: np.ndarray) -> Measured:
@@ -69,7 +69,7 @@ def standardised(measure: Callable[..., Measured]) -> Callable[..., Measured]:
 
 
 MEASURES = {
-    # what jepa3d label --unknown does
+    # the measure of jepa3d label --unknown
     "cosine to the nearest class mean, standardised": by_class_mean,
     "cosine to the nearest named cloud, standardised": standardised(by_nearest),
     "cosine to the nearest named cloud": by_nearest,

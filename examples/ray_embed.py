@@ -1,8 +1,8 @@
-"""Embed any number of clouds on a Ray cluster: a Parquet file a partition, what failed in it a row
-with its error.
+"""Embeds any number of clouds on a Ray cluster: writes a Parquet file per partition, with an error
+instead of a vector for each cloud that failed.
 
 find /shared/scans -type f | sort | split --lines 10000 - lists/   # a partition is a file of absolute paths
-python examples/ray_embed.py lists/ /shared/vectors                # run again, it does what is left
+python examples/ray_embed.py lists/ /shared/vectors                # run again, it embeds what is missing
 jepa3d search /shared/vectors scan.ply
 """
 
@@ -20,21 +20,22 @@ from jepa3d.locking import writing
 
 
 def finished(part: Path, file: Path) -> bool:
+    """Return whether the file of a partition exists and is newer than its list of paths."""
     return file.exists() and file.stat().st_mtime >= part.stat().st_mtime
 
 
 class EmbedPartition(jepa3d.Embedder):
-    """An actor: takes a list and the file to write, returns how many rows of it have a vector, and
-    how many not.
+    """An actor that embeds the paths of a list into a file. Returns how many rows have a vector,
+    and how many failed.
     """
 
     def __call__(self, batch):
         part, file = Path(batch["part"][0]), Path(batch["file"][0])
-        if not finished(part, file):  # or a node died just after it
+        if not finished(part, file):  # Ray repeats a task if a node dies just after writing
             paths = part.read_text(errors="surrogateescape").strip("\n").split("\n")
             with TemporaryDirectory(
                 prefix=".partial-", dir=file.parent
-            ) as mine:  # one given up for dead may go on
+            ) as mine:  # its own folder: an actor that Ray gave up may still be writing
                 write([super().__call__({"path": paths})], Path(mine, "new"))
                 Path(mine, "new").replace(file)
         errors = pq.read_table(file, columns=["error"])["error"]
@@ -42,13 +43,13 @@ class EmbedPartition(jepa3d.Embedder):
 
 
 def main(lists: Path, out: Path, *, model: str = "default", cpus: int = 1, gpus: float = 0) -> None:
-    """Embed the partitions in LISTS that OUT lacks, by actors of so many cores and GPUs; all nodes
-    see the folders.
+    """Embed the partitions in LISTS that OUT lacks. cpus and gpus: those of one actor. All nodes
+    must see both folders.
     """
     clouds, failed, out = 0, 0, out.absolute()
     files = {part.absolute(): out / f"{part.name}.parquet" for part in sorted(lists.iterdir())}
-    with writing(out):  # one command at a time
-        [shutil.rmtree(partial) for partial in out.glob(".partial-*")]  # of killed actors
+    with writing(out):  # only one command at a time may write there
+        [shutil.rmtree(partial) for partial in out.glob(".partial-*")]  # left by killed actors
         left = [
             {"part": str(part), "file": str(file)}
             for part, file in files.items()
@@ -63,7 +64,7 @@ def main(lists: Path, out: Path, *, model: str = "default", cpus: int = 1, gpus:
                 "num_cpus": cpus,
                 "num_gpus": gpus,
                 "batch_size": 1,
-            }  # as many actors as there is room for
+            }  # Ray starts as many actors as there is room for
             given = {
                 "model": str(Path(model).absolute()) if Path(model).exists() else model,
                 "workers": cpus,

@@ -97,10 +97,10 @@ def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["segment", "a.npy", "--out", "new"], "--category is missing: one of cup, pot"),
+        (["segment", "a.npy", "--out", "new"], "--category is missing: give one of cup, pot"),
         (
             ["segment", "a.npy", "--out", "new", "--category", "jug"],
-            "--category jug: one of cup, pot",
+            "--category jug is unknown: use cup, pot",
         ),
         (["classify", "missing.npy", "--out", "new"], "missing.npy: no such file"),
         (

@@ -223,7 +223,7 @@ def test_the_rival_s_own_flag_is_another_name_and_two_that_differ_are_refused(re
         main(words)
     assert stop.value.code == 2
     assert (
-        "max_steps 5 and 6: max_steps and invariance.max_steps are one in this run"
+        "max_steps 5 and 6: max_steps and invariance.max_steps are the same setting in this run"
         in capsys.readouterr().err
     )
 

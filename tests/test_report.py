@@ -275,7 +275,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     assert ["pretrained", "61.2 ± 1.3", "50.0"] in page.rows
     assert ["pretrained - untrained", "+61.2 ± 1.3", "+50.0"] in page.rows
     assert (
-        "seeds 0, 1, 2. Selection: C on validation. The test part was among the (unlabelled)"
+        "seeds 0, 1, 2. Selection: C on validation. The test split was part of the (unlabelled)"
         in page.text
     )
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])
@@ -311,7 +311,7 @@ def test_data_that_went_away_costs_a_picture_only(copied, bundle):
     page = read(copied)
     assert len(page.pictures) == 2
     assert any(
-        text.startswith("Left out: /no/such/<file>.npz: no such file") for text in page.words["p"]
+        text.startswith("Missing: /no/such/<file>.npz: no such file") for text in page.words["p"]
     )
     assert len(read(copied, data=bundle).pictures) == 3
 
@@ -369,7 +369,7 @@ def test_a_classifier_is_told_whole(classified):
     assert "71.5 %16 test shapes; validation 79.5 %" in page.text
     facts = {
         "fine-tuned, all weights",
-        "the epoch was chosen on validation; the test part was used once",
+        "the epoch was chosen on validation; the test split was used once",
         "runs/<pre>",
         "objective jepa; teacher ema; data P&Q; seed 3",
         "D & co, obj_bg",
@@ -392,7 +392,7 @@ def test_a_choice_on_test_is_marked(classified):
     write(classified / "results.json", result | {"selection": "best on test"})
     page = read(classified)
     assert any(
-        text.startswith("The epoch was chosen on the test part: compare only")
+        text.startswith("The epoch was chosen on the test split: compare only")
         for text in page.words["p"]
     )
     assert "class='warning'" in (classified / "report.html").read_text()
@@ -407,14 +407,14 @@ def test_features_are_drawn_only_of_the_shapes_that_were_tested(
     write(classified / "config.json", config | {"data": bundle[:-4] + "-gone.npz"})
     page = read(classified)
     assert len(page.pictures) == 2
-    assert any(text.startswith("Left out: ") and "no such file" in text for text in page.words["p"])
+    assert any(text.startswith("Missing: ") and "no such file" in text for text in page.words["p"])
     assert len(read(classified, data=str(moved)).pictures) == 3
     np.savez(
         moved,
         **{name: shapes[name] for name in ("points", "labels", "class_names")},
         split=1 - shapes["split"],
     )
-    with pytest.raises(ValueError, match="not what the run was tested on"):
+    with pytest.raises(ValueError, match="its test split is not the one of the run"):
         report(classified, data=str(moved))
 
 
@@ -471,9 +471,9 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys):
         ([tmp_path], "not a run folder, it has no config.json"),
         (
             [pretrained, "--out", tmp_path / "no" / "page.html"],
-            "names an .html file in a folder that exists",
+            "must be an .html file in a folder that exists",
         ),
-        ([pretrained, "--out", tmp_path], "names an .html file in a folder that exists"),
+        ([pretrained, "--out", tmp_path], "must be an .html file in a folder that exists"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["report", *map(str, words)])
@@ -526,7 +526,7 @@ def test_tsne_is_repeatable_and_takes_many_classes():
     one, two = (drawn(figures.draw_tsne, before, after, labels, names) for _ in range(2))
     assert one == two
     assert one != drawn(figures.draw_tsne, before, before, labels, names)
-    with pytest.raises(ValueError, match="4 shapes, and t-SNE needs at least 5"):
+    with pytest.raises(ValueError, match="t-SNE needs at least 5 shapes, but there are 4"):
         drawn(figures.draw_tsne, before[:4], after[:4], labels[:4], names)
 
 

@@ -1,13 +1,14 @@
 """Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).
 
-The names of this module are imported when they are first used (PEP 562): torch alone takes over a
-second to import, and `jepa3d --help` needs none of it.
+The names of this module are imported at their first use (PEP 562), because importing torch takes
+over a second and `jepa3d --help` does not need it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# What `from jepa3d import *` gives; the others are imported by name, since some need extras.
+# What `from jepa3d import *` imports; other names must be imported explicitly, since some need
+# extras.
 __all__ = ["CloudVectorizer", "Embedder", "PointEncoder", "embed", "load", "predict"]
 
 _MODULES = {
@@ -40,9 +41,8 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
 else:
 
     def __getattr__(name: str):
-        """Import a public name on its first use.
-
-        `__version__` is that of the installed distribution.
+        """Import a public name at its first use; `__version__` is looked up in the installed
+        package.
         """
         if name == "__version__":
             from importlib.metadata import version
@@ -57,4 +57,5 @@ else:
 
 
 def __dir__() -> list[str]:
+    """List the public names too, before their first use."""
     return sorted({*globals(), *_MODULES, "__version__"})

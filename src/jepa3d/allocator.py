@@ -1,7 +1,7 @@
 """Makes glibc's malloc keep large blocks of memory.
 
 By default, activations of 30-130 MB are mapped and unmapped at every operation, which takes a fifth
-to a third of a training step on a CPU. Works only on Linux with glibc.
+to a third of the time of a training step on a CPU. Works only on Linux with glibc.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_large_blocks() -> bool:
-    """Keep freed blocks of memory for reuse; call once, before the first large tensor.
+    """Keep freed blocks of memory for reuse; call this once, before the first large tensor is made.
 
-    Costs 0.2-0.4 GiB of memory. Returns whether it took effect.
+    This needs 0.2-0.4 GiB of memory. Returns whether it took effect.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

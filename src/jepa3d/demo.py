@@ -1,4 +1,6 @@
-"""The demo: built-in shapes, some minutes of 3D-JEPA, the probe table, pictures."""
+"""The demo: trains 3D-JEPA for some minutes on built-in shapes, probes the encoder and draws
+pictures.
+"""
 
 from pathlib import Path
 
@@ -14,10 +16,10 @@ DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
 
 
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
-    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; an interrupted demo goes
-    on.
+    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; continue a demo that was
+    interrupted.
 
-    Raises ValueError when `out` is something else than a demo's folder.
+    Raises ValueError if `out` exists and is not a demo's folder.
     """
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):
@@ -31,7 +33,7 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
     draw_blocks(clouds, config, out / "blocks.png")
     pretrain(config, run, resume=run.exists(), clouds=clouds)
     draw_curves(run, out / "curves.png")
-    print("probing, test part never seen in pretraining", flush=True)
+    print("probing; pretraining has not seen the test split", flush=True)
     result = probe([run], source, protocols=("logistic", "logistic_10", "knn"))
     show(sheets(result))
     write_json(out / "probe.json", result)

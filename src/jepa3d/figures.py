@@ -1,5 +1,5 @@
-"""Pictures, the paper's figures 1, 4, 6 and 7 among them (extra `view`); a `path` may also be an
-open binary file.
+"""Draws pictures, among them the paper's figures 1, 4, 6 and 7. Needs the extra `view`. A `path`
+may also be an open binary file.
 """
 
 import io
@@ -26,20 +26,20 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.run import Run
 
 Target = Path | BinaryIO
-_MARKERS = "osD^vP*X"  # one for every 20 classes
-_DOTS = 4096  # of a cloud in a contact sheet
+_MARKERS = "osD^vP*X"  # colours repeat after 20 classes, so every 20 get a new marker
+_DOTS = 4096  # most points of a cloud that are drawn in a contact sheet
 _DPI = 110
-# Rows: directions to the right, up and towards the viewer, who is 30 degrees above the ground and
-# 60 degrees to the left of x.
+# Viewing direction of contact sheets. The rows point to the right, up, and towards the viewer, who
+# is 30 degrees above the ground and 60 degrees to the left of x.
 _FRONT_RIGHT = np.array(
     [[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]]
 )
 
 
 def _new(width: float, height: float, **options) -> Any:
-    """An empty figure, sizes in inches. It is no part of pyplot, so that nothing has to close it.
+    """Make an empty figure; sizes in inches. It is made without pyplot, so nothing has to close it.
 
-    Raises ValueError without matplotlib.
+    Raises ValueError if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -50,28 +50,28 @@ def _new(width: float, height: float, **options) -> Any:
 
 
 def _colors(name: str, values: Any) -> np.ndarray:
-    """RGBA colours (..., 4) of values in a colour map of matplotlib."""
+    """Look up RGBA colours (..., 4) for values in a colour map of matplotlib."""
     from matplotlib import colormaps
 
     return colormaps[name](values)
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
-    """Colours n 3 uint8 (viridis) of values n, from the smallest to the largest."""
+    """Map values n to colours n 3 uint8 (viridis), from the smallest to the largest."""
     share = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
     return (255 * _colors("viridis", share)[:, :3]).round().astype(np.uint8)
 
 
 def _text(name: str) -> str:
-    """A name from data, escaped for matplotlib: $ begins no formula, and a leading _ does not hide
-    it from the legend.
+    """Escape a name for matplotlib, where $ would begin a formula and a leading _ would hide the
+    name from the legend.
     """
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float) -> Any:
-    """A subplot for a cloud `at` (rows, columns, number): no axes, equal units, `reach` in every
-    direction.
+    """Add a subplot for a cloud: without axes, in equal units, from -reach to reach in every
+    direction. at: number of rows, number of columns, and the subplot's number.
     """
     axes = figure.add_subplot(*at, projection="3d")
     axes.set_axis_off()
@@ -81,12 +81,14 @@ def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float
 
 
 def evenly(count: int, most: int) -> np.ndarray:
-    """At most `most` of `count` rows, evenly spread."""
+    """Choose at most `most` of `count` rows, evenly spread."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def first_of_each(labels: np.ndarray) -> np.ndarray:
-    """An order of shapes with labels n: the first of each class, then the second of each, ..."""
+    """Order shapes with labels n: the first shape of each class, then the second of each, and so
+    on.
+    """
     turn = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         turn[labels == label] = np.arange((labels == label).sum())
@@ -94,8 +96,8 @@ def first_of_each(labels: np.ndarray) -> np.ndarray:
 
 
 def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shapes: int = 4) -> None:
-    """One row a shape: the cloud, the context the encoder sees, and each target block, as the
-    sampler draws them.
+    """Draw one row per shape: the cloud, the context that the encoder sees, and each target block,
+    as the sampler makes them.
     """
     points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
     generator = BatchGenerator(config.seed)
@@ -123,11 +125,11 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
 
 
 def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
-    """Draw what a run has logged by step: losses, effective ranks and accuracies, a panel each.
+    """Plot what a run has logged at each step; losses, effective ranks and accuracies have a panel
+    each.
 
-    Losses stand beside those of positions alone and of the best constant; accuracy on the training
-    batches beside the score that the epoch is chosen by, whose name is `selected`. Raises
-    ValueError where the run has logged nothing.
+    The losses include those of positions alone and of the best constant. selected: name of the
+    score by which the epoch is chosen. Raises ValueError if the run has logged nothing.
     """
     ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
@@ -153,8 +155,8 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
 
 
 def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
-    """Probe accuracy against CPU-minutes, mean and one standard deviation over seeds, one line a
-    configuration.
+    """Plot probe accuracy against CPU-minutes, one line per configuration: mean and standard
+    deviation over seeds.
     """
     figure = _new(7.5, 4.5, layout="tight")
     axes = figure.subplots()
@@ -174,8 +176,8 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
 
 
 def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
-    """Differences with their 95 % intervals, a panel a metric, a line for every set and arm or
-    baseline.
+    """Plot differences with their 95 % intervals: a panel per metric, a line per data set and arm
+    or baseline.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
     metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
@@ -200,8 +202,8 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Clouds N 3, z up, side by side, seen from the front right, as a PNG of few colours; titles
-    are wrapped.
+    """Draw clouds N 3 (z up) side by side, seen from the front right, as a PNG of few colours;
+    titles are wrapped.
     """
     cell, caption = 190, 46  # pixels
     columns = min(6, len(clouds))
@@ -215,7 +217,7 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
         style = {"fontsize": 7, "ha": "center", "va": "top", "linespacing": 1.1}
         figure.text(x, y, _caption(title), **style)
     drawn = io.BytesIO()
-    with warnings.catch_warnings():  # a letter that the font lacks is drawn as a box
+    with warnings.catch_warnings():  # matplotlib warns of letters that the font lacks
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(drawn)
     from PIL import Image  # matplotlib brings it
@@ -224,13 +226,13 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
 
 
 def even_sample(points: np.ndarray) -> np.ndarray:
-    """At most 4,096 of points N 3, drawn from the whole cloud whatever the order in its file."""
+    """Sample at most 4,096 of points N 3 at random, since the order in a file may be spatial."""
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 
 
 def _pixels(points: np.ndarray, size: int) -> np.ndarray:
-    """A cloud as an image [size, size, 3] uint8: an even sample of all its points, the nearer
-    hiding the farther.
+    """Render a random sample of a cloud as an image [size, size, 3] uint8; near points hide those
+    behind.
     """
     points = even_sample(points).astype(np.float64)
     points -= points.mean(0)
@@ -240,9 +242,10 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     colors = ramp(points[nearest_last, 2])
     x, y = ((1 + 0.94 * at[nearest_last]) * size / 2 for at in (across, -up))
     image = np.full((size, size, 3), 255, np.uint8)
-    side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))  # of a dot
+    # Pixels of a dot's side.
+    side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))
     shifts = np.indices((side, side)).reshape(2, -1) - side // 2
-    # points, 2, pixels of a dot
+    # shape: points, 2, pixels of a dot
     at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts
     at = at.transpose(0, 2, 1).reshape(-1, 2).clip(0, size - 1)
     image[at[:, 0], at[:, 1]] = np.repeat(colors, side * side, axis=0)
@@ -250,7 +253,7 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 
 
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
-    """A title on few lines, its middle cut out where it is too long."""
+    """Wrap a title to a few lines; if it is too long, its middle is cut out."""
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
     return _text("\n".join(wrapped[:lines]))
 
@@ -258,10 +261,10 @@ def _caption(title: str, width: int = 28, lines: int = 3) -> str:
 def draw_parts(
     points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target
 ) -> None:
-    """Shapes (n N 3, z up) in pairs, two pairs a row: the true parts (n N) and the predicted ones
-    (Fig. 6).
+    """Draw true parts (n N) and predicted parts of shapes (n N 3, z up) in pairs, two pairs per row
+    (as in figure 6).
 
-    A part has one colour in both pictures of a pair.
+    A part has the same colour in both pictures of a pair.
     """
     pairs = min(2, len(points))
     rows = -(-len(points) // pairs)
@@ -289,13 +292,14 @@ def draw_tsne(
     class_names: Sequence[str],
     path: Target,
 ) -> None:
-    """Features (n E each) of the same shapes before and after fine-tuning in the plane, coloured by
-    class (Fig. 7).
+    """Plot features (n E each) of the same shapes before and after fine-tuning in two dimensions,
+    coloured by class (as in figure 7).
 
-    t-SNE of the first 50 principal components, its seed fixed. ValueError for fewer than 5 shapes.
+    Computes t-SNE of the first 50 principal components with a fixed seed. Raises ValueError for
+    fewer than 5 shapes.
     """
     if len(labels) < 5:
-        raise ValueError(f"{len(labels)} shapes, and t-SNE needs at least 5")
+        raise ValueError(f"t-SNE needs at least 5 shapes, but there are {len(labels)}")
     present = np.unique(labels)
     columns = min(5, len(present))
     legend = 0.19 * -(-len(present) // columns) + 0.15  # inches
@@ -323,8 +327,8 @@ def draw_tsne(
 
 
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Target) -> None:
-    """Shapes of a true class (row) given each class (column): colour is the share of the row, the
-    number a count.
+    """Draw a confusion matrix (true class x predicted class); numbers are counts, and the colour is
+    a count's share of its row.
     """
     confusion, count = np.asarray(confusion), len(class_names)
     names = [_text(name[:22]) for name in class_names]

@@ -1,4 +1,4 @@
-"""`jepa3d info`: what a run, a source of shapes or this installation is, in plain lines."""
+"""`jepa3d info`: describes a run, a network, a source of shapes or this installation as text."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ from jepa3d.run import Run
 from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
 
-_DRAWN = 60  # shapes in a contact sheet, at most
-_UNITS: dict[str, tuple[float, str, str]] = {  # of a cost: divisor, format, words
+_DRAWN = 60  # most shapes in a contact sheet
+_UNITS: dict[str, tuple[float, str, str]] = {  # entry of a cost -> divisor, format, words
     "step": (1, ",.0f", "steps"),
     "cpu_seconds": (60, ".1f", "CPU-minutes"),
     "wall_seconds": (60, ".1f", "minutes"),
@@ -37,9 +37,10 @@ def describe(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Print what `path` is; draw a contact sheet of its shapes into the file `picture`.
+    """Print a description of `path` (a run, a network or shapes) or, if None, of this installation.
 
-    Raises ValueError for anything that is neither a run, a network nor shapes.
+    picture: a file for a contact sheet, if the path is a source of shapes. Raises ValueError for a
+    path that is none of these.
     """
     if path is None:
         _installation()
@@ -65,11 +66,12 @@ def describe(
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Names and their values in one line, such as "train 32, test 16"."""
+    """Format names and their values in one line, such as "train 32, test 16"."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _installation() -> None:
+    """Print the versions, the machine, and which extras are installed."""
     about = provenance()
     print(listed(about["versions"]))
     print(f"python {about['python']}, {about['machine']}, device {default_device()}")
@@ -82,7 +84,9 @@ def _installation() -> None:
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """Facts about a run, finished or not, as text: command, data, settings, sizes and cost."""
+    """Collect facts about a run, finished or not, as texts: command, data, settings, sizes and
+    cost.
+    """
     config, record, cost = run.config, run.record, run.cost or {}
     data = record["data"]
     found: dict[str, Any] = {
@@ -112,7 +116,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def _run(run: Run) -> None:
-    """Any run folder, finished or not: of pretrain, classify, segment or fewshot."""
+    """Print what a run folder is, finished or not: of pretrain, classify, segment or fewshot."""
     config, record = run.config, run.record
     kind = config.get("task") or config["objective"]
     print(f"{run.folder}: {kind}, {record['status']}")
@@ -129,26 +133,27 @@ def _run(run: Run) -> None:
 
 
 def _network(folder: Path) -> None:
-    """An encoder, or a network that jepa3d label or a fine-tuning run made."""
+    """Print what an encoder is, or a network made by jepa3d label or a fine-tuning run."""
     network = load_any(folder)
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     count = sum(parameter.numel() for parameter in network.parameters())
     size = f"{count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}"
     print(f"{folder}: {type(network).__name__}, {size}")
     fewest, seen = encoder.min_points, encoder.num_points
-    print(f"takes clouds of {fewest:,} points or more, sees {seen:,} of them")
+    print(f"takes clouds of {fewest:,} points or more, and uses {seen:,} of them")
     if not isinstance(network, PointEncoder):
         names = network.class_names
         print(printable(f"{len(names)} classes: {', '.join(names)}"))
 
 
 def _counts(numbers: np.ndarray, names: Sequence[str]) -> str:
-    """How many of the numbers stand for each name, in one line."""
+    """Count how often each index into `names` occurs. Returns the counts in one line."""
     found = zip(names, np.bincount(numbers, minlength=len(names)), strict=True)
     return listed({printable(name): f"{count:,}" for name, count in found})
 
 
 def _shapes(clouds: PointClouds) -> None:
+    """Print the counts of a source of shapes: of points, splits and classes."""
     sizes = sorted({len(cloud) for cloud in clouds.points})
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     shapes = f"{len(clouds):,} shapes of {span} points"
@@ -163,10 +168,11 @@ def _shapes(clouds: PointClouds) -> None:
 
 
 def _store(store: Store, verify: bool, picture: Path | None) -> None:
+    """Print what a store holds; if asked for, verify it and draw a contact sheet."""
     header, columns = store.header, store.columns
     size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
     points = f"{store.num_points:,} points" if store.num_points else "all their points"
-    state = "" if header["complete"] else ", UNFINISHED: run its jepa3d prepare again"
+    state = "" if header["complete"] else ", UNFINISHED: repeat its jepa3d prepare"
     what = f"{len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB"
     print(f"{store.path}: {what}, sha256 {store.fingerprint}{state}")
     settings = header["settings"]
@@ -177,11 +183,11 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     counts = np.diff(columns["end"], prepend=0)
     if not store.num_points:
         span = f"{counts.min():,} to {counts.max():,}"
-        print(f"points a cloud: {span}, median {int(np.median(counts)):,}")
+        print(f"points per cloud: {span}, median {int(np.median(counts)):,}")
     radius, unit = columns["frame"][:, 3], settings["unit"] or "units of the files"
     span = f"{radius.min():.4g} to {radius.max():.4g}"
     print(f"radius: {span}, median {np.median(radius):.4g} {unit}")
-    print(f"up axis of the files, turned to z here: {_counts(columns['up'], 'xyz')}")
+    print(f"up axis of the files, rotated to z here: {_counts(columns['up'], 'xyz')}")
     content = columns["content"]
     _, first, count = np.unique(content, return_index=True, return_counts=True)
     if count.max() > 1:
@@ -190,7 +196,7 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     _classes(store)
     if verify:
         store.verify()
-        print("every checksum is as written")
+        print("every file has the stored checksum")
     if picture:
         labels = np.asarray(columns["label"])
         _draw(store.points, labels, store.class_names, store.key, picture)
@@ -201,7 +207,8 @@ def _classes(store: Store) -> None:
     labels, split = (np.asarray(store.columns[name]) for name in ("label", "split"))
     names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
     cells = np.zeros((len(names), len(parts)), np.int64)
-    np.add.at(cells, (labels, split), 1)  # -1 is the last
+    # -1, for none, counts in the last row or column.
+    np.add.at(cells, (labels, split), 1)
     used = np.flatnonzero(cells.sum(0))
     filled = cells[:, used]
     found = zip([*names, "all"], [*filled, filled.sum(0)], strict=True)
@@ -217,7 +224,9 @@ def _draw(
     key: Callable[[int], str],
     picture: Path,
 ) -> None:
-    """A contact sheet of shapes, one of each class first; a shape without a class has its key."""
+    """Draw a contact sheet of shapes, first one of each class. A shape without a class has its key
+    as title.
+    """
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:
         rows = evenly(len(labels), _DRAWN).tolist()

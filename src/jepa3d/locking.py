@@ -1,5 +1,5 @@
-"""Locks files and folders so that only one command writes them; a lock ends with its process, even
-if it is killed.
+"""Locks files and folders, so that only one command writes them; a lock ends with its process, even
+if the process is killed.
 """
 
 import os
@@ -14,11 +14,11 @@ from filelock import FileLock, Timeout
 def writing(path: str | Path) -> Iterator[None]:
     """Context manager: hold the lock of a file or folder while this process writes it.
 
-    The lock is the file `.NAME.lock` beside it. Afterwards it is deleted, and so are folders made
-    for it that are still empty. Readers need no lock. Raises ValueError if another command holds
-    it.
+    The lock is the file `.NAME.lock` beside it. At the end, the lock file is deleted, and so are
+    folders that were made for it and are still empty. Readers need no lock. Raises ValueError if
+    another command holds the lock.
     """
-    real = Path(os.path.realpath(path))  # the same for all links and spellings
+    real = Path(os.path.realpath(path))  # one lock, whichever link or spelling is used
     made = [folder for folder in real.parents if not folder.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(real.with_name(f".{real.name}.lock"))
@@ -26,15 +26,16 @@ def writing(path: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"{path}: another command is writing there; wait for it to end, or choose another"
+            f"{path}: another command is writing there; wait until it ends, or choose another"
         ) from None
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows keeps files that are open; the folder may be gone
-            # while the lock is held: a process that opened the file before sees that it is gone
+        with suppress(OSError):  # fails on Windows if the file is open, or if the folder is gone
+            # deleted before the release: a process that waits for the old file notices its deletion
             os.unlink(lock.lock_file)
         lock.release()
-        with suppress(OSError):  # stops at the first folder that is not empty
+        # Fails, and stops, at the first folder that is not empty.
+        with suppress(OSError):
             for folder in made:
                 folder.rmdir()

@@ -1,7 +1,7 @@
-"""A page in one HTML file: no script, no network, pictures inside; for screens, telephones and
-paper.
+"""Builds a report as one HTML file with embedded pictures, without scripts or network; for screens,
+phones and print.
 
-Every function escapes the texts that it is given and returns HTML; only `section` and `document` take
+The builders return HTML and escape their texts; `section`, `folded` and `document` also take ready
 HTML.
 """
 
@@ -17,11 +17,11 @@ STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 class Bar(float):
-    """Per cent, which a table draws as a bar too."""
+    """A percentage; `table` shows it as a number and a bar."""
 
 
 def show(value: Any) -> str:
-    """A value as people read it."""
+    """Format a value as text: 6 digits, yes/no, "-" for none."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(show, value))
     if value is None or value == "":
@@ -32,12 +32,12 @@ def show(value: Any) -> str:
 
 
 def note(text: str, kind: str = "note") -> str:
-    """A remark, or a "warning"."""
+    """Return a paragraph; kind is "note" or "warning"."""
     return f"<p class='{escape(kind)}'>{escape(text)}</p>"
 
 
 def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures for the top of a page: a name, a value and a remark each."""
+    """Return large numbers for the top of a page; each has a name, a value and a remark."""
     cells = (
         f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
         for name, value, remark in shown
@@ -46,12 +46,12 @@ def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """Names and their values, a line each."""
+    """Return a list of names and their values, one per line."""
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(show(v))}</dd>' for k, v in values.items())}</dl>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | None = None) -> str:
-    """Rows of values below a header; the row that begins with `strong` stands out."""
+    """Return a table of rows of values; the row whose first value is `strong` is emphasised."""
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):
@@ -70,11 +70,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
-    """The PNG that `draw` writes to a file, embedded in the page."""
+    """Return a figure with the PNG that `draw` writes to a file, embedded in the page."""
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)
-    # In its header.
+    # width and height are at bytes 16 and 20 of the PNG header
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     shape = "wide panorama" if width > 1.6 * height else "wide"
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -83,17 +83,17 @@ def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and the HTML below it."""
+    """Return a section: a heading, and HTML parts below it."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
 
 
 def folded(title: str, part: str) -> str:
-    """HTML that is hidden until it is unfolded."""
+    """Return HTML that is hidden until the reader unfolds it."""
     return f"<details><summary>{escape(title)}</summary>{part}</details>"
 
 
 def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
-    """The document of HTML parts, empty ones left out."""
+    """Return the whole page from these HTML parts; empty parts are skipped."""
     name, status, kind = escape(name), escape(status), escape(kind)
     return (
         "<!DOCTYPE html>\n<html lang=en>\n<head><meta charset=utf-8>"
@@ -106,6 +106,6 @@ def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
 
 
 def pictures(html: str) -> list[bytes]:
-    """The PNGs of a page, in its order."""
+    """Extract the PNGs from a page, in its order."""
     found = re.findall(r"data:image/png;base64,([\w+/=]+)", html)
     return [base64.b64decode(text) for text in found]

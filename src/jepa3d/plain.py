@@ -39,12 +39,13 @@ log.addHandler(logging.NullHandler())
 
 
 def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any) -> "tqdm":
-    """A bar on standard error, over items or with `total`, from the second second on.
+    """Make a progress bar on standard error, over items or up to `total`; it appears after a
+    second.
 
-    Hidden where there is no terminal, and where messages of the library are not shown. settings:
-    of tqdm.
+    It is hidden without a terminal, and if the library's messages are not shown. settings: other
+    settings of tqdm.
     """
-    from tqdm import tqdm  # not imported with jepa3d, which is to start quickly
+    from tqdm import tqdm  # imported here, so that importing jepa3d stays quick
 
     hidden = not (sys.stderr.isatty() and log.isEnabledFor(logging.INFO))
     look: dict[str, Any] = {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": hidden}
@@ -78,7 +79,7 @@ def read_recipe(path: str | Path) -> dict:
 def from_dict(cls: type, values: dict, where: str = "") -> Any:
     """Build a (nested, frozen) dataclass from plain values.
 
-    Raises ValueError for a wrong type, or for an unknown key, with the most similar known one.
+    Raises ValueError for a wrong type or an unknown key, and suggests the most similar known key.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -89,7 +90,7 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
         kind = fields[key].type
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise ValueError(f"setting {name!r} is a group of settings, not {value!r}")
+                raise ValueError(f"setting {name!r} must be a group of settings, not {value!r}")
             made[key] = from_dict(kind, value, f"{name}.")
         else:
             made[key] = _checked(name, value, kind)
@@ -97,11 +98,11 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
 
 
 def setting(default: Any, help: str = "", allowed: str | None = None, **presets: Any) -> Any:
-    """A field of a `configuration`, with its default, help, range and values in presets.
+    """Make a field of a `configuration`, with its default, help, range, and values in presets.
 
     help: its line in `--help` and docs/settings.md. allowed: the range of a number, or of each
-    number of a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets: its
-    values in presets that differ from the default, by name.
+    number in a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets: preset
+    name -> value, for presets that change the default.
     """
     metadata = {"doc": help, "range": allowed, "presets": presets}
     return dataclasses.field(default=default, metadata=metadata)
@@ -124,7 +125,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
                 text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
                 metadata["help"] = text.strip()
                 part.metadata = MappingProxyType(metadata)
-        # "Run" comes first, the others in the order of their definition
+        # the group "Run" comes first, the others in the order of their definition
         order = int(title != "Run")
         return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
 
@@ -132,7 +133,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first number outside its range, nested groups included."""
+    """Raise ValueError for the first number outside its range, in nested groups too."""
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -142,12 +143,13 @@ def check_ranges(config: Any, where: str = "") -> None:
 
 
 def _check_range(name: str, value: Any, allowed: str) -> None:
+    """Raise ValueError if a number, or one in a tuple, is outside the range `allowed`."""
     match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
     assert match, allowed
     opens, low, high, closes, rising = match.groups()
     numbers = value if isinstance(value, tuple) else (value,)
     above, below = (ge if opens == "[" else gt), (le if closes == "]" else lt)
-    # NaN is neither
+    # tests what is allowed, so that NaN, for which every comparison is false, is refused too
     if not all(above(x, float(low)) and below(x, float(high)) for x in numbers):
         bound = "positive" if (opens, low) == ("(", "0") else f"at least {low}"
         limits = f"be {bound} and at most {high}"
@@ -164,7 +166,7 @@ def to_dict(config: Any) -> dict:
 
 
 def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, as dotted name -> (value, reference)."""
+    """Return the settings that differ from a reference, as dotted name -> (value, reference)."""
     out = {}
     for key, value in values.items():
         other = reference.get(key)
@@ -176,17 +178,18 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
 
 
 def nearest(name: str, known) -> str:
+    """Return a text that suggests the most similar known name; "" if none is similar."""
     close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_code(name: str) -> bool:
-    """Whether a setting names a user's function, as `package.module:function`."""
+    """Return whether a setting names a user's function, as `package.module:function`."""
     return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
 
 
 def load_code(name: str) -> Any:
-    """Import what `package.module:function` names. Raises ValueError if it does not exist."""
+    """Import the object that `package.module:function` names. Raises ValueError if there is none."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -198,7 +201,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the choices or names a user's function."""
     if value not in choices and not is_code(value):
         known = f"{', '.join(choices)} or package.module:function"
-        raise ValueError(f"{name} {value!r}: {known}{nearest(value, choices)}")
+        raise ValueError(f"{name} {value!r}: use {known}{nearest(value, choices)}")
 
 
 @contextmanager
@@ -222,9 +225,11 @@ def printable(text: str) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The path of a file to write in this block, which then replaces `path`, atomically and durably.
+    """Context manager: write a new file at the yielded path; at the end it replaces `path`,
+    atomically and durably.
 
-    Readers see the old or the new file, and an error, such as a full disk, leaves nothing behind.
+    Readers see the old or the new file. After an error, such as a full disk, nothing is left
+    behind.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -237,9 +242,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as `replacing` does.
+    """Write a file like `replacing` does, and make the folders that contain it.
 
-    Makes the folders that contain it. Raises ValueError while another command writes the same file.
+    Raises ValueError while another command is writing the same file.
     """
     with writing(path), naming(path), replacing(path) as partial:
         partial.write_bytes(content)
@@ -260,8 +265,8 @@ def write_checked(path: Path, value: dict) -> None:
 def read_checked(path: Path, *needed: str) -> dict:
     """Read a JSON object that `write_checked` wrote.
 
-    A file without a checksum is accepted (RUN/run.json, which people may edit; all files of version
-    0.1.0). needed: required keys. Raises ValueError, which names the file, if it is missing,
+    A file without a checksum is accepted, such as RUN/run.json, which people may edit, or a file of
+    version 0.1.0. needed: required keys. Raises ValueError that names the file if it is missing, is
     damaged or lacks a key.
     """
     try:
@@ -271,26 +276,27 @@ def read_checked(path: Path, *needed: str) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged or cut off ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: damaged: it holds no named values")
+        raise ValueError(f"{path}: damaged: it is not a JSON object")
     written = value.pop("sha256", None)
     if written is not None and written != _digest(value):
-        raise ValueError(f"{path}: damaged: its checksum is not the one written")
+        raise ValueError(f"{path}: damaged: its checksum is wrong")
     if lacking := [key for key in needed if key not in value]:
         raise ValueError(f"{path}: damaged: it has no {lacking[0]}")
     return value
 
 
 def sha256_of(path: Path) -> str | None:
-    """The sha256 of a file; None if it does not exist."""
+    """Return the sha256 of a file; None if it does not exist."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _digest(value: dict) -> str:
+    """Return the sha256 of a JSON object, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Check and convert a value to a type: a scalar, Literal, Optional or tuple of these."""
+    """Convert a value to a type (a scalar, Literal, Optional or tuple of these). Raises ValueError."""
     origin, args = get_origin(kind), get_args(kind)
     wrong = f"setting {name!r}: {value!r} is not"
     if origin is Literal:

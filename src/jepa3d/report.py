@@ -1,5 +1,5 @@
-"""`jepa3d report`: a run as one HTML file that needs nothing else; every text is escaped, every
-picture inside.
+"""`jepa3d report`: writes a run's report as one HTML file with embedded pictures, which needs no
+other file.
 """
 
 import math
@@ -33,30 +33,30 @@ TITLES = {
     "fewshot": "Few-shot classification",
 }
 SELECTION = {
-    "validation": "the epoch was chosen on validation; the test part was used once",
-    "last epoch": "the last epoch; nothing was chosen",
-    "best on test": "the epoch was chosen on the test part",
+    "validation": "the epoch was chosen on validation; the test split was used once",
+    "last epoch": "the last epoch was used; nothing was chosen",
+    "best on test": "the epoch was chosen on the test split",
     "none": "nothing was chosen",
 }
-MOST_TSNE, MOST_PARTS = 2000, 8  # shapes in these pictures
+MOST_TSNE, MOST_PARTS = 2000, 8  # most shapes in the pictures of t-SNE and of parts
 
 
 def report(
     folder: Path, data: str | None = None, out: Path | None = None, figures_to: Path | None = None
 ) -> Path:
-    """Write the report of a run as one HTML file, whole or not at all, and return its path.
+    """Write the report of a run as one HTML file, atomically, and return its path.
 
-    out: RUN/report.html by default. figures_to: a folder that also gets the pictures, as PNG files
-    in the page's order. data: where the run's data is now. A picture whose data cannot be read is
-    left out, and the page says why. Raises ValueError for a `data` that cannot be read, a folder
-    that is not a run, and an `out` that cannot be written.
+    data: where the run's data is now. out: by default RUN/report.html. figures_to: a folder, to
+    which the pictures are written too, as PNG files in the page's order. If the data for a picture
+    cannot be read, the page says why the picture is missing. Raises ValueError if `data` is given
+    but cannot be read, if `folder` is not a run, or if `out` cannot be written.
     """
     for name in ("config.json", "run.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: not a run folder, it has no {name}")
     out = out or folder / "report.html"
     if not out.parent.is_dir() or out.is_dir():
-        raise ValueError(f"{out}: --out names an .html file in a folder that exists")
+        raise ValueError(f"{out}: --out must be an .html file in a folder that exists")
     run = Run(folder)
     config, record = run.config, run.record
     kind = config.get("task") or config["objective"]
@@ -83,19 +83,22 @@ def report(
 
 
 def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings: dict) -> str:
-    """A section with a picture that needs data, or why it is left out. Raises if `data` was given."""
+    """Return a section with a picture that needs data, or with the reason why it is missing.
+
+    Raises the error instead if `data` was given.
+    """
     try:
         body = draw(data, *settings)
     except (ValueError, OSError) as error:
         if data:
             raise
-        body = page.note(f"Left out: {error}. Where the data is now: --data.")
+        body = page.note(f"Missing: {error}. Give --data if the data was moved.")
     return page.section(title, body)
 
 
 # ---------------------------------------------------------------------------------- downstream runs
 def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
-    """Metrics and their protocol, details, and pictures of what was predicted."""
+    """Yield sections with the metrics and their protocol, details, and pictures of predictions."""
     if (result := run.result) is None:
         yield page.section("Result", page.note("There is no result yet."))
         return
@@ -119,6 +122,7 @@ def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
 
 
 def _result(result: dict) -> str:
+    """Return the section of metrics, protocol and warnings of a downstream run."""
     source, metrics = result["data"], dict(result["metrics"])
     spread, shown = metrics.pop("std_over_folds", None), []
     for name, value in metrics.items():
@@ -144,19 +148,23 @@ def _result(result: dict) -> str:
         "data": source["name"] + (f", {source['variant']}" if source.get("variant") else ""),
         "classes": source["classes"],
         "shapes": ", ".join(f"{count:,} {part}" for part, count in counts.items()),
-        "labelled part of train": f"{100 * source['labels']:.4g} %",
+        "labelled share of train": f"{100 * source['labels']:.4g} %",
         "seed": result["seed"],
         "votes": result["votes"],
     }
     warning = ""
     if result["selection"] == "best on test":
-        text = "The epoch was chosen on the test part: compare only with published numbers chosen the same way."
+        text = (
+            "The epoch was chosen on the test split: compare only with results chosen the same way."
+        )
         warning = page.note(text, "warning")
     return page.section("Result", page.tiles(shown), warning, page.facts(rows))
 
 
 def _classes(details: dict) -> str:
-    """Accuracy by class, the most frequent mistakes, and the whole confusion matrix."""
+    """Return a section with each class's accuracy, the most frequent mistakes and the confusion
+    matrix.
+    """
     scores, names = details["per_class"].items(), details["class_names"]
     rows = [[name, row["count"], page.Bar(row["accuracy"])] for name, row in scores]
     confusion = np.asarray(details["confusion"])
@@ -168,7 +176,9 @@ def _classes(details: dict) -> str:
         for true, found in zip(*np.unravel_index(worst, wrong.shape), strict=True)
         if wrong[true, found]
     ]
-    caption = "Confusion matrix of the test part. Rows are true classes, colours shares of a row."
+    caption = (
+        "Confusion matrix of the test split. Rows are true classes; colours are shares of a row."
+    )
     columns = ["most frequent mistakes", "taken for", "shapes", "of its class"]
     return page.section(
         "Classes",
@@ -179,13 +189,14 @@ def _classes(details: dict) -> str:
 
 
 def _predictions(run: Path) -> dict[str, np.ndarray]:
-    """The arrays of RUN/predictions.npz. Raises ReadError where it is missing or damaged."""
+    """Load the arrays of RUN/predictions.npz. Raises ReadError if it is missing or damaged."""
     file = run / "predictions.npz"
     with as_read_error(file), np.load(file, allow_pickle=False) as saved:
         return {name: saved[name] for name in saved.files}
 
 
 def _parts(run: Path, names: list[str]) -> str:
+    """Return a picture of true and predicted parts of some test shapes."""
     saved = _predictions(run)
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
@@ -194,18 +205,20 @@ def _parts(run: Path, names: list[str]) -> str:
     points, truth, predicted = (saved[key][rows] for key in keys)
     titles = [names[label] for label in labels[rows]]
     known = truth != UNLABELLED
-    right = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
-    shares = map("{} {:.0f} %".format, titles, right)
+    correct = 100 * ((predicted == truth) & known).sum(1) / known.sum(1)
+    shares = map("{} {:.0f} %".format, titles, correct)
     return page.picture(
         partial(figures.draw_parts, points, truth, predicted, titles),
-        "The paper's figure 6: the first test shapes of each category, or of "
-        f"{MOST_PARTS} evenly spread categories, not chosen for their looks. Points given their "
-        f"true part: {', '.join(shares)}.",
+        "As in the paper's figure 6: the first test shapes of each category, or of "
+        f"{MOST_PARTS} evenly spread categories; they were not selected by quality. Points with the "
+        f"correct part: {', '.join(shares)}.",
     )
 
 
 def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
-    """The picture of the test part's pooled features by RUN/start and by RUN/model."""
+    """Return a picture of the test shapes' features before fine-tuning (RUN/start) and after
+    (RUN/model).
+    """
     if not (run / "start").is_dir():
         raise ValueError(f"{run / 'start'}: no such folder")
     start, network = load_module(str(run / "start")), load_network(run)
@@ -213,9 +226,9 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
     settings = from_dict(FinetuneConfig, values | {"data": data or config["data"]})
     shapes = Labelled.load(settings, network.encoder.num_points)
     if not np.array_equal(shapes.y_test, _predictions(run)["label"]):
-        raise ValueError(f"{shapes.name}: test part is not what the run was tested on")
+        raise ValueError(f"{shapes.name}: its test split is not the one of the run")
     if len(shapes.test) < 5:
-        return page.note(f"Left out: {len(shapes.test)} test shapes are too few.")
+        return page.note(f"Missing: {len(shapes.test)} test shapes are too few.")
     rows = figures.evenly(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
     before = layer_features(start, some)[-1]
@@ -223,18 +236,19 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
     names = details["class_names"]
     return page.picture(
         partial(figures.draw_tsne, before, after, shapes.y_test[rows], names),
-        f"The paper's figure 7: t-SNE of the pooled features of {len(rows):,} test shapes, before "
-        "the first step and in the fine-tuned network. Distances between groups and their sizes "
-        "mean nothing in it.",
+        f"As in the paper's figure 7: t-SNE of the pooled features of {len(rows):,} test shapes, "
+        "before the first step and in the fine-tuned network. Distances between groups and sizes of "
+        "groups have no meaning in t-SNE.",
     )
 
 
 # --------------------------------------------------------------------------------- pretraining runs
 def _last_step(last: dict, record: dict) -> str:
+    """Return tiles with the loss, the steps and other numbers of the last logged step."""
     if not last:
         return ""
     data = record["data"]
-    others = {"constant_loss": "best constant", "position_loss": "position alone"}
+    others = {"constant_loss": "loss of best constant", "position_loss": "loss of positions alone"}
     known = [f"{text} {last[key]:.3f}" for key, text in others.items() if key in last]
     shown = [
         ("loss", f"{last['loss']:.3g}", ", ".join(known)),
@@ -249,20 +263,23 @@ def _last_step(last: dict, record: dict) -> str:
 
 
 def _probes(run: Path) -> Iterator[str]:
-    """A table for every probe-*.json of the probe's protocols."""
+    """Yield a section with the table of each probe-*.json, except those of --parts or
+    --corruptions.
+    """
     for path in sorted(run.glob("probe-*.json")):
         probe = read_checked(path)
-        if "summary" not in probe:  # of --parts or --corruptions
+        # Written by --parts or --corruptions, in another format.
+        if "summary" not in probe:
             continue
         data, part = probe["data"], probe["data"].get("part", "test")
         columns, rows = summary_table(probe["summary"])
         text = (
-            f"Overall accuracy in per cent on {data['test']:,} {part} shapes of {data['classes']} "
+            f"Overall accuracy in per cent on {data['test']:,} shapes of the {part} split, {data['classes']} "
             f"classes, {data['train']:,} train; {probe['pooling']} pooling, layer "
             f"{probe['layer']}, seeds {page.show(probe['seeds'])}. Selection: {probe['selection']}."
         )
         if probe.get("seen_in_pretraining"):
-            text += f" The {part} part was among the (unlabelled) pretraining data."
+            text += f" The {part} split was part of the (unlabelled) pretraining data."
         labels = "" if data["labels"] == "labels" else f", {data['labels']}"
         title = f"Frozen features on {data['name']}{labels}"
         scores = page.table(columns, rows, strong="pretrained")
@@ -270,7 +287,9 @@ def _probes(run: Path) -> Iterator[str]:
 
 
 def _collapse(last: dict) -> str:
-    """The last step's figures of collapse beside what is healthy (docs/method.md)."""
+    """Return a section with the last step's measures of collapse, and what is healthy
+    (docs/method.md).
+    """
     names = {
         "prediction": "predictions",
         "target": "targets",
@@ -285,27 +304,28 @@ def _collapse(last: dict) -> str:
     ]
     if not rows:
         return ""
-    text = "Of vectors at unit length. Healthy: std near 1, cosine near 0, rank in the tens. Collapsed: 0, 1 and 1."
+    text = "Of vectors of unit length. Healthy: std near 1, cosine near 0, rank in the tens. Collapsed: 0, 1, 1."
     if "constant_loss" in last:
-        text += " A loss that is not well below that of the best constant, and of position alone, says little."
+        text += " A loss says little unless it is well below that of the best constant and of positions alone."
     columns = ["last step", "std", "mean cosine", "effective rank"]
     return page.section("Collapse", page.table(columns, rows), page.note(text))
 
 
 def _blocks(data: str | None, config: dict) -> str:
-    """The paper's figure 4."""
+    """Return a picture of sampled blocks, like the paper's figure 4."""
     settings = from_dict(PretrainConfig, config)
     sources = [data] if data else list(settings.data)
     axes = settings.up_axis[: len(sources)]
     clouds = load(sources, settings.encoder.num_points, settings.split, axes)
     return page.picture(
         partial(figures.draw_blocks, clouds, settings),
-        f"The paper's figure 4 on four shapes of {clouds.name}: what the encoder sees (blue) "
-        "and what it has to predict (red), drawn as in training.",
+        f"As in the paper's figure 4, on four shapes of {clouds.name}: what the encoder sees (blue) "
+        "and what it has to predict (red), sampled as in training.",
     )
 
 
 def _departures(record: dict) -> str:
+    """Return a section with the settings that differ from the paper's."""
     rows = [[name, *pair] for name, pair in record.get("departures", {}).items()]
     body = page.table(["setting", "here", "paper"], rows)
     none = page.note("None: these are the paper's settings.")
@@ -314,11 +334,11 @@ def _departures(record: dict) -> str:
 
 # ---------------------------------------------------------------------------------------- every run
 def _training(run: Run, config: dict) -> str:
-    """Curves of the run, of its stage I, or of the first fold of a few-shot run."""
+    """Return a section with curves: of the run, and of its stage I or first few-shot fold, if any."""
     on_test = config.get("select") == "best-on-test"
-    part = "test, by which the epoch is chosen" if on_test else "validation"
-    figure = "instance mIoU" if config.get("task") == "segment" else "overall accuracy"
-    draw = partial(figures.draw_curves, selected=f"{part}, {figure}")
+    split = "test, by which the epoch is chosen" if on_test else "validation"
+    metric = "instance mIoU" if config.get("task") == "segment" else "overall accuracy"
+    draw = partial(figures.draw_curves, selected=f"{split}, {metric}")
     runs = {"By optimiser step.": run}
     runs["Fold 0, by optimiser step."] = Run(run.folder / "fold-0")
     for stage in run.stages:
@@ -332,7 +352,7 @@ def _training(run: Run, config: dict) -> str:
 
 
 def _settings(config: dict, record: dict) -> str:
-    """What differs from the defaults; all settings folded away."""
+    """Return a section with the settings that differ from the defaults, and all settings, folded."""
     chosen = {name: value for name, value in config.items() if name != "task"}
     changed = differences(chosen, to_dict(KINDS[config.get("task", "pretrain")]()))
     departures = record.get("departures", {})
@@ -340,10 +360,10 @@ def _settings(config: dict, record: dict) -> str:
     groups = {name: value for name, value in chosen.items() if isinstance(value, dict)}
     every = [(name, value) for name, value in chosen.items() if name not in groups]
     every += [(f"{name}.{k}", v) for name, x in groups.items() for k, v in x.items()]
-    body = page.note("All others are the defaults.")
+    body = page.note("No other setting differs from the defaults.")
     if rows:
-        beside = ", beside the departures above" if "departures" in record else ""
-        body = page.note(f"Settings that are not the defaults{beside}.")
+        apart = ", apart from the departures above" if "departures" in record else ""
+        body = page.note(f"Settings that differ from the defaults{apart}.")
         body += page.table(["setting", "here", "default"], rows)
     whole = page.folded("All settings", page.table(["", ""], every))
     return page.section("Settings", body, whole)

@@ -1,13 +1,13 @@
 """Reads run folders, which `jepa3d pretrain`, `classify`, `segment` and `fewshot` write.
 
 config.json         the resolved settings         run.json       data, versions, status, cost
-metrics.jsonl       one line per logged step      results.json   figures of a downstream run
+metrics.jsonl       one line per logged step      results.json   metrics of a downstream run
 untrained/          the encoder before step 1     encoder/, dvae/ or model/   the trained network
-stage1/NAME/        stage I's own runs            given/N/       copies of networks named by path
-snapshots/step-N/   the encoder during training   checkpoints/   of a run that is not finished
+stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
+snapshots/step-N/   the encoder during training   checkpoints/   only until the run is finished
 
-`training/pretrain.py` and `training/finetune.py` write them. config.json of a downstream run has a
-`task`.
+`training/pretrain.py` and `training/finetune.py` write these files. A downstream run's config.json
+contains its `task`.
 """
 
 import json
@@ -21,9 +21,9 @@ from jepa3d.plain import from_dict, merge, read_checked, to_dict
 
 @dataclass(frozen=True)
 class Run:
-    """A run in a folder. Files are read only when a property is used.
+    """A run in a folder; its files are read when a property is used.
 
-    Properties raise ValueError, which names the file, if it is missing or damaged.
+    Properties raise ValueError that names the file if the file is missing or damaged.
     """
 
     folder: Path
@@ -33,13 +33,13 @@ class Run:
 
     @staticmethod
     def is_at(folder: str | Path) -> bool:
-        """Whether the folder holds a run, finished or not."""
+        """Return whether the folder holds a run, finished or not."""
         return (Path(folder) / "run.json").is_file()
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings in config.json; settings that did not exist yet get the value that applied
-        then.
+        """The settings in config.json. A setting that did not exist when the run was made gets the
+        value that applied then.
         """
         file = self.folder / "config.json"
         try:
@@ -47,18 +47,18 @@ class Run:
             if values.get("mixed_precision") == "auto":  # version 0.1.0 called the trial "auto"
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}
-            # Each fold of a few-shot run is a run itself, with task `classify`.
+            # Each fold of a few-shot run is itself a run with the task `classify`.
             kind = KINDS[task.get("task", "pretrain")]
             kind = FewshotConfig if "ways" in values else kind
             values = merge({"encoder": {"qkv_bias": True}}, values)  # older encoders had biases
             return task | to_dict(from_dict(kind, values) if task else resolve(values))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            found = f"not the settings of a run of this version ({error})"
+            found = f"does not hold the settings of a run of this version ({error})"
             raise ValueError(f"{file}: {found}") from error
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of run.json: data, status, command, and cost and precision if known."""
+        """The content of run.json: data, status, command, and (if known) cost and precision."""
         record = read_checked(self.folder / "run.json", "status", "data", "command")
         groups = {
             "data": ("name", "shapes", "fingerprint"),
@@ -79,11 +79,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the run is finished."""
         return self.record["status"] == "finished"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps, oldest first; lines cut off when the run was killed are skipped."""
+        """The logged steps, oldest first, without lines that were cut off when the run was killed."""
         lines, file = [], self.folder / "metrics.jsonl"
         for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
             try:
@@ -96,61 +97,63 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The content of results.json of a downstream run; None before it exists."""
+        """The content of a downstream run's results.json; None before it exists."""
         file = self.folder / "results.json"
         return read_checked(file) if file.is_file() else None
 
     @property
     def cost(self) -> dict[str, Any] | None:
-        """Step, CPU seconds, wall seconds and memory so far; None before the first checkpoint."""
+        """Steps, CPU seconds, wall seconds and memory so far; None before the first checkpoint."""
         if (cost := self.record.get("cost")) is None and (newest := self.checkpoint):
             cost = read_checked(newest / "state.json")
         return cost
 
     @property
     def cpu_minutes(self) -> float:
-        """CPU-minutes of a finished run, including stage I and cached targets."""
+        """The CPU-minutes of a finished run, including stage I and cached targets."""
         cost = self.record["cost"]
         return (cost["cpu_seconds"] + (cost.get("stage1_cpu_seconds") or 0)) / 60
 
     @property
     def engine(self) -> dict[str, Any] | None:
-        """Precision, compilation and device at the start of the run; None if not stored."""
+        """Precision, compilation and device, as chosen when the run began; None if not stored."""
         if found := self.record.get("engine"):
             return found
-        file = self.folder / "engine.json"  # of version 0.1.0
+        file = self.folder / "engine.json"  # where version 0.1.0 stored them
         return read_checked(file, "mixed_precision", "compile") if file.exists() else None
 
     @property
     def checkpoint(self) -> Path | None:
-        """Folder of the newest checkpoint; None if there is none."""
+        """The folder of the newest checkpoint; None if there is none."""
         return max((self.folder / "checkpoints").glob("step-*"), default=None)
 
     @property
     def encoder(self) -> Path:
-        """Folder of a finished pretraining run's encoder."""
+        """The folder of a finished pretraining run's encoder."""
         return self.folder / "encoder"
 
     @property
     def untrained(self) -> Path:
-        """Folder of the encoder before the first step."""
+        """The folder of the encoder before the first step."""
         return self.folder / "untrained"
 
     @property
     def snapshots(self) -> dict[int, Path]:
-        """Step -> folder of every stored encoder: the first, the last and the snapshots between."""
+        """Step -> folder of every stored encoder: before the first step, the snapshots, and the
+        last.
+        """
         folders = (self.folder / "snapshots").glob("step-*")
         between = {int(folder.name.removeprefix("step-")): folder for folder in folders}
         return {0: self.untrained, self.record["cost"]["step"]: self.encoder} | between
 
     @property
     def stages(self) -> list["Run"]:
-        """The runs of stage I, by folder name."""
+        """The runs of stage I, ordered by folder name."""
         return [Run(folder) for folder in sorted(self.folder.glob("stage1/*"))]
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """Name -> folder of the networks that stage I trained or that were given by path."""
+        """Name -> folder of the networks that stage I trained or the user gave by path."""
         folders = [stage.folder for stage in self.stages]
         folders += sorted(self.folder.glob("given/*"))
         return {f"{folder.parent.name} {folder.name}": folder for folder in folders}

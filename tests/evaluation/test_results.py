@@ -371,7 +371,7 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
     [
         ("{", "damaged or cut off"),
         ("\xff", "damaged or cut off"),
-        ("[1]", "holds no named values"),
+        ("[1]", "it is not a JSON object"),
         ('{"task": ["classify"]}', "not a result of jepa3d"),
         ('{"task": "classify"}', "protocol is None, not a str"),
         (

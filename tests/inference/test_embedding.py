@@ -149,7 +149,7 @@ def test_a_bad_cloud_does_not_end_a_list(model, scans, tmp_path, capfd):
     ("arguments", "message"),
     [
         ({"up_axis": "w"}, "up axis 'w'"),
-        ({"layer": 3}, "layer 3: 0"),
+        ({"layer": 3}, "layer 3: use 0"),
         ({"pooling": "sum"}, "pooling 'sum'"),
     ],
 )

@@ -280,7 +280,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(made, tmp_path, monk
     Segmenter(SIZES, ["a"], ["p", "q"], [[0, 1]], [1, 2, 2]).save_pretrained(
         tmp_path / "run" / "model"
     )
-    with pytest.raises(ValueError, match="a network that segments"):
+    with pytest.raises(ValueError, match="a segmentation network"):
         module.export(str(tmp_path / "run"), out)
     shutil.copytree(made[0], tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"short")

@@ -394,11 +394,11 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"tile": 0.01}, "tiles of few points; try "),
+        ({"tile": 0.01}, "too few points per tile; try "),
         ({"tile": 1e-9}, "too small for a scene"),
         ({"tile": -1.0}, "a length above 0"),
-        ({"up_axis": "w"}, "one of x, y, z"),
-        ({"dtype": "int8"}, "one of float32, float16"),
+        ({"up_axis": "w"}, "use x, y, z"),
+        ({"dtype": "int8"}, "use float32 or float16"),
         ({"out": "o.obj"}, "must end in"),
         ({"out": "none/o.ply"}, "in a folder that exists"),
         ({"out": "scan.npy.ply/../scan.npy"}, "must end in"),

@@ -143,7 +143,7 @@ def test_the_query_itself_is_left_out_when_told(index):
 @pytest.mark.parametrize(
     ("query", "k", "message"),
     [
-        (np.ones(11), 1, "a query of 11 numbers, the vectors have 12"),
+        (np.ones(11), 1, "a query has 11 numbers, the vectors have 12"),
         (np.zeros(12), 1, "zero or not finite"),
         (np.full(12, np.nan), 1, "zero or not finite"),
         (np.ones(12), 0, "-k 0"),
@@ -343,7 +343,7 @@ def test_a_page_is_bounded_and_says_what_it_leaves_out(scans, tmp_path, monkeypa
     assert html.count("data:image/png") == 3
     assert "the first 10 of 150" in html
     assert "50 more are not listed here" in html
-    assert "Pictures are of the first 3 of 5 queries" in html
+    assert "The first 3 of 5 queries have pictures" in html
     assert len(html) < 100_000 * 5
 
 

@@ -45,7 +45,7 @@ def test_parameters_are_kept_as_given_and_looked_at_by_fit(tmp_path):
     with pytest.raises(NotFittedError):
         made.transform([CLOUD])
     assert made.fit_transform([CLOUD]).shape == (1, 16)
-    with pytest.raises(ValueError, match="layer 7: 0"):
+    with pytest.raises(ValueError, match="layer 7: use 0"):
         made.set_params(layer=7).fit([CLOUD])
 
 

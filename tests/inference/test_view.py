@@ -280,7 +280,7 @@ def test_a_taken_port_is_said_and_no_other_taken(folder, capsys):
         port = holder.getsockname()[1]
         error = fails(capsys, folder / "clouds", "--model", folder / "model", "--port", port)
     assert f"--port {port}: not available (Address already in use)" in error
-    assert "--port 70000: 1 to 65535" in fails(
+    assert "--port 70000: must be 1 to 65535" in fails(
         capsys, folder / "clouds", "--model", folder / "model", "--port", 70000
     )
 
@@ -290,8 +290,8 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
     assert "missing.ply: no such file" in fails(capsys, tmp_path / "missing.ply", *model)
     (tmp_path / "bad.npy").write_bytes(b"no array")
     assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
-    assert "--up-axis w: one of x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
-    assert "of --up-axis z, not y" in fails(
+    assert "--up-axis w is unknown: use x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
+    assert "has --up-axis z, not y" in fails(
         capsys, clouds, *model, "--up-axis", "y", "--index", index
     )
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line: reads the arguments, runs the command and prints its messages."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ from jepa3d.run import Run
 app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
-    version=lambda: jepa3d.__version__,  # read when it is asked for: that takes a while
+    version=lambda: jepa3d.__version__,  # a function, since this takes a while
     help_format="plaintext",
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
@@ -37,8 +37,8 @@ for command in (
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
-    """What the flags of a training command override: the stored run when resuming, then preset and
-    recipe.
+    """Return the settings that a training command's flags override: those of the stored run if it
+    is resumed, then preset and recipe.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):
@@ -49,7 +49,7 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
     if known.resume and known.out and Path(known.out, "config.json").is_file():
         before = Run(Path(known.out)).config
         if (task := before.pop("task", "pretrain")) != command:
-            raise ValueError(f"{known.out}: a run of jepa3d {task}, not {command}")
+            raise ValueError(f"{known.out}: a run of jepa3d {task}, not of {command}")
         layers.append(before)
     recipe = read_recipe(known.recipe) if known.recipe else {}
     if named := known.preset or recipe.pop("preset", None):
@@ -67,9 +67,9 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 
 
 def _one_schedule(tokens: list[str], objective: str) -> list[str]:
-    """The words of a command where `--generative.lr` of a run with that objective is its `--lr`.
+    """Rewrite `--generative.lr` and the like as `--lr`, for a run whose objective they belong to.
 
-    ValueError where both are given and differ.
+    Raises ValueError if both are given and differ.
     """
     words, given = [], {}
     values = iter(tokens)
@@ -82,29 +82,31 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
         value = value if equals else next(values, "")
         if given.setdefault(name, value) != value:
             found = f"{name} {given[name]} and {value}: {name} and {objective}.{name}"
-            raise ValueError(f"{found} are one in this run")
+            raise ValueError(f"{found} are the same setting in this run")
     for name, value in given.items():
         words += [f"--{name.replace('_', '-')}", value]
     return words
 
 
 class Printer(logging.Handler):
-    """Prints what the library logs: warnings on standard error, the rest on standard output."""
+    """Prints the library's messages: warnings to standard error, the others to standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # not imported for --help
 
         file = sys.stderr if record.levelno > logging.INFO else sys.stdout
-        with tqdm.external_write_mode(file):  # any bar is drawn below the message
+        with tqdm.external_write_mode(file):  # redraws a progress bar below the message
             print(record.getMessage(), file=file, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; a mistake of the user is one line and exit status 2, an interrupted run 130."""
+    """Entry point. A user's mistake gives one line and exit status 2, an interrupted run status
+    130.
+    """
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
     for stream in (sys.stdout, sys.stderr):
-        # Names that the terminal cannot have are spelled out.
+        # Characters of names that the terminal cannot show are printed as escapes.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     printer = Printer()
@@ -122,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
-            process.terminate()  # or this one would wait until they have done what they have begun
+            process.terminate()  # else this process would wait for them to finish their work
         print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)
     finally:

@@ -1,4 +1,4 @@
-"""What an encoder learned: probe, curve, results, retrieval, compare, report."""
+"""Commands that evaluate encoders and runs: probe, curve, results, retrieval, compare, report."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +8,8 @@ from cyclopts import Parameter
 from jepa3d.cli.pretraining import going_on_with
 from jepa3d.run import Run
 
-_CHOICES = ("best", "mean_max", None, False, None)  # of a probe, where none was made
+# Defaults of layer, pooling, protocols, quick and per_class of a probe.
+_CHOICES = ("best", "mean_max", None, False, None)
 
 
 def probe(
@@ -28,8 +29,8 @@ def probe(
     parts: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Show what an encoder learned: frozen features under named protocols, beside an untrained
-    encoder and others.
+    """Show what an encoder learned: the accuracy of its frozen features under named protocols,
+    compared with an untrained encoder and other baselines.
 
     Parameters
     ----------
@@ -37,32 +38,32 @@ def probe(
         Finished runs; several seeds of one configuration give mean and standard deviation. Or one
         encoder: default (the one in the package), a folder, or a Hub id.
     data: str
-        Labelled shapes with a train and a test part.
+        Labelled shapes with a train and a test split.
     labels_key: str
-        The labels of a .npz bundle.
+        The name of the array of labels in a .npz bundle.
     up_axis: str
         The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
-        turned.
+        rotated.
     layer: str
-        best (chosen on validation) or 0 (tokenizer) to the encoder's depth.
+        best (chosen on validation), or 0 (tokenizer) to the encoder's depth.
     pooling: str
-        Of tokens to one vector: mean_max, mean or max.
+        How tokens are pooled to one vector: mean_max, mean or max.
     protocols: tuple[str, ...]
         Some of logistic, logistic_10, knn, svc_linear, linear_svc, mlp3; all by default.
     part: str
-        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+        The split to score: test; or validation (a fifth of train), for choosing a recipe.
     quick: bool
-        Choose nothing: the last layer (or --layer) and C 0.1. Takes a fraction of the time.
+        Skip the selection: use the last layer (or --layer) and C 0.1. Much faster.
     per_class: str
-        A protocol whose accuracy a class is printed too.
+        A protocol for which the accuracy of each class is printed too.
     corruptions: bool
-        Instead, accuracy on corrupted shapes: noise, strays, cuts, turns, PointCloud-C's seven
-        kinds.
+        Instead, measure the accuracy on corrupted shapes: noise, stray points, cuts, rotations, and
+        the seven corruptions of PointCloud-C.
     parts: bool
-        Instead, how well the parts of shapes are told point by point, by features of every point.
+        Instead, measure how well the features of single points predict the shapes' part labels.
     out: Path
-        Where to write the result; by default probe-DATA.json in the first run, or in the current
-        folder probe-MODEL-DATA.json.
+        Where to write the result; by default probe-DATA.json in the first run, or for an encoder
+        probe-MODEL-DATA.json in the current folder.
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
@@ -96,7 +97,8 @@ def probe(
     usual = ("labels", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
-    if not (run := Run.is_at(runs[0])):  # an encoder's own folder is left as it is
+    # Results aren't written into the folder of an encoder.
+    if not (run := Run.is_at(runs[0])):
         special.insert(0, runs[0].name)
     if out is None:
         name = "-".join(["probe", Path(data).stem.replace(":", "-"), *special])
@@ -116,7 +118,7 @@ def curve(
     part: Literal["test", "validation"] = "test",
     out: Path = Path("curves.png"),
 ) -> None:
-    """Draw probe accuracy against CPU-minutes, one line a configuration, from the snapshots of
+    """Plot probe accuracy against CPU-minutes, one line per configuration, from the snapshots of
     finished runs.
 
     Parameters
@@ -124,17 +126,17 @@ def curve(
     runs: list[Path]
         Finished runs (pretrain with --snapshot-every); seeds of one configuration share a line.
     data: str
-        Labelled shapes with a train and a test part.
+        Labelled shapes with a train and a test split.
     labels_key: str
-        The labels of a .npz bundle.
+        The name of the array of labels in a .npz bundle.
     up_axis: str
         The data's up axis: x, y or z.
     protocol: str
         logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
     part: str
-        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+        The split to score: test; or validation (a fifth of train), for choosing a recipe.
     out: Path
-        The picture.
+        The picture to write.
     """
     from jepa3d.evaluation.curve import learning_curves, sheet
     from jepa3d.evaluation.labelled import LabelledSet
@@ -155,19 +157,20 @@ def results(
     published: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Gather fine-tuning runs in a table: seeds averaged, gains paired by seed, published figures
-    beside them.
+    """Tabulate fine-tuning runs: averaged over seeds, with differences paired by seed, beside
+    published results.
 
     Parameters
     ----------
     runs: tuple[Path, ...]
-        Runs of classify, segment or fewshot, or folders that hold some.
+        Runs of classify, segment or fewshot, or folders that contain such runs.
     choose: str
-        A setting, say lr: of arms that differ in it alone, keep the one that is best on validation.
+        A setting, such as lr: of runs that differ only in this setting, keep those that are best on
+        validation.
     published: bool
-        Print every published table, with or without runs.
+        Print every published table, even without runs.
     out: Path
-        A Markdown file to write the tables to as well.
+        A Markdown file, to which the tables are written as well.
     """
     from jepa3d.evaluation.protocol import provenance
     from jepa3d.evaluation.published import PUBLISHED, published_sheet
@@ -179,7 +182,7 @@ def results(
             "results of which runs? Give folders, or --published for the published tables alone"
         )
     if choose is not None and not runs:
-        raise ValueError(f"--choose {choose}: needs runs to choose among")
+        raise ValueError(f"--choose {choose}: needs runs to choose from")
     sheets = tables(list(runs), choose) if runs else []
     sheets += map(published_sheet, PUBLISHED.values()) if published else []
     show(sheets)
@@ -199,8 +202,8 @@ def retrieval(
     corruptions: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Show how well vectors find shapes of their class, beside an untrained encoder and vectors
-    made by hand.
+    """Measure how well vectors find shapes of the same class, compared with an untrained encoder
+    and handcrafted descriptors.
 
     Parameters
     ----------
@@ -208,19 +211,19 @@ def retrieval(
         default (the encoder of the package), runs, encoders or Hub ids; also runs of jepa3d
         classify.
     data: str
-        Labelled shapes with a train and a test part.
+        Labelled shapes with a train and a test split.
     labels_key: str
-        The labels of a .npz bundle.
+        The name of the array of labels in a .npz bundle.
     up_axis: str
         The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
-        turned.
+        rotated.
     part: str
-        What is searched: test, or train, to choose an encoder by.
+        The split to search: test; or train, for choosing an encoder.
     corruptions: bool
-        Instead, show what is found for corrupted queries: noise, strays, cuts, turns,
-        PointCloud-C's seven kinds.
+        Instead, search with corrupted queries: noise, stray points, cuts, rotations, and the seven
+        corruptions of PointCloud-C.
     out: Path
-        Where to write the result, as JSON.
+        A JSON file, to which the result is written.
     """
     from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
@@ -251,27 +254,28 @@ def compare(
     part: Literal["test", "validation"] = "test",
     out: Path,
 ) -> None:
-    """Train the arms of a grid with the same seeds and say which are better: paired differences, 95
-    % intervals.
+    """Train the configurations of a grid with the same seeds and report which are better, by paired
+    differences with 95 % intervals.
 
-    Interrupted, the same command goes on; arms and seeds that were added are trained, what is
-    finished is not.
+    An interrupted comparison is continued by the same command. Configurations and seeds that were
+    added to the grid are then trained; finished runs are not repeated.
 
     Parameters
     ----------
     grid: Path
-        A YAML file of arms, seeds and a reference: see docs/protocols.md and recipes/compare/.
+        A YAML file of configurations (arms), seeds and a reference: see docs/protocols.md and
+        recipes/compare/.
     data: tuple[str, ...]
-        What is trained on, without labels; by default what the grid's settings name.
+        Unlabelled training data; by default what the grid's settings name.
     score: tuple[str, ...]
-        Labelled shapes with a train and a test part, to score on; by default the data.
+        Labelled shapes with a train and a test split, to score on; by default the training data.
     labels_key: tuple[str, ...]
-        The labels of the scored .npz bundles: one, or one each.
+        The names of the arrays of labels in scored .npz bundles: one, or one per bundle.
     up_axis: tuple[str, ...]
-        Of what is scored, x, y or z: one, or one each; without --score of the data too. Else the
-        grid says the data's.
+        The up axis (x, y or z) of the scored data: one, or one per source; without --score, it is
+        that of the training data too. By default, what the grid says.
     part: str
-        What is scored: test, or validation (a fifth of train), to choose a recipe by.
+        The split to score: test; or validation (a fifth of train), for choosing a recipe.
     out: Path
         The folder of the comparison: its runs, tables and picture.
     """
@@ -293,19 +297,19 @@ def compare(
 def report(
     run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None
 ) -> None:
-    """Write a run as one HTML file: results, curves, figures, settings, cost; it opens anywhere,
-    without a network.
+    """Write a run's report as one HTML file that needs no network: results, curves, pictures,
+    settings and cost.
 
     Parameters
     ----------
     run: Path
         A folder of pretrain, classify, segment or fewshot.
     data: str
-        Where the run's data is now, for the pictures that need it; where it was by default.
+        Where the run's data is now, for the pictures that need it; by default where it was.
     out: Path
-        The file; report.html in the run by default.
+        The file to write; by default report.html in the run.
     figures: Path
-        A folder to write the pictures to as well, as PNG files.
+        A folder, to which the pictures are written as PNG files as well.
     """
     from jepa3d.report import report as write
 

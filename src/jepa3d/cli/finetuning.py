@@ -1,4 +1,6 @@
-"""Labelled shapes in, a network for a task out: classify, segment, fewshot, predict."""
+"""Commands that fine-tune networks on labelled shapes or apply them: classify, segment, fewshot,
+predict.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,12 +11,12 @@ from jepa3d.cli.pretraining import going_on_with
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
-    str, Parameter(help="Sizes of an encoder from scratch: tiny, small (the paper), base.")
+    str, Parameter(help="Size of an encoder from scratch: tiny, small (the paper), base.")
 ]
 Recipe = Annotated[
-    Path | None, Parameter(help="YAML settings; flags win over it, it wins over the preset.")
+    Path | None, Parameter(help="YAML settings; they override the preset, flags override them.")
 ]
-Out = Annotated[Path, Parameter(help="Run folder to make.")]
+Out = Annotated[Path, Parameter(help="Run folder to create.")]
 Resume = Annotated[bool, Parameter(help="Continue the interrupted run in --out.")]
 
 
@@ -26,7 +28,7 @@ def classify(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a classifier of whole shapes, choose its epoch on validation, test it once."""
+    """Fine-tune a classifier of whole shapes; choose its epoch on validation and test it once."""
     _run("classify", config, out, resume)
 
 
@@ -38,7 +40,7 @@ def segment(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a part segmenter, choose its epoch on validation, test it once."""
+    """Fine-tune a part segmenter; choose its epoch on validation and test it once."""
     _run("segment", config, out, resume)
 
 
@@ -50,7 +52,7 @@ def fewshot(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Few-shot episodes: the published folds, or seeded ones; fine-tuned, or on frozen features."""
+    """Run few-shot episodes: the published folds or seeded ones, fine-tuned or on frozen features."""
     _run("fewshot", config, out, resume)
 
 
@@ -70,14 +72,14 @@ def predict(
     run: Path
         A run of classify or segment.
     files: list[Path]
-        Files, or folders of them.
+        Files, or folders of files.
     out: Path
-        Of a classifier: a CSV with a row a file. Of a segmenter: a folder with a coloured PLY a
-        file, in the file's own coordinates, part numbers beside the colours.
+        For a classifier: a CSV file with a row per cloud. For a segmenter: a folder with a PLY file
+        per cloud, in its file's own coordinates, with part labels and colours.
     category: str
-        Of the files, for a segmenter of several categories.
+        The category of the files, if the segmenter knows several.
     up_axis: str
-        Of the files.
+        The up axis of the files.
     """
     from jepa3d.inference.predicting import predict_files
 

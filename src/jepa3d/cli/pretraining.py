@@ -1,4 +1,4 @@
-"""Data in, an encoder out: prepare, pretrain, demo, info."""
+"""Commands that prepare data and pretrain encoders: prepare, pretrain, demo, info."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ _DEFAULT = PretrainConfig()
 
 @contextmanager
 def going_on_with(command: str) -> Iterator[None]:
-    """Add to the message of an interrupted run which command goes on."""
+    """Add the command that continues the run to the message of an interrupted run."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        if not str(stop):  # nothing was saved
+        if not str(stop):  # nothing was saved, so nothing can be continued
             raise
         raise KeyboardInterrupt(f"{stop}; continue with{command}") from None
 
@@ -44,54 +44,55 @@ def prepare(
     workers: int = 0,
     strict: bool = False,
 ) -> None:
-    """Turn a benchmark's download or anybody's files into a store that every other command reads in
-    place.
+    """Convert the download of a benchmark, or your own files, to a store, which all other commands
+    read on demand.
 
-    Interrupted, the same command goes on; run again later, it adds the files that are new.
+    If it was interrupted, repeat the command to continue; run later, it adds new files.
 
     Parameters
     ----------
     source: Path
-        A folder, a single file, or an archive (.zip, .tar.*); the formats and benchmarks are in
-        docs/data.md.
+        A folder, a single file, or an archive (.zip, .tar.*); docs/data.md lists formats and
+        benchmarks.
     out: Path
-        The store: a new folder, or one begun with the same settings.
+        The store: a new folder, or a store begun with the same settings.
     points: int
-        Points a cloud, or all. A mesh is sampled by area (8,192 where all are kept).
+        Points per cloud, or all. Meshes are sampled by area (8,192 points if all are kept).
     reduce: str
-        How a cloud gets that few: fps (any smaller number is then a prefix), random, or voxel
-        (even, in linear time).
+        How larger clouds are reduced: fps (then any first points are a sample too), random, or
+        voxel (even, in linear time).
     short: str
-        A cloud of fewer points: repeat (64 at least; each copy is moved a little along the
-        surface), or skip, left out.
+        What happens to smaller clouds: repeat (for 64 points or more; each copy is moved a little
+        along the surface), or skip (leave them out).
     up_axis: str
-        Of the files; by default what the benchmark or format (glTF: y) has, else z.
+        Up axis of the files; by default that of the benchmark or format (glTF: y), else z.
     unit: str
-        Of the files, written down for later; coordinates lead back to the file's own in any case.
+        Unit of the files, only recorded; the files' own coordinates can be restored in any case.
     split: str
-        folder (named train, test, val, or the benchmark's lists), a fraction for test, or a file
-        listing test clouds.
+        folder (by folders train, test, val, or the benchmark's lists), the fraction for test, or a
+        file that lists the test clouds.
     keep: tuple[str, ...]
-        Some of normals, colors, parts.
+        What to keep besides points: some of normals, colors, parts.
     precision: str
-        float32, or float16: half the size, rounded by at most 0.00025 of a cloud's radius a
-        coordinate.
+        float32; or float16, which halves the size and rounds coordinates by at most 0.00025 of a
+        cloud's radius.
     variant: str
-        Where a benchmark's folder holds several data sets: obj_bg, obj_only, pb_t50_rs, modelnet10,
-        modelnet40.
+        Which data set, if a benchmark's folder contains several: obj_bg, obj_only, pb_t50_rs,
+        modelnet10, modelnet40.
     columns: tuple[str, ...]
-        Names of x, y and z in tables whose headers have others; or of all columns of .bin files.
+        Names of the columns for x, y and z in tables that name them differently; or of all columns
+        of .bin files.
     seed: int
-        Of mesh samples, reductions and the split.
+        Seed of mesh samples, reductions and the split.
     keep_strays: bool
-        Keep points that lie where hardly any other does, as benchmarks always do; else they are
-        left out first.
+        Keep stray points, which have hardly any neighbours; by default they are removed first,
+        except from benchmarks.
     reader: str
-        Reads files of a format of your own: package.module:function, from a path to points n x 3.
+        Your own reader of a file format: package.module:function, from a path to points n x 3.
     workers: int
-        Processes; 0 is one a core.
+        Number of processes; 0 means one per core.
     strict: bool
-        Stop at the first cloud that cannot be used instead of leaving it out.
+        Stop at the first cloud that cannot be used, instead of leaving it out.
     """
     from jepa3d.data.prepare import Preparation
     from jepa3d.data.prepare import prepare as run
@@ -132,17 +133,17 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (a laptop's minutes, with the targets that learned most in them), small (the paper),
-        base.
+        tiny (minutes on a laptop, with the targets that worked best there), small (as in the
+        paper), base.
     recipe: Path
-        YAML settings; flags win over it, it wins over the preset.
+        YAML settings; they override the preset, and flags override them.
     out: Path
-        Run folder to make; required unless --dry-run.
+        Run folder to create; required unless --dry-run.
     resume: bool
-        Continue the run in --out, which was interrupted; under torchrun --max-restarts, begin it as
-        well.
+        Continue the interrupted run in --out. Under torchrun --max-restarts, this also begins the
+        run.
     dry_run: bool
-        Read some data, take two steps of every stage, print what the whole run will cost, write
+        Read some data, take two steps of every stage, print what the whole run will cost, and write
         nothing.
     """
     from jepa3d.training import pretrain as training
@@ -153,7 +154,7 @@ def pretrain(
         leave()
         return
     if out is None:
-        raise ValueError("--out is missing: the folder that the run is written to")
+        raise ValueError("--out is missing: give a folder for the run")
     with going_on_with(f": jepa3d pretrain --out {out} --resume"):
         training.pretrain(config, out, resume)
     if is_main():
@@ -168,9 +169,9 @@ def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int 
     Parameters
     ----------
     out: Path
-        Folder to write; a demo interrupted there goes on.
+        Folder to write; an interrupted demo there is continued.
     max_steps: int
-        A shorter demo.
+        Number of training steps, for a shorter demo.
     shapes: int
         Number of synthetic shapes.
     """
@@ -188,20 +189,20 @@ def info(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Describe a run, a store, any source of shapes, or without a path this installation.
+    """Describe a run, a store or any other source of shapes; without a path, this installation.
 
     Parameters
     ----------
     path: str
         A run folder, or anything that --data takes.
     up_axis: str
-        The data's up axis.
+        The data's up axis: x, y or z.
     labels_key: str
-        The labels of a .npz bundle.
+        The name of the array of labels in a .npz bundle.
     picture: Path
-        Write a contact sheet of a source of shapes.
+        A PNG file for a contact sheet, if the path is a source of shapes.
     verify: bool
-        Compare a store with its checksums.
+        Compare a store's files with their checksums.
     """
     from jepa3d import info as describing
 

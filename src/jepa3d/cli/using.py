@@ -1,4 +1,4 @@
-"""What an encoder is for: embed, index, search, label, scene, view, export."""
+"""Commands that use an encoder: embed, index, search, label, scene, view, export."""
 
 import sys
 from pathlib import Path
@@ -21,32 +21,32 @@ def embed(
     prune: Annotated[bool, Parameter(negative=())] = False,
     keep_strays: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Turn clouds into vectors, kept in Parquet; run again, it adds what is new or changed.
+    """Turn clouds into vectors in Parquet files; run again, it adds what is new or changed.
 
     Parameters
     ----------
     paths: list[Path]
         Files, folders of files, or stores of jepa3d prepare.
     out: Path
-        A .parquet file; or a folder of one a share (for many machines and tens of millions of
-        clouds).
+        A .parquet file; or a folder with one file per share (for many machines and tens of millions
+        of clouds).
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     up_axis: str
-        The files' up axis: x, y or z; stores and glTF know their own. Or none: vectors that are the
-        same however a cloud is turned, which tell less and cost twelve times as much.
+        The files' up axis: x, y or z; stores and glTF know their own. Or none, for vectors that are
+        the same however a cloud is rotated; this lowers accuracy and takes twelve times as long.
     layer: int
-        Of the encoder: 0 (tokenizer) to its depth, or -1, the last.
+        Layer of the encoder: 0 (tokenizer) to its depth, or -1 for the last.
     pooling: str
-        Of tokens to one vector: mean_max, mean or max.
+        How tokens are pooled to one vector: mean_max, mean or max.
     workers: int
-        Processes; 0: one a core, fewer for few files.
+        Number of processes; 0 means one per core, and fewer for few files.
     share: str
-        i/n: of n commands that fill one folder, the one that does every n-th cloud from the i-th.
+        i/n, if n commands fill one folder: this command embeds the i-th of n shares of the clouds.
     prune: bool
-        Forget what is no longer at PATHS, and files that are gone.
+        Delete the vectors of clouds that are no longer at PATHS, or whose files are gone.
     keep_strays: bool
-        Also encode points that lie where hardly any other does, which are left out otherwise.
+        Also encode stray points, which have hardly any neighbours; otherwise they are removed.
     """
     from jepa3d.inference.embed_files import embed_files
 
@@ -61,17 +61,17 @@ def index(
     delete: tuple[str, ...] = (),
     ann: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Put vectors into a store for millions: rows of the same path are replaced; delete some; or
-    index it.
+    """Add vectors to a store for millions of them, replacing rows of the same path; or delete rows,
+    or build an index.
 
     Parameters
     ----------
     vectors: Path
-        What jepa3d embed wrote; or the store itself, to delete from it or index it.
+        What jepa3d embed wrote; or the store itself, for --delete or --ann alone.
     out: Path
-        The store, a folder whose name ends in .lancedb; new or of the same encoder.
+        The store: a folder whose name ends in .lancedb, new or made with the same encoder.
     delete: tuple[str, ...]
-        Conditions as of search --where, in quotes; rows for which all hold are deleted.
+        Conditions as for search --where, in quotes; rows that meet all of them are deleted.
     ann: bool
         Build an index for approximate search (jepa3d search --probes).
     """
@@ -107,48 +107,48 @@ def search(
     json: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
 ) -> None:
-    """Find the shapes most like a query, by the cosine of their vectors; exact unless told
-    otherwise.
+    """Find the shapes nearest to a query, by the cosine of their vectors; exact, unless --probes is
+    given.
 
     Parameters
     ----------
     where_in: Path
-        What jepa3d embed or index wrote.
+        What jepa3d embed or jepa3d index wrote.
     queries: list[str]
-        Clouds, meshes, folders of them, FILE#ROW of a file of many, STORE#KEY of a store, or a .npy
-        of vectors.
+        Clouds, meshes, folders of them, FILE#ROW for a row of a file of many clouds, STORE#KEY for
+        a cloud of a store, or a .npy file of vectors.
     k: int
-        Neighbours of each.
+        Number of neighbours per query.
     where: tuple[str, ...]
-        Conditions that all must hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000' (=
-        != < <= > >= ~).
+        Conditions that must all hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000'
+        (operators = != < <= > >= ~).
     min_cosine: float
-        Leave out what is less like it.
+        Leave out neighbours with a lower cosine.
     include_self: bool
-        Keep the query's own file among its neighbours.
+        List the query's own file among its neighbours.
     probes: int
-        Approximate search of that many partitions of a store that was indexed by jepa3d index
-        --ann.
+        Search approximately, in this many partitions of a store that has an index (jepa3d index
+        --ann).
     model: str
-        Where the encoder of the index lies now, if it moved.
+        Path of the index's encoder, if it has moved.
     json: bool
-        A line of JSON a query.
+        Print one line of JSON per query.
     html: Path
-        A page with pictures of the queries and their neighbours.
+        Also write a page with pictures of the queries and their neighbours.
     """
     from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
 
     pairs, found = neighbours.random_cosines(where_in), []
-    written = neighbours.to_json if json else neighbours.to_text
+    formatted = neighbours.to_json if json else neighbours.to_text
     for query in queries:
         names, vectors = searching.query_vectors(where_in, query, model)
         exclude = None if include_self else names
         hits = searching.search(where_in, vectors, k, where, exclude, probes)
-        near = [[hit for hit in some if hit.cosine >= min_cosine] for some in hits]
+        near = [[hit for hit in ranked if hit.cosine >= min_cosine] for ranked in hits]
         found += zip(names, near, strict=True)
-        for name, some in zip(names, near, strict=True):
-            print(written(name, some, pairs))
+        for name, ranked in zip(names, near, strict=True):
+            print(formatted(name, ranked, pairs))
     if html is not None:
         neighbours.write_page(found, where_in, pairs, html)
         print(f"written: {html}", file=sys.stderr)
@@ -165,8 +165,7 @@ def label(
     names: Path | None = None,
     unknown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """From unlabelled clouds to a classifier: clusters, names for a few of them, and a label for
-    every cloud.
+    """Turn unlabelled clouds into a classifier: cluster them, name a few, and label every cloud.
 
     Parameters
     ----------
@@ -179,13 +178,13 @@ def label(
     up_axis: str
         The files' up axis: x, y or z; stores and glTF know their own.
     clusters: int
-        How many to propose; by default the square root of half the clouds, at most 40.
+        Number of clusters; by default the square root of half the number of clouds, at most 40.
     names: Path
-        A CSV of columns path and name; by default OUT/names.csv, once you filled it in. In a
-        terminal you are asked.
+        A CSV file with the columns path and name; by default OUT/names.csv, once you have filled it
+        in. In a terminal, you are asked for names.
     unknown: bool
-        Call clouds that are unlike every named one unknown; of the named classes one in 20 is,
-        wrongly.
+        Label clouds that resemble no named cloud "unknown"; this also happens, wrongly, to one in
+        20 clouds of the named classes.
     """
     from jepa3d.inference.label import label as run
     from jepa3d.locking import writing
@@ -204,25 +203,26 @@ def scene(
     up_axis: str = "z",
     dtype: str = "float32",
 ) -> None:
-    """Give every point of a large cloud a feature, by overlapping tiles; memory stays bounded.
+    """Compute a feature for every point of a large cloud, from overlapping tiles, in bounded
+    memory.
 
     Parameters
     ----------
     scan: Path
-        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other clouds where they fit
+        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other formats if they fit
         into memory.
     out: Path
-        .ply, .las or .laz: features as colours, in the order of the scan. .parquet: the features
-        themselves.
+        .ply, .las or .laz: the features as colours, in the order of the scan. .parquet: the
+        features themselves.
     model: str
         The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
     tile: float
-        Side of a tile in the scan's unit, as large as the objects of interest; by default as many
-        points need.
+        Side of a tile in the scan's unit, such as the size of the objects of interest; by default
+        chosen so that tiles have enough points.
     up_axis: str
         The scan's up axis: x, y or z.
     dtype: str
-        Of the features in .parquet: float32 or float16.
+        Number type of the features in .parquet: float32 or float16.
     """
     from jepa3d.inference.scene import write_features
 
@@ -238,20 +238,21 @@ def view(
     port: int = 8080,
     up_axis: str = "z",
 ) -> None:
-    """Show clouds on a local web page: coloured by height, tokens, similarity to a click, or a
-    pretraining sample.
+    """Show clouds on a local web page, coloured by height, tokens, similarity to a clicked point,
+    or a pretraining sample.
 
     Parameters
     ----------
     paths: list[Path]
-        Clouds, meshes, folders of them, FILE#ROW of a file of many, or stores of jepa3d prepare.
+        Clouds, meshes, folders of them, FILE#ROW for a row of a file of many clouds, or stores of
+        jepa3d prepare.
     model: str
-        The folder of a run or an encoder, or a Hub id; by default that of the index, without one
-        "default".
+        The folder of a run or an encoder, or a Hub id; by default the encoder of the index, or
+        without an index that of the package.
     index: Path
-        What jepa3d embed or index wrote: the nearest shapes are shown beside.
+        What jepa3d embed or jepa3d index wrote; the nearest shapes in it are shown too.
     port: int
-        Of the page, which only this machine can open; 0: any that is free.
+        Port of the page, which only this machine can open; 0 means any free port.
     up_axis: str
         The files' up axis: x, y or z; stores and glTF know their own.
     """
@@ -261,8 +262,8 @@ def view(
 
 
 def export(model: str = "default", /, *, out: Path) -> None:
-    """Write a model for use without this package: ONNX, torch.export, and a folder ready for the
-    Hub; all checked.
+    """Write a model for use without this package, as ONNX, torch.export program and Hub folder;
+    each is compared with torch.
 
     Parameters
     ----------

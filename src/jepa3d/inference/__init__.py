@@ -1,1 +1,1 @@
-"""What an encoder is for: vectors, search, scenes, labels, a page to look at, other formats."""
+"""Uses of a trained encoder: embedding, search, scene features, labels, the viewer and export."""

@@ -1,5 +1,5 @@
-"""Points of a scene sorted by grid cell on disk, so that any cell is one read: an external bucket
-sort.
+"""External bucket sort: writes the points of a scene to disk sorted by grid cell, so that one read
+returns the points of a cell.
 """
 
 from collections.abc import Iterator
@@ -14,44 +14,46 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# Z-up coordinates, and the row in the file.
+# Z-up coordinates, and the point's row in the scan.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
-BUCKET = 1_000_000  # points sorted at once, about
-_STRIP = 1024  # cells of a line, about: bounds the tiles held at once
+BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
+_STRIP = 1024  # approximate number of cells in a line; limits how many tiles are held at once
+# Bits of a sorting key: for the random order within a cell, and for the cell.
 _HASH_BITS, _KEY_BITS = 24, 40
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of half a tile, numbered from 1 along each axis; tile t is cells t and t + 1.
+    """A grid of cells whose side is half a tile, numbered from 1 along each axis; tile t covers
+    cells t and t + 1.
 
-    So tiles overlap by half, and a cell is in two along each axis. An axis no longer than a tile is
-    not split: it has cell 1 and tile 1 only.
+    So tiles overlap by half, and each cell lies in two tiles along each axis. An axis no longer
+    than a tile is not split: it has only cell 1 and tile 1.
     """
 
-    low: np.ndarray  # 3
-    high: np.ndarray  # 3
-    tile: float
+    low: np.ndarray  # 3, lowest corner of the scene's box
+    high: np.ndarray  # 3, highest corner
+    tile: float  # side of a tile
 
     @cached_property
     def split(self) -> np.ndarray:
-        """Whether each axis is split."""
+        """Bool [3]: which axes are split into cells."""
         return self.high - self.low > self.tile
 
     @cached_property
     def count(self) -> np.ndarray:
-        """Cells along each axis."""
+        """Number of cells along each axis [3]."""
         cells = np.ceil((self.high - self.low) / (self.tile / 2))
         return np.where(self.split, cells, 1).astype(np.int64)
 
     @cached_property
     def corners(self) -> np.ndarray:
-        """Offsets k 3 between a tile and its cells: cells = tile + corner, tiles = cell - corner."""
+        """Offsets k 3 from a tile to its cells: cells = tile + corner, tiles = cell - corner."""
         return np.array(list(product(*(range(1 + split) for split in self.split))))
 
     def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cells n 3 of points n 3, and where in its cell each lies, 0 to 1 along each axis (1 where
-        not split).
+        """Return the cells n 3 of points n 3, and each point's position in its cell, from 0 to 1
+        along each axis (1 along an axis that is not split).
         """
         place = np.where(self.split, (xyz - self.low) / (self.tile / 2), 1.0)
         cells = np.clip(np.floor(place).astype(np.int64) + 1, 1, self.count)
@@ -59,33 +61,37 @@ class Grid:
 
     @cached_property
     def _line(self) -> tuple[int, int, int, int]:
-        """The longer and the shorter horizontal axis, the cells of a strip and of the vertical
-        axis.
+        """The longer and the shorter horizontal axis, the width of a strip in cells, and the height
+        of the grid in cells (with a margin).
         """
         major = int(self.count[1] > self.count[0])
         height = int(self.count[2]) + 2
         return major, 1 - major, max(8, _STRIP // height), height
 
     def keys(self, cells: np.ndarray) -> np.ndarray:
-        """One number n for cells or tiles n 3, in the order of work: strip, line across it, place
-        in the line.
+        """Return an integer key for each of the cells or tiles n 3, which are processed in the
+        order of their keys.
 
-        Two lines that follow each other hold all cells of the tiles between them.
+        The grid is cut into strips along its longer horizontal axis, and each strip into lines
+        across it. Two consecutive lines contain all cells of the tiles between them.
         """
         major, minor, strip, height = self._line
         lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]
         return (lines * strip + cells[:, minor] % strip) * height + cells[:, 2]
 
     def lines(self, keys: np.ndarray) -> np.ndarray:
+        """Return the number of the line in which each key's cell lies."""
         *_, strip, height = self._line
         return keys // (strip * height)
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """uint64 n that sorts points by cell, and those of a cell at random, whatever chunks they
-        came in.
+        """Return sorting keys (uint64 n): they order points by cell, and at random within a cell.
+
+        The random order depends only on `index`, so the chunks in which points are read don't
+        matter.
         """
         mixed = index.astype(np.uint64)
-        # Splitmix64.
+        # The splitmix64 hash of the index.
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)
@@ -95,8 +101,10 @@ class Grid:
 def tiles_of(
     grid: Grid, coords: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The occupied tiles of cells n 3 with counts n: coordinates t 3, counts t, and the tiles n k
-    of each cell.
+    """Find the occupied tiles, given the occupied cells n 3 and their point counts n.
+
+    Returns the tiles' coordinates t 3, their point counts t, and for each cell the rows of its
+    tiles in these two arrays, n k.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))
@@ -105,14 +113,14 @@ def tiles_of(
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of keys n: the different ones, the first row of each, the number of each row's key among them,
-    and how many rows each has.
+    """Return the distinct keys, the first row of each, for each row its position among the distinct
+    keys, and how often each key occurs.
     """
     return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
 
 
 def median_count(grid: Grid, points: np.ndarray) -> float:
-    """Median number of points in the tiles that hold some of points n 3."""
+    """Return the median number of points in the occupied tiles, for points n 3."""
     coords = grid.cells(points)[0]
     _, first, _, counts = _unique(grid.keys(coords))
     return float(np.median(tiles_of(grid, coords[first], counts)[1]))
@@ -121,13 +129,13 @@ def median_count(grid: Grid, points: np.ndarray) -> float:
 def choose_tile(
     low: np.ndarray, high: np.ndarray, sample: np.ndarray, total: int, goal: int
 ) -> float:
-    """The tile whose median count of occupied ones is about `goal`, by a random part n 3 of `total`
-    points.
+    """Choose the tile size for which the median occupied tile holds about `goal` points.
 
-    The whole extent for few points; else rounded to two digits.
+    sample: n 3, a random sample of the scene's `total` points. The size is the whole extent if the
+    scene has few points, else it is rounded to two digits.
     """
     extent = float((high - low).max())
-    larger, points = extent, np.inf  # of the step before
+    larger, points = extent, np.inf  # of the previous step
     for step in range(120):
         tile = extent if step == 0 else float(f"{extent * 2 ** (-step / 4):.2g}")
         median = median_count(Grid(low, high, tile), sample) * total / len(sample)
@@ -145,10 +153,11 @@ def grid_for(
     tile: float | None,
     encoder: PointEncoder,
 ) -> Grid:
-    """The grid of the tile asked for, or of the one that suits the encoder.
+    """Return the grid for tiles of side `tile`, or of a side that suits the encoder if None.
 
-    sample: a random part n 3 of `total` points in the box from low to high. Raises ValueError for
-    too small a tile: with more cells than keys can number, or few points.
+    sample: n 3, a random sample of the scene's `total` points, whose box has the corners low and
+    high. Raises ValueError if the tile is too small: if there are more cells than keys, or too few
+    points in a tile.
     """
     choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
     grid = Grid(low, high, choose() if tile is None else tile)
@@ -157,14 +166,14 @@ def grid_for(
         raise ValueError(f"--tile {grid.tile:g}: too small for a scene of {extent}")
     few = median_count(grid, sample) * total / len(sample) < encoder.min_points
     if few and tile is not None:
-        raise ValueError(f"--tile {tile:g}: tiles of few points; try {choose():g}")
+        raise ValueError(f"--tile {tile:g}: too few points per tile; try {choose():g}")
     return grid
 
 
 class Cells:
-    """The occupied cells of a scene in the order of their keys, and their points in a file.
+    """The occupied cells of a scene in the order of their keys, and the file of their points.
 
-    The points of a cell are in random order, so its first n are a random part.
+    The points of a cell are in random order, so its first n points are a random sample.
     """
 
     def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
@@ -174,13 +183,15 @@ class Cells:
         self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Records of `count` points of a cell (all by default), from its point number `first` on."""
+        """Read the records of `count` points of a cell (by default all), from point number `first`
+        on.
+        """
         count = int(self.counts[cell]) - first if count is None else count
         self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
-        """The occupied cells among those at coords n 3."""
+        """Return the positions in `coords` of this object of the cells n 3 that are occupied."""
         keys = self.grid.keys(coords)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return at[self.keys[at] == keys]
@@ -198,11 +209,11 @@ def sort_points(
     folder: Path,
     bar: tqdm,
 ) -> Cells:
-    """Sort points, which come in parts n 3 of the file's axes, into a file in `folder`.
+    """Sort the points of a scene by cell into a file in `folder`, and return its cells.
 
-    sample: z-up coordinates and index n 4 of a random part of them; its quantiles are the edges of
-    buckets, each of which is sorted in memory. bar: counts every
-    point twice.
+    parts: arrays n 3 in the file's axes. sample: n 4, z-up coordinates and row of a random sample
+    of the points; quantiles of the sample are the limits of the buckets, each of which is sorted in
+    memory. bar: a progress bar that counts each point twice.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)
@@ -224,7 +235,7 @@ def sort_points(
     found = []
     with (folder / "sorted").open("wb") as out:
         for file in files:
-            file.touch()  # empty where no point fell
+            file.touch()  # a bucket without points has no file yet
             records = np.fromfile(file, RECORD)
             order = grid.order(records["xyz"], records["index"])
             at = np.argsort(order, kind="stable")
@@ -233,7 +244,7 @@ def sort_points(
             found.append((grid.cells(records["xyz"][at[first]])[0], count))
             file.unlink()
             bar.update(len(records))
-    # The points of one cell may be in several buckets.
+    # The points of one cell may be spread over several buckets.
     coords, counts = map(np.concatenate, zip(*found, strict=True))
     _, first, inverse, _ = _unique(grid.keys(coords))
     counts = np.bincount(inverse, counts).astype(np.int64)

@@ -1,4 +1,6 @@
-"""Finds the clouds at a path, and gives each an address by which every command finds it again."""
+"""Finds the clouds at a path and gives each an address, a text by which every command finds it
+again.
+"""
 
 import os
 import re
@@ -18,26 +20,27 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
 from jepa3d.plain import log
 
-# Patterns of the parts of files of many clouds.
+# Patterns of a cloud's part name in a file of many clouds: a row number, or split and row of a
+# fold.
 _PARTS = dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")
 _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place of one cloud: a file, or a part of a file of many clouds or of a store.
+    """The place of one cloud: a file, or a part of a store or of a file with many clouds.
 
-    Written FILE, FILE#PART or STORE#PART. A text that is the name of an existing file means that
-    file, even if the name has a #. Where FILE#PART is such a name, the part is written FILE/#PART,
-    which cannot be the name of a file.
+    As text: FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, the text means
+    this file, even if the name contains #. If a file is called FILE#PART, the part is written
+    FILE/#PART instead, which no file can be called.
     """
 
     file: str  # absolute
-    # The row in an array of clouds, the item of a few-shot fold, or the key in a store.
+    # The row in an array of clouds, the sample of a few-shot fold, or the key in a store.
     part: str | None = None
 
     def __str__(self) -> str:
-        """Text that `parse` turns back into this, as long as the files are there."""
+        """Write the address as text that `parse` turns back into it, as long as the files exist."""
         if self.part is None:
             return spelled(self.file)
         text = spelled(f"{self.file}#{self.part}")
@@ -47,7 +50,7 @@ class Address:
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
-        """The address that a text means, or None if there is no cloud."""
+        """Return the address that a text means, or None if no cloud is there."""
         for spelling in dict.fromkeys((str(text), original(str(text)))):
             path = os.path.abspath(spelling)
             if os.path.exists(path):
@@ -65,11 +68,11 @@ class Address:
 
     @property
     def z_up(self) -> bool:
-        """True for a stored cloud, which has z up whatever the up axis of files is."""
+        """True for a cloud in a store, which always has z up, whatever `up_axis` says about files."""
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
-        """Read the cloud. Raises ReadError."""
+        """Read the cloud. Raises ReadError if that fails."""
         if self.part is None:
             return read(self.file)
         if is_store(self.file):
@@ -86,23 +89,26 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One cloud, which is read when it is needed."""
+    """One cloud, which is read only when needed."""
 
     path: str  # its address as text
     read: Callable[[], PointCloud]  # picklable
-    stamp: int = 0  # differs when its file changed
+    stamp: int = 0  # changes when the cloud's file changes
     label: str | None = None
-    z_up: bool = False  # True for a stored cloud, whatever the up axis of files is
+    # True for a cloud in a store, which always has z up, whatever `up_axis` says about files.
+    z_up: bool = False
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
-        """The points N 3 of this cloud, as read or sampled, with z up; "none": as they are."""
+        """Return the points N 3 of `cloud`, which is this cloud as read or sampled, rotated to z-up
+        (or not rotated for "none").
+        """
         if self.z_up or up_axis == "none":
             return cloud.points
         return cloud.points @ TO_Z_UP[cloud.up or up_axis].T
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
-    """The cloud at an address. Raises ReadError if there is none."""
+    """Return the cloud at an address. Raises ReadError if there is none."""
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")
@@ -112,11 +118,11 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
 def find_clouds(
     *paths: str | Path, optional: Collection[str | Path] = ()
 ) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Find the clouds in files, folders and stores, each once, and the files there that hold none.
+    """Find the clouds in files, folders and stores, each once.
 
-    A path may also be the address of one cloud. Files without a cloud come as (path, reason).
-    optional: paths that may have no cloud; they are then listed like these files. Raises ReadError
-    for any other path without a cloud.
+    A path may also be the address of one cloud. Returns the clouds, and pairs (path, reason) of the
+    files without a cloud. optional: those of the paths that may have no cloud; they are then listed
+    among these files. Raises ReadError for any other path without a cloud.
     """
     items: dict[str, Item] = {}
     skipped: dict[str, str] = {}
@@ -157,20 +163,20 @@ def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
 
 
 def cloud_paths(path: str | Path) -> list[str]:
-    """The paths of the clouds in a file, a folder or a store, in the order of `embed`."""
+    """Return the paths of the clouds in a file, a folder or a store, in the order of `embed`."""
     return [item.path for item in find_clouds(path)[0]]
 
 
 def _stamp(address: Address) -> int:
-    """A number that differs when a cloud changed: of a stored cloud its content, else a hash of the
-    size and time of change of its file.
+    """Return a number that changes when a cloud changes: the hash of a stored cloud's content, else
+    a hash of the size and modification time of its file.
     """
     if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
     try:
         status = os.stat(address.file)
     except OSError:
-        return 0  # its reader says what is missing
+        return 0  # reading the file will report what is missing
     return hash64(f"{status.st_size} {status.st_mtime_ns}".encode())
 
 
@@ -183,18 +189,18 @@ def log_left_out(skipped: list[tuple[str, str]]) -> None:
 
 
 def spelled(name: str) -> str:
-    """A file name that is not UTF-8 with its bytes spelled out, as Parquet and terminals need it."""
+    """Escape the bytes of a file name that are not UTF-8, which Parquet and terminals can't hold."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def original(name: str) -> str:
-    r"""A name that `spelled` wrote, with its bytes again: \xff and so on, from 80 upwards."""
+    r"""Undo `spelled`: turn the escapes \x80 to \xff of a file name into bytes again."""
     byte = r"\\x([89a-f][0-9a-f])"
     return re.sub(byte, lambda match: chr(0xDC00 + int(match[1], 16)), name)
 
 
 def _address(entry: Entry, root: str) -> Address:
-    """Where an entry of the folder or file `root` lies."""
+    """Return the address of an entry of `root`, a folder or a file."""
     part = None if entry.row is None else str(entry.row)
     if os.path.isdir(root):
         return Address(os.path.join(root, entry.file), part)
@@ -203,10 +209,12 @@ def _address(entry: Entry, root: str) -> Address:
 
 
 def is_store(path: str) -> bool:
+    """Return whether a path is the folder of a store."""
     return os.path.isfile(os.path.join(path, "store.json"))
 
 
 def _row_of(path: str, key: str) -> int | None:
+    """Return the row of a key in a store, or None if the store has no such key."""
     _, hashes, order = _store(path)
     wanted = hash64(key.encode("utf-8", "surrogateescape"))
     at = int(np.searchsorted(hashes, np.uint64(wanted)))
@@ -214,7 +222,7 @@ def _row_of(path: str, key: str) -> int | None:
 
 
 def _store(path: str) -> tuple[Store, np.ndarray, np.ndarray]:
-    """A store, the sorted hashes of its keys, and the row of each."""
+    """Open a store. Returns it with the sorted hashes of its keys and the row of each hash."""
     return _opened(path, os.stat(os.path.join(path, "store.json")).st_mtime_ns)
 
 

@@ -1,4 +1,6 @@
-"""`jepa3d embed`: the vectors of files in Parquet, on all cores, adding what is new."""
+"""`jepa3d embed`: writes the vectors of clouds to Parquet on all cores; later calls add what is
+new.
+"""
 
 import os
 import re
@@ -20,7 +22,7 @@ from jepa3d.inference.vectors import Vectors, table, update, write
 from jepa3d.locking import writing
 from jepa3d.plain import log
 
-COMMIT_SECONDS = 60.0  # between two changes of the file
+COMMIT_SECONDS = 60.0  # fewest seconds between two writes of the file
 
 
 def embed_files(
@@ -35,20 +37,23 @@ def embed_files(
     prune: bool = False,
     keep_strays: bool = False,
 ) -> Counter[str]:
-    """Embed every cloud at `paths` that is new or changed into `out`: a .parquet file, or a folder
-    of one a share.
+    """Embed every new or changed cloud at `paths` into `out`: a .parquet file, or a folder with one
+    file per share.
 
-    Interrupted, the same call goes on. share: "2/4" is the second of four calls that fill one
-    folder. prune: forget what is no longer at `paths`, and files that are gone. Returns how many
-    clouds are new, changed, unchanged, forgotten and left out, and how many points were NaN; logs
-    these and each cloud that cannot be used. Raises ValueError, also where another command writes,
-    and ReadError where no cloud can be used.
+    If a call was interrupted, the same call continues it. share: "2/4" is the second of four calls
+    that together fill one folder. prune: delete the vectors of clouds that are no longer at
+    `paths`, or whose files no longer exist.
+
+    Returns how many clouds are new, changed, unchanged, forgotten (deleted) and left out, and how
+    many points were NaN; logs these counts and each cloud that cannot be used. Raises ValueError
+    for wrong settings and if another command is writing to `out`, and ReadError if no cloud can be
+    used.
     """
     files, shares = _share_files(out, share)
     if workers < 0:
         raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
     embedder = Embedder(model, up_axis, layer, pooling, keep_strays=keep_strays)
-    # To forget what was there, a folder may be empty.
+    # With `prune` a folder may be empty: all its vectors are then deleted.
     emptied = [path for path in paths if prune and path.is_dir()]
     found, skipped = find_clouds(*paths, optional=emptied)
     log_left_out(skipped)
@@ -66,7 +71,8 @@ def embed_files(
                 embedder.spec.check(vectors.spec, file)
                 stamps = vectors.column("stamp")
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
-            elif shares > 1:  # may stay empty, yet its name says the number of shares
+            # May stay empty, but its name records the number of shares.
+            elif shares > 1:
                 write([table(embedder.spec, [])], file)
             part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
             todo = [item for item in part if known.get(item.path) != item.stamp]
@@ -74,7 +80,7 @@ def embed_files(
             gone = {x for x in gone if x.startswith(inside) or Address.parse(x) is None}
             counts.update(known=len(known), tried=len(todo), forgotten=len(gone))
             counts["unchanged"] += len(part) - len(todo)
-            # A process takes seconds to start.
+            # Starting a process takes seconds, so each needs a few batches of work.
             batch, module = embedding.BATCH, embedding.__name__
             useful = min(os.cpu_count() or 1, max(1, len(todo) // (4 * batch)))
             work = embedder.work, todo, batch, workers or useful, "embedding", module
@@ -92,10 +98,12 @@ def embed_files(
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
-    """The files to write by the number of their share, and the number of shares. Raises ValueError."""
+    """Return share number -> file for the files to write, and the number of shares. Raises
+    ValueError.
+    """
     first, _, of = share.partition("/")
     if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
-        raise ValueError(f"--share {share}: i/n, such as 2/4 for the second of four")
+        raise ValueError(f"--share {share}: give i/n, such as 2/4 for share 2 of 4")
     number, shares = int(first), int(of)
     if out.suffix == ".parquet":
         if shares > 1:
@@ -114,7 +122,7 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
     if len(begun) > 1:
         raise ValueError(f"--share {share}: was begun with n = {min(begun - {shares})}")
     total = min(begun, default=1)
-    # Without --share, all of them in turn.
+    # Without --share, this call computes all shares, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
     return {i: out / f"part-{i}of{total}.parquet" for i in numbers}, total
 
@@ -127,9 +135,10 @@ def _collect(
     gone: set[str],
     counts: Counter[str],
 ) -> None:
-    """Write results into a file, now and then and at the end, also when the run is interrupted.
+    """Write results to a file at intervals and at the end, even if the run is interrupted.
 
-    Each change writes the whole file, so changes take at most a tenth of the time.
+    known: paths that the file has already. gone: paths whose rows are to be deleted. Each write
+    rewrites the whole file, so the interval is at least ten times as long as the last write took.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0
@@ -159,7 +168,7 @@ def _collect(
             if time.monotonic() - last > max(COMMIT_SECONDS, 10 * cost):
                 commit()
     except KeyboardInterrupt:
-        done = f"stopped after {counts['new'] + counts['changed']:,} new vectors, kept"
-        raise KeyboardInterrupt(f"{done}; the same command goes on") from None
+        done = f"stopped after {counts['new'] + counts['changed']:,} new vectors, which are saved"
+        raise KeyboardInterrupt(f"{done}; repeat the command to continue") from None
     finally:
         commit()

@@ -1,5 +1,5 @@
-"""Clouds to vectors in memory: `jepa3d.embed` of arrays or files, and `jepa3d.Embedder` of batches of
-paths.
+"""Computes vectors of clouds in memory: `jepa3d.embed` for arrays or files, and `jepa3d.Embedder`
+for batches of paths.
 """
 
 import warnings
@@ -33,20 +33,20 @@ BATCH = 32  # clouds encoded at once
 
 
 class Seen(NamedTuple):
-    """A cloud, and what the encoder sees of it."""
+    """A cloud as read, and as the encoder receives it."""
 
-    read: PointCloud  # as it was read
-    cloud: PointCloud  # the same; of a mesh, samples
-    points: np.ndarray  # N 3 of `cloud`, z-up
-    frame: Frame
+    read: PointCloud  # as read
+    cloud: PointCloud  # the same, or points sampled from it if it is a mesh
+    points: np.ndarray  # N 3, the points of `cloud`, z-up
+    frame: Frame  # the points in the encoder's coordinates
 
 
 class Embedded(NamedTuple):
-    """The vector of a cloud, and what is known of the cloud as read."""
+    """The vector of a cloud, and facts about the cloud as read."""
 
-    vector: np.ndarray  # E; or num_points 3, what the encoder sees, to be encoded later
+    vector: np.ndarray  # E; before encoding, the encoder's input num_points 3
     num_points: int
-    unseen: int  # points that are NaN, which were left out
+    unseen: int  # number of NaN points, which were left out
     remarks: list[str]  # lines for the user, such as how many points were left out
 
 
@@ -57,14 +57,16 @@ def embed(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> np.ndarray:
-    """Vectors n E float32 of clouds: one array N 3, many (n N 3, or a list of arrays), or paths.
+    """Compute vectors n E float32 of clouds: one array N 3, many (n N 3, or a list of arrays), or
+    paths.
 
-    A path is a file, a folder of files, or a store, and gives a vector for every cloud there, in
-    the order of `cloud_paths`. A cloud that cannot be used has a row of NaN, and a warning names
-    it. encoder: `jepa3d.load()` by default. up_axis: x, y or z of the clouds, a store knows its
-    own; or none, for vectors that are the same however a cloud is turned. layer and pooling: see
-    `PointEncoder.embed`. Raises ValueError for a setting that does not exist, and ReadError where
-    no cloud can be used.
+    A path is a file, a folder of files, or a store; it gives a vector for every cloud there, in the
+    order of `cloud_paths`. A cloud that cannot be used gets a row of NaN, and a warning names it.
+
+    encoder: `jepa3d.load()` by default. up_axis: the clouds' up axis x, y or z (a store knows its
+    own), or none for vectors that don't depend on the cloud's rotation. layer and pooling: see
+    `PointEncoder.embed`. Raises ValueError for a setting that does not exist, and ReadError if no
+    cloud can be used.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2
@@ -81,9 +83,10 @@ def embed(
 def embed_each(
     clouds: Clouds, encoder: PointEncoder, spec: EmbeddingSpec
 ) -> tuple[list[tuple[str, np.ndarray | None]], list[str]]:
-    """The path and the vector of each cloud, as of `embed`; and a line for each that has none.
+    """Compute the vectors as `embed` does. Returns pairs of path and vector (None if the cloud
+    cannot be used), and an error text for each cloud without a vector.
 
-    Raises ReadError where no cloud can be used.
+    Raises ReadError if no cloud can be used.
     """
     encoder, items = spec.applied(encoder), list(_items_of(clouds))
     found, errors = [], []
@@ -101,6 +104,7 @@ def embed_each(
 
 
 def _items_of(clouds: Clouds) -> Iterator[Item]:
+    """Yield one item per cloud; an unusable path becomes an item that raises when it is read."""
     if isinstance(clouds, (str, Path)) or getattr(clouds, "ndim", 0) == 2:
         clouds = [clouds]
     for i, cloud in enumerate(clouds):
@@ -112,9 +116,10 @@ def _items_of(clouds: Clouds) -> Iterator[Item]:
 
 
 def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
+    """Make a cloud of an array. Raises ReadError if a coordinate is not finite."""
     cloud = PointCloud.make(as_array(points))
     if cloud.unseen:
-        raise ReadError("NaN or infinite coordinates")
+        raise ReadError("has NaN or infinite coordinates")
     return cloud
 
 
@@ -125,7 +130,7 @@ def log_remarks(path: str, remarks: list[str]) -> None:
 
 
 def see(encoder: PointEncoder, item: Item, up_axis: str) -> Seen:
-    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError, which names it."""
+    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError if that fails."""
     try:
         read = item.read()
         cloud = sampled(read, encoder.num_points)
@@ -140,7 +145,7 @@ def see(encoder: PointEncoder, item: Item, up_axis: str) -> Seen:
 
 
 def _seen_by(encoder: PointEncoder, spec: EmbeddingSpec, item: Item) -> Embedded | str:
-    """What the encoder sees of a cloud, or the reason why it cannot be used."""
+    """Return the encoder's input for a cloud, or the reason why the cloud cannot be used."""
     try:
         read, *_, frame = see(encoder, item, spec.up_axis)
         return Embedded(frame.points, len(read), read.unseen, read.remarks())
@@ -152,7 +157,7 @@ def _seen_by(encoder: PointEncoder, spec: EmbeddingSpec, item: Item) -> Embedded
 def encode(
     encoder: PointEncoder, spec: EmbeddingSpec, results: Iterable[Embedded | str]
 ) -> Iterator[Embedded | str]:
-    """Replace what the encoder sees in each result by its vector, a batch at a time."""
+    """Encode in batches: replace the encoder's input in each result by its vector."""
     results = iter(results)
     while batch := list(islice(results, BATCH)):
         points = [result.vector for result in batch if isinstance(result, Embedded)]
@@ -172,9 +177,9 @@ _loaded = lru_cache(maxsize=1)(load)
 def embed_items(
     model: str, spec: EmbeddingSpec, points_only: bool, items: list[Item]
 ) -> list[Embedded | str]:
-    """Worker. Vectors of clouds; of a cloud that cannot be used the reason.
+    """Worker. Compute the vectors of clouds; for a cloud that cannot be used, return the reason.
 
-    points_only: give what the encoder sees instead of vectors.
+    points_only: return the encoder's inputs instead of vectors.
     """
     encoder = spec.applied(_loaded(model))
     results = (_seen_by(encoder, spec, item) for item in items)
@@ -182,12 +187,12 @@ def embed_items(
 
 
 class Embedder:
-    """Turns batches of paths into rows with vectors; made once in a process, called for every
-    batch, such as by an actor of Ray Data.
+    """Turns batches of paths into rows with vectors; create it once per process and call it for
+    every batch, for example as an actor of Ray Data.
 
-    model, up_axis, layer, pooling and keep_strays are those of `jepa3d embed`. workers: the
-    processes that read and embed, so that a file whose parser crashes costs its own row only.
-    `spec` is what `jepa3d embed` writes beside such vectors.
+    model, up_axis, layer, pooling and keep_strays are those of `jepa3d embed`. workers: number of
+    processes that read and embed; if a file crashes its parser, only that file's row is lost.
+    `spec` is the specification that `jepa3d embed` stores with such vectors.
 
     >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, num_cpus=1)
     """
@@ -204,23 +209,26 @@ class Embedder:
         encoder, self.workers = load(model), workers
         encoder.keep_strays = keep_strays
         self.spec = EmbeddingSpec.of(model, encoder, up_axis, layer, pooling)
-        # Ray hides the GPU from an actor that did not ask for one.
+        # False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
         self.on_device = torch.accelerator.is_available()
         self.encoder = self.spec.applied(encoder).to(default_device())
         self.work = partial(embed_items, model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
-        """The results of `work` with vectors; made here where this process has the accelerator."""
+        """Return the results of `work` with vectors, encoded here if this process has the
+        accelerator.
+        """
         if self.on_device:
             return encode(self.encoder, self.spec, results)
         return iter(results)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pa.Table":
-        """Rows of `vectors.py` and the column `error`, for every cloud of every path in the column
-        `path`.
+        """Return the rows of `vectors.py`, with a column `error`, for every cloud of the paths in
+        the column `path`.
 
-        A path, taken once, is a file, a folder, a store, or the address of one cloud. What cannot
-        be used is a row of its path and its error, all else null. Rows with vectors come first.
+        A path is a file, a folder, a store, or the address of one cloud; duplicates are used once.
+        A cloud that cannot be used gets a row with its path and its error, and null elsewhere. Rows
+        with vectors come first.
         """
         from jepa3d.inference.vectors import table, with_errors
 
@@ -239,5 +247,5 @@ class Embedder:
 
 
 def as_row(item: Item, result: Embedded) -> tuple:
-    """Values of the columns of a file of vectors."""
+    """Return the values of a row in a file of vectors."""
     return item.path, item.label, result.num_points, item.stamp, result.vector

@@ -1,5 +1,5 @@
-"""`jepa3d export`: an encoder or a classifier as ONNX, torch.export and Hub folder, each compared
-with torch.
+"""`jepa3d export`: writes an encoder or a classifier as ONNX, torch.export program and Hub folder,
+and compares the results of the files with torch.
 """
 
 import json
@@ -30,21 +30,21 @@ from jepa3d.training.checkpoint import replace_folder
 try:
     import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401  what torch.onnx needs
+    import onnxscript  # noqa: F401  torch.onnx needs it
 except ImportError as error:
     raise ValueError("export needs ONNX: pip install 'jepa3d[export]'") from error
 
-RTOL, ATOL = 1e-4, 1e-5
-MAX_POINTS = 10**6  # of a cloud, as declared to torch.export
-BATCHES = (1, 2, 7)
+RTOL, ATOL = 1e-4, 1e-5  # tolerances of the comparison with torch
+MAX_POINTS = 10**6  # most points of a cloud, as declared to torch.export
+BATCHES = (1, 2, 7)  # batch sizes that are compared
 SIZES = ("num_points", "num_groups", "group_size")
 
 Network = PointEncoder | Classifier | LinearClassifier
-Differences = dict[str, float]  # of files, from torch
+Differences = dict[str, float]  # file name -> largest difference from torch
 
 
 class Graph(nn.Module):
-    """One graph to export: a network between inputs and outputs of these names."""
+    """A network to export as one graph, with the names of the graph's inputs and outputs."""
 
     name: str
     inputs: tuple[str, ...] = ("points",)
@@ -55,11 +55,11 @@ class Graph(nn.Module):
         self.network: Any = network
 
     def arrays(self, clouds: Tensor) -> tuple[np.ndarray, ...]:
-        """The inputs that clouds B N 3 have."""
+        """Return the graph's inputs for clouds B N 3."""
         return (clouds.numpy(),)
 
     def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for clouds B N 3 by the network itself, and maybe more."""
+        """Return the network's own outputs for clouds B N 3; there may be more than in `outputs`."""
         if not isinstance(self.network, PointEncoder):
             return (self.network.predict(clouds),)
         tokens, centers = self.network.tokens(clouds)
@@ -67,7 +67,7 @@ class Graph(nn.Module):
 
 
 class FromPatches(Graph):
-    """Patches B M K 3 and centers B M 3 to vectors B E and tokens B M C."""
+    """The encoder from patches B M K 3 and centers B M 3 to vectors B E and tokens B M C."""
 
     name, inputs, outputs = "patches", ("patches", "centers"), ("embedding", "tokens")
 
@@ -82,7 +82,7 @@ class FromPatches(Graph):
 
 
 class FromPoints(Graph):
-    """Clouds B N 3 in any unit to vectors B E, tokens B M C and centers B M 3."""
+    """The encoder from clouds B N 3 in any unit to vectors B E, tokens B M C and centers B M 3."""
 
     name, outputs = "encoder", ("embedding", "tokens", "centers")
 
@@ -95,7 +95,7 @@ class FromPoints(Graph):
 
 
 class ToClasses(Graph):
-    """Clouds B N 3 in any unit to logits B classes."""
+    """A classifier from clouds B N 3 in any unit to logits [B, classes]."""
 
     name, outputs = "classifier", ("logits",)
 
@@ -104,22 +104,22 @@ class ToClasses(Graph):
 
 
 def export(model: str | Path, out: str | Path) -> dict[str, float]:
-    """Write the folder `out`; `model` as of `jepa3d.load`, or a classifier's run or folder.
+    """Export a model into a new folder `out`.
 
-    Returns the largest difference of each file from torch. Raises ValueError for a model that
-    cannot be loaded or exported, an `out` that exists, or a graph whose results differ from torch's;
-    then nothing is left.
+    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns each file's largest
+    difference from torch. Raises ValueError for a model that cannot be loaded or exported, if `out`
+    exists, or if results differ too much from torch's; then nothing is written.
     """
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out}: exists already; choose another --out")
     network = load_any(model).float()
     if isinstance(network, Segmenter):
-        raise ValueError(f"{model}: a network that segments, which is not exported")
+        raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # No graph has such a `fill`.
+    # `prepared` looks up this many nearest points, but a cloud may have only `min_points`.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
-        raise ValueError(f"{model}: not exported: needs num_groups {needed} or more")
+        raise ValueError(f"{model}: needs num_groups {needed} to be exported")
     differences: Differences = {}
     replace_folder(out, partial(_write, network, encoder, differences), True)
     return differences
@@ -127,7 +127,7 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def _write(network: Network, encoder: PointEncoder, found: Differences, folder: Path) -> None:
-    """Write every file of the folder; add the largest difference of each to those found."""
+    """Write every file of the folder, and add its largest difference from torch to `found`."""
     properties = {name: str(getattr(encoder, name)) for name in SIZES}
     if isinstance(network, PointEncoder):
         graphs: list[Graph] = [FromPoints(network), FromPatches(network)]
@@ -153,8 +153,8 @@ def _write(network: Network, encoder: PointEncoder, found: Differences, folder: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence messages of torch and onnxscript: a missing torchvision, deprecations, every folded
-    node.
+    """Silence messages of torch and onnxscript: about a missing torchvision, deprecations, and
+    every folded node.
     """
     logging.disable(logging.WARNING)
     try:
@@ -166,7 +166,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
-    # Of two clouds: a batch of 1 becomes a constant.
+    """Export a graph for any batch size and, if its input is points, any number of points."""
+    # Exported with two clouds, since torch would make a batch of 1 a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())
     axes = {0: torch.export.Dim("batch", min=1)}
     if graph.inputs == ("points",):
@@ -174,11 +175,12 @@ def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgra
         axes[1] = torch.export.Dim("num_points", min=least, max=MAX_POINTS)
     shapes = dict.fromkeys(graph.inputs, axes)
     arrays = tuple(map(torch.from_numpy, graph.arrays(clouds)))
-    # Not strict, torch would take the `len` of a tensor for a constant.
+    # Strict, because otherwise torch takes the `len` of a tensor for a constant.
     return torch.export.export(graph, arrays, dynamic_shapes=shapes, strict=True)
 
 
 def _write_onnx(program: Any, graph: Graph, properties: dict[str, str], file: Path) -> None:
+    """Write an exported program as an ONNX file with named axes and metadata, and check it."""
     options: Any = {"input_names": graph.inputs, "output_names": graph.outputs}
     options |= {"dynamo": True, "external_data": False, "verbose": False}
     exported: Any = torch.onnx.export(program, (), **options)
@@ -190,7 +192,7 @@ def _write_onnx(program: Any, graph: Graph, properties: dict[str, str], file: Pa
 
 
 def _open(file: Path, graph: Graph) -> Callable[[Sequence[np.ndarray]], Sequence]:
-    """The function of an exported file, from arrays to arrays."""
+    """Load an exported file. Returns a function from input arrays to output arrays."""
     if file.suffix == ".pt2":
         module = torch.export.load(file).module()
         return lambda arrays: module(*map(torch.from_numpy, arrays))
@@ -199,7 +201,7 @@ def _open(file: Path, graph: Graph) -> Callable[[Sequence[np.ndarray]], Sequence
 
 
 def _name_axes(graph) -> None:
-    """Replace torch's symbols, such as s77, by names in every shape."""
+    """Replace torch's symbols, such as s77, by readable names in every shape of the graph."""
     axes = graph.input[0].type.tensor_type.shape.dim
     both = zip(axes, ("batch", "num_points"), strict=False)
     names = {axis.dim_param: name for axis, name in both if axis.dim_param}
@@ -211,9 +213,9 @@ def _name_axes(graph) -> None:
 
 
 def _difference(graph: Graph, encoder: PointEncoder, file: Path) -> float:
-    """The largest difference of a file's results from torch's.
+    """Return the largest difference between a file's results and torch's.
 
-    Raises ValueError beyond the tolerance.
+    Raises ValueError if a difference exceeds the tolerance.
     """
     generator, largest, run = torch.Generator().manual_seed(0), 0.0, _open(file, graph)
     counts = encoder.min_points, encoder.num_points, 2 * encoder.num_points
@@ -231,7 +233,7 @@ def _difference(graph: Graph, encoder: PointEncoder, file: Path) -> float:
 
 
 def _card(network: Network, encoder: PointEncoder, differences: Differences) -> str:
-    """The README of the folder, of templates beside this file."""
+    """Fill in the folder's README from the templates beside this file."""
     values = {name: getattr(encoder, name) for name in ("min_points", "width", *SIZES)}
     values |= {"vector_width": 2 * encoder.width, "kind": type(network).__name__}
     values["front"] = type(network)._hub_mixin_info.model_card_data.to_yaml().strip()
@@ -251,29 +253,30 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 
 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """`frame` and its `fill` for clouds B N 3, as operations of a graph, which cannot hold their
-    checks.
+    """Prepare clouds B N 3 as `jepa3d.frame` and its `fill` do, but with operations that a graph
+    can contain. Their checks are left out, since a graph cannot raise errors.
     """
     points = without_strays(points.double(), encoder.min_points)
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
     points = (points / points.abs().amax((1, 2), True)).float()
     device, min_points = points.device, encoder.min_points
-    # In a graph a number still open.
+    # While exporting, the number of points is symbolic.
     count: Any = torch.sym_min(points.shape[1], encoder.num_points)
     start = squared_distance(points, points.new_zeros(1, 3))[..., 0].argmax(1)
     order, apart = farthest_point_scan(points, count, start)
     chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
     row = torch.arange(encoder.num_points, device=device) % different
-    # Out of bounds where there are too few: the runtime raises.
+    # With too few points, the index is out of bounds, so that the runtime raises an error.
     row = torch.where(different < min_points, 2**30, row)
     source = gather_points(chosen, row)
-    # Most clouds have enough points, and distances of all pairs cost.
+    # The distances of all pairs are costly, so they are computed only if a cloud has too few
+    # points.
     copied = (different < encoder.num_points).any()
-    # Turns, and a point itself.
+    # Neighbours that a point needs: itself, and one for each further round of copies.
     most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)
 
     def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
-        # The other points are copies of these.
+        # Points after the first `different` are copies of these.
         among = torch.arange(chosen.shape[1], device=device) < different
         distance = squared_distance(chosen, chosen)
         distance = distance.masked_fill(~among[:, None], torch.inf)
@@ -293,14 +296,14 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
 
 
 def without_strays(points: Tensor, min_points: int) -> Tensor:
-    """Clouds B N 3, in double, with every stray (`frame.without_strays`) moved onto a point that is
-    none.
+    """Replace each stray point (see `frame.without_strays`) of clouds B N 3, in double, by a point
+    that is not stray.
     """
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
     weights = points.new_tensor([1, 2**0.5, torch.pi])
     points = gather_points(points, (points * weights).sum(-1).argsort(1))
     first = (points[:, 1:] != points[:, :-1]).any(-1)
-    # A point that is there several times counts once.
+    # Points that occur several times count once.
     first = torch.cat([torch.ones_like(first[:, :1]), first], 1)
     different, kept, side = first.sum(1, keepdim=True), first, frame.MAX_CELLS
     for _ in range(frame.ROUNDS):
@@ -328,7 +331,7 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
 
 
 def _onto_one(points: Tensor, kept: Tensor) -> Tensor:
-    """Points B N 3 with those that are not kept, B N, moved onto one that is."""
+    """Replace the points B N 3 that are not kept (mask B N) by the first point that is."""
     place = torch.arange(points.shape[1], device=points.device)
     first = kept.long().argmax(1, keepdim=True)
     return gather_points(points, torch.where(kept, place, first))

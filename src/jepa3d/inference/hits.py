@@ -1,4 +1,4 @@
-"""What searches of files and of stores share: neighbours, their order, and conditions on rows."""
+"""What searching files and searching stores share: neighbours, their order, and row conditions."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from jepa3d.inference.vectors import pa, pc
 
 COLUMNS = ("path", "label", "num_points")
-SLACK = 1e-5  # twice what cosines in float32 may be wrong by, in any order of summing
+SLACK = 1e-5  # twice the largest rounding error of a cosine in float32, in any order of summing
 _COMPARE = {
     "=": pc.equal,
     "!=": pc.not_equal,
@@ -30,17 +30,17 @@ class Hit:
 
 
 def best(hits: list[Hit], k: int) -> list[Hit]:
-    """The k best hits, best first, hits of equal cosine in the order of their paths."""
+    """Return the k best hits, best first; hits of equal cosine are ordered by path."""
     return sorted(hits, key=lambda hit: (-hit.cosine, hit.path))[:k]
 
 
 def rank(
     query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list, k: int
 ) -> list[Hit]:
-    """The k of vectors n E nearest to a query E of length 1.
+    """Return those k of vectors n E that are nearest to a query E of length 1.
 
-    Each cosine is summed by itself in float64 and rounded to six decimals, so that copies of a
-    cloud tie wherever they lie.
+    Each cosine is summed separately in float64 and rounded to six decimals, so that copies of a
+    cloud get exactly the same cosine.
     """
     x = vectors.astype(np.float64)
     cosine = np.round((x * query).sum(1) / np.linalg.norm(x, axis=1), 6)
@@ -49,9 +49,9 @@ def rank(
 
 @dataclass(frozen=True)
 class Condition:
-    """`COLUMN OP VALUE` over path, label and num_points.
+    """A condition `COLUMN OP VALUE` on the column path, label or num_points.
 
-    OP is = != < <= > >=, or ~ for a pattern of * and ?.
+    OP is = != < <= > >=, or ~ for a pattern with the wildcards * and ?.
     """
 
     column: str
@@ -60,7 +60,7 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """The condition that a text means. Raises ValueError that says what is allowed."""
+        """Parse a condition. Raises ValueError that says what is allowed."""
         shape = r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*"
         match = re.fullmatch(shape, text, re.DOTALL)
         if not match or match[1] not in COLUMNS:
@@ -71,16 +71,18 @@ class Condition:
         if column != "num_points":
             return Condition(column, compare, value)
         if not re.fullmatch(r"\d+", value) or compare == "~":
-            raise ValueError(f"condition {text!r}: a number, as in 'num_points>=1000'")
+            raise ValueError(f"condition {text!r}: needs a number: 'num_points>=1000'")
         return Condition(column, compare, int(value))
 
     def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Mask of the values that satisfy the condition; a missing value satisfies only `!=`."""
+        """Return the mask of the values that satisfy the condition; a missing value satisfies only
+        `!=`.
+        """
         held = _COMPARE[self.compare](values, self.value)
         return np.asarray(pc.fill_null(held, self.compare == "!="))
 
     def sql(self) -> str:
-        """The condition in SQL, as LanceDB takes it."""
+        """Return the condition as SQL for LanceDB."""
         if isinstance(self.value, int):
             return f"{self.column} {self.compare} {self.value}"
         if self.compare == "~":
@@ -90,7 +92,7 @@ class Condition:
 
 
 def regex(pattern: str) -> str:
-    """The regular expression of a whole text that matches a pattern of * and ?."""
+    """Return a regular expression for the whole text, from a pattern with the wildcards * and ?."""
     return f"^(?s:{re.escape(pattern)})$".replace(r"\*", ".*").replace(r"\?", ".")
 
 

@@ -1,17 +1,18 @@
-"""`jepa3d label`: from unlabelled clouds to a classifier: clusters, a few names, a linear head, and
-every label.
+"""`jepa3d label`: turns unlabelled clouds into a classifier: it proposes clusters, takes a few
+names, trains a linear head, and labels every cloud.
 
-OUT/vectors.parquet  of the clouds, by the frozen encoder
-OUT/names.csv        path, name, cluster: the clouds nearest to each centre; fill in names you know, add any others
-OUT/clusters.html    these clouds, drawn
+OUT/vectors.parquet  vectors of the clouds, by the frozen encoder
+OUT/names.csv        columns path, name, cluster; lists the clouds nearest to each cluster centre:
+                     fill in the names you know, and add rows for other clouds if you like
+OUT/clusters.html    pictures of these clouds
 OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
-OUT/labels.csv       path, class, probability, second class and its probability of every cloud; least certain first.
-                     Of an unknown cloud the class is `unknown`, the probability empty, the second
-                     its likeliest class
+OUT/labels.csv       columns path, class, probability, second class, its probability; a row per
+                     cloud, least certain first. For an unknown cloud the class is `unknown`, the
+                     probability is empty, and the second class is its most probable one
 
-A cloud is unknown where it is like none of the named ones: where the cosine of its vector to the
-nearest class mean is under a threshold. That measure was chosen among five by leaving out whole
-classes: docs/experiments.md, benchmarks/unknown.py.
+A cloud is unknown if it resembles none of the named clouds: if the cosine of its vector with the
+nearest class mean is below a threshold. This measure was chosen among five in experiments that left
+out whole classes: docs/experiments.md, benchmarks/unknown.py.
 """
 
 import csv
@@ -36,9 +37,10 @@ from jepa3d.page import document, note, section
 from jepa3d.plain import log, printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
-SHOWN = 6  # representatives of a cluster
-FALSE_ALARMS = 0.05  # share of clouds of the named classes that are called unknown
-# Named clouds from which on so small a share can be measured: the lowest of 19 is one case of 20.
+SHOWN = 6  # clouds shown per cluster
+FALSE_ALARMS = 0.05  # share of the clouds of named classes that may be called unknown
+# Fewest named clouds for measuring this share: a new cloud falls below the lowest of 19 in one case
+# of 20.
 FEWEST = 19
 _SEED = 0
 
@@ -52,14 +54,16 @@ def label(
     names: Path | None = None,
     unknown: bool = False,
 ) -> None:
-    """Embed the clouds at `paths`, propose clusters, and with names (a CSV, or asked for) train and
-    label all.
+    """Embed the clouds at `paths` and propose clusters; once there are names, train a classifier
+    and label all clouds.
 
-    clusters: their number; by default the square root of half the clouds, at most 40. unknown: call
-    clouds that are unlike every named one unknown. Raises ValueError and ReadError.
+    names: a CSV file; by default OUT/names.csv, or names typed in the terminal. clusters: number of
+    clusters, by default the square root of half the number of clouds, at most 40. unknown: label
+    clouds that resemble no named cloud "unknown". Raises ValueError for wrong settings, and
+    ReadError for files that cannot be used.
     """
     if up_axis == "none":
-        raise ValueError("--up-axis none: x, y or z is needed, as by jepa3d predict")
+        raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")
     if names is not None and not names.is_file():
         raise ReadError(f"--names {names}: no such file")
     embed_files(paths, out / "vectors.parquet", model, up_axis)
@@ -68,9 +72,9 @@ def label(
     names = names or out / "names.csv"
     known = read_names(names, cloud_paths) if names.is_file() else {}
     if not known and names != out / "names.csv":
-        raise ReadError(f"{names}: no names of these clouds")
+        raise ReadError(f"{names}: names none of these clouds")
     if known and clusters is not None:
-        log.info(f"--clusters {clusters}: not used, since {names} has names already")
+        log.info(f"--clusters {clusters}: ignored, since {names} has names already")
     if not known:
         known = _propose(x, cloud_paths, clusters, up_axis, out)
     if len(set(known.values())) < 2:
@@ -102,9 +106,9 @@ def label(
         needed = f"one cloud of {alone}; name a second of each"
         log.info(f"{named}: no estimate while there is {needed}")
     else:
-        log.info(f"{named}: {100 * estimate:.1f} % right, cross-validated")
+        log.info(f"{named}: {100 * estimate:.1f} % correct, cross-validated")
     if unknown:
-        log.info(f"{unlike.sum():,} clouds are called unknown, of known ones 1 in 20")
+        log.info(f"{unlike.sum():,} clouds are called unknown; of known ones 1 in 20")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
     log.info(f"written: {written}; jepa3d predict {out} labels others")
 
@@ -112,14 +116,15 @@ def label(
 def _propose(
     x: np.ndarray, paths: list[str], clusters: int | None, up_axis: str, out: Path
 ) -> dict[str, str]:
-    """Write clusters.html and names.csv of vectors n E; in a terminal, ask for names of clusters.
+    """Write clusters.html and names.csv for vectors n E; in a terminal, ask for the clusters'
+    names.
 
-    Returns the names of paths. Raises ValueError for a number of clusters that cannot be.
+    Returns path -> name. Raises ValueError for an impossible number of clusters.
     """
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: from 2 to {len(x):,}, one a cloud")
-    # the size of each cluster, and the clouds nearest to its centre
+    # The size of each cluster, and the paths of the clouds nearest to its centre.
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
     sections = []
@@ -141,8 +146,8 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Spherical k-means of vectors n E: the rows of each cluster, nearest to its centre first;
-    largest first.
+    """Cluster vectors n E by spherical k-means. Yields each cluster's rows, nearest to its centre
+    first; the largest cluster comes first.
     """
     unit = unit_length(x)
     with one_thread():
@@ -155,9 +160,9 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def read_names(file: Path, paths: list[str]) -> dict[str, str]:
-    """Path -> name of the rows of a CSV that have a name.
+    """Read path -> name from the rows of a CSV file that have a name.
 
-    Raises ReadError for a path that is not among `paths`.
+    Raises ReadError for a file that cannot be used, or a path that is not among `paths`.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -178,9 +183,9 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
 
 
 def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
-    """Names of clusters, asked for in the terminal; they become the names of the representatives."""
+    """Ask for the clusters' names in the terminal. Returns path -> name for the clouds shown."""
     known = {}
-    print("clusters.html shows them. A name for each; the same for several is fine.")
+    print("clusters.html shows the clusters. Name each; several may have the same name.")
     print("Enter skips one, Ctrl-D ends.")
     for number, (size, shown) in enumerate(groups, 1):
         files = printable(", ".join(Path(path).name for path in shown[:3]))
@@ -196,13 +201,17 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
 def known_clouds(
     x: np.ndarray, rows: np.ndarray, y: np.ndarray
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """What the named rows of vectors n E, with classes y (rows), look like: a threshold and arrays.
+    """Compute from the named clouds when a cloud counts as unknown. x: vectors n E; rows: the named
+    ones; y: their classes.
 
-    A cloud is unknown if the cosine of its vector, standardised by `shift` E and `spread` E (mean
-    and standard deviation of all vectors), to the nearest of the class `means` (classes E, of
-    length 1) is below the threshold. Every named cloud is compared with its class without it; the
-    threshold is what 95 % of them reach. A class of one named cloud takes no part in that. Raises
-    ValueError for fewer than `FEWEST` others.
+    Returns the threshold below which a cloud is unknown, and three arrays: `shift` E and `spread`
+    E, the mean and standard deviation of all vectors, and the class `means` [classes, E], of length
+    1. A vector, standardised by `shift` and `spread`, is compared by cosine with the nearest class
+    mean.
+
+    For the threshold, each named cloud is compared with the mean of its class without this cloud;
+    95 % of the named clouds reach the threshold. Classes with a single named cloud are skipped
+    there. Raises ValueError if fewer than `FEWEST` named clouds remain.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)

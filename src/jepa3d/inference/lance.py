@@ -1,9 +1,9 @@
-"""`jepa3d index`: vectors of Parquet files in a LanceDB store, for adding, deleting and searching
-millions at once.
+"""`jepa3d index`: keeps vectors of Parquet files in a LanceDB store, where millions can be added
+to, deleted from and searched.
 
-Searches are exact (flat cosine) until `build` adds an index of partitions (IVF_FLAT) and a search
-asks for it. Every change is one transaction of LanceDB: readers see the store before or after it,
-and a killed writer changes nothing.
+Searches are exact (flat cosine) unless `build` has added an index of partitions (IVF_FLAT) and the
+search asks for it. Every change is one LanceDB transaction: readers see the store before or after
+it, and a killed writer changes nothing.
 """
 
 from collections.abc import Iterator
@@ -26,14 +26,15 @@ except ImportError as error:
     raise ValueError("a store needs LanceDB: pip install 'jepa3d[search]'") from error
 
 _TABLE = "vectors"
-_SPARE = 64  # rows asked for beyond those wanted, among which ties are seen
-_OLD = timedelta(hours=1)  # versions kept for those who read while it is written
+_SPARE = 64  # additional rows to request, so that ties with the k-th row are noticed
+# How long old versions are kept for processes that still read them.
+_OLD = timedelta(hours=1)
 
 
 class VectorStore:
-    """An existing store; `create_or_update` makes one. Raises ReadError for anything else.
+    """An existing store; to make one, use `create_or_update`. Raises ReadError if there is none.
 
-    Whoever changes it holds its lock, `jepa3d.locking.writing`.
+    Hold the lock `jepa3d.locking.writing` while changing the store.
     """
 
     def __init__(self, path: Path):
@@ -58,23 +59,24 @@ class VectorStore:
         return count
 
     def build(self) -> None:
-        """An index for approximate search: the square root of the rows as partitions, vectors in
-        them unchanged.
+        """Build an index for approximate search. Its number of partitions is the square root of the
+        number of rows; vectors are not compressed.
         """
         self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
         self.table.create_index("path", config=BTree())
 
     @property
     def indexed(self) -> bool:
+        """Whether the store has an index for approximate search."""
         return any("vector" in index.columns for index in self.table.list_indices())
 
     def search(
         self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
-        """The k rows nearest to a query E, as `rank` has them; exact, or by `probes` partitions of
-        the index.
+        """Return the k rows nearest to a query E, ordered as by `rank`.
 
-        Raises ValueError for probes of a store without an index.
+        probes: None for an exact search, else how many partitions of the index to search. Raises
+        ValueError if probes are given and the store has no index.
         """
         if probes and not self.indexed:
             raise ValueError(f"{self.path}: --probes needs jepa3d index --ann first")
@@ -84,7 +86,7 @@ class VectorStore:
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        # There may be more that are as near as the last.
+        # More rows may tie with the k-th, so all rows up to its distance are requested.
         if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
             ask = ask.distance_range(None, distance[k - 1] + SLACK)
             rows = ask.limit(len(self)).to_arrow()
@@ -93,17 +95,18 @@ class VectorStore:
 
 
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
-    """Put vectors into a store, new or of the same specification, in place of those of the same path.
+    """Add vectors to a store, replacing rows of the same path; make the store if there is none.
 
-    Returns how many rows are new and how many were there. Vectors of zero length are left out: no
-    cosine finds them. Raises ValueError and ReadError.
+    Returns the numbers of new and of replaced rows. Vectors of length zero are left out, since they
+    have no cosine. Raises ValueError for vectors of another specification, and ReadError for a
+    folder that is not a store.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # Without a transaction, as a killed command leaves it.
+    # A killed first command leaves a table without a finished transaction; it is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
@@ -113,19 +116,20 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     vectors.spec.check(store.spec, path)
     merging = store.table.merge_insert("path").when_matched_update_all()
     result = merging.when_not_matched_insert_all().execute(reader)
-    # This also brings what is new into the index.
+    # This also adds the new rows to the index for approximate search.
     store.table.optimize(cleanup_older_than=_OLD)
     return result.num_inserted_rows, result.num_updated_rows
 
 
 def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the rows whose vector is not zero."""
     for batch in vectors.batches():
         nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
         yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()
 
 
 def _connect(path: Path) -> Any:
-    # An interval of 0: what others wrote is seen.
+    # With an interval of 0, changes made by other processes are seen at once.
     return lancedb.connect(str(path), read_consistency_interval=timedelta(0))
 
 

@@ -1,5 +1,5 @@
-"""Results of a search as lines, JSON or a page, with the share of random pairs that are less alike
-than each neighbour.
+"""Shows search results as text, JSON or a page, and compares each cosine with the cosines of random
+pairs of the index.
 """
 
 import json
@@ -20,15 +20,15 @@ from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.page import document, facts, note, picture, section, table
 from jepa3d.plain import write_bytes
 
-SAMPLE = 1000  # vectors of an index that are paired
-# Of a page: neighbours drawn and listed of a query, and queries whose neighbours are drawn.
+SAMPLE = 1000  # vectors of an index from which random pairs are made
+# Limits of a page: neighbours drawn per query, neighbours listed per query, queries with pictures.
 DRAWN, LISTED, PICTURED = 10, 100, 100
-_GROUPS = 32  # of a large file, read for the sample
+_GROUPS = 32  # row groups of a large file that are read for the sample
 
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
-    """Cosines of pairs of vectors of an index, ascending: of all pairs of up to 1,000 vectors, or
-    of 1,000 drawn.
+    """Return the cosines of all pairs among 1,000 random vectors of an index (or among all its
+    vectors, if there are fewer), ascending.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
     x = unit_length(x[x.any(1)])
@@ -36,8 +36,8 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
 
 
 def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
-    """At most SAMPLE vectors n E of an index; of a large file from 32 row groups, as evenly spread
-    as they can be.
+    """Sample at most SAMPLE vectors n E of an index; from a large file, 32 evenly spread row groups
+    are read.
     """
     vectors = open_index(index)
     if not isinstance(vectors, Vectors):
@@ -46,7 +46,7 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
         return to_numpy(taken["vector"])
     count = sum(1 for _ in groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
-    # each is read before the next is opened
+    # A reader is valid only until the next is opened, so each is read at once.
     numbered = enumerate(groups(vectors))
     parts = [read(["vector"]).column(0) for i, (read, _) in numbered if i in chosen]
     sample = np.concatenate([to_numpy(part) for part in parts])
@@ -54,15 +54,15 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
 
 
 def percentile(cosine: float, pairs: np.ndarray) -> float | None:
-    """Per cent of pairs (ascending) whose cosine is less; None of no pairs."""
+    """Return the percentage of pairs (ascending) with a lower cosine; None if there are no pairs."""
     if not len(pairs):
         return None
     return round(100 * int(np.searchsorted(pairs, cosine - 1e-6)) / len(pairs), 1)
 
 
 def to_text(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
-    """A line a neighbour: cosine, path, label, and the per cent of random pairs that are less
-    alike.
+    """Format a query's neighbours, one per line: cosine, path, label, and the percentage of random
+    pairs with a lower cosine.
     """
     lines = [f"{display(name)}:" + ("" if hits else " nothing found")]
     for hit in hits:
@@ -74,12 +74,13 @@ def to_text(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
 
 
 def _standing(hit: Hit, pairs: np.ndarray) -> str:
+    """Format the percentage of random pairs with a lower cosine than a hit; "" without pairs."""
     found = percentile(hit.cosine, pairs)
     return "" if found is None else f"{found:.1f} %"
 
 
 def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
-    """A line of JSON a query; percentile: of random pairs of the index that are less alike."""
+    """Format a query's neighbours as one line of JSON; for "percentile" see `percentile`."""
     rows = [
         {"rank": i, **vars(hit), "percentile": percentile(hit.cosine, pairs)}
         for i, hit in enumerate(hits, 1)
@@ -87,17 +88,17 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     return json.dumps({"query": name, "hits": rows})
 
 
-# 100 KiB each; the neighbours of many queries are often the same.
+# A cloud's points take 100 KiB and are kept, since queries often share neighbours.
 @lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
-    """Points n 3 of a cloud as they are drawn, z-up. Raises ReadError and OSError."""
+    """Return the points n 3 of a cloud to be drawn, z-up. Raises ReadError and OSError."""
     item = item_at(path)
     cloud = sampled(item.read(), 1)
     return even_sample(item.turned(cloud, "z" if up_axis == "none" else up_axis))
 
 
 def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> list[str]:
-    """HTML of clouds side by side, and a remark on each that cannot be drawn."""
+    """Draw clouds side by side. Returns HTML, with a note for each cloud that cannot be drawn."""
     clouds, shown, missing = [], [], []
     for path, title in zip(paths, titles, strict=True):
         try:
@@ -112,13 +113,13 @@ def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> lis
 def write_page(
     found: list[tuple[str, list[Hit]]], index: Path, pairs: np.ndarray, out: Path
 ) -> None:
-    """Write a page of queries and their neighbours; pictures of the first ten of each, and of the
-    first 100 queries.
+    """Write a page of queries and their neighbours; the first 100 queries get pictures of their
+    first ten neighbours.
     """
-    meaning = f"Beside each cosine: how many of {len(pairs):,} random pairs are less alike."
-    meaning += " A cosine that many pairs reach is no match, however near 1."
+    meaning = f"Beside each cosine: the share of {len(pairs):,} random pairs with a lower cosine."
+    meaning += " A cosine that many pairs reach is no match, even if it is near 1."
     if len(found) > PICTURED:
-        meaning += f" Pictures are of the first {PICTURED} of {len(found):,} queries."
+        meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."
     parts, spec = [note(meaning)], open_index(index).spec
     for number, (name, hits) in enumerate(found):
         drawn = _pictures(name, hits, spec.up_axis) if number < PICTURED else []
@@ -126,7 +127,7 @@ def write_page(
         for i, hit in enumerate(hits[:LISTED], 1):
             above, file = _standing(hit, pairs), display(hit.path)
             rows.append((i, f"{hit.cosine:.4f}", above, hit.label, file))
-        header = ("", "cosine", "pairs less alike", "label", "file")
+        header = ("", "cosine", "random pairs below", "label", "file")
         drawn.append(table(header, rows))
         if (more := len(hits) - LISTED) > 0:
             hint = "jepa3d search --json has them"
@@ -139,7 +140,7 @@ def write_page(
 
 
 def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
-    """HTML of a query beside its first neighbours."""
+    """Draw a query beside its first neighbours, as HTML."""
     first = hits[:DRAWN]
     titles = [f"{hit.cosine:.4f} {printable(Path(hit.path).name)}" for hit in first]
     caption = f"{display(name)} and its neighbours"
@@ -150,5 +151,5 @@ def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
 
 
 def display(path: str) -> str:
-    """A path as seen from here, where it lies below, on one line."""
+    """Format a path on one line, relative to the current folder if it lies below it."""
     return printable(path.removeprefix(f"{Path.cwd()}/"))

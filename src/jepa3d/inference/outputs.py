@@ -1,12 +1,12 @@
-"""Files that are written point by point: PLY, LAS and Parquet of the points of a scene.
+"""Writes scenes point by point: as PLY, LAS or Parquet.
 
-Parquet has one row a point, in any order:
+Parquet has one row per point, in any order:
 
 index    the point's row in the scan, from 0
-x, y, z  float64, the scan's own
+x, y, z  float64, in the scan's coordinates
 feature  C float32 or float16
 
-The file's metadata `jepa3d` is JSON: format, model, fingerprint, tile and up_axis.
+The file's metadata `jepa3d` is JSON with the keys format, model, fingerprint, tile and up_axis.
 """
 
 import json
@@ -24,18 +24,18 @@ from jepa3d.data.scans import las_records
 
 RGB = ("red", "green", "blue")
 FORMAT = "jepa3d-scene-1"
-# LAS point formats without colours: the same with them.
+# LAS point formats without colours -> the corresponding formats with colours.
 _WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}
 
 
 def ply_row(more: dict[str, str] | None = None) -> np.dtype:
-    """A row of a binary PLY: coordinates, colours and `more` properties."""
+    """Return the dtype of a row of a binary PLY: coordinates, colours, and `more` properties."""
     types = dict.fromkeys("xyz", "<f8") | dict.fromkeys(RGB, "u1") | (more or {})
     return np.dtype(list(types.items()))
 
 
 def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> None:
-    """Write a scan's points with colours (a file of uint8 n 3) as binary PLY."""
+    """Write a scan's points with colours (a file of uint8 n 3) as a binary PLY."""
     row = ply_row()
     with out.open("wb") as file:
         file.write(header_of(row, count, ["jepa3d scene"]))
@@ -44,11 +44,12 @@ def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> Non
 
 
 def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -> None:
-    """Write a scan's points with colours as LAS, or LAZ by the suffix of `out`.
+    """Write a scan's points with colours (a file of uint8 n 3) as LAS, or as LAZ if `out` ends in
+    .laz.
 
-    A LAS scan keeps its fields, its header's scale and offset, and its coordinate system; its point
-    format becomes the one with colours. Of other scans, with the corners `box` 2 3, the scale is
-    a millionth of the extent, at most 0.001 where that fits.
+    A LAS scan keeps its fields, its header's scale and offset, and its coordinate system, but gets
+    the point format with colours. For other scans, the scale is a millionth of the extent of `box`
+    (2 3, lowest and highest corner), at most 0.001, but large enough for the coordinates to fit.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")
@@ -60,7 +61,7 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
         fine, coarse = 10 ** np.floor(extent - 6), 10 ** np.ceil(extent - np.log10(2e9))
         header.scales = np.full(3, max(min(1e-3, fine), coarse))
         header.offsets = np.floor(box[0])
-    lazrs = laspy.LazBackend.Lazrs  # for LAZ
+    lazrs = laspy.LazBackend.Lazrs  # used for LAZ only
     with laspy.open(out, mode="w", header=header, laz_backend=lazrs) as file:
         parts = las_records(scan) if from_las else chunks(scan)
         for part, rgb in _with_rgb(parts, colors, bar):
@@ -75,7 +76,7 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
 
 
 def _with_colors(laspy: Any, scan: Path) -> Any:
-    """The header of a LAS scan, its point format the one with colours."""
+    """Return the header of a LAS scan, changed to the point format with colours."""
     with laspy.open(scan, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
         header = file.header
     old = header.point_format
@@ -84,14 +85,14 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     preferred = laspy.point.dims.preferred_file_version_for_point_format(kind.id)
     newest = laspy.header.Version.from_str(max(str(header.version), preferred))
     header.set_version_and_point_format(newest, kind)
-    # The octree of COPC is not kept.
+    # The octree of a COPC file no longer matches the file, so its records are dropped.
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header
 
 
 def _with_rgb(parts: Iterable[Any], colors: Path, bar: tqdm) -> Iterator[tuple[Any, np.ndarray]]:
-    """Chunks of a scan, each with its colours n 3, read from a file of uint8 in the scan's order."""
+    """Yield the chunks of a scan with their colours n 3, from a file of uint8 in the scan's order."""
     with colors.open("rb") as file:
         for part in parts:
             yield part, np.fromfile(file, np.uint8, 3 * len(part)).reshape(-1, 3)
@@ -105,7 +106,9 @@ def write_parquet(
     dtype: str,
     metadata: dict[str, Any],
 ) -> None:
-    """Parts of index n, coordinates n 3 and features n C as Parquet. Needs the extra `search`."""
+    """Write chunks of (index n, coordinates n 3, features n C) as Parquet. Needs the extra
+    `search`.
+    """
     from jepa3d.inference.vectors import pa, to_column, vector_type, write
 
     columns = {"index": pa.int64()} | dict.fromkeys("xyz", pa.float64())

@@ -1,5 +1,5 @@
-"""A fine-tuned network on files: a CSV of classes, or coloured PLYs of parts in the files' own
-coordinates.
+"""Applies a fine-tuned network to files: writes a CSV of classes, or PLYs with part labels and
+colours.
 """
 
 import colorsys
@@ -32,12 +32,12 @@ class Prediction:
     """The classes or parts that a network predicts for one cloud, or why it cannot be used."""
 
     path: str
-    # Of a classifier the most probable class, and the second; see `two_classes`.
+    # By a classifier: the most probable class and the second, see `two_classes`.
     class_name: str | None = None
     probability: float | None = None
     second: str | None = None
     second_probability: float | None = None
-    # Of a segmenter the part N int16 of every point.
+    # By a segmenter: the part label of every point, N int16.
     parts: np.ndarray | None = None
     error: str | None = None
 
@@ -48,11 +48,11 @@ def predict(
     category: str | None = None,
     up_axis: str = "z",
 ) -> list[Prediction]:
-    """Classify or segment the clouds of files, folders and stores, in their order.
+    """Classify or segment the clouds in files, folders and stores, in their order.
 
-    run: of classify, segment or label. category: of the clouds, for a segmenter of several. A file
-    that cannot be used has its `error` and does not end the list. Raises ValueError for a network
-    or category that cannot work.
+    run: output folder of classify, segment or label. category: the clouds' category, if the
+    segmenter knows several. A file that cannot be used gives a Prediction with `error`, at the end
+    of the list. Raises ValueError for a network or category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
@@ -69,11 +69,11 @@ def predict_files(
     category: str | None = None,
     up_axis: str = "z",
 ) -> None:
-    """Classify every cloud at `paths` into the CSV `out`, or segment it into a PLY in the folder
-    `out`.
+    """Classify the clouds at `paths` and write the CSV `out`, or segment them and write PLYs into
+    the folder `out`.
 
-    Logs and leaves out files that cannot be used. Raises ValueError for a network, category or
-    output that cannot work, and ReadError where no file can be used.
+    Files that cannot be used are logged and left out. Raises ValueError for a network, category or
+    output that cannot be used, and ReadError if no file can be used.
     """
     network = load_network(run)
     if out.exists():
@@ -103,22 +103,24 @@ def predict_files(
 
 
 def _label(network: Network, category: str | None) -> int:
-    """The number of the category whose parts are predicted; 0 for a classifier. Raises ValueError."""
+    """Return the number of the category whose parts are predicted; 0 for a classifier. Raises
+    ValueError.
+    """
     if not isinstance(network, Segmenter):
         return 0
     names = network.class_names
     if category is None and len(names) > 1:
-        raise ValueError(f"--category is missing: one of {', '.join(names)}")
+        raise ValueError(f"--category is missing: give one of {', '.join(names)}")
     if category is not None and category not in names:
-        raise ValueError(f"--category {category}: one of {', '.join(names)}")
+        raise ValueError(f"--category {category} is unknown: use {', '.join(names)}")
     return names.index(category) if category else 0
 
 
 def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    """The clouds at all paths, each once, by their names as the paths were given; and files that
-    are none, with the reason.
+    """Find the clouds at all paths, each once. Returns name -> item, and pairs (path, reason) of
+    the files without a cloud. A cloud's name begins with its path as given.
 
     optional: see `find_clouds`.
     """
@@ -136,7 +138,7 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """The prediction for each cloud, and the cloud as the encoder sees it, None if unusable."""
+    """Yield each cloud's prediction, and the cloud as the encoder receives it (None if unusable)."""
     for name, item in items.items():
         try:
             seen = see(network.encoder, item, up_axis)
@@ -154,7 +156,9 @@ def _predictions(
 def classify_cloud(
     network: Classifier | LinearClassifier, seen: Frame
 ) -> tuple[str, float | None, str, float]:
-    """The two most probable classes of a cloud in the encoder's frame, each with its probability."""
+    """Return the two most probable classes of a cloud in the encoder's frame, each with its
+    probability.
+    """
     points, unknown = torch.from_numpy(seen.points)[None], False
     if isinstance(network, LinearClassifier):
         vectors = network.vectors(points)
@@ -167,9 +171,9 @@ def classify_cloud(
 def two_classes(
     names: Sequence[str] | np.ndarray, probability: np.ndarray, unknown: bool
 ) -> tuple[str, float | None, str, float]:
-    """The two classes of the highest probability, each with its probability to four decimals.
+    """Return the two most probable classes, each with its probability to four decimals.
 
-    Of an unknown cloud: `UNKNOWN`, None, then its most probable class.
+    For an unknown cloud: `UNKNOWN`, None, and its most probable class with the probability.
     """
     order = np.argsort(-probability, kind="stable")[:2]
     first, second = ((str(names[i]), round(float(probability[i]), 4)) for i in order)
@@ -178,8 +182,8 @@ def two_classes(
 
 @torch.no_grad()
 def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: int) -> np.ndarray:
-    """The part N int16 of every point N 3 of a cloud of category `label`, however many points the
-    network encodes.
+    """Predict the part label, N int16, of every point of a cloud N 3 of category `label`, even if
+    the network encodes fewer points.
     """
     number = torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]
@@ -195,7 +199,7 @@ def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: in
 def _write_parts(
     network: Segmenter, found: Prediction, cloud: PointCloud, label: int, out: Path
 ) -> None:
-    """A PLY of a cloud in its file's coordinates, its parts as numbers and as colours of even hues."""
+    """Write a cloud as PLY in its file's coordinates, with part labels and a colour per part."""
     parts_of = network.parts_of[label]
     colors = np.zeros((max(parts_of) + 1, 3), np.uint8)
     for i, part in enumerate(parts_of):
@@ -205,6 +209,6 @@ def _write_parts(
     columns: list = [*cloud.file_coordinates().T, *colors[found.parts].T, found.parts]
     rows = np.rec.fromarrays(columns, dtype=ply_row({"part": "<i2"}))
     file = out / (Path(found.path).name.replace("#", "-") + ".ply")
-    while file.exists():  # files of one name in different folders
+    while file.exists():  # another folder had a file of this name
         file = file.with_name(f"_{file.name}")
     write_bytes(file, header_of(rows.dtype, len(rows), comments) + rows.tobytes())

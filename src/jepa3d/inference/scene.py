@@ -1,5 +1,5 @@
-"""`jepa3d scene`: a feature for every point of a cloud of any size, by overlapping tiles in bounded
-memory.
+"""`jepa3d scene`: computes a feature for every point of a cloud of any size, from overlapping
+tiles, in bounded memory.
 """
 
 import shutil
@@ -30,34 +30,36 @@ from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-# Tiles, and points of their patches, that are encoded at once.
+# Most tiles encoded at once, and most points in their patches.
 BATCH, _PATCH_POINTS = 32, 32_768
-SAMPLE = 500_000  # points by which the tile is chosen
-_MOST = 32_768  # points of a tile, of which farthest points are drawn
-_BLOCK = 512  # points of one cell interpolated at once
+SAMPLE = 500_000  # points of a random sample by which the tile size is chosen
+_MOST = 32_768  # points of a tile from which the farthest points are sampled
+_BLOCK = 512  # points of one cell that are interpolated together
+# Most points and most blocks interpolated at once.
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
+# Random cells to which PCA is fitted, and points of each.
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
-Records = np.ndarray  # points as `RECORD`, n
-# Origin (3, float64), radius, centers M 3 and tokens M C of a tile: `origin + radius * centers` are
-# in the scene's z-up frame.
+Records = np.ndarray  # n points, of dtype `RECORD`
+# Origin (3, float64), radius, centers M 3 and tokens M C of a tile. Its centers in the scene's z-up
+# coordinates are `origin + radius * centers`.
 Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
 
 class Features:
-    """Features of the points of cells: interpolated from the tokens of each tile around, and
-    blended.
+    """Computes features of the points in cells: interpolates the tokens of each tile around a
+    point, and takes the weighted mean over these tiles.
 
-    A tile weighs most at its middle and nothing at its border. Tiles with fewer points than the
-    encoder needs are left out; a cell that has no other takes one grown around it: the nearest
-    occupied cells that have enough points.
+    A tile's weight is highest at its middle and zero at its border. Tiles with fewer points than
+    the encoder needs are left out. A cell that has no other tiles gets its own: the nearest
+    occupied cells that together have enough points.
     """
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # Tiles of each cell n k, or -1; then the cells that have none.
+        # Tiles of each cell n k, -1 where a tile is left out. Cells without any tile get their own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -70,10 +72,10 @@ class Features:
     def of(
         self, chosen: np.ndarray, limit: int | None = None
     ) -> Iterator[tuple[Records, np.ndarray]]:
-        """Records n and features n C float32 of the points of chosen cells, in some order; of each,
-        at most `limit`.
+        """Yield records n and features n C float32 of the points in the chosen cells, in any order.
 
-        Tiles of the last call are kept: cells in the order of their keys need each once.
+        limit: most points of each cell. The tiles of the last call are kept, so if cells come in
+        the order of their keys, each tile is encoded once.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -84,14 +86,16 @@ class Features:
             count = min(int(self.cells.counts[cell]), limit or 2**62)
             starts = range(0, count, _BLOCK)
             blocks += [(min(_BLOCK, count - at), cell, at) for at in starts]
-        blocks.sort()  # so that little is padded
+        blocks.sort()  # by size, so that batches need little padding
         while blocks:
             number = max(1, min(_BATCH_BLOCKS, _BATCH_POINTS // blocks[-1][0]))
             yield self._blend(blocks[-number:])
             del blocks[-number:]
 
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
-        """Records n and features n C of blocks (count, cell, first point)."""
+        """Compute features n C of blocks (count, cell, first point). Returns them with the records
+        n.
+        """
         device = self.encoder.norm.weight.device
         on_device = partial(torch.as_tensor, dtype=torch.float32, device=device)
         records = np.zeros((len(blocks), blocks[-1][0]), RECORD)
@@ -124,6 +128,7 @@ class Features:
 
     @torch.inference_mode()
     def _encode(self, wanted: list[int]) -> None:
+        """Encode tiles in batches and add them to `_tiles`."""
         encoder = self.encoder
         sizes = encoder.num_groups, encoder.group_size
         step = max(1, min(BATCH, _PATCH_POINTS // (sizes[0] * sizes[1])))
@@ -136,19 +141,21 @@ class Features:
             self._tiles |= zip(batch, made, strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
-        """Origin, radius, and the num_points 3 in the unit sphere that the encoder sees of a tile."""
+        """Return a tile's origin and radius, and the encoder's input num_points 3 in the unit
+        sphere.
+        """
         cells = self._members(tile)
         counts = self.cells.counts[cells]
         share = min(1.0, _MOST / counts.sum())
         taken = np.ceil(counts * share).astype(int).tolist()
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
-        # Copies of one point count as often as they are there.
+        # min_points is 1, because the point counts of tiles include duplicates.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
     def _members(self, tile: int) -> np.ndarray:
-        """The occupied cells of a tile."""
+        """Return the occupied cells of a tile."""
         if tile < len(self.coords):
             return self.cells.find(self.coords[tile] + self.grid.corners)
         center = self.cells.coords[self.alone[tile - len(self.coords)]]
@@ -160,10 +167,10 @@ class Features:
 
 
 class Colors:
-    """The three main directions of features (PCA) as red, green and blue; 2-98 % of each is the
-    range.
+    """Maps features to red, green and blue: their first three principal components, scaled so that
+    the 2 % and 98 % quantiles become 0 and 255.
 
-    Fitted to the points of random cells.
+    The components are fitted to the points of random cells.
     """
 
     def __init__(self, features: Features):
@@ -171,7 +178,7 @@ class Colors:
         number = min(_PCA_CELLS, len(counts))
         share = counts / counts.sum()
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
-        # One cell at a time: they lie far apart, and so many tiles are not held at once.
+        # One cell at a time, because the cells lie far apart and all their tiles would fill memory.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
         self.components = PCA(3, svd_solver="full")
@@ -179,7 +186,7 @@ class Colors:
         self.low, self.high = np.quantile(main, [0.02, 0.98], axis=0)
 
     def of(self, features: np.ndarray) -> np.ndarray:
-        """Red, green and blue n 3, from 0 to 255, of features n C."""
+        """Return red, green and blue n 3, from 0 to 255, for features n C."""
         main = self.components.transform(features)
         scaled = (main - self.low) / np.maximum(self.high - self.low, 1e-12)
         return (255 * scaled).clip(0, 255).round()
@@ -193,12 +200,13 @@ def write_features(
     up_axis: str = "z",
     dtype: str = "float32",
 ) -> None:
-    """A feature for every point of `scan`, as colours (.ply, .las, .laz) in the file's order or
-    whole (.parquet).
+    """Write a feature for every point of `scan`: as a colour, in the scan's order (.ply, .las,
+    .laz), or as numbers (.parquet).
 
-    tile: side of a tile in the file's unit; by default about 2 * num_points lie in the median tile.
-    Needs 32 bytes a point beside `out` while it works, 3 more for colours. An interrupted run
-    leaves nothing and starts anew. Raises ValueError, and ReadError for a scan that cannot be used.
+    tile: side of a tile in the file's unit; by default the median tile has about 2 * num_points
+    points. Needs 32 bytes per point of disk space beside `out`, and more for the results (see
+    `_check_space`). An interrupted call leaves nothing, and the next call starts anew. Raises
+    ValueError for wrong settings, and ReadError for a scan that cannot be used.
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
@@ -222,11 +230,12 @@ def write_features(
             features, written = Features(encoder, cells), folder / f"written{suffix}"
             alone, counts = len(features.alone), features.counts
             tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
-            grown = f"; {alone:,} lone cells take a larger one" if alone else ""
+            grown = f"; {alone:,} lone cells get a larger tile" if alone else ""
             log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
             stream = _stream(features, bar)
-            axes = TO_Z_UP[up_axis].astype(np.float64)  # from z-up to the scan's own
+            # Rotates z-up back to the scan's axes.
+            axes = TO_Z_UP[up_axis].astype(np.float64)
             if parquet:
                 parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
                 metadata = {"model": model, "fingerprint": fingerprint(encoder)}
@@ -236,7 +245,7 @@ def write_features(
                 colors, file = Colors(features), folder / "colors"
                 np.memmap(file, np.uint8, "w+", shape=3 * total)
                 for records, values in stream:
-                    # Mapped anew, or all pages once written count as ours.
+                    # Mapped anew each time: pages of one mapping would all count as used memory.
                     rgb = np.memmap(file, np.uint8, "r+").reshape(-1, 3)
                     rgb[records["index"]] = colors.of(values)
                 _restart(bar, "writing", total)
@@ -253,7 +262,9 @@ def write_features(
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that is deleted afterwards, and first if a killed run left one."""
+    """Context manager: make an empty folder beside `out`, even if a killed run left one there, and
+    delete it at the end.
+    """
     folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -264,24 +275,26 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 
 def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) -> None:
-    """Raise ValueError for arguments that cannot work, before the scan is read."""
+    """Raise ValueError for wrong arguments, before the scan is read."""
     if out.suffix.lower() not in OUTPUTS:
         raise ValueError(f"--out {out}: its name must end in {', '.join(OUTPUTS)}")
     if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out}: names a file in a folder that exists")
+        raise ValueError(f"--out {out}: must be a file in a folder that exists")
     if out.exists() and scan.exists() and out.samefile(scan):
         raise ValueError(f"--out {out}: is the scan itself")
     if tile is not None and not 0 < tile < np.inf:
-        raise ValueError(f"--tile {tile:g}: a length above 0")
+        raise ValueError(f"--tile {tile:g}: must be a length above 0")
     if up_axis not in TO_Z_UP:
-        raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}")
+        raise ValueError(f"up axis {up_axis!r} is unknown: use {', '.join(TO_Z_UP)}")
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPES)}")
 
 
 def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
-    """Raise OSError where the disk cannot hold sorted points, and features or colours, before hours
-    are spent.
+    """Raise OSError if the disk has too little space for the sorted points and the results, instead
+    of failing after hours.
+
+    feature_bytes: bytes per point of the features, or 0 if colours are written.
     """
     needed = total * (32 + (32 + feature_bytes if feature_bytes else 3 + 34))
     free = shutil.disk_usage(folder).free
@@ -296,15 +309,15 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
 
 
 def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
-    """Corners low and high of a scan's z-up box, its number of points, and coordinates and index
-    n 4 of a random part of them.
+    """Read a scan once. Returns the lowest and the highest corner of its z-up box, its number of
+    points, and a random sample of them: coordinates and index n 4.
     """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)
 
     def tell(unseen: int) -> None:
         if unseen:
-            why = "points that are NaN, where nothing was seen, are left out"
+            why = "points are NaN (the scanner saw nothing) and are left out"
             log.info(f"{scan}: {unseen:,} {why} of the output")
 
     for part in chunks(scan, tell):
@@ -317,7 +330,7 @@ def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray
 
 
 def _stream(features: Features, bar: tqdm) -> Iterator[tuple[Records, np.ndarray]]:
-    """Records and features of all points, line by line of cells."""
+    """Yield records and features of all points, one line of cells after another."""
     lines = features.grid.lines(features.cells.keys)
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
         for records, values in features.of(line):

@@ -1,13 +1,13 @@
-"""`jepa3d search`: the nearest vectors by cosine, exactly, from Parquet files, in the memory of a
-row group.
+"""`jepa3d search`: finds the nearest vectors by cosine, exactly, in Parquet files of any size; only
+a row group is in memory at a time.
 
-Cosines in float32 leave few candidates, which are compared in float64 (`rank`).
+Cosines in float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
 
-Many vectors are read from a copy that is mapped into memory, so that many searches of one process
-read nothing twice. `NAME.arrow` beside the index holds its rows uncompressed, with the length of
-every vector and its direction in half precision, which is all that a few queries first read. It
-says which files it was made of, with their sizes and times of change, and is made again where any
-of these differs. It may be deleted.
+For an index of many vectors, a copy `NAME.arrow` is written beside it and mapped into memory, so
+that further searches read little from disk. The copy holds the index's rows uncompressed, with each
+vector's length and, in half precision, its direction; a search with few queries first reads only
+these two. The copy records the names, sizes and modification times of the files it was made from,
+and is made again if one of them differs. It may be deleted at any time.
 """
 
 import json
@@ -32,16 +32,16 @@ from jepa3d.plain import log, replacing
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
 
-# In half precision cosines may be wrong by 0.00122: 2^-11 for rounding either factor, 2^-12 for
-# rounding the sum, which torch makes in float32.
+# Largest error of a cosine in half precision: 0.00122, that is 2^-11 for rounding either factor,
+# and 2^-12 for rounding the sum, which torch computes in float32. This is twice that.
 HALF_SLACK = 2.5e-3
-FEW = 4  # queries up to which reading the vectors takes longer than multiplying them
-# Rows from which on a copy is made: fewer are read from Parquet in 0.2 seconds.
+FEW = 4  # with up to this many queries, reading the vectors takes longer than multiplying them
+# Indices with at least this many rows get a copy; smaller ones are read within 0.2 seconds.
 WORTH = 100_000
 _KEY = b"jepa3d copy 2 of"
 _COPIED = ["path", "label", "num_points", "vector"]
-# Of the vectors, which only the copy has: the lengths, and in half precision the directions (of
-# length 1, or zero for a zero vector).
+# Columns that only the copy has: each vector's length, and in half precision its direction (of
+# length 1; a zero vector's direction is zero).
 _MORE = ("length", "direction")
 
 
@@ -53,18 +53,20 @@ def search(
     exclude: Sequence[str | None] | None = None,
     probes: int | None = None,
 ) -> list[list[Hit]]:
-    """The k rows of an index nearest to each query by cosine to six decimals, best first, ties by
-    path.
+    """Find the k rows of an index nearest to each query by cosine, best first.
 
-    index: a Parquet file or folder of `jepa3d embed`, or a store of `jepa3d index`. queries:
-    vectors q E; or a path, of whose clouds (in the order of `cloud_paths`) each is a query that is
-    not among its own neighbours; those that cannot be used are left out. where: see `Condition`;
-    all must hold. exclude: a path a query to leave out, whatever links lead there. probes:
-    approximate, by that many partitions of an indexed store. Fewer come back where fewer remain.
-    Raises ValueError for a query of other width, or that is not finite or zero.
+    Cosines are rounded to six decimals; ties are ordered by path. index: a Parquet file or folder
+    of `jepa3d embed`, or a store of `jepa3d index`. queries: vectors q E; or a path, each of whose
+    clouds is a query, in the order of `cloud_paths`. Clouds that cannot be used are left out, and a
+    cloud is not its own neighbour. where: conditions that must all hold, see `Condition`. exclude:
+    for each query, a path to leave out, also if it is linked under another name. probes: search
+    approximately, in that many partitions of a store that has an index.
+
+    A query has fewer than k hits if fewer rows remain. Raises ValueError for a query that is zero,
+    not finite, or of another width than the vectors.
     """
     if k < 1:
-        raise ValueError(f"-k {k}: a number from 1")
+        raise ValueError(f"-k {k}: must be 1 or more")
     if isinstance(queries, (str, Path)):
         names, queries = query_vectors(index, queries)
         exclude = names if exclude is None else exclude
@@ -74,7 +76,7 @@ def search(
     number = k + (exclude is not None)
     if isinstance(vectors, Vectors):
         if probes:
-            raise ValueError(f"--probes {probes}: first, jepa3d index --ann {index}")
+            raise ValueError(f"--probes {probes}: run jepa3d index --ann {index} first")
         found = _search_files(vectors, directions, number, conditions)
     else:
         found = [vectors.search(x, number, conditions, probes) for x in directions]
@@ -83,7 +85,7 @@ def search(
 
 
 def _without(hits: list[Hit], path: str | None) -> list[Hit]:
-    """Hits without the one of this path, or of a path that leads to the same file."""
+    """Remove the hit of this path, or of another path that links to the same file."""
     paths = [hit.path for hit in hits]
     if path is not None and path not in paths:
         real = os.path.realpath(path)
@@ -94,6 +96,7 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
 def _search_files(
     vectors: Vectors, directions: np.ndarray, k: int, conditions: list[Condition]
 ) -> list[list[Hit]]:
+    """Return the k best hits of each query (directions q E) among rows that meet the conditions."""
     hits: list[list[Hit]] = [[] for _ in directions]
     for read, more in groups(vectors):
         batch = read(["vector", *more, *{condition.column for condition in conditions}])
@@ -106,7 +109,8 @@ def _search_files(
         x, names = to_numpy(batch.column("vector")), None
         scores, slack = _cosines(x, directions, *map(batch.column, more))
         for i, query in enumerate(directions):
-            # Above -inf, the cosine of a zero vector, which is no hit.
+            # -2 is below every cosine, but above -inf, the score of a zero vector, which is never a
+            # hit.
             worst = hits[i][-1].cosine if len(hits[i]) == k else -2.0
             top = rows[_near(scores[i, rows], worst, k, slack)]
             if slack > SLACK:
@@ -123,13 +127,15 @@ def _search_files(
 def _cosines(
     x: np.ndarray, directions: np.ndarray, lengths: Any = None, halves: Any = None
 ) -> tuple[np.ndarray, float]:
-    """Cosines q n of queries q E with vectors x n E, and the slack that their precision needs.
+    """Return the cosines q n of queries q E with vectors x n E, and the slack for their rounding
+    errors.
 
-    lengths and halves: the columns `_MORE` of the copy. The cosine of a zero vector is -inf.
+    lengths and halves: the copy's columns `_MORE`, if there is one. A zero vector has the cosine
+    -inf.
     """
     length = np.linalg.norm(x, axis=1) if lengths is None else lengths.to_numpy()
     if halves is not None and len(directions) <= FEW:
-        # The product with a vector is several times as fast as that with a matrix of few columns.
+        # For few queries, one product per query is several times as fast as a matrix product.
         queries = torch.from_numpy(directions).to(torch.float16)
         vectors = from_dlpack(halves.flatten()).view(x.shape)
         products = torch.stack([vectors @ query for query in queries])
@@ -141,8 +147,8 @@ def _cosines(
 
 
 def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
-    """Indices of the scores that may belong to the k best and reach `worst`, if each may err by
-    half of `slack`.
+    """Return the indices of the scores that may be among the k best and reach `worst`, if each
+    score may be wrong by half of `slack`.
     """
     top = np.flatnonzero(scores >= worst - slack)
     if len(top) > k:
@@ -152,21 +158,23 @@ def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
 
 
 def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
-    """Queries q E with length 1, float64. Raises ValueError."""
+    """Scale queries q E to length 1, as float64. Raises ValueError for queries that have no
+    direction.
+    """
     queries = np.atleast_2d(np.asarray(queries, np.float64))
     if queries.shape[-1] != embed_dim:
         width = queries.shape[-1]
-        raise ValueError(f"a query of {width} numbers, the vectors have {embed_dim}")
+        raise ValueError(f"a query has {width} numbers, the vectors have {embed_dim}")
     length = np.linalg.norm(queries, axis=-1, keepdims=True)
     if not (np.isfinite(length).all() and (length > 0).all()):
-        raise ValueError("a query that is zero or not finite")
+        raise ValueError("a query is zero or not finite")
     return queries / length
 
 
 def open_index(index: Path) -> "Vectors | VectorStore":
-    """What `jepa3d embed` or `index` wrote.
+    """Open what `jepa3d embed` or `jepa3d index` wrote.
 
-    Raises ReadError where nothing is there, or nothing is in it.
+    Raises ReadError if nothing is there, or it holds no vectors.
     """
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
@@ -183,11 +191,12 @@ def open_index(index: Path) -> "Vectors | VectorStore":
 def query_vectors(
     index: str | Path, query: str | Path, model: str | None = None
 ) -> tuple[list[str], np.ndarray]:
-    """Names and vectors of a query: a file of one or many clouds, embedded as the index was, or a
-    .npy of vectors.
+    """Return the names and vectors of queries: of the clouds at a path, embedded as the index was,
+    or the vectors in a .npy file.
 
-    Clouds that cannot be used are logged and left out. model: where the encoder of the index lies
-    now. Raises ValueError where it is another, and ReadError where no cloud is or can be used.
+    Clouds that cannot be used are logged and left out. model: path of the index's encoder, if it
+    has moved. Raises ValueError if that is a different encoder, and ReadError if no cloud can be
+    used.
     """
     spec, path = open_index(Path(index)).spec, Path(query)
     if path.suffix == ".npy" and path.is_file():
@@ -206,11 +215,11 @@ def query_vectors(
 
 
 def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
-    """The row groups of an index: a function that reads columns of one, and those of `_MORE` that
-    it has.
+    """Return, for each row group of an index, a function that reads some of its columns, and the
+    names of those `_MORE` columns that it has.
 
-    From the copy, made now where it is missing or old; from Parquet where the vectors are few, the
-    copy cannot be written, or another process is writing it.
+    Large indices are read from the copy, which is made now if it is missing or outdated. They are
+    read from Parquet if the copy cannot be written or another process is writing it.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
     if batches is None:
@@ -219,12 +228,13 @@ def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
 
 
 def copy_of(index: Path) -> Path:
-    """The path of the copy of an index."""
+    """Return the path of an index's copy."""
     real = index.resolve()
     return real.with_name(f"{real.name}.arrow")
 
 
 def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
+    """Return the row groups of an index's copy, made now if necessary; None if that fails."""
     file, stamp = copy_of(vectors.path), _stamp(vectors.files)
     try:
         return _open(file, stamp)
@@ -234,32 +244,32 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
         with writing(file):
             _write(vectors, file, stamp)
         return _open(file, stamp)
-    # A full disk, another process that writes it, or damaged vectors.
+    # The disk may be full, another process may be writing the copy, or the vectors are damaged.
     except (OSError, ValueError, pa.ArrowException) as error:
         log.warning(f"searching without {file.name}: {first_line(error)}")
         return None
 
 
 def _stamp(files: list[Path]) -> str:
-    """A text that differs when a file changed: every change replaces the file by a new one."""
+    """Return a text that changes when a file changes; every change replaces a file by a new one."""
     stats = [(file.name, file.stat()) for file in files]
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
 
 
-@lru_cache(maxsize=2)  # mapped once, so that a search meets pages that are there
+@lru_cache(maxsize=2)  # mapped only once, so that later searches find pages in memory
 def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
-    """The row groups of a copy, mapped but not read yet.
+    """Map the row groups of a copy into memory, without reading them.
 
-    Raises OSError or ValueError for a copy of other files.
+    Raises OSError or ValueError if the copy was made from other files.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(file)))
     if (reader.schema.metadata or {}).get(_KEY) != stamp.encode():
-        raise ValueError(f"{file}: a copy of other vectors")
+        raise ValueError(f"{file}: is a copy of other vectors")
     return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
 
 def _write(vectors: Vectors, file: Path, stamp: str) -> None:
-    """Write a copy, whole or not at all. Raises OSError, and ValueError if the vectors changed
+    """Write a copy, as a whole or not at all. Raises OSError, and ValueError if the vectors change
     meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6

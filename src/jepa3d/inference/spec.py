@@ -1,4 +1,6 @@
-"""What made a vector. Only vectors of one specification can be compared."""
+"""The specification of vectors: how they were computed. Only vectors of equal specifications are
+comparable.
+"""
 
 import copy
 from dataclasses import asdict, dataclass
@@ -12,32 +14,34 @@ from jepa3d.models.ready import fingerprint, load
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The encoder and the settings behind a vector, as the metadata of a file of vectors has them."""
+    """The encoder and the settings that made a vector, as stored in the metadata of files of
+    vectors.
+    """
 
-    model: str  # as given: a folder or Hub id, or "default"
+    model: str  # as the user named it: a folder or Hub id, or "default"
     fingerprint: str
     layer: int
     pooling: str
     up_axis: str
-    embed_dim: int  # of the vectors
-    frame: int = 1  # version of frame.py; older files have none
+    embed_dim: int  # width of the vectors
+    frame: int = 1  # version of frame.py; old files, without this entry, have version 1
     keep_strays: bool = False
 
     @staticmethod
     def of(
         model: str, encoder: PointEncoder, up_axis: str, layer: int, pooling: str
     ) -> "EmbeddingSpec":
-        """The specification of vectors of `encoder`, which was loaded from `model`.
+        """Make the specification of the vectors of `encoder`, which was loaded from `model`.
 
-        Without a model ("") the weights get no fingerprint, which takes time. Raises ValueError for
-        a setting that does not exist.
+        With `model` "", the slow fingerprint of the weights is omitted. Raises ValueError for a
+        setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
-            raise ValueError(f"up axis {up_axis!r}: one of {', '.join(TO_Z_UP)}, none")
+            raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")
         if not -1 <= layer <= encoder.depth:
-            raise ValueError(f"layer {layer}: 0 (tokenizer) to {encoder.depth}, or -1")
+            raise ValueError(f"layer {layer}: use 0 (tokenizer) to {encoder.depth} or -1")
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
+            raise ValueError(f"pooling {pooling!r}: use {', '.join(POOLINGS)}")
         name = str(Path(model).absolute()) if model and Path(model).exists() else model
         weights = fingerprint(encoder) if model else ""
         layer, width = layer % (encoder.depth + 1), encoder.width
@@ -45,35 +49,38 @@ class EmbeddingSpec:
         return EmbeddingSpec(name, weights, *settings, FRAME, encoder.keep_strays)
 
     def applied(self, encoder: PointEncoder) -> PointEncoder:
-        """A copy of the encoder, sharing its weights, that sees clouds as this specification says."""
+        """Return a copy of the encoder, sharing its weights, that prepares clouds as this
+        specification says.
+        """
         encoder = copy.copy(encoder)
         encoder.keep_strays = self.keep_strays
         encoder.upright = encoder.upright and self.up_axis != "none"
         return encoder
 
     def encoder(self, index: str | Path, model: str | None = None) -> PointEncoder:
-        """The encoder that made the vectors of `index`, which may lie at another place, `model`, now.
+        """Load the encoder that made the vectors of `index`; model: its path, if it has moved.
 
-        Raises ValueError for another encoder, or vectors of another version of jepa3d.
+        Raises ValueError for a different encoder, or vectors of an incompatible version of jepa3d.
         """
         self.check_frame(index)
         encoder, name = load(model or self.model), model or self.model
         if fingerprint(encoder) != self.fingerprint:
-            wrong = f"made with another encoder than {name}; embed again, or --model"
+            wrong = f"made by another encoder than {name}; embed again, or give --model"
             raise ValueError(f"{index}: {wrong}")
         return self.applied(encoder)
 
     def check_frame(self, index: str | Path) -> None:
-        """Raise ValueError for vectors of a version of jepa3d that saw other points of a cloud."""
+        """Raise ValueError for vectors of a version of jepa3d that prepares clouds differently."""
         if self.frame != FRAME:
             by = f"another version of jepa3d (frame {self.frame}, here {FRAME})"
             hint = "embed the clouds again, into another --out"
             raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
-        """Raise ValueError that names the first difference from `other`, the specification of `index`.
+        """Raise ValueError that names the first difference from `other`, the specification of
+        `index`.
 
-        The same model may go by two names.
+        The name of the model may differ, since one model can have several names.
         """
         if self.frame != other.frame:
             other.check_frame(index)

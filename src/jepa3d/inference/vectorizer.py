@@ -1,4 +1,4 @@
-"""Clouds to vectors as a step of scikit-learn: `jepa3d.CloudVectorizer`."""
+"""`jepa3d.CloudVectorizer`: the encoder as a step of a scikit-learn pipeline."""
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
@@ -10,11 +10,11 @@ from jepa3d.models.ready import load
 
 
 class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Turn clouds into vectors in a pipeline of scikit-learn.
+    """Turns clouds into vectors in a scikit-learn pipeline.
 
-    Nothing is learned from the clouds: `fit` loads the encoder. model: the folder of a run or an
-    encoder, or a Hub id. up_axis, layer and pooling: see `jepa3d.embed`. After `fit`, `encoder_` is
-    the encoder.
+    Nothing is learned from the clouds: `fit` only loads the encoder, as the attribute `encoder_`.
+    model: the folder of a run or an encoder, or a Hub id. up_axis, layer and pooling: see
+    `jepa3d.embed`.
 
     >>> make_pipeline(CloudVectorizer(), LogisticRegression()).fit(clouds, labels)
     """
@@ -32,22 +32,22 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.pooling = pooling
 
     def fit(self, X: Clouds, y: object = None) -> "CloudVectorizer":
-        """Load the encoder; X and y are not looked at. Raises ValueError for an unknown setting."""
+        """Load the encoder; X and y are ignored. Raises ValueError for an unknown setting."""
         encoder = load(self.model)
         spec = EmbeddingSpec.of("", encoder, self.up_axis, self.layer, self.pooling)
         self.encoder_, self._n_features_out = encoder, spec.embed_dim
         return self
 
     def transform(self, X: Clouds) -> np.ndarray:
-        """Vectors n E float32 of an array n N 3, or of a list of arrays or paths, as of
+        """Compute vectors n E float32 of an array n N 3, or of a list of arrays or paths, like
         `jepa3d.embed`.
 
-        A cloud that cannot be used has a row of NaN, and a warning names it.
+        A cloud that cannot be used gets a row of NaN, and a warning names it.
         """
         check_is_fitted(self)
         return embed(X, self.encoder_, self.up_axis, self.layer, self.pooling)
 
-    def __sklearn_tags__(self):  # of scikit-learn 1.6 and newer
+    def __sklearn_tags__(self):  # called by scikit-learn 1.6 and newer
         tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
         tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
         tags.transformer_tags.preserves_dtype = []  # vectors are float32, whatever the clouds are

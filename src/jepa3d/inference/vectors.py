@@ -1,12 +1,13 @@
-"""Vectors of clouds in Parquet: one row a cloud, and in the file's metadata what made them.
+"""Vectors of clouds in Parquet: one row per cloud, and their specification in the file's metadata.
 
-A file is replaced as a whole: readers see it as it was before or after a change, and a killed
-writer changes nothing.
+A file is always replaced as a whole: readers see it as it was before or after a change, and a
+killed writer changes nothing.
 
-path        its address (clouds.py); unique
-label       the class that its folder or file gives it, else its name in a file of many, or null
-num_points  of the cloud as read
-stamp       hash of size and time of change, or of a stored cloud's content: equal means unchanged
+path        the cloud's address (clouds.py), unique
+label       class from its folder or file, else its name in a file of many clouds, or null
+num_points  number of points as read
+stamp       hash of the file's size and modification time, or of a stored cloud's content; if it
+            is equal, the cloud is unchanged
 vector      E float32, not normalised
 error       only in files of `Embedder`: why a cloud has no vector; `Vectors` skips these rows
 """
@@ -33,34 +34,35 @@ try:
 except ImportError as error:
     raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
-pc: Any = pa.compute  # its functions are made when it is imported
+# Typed Any, since its functions are made at import, unseen by type checkers.
+pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
-ROWS = 8192  # of a row group, at least; the last has the rest
+ROWS = 8192  # fewest rows of a row group; the last group may have fewer
 
-ReadGroup = Callable[[list[str] | None], pa.Table]  # some or all columns of a row group
+ReadGroup = Callable[[list[str] | None], pa.Table]  # reads some or all columns of a row group
 
 
 def vector_type(embed_dim: int, dtype: str = "float32") -> pa.DataType:
-    """The type of a column of vectors."""
+    """Return the type of a column of vectors."""
     number = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
     return pa.list_(number, embed_dim)
 
 
 def schema(spec: EmbeddingSpec) -> pa.Schema:
-    """Columns and metadata of a file of vectors."""
+    """Return the columns and metadata of a file of vectors."""
     columns = {"path": pa.string(), "label": pa.string(), "num_points": pa.int64()}
     columns |= {"stamp": pa.uint64(), "vector": vector_type(spec.embed_dim)}
     return pa.schema(columns, {"jepa3d": json.dumps({"format": FORMAT} | asdict(spec))})
 
 
 def table(spec: EmbeddingSpec, rows: Iterable[tuple]) -> pa.Table:
-    """Rows of path, label, num_points, stamp and vector as a table."""
+    """Make a table of rows (path, label, num_points, stamp, vector)."""
     *columns, vectors = [*zip(*rows, strict=True)] or [()] * 5
     return pa.table([*columns, to_column(vectors, spec.embed_dim)], schema(spec))
 
 
 def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
-    """The rows and, of clouds without a vector, rows of a path and its error, all else null."""
+    """Add a column `error`, and for each (path, error) in `failed` a row that is null elsewhere."""
     rows = rows.append_column("error", pa.nulls(len(rows), pa.string()))
     kind = pa.schema({"path": pa.string(), "error": pa.string()})
     lacking = pa.table(list(zip(*failed, strict=True)) or [[], []], kind)
@@ -68,13 +70,13 @@ def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
 
 
 def to_column(vectors: Sequence | np.ndarray, embed_dim: int, dtype: str = "float32") -> pa.Array:
-    """Vectors n E as a column."""
+    """Turn vectors n E into a column."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(embed_dim, dtype))
 
 
 def to_numpy(column: Any) -> np.ndarray:
-    """A column of vectors as an array n E; not copied if it is one chunk."""
+    """Turn a column of vectors into an array n E, without a copy if the column is one chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=False)
@@ -82,10 +84,10 @@ def to_numpy(column: Any) -> np.ndarray:
 
 
 class Vectors:
-    """The vectors in a Parquet file, or in all of a folder.
+    """The vectors in a Parquet file, or in all Parquet files of a folder.
 
-    Raises ReadError for what is no such file or, unless it may be, empty; ValueError for a mixture
-    of specifications.
+    Raises ReadError for files without vectors (empty files are allowed with `may_be_empty`), and
+    ValueError if the files' specifications differ.
     """
 
     def __init__(self, path: str | Path, may_be_empty: bool = False):
@@ -104,7 +106,7 @@ class Vectors:
         return sum(_count(file) for file in self.files)
 
     def groups(self) -> Iterator[ReadGroup]:
-        """A function for every row group, in the order of the files, that reads its columns."""
+        """Yield, for every row group in the order of the files, a function that reads its columns."""
         for file in self.files:
             with _naming(file), pq.ParquetFile(file) as opened:
                 for number in range(opened.num_row_groups):
@@ -113,24 +115,24 @@ class Vectors:
                         yield partial(_read_group, opened, number, file)
 
     def batches(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Some or all columns of every row group."""
+        """Yield some or all columns of every row group."""
         for read in self.groups():
             yield read(columns)
 
     def column(self, name: str) -> list:
-        """The values of a column."""
+        """Return the values of a column."""
         parts = (batch.column(0).to_pylist() for batch in self.batches([name]))
         return [value for part in parts for value in part]
 
     def array(self) -> np.ndarray:
-        """All vectors n E."""
+        """Return all vectors n E."""
         batches = self.batches(["vector"])
         return np.concatenate([to_numpy(batch.column(0)) for batch in batches])
 
 
 @contextmanager
 def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
-    """Raise what the Parquet library raises as a ReadError that names the file."""
+    """Turn errors of the Parquet library into a ReadError that names the file."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -138,7 +140,7 @@ def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
 
 
 def _count(file: Path) -> int:
-    """The number of rows that have a vector."""
+    """Count the rows that have a vector."""
     with pq.ParquetFile(file) as opened:
         if "error" in opened.schema_arrow.names:
             return opened.read(["error"])["error"].null_count
@@ -148,11 +150,11 @@ def _count(file: Path) -> int:
 def _read_group(
     opened: pq.ParquetFile, number: int, file: Path, columns: list[str] | None
 ) -> pa.Table:
-    """Columns of the rows of a group that have a vector."""
+    """Read columns of a row group, without the rows that have no vector."""
     names = opened.schema_arrow.names
     wanted = [name for name in columns or names if name != "error"]
     errors = [name for name in names if name == "error"]
-    # Threads cost more than they give: nearly all of a group is one column.
+    # Threads would slow this down: nearly all data of a group is in one column.
     with _naming(file):
         found = opened.read_row_group(number, wanted + errors, use_threads=False)
         if errors:
@@ -161,13 +163,16 @@ def _read_group(
 
 
 def _read_spec(file: Path) -> EmbeddingSpec:
+    """Read the specification of a file of vectors. Raises ReadError for any other file."""
     with _naming(file, "not a readable Parquet file"):
         metadata = pq.read_schema(file).metadata or {}
     return spec_of(metadata, f"{file}: not a file of jepa3d embed")
 
 
 def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
-    """The specification in the metadata of a file or store; ReadError with `message` if it has none."""
+    """Return the specification in the metadata of a file or store; without one, raise
+    ReadError(message).
+    """
     found = json.loads(metadata.get(b"jepa3d", b"{}"))
     if found.pop("format", None) != FORMAT:
         raise ReadError(message)
@@ -175,10 +180,9 @@ def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
 
 
 def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) -> None:
-    """Make a Parquet file of the rows of tables of one schema, atomically and durably.
+    """Write tables of one schema to a Parquet file, atomically and durably.
 
-    Rows are written in groups of `minimum` (`ROWS` by default) to twice as many; the last may be
-    smaller.
+    A row group has `minimum` (default `ROWS`) to 2 * `minimum` rows; the last may have fewer.
     """
     tables, minimum = iter(tables), minimum or ROWS
     waiting = [next(tables)]
@@ -205,9 +209,9 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
 
 
 def update(path: Path, new: pa.Table, dropped: set[str]) -> None:
-    """Add rows to a file, which may not exist yet, in place of rows of the same path; drop others.
+    """Add rows to a file, which may not exist yet; existing rows of the same paths are replaced.
 
-    In bounded memory.
+    dropped: paths whose rows are deleted. Memory is bounded by a few row groups.
     """
     dropped_paths = pa.array([*dropped, *new["path"].to_pylist()], pa.string())
 

@@ -1,4 +1,4 @@
-"""`jepa3d view`: a local page of clouds, coloured by what an encoder makes of them, beside their
+"""`jepa3d view`: a local web page that shows clouds, coloured by the encoder's tokens, with their
 nearest shapes.
 """
 
@@ -32,33 +32,33 @@ except ImportError as error:
     raise ValueError("view needs viser: pip install 'jepa3d[view]'") from error
 
 HOST = "127.0.0.1"
-# Clouds in a list to choose from; of more, one is chosen by its number.
+# Up to so many clouds are listed by name; among more, one is chosen by its number.
 MAX_LISTED = 300
-NEIGHBOURS = 6
-# What a cloud may be coloured by.
+NEIGHBOURS = 6  # nearest shapes shown
+# Choices for the colours of a cloud.
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-# The page's own origin, also through a tunnel from another port; None: no browser. Any other is a
-# foreign web page.
+# Origins that may connect: the page itself, also through a tunnel from another port; and None,
+# which programs other than browsers have. Any other origin is a foreign web page.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
 def serve(port: int) -> viser.ViserServer:
-    """Start a server that answers this machine only, and no other web page.
+    """Start a server that answers only this machine, and no other web page.
 
-    Port 0: any free port. Raises ValueError for a port that is not available.
+    port: 0 for any free port. Raises ValueError if the port is not available.
     """
     if not 0 <= port < 2**16:
-        raise ValueError(f"--port {port}: 1 to 65535, or 0 for any free port")
+        raise ValueError(f"--port {port}: must be 1 to 65535, or 0 for any free port")
     try:
-        with socket.socket() as probe:  # viser would silently take another
+        with socket.socket() as probe:  # viser would silently choose another port
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
     except OSError as error:
         raise ValueError(f"--port {port}: not available ({error.strerror})") from error
     library: Any = websocket_server
     original = library.serve
-    # viser has no setting for it, and answers every web page that the browser has open
+    # viser has no setting for origins: by default any web page open in the browser may connect
     library.serve = functools.partial(original, origins=_ORIGINS)
     try:
         with redirect_stdout(io.StringIO()):
@@ -73,13 +73,13 @@ def serve(port: int) -> viser.ViserServer:
 
 
 def stop(server: viser.ViserServer) -> None:
-    """End a page without viser's message."""
+    """Stop a server, without viser's message."""
     with redirect_stdout(io.StringIO()):
         server.stop()
 
 
 class Page:
-    """The content of the page: the clouds of `items`, one at a time. All open tabs share it."""
+    """The content of the page: the clouds of `items`, one at a time. All open tabs show the same."""
 
     def __init__(
         self,
@@ -94,7 +94,8 @@ class Page:
         self.view: View | None = None
         self.picked: int | None = None
         self.generator = torch.Generator().manual_seed(0)
-        # Viser calls back from many threads, and from the same when a value is set.
+        # Viser calls back from many threads. The lock is reentrant, since setting a value calls
+        # back too.
         self.lock = threading.RLock()
         gui, count = server.gui, len(items)
         files = [shortened(Path(item.path).name, 24) for item in items]
@@ -113,9 +114,9 @@ class Page:
             rows = range(NEIGHBOURS)
             self.buttons = [gui.add_button("", visible=False) for _ in rows]
         on = self.callback
-        find, ways = self.choices.index, {"next": 1, "previous": -1}
+        find, steps = self.choices.index, {"next": 1, "previous": -1}
         self.chooser.on_update(on(lambda event: self.go(find(event.target.value))))
-        step.on_click(on(lambda _: self.go(self.row + ways[step.value])))
+        step.on_click(on(lambda _: self.go(self.row + steps[step.value])))
         self.colours.on_update(on(lambda _: self.recolour()))
         self.again.on_click(on(lambda _: self.recolour()))
         click = on(lambda event: self.pick(event.ray_origin, event.ray_direction))
@@ -124,6 +125,8 @@ class Page:
             button.on_click(on(lambda _, i=i: self.show(self._neighbour(i))))
 
     def callback(self, action: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Wrap an action so that it holds the lock and shows errors on the page."""
+
         def call(event: Any) -> None:
             with self.lock:
                 try:
@@ -138,6 +141,7 @@ class Page:
         self.text.content = f"<div style='{style}'>{text}</div>"
 
     def go(self, row: int) -> None:
+        """Show the cloud of a row, unless it is shown already; rows wrap around."""
         row %= len(self.items)
         if row != self.row:
             self.show(self.items[row])
@@ -145,9 +149,9 @@ class Page:
     def show(self, item: Item) -> None:
         """Encode and draw a cloud and its neighbours.
 
-        Raises ReadError and OSError; what is shown then stays.
+        Raises ReadError and OSError if it cannot be read; the former cloud then stays visible.
         """
-        # Before the chooser is set, which calls `go`.
+        # Set before the chooser, whose change calls `go`.
         self.row = self.rows.get(item.path, -1)
         if self.row >= 0:
             self.chooser.value = self.choices[self.row]
@@ -172,18 +176,19 @@ class Page:
         return scene.add_point_cloud(name, points, colors, **look)
 
     def pick(self, origin, direction) -> None:
-        """Colour by similarity to the point that a click means, if it means one."""
+        """Colour by similarity to the clicked point, if a point was clicked."""
         points = np.empty((0, 3)) if self.view is None else self.view.points
         point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
-            self.colours.value = SIMILARITY  # recolours if it was another
+            # This recolours, but only if the value changes.
+            self.colours.value = SIMILARITY
             self.recolour()
 
     def recolour(self) -> None:
-        """Colour the cloud as chosen, and say what the colours mean.
+        """Colour the cloud by the chosen property, and explain the colours.
 
-        Raises ValueError for too few tokens to sample.
+        Raises ValueError if there are too few tokens to sample blocks.
         """
         view, by = self.view, self.colours.value
         if view is None:
@@ -198,7 +203,7 @@ class Page:
         self._say(f"<b>{self.title}</b>: {view.total:,} points{drawn}<br>{meaning}")
 
     def _colors(self, view: View, by: str, picked: int | None) -> tuple[Any, str]:
-        """Colours N 3 uint8 of the points, and HTML that says what they mean."""
+        """Compute colours N 3 uint8 of the points. Returns them with HTML that explains them."""
         if by == OWN and view.colors is not None:
             return view.colors, "as in the file"
         if by == PCA:
@@ -213,22 +218,22 @@ class Page:
             low, high = f"{cosine.min():.3f} (dark)", f"{cosine.max():.3f} (bright)"
             return ramp(cosine), f"cosine with point {picked:,}: {low} to {high}"
         if by == SAMPLE:
-            what = "one pretraining sample, by each point's nearest token"
+            what = "one pretraining sample; a point has the colour of its nearest token"
             nowrap = "white-space: nowrap"
             legend = " ".join(
                 f"<span style='{nowrap}; color: rgb{rgb}'>&#9632; {name}</span>"
                 for name, rgb in ROLES.items()
             )
             colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
-            return colors, f"{what}; of overlapping targets the last:<br>{legend}"
+            return colors, f"{what}; of overlapping targets, the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _neighbour(self, i: int) -> Item:
-        """The cloud of a neighbour. Raises ReadError if it is gone."""
+        """Return the cloud of a neighbour. Raises ReadError if the cloud is gone."""
         return item_at(self.hits[i].path, self.hits[i].label)
 
     def _show_neighbours(self, index: Path, view: View) -> None:
-        """Show the nearest shapes of the index without the cloud itself: a button for each, and
+        """Show the nearest shapes in the index, except the cloud itself: a button for each, and
         small clouds in a row below.
         """
         from jepa3d.inference.search import search
@@ -255,9 +260,9 @@ class Page:
 def open_page(
     paths: list[Path], model: str | None, index: Path | None, port: int, up_axis: str
 ) -> Page:
-    """Serve the page and show the first cloud. Raises ValueError, ReadError and OSError."""
+    """Start the server and show the first cloud. Raises ValueError, ReadError and OSError."""
     if up_axis not in TO_Z_UP:
-        raise ValueError(f"--up-axis {up_axis}: one of {', '.join(TO_Z_UP)}")
+        raise ValueError(f"--up-axis {up_axis} is unknown: use {', '.join(TO_Z_UP)}")
     if index is None:
         look = functools.partial(view_of, load(model or "default"), up_axis=up_axis)
     else:
@@ -265,17 +270,17 @@ def open_page(
 
         spec = open_index(index).spec
         if spec.up_axis != up_axis:
-            raise ValueError(f"{index}: of --up-axis {spec.up_axis}, not {up_axis}")
+            raise ValueError(f"{index}: has --up-axis {spec.up_axis}, not {up_axis}")
         settings = {"up_axis": up_axis, "layer": spec.layer, "pooling": spec.pooling}
         look = functools.partial(view_of, spec.encoder(index, model), **settings)
     items, skipped = find_clouds(*paths)
     log_left_out(skipped)
     if not items:
-        raise ReadError(f"{paths[0]}: no clouds there")
+        raise ReadError(f"{paths[0]}: no clouds were found there")
     server = serve(port)
     try:
         page = Page(server, items, look, index)
-        # Of many clouds, others may be readable.
+        # If there are many clouds, an unreadable first one is no reason to stop.
         first = page.go if len(items) == 1 else page.callback(page.go)
         with page.lock:
             first(0)
@@ -286,7 +291,7 @@ def open_page(
 
 
 def serve_until_stopped(server: viser.ViserServer) -> None:
-    """Log the address of the page and serve it until Ctrl-C."""
+    """Log the page's address and serve it until Ctrl-C."""
     at = server.get_port()
     tunnel = f"from another machine, first: ssh -L {at}:{HOST}:{at} HOST"
     log.info(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}")
