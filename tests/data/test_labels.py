@@ -121,7 +121,7 @@ def test_a_bundle_of_ignored_points_is_read_and_one_of_nothing_else_is_refused(t
     assert (load([str(tmp_path / "a.npz")], 80, "all", parts=True).parts == -1).sum() == 6 * 9
     seg[2] = -1
     np.savez(tmp_path / "b.npz", points=points, labels=np.arange(6) % 2, seg=seg)
-    with pytest.raises(ReadError, match=r"b\.npz: part labels: 1 shapes have none"):
+    with pytest.raises(ReadError, match=r"b\.npz: 1 shapes have no part label"):
         load([str(tmp_path / "b.npz")], 80, "all", parts=True)
 
 
@@ -268,5 +268,5 @@ def test_texts_of_hdf5_are_classes(tmp_path):
 
 def test_an_array_whose_points_come_last_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(3, 80)))
-    with pytest.raises(ReadError, match="points first"):
+    with pytest.raises(ReadError, match="points come first"):
         read(tmp_path / "a.npy")

@@ -110,7 +110,7 @@ def test_a_table_is_read_however_it_is_spelled(tmp_path, seed):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("x,y,z\n1,2,3\n4,five,6\n", "line 3 is not a row of numbers, with 'five'"),
+        ("x,y,z\n1,2,3\n4,five,6\n", "line 3 is not a row of numbers, but has 'five'"),
         ("1 2 3\n\n# note\n4 5\n", "line 4 is not a row of at least 3 columns: '4 5'"),
         ("a,b,c\n1,2,3\n4,5,6\n", "no columns x, y, z, but a, b, c; choose with --columns"),
         ("x y\n1 2\n3 4\n", "line 2 has 2 columns, at least 3"),
@@ -118,7 +118,7 @@ def test_a_table_is_read_however_it_is_spelled(tmp_path, seed):
         ("1\n1 2 3\n4 5 6\n", "damaged: 2 points, but its count says 1"),
         ("2\n1 2 3\n4 5 6\n2\n7 8 9\n", "truncated: 3 points, but its count says 4"),
         ("2\n3\n1 2 3\n", "name it .ptx"),
-        ("ncols 4\nnrows 4\n1 2 3 4\n", "a grid of heights"),
+        ("ncols 4\nnrows 4\n1 2 3 4\n", "grid of heights"),
         ("Dear all,\nthese are no numbers.\n", "no rows of numbers: the first line is 'Dear all,'"),
         ("1 2 3 " * 30_000, "line 1 has 100,000 characters or more"),
         ("1_0 2 3\n4 5_0 6\n", "no rows of numbers"),
@@ -265,14 +265,14 @@ def test_a_pcd_is_read_however_it_is_spelled(tmp_path, seed):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("POINTS 30", "POINTS 31", "its header says 31 points and 30 x 1"),
+        ("POINTS 30", "POINTS 31", "its header has 31 points, but 30 x 1"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "POINTS 29", "29"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "POINTS 40", "truncated|claims"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "", "no points"),
-        ("TYPE F F F", "TYPE F F Q", "field z is of unknown TYPE Q"),
+        ("TYPE F F F", "TYPE F F Q", "field z has the unknown TYPE Q"),
         ("FIELDS x y z", "FIELDS a y z", "has no field x; it has a, y, z"),
         ("SIZE 4 4 4", "SIZE 4 4", "its header has 3 FIELDS, 2 SIZE"),
-        ("DATA", "DATUM", "DATA is missing"),
+        ("DATA", "DATUM", "found none"),
         ("DATA ", "DATA un", "ascii, binary or"),
     ],
 )
@@ -310,15 +310,14 @@ def test_points_that_were_not_seen_are_left_out_and_counted_aloud(tmp_path, caps
     organised(root / "b.pcd", way)
     cloud = read(root / "a.pcd")
     assert (len(cloud), cloud.unseen) == (60, 20)
-    assert cloud.remarks() == ["20 points that are NaN, where nothing was seen, were left out"]
+    assert cloud.remarks() == ["left out 20 NaN points (nothing was measured there)"]
     told = []
     assert sum(map(len, chunks(root / "a.pcd", told.append))) == 60
     assert told == [20]
     store = Store(prepare(root, tmp_path / "store", Preparation(points=60), workers=1)[0])
     assert len(store) == 2
     assert (
-        "40 points that are NaN, where nothing was seen, left out in 2 clouds"
-        in capsys.readouterr().out
+        "left out 40 NaN points (nothing was measured there) in 2 clouds" in capsys.readouterr().out
     )
 
 
@@ -331,7 +330,7 @@ def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path,
     np.save(tmp_path / "holes.npy", points)
     assert np.array_equal(*(embed(tmp_path / f"{name}.npy") for name in ("whole", "holes")))
     said = "3 points that are NaN"
-    assert f"holes.npy: {said}" in caplog.text
+    assert "holes.npy: left out 3 NaN points" in caplog.text
     embed_files([tmp_path], tmp_path / "v.parquet", workers=1)
     counted = f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out"
     assert counted in caplog.text
@@ -422,7 +421,8 @@ def test_ptx_scans_are_placed_and_what_was_not_seen_is_left_out(tmp_path, scans,
 
 
 @pytest.mark.parametrize(
-    ("cut", "said"), [(1, "truncated: 19 of 20"), (25, "no head"), (20, "truncated: 0 of 20")]
+    ("cut", "said"),
+    [(1, "truncated: 19 of 20"), (25, "begins no scan"), (20, "truncated: 0 of 20")],
 )
 def test_a_ptx_that_is_cut_off_says_where(tmp_path, cut, said):
     ptx(tmp_path / "a.ptx", 2, False, cut)
@@ -448,7 +448,7 @@ def test_a_bin_is_read_by_the_names_of_its_columns(tmp_path, names):
     assert len(store) == 1
     with pytest.raises(
         ReadError,
-        match="does not say what its columns are: jepa3d prepare --columns x y z intensity",
+        match="does not say what its columns are: give jepa3d prepare --columns x y z intensity",
     ):
         read(root / "000000.bin")
     with pytest.raises(ReadError, match="are no rows of 7 float32"):
@@ -496,7 +496,7 @@ def test_e57_without_scans_or_valid_points(tmp_path):
     pye57 = pytest.importorskip("pye57")
     with pye57.E57(str(tmp_path / "none.e57"), "w"):
         pass
-    with pytest.raises(ReadError, match=r"none\.e57: no scans"):
+    with pytest.raises(ReadError, match=r"none\.e57: has no scans"):
         read(tmp_path / "none.e57")
     columns = {f"cartesian{axis}": POINTS[:, i].copy() for i, axis in enumerate("XYZ")}
     columns["cartesianInvalidState"] = (np.arange(30) % 3 == 0).astype(np.int8)

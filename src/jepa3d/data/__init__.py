@@ -1,1 +1,1 @@
-"""Files and built-in shapes in, point clouds of one form out."""
+"""Read files and built-in shapes, and convert them to point clouds of one standard form."""

@@ -1,6 +1,6 @@
-"""Files of arrays (NPY, NPZ, HDF5): one cloud, or many clouds with labels and names.
+"""Read array files (NPY, NPZ, HDF5) that hold one cloud, or many clouds with labels and names.
 
-The shapes and types in the headers are checked before anything is unpacked.
+The shapes and types in their headers are checked before any array is unpacked.
 """
 
 import math
@@ -19,8 +19,10 @@ from jepa3d.data.store import SPLITS
 from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
-_BLOCK = 256  # clouds read at once
-_MOST = 50, 1 << 28  # see `check_unpacked`
+_BLOCK = 256  # clouds of a file that are read together
+# an archive may unpack to 50 times its size, or to 256 MiB if that is more
+_UNPACK_LIMIT = 50, 1 << 28
+# meaning -> names that an array with this meaning may have; the first name found is used
 _NAMES = {
     "points": ("data", "points", "xyz"),
     "label": ("label", "labels"),
@@ -33,7 +35,7 @@ Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
 def clouds_in(path: Path) -> int | None:
-    """The number of clouds in an array file; None for a file that is one cloud. Raises ReadError."""
+    """Count the clouds in an array file; None if it is a single cloud. Raises ReadError."""
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
@@ -42,11 +44,12 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
-    """What an array file says of its clouds, by meaning; only what it has.
+    """Read labels, split and names from an array file, keyed by meaning; leave out absent ones.
 
-    label: n int64, -1 for none. class_names: their names; without any, labels are numbers. split: n
-    integers, indices of SPLITS. names: n texts. part_names: texts. labels_key: the array of the
-    labels. more: other arrays to read, points or parts. Raises ReadError.
+    Keys: label: n int64, -1 for no label. class_names: texts, () if the file names no classes.
+    split: n integers, indices into SPLITS. names: n texts, one per cloud. part_names: texts.
+    labels_key: name of the labels array. more: further arrays to return, points or parts. Raises
+    ReadError.
     """
     with as_read_error(path):
         headers = _headers(path)
@@ -66,7 +69,8 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
             found["label"], found["class_names"] = _classes(values, names)
         if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
-                raise ReadError(f"split must be {count} integers: {_described(split)}")
+                wrong = _described(split)
+                raise ReadError(f"split must be {count} integers, found {wrong}")
             if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
                 raise ReadError(f"split must be 0, 1 or 2, found {wrong[0]}")
         return found
@@ -77,9 +81,10 @@ def _described(values: np.ndarray) -> str:
 
 
 def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
-    """Labels n as int64 and the names of their classes. They are texts, or numbers from 0.
+    """Convert labels n (texts, or numbers from 0) to int64; also return the class names.
 
-    -1 for numbers below 0, NaN, and the largest value of an integer type. Raises ReadError.
+    Negative numbers, NaN and the largest value of an integer type become -1 (no label). Raises
+    ReadError.
     """
     if values.dtype.kind in "US":
         texts, labels = np.unique(values, return_inverse=True)
@@ -92,12 +97,13 @@ def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
     if values.dtype.kind in "iu":
         labels[values == np.iinfo(values.dtype).max] = -1
     if names and (largest := labels.max(initial=-1)) >= len(names):
-        raise ReadError(f"label {largest} without class: {len(names)} have names")
+        named = f"only {len(names)} classes are named"
+        raise ReadError(f"label {largest} has no class name; {named}")
     return labels.clip(-1), names
 
 
 def _text(name: object) -> str:
-    """A name from a file, which HDF5 may give as bytes, printable on one line."""
+    """Convert a name from a file (text, or bytes from HDF5) to printable text on one line."""
     if isinstance(name, bytes):
         name = name.decode("utf-8", "surrogateescape")
     return printable(str(name))
@@ -115,7 +121,8 @@ def _headers(path: Path) -> Headers:
     found: Headers = {}
     wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
-        for name in file:  # lists names only; other arrays are not opened
+        # this lists names only; arrays without a known name are not opened
+        for name in file:
             found[name] = (), np.dtype("V")
             if name in wanted:
                 data = _dataset(file, name)
@@ -124,7 +131,7 @@ def _headers(path: Path) -> Headers:
 
 
 def npz_headers(path: Path) -> Headers:
-    """Shape and type of every array of an NPZ.
+    """Read the shape and type of every array in an NPZ.
 
     Raises ReadError if a header claims more bytes than its member has.
     """
@@ -143,7 +150,7 @@ def npz_headers(path: Path) -> Headers:
 
 
 def _bytes(header: tuple[tuple[int, ...], np.dtype]) -> int:
-    """The bytes that an array of this shape and type takes, without overflow."""
+    """Return the size in bytes of an array of this shape and type, as a Python int: no overflow."""
     return math.prod(header[0]) * header[1].itemsize
 
 
@@ -155,51 +162,58 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """These arrays of an NPZ, whose size is checked first. Raises ReadError, and what numpy raises."""
+    """Read the named arrays of an NPZ after checking their unpacked size.
+
+    Raises ReadError, or any error of numpy.
+    """
     headers, names = npz_headers(path), list(names)
     for name in names:
         if headers[name][1].hasobject:
             raise ReadError(f"{name} holds Python objects, which are not read")
-    check_unpacked(path, sum(_bytes(headers[name]) for name in names), *_MOST)
+    check_unpacked(path, sum(_bytes(headers[name]) for name in names), *_UNPACK_LIMIT)
     with np.load(path, allow_pickle=False) as archive:
         return {name: np.asarray(archive[name]) for name in names}
 
 
 def _dataset(file: Any, name: str) -> Any:
-    """The data set of a name. Raises ReadError if it, or its values, lie in another file."""
-    h5py, place, left, steps = io_module("h5py"), file, [name], 0
-    while left:
-        step, steps = left.pop(0), steps + 1
-        link = place.get(step, getlink=True)
+    """Return the HDF5 dataset called `name`, following links inside the file.
+
+    Raises ReadError if the dataset or its values lie in another file.
+    """
+    h5py, node, path, steps = io_module("h5py"), file, [name], 0
+    while path:
+        step, steps = path.pop(0), steps + 1
+        link = node.get(step, getlink=True)
         if isinstance(link, h5py.ExternalLink) or link is None or steps > 20:
             raise ReadError(f"{name} links to another file, to nothing or in a circle")
         if isinstance(link, h5py.SoftLink):
-            place = file if link.path.startswith("/") else place
-            path = link.path.split("/")
-            left = [part for part in path if part not in ("", ".")] + left
+            node = file if link.path.startswith("/") else node
+            target = link.path.split("/")
+            path = [step for step in target if step not in ("", ".")] + path
         else:
-            place = place[step]
-    if not isinstance(place, h5py.Dataset):
+            node = node[step]
+    if not isinstance(node, h5py.Dataset):
         raise ReadError(f"{name} is a group; an array is needed")
-    if place.external or place.is_virtual:
+    if node.external or node.is_virtual:
         raise ReadError(f"{name} has its values in other files, which are not read")
-    return place
+    return node
 
 
 # -------------------------------------------------------------------------------------- by meaning
 
 
 def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
-    """Names of the arrays to read, by their meaning (see `_NAMES`). Raises ReadError.
+    """Return the names of the arrays to read, keyed by meaning (see `_NAMES`). Raises ReadError.
 
-    labels_key: the array of the labels. One with a number for each point, [n, N], is taken as
-    parts.
+    labels_key: name of the labels array. An array with one label per point, [n, N], is read as part
+    labels.
     """
     wanted, found = _NAMES, {}
     if labels_key != "labels":
         if labels_key not in headers:
             have = ", ".join(name for name in headers if name.startswith("label"))
-            raise ReadError(f"has no labels {labels_key!r}, but {have or 'none'}")
+            found = f"its labels arrays: {have or 'none'}"
+            raise ReadError(f"has no array {labels_key!r}; {found}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
@@ -220,24 +234,24 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _shape(path: Path, changed: int) -> tuple[int, ...]:
-    """The shape of the points of a file."""
+def _shape(path: Path, mtime: int) -> tuple[int, ...]:
+    """Return the shape of a file's points. mtime: of the file, so that the cache sees changes."""
     headers = _headers(path)
     return headers[_known(headers)["points"]][0]
 
 
 @lru_cache(maxsize=2)
-def array_block(path: Path, block: int | None, changed: int) -> dict[str, np.ndarray]:
-    """Rows [256 * block, 256 * (block + 1)) of a file's arrays, by their meaning.
+def array_block(path: Path, block: int | None, mtime: int) -> dict[str, np.ndarray]:
+    """Read rows [256 * block, 256 * (block + 1)) of a file's arrays, keyed by meaning.
 
-    All rows if block is None, and always all of an NPZ.
+    All rows if `block` is None; an NPZ is always read whole. mtime: of the file, for the cache.
     """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
     return _read(path, _known(_headers(path)), rows)
 
 
 def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarray]:
-    """The arrays of these names; only these rows, except of an NPZ, which is read whole."""
+    """Read rows of the arrays `names` (meaning -> name); an NPZ is always read whole."""
     if path.suffix.lower() == ".npy":
         values = np.load(path, allow_pickle=False, mmap_mode="r")[rows]
         return dict.fromkeys(names, values)
@@ -250,33 +264,34 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # texts, whose bytes lie in the file: no size to check
+                # HDF5 never compresses the text of variable-length strings: no size to check
                 if h5py.check_string_dtype(data.dtype) is None:
                     raise ReadError(f"{name} holds objects of any length, not numbers")
                 found[key] = data.asstr()[rows].astype(str)
                 continue
-            check_claim(path, data.nbytes, 1100)  # gzip packs at most 1032 times
+            # gzip compresses by a factor of at most 1032
+            check_claim(path, data.nbytes, 1100)
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
-            check_unpacked(path, max(int(data.nbytes * share), chunk), *_MOST)
+            check_unpacked(path, max(int(data.nbytes * share), chunk), *_UNPACK_LIMIT)
             found[key] = data[rows]
         return found
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
-    """A file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
-    changed, count = path.stat().st_mtime_ns, clouds_in(path)
+    """Read a file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
+    mtime, count = path.stat().st_mtime_ns, clouds_in(path)
     if count is None:
-        arrays = array_block(path, None, changed)
+        arrays = array_block(path, None, mtime)
     elif row is None:
-        raise ReadError(f"holds {count:,} clouds; PATH#ROW names one")
+        raise ReadError(f"holds {count:,} clouds: choose one as PATH#ROW")
     else:
         whole = path.suffix.lower() == ".npz"
         block, at = (None, row) if whole else divmod(row, _BLOCK)
-        arrays = array_block(path, block, changed)
+        arrays = array_block(path, block, mtime)
         lengths = {key: len(values) for key, values in arrays.items()}
         if len(set(lengths.values())) > 1:
-            raise ReadError(f"its arrays must have as many rows as clouds: {lengths}")
+            raise ReadError(f"arrays must have one row per cloud, found {lengths}")
         arrays = {key: values[at] for key, values in arrays.items()}
     points, attributes = arrays["points"], {}
     normals, parts = arrays.get("normals"), arrays.get("parts")
@@ -288,10 +303,10 @@ def read_array(path: Path, row: int | None) -> PointCloud:
 
 
 def npy_rows(path: Path) -> Iterator[np.ndarray]:
-    """Chunks of the points of an NPY, float64 n 3. Raises ReadError."""
+    """Yield the points of an NPY in chunks, float64 n 3. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)
     for at in range(0, len(values), clouds.CHUNK):
-        # opened again for each chunk, or all pages read so far would count as our memory
+        # mapped again for each chunk; else all pages read so far would count as our memory
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         yield values[at : at + clouds.CHUNK, :3].astype(np.float64)

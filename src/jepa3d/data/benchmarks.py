@@ -1,7 +1,7 @@
-"""The published benchmarks, in the layouts in which people have them.
+"""Recognise and read the published benchmarks, in the layouts in which they are distributed.
 
-Point-BERT's ShapeNet55 and few-shot folds, three releases of ModelNet, ScanObjectNN, and two
-releases of ShapeNetPart. A missing file is named, with the place where its owner publishes it.
+These are Point-BERT's ShapeNet55 and few-shot folds, three releases of ModelNet, ScanObjectNN, and
+two releases of ShapeNetPart. If a file is missing, the error says where its owner publishes it.
 """
 
 import io
@@ -25,8 +25,8 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-SHAPENETPART: dict[str, int] = _PUBLISHED["parts"]  # number of parts of each category
-# ScanObjectNN: variant -> folder of the whole download, and how its file names end
+SHAPENETPART: dict[str, int] = _PUBLISHED["parts"]  # number of parts per category
+# ScanObjectNN: variant -> its folder in the whole download, and the end of its file names
 _SCANS = {
     "obj_bg": ("main_split", ""),
     "pb_t50_rs": ("main_split", "_augmentedrot_scale75"),
@@ -36,9 +36,10 @@ _SCANS = {
 
 
 def benchmark_at(root: Path, variant: str | None) -> Source | None:
-    """The benchmark whose files lie at `root`, or None.
+    """Return the benchmark whose files lie at `root`, or None if there is none.
 
-    Raises ReadError for an incomplete copy, and if there are several variants and none is named.
+    Raises ReadError for an incomplete copy, and if `root` has several variants but `variant` is
+    None.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -57,25 +58,25 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
 
 
 def meshes_of(classes: set[str | None]) -> str | None:
-    """The layout of a folder of meshes with exactly the classes of ModelNet10 or ModelNet40."""
+    """Return the layout's name if these are exactly the classes of ModelNet10 or 40, else None."""
     names = ("ModelNet10", "ModelNet40")
     found = [name for name in names if classes == set(_PUBLISHED["classes"][name])]
     return f"{found[0]} meshes" if found else None
 
 
 def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
-    """A note if the parts of a benchmark do not have their published numbers of shapes."""
+    """Return a note if the splits of a benchmark do not have their published numbers of shapes."""
     found = Counter(entry.split for entry in entries)
     sizes = _PUBLISHED["sizes"][layout]
     if all(found[split] == size for split, size in sizes.items()):
         return []
     counts = [f"{found[split]:,} of {size:,} {split}" for split, size in sizes.items()]
-    note = "shapes: an incomplete download, or a part of it"
+    note = "shapes: the download is incomplete, or only a part of it"
     return [f"{layout}: {', '.join(counts)} {note}"]
 
 
 def _lines(path: Path, owner: str) -> list[str]:
-    """The non-empty lines of a benchmark's list. Raises ReadError if the list is missing."""
+    """Read the non-empty lines of a benchmark's list. Raises ReadError if the list is missing."""
     with as_read_error(path):
         if not path.is_file():
             _missing(owner, None, path)
@@ -83,14 +84,14 @@ def _lines(path: Path, owner: str) -> list[str]:
 
 
 def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
-    """Raises a ReadError for a missing file; also stands for the reader of such a file."""
-    listed = f"but {list_name} lists it" if list_name else f"as a list of {owner}"
+    """Raise a ReadError for a missing file. Such a file's entry has this function as its reader."""
+    listed = f"but {list_name} lists it" if list_name else f"but {owner} needs it"
     hint = f"get it from {_PUBLISHED['owners'][owner]}"
     raise ReadError(f"{path}: is missing, {listed}; {hint}")
 
 
 def _listed(path: Path, reader: Callable, owner: str, list_name: str) -> partial:
-    """The reader of a listed file, or `_missing` if there is no such file."""
+    """Return the reader of a listed file, which is `_missing` if the file does not exist."""
     missing = partial(_missing, owner, list_name, path)
     return partial(reader, path) if path.is_file() else missing
 
@@ -106,7 +107,7 @@ def _shapenet55(root: Path) -> Source:
 
 
 def _modelnet_normals(root: Path, variant: str | None) -> Source:
-    """PointNet++'s release: 10,000 points with normals, lists for its 10 and 40 classes."""
+    """Read PointNet++'s release: 10,000 points with normals, lists for 10 and for 40 classes."""
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
     classes, entries = set(_lines(root / f"{name}_shape_names.txt", "ModelNet")), []
@@ -117,7 +118,7 @@ def _modelnet_normals(root: Path, variant: str | None) -> Source:
             label = shape.rpartition("_")[0]
             key = f"{label}/{shape}.txt"
             if label not in classes:
-                wrong = f"label {label!r} of {shape} without class"
+                wrong = f"label {label!r} of {shape} is not a class"
                 raise ReadError(f"{path}: {wrong} in {name}_shape_names.txt")
             reader = _listed(root / key, table, "ModelNet", path.name)
             entries.append(Entry(key, reader, label, split, "y"))
@@ -128,7 +129,7 @@ def _modelnet_hdf5(root: Path) -> Source:
     names, entries = _lines(root / "shape_names.txt", "ModelNet"), []
     for split in ("train", "test"):
         for line in _lines(root / f"{split}_files.txt", "ModelNet"):
-            # the folders in the list are those of its author's machine
+            # only the name counts: the list has folders of its author's machine
             path = root / Path(line).name
             if not path.is_file():
                 _missing("ModelNet", f"{split}_files.txt", path)
@@ -137,27 +138,28 @@ def _modelnet_hdf5(root: Path) -> Source:
 
 
 def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
-    """The clouds of an HDF5 file with the names of their classes. Raises ReadError for other
-    labels.
+    """Return the clouds of an HDF5 file, labelled by class name.
+
+    names: the class names; label i of the file means names[i]. Raises ReadError for other labels.
     """
     entries = []
     for entry in entries_of(path, path.name, None, split):
         number = -1 if entry.label is None else int(entry.label)
         if not 0 <= number < len(names):
-            wrong = f"label {number} of {entry.key} without class"
+            wrong = f"label {number} of {entry.key} is not a class"
             raise ReadError(f"{path}: {wrong}; allowed are 0 to {len(names) - 1}")
         entries.append(replace(entry, label=names[number], up_axis="y"))
     return entries
 
 
 def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
-    """The whole download, or one of its folders: main_split or, without background, _nobg."""
-    here = any(root.glob("t*_objectdataset*.h5"))
-    one = "main_split_nobg" if "nobg" in root.name else "main_split"
+    """Read the whole download, or its folder main_split or main_split_nobg (no background)."""
+    is_folder = any(root.glob("t*_objectdataset*.h5"))
+    only = "main_split_nobg" if "nobg" in root.name else "main_split"
     files = {
-        name: (root if here else root / folder, f"_objectdataset{end}.h5")
+        name: (root if is_folder else root / folder, f"_objectdataset{end}.h5")
         for name, (folder, end) in _SCANS.items()
-        if folder == one or not here
+        if folder == only or not is_folder
     }
     found = [name for name, (at, end) in files.items() if any(at.glob(f"t*{end}"))]
     if not found:
@@ -174,24 +176,25 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
 
 
 def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
-    """A cloud with part labels 1 for the object and 0 for its background (mask -1)."""
+    """Read a cloud, with part label 1 for the object and 0 for the background (mask -1)."""
     cloud = reader()
     parts = None if cloud.parts is None else (cloud.parts != -1).astype(np.int32)
     return replace(cloud, parts=parts)
 
 
 def _shapenetpart(root: Path) -> Source:
-    """Both releases: `ID.txt` with normals and global part labels, or `points/ID.pts` with
-    `points_label/ID.seg`.
+    """Read either release: `ID.txt` files with normals and global part labels, or `points/ID.pts`
+    files with labels in `points_label/ID.seg`.
     """
     path = root / "synsetoffset2category.txt"
     lines = [line.split() for line in _lines(path, "ShapeNetPart")]
     category = {line[1]: line[0] for line in lines if len(line) == 2}
     if unknown := set(category.values()) - SHAPENETPART.keys():
         allowed = ", ".join(SHAPENETPART)
-        raise ReadError(f"{path}: label {min(unknown)!r} without class ({allowed})")
+        wrong = f"label {min(unknown)!r} is not a class"
+        raise ReadError(f"{path}: {wrong}; allowed are {allowed}")
     firsts = np.cumsum([0, *SHAPENETPART.values()]).tolist()
-    readers: dict[str, partial] = {}  # by synset/id
+    readers: dict[str, partial] = {}  # "synset/id" -> reader of the shape
     table = partial(read, columns=("x", "y", "z", "nx", "ny", "nz", "part"))
     for synset, name in category.items():
         first = firsts[[*SHAPENETPART].index(name)]
@@ -222,7 +225,7 @@ def _shapenetpart(root: Path) -> Source:
 
 
 def _with_parts(first: int, count: int, path: Path) -> PointCloud:
-    """A cloud with its part labels, which the file numbers from 1 to `count` in each category."""
+    """Read a cloud with its part labels; labels 1 to `count` in its file become `first`, ..."""
     cloud = read(path)
     side = path.parents[1] / "points_label" / f"{path.stem}.seg"
     with as_read_error(side):
@@ -236,11 +239,11 @@ def _with_parts(first: int, count: int, path: Path) -> PointCloud:
 
 
 def _chosen(root: Path, found: list[str], variant: str | None) -> str:
-    """The named variant of a benchmark, or its only one. Raises ReadError."""
+    """Return the named variant of a benchmark, or its only variant. Raises ReadError."""
     if variant is None and len(found) == 1:
         return found[0]
     if variant not in found:
-        what = f"no variant {variant!r}" if variant else "more than one data set"
+        what = f"no variant {variant!r}" if variant else "several variants"
         choice = f"choose with --variant: {', '.join(found)}"
         raise ReadError(f"{root}: holds {what}; {choice}")
     return variant
@@ -249,6 +252,7 @@ def _chosen(root: Path, found: list[str], variant: str | None) -> str:
 # ----------------------------------------------------------------------------------- few-shot folds
 
 
+# the functions and classes that a pickle of numpy arrays refers to
 _ARRAY_PARTS = re.compile(
     r"numpy\.(ndarray|dtype"
     r"|_?core\.(numeric\._frombuffer|multiarray\.(_reconstruct|scalar)))"
@@ -259,27 +263,28 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles numpy arrays in plain containers, and nothing that could run code."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
+        # bytes, as pickle protocol 2 writes them
+        if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")
         if not _ARRAY_PARTS.fullmatch(f"{module}.{name}"):
-            raise ReadError(f"a pickle of {module}.{name}; only numpy arrays are read")
+            raise ReadError(f"contains {module}.{name}; only numpy arrays are read")
         return super().find_class(module, name)
 
 
 @lru_cache(maxsize=1)
-def _fold(path: Path, changed: int) -> dict[str, list]:
+def _fold(path: Path, mtime: int) -> dict[str, list]:
     with as_read_error(path):
         try:
             fold = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
         except pickle.UnpicklingError as error:
             raise ReadError(f"damaged or not a pickle ({error})") from error
         if not isinstance(fold, dict) or not {"train", "test"} <= set(fold):
-            raise ReadError("a few-shot fold is a dict with lists train and test")
+            raise ReadError("a few-shot fold must be a dict with lists train and test")
         return fold
 
 
 def fold_of(path: Path) -> Source:
-    """One published few-shot fold (`5way_10shot/0.pkl`): train W * S items, test W * 20."""
+    """Read a published W-way S-shot fold (`5way_10shot/0.pkl`): train W * S clouds, test W * 20."""
     fold, entries = _fold(path, path.stat().st_mtime_ns), []
     with as_read_error(path):
         for split in ("train", "test"):

@@ -10,20 +10,20 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-# points kept of a file; of a larger one a uniform random part, so that memory is bounded
+# most points kept of one file; a larger file is sampled uniformly, so that memory is bounded
 MAX_POINTS = 1_000_000
 CHUNK = 200_000  # rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
-# what files write for it that have larger or unknown types
+# the largest value of a smaller integer type: some files write it for "no label" in a wider type
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
-# names that columns, fields or properties of an attribute may have; the first found are used
+# attribute -> names that its columns, fields or properties may have; the first match is used
 ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "normals": (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z")),
     "colors": (("r", "g", "b"), ("red", "green", "blue")),
     "parts": (("part",), ("label",), ("classification",), ("class",), ("segment",)),
 }
-# The rotation to z-up, as rows [3, 3], from each axis that may be up in a source.
+# up axis of a source -> rotation matrix [3, 3] that makes z the up axis: z_up = TO_Z_UP[up] @ xyz
 TO_Z_UP = {
     "x": np.array([[0, -1, 0], [0, 0, -1], [1, 0, 0]], np.float32),
     "y": np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float32),
@@ -37,11 +37,10 @@ class ReadError(ValueError):
 
 @dataclass(frozen=True)
 class PointCloud:
-    """A cloud, or the vertices and faces of a mesh. `points * scale + origin` are its coordinates
-    in the file.
+    """A cloud, or a mesh with its vertices as points. In the file they are points * scale + origin.
 
     Coordinates are centred in float64 before they become float32, so that map coordinates (6e6 m)
-    keep their millimetres. Made by `make`, which raises ReadError for unusable points.
+    keep their millimetres. Create clouds with `make`, which raises ReadError for unusable points.
     """
 
     points: np.ndarray  # N 3 float32
@@ -49,13 +48,13 @@ class PointCloud:
     scale: float = 1.0
     normals: np.ndarray | None = None  # N 3 float32
     colors: np.ndarray | None = None  # N 3 uint8
-    # N numbers of any type: part labels as the file has them; `to_parts` reads them
+    # N numbers of any type: the part labels as in the file; `to_parts` converts them
     parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # F 3 int64
-    total: int | None = None  # points in the file, if more than MAX_POINTS
-    # the up axis, if the file's format defines one: y in glTF
+    total: int | None = None  # number of points in the file, if over MAX_POINTS
+    # the up axis, if the format of the file defines one (glTF: y)
     up: str | None = None
-    # points of the file that are NaN, where a sensor saw nothing, and were left out
+    # number of NaN points that were left out (the sensor measured nothing there)
     unseen: int = 0
 
     def __len__(self) -> int:
@@ -63,18 +62,18 @@ class PointCloud:
 
     @staticmethod
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
-        """A cloud from coordinates N 3 of any number type, and attributes of N rows.
+        """Create a cloud from coordinates N 3 of any number type, and attributes of N rows.
 
-        Points with NaN are left out and counted, together with `unseen` that the caller left out.
-        Raises ReadError for another array, no points, infinite or all equal ones, a mesh with NaN
-        in a face, and an attribute of other length.
+        NaN points are left out. unseen: number of NaN points that the caller has already left out.
+        Raises ReadError if `xyz` has another shape or no points, if points are infinite or all
+        equal, if a face has a NaN vertex, or if an attribute has another length.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
         kept = {n: attributes[n] for n in ATTRIBUTES if attributes.get(n) is not None}
         for name, values in kept.items():
             if len(values) != len(xyz):
-                raise ReadError(f"{len(xyz)} points but {len(values)} {name}")
+                raise ReadError(f"has {len(xyz)} points but {len(values)} {name}")
         seen = np.all(~np.isnan(xyz), axis=1)
         if not seen.all() and (faces is None or seen[faces].all()):
             attributes |= {name: values[seen] for name, values in kept.items()}
@@ -84,23 +83,24 @@ class PointCloud:
             else:
                 attributes["faces"] = (np.cumsum(seen) - 1)[faces]
         if unseen and not len(xyz):
-            raise ReadError(f"no points: all {unseen:,} are NaN (nothing was seen)")
+            raise ReadError(f"no points: all {unseen:,} are NaN (nothing was measured)")
         check_cloud(xyz)
         origin = xyz.mean(0)
         points = (xyz - origin).astype(np.float32)
         if not points.any():
-            raise ReadError("all points are equal, up to rounding; two must differ")
+            raise ReadError("all points are equal up to rounding; two must differ")
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def take(self, index: np.ndarray) -> "PointCloud":
-        """The points at an index, with their attributes, without faces."""
+        """Return the points at an array of indices with their attributes, without faces."""
         arrays = {name: getattr(self, name) for name in ("points", *ATTRIBUTES)}
         kept = {key: None if old is None else old[index] for key, old in arrays.items()}
         return replace(self, faces=None, **kept)
 
     def normalised(self) -> "PointCloud":
-        """The cloud in the unit sphere: centroid 0, farthest point at distance 1; see origin and
-        scale.
+        """Return the cloud in the unit sphere (centroid 0, farthest point at distance 1).
+
+        Its new origin and scale still lead back to the coordinates in the file.
         """
         points = self.points.astype(np.float64)
         center = points.mean(0)
@@ -111,7 +111,7 @@ class PointCloud:
         return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
     def sampled(self, count: int, seed: int) -> "PointCloud":
-        """`count` points of this mesh, uniform by area, with the normals of their faces.
+        """Sample `count` points from this mesh, uniform by area, with the normals of their faces.
 
         Raises ReadError for a mesh without area.
         """
@@ -124,11 +124,12 @@ class PointCloud:
         return PointCloud(points, self.origin, self.scale, normals, up=self.up)
 
     def reduced(self, count: int, method: str, seed: int) -> "PointCloud":
-        """`count` points of this cloud, which has at least as many.
+        """Choose `count` points of this cloud, which must have at least `count`.
 
-        method: fps for farthest points, in an order of which any first n are the farthest n; random
-        for uniform; voxel for one point a cell of the coarsest grid (2^k cells a side) with `count`
-        occupied cells, then random of these, which is near-even and takes linear time.
+        method: fps: farthest point sampling; the points keep its order, so that any first n are
+        the farthest point sample of size n. random: uniform. voxel: take one point from each
+        occupied cell of the coarsest grid (2^k cells per side) with at least `count` of them, then
+        choose `count` of these at random; this is nearly even and takes linear time.
         """
         rng = np.random.default_rng(seed)
         if method == "fps":
@@ -139,9 +140,9 @@ class PointCloud:
         return self.take(rng.permutation(_one_a_voxel(self.points, count))[:count])
 
     def filled(self, count: int) -> "PointCloud":
-        """This cloud of fewer than `count` points, filled up to `count`: see `frame.fill`.
+        """Fill this cloud of fewer than `count` points up to `count`, as `frame.py::fill` does.
 
-        Raises ReadError for fewer than LEAST different points.
+        Raises ReadError for fewer than min(LEAST, count) different points.
         """
         different = np.unique(self.points, axis=0, return_index=True)[1]
         if len(different) < (needed := min(LEAST, count)):
@@ -152,32 +153,32 @@ class PointCloud:
 
     @property
     def part_read(self) -> str | None:
-        """A sentence about a larger file, of which only a part was read."""
+        """A sentence for the user if the file had over MAX_POINTS points, else None."""
         part = f"a random {MAX_POINTS:,} of its {self.total or 0:,} points were read"
         return part if self.total else None
 
     def remarks(self) -> list[str]:
-        """Sentences for the user about points of the file that are not in the cloud."""
-        unseen = f"{self.unseen:,} points that are NaN, where nothing was seen"
-        unseen = f"{unseen}, were left out" if self.unseen else None
+        """Return sentences for the user about points of the file that are not in the cloud."""
+        unseen = f"left out {self.unseen:,} NaN points (nothing was measured there)"
+        unseen = unseen if self.unseen else None
         return [remark for remark in (self.part_read, unseen) if remark]
 
     def file_coordinates(self) -> np.ndarray:
-        """Points N 3 float64 in the coordinates of the file."""
+        """Return the points N 3 float64 in the coordinates of the file."""
         return self.points.astype(np.float64) * self.scale + self.origin
 
 
 def check_shape(xyz: np.ndarray) -> None:
-    """Raises ReadError for an array that holds no points n 3, or more columns."""
+    """Raise ReadError unless this is an array of numbers with shape [n, D], D >= 3."""
     found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
     if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
         raise ReadError(found)
     if len(xyz) == 3 and xyz.shape[1] > 32:
-        raise ReadError(f"{found}: turn it over, points first")
+        raise ReadError(f"{found}: transpose it, so that points come first")
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """Raises ReadError, whose message begins with `where`, for points n 3 that are no shape."""
+    """Raise ReadError for points n 3 that are no shape. where: the start of its message."""
     try:
         check(points)
     except ValueError as error:
@@ -187,11 +188,11 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 
 
 def to_parts(values: np.ndarray) -> np.ndarray:
-    """Part labels N as int16; UNLABELLED for negative values, NaN and the largest of an integer
-    type.
+    """Convert part labels N to int16.
 
-    This is done where labels are used, not when a file is read. Raises ReadError for values that
-    are not whole numbers from 0 to 32,767.
+    Negative values, NaN and the largest value of an integer type become UNLABELLED. Call this where
+    labels are used, not when a file is read, so that bad labels do no harm to other uses of a file.
+    Raises ReadError for other values that are not whole numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -208,8 +209,9 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours N 3 as uint8, from fractions (a few may exceed 1), 0 to 255, or 16 bits; NaN becomes
-    0.
+    """Convert colours N 3 to uint8: from fractions (some may exceed 1), 0 to 255, or 16 bits.
+
+    NaN becomes 0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -225,8 +227,9 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
 
 
 def rotation(quaternion: np.ndarray) -> np.ndarray:
-    """The rotation matrix [3, 3] of a quaternion (w, x, y, z) of any length; the identity for
-    zeros.
+    """Return the rotation matrix [3, 3] of a quaternion (w, x, y, z) of any length.
+
+    A quaternion of zeros gives the identity.
     """
     w, x, y, z = quaternion / (np.linalg.norm(quaternion) or 1.0)
     rows = [
@@ -238,13 +241,13 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Normals, colors and parts among columns, fields or properties n by their names."""
+    """Find normals, colors and parts among named columns (fields, properties) of n values each."""
     found: dict[str, Any] = {}
     forms = {"normals": np.float32, "colors": to_bytes, "parts": np.ravel}
     for key, groups in ATTRIBUTE_COLUMNS.items():
         if names := next((g for g in groups if {*g} <= columns.keys()), None):
             found[key] = forms[key](np.stack([columns[name] for name in names], 1))
-    # PCL's colours: the bytes b, g, r, a of one float or integer
+    # PCL packs a colour into one float or integer, whose bytes are b, g, r, a
     packed = columns.get("rgb", columns.get("rgba"))
     if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
         bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
@@ -255,25 +258,25 @@ def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def sample_triangles(
     triangles: np.ndarray, count: int, rng: np.random.Generator, weight: Any = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points [count, 3] uniform on the surface of triangles [t, 3, 3], and the triangle [count] of
-    each.
+    """Sample points [count, 3] uniformly on triangles [t, 3, 3]; also return their indices [count].
 
-    weight: factors [t] on the triangles' areas. Raises ReadError if the total area is 0.
+    The indices name the triangle of each point. weight: factors [t] on the triangles' areas. Raises
+    ReadError if the total area is 0.
     """
     a, b, c = triangles.swapaxes(0, 1)
     area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
     if not area[-1] > 0:
         raise ReadError("a mesh without surface: its triangles have no area")
     chosen = np.searchsorted(area, rng.random(count) * area[-1], side="right")
-    # uniform in a triangle: Osada et al. 2002, eq. 1
+    # uniform within a triangle: Osada et al. 2002, eq. 1
     u, v = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
     return (1 - u) * a[chosen] + u * (1 - v) * b[chosen] + u * v * c[chosen], chosen
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the first point in every occupied cell of the coarsest grid with `count` of them.
+    """Return indices of one point per occupied cell, for the coarsest grid with >= `count` of them.
 
-    A grid has 2^k cells a side.
+    A grid has 2^k cells per side; the first point in a cell is taken.
     """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
@@ -286,10 +289,9 @@ def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
 
 
 class Reservoir:
-    """A uniform random sample of rows that arrive in chunks: at most `limit` rows, in bounded
-    memory.
+    """Sample at most `limit` rows uniformly from rows that arrive in chunks, in bounded memory.
 
-    Every row draws a random key; the rows with the smallest keys are kept, in the order they came.
+    Every row gets a random key; the rows with the smallest keys are kept, in their original order.
     """
 
     def __init__(self, limit: int = MAX_POINTS, seed: int = 0):
@@ -297,7 +299,7 @@ class Reservoir:
         self._rng, self._kept = np.random.default_rng(seed), []
 
     def add(self, rows: np.ndarray) -> None:
-        """Add a chunk of rows r D."""
+        """Add a chunk of rows [r, D]."""
         keys = self._rng.random((len(rows), 1))
         self._kept.append(np.concatenate([keys, rows], 1))
         self.total += len(rows)
@@ -305,7 +307,7 @@ class Reservoir:
             self._kept = [self._trimmed()]
 
     def rows(self) -> np.ndarray:
-        """The sample, at most `limit` rows n D."""
+        """Return the sample: at most `limit` rows [n, D]."""
         return self._trimmed()[:, 1:] if self._kept else np.empty((0, 3))
 
     def _trimmed(self) -> np.ndarray:
@@ -316,9 +318,10 @@ class Reservoir:
 
 
 def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
-    """A cloud from chunks of rows n D: a random part if there are too many, without those of NaN.
+    """Collect chunks of rows n D into a cloud without NaN points; sample them if over MAX_POINTS.
 
-    names: of the columns, D or fewer; x, y, z come first. A column without any number is left out.
+    names: names of the columns, at most D; the first are x, y, z. A column without any finite value
+    is left out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

@@ -1,8 +1,9 @@
-"""Corruptions of scans: functions of one cloud N 3 in the unit sphere, a level and a generator.
+"""Corrupt clouds as a scanner might: each kind is a function of one cloud N 3 in the unit sphere.
 
-The first seven kinds are those of PointCloud-C (Ren et al. 2022, arXiv 2202.03377) at its five
-severities. It gives numbers of points for clouds of 1,024 points; here they are shares, so that the
-effect does not depend on the size of a cloud. The other kinds have one level each.
+Each function also takes a level and a random generator. The first seven kinds are those of
+PointCloud-C (Ren et al. 2022, arXiv 2202.03377) at its five severities. PointCloud-C states numbers
+of points for clouds of 1,024 points; here they are shares of the points, so that the effect does
+not depend on the size of a cloud. The other kinds have one level each.
 """
 
 import math
@@ -19,14 +20,15 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # whether `transforms.py::random_view`, which trained the package's encoder, has it too
+    # True if the packaged encoder saw it in training: `transforms.py::random_view` does it too
     trained: bool = True
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
-    """The corrupted cloud n 3 float32 of a cloud N 3 in the unit sphere.
+    """Corrupt a cloud N 3 in the unit sphere; returns n 3 float32.
 
-    severity: from 0. shape: a number that seeds the draws, together with kind and severity.
+    severity: index of the level, from 0. shape: number of the shape; it seeds the random generator
+    together with kind and severity.
     """
     rng = np.random.default_rng([zlib.crc32(kind.encode()), severity, shape])
     change, levels, _ = KINDS[kind]
@@ -44,21 +46,19 @@ def scale(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
 
 
 def tilt(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Turn about x, then y, then z, by up to `most` radians each."""
+    """Rotate about x, then y, then z, by up to `most` radians each."""
     for axis, angle in enumerate(rng.uniform(-most, most, 3)):
-        points = _turned(points, axis, angle)
+        points = _rotated(points, axis, angle)
     return points
 
 
 def drop_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a random share of the points."""
+    """Remove a share of the points, chosen at random."""
     return _some(points, int(len(points) * (1 - share)), rng)
 
 
 def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Cut one to seven holes, each around a random point, which together remove a share of the
-    points.
-    """
+    """Remove a share of the points: those nearest to one to seven random points."""
     for size in _clusters(share * len(points), rng):
         distance = _squares(points, points[rng.integers(len(points))])
         points = points[np.sort(distance.argsort(kind="stable")[size:])]
@@ -66,13 +66,14 @@ def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def add_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add a share of points anywhere in the unit ball."""
+    """Add points anywhere in the unit ball. share: their number, relative to the cloud's."""
     return np.concatenate([points, _ball(share * len(points), rng)])
 
 
 def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add one to seven clusters around random points, together a share of points, within the unit
-    ball.
+    """Add points in one to seven clusters around random points, within the unit ball.
+
+    share: the number of all added points, relative to the cloud's.
     """
     sizes = _clusters(share * len(points), rng)
     middle = _some(points, len(sizes), rng).repeat(sizes, 0)
@@ -83,12 +84,12 @@ def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def strays(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add a share of points anywhere in a ball of one and a half radii."""
+    """Add points anywhere in a ball of radius 1.5. share: their number, relative to the cloud's."""
     return np.concatenate([points, 1.5 * _ball(share * len(points), rng)])
 
 
 def far_stray(points: np.ndarray, distance: float, rng: Generator) -> np.ndarray:
-    """Add one point at a distance in radii."""
+    """Add one point in a random direction. distance: from the centre, in radii of the cloud."""
     return np.concatenate([points, distance * _direction(rng)[None]])
 
 
@@ -98,46 +99,47 @@ def few_points(points: np.ndarray, count: float, rng: Generator) -> np.ndarray:
 
 
 def cut(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a share of the points: those beyond a plane of random direction."""
+    """Remove the share of the points that lies beyond a plane with a random normal."""
     return _nearest(points, points @ _direction(rng), share)
 
 
 def turn_up(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Turn about the up axis z by up to `most` radians."""
-    return _turned(points, 2, rng.uniform(0, most))
+    """Rotate about the up axis z by up to `most` radians."""
+    return _rotated(points, 2, rng.uniform(0, most))
 
 
 def turn_any(points: np.ndarray, _: float, rng: Generator) -> np.ndarray:
-    """Turn by a uniformly drawn rotation."""
-    turn, upper = np.linalg.qr(rng.standard_normal((3, 3)))
-    turn = turn * np.sign(np.diag(upper))  # or some rotations would be more likely
-    return points @ (turn * np.linalg.det(turn))
+    """Rotate by a rotation that is sampled uniformly."""
+    matrix, upper = np.linalg.qr(rng.standard_normal((3, 3)))
+    # without this, some rotations would be more likely
+    matrix = matrix * np.sign(np.diag(upper))
+    return points @ (matrix * np.linalg.det(matrix))
 
 
 def partial(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a share of the points: those farthest from a random one."""
+    """Remove the share of the points that is farthest from a random point of the cloud."""
     return _nearest(points, _squares(points, points[rng.integers(len(points))]), share)
 
 
 def _some(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
-    """At most `count` random points, in their order."""
+    """Choose at most `count` random points; they stay in their order."""
     return points[np.sort(rng.permutation(len(points))[:count])]
 
 
 def _nearest(points: np.ndarray, distance: np.ndarray, share: float) -> np.ndarray:
-    """The points n 3 without the share that has the largest distances n, in their order."""
+    """Remove the share of the points n 3 with the largest distances n; the rest stays in order."""
     count = len(points) - round(share * len(points))
     return points[np.sort(distance.argsort(kind="stable")[:count])]
 
 
 def _clusters(total: float, rng: Generator) -> np.ndarray:
-    """Sizes of one to seven clusters of about `total` points together."""
+    """Choose random sizes of one to seven clusters, which together have `total` points."""
     number = rng.integers(1, 8)
     return rng.multinomial(round(total), np.full(number, 1 / number))
 
 
 def _ball(count: float, rng: Generator) -> np.ndarray:
-    """About `count` points, at least one, uniform in the unit ball."""
+    """Sample round(`count`) points, but at least one, uniformly in the unit ball."""
     count = max(1, round(count))
     away = rng.standard_normal((count, 3))
     away /= np.linalg.norm(away, axis=1, keepdims=True)
@@ -149,17 +151,18 @@ def _direction(rng: Generator) -> np.ndarray:
     return away / np.linalg.norm(away)
 
 
-def _turned(points: np.ndarray, axis: int, angle: float) -> np.ndarray:
-    turned, (a, b) = points.copy(), ((1, 2), (2, 0), (0, 1))[axis]
-    turned[:, a] = math.cos(angle) * points[:, a] - math.sin(angle) * points[:, b]
-    turned[:, b] = math.sin(angle) * points[:, a] + math.cos(angle) * points[:, b]
-    return turned
+def _rotated(points: np.ndarray, axis: int, angle: float) -> np.ndarray:
+    rotated, (a, b) = points.copy(), ((1, 2), (2, 0), (0, 1))[axis]
+    rotated[:, a] = math.cos(angle) * points[:, a] - math.sin(angle) * points[:, b]
+    rotated[:, b] = math.sin(angle) * points[:, a] + math.cos(angle) * points[:, b]
+    return rotated
 
 
 def _squares(points: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.square(points - place).sum(-1)
 
 
+# name -> kind; the levels with / 1024 are PointCloud-C's numbers of points as shares
 KINDS = {
     "jitter": Kind(jitter, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "scale": Kind(scale, (1.6, 1.7, 1.8, 1.9, 2.0)),

@@ -1,7 +1,7 @@
-"""Any source of shapes as `PointClouds`, brought to one standard form in one place.
+"""Load shapes from any source and convert them to one standard form, as `PointClouds`.
 
-The standard form: float32, z up, unit sphere, the same number of points for all shapes, sampled
-once by farthest points (paper IV-A) and never in a training step.
+The standard form: float32, z up, unit sphere, and the same number of points for all shapes, chosen
+by farthest point sampling (paper IV-A) at loading, never in a training step.
 """
 
 import hashlib
@@ -21,20 +21,21 @@ from jepa3d.plain import log, progress_bar
 
 @dataclass(frozen=True)
 class PointClouds:
-    """Shapes in the standard form. `split` is 0 for train, 1 for test, 2 for val."""
+    """Shapes in the standard form or, from `load(raw=True)`, with the points of their source."""
 
     name: str
-    # sha256 of a store or of a bundle's file, else of the points
+    # identifies the data: sha256 of a store's shard records, of an .npz file, or of the points
     fingerprint: str
-    points: np.ndarray | StoredPoints  # n N 3 float32
+    # n N 3 float32; with raw, shapes of files are an object array [n] of arrays [N_i, 3]
+    points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
-    split: np.ndarray | None = None  # n int8
-    # n N int16, a label for each point, if `load` was asked for them
+    split: np.ndarray | None = None  # n int8: 0 train, 1 test, 2 val, -1 none
+    # n N int16, one label per point, if `load` was called with parts=True
     parts: np.ndarray | StoredPoints | None = None
-    # names of the part labels, which are numbered through all classes; () if they have none
+    # names of the part labels (ids are global over all classes); () if unnamed
     part_names: tuple[str, ...] = ()
-    # shapes in this part of the source, of which `load` may have read fewer (limit)
+    # number of shapes that the source has in this split; `limit` may have kept fewer
     available: int | None = None
 
     def __len__(self) -> int:
@@ -42,17 +43,15 @@ class PointClouds:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """How many shapes each shard of a store holds, if it is read in place; () for shapes in
-        memory.
-        """
+        """Number of these shapes in each shard of a store read on demand; () if in memory."""
         return self.points.shard_sizes if isinstance(self.points, StoredPoints) else ()
 
     def batch(self, index: np.ndarray) -> Tensor:
-        """Clouds b N 3 at an index."""
+        """Return the clouds b N 3 at an array of indices."""
         return torch.from_numpy(self.points[index])
 
     def subset(self, keep: np.ndarray) -> "PointClouds":
-        """The shapes at a boolean mask or index."""
+        """Return the shapes at a boolean mask or at an array of indices."""
 
         def take(values):
             if isinstance(values, StoredPoints):
@@ -63,7 +62,7 @@ class PointClouds:
         return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def part(self, split: str) -> "PointClouds":
-        """The train, test or val part. Raises ValueError if the source has no split."""
+        """Return the shapes in split train, test or val. Raises ValueError if no split is known."""
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
         return self.subset(self.split == SPLITS.index(split))
@@ -79,29 +78,32 @@ def load(
     raw: bool = False,
     parts: bool = False,
 ) -> PointClouds:
-    """All shapes of the sources as one `PointClouds`; labels are kept if there is one source.
+    """Load one split of all sources as one `PointClouds`; labels are kept only for a single source.
 
     sources: synthetic, procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. split:
-    train, test or all; a source without a split is all train. up_axis: one for all sources, or one
-    each. limit: the largest number of shapes of a source. raw: points as they are in the source,
-    not sampled. parts: also read the part labels of points, of a single source. Raises ValueError
-    or its subclass ReadError.
+    train, test, val or all; a source without a split counts as train. up_axis: one value for all
+    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit: read
+    at most this many shapes per source. raw: keep the source's points, neither sampled nor
+    normalised; no effect on a store that is read on demand. parts: also read part labels, which
+    needs a single source. Raises ValueError or its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
-        found = f"{len(axes)} values of up_axis for {len(sources)} of data"
-        raise ValueError(f"{found}: give one, or one each")
+        found = f"up_axis has {len(axes)} values for {len(sources)} sources"
+        raise ValueError(f"{found}: give one, or one per source")
     if wrong := [axis for axis in axes if axis not in TO_Z_UP]:
-        raise ValueError(f"up axis {wrong[0]!r}: one of x, y, z")
+        raise ValueError(f"up axis {wrong[0]!r} is unknown: use x, y or z")
     if parts and len(sources) != 1:
-        raise ValueError(f"part labels of {len(sources)} sources: they are read of one")
+        found = f"not from {len(sources)}"
+        raise ValueError(f"part labels can be read from one source only, {found}")
     loaded = []
     for i, source in enumerate(sources):
         axis = axes[i % len(axes)]
         shapes = open_shapes(source, num_points, axis, labels_key, limit, raw, parts)
         rows, total = shapes.rows(split), shapes.total or len(shapes.split)
         if not len(rows):
-            raise ReadError(f"{source}: no shapes in its {split} part; 'all' has all")
+            hint = "split 'all' reads every shape"
+            raise ReadError(f"{source}: it has no shapes in split {split!r}; {hint}")
         found = _loaded(shapes, rows[:limit], num_points, raw, parts)
         available = round(len(rows) * total / len(shapes.split))
         loaded.append(replace(found, available=available))
@@ -117,28 +119,27 @@ def load(
 def _loaded(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> PointClouds:
-    """These shapes of a source, in place or in memory."""
+    """Load the shapes at `rows`: a store may stay on disk, all else goes into memory."""
     if (store := shapes.store) is not None:
         points, digest = StoredPoints(store, rows, num_points), store.fingerprint
-        of_points = StoredPoints(store, rows, num_points, "parts") if parts else None
+        part_labels = StoredPoints(store, rows, num_points, "parts") if parts else None
     else:
-        points, of_points, digest = _read(shapes, rows, num_points, raw, parts)
+        points, part_labels, digest = _read(shapes, rows, num_points, raw, parts)
     digest, labels = shapes.fingerprint or digest, shapes.labels[rows]
     classes = (labels, shapes.class_names) if (labels >= 0).all() else (None, ())
     split = shapes.split[rows] if (shapes.split >= 0).any() else None
-    of_parts = of_points, shapes.part_names if parts else ()
-    return PointClouds(shapes.name, digest, points, *classes, split, *of_parts)
+    labelled = part_labels, shapes.part_names if parts else ()
+    return PointClouds(shapes.name, digest, points, *classes, split, *labelled)
 
 
 def _read(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Points of these shapes in the standard form, the part labels of these points, and a digest.
+    """Read the shapes at `rows`: points in the standard form, their part labels, and a digest.
 
-    raw: points as they are in the source; those of files, which differ in number, in an object
-    array.
+    raw: keep the source's points; clouds of files differ in size, so they come as an object array.
     """
-    digest, clouds, of_points, unseen = hashlib.sha256(), [], [], 0
+    digest, clouds, part_labels, unseen = hashlib.sha256(), [], [], 0
     starts = range(0, len(rows), shapes.batch)
     for at in progress_bar(starts, f"reading {shapes.name}"):
         found = [shapes.read(row) for row in rows[at : at + shapes.batch].tolist()]
@@ -151,19 +152,19 @@ def _read(
             axes = TO_Z_UP[found[0].up or "z"]
             points, labels = _standard(points, num_points, axes, labels)
         clouds.append(points)
-        of_points.append(labels)
+        part_labels.append(labels)
     if unseen:
-        what = "points that are NaN, where nothing was seen, were left out"
-        log.info(f"{shapes.name}: {unseen:,} {what}")
+        what = "NaN points (nothing was measured there)"
+        log.info(f"{shapes.name}: left out {unseen:,} {what}")
     varied = raw and shapes.batch == 1
-    labels = _joined(of_points, varied) if parts else None
+    labels = _joined(part_labels, varied) if parts else None
     return _joined(clouds, varied), labels, digest.hexdigest()
 
 
 def _joined(batches: list, varied: bool) -> np.ndarray:
-    """Batches [b, N, ...] joined to [n, N, ...].
+    """Join batches [b, N, ...] to [n, N, ...].
 
-    varied: batches of one cloud, whose N differ; they are joined to an object array [n].
+    varied: each batch is one cloud, and N differs between clouds; return an object array [n].
     """
     if not varied:
         return np.concatenate(batches)
@@ -176,9 +177,9 @@ def _joined(batches: list, varied: bool) -> np.ndarray:
 def _standard(
     points: np.ndarray, num_points: int, axes: np.ndarray, parts: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Clouds b N 3 in the standard form, b num_points 3, and the part labels of the chosen points."""
+    """Convert clouds b N 3 to the standard form b num_points 3; also return their part labels."""
     points = points.astype(np.float64)
-    # in float64, so that map coordinates of millions keep their millimetres
+    # subtracted in float64, so that map coordinates (millions of metres) keep their millimetres
     points -= points.mean(1, keepdims=True)
     clouds = unit_sphere(torch.from_numpy(points.astype(np.float32) @ axes.T))
     if clouds.shape[1] > num_points:

@@ -1,5 +1,7 @@
-"""A source is a list of entries, one for each cloud, which can be read in any process; their classes
-and splits are found by the names of folders, by a fraction or by a list.
+"""Represent a source as a list of entries, one for each cloud, which any process can read.
+
+Also find the class and split of each entry: from the names of its folders, by a fraction, or from a
+list of test clouds.
 """
 
 import re
@@ -19,14 +21,15 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.plain import log, printable
 
+# split -> names of folders that mean it
 _NAMES = {
     "train": "train training",
     "test": "test testing",
     "val": "val valid validation validate dev eval",
 }
-# the split that the name of a folder, in lower case, means
+# name of a folder, in lower case -> split
 SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
-# what may stand around such a name: 01_train, Test Set, train_data
+# prefixes and suffixes that such a name may have: 01_train, Test Set, train_data
 _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
 
@@ -34,48 +37,46 @@ _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 class Entry:
     """One cloud of a source."""
 
-    key: str  # unique in the source: the path and, in a file of many clouds, the row
+    key: str  # unique in the source: the path, and #row in a file of many clouds
     read: Callable[[], PointCloud]
     label: str | None = None
     split: str | None = None  # train, test or val
-    up_axis: str | None = None  # of a published layout
-    name: str | None = None  # of the cloud, if its file has names
-    row: int | None = None  # in a file of many clouds; the key ends in #row
+    up_axis: str | None = None  # known only for published layouts
+    name: str | None = None  # of the cloud, if its file names its clouds
+    row: int | None = None  # index in a file of many clouds, else None
 
     @property
     def file(self) -> str:
-        """The key without the row."""
+        """Path of the file: the key without its row."""
         return self.key if self.row is None else self.key.removesuffix(f"#{self.row}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The clouds of a folder or file, in an order that is always the same."""
+    """The clouds of a folder or file, in a fixed order."""
 
     layout: str
     entries: list[Entry]
     part_names: tuple[str, ...] = ()
-    # files that hold no cloud: key and reason
+    # (key, reason) of each file without a usable cloud
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    # what users should know, such as an unexpected number of clouds
+    # sentences for the user, for example about an unexpected number of clouds
     notes: list[str] = field(default_factory=list)
 
     @property
     def unpublished(self) -> bool:
-        """True for users' own files, whose stray points are removed; benchmarks are kept as
-        published.
-        """
+        """True for users' own files: stray points are removed from them, not from benchmarks."""
         return self.layout in ("folder", "file")
 
 
 def entries_of(
     path: Path, key: str, label: str | None, split: str | None, *how: Any
 ) -> list[Entry]:
-    """The clouds of one file. Labels and splits in an array file take the place of the given ones.
+    """Return the entries of one file. Labels and splits in an array file override the arguments.
 
-    how: columns and reader, as of `io.py::read`. Raises ReadError.
+    how: columns and reader, as for `io.py::read`. Raises ReadError.
     """
-    # a file that a reader of the user's reads is one cloud
+    # a user's own reader returns one cloud per file
     count = None if any(how[1:]) else clouds_in(path)
     if count is None:
         return [Entry(key, partial(read, path, None, *how), label, split)]
@@ -96,21 +97,21 @@ def entries_of(
 
 
 def split_of(name: str) -> str | None:
-    """The split that the name of a folder means, in any case; None for other names."""
+    """Return the split that a folder name means, in upper or lower case; None for other names."""
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
 def classes_and_splits(
     folders: list[tuple[str, ...]], flat: bool
 ) -> list[tuple[str | None, str | None]]:
-    """Class and split of each file, by the names of the folders around it, outermost first.
+    """Find the class and split of each file from the names of its folders, outermost first.
 
-    If all folders of a level have names of splits, that level is the split. Else a folder `test` is
-    a split if another folder beside it is a split too, or if it has folders with the names of those
-    beside it; otherwise it is a class. The class is the first other folder that does not contain
-    all files; flat: simply the first other folder.
+    If all folders at one depth have names of splits, these folders are the splits. Otherwise a
+    folder `test` is a split if a sibling folder names another split, or if a subfolder of `test`
+    has the name of a sibling; else `test` is a class. The class is the first other folder that does
+    not contain all files; with `flat`, simply the first other folder.
     """
-    # the folders in each folder
+    # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for names in set(folders):
         for depth, name in enumerate(names):
@@ -119,23 +120,24 @@ def classes_and_splits(
     def splits_in(names: set[str]) -> int:
         return len({split_of(name) for name in names} - {None})
 
-    levels: dict[int, set[str]] = defaultdict(set)  # the folders of each depth
+    levels: dict[int, set[str]] = defaultdict(set)  # depth -> names of its folders
     for at, names in inside.items():
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
-    # of several such levels (a class `test` in folders train and test) the first with most splits
+    # several depths can qualify (a class `test` in folders train and test): the one with the most
+    # different splits wins, then the outermost
     level = max(sorted(all_named), key=lambda at: splits_in(levels[at]), default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
         if level is not None:
             return depth == level
         beside, within = inside[names[:depth]], inside.get(names[: depth + 1], set())
-        several = splits_in(beside) > 1 or not beside.isdisjoint(within)
-        return split_of(names[depth]) is not None and several
+        is_likely = splits_in(beside) > 1 or not beside.isdisjoint(within)
+        return split_of(names[depth]) is not None and is_likely
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-        """The names without the split's folder, and the split."""
+        """Return the names without the folder that is the split, and the split."""
         for depth in range(len(names)):
             if is_split(names, depth):
                 return names[:depth] + names[depth + 1 :], split_of(names[depth])
@@ -149,18 +151,18 @@ def classes_and_splits(
 
 
 def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
-    """The entries with their splits.
+    """Return the entries with their splits set.
 
-    split: "folder" keeps the splits that the source has; a fraction puts that part of each class
-    into test, at least one cloud but not all; a path is a list of the test clouds. Raises
-    ValueError.
+    split: "folder" keeps the splits of the source; a fraction moves that share of each class to
+    test (at least one cloud, never all); a path names a file that lists the keys of the test
+    clouds. Raises ValueError.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]
         if without and len(without) < len(entries):
             counts = f"{len(without):,} of {len(entries):,} clouds"
             key = printable(without[0].key)
-            log.info(f"{counts} are in no train or test part, such as {key}")
+            log.info(f"{counts} are in no split, for example {key}")
         return entries
     try:
         fraction = float(split)
@@ -168,7 +170,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
         test = _listed(entries, Path(split))
     else:
         if not 0 < fraction < 1:
-            raise ValueError(f"--split {split}: a fraction for test between 0 and 1")
+            raise ValueError(f"--split {split}: a fraction must be between 0 and 1")
         if any(entry.split for entry in entries):
             log.info(f"--split {split} takes the place of the split of the source")
         rng, test = np.random.default_rng(seed), set()
@@ -180,10 +182,10 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
 
 def _listed(entries: list[Entry], path: Path) -> set[str]:
-    """The keys in a list of test clouds. Raises ReadError if it has a key that no entry has."""
+    """Read a list of test clouds: their keys. Raises ReadError for a key that no entry has."""
     if not path.is_file():
-        allowed = "folder, a fraction for test, or a file that lists the test clouds"
-        raise ReadError(f"--split {path}: {allowed}")
+        allowed = "give folder, a fraction for test, or a file with the test clouds"
+        raise ReadError(f"--split {path}: no such file; {allowed}")
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
     if missing := listed - {entry.key for entry in entries}:
@@ -198,9 +200,10 @@ def lacking(
     names: Sequence[str],
     part: str = "test",
 ) -> list[str]:
-    """Texts on the classes that only one of two parts has, such as "disc (2 train, 0 test)".
+    """Describe the classes that only one of two splits has, such as "disc (2 train, 0 test)".
 
-    labels: n, -1 for none. train, test: masks n. part: the name of the second part.
+    labels: n, -1 for no label. train, test: masks n. names: class names. part: name of the second
+    split. Returns one text per class.
     """
     found = []
     for label in np.unique(labels[labels >= 0]).tolist():

@@ -1,4 +1,4 @@
-"""Errors of parsers, as one `ReadError` that names the file."""
+"""Turn every error of a parser into a `ReadError`, one line that names the file."""
 
 import importlib
 import logging
@@ -17,20 +17,20 @@ from typing import Any, NoReturn
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# What the parsers were seen to raise on damaged files (benchmarks/fuzz.py): any code, rarely,
-# numpy for the header of an array, and what is unpacked.
+# Errors that parsers raised on damaged files in benchmarks/fuzz.py: often, rarely, in numpy when it
+# evaluates the header of an array, and in decompression.
 _OFTEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
 _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIteration)
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
 _PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
-# or laspy would print more than the one line of the error
+# without a handler, laspy's log lines would be printed beside our one line
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
 @contextmanager
 def as_read_error(path: Path) -> Iterator[None]:
-    """Turns every error that a parser raises in this block into a ReadError that names the file."""
+    """Turn every error that a parser raises in this block into a ReadError that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,14 +50,15 @@ def as_read_error(path: Path) -> Iterator[None]:
 
 
 def first_line(error: Any) -> str:
-    """The first line of an error, printable and short."""
+    """Return the first line of an error, printable, at most 200 characters."""
     text = next(iter(str(error).splitlines()), "") or type(error).__name__
     return printable(text)[:200]
 
 
 def because(name: str, reason: str) -> str:
-    """The name of an unusable file and why it is, on one line; its path is not repeated if the
-    reason begins with it.
+    """Return "name: reason" for an unusable file, on one line.
+
+    If the reason already begins with the path of the file, the path is not repeated.
     """
     last = re.escape(name.rsplit("/", 1)[-1])
     file = re.sub(r"\\#\d+$", "", last)
@@ -66,12 +67,12 @@ def because(name: str, reason: str) -> str:
 
 
 def refuse(message: str) -> NoReturn:
-    """Raises a ReadError that was found before; stands for the reader of a bad file."""
+    """Raise a ReadError. The entry of a file that is known to be bad has this as its reader."""
     raise ReadError(message)
 
 
 def shortened(text: str, most: int) -> str:
-    """Printable text of at most `most` letters, without its middle, since names differ at their
+    """Shorten text to `most` printable characters: cut its middle, since names differ at their
     ends.
     """
     text = printable(text)
@@ -81,24 +82,24 @@ def shortened(text: str, most: int) -> str:
 
 
 def check_claim(path: Path, claimed: int, factor: int) -> None:
-    """Raises ReadError if a header claims more bytes than `factor` times the size of the file.
+    """Raise ReadError if a header claims more bytes than `factor` times the size of the file.
 
-    To be called before memory is allocated for them.
+    Call this before memory for these bytes is allocated.
     """
     if claimed > factor * path.stat().st_size:
         raise ReadError(f"truncated or damaged: its header claims {claimed:,} bytes")
 
 
 def check_unpacked(path: Path, total: int, factor: int, always: int) -> None:
-    """Raises ReadError if a file unpacks to over `factor` times its size and over `always` bytes."""
+    """Raise ReadError if a file unpacks to over `factor` times its size and over `always` bytes."""
     size = path.stat().st_size
     if total > max(factor * size, always):
-        reason = f"{size:,} bytes would unpack to {total:,}, too many for its size"
+        reason = f"its {size:,} bytes would unpack to {total:,}, too many for its size"
         raise ReadError(f"{reason}; unpack it yourself, or save it without compression")
 
 
 def io_module(name: str) -> Any:
-    """Import a parser of the `io` extra. Raises ReadError that says how to install it."""
+    """Import a parser of the `io` extra. Raises ReadError that says how to install the parser."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -106,6 +107,6 @@ def io_module(name: str) -> Any:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of a file without .gz, in lower case."""
+    """Return the suffix of a file in lower case, ignoring a final .gz."""
     path = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return path.suffix.lower()

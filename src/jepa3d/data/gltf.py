@@ -1,6 +1,6 @@
-"""glTF 2.0 and GLB: the meshes of a scene, each placed by its nodes.
+"""Read glTF 2.0 and GLB: the meshes of a scene, each placed by the matrices of its nodes.
 
-A file with extensions that this module does not know is refused.
+A file that requires an extension which this module does not know is refused.
 """
 
 import base64
@@ -15,13 +15,14 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError, rotation
 from jepa3d.data.meshes import mesh, strip
 
+# numbers of component types in glTF -> numpy types
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# largest number of vertices and corners of a scene, which may show one mesh many times
-_MOST = 50_000_000
-# extensions that change shapes and are read
+# largest number of vertices and corners of a scene: a small file may show one mesh many times
+_MAX_VALUES = 50_000_000
+# extensions that change shapes and that this module applies
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")
-# extensions that change no shape: how a surface looks, lights, notes
+# extensions that change no shape (materials, lights, metadata and so on) and are ignored
 _LOOKS = re.compile(
     r"(KHR|EXT|MSFT|ADOBE)_(materials|technique|texture|lights|xmp|animation|audio)\w*"
 )
@@ -29,14 +30,15 @@ _DRACO, _MESHOPT = "KHR_draco_mesh_compression", "meshopt_compression"
 
 
 def read_gltf(path: Path) -> PointCloud:
-    """The triangles of the scene, or its points if it has no triangles; y is up, as in the
-    standard.
+    """Read the triangles of the scene, or its points if it has no triangles.
+
+    The up axis is y, as the glTF standard says. Raises ReadError.
     """
     return _Scene(path).read()
 
 
 class _Scene:
-    """The JSON of a file, and its buffers, which are loaded when they are used."""
+    """The JSON of a file, and its buffers, each loaded at its first use."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
@@ -45,13 +47,14 @@ class _Scene:
         self.json: dict[str, Any] = json.loads(data)
         version = str(self.json["asset"]["version"])
         if version.split(".")[0] != "2":
-            raise ReadError(f"glTF {version} is not read, only 2.0")
+            raise ReadError(f"is glTF {version}, but only glTF 2.0 is read")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
                 raise ReadError(f"needs {name}, which is not read; save it without")
         self.nodes: list[dict] = self.json.get("nodes", [])
-        self.places: dict[int, np.ndarray] = {}  # the matrix of each node of the scene
-        self.shown: dict[int, bool] = {}  # whether each node is visible
+        # node in the scene -> its matrix [4, 4]
+        self.places: dict[int, np.ndarray] = {}
+        self.shown: dict[int, bool] = {}  # node in the scene -> True if visible
         self.buffers: dict[int, bytes] = {}
 
     def read(self) -> PointCloud:
@@ -65,17 +68,17 @@ class _Scene:
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
-            what = "of lines" if primitives else "without meshes"
-            raise ReadError(f"a scene {what}; triangles or points are read")
+            what = "has only lines" if primitives else "has no meshes"
+            raise ReadError(f"the scene {what}; it must have triangles or points")
         used = [p["attributes"]["POSITION"] for *_, p in chosen]
         used += [p["indices"] for *_, p in chosen if "indices" in p]
-        if sum(self.json["accessors"][i]["count"] for i in used) > _MOST:
-            raise ReadError(f"a scene of more than {_MOST:,} vertices and corners")
+        if sum(self.json["accessors"][i]["count"] for i in used) > _MAX_VALUES:
+            raise ReadError(f"the scene has over {_MAX_VALUES:,} vertices and corners")
         vertices, faces, colors, known = [], [np.empty((0, 3), np.int64)], [], {}
         total = 0
         for at, node, place, primitive in chosen:
             attributes = primitive["attributes"]
-            # primitives of one shape may share its vertices
+            # primitives of one node often share their vertices: read these once
             shared = f"{at} {attributes} {primitive.get('targets')}"
             if shared not in known:
                 known[shared], points = total, self._positions(node, place, primitive)
@@ -86,7 +89,8 @@ class _Scene:
                     colors.append((255 * fractions).round().astype(np.uint8))
             if solid:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
-                corners = corners + known[shared]
+                corners = corners + known[shared]  # indices into all vertices
+                # mirroring turns a mesh inside out; reversed corners undo that
                 mirrored = np.linalg.det(place[:3, :3]) < 0
                 faces.append(corners[:, ::-1] if mirrored else corners)
         rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
@@ -95,8 +99,9 @@ class _Scene:
     # ---------------------------------------------------------------------------------------- nodes
 
     def _place_nodes(self) -> None:
-        """Set the matrices of the nodes in the file's default scene, or in its first; else of all
-        nodes.
+        """Set the matrices of the nodes in the default scene.
+
+        Without a default it is the first scene; without any scene, all nodes are placed.
         """
         if scenes := self.json.get("scenes"):
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
@@ -116,8 +121,9 @@ class _Scene:
             waiting += [(child, self.places[i], visible) for child in children]
 
     def _shown(self) -> list[tuple[dict, np.ndarray]]:
-        """The visible nodes with meshes, and the matrix of each; several times if a node has
-        instances.
+        """Return the visible nodes with meshes, each with its matrix, once per instance.
+
+        If the file has no nodes, every mesh is returned once.
         """
         if not self.nodes:
             meshes = self.json.get("meshes", ())
@@ -139,7 +145,7 @@ class _Scene:
     # ------------------------------------------------------------------------------------- geometry
 
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
-        """Vertices n 3 of a primitive in the scene, after morph targets and skin."""
+        """Return vertices n 3 of a primitive in the scene, after its morph targets and skin."""
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
         points = self._values(attributes["POSITION"]).astype(np.float64)
@@ -152,7 +158,7 @@ class _Scene:
             return points @ place[:3, :3].T + place[:3, 3]
         skin = self.json["skins"][node["skin"]]
         if outside := set(skin["joints"]) - self.places.keys():
-            raise ReadError(f"a skin whose joint {min(outside)} is not in the scene")
+            raise ReadError(f"has a skin with joint {min(outside)} outside the scene")
         moves = np.stack([self.places[joint] for joint in skin["joints"]])
         if "inverseBindMatrices" in skin:
             bind = self._values(skin["inverseBindMatrices"]).reshape(-1, 4, 4)
@@ -160,42 +166,43 @@ class _Scene:
         out, total = np.zeros_like(points), np.zeros((len(points), 1))
         for number in range(sum(name.startswith("JOINTS_") for name in attributes)):
             joints = self._values(attributes[f"JOINTS_{number}"])
-            parts = self._values(attributes[f"WEIGHTS_{number}"])
-            for joint, part in zip(joints.T, parts.T[..., None], strict=True):
-                turned = np.einsum("nij,nj->ni", moves[joint, :3, :3], points)
-                out += part * (turned + moves[joint, :3, 3])
-                total += part
+            shares = self._values(attributes[f"WEIGHTS_{number}"])
+            for joint, share in zip(joints.T, shares.T[..., None], strict=True):
+                rotated = np.einsum("nij,nj->ni", moves[joint, :3, :3], points)
+                out += share * (rotated + moves[joint, :3, 3])
+                total += share
         return np.where(total > 0, out / np.where(total > 0, total, 1), points)
 
     def _indices(self, primitive: dict) -> np.ndarray:
-        """The corners of a primitive's faces, as numbers of its vertices."""
+        """Return the corners of a primitive's faces, as indices of its vertices."""
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"face of vertex {corners.max()}; allowed 0 to {count - 1}")
+            raise ReadError(f"a face names vertex {corners.max()}, not 0-{count - 1}")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
-        """Raises ReadError for the accessor of a compressed mesh, and for corners without values."""
+        """Raise ReadError if accessor `i` holds compressed values, or indices without a buffer."""
         accessor = self.json["accessors"][i]
         draco = _DRACO in primitive.get("extensions", {})
         empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
         if empty and (draco or i == primitive.get("indices")):
-            needed = _DRACO if draco else "indices without a buffer"
-            raise ReadError(f"needs {needed}, which is not read; save it without")
+            if not draco:
+                raise ReadError("has face indices without a buffer, which are not read")
+            raise ReadError(f"needs {_DRACO}, which is not read; save it without")
 
     # ------------------------------------------------------------------------------------ accessors
 
     def _values(self, i: int) -> np.ndarray:
-        """The values n D of an accessor; normalised integers as fractions."""
+        """Return the values n D of an accessor; normalised integers become fractions."""
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])
-        if not 0 <= count <= _MOST:
-            raise ReadError(f"an accessor of {count} values; at most {_MOST} are read")
+        if not 0 <= count <= _MAX_VALUES:
+            raise ReadError(f"accessor {i} has {count:,} values, over {_MAX_VALUES:,}")
         if "bufferView" in accessor:
             values = self._view(accessor, count, width, kind)
         else:
@@ -210,9 +217,10 @@ class _Scene:
         return values
 
     def _view(self, where: dict, count: int, width: int, kind: np.dtype) -> np.ndarray:
-        """Values [count, width] of a buffer view.
+        """Return values [count, width] of a buffer view, without a copy.
 
-        where: an accessor, or a part of one, that names the view and the first byte.
+        where: the dict that names the view and the first byte in it: an accessor, or the indices or
+        values of a sparse accessor.
         """
         view = self.json["bufferViews"][where["bufferView"]]
         offset = where.get("byteOffset", 0)
@@ -225,7 +233,7 @@ class _Scene:
         data = memoryview(self._buffer(view["buffer"]))[begin:end]
         needed = offset + (count - 1) * stride + size if count else 0
         if min(begin, offset, stride) < 0 or needed > len(data):
-            raise ReadError(f"truncated: {len(data)} bytes of {count} values")
+            raise ReadError(f"truncated: {len(data)} bytes for {count} values")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
@@ -246,19 +254,19 @@ class _Scene:
             return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is not in its folder: not read")
+                raise ReadError(f"its buffer {name} is outside its folder: not read")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
-        raise ReadError(f"its buffer {unquote(uri)} is not beside it")
+        raise ReadError(f"its buffer {unquote(uri)} is missing beside it")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:
-    """The JSON and the binary part of a GLB."""
+    """Split a GLB into its JSON and its binary chunk."""
     version, length = (int.from_bytes(data[i : i + 4], "little") for i in (4, 8))
     if version != 2:
-        raise ReadError(f"GLB version {version} is not read, only 2")
+        raise ReadError(f"is GLB version {version}, but only version 2 is read")
     if length > len(data):
-        raise ReadError(f"truncated: {len(data)} of {length} bytes")
+        raise ReadError(f"truncated: it has {len(data)} of {length} bytes")
     found, at = {}, 12
     while at + 8 <= length:
         size, kind = int.from_bytes(data[at : at + 4], "little"), data[at + 4 : at + 8]
@@ -267,31 +275,31 @@ def _chunks(data: bytes) -> tuple[bytes, bytes]:
     return found[b"JSON"].rstrip(b"\0 "), found.get(b"BIN\0", b"")
 
 
-def _extension(part: dict, name: str) -> dict:
-    return part.get("extensions", {}).get(name, {})
+def _extension(item: dict, name: str) -> dict:
+    return item.get("extensions", {}).get(name, {})
 
 
 def _matrix(node: dict) -> np.ndarray:
-    """A node's transform [4, 4]: its matrix, or translation, rotation and scale."""
+    """Return a node's transform [4, 4], from its matrix or its translation, rotation and scale."""
     if "matrix" in node:
         return np.array(node["matrix"], np.float64).reshape(4, 4).T
     found = np.eye(4)
     x, y, z, w = node.get("rotation", (0, 0, 0, 1))
-    turn = rotation(np.array([w, x, y, z], np.float64))
-    found[:3, :3] = turn * np.asarray(node.get("scale", (1, 1, 1)), np.float64)
+    rotate = rotation(np.array([w, x, y, z], np.float64))
+    found[:3, :3] = rotate * np.asarray(node.get("scale", (1, 1, 1)), np.float64)
     found[:3, 3] = node.get("translation", (0, 0, 0))
     return found
 
 
 def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
-    """Triangles [t, 3] of a list (mode 4), strip (5) or fan (6) of vertices."""
+    """Return triangles [t, 3] of a list (mode 4), strip (5) or fan (6) of vertices."""
     if mode == 5:
         return strip(corners)
     if mode == 6:
         hub = np.repeat(corners[:1], max(len(corners) - 2, 0))
         return np.stack([hub, corners[1:-1], corners[2:]], 1)
     if mode != 4:
-        raise ReadError(f"primitives of mode {mode}; allowed are 0 to 6")
+        raise ReadError(f"has primitives of mode {mode}; allowed are 0 to 6")
     if len(corners) % 3:
-        raise ReadError(f"{len(corners)} corners of triangles, not a multiple of 3")
+        raise ReadError(f"{len(corners)} corners of triangles: no multiple of 3")
     return corners.reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Read any file: as one `PointCloud`, or all its points in chunks.
+"""Read a file of any known format: as one `PointCloud`, or all of its points in chunks.
 
 Every error of a parser becomes a `ReadError`, one line that names the file.
 """
@@ -29,11 +29,11 @@ def read(
     columns: tuple[str, ...] | None = None,
     reader: str | None = None,
 ) -> PointCloud:
-    """The cloud or mesh in a file. Raises ReadError.
+    """Read the cloud or mesh in a file. Raises ReadError.
 
-    row: the cloud in an array of clouds (HDF5, NPZ). columns: the names of x, y, z in a table whose
-    header has others, or of all columns of a .bin. reader: `package.module:function` of the user,
-    from the path of a file to points n 3 or a `PointCloud`, instead of those below.
+    row: index of the cloud in an array of clouds (HDF5, NPZ, NPY). columns: what the header of a
+    table calls x, y and z, or the names of all columns of a .bin file. reader: the user's own
+    reader as `package.module:function`; it gets the path and returns points n 3 or a `PointCloud`.
     """
     path = Path(path)
     if reader is not None:
@@ -42,7 +42,7 @@ def read(
             return found if isinstance(found, PointCloud) else PointCloud.make(found)
     suffix = suffix_of(path)
     if reason := refusal(path):
-        allowed = f"; allowed are {', '.join(SUFFIXES)}, each also as .gz"
+        allowed = f"; allowed are {', '.join(SUFFIXES)}, each also with .gz"
         raise ReadError(f"{path}: {reason}{'' if suffix in _CONVERTED else allowed}")
     with as_read_error(path), _inflated(path) as file:
         if file.stat().st_size == 0:
@@ -55,7 +55,7 @@ def read(
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file of this name is not read, and what to do about it; None if it is read."""
+    """Say why a file of this name is not read, and what to do about it; None if it is read."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -64,8 +64,9 @@ def refusal(path: Path) -> str | None:
 
 @contextmanager
 def _inflated(path: Path) -> Iterator[Path]:
-    """The file itself or, of a .gz, a temporary file with its content. Raises ReadError if that is
-    huge.
+    """Yield the file itself or, for a .gz, a temporary file with its content.
+
+    Raises ReadError if the content is far larger than the .gz.
     """
     if path.suffix.lower() != ".gz":
         yield path
@@ -75,17 +76,18 @@ def _inflated(path: Path) -> Iterator[Path]:
         with gzip.open(path) as packed, file.open("wb") as out:
             while block := packed.read(1 << 20):
                 total += len(block)
+                # at most 100 times the size of the .gz, or 64 MiB if that is more
                 check_unpacked(path, total, 100, 1 << 26)
                 out.write(block)
         yield file
 
 
 def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
-    """All points of a file in its order and coordinates, float64 n 3 a chunk, without those of NaN.
+    """Yield all points of a file in its order and coordinates, in chunks n 3 float64, without NaN.
 
-    LAS, LAZ, PLY, NPY, PTX and tables take the memory of a chunk; other kinds are read whole. tell:
-    called at the end with the number of points left out. Raises ReadError, also for infinite
-    coordinates and for meshes.
+    LAS, LAZ, PLY, NPY, PTX and tables need the memory of one chunk; other formats are read whole.
+    tell: called at the end with the number of NaN points, which are left out. Raises ReadError,
+    also for infinite coordinates and for meshes.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
     with as_read_error(path):
@@ -101,7 +103,7 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
         wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
         if wrong.any():
             first = f"first in point {number + int(wrong.argmax()):,}"
-            raise ReadError(f"{path}: infinite coordinates, {first}")
+            raise ReadError(f"{path}: has infinite coordinates, {first}")
         number += len(xyz)
         seen = ~np.isnan(xyz).any(1)
         unseen += int((~seen).sum())
@@ -116,17 +118,20 @@ def _at_once(path: Path) -> Iterator[np.ndarray]:
 
 
 @lru_cache(maxsize=1)
-def _whole(path: Path, changed: int) -> PointCloud:
+def _whole(path: Path, mtime: int) -> PointCloud:
     cloud = read(path)
     if cloud.faces is not None:
-        raise ReadError("a mesh; a scene is a cloud of points")
+        raise ReadError("is a mesh, but a scene must be a cloud of points")
     if cloud.total:
-        raise ReadError(f"only {len(cloud):,} of {cloud.total:,} read; use LAS or PLY")
+        raise ReadError(f"its {cloud.total:,} points are too many; use LAS or PLY")
     return cloud
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """The cloud, or samples of a mesh, more than `num_points`; equal meshes give equal samples."""
+    """Return the cloud; from a mesh, sample max(2 * `num_points`, 2048) points.
+
+    Equal meshes give equal samples.
+    """
     if cloud.faces is None:
         return cloud
     cloud = cloud.sampled(max(2 * num_points, 2048), seed)
@@ -149,7 +154,7 @@ _READERS: dict[str, Callable[..., PointCloud]] = {
     ".bin": scans.read_bin,
 }
 SUFFIXES = tuple(_READERS)
-# path -> chunks of rows x, y, z, ..., or None for a file to be read at once
+# readers that yield chunks of rows x, y, z, ..., or return None if the file must be read whole
 _IN_CHUNKS: dict[str, Callable[[Path], Iterator[np.ndarray] | None]] = {
     **dict.fromkeys((".las", ".laz"), scans.las_rows),
     **dict.fromkeys(_TABLES, table_rows),
@@ -167,6 +172,7 @@ _PYVISTA = (
 )
 _BLENDER = (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz")
 _FREECAD = (".step", ".stp", ".iges", ".igs", ".brep")
+# formats that are not read -> how to convert a file
 _CONVERTED = {
     **dict.fromkeys((".dae", ".3mf"), _TRIMESH),
     **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYVISTA),

@@ -1,4 +1,4 @@
-"""Meshes of polygons: OFF, OBJ and STL, and what the other mesh readers share."""
+"""Read meshes of polygons (OFF, OBJ, STL); the other mesh readers use these functions too."""
 
 import re
 from pathlib import Path
@@ -7,18 +7,18 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
-# NaN as older compilers of Windows write it
+# NaN and infinity as programs of older Windows compilers write them
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
-# normal, corners, attribute: fields f0, f1, f2
+# a triangle of a binary STL: normal (field f0), corners (f1), attribute bytes (f2)
 _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
-_HEAD = 84  # bytes of a binary STL: a title of 80 and the number of triangles
+_HEAD = 84  # bytes before the triangles: a title of 80, and 4 for their number
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
-_MOST_CORNERS = 2000  # of a concave polygon, whose time may grow with the cube
+_MOST_CORNERS = 2000  # of a concave polygon; time may grow with their cube
 
 
 def unix_lines(text: bytes) -> bytes:
-    """Text with LF for every line end (CR LF, CR), in an 8-bit encoding, without byte order mark."""
+    """Convert line ends CR LF and CR to LF, and UTF-16 to UTF-8; remove a byte order mark."""
     if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
         text = text.decode("utf-16", "replace").encode()
     text = text.removeprefix(b"\xef\xbb\xbf")
@@ -26,9 +26,9 @@ def unix_lines(text: bytes) -> bytes:
 
 
 class Rows:
-    """The lines of a text that are not blank, parsed when numbers are asked for.
+    """The non-blank lines of a text; numbers are parsed only when `numbers` is called.
 
-    `counts` has the number of words of each line.
+    `counts` holds the number of words in each line.
     """
 
     def __init__(self, text: bytes):
@@ -40,7 +40,7 @@ class Rows:
         ends = np.searchsorted(begins, np.append(np.flatnonzero(data == 10), len(data)))
         counts = np.diff(ends, prepend=0)
         self.counts = counts[counts > 0]
-        # the number of each row's first word
+        # index of the first word of each line, counted through the text
         self._first = np.append(0, np.cumsum(self.counts))
 
     def __len__(self) -> int:
@@ -49,10 +49,10 @@ class Rows:
     def numbers(
         self, first: int = 0, last: int | None = None, integers: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All numbers of some lines, and the index of each line's first number.
+        """Parse lines `first` to `last` (excluded); return all numbers, and where each line begins.
 
-        integers: int64 instead of float64 if all are integers, which is ten times as fast. Raises
-        ReadError for a word that is no number.
+        integers: try int64 first, which is ten times as fast as float64. Raises ReadError for a
+        word that is no number.
         """
         bounds = self._first[first : None if last is None else last + 1]
         text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
@@ -62,7 +62,7 @@ class Rows:
                 return values, bounds[:-1] - bounds[0]
         words = [word for word in text.split() if len(_parsed(word, np.float64)) != 1]
         wrong = [*words, b"?"][0].decode("latin-1")
-        raise ReadError(f"{wrong[:40]!r} where a number should be")
+        raise ReadError(f"found {wrong[:40]!r} where a number should be")
 
 
 def _parsed(text: bytes, kind: type) -> np.ndarray:
@@ -73,21 +73,21 @@ def _parsed(text: bytes, kind: type) -> np.ndarray:
 
 
 def whole(values: np.ndarray) -> np.ndarray:
-    """Numbers of vertices as int64. Raises ReadError for fractions and for numbers beyond 2^53."""
+    """Convert vertex indices to int64. Raises ReadError for fractions and for 2^53 or more."""
     if values.dtype.kind == "f":
         exact = (np.abs(values) < 2**53) & (values == np.floor(values))
         if not exact.all():
-            raise ReadError("the vertices of its faces must be whole numbers")
+            raise ReadError("the vertex indices of its faces must be whole numbers")
     return values.astype(np.int64)
 
 
 def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The indices at[i], at[i] + 1, ... of sizes[i] items, for every i, one after the other."""
+    """Return at[i], at[i] + 1, ..., at[i] + sizes[i] - 1 for every i, concatenated."""
     return np.repeat(at - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
 
 
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
-    """A mesh, or a cloud if there are no faces. Raises ReadError."""
+    """Make a mesh, or a cloud if there are no faces. Raises ReadError."""
     _check_range(faces, len(vertices))
     attributes["faces"] = faces if len(faces) else None
     return PointCloud.make(vertices, **attributes)
@@ -96,14 +96,16 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(f"a face of vertex {int(wrong)}, allowed are 0 to {count - 1}")
+        raise ReadError(f"a face names vertex {int(wrong)}, not 0-{count - 1}")
 
 
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Triangles [t, 3] of polygons with `sizes` [f] corners, which follow each other in `corners`.
+    """Cut polygons into triangles [t, 3].
 
-    Convex polygons become fans, concave ones are cut by their ears. Polygons of one or two corners
-    are dropped. Raises ReadError for a corner that is no vertex.
+    points: vertices n 3. sizes: number of corners of each polygon [f]. corners: the vertex indices
+    of all polygons, concatenated. Convex polygons become fans, concave polygons are cut by ear
+    clipping, and polygons with one or two corners are dropped. Raises ReadError for a corner that
+    is no vertex.
     """
     _check_range(corners, len(points))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
@@ -118,6 +120,7 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
         normal = normals.sum(1)
         along = (normals @ normal[:, :, None])[..., 0]
+        # a triangle of the fan that faces the other way; rounding errors do not count
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
             raise ReadError(f"a concave polygon of {size} corners: cut it first")
@@ -128,23 +131,24 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
 
 
 def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Triangles [n - 2, 3] of one concave polygon [n, 3], by ear clipping.
+    """Cut one concave polygon [n, 3] into triangles [n - 2, 3] of its corners, by ear clipping.
 
-    A corner that contains no other is cut off until three are left. A polygon that crosses itself
-    has no right answer; its rest becomes a fan.
+    An ear is a corner whose triangle with its two neighbours contains no other corner. Ears are cut
+    off until three corners are left. A polygon that crosses itself has no correct triangulation;
+    what is left of it becomes a fan.
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
-    # seen so that it runs counter-clockwise
+    # project the polygon so that it runs counter-clockwise
     flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]
 
     def side(a, b, x, y):
-        """Positive if (x, y) lies left of the line from a to b."""
+        """Return a positive number if (x, y) lies left of the line from a to b."""
         return (b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # a limit for hostile polygons; a spiral needs 20 tries a corner
+    # a limit for polygons made to take hours; a spiral needs 20 tries per corner
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
@@ -164,9 +168,9 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 
 def strip(corners: np.ndarray) -> np.ndarray:
-    """Triangles [t, 3] of a strip; every second one is turned over.
+    """Convert strips of vertex indices to triangles [t, 3]; every second one is turned over.
 
-    A negative corner ends a strip; the next corner begins another.
+    A negative corner ends a strip; the next corner begins another strip.
     """
     found = np.stack([corners[:-2], corners[1:-1], corners[2:]], 1)
     at = np.arange(len(corners))
@@ -177,18 +181,18 @@ def strip(corners: np.ndarray) -> np.ndarray:
 
 
 def read_off(path: Path) -> PointCloud:
-    """OFF in text. Colours of vertices are kept, those of faces are not. Raises ReadError."""
+    """Read OFF in text. Vertex colours are kept, face colours are not. Raises ReadError."""
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     if not (start := _OFF.match(text)):
         raise ReadError("not an OFF file: it does not begin with OFF")
     name, color, normal, dimensions, binary = start.groups()
     if dimensions or binary:
-        allowed = "only text with x, y, z a vertex; convert it to OFF or PLY"
+        allowed = "only text with x, y, z per vertex is; convert it to OFF or PLY"
         raise ReadError(f"{name.decode()} is not read, {allowed}")
     rows = Rows(text[start.end() :])
     counts = whole(rows.numbers(0, 1)[0][:2]) if len(rows) else np.empty(0)
     if len(counts) < 2 or min(counts) < 0:
-        raise ReadError("an OFF file begins with its numbers of vertices and faces")
+        raise ReadError("an OFF file must begin with its numbers of vertices and faces")
     num_vertices, num_faces = (int(n) for n in counts)
     first = num_vertices + 1  # row of the first face
     width = rows.counts[1:first].min(initial=99)
@@ -204,16 +208,16 @@ def read_off(path: Path) -> PointCloud:
     sizes, have = whole(values[at]), rows.counts[first : first + num_faces] - 1
     if (wrong := (sizes < 0) | (sizes > have)).any():
         face = int(wrong.argmax())
-        raise ReadError(f"face {face} of {sizes[face]} vertices names {have[face]}")
+        raise ReadError(f"face {face} names {have[face]} of {sizes[face]} vertices")
     corners = whole(values[runs(at + 1, sizes)])
     return mesh(vertices, triangles(vertices, sizes, corners), colors=colors)
 
 
 def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
-    """An OFF file without colours whose lines do not end where its rows do."""
+    """Read an OFF file without colours whose vertices and faces may span or share lines."""
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:
-        raise ReadError(f"truncated: {len(values)} numbers for {counts}")
+        raise ReadError(f"truncated: {len(values)} numbers are too few for {counts}")
     vertices, faces = np.split(values, [3 * num_vertices])
     vertices, at, starts = vertices.reshape(-1, 3), 0, []
     while len(starts) < num_faces and at < len(faces) and faces[at] >= 0:
@@ -226,21 +230,21 @@ def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCl
 
 
 def read_obj(path: Path) -> PointCloud:
-    """The polygons of an OBJ file, or its vertices as a cloud if it has none. Raises ReadError.
+    """Read the polygons of an OBJ file or, without any, its vertices as a cloud. Raises ReadError.
 
-    Materials are not opened.
+    Material files are not opened.
     """
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
-        raise ReadError(f"free-form surface ({surface[1].decode()}): cut into polygons")
+        raise ReadError(f"free-form surface ({surface[1].decode()}): make polygons")
 
     def after(word: bytes) -> bytes:
         return b"\n".join(re.findall(rb"(?m)^[ \t]*" + word + rb"[ \t](.*)", text))
 
     rows = Rows(after(b"v"))
     if not len(rows):
-        raise ReadError("no vertices: not an OBJ file, or an empty one")
+        raise ReadError("has no vertices: it is empty or not an OBJ file")
     first = int(rows.counts.argmin())
     if rows.counts[first] < 3:
         raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
@@ -248,11 +252,11 @@ def read_obj(path: Path) -> PointCloud:
     vertices = values[at[:, None] + np.arange(3)]
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
-    # only the first number of v/vt/vn
+    # of v/vt/vn keep only v, the index of the vertex
     faces = Rows(re.sub(rb"/\S*", b"", after(b"fo?")))
     corners = whole(faces.numbers(integers=True)[0])
     above = np.ones_like(corners)
-    if (corners < 0).any():  # counted back from the last vertex above the line
+    if (corners < 0).any():  # these count back from the last vertex above their line
         kinds = np.array(re.findall(rb"(?m)^[ \t]*(v|f)o?[ \t]", text))
         above = np.repeat(-np.cumsum(kinds == b"v")[kinds == b"f"], faces.counts)
     corners = corners - np.where(corners < 0, above, 1)
@@ -263,9 +267,9 @@ def read_obj(path: Path) -> PointCloud:
 
 
 def read_stl(path: Path) -> PointCloud:
-    """All solids of an STL file; triangles share no vertices. Raises ReadError.
+    """Read all solids of an STL file; its triangles share no vertices. Raises ReadError.
 
-    A binary file may begin with the word solid and have a few bytes too many.
+    A binary file is accepted if it begins with the word solid, or has a few bytes too many.
     """
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")
@@ -275,14 +279,14 @@ def read_stl(path: Path) -> PointCloud:
     if not exact and re.match(text, data, re.IGNORECASE | re.DOTALL):
         corners = _stl_in_text(unix_lines(data).lower())
     elif len(data) < _HEAD:
-        raise ReadError("not an STL file: no word solid, and no binary header")
+        raise ReadError("not an STL file: no word solid and no binary header")
     elif claimed != have:
         state = "truncated" if claimed > have else "damaged"
-        raise ReadError(f"{state} or no STL file: {have} of {claimed} triangles")
+        raise ReadError(f"{state} or not STL: it has {have} of {claimed} triangles")
     else:
         corners = np.frombuffer(data, _TRIANGLE, have, _HEAD)["f1"].reshape(-1, 3)
     if not len(corners):
-        raise ReadError("an STL file without triangles")
+        raise ReadError("the STL file has no triangles")
     return mesh(corners, np.arange(len(corners)).reshape(-1, 3))
 
 
@@ -290,6 +294,6 @@ def _stl_in_text(text: bytes) -> np.ndarray:
     corners = Rows(b"\n".join(_CORNER.findall(text))).numbers()[0].reshape(-1, 3)
     facets = text.count(b"endfacet")
     if len(corners) != 3 * facets or text.rfind(b"endsolid") < text.rfind(b"endfacet"):
-        counts = f"{facets} whole facets, {len(corners)} vertices"
-        raise ReadError(f"truncated or damaged: {counts}, no endsolid at the end")
+        counts = f"{facets} whole facets with {len(corners)} vertices"
+        raise ReadError(f"truncated or damaged: {counts}, or no endsolid at the end")
     return corners

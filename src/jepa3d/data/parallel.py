@@ -1,4 +1,4 @@
-"""Run a function over a list in several processes: in order, and safe from parsers that crash."""
+"""Apply a function to a list in several processes, in order; a crash costs only its own entry."""
 
 import multiprocessing
 import os
@@ -18,33 +18,34 @@ import torch
 from jepa3d.plain import progress_bar
 
 CRASHED = "its parser crashed"
-# From entries to as many results; picklable. A result that is a text is an error.
+# a picklable function: a list of entries -> one result per entry; a result of type str is an error
 Work = Callable[[list], list]
 
 
 def mapped(
     work: Work, entries: list, chunk: int, workers: int, doing: str, preload: str
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields each entry with its result, in order, for any number of processes; with a progress
-    bar.
+    """Yield each entry with its result, in order, and show a progress bar.
 
-    work: is called with `chunk` entries. workers: 0 for one process a core. doing: text before the
-    bar. preload: a module that the processes import once.
+    work: called with up to `chunk` entries at a time. workers: number of processes, 0 for one per
+    core. doing: text before the bar. preload: name of a module that is imported once for all
+    processes.
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
     parallel = isolated(chunks, work, workers, preload)
     results = parallel if workers > 1 else map(work, chunks)
     with progress_bar(doing=doing, total=len(entries)) as bar:
-        for part, found in zip(chunks, results, strict=True):
-            yield from zip(part, found, strict=True)
-            bar.update(len(part))
+        for inputs, found in zip(chunks, results, strict=True):
+            yield from zip(inputs, found, strict=True)
+            bar.update(len(inputs))
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
-    """Yields `work` of every chunk, in order.
+    """Yield the results of `work` for each chunk, in order.
 
-    If a chunk kills its process, its entries are tried one by one; the one that crashes is skipped.
+    If a chunk kills its process, its entries are tried one by one; an entry that crashes again has
+    the result CRASHED.
     """
     methods = multiprocessing.get_all_start_methods()
     method = "forkserver" if "forkserver" in methods else "spawn"
@@ -52,17 +53,17 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     if method == "forkserver":
         context.set_forkserver_preload([preload])
     if sys.platform == "win32":
-        workers = min(workers, 61)  # the most that Python allows there
+        workers = min(workers, 61)  # the most that Python allows on Windows
 
     def pool(processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(processes, context, initializer=_start_worker)
 
     left, executor = iter(chunks), pool(workers)
-    running: list[tuple[list, Future]] = []  # oldest first
+    running: list[tuple[list, Future]] = []  # chunks with their results, oldest first
 
     def start(chunk: list) -> tuple[list, Future]:
         future = Future()
-        # an earlier chunk may have just broken the pool, which is handled below
+        # used if submit fails, since an earlier chunk has just broken the pool; handled below
         future.set_exception(BrokenProcessPool())
         with suppress(BrokenProcessPool):
             future = executor.submit(work, chunk)
@@ -86,16 +87,16 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # or they would finish their chunks after Ctrl-C
+            process.terminate()  # else it would finish its chunk after Ctrl-C
 
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the block; processes that are started in it never receive it."""
+    """Delay Ctrl-C until the block ends. Processes that the block starts never receive Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # starting it later would unblock SIGINT
+    resource_tracker.ensure_running()  # if it started later, it would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -108,6 +109,7 @@ def _is_done(future: Future) -> bool:
 
 
 def _alone(executor: ProcessPoolExecutor, entry: Any, work: Work) -> Any:
+    """Return the result of `work` for a single entry, or CRASHED. Closes the executor."""
     with executor:
         try:
             return executor.submit(work, [entry]).result()[0]
@@ -122,7 +124,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until the process that started the pool ends, for whatever reason, then end too."""
+    """Wait until the process that started the pool ends for any reason, then end this process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""PLY, in text or binary, read whole or in chunks; and the header to write one."""
+"""Read PLY in text or binary, whole or in chunks, and make the header of a PLY to write."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -13,25 +13,26 @@ from jepa3d.data.cloud import PointCloud, ReadError, attributes_of
 from jepa3d.data.errors import check_claim
 from jepa3d.data.meshes import Rows, mesh, runs, strip, triangles, unix_lines, whole
 
+# the names of types in PLY: the older names are those of C, the newer ones those of numpy
 _OF_C = "char uchar short ushort int uint long ulong float double"
 _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
 _KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
-_LONGEST_HEADER = 1 << 24  # bytes
-# the value of each row or, for lists, the length of each and all values
+_MAX_HEADER = 1 << 24  # bytes: 16 MiB
+# one value per row or, for a property of lists, (length of each list, all values concatenated)
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
 class Property(NamedTuple):
-    """A column of an element."""
+    """A column in the table of an element."""
 
     name: str
     kind: np.dtype
-    length: np.dtype | None = None  # of a list: the type of the number before it
+    length: np.dtype | None = None  # for lists: the type of the length before each list
 
 
 class Element(NamedTuple):
-    """A table of a PLY file."""
+    """An element of a PLY file (vertex, face): a table with `count` rows."""
 
     name: str
     count: int
@@ -41,17 +42,17 @@ class Element(NamedTuple):
 class Header(NamedTuple):
     """The header of a PLY file."""
 
-    order: str  # of bytes; "" for text
+    order: str  # byte order, "<" or ">"; "" for text
     elements: list[Element]
-    start: int  # byte at which its rows begin
-    old_mac: bool  # lines end with CR alone
+    start: int  # offset in bytes of the first row
+    old_mac: bool  # True if lines end with CR alone
 
 
 # --------------------------------------------------------------------------------------- the header
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file. Raises ReadError if it is no PLY or names unknown types."""
+    """Read the header of a file. Raises ReadError if it is no PLY or names unknown types."""
     with path.open("rb") as file:
         text = file.read(1000)
         first_line = rb"(?:\xef\xbb\xbf)?\s*ply[ \t]*(\r\n|\r|\n)"
@@ -62,15 +63,15 @@ def read_header(path: Path) -> Header:
         end = re.compile(rb"[\r\n]end_header[ \t]*" + line_end)
         while not (found := end.search(text)):
             more = file.read(len(text))
-            if not more or len(text) > _LONGEST_HEADER:
-                raise ReadError("damaged or not a PLY file: its header has no end")
+            if not more or len(text) > _MAX_HEADER:
+                raise ReadError("damaged or not a PLY file: its header does not end")
             text += more
     lines = re.split(r"[\r\n]+", text[: found.start()].decode("latin-1"))
     rows = [line.split() for line in lines]
     damaged = "damaged PLY header"
     name = next((row[1] for row in rows if row[:1] == ["format"] and row[1:]), None)
     if name not in _ORDERS:
-        raise ReadError(f"{damaged}: its format is none of {', '.join(_ORDERS)}")
+        raise ReadError(f"{damaged}: its format is not one of {', '.join(_ORDERS)}")
     order = _ORDERS[name]
     elements: list[Element] = []
     for words in rows:
@@ -81,26 +82,26 @@ def read_header(path: Path) -> Header:
                 kinds = [word for word in words[1:-1] if word != "list"]
                 *length, kind = (_kind(word, order) for word in kinds)
                 if length and length[0].kind == "f":
-                    raise ReadError(f"{damaged}: the length of a list is a {words[2]}")
+                    raise ReadError(f"{damaged}: a length cannot be a {words[2]}")
                 before, name = elements[-1].properties, name.lower()
-                # a repeated name gets a number, so that the first one counts
+                # a repeated name gets a number, so that the first property keeps the name
                 if name in [p.name for p in before]:
                     name = f"{name} {len(before)}"
                 before.append(Property(name, kind, *length))
             case ["element" | "property", *_]:
-                raise ReadError(f"{damaged}: {' '.join(words)[:80]!r}")
+                raise ReadError(f"{damaged} at {' '.join(words)[:80]!r}")
     return Header(order, [e for e in elements if e.properties], found.end(), old_mac)
 
 
 def _kind(word: str, order: str) -> np.dtype:
     name = _KINDS.get(word.lower(), word.lower())
     if name not in _KINDS.values():
-        raise ReadError(f"damaged PLY header: no type {word[:40]!r}, but {_OF_NUMPY}")
+        raise ReadError(f"damaged PLY header: {word[:40]!r} is none of {_OF_NUMPY}")
     return np.dtype((order or "=") + np.dtype(name).str[1:])
 
 
 def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
-    """The header of a binary PLY of `count` vertices with rows of this type."""
+    """Make the header of a binary PLY with `count` vertices. row: the type of a row, with names."""
     names = {kind: name for name, kind in _KINDS.items()}
     lines = ["ply", "format binary_little_endian 1.0"]
     lines += [f"comment {text}" for text in comments]
@@ -113,7 +114,10 @@ def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
 
 
 def read_ply(path: Path) -> PointCloud:
-    """A mesh of polygons or triangle strips, or a cloud with its normals, colours and labels."""
+    """Read a mesh of polygons or triangle strips, or a cloud, with normals, colours and labels.
+
+    Raises ReadError.
+    """
     header = read_header(path)
     with path.open("rb") as file:
         file.seek(header.start)
@@ -135,23 +139,23 @@ def read_ply(path: Path) -> PointCloud:
 
 
 def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """The number of corners of each face, and the vertices of all corners one after the other."""
+    """Return the number of corners of each face, and the vertex indices of all corners."""
     lists = {name: c for name, c in columns.items() if isinstance(c, tuple)}
     if not lists:
         have = ", ".join(columns)
-        raise ReadError(f"its {what} have no list vertex_indices; they have {have}")
+        raise ReadError(f"its {what} have no list vertex_indices, only {have}")
     known = [name for name in ("vertex_indices", "vertex_index") if name in lists]
     sizes, values = lists[[*known, *lists][0]]
     return sizes, whole(values)
 
 
 def _columns(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """The columns of every element, from the text or bytes below the header."""
+    """Parse the columns of every element. data: the text or bytes below the header."""
     return (_columns_of_bytes if header.order else _columns_of_text)(header, data)
 
 
 def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """The columns of every element; a row is a line."""
+    """Parse the columns of every element from text, in which each row is one line."""
     rows, found, first = Rows(unix_lines(data)), {}, 0
     for element in header.elements:
         last, columns = first + element.count, {}
@@ -161,7 +165,7 @@ def _columns_of_text(header: Header, data: bytes) -> dict[str, dict[str, Column]
         ends = at + rows.counts[first:last]
         for p in element.properties:
             if p.length is not None and element.count and (at == ends).all():
-                continue  # Blender declares lists that it does not write
+                continue  # missing in all rows: Blender declares lists that it does not write
             _check_rows(element, at < ends)
             if p.length is None:
                 columns[p.name], at = values[at], at + 1
@@ -180,13 +184,14 @@ def _check_count(element: Element, have: int) -> None:
 
 def _check_rows(element: Element, good: np.ndarray) -> None:
     if not good.all():
-        raise ReadError(f"truncated or damaged {element.name}, row {good.argmin()}")
+        raise ReadError(f"truncated or damaged: row {good.argmin()} of {element.name}")
 
 
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
-    """The columns of every element.
+    """Parse the columns of every element from binary data.
 
-    Rows are read as a table if all lists have the lengths of the first row, else one by one.
+    If all lists are as long as those of the first row, the rows are read as one numpy table; if
+    not, one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -198,19 +203,19 @@ def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column
         fits = min(element.count, (len(data) - at) // (end - at))
         table = np.frombuffer(data, _row_type(element, lengths), fits, at)
         columns: dict[str, Column] = {p.name: table[p.name] for p in element.properties}
-        equal = fits == element.count
+        is_table = fits == element.count
         for name, length in lengths.items():
-            equal &= bool((table[f"length of {name}"] == length).all())
+            is_table &= bool((table[f"length of {name}"] == length).all())
             columns[name] = (np.full(fits, length), table[name].reshape(-1))
         end = at + table.nbytes
-        if not equal:
+        if not is_table:
             columns, end = _one_by_one(element, data, at, element.count)
         found[element.name], at = columns, end
     return found
 
 
 def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
-    """The type of a binary row whose lists have these lengths."""
+    """Return the type of a binary row. lengths: the length of each list, by property name."""
     fields: list = []
     for p in element.properties:
         fields += [(f"length of {p.name}", p.length)] if p.length else []
@@ -221,7 +226,10 @@ def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
 def _one_by_one(
     element: Element, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
-    """Columns of `count` binary rows with lists of any lengths, from byte `at` on, and their end."""
+    """Read `count` binary rows whose lists may differ in length, from byte `at` on.
+
+    Returns their columns and the byte after the last row.
+    """
     lengths = {p.name: [] for p in element.properties}
     pieces = {p.name: [] for p in element.properties}
     for row in range(count):
@@ -234,7 +242,7 @@ def _one_by_one(
             begin, at = at, at + max(size, 0) * p.kind.itemsize
             pieces[p.name].append(data[begin:at])
         if at > len(data):
-            raise ReadError(f"truncated or damaged: {element.name} {row} of {count}")
+            raise ReadError(f"truncated or damaged: row {row} of {element.name}")
     columns: dict[str, Column] = {}
     for p in element.properties:
         values = np.frombuffer(b"".join(pieces[p.name]), p.kind)
@@ -246,13 +254,14 @@ def _one_by_one(
 
 
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
-    """The vertices of a cloud in chunks, float64 n 3. Raises ReadError for a mesh.
+    """Return an iterator over the vertices of a cloud in chunks, float64 n 3.
 
-    None for a file whose vertices have lists or do not come first; it must be read whole.
+    None if the file must be read whole: its vertices have lists or do not come first, or its lines
+    end with CR. Raises ReadError for a mesh.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):
-        raise ReadError("a mesh; a scene is a cloud of points")
+        raise ReadError("is a mesh, but a scene must be a cloud of points")
     vertex = header.elements[0] if header.elements else Element("", 0, [])
     names = [p.name for p in vertex.properties if not p.length]
     lists = len(names) < len(vertex.properties)
@@ -262,7 +271,7 @@ def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
 
 
 def _chunks(path: Path, header: Header, vertex: Element) -> Iterator[np.ndarray]:
-    width = _row_type(vertex, {}).itemsize if header.order else 0  # of text: unknown
+    width = _row_type(vertex, {}).itemsize if header.order else 0  # unknown for text
     check_claim(path, header.start + vertex.count * width, 1)
     with path.open("rb") as file:
         file.seek(header.start)
@@ -270,6 +279,6 @@ def _chunks(path: Path, header: Header, vertex: Element) -> Iterator[np.ndarray]
         for at in range(0, vertex.count, clouds.CHUNK):
             count = min(clouds.CHUNK, vertex.count - at)
             data = file.read(count * width) if width else b"".join(islice(lines, count))
-            part = header._replace(elements=[vertex._replace(count=count)])
-            columns = _columns(part, data)["vertex"]
+            piece = header._replace(elements=[vertex._replace(count=count)])
+            columns = _columns(piece, data)["vertex"]
             yield np.stack([np.asarray(columns[axis], np.float64) for axis in "xyz"], 1)

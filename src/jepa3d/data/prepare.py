@@ -1,6 +1,6 @@
-"""`jepa3d prepare`: make a store of a download or a folder of files, on all cores.
+"""Implement `jepa3d prepare`: convert a download or a folder of files to a store, on all cores.
 
-A report names every file that was left out.
+The command prints, and writes to report.json, which files were left out and why.
 """
 
 import json
@@ -22,32 +22,32 @@ from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
 from jepa3d.plain import load_code, log, printable, write_bytes
 
-_MESH_POINTS = 8192  # samples of a mesh where all points are kept
-_CHUNK = 8  # entries sent to a process at once
-_SHOWN = 40  # lines on files that were left out; the report has all
+_MESH_POINTS = 8192  # points sampled from a mesh under --points all
+_CHUNK = 8  # entries that a process gets at a time
+_SHOWN = 40  # files left out that are printed; report.json lists all of them
 Attribute = Literal["normals", "colors", "parts"]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Settings of a store. They are written to it, and it can only be continued with the same."""
+    """Settings of a store, saved in it: a store can only be continued with the same settings."""
 
-    points: int | None = 2048  # of each cloud; None keeps all
+    points: int | None = 2048  # number of points of each cloud; None keeps all points
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    # what to do with a cloud of fewer points
+    # how to treat a cloud with fewer points: leave it out, or fill it up with moved copies
     short: Literal["skip", "repeat"] = "repeat"
-    # of the files; None for that of the benchmark or format, else z
+    # up axis in the files; None: the one that the benchmark or format defines, else z
     up_axis: Literal["x", "y", "z"] | None = None
-    unit: str | None = None  # of the files; only noted
-    # by folder, or a fraction for test, or a file that lists the test clouds
+    unit: str | None = None  # unit of the coordinates in the files; only recorded
+    # "folder" (by names of folders), a fraction for test, or a file that lists the test clouds
     split: str = "folder"
     keep: tuple[Attribute, ...] = ()
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None
     columns: tuple[str, ...] | None = None
     seed: int = 0
-    keep_strays: bool = False  # benchmarks always keep theirs
-    reader: str | None = None  # of the files, package.module:function
+    keep_strays: bool = False  # always True for benchmarks
+    reader: str | None = None  # function that reads the files: package.module:function
 
 
 def prepare(
@@ -55,10 +55,10 @@ def prepare(
 ) -> list[Path]:
     """Write the clouds at `source` (folder, file or archive) to the store `out`.
 
-    An interrupted or complete store is continued with the clouds that it lacks. A folder of
-    few-shot folds becomes one store a fold, under `out`. workers: processes, 0 for one a core.
-    strict: stop at the first bad cloud. Returns the paths of the stores. Raises ValueError, also if
-    another command writes to `out`.
+    If the store exists, complete or not, only the clouds that it lacks are added. A folder of
+    few-shot folds becomes one store per fold, under `out`. workers: number of processes, 0 for one
+    per core. strict: stop at the first bad cloud. Returns the paths of the stores. Raises
+    ValueError, also if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -76,14 +76,14 @@ def prepare(
 
 def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
-        raise ValueError(f"--points {options.points}: all, or a number from 1")
+        raise ValueError(f"--points {options.points}: give all, or a number from 1")
     if options.columns is not None and len(options.columns) < 3:
         given = " ".join(options.columns)
-        raise ValueError(f"--columns {given}: names of x, y and z, or of all columns")
+        raise ValueError(f"--columns {given}: name x, y and z, or all columns")
     if options.reader is not None:
         load_code(options.reader)
     if workers < 0:
-        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
+        raise ValueError(f"--workers {workers}: give 1 or more, or 0 for one per core")
 
 
 def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, strict: bool) -> Path:
@@ -95,7 +95,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep_strays = options.keep_strays or not source.unpublished
     options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        log.info("axes are kept: taken as z-up, glTF as y-up (else: --up-axis)")
+        log.info("files are read as z-up, glTF as y-up; else give --up-axis")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         log.info(printable(note))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
@@ -121,8 +121,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 row |= {"label": entry.label, "split": entry.split}
                 writer.add(entry.key, arrays, **row)
         except KeyboardInterrupt:
-            kept = f"stopped after {report.taken.total():,} new clouds, kept"
-            raise KeyboardInterrupt(f"{kept}; the same command goes on") from None
+            kept = f"stopped after {report.taken.total():,} new clouds, which are kept"
+            raise KeyboardInterrupt(f"{kept}; the same command continues") from None
         finally:
             report.write(out)
     report.show(out, len(entries) - len(new))
@@ -140,15 +140,15 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 
 
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
-    """The arrays of a cloud in the form of the store, and its row of the index. Raises ReadError.
+    """Convert a cloud to its arrays in the store and its row of the index. Raises ReadError.
 
-    The row also has what `_Report.add` counts.
+    The row also has the numbers that `_Report.add` counts.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
     content = hash64(cloud.points.tobytes() + faces)
     row: Row = {"part": cloud.part_read, "unseen": cloud.unseen, "content": content}
-    # the seed does not depend on the key, so that equal files give equal clouds
+    # the seed does not depend on the key: equal files give equal clouds
     count, seed = options.points, options.seed
     if cloud.faces is not None:
         cloud = cloud.sampled(2 * count if count else _MESH_POINTS, seed)
@@ -166,15 +166,15 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
         cloud = cloud.filled(count)
     elif count and (len(cloud) > count or options.reduce == "fps"):
         cloud = cloud.reduced(count, options.reduce, seed)
-    check_cloud(cloud.points, "of the points that are kept: ")
+    check_cloud(cloud.points, "after sampling: ")
     cloud = cloud.normalised()
-    turn = TO_Z_UP[up].T
-    points = cloud.points @ turn
+    rotate = TO_Z_UP[up].T
+    points = cloud.points @ rotate
     arrays = {"points": points.astype(options.precision)}
     _check_rounding(points, arrays["points"])
     arrays |= {name: getattr(cloud, name) for name in options.keep}
     if "normals" in arrays:
-        arrays["normals"] = (arrays["normals"] @ turn).astype(np.float16)
+        arrays["normals"] = (arrays["normals"] @ rotate).astype(np.float16)
     if "parts" in arrays:
         arrays["parts"] = to_parts(arrays["parts"])
         if (arrays["parts"] < 0).all():
@@ -183,19 +183,19 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
 
 
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
-    """Raises ReadError if float16 moves points n 3 of the unit sphere by over 1 % of their extent.
+    """Raise ReadError if float16 moves points n 3 in the unit sphere by over 1 % of their extent.
 
-    That happens if one point is so far out that all others lie close together.
+    This happens if one point is so far out that all others lie close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
     if error > 0.01 * extent:
-        reason = "a point far out sets its scale; remove it, or --precision float32"
+        reason = "one far point sets its scale; remove it or use --precision float32"
         raise ReadError(f"float16 moves its points by over 1 %: {reason}")
 
 
 def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
-    """For each entry its arrays and row, or the text of its error."""
+    """Convert entries; returns for each its arrays and row, or the text of its error."""
     results: list[tuple | str] = []
     for entry in entries:
         try:
@@ -210,17 +210,17 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str
 
 @dataclass
 class _Report:
-    """What became of the clouds of a source; printed, and written to report.json."""
+    """Counts of clouds taken, changed or left out; they are printed and saved in report.json."""
 
-    source: Source  # gets more notes and skipped files
-    points: int  # of each cloud; 0 keeps all
-    taken: Counter[str] = field(default_factory=Counter)  # by suffix
-    fewer: int = 0  # clouds that were filled up
+    source: Source  # notes and skipped files are appended to its lists
+    points: int  # number of points of each cloud; 0 keeps all
+    taken: Counter[str] = field(default_factory=Counter)  # clouds, by file suffix
+    fewer: int = 0  # clouds with too few points, which were filled up
     strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
-    unseen: Counter[str] = field(default_factory=Counter)
+    unseen: Counter[str] = field(default_factory=Counter)  # NaN points left out, by key
 
     def add(self, entry: Entry, row: Row) -> None:
-        """Count a cloud."""
+        """Count a cloud that was taken."""
         self.taken[Path(entry.file).suffix or self.source.layout] += 1
         self.fewer += row["count"] < self.points
         if part := row["part"]:
@@ -229,18 +229,18 @@ class _Report:
             counts.update({entry.key: row[name]} if row[name] else {})
 
     def write(self, out: Path) -> None:
-        """Print what was changed in the clouds, and write report.json."""
+        """Print how clouds were changed, and write report.json."""
         if self.fewer:
             short = f"{self.fewer:,} clouds of fewer than {self.points:,} points"
             self._note(f"{short} were filled up", " (--short skip leaves them out)")
-        unseen = "points that are NaN, where nothing was seen,"
+        unseen = "NaN points (nothing was measured there)"
         keep = " (--keep-strays keeps them)"
         found = (self.strays, "stray points", keep), (self.unseen, unseen, "")
         for counts, what, option in found:
             if counts:
                 most = counts.most_common(1)[0][0]
-                where = f"in {len(counts):,} clouds, most in {most}"
-                self._note(f"{counts.total():,} {what} left out {where}", option)
+                where = f"in {len(counts):,} clouds, most of them in {most}"
+                self._note(f"left out {counts.total():,} {what} {where}", option)
         source = self.source
         record = {
             "layout": source.layout,
@@ -255,7 +255,10 @@ class _Report:
         log.info(printable(note + option))
 
     def show(self, out: Path, before: int) -> None:
-        """Print how many clouds were taken, and which files were left out."""
+        """Print how many clouds were taken, and which files were left out.
+
+        before: number of clouds that the store already had.
+        """
         already = f", {before:,} were there already" if before else ""
         kinds = [f"{count:,} {suffix}" for suffix, count in self.taken.most_common()]
         kinds = f" ({', '.join(kinds)})" if kinds else ""
@@ -265,15 +268,15 @@ class _Report:
         for key, reason in skipped[:_SHOWN]:
             log.info(printable(f"  {key}: {reason}"))
         if (more := len(skipped) - _SHOWN) > 0:
-            log.info(f"  and {more:,} more, in {out / 'report.json'}")
+            log.info(f"  and {more:,} more: see {out / 'report.json'}")
 
 
 def _show_lacking(store: Store) -> None:
-    """Print the classes that only one of train and test has."""
+    """Print the classes that have shapes in only one of the splits train and test."""
     split = np.asarray(store.columns["split"])
     labels = np.asarray(store.columns["label"])
-    train, test = (split == SPLITS.index(part) for part in ("train", "test"))
+    train, test = (split == SPLITS.index(name) for name in ("train", "test"))
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:
-        alone = "in one part only, so that training and testing will leave them out"
+        alone = "classes in one split only, which training and testing leave out"
         log.info(f"{alone}: {', '.join(found)}")

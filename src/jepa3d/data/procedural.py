@@ -1,9 +1,10 @@
-"""Endless unlabelled shapes from random programs that compose, repeat, cut and bend solids.
+"""Generate any number of unlabelled shapes by random programs.
 
-After "Learning 3D Representations from Procedural 3D Programs" (Chen et al. 2024, arXiv
-2411.17467): 1 to 9 parts from a few kinds of solids suffice to pretrain an encoder. Every solid
-here is one *loft*, a closed outline swept along a line or an arc under a profile of radii: boxes,
-cylinders, cones, prisms, ellipsoids, lathes, cups, tori, tubes.
+A program composes, repeats, cuts and bends solids, after "Learning 3D Representations from
+Procedural 3D Programs" (Chen et al. 2024, arXiv 2411.17467): shapes of 1 to 9 parts, made from a
+few kinds of solids, suffice to pretrain an encoder. Every solid here is a *loft*: a closed outline
+that is swept along a line or an arc while a profile scales its radius. Boxes, cylinders, cones,
+prisms, ellipsoids, lathes, cups, tori and tubes are lofts.
 """
 
 from pathlib import Path
@@ -13,35 +14,35 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
 from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 
-# chances of 1 to 9 parts, as published
+# probabilities of 1, 2, ..., 9 parts, as published
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
-POINTS = 4096  # of a shape, from which an encoder samples
-NOISE = 0.006  # largest standard deviation of a coordinate, for a shape of radius 1
-# points of an outline, a multiple of the corners of triangles to octagons
+POINTS = 4096  # of each shape; an encoder samples from them
+NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1
+# points of an outline; a multiple of 3, 4, 6 and 8, so that polygons keep their corners
 SIDES = 24
-GRID = 48  # cells along each side of a view
+GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
-# turns that bring z to z, to x and to y
+# rotation matrices [3, 3, 3] that map z to z, x and y
 _AXES = np.stack([np.roll(np.eye(3), step, axis=0) for step in (0, 1, 2)])
 
 
 def _outline(rng: Rng) -> np.ndarray:
-    """Closed outline [SIDES, 2] within the square of half side 1."""
+    """Choose a random closed outline [SIDES, 2] in the square [-1, 1]^2."""
     kind = rng.integers(6)
     cos, sin = np.cos(_ANGLES), np.sin(_ANGLES)
-    if kind < 2:  # from a rhombus to a circle to a square
+    if kind < 2:  # superellipse: rhombus-like, circle or square
         power = 2.0 if rng.random() < 0.5 else rng.choice([1.2, 4.0, 30.0, 30.0])
         radius = 1 / (np.abs(cos) ** power + np.abs(sin) ** power) ** (1 / power)
     elif kind < 4:  # regular polygon
         step = 2 * np.pi / rng.choice([3, 4, 4, 6, 8])
         radius = np.cos(step / 2) / np.cos((_ANGLES + step / 2) % step - step / 2)
         radius = radius / radius.max()
-    elif kind == 4:  # cogwheel, star
+    elif kind == 4:  # cogwheel or star
         low = rng.uniform(0.4, 0.9)
         teeth = _ANGLES * rng.choice([3, 4, 6]) / (2 * np.pi)
         radius = np.where(teeth % 1 < 0.5, 1.0, low)
-    else:  # any rounded outline
+    else:  # random rounded outline
         k, height = np.arange(2, 5)[:, None], rng.uniform(0, 0.25, (3, 1))
         waves = height * np.cos(k * _ANGLES + rng.uniform(0, 2 * np.pi, (3, 1)))
         radius = 1 + waves.sum(0)
@@ -50,28 +51,28 @@ def _outline(rng: Rng) -> np.ndarray:
 
 
 def _profile(rng: Rng) -> np.ndarray:
-    """Rows (radius, height) of the rings, heights from -1 to 1."""
+    """Choose a random profile: rows (radius, height), one per ring, with heights from -1 to 1."""
     kind = rng.integers(8)
-    if kind < 3:  # prism, cone or anything between
+    if kind < 3:  # prism, truncated cone or cone
         top = 1.0 if kind < 2 else rng.uniform(0, 0.9)
         return np.array([(0, -1), (1, -1), (top, 1), (0, 1)])
-    if kind == 3:  # ellipsoid, dome
+    if kind == 3:  # ellipsoid or dome
         t = np.linspace(-np.pi / 2 if rng.random() < 0.6 else 0, np.pi / 2, 9)
         height = np.sin(t)
         ends = [] if t[0] < 0 else [(0.0, -1.0)]
         rows = np.stack([np.cos(t), 2 * (height - height[0]) / (1 - height[0]) - 1], 1)
         return np.array([*ends, *rows])
-    if kind < 6:  # lathe of a smooth profile, closed or open
+    if kind < 6:  # smooth random profile, with or without end caps
         count, places = rng.integers(3, 6), np.linspace(0, 1, 9)
         radii = np.interp(places, np.linspace(0, 1, count), rng.uniform(0.2, 1, count))
         radii = np.convolve(np.pad(radii, 1, "edge"), (0.25, 0.5, 0.25), "valid")
         rows = np.stack([radii / radii.max(), np.linspace(-1, 1, 9)], 1)
         return rows if kind == 5 else np.array([(0, -1), *rows, (0, 1)])
-    if kind == 6:  # cup: outside up, inside down
+    if kind == 6:  # cup: up along the outside, down along the inside
         wall, base = rng.uniform(0.05, 0.2), rng.uniform(0.5, 1)
         inside = [(1 - wall, 1), (base * (1 - wall), -0.85), (0, -0.85)]
         return np.array([(0, -1), (base, -1), (1, 1), *inside])
-    steps = rng.integers(2, 5)  # stairs
+    steps = rng.integers(2, 5)  # stairs: a random radius for each step
     radii, heights = rng.uniform(0.3, 1, steps), np.sort(rng.uniform(-1, 1, steps - 1))
     edges = np.r_[-1, heights, 1]
     rows = [(r, z) for i, r in enumerate(radii / radii.max()) for z in edges[i : i + 2]]
@@ -79,9 +80,9 @@ def _profile(rng: Rng) -> np.ndarray:
 
 
 def _solid(rng: Rng) -> np.ndarray:
-    """The loft [rings, SIDES, 3] of one solid in the cube of half side 1, along z or an arc."""
+    """Make a random solid, swept along z or an arc: a loft [rings, SIDES, 3] in about [-1, 1]^3."""
     outline, profile = _outline(rng), _profile(rng)
-    # an arc, up to a ring, needs more rings than a straight line
+    # along an arc, or even a full circle; it needs more rings than a straight line
     if rng.random() < 0.2:
         at, known = np.linspace(0, len(profile) - 1, 17), np.arange(len(profile))
         profile = np.stack([np.interp(at, known, column) for column in profile.T], 1)
@@ -94,13 +95,13 @@ def _solid(rng: Rng) -> np.ndarray:
         height = np.broadcast_to(thick * profile[:, :1] * outline[:, 1], across.shape)
         return np.stack([np.cos(angle) * across, np.sin(angle) * across, height], 2)
     loft = sweep(profile, outline)
-    if rng.random() < 0.15:  # leaning
+    if rng.random() < 0.15:  # shear it, so that it leans
         loft[..., :2] += rng.uniform(-0.6, 0.6, 2) * loft[..., 2:]
     return loft
 
 
 def _rotation(rng: Rng) -> np.ndarray:
-    """A random rotation matrix: mostly along an axis, sometimes tilted, sometimes any."""
+    """Choose a rotation: z to a coordinate axis (75 %), a tilt (15 %), or any rotation (10 %)."""
     kind = rng.random()
     if kind < 0.75:
         return _AXES[rng.choice(3, p=(0.6, 0.2, 0.2))]
@@ -110,7 +111,7 @@ def _rotation(rng: Rng) -> np.ndarray:
 
 
 def _size(rng: Rng) -> np.ndarray:
-    """Random half axes [3], for solids, plates and rods."""
+    """Choose a random size (half axes [3]): of a compact solid, a plate or a rod."""
     size = np.exp(rng.uniform(np.log(0.25), np.log(1.5), 3))
     thin = rng.random()
     if thin < 0.5:
@@ -121,13 +122,15 @@ def _size(rng: Rng) -> np.ndarray:
 
 
 def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices [n, 3, 3] and shifts [n, 3] that repeat a part: once, mirrored, in a ring or in a
-    row.
+    """Choose how a part is repeated: not at all, mirrored, in a ring or in a row.
+
+    about: the centre [3] of mirrors and rings. half: half the part's extent [3]. Returns a matrix
+    [n, 3, 3] and a shift [n, 3] for each copy.
     """
     kind, one = rng.random(), np.eye(3)[None]
     if kind < 0.2:
         flip = np.stack([np.eye(3), np.diag((-1.0, 1, 1))])
-        if rng.random() < 0.3:  # four of them
+        if rng.random() < 0.3:  # mirrored in x and in y: four copies
             flip = np.concatenate([flip, flip * (1, -1, 1)])
         return flip, about - np.einsum("nij,j->ni", flip, about)
     if kind < 0.35:
@@ -145,7 +148,7 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
-    """Points [count, 3] on the surfaces of all parts of one program, uniform by area."""
+    """Run one random program; returns points [count, 3] on all its parts, uniform by area."""
     triangles, boxes, copies = [], [], []
     for i in range(1 + rng.choice(9, p=PARTS)):
         loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)
@@ -153,7 +156,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
         corners = loft.reshape(-1, 3)
         low, high = corners.min(0), corners.max(0)
         half, place, about = (high - low) / 2, (low + high) / 2, np.zeros(3)
-        if i:  # against a side of an earlier part
+        if i:  # move it against a side of an earlier part
             about, other = boxes[rng.integers(len(boxes))]
             axis, side = rng.choice(3, p=(0.25, 0.25, 0.5)), rng.choice([-1, 1])
             moved = about + rng.uniform(-1, 1, 3) * other * (rng.random() < 0.7)
@@ -173,34 +176,34 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
     turns, shifts = (np.concatenate(some) for some in zip(*copies, strict=True))
     moved = np.flatnonzero(times[part] > 1)
     copy = copy[moved]
-    turned = np.einsum("nij,nj->ni", turns[copy], points[moved])
-    points[moved] = turned + shifts[copy]
+    rotated = np.einsum("nij,nj->ni", turns[copy], points[moved])
+    points[moved] = rotated + shifts[copy]
     return points
 
 
 def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """Points in the unit sphere twisted, tapered, bent or rippled along an axis."""
+    """Twist, taper, bend or ripple points in the unit sphere along a random axis."""
     kind, axes = rng.integers(4), _AXES[rng.integers(3)]
     x, y, z = (points @ axes.T).T
-    if kind == 0:
+    if kind == 0:  # twist
         angle = rng.uniform(-2, 2) * z
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = cos * x - sin * y, sin * x + cos * y
-    elif kind == 1:
+    elif kind == 1:  # taper
         factor = 1 + rng.uniform(-0.7, 0.7) * z
         x, y = factor * x, factor * y
-    elif kind == 2:
+    elif kind == 2:  # bend
         curve = rng.uniform(0.3, 1.2)
         radius, angle = x + 1 / curve, curve * z
         x, z = radius * np.cos(angle) - 1 / curve, radius * np.sin(angle)
-    else:
+    else:  # ripple
         height, angle = rng.uniform(0.02, 0.08), rng.uniform(4, 14) * z
         x = x + height * np.sin(angle + rng.uniform(0, 6))
     return np.stack([x, y, z], 1) @ axes
 
 
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """A mask of the points in the unit sphere that are seen from one random side."""
+    """Return a mask of the points in the unit sphere that are visible from a random direction."""
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)
     right = np.cross(away, np.eye(3)[np.abs(away).argmin()])
@@ -210,14 +213,15 @@ def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
     cell = column.clip(0, GRID - 1) * GRID + row.clip(0, GRID - 1)
     nearest = np.full(GRID * GRID, np.inf)
     np.minimum.at(nearest, cell, depth)
-    return depth < nearest[cell] + 0.1
+    return depth < nearest[cell] + 0.1  # the tolerance keeps slanted surfaces
 
 
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Shape i of the endless set `seed`, float32 [num_points, 3]: z up, centroid 0, radius 1.
+    """Make shape i of the endless set `seed`: float32 [num_points, 3], z up, centroid 0, radius 1.
 
-    The same on any machine to 1e-5. A third is cut by a box or a ball, a third bent, a fifth seen
-    from one side, and a fifth loses what lies beyond a plane; all get noise.
+    The shape is the same on any machine, to 1e-5. About a third of the shapes have a box or a ball
+    cut out, a third are bent, a fifth keep only the points visible from one side, and a fifth lose
+    the points beyond a plane; all get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)
@@ -247,9 +251,9 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
 
 
 def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> int:
-    """COUNT of a source `kind:COUNT`, 0 for other sources.
+    """Return COUNT of a source `kind:COUNT`, 0 for other sources.
 
-    Raises ReadError if it is no number or smaller than `fewest`.
+    Raises ReadError if COUNT is not a number or is smaller than `fewest`.
     """
     name, _, count = str(source).partition(":")
     if name != kind:
@@ -260,5 +264,5 @@ def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> i
 
 
 def read(i: int) -> PointCloud:
-    """Shape i as a cloud of `POINTS` points."""
+    """Return shape i as a cloud of `POINTS` points."""
     return PointCloud.make(make_procedural(i), up="z")

@@ -1,6 +1,6 @@
-"""Formats of scanners: PCD, LAS, LAZ, E57, PTX, and BIN with named columns.
+"""Read the formats of scanners: PCD, LAS, LAZ, E57, PTX, and BIN with named columns.
 
-LAS, LAZ, E57 and compressed PCD need the `io` extra.
+LAS, LAZ, E57 and compressed PCD need the packages of the `io` extra.
 """
 
 import math
@@ -24,7 +24,7 @@ Columns = dict[str, np.ndarray]
 
 
 def read_pcd(path: Path) -> PointCloud:
-    """A PCD of any version: ascii, binary or compressed; fields of any type, order and case.
+    """Read a PCD of any version: ascii, binary or compressed, with fields of any type and order.
 
     Raises ReadError.
     """
@@ -46,30 +46,33 @@ def read_pcd(path: Path) -> PointCloud:
             data = np.frombuffer(file.read(size), row)
             columns = {name: data[name] for name in row.names or ()}
             more = file.read(row.itemsize)
-            if len(more) == row.itemsize and any(more):  # zeros only are padding
+            if len(more) == row.itemsize and any(more):  # zeros would be padding
                 raise ReadError(f"damaged: more than {count:,} points follow")
-        elif encoding == "binary_compressed":  # all of a field, then all of the next
+        elif encoding == "binary_compressed":  # stored field by field
             packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
-            check_claim(path, unpacked, 100)  # LZF packs at most 88 times
+            check_claim(path, unpacked, 100)  # LZF compresses by a factor of at most 88
             content = io_module("lzf").decompress(file.read(packed), unpacked) or b""
             if not len(content) == unpacked == size:
-                raise ReadError(f"truncated: {len(content)} of {size} bytes")
+                raise ReadError(f"truncated: unpacks to {len(content)} of {size} bytes")
             columns, at = {}, 0
-            # not COUNT 0
+            # a field of COUNT 0 has no bytes
             for name in (name for name in row.names or () if row[name].itemsize):
                 columns[name] = np.frombuffer(content, row[name], count, at)
                 at += columns[name].nbytes
         else:
             known = "ascii, binary or binary_compressed"
-            raise ReadError(f"DATA {encoding or 'is missing'}: must be {known}")
-    # fields of one value a point
+            raise ReadError(f"DATA must be {known}, found {encoding or 'none'}")
+    # only fields with one value per point can be attributes
     columns = {name: values for name, values in columns.items() if values.ndim == 1}
     xyz = np.stack([columns[axis].astype(np.float64) for axis in "xyz"], 1)
     return PointCloud.make(xyz, **attributes_of(columns))
 
 
 def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
-    """The type of a point, with names in lower case, and the number of points. Raises ReadError."""
+    """Return the type of a point, with names in lower case, and the number of points.
+
+    Raises ReadError.
+    """
     names = header.get("FIELDS", header.get("COLUMNS", []))
     every = {"SIZE": [], "TYPE": ["F"] * len(names), "COUNT": ["1"] * len(names)}
     every = {"FIELDS": names} | {key: header.get(key, of) for key, of in every.items()}
@@ -79,17 +82,17 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
         raise ReadError(f"damaged or not a PCD file: its header has {found}")
     keys = ("POINTS", "WIDTH", "HEIGHT")
     points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
-    grid = width * abs(height) if width >= 0 else -1  # without HEIGHT it is 1
+    grid = width * abs(height) if width >= 0 else -1  # a missing HEIGHT means 1
     if points >= 0 and grid >= 0 and points != grid:
-        raise ReadError(f"its header says {points:,} points and {width:,} x {height:,}")
+        raise ReadError(f"its header has {points:,} points, but {width:,} x {height:,}")
     if (count := max(points, grid)) < 1:
-        raise ReadError("no points")
+        raise ReadError("has no points")
     fields: dict[str, np.dtype] = {}
     for i, (name, size, kind, repeat) in enumerate(zip(*every.values(), strict=True)):
         number, key = f"{kind.lower()}{size}", name.lower()
         if not re.fullmatch("[iu][1248]|f[248]", number):
-            raise ReadError(f"field {name} is of unknown TYPE {kind} and SIZE {size}")
-        if name == "_" or key in fields:  # _ is padding and may be repeated
+            raise ReadError(f"field {name} has the unknown TYPE {kind} and SIZE {size}")
+        if name == "_" or key in fields:  # _ marks padding and may occur several times
             key = f"_{i}"
         fields[key] = np.dtype((f"<{number}", () if repeat == "1" else (int(repeat),)))
     single = {name for name, kind in fields.items() if kind.shape == ()}
@@ -99,7 +102,10 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
 
 
 def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Columns:
-    """Columns of a text PCD, in the types of its header where the values fit."""
+    """Read the columns of a text PCD, in the types of its header if the values fit.
+
+    first: number of the first line, for errors.
+    """
     names = row.names or ()
     widths = [math.prod(row[name].shape) for name in names]
     starts = dict(zip(names, np.cumsum([0, *widths]).tolist(), strict=False))
@@ -124,16 +130,17 @@ def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Column
 
 
 def _check_las(path: Path) -> None:
-    """Raises ReadError for a header on which laspy would take hours, or lazrs would abort."""
+    """Raise ReadError for a damaged header that would keep laspy busy for hours or abort lazrs."""
     with path.open("rb") as file:
         file.seek(96)
         start, records, kind = struct.unpack("<IIB", file.read(9))
-        check_claim(path, 54 * records, 1)  # of variable length
+        # a variable length record has at least 54 bytes
+        check_claim(path, 54 * records, 1)
         if kind & 0x80:  # compressed
             io_module("lazrs")
             file.seek(start)
             (table,) = struct.unpack("<q", file.read(8))
-            if table < 0:  # written as a stream: the offset is at the end
+            if table < 0:  # written as a stream: the offset of the table is at the end
                 file.seek(-8, 2)
                 (table,) = struct.unpack("<q", file.read(8))
             file.seek(max(table, 0) + 4)
@@ -141,19 +148,20 @@ def _check_las(path: Path) -> None:
 
 
 def las_records(path: Path) -> Iterator[Any]:
-    """laspy's records of a LAS or LAZ file, in chunks.
+    """Yield laspy's records of a LAS or LAZ file, in chunks.
 
     Raises ReadError, also if records are missing.
     """
     laspy, seen = io_module("laspy"), 0
     _check_las(path)
     try:
-        # one thread: the parallel decompressor allocates what a damaged chunk table claims, and
-        # aborts
+        # with one thread: the parallel decompressor allocates whatever a damaged chunk table
+        # claims, and aborts the process
         lazrs = laspy.LazBackend.Lazrs
         with laspy.open(path, read_evlrs=False, laz_backend=lazrs) as file:
             header = file.header
             count, size = header.point_count, header.point_format.size
+            # LAZ of regular points can be thousands of times smaller
             factor = 5000 if header.are_points_compressed else 1
             check_claim(path, count * size, factor)
             waves = header.start_of_waveform_data_packet_record
@@ -165,17 +173,17 @@ def las_records(path: Path) -> Iterator[Any]:
                 seen += len(records)
                 yield records
     except BaseException as error:
-        # an error of Rust is no Exception, and cannot be imported
+        # a Rust panic is no Exception, and its class cannot be imported
         rust = type(error).__name__ == "PanicException"
         if not rust and not isinstance(error, laspy.errors.LaspyException):
             raise
         raise ReadError(f"damaged or not a LAS file ({first_line(error)})") from error
     if seen < count:
-        raise ReadError(f"truncated: {seen} of {count} points")
+        raise ReadError(f"truncated: it has {seen} of {count} points")
 
 
 def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
-    """Chunks of columns of LAS by their names, float64 n D; NaN for those that a file lacks."""
+    """Yield the named columns of a LAS file in chunks n D float64; NaN for missing columns."""
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
@@ -186,7 +194,7 @@ def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
 
 
 def read_las(path: Path) -> PointCloud:
-    """LAS and LAZ, with colours and classification."""
+    """Read LAS and LAZ, with colours and classification. Raises ReadError."""
     names = (*"xyz", "classification", "red", "green", "blue")
     return collected(las_rows(path, names), names)
 
@@ -195,7 +203,10 @@ def read_las(path: Path) -> PointCloud:
 
 
 def read_e57(path: Path) -> PointCloud:
-    """All scans of an E57 file, each placed by its pose, without points that are marked invalid."""
+    """Read all scans of an E57 file, each placed by its pose, without points marked invalid.
+
+    Raises ReadError.
+    """
     pye57 = io_module("pye57")
     try:
         file = pye57.E57(str(path))
@@ -209,26 +220,26 @@ def read_e57(path: Path) -> PointCloud:
     except pye57.libe57.E57Exception as error:
         raise ReadError(f"damaged or not an E57 file ({first_line(error)})") from error
     if not scans:
-        raise ReadError("no points" if counts else "no scans")
+        raise ReadError("has no points" if counts else "has no scans")
     axes = (np.concatenate([scan[f"cartesian{a}"] for scan in scans]) for a in "XYZ")
     xyz = np.stack([*axes], 1)
     return PointCloud.make(xyz, unseen=sum(counts) - len(xyz))
 
 
 def read_ptx(path: Path) -> PointCloud:
-    """All scans of a PTX file, each placed by its matrix, with colours where there are any."""
+    """Read all scans of a PTX file, each placed by its matrix, with colours if it has them."""
     return collected(ptx_rows(path), (*"xyz", "red", "green", "blue"))
 
 
 def ptx_rows(path: Path) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z, red, green, blue of Leica's PTX, float64 n 6; NaN for no value.
+    """Yield x, y, z, red, green, blue of Leica's PTX in chunks n 6 float64; NaN for missing values.
 
-    A scan is its columns and rows, the scanner's place and
-    axes, a matrix that acts on rows, and a line a point: x y z intensity [r g b], zeros where no
-    light came back. Raises ReadError.
+    A scan begins with 10 lines: number of columns, number of rows, position (1 line) and axes (3)
+    of the scanner, and a matrix [4, 4] with scene = [x y z 1] @ matrix. One line per point follows:
+    x y z intensity [r g b]; x, y and z are 0 if no light came back. Raises ReadError.
     """
     with path.open(encoding="latin-1") as text:
-        # without blank lines and the byte order mark of Windows' editors
+        # skip blank lines, and the byte order mark that editors on Windows write
         file = (line.removeprefix("\xef\xbb\xbf") for line in text if line.strip())
         at = 0
         while (head := list(islice(file, 10))) and "".join(head).strip():
@@ -237,8 +248,8 @@ def ptx_rows(path: Path) -> Iterator[np.ndarray]:
                 rows = [text.split() for text in head[6:]]
                 matrix = np.array(rows, np.float64).reshape(4, 4)
             except (ValueError, IndexError):
-                raise ReadError(f"no head of a PTX scan at line {at + 1}") from None
-            check_claim(path, 6 * count, 1)
+                raise ReadError(f"line {at + 1} begins no scan of a PTX file") from None
+            check_claim(path, 6 * count, 1)  # the shortest line has 6 bytes
             lines, done = islice(file, count), 0
             first = next(lines, "")
             columns = [0, 1, 2, 4, 5, 6] if len(first.split()) >= 7 else [0, 1, 2]
@@ -255,13 +266,13 @@ def ptx_rows(path: Path) -> Iterator[np.ndarray]:
 
 
 NO_COLUMNS = (
-    "a .bin file does not say what its columns are: jepa3d prepare --columns "
+    "a .bin file does not say what its columns are: give jepa3d prepare --columns "
     "x y z intensity (KITTI), or x y z intensity ring (nuScenes)"
 )
 
 
 def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
-    """Rows of float32 with named columns, as lidar data sets have them. Raises ReadError."""
+    """Read rows of float32 with named columns, the format of lidar data sets. Raises ReadError."""
     if columns is None:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)

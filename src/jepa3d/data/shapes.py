@@ -1,6 +1,7 @@
-"""What every source of shapes gives: labels, a split, and a function that reads one shape.
+"""Open sources of shapes: built-in shapes, stores, .npz bundles and files.
 
-Built-in shapes, stores, .npz bundles and files are opened here; datasets.py reads them.
+Each source becomes a `Shapes` with labels, a split, and a function that reads one shape;
+datasets.py then loads the shapes.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from jepa3d.plain import sha256_of
 
 NO_PARTS = (
     "has no part labels; give a store of jepa3d prepare --keep parts, "
-    "a .npz with seg or parts, or such files"
+    "a .npz with an array seg or parts, or files with part labels"
 )
 
 
@@ -33,20 +34,22 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # a shape as its source has it: its points, up and unseen, and its parts if they are asked for
+    # returns shape i with the points of its source, `up`, `unseen` and, if wanted, `parts`
     read: Callable[[int], PointCloud]
-    labels: np.ndarray  # n int64, -1 for none
+    labels: np.ndarray  # n int64, -1 for no label
     class_names: tuple[str, ...]
-    split: np.ndarray  # n int8, index of SPLITS, -1 for none
+    split: np.ndarray  # n int8, index into SPLITS, -1 for no split
     part_names: tuple[str, ...] = ()
-    fingerprint: str | None = None  # None for a digest of the points
-    store: Store | None = None  # if clouds are read in place, when they are used
-    # shapes to read at once; more than 1 if they are in memory and have equal numbers of points
+    # identifies the data; None: use a digest of the points
+    fingerprint: str | None = None
+    # set if its clouds are read on demand, that is, when they are used
+    store: Store | None = None
+    # shapes converted together: more than 1 if they are in memory and have equally many points
     batch: int = 1
-    total: int | None = None  # shapes of the whole source, if these are not all
+    total: int | None = None  # number of shapes of the whole source, if these are fewer
 
     def rows(self, split: str) -> np.ndarray:
-        """Indices of the shapes in a part; a source without a split is all train."""
+        """Return the indices of the shapes in a split; a source without a split counts as train."""
         if split == "all" or (split == "train" and (self.split < 0).all()):
             return np.arange(len(self.split))
         return np.flatnonzero(self.split == SPLITS.index(split))
@@ -61,7 +64,7 @@ def open_shapes(
     raw: bool,
     parts: bool,
 ) -> Shapes:
-    """The shapes of a source. Arguments as of `datasets.py::load`. Raises ReadError."""
+    """Open the shapes of one source. Arguments: see `datasets.py::load`. Raises ReadError."""
     path = Path(source)
     if source.split(":")[0] == "synthetic":
         return _synthetic(source, num_points, limit, parts)
@@ -76,32 +79,33 @@ def open_shapes(
 
 
 def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> Shapes:
-    """`synthetic` or `synthetic:COUNT`; every fourth shape is test, for any COUNT."""
+    """Make the shapes of `synthetic` or `synthetic:COUNT`; every fourth shape is a test shape."""
     counted = source if ":" in source else "synthetic:4000"
     total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # classes repeat every 21 shapes, so that test has all of them
+    # shape i is of class i % 21; 4 and 21 have no common factor, so all classes have test shapes
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 
     def read(i: int) -> PointCloud:
-        of_points = made["parts"][i] if parts else None
-        return PointCloud(points[i], np.zeros(3), up="z", parts=of_points)
+        part_labels = made["parts"][i] if parts else None
+        return PointCloud(points[i], np.zeros(3), up="z", parts=part_labels)
 
     names = synthetic.CLASS_NAMES, split, synthetic.PART_NAMES
     return Shapes(source, read, labels, *names, digest, batch=64, total=total)
 
 
 def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
-    """A store; its clouds are read in place if they are in farthest point order."""
+    """Open a store. Its clouds are read on demand if num_points of them need no new sampling."""
     store = Store(path)
     if up_axis != "z":
-        raise ReadError(f"{path}: a store is z-up already (prepare --up-axis)")
+        raise ReadError(f"{path}: a store is z-up already; use prepare --up-axis")
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     ordered, have = store.header["settings"]["reduce"] == "fps", store.num_points or 0
-    in_place = store if have == num_points or (ordered and have > num_points) else None
+    # the first num_points of more points in farthest point order are a farthest point sample
+    on_demand = store if have == num_points or (ordered and have > num_points) else None
 
     def read(row: int) -> PointCloud:
         with as_read_error(path):
@@ -110,11 +114,11 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
     labels = np.asarray(store.columns["label"]).astype(np.int64)
     names = store.class_names, np.asarray(store.columns["split"]), store.part_names
-    return Shapes(path.name, read, labels, *names, store.fingerprint, in_place)
+    return Shapes(path.name, read, labels, *names, store.fingerprint, on_demand)
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
-    """The cloud. Raises ReadError, whose message begins with `where`, for too few points or none."""
+    """Return the cloud after checking its points; ReadErrors begin with `where`."""
     check_cloud(cloud.points, where)
     if len(cloud) < num_points:
         needed = f"at least {num_points} are needed (num_points)"
@@ -123,16 +127,16 @@ def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
 
 
 def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) -> Shapes:
-    """A .npz with points n N 3 and optionally labels, class_names, split, seg or parts, part_names."""
+    """Open an .npz: points n N 3; optional labels, class_names, split, seg or parts, part_names."""
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
     points, none = facts["points"], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())
     names = names or tuple(map(str, range(int(labels.max()) + 1)))
-    of_points, part_names = _parts(facts, path) if parts else ([None] * len(points), ())
+    per_point, part_names = _parts(facts, path) if parts else ([None] * len(points), ())
 
     def read(i: int) -> PointCloud:
         with as_read_error(path):
-            cloud = PointCloud(points[i], np.zeros(3), up=up_axis, parts=of_points[i])
+            cloud = PointCloud(points[i], np.zeros(3), up=up_axis, parts=per_point[i])
             return _checked(cloud, num_points, f"shape {i}: ")
 
     split = facts.get("split", none).astype(np.int8)
@@ -141,7 +145,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
 
 
 def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Part labels n N int16 of a bundle, and the names of the parts. Raises ReadError."""
+    """Return the part labels n N int16 of an .npz, and the names of the parts. Raises ReadError."""
     if "parts" not in facts:
         raise ReadError(f"{path}: {NO_PARTS}")
     parts, names = facts["parts"], facts.get("part_names", ())
@@ -152,21 +156,21 @@ def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
             raise ReadError(f"part labels must be integers {list(shape)}, {found}")
         parts = to_parts(parts.reshape(shape))
         if empty := int((parts == UNLABELLED).all(1).sum()):
-            raise ReadError(f"part labels: {empty} shapes have none, only -1")
+            raise ReadError(f"{empty} shapes have no part label other than -1")
         if names and (largest := parts.max()) >= len(names):
-            allowed = f"must be from 0 to {len(names) - 1}, as part_names has them"
+            allowed = f"must be from 0 to {len(names) - 1}, as in part_names"
             raise ReadError(f"part labels {allowed}, found {largest}")
     return parts, names
 
 
 def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) -> Shapes:
-    """A folder, benchmark or single file, as `jepa3d prepare` reads it, without a store."""
+    """Open a folder, benchmark or single file as `jepa3d prepare` does, but without a store."""
     source = discover(path)
     entries = source.entries
     split = [-1 if e.split is None else SPLITS.index(e.split) for e in entries]
     if -1 in split and max(split) >= 0:
-        key, what = entries[split.index(-1)].key, "is in no train or test folder"
-        raise ReadError(f"{path}/{key}: {what}, but others are")
+        key, what = entries[split.index(-1)].key, "is in no split, but other files are"
+        raise ReadError(f"{path}/{key}: {what}")
 
     def read(i: int) -> PointCloud:
         key = entries[i].key
@@ -184,5 +188,5 @@ def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) ->
 
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))
     labels = [-1 if e.label is None else names.index(e.label) for e in entries]
-    numbers, parted = np.array(labels, np.int64), np.array(split, np.int8)
-    return Shapes(path.name, read, numbers, names, parted, source.part_names)
+    arrays = np.array(labels, np.int64), names, np.array(split, np.int8)
+    return Shapes(path.name, read, *arrays, source.part_names)

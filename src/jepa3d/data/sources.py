@@ -1,6 +1,6 @@
-"""Find what lies at a path: a published benchmark, a folder of files, or one file.
+"""Find the clouds at a path: a published benchmark, a folder of files, or one file.
 
-Archives are unpacked by `jepa3d prepare`, since it copies their clouds; other commands refuse them.
+Only `jepa3d prepare` unpacks archives, since it copies their clouds; other commands refuse them.
 """
 
 import os
@@ -28,8 +28,10 @@ from jepa3d.data.text import Table
 from jepa3d.plain import log, printable
 
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
-_MOST = 100, 1 << 30  # see `check_unpacked`
+# an archive may unpack to 100 times its size, or to 1 GiB if that is more
+_MOST = 100, 1 << 30
 REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
+# what Python raises for damaged archives
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
 
 
@@ -39,10 +41,11 @@ def discover(
     columns: tuple[str, ...] | None = None,
     reader: str | None = None,
 ) -> Source:
-    """The clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
+    """Find the clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
 
-    variant: of a benchmark that has several. columns, reader: as of `io.py::read`; with a reader,
-    nothing is taken for a benchmark. Raises ReadError if there is no cloud.
+    variant: name of the variant, for a benchmark with several. columns, reader: as for
+    `io.py::read`; with a reader, no folder is treated as a benchmark. Raises ReadError if there is
+    no cloud.
     """
     how = columns, reader
     if count := procedural.count_of(root):
@@ -59,14 +62,14 @@ def discover(
         source = _files(root, variant, *how)
     if not source.entries:
         reason = f"; {': '.join(source.skipped[0])}" if source.skipped else ""
-        raise ReadError(f"{root}: holds no cloud ({' '.join(SUFFIXES)}){reason}")
+        raise ReadError(f"{root}: has no cloud to read ({' '.join(SUFFIXES)}){reason}")
     return source
 
 
 def walk(
     root: Path, failed: Callable[[OSError], None]
 ) -> Iterable[tuple[Path, list[str], list[str]]]:
-    """Like os.walk, but sorted, and following links to folders without running in a circle.
+    """Walk a tree like os.walk, but sorted; follow links to folders, and enter each folder once.
 
     failed: called with the error of each folder that cannot be listed.
     """
@@ -82,7 +85,10 @@ def walk(
 
 
 def _files(root: Path, variant: str | None, *how: Any) -> Source:
-    """Any tree of files; folders are classes and splits, as `classes_and_splits` finds them."""
+    """Find the clouds in a tree of files; `classes_and_splits` says what its folders mean.
+
+    how: columns and reader, as for `io.py::read`.
+    """
     entries, skipped, notes, part_names = [], [], [], ()
     benchmarks, paths = [], {}
 
@@ -91,7 +97,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
         skipped.append((key, f"cannot be read ({error.strerror})"))
 
     for folder, folders, files in walk(root, failed):
-        # with a reader of the user, nothing is taken for a benchmark
+        # with the user's own reader, no folder is treated as a benchmark
         inner = folder != root and not any(how[1:])
         if inner and (found := benchmark_at(folder, variant)):
             at = folder.relative_to(root).as_posix()
@@ -116,7 +122,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
         except ReadError as error:
             entries.append(Entry(key, partial(refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
-        # the folder of an archive with one benchmark in it
+        # typical of an archive: a folder around a single benchmark
         return replace(benchmarks[0], entries=entries, skipped=skipped)
     classes = {entry.label for entry in entries}
     if both := sorted(label for label in classes if label and split_of(label)):
@@ -129,45 +135,44 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
 
 
 def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
-    """Why a file of a folder is left out unread; None if it may be a cloud."""
+    """Say why a file of a folder is left out unread; None if it may be a cloud."""
     if path.name.startswith("._"):
-        return "written by macOS beside the file"
+        return "is a metadata file of macOS"
     if reader:
         return None
     if path.suffix == ".pkl":
-        return "a few-shot fold is prepared by itself"
+        return "is a few-shot fold; give its own path to jepa3d prepare"
     if reason := REFUSAL if is_archive(path) else refusal(path):
         return reason
-    # a .bin may be the buffer of a mesh
+    # without columns, since a .bin beside a glTF mesh is its buffer
     if path.suffix.lower() == ".bin" and columns is None:
         return NO_COLUMNS
     if path.suffix.lower() == ".txt":
         try:
             with as_read_error(path):
                 Table(path)
-        except ReadError as error:  # a README, say
+        except ReadError as error:  # for example a README
             return str(error).removeprefix(f"{path}: ")
     return None
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is an archive, by its name. A compressed single file such as a.ply.gz is none."""
+    """Tell from its name if a file is an archive; a compressed single file (a.ply.gz) is not."""
     return path.suffix.lower() in _SUFFIXES and refusal(path) is not None
 
 
 @contextmanager
 def unpacked(source: Path, out: Path) -> Iterator[Path]:
-    """A folder with the files of an archive, beside `out` and removed afterwards; other sources
-    unchanged.
+    """Unpack an archive to a temporary folder beside `out`; yield the folder, then remove it.
 
-    The caller must hold the lock of `out`. Raises ReadError for an archive that is damaged or too
-    large, or that would write outside its folder.
+    Any other source is yielded as it is. The caller must hold the lock of `out`. Raises ReadError
+    for an archive that is damaged or too large, or that would write outside its folder.
     """
     if not (source.is_file() and is_archive(source)):
         yield source
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # left by a killed command, since the lock is held here
+    # we hold the lock, so these folders are leftovers of a killed command
     for left in out.parent.glob(f".{escape(out.name)}.unpacked-*"):
         shutil.rmtree(left)
     made = tempfile.mkdtemp(prefix=f".{out.name}.unpacked-", dir=out.parent)
@@ -196,9 +201,7 @@ def _unzip(source: Path, folder: Path) -> None:
 
 
 def _untar(source: Path, folder: Path) -> None:
-    """Members are unpacked one by one, since the claimed size of each is checked before it is
-    written.
-    """
+    """Unpack members one by one, so that the size of each is checked before it is written."""
     with tarfile.open(source) as archive:
         total = 0
         for member in archive:
@@ -208,8 +211,8 @@ def _untar(source: Path, folder: Path) -> None:
 
 
 def _check_size(source: Path, folder: Path, total: int) -> None:
-    """Raises ReadError if the files are far larger than their archive, or do not fit on the disk."""
+    """Raise ReadError if the files are far larger than their archive or do not fit on the disk."""
     with as_read_error(source):
         check_unpacked(source, total, *_MOST)
         if total > (free := shutil.disk_usage(folder).free):
-            raise ReadError(f"unpacks to {total:,} bytes, but {free:,} are free")
+            raise ReadError(f"unpacks to {total:,} bytes, but only {free:,} are free")

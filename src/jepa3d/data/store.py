@@ -1,12 +1,14 @@
-"""A data set on disk that is read in place: shards of points, a memory-mapped index, a JSON header.
+"""Store a data set on disk: shards of points that are read on demand, an index, a JSON header.
 
-STORE/store.json              what it holds: settings, class names, one record a shard. A shard counts once it is here.
-STORE/points-00000.safetensors  "points" [sum of N, 3], and "normals", "colors", "parts" where kept
-STORE/index/NAME.bin          one row a cloud, memory-mapped: see COLUMNS; keys.bin holds the keys' text
+STORE/store.json      the header: settings, class names, one record per shard. A shard is part of
+                      the store only once its record is here.
+STORE/points-00000.safetensors  the first shard: "points" [sum of N, 3], and "normals", "colors" and
+                      "parts" if they are kept
+STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text of the keys
 
-Clouds are z-up in the unit sphere; with R the rotation from the file's up axis, file = R^T(points)
-* scale + origin. Writing appends shards; whatever was written after the header's last version is
-cut off when writing goes on.
+Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates in the
+file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it first
+cuts off index rows that the header does not record, which an interrupted command may have left.
 """
 
 import hashlib
@@ -25,37 +27,38 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
-SHARD_BYTES = 32 << 20
-# what a command killed at its first write leaves
+SHARD_BYTES = 32 << 20  # a shard is written once it has 32 MiB of points and attributes
+# files that a command leaves if it is killed at its first write
 _UNFINISHED = (".store.json.partial", ".store.json.lock")
-# settings that older stores do not name, as they were then
+# settings that older stores do not record -> the value that they had then
 _LATER = {"keep_strays": True, "reader": None}
+# columns of the index: name -> type and shape of a row
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "end": ("<i8", ()),  # points up to and including this cloud's
-    "label": ("<i4", ()),  # index of class_names, -1 none
-    "split": ("i1", ()),  # index of SPLITS, -1 none
-    "up": ("i1", ()),  # the file's up axis, index of "xyz"
-    "frame": ("<f8", (4,)),  # origin and scale
-    "content": ("<u8", ()),  # hash of the points as read, for duplicates
+    "end": ("<i8", ()),  # number of points in the store up to the end of this cloud
+    "label": ("<i4", ()),  # index into class_names, -1 for no label
+    "split": ("i1", ()),  # index into SPLITS, -1 for no split
+    "up": ("i1", ()),  # up axis of the file, as an index into "xyz"
+    "frame": ("<f8", (4,)),  # origin (3 values) and scale
+    "content": ("<u8", ()),  # hash of the points in the file; equal for duplicates
     "key": ("<u8", ()),  # hash of the key
-    "key_end": ("<i8", ()),  # bytes of keys.bin up to and including this cloud's key
+    "key_end": ("<i8", ()),  # number of bytes in keys.bin up to the end of this key
 }
 
 
 def hash64(data: bytes) -> int:
-    """The first 64 bits of the BLAKE2b hash of some bytes."""
+    """Compute a 64-bit BLAKE2b hash of some bytes."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def key_hash(key: str) -> int:
-    """The hash of a cloud's key, by which the index finds it."""
+    """Compute the hash of a cloud's key, as in the column "key" of the index."""
     return hash64(key.encode("utf-8", "surrogateescape"))
 
 
 class Store:
-    """A store, opened for reading: only its header and index are read at once.
+    """A store, opened for reading. Opening reads only its header and index.
 
-    Raises ReadError if `path` is no complete store.
+    unfinished: also open a store that is not complete. Raises ReadError if `path` is no such store.
     """
 
     def __init__(self, path: str | Path, unfinished: bool = False):
@@ -63,6 +66,7 @@ class Store:
         try:
             self.header = json.loads((self.path / "store.json").read_text())
             found, shards = self.header.get("format"), self.header.get("shards", ())
+            # the first cloud and the first point of each shard, and the total numbers
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
@@ -72,13 +76,13 @@ class Store:
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise ReadError(f"{path}: not a store, or damaged ({error})") from error
         if found != FORMAT:
-            raise ReadError(f"{path}: of format {found!r}, only {FORMAT!r} is read")
+            raise ReadError(f"{path}: has format {found!r}; only {FORMAT!r} is read")
         if not (unfinished or complete):
-            raise ReadError(f"{path}: an unfinished store; run jepa3d prepare again")
+            raise ReadError(f"{path}: is an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
-        # by number, the oldest first: the bytes of a shard's file, and its arrays
+        # open shards, oldest first: number -> size of its file in bytes, and its arrays
         self._open: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
 
     def __len__(self) -> int:
@@ -86,7 +90,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the header's records of all shards, which have the checksums of their files."""
+        """sha256 of the records of all shards in the header; they contain the files' checksums."""
         shards = json.dumps(self.header["shards"], sort_keys=True)
         return hashlib.sha256(shards.encode()).hexdigest()
 
@@ -96,16 +100,17 @@ class Store:
         if not (needed := len(self) * _row_bytes(name)):
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
-            raise ReadError(f"{path}: missing or cut off: {needed} bytes are needed")
-        # a small one into memory, since a mapped file that is cut off would kill the process
+            raise ReadError(f"{path}: missing or cut off; it must have {needed} bytes")
+        # under 16 MiB: read into memory, since a mapped file that is cut off later would kill the
+        # process
         if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
 
     def shard(self, index: int) -> dict[str, np.ndarray]:
-        """The memory-mapped arrays of a shard. Raises ReadError if its file is missing or damaged.
+        """Open shard `index` as memory-mapped arrays. Raises ReadError if it is missing or damaged.
 
-        At most 64 shards are kept open, since a process may only open so many files.
+        At most 64 shards stay open, since the number of open files of a process is limited.
         """
         path = self.path / self.header["shards"][index]["file"]
         size = path.stat().st_size if path.is_file() else 0
@@ -114,66 +119,66 @@ class Store:
                 self._open[index] = size, _map_safetensors(path)
             except (OSError, ValueError, KeyError) as error:
                 raise ReadError(f"{path}: not a readable shard ({error})") from error
-        before, found = self._open[index]
-        if size < before:
-            # reading its pages would crash the process
-            raise ReadError(f"{path}: is gone or was cut off while it was read")
-        # the oldest, so that two threads may share a store without a lock
+        size_at_opening, found = self._open[index]
+        if size < size_at_opening:
+            # reading the missing pages would crash the process
+            raise ReadError(f"{path}: was deleted or cut off while it was read")
+        # close the oldest, which another thread has most likely finished with: no lock is needed
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
 
     def _span(self, row: int) -> tuple[int, slice]:
-        """The number of the shard that holds a cloud, and the cloud's rows in it."""
+        """Return the number of the shard that holds a cloud, and the cloud's rows in the shard."""
         if not 0 <= row < len(self):
-            raise IndexError(f"cloud {row} of {len(self)}")
+            raise IndexError(f"there is no cloud {row} of {len(self)}")
         shard = int(np.searchsorted(self.first, row, side="right")) - 1
         begin, end = self._bounds("end", row)
         return shard, slice(begin - self._start[shard], end - self._start[shard])
 
     def _bounds(self, name: str, row: int) -> tuple[int, int]:
-        """Where a cloud begins and ends, by a column that has the end of each cloud."""
+        """Return where a cloud begins and ends. name: the column with the end of each cloud."""
         ends = self.columns[name]
         return int(ends[row - 1]) if row else 0, int(ends[row])
 
     def array(self, name: str, row: int, count: int | None = None) -> np.ndarray:
-        """The first `count` rows, or all, of a cloud's points, normals, colors or parts, in place.
+        """Return the first `count` rows, or all, of a cloud's array, memory-mapped.
 
-        KeyError for an attribute that the store does not keep.
+        name: points, normals, colors or parts. Raises KeyError if the store does not keep it.
         """
         shard, rows = self._span(row)
         return self.shard(shard)[name][rows][:count]
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
-        """The first `count` points of a cloud, or all, n 3, in the store's precision, in place."""
+        """Return the first `count` points n 3 of a cloud, or all, memory-mapped, as stored."""
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
-        """A cloud with all its stored attributes; points are z-up in the unit sphere."""
+        """Read a cloud with all its stored attributes; points are z-up in the unit sphere."""
         names, frame = self.shard(self._span(row)[0]), self.columns["frame"][row]
         arrays: dict[str, Any] = {name: self.array(name, row) for name in names}
         arrays["points"] = np.asarray(arrays["points"], np.float32)
         return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
-        """Points n 3 of a stored cloud in the coordinates of its file, float64."""
+        """Convert points n 3 of a stored cloud to the coordinates of its file, float64."""
         *origin, scale = self.columns["frame"][row].tolist()
         axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
         return np.asarray(points, np.float64) @ axes * scale + origin
 
     def key(self, row: int) -> str:
-        """The path of a cloud's file in its source, and its row if the file has many clouds."""
+        """Return the path of a cloud's file in its source; #row follows if it has many clouds."""
         begin, end = self._bounds("key_end", row)
         with (self.path / "index" / "keys.bin").open("rb") as file:
             file.seek(begin)
             return file.read(end - begin).decode("utf-8", "surrogateescape")
 
     def verify(self) -> None:
-        """Compare all checksums. Raises ReadError that names the first file that differs."""
+        """Check all checksums and coordinates. Raises ReadError, which names a damaged file."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if sha256_of(path) != shard["sha256"]:
-                raise ReadError(f"{path}: missing, or not as it was written")
+                raise ReadError(f"{path}: missing or damaged: its checksum differs")
             for row in range(*self.first[i : i + 2].tolist()):
                 self._check_finite(row, self.points(row))
         self._check_index()
@@ -181,27 +186,27 @@ class Store:
         text = path.read_bytes() if path.is_file() else b""
         for row, key in enumerate(self.columns["key"].tolist()):
             if hash64(text[slice(*self._bounds("key_end", row))]) != key:
-                raise ReadError(f"{path}: its text is not the one written")
+                raise ReadError(f"{path}: its text is not the text that was written")
 
     def _check_finite(self, row: int, points: np.ndarray) -> None:
         if not np.isfinite(points).all():
-            wrong = "NaN or infinite coordinates (jepa3d info --verify)"
+            wrong = "NaN or infinite coordinates (check with jepa3d info --verify)"
             raise ReadError(f"{self.path}: {self.key(row)}: {wrong}")
 
     def _check_index(self) -> None:
-        """Raises ReadError if the index does not have the checksum that was written."""
+        """Raise ReadError if the checksum of the index differs from the header's."""
         for i, shard in enumerate(self.header["shards"]):
             (begin, end), crc = self.first[i : i + 2].tolist(), 0
             for name in COLUMNS:
                 crc = zlib.crc32(self.columns[name][begin:end].tobytes(), crc)
             if crc != shard["index_crc32"]:
-                raise ReadError(f"{self.path}: index rows {begin}-{end} are damaged")
+                raise ReadError(f"{self.path}: index rows {begin} to {end} are damaged")
 
 
 class StoredPoints:
-    """Points n N 3 float32, or part labels n N int16, of some clouds of a store, read when indexed.
+    """Points n N 3 float32, or part labels n N int16, of some clouds of a store.
 
-    It takes the place of an array in `PointClouds`.
+    They are read from disk when this object is indexed; `PointClouds` uses it like an array.
     """
 
     def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
@@ -213,40 +218,43 @@ class StoredPoints:
         return len(self.rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        """n N 3 at an index, slice, mask or array of indices; N 3 at a number. Unit sphere."""
+        """Read clouds n N 3 at a slice, mask or array of indices, or one cloud N 3 at an index.
+
+        Points are in the unit sphere. Part labels are n N, or N.
+        """
         rows = np.atleast_1d(self.rows[index])
         kind = np.float32 if self.name == "points" else np.int16
         out = np.empty((len(rows), *self.shape[1:]), kind)
         for i, row in enumerate(rows.tolist()):
             out[i] = self.store.array(self.name, row, self.num_points)
             self.store._check_finite(row, out[i])
-        # fewer points have another centroid and radius
+        # normalise again: a sample of the stored points has another centroid and radius
         if self.name == "points" and self.num_points != self.store.num_points:
             out -= out.mean(1, keepdims=True)
             out /= np.linalg.norm(out, axis=2).max(1)[:, None, None]
         return out[0] if np.ndim(self.rows[index]) == 0 else out
 
     def select(self, keep: np.ndarray) -> "StoredPoints":
-        """Those of the clouds at a mask or index, still unread."""
+        """Choose clouds by a mask or an array of indices, without reading them."""
         return StoredPoints(self.store, self.rows[keep], self.num_points, self.name)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """How many of these clouds lie in each shard, in order.
+        """Number of these clouds in each shard, in order; an epoch reads shard after shard.
 
-        An epoch reads shard after shard by it.
+        If the clouds are not in the order of the store, they count as a single shard.
         """
-        if (np.diff(self.rows) < 0).any():  # sorted in another way
+        if (np.diff(self.rows) < 0).any():
             return (len(self.rows),)
         counts = np.diff(np.searchsorted(self.rows, self.store.first))
         return tuple(counts[counts > 0].tolist())
 
 
 class StoreWriter:
-    """Appends clouds to a store: a new one, or one begun with the same settings. A context manager.
+    """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    Leaving it commits what was added and, unless an exception ended it, marks the store complete.
-    Raises ValueError if `path` is something else or was begun with other settings.
+    The end of the block commits all added clouds and, if no exception ended it, marks the store
+    complete. Raises ValueError if `path` is not a store or has other settings.
     """
 
     def __init__(
@@ -274,24 +282,24 @@ class StoreWriter:
                 "class_names": [],
                 "part_names": list(part_names),
             }
-            # from now on it is a store that can be continued
+            # from here on, `path` is a store that can be continued
             write_bytes(path / "store.json", json.dumps(header).encode())
         store = Store(path, unfinished=True)
-        before, wanted = _LATER | store.header["settings"], _LATER | settings
-        if before != wanted:
-            name = next(key for key in wanted if before.get(key) != wanted[key])
-            was = f"begun with {name} = {before.get(name)}, not {wanted[name]}"
+        recorded, wanted = _LATER | store.header["settings"], _LATER | settings
+        if recorded != wanted:
+            name = next(key for key in wanted if recorded.get(key) != wanted[key])
+            was = f"begun with {name} = {recorded.get(name)}, not {wanted[name]}"
             raise ValueError(f"{path}: was {was}; choose another --out")
         if part_names and part_names != store.part_names:
             raise ValueError(f"{path}: has other part names; choose another --out")
         classes = dict.fromkeys([*store.class_names, *class_names])
         self.header = store.header | {"settings": settings, "class_names": [*classes]}
-        # points and bytes of keys in the store, and of those that wait to be written
+        # numbers of points and of bytes of keys, including clouds that wait to be written
         self._end = int(store.columns["end"][-1]) if len(store) else 0
         self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
         self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
         self._size["keys"] = self._key_end
-        del store  # closes its index
+        del store  # closes its index, which is truncated below
         self._index.mkdir(exist_ok=True)
         for name, size in self._size.items():
             file = self._index / f"{name}.bin"
@@ -299,18 +307,18 @@ class StoreWriter:
             os.truncate(file, size)
 
     def keys(self) -> np.ndarray:
-        """Hashes of the keys in the store."""
+        """Return the hashes of the keys of all committed clouds."""
         return np.fromfile(self._index / "key.bin", COLUMNS["key"][0])
 
     def add(self, key: str, arrays: dict[str, np.ndarray], **row: Any) -> None:
         """Add a cloud: its arrays (points and attributes) and its row of the index.
 
-        row: label and split (names or None), up, frame and content, as in `COLUMNS`; what else it
-        has is not written.
+        row: label and split (names or None), up ("x", "y" or "z"), and frame and content as in
+        `COLUMNS`; other entries are ignored.
         """
         label, split, classes = row["label"], row["split"], self.header["class_names"]
         if label is not None and label not in classes:
-            raise ValueError(f"{key}: class {label!r} is not among the store's")
+            raise ValueError(f"{key}: class {label!r} is not a class of the store")
         text = key.encode("utf-8", "surrogateescape")
         self._end += len(arrays["points"])
         self._key_end += len(text)
@@ -330,9 +338,9 @@ class StoreWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Write all that was added: first the shard, then the index, then the header.
+        """Write all added clouds: first the shard, then the index, then the header.
 
-        An interrupted commit leaves no trace.
+        Only the header makes them part of the store, so an interrupted commit changes nothing.
         """
         header, sizes = self.header, self._size
         if self._clouds:
@@ -355,12 +363,12 @@ class StoreWriter:
             shards = [*header["shards"], shard | {"index_crc32": crc}]
             header = header | {"shards": shards}
         write_bytes(self.path / "store.json", json.dumps(header, indent=1).encode())
-        # only now, so that a failed commit can be repeated
+        # updated last, so that a failed commit can be repeated
         self.header, self._size = header, sizes
         self._rows, self._clouds, self._bytes = [], [], 0
 
     def _append(self, name: str, content: bytes) -> int:
-        """Write content after the committed part of an index file. Returns the file's new size."""
+        """Write content behind the committed rows of an index file. Returns the new size."""
         with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)
@@ -376,17 +384,18 @@ class StoreWriter:
         if not isinstance(error, OSError):
             self.header["complete"] = kind is None
             self.commit()
-        if self._new and not self.header["shards"]:  # nothing worth keeping
+        if self._new and not self.header["shards"]:  # nothing was added
             shutil.rmtree(self.path)
 
 
 def _row_bytes(name: str) -> int:
+    """Return the size in bytes of one row of a column of the index."""
     kind, tail = COLUMNS[name]
     return np.dtype(kind).itemsize * int(np.prod(tail))
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, memory-mapped: 8 bytes of header length, a JSON header, the data."""
+    """Memory-map the tensors of a file: 8 bytes with the header's length, a JSON header, data."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,13 +1,13 @@
-"""Built-in labelled shapes: everyday objects with part labels, made by a program.
+"""Generate the built-in labelled shapes: random everyday objects with part labels.
 
-Every surface is a *loft*: an array [rings, sides, 3] of closed rings, neighbours joined by quads (a
-ring shrunk to a point closes an end). Boxes, lathes and tubes are lofts, so one routine makes the
-triangles of all.
+Every surface is a *loft*: an array [rings, sides, 3] of closed rings in which quads join neighbour
+rings; a ring that is shrunk to a point closes an end. Boxes, surfaces of revolution and tubes are
+lofts, so one function makes the triangles of all.
 
-A builder yields `(part, *lofts)` in free units (shapes are normalised afterwards), z up, the front
-at -y. Some builders make a family of classes that differ in one part or in how parts are arranged,
-over overlapping proportions: stool/chair/bench/sofa/table/desk, bowl/cup/mug/bathtub,
-dresser/wardrobe. See `_CLASSES`.
+A builder yields tuples `(part name, *lofts)`, with z up and the front at -y, in any unit, since
+shapes are normalised afterwards. Some builders make several classes, which differ in a single part
+or in the arrangement of parts, while their proportions overlap: stool/chair/bench/sofa/table/desk,
+bowl/cup/mug/bathtub, dresser/wardrobe. See `_CLASSES`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +16,18 @@ import numpy as np
 
 from jepa3d.data.cloud import sample_triangles
 
-MAX_STRETCH = 0.1  # each axis is scaled by a factor within 1 +- this
-# range of a shape's noise: standard deviation per axis, for a shape of radius 1
+MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
+# each shape has noise with a standard deviation in this range, per axis, for a radius of 1
 NOISE = (0.002, 0.006)
-OCCLUDED_SHAPES = 0.3  # fraction of the shapes that lose a region
-MAX_OCCLUSION = 0.25  # largest fraction of its points that such a shape loses
+OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
+MAX_OCCLUSION = 0.25  # largest share of its points that such a shape loses
 
 Rng = np.random.Generator
-Draw = Callable[[float, float], float]
+Draw = Callable[[float, float], float]  # rng.uniform: low, high -> random number
 Range = tuple[float, float]
 Floats = Sequence | np.ndarray
 Loft = np.ndarray  # rings sides 3
-# tuples (part name, loft, loft, ...); a part without lofts is absent
+# tuples (part name, loft, loft, ...); if there are no lofts, the shape lacks this part
 Parts = Iterator[tuple]
 
 _ANGLES = np.arange(16) * (np.pi / 8)
@@ -37,7 +37,10 @@ _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> Loft:
-    """Box `size` (x, y, z) on the point `base`; its top is scaled by `taper` and moved by `lean`."""
+    """Make a box of `size` (x, y, z) on the point `base`.
+
+    taper: factor on the size of its top. lean: shift (x, y) of its top.
+    """
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
     corners = np.zeros((4, 3))
@@ -47,14 +50,18 @@ def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) ->
 
 
 def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> Loft:
-    """Surface of revolution of `profile`, rows (radius, height); `power` > 2 squares it off."""
+    """Make the surface of revolution of `profile`, rows (radius, height).
+
+    at: where it stands. scale: factors in x and y. power: above 2, its circles become squarish.
+    """
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
     return sweep(np.array(profile, float), circle) * (*scale, 1) + at
 
 
 def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
-    """The loft [rings, sides, 3] of an outline [sides, 2] along z: a ring for each row (radius,
-    height) of a profile.
+    """Sweep an outline [sides, 2] along z, scaled by a profile; returns a loft [rings, sides, 3].
+
+    profile: one row (radius, height) per ring.
     """
     loft = np.empty((len(profile), len(outline), 3))
     loft[..., :2] = profile[:, :1, None] * outline
@@ -63,7 +70,10 @@ def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
 
 
 def _tube(path: Floats, radius: float | Floats) -> Loft:
-    """Capped tube along `path` [k, 3], straight or in a plane of two axes; one radius or k radii."""
+    """Make a capped tube along `path` [k, 3], which is straight or lies in a plane of two axes.
+
+    radius: one radius, or k radii.
+    """
     path = np.array(path, float)
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
@@ -77,7 +87,7 @@ def _tube(path: Floats, radius: float | Floats) -> Loft:
 
 
 def _bezier(*controls: Floats) -> np.ndarray:
-    """Nine points [9, d] on the Bezier curve with these control points [d]."""
+    """Return nine points [9, d] on the Bezier curve with the given control points [d]."""
     points = np.array(controls, float)[:, None]
     t = np.linspace(0, 1, 9)[:, None]
     while len(points) > 1:
@@ -86,13 +96,13 @@ def _bezier(*controls: Floats) -> np.ndarray:
 
 
 def turn(points: np.ndarray, angle: float) -> np.ndarray:
-    """Points [..., 3] turned about z by `angle` radians."""
+    """Rotate points [..., 3] about z by `angle` radians."""
     cos, sin = np.cos(angle), np.sin(angle)
     return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
 
 
 def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
-    """Four legs, straight or splayed, tapering downwards, under a `width` x `depth` top."""
+    """Make four legs under a top of `width` x `depth`: straight or splayed, tapering downwards."""
     thick, taper = rng.uniform(0.03, 0.08), rng.uniform(1, 2)
     splay = max(1, rng.uniform(0.8, 1.2))
     size = (thick / taper, thick / taper, height)
@@ -101,8 +111,9 @@ def _legs(rng: Rng, width: float, depth: float, height: float) -> list[Loft]:
 
 
 def _support(rng: Rng, width: float, depth: float, height: float, column: bool) -> list[Loft]:
-    """Four legs, two end panels or, if `column` allows it, a column on a round foot or on a star of
-    feet.
+    """Make a support: four legs, two end panels or, if `column` is True, perhaps a central column.
+
+    The column stands on a round foot or on a star of five feet.
     """
     kind = rng.integers(6 if column else 4)
     thick, radius = rng.uniform(0.03, 0.06), rng.uniform(0.3, 0.5) * depth
@@ -122,7 +133,10 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
 def _back(
     rng: Rng, width: float, rear: float, foot: float, height: float, thick: float
 ) -> list[Loft]:
-    """Backrest at y = `rear` from height `foot` up, maybe leaning: a panel, or posts with a rail."""
+    """Make a backrest at y = `rear`: a panel, or posts with a rail, upright or leaning back.
+
+    foot: height of its lower edge. height: its own height. thick: its thickness.
+    """
     posts, lean = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height
     low = rng.uniform(0.5, 0.9)
     if posts < 2 or thick > 0.1:
@@ -138,9 +152,10 @@ def _back(
 def _slab(
     top: str, *size: Range, soft: float = 0, back: float = 0, boxes: int = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Builder of a slab `top` of `size` (x, y, z) on legs.
+    """Return a builder of seats and tables: a slab on a support.
 
-    soft: added to its thickness. back: chance of a backrest. boxes: largest number of drawers.
+    top: part name of the slab. size: ranges of width, depth and height. soft: added to the slab's
+    thickness. back: probability of a backrest. boxes: largest number of drawers.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:
@@ -185,7 +200,11 @@ def _bed(rng: Rng, u: Draw) -> Parts:
 def _cabinet(
     front: str, heights: Range, columns: tuple[int, int], rows: tuple[int, int]
 ) -> Callable[[Rng, Draw], Parts]:
-    """Builder of a chest of width 1 on legs, with a grid of parts `front` at -y, each with a knob."""
+    """Return a builder of a chest of width 1 on legs, with a grid of drawers or doors at -y.
+
+    front: part name of the drawers or doors; each has a knob. heights, columns, rows: ranges
+    of the height and of the numbers of columns and rows.
+    """
 
     def build(rng: Rng, u: Draw) -> Parts:
         height, nx, nz = u(*heights), rng.integers(*columns), rng.integers(*rows)
@@ -220,9 +239,10 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 def _vessel(
     tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Builder of an open vessel of rim radius 1, `long` times that in x.
+    """Return a builder of an open vessel whose rim has radius 1, stretched in x.
 
-    foot, dish, ear: chances of a foot, else of a saucer, and of a handle.
+    tall: range of its height. long: range of the stretch in x. foot: probability of a foot. dish:
+    probability of a saucer if there is no foot. ear: probability of a handle.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:
@@ -287,7 +307,7 @@ def _airplane(rng: Rng, u: Draw) -> Parts:
 
 
 def _along_y(box: Loft) -> Loft:
-    """A box turned so that it grows along y instead of z."""
+    """Swap y and z, so that a box that grows along z grows along y."""
     return box[..., [0, 2, 1]]
 
 
@@ -336,7 +356,7 @@ def _laptop(rng: Rng, u: Draw) -> Parts:
 
 
 _SEAT = "arm back leg seat"
-# Class: part names, and the builder that is called with (rng, rng.uniform).
+# class -> its part names, and its builder, which is called with (rng, rng.uniform)
 _CLASSES: dict[str, tuple[str, Callable[[Rng, Draw], Parts]]] = {
     "airplane": ("body engine tail wing", _airplane),
     "bathtub": ("body foot", _vessel((0.7, 1.4), long=(1.5, 2.5), foot=0.3)),
@@ -367,25 +387,24 @@ PART_NAMES: tuple[str, ...] = tuple(
 
 
 def triangles_of(loft: Loft) -> np.ndarray:
-    """Triangles [t, 3, 3] of a loft [rings, sides, 3]."""
+    """Return the triangles [t, 3, 3] of a loft [rings, sides, 3]."""
     a, b = loft[:-1], loft[1:]
     c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
     return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
 
 
 def normalise(points: np.ndarray) -> np.ndarray:
-    """Points with the centroid moved to 0 and the farthest one scaled to distance 1."""
+    """Move the centroid of points to 0 and scale the farthest point to distance 1."""
     points = points - points.mean(axis=0)
     return points / np.linalg.norm(points, axis=1).max()
 
 
 def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-    """One random shape of class `label`: a random yaw, a mild stretch, noise and, for some, an
-    occlusion.
+    """Make a random shape of class `label`, with a random yaw, a mild stretch and noise.
 
     Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and
-    parts int16 [num_points], indices into `PART_NAMES`. An occlusion removes all points beyond a
-    plane or in a ball, and enough are drawn for `num_points` to remain.
+    parts int16 [num_points], indices into `PART_NAMES`. Some shapes are occluded: all points beyond
+    a plane or in a ball are removed, and enough are sampled that `num_points` remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):
@@ -395,13 +414,13 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
             parts.append(np.full(len(triangles[-1]), number, np.int16))
 
     lost = rng.uniform(0, MAX_OCCLUSION) if rng.random() < OCCLUDED_SHAPES else 0
-    drawn = int(np.ceil(num_points / (1 - lost)))
-    points, chosen = sample_triangles(np.concatenate(triangles), drawn, rng)
+    count = int(np.ceil(num_points / (1 - lost)))
+    points, chosen = sample_triangles(np.concatenate(triangles), count, rng)
     points = normalise(points * rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
     plane = points @ rng.normal(size=3)
     ball = -np.linalg.norm(points - points[0], axis=1)
     near = np.argsort(plane if rng.random() < 0.5 else ball)[:num_points]
-    kept = np.sort(near)  # in the order drawn
+    kept = np.sort(near)  # in the order of sampling
 
     points = turn(points[kept], rng.uniform(0, 2 * np.pi))
     noise = rng.normal(scale=rng.uniform(*NOISE), size=points.shape)
@@ -410,10 +429,10 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
 
 
 def make_shapes(num_shapes: int, num_points: int = 1024, seed: int = 0) -> dict[str, np.ndarray]:
-    """Balanced data set of `num_shapes` shapes: shape i is of class i modulo the number of classes.
+    """Make a balanced data set; the class of shape i is i modulo the number of classes.
 
     Returns points float32 [n, num_points, 3], labels int64 [n] and parts int16 [n, num_points].
-    Shape i depends only on (seed, i), so a longer set begins with a shorter one.
+    Shape i depends only on (seed, i), so a longer set begins with the shapes of a shorter one.
     """
     labels = np.arange(num_shapes) % len(CLASS_NAMES)
     points = np.empty((num_shapes, num_points, 3), np.float32)

@@ -1,7 +1,7 @@
-"""Tables of numbers: XYZ, TXT, CSV, PTS, ASC, as scanners, spreadsheets and scripts write them.
+"""Read tables of numbers (XYZ, TXT, CSV, PTS, ASC) that scanners, spreadsheets and scripts write.
 
-Files of any size are read in bounded memory. Lines are parsed by numpy in chunks; a chunk that
-numpy refuses is parsed line by line, so that an error can name the line.
+Files of any size are read in bounded memory: numpy parses the lines in chunks. A chunk that numpy
+refuses is parsed again line by line, which allows more and can name a bad line in the error.
 """
 
 import csv
@@ -20,20 +20,22 @@ from jepa3d.data.cloud import PointCloud, ReadError, collected
 
 Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
-# delimiters beside white space; of several in a row, the first counts
+# delimiters besides white space; if a line has several of them, the first listed here is used
 _MARKS = (";", "|", "\t", ",")
-_BLANK = ",;|\t "  # what a line without content may hold
-_MAX_TITLE = 100  # lines of other text that may stand above the numbers
-_MAX_LINE = 100_000  # characters of a line above the numbers
+_BLANK = ",;|\t "  # characters that an empty row of a table may hold
+_MAX_TITLE = 100  # largest number of lines of other text above the numbers
+_MAX_LINE = 100_000  # a line above the numbers must be shorter, in characters
+# how programs write a missing value
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
 _ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
+# names by which a comment of fewer names than columns is still known to be a header
 _KNOWN = _ATTRIBUTES | {"x", "y", "z", "intensity", "i"}
 
 
 def read_table(path: Path, columns: Names | None = None) -> PointCloud:
-    """A cloud from a table, with the attributes that its header names. Raises ReadError.
+    """Read a table as a cloud, with the attributes that its header names. Raises ReadError.
 
-    columns: as of `Table.used`.
+    columns: as for `Table.used`.
     """
     table = Table(path)
     used = table.used(columns)
@@ -41,23 +43,25 @@ def read_table(path: Path, columns: Names | None = None) -> PointCloud:
 
 
 def table_rows(path: Path) -> Iterator[np.ndarray]:
-    """Chunks of x, y, z as of `Table.rows`."""
+    """Yield x, y, z in chunks, as `Table.rows` does. Raises ReadError."""
     table = Table(path)
     return table.rows([*table.used(None).values()][:3])
 
 
 class Table:
-    """A file of rows of numbers, found below a header, comments and counts.
+    """A file with rows of numbers, which may stand below a header, comments and a count of rows.
 
-    Raises ReadError for a file without such rows, such as a README.
+    Opening finds the first row. Raises ReadError for a file without such rows, such as a README.
     """
 
     def __init__(self, path: Path):
         self.path, self.encoding = path, encoding_of(path)
-        # lines of other text with their numbers; the last comments that may be a header
+        # (line number, text) of the lines of other text above the numbers
         self._above: list[tuple[int, str]] = []
+        # the last comments above the numbers that may be a header
         self._comments = deque[str](maxlen=1000)
-        self._count: int | None = None
+        self._count: int | None = None  # number of rows, if the file states it
+        # the line with the names of the columns, if it is not a comment
         self._header = ""
         with self._open() as file:
             lines = enumerate(iter(lambda: file.readline(_MAX_LINE), ""), 1)
@@ -67,13 +71,14 @@ class Table:
                 if len(self._above) > _MAX_TITLE:
                     break
         first = f": the first line is {self._above[0][1][:60]!r}" if self._above else ""
-        raise ReadError(f"no rows of numbers{first}; a row must have x, y and z")
+        raise ReadError(f"has no rows of numbers{first}; a row must have x, y and z")
 
     def used(self, columns: Names | None) -> dict[str, int]:
-        """The numbers of the columns x, y, z and of attributes that the header names, by name.
+        """Return name -> column index for x, y, z and for the attributes that the header names.
 
-        columns: what the header calls x, y and z; or names of all columns, which count if there is
-        no header. Without any names the first three columns are x, y, z. Raises ReadError.
+        columns: what the header calls x, y and z; or the names of all columns, which are used if
+        there is no header. Without any names, the first three columns are x, y, z. Raises
+        ReadError.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -84,7 +89,7 @@ class Table:
         xyz = coordinate_columns(names, xyz)
         found = dict(zip("xyz", map(names.index, xyz), strict=True))
         if max(found.values()) >= (width := len(row)):
-            counts = f"has {width} columns, its header has {len(names)}"
+            counts = f"has {width} columns, but the header names {len(names)}"
             raise ReadError(f"{self._where} {counts}")
         cells = dict(zip(names, row, strict=False))
         numbers = {name for name, cell in cells.items() if _number(cell) is not None}
@@ -92,16 +97,14 @@ class Table:
         return found | {name: names.index(name) for name in others}
 
     def rows(self, columns: list[int]) -> Iterator[np.ndarray]:
-        """Chunks of rows of these columns, float64 n D; NaN for empty cells.
+        """Yield these columns of all rows in chunks n D float64; NaN for empty cells.
 
-        Raises ReadError for a line that is no row, and if the file's count of rows is wrong.
+        Raises ReadError for a line that is no row, and if the file states a wrong number of rows.
         """
         counts, seen = [] if self._count is None else [self._count], 0
 
         def is_skipped(text: str) -> bool:
-            """True for a repeated header, and for the count of a further block, which is
-            remembered.
-            """
+            """Return True for a repeated header, and for the count above another block of rows."""
             if counts and text.isdecimal():
                 counts.append(int(text))
                 return True
@@ -121,7 +124,7 @@ class Table:
         return self.path.open(encoding=self.encoding, errors=errors)
 
     def _begins_at(self, number: int, line: str) -> bool:
-        """True if this line is the first row of numbers; otherwise remembers what the line is."""
+        """Return True if this line is the first row of numbers; remember any other line."""
         text = line.strip()
         if len(line) >= _MAX_LINE:
             raise ReadError(f"line {number} has {_MAX_LINE:,} characters or more")
@@ -131,33 +134,35 @@ class Table:
             return False
         if text.isdecimal():
             if self._count is not None:
-                raise ReadError("two counts above its numbers: of a PTX? name it .ptx")
+                raise ReadError("two counts above the rows; if it is PTX, name it .ptx")
             self._count = int(text)
             return False
         if not text.strip(_BLANK):
             return False
         self.mark = delimiter_of(text)
         row = _fields(line, self.mark)
+        # empty cells count as numbers here, but not in `filled`
         numbers = [_number(field) is not None for field in row]
         filled = [_is_number(field) for field in row]
-        plain = any(filled[:3]) and all(numbers[:3])
+        begins_with_xyz = any(filled[:3]) and all(numbers[:3])
         names = self._split(self._above[-1][1], len(row)) if self._above else []
         cells = sum(filled) >= 3 or all(numbers)
-        named = len(names) == len(row) and cells and sum(map(_is_number, names)) < 3
-        if len(row) >= 3 and (plain or named):
+        headed = len(names) == len(row) and cells and sum(map(_is_number, names)) < 3
+        if len(row) >= 3 and (begins_with_xyz or headed):
             self._skip, self._first, self._where = number - 1, line, f"line {number}"
             return True
         if text.lower().startswith("ncols"):
-            raise ReadError("a grid of heights (ESRI): write its cells as x y z first")
+            raise ReadError("an ESRI grid of heights: convert its cells to x y z first")
         if all(filled):
             raise ReadError(f"line {number} has {len(row)} columns, at least 3 needed")
         self._above.append((number, text))
         return False
 
     def _split(self, text: str, width: int) -> list[str]:
-        """The names in a line above the numbers, split by this delimiter or another.
+        """Split a line above the numbers into names, by the best of all delimiters.
 
-        The best split has x, y and z, then `width` names, then the most names.
+        A split is better if it has x, y and z; among equals, if it has `width` names; then, if it
+        has more names.
         """
         text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(_BLANK)
         marks = [*(mark for mark in (self.mark, *_MARKS) if mark), None]
@@ -165,23 +170,26 @@ class Table:
         return max(splits, key=lambda s: ({*"xyz"} <= {*s}, len(s) == width, len(s)))
 
     def _names(self, row: list[str], columns: Names | None) -> Names:
-        """The names in the header, which is a line above the numbers or a comment; () without one."""
+        """Return the names in the header, a line or comment above the numbers; () without a header.
+
+        row: the cells of the first row. columns: names of x, y and z, if they differ.
+        """
         filled = max((i for i, field in enumerate(row, 1) if field), default=len(row))
         wanted = set(map(_plain, columns or "xyz"))
         if self._above:
             splits = [(at, text, self._split(text, filled)) for at, text in self._above]
-            # units may stand below the names
+            # the header need not be the last line: units may stand below it
             named = [s for s in splits if wanted <= set(s[2]) and len(s[2]) == filled]
             number, self._header, names = (named or splits)[-1]
             quoted = self._first.startswith('"') and self._first.count('"') == 2
             if len(names) == len(row) - 1 and quoted:
-                names.insert(0, "")  # R's row names have no name
+                names.insert(0, "")  # R writes no name above its row names
             if len(names) in (filled, len(row)) or wanted <= set(names):
                 if len(names) > len(row) and not self.mark and names[:3] != [*"xyz"]:
-                    counts = f"{len(names)} columns, {self._where} has {len(row)}"
+                    counts = f"{len(names)} columns, but {self._where} has {len(row)}"
                     raise ReadError(f"line {number} names {counts}")
                 return tuple(names)
-        for comment in reversed(self._comments):  # CloudCompare: //X Y Z R G B
+        for comment in reversed(self._comments):  # CloudCompare writes //X Y Z R G B
             names = self._split(comment, filled)
             known = len(names) < filled and set(names) <= _KNOWN
             if wanted <= set(names) and (known or len(names) == filled):
@@ -190,7 +198,7 @@ class Table:
 
 
 def encoding_of(path: Path) -> str:
-    """The encoding of a text file, by its first bytes; utf-8 for unknown 8-bit encodings.
+    """Detect the encoding of a text file from its first bytes; utf-8-sig for all 8-bit encodings.
 
     Raises ReadError for a file that is no text.
     """
@@ -203,14 +211,14 @@ def encoding_of(path: Path) -> str:
         if len(start) > 8 and zeros.count(0) > 0.9 * len(zeros) and 0 not in others:
             return name
     if 0 in start:
-        raise ReadError("no text: its first bytes are binary")
+        raise ReadError("is not a text file: its first bytes are binary")
     return "utf-8-sig"
 
 
 def delimiter_of(text: str) -> str | None:
-    """The delimiter of a row of numbers; None for white space.
+    """Find the delimiter of a row of numbers; None means white space.
 
-    A comma in a row with another delimiter is a decimal comma.
+    If the row also has another delimiter, its commas are decimal commas.
     """
     text = text.strip(" \r\n")
     text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text)
@@ -218,10 +226,10 @@ def delimiter_of(text: str) -> str | None:
         fields = [field.strip() for field in text.rstrip(mark).split(mark)]
         blank = any(not field or re.search(r"\d +[-+.\d]", field) for field in fields)
         if mark == "\t" and blank:
-            continue  # tabs are used as white space
+            continue  # here tabs and blanks are both white space
         decimal = r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+"
         if mark == "," and len(fields) >= 2 and re.fullmatch(decimal, text, re.I):
-            return None  # decimal commas
+            return None  # the commas are decimal commas
         if len(fields) >= 3 or (len(fields) == 2 and mark == ","):
             return mark
     return None
@@ -237,15 +245,16 @@ def parsed(
     columns: list[int],
     is_skipped: Callable[[str], bool] = lambda text: False,
 ) -> Iterator[np.ndarray]:
-    """Chunks of some columns of lines of numbers, float64 n D.
+    """Parse columns of lines of numbers; yields chunks n D float64.
 
-    first: the number of the first line, for errors. is_skipped: tells which other lines to leave
-    out, besides comments and empty ones. The first three columns must be numbers or empty, or a
-    ReadError names the line; in other columns a text becomes NaN.
+    first: number of the first line, for errors. mark: the delimiter, None for white space. columns:
+    indices of the D columns. is_skipped: returns True for lines to leave out besides comments and
+    empty lines. The first three columns must hold numbers or be empty; otherwise a ReadError names
+    the line. In other columns, text becomes NaN.
     """
 
     def cells(number: int, line: str) -> Iterator[list[float]]:
-        """The row in a line, if it is one."""
+        """Yield the row in a line, or nothing if the line is to be left out."""
         text = line.strip()
         if not text.strip(_BLANK) or text.startswith(_COMMENT) or is_skipped(text):
             return
@@ -257,7 +266,7 @@ def parsed(
         values = [_number(field) for field in fields]
         if None in values[:3]:
             wrong = fields[values.index(None)][:60]
-            raise ReadError(f"{damaged} numbers, with {wrong!r}: {text[:60]!r}")
+            raise ReadError(f"{damaged} numbers, but has {wrong!r}: {text[:60]!r}")
         yield [np.nan if value is None else value for value in values]
 
     lines = iter(lines)
@@ -273,7 +282,7 @@ def parsed(
 
 
 def _fields(line: str, mark: str | None) -> list[str]:
-    """The cells of a line, without quotes."""
+    """Split a line into cells, without quotes."""
     line = " ".join(line.split()) if mark is None else line.strip("\r\n ")
     if '"' in line:
         with suppress(csv.Error):
@@ -283,9 +292,9 @@ def _fields(line: str, mark: str | None) -> list[str]:
 
 
 def _number(field: str) -> float | None:
-    """The number in a cell, with a decimal point or comma; None for other text.
+    """Parse the number in a cell, with a decimal point or comma; None for other text.
 
-    NaN for an empty cell and for the marks that programs write for a missing value.
+    NaN for an empty cell and for the texts that programs write for a missing value.
     """
     if _NO_VALUE.fullmatch(field):
         return np.nan
@@ -296,13 +305,14 @@ def _number(field: str) -> float | None:
 
 
 def _is_number(field: str) -> bool:
-    """True if a cell holds a number, False if it is empty or holds other text."""
+    """Return True if a cell holds a number, False if it is empty or holds other text."""
     return field not in ("", "-") and _number(field) is not None
 
 
 def coordinate_columns(names: Names, columns: Names | None) -> Names:
-    """Names of the x, y and z columns. Raises ReadError if there are none, or several to choose
-    from.
+    """Return the names of the x, y and z columns, of which `columns` overrides the search.
+
+    Raises ReadError if there are no such columns, or several to choose from.
     """
     wanted, have = tuple(_plain(name) for name in columns or "xyz"), ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:
@@ -318,11 +328,11 @@ def coordinate_columns(names: Names, columns: Names | None) -> Names:
         return triples[0]
     if triples:
         have = f"{len(triples)} triples: {'; '.join(map(','.join, triples))}"
-    raise ReadError(f"no columns x, y, z, but {have}; choose with --columns")
+    raise ReadError(f"has no columns x, y, z, but {have}; choose with --columns")
 
 
 def _plain(name: str) -> str:
-    """A header's name without quotes, unit and case: 'X [m]' is x.
+    """Simplify a name in a header: no quotes, no unit, lower case. 'X [m]' becomes 'x'.
 
     Bytes that are not UTF-8 are taken as Latin-1.
     """

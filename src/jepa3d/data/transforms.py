@@ -1,4 +1,4 @@
-"""Augmentations of batches of clouds B N 3, with random numbers from a generator."""
+"""Augment batches of clouds B N 3, with random numbers from a generator."""
 
 import math
 
@@ -9,13 +9,14 @@ from torch import Tensor
 from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
-# of `random_view`
+# largest shares of the points that `random_view` removes, moves anywhere, or moves into lumps
 MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
+# `random_view` keeps one of these shares of num_points, all equally likely
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 def random_rotate(points: Tensor, generator: BatchGenerator | None = None) -> Tensor:
-    """Rotate each cloud about the up axis z by its own angle."""
+    """Rotate each cloud about the up axis z by its own random angle."""
     angle = 2 * math.pi * uniform(generator, (len(points), 1), points.device)
     cos, sin, (x, y, z) = angle.cos(), angle.sin(), points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y, z], -1)
@@ -24,9 +25,9 @@ def random_rotate(points: Tensor, generator: BatchGenerator | None = None) -> Te
 def random_jitter(
     points: Tensor, sigma: float | Tensor, generator: BatchGenerator | None = None
 ) -> Tensor:
-    """Add normal noise of standard deviation sigma to each coordinate, cut at 3 sigma.
+    """Add normal noise of standard deviation sigma, clipped at 3 sigma, to each coordinate.
 
-    After Box and Muller 1958.
+    The noise is made from uniform numbers as in Box and Muller 1958.
     """
     u = uniform(generator, (len(points), 2, *points.shape[1:]), points.device)
     noise = (-2 * (1 - u[:, 0]).log()).sqrt() * (2 * math.pi * u[:, 1]).cos()
@@ -34,7 +35,10 @@ def random_jitter(
 
 
 def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor:
-    """The `count` points of each cloud that are nearest to a random one of its points, not moved."""
+    """Keep the `count` points of each cloud that are nearest to a random point of the cloud.
+
+    The points keep their coordinates.
+    """
     draws = uniform(generator, (len(points), 1), points.device)
     around = gather_points(points, (draws * points.shape[1]).long())
     distance = squared_distance(around, points)[:, 0]
@@ -42,32 +46,35 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor
 
 
 def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> Tensor:
-    """Each cloud B M 3, in farthest point order, as a scan might show it: B num_points 3, unit
-    sphere.
+    """Change each cloud as a scan might show it: from B M 3 to B num_points 3 in the unit sphere.
 
-    A cloud is turned about z. In half of the clouds up to `MAX_CUT` of the points are removed:
-    those beyond a plane. Of the rest a share of `VIEW_SHARES`, the same for the whole batch, is
-    kept: evenly, or in half of the clouds with a density that falls along one direction by up to
-    e^3 a radius. Then noise of up to 2 % of the radius is added. In a third of the clouds up to
-    `MAX_CLUTTER` of the points are put anywhere in the ball, in another third up to `MAX_LUMPS` of
-    them into at most seven lumps around some of the points. Last, clouds are filled up to
-    num_points by `fill`.
+    points: in farthest point order. Steps:
+
+    1. Rotate the cloud about z by a random angle.
+    2. In half of the clouds, remove the points beyond a plane: up to `MAX_CUT` of them.
+    3. Keep num_points times a share from `VIEW_SHARES`, which is the same for the whole batch. Half
+       of the clouds keep an even sample; in the others, density falls along one direction by a
+       factor of up to e^3 per radius.
+    4. Add noise with a standard deviation of up to 2 % of the radius.
+    5. In a third of the clouds, move up to `MAX_CLUTTER` of the points anywhere in the ball; in
+       another third, move up to `MAX_LUMPS` of them into at most seven lumps around some points.
+    6. Fill the clouds up to num_points (`fill`), and normalise them.
     """
     points = random_rotate(points, generator.stream("turn"))
-    batch, drawn, _ = points.shape
+    batch, size, _ = points.shape
     draws = uniform(generator.stream("view"), (batch, 12), points.device)
     away = F.normalize(draws[:, :3] - 0.5, dim=1)[..., None]
     along = F.normalize(draws[:, 3:6] - 0.5, dim=1)[..., None]
     place = (points @ away)[..., 0]
     cut = 2 * MAX_CUT * (draws[:, 6:7] - 0.5).clamp_min(0)
-    edge = place.sort(1).values.gather(1, ((1 - cut) * (drawn - 1)).long())
-    even = -torch.arange(drawn, device=points.device) / drawn
-    # Gumbel noise: the points with the largest values are a weighted draw
+    edge = place.sort(1).values.gather(1, ((1 - cut) * (size - 1)).long())
+    even = -torch.arange(size, device=points.device) / size
+    # with Gumbel noise, the points with the largest values are a weighted random sample
     chance = uniform(generator.stream("thin"), place.shape, points.device)
     chance = -(-chance.clamp_min(1e-9).log()).log()
     chance -= 3 * draws[:, 7:8] * (points @ along)[..., 0]
     chance = torch.where(draws[:, 8:9] < 0.5, even, chance)
-    # what lies beyond the plane comes last
+    # points beyond the plane come last
     chance -= 100 * (1 + place - edge) * (place > edge)
     share = VIEW_SHARES[generator.stream("count").choice(len(VIEW_SHARES))]
     count = round(num_points * share)
@@ -89,8 +96,9 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
 
 
 def fill(points: Tensor, num_points: int) -> Tensor:
-    """Clouds B n 3 filled up to B num_points 3 with moved copies of points: `frame.py::fill` in
-    batches.
+    """Fill clouds B n 3 up to B num_points 3 with moved copies of their points.
+
+    This is `frame.py::fill` for batches.
     """
     count = points.shape[1]
     if count == num_points:
@@ -113,10 +121,10 @@ def augment(
     translate: float,
     generator: BatchGenerator,
 ) -> Tensor:
-    """Scale each axis, rotate about the up axis and move, each if it is configured.
+    """Scale, rotate about the up axis z, and move clouds B N 3.
 
-    Each cloud B N 3 gets its own factor in `scale` for each axis, its own angle, and its own
-    distance in [-translate, translate] along each axis.
+    Each cloud gets its own random values: a factor in `scale` for each axis, an angle (if
+    `rotate`), and a distance in [-translate, translate] along each axis.
     """
 
     def draws(name: str) -> Tensor:
