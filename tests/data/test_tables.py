@@ -422,7 +422,7 @@ def test_ptx_scans_are_placed_and_what_was_not_seen_is_left_out(tmp_path, scans,
 
 @pytest.mark.parametrize(
     ("cut", "said"),
-    [(1, "truncated: 19 of 20"), (25, "begins no scan"), (20, "truncated: 0 of 20")],
+    [(1, "truncated: 19 of 20"), (25, "no PTX scan begins"), (20, "truncated: 0 of 20")],
 )
 def test_a_ptx_that_is_cut_off_says_where(tmp_path, cut, said):
     ptx(tmp_path / "a.ptx", 2, False, cut)

@@ -212,15 +212,14 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     if labels_key != "labels":
         if labels_key not in headers:
             have = ", ".join(name for name in headers if name.startswith("label"))
-            found = f"its labels arrays: {have or 'none'}"
-            raise ReadError(f"has no array {labels_key!r}; {found}")
+            raise ReadError(f"no array {labels_key!r}; its labels: {have or 'none'}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
             found[key] = name
     if "points" not in found:
-        have, wanted = map(", ".join, (map(str, headers), _NAMES["points"]))
-        raise ReadError(f"has no array named {wanted}; it has {have or 'none'}")
+        have = ", ".join(map(str, headers)) or "none"
+        raise ReadError(f"has no array data, points or xyz; it has {have}")
     shape, label = headers[found["points"]][0], found.get("label")
     if label:
         size = headers[label][0]

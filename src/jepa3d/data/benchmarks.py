@@ -71,7 +71,7 @@ def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
     if all(found[split] == size for split, size in sizes.items()):
         return []
     counts = [f"{found[split]:,} of {size:,} {split}" for split, size in sizes.items()]
-    note = "shapes: the download is incomplete, or only a part of it"
+    note = "shapes: the download is incomplete or only a subset"
     return [f"{layout}: {', '.join(counts)} {note}"]
 
 

@@ -178,7 +178,7 @@ def check_shape(xyz: np.ndarray) -> None:
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """Raise ReadError for points n 3 that are no shape. where: the start of its message."""
+    """Raise ReadError unless points n 3 are finite and two differ. where: text before an error."""
     try:
         check(points)
     except ValueError as error:

@@ -182,7 +182,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
 
 def _listed(entries: list[Entry], path: Path) -> set[str]:
-    """Read a list of test clouds: their keys. Raises ReadError for a key that no entry has."""
+    """Read the keys of test clouds from a file. Raises ReadError for a key that no entry has."""
     if not path.is_file():
         allowed = "give folder, a fraction for test, or a file with the test clouds"
         raise ReadError(f"--split {path}: no such file; {allowed}")

@@ -50,7 +50,7 @@ class _Scene:
             raise ReadError(f"is glTF {version}, but only glTF 2.0 is read")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
-                raise ReadError(f"needs {name}, which is not read; save it without")
+                raise ReadError(f"{name} is not read: save the file without it")
         self.nodes: list[dict] = self.json.get("nodes", [])
         # node in the scene -> its matrix [4, 4]
         self.places: dict[int, np.ndarray] = {}
@@ -192,7 +192,7 @@ class _Scene:
         if empty and (draco or i == primitive.get("indices")):
             if not draco:
                 raise ReadError("has face indices without a buffer, which are not read")
-            raise ReadError(f"needs {_DRACO}, which is not read; save it without")
+            raise ReadError(f"{_DRACO} is not read: save the file without it")
 
     # ------------------------------------------------------------------------------------ accessors
 
@@ -226,7 +226,7 @@ class _Scene:
         offset = where.get("byteOffset", 0)
         for name in view.get("extensions", {}):
             if name.endswith(_MESHOPT):
-                raise ReadError(f"needs {name}, which is not read; save it without")
+                raise ReadError(f"{name} is not read: save the file without it")
         begin, size = view.get("byteOffset", 0), width * kind.itemsize
         stride = view.get("byteStride", 0) or size
         end = begin + view["byteLength"]
@@ -257,7 +257,7 @@ class _Scene:
                 raise ReadError(f"its buffer {name} is outside its folder: not read")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
-        raise ReadError(f"its buffer {unquote(uri)} is missing beside it")
+        raise ReadError(f"its folder has no buffer {unquote(uri)}")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:
@@ -301,5 +301,5 @@ def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
     if mode != 4:
         raise ReadError(f"has primitives of mode {mode}; allowed are 0 to 6")
     if len(corners) % 3:
-        raise ReadError(f"{len(corners)} corners of triangles: no multiple of 3")
+        raise ReadError(f"its triangles have {len(corners)} corners, no multiple of 3")
     return corners.reshape(-1, 3)

@@ -49,7 +49,8 @@ class Rows:
     def numbers(
         self, first: int = 0, last: int | None = None, integers: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Parse lines `first` to `last` (excluded); return all numbers, and where each line begins.
+        """Parse lines `first` to `last` (excluded); return all numbers, and the index at which each
+        line begins.
 
         integers: try int64 first, which is ten times as fast as float64. Raises ReadError for a
         word that is no number.
@@ -237,7 +238,7 @@ def read_obj(path: Path) -> PointCloud:
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     text = re.sub(rb"\\[ \t]*\n", b" ", text)
     if surface := re.search(rb"(?m)^[ \t]*(surf|curv2?)[ \t]", text):
-        raise ReadError(f"free-form surface ({surface[1].decode()}): make polygons")
+        raise ReadError(f"free-form surface ({surface[1].decode()}): use polygons")
 
     def after(word: bytes) -> bytes:
         return b"\n".join(re.findall(rb"(?m)^[ \t]*" + word + rb"[ \t](.*)", text))

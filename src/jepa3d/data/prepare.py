@@ -156,7 +156,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
     if missing := [name for name in options.keep if getattr(cloud, name) is None]:
         raise ReadError(f"has no {missing[0]} to keep (--keep)")
     if count and len(cloud) < count and options.short == "skip":
-        raise ReadError(f"{len(cloud)} points of {count} (--points, --short skip)")
+        raise ReadError(f"{len(cloud)} points, fewer than {count} (--points, --short skip)")
     up = options.up_axis or entry.up_axis or cloud.up or "z"
     if count and not options.keep_strays:
         cloud = cloud.take(are_kept(cloud.points.astype(np.float64), LEAST))

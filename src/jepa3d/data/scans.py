@@ -248,7 +248,7 @@ def ptx_rows(path: Path) -> Iterator[np.ndarray]:
                 rows = [text.split() for text in head[6:]]
                 matrix = np.array(rows, np.float64).reshape(4, 4)
             except (ValueError, IndexError):
-                raise ReadError(f"line {at + 1} begins no scan of a PTX file") from None
+                raise ReadError(f"no PTX scan begins at line {at + 1}") from None
             check_claim(path, 6 * count, 1)  # the shortest line has 6 bytes
             lines, done = islice(file, count), 0
             first = next(lines, "")

@@ -118,7 +118,7 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
 
 
 def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
-    """Return the cloud after checking its points; ReadErrors begin with `where`."""
+    """Return the cloud if it is usable; otherwise raise ReadError. where: text before an error."""
     check_cloud(cloud.points, where)
     if len(cloud) < num_points:
         needed = f"at least {num_points} are needed (num_points)"

@@ -116,7 +116,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
     folders = [Path(key).parts[:-1] for key in paths]
     places = classes_and_splits(folders, flat=bool(benchmarks))
     for (key, path), (name, split) in zip(paths.items(), places, strict=True):
-        label = name and printable(name)  # for JSON, Parquet and pictures
+        label = name and printable(name)  # as JSON, Parquet and pictures need it
         try:
             entries += entries_of(path, key, label, split, *how)
         except ReadError as error:

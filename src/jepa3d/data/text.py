@@ -24,7 +24,7 @@ _COMMENT = ("#", "//", "%")
 _MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # characters that an empty row of a table may hold
 _MAX_TITLE = 100  # largest number of lines of other text above the numbers
-_MAX_LINE = 100_000  # a line above the numbers must be shorter, in characters
+_MAX_LINE = 100_000  # in characters; lines above the numbers must be shorter
 # how programs write a missing value
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
 _ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
@@ -43,7 +43,7 @@ def read_table(path: Path, columns: Names | None = None) -> PointCloud:
 
 
 def table_rows(path: Path) -> Iterator[np.ndarray]:
-    """Yield x, y, z in chunks, as `Table.rows` does. Raises ReadError."""
+    """Return an iterator over x, y, z in chunks, as `Table.rows`. Raises ReadError."""
     table = Table(path)
     return table.rows([*table.used(None).values()][:3])
 
