@@ -78,7 +78,7 @@ class Store:
         if found != FORMAT:
             raise ReadError(f"{path}: has format {found!r}; only {FORMAT!r} is read")
         if not (unfinished or complete):
-            raise ReadError(f"{path}: is an unfinished store; run jepa3d prepare again")
+            raise ReadError(f"{path}: an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
