@@ -84,7 +84,7 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # shape i is of class i % 21; 4 and 21 have no common factor, so all classes have test shapes
+    # shape i is of class i % 21; 4 and 21 have no common factor: test shapes go through all classes
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 
