@@ -149,7 +149,7 @@ def own_axes(points: np.ndarray) -> np.ndarray:
 def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
     """Find the points (n 3, all different) that are not strays; returns their indices in order.
 
-    Points are counted in a grid over the bounding box with three cells per point, at most
+    Points are counted in a grid over the bounding box, with about three cells per point and at most
     `MAX_CELLS` along the longest side. A point is a stray if its cell and the 26 cells around it
     hold fewer than `ALONE` points, itself included. This threshold is higher for large clouds,
     where `MAX_CELLS` makes cells larger, and it is n / 64 if a cloud has fewer than 256 points.
@@ -172,6 +172,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
             1,
         )
         count = np.bincount(cell, minlength=cells**3).reshape(cells, cells, cells)
+        # Add up each cell and its 26 neighbours: three cells along each axis in turn.
         for axis in range(3):
             one = np.swapaxes(count, 0, axis)
             three = one.copy()

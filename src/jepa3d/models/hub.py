@@ -95,20 +95,20 @@ class Pretrained(nn.Module, ModelHubMixin):
         """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation
         mode.
 
-        options: revision, cache_dir, force_download, token and local_files_only are passed to the
-        Hub; all other options override settings. Raises ValueError, which names the file and the
+        options: revision, cache_dir, force_download, token and local_files_only are those of the
+        Hub's download; all other options override settings in config.json. Raises ValueError, which names the file and the
         problem, if no network can be loaded.
         """
         download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
         folder = local_folder(pretrained_model_name_or_path, **download)
         file, weights = folder / "config.json", folder / "model.safetensors"
-        found, names = _as_made(cls, read_settings(folder)), _arguments(cls)
+        found, names = _with_defaults(cls, read_settings(folder)), _arguments(cls)
         known = {name: found[name] for name in found if name in names} | options
         _check(cls, known, f"{file} does not describe a {cls.__name__}")
         try:
             model = cls(**known)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            why = f"wrong settings of a {cls.__name__} ({first_line(error)})"
+            why = f"wrong settings for a {cls.__name__} ({first_line(error)})"
             raise ValueError(f"{file}: {why}") from error
         tensors, expected = load_file(weights), model.state_dict()
         names = sorted(tensors.keys() | expected.keys())
@@ -131,14 +131,14 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
     return arguments
 
 
-def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Complete the settings of an older config.json: arguments that it lacks get their value in
     `cls.BEFORE`.
     """
     complete = cls.BEFORE | settings
     for name, part in cls.PARTS.items():
         if isinstance(complete.get(name), dict):
-            complete[name] = _as_made(part, complete[name])
+            complete[name] = _with_defaults(part, complete[name])
     return complete
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from jepa3d.ops import BatchGenerator, sum_over_processes
 
-_KNOTS = 17  # points at which SIGReg compares the characteristic functions
-_LAST = 3.0  # the largest of them; the smallest is 0
+_KNOTS = 17  # number of knots, at which SIGReg compares characteristic functions
+_LAST = 3.0  # the largest knot; the smallest is 0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
