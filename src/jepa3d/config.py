@@ -424,6 +424,7 @@ def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, 
     paper["mixed_precision"] = "no"
     paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
+    # What `auto` means depends on the machine, so it is not compared.
     unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
     for key in ("seed", "up_axis", *unknown, *BOOKKEEPING):
         del ours[key]

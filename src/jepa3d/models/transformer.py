@@ -51,9 +51,10 @@ class Attention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute attention with torch's kernel; a mask is False at keys that are ignored."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # On a CPU, torch's bf16 kernel takes three to eight times as long as its fp32 kernel for
-        # the gradient.
+        # the gradient, so the inputs are converted to fp32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask
