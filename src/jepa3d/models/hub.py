@@ -96,8 +96,8 @@ class Pretrained(nn.Module, ModelHubMixin):
         mode.
 
         options: revision, cache_dir, force_download, token and local_files_only are those of the
-        Hub's download; all other options override settings in config.json. Raises ValueError, which names the file and the
-        problem, if no network can be loaded.
+        Hub's download; all other options override settings in config.json. Raises ValueError, which
+        names the file and the problem, if no network can be loaded.
         """
         download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
         folder = local_folder(pretrained_model_name_or_path, **download)
