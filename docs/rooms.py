@@ -12,9 +12,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 HEAD = """# Where the code is
 
-Rooms of `src/jepa3d`, written by `python docs/rooms.py` from the imports and from the first
-sentence of every file. Data walks one way: files, `PointClouds`, patches, tokens, context and
-targets, loss. A file imports from its own room and from rooms below it, never from above.
+This page lists the files of `src/jepa3d`, grouped into "rooms". `python docs/rooms.py` writes it
+from the imports and the first sentence of every file. Data flows in one direction: files,
+`PointClouds`, patches, tokens, context and targets, loss. A file imports only from its own room and
+from the rooms below it.
 
 ![rooms and their imports](rooms.png)
 """

@@ -12,10 +12,11 @@ from jepa3d.config import KINDS
 
 HEAD = """# Settings
 
-Every setting of `jepa3d pretrain`, `classify`, `segment` and `fewshot`, made by
-`python docs/settings.py` from `src/jepa3d/config.py`. On the command line `encoder.embed_dim` is
-`--encoder.embed-dim`; in a recipe it is `embed_dim` below `encoder`. Flags win over the recipe, the
-recipe over the preset, the preset over the defaults, which are the paper's.
+This page lists every setting of `jepa3d pretrain`, `classify`, `segment` and `fewshot`.
+`python docs/settings.py` writes it from `src/jepa3d/config.py`. On the command line
+`encoder.embed_dim` is `--encoder.embed-dim`; in a recipe it is `embed_dim` below `encoder`. Flags
+override the recipe, the recipe overrides the preset, and the preset overrides the defaults, which
+are the paper's settings.
 """
 
 

@@ -71,7 +71,7 @@ def test_code_of_another_package_is_trained_with(flags, site, tmp_path):
         ("--teacher nowhere.at:all", "nowhere.at:all: cannot be imported"),
         ("--sampler.name randon", "did you mean 'random'?"),
         ("--objective jpea", "did you mean 'jepa'?"),
-        ("--sampler.name mylab.leaks:peek", "context has no token of its target"),
+        ("--sampler.name mylab.leaks:peek", "context and target share no token"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_a_line(flags, reason, site, tmp_path):

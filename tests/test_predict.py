@@ -105,7 +105,7 @@ def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_pat
         (["classify", "missing.npy", "--out", "new"], "missing.npy: no such file"),
         (
             ["nothing", "a.npy", "--out", "new"],
-            "no finished run of jepa3d classify, segment or label",
+            "not a finished run of jepa3d classify, segment or label",
         ),
         (["classify", "a.npy", "--out", "a.npy"], "a.npy: exists already"),
         (["classify", "short.npy", "--out", "new"], "none of the clouds can be used"),

@@ -1,8 +1,8 @@
-"""Defines every setting with its default, help, range and values in the presets.
+"""Define every setting of a run, with its default, help, range and values in the presets.
 
-The defaults are the paper's (docs/method.md). Command-line flags override the recipe (YAML), the
-recipe overrides the preset, the preset overrides these defaults. docs/settings.md is generated from
-this file.
+The defaults are the paper's (docs/method.md). Command-line flags override the recipe (a YAML file),
+the recipe overrides the preset, and the preset overrides these defaults. docs/settings.md is
+generated from this file.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from jepa3d.plain import configuration, differences, from_dict, merge, nearest, setting, to_dict
 
-# `small` is the paper. `tiny` is for runs of minutes, with the settings that learned most in them
-# (docs/experiments.md); recipes/tiny-paper.yaml has the paper's objective at this size.
+# `small` has the paper's settings. `tiny` is for runs of a few minutes, with the settings that
+# reached the best scores in such runs (docs/experiments.md); recipes/tiny-paper.yaml has the
+# paper's objective at the size of `tiny`.
 PRESETS = ("tiny", "small", "base")
-TEACHERS = ("ema", "untrained", "none")  # teachers that need no stage I
+TEACHERS = ("ema", "untrained", "none")  # teachers that stage I need not train
 Rival = Literal["dvae", "generative", "invariance"]
-STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")  # objectives of stage I
+# Objectives of the networks that stage I can train.
+STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")
 SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 
 
@@ -30,13 +32,13 @@ class EncoderConfig:
     num_groups: int = setting(64, "Patches (tokens) per cloud.", "[1, 65536]", tiny=32)
     group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
     num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
-    tokenizer_dim: int = setting(128, "Light PointNet's width.", "[1, 16384]", tiny=64)
+    tokenizer_dim: int = setting(128, "Width of the PointNet.", "[1, 16384]", tiny=64)
     mlp_ratio: float = setting(4.0, "Hidden width of the MLPs / embed_dim.", "(0, 64]")
     drop_path: float = setting(
         0.1, "Drop rate of stochastic depth in the last block.", "[0, 1)", tiny=0.0
     )
     position_every_block: bool = setting(
-        True, "Add positions before every block, not only the first."
+        True, "Add positions before every block, not only before the first."
     )
     qkv_bias: bool = setting(False, "Biases of queries, keys and values (Point-JEPA).")
 
@@ -44,7 +46,7 @@ class EncoderConfig:
 @configuration("Sampler: which tokens are context and which are targets")
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Ratios are shares of a cloud's tokens."""
+    """Settings of the sampler; ratios are shares of a cloud's tokens."""
 
     name: str = setting(
         "multi_block",
@@ -58,11 +60,11 @@ class SamplerConfig:
     )
     context_ratio: tuple[float, float] | None = setting(
         None,
-        "Size of the context before targets are removed. Default: (0.85, 1.0); for sequence "
-        "(0.4, 0.75) of the tokens that targets leave.",
+        "Size of the context before targets are removed; for sequence, share of the tokens left "
+        "after that. Default: (0.85, 1.0); for sequence (0.4, 0.75).",
         "(0, 1] rising",
     )
-    min_context: int = setting(4, "Redraw masks of fewer context tokens.", "[1, 65536]")
+    min_context: int = setting(4, "Redraw contexts with fewer tokens.", "[1, 65536]")
     mask_ratio: float = setting(
         0.25, "Share of masked tokens, for random and one_block.", "(0, 1)", tiny=0.6
     )
@@ -74,11 +76,11 @@ class SamplerConfig:
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = setting(2, "Blocks; with 0 the encoder itself predicts.", "[0, 200]")
+    depth: int = setting(2, "Blocks; if 0, the encoder itself predicts.", "[0, 200]")
     cross_attention: bool = setting(True, "Cross-attend to the context in every block.")
-    stacked: bool = setting(False, "Predict all target blocks in one pass.")
+    stacked: bool = setting(False, "Predict all target blocks together.")
     isolated: bool = setting(False, "Mask tokens attend to the context only.")
-    ranks: bool = setting(False, "Use a token's rank along each axis as position.")
+    ranks: bool = setting(False, "Use a token's ranks along the axes as position.")
 
 
 @configuration("Target: how predictions are compared with the teacher's tokens")
@@ -86,11 +88,11 @@ class DecoderConfig:
 class TargetConfig:
     """Normalisation and averaging of targets, and additional loss terms."""
 
-    unit: Literal["token", "block"] = setting("token", "A cosine per token or block.")
+    unit: Literal["token", "block"] = setting("token", "One cosine per token or block.")
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
         "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
     )
-    layers: int = setting(1, "Average this many last blocks.", "[1, 200]", tiny=4)
+    layers: int = setting(1, "Teacher's last blocks to average.", "[1, 200]", tiny=4)
     cache: bool = setting(False, "Run frozen teachers once per shape, before training.")
     project: bool = setting(False, "Project targets too, as in the paper's equation.")
     momentum: tuple[float, float] = setting(
@@ -108,7 +110,7 @@ class TargetConfig:
 @configuration("Schedule")
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with linear warm-up and cosine decay, and how long to train."""
+    """Settings of AdamW, of linear warm-up and cosine decay, and of the length of training."""
 
     lr: float = setting(1e-3, "Highest learning rate.", "(0, 100]")
     weight_decay: float = setting(0.05, "Weight decay of AdamW.", "[0, 100]")
@@ -116,7 +118,7 @@ class Schedule:
     min_lr: float = setting(1e-6, "Learning rate of the last step.", "[0, 100]")
     clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
-    epochs: float = setting(300, "Passes over the data.", "(0, 1e6]")
+    epochs: float = setting(300, "Number of passes over the data.", "(0, 1e6]")
     max_steps: int | None = setting(None, "Steps; overrides epochs.", "[1, 1e9]")
 
 
@@ -124,6 +126,7 @@ SCHEDULE = tuple(part.name for part in fields(Schedule))
 
 
 def _schedule(config: Schedule) -> dict[str, Any]:
+    """Return the settings of the schedule, without all others."""
     return {name: getattr(config, name) for name in SCHEDULE}
 
 
@@ -132,21 +135,21 @@ def _schedule(config: Schedule) -> dict[str, Any]:
 class RunConfig(Schedule):
     """Settings of every training run."""
 
-    seed: int = setting(0, "Seeds weights, batches, masks, augmentation.", "[0, 4e9]")
+    seed: int = setting(0, "Seed of all random numbers of the run.", "[0, 4e9]")
     scale: tuple[float, float] = setting(
         (0.8, 1.2), "Augmentation: scale each axis by a factor in this range.", "(0, 1000] rising"
     )
     rotate: bool = setting(True, "Augmentation: rotate about the up axis.")
-    translate: float = setting(0.0, "Augmentation: largest move per axis.", "[0, 1000]")
+    translate: float = setting(0.0, "Augmentation: largest shift per axis.", "[0, 1000]")
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
         "auto",
-        "auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: the faster "
-        "one in a short trial.",
+        "auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: whichever is "
+        "faster in a short trial.",
     )
     compile: Literal["no", "yes", "auto"] = setting("no", "Compile transformer blocks.")
-    accumulate: int = setting(1, "Split each batch into this many passes.", "[1, 1e6]")
+    accumulate: int = setting(1, "Split each batch into this many micro-batches.", "[1, 1e6]")
     checkpoint_activations: bool = setting(
-        False, "Recompute blocks in the backward pass: less memory, more time."
+        False, "Recompute blocks in the backward pass, which saves memory and costs time."
     )
     log_every: int = setting(50, "Steps between log lines.", "[1, 1e9]")
     checkpoint_every: int = setting(1000, "Steps between checkpoints.", "[1, 1e9]")
@@ -157,14 +160,14 @@ class RunConfig(Schedule):
     encoder: EncoderConfig = EncoderConfig()
 
 
-# Settings that never change what is learned.
+# Settings that do not change the trained weights.
 BOOKKEEPING = ("log_every checkpoint_every snapshot_every checkpoint_activations track").split()
 
 
 @configuration("Stage I: the dVAE, the paper's teacher")
 @dataclass(frozen=True)
 class DVAEConfig(Schedule):
-    """ACT's settings."""
+    """Settings of the dVAE; the defaults are ACT's."""
 
     lr: float = setting(5e-4, tiny=2e-3)
     weight_decay: float = setting(5e-4)
@@ -174,7 +177,7 @@ class DVAEConfig(Schedule):
     num_points: int = setting(1024, "Points per cloud.", "[1, 1e7]", tiny=512)
     width: int = setting(384, "Width of the dVAE's tokens.", "[4, 16384]", tiny=96)
     num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
-    tokenizer_dim: int = setting(128, "Light PointNet's width.", "[1, 16384]", tiny=64)
+    tokenizer_dim: int = setting(128, "Width of the PointNet.", "[1, 16384]", tiny=64)
     dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
     folding_dim: int = setting(512, "Folding decoder's width.", "[1, 16384]", tiny=128)
     temperature: tuple[float, float] = setting(
@@ -189,7 +192,7 @@ class DVAEConfig(Schedule):
 @configuration("Rival: masked autoencoder")
 @dataclass(frozen=True)
 class GenerativeConfig(Schedule):
-    """Point-MAE's settings."""
+    """Settings of the masked autoencoder; the defaults are Point-MAE's."""
 
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
@@ -201,7 +204,9 @@ class GenerativeConfig(Schedule):
 @configuration("Rival: invariance")
 @dataclass(frozen=True)
 class InvarianceConfig(Schedule):
-    """All views of a shape get the same embedding. Loss weights are those of VICReg and LeJEPA."""
+    """Settings of the objective that gives all views of a shape the same embedding; loss weights
+    are those of VICReg and LeJEPA.
+    """
 
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
@@ -210,14 +215,14 @@ class InvarianceConfig(Schedule):
     global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
     partial_views: int = setting(2, "Views of a ball cut out of the cloud.", "[0, 64]")
     partial_ratio: tuple[float, float] = setting(
-        (0.3, 0.6), "Share of the points in a ball, drawn once per batch.", "(0, 1] rising"
+        (0.3, 0.6), "Share of the points in a ball; one per batch.", "(0, 1] rising"
     )
-    projector_dim: int = setting(2048, "Projector hidden width.", "[1, 65536]", tiny=256)
+    projector_dim: int = setting(2048, "Projector's hidden width.", "[1, 65536]", tiny=256)
     embedding_dim: int = setting(64, "Width of the embedding.", "[1, 65536]")
     vicreg: tuple[float, float, float] = setting(
         (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
     )
-    sigreg: float = setting(0.02, "SIGReg's weight w; invariance has 1 - w.", "[0, 1)")
+    sigreg: float = setting(0.02, "Weight w of SIGReg; invariance has 1 - w.", "[0, 1)")
     num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
 
 
@@ -233,7 +238,7 @@ class PretrainConfig(RunConfig):
     data: tuple[str, ...] = setting(("synthetic",), "Training shapes (docs/data.md).")
     split: Literal["train", "test", "all"] = setting("train", "Split of the data.")
     up_axis: tuple[Literal["x", "y", "z"], ...] = setting(
-        ("z",), "Up axis of the data: one, or one per source."
+        ("z",), "Up axis of the data: one for all sources, or one per source."
     )
     objective: str = setting(
         "jepa",
@@ -260,7 +265,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def stages(self) -> tuple[Rival, ...]:
-        """The networks that stage I must train first."""
+        """Return the names of the networks that stage I must train first."""
         named = (*self.teacher, self.init) if self.objective == "jepa" else ()
         return tuple(name for name in STAGE_ONE if name in named)
 
@@ -271,20 +276,22 @@ class PretrainConfig(RunConfig):
             object.__setattr__(self, self.objective, group)
 
     def schedule(self, objective: str) -> Schedule:
-        """The schedule of an objective: the run's own, or that of a network of stage I."""
+        """Return the schedule of an objective: that of the run, or that of a network of stage I."""
         return self if objective == self.objective else getattr(self, objective)
 
     def stage(self, name: str) -> "PretrainConfig":
-        """Settings of the run that trains a network of stage I, with its own schedule."""
+        """Return the settings of the run that trains a network of stage I, with its own schedule."""
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Classification. The defaults are the published settings for ScanObjectNN (Point-MAE, ACT).
+    """Settings of classification; the defaults are those published for ScanObjectNN (Point-MAE,
+    ACT).
 
-    `encoder` is used for training from scratch; with `init` it becomes that of the loaded encoder.
+    encoder: used for training from scratch; with `init`, the settings of the loaded encoder replace
+    it.
     """
 
     lr: float = 5e-4
@@ -292,7 +299,7 @@ class FinetuneConfig(RunConfig):
     batch_size: int = 32
     epochs: float = setting(300, tiny=30)
     scale: tuple[float, float] = (1.0, 1.0)
-    data: str = setting("", "Shapes with labels and a test part (docs/data.md).")
+    data: str = setting("", "Shapes with labels and a test split (docs/data.md).")
     labels_key: str = setting("labels", "Key of the labels in an .npz file.")
     up_axis: Literal["x", "y", "z"] = setting("z", "Up axis of the data.")
     init: str | None = setting(
@@ -301,33 +308,33 @@ class FinetuneConfig(RunConfig):
         "without it, training is from scratch.",
     )
     num_points: int | None = setting(None, "Points, if not the encoder's.", "[1, 1e7]")
-    num_groups: int | None = setting(None, "Patches per cloud, if not the encoder's.", "[1, 65536]")
+    num_groups: int | None = setting(None, "Patches, if not the encoder's.", "[1, 65536]")
     trained: Literal["all", "head", "head_first"] = setting(
         "all",
         "all: all weights; head: the encoder stays frozen; head_first: a linear head is fitted "
         "to its vectors, then all weights are trained.",
     )
     layer_decay: float = setting(
-        1.0, "Factor on the learning rate from each block to the one below.", "(0, 1]"
+        1.0, "Each block's learning rate / that of the next block.", "(0, 1]"
     )
     dropout: float = setting(0.5, "Dropout in the head.", "[0, 1)")
     label_smoothing: float = setting(0.0, "Label smoothing of the loss.", "[0, 1)")
-    labels: float = setting(1.0, "Share of the labels; seeded, stratified.", "(0, 1]")
+    labels: float = setting(1.0, "Share of each class's labels to use.", "(0, 1]")
     validation: float = setting(
-        0.2, "Share of these used for validation, if the data has no such split.", "[0, 1)"
+        0.2, "Share of these labels for validation, if the data has no such split.", "[0, 1)"
     )
     select: Literal["validation", "last", "best-on-test"] = setting(
         "validation", "How the kept epoch is chosen (docs/protocols.md)."
     )
     votes: int = setting(
-        1, "Average the logits of this many scaled, moved copies of a test shape.", "[1, 10000]"
+        1, "Average logits of this many scaled, shifted copies of a test shape.", "[1, 10000]"
     )
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Part segmentation. The defaults are the published settings for ShapeNetPart (Point-MAE)."""
+    """Settings of part segmentation; the defaults are those published for ShapeNetPart (Point-MAE)."""
 
     lr: float = 2e-4
     batch_size: int = 16
@@ -342,7 +349,7 @@ class SegmentConfig(FinetuneConfig):
 @configuration("Run")
 @dataclass(frozen=True)
 class FewshotConfig(FinetuneConfig):
-    """Few-shot episodes. The defaults are the published settings for ModelNet40 (Point-MAE)."""
+    """Settings of few-shot episodes; the defaults are those published for ModelNet40 (Point-MAE)."""
 
     epochs: float = setting(150, tiny=30)
     rotate: bool = False
@@ -365,17 +372,17 @@ KINDS = {
     "segment": SegmentConfig,
     "fewshot": FewshotConfig,
 }
-SHAPENET55 = 52_470  # shapes in both of its lists
+SHAPENET55 = 52_470  # number of shapes in ShapeNet55, train and test
 
 
 def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
-    """The settings (nested) that a preset changes; kind: the dataclass of settings.
+    """Return the settings that a preset changes, as a nested dictionary.
 
-    Raises ValueError for an unknown preset.
+    kind: the dataclass of settings. Raises ValueError for an unknown preset.
     """
     if not isinstance(name, str) or name not in PRESETS:
         hint, known = nearest(name, PRESETS), ", ".join(PRESETS)
-        raise ValueError(f"preset {name!r} is unknown{hint}; one of {known}")
+        raise ValueError(f"preset {name!r} is unknown{hint}; use {known}")
     found = {}
     for part in fields(kind):
         if is_dataclass(part.type):
@@ -386,11 +393,12 @@ def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
 
 
 def resolve(*layers: dict) -> PretrainConfig:
-    """Merge layers of overrides (later ones win) to the settings of a pretraining run.
+    """Merge dictionaries of settings to the settings of a pretraining run; later ones override
+    earlier ones.
 
-    Each objective may have its own schedule in a layer: `max_steps` is 3D-JEPA's,
-    `generative.max_steps` the masked autoencoder's. The schedule of the run's objective becomes
-    that of the run. Raises ValueError as `from_dict` does.
+    Each objective may have its own schedule: `max_steps` is that of 3D-JEPA,
+    `generative.max_steps` that of the masked autoencoder. The schedule of the run's objective
+    becomes that of the run. Raises ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     if objective in STAGE_ONE:
@@ -405,17 +413,18 @@ def resolve(*layers: dict) -> PretrainConfig:
 
 
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
-    """The settings of a run that differ from the paper's, as dotted name -> (here, paper).
+    """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    num_shapes: of the run's data. The paper uses all shapes of ShapeNet55, and 150 or 300 epochs.
-    Logging, seed and up axis are ignored.
+    num_shapes: number of shapes in the run's data. The paper uses all shapes of ShapeNet55, and 150
+    or 300 epochs. Logging, seed and up axis are ignored.
     """
-    # for a rival, these include its own schedule
+    # For a rival objective, its own schedule is part of these settings.
     paper = to_dict(resolve({"objective": config.objective}))
     paper |= {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
     paper["mixed_precision"] = "no"
     paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
+    # What `auto` means depends on the machine, so it is not compared.
     unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
     for key in ("seed", "up_axis", *unknown, *BOOKKEEPING):
         del ours[key]

@@ -1,9 +1,9 @@
-"""Converts any point cloud to the normalised points that the encoder sees (its frame), with numpy
+"""Convert any point cloud to the normalised points that the encoder sees (its frame), with numpy
 alone.
 
 Every use of an encoder goes through `frame`. So a vector depends only on the set of points: not on
-their order, a file's name, a place in a list or a random number. `jepa3d export` copies this file
-beside the model as the module `grouping`. Inside the package, the compiled sampling of ops.py
+the points' order, a file's name, the other clouds or random numbers. `jepa3d export` copies this
+file beside the model as the module `grouping`. Inside the package, the compiled sampling of ops.py
 replaces `farthest_point_sample` below and picks the same points.
 """
 
@@ -13,27 +13,27 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# fewest different points of a cloud in a store; each encoder has its own `min_points`
-LEAST = 64
-STEP = 0.6  # see `fill`
-ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # see `without_strays`
+LEAST = 64  # different points that a cloud in a store needs; encoders have their own `min_points`
+STEP = 0.6  # how far `fill` moves a copy of a point, relative to the distance to its neighbour
+ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # explained in `without_strays`
+# Changes of the axes' signs that are rotations.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
-# Rotations 12 3 3: each of the cloud's own axes up, with either end up. They cover every ambiguity
-# of `own_axes`.
+# Rotations [12, 3, 3] that permute the cloud's own axes and reverse pairs of them. They cover every
+# ambiguity of `own_axes`.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )
 
 
 class Frame(NamedTuple):
-    """The points that the encoder sees, and their position, scale and rotation in the cloud's
-    coordinates.
+    """The points that the encoder sees, and the position, scale and rotation that lead from the
+    cloud's coordinates to theirs.
     """
 
     points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
     center: np.ndarray  # 3 float64
     radius: float
-    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes, if any
+    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes; None: none
 
     def place(self, others: np.ndarray) -> np.ndarray:
         """Convert any points (..., 3) from the cloud's coordinates to the encoder's, float32."""
@@ -48,9 +48,9 @@ def group(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the inputs of patches.onnx from a cloud N 3 in any unit.
 
-    Returns patches num_groups group_size 3 and centers num_groups 3, float32; stack those of
-    several clouds for a batch. The three sizes are in the model's metadata and README. Raises
-    ValueError as `frame` does.
+    num_points, num_groups, group_size: as in the model's metadata and README. Returns patches
+    [num_groups, group_size, 3] and centers [num_groups, 3], float32; for a batch, stack the results
+    of several clouds. Raises ValueError as `frame` does.
 
     >>> patches, centers = group(cloud, 1024, 64, 24)
     >>> session.run(["embedding"], {"patches": patches[None], "centers": centers[None]})
@@ -62,8 +62,10 @@ def group(
 
 
 def farthest_point_sample(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Farthest point sampling of points N 3: indices [num_samples], each of the point farthest from
-    all before it; the first is `start`.
+    """Choose farthest point samples of points N 3.
+
+    Returns indices [num_samples]. The first is `start`; each further one is the index of the point
+    that is farthest from all points before it.
     """
     distance = np.full(len(points), np.inf, points.dtype)
     picked = np.empty(num_samples, np.int64)
@@ -85,26 +87,28 @@ def frame(
     """Convert a cloud N 3, of any unit and number type, to `num_points` points in the unit sphere.
 
     Duplicate points count once. Stray points are removed (`without_strays`) unless `keep_strays`.
-    More points are reduced by farthest point sampling; fewer are filled up (`fill`). min_points:
-    fewest different points. sample: a function like `farthest_point_sample`. upright: keep the
-    cloud's orientation; if False, rotate it into its own axes (`own_axes`). Raises ValueError as
-    `check` does, and for fewer than `min_points` different points.
+    If more than `num_points` are left, farthest point sampling reduces them; if fewer, `fill` adds
+    points. min_points: number of different points that the cloud needs. sample: a function like
+    `farthest_point_sample`. upright: keep the cloud's orientation; if False, rotate it into its own
+    axes (`own_axes`). Raises ValueError as `check` does, and for fewer than `min_points` different
+    points.
     """
     cloud = check(points)
-    # the centre of the box does not depend on the order of points or on duplicates
-    place = (cloud.min(0) + cloud.max(0)) / 2
-    cloud = _distinct(cloud - place)
+    # Unlike the mean, the centre of the bounding box depends neither on the order of points nor on
+    # duplicates.
+    box_center = (cloud.min(0) + cloud.max(0)) / 2
+    cloud = _distinct(cloud - box_center)
     different, turn = len(cloud), None
     if not upright:
         turn = own_axes(cloud)
-        # sort again by the new coordinates: this order decides ties
+        # Sort again by the new coordinates, since the order decides between equally far points.
         cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
         cloud = cloud[without_strays(cloud, min_points)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
-    cloud = (cloud / size).astype(np.float32)  # float64 until here: map coordinates are large
+    cloud = (cloud / size).astype(np.float32)  # only now, since map coordinates need float64
     if different < min_points:
         raise ValueError(too_few(len(points), different, min_points))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
@@ -119,19 +123,20 @@ def frame(
     center = middle + size * center
     return Frame(
         (seen / radius).astype(np.float32),
-        place + (center if turn is None else center @ turn),
+        box_center + (center if turn is None else center @ turn),
         size * radius,
         turn,
     )
 
 
 def own_axes(points: np.ndarray) -> np.ndarray:
-    """The rotation 3 3 of a cloud n 3 into its own axes, flattest axis first.
+    """Compute the rotation [3, 3] of a cloud n 3 into its own axes, flattest axis first.
 
     Rotated copies of a cloud get the same coordinates. The axes are the principal axes of the unit
     vectors from the mean to the points, so that far strays have little weight. The first two axes
-    point to the side of positive skewness. If a shape is symmetric along an axis, either end may
-    come first. If axes are equal, as for a cube, the rotation is arbitrary.
+    point to the side of positive skewness. If a shape is symmetric along an axis, that axis may
+    point to either side. If the extents along two axes are equal, as for a cube, the rotation is
+    arbitrary.
     """
     away = points - points.mean(0)
     away /= np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-300)
@@ -142,18 +147,18 @@ def own_axes(points: np.ndarray) -> np.ndarray:
 
 
 def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Indices of the points (n 3, all different) that are not strays, in order; a clean cloud keeps
-    nearly all.
+    """Find the points (n 3, all different) that are not strays; returns their indices in order.
 
-    Points are counted in a grid over the bounding box with three cells per point, at most
+    Points are counted in a grid over the bounding box, with about three cells per point and at most
     `MAX_CELLS` along the longest side. A point is a stray if its cell and the 26 cells around it
-    hold fewer than `ALONE` points, itself included. This threshold is higher for large clouds
-    (where `MAX_CELLS` makes cells larger) and n / 64 for fewer than 256 points.
+    hold fewer than `ALONE` points, itself included. This threshold is higher for large clouds,
+    where `MAX_CELLS` makes cells larger, and it is n / 64 if a cloud has fewer than 256 points.
 
-    This is repeated in the bounding box of the rest until nothing is removed, since one far point
-    puts all others into one cell at first. There are at most `ROUNDS` rounds, as in the exported
-    graph (inference/export.py). A cloud that would lose more than the share `MAX_STRAYS` of
-    its points, or keep fewer than `min_points`, keeps all.
+    Removal is repeated in the bounding box of the remaining points until no stray is found, since
+    one far point makes the grid so coarse that all other points lie in one cell. There are at most
+    `ROUNDS` rounds, as in the exported graph (inference/export.py). A cloud that would lose more
+    than the share `MAX_STRAYS` of its points, or keep fewer than `min_points`, keeps all. Clean
+    clouds keep nearly all points.
     """
     kept = np.arange(len(points))
     for _ in range(ROUNDS):
@@ -167,6 +172,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
             1,
         )
         count = np.bincount(cell, minlength=cells**3).reshape(cells, cells, cells)
+        # Add up each cell and its 26 neighbours: three cells along each axis in turn.
         for axis in range(3):
             one = np.swapaxes(count, 0, axis)
             three = one.copy()
@@ -186,7 +192,10 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Mask [n] of the points of any cloud n 3 that are not strays; duplicates are treated alike."""
+    """Return a mask [n], True for the points of a cloud n 3 that are not strays.
+
+    The cloud may have duplicates; all copies of a point get the same value.
+    """
     centred = points - (points.min(0) + points.max(0)) / 2
     different, which = np.unique(centred, axis=0, return_inverse=True)
     kept = np.zeros(len(different), bool)
@@ -195,13 +204,13 @@ def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fill up points n 3, all different and in farthest point order, to `num_points` with moved
-    copies.
+    """Add moved copies of points to a cloud n 3 until it has `num_points`.
 
-    Returns the points num_points 3, and for each the index of the point that it copies. The
-    originals come first, then rounds of copies. A copy of round t is moved away from its t-th
-    nearest point by STEP of their distance, a little less the later it comes. This continues the
-    surface; exact copies would give patches unlike those that an encoder was trained on.
+    points: all different and in farthest point order. Returns the points [num_points, 3], and for
+    each the index of the point that it copies. The originals come first, then rounds of copies. In
+    round t, each copy is moved away from the t-th nearest neighbour of its original by the share
+    STEP of their distance; later copies move a little less. Moved copies continue the surface;
+    exact copies would give patches unlike those that an encoder was trained on.
     """
     turn, row = np.divmod(np.arange(len(points), num_points), len(points))
     source, k = points[row], min(int(turn[-1]), len(points) - 1)
@@ -209,16 +218,17 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     nearest = np.concatenate(
         [_nearest(copied[at : at + 256], points, k + 1) for at in range(0, len(copied), 256)]
     )
-    # the nearest point is the point itself
+    # neighbour 0 is the point itself, so counting starts at 1
     away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)
-    # decreasing, or copies of two neighbours would be equally far
+    # The steps decrease, so that the copies of two mutual neighbours are not equally far from their
+    # originals: farthest point sampling would have to choose between equal distances.
     step = (STEP * (1 - row / (4 * len(points)))).astype(np.float32)
     filled = np.concatenate([points, source + step[:, None] * away])
     return filled, np.r_[: len(points), row]
 
 
 def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
-    """Indices n k of the points nearest to each query, nearest first."""
+    """Find the k points nearest to each query (n 3); returns indices n k, nearest first."""
     distance = _squares(query[:, None], points)
     some = np.argpartition(distance, k - 1, axis=1)[:, :k]
     return np.take_along_axis(
@@ -227,12 +237,13 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
 
 
 def check(points: np.ndarray) -> np.ndarray:
-    """A float64 copy of points N 3. Raises ValueError for another shape, no points, NaN or
-    infinity.
+    """Return a float64 copy of points N 3.
+
+    Raises ValueError for a wrong shape, no points, NaN or infinity.
     """
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
-        raise ValueError(f"points must be numbers N x 3, found {points.dtype} {list(points.shape)}")
+        raise ValueError(f"points must be numbers N x 3, not {points.dtype} {list(points.shape)}")
     if not len(points):
         raise ValueError("no points")
     cloud = points.astype(np.float64)
@@ -242,8 +253,9 @@ def check(points: np.ndarray) -> np.ndarray:
 
 
 def too_few(count: int, different: int, min_points: int) -> str:
-    """The error text for a cloud of `count` points, of which `different` are different, where at
-    least `min_points` are needed.
+    """Return the error text for a cloud of `count` points with only `different` different ones.
+
+    min_points: number of different points that are needed.
     """
     if different == 1:
         return "one point only" if count == 1 else "all points are equal"
@@ -256,11 +268,12 @@ def too_few(count: int, different: int, min_points: int) -> str:
 def _distinct(points: np.ndarray) -> np.ndarray:
     """Remove duplicates from points n 3; the order depends only on the coordinates."""
     x, y, z = points.T
-    # much faster than sorting rows
+    # Sorting by one number per point is much faster than sorting rows.
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
     return points[np.r_[True, (points[1:] != points[:-1]).any(1)]]
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute squared distances between points (..., 3) that broadcast against each other."""
     x, y, z = (np.square(a[..., axis] - b[..., axis]) for axis in range(3))
     return x + y + z

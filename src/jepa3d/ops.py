@@ -1,4 +1,4 @@
-"""Sampling and neighbourhood operators on batched point clouds.
+"""Random numbers, and sampling and neighbourhood operators on batched point clouds.
 
 Each operator is plain torch and runs on any device. Only `farthest_point_sample` has faster back
 ends, which return the same indices.
@@ -21,16 +21,17 @@ from torch import Tensor
 from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
 from jepa3d.shapes import Centers, Float, Indices, Int, Points, Tokens
 
-_MAX_PAIRS = 2**26  # distances that `knn` holds at once: 256 MiB of float32
+_MAX_PAIRS = 2**26  # most distances that `knn` keeps in memory at once: 256 MiB of float32
 
 
 class BatchGenerator:
-    """Random numbers that depend only on (seed, step, stream), not on the number of processes.
+    """Source of random numbers that depend only on (seed, step, stream), not on the number of
+    processes.
 
-    Every draw is made for the whole global batch and cut to this process's rows: `first` is the
-    first of them, `total` the size of the global batch. So several processes together draw the same
-    numbers as one, a resumed run the same as an uninterrupted one, and checkpoints need no
-    generator state.
+    Every process draws numbers for the whole global batch and keeps those of its own rows. first:
+    index of this process's first row. total: size of the global batch; None: one process. So
+    several processes together draw the same numbers as one, a resumed run draws the same as an
+    uninterrupted one, and checkpoints need no generator state.
     """
 
     def __init__(
@@ -41,39 +42,40 @@ class BatchGenerator:
         self._key, self._generators = int.from_bytes(key, "big"), {}
 
     def stream(self, name: str) -> "BatchGenerator":
-        """An independent generator for one purpose; its draws never change those of others."""
+        """Return an independent generator for one purpose; its draws never change those of others."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
-        """A generator for the batch with each row repeated `times` times, as
-        `torch.repeat_interleave` does.
+        """Return a generator for a batch in which each row is repeated `times` times, as by
+        `torch.repeat_interleave`.
         """
         total = self.total and self.total * times
         return BatchGenerator(self.seed, self.step, self.first * times, total, self.name)
 
     def on(self, device: torch.device) -> torch.Generator:
-        """The underlying torch generator on a device."""
+        """Return the underlying torch generator on a device."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._key)
         return self._generators[device]
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Uniform draws in [0, 1) for this process's rows; shape: of these rows."""
+        """Draw numbers in [0, 1) for this process's rows; `shape` starts with their number."""
         total = self.total or shape[0]
         assert self.first + shape[0] <= total, "more rows than the global batch has"
         whole = torch.rand((total, *shape[1:]), generator=self.on(device), device=device)
         return whole[self.first : self.first + shape[0]]
 
     def choice(self, count: int) -> int:
-        """A random integer below `count`, one for the whole batch, drawn on the CPU."""
+        """Draw one integer below `count` for the whole batch, on the CPU."""
         return int(count * uniform_scalar(self))
 
 
 class RepeatedDraws(BatchGenerator):
-    """Keeps its draws in buffers that `redraw` refills, so that a recorded CUDA graph of a step can
-    be replayed (training/graphs.py).
+    """Generator that stores its draws in buffers, so that a recorded CUDA graph of a step can be
+    replayed with other numbers (training/graphs.py).
 
-    All streams share `buffers`, with keys (stream, number of the draw), and `choices`.
+    `redraw` refills the buffers. All streams share `buffers`, with keys (stream, number of the
+    draw), and `choices`, the arguments of `choice` per stream.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class RepeatedDraws(BatchGenerator):
         return RepeatedDraws(self.seed, self.step, f"{self.name}/{name}", self)
 
     def repeated(self, times: int) -> "RepeatedDraws":
-        return self
+        return self  # there is one process, which draws as many rows as `shape` says
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         key, self._count = (self.name, self._count), self._count + 1
@@ -112,19 +114,22 @@ class RepeatedDraws(BatchGenerator):
 def uniform(
     generator: torch.Generator | BatchGenerator | None, shape: tuple[int, ...], device
 ) -> Tensor:
-    """Uniform draws in [0, 1) of `shape`; the first axis is the batch.
+    """Draw a tensor of numbers in [0, 1); its first axis is the batch.
 
-    generator None uses torch's global random state.
+    generator: None uses torch's global random state.
     """
     device = torch.device(device)
     if isinstance(generator, BatchGenerator):
         return generator.uniform(shape, device)
-    made_on = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=made_on).to(device)
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
 
 
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
-    """One draw in [0, 1) for the whole batch, the same on every process, made on the CPU."""
+    """Draw one number in [0, 1) for the whole batch, the same on every process.
+
+    A torch generator draws it on its own device; in all other cases the CPU does.
+    """
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))
     if generator is not None and generator.device.type != "cpu":
@@ -133,7 +138,9 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over all processes; the gradient too, since every process's loss depends on it."""
+    """Sum over all processes. The gradient is summed too, since every process's loss depends on
+    the result.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -147,13 +154,15 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of x over all processes, with gradient; x itself if there is only one."""
+    """Sum x over all processes, with gradient; with only one process, return x."""
     return _SumOverProcesses.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
 @cache
 def _quickfps():
-    """The compiled farthest point sampler of the extra `fast`, or None if it is not installed."""
+    """Return the compiled farthest point sampler of the extra `fast`, or None if it is not
+    installed.
+    """
     if importlib.util.find_spec("torch_quickfps") is None:
         return None
     import torch_quickfps
@@ -163,8 +172,8 @@ def _quickfps():
 
 @cache
 def _triton():
-    """The module of the Triton sampler for GPUs, or None without Triton or the C compiler that it
-    needs.
+    """Return the module of the Triton sampler for GPUs, or None without Triton or the C compiler
+    that Triton needs.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if importlib.util.find_spec("triton") is None or compiler is None:
@@ -177,18 +186,19 @@ def _triton():
 def farthest_point_sample(
     points: Points, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
 ) -> Int[Tensor, "b m"]:
-    """Farthest point sampling of points B N 3 (Eldar et al. 1997).
+    """Choose farthest point samples of points B N 3 (Eldar et al. 1997).
 
-    Returns indices B num_samples; each is the point farthest from all before it. With a generator
-    the first point is random. Without one it is the point farthest from the centroid, so the result
-    does not depend on the order of points. If several points are equally far, plain torch takes the
-    lowest index and the compiled back end any of them. This happens on lattices, and if a cloud has
-    fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
+    Returns indices B num_samples; each is that of the point farthest from all samples before it.
+    With a generator the first sample is random. Without one it is the point farthest from the
+    centroid, so the samples do not depend on the order of points. If several points are equally
+    far, plain torch takes the lowest index and the compiled back end any of them. This happens on
+    lattices, and if a cloud has fewer different points than samples. Raises ValueError unless
+    1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
-        found = f"{num_samples} samples asked of {num_points} points"
-        raise ValueError(f"farthest point sampling: {found}")
+        found = f"cannot choose {num_samples} samples of {num_points} points"
+        raise ValueError(f"farthest point sampling {found}")
     points = points.detach()
     if generator is None:
         start = (points - points.mean(1, keepdim=True)).square().sum(-1).argmax(1)
@@ -207,8 +217,10 @@ def farthest_point_sample(
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """`farthest_point_sample` of one cloud N 3 float32 from the index `start`; uses numpy without
-    the compiled back end.
+    """Choose farthest point samples of one cloud N 3 float32, with the compiled back end if it is
+    installed, else with numpy.
+
+    start: index of the first sample. Returns indices [num_samples].
     """
     if len(points) < 32 or _quickfps() is None:
         return numpy_farthest_point_sample(points, num_samples, start)
@@ -217,8 +229,8 @@ def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
 
 
 def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Tensor) -> Tensor:
-    # The kernel takes one start index for all clouds of a batch: so the start of each cloud is
-    # swapped with its row 0, and back afterwards.
+    # The compiled function takes one start index for all clouds of a batch. So the start point of
+    # each cloud is swapped with its row 0, and the returned indices are swapped back.
     batch, num_points, _ = points.shape
     rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
     swapped = points.clone(memory_format=torch.contiguous_format)
@@ -230,7 +242,7 @@ def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Ten
 
 
 def _farthest_point_sample_reference(points: Points, num_samples: int, start: Tensor) -> Tensor:
-    # On a CPU, three contiguous coordinate arrays are 3-4 times as fast as one B N 3 tensor.
+    # On a CPU, three contiguous tensors of coordinates are 3-4 times as fast as one B N 3 tensor.
     x, y, z = (axis.contiguous() for axis in points.unbind(-1))
     distance = torch.full_like(x, torch.inf)
     picked, current = [], start[:, None]
@@ -246,11 +258,11 @@ def _farthest_point_sample_reference(points: Points, num_samples: int, start: Te
 
 @no_type_check  # torch.export cannot trace a check of the inner function
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Farthest point sampling as a scan: an exported graph then has one repeated step instead of a
-    thousand copies of it.
+    """Choose farthest point samples with a scan, so that an exported graph has one repeated step
+    instead of one copy of the step per sample.
 
-    Returns the indices B num_samples, and the squared distance of each sample from those before it
-    (infinite for the first).
+    points: B N 3. start: index of each cloud's first sample, B. Returns the indices B num_samples,
+    and each sample's squared distance from the nearest sample before it (infinite for the first).
     """
     from torch._higher_order_ops.scan import scan  # private in torch; only export needs it
 
@@ -260,24 +272,25 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
         state: tuple[Tensor, Tensor], _: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         current, distance = state
-        apart = distance.gather(1, current[:, None])[:, 0]
+        spacing = distance.gather(1, current[:, None])[:, 0]
         x, y, z = (
             (planes - planes.gather(2, current[:, None, None].expand(-1, 3, -1))).square().unbind(1)
         )
         distance = torch.minimum(distance, x + y + z)
-        return (distance.argmax(1), distance), (current.clone(), apart)
+        return (distance.argmax(1), distance), (current.clone(), spacing)
 
     begin = start, torch.full_like(planes[:, 0], torch.inf)
-    index, apart = scan(step, begin, points.new_zeros(num_samples, 1))[1]
-    return index.transpose(0, 1), apart.transpose(0, 1)
+    index, spacing = scan(step, begin, points.new_zeros(num_samples, 1))[1]
+    return index.transpose(0, 1), spacing.transpose(0, 1)
 
 
 def squared_distance(
     a: Float[Tensor, "*#b m 3"], b: Float[Tensor, "*#b n 3"]
 ) -> Float[Tensor, "*#b m n"]:
-    """Squared distances (..., M, N) between points (..., M, 3) and (..., N, 3).
+    """Compute squared distances (..., M, N) between points (..., M, 3) and (..., N, 3).
 
-    Avoids the cancellation errors of the formula with a matrix product.
+    Coordinates are subtracted before they are squared: the faster formula with a matrix product has
+    cancellation errors.
     """
     total = (a[..., :, None, 0] - b[..., None, :, 0]).square_()
     for axis in (1, 2):
@@ -286,13 +299,13 @@ def squared_distance(
 
 
 def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b m k"]:
-    """Indices B M k of the k points (B N 3) nearest to each query (B M 3), nearest first.
+    """Find the k points (B N 3) nearest to each query (B M 3).
 
-    Raises ValueError unless 1 <= k <= N.
+    Returns indices B M k, nearest first. Raises ValueError unless 1 <= k <= N.
     """
     batch, num_points, _ = points.shape
     if not 1 <= k <= num_points:
-        raise ValueError(f"nearest neighbours: k = {k}, but a cloud has {num_points} points")
+        raise ValueError(f"cannot find {k} nearest neighbours in a cloud of {num_points} points")
     rows = max(1, _MAX_PAIRS // (batch * num_points))
     if torch.compiler.is_exporting():  # the graph must work for any batch size
         rows = query.shape[1]
@@ -321,39 +334,43 @@ def three_nn_interpolate(
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
-    # A product with a matrix of three entries per row: its gradient is a matrix product too, not a
-    # slow scatter.
+    # A matrix with three entries per row makes this a matrix product, whose gradient is a matrix
+    # product too; gathering three rows would have a slow scatter as gradient.
     dense = weight.new_zeros(*query.shape[:2], centers.shape[1]).scatter_(-1, index, weight)
     return dense.to(features.dtype) @ features
 
 
 def unit_sphere(points: Points) -> Points:
-    """Move points B N 3 to centroid 0 and scale them so that the farthest has distance 1."""
+    """Move clouds B N 3 to centroid 0 and scale each so that its farthest point has distance 1."""
     points = points - points.mean(1, keepdim=True)
     radius = points.norm(dim=-1).amax(1)[:, None, None]
     return points / radius.clamp_min(torch.finfo(points.dtype).tiny)
 
 
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar: half the sum of both
-    directions' mean nearest distances.
+    """Compute Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar.
+
+    This is the mean distance from a point to the nearest point of the other set, averaged over both
+    directions.
     """
     one, other = _to_nearest(a, b)
     return (one.norm(dim=-1).mean() + other.norm(dim=-1).mean()) / 2
 
 
 def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
-    """Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar: the sum of both
-    directions' mean squared nearest distances.
+    """Compute Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar.
+
+    This is the mean squared distance from a point to the nearest point of the other set, summed
+    over both directions.
     """
     one, other = _to_nearest(a, b)
     return one.square().sum(-1).mean() + other.square().sum(-1).mean()
 
 
 def _to_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets from the nearest point of the other set, for both sets.
+    """Compute, for both sets, each point's offset from the nearest point of the other set.
 
-    The choice of the nearest point has no gradient, the offsets have.
+    The offsets have a gradient; the choice of the nearest point has none.
     """
     with torch.no_grad():
         pairs = squared_distance(a, b)

@@ -1,5 +1,5 @@
-"""Farthest point sampling on a GPU as one Triton kernel; the torch loop launches eight kernels per
-sample.
+"""Farthest point sampling on a GPU as one Triton kernel, since the torch loop launches eight
+kernels per sample.
 """
 
 import torch
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_POINTS = 16384  # limited by registers, which hold a cloud's coordinates and distances
+MAX_POINTS = 16384  # more would not fit: registers hold all coordinates and distances of a cloud
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
     x = tl.load(points + 3 * place, mask=real, other=0.0)
     y = tl.load(points + 3 * place + 1, mask=real, other=0.0)
     z = tl.load(points + 3 * place + 2, mask=real, other=0.0)
-    distance = tl.where(real, float("inf"), -1.0)  # padding is never the farthest
+    distance = tl.where(real, float("inf"), -1.0)  # -1, so that padding is never the farthest
     current = tl.load(start + cloud).to(tl.int32)
     for i in range(num_samples):
         tl.store(index + i, current.to(tl.int64))
@@ -28,20 +28,20 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
         dy = y - tl.load(points + 3 * current + 1)
         dz = z - tl.load(points + 3 * current + 2)
         distance = tl.minimum(distance, dx * dx + dy * dy + dz * dz)
-        current = tl.argmax(distance, 0)  # the first one if several are equal, as in torch
+        current = tl.argmax(distance, 0)  # if distances are equal, the lowest index, as in torch
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    """Farthest point sampling of points B N 3 float32 on a GPU, N at most `MAX_POINTS`.
+    """Choose farthest point samples of points B N 3 (float32, on a GPU, N at most `MAX_POINTS`).
 
-    start: index of the first point, B. Returns indices B num_samples, the same as the torch loop:
-    products and sums are not fused, so distances are rounded in the same way.
+    start: index of each cloud's first sample, B. Returns indices B num_samples, the same as those
+    of the torch loop: products and sums are not fused, so distances are rounded in the same way.
     """
     batch, num_points, _ = points.shape
     index = torch.empty(batch, num_samples, dtype=torch.long, device=points.device)
     block = triton.next_power_of_2(num_points)
     warps = min(32, max(1, block // 256))
-    # Triton launches on the current device
+    # Triton launches kernels on the current device, which may be another GPU.
     with torch.get_device_module(points.device).device(points.device):
         _sample[(batch,)](
             points.contiguous(),

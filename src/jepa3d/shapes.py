@@ -1,10 +1,10 @@
-"""Shapes of tensors in signatures, in the words of jaxtyping: `Float[Tensor, "b m 3"]`.
+"""Shapes of tensors in signatures, in the notation of jaxtyping: `Float[Tensor, "b m 3"]`.
 
-The tests check them at every call (tests/conftest.py). Elsewhere they are notes to the reader:
-nothing is checked, and jaxtyping is not imported.
+The tests check these shapes at every call (tests/conftest.py). Elsewhere they only inform the
+reader: nothing is checked, and jaxtyping is not imported.
 
 Axes: b clouds, n points, m tokens, k points of a patch, c channels, v tokens of the context,
-a target blocks, t tokens of a target block; `rows` are tokens of all clouds, one after another.
+a target blocks, t tokens of a target block; `rows` are the tokens of all clouds, one after another.
 """
 
 import sys

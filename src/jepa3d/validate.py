@@ -1,6 +1,4 @@
-"""Checks of settings that are possible before any data is read; the ranges of numbers are in
-config.py.
-"""
+"""Check settings before any data is read; the ranges of single numbers are in config.py."""
 
 from collections.abc import Iterator
 
@@ -9,14 +7,14 @@ from jepa3d.plain import check_choice, check_ranges
 
 
 def validate(config: settings.RunConfig) -> None:
-    """Raise ValueError, which names the setting, for settings that cannot work with any data."""
+    """Check that settings can work with some data. Raises ValueError, which names the setting."""
     check_ranges(config)
     for problem in _problems(config):
         raise ValueError(problem)
 
 
 def _problems(config: settings.RunConfig) -> Iterator[str]:
-    """What is wrong with settings whose numbers all lie in their ranges, one sentence each."""
+    """Yield one sentence per problem, for settings whose numbers all lie in their ranges."""
     yield from _of_encoder(config.encoder)
     if isinstance(config, settings.PretrainConfig):
         yield from _of_pretraining(config)
@@ -33,7 +31,7 @@ def _of_encoder(encoder: settings.EncoderConfig) -> Iterator[str]:
     if width % heads:
         yield f"encoder.embed_dim {width} is not a multiple of num_heads {heads}"
     if width * ratio < 1:
-        yield f"encoder.mlp_ratio {ratio} of embed_dim {width} is less than 1"
+        yield f"encoder.mlp_ratio {ratio} times embed_dim {width} must be at least 1"
     for name in ("num_groups", "group_size"):
         if (size := getattr(encoder, name)) > (most := encoder.num_points):
             yield f"encoder.{name} {size} must not exceed encoder.num_points {most}"
@@ -45,24 +43,24 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
     check_choice("objective", config.objective, ("jepa", *settings.STAGE_ONE))
     check_choice("sampler.name", config.sampler.name, settings.SAMPLERS)
     if not teacher or (len(teacher) > 1 and "none" in teacher):
-        yield f"teacher {teacher}: none stands alone, and one at least is needed"
+        yield f"teacher {teacher}: give one teacher or more; none cannot be combined with others"
     if len(set(teacher)) < len(teacher):
-        yield f"teacher {teacher}: each only once"
+        yield f"teacher {teacher}: give each teacher only once"
     if config.objective == "jepa" and teacher == ("none",) and not target.sigreg > 0:
-        hint = "or all tokens collapse to one point"
-        yield f"teacher none needs target.sigreg above 0 (LeJEPA: 0.02), {hint}"
+        hint = "otherwise all tokens collapse to one point"
+        yield f"teacher none needs target.sigreg above 0 (LeJEPA: 0.02); {hint}"
     if target.view and (teacher == ("none",) or target.cache):
-        others = "not teacher none, not target.cache"
+        others = "it excludes teacher none and target.cache"
         yield f"target.view needs a teacher that runs in every step: {others}"
     if config.init in ("dvae", *settings.TEACHERS):
         allowed = "generative, invariance, default, a run, a folder or a Hub id"
         yield f"init {config.init!r} must be {allowed}"
     if target.cache and (moving := {"ema", "none"}.intersection(teacher)):
-        yield f"target.cache needs frozen teachers, not {min(moving)} (teacher {', '.join(teacher)})"
+        yield f"target.cache needs frozen teachers, not {min(moving)} (teacher: {', '.join(teacher)})"
     if target.layers > encoder.depth:
         yield f"target.layers {target.layers} exceeds encoder.depth {encoder.depth}"
     if config.decoder.depth == 0 and (config.decoder.isolated or config.decoder.ranks):
-        yield "decoder.isolated and decoder.ranks need a decoder: decoder.depth 1 or more"
+        yield "decoder.isolated and decoder.ranks need decoder.depth 1 or more"
     if (targets := config.sampler.num_targets) > groups:
         yield f"sampler.num_targets {targets} exceeds encoder.num_groups {groups}"
     masked = {"generative"}.intersection(used)
@@ -80,27 +78,27 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
 def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
     size, passes = config.batch_size, config.accumulate
     if not config.data:
-        yield "--data is missing: labelled shapes with a train and a test part"
+        yield "--data is missing: give labelled shapes with a train and a test split"
     if size < 2 * passes:
         fewest = f"{2 * passes} (2 x accumulate)" if passes > 1 else "2"
         yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes"
     if config.trained == "head_first" and config.init is None:
-        yield "trained head_first needs --init, an encoder; from scratch use all"
+        yield "trained head_first needs --init with an encoder; from scratch, use trained all"
 
 
 def _of_segmentation(config: settings.SegmentConfig) -> Iterator[str]:
     depth = config.encoder.depth
     if config.trained == "head_first":
-        yield "trained head_first is for classes of whole shapes; segment takes all or head"
+        yield "trained head_first works with classes of whole shapes only: segment takes all or head"
     if config.layers and (wrong := max(config.layers)) > depth:
-        yield f"layers {config.layers}: {wrong} is not 0 (tokenizer) to {depth}"
+        yield f"layers {config.layers}: {wrong} must be from 0 (tokenizer) to {depth}"
 
 
 def _of_fewshot(config: settings.FewshotConfig) -> Iterator[str]:
     if config.mixed_precision == "measure" or config.compile == "auto":
-        reason = "folds are too short for a trial; choose a value"
+        reason = "episodes are too short for a trial; choose other values"
         yield f"mixed_precision measure and compile auto: {reason}"
     if config.labels != 1:
-        yield f"labels {config.labels}: all shots of an episode are labelled"
+        yield f"labels {config.labels} must be 1: all shots of an episode are labelled"
     if config.votes > 1 and config.method != "finetune":
         yield f"votes {config.votes}: voting needs method finetune, not {config.method}"

@@ -162,7 +162,7 @@ def test_load_says_what_is_no_encoder(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not one of PointEncoder: it lacks embed_dim"):
+    with pytest.raises(ValueError, match="does not describe a PointEncoder: it lacks embed_dim"):
         load(tmp_path)
 
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(made, tmp_path, monk
         module.export(str(tmp_path / "run"), out)
     shutil.copytree(made[0], tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="broken: not a readable encoder"):
+    with pytest.raises(ValueError, match="broken: the encoder cannot be read"):
         module.export(str(tmp_path / "broken"), out)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 

@@ -162,7 +162,7 @@ def test_another_vit_is_refused(dvae, vit, tmp_path):
         tensors | {"layernorm.bias": tensors["layernorm.bias"] + 1e-3}, other / "model.safetensors"
     )
     said = refusal(load_module, str(tmp_path / "dvae"))
-    assert f"{other}: not the ViT that this dVAE was trained with" in said
+    assert f"{other} is not the ViT that this dVAE was trained with" in said
     assert dvae.backbone.sha256[:16] in said
 
 
@@ -179,17 +179,17 @@ def test_a_stored_dvae_says_what_it_lacks_when_its_vit_is_gone(vit, tmp_path):
     ("harm", "says"),
     [
         (lambda folder: shutil.rmtree(folder), "neither a folder nor a Hub id"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json: is missing"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: is missing"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "damaged"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
-            "'bert', and vit is needed",
+            "'bert', but must be 'vit'",
         ),
         (lambda folder: edit(folder, num_hidden_layers=3), "is missing"),
-        (lambda folder: edit(folder, hidden_size=64), "no ViT can be made of it"),
-        (lambda folder: edit(folder, hidden_size="wide"), "no ViT can be made of it"),
-        (lambda folder: edit(folder, num_attention_heads=0), "no ViT can be made of it"),
+        (lambda folder: edit(folder, hidden_size=64), "no ViT has these settings"),
+        (lambda folder: edit(folder, hidden_size="wide"), "no ViT has these settings"),
+        (lambda folder: edit(folder, num_attention_heads=0), "no ViT has these settings"),
     ],
 )
 def test_a_folder_that_holds_no_vit_is_refused(vit, tmp_path, harm, says):

@@ -107,11 +107,11 @@ def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, 
         wrong = "seven" if not isinstance(value, str) else 7
         damaged[json.dumps(settings | {name: wrong})] = f"{name} is {wrong!r}, not"
         if isinstance(value, int) and not isinstance(value, bool) and name != "layer":
-            damaged[json.dumps(settings | {name: 0})] = f"{name} is 0, and at least 1"
+            damaged[json.dumps(settings | {name: 0})] = f"{name} is 0, but must be at least 1"
     if "encoder" in settings:
         for name in SIZES:
             damaged[json.dumps(settings | {"encoder": SIZES | {name: -2}})] = (
-                f"encoder: {name} is -2, and at least 1"
+                f"encoder: {name} is -2, but must be at least 1"
             )
             damaged[json.dumps(settings | {"encoder": SIZES | {name: None}})] = (
                 f"encoder: {name} is None"
@@ -140,7 +140,7 @@ def test_damaged_weights_name_their_file_and_what_is_wrong(saved, tmp_path, kind
     name = draw.choice(sorted(name for name in whole if whole[name].ndim))
     damaged = {
         f"{name} is missing": {k: v for k, v in whole.items() if k != name},
-        "extra has no place": whole | {"extra": torch.zeros(2)},
+        "extra is not a tensor of this network": whole | {"extra": torch.zeros(2)},
         f"{name} has the shape": whole | {name: torch.zeros(1, 2, 3, 4)},
         "and .* more": {},
     }
@@ -233,5 +233,5 @@ def test_a_kept_copy_of_the_hub_is_used_without_a_connection(monkeypatch, saved,
     monkeypatch.setattr(hub, "_unreachable", lambda: "no route")
     loaded = PointEncoder.from_pretrained("owner/name", cache_dir=tmp_path)
     assert torch.equal(loaded.norm.weight, load(saved / "encoder").norm.weight)
-    with pytest.raises(ValueError, match=r"owner/other: .*no copy is kept here"):
+    with pytest.raises(ValueError, match=r"owner/other: .*no copy is stored here"):
         PointEncoder.from_pretrained("owner/other", cache_dir=tmp_path)

@@ -272,7 +272,7 @@ def test_weights_of_others_without_a_checksum_load_and_flipped_ones_do_not(tmp_p
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged: its checksum"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: .* checksum"):
         load(tmp_path / "encoder")
     save_file(encoder.state_dict(), file)
     load(tmp_path / "encoder")

@@ -333,7 +333,7 @@ def test_a_share_of_the_labels_is_a_share_of_those_for_validation_too(config):
 def test_layers_are_those_of_the_encoder_that_is_loaded(segment_config, tmp_path):
     PointEncoder(**ENCODER).save_pretrained(tmp_path / "given")
     config = segment_config(init=str(tmp_path / "given"), layers=[1, 2, 3], encoder={"depth": 12})
-    with pytest.raises(ValueError, match="3 is not 0"):
+    with pytest.raises(ValueError, match="3 must be from 0"):
         finetune(config, tmp_path / "run")
 
 

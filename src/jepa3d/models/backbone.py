@@ -1,7 +1,7 @@
-"""The frozen image transformer between the dVAE's two DGCNNs, with learned prompts (ACT, Dong et
-al. 2023).
+"""The frozen image transformer (ViT) between the dVAE's two DGCNNs, with learned prompts (ACT, Dong
+et al. 2023).
 
-Its weights are never stored in a run: a dVAE stores their folder or Hub id, and their checksum.
+Runs do not store the ViT's weights: a dVAE stores the ViT's folder or Hub id, and a checksum.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jepa3d.shapes import Centers, Tokens
 if TYPE_CHECKING:
     from transformers import ViTModel
 
-NUM_PROMPTS = 64  # per layer
-DROPOUT = 0.1  # of the prompts, in training
+NUM_PROMPTS = 64  # prompt tokens per layer
+DROPOUT = 0.1  # rate at which numbers of the prompts are dropped in training
 HINT = (
     "runs do not store a ViT's weights: give their folder or Hub id as dvae.backbone, "
     "or as backbone in a dVAE's config.json"
@@ -31,13 +31,13 @@ HINT = (
 
 
 class PromptedViT(nn.Module):
-    """A frozen ViT on the tokens of a cloud; every layer gets its own learned prompt tokens in
-    front of them.
+    """Apply a frozen ViT to the tokens of a cloud, with learned prompt tokens before them in every
+    layer.
 
-    name: folder or Hub id of the ViT. width: of the tokens. Only the ViT's transformer layers and
-    last norm are used: no image patches, class token or image positions. The prompts, their
-    positions, the MLP of the token positions and the two linear maps between the widths are
-    trained.
+    name: folder or Hub id of the ViT. width: number of channels of the cloud's tokens. Only the
+    ViT's transformer layers and last norm are used, not its image patches, class token or image
+    positions. Trained are the prompts, their positions, the MLP of the token positions, and the two
+    linear layers that change the width before and after the ViT.
     """
 
     def __init__(self, name: str, width: int):
@@ -63,21 +63,23 @@ class PromptedViT(nn.Module):
     def forward(
         self, tokens: Tokens, centers: Centers, generator: BatchGenerator | None = None
     ) -> Tokens:
-        """Returns tokens B M width; tokens: B M width, centers: B M 3.
+        """Transform tokens B M width with centers B M 3; returns the same shape.
 
-        Positions are added again at every layer, as in ACT. generator: draws the dropout of the
-        prompts, in training.
+        Positions are added before every layer, as in ACT. generator: source of the prompts' dropout
+        in training.
         """
         vit = self._frozen[0]
         hidden, position = self.enter(tokens), self.position(centers)
-        for layer, prompts, places in zip(
+        for layer, prompts, prompt_position in zip(
             vit.layers, self.prompts, self.prompt_positions, strict=True
         ):
             prompts = prompts.expand(len(tokens), -1, -1)
             if self.training:
                 kept = uniform(generator, tuple(prompts.shape), prompts.device) >= DROPOUT
                 prompts = prompts * kept / (1 - DROPOUT)
-            hidden = layer(torch.cat([prompts + places, hidden + position], 1))[:, NUM_PROMPTS:]
+            hidden = layer(torch.cat([prompts + prompt_position, hidden + position], 1))[
+                :, NUM_PROMPTS:
+            ]
         return self.leave(vit.layernorm(hidden))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedViT:
@@ -88,19 +90,23 @@ class PromptedViT(nn.Module):
 def check_digest(
     module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object
 ) -> None:
-    """Hook before weights are loaded: raises ValueError if they were trained with another ViT."""
+    """Check weights before they are loaded (a torch hook).
+
+    Raises ValueError if they were trained with another ViT.
+    """
     found = state_dict.get(f"{prefix}digest")
     if found is not None and bytes(found.tolist()).hex() != module.sha256:
         raise ValueError(
-            f"backbone {module.name}: not the ViT that this dVAE was trained with: the sha256 of its "
+            f"backbone {module.name} is not the ViT that this dVAE was trained with: the sha256 of its "
             f"model.safetensors is {module.sha256[:16]}..., not {bytes(found.tolist()).hex()[:16]}..."
         )
 
 
 def load_vit(name: str) -> tuple[ViTModel, str]:
-    """Load a frozen ViT from a folder or Hub id; also returns the sha256 of its model.safetensors.
+    """Load a frozen ViT from a folder or Hub id.
 
-    Raises ValueError with one line if transformers is not installed or there is no such ViT.
+    Returns the ViT and the sha256 of its model.safetensors. Raises ValueError if transformers is
+    not installed or no such ViT can be loaded.
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -114,7 +120,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
         folder = local_folder(name)
         settings, weights = read_settings(folder), folder / "model.safetensors"
         if (kind := settings.get("model_type")) != "vit":
-            raise ValueError(f"{folder}/config.json: model_type is {kind!r}, and vit is needed")
+            raise ValueError(f"{folder}/config.json: model_type is {kind!r}, but must be 'vit'")
         tensors = load_file(weights)
     except ValueError as error:
         raise ValueError(f"backbone {str(error).removeprefix('backbone ')}; {HINT}") from error
@@ -132,7 +138,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
         )
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"backbone {name}: no ViT can be made of it ({first_line(error)}); {HINT}"
+            f"backbone {name}: no ViT has these settings ({first_line(error)}); {HINT}"
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -141,15 +147,15 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
     vit, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"backbone {weights}: not the weights of a ViT: {missing[0]} is missing; {HINT}"
+            f"backbone {weights}: these are not the weights of a ViT: {missing[0]} is missing; {HINT}"
         )
     sha256 = sha256_of(weights)
-    assert sha256 is not None  # just read
+    assert sha256 is not None  # the file exists: it was just read
     return vit.requires_grad_(False).eval(), sha256
 
 
 def reference(name: str) -> str:
-    """The backbone's name for config.json: a folder's absolute path, so that any command finds it;
-    a Hub id unchanged.
+    """Return the backbone's name for config.json: the absolute path of a folder, so that commands
+    find it from any folder; a Hub id unchanged.
     """
     return str(Path(name).absolute()) if Path(name).exists() else name

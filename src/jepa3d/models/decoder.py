@@ -10,13 +10,13 @@ from jepa3d.shapes import Blocks, Centers, Rows
 
 
 class ContextAwareBlock(nn.Module):
-    """Self-attention over [context ; mask tokens], cross-attention to the encoder's output, and an
-    MLP, all residual.
+    """One decoder layer: self-attention over [context ; mask tokens], cross-attention to the
+    encoder's output, and an MLP, each with a residual connection.
 
-    The query of the cross-attention is normalised. Key and value come from the encoder's output,
-    which is already normalised and the same for every block. Without `cross_attention` this is a
-    plain transformer block (Table V, second row). With `isolated` every token attends only to the
-    context, so mask tokens do not see each other.
+    Only the queries of the cross-attention are normalised: its keys and values come from the
+    encoder's output, which is already normalised and the same for every layer. Without
+    `cross_attention` this is a plain transformer block (Table V, second row). With `isolated`
+    every token attends only to the context, so mask tokens do not see each other.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class ContextAwareBlock(nn.Module):
             self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Rows, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """Returns the updated rows [n, C] of the layout `joint`, with the context repeated for each
-        pass.
+        """Return the updated rows [n, C] of the layout `joint`, with the context repeated for each
+        decoder pass.
 
-        x: rows of `joint`. context: the encoder's output, rows [n, C]; its key and value are
+        x: rows of `joint`. context: the encoder's output, rows [n, C]; its keys and values are
         computed once per cloud, for all passes. last: return only the rows of mask tokens, since
         nothing reads the context afterwards.
         """
@@ -49,7 +49,7 @@ class ContextAwareBlock(nn.Module):
         seen, keys = (
             (normed[: joint.context.num_rows], joint.context) if self.isolated else (normed, joint)
         )
-        if last:  # the context's rows are only keys and values
+        if last:  # the context's rows are still keys and values, but no longer queries
             x, queries = x[-joint.num_masked :], normed[-joint.num_masked :]
         else:
             x, queries = joint.every_pass(x), normed
@@ -60,12 +60,12 @@ class ContextAwareBlock(nn.Module):
 
 
 class ContextAwareDecoder(nn.Module):
-    """Predicts every target token from the encoded context and the positions of the target centres.
+    """Predict every target token from the encoded context and the positions of the target centres.
 
-    By default there is one pass per target block, batched as B*A, so that a block never sees
-    another block's mask tokens (the paper's equation). `stacked` puts all blocks into one pass (the
-    paper's overview picture). `isolated`: no mask token sees any other (AsymDSD, arXiv
-    2506.21724), so one pass is enough. `ranks`: the decoder has its own position embedding, of
+    By default each target block has its own forward pass ("decoder pass"), so that a block never
+    sees another block's mask tokens (the paper's equation); all passes run as one batch of B*A.
+    stacked: all blocks share one pass (the paper's overview picture). isolated: no mask token sees
+    another (AsymDSD, arXiv 2506.21724), so one pass is enough. ranks: positions are embedded from
     `token_ranks` instead of coordinates (MPL-MAE, arXiv 2606.31570, without its gate).
     """
 
@@ -99,7 +99,7 @@ class ContextAwareDecoder(nn.Module):
     def forward(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> Blocks:
-        """Returns predictions B A T C.
+        """Predict the target tokens, B A T C.
 
         context and context_position: rows [n, C] of `layout`. target_position: B A T C.
         """
@@ -120,10 +120,10 @@ class ContextAwareDecoder(nn.Module):
     def assemble(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> tuple[Tensor, Tensor, Joint]:
-        """Join the context with a mask token per target.
+        """Join the context with one mask token per target token.
 
-        Returns the rows of [context ; mask tokens], the rows of their positions, and their layout;
-        all passes of a cloud still share one copy of its context.
+        Returns the rows of [context ; mask tokens], the rows of their positions, and their layout,
+        in which all decoder passes of a cloud still share one copy of its context.
         """
         batch, blocks, length, width = target_position.shape
         joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
@@ -136,13 +136,14 @@ class ContextAwareDecoder(nn.Module):
 
     @staticmethod
     def predictions(x: Rows, target_position: Blocks) -> Blocks:
-        """The rows of the mask tokens (the last ones of x), reshaped to B A T C."""
+        """Select the mask tokens, the last rows of x, and reshape them to B A T C."""
         return x[-target_position.shape[:3].numel() :].view(target_position.shape)
 
 
 def token_ranks(centers: Centers) -> Centers:
-    """Rank of each centre (B M 3) among those of its cloud along each axis, scaled to [-1, 1].
+    """Replace each coordinate of the centres (B M 3) by its rank in the cloud, scaled to [-1, 1].
 
-    Ranks give the order of the tokens, but not their distances, which alone reveal much of a shape.
+    Ranks tell the order of the tokens along each axis, but not their distances: distances alone
+    reveal much of a shape.
     """
     return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

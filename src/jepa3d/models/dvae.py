@@ -1,10 +1,10 @@
 """The discrete autoencoder (dVAE) of ACT's first stage: the paper's frozen teacher, with or without
 its image transformer.
 
-tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] -> DGCNN ->
-folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a teacher the dVAE is
-deterministic: it runs in evaluation mode, with the expected code instead of a Gumbel sample. (Dong
-et al. 2023, section 4; Yu et al. 2022 for the networks.)
+Data flow: tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] ->
+DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a teacher the dVAE is
+deterministic: it runs in evaluation mode, with the expected code instead of a Gumbel sample. The
+method is that of Dong et al. 2023, section 4; the networks are those of Yu et al. 2022.
 """
 
 import math
@@ -23,10 +23,11 @@ from jepa3d.shapes import Centers, Float, Indices, Int, Patches, Tokens
 
 
 class EdgeConv(nn.Module):
-    """Maximum over neighbours j of LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
+    """Compute, for each token i, the maximum over its neighbours j of
+    LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
-    Since W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i, the products are computed once per token
-    instead of once per edge.
+    With W = [Wd Wc], W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i: so the products are computed
+    once per token instead of once per edge.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -41,12 +42,13 @@ class EdgeConv(nn.Module):
             + F.linear(x, of_center - of_difference)[:, :, None]
         )
         edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
-        # LeakyReLU is increasing: it commutes with the maximum
+        # LeakyReLU is increasing, so it may be applied after the maximum: that is cheaper
         return F.leaky_relu(edges.amax(2), 0.2)
 
 
 class TokenDGCNN(nn.Module):
-    """Four EdgeConvs over the nearest token centres, with concatenated outputs (Yu et al. 2022).
+    """Apply four EdgeConvs over the nearest token centres and combine all their outputs (Yu et al.
+    2022).
 
     The layers' widths are multiples of `dim`. The output is normalised over the tokens of each
     cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over those of the batch (BatchNorm).
@@ -74,8 +76,8 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """Decodes a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid
-    at each coarse point.
+    """Decode a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid at
+    each coarse point.
     """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
@@ -101,11 +103,12 @@ class FoldingDecoder(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.normal_(self.linear3.weight, std=0.01)  # folding begins at the coarse points
+        # small, so that at first the fine points lie at the coarse ones
+        nn.init.normal_(self.linear3.weight, std=0.01)
 
     def forward(self, tokens: Tokens) -> tuple[Float[Tensor, "b m coarse 3"], Patches]:
-        """Returns coarse patches B M K/4 3 and fine patches B M K 3 of tokens B M C, relative to
-        the patch centres.
+        """Decode tokens B M C to coarse patches B M K/4 3 and fine patches B M K 3, both relative
+        to the patch centres.
         """
         coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
         around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)
@@ -120,21 +123,21 @@ class FoldingDecoder(nn.Module):
 
 class DVAEOutput(NamedTuple):
     loss: Tensor  # reconstruction + kl_weight * KL
-    reconstruction: Tensor  # coarse + fine Chamfer-L1
-    fine: Tensor  # the fine term alone
+    reconstruction: Tensor  # Chamfer-L1 of the coarse patches + that of the fine patches
+    fine: Tensor  # Chamfer-L1 of the fine patches
     kl: Tensor
     perplexity: Tensor  # exp(entropy) of the arg-max codes in the batch, between 1 and num_codes
 
 
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
-    """Discrete variational autoencoder of patches. `features` returns the tokens that it teaches.
+    """Discrete variational autoencoder of patches. `features` returns the teacher's tokens.
 
-    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for points only.
-    expected_code: the teacher uses softmax(logits) @ codebook for a patch instead of its single
-    most likely code. Raises ValueError if `group_size` is not a multiple of 4.
+    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for none.
+    expected_code: as a teacher, use softmax(logits) @ codebook for a patch instead of its most
+    likely code. Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # value for an older config.json without it
+    BEFORE: ClassVar = {"expected_code": False}  # its value if an older config.json lacks it
 
     def __init__(
         self,
@@ -153,9 +156,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.width, self.num_codes, self.expected_code = width, num_codes, expected_code
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
-        # Normalising over the batch makes the patches' logits differ from the first step. Scale 4
-        # keeps them above the Gumbel noise (std 1.3). With Point-BERT's GroupNorm all patches chose
-        # one code for thousands of steps.
+        # With Point-BERT's GroupNorm all patches chose the same code for thousands of steps.
+        # Normalisation over the batch makes the logits of patches differ from the first step on,
+        # and the scale of 4 makes them larger than the Gumbel noise (std 1.3).
         self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim, over_batch=True)
         nn.init.constant_(self.to_logits.norm.weight, 4.0)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
@@ -164,17 +167,19 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.backbone = PromptedViT(backbone, width) if backbone else None
 
     def _logits(self, patches: Patches, centers: Centers) -> tuple[Tokens, Indices]:
+        """Return the logits over codes B M num_codes, and each token's nearest tokens B M 4."""
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
         return self.to_logits(self.tokenizer(patches), neighbours), neighbours
 
     def codes(self, patches: Patches, centers: Centers) -> Int[Tensor, "b m"]:
-        """The arg-max code B M of every patch."""
+        """Return the most likely code of every patch, B M."""
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Patches, centers: Centers, layers: int = 1) -> list[Tokens]:
-        """Deterministic teacher tokens: a list of one tensor B M width, the second DGCNN's output.
+        """Compute the teacher's tokens B M width, the second DGCNN's output, without randomness.
 
-        patches: B M K 3. centers: B M 3. layers: ignored, since there is only one.
+        patches: B M K 3. centers: B M 3. layers: ignored, since only one layer can be a target.
+        Returns a list of this one tensor, as other teachers return one tensor per layer.
         """
         logits, neighbours = self._logits(patches, centers)
         code = (
@@ -191,12 +196,13 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         neighbours: Indices,
         generator: BatchGenerator | None = None,
     ) -> Tokens:
+        """Apply the ViT, if there is one, and the second DGCNN to codebook vectors B M width."""
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
         return self.to_features(tokens, neighbours)
 
     def reconstruct(self, patches: Patches, centers: Centers) -> Patches:
-        """Fine reconstruction B M K 3 of patches from their arg-max codes."""
+        """Reconstruct patches B M K 3 from their most likely codes; returns the fine patches."""
         logits, neighbours = self._logits(patches, centers)
         return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[
             1
@@ -210,9 +216,10 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl_weight: float,
         generator: BatchGenerator | None = None,
     ) -> DVAEOutput:
-        """One training pass on patches B M K 3 with centers B M 3.
+        """Compute the training loss for patches B M K 3 with centers B M 3.
 
-        temperature: of the Gumbel-softmax. kl_weight: of the KL term. generator: draws the noise.
+        temperature: temperature of the Gumbel-softmax. kl_weight: weight of the KL term. generator:
+        source of the Gumbel noise and the prompts' dropout.
         """
         logits, neighbours = self._logits(patches, centers)
         noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)
@@ -227,7 +234,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():
             codes = logits.argmax(-1).flatten()
-            # float32, since bf16 cannot count above 256
+            # counted in float32, since bf16 has no odd integers above 256
             counts = torch.zeros(self.num_codes, device=codes.device)
             counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
             share = counts / counts.sum()

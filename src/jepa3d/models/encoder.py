@@ -1,4 +1,4 @@
-"""The point encoder, which every command trains, saves, loads or uses."""
+"""The point encoder: the network that every command trains or uses."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,7 +16,7 @@ from jepa3d.models.transformer import Block, drop_path_scales, init_weights, pos
 from jepa3d.ops import BatchGenerator, sample_one
 from jepa3d.shapes import Centers, Float, Int, Patches, Points, Rows, Tokens, Vectors
 
-# one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes
+# One cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes.
 Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 POOLINGS = ("mean_max", "mean", "max")
@@ -28,7 +28,7 @@ class PointEncoder(
     tags=["point-cloud", "self-supervised", "3d-jepa"],
     license="apache-2.0",
 ):
-    """Encodes point clouds with a light PointNet per patch and a plain pre-LN transformer.
+    """Encode point clouds with a light PointNet per patch and a plain pre-LN transformer.
 
     The defaults are the paper's encoder (21.8 M parameters); docs/settings.md explains every
     argument. `save_pretrained(folder)` writes safetensors, which
@@ -39,9 +39,9 @@ class PointEncoder(
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
 
-    keep_strays = False  # True keeps stray points of clouds (see frame.py)
-    upright = True  # clouds are z-up; False makes vectors independent of a cloud's rotation
-    # values for an older config.json without these settings
+    keep_strays = False  # True: stray points are not removed (see frame.py)
+    upright = True  # True: clouds are z-up; False: rotation changes no vector
+    # The values of these settings if an older config.json lacks them.
     BEFORE: ClassVar = {
         "qkv_bias": True,
         "standardised": False,
@@ -65,7 +65,7 @@ class PointEncoder(
         standardised: bool = False,
     ):
         super().__init__()
-        self.min_points = max(num_groups, group_size)  # fewest different points of a cloud
+        self.min_points = max(num_groups, group_size)  # different points that a cloud needs
         if self.min_points > num_points:
             raise ValueError(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
@@ -81,7 +81,8 @@ class PointEncoder(
         self.norm = nn.LayerNorm(embed_dim)
         for name in ("vector_mean", "vector_std"):  # set by `standardise_vectors`
             self.register_buffer(name, torch.ones(2 * embed_dim) if standardised else None)
-        # Tokenizer and position MLP keep torch's defaults: 0.02 nearly silences 3 input channels.
+        # Tokenizer and position MLP keep torch's default weights: with the standard deviation 0.02
+        # of `init_weights`, their 3 input channels would hardly influence the output.
         self.blocks.apply(init_weights)
 
     def hidden_states(
@@ -93,9 +94,9 @@ class PointEncoder(
     ) -> list[Float[Tensor, "*rest c"]]:
         """Run the transformer blocks.
 
-        tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: draws the
-        drop-path, once per cloud. Returns `depth + 1` tensors of the same shape: the tokens before
-        the first block and after each block; the last one is normalised.
+        tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: source of
+        the drop-path's draws, one per cloud and branch. Returns `depth + 1` tensors of the same
+        shape: the tokens before the first block and after each block; the last one is normalised.
         """
         keep = None
         if self.training and self.drop_path > 0:
@@ -119,10 +120,11 @@ class PointEncoder(
     def visible(
         self, patches: Patches, centers: Centers, index: Int[Tensor, "b v"], layout: Ragged
     ) -> tuple[Rows, Rows]:
-        """Tokens and positions of the visible patches only, as packed rows [n, C].
+        """Compute tokens and positions of the visible patches only, as packed rows [n, C].
 
-        patches: B M K 3. centers: B M 3. index: B V, the visible ones. layout: of `index`; padding
-        is not computed and does not influence BatchNorm.
+        patches: B M K 3. centers: B M 3. index: B V, indices of the visible patches. layout: tells
+        which entries of `index` are padding; those are not computed, so they do not influence
+        BatchNorm.
         """
         first = centers.shape[1] * torch.arange(len(index), device=index.device)
         chosen = layout.pack((index + first[:, None])[..., None])[:, 0]
@@ -139,23 +141,23 @@ class PointEncoder(
     ) -> list[Tokens]:
         """Encode all patches (B M K 3) with centers B M 3.
 
-        Returns the tokens B M C after each of the last `layers` blocks. generator: draws the
-        drop-path.
+        generator: source of the drop-path's draws. Returns a list: the tokens B M C after each of
+        the last `layers` blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
         ]
 
     def prepare(self, clouds: Clouds) -> Points:
-        """Prepare clouds as the encoder sees them (see frame.py), without gradient.
+        """Convert clouds to the points that the encoder sees (see frame.py), without gradient.
 
-        Returns B num_points 3 on the encoder's device. Raises ValueError for NaN, another shape, or
+        Returns B num_points 3 on the encoder's device. Raises ValueError for NaN, a wrong shape, or
         a cloud of fewer than `min_points` different points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
                 raise ValueError(
-                    f"points must be N x 3, B x N x 3 or a list of N x 3, found {list(clouds.shape)}"
+                    f"points must be N x 3, B x N x 3 or a list of N x 3, not {list(clouds.shape)}"
                 )
             clouds = as_array(clouds)[None] if clouds.ndim == 2 else as_array(clouds)
         if not len(clouds):
@@ -165,10 +167,11 @@ class PointEncoder(
         )
 
     def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
-        """Prepare one cloud N 3: the points that the encoder sees, and their scale and position.
+        """Convert one cloud N 3 to the points that the encoder sees; `Frame` also holds their scale
+        and position.
 
-        min_points: fewest different points, by default the encoder's `min_points`. Raises
-        ValueError as `prepare` does.
+        min_points: number of different points that the cloud needs, by default the encoder's
+        `min_points`. Raises ValueError as `prepare` does.
         """
         min_points = self.min_points if min_points is None else min_points
         return frame(
@@ -176,8 +179,8 @@ class PointEncoder(
         )
 
     def poses(self, prepared: Points) -> list[Points]:
-        """The poses of prepared clouds B N 3 whose vectors are averaged: one if `upright`, else one
-        for each of `TURNS`.
+        """Rotate prepared clouds B N 3 to all poses whose vectors are averaged: one pose if
+        `upright`, else one for each rotation in `TURNS`.
         """
         return (
             [prepared]
@@ -186,28 +189,32 @@ class PointEncoder(
         )
 
     def vectors(self, prepared: Points, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """The vectors B E of prepared clouds B N 3; see `embed`."""
+        """Encode prepared clouds B N 3 to vectors B E; layer and pooling as for `embed`."""
         poses = self.poses(prepared)
         return torch.stack(
             [self.pool(self.states(pose)[0][layer], layer, pooling) for pose in poses]
         ).mean(0)
 
     def states(self, prepared: Points) -> tuple[list[Tokens], Centers]:
-        """Tokens of every layer (see `hidden_states`) and centers B M 3; prepared: B N 3."""
+        """Encode prepared clouds B N 3; returns the tokens of every layer (see `hidden_states`) and
+        the patch centers B M 3.
+        """
         grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
         return states, grouped.centers
 
     def layer_tokens(self, points: Clouds) -> tuple[list[Tokens], Centers]:
-        """Tokens of every layer (see `hidden_states`) and centers B M 3; points as for `embed`."""
+        """Encode clouds, given as for `embed`; returns the tokens of every layer (see
+        `hidden_states`) and the patch centers B M 3.
+        """
         return self.states(self.prepare(points))
 
     def tokens(self, points: Clouds, layer: int = -1) -> tuple[Tokens, Centers]:
         """Encode clouds to one token per patch.
 
-        points: as for `embed`. layer: the block after which tokens are taken (0: before the first,
-        -1: the encoder's output). Returns tokens B M C and the patch centers B M 3, in the unit
-        sphere that the encoder sees (see frame.py). Raises ValueError as `embed` does.
+        points: as for `embed`. layer: the block after which tokens are taken (0: before the first
+        block, -1: the encoder's output). Returns tokens B M C and the patch centers B M 3 in the
+        encoder's coordinates, the unit sphere (see frame.py). Raises ValueError as `embed` does.
         """
         states, centers = self.layer_tokens(points)
         return states[layer], centers
@@ -215,12 +222,12 @@ class PointEncoder(
     def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Encode each cloud to one vector: the pooled tokens, standardised.
 
-        points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of any sizes; tensors or numpy
-        arrays, in any unit. layer: as for `tokens`. pooling: "mean_max", "mean" or "max". Returns
-        B E with E = 2C for "mean_max", else C.
+        points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes; tensors or
+        numpy arrays, in any unit. layer: as for `tokens`. pooling: "mean_max", "mean" or "max".
+        Returns B E with E = 2C for "mean_max", else C.
 
         Call `.eval()` first, as `from_pretrained` does: in training mode a vector depends on the
-        rest of the batch. Raises ValueError for NaN, another shape, or a cloud of fewer than
+        rest of the batch. Raises ValueError for NaN, a wrong shape, or a cloud of fewer than
         `min_points` different points.
         """
         return self.vectors(self.prepare(points), layer, pooling)
@@ -230,7 +237,8 @@ class PointEncoder(
     def load_weights(self, source: nn.Module) -> None:
         """Copy the weights and BatchNorm statistics of another encoder.
 
-        Raises RuntimeError if its sizes are different.
+        This encoder keeps its own statistics of vectors. Raises RuntimeError if the sizes of the
+        two encoders differ.
         """
         weights = {
             name: value
@@ -246,14 +254,17 @@ class PointEncoder(
     def standardise(self, vectors: Vectors, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Standardise pooled tokens B E of block `layer`.
 
-        Unchanged if this is not the last block, or if the encoder has no statistics.
+        Returns them unchanged if this is not the last block, or if the encoder has no statistics of
+        vectors (see `standardise_vectors`).
         """
         if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
             return vectors
-        part = {"mean_max": slice(None), "mean": slice(self.width), "max": slice(self.width, None)}[
-            pooling
-        ]
-        return (vectors - self.vector_mean[part]) / self.vector_std[part]
+        channels = {
+            "mean_max": slice(None),
+            "mean": slice(self.width),
+            "max": slice(self.width, None),
+        }[pooling]
+        return (vectors - self.vector_mean[channels]) / self.vector_std[channels]
 
 
 def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
@@ -269,23 +280,25 @@ def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
     pooling.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r}: one of {', '.join(POOLINGS)}")
+        raise ValueError(f"pooling {pooling!r} is unknown: use {', '.join(POOLINGS)}")
     parts = {"mean": tokens.mean(1), "max": tokens.amax(1)}
     return torch.cat([parts[name] for name in pooling.split("_")], -1)
 
 
 @torch.no_grad()
 def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int = 128) -> None:
-    """Set the running statistics of every BatchNorm to the mean over batches of points (n N 3).
+    """Set the running statistics of every BatchNorm to those of `points` (n N 3), averaged over
+    batches.
 
-    A newly initialised encoder has no statistics yet; without them it would be too weak a baseline.
+    A randomly initialised encoder has no statistics yet; without them it would be too weak a
+    baseline.
     """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta, was_training = [norm.momentum for norm in norms], encoder.training
     for norm in norms:
         norm.reset_running_stats()
-        # momentum None: cumulative mean over batches; the same on every process
-        norm.momentum, norm.synchronised = None, False
+        norm.momentum = None  # torch then averages over all batches
+        norm.synchronised = False  # every process sees all points
         norm.train()
     for batch in points.split(batch_size):
         grouped = group(encoder.prepare(batch), encoder.num_groups, encoder.group_size)
@@ -297,11 +310,11 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int =
 
 @torch.no_grad()
 def standardise_vectors(encoder: PointEncoder, points: Points, batch_size: int = 64) -> None:
-    """Standardise the encoder's vectors: mean 0 and standard deviation 1 per channel over `points`
-    (n N 3).
+    """Make the encoder standardise its vectors: over `points` (n N 3) each channel then has mean 0
+    and standard deviation 1.
 
     Otherwise the similarity of vectors would mostly depend on a few channels of large variance and
-    on the mean that all clouds share.
+    on the mean of all vectors.
     """
     encoder.vector_mean = encoder.vector_std = None
     vectors = torch.cat([encoder.embed(batch).cpu() for batch in points.split(batch_size)]).double()

@@ -1,5 +1,5 @@
 """Networks for downstream tasks: an encoder with a head for classification or part segmentation
-(paper IV-B).
+(the paper's section IV-B).
 """
 
 from typing import Any, ClassVar
@@ -20,8 +20,8 @@ UNKNOWN = "unknown"  # label of a cloud that resembles no class
 class Classifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """Classifies clouds: [class token ; max over tokens] -> 256 -> 256 -> classes, with BatchNorm,
-    ReLU and dropout (Point-MAE, ACT).
+    """Classify clouds with an MLP (256, 256, classes) on [class token ; max over tokens], with
+    BatchNorm, ReLU and dropout, as in Point-MAE and ACT.
 
     encoder: arguments of `PointEncoder`. The class token and its position are not pretrained.
 
@@ -29,7 +29,7 @@ class Classifier(
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
 
     def __init__(self, encoder: dict[str, Any], class_names: list[str], dropout: float = 0.5):
         super().__init__()
@@ -41,9 +41,9 @@ class Classifier(
         self.out = nn.Linear(256, len(class_names))
 
     def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """Returns logits B classes of clouds B N 3 in the unit sphere.
+        """Compute logits [B, classes] of clouds B N 3 in the unit sphere.
 
-        generator: draws grouping, drop-path and dropout.
+        generator: source of all random draws (first patch centre, drop-path, dropout).
         """
         tokens = self.encode(points, generator)
         x = torch.cat([tokens[:, 0], tokens[:, 1:].amax(1)], -1)
@@ -51,7 +51,7 @@ class Classifier(
         return self.out(self.hidden2(x, generator and generator.stream("dropout2")))
 
     def encode(self, points: Points, generator: BatchGenerator | None = None) -> Tokens:
-        """Tokens B 1+M C after the last block, the class token first."""
+        """Return the tokens [B, 1 + M, C] after the last block, the class token first."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
         rows = (len(points), 1, encoder.width)
@@ -62,23 +62,22 @@ class Classifier(
         )[-1]
 
     def predict(self, points: Clouds) -> Vectors:
-        """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
+        """Compute logits [B, classes] of clouds; input and errors as for `PointEncoder.embed`."""
         return self(self.encoder.prepare(points))
 
 
 class LinearClassifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """Classifies clouds with a linear head on the encoder's vectors; fitted by `jepa3d label` and
-    at the start of head-first fine-tuning.
+    """Classify clouds with a linear head on the encoder's vectors.
 
-    encoder: arguments of `PointEncoder`. layer and pooling: of the vectors (see
-    `PointEncoder.embed`). A cloud is unknown if the cosine of its standardised vector to the
-    nearest class mean is below `least_likeness` (-1: never; see inference/label.py). This changes
-    no logits.
+    `jepa3d label` and the start of head-first fine-tuning fit this head. encoder: arguments of
+    `PointEncoder`. layer and pooling: as for `PointEncoder.embed`. least_likeness: a cloud is
+    unknown if the cosine between its standardised vector and the nearest class mean is lower than
+    this (-1: no cloud is unknown; see inference/label.py); logits do not depend on it.
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
 
     def __init__(
         self,
@@ -102,14 +101,14 @@ class LinearClassifier(
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
     def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """Returns logits B classes of clouds B N 3 in the unit sphere.
+        """Compute logits [B, classes] of clouds B N 3 in the unit sphere.
 
-        generator: draws grouping and drop-path.
+        generator: source of all random draws (first patch centre, drop-path).
         """
         return self.out(self.vectors(points, generator))
 
     def vectors(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """The inputs of the head, B E; arguments as for `forward`."""
+        """Compute the inputs of the head, B E; arguments as for `forward`."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
         states = encoder.hidden_states(
@@ -118,14 +117,14 @@ class LinearClassifier(
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
     def unknown(self, vectors: Vectors) -> Bool[Tensor, " b"]:
-        """Mask B, True for vectors (B E) that resemble no class."""
+        """Return a mask B, True for vectors (B E) that resemble no class."""
         if self.least_likeness <= -1:
             return torch.zeros(len(vectors), dtype=torch.bool)
         likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
         return likeness.amax(-1) < self.least_likeness
 
     def predict(self, points: Clouds) -> Vectors:
-        """Returns logits B classes; takes clouds and raises errors as `PointEncoder.embed` does."""
+        """Compute logits [B, classes] of clouds; input and errors as for `PointEncoder.embed`."""
         return self(self.encoder.prepare(points))
 
 
@@ -135,16 +134,17 @@ class Segmenter(
     tags=["point-cloud", "part-segmentation"],
     license="apache-2.0",
 ):
-    """Segments parts: tokens of three depths are interpolated to the points and concatenated with
-    their max and mean and the category (Point-MAE).
+    """Predict a part for every point of a cloud whose category is known (Point-MAE).
 
     encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
-    three blocks. The head is -> 512 -> 256 -> parts; each point gets its coordinates, the tokens
-    of its three nearest centres and the shape's global vector. The first layer is applied to the
-    tokens before interpolation. Both are linear, so the result is the same, at M/N of the cost.
+    three blocks whose tokens are used. The head is an MLP (512, 256, parts). For each point it sees
+    the coordinates, the tokens interpolated from the three nearest centres, and a vector of the
+    whole shape: max and mean of the tokens, and the category. The MLP's first layer is applied to
+    the tokens before interpolation. Both are linear, so the result is the same, and the layer runs
+    on M tokens instead of N points.
     """
 
-    PARTS: ClassVar = {"encoder": PointEncoder}  # checked when loaded
+    PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Segmenter(
         self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
         self.class_names, self.part_names = list(class_names), list(part_names)
         width = len(layers) * self.encoder.width
-        # for the two earlier depths; the encoder normalises its last tokens itself
+        # normalises the tokens of the two earlier blocks; the encoder normalises those of the last
         self.norm = nn.LayerNorm(self.encoder.width)
         self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
         self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
@@ -171,7 +171,10 @@ class Segmenter(
     def forward(
         self, points: Points, labels: Int[Tensor, " b"], generator: BatchGenerator | None = None
     ) -> Tokens:
-        """Returns logits B N parts of clouds B N 3 in the unit sphere; labels: categories B."""
+        """Compute logits [B, N, parts] of clouds B N 3 in the unit sphere.
+
+        labels: the clouds' categories, B. generator: source of all random draws.
+        """
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
     def decode(
@@ -182,10 +185,11 @@ class Segmenter(
         labels: Int[Tensor, " b"],
         generator: BatchGenerator | None = None,
     ) -> Float[Tensor, "b n parts"]:
-        """Returns logits B Q parts of any points `at` (B Q 3), in the coordinates of the clouds
-        that were encoded.
+        """Compute logits [B, Q, parts] of any points `at` (B Q 3), which need not be points of the
+        encoded clouds but use the same coordinates.
 
-        tokens and centers: as `encode` returns them. labels: categories B.
+        tokens and centers: as `encode` returns them. labels: the clouds' categories, B. generator:
+        source of the dropout.
         """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
@@ -204,7 +208,7 @@ class Segmenter(
     def encode(
         self, points: Points, generator: BatchGenerator | None = None
     ) -> tuple[Tokens, Centers]:
-        """Returns the tokens B M 3C of the three depths and their centers B M 3."""
+        """Return the tokens of the three blocks, joined to B M 3C, and their centers B M 3."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
         states = encoder.hidden_states(
@@ -218,12 +222,12 @@ class Segmenter(
 
 
 def thirds(depth: int) -> tuple[int, int, int]:
-    """The last block of each third of an encoder, for dense tasks: 4, 8 and 12 of 12."""
+    """Return the number of the last block in each third of an encoder: 4, 8 and 12 for depth 12."""
     return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
 
 
 class Hidden(nn.Module):
-    """Linear, BatchNorm, ReLU, dropout on rows (n, in) -> (n, out)."""
+    """Apply a linear layer, BatchNorm, ReLU and dropout to rows: [n, width] -> [n, out]."""
 
     def __init__(self, width: int, out: int, dropout: float):
         super().__init__()
@@ -236,8 +240,9 @@ class Hidden(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with an explicit generator, so that a resumed run repeats it; the first axis is the
-    batch.
+    """Dropout with an explicit generator, so that a resumed run repeats it.
+
+    The first axis of the input is the batch.
     """
 
     def __init__(self, rate: float):
@@ -254,6 +259,6 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
-    """Group points into patches; with a generator, the first centre is random."""
+    """Group points B N 3 into patches; with a generator, the first centre is random."""
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -1,4 +1,4 @@
-"""Saves and loads networks: a folder or Hub repository with config.json and model.safetensors."""
+"""Save and load networks: a folder or Hub repository with config.json and model.safetensors."""
 
 import hashlib
 import http.client
@@ -24,13 +24,13 @@ from jepa3d.plain import nearest
 DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder in the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-_REACHED_WITHIN = 5  # seconds; the Hub's own client retries for half a minute
+_REACHED_WITHIN = 5  # seconds; the Hub's own client would retry for half a minute
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors, with their checksum in the metadata.
+    """Write tensors to a safetensors file, with their checksum in the metadata.
 
-    Raises OSError, which names the file, if it cannot be written.
+    Raises OSError, which names the file, if the file cannot be written.
     """
     try:
         safetensors.torch.save_file(tensors, path, {"sha256": _digest(tensors)})
@@ -42,7 +42,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     A file without a checksum (from version 0.1.0 or other software) is accepted. Raises
-    ValueError, which names the file, if it is missing or damaged.
+    ValueError, which names the file, if the file is missing or damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -50,15 +50,16 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: is missing") from error
+        raise ValueError(f"{path} is missing") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cut off or damaged ({first_line(error)})") from error
+        raise ValueError(f"{path} is damaged ({first_line(error)})") from error
     if written is not None and written != _digest(tensors):
-        raise ValueError(f"{path}: damaged: its checksum is not the one written")
+        raise ValueError(f"{path} is damaged: its checksum is wrong")
     return tensors
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
+    """Compute the sha256 of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, values in sorted(tensors.items()):
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
@@ -74,13 +75,14 @@ class Pretrained(nn.Module, ModelHubMixin):
     unless all weights fit.
     """
 
-    # PARTS: arguments that are the settings of another network, and its class. BEFORE: values of
-    # arguments that an older config.json does not have.
+    # PARTS: the class of each argument that holds the settings of another network; these settings
+    # are checked when a network is loaded.
+    # BEFORE: values for arguments that an older config.json lacks.
     PARTS: ClassVar[dict[str, type]] = {}
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # All settings of a part are stored, since a missing one would be read as `BEFORE` says.
+        # All settings of a part are stored, since a missing one would get its value in `BEFORE`.
         for name in self.PARTS:
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part
@@ -93,56 +95,58 @@ class Pretrained(nn.Module, ModelHubMixin):
         """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation
         mode.
 
-        options: revision, cache_dir, force_download, token and local_files_only for a Hub
-        repository; all others override settings. Raises ValueError, which names the file and what
-        is wrong with it.
+        options: revision, cache_dir, force_download, token and local_files_only are those of the
+        Hub's download; all other options override settings in config.json. Raises ValueError, which
+        names the file and the problem, if no network can be loaded.
         """
         download = {name: options.pop(name) for name in _DOWNLOAD if name in options}
         folder = local_folder(pretrained_model_name_or_path, **download)
         file, weights = folder / "config.json", folder / "model.safetensors"
-        found, names = _as_made(cls, read_settings(folder)), _arguments(cls)
+        found, names = _with_defaults(cls, read_settings(folder)), _arguments(cls)
         known = {name: found[name] for name in found if name in names} | options
-        _check(cls, known, f"{file}: is not one of {cls.__name__}")
+        _check(cls, known, f"{file} does not describe a {cls.__name__}")
         try:
             model = cls(**known)
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            why = f"makes no {cls.__name__} ({first_line(error)})"
+            why = f"wrong settings for a {cls.__name__} ({first_line(error)})"
             raise ValueError(f"{file}: {why}") from error
         tensors, expected = load_file(weights), model.state_dict()
         names = sorted(tensors.keys() | expected.keys())
         if wrong := list(filter(None, (_differ(tensors, expected, n) for n in names))):
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            what = f"not the weights of the {cls.__name__} in {file.name}"
-            raise ValueError(f"{weights}: {what}: {wrong[0]}{more}")
+            what = f"does not hold the weights of the {cls.__name__} in {file.name}"
+            raise ValueError(f"{weights} {what}: {wrong[0]}{more}")
         for name, values in tensors.items():
             if not torch.isfinite(values).all():
                 wrong = f"{name} holds NaN or infinite values"
-                raise ValueError(f"{weights}: {wrong}: use other weights or train again")
+                raise ValueError(f"{weights}: {wrong}; use other weights or train again")
         model.load_state_dict(tensors)
         return model.eval()
 
 
 def _arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the arguments of `cls.__init__`, without `self`."""
     arguments = dict(inspect.signature(cls.__init__).parameters)
     del arguments["self"]
     return arguments
 
 
-def _as_made(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json, completed with `cls.BEFORE` if the file is older than an
-    argument.
+def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Complete the settings of an older config.json: arguments that it lacks get their value in
+    `cls.BEFORE`.
     """
     complete = cls.BEFORE | settings
     for name, part in cls.PARTS.items():
         if isinstance(complete.get(name), dict):
-            complete[name] = _as_made(part, complete[name])
+            complete[name] = _with_defaults(part, complete[name])
     return complete
 
 
 def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
-    """Raise ValueError if settings do not fit the arguments of a class and of those in `cls.PARTS`.
+    """Check settings against the arguments of a class, and of the classes in `cls.PARTS`.
 
-    Arguments may be missing (the first one is always required), unknown, or of the wrong type.
+    begin: first words of an error message. Raises ValueError if an argument is missing (the first
+    one is always required), unknown or of the wrong type, or if an integer is not positive.
     """
     arguments = _arguments(cls)
     needed = [name for name, value in arguments.items() if value.default is value.empty]
@@ -157,18 +161,20 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
         if not fits or (isinstance(value, bool) and wanted is not bool):
             kind = wanted.__name__
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {kind}")
-        if wanted is int and value < 1 and name != "layer":  # -1 is the last
-            raise ValueError(f"{begin}: {name} is {value}, and at least 1 is needed")
+        if wanted is int and value < 1 and name != "layer":  # layer -1 means the last one
+            raise ValueError(f"{begin}: {name} is {value}, but must be at least 1")
         if part := cls.PARTS.get(name):
             _check(part, settings[name], f"{begin}: {name}")
 
 
 def _differ(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> str:
-    """A text that says how a tensor differs from the expected one; empty if it does not."""
+    """Return a text that says how a tensor's shape differs from the expected one, or that the
+    tensor is missing or unexpected; the text is empty if nothing is wrong.
+    """
     if name not in found:
         return f"{name} is missing"
     if name not in expected:
-        return f"{name} has no place in this network"
+        return f"{name} is not a tensor of this network"
     sizes = list(found[name].shape), list(expected[name].shape)
     if sizes[0] == sizes[1]:
         return ""
@@ -176,24 +182,25 @@ def _differ(found: dict[str, Tensor], expected: dict[str, Tensor], name: str) ->
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read the settings in a folder's config.json.
 
-    Raises ValueError, which names the file, if it is missing or damaged.
+    Raises ValueError, which names the file, if the file is missing or damaged.
     """
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{file}: is missing, so there is no network in {folder}") from error
+        raise ValueError(f"{file} is missing, so there is no network in {folder}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: damaged, not JSON ({first_line(error)})") from error
+        raise ValueError(f"{file} is not JSON ({first_line(error)})") from error
     if not isinstance(settings, dict):
         found = f"a value of type {type(settings).__name__}"
-        raise ValueError(f"{file}: holds {found}, not the settings of a network")
+        raise ValueError(f"{file} holds {found}, not the settings of a network")
     return settings
 
 
@@ -201,10 +208,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
-    """True if `model` is an existing folder or file, False if it can only be a Hub id (owner/name).
+    """Return True if `model` is an existing folder or file, False if it can only be a Hub id
+    (owner/name).
 
-    Raises ValueError for any other name, and suggests the most similar one of `known` and of the
-    neighbouring folders.
+    Raises ValueError for any other name; the message suggests the most similar name in `known` or
+    among the neighbouring folders.
     """
     if Path(model).exists():
         return True
@@ -215,8 +223,8 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
-    """The text `; did you mean ...?` if a folder beside `path` or a `known` name is similar; else
-    empty.
+    """Return the text `; did you mean ...?` if a folder beside `path` or a name in `known` is
+    similar, else an empty text.
     """
     neighbours = path.parent.iterdir() if path.parent.is_dir() else ()
     names = [folder.name for folder in neighbours if folder.is_dir()]
@@ -227,15 +235,16 @@ def similar(path: Path, known: Iterable[str] = ()) -> str:
 
 
 def local_folder(model: str | Path, **options: Any) -> Path:
-    """The folder `model`, or the local copy of the Hub repository with that id.
+    """Return the folder `model`, or the local copy of the Hub repository with this id.
 
-    Contacts the Hub only for names like owner/name, and only if it answers within seconds. options:
-    of `hf_hub_download`. Raises ValueError if there is no such folder or repository.
+    The Hub is contacted only for names like owner/name; if it does not answer within seconds, an
+    earlier copy is used. options: arguments of `hf_hub_download`. Raises ValueError if there is no
+    such folder or repository.
     """
     if check_name(model):
         if Path(model).is_dir():
             return Path(model)
-        raise ValueError(f"{model}: a file; give the folder of a network")
+        raise ValueError(f"{model}: this is a file; give the folder of a network")
     begin = f"{model}: neither a folder nor a Hub repository that can be loaded"
     hint, offline = similar(Path(model)), options.get("local_files_only")
     unreachable = "" if offline or constants.HF_HUB_OFFLINE else _unreachable()
@@ -246,17 +255,17 @@ def local_folder(model: str | Path, **options: Any) -> Path:
         files = [hf_hub_download(str(model), name, **options) for name in names]
     except hub_errors.LocalEntryNotFoundError as error:
         reason = unreachable or "offline mode is set"
-        why = f"({reason}, and no copy is kept here)"
+        why = f"({reason}, and no copy is stored here)"
         raise ValueError(f"{begin} {why}{hint}") from error
     except hub_errors.EntryNotFoundError as error:
-        raise ValueError(f"{model}: a Hub repository without {' or '.join(names)}") from error
+        raise ValueError(f"{model}: this Hub repository lacks {' or '.join(names)}") from error
     except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(f"{begin} ({first_line(error)}){hint}") from error
     return Path(files[0]).parent
 
 
 def _unreachable() -> str:
-    """The reason why the Hub cannot be reached; empty if it answers."""
+    """Return the reason why the Hub cannot be reached; empty if it answers."""
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_REACHED_WITHIN).close()

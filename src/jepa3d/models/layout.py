@@ -1,9 +1,8 @@
-"""Packed rows for sequences of different lengths: only attention uses padding, linear layers do
-not.
+"""Layouts pack token sequences of different lengths as rows, so that only attention needs padding.
 
-Context lengths in one batch differ by half: with padding, a third of the student's work would be
-wasted. A layout converts rows [n, C] to padded sequences and back. Its `mask` is False at padding,
-or None if there is no padding.
+Contexts in one batch differ so much in length that, if linear layers worked on padding too, a third
+of the student's work would be wasted. A layout converts rows [n, C] to padded sequences and back.
+Its `mask` is False at padding, or None if there is no padding.
 """
 
 import torch
@@ -13,10 +12,10 @@ from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
 
 
 class Ragged:
-    """One sequence per cloud.
+    """Layout with one sequence per cloud.
 
-    mask: B V, in each row the True entries come first. num_rows: their number n, passed in because
-    counting on a GPU would make the CPU wait.
+    mask: B V; in each of its rows the True entries come first. num_rows: the number n of True
+    entries, an argument because counting them on a GPU would make the CPU wait.
     """
 
     def __init__(self, mask: Bool[Tensor, "b v"], num_rows: int):
@@ -24,34 +23,34 @@ class Ragged:
         self.num_rows = num_rows
         full = num_rows == mask.numel()
         self.mask = None if full else mask
-        # Indices of the True entries. `nonzero` would make the CPU wait for their number.
+        # Indices of the True entries; sorted, since `nonzero` would make the CPU wait for the GPU.
         self._place = (
             None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
         )
 
     def pad(self, rows: Float[Tensor, "*rest rows c"]) -> Float[Tensor, "*rest b v c"]:
-        """Rows (..., n, C) as sequences (..., B, V, C), with zeros as padding."""
+        """Convert rows (..., n, C) to sequences (..., B, V, C), with zeros as padding."""
         if self._place is not None:
             empty = rows.new_zeros(*rows.shape[:-2], self.batch * self.longest, rows.shape[-1])
             rows = empty.index_copy(-2, self._place, rows)
         return rows.unflatten(-2, (self.batch, self.longest))
 
     def pack(self, sequences: Shaped[Tensor, "*rest b v c"]) -> Shaped[Tensor, "*rest rows c"]:
-        """Sequences (..., B, V, C) as rows (..., n, C)."""
+        """Convert sequences (..., B, V, C) to rows (..., n, C)."""
         rows = sequences.flatten(-3, -2)
         return rows if self._place is None else rows.index_select(-2, self._place)
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the value of each cloud (B C) for each of its rows; returns n C."""
+        """Repeat the values of each cloud (B C) for each of its rows; returns [n, C]."""
         return self.pack(values[:, None].expand(-1, self.longest, -1))
 
 
 class Joint:
-    """[context ; mask tokens] of P decoder passes per cloud, as rows: first contexts, then B x P x
-    T mask tokens.
+    """Layout of [context ; mask tokens] for P decoder passes per cloud.
 
-    The contexts' rows stand there once if all passes share them, else once per pass; they may also
-    be absent.
+    The rows of all contexts come first, then B * P * T mask tokens. Contexts occur once if all
+    passes share them, or once per pass, or not at all. A decoder pass is one forward pass, which
+    predicts one target block, or all of them. passes: P. length: mask tokens per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -63,7 +62,9 @@ class Joint:
             self.mask = torch.cat([seen, seen.new_ones(self.batch, passes, length)], 2)
 
     def pad(self, rows: Rows) -> Blocks:
-        """Rows as sequences B P V+T C, or B P T C if the rows are only mask tokens."""
+        """Convert rows to sequences [B, P, V + T, C], or to [B, P, T, C] if the rows are only mask
+        tokens.
+        """
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         tail = tail.unflatten(0, (self.batch, self.passes, self.length))
         if not len(head):
@@ -72,7 +73,7 @@ class Joint:
         return torch.cat([head.expand(-1, self.passes, -1, -1), tail], 2)
 
     def pack(self, sequences: Blocks) -> Rows:
-        """The inverse of `pad`; the result has the contexts once per pass."""
+        """Convert sequences to rows, the inverse of `pad`; contexts occur once per pass."""
         if sequences.shape[2] == self.length:
             return sequences.flatten(0, 2)
         head, tail = sequences.split([self.context.longest, self.length], 2)
@@ -81,14 +82,14 @@ class Joint:
         )
 
     def every_pass(self, rows: Rows) -> Float[Tensor, "every c"]:
-        """Repeat the contexts for each pass, if the rows still have them only once."""
+        """Repeat the contexts for each decoder pass, unless the rows have them so already."""
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         if len(head) == self.passes * self.context.num_rows:
             return rows
         return torch.cat([head.repeat(self.passes, 1), tail])
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the value of each cloud (B C) for each of its rows."""
+        """Repeat the values of each cloud (B C) for each of its rows; returns [n, C]."""
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))
 

@@ -1,5 +1,5 @@
-"""Loads pretrained encoders (`jepa3d.load`) and fine-tuned networks, and computes fingerprints of
-weights.
+"""Load pretrained encoders (`jepa3d.load`) and fine-tuned networks, and compute fingerprints of
+encoders.
 """
 
 import hashlib
@@ -10,15 +10,15 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.models.hub import DEFAULT, check_name, read_settings, similar
 
-Network = Classifier | LinearClassifier | Segmenter  # with a head
+Network = Classifier | LinearClassifier | Segmenter  # an encoder with a head
 
 
 def load(model: str | Path = "default", revision: str | None = None) -> PointEncoder:
-    """Load a pretrained encoder: float32, in evaluation mode, on the CPU.
+    """Load a pretrained encoder in float32, in evaluation mode, on the CPU.
 
     model: "default" for the encoder in the package (model card: `jepa3d/weights/README.md`), the
-    folder of a run or of an encoder, or a Hub id. revision: of a Hub repository. Raises ValueError
-    for anything else.
+    folder of a run or of an encoder, or a Hub id. revision: branch, tag or commit of a Hub
+    repository. Raises ValueError if no encoder can be loaded.
 
     >>> encoder = load()
     >>> encoder.embed(torch.randn(1, 2048, 3)).shape[1] == 2 * encoder.width
@@ -30,17 +30,16 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
     if (folder / "encoder" / "config.json").is_file():
         folder = folder / "encoder"
     if not (folder / "config.json").is_file():
-        why = "no encoder and no finished run: config.json is missing"
+        why = "neither an encoder nor a finished run: config.json is missing"
         raise ValueError(f"{model}: {why}")
     try:
         return PointEncoder.from_pretrained(folder)
     except ValueError as error:
-        raise ValueError(f"{model}: not a readable encoder ({error})") from error
+        raise ValueError(f"{model}: the encoder cannot be read ({error})") from error
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """Load the fine-tuned network of a run or folder that has one, else the encoder, as `load`
-    does.
+    """Load the fine-tuned network of a run or folder; without one, load the encoder as `load` does.
 
     Raises ValueError if there is neither.
     """
@@ -51,37 +50,38 @@ def load_any(model: str | Path) -> PointEncoder | Network:
 
 
 def load_network(run: str | Path) -> Network:
-    """Load the network of a finished run of classify, segment or label, from its folder or model
-    folder.
+    """Load the network of a finished run of classify, segment or label.
 
-    Raises ValueError for anything else.
+    run: folder of the run, or the folder `model` in it. Raises ValueError for anything else.
     """
     folder = _network_folder(Path(run))
     try:
         if not folder.exists():
-            raise ValueError(f"no such folder{similar(folder)}")
+            raise ValueError(f"there is no such folder{similar(folder)}")
         settings = read_settings(folder)
         if "class_names" not in settings:
-            raise ValueError(f"{folder}/config.json: describes a network without classes")
+            raise ValueError(f"{folder}/config.json describes a network without classes")
         kind = LinearClassifier if "pooling" in settings else Classifier
         return (Segmenter if "parts_of" in settings else kind).from_pretrained(folder)
     except ValueError as error:
-        expected = "no finished run of jepa3d classify, segment or label"
+        expected = "not a finished run of jepa3d classify, segment or label"
         raise ValueError(f"{run}: {expected} ({error})") from error
 
 
 def _network_folder(run: Path) -> Path:
+    """Return the folder `model` in a run's folder, or `run` itself if there is none."""
     return run / "model" if (run / "model").is_dir() else run
 
 
 def fingerprint(encoder: PointEncoder) -> str:
-    """A hash (16 hexadecimal digits) of an encoder's settings and weights.
+    """Compute a hash (16 hexadecimal digits) of an encoder's settings and weights.
 
     Encoders with equal fingerprints give equal vectors.
     """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
-    # The omitted settings show in the names of the weights.
+    # The settings omitted here change the names of the weights, which are hashed below. Omitting
+    # them keeps fingerprints of older encoders, whose config.json lacks them.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,9 +1,9 @@
-"""Samplers choose which tokens are context and which are targets, from token centres and a random
-generator.
+"""Samplers choose at random which tokens of a cloud are context and which are targets.
 
-Every cloud of the batch gets its own draw. Context and targets never share a token. Sizes are drawn
-once per batch, so targets need no padding. Contexts differ in length: padded entries of `context`
-repeat a token of the same context and are False in `mask`.
+A sampler takes token centres and a random generator. Every cloud of a batch gets its own tokens,
+but the sizes of blocks are drawn once per batch, so targets need no padding. Context and targets
+never share a token. Contexts differ in length: padded entries of `context` repeat a token of the
+same context and are False in `mask`.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20
+_REDRAWS = 20  # times that a cloud with too small a context is sampled again
 
 Generator = torch.Generator | BatchGenerator
 
@@ -34,7 +34,7 @@ class TokenSample(NamedTuple):
     num_context: int  # True entries of `mask`; a Python int, so that no step waits for the GPU
 
     def layout(self) -> Ragged:
-        """The layout of the batch's contexts as packed rows [num_context, C]."""
+        """Return the layout that packs the batch's contexts as rows [num_context, C]."""
         return Ragged(self.mask, self.num_context)
 
 
@@ -47,8 +47,8 @@ def check_sample(sample: TokenSample) -> None:
     seen = (sample.context[:, :, None, None] == sample.target[:, None]).flatten(2).any(2)
     if rows != sample.num_context or (seen & sample.mask).any():
         raise ValueError(
-            "sampler.name: a sampler must return a TokenSample whose context has no token of its "
-            f"target; num_context {sample.num_context}, the mask has {int(rows)}"
+            "sampler.name: a sampler must return a TokenSample whose context and target share no "
+            f"token; num_context is {sample.num_context}, and the mask has {int(rows)} True entries"
         )
 
 
@@ -60,14 +60,15 @@ def multi_block(
     context_ratio: tuple[float, float] = (0.85, 1.0),
     min_context: int = 4,
 ) -> TokenSample:
-    """The paper's sampler (III-C): several target blocks, and one context block without the tokens
-    of the targets.
+    """Sample several target blocks, and one context block without the tokens of the targets: the
+    paper's sampler (section III-C).
 
-    A block is a ball: the tokens nearest to its centre. Target blocks have farthest-point samples
-    of the token `centers` (B M 3) as centres, so that they overlap little; the context block is
-    around a random token. target_ratio and context_ratio: size of a block as a share of the M
-    tokens, (low, high). A context with fewer than `min_context` tokens is drawn again; raises
-    ValueError if 20 redraws do not help.
+    A block consists of the tokens nearest to its centre. The centres of target blocks are
+    farthest-point samples of the token centres, so that blocks overlap little; the centre of the
+    context block is a random token. centers: B M 3. generator: source of all random draws.
+    num_targets: target blocks per cloud. target_ratio, context_ratio: lowest and highest size of a
+    block, as a share of the M tokens. min_context: a cloud whose context has fewer tokens is
+    sampled again. Raises ValueError if 20 redraws do not help.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -85,8 +86,8 @@ def multi_block(
 
 
 def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """Random masking (Table IV): int(mask_ratio * M) random tokens are the target, all others the
-    context.
+    """Sample int(mask_ratio * M) random tokens as the target; all others are the context (random
+    masking, Table IV).
     """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
@@ -94,8 +95,8 @@ def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> 
 
 
 def one_block(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """One-block masking (Table IV): one ball of int(mask_ratio * M) tokens is the target, all
-    others the context.
+    """Sample one block of int(mask_ratio * M) neighbouring tokens as the target; all others are the
+    context (one-block masking, Table IV).
     """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
@@ -110,12 +111,13 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Point-JEPA's sampler (Saito et al. 2024, section 3.2): spans of tokens in the order of a
-    greedy walk.
+    """Sample spans of tokens in the order of a greedy walk: Point-JEPA's sampler (Saito et al.
+    2024, section 3.2).
 
-    The walk starts at the token with the smallest coordinate sum and goes to the nearest unvisited
-    one. Targets are spans of int(share * M) tokens. The context is a span of int(share * left) of
-    the tokens left after removing all targets; it may lie on both sides of a target.
+    The walk starts at the token with the smallest coordinate sum and always goes to the nearest
+    token not yet visited. Each target is a span of int(target_ratio * M) tokens. Then the tokens of
+    all targets are removed from the walk, and the context is a span of int(context_ratio * rest) of
+    the rest, so it may lie on both sides of a target. Arguments as for `multi_block`.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -141,21 +143,21 @@ def sequence(
 
 
 def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[Tensor, ""]:
-    """Share of the context's points that also lie in a target patch (a scalar tensor).
+    """Compute the share of the context's points that also lie in a target patch.
 
     patches: point indices B M K. Context and targets share no token, but neighbouring patches
-    overlap; this measures the leak.
+    overlap: this measures how much of the targets the context reveals. Returns a scalar tensor.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
     target = _membership(patches[rows, sample.target.flatten(1)], num_points)
-    # padding repeats a context token
+    # padding repeats a token of the context, so it adds no points
     context = _membership(patches[rows, sample.context], num_points)
     return (context & target).sum() / context.sum()
 
 
 def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
-    """A random fraction in [low, high], one for the whole batch."""
+    """Draw one fraction in [low, high] for the whole batch."""
     low, high = ratio
     if not 0 < low <= high <= 1:
         raise ValueError(f"a ratio {ratio} must satisfy 0 < low <= high <= 1")
@@ -163,17 +165,18 @@ def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
 
 
 def _random_token(centers: Centers, generator: Generator) -> Float[Tensor, "b 1 3"]:
+    """Return the centre of a random token of each cloud."""
     pick = (uniform(generator, (len(centers), 1), centers.device) * centers.shape[1]).long()
     return gather_points(centers, pick)
 
 
 def _balls(centers: Centers, around: Float[Tensor, "b a 3"], size: int) -> Int[Tensor, "b a t"]:
-    """Indices B A size of the tokens nearest to each of `around` (B A 3)."""
+    """Find the `size` tokens nearest to each point of `around` (B A 3), as indices B A size."""
     return squared_distance(around, centers).topk(size, largest=False).indices
 
 
 def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
-    """Mask B M, True at the tokens in index (B ...)."""
+    """Return a mask B M that is True at the tokens in index (B ...)."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
@@ -181,9 +184,10 @@ def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
 def _compact(
     context: Bool[Tensor, "b m"], counts: list[int]
 ) -> tuple[Int[Tensor, "b v"], Bool[Tensor, "b v"]]:
-    """Convert a mask B M to indices B V and their mask B V, where V is the largest of `counts`.
+    """Convert a mask B M to indices B V of its True entries, and a mask B V that is False at
+    padding.
 
-    Padding repeats the first index.
+    counts: the numbers of True entries per cloud; V is the largest. Padding repeats the first index.
     """
     longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
@@ -192,6 +196,7 @@ def _compact(
 
 
 def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
+    """Return a sample with one target block (indices B T) and all other tokens as context."""
     batch, size = target.shape
     if size >= num_tokens:
         raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
@@ -204,13 +209,14 @@ def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
 def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
     """Call `draw` until every context has at least `min_context` tokens.
 
-    `draw` returns the mask B M of the contexts and the targets B A T. Only clouds with too few
-    context tokens take the new draw. Raises ValueError after `_REDRAWS` redraws.
+    draw: a function that returns a mask B M of the contexts and the targets B A T. Only clouds with
+    too few context tokens take the result of a repeated call. Raises ValueError after `_REDRAWS`
+    redraws.
     """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
-        counts = lengths.tolist()  # the only time in a step that the CPU waits for the GPU
+        counts = lengths.tolist()  # only here in a training step does the CPU wait for the GPU
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:
@@ -219,14 +225,14 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             context = torch.where(short, new_context, context)
             target = torch.where(short[..., None], new_target, target)
     raise ValueError(
-        f"the context empties: after {_REDRAWS} redraws a cloud still has fewer than min_context = {min_context} "
-        f"of {num_tokens} tokens beside {target.shape[1]} targets of {target.shape[2]}; "
+        f"after {_REDRAWS} redraws {target.shape[1]} targets of {target.shape[2]} tokens still leave "
+        f"fewer than min_context = {min_context} of {num_tokens} tokens in a context; "
         f"use fewer or smaller targets (num_targets, target_ratio)"
     )
 
 
 def _nearest_walk(centers: Centers) -> Int[Tensor, "b m"]:
-    """Token indices B M in the order of a greedy nearest-neighbour walk."""
+    """Order the tokens by a greedy nearest-neighbour walk; returns indices B M."""
     distance = squared_distance(centers, centers)
     rows = torch.arange(len(centers), device=centers.device)
     current = centers.sum(-1).argmin(1)

@@ -1,5 +1,5 @@
-"""Teachers, whose tokens the student predicts: frozen networks, a moving average of the student, or
-several concatenated.
+"""Teachers compute the tokens that the student predicts: with frozen networks, a moving average of
+the student, or several of them concatenated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,13 +18,13 @@ from jepa3d.shapes import Centers, Float, Patches, Rows, Tokens
 
 
 class Teacher(nn.Module):
-    """Computes deterministic target tokens with one or several networks.
+    """Compute target tokens, without randomness, with one or several networks.
 
-    A network has a method `features(patches, centers, layers)` and an attribute `width`. It sees
-    all tokens, gets no gradient and stays in evaluation mode. The tokens of several networks are
-    concatenated along the channels. norm: see `normalise`. layers: the normalised outputs of this
-    many last blocks of each network are averaged (data2vec). average: index of the network that
-    `ema_update` moves after every step; all others are frozen.
+    networks: each has a method `features(patches, centers, layers)` and an attribute `width`. All
+    networks see all tokens, get no gradient and stay in evaluation mode; their tokens are
+    concatenated along the channels. norm: see `normalise`. layers: average the normalised outputs
+    of this many last blocks of each network (data2vec). average: index of the network that
+    `ema_update` changes after every step; all others are frozen.
     """
 
     def __init__(
@@ -41,14 +41,16 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teacher":
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, patches: Patches, centers: Centers) -> Tokens:
-        """Returns target tokens B M width of all patches (B M K 3) with centers B M 3."""
+        """Compute the target tokens B M width of all patches (B M K 3) with centers B M 3."""
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
-            exact = isinstance(network, DVAE)  # an arg-max code must not depend on rounding
+            # The dVAE runs in float32, since rounding could change its most likely codes.
+            exact = isinstance(network, DVAE)
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
             targets.append(
@@ -60,8 +62,9 @@ class Teacher(nn.Module):
 def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*rest c"]:
     """Normalise tokens B M C.
 
-    norm: "none"; "layernorm": each token; "center": subtract the mean of each channel over the
-    batch's tokens; "standardize": also divide by the standard deviation.
+    norm: "none" changes nothing; "layernorm" normalises each token; "center" subtracts each
+    channel's mean over all tokens of the batch; "standardize" also divides by each channel's
+    standard deviation.
     """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])
@@ -72,12 +75,13 @@ def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*re
 
 
 def batch_moments(rows: Rows) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Mean [C] and variance [C] of the rows [n, C] of all processes (n must be equal)."""
+    """Compute mean [C] and variance [C] over the rows [n, C] of all processes (n must be equal)."""
     mean = _over_processes(rows.mean(0))
     return mean, _over_processes((rows - mean).square().mean(0))
 
 
 def _over_processes(mean: Tensor) -> Tensor:
+    """Average a tensor over all processes."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()
@@ -86,24 +90,25 @@ def _over_processes(mean: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
-    """Move the teacher's EMA network: average <- momentum * average + (1 - momentum) * student.
+    """Update the teacher's moving average:
+    average <- momentum * average + (1 - momentum) * student.
 
-    BatchNorm statistics are copied.
+    BatchNorm statistics are copied from the student.
     """
     assert teacher.average is not None
     average = teacher.networks[teacher.average]
     old, new = ([p.data for p in module.parameters()] for module in (average, student))
     torch._foreach_lerp_(old, new, 1 - momentum)
-    for mine, theirs in zip(average.buffers(), student.buffers(), strict=True):
-        mine.copy_(theirs)
+    for target, source in zip(average.buffers(), student.buffers(), strict=True):
+        target.copy_(source)
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
     """Load a network from a run, a folder written by `save_pretrained`, or the Hub; "default" is
     the encoder in the package.
 
-    known: other valid names of the setting, for the hint after a misspelt one. Raises ValueError
-    if no network can be loaded.
+    known: other valid values of the setting, which the error message for a misspelt value may
+    suggest. Raises ValueError if no network can be loaded.
     """
     if path == "default":
         path = str(DEFAULT)

@@ -1,5 +1,5 @@
-"""Turns points into patches and patches into tokens: farthest point sampling, nearest neighbours, a
-light PointNet.
+"""Group points into patches (farthest point sampling and nearest neighbours) and encode each patch
+as a token (a light PointNet).
 """
 
 from typing import NamedTuple
@@ -25,12 +25,12 @@ def group(
     group_size: int,
     generator: torch.Generator | BatchGenerator | None = None,
 ) -> Groups:
-    """Group points B N 3 into patches: centres by farthest point sampling, then the nearest points
-    of each (paper III-B).
+    """Group points B N 3 into patches (the paper's section III-B): choose centres by farthest point
+    sampling, then take the points nearest to each centre.
 
-    num_groups: patches per cloud (M). group_size: points per patch (K). generator: draws the first
-    centre; None takes the point farthest from the centroid. Returns `Groups`. Raises ValueError if
-    a cloud has fewer points than `num_groups` or `group_size`.
+    num_groups: patches per cloud (M). group_size: points per patch (K). generator: source of the
+    first centre; None takes the point farthest from the centroid. Returns `Groups`. Raises
+    ValueError if a cloud has fewer points than `num_groups` or `group_size`.
     """
     num_points = points.shape[1]
     if num_points < max(num_groups, group_size):
@@ -43,8 +43,9 @@ def group(
 
 
 def groups_at(points: Points, centers: Int[Tensor, "b m"], index: Int[Tensor, "b m k"]) -> Groups:
-    """`Groups` of points B N 3, from the indices of the centres (B M) and of the patch points
-    (B M K).
+    """Group points B N 3 into patches whose centres and points are known.
+
+    centers: indices of the centres, B M. index: indices of each patch's points, B M K.
     """
     at = gather_points(points, centers)
     return Groups(at, gather_points(points, index) - at[:, :, None], index)
@@ -55,7 +56,7 @@ class BatchNorm(nn.BatchNorm1d):
     run on a CPU).
 
     Each process is weighted by its number of rows, so the result equals that of one process with
-    all rows. With `synchronised` False only this process's rows count.
+    all rows. If `synchronised` is False, each process uses only its own rows.
     """
 
     synchronised = True
@@ -85,7 +86,8 @@ class BatchNorm(nn.BatchNorm1d):
     def fold_into_linear(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Fold this BatchNorm, in evaluation mode, into the linear layer before it.
 
-        Returns the weight and bias of one linear layer that does both.
+        weight, bias: those of the linear layer. Returns the weight and bias of one linear layer
+        that does the work of both.
         """
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -94,13 +96,16 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class PatchTokenizer(nn.Module):
-    """The light PointNet of Point-BERT: 3 -> w (BN, ReLU) -> 2w; [max ; local] 4w -> 4w (BN, ReLU)
-    -> C; max.
+    """The light PointNet of Point-BERT, which encodes a patch as a token.
 
-    Three exact rewrites halve its cost; the weights keep the standard layout. (1) Split: W[g ; x] =
-    Wg g + Wx x, so the maximum g is multiplied once per patch instead of once per point. (2) Fold:
-    no nonlinearity lies between `linear2` and the local half of `linear3`, so both are one matrix,
-    Wx W2. (3) Biases are added after the maximum instead of before.
+    The layers' widths are 3 -> w (BN, ReLU) -> 2w for every point; then the maximum over the patch
+    is joined to every point: 4w -> 4w (BN, ReLU) -> C; the maximum over the patch is the token.
+    embed_dim: C. hidden_dim: w.
+
+    Three exact rewrites halve the cost; the weights keep the standard layout. (1) With g the joined
+    maximum, W[g ; x] = Wg g + Wx x, so g is multiplied once per patch instead of once per point.
+    (2) No nonlinearity lies between `linear2` and the columns Wx of `linear3`, so one matrix, Wx W2,
+    replaces both. (3) Biases are added after the maximum instead of before.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):
@@ -113,7 +118,7 @@ class PatchTokenizer(nn.Module):
         self.linear4 = nn.Linear(4 * hidden_dim, embed_dim)
 
     def forward(self, patches: Float[Tensor, "*rest k 3"]) -> Float[Tensor, "*rest c"]:
-        """Returns tokens (..., C) of patches (..., K, 3)."""
+        """Encode patches (..., K, 3) as tokens (..., C)."""
         lead, size = patches.shape[:-2], patches.shape[-2]
         first = (self.linear1.weight, self.linear1.bias)
         second = (self.linear3.weight, self.linear3.bias)

@@ -14,8 +14,8 @@ from jepa3d.shapes import Float
 class Attention(nn.Module):
     """Multi-head attention of queries B Q C over keys B S C.
 
-    Either input may also be packed rows [n, C], if its layout is given. Raises ValueError if `dim`
-    is not a multiple of `num_heads`.
+    Either input may also be packed rows [n, C] together with their layout. Raises ValueError if
+    `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
@@ -30,6 +30,9 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None
     ) -> Tensor:
+        """Attend from x (queries) to context (keys and values); `queries` and `keys` are their
+        layouts, if they are packed rows.
+        """
         query, key_value, mask = self.query(x), self.key_value(context), None
         if queries:
             query = queries.pad(query)
@@ -37,7 +40,7 @@ class Attention(nn.Module):
             key_value = keys.pad(key_value)
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
-        lead = query.shape  # all passes over one context become one sequence of queries
+        lead = query.shape  # below, all decoder passes of a cloud form one sequence of queries
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
         ).transpose(1, 2)
@@ -48,9 +51,10 @@ class Attention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute attention with torch's kernel; a mask is False at keys that are ignored."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # On a CPU, the gradient of torch's bf16 kernel takes three to eight times as long as that
-        # of the fp32 kernel.
+        # On a CPU, torch's bf16 kernel takes three to eight times as long as its fp32 kernel for
+        # the gradient, so the inputs are converted to fp32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask
@@ -59,6 +63,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
 
 
 class Mlp(nn.Sequential):
+    """Two linear layers with GELU between; the hidden width is dim * ratio."""
+
     def __init__(self, dim: int, ratio: float):
         hidden = int(dim * ratio)
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
@@ -67,8 +73,8 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """A transformer block: self-attention and MLP, each pre-normalised and residual.
 
-    `forward` takes tokens B M C, or packed rows [n, C] with their layout. keep: scales of the two
-    branches (see `drop_path_scales`), per cloud B 1 2 or per row n 2.
+    `forward` takes tokens B M C, or packed rows [n, C] with their layout. keep: factors on the
+    outputs of the two branches (see `drop_path_scales`), [B, 1, 2] per cloud or [n, 2] per row.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
@@ -90,9 +96,10 @@ class Block(nn.Module):
 def drop_path_scales(
     rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
 ):
-    """Draw stochastic depth (Huang et al. 2016) as scales of the branches, B depth 2.
+    """Draw which residual branches are dropped (stochastic depth, Huang et al. 2016); returns
+    factors on the branches' outputs, [batch, depth, 2].
 
-    A scale is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly with
+    A factor is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly with
     depth, from 0 to `rate`. like: a tensor of the wanted device and dtype.
     """
     rates = (
@@ -105,28 +112,30 @@ def drop_path_scales(
 
 
 def position_embedding(dim: int) -> nn.Sequential:
-    """Point-MAE's position embedding: an MLP from centre coordinates (..., 3) to (..., dim)."""
+    """Make Point-MAE's position embedding: an MLP from coordinates (..., 3) to (..., dim)."""
     return nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases (the decoder of Point-MAE and ACT).
+    """Initialise a module with Xavier-uniform weights and zero biases, as the decoders of Point-MAE
+    and ACT.
 
-    There, query, key and value are one matrix C x 3C, so all three use the bound of that matrix.
+    In these decoders one matrix C x 3C computes query, key and value, so the weights of all three
+    get the bound of that matrix.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # overrides its layers: `apply` visits them first
+    elif isinstance(module, Attention):  # `apply` has visited its layers before: set them again
         bound = math.sqrt(6 / (4 * module.out.in_features))
         nn.init.uniform_(module.query.weight, -bound, bound)
         nn.init.uniform_(module.key_value.weight, -bound, bound)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal weights (std 0.02) and zero biases for linear layers (the encoder of
-    Point-MAE and ACT).
+    """Initialise a linear layer with truncated normal weights (std 0.02) and zero biases, as the
+    encoders of Point-MAE and ACT.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -11,11 +11,11 @@ from jepa3d.ops import BatchGenerator
 
 
 class Autoencoding(nn.Module):
-    """Trains the dVAE with two cosine schedules: the Gumbel temperature falls, the KL weight rises
-    from 0.
+    """Train the dVAE while the Gumbel temperature falls and the KL weight rises from 0, each along
+    half a cosine.
 
     In Point-BERT and ACT the temperature falls over the first 100,000 of 200,000 steps, and the KL
-    weight rises over 100,000 steps from step 10,000. Here the same shares of the run are used.
+    weight rises between steps 10,000 and 110,000. Here both take the same shares of the run.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -23,7 +23,10 @@ class Autoencoding(nn.Module):
         self.dvae, self.config = dvae, config
 
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> DVAEOutput:
-        """One pass on points B N 3; progress: the finished share of the run, 0 to 1."""
+        """Compute the loss for points B N 3.
+
+        generator: source of all random draws. progress: the finished share of the run, 0 to 1.
+        """
         dvae, (warm, cold) = self.dvae, self.config.temperature
         temperature = cold + (warm - cold) * (1 - _risen(2 * progress))
         kl_weight = self.config.kl_weight * _risen(2 * progress - 0.1)
@@ -33,13 +36,13 @@ class Autoencoding(nn.Module):
         return dvae(patches, centers, temperature, kl_weight, generator.stream("gumbel"))
 
     def after_step(self, progress: float) -> None:
-        """Nothing to do."""
+        """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: DVAEOutput) -> dict[str, float]:
-        """The parts of the loss and the code perplexity."""
+        """Return the terms of the loss and the code perplexity, for the log."""
         return {name: value.item() for name, value in output._asdict().items() if name != "loss"}
 
 
 def _risen(done: float) -> float:
-    """Rises from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
+    """Rise from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
     return (1 - math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

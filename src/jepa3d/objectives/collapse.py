@@ -1,4 +1,4 @@
-"""Figures that reveal a collapsed representation or a trivially low loss."""
+"""Metrics that reveal a collapsed representation or a trivially low loss."""
 
 from itertools import product
 
@@ -8,28 +8,29 @@ from torch import Tensor
 
 
 def rankme(rows: Tensor) -> float:
-    """Effective rank of rows [n, E]: exp(entropy) of the normalised singular values (Garrido et al.
-    2023).
+    """Compute the effective rank of rows [n, E]: exp(entropy) of the normalised singular values
+    (Garrido et al. 2023).
 
-    Lies between 1 and min(n, E); 1 means that all rows lie on one line through the origin.
+    The rank lies between 1 and min(n, E); 1 means that all rows lie on one line through the origin.
     """
     values = torch.linalg.svdvals(rows.float())
+    # the two small numbers prevent division by 0 and log(0)
     share = values / values.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
 
 
 @torch.no_grad()
 def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, float]:
-    """Three collapse figures of rows [n, E], normalised to unit length; at most `max_rows` are
-    used.
+    """Compute three measures of collapse for rows [n, E], scaled to unit length.
 
-    NAME_std: standard deviation, averaged over dimensions, times sqrt(E); 1 is isotropic, 0 is
-    collapsed. NAME_cosine: mean cosine of pairs of rows; 0 is spread out, 1 is collapsed.
-    NAME_rankme: effective rank.
+    name: prefix of the three keys. max_rows: use at most this many rows. NAME_std is the standard
+    deviation, averaged over dimensions, times sqrt(E): 1 is isotropic, 0 is collapsed. NAME_cosine
+    is the mean cosine of pairs of rows: 0 is spread out, 1 is collapsed. NAME_rankme is the
+    effective rank.
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
-    # mean of all pairwise cosines, each row with itself too
+    # mean cosine of all pairs, including each row with itself; those n ones are removed below
     mean_square = float(rows.mean(0).square().sum())
     return {
         f"{name}_std": float(rows.std(0, correction=0).mean()) * width**0.5,
@@ -42,10 +43,11 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
 def collapse_figures(
     prediction: Tensor, target: Tensor, unit: str = "token", max_rows: int = 2048
 ) -> dict[str, float]:
-    """`row_figures` of predictions and targets (B A T E), and constant_loss.
+    """Compute `row_figures` for predictions and targets (both B A T E), and constant_loss.
 
     unit: whether a row is a "token" or a "block", as in `cosine_loss`. constant_loss is the loss of
-    the best constant prediction: if the loss is near it, however low, nothing was learned.
+    the best constant prediction: a training loss near constant_loss means that nothing was learned,
+    even if both are low.
     """
     rows = [
         value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)
@@ -59,28 +61,31 @@ def collapse_figures(
 
 @torch.no_grad()
 def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: int = 2048) -> float:
-    """The loss of predicting target tokens B A T E from their positions (centers B A T 3) alone.
+    """Compute the loss of predicting target tokens B A T E from their positions (centers B A T 3)
+    alone.
 
-    The decoder knows the positions of its targets, and tokens encode their position: so this loss
-    can be reached without any knowledge of the shape. The prediction is a least-squares polynomial
-    (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows. So n rows of
-    noise would score about 1 - sqrt(35 / n), 0.76 for a batch of preset `tiny`.
+    The decoder knows the positions of its targets, and tokens encode their position: so a model can
+    reach this loss without any knowledge of the shape. The prediction is a least-squares polynomial
+    (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows. Therefore even
+    n rows of noise give a loss of about 1 - sqrt(35 / n): 0.76 for a batch of preset `tiny`.
     """
     rows = _unit(target.flatten(0, -2), max_rows)
     at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)
     powers = [power for power in product(range(degree + 1), repeat=3) if sum(power) <= degree]
     terms = torch.stack([at.pow(at.new_tensor(power)).prod(-1) for power in powers], -1)
+    # a little ridge regularisation, so that the system can always be solved
     gram = terms.T @ terms + 1e-6 * len(rows) * torch.eye(len(powers), device=rows.device)
     fitted = terms @ torch.linalg.solve(gram, terms.T @ rows)
     return 1 - float(F.cosine_similarity(fitted, rows, dim=-1).mean())
 
 
 def _unit(rows: Tensor, max_rows: int) -> Tensor:
-    """At most `max_rows` of the rows, evenly spaced, scaled to unit length."""
+    """Select at most `max_rows` evenly spaced rows and scale them to unit length."""
     return F.normalize(_spread(rows, max_rows).float(), dim=-1)
 
 
-def _spread(rows: Tensor, most: int) -> Tensor:
-    if len(rows) <= most:
+def _spread(rows: Tensor, max_rows: int) -> Tensor:
+    """Select at most `max_rows` evenly spaced rows."""
+    if len(rows) <= max_rows:
         return rows
-    return rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]
+    return rows[torch.linspace(0, len(rows) - 1, max_rows, device=rows.device).long()]

@@ -1,5 +1,5 @@
-"""The generative rival (the paper's Fig. 2): reconstruct the points of masked patches, as in
-Point-MAE.
+"""The generative rival of 3D-JEPA (the paper's Fig. 2), as in Point-MAE: reconstruct the points of
+masked patches.
 
 Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning", ECCV 2022.
 """
@@ -25,8 +25,8 @@ class GenerativeOutput(NamedTuple):
 
 
 class Generative(nn.Module):
-    """A masked autoencoder: encoder on the visible tokens, plain decoder on visible and mask
-    tokens, linear head to K points.
+    """Masked autoencoder: the encoder sees the visible tokens; a plain decoder and a linear head
+    predict the K points of each masked patch.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -47,14 +47,17 @@ class Generative(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> GenerativeOutput:
-        """One pass on points B N 3. generator: draws everything random. progress: not used."""
+        """Compute the loss for points B N 3.
+
+        generator: source of all random draws. progress: unused; other objectives may need it.
+        """
         encoder = self.encoder
         centers, patches, _ = group(
             points, encoder.num_groups, encoder.group_size, generator.stream("group")
         )
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
-        # As in Point-MAE, all patches are tokenized, so the norms' statistics include masked ones.
+        # As in Point-MAE, all patches are tokenized, so BatchNorm statistics include masked ones.
         tokens = layout.pack(gather_points(encoder.tokenizer(patches), sample.context))
         position = layout.pack(encoder.position(gather_points(centers, sample.context)))
         encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]
@@ -65,8 +68,8 @@ class Generative(nn.Module):
         return GenerativeOutput(chamfer_l2(prediction.float(), target), prediction, target, encoded)
 
     def after_step(self, progress: float) -> None:
-        """Nothing to do."""
+        """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: GenerativeOutput) -> dict[str, float]:
-        """Collapse figures of the encoder's tokens."""
+        """Return measures of collapse of the encoder's tokens, for the log."""
         return row_figures("encoded", output.encoded.detach())

@@ -1,8 +1,8 @@
-"""The invariance rival (the paper's Fig. 2): all views of a shape get the same embedding, with a
-regulariser against collapse.
+"""The invariance rival of 3D-JEPA (the paper's Fig. 2): all views of a shape get the same
+embedding, and a regulariser prevents collapse.
 
-Views are multi-crop. The regulariser is VICReg's (Bardes, Ponce, LeCun, ICLR 2022) or SIGReg
-(LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
+Some views are whole, others are crops (multi-crop). The regulariser is VICReg's (Bardes, Ponce,
+LeCun, ICLR 2022) or SIGReg (LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
 """
 
 from typing import NamedTuple
@@ -21,15 +21,17 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: Tensor  # mean squared distance of views' embeddings to the global views' mean
+    invariance: Tensor  # mean squared difference between views and the mean global view
     regularizer: Tensor  # the weighted VICReg terms, or SIGReg
     embedding: Tensor  # V B E, global views first
     encoded: Tensor  # n C, the encoder's tokens of the first view
 
 
 class Invariance(nn.Module):
-    """Draws global views (the whole cloud) and partial views (a ball of it). Each is augmented on
-    its own, encoded, pooled and projected.
+    """Train the encoder to give the same embedding to global views (the whole cloud) and partial
+    views (a ball cut out of it).
+
+    Each view is augmented independently, encoded, pooled and projected.
     """
 
     def __init__(self, config: PretrainConfig, encoder: PointEncoder):
@@ -50,9 +52,9 @@ class Invariance(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> InvarianceOutput:
-        """One pass on points B N 3, before augmentation.
+        """Compute the loss for points B N 3, not yet augmented.
 
-        generator: draws everything random. progress: not used.
+        generator: source of all random draws. progress: unused; other objectives may need it.
         """
         settings, encoder = self.settings, self.encoder
         low, high = settings.partial_ratio
@@ -61,7 +63,7 @@ class Invariance(nn.Module):
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
             if view >= settings.global_views:
-                # Fewer patches too, so that patches are as large as in the whole cloud.
+                # Fewer points get fewer patches, so that patches are as large as in a whole cloud.
                 groups = max(1, round(share * groups))
                 seen = random_crop(
                     points, max(encoder.group_size, round(share * points.shape[1])), draws
@@ -90,17 +92,19 @@ class Invariance(nn.Module):
             w_invariance, w_variance, w_covariance = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            # VICReg sums the covariances of its two views
+            # VICReg sums the covariance terms of its two views; `covariance` is their mean
             regularizer = w_variance * variance + 2 * w_covariance * covariance
-            # the squared distance of two views is 4 times that to their mean
+            # the squared distance between two views is 4 times that from one view to their mean
             loss = 4 * w_invariance * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 
     def after_step(self, progress: float) -> None:
-        """Nothing to do."""
+        """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: InvarianceOutput) -> dict[str, float]:
-        """The parts of the loss; collapse figures of the embedding and of the encoder's tokens."""
+        """Return the terms of the loss, and measures of collapse of the embedding and of the
+        encoder's tokens, for the log.
+        """
         parts = {"invariance": output.invariance.item(), "regularizer": output.regularizer.item()}
         embedding = row_figures("embedding", output.embedding[0].detach())
         return parts | embedding | row_figures("encoded", output.encoded.detach())

@@ -26,11 +26,11 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar, mean over blocks of 1 - cos (plus SIGReg and the view term, if used)
+    loss: Tensor  # scalar: mean of 1 - cos over blocks, plus SIGReg and the view term if used
     prediction: Tensor  # B A T E
     target: Tensor  # B A T E
     sample: TokenSample
-    centers: Tensor  # B M 3, of all tokens
+    centers: Tensor  # B M 3, patch centres of all tokens
     patch_index: Tensor  # B M K, indices of each patch's points
     encoded: Tensor  # n C, the encoder's context tokens
     sigreg: Tensor | None = None  # unweighted
@@ -38,12 +38,13 @@ class JEPAOutput(NamedTuple):
 
 
 class JEPA(nn.Module):
-    """The objective of 3D-JEPA: encoder on the context, decoder, and one linear projection to the
-    width of the teacher, which sees all tokens.
+    """The objective of 3D-JEPA: the encoder sees the context, a decoder predicts the targets, and a
+    linear layer projects predictions to the width of the teacher, which sees all tokens.
 
-    With teacher None, the target is the same encoder's output on all tokens, with its gradient, and
-    SIGReg prevents collapse (LeJEPA). With a teacher, SIGReg is optional and applies to the context
-    tokens. Raises ValueError if `target.project` is set and the widths differ.
+    If `teacher` is None, the targets come from the encoder itself, which then sees all tokens and
+    also gets the targets' gradient; SIGReg prevents collapse (LeJEPA). With a teacher, SIGReg is
+    optional and applies to the context tokens. Raises ValueError if `target.project` is set and the
+    widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
@@ -77,30 +78,35 @@ class JEPA(nn.Module):
         self.sampler, self.masks = make_sampler(config), config.sampler.masks
         if self.settings.view:
             assert teacher
-            wide = 4 * encoder.width
+            hidden = 4 * encoder.width
             self.view_head = nn.Sequential(
-                nn.Linear(2 * encoder.width, wide), nn.GELU(), nn.Linear(wide, 2 * teacher.width)
+                nn.Linear(2 * encoder.width, hidden),
+                nn.GELU(),
+                nn.Linear(hidden, 2 * teacher.width),
             )
 
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor
     ) -> JEPAOutput:
-        """One pass on points B N 3.
+        """Compute the loss for points B N 3.
 
-        generator: draws everything random. progress: not used here. cached: the indices of the
-        centers (B M) and patches (B M K), and the teacher's tokens B M E (training/cache.py).
+        generator: source of all random draws. progress: unused; other objectives may need it.
+        cached: the indices of the centers (B M) and patches (B M K), and the teacher's tokens
+        B M E, if they were computed before training (training/cache.py).
 
-        With the view term (`target.view`), the points are in farthest point order, at least
-        `num_points` of them. The student then sees a damaged view of each cloud (`random_view`) and
-        also predicts the teacher's vector of the whole, undamaged cloud. With several masks per
-        cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), the output's B counts all masks.
+        With the view term (`target.view`), `points` must be in farthest point order, at least
+        `num_points` per cloud. The student then sees a damaged view of each cloud (`random_view`)
+        and also predicts the teacher's vector of the whole, undamaged cloud. With several masks per
+        cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), B of the output is the number of
+        clouds times `masks`.
         """
-        encoder, viewed = self.encoder, None
+        encoder = self.encoder
+        view_target = None
         if self.settings.view:
-            whole = unit_sphere(
+            undamaged = unit_sphere(
                 random_rotate(points[:, : encoder.num_points], generator.stream("view/turn"))
             )
-            viewed = self.describe(whole, generator.stream("view/group"))
+            view_target = self.teacher_vectors(undamaged, generator.stream("view/group"))
             points = random_view(points, encoder.num_points, generator.stream("student"))
         if cached:
             grouped = groups_at(points, *cached[:2])
@@ -109,10 +115,12 @@ class JEPA(nn.Module):
                 points, encoder.num_groups, encoder.group_size, generator.stream("group")
             )
         centers, patches, index = grouped
-        several = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
-        every_center, draws = several(centers), generator.repeated(self.masks)
-        sample = self.sampler(every_center, draws.stream("sampler"))
-        # The teacher first: its memory is freed before the student's activations are stored.
+        repeat_masks = partial(torch.repeat_interleave, repeats=self.masks, dim=0)
+        repeated_centers = repeat_masks(centers)
+        repeated_generator = generator.repeated(self.masks)
+        sample = self.sampler(repeated_centers, repeated_generator.stream("sampler"))
+        # The teacher runs first, so that its memory is freed before the student's activations are
+        # stored.
         if cached:
             tokens = cached[2].float()
         elif self.teacher:
@@ -122,35 +130,41 @@ class JEPA(nn.Module):
                 patches, centers, generator=generator.stream("target_drop_path")
             )[-1]
         prediction, encoded = self.predict(
-            several(patches), every_center, sample, draws.stream("drop_path")
+            repeat_masks(patches),
+            repeated_centers,
+            sample,
+            repeated_generator.stream("drop_path"),
         )
-        settings, regularised = self.settings, encoded if self.teacher else tokens.flatten(0, 1)
-        target = gather_points(several(tokens), sample.target)
+        settings = self.settings
+        target = gather_points(repeat_masks(tokens), sample.target)
         if settings.project:
             target = self.projection(target)
-        loss, penalty = cosine_loss(prediction, target, settings.unit), None
+        loss = cosine_loss(prediction, target, settings.unit)
+        penalty = None
         if settings.sigreg:
-            penalty = sigreg(regularised, generator.stream("sigreg"), settings.num_slices)
+            student_tokens = encoded if self.teacher else tokens.flatten(0, 1)
+            penalty = sigreg(student_tokens, generator.stream("sigreg"), settings.num_slices)
             loss = (1 - settings.sigreg) * loss + settings.sigreg * penalty
         view_loss = None
-        if viewed is not None:
-            view_loss = cosine_loss(self.view_head(pool_rows(encoded, sample)), several(viewed))
+        if view_target is not None:
+            view_prediction = self.view_head(pool_rows(encoded, sample))
+            view_loss = cosine_loss(view_prediction, repeat_masks(view_target))
             loss = loss + settings.view * view_loss
         return JEPAOutput(
             loss,
             prediction,
             target,
             sample,
-            every_center,
-            several(index),
+            repeated_centers,
+            repeat_masks(index),
             encoded,
             penalty,
             view_loss,
         )
 
     @torch.no_grad()
-    def describe(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """The teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens,
+    def teacher_vectors(self, points: Tensor, generator: BatchGenerator) -> Tensor:
+        """Compute the teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens,
         standardised over the batch.
         """
         assert self.teacher
@@ -166,8 +180,8 @@ class JEPA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict the teacher's target tokens from the context patches alone.
 
-        patches: B M K 3. centers: B M 3. sample: context and targets. generator: draws the
-        drop-path. Returns predictions B A T E and the encoded context, rows [n, C].
+        patches: B M K 3. centers: B M 3. sample: the context and targets. generator: source of the
+        drop-path's draws. Returns predictions B A T E and the encoded context, rows [n, C].
         """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
@@ -175,11 +189,11 @@ class JEPA(nn.Module):
         if len(decoder.blocks):
             context = encoder.hidden_states(tokens, position, layout, generator)[-1]
             if decoder.position:
-                places = decoder.position(token_ranks(centers))
-                position = layout.pack(gather_points(places, sample.context))
-                target_position = gather_points(places, sample.target)
+                rank_positions = decoder.position(token_ranks(centers))
+                position = layout.pack(gather_points(rank_positions, sample.context))
+                target_position = gather_points(rank_positions, sample.target)
             return self.projection(decoder(context, layout, position, target_position)), context
-        # Decoder depth 0 (Table V): context and mask tokens go through the encoder together.
+        # Without a decoder (Table V), context and mask tokens go through the encoder together.
         x, position, joint = decoder.assemble(tokens, layout, position, target_position)
         encoded = encoder.hidden_states(
             joint.every_pass(x), joint.every_pass(position), joint, generator
@@ -189,7 +203,7 @@ class JEPA(nn.Module):
         ]
 
     def after_step(self, progress: float) -> None:
-        """Update an EMA teacher; frozen teachers do not change.
+        """Update the moving-average teacher, if there is one; frozen teachers do not change.
 
         progress: the finished share of the run, 0 to 1.
         """
@@ -198,30 +212,31 @@ class JEPA(nn.Module):
             ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Numbers for the log: collapse figures, mean number of context tokens, and the share of
-        the context's points that also lie in target patches.
+        """Return metrics for the log: measures of collapse, the additional loss terms, the mean
+        number of context tokens, and the share of the context's points that also lie in target
+        patches.
         """
-        figures = collapse_figures(output.prediction, output.target, self.settings.unit)
+        metrics = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
-            figures["position_loss"] = position_loss(
+            metrics["position_loss"] = position_loss(
                 output.target, gather_points(output.centers, output.sample.target)
             )
-        figures |= row_figures("encoded", output.encoded.detach())
+        metrics |= row_figures("encoded", output.encoded.detach())
         if output.view is not None:
-            figures["view"] = output.view.item()
+            metrics["view"] = output.view.item()
         if output.sigreg is not None:
-            figures["sigreg"] = output.sigreg.item()
+            metrics["sigreg"] = output.sigreg.item()
         tokens = output.sample.mask.sum(1).float().mean().item()
         shared = sampling.shared_points(output.patch_index, output.sample).item()
-        return figures | {"context_tokens": tokens, "shared_points": shared}
+        return metrics | {"context_tokens": tokens, "shared_points": shared}
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
-    """Mean over blocks of 1 - cos(prediction, target), both B A T E (paper, equation of III-E with
-    corrected sign).
+    """Compute the mean of 1 - cos(prediction, target) over blocks, both B A T E (the equation of
+    the paper's section III-E with corrected sign).
 
-    unit: "token" takes the cosine of each token and averages over the block; "block" takes one
-    cosine of all tokens of the block, concatenated.
+    unit: "token" takes the cosine of each token and averages over the block; "block" concatenates
+    the tokens of a block and takes one cosine.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
@@ -229,14 +244,14 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
 
 
 def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
-    """Mean and max of each cloud's context tokens: B 2C from packed rows [n, C]."""
+    """Pool packed rows [n, C] to the mean and max of each cloud's context tokens, B 2C."""
     tokens, missing = sample.layout().pad(rows), ~sample.mask[..., None]
     mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding is 0
     return torch.cat([mean, tokens.masked_fill(missing, -torch.inf).amax(1)], -1)
 
 
 def make_sampler(config: PretrainConfig):
-    """The sampler of the settings, as a function of (centers, generator) that returns a
+    """Return the configured sampler, a function of (centers, generator) that returns a
     `TokenSample`.
     """
     settings = config.sampler

@@ -1,4 +1,4 @@
-"""SIGReg and VICReg's two regularisers, which prevent collapse without a frozen teacher."""
+"""Regularisers that prevent collapse without a frozen teacher: SIGReg, and the two of VICReg."""
 
 import torch
 import torch.nn.functional as F
@@ -6,39 +6,41 @@ from torch import Tensor
 
 from jepa3d.ops import BatchGenerator, sum_over_processes
 
-_KNOTS, _LAST = 17, 3.0
+_KNOTS = 17  # number of knots, at which SIGReg compares characteristic functions
+_LAST = 3.0  # the largest knot; the smallest is 0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
-    """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544): how far rows [n, E]
-    are from samples of N(0, I).
+    """Compute how far rows [n, E] are from samples of N(0, I): sketched isotropic Gaussian
+    regularisation (LeJEPA, arXiv 2511.08544).
 
     Along `num_slices` random directions, the empirical characteristic function is compared with
-    that of a Gaussian at 17 knots on [0, 3]. The statistic is Epps-Pulley's (squared difference,
-    Gaussian window, trapezoid rule, both signs of t), times n, the number of rows of all processes.
-    It is about 1 for Gaussian rows, for any n. Returns a scalar.
+    that of a Gaussian at 17 knots on [0, 3]. The statistic is Epps-Pulley's: the squared difference
+    with a Gaussian window, integrated by the trapezoid rule over both signs of t, times the number
+    of rows of all processes. Returns a scalar, about 1 for Gaussian rows, whatever their number.
     """
     width = rows.shape[1]
     rows = rows.float()  # in half precision the characteristic function would be noise
-    maker = generator.on(rows.device)  # the same directions on every process
-    slices = F.normalize(torch.randn(width, num_slices, generator=maker, device=rows.device), dim=0)
+    source = generator.on(rows.device)  # gives the same directions on every process
+    directions = torch.randn(width, num_slices, generator=source, device=rows.device)
+    slices = F.normalize(directions, dim=0)
     step = _LAST / (_KNOTS - 1)
     knots = torch.arange(_KNOTS, device=rows.device) * step
     gaussian = torch.exp(-knots.square() / 2)
-    # Chebyshev's recurrence gives cos and sin of k * angle from those of angle: one call each
-    # instead of 17.
+    # Chebyshev's recurrence computes cos and sin of k * angle from those of angle, so that each
+    # function is called once instead of 17 times.
     angle = rows @ slices * step
     cos, sin = angle.cos(), angle.sin()
     real, imaginary = [torch.ones_like(cos), cos], [torch.zeros_like(sin), sin]
     for _ in range(2, _KNOTS):
         real.append(2 * cos * real[-1] - real[-2])
         imaginary.append(2 * cos * imaginary[-1] - imaginary[-2])
-    # 2 knots slices
-    sums = torch.stack([torch.stack([x.sum(0) for x in part]) for part in (real, imaginary)])
+    # sums over rows, [2, knots, slices]
+    sums = torch.stack([torch.stack([x.sum(0) for x in terms]) for terms in (real, imaginary)])
     count = sum_over_processes(rows.new_tensor(float(len(rows))))
     mean = sum_over_processes(sums) / count
     error = (mean[0] - gaussian[:, None]).square() + mean[1].square()
-    weights = torch.full_like(knots, 2 * step)
+    weights = torch.full_like(knots, 2 * step)  # trapezoid rule, doubled for negative t
     weights[[0, -1]] = step
     return ((weights * gaussian) @ error).mean() * count
 
@@ -46,10 +48,11 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
 def variance_covariance(
     rows: Tensor, least: float = 1.0, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    """VICReg's two regularisers of rows [n, E] (Bardes et al. 2022), as scalars.
+    """Compute VICReg's variance and covariance terms for rows [n, E] (Bardes et al. 2022).
 
-    The first is the mean hinge loss max(0, least - std) over dimensions; the second is the sum of
-    the squared covariances of different dimensions, divided by E.
+    least: standard deviation below which a dimension is penalised. eps: added to variances. Returns
+    two scalars: the mean over dimensions of max(0, least - std), and the sum of the squared
+    covariances between different dimensions, divided by E.
     """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))

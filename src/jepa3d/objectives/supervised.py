@@ -19,10 +19,10 @@ class SupervisedOutput(NamedTuple):
 
 
 class Supervised(nn.Module):
-    """Cross-entropy with label smoothing; clouds or points without a label are ignored.
+    """Train with cross-entropy and label smoothing; clouds or points without a label are ignored.
 
-    trained: "all"; "head" freezes the encoder; "head_first" trains all weights but keeps the
-    statistics of the encoder's BatchNorms.
+    trained: "all" trains all weights; "head" freezes the encoder; "head_first" trains all weights
+    but keeps the statistics of the encoder's BatchNorms.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
@@ -40,6 +40,7 @@ class Supervised(nn.Module):
             network.encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Supervised":
+        """Set the mode as in torch, but keep frozen parts in evaluation mode."""
         super().train(mode)
         if self.trained == "head":
             self.network.encoder.eval()
@@ -55,9 +56,9 @@ class Supervised(nn.Module):
         labels: Tensor,
         parts: Tensor | None = None,
     ) -> SupervisedOutput:
-        """One pass on points B N 3 with labels B, and parts B N for a segmenter.
+        """Compute the loss for points B N 3 with labels B and, for a segmenter, parts B N.
 
-        generator: draws everything random. progress: not used.
+        generator: source of all random draws. progress: unused; other objectives may need it.
         """
         if isinstance(self.network, Segmenter):
             assert parts is not None
@@ -71,9 +72,9 @@ class Supervised(nn.Module):
         return SupervisedOutput(loss, logits, target)
 
     def after_step(self, progress: float) -> None:
-        """Nothing to do."""
+        """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: SupervisedOutput) -> dict[str, float]:
-        """Accuracy on the batch, in %."""
-        right = (output.logits.argmax(-1) == output.target)[output.target != UNLABELLED]
-        return {"accuracy": 100 * right.float().mean().item()}
+        """Return the accuracy on the batch's labelled clouds or points, in %."""
+        correct = (output.logits.argmax(-1) == output.target)[output.target != UNLABELLED]
+        return {"accuracy": 100 * correct.float().mean().item()}
