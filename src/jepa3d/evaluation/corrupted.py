@@ -79,7 +79,7 @@ def corrupted(
 def sheet(result: dict[str, Any]) -> Sheet:
     """Return the table of a result: a row per kind, a column per vector, means over severities."""
     data, rows = result["data"], result["corruptions"]
-    how = "searched among the clean shapes, without the shape itself"
+    how = "each searched among the other clean shapes"
     metrics = "nearest correct / mAP"
     if result["task"] == "probe":
         metrics = "10 labels a class / kNN"

@@ -30,8 +30,8 @@ class Curve(NamedTuple):
     accuracy: np.ndarray  # seeds steps, per cent
 
     def minutes_to(self, accuracy: float) -> float | None:
-        """Return the mean CPU-minutes from which on the mean accuracy stays at or above `accuracy`;
-        None if it ends below.
+        """Return the mean CPU-minutes of the first snapshot from which on the mean accuracy stays
+        at or above `accuracy`; None if the curve ends below.
         """
         below = np.flatnonzero(self.accuracy.mean(0) < accuracy)
         first = below[-1] + 1 if len(below) else 0

@@ -93,7 +93,7 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
 
 @torch.inference_mode()
 def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
-    """Interpolate the tokens after each third of the depth, concatenated, to points.
+    """Concatenate the tokens after each third of the depth, and interpolate them to points.
 
     clouds: B N 3. at: the points, B Q 3. Returns B Q 3E.
     """

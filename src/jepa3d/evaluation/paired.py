@@ -1,13 +1,13 @@
 """Scores of frozen vectors for each single shape, in per cent, and their paired differences with
 interval over seeds and shapes, verdict and tables. Nothing is chosen.
 
-| metric      | score of one shape                                                                    |
-|-------------|---------------------------------------------------------------------------------------|
-| logistic_10 | share of 10 samples of 10 labels a class whose logistic regression (C 0.1) is correct |
-| knn         | whether the vote of its 10 nearest train shapes (by cosine) is correct                |
-| map         | average precision when the other scored shapes are ranked by similarity               |
-| nearest     | whether the nearest of the other scored shapes has its class                          |
-| finetuned   | whether a network fine-tuned from the encoder is correct, if the grid asks for it     |
+| metric      | score of one shape                                                             |
+|-------------|--------------------------------------------------------------------------------|
+| logistic_10 | how often logistic regression on 10 labels a class is correct, in 10 samples   |
+| knn         | whether the vote of its 10 nearest train shapes (by cosine) is correct         |
+| map         | average precision when the other scored shapes are ranked by similarity        |
+| nearest     | whether the nearest of the other scored shapes has its class                   |
+| finetuned   | whether a network fine-tuned from the encoder is correct, if the grid wants it |
 
 The first two are those of `jepa3d probe --quick`, on standardised vectors; the next two are those
 of `jepa3d retrieval`, on unchanged vectors. For a shape alone in its class, map and nearest are

@@ -4,7 +4,7 @@ are descriptors.
 | protocol    | features     | classifier                              | chosen on                          |
 |-------------|--------------|-----------------------------------------|------------------------------------|
 | logistic    | standardised | logistic regression                     | C and layer: a fifth of train      |
-| logistic_10 | standardised | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
+| logistic_10 | standardised | the same on 10 labels a class, 10 times | C and layer: 5 folds of the labels |
 | knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
 | svc_linear  | unchanged    | SVC(linear, C=0.012) (Point-M2AE)       | layer: a fifth of train            |
 | linear_svc  | unchanged    | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
@@ -324,7 +324,8 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: mean and sample std for each model and protocol.
 
     The model "gain" is the gain of each pretrained encoder over the untrained encoder of its run.
-    The top-level values are of the overall accuracy, those under "mean_class_accuracy" of that.
+    The values are of the overall accuracy; those of the mean class accuracy are in an entry of that
+    name.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):

@@ -144,6 +144,8 @@ class CachedTargets:
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
         """Open the file, or create a new one if it is missing or damaged. Damage is logged, and all
         targets are computed again.
+
+        index_of: returns the shape indices of a batch.
         """
         if self.folder is None or self.file is None:
             return

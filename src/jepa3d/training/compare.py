@@ -2,7 +2,8 @@
 with a reference arm.
 
 OUT/runs/ARM-SEED/   a run of jepa3d pretrain and its scores-*.json; the reference's runs also have
-                     the scores of the baselines (ARM-lrRATE-SEED if learning rates are searched)
+                     the scores of the baselines. If learning rates are searched, the name is
+                     ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of the trainings
 OUT/table.md         the tables
@@ -129,8 +130,8 @@ class Comparison:
             rule = f"learning rate of {tried}, by 10 labels a class on the validation split, seed {grid.seeds[0]}"
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; chosen: {rule}",
-            "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 draws; kNN: 10 "
-            "nearest; both standardised by train. mAP, nearest neighbour: within the scored split, vectors unchanged",
+            "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 samples; kNN: "
+            "10 nearest; both standardised by train. mAP, nearest neighbour: within the scored split, vectors unchanged",
             "other rows: difference from the reference, paired by seed and by shape, with its 95 % interval over seeds "
             "and shapes (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. By chance, "
             "this happens to one of twenty rows that are equal to the reference",
@@ -141,7 +142,7 @@ class Comparison:
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
-            rule = "epoch chosen on a fifth of these; untrained: from scratch"
+            rule = "epoch chosen on a fifth of these; untrained is trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)

@@ -1,13 +1,14 @@
 """Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, into a
 run folder.
 
-RUN/config.json          the settings and the task; with run.json, metrics.jsonl and checkpoints/ as in
-                         pretraining (run.py)
-RUN/start/               the encoder before the first step
-RUN/best/                the network of the best epoch so far, while running
-RUN/model/               the network of the selected epoch
-RUN/results.json         its metrics on the test shapes
-RUN/predictions.npz      its predictions for the test shapes
+RUN/config.json       the settings, and the task's name
+RUN/start/            the encoder before the first step
+RUN/best/             the network of the best epoch so far, while running
+RUN/model/            the network of the selected epoch
+RUN/results.json      its metrics on the test shapes
+RUN/predictions.npz   its predictions for the test shapes
+
+The folder also has run.json, metrics.jsonl and checkpoints/, as in pretraining (run.py).
 """
 
 import io
@@ -56,9 +57,10 @@ def finetune(
 ) -> Path:
     """Train a classifier, or for a SegmentConfig a part segmenter; choose its epoch; test it once.
 
-    Returns the run's folder `out`. data: None to load `config.data`. encoder: None to load
-    `config.init`. protocol: its name in the result; None for the usual one. Raises ValueError for
-    settings or data that cannot work, before anything is written, and loop.Interrupted.
+    stop_at: the step to stop at early. data: None to load `config.data`. encoder: None to load
+    `config.init`. protocol: the protocol's name in the result; None for `protocol_name`. Returns
+    the run's folder `out`. Raises ValueError for settings or data that cannot work, before anything
+    is written, and loop.Interrupted.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.close_if_finished(out):

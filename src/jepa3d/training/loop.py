@@ -82,7 +82,7 @@ def fit(
     unreadable data.
     """
     start_clock = clock()
-    # cuDNN attention would make a new plan for every context length, which takes most of a step.
+    # off, since cuDNN attention makes a new plan for every context length: most of a step's time
     torch.backends.cuda.enable_cudnn_sdp(False)
     engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = engine.choose(task, clouds, config, run)

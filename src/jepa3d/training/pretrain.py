@@ -36,7 +36,7 @@ from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
-# steps to measure the CPU time per step of a stage; the first is not timed
+# steps taken to measure the CPU time per step of a stage; the first is not timed
 TIMED_STEPS = 9
 
 
@@ -92,7 +92,7 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """Join all teachers of the configuration; returns None if there is none."""
+    """Combine all teachers of the configuration into one; returns None if there is none."""
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
@@ -121,9 +121,10 @@ def pretrain(
 ) -> Path:
     """Pretrain with the settings `config` into the folder `out`, after training its stage I.
 
-    clouds: the data if loaded already. stage_one: earlier stage-I runs; a finished one with the
-    settings that stage I needs is copied instead of trained again. Raises ValueError for settings
-    or data that cannot work, before anything is written, and loop.Interrupted.
+    stop_at: the step to stop at early. clouds: the data if loaded already. stage_one: earlier
+    stage-I runs; a finished one with the settings that stage I needs is copied instead of trained
+    again. Raises ValueError for settings or data that cannot work, before anything is written, and
+    loop.Interrupted.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -230,7 +231,7 @@ def clouds_of(
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
     viewed = objective == "jepa" and config.target.view > 0
-    # A view cuts points away: from twice as many, enough are left. Some data has too few points.
+    # Views cut points away, so twice as many points are read; some data does not have so many.
     sizes = (2 * num_points, num_points) if viewed else (num_points,)
     if loaded is not None and loaded.points.shape[1] in sizes:
         return loaded
