@@ -105,7 +105,7 @@ def test_too_few_classes_or_shapes_is_one_line_that_tells_what_would_do():
         (replace(data, labels=None), "labels"),
         (replace(data, split=None), "train/test split"),
     ):
-        with pytest.raises(ReadError, match=f"made: has no {what}"):
+        with pytest.raises(ReadError, match=f"made has no {what}"):
             draw_episodes(lacking, 2, 1, 1, seed=0, queries=1)
 
 
@@ -240,7 +240,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
     with pytest.raises(ReadError, match="2way_1shot/1: an unfinished store"):
         published_folds(out, 16, "z", 2, 1, 3, 2)
     header.unlink()
-    with pytest.raises(ReadError, match="2way_1shot/1: is missing"):
+    with pytest.raises(ReadError, match="2way_1shot/1 is missing"):
         published_folds(out, 16, "z", 2, 1, 3, 2)
 
 

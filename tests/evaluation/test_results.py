@@ -399,7 +399,7 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json"):
         read_runs([tmp_path])
     going = unfinished(tmp_path / "sweep" / "going")
-    with pytest.raises(ValueError, match=r"going: no results\.json .*unfinished.*going"):
+    with pytest.raises(ValueError, match=r"going contains no results\.json .*unfinished.*going"):
         read_runs([going])
     with pytest.raises(ValueError, match=r"sweep contains no results\.json .*unfinished: .*going"):
         read_runs([tmp_path / "sweep"])

@@ -131,7 +131,7 @@ class Comparison:
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; chosen: {rule}",
             "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 samples; kNN: "
-            "10 nearest; both standardised by train. mAP, nearest neighbour: within the scored split, vectors unchanged",
+            "10 nearest; both standardised by train. mAP, nearest neighbour: in the scored split, vectors unchanged",
             "other rows: difference from the reference, paired by seed and by shape, with its 95 % interval over seeds "
             "and shapes (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. By chance, "
             "this happens to one of twenty rows that are equal to the reference",
