@@ -553,5 +553,5 @@ def test_a_folder_that_is_no_run_is_refused(shapes, tmp_path, capsys, command):
 def test_probe_averages_seeds_of_one_configuration_only(run, shapes, tmp_path, capsys):
     other = tmp_path / "other"
     assert call("pretrain", *flags(TINY, {"data": shapes, "lr": 0.01}), "--out", other) == 0
-    assert "differs in lr" in refusal(capsys, "probe", run, other, "--data", shapes)
+    assert "differ in lr" in refusal(capsys, "probe", run, other, "--data", shapes)
     assert "only different seeds" in refusal(capsys, "probe", run, run, "--data", shapes)

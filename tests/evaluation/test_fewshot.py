@@ -93,19 +93,19 @@ def test_too_few_classes_or_shapes_is_one_line_that_tells_what_would_do():
     with pytest.raises(ReadError) as caught:
         draw_episodes(data, 3, 5, 1, seed=0, queries=5)
     assert str(caught.value) == (
-        "made: 3 classes with 5 train and 5 test shapes each are needed, 1 are there; "
-        "with 3 test shapes a class there are enough"
+        "made: 3 classes need 5 train and 5 test shapes each, but only 1 have them; "
+        "--queries 3 is possible"
     )
     assert len(draw_episodes(data, 3, 5, 1, seed=0, queries=3)) == 1
     with pytest.raises(
-        ReadError, match=r"4 classes with 5 train and 1 test shapes each are needed, 3 are there$"
+        ReadError, match=r"4 classes need 5 train and 1 test shapes each, but only 3 have them$"
     ):
         draw_episodes(data, 4, 5, 1, seed=0, queries=1)
     for lacking, what in (
         (replace(data, labels=None), "labels"),
         (replace(data, split=None), "train/test split"),
     ):
-        with pytest.raises(ReadError, match=f"made: has no {what}"):
+        with pytest.raises(ReadError, match=f"made has no {what}"):
             draw_episodes(lacking, 2, 1, 1, seed=0, queries=1)
 
 
@@ -118,7 +118,7 @@ def test_episodes_are_saved_and_read_again_for_the_same_data_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["episodes.json"]
     with pytest.raises(
         ReadError,
-        match=r"episodes\.json: has episodes of the data aaaaaaaaaaaa, these are bbbbbbbbbbbb$",
+        match=r"episodes of data with fingerprint aaaaaaaaaaaa, but this data has bbbbbbbbbbbb$",
     ):
         load_episodes(tmp_path / "episodes.json", "b" * 64)
 
@@ -158,7 +158,7 @@ def test_episodes_of_other_labels_or_more_shapes_are_refused():
         data.subset(np.arange(20)),
         replace(data, labels=None),
     ):
-        with pytest.raises(ValueError, match="are not those that the episodes were drawn from"):
+        with pytest.raises(ValueError, match="they were sampled from other data"):
             fold_of(other, episode)
 
 
@@ -206,10 +206,10 @@ def test_published_folds_are_in_the_order_of_their_numbers(tmp_path):
 def test_a_setting_that_is_not_there_is_named(tmp_path):
     source = download(tmp_path / "source", "2way_1shot")
     out = stored(download(source, "3way_1shot"), tmp_path / "out")
-    with pytest.raises(ReadError, match="holds 2-way 1-shot, 3-way 1-shot, not 2-way 5-shot"):
+    with pytest.raises(ReadError, match="has 2-way 1-shot, 3-way 1-shot, but not 2-way 5-shot"):
         published_folds(out, 16, "z", 2, 5, 2, 2)
     assert len(published_folds(out, 16, "z", 2, 1, 2, 2)) == 2
-    with pytest.raises(ReadError, match=r"3 classes of 1 train shapes are needed, it has \[1, 1\]"):
+    with pytest.raises(ReadError, match=r"must have 3 classes of 1 train shapes, but has \[1, 1\]"):
         published_folds(out, 16, "z", 3, 1, 2, 2)
 
 
@@ -223,11 +223,11 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
     out = stored(download(tmp_path / "source", "2way_1shot", folds=3), tmp_path / "out")
     with pytest.raises(
         ReadError,
-        match=r"2way_1shot/3: is missing, and 10 folds are needed; run its jepa3d prepare again",
+        match=r"2way_1shot/3 is missing, but 10 folds are needed; run its jepa3d prepare again",
     ):
         published_folds(out, 16, "z", 2, 1, 10, 2)
     with pytest.raises(
-        ReadError, match=r"2way_1shot/0: 2 classes of 20 test shapes are needed, it has \[2, 2\]"
+        ReadError, match=r"2way_1shot/0 must have 2 classes of 20 test shapes, but has \[2, 2\]"
     ):
         published_folds(out, 16, "z", 2, 1, 3, 20)
     with pytest.raises(ReadError, match="z-up already"):
@@ -240,7 +240,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
     with pytest.raises(ReadError, match="2way_1shot/1: an unfinished store"):
         published_folds(out, 16, "z", 2, 1, 3, 2)
     header.unlink()
-    with pytest.raises(ReadError, match="2way_1shot/1: is missing"):
+    with pytest.raises(ReadError, match="2way_1shot/1 is missing"):
         published_folds(out, 16, "z", 2, 1, 3, 2)
 
 

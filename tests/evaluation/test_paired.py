@@ -151,6 +151,6 @@ def test_sets_of_the_same_name_are_told_apart():
         "x (fine)",
     ]
     with pytest.raises(
-        ValueError, match="--up-axis: 2 values for 3 scored sets: give one, or one each"
+        ValueError, match="--up-axis has 2 values for 3 scored sets: give one, or one per set"
     ):
         LabelledSet.each(["a", "b", "c"], ["labels"], ["z", "y"])

@@ -169,9 +169,9 @@ def test_without_names_the_parts_are_those_seen(part_names):
 
 
 def test_a_part_of_another_category_is_refused():
-    with pytest.raises(ValueError, match=r"\Apart 1 \(axe/head\) in a shape of cup.*\Z"):
+    with pytest.raises(ValueError, match=r"\Aa shape of cup has part 1 \(axe/head\).*\Z"):
         category_parts(("cup/ear", "axe/head"), np.array([1]), np.array([[0, 1]]), NAMES)
-    with pytest.raises(ValueError, match=r"\Apart 9 .*\Z"):
+    with pytest.raises(ValueError, match=r"\Aa shape of cup has part 9 .*\Z"):
         category_parts(("cup/ear", "axe/head"), np.array([1]), np.array([[0, 9]]), NAMES)
 
 

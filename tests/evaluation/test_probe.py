@@ -343,7 +343,7 @@ def test_validation_without_a_train_part_is_refused():
 def test_one_train_shape_a_class_is_refused_where_something_is_chosen(calls):
     x, y, x_test, y_test = data((1.0, 2.0), train=3)
     for protocol in ("knn", "logistic_10"):
-        with pytest.raises(ValueError, match=r"\Aone train shape a class.*\Z"):
+        with pytest.raises(ValueError, match=r"\Aevery class has only one train shape.*\Z"):
             run_protocol(protocol, x, y, x_test, y_test, [0, 1])
         assert run_protocol(protocol, x, y, x_test, y_test, [1], c=0.1)["accuracy"] > 30
 
@@ -485,7 +485,8 @@ def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
 @pytest.mark.parametrize("protocol", ["logistic_10", "mlp3", "svm"])
 def test_a_protocol_without_figures_of_classes_is_refused(probed, protocol):
     with pytest.raises(
-        ValueError, match=rf"\Aper class '{protocol}': one of the probed knn, svc_linear .*\Z"
+        ValueError,
+        match=rf"\Aper class '{protocol}' is not possible: use one of the probed knn, svc_linear .*\Z",
     ):
         probing.check_per_class(protocol, probed["rows"][0]["scores"])
 
@@ -507,7 +508,7 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, conte
 
 
 def test_an_unknown_protocol_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="'svm': one of logistic"):
+    with pytest.raises(ValueError, match="'svm' is not one of logistic"):
         probing.probe([tmp_path], "synthetic:24", protocols=("svm",))
 
 

@@ -178,7 +178,7 @@ def test_choose_decides_for_each_init_and_keeps_what_has_no_validation(make, tmp
     kept = {(arm.result["selection"], arm.label(), arm.result["settings"]["lr"]) for arm in arms}
     last = {("last epoch", "scratch", 0.001), ("last epoch", "scratch", 0.01)}
     assert kept == {("validation", "scratch", 0.001), ("validation", "jepa", 0.01)} | last
-    assert any("no validation figures" in note and "last epoch" in note for note in notes)
+    assert any("no validation metrics" in note and "last epoch" in note for note in notes)
 
 
 def test_choose_of_an_unknown_setting_names_the_known(make):
@@ -372,7 +372,7 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
         ("{", "damaged or cut off"),
         ("\xff", "damaged or cut off"),
         ("[1]", "it is not a JSON object"),
-        ('{"task": ["classify"]}', "not a result of jepa3d"),
+        ('{"task": ["classify"]}', "is not a result of jepa3d"),
         ('{"task": "classify"}', "protocol is None, not a str"),
         (
             json.dumps(RESULT | {"metrics": {"overall_accuracy": float("nan")}}),
@@ -394,18 +394,18 @@ def test_a_foreign_or_damaged_result_is_one_line(tmp_path, capsys, text, said):
 
 
 def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         read_runs([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"no results\.json"):
         read_runs([tmp_path])
     going = unfinished(tmp_path / "sweep" / "going")
-    with pytest.raises(ValueError, match=r"going: no results\.json .*unfinished.*going"):
+    with pytest.raises(ValueError, match=r"going contains no results\.json .*unfinished.*going"):
         read_runs([going])
-    with pytest.raises(ValueError, match=r"sweep: no results\.json .*unfinished: .*going"):
+    with pytest.raises(ValueError, match=r"sweep contains no results\.json .*unfinished: .*going"):
         read_runs([tmp_path / "sweep"])
     make("a")
     make("b")
-    with pytest.raises(ValueError, match=r"a and .*b: both seed 0 of one arm"):
+    with pytest.raises(ValueError, match=r"a and .*b are the same arm with the same seed 0"):
         tables([tmp_path])
 
 

@@ -110,7 +110,7 @@ def test_a_comparison_has_every_run_row_and_file(made):
     for said in (
         "seeds 0, 1; equal steps",
         "test used once",
-        "shapes of 3 classes, test part",
+        "shapes of 3 classes, test split",
         "Made by `",
         "95 %",
     ):
@@ -193,8 +193,8 @@ def test_an_arm_and_a_seed_may_be_added_and_other_data_scored(
     assert len(record["rows"][0]["values"]) == 3
     assert record["arms"]["fast"]["lr"] == 0.002
     table = (out / "table.md").read_text()
-    assert "scored shapes were among the unlabelled ones of pretraining: base, block, fast" in table
-    assert "validation part" in table
+    assert "used unlabelled in pretraining: base, block, fast" in table
+    assert "validation split" in table
 
 
 def test_a_changed_arm_is_refused_by_name(copied, write_grid, capsys):
@@ -204,7 +204,7 @@ def test_a_changed_arm_is_refused_by_name(copied, write_grid, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "grid.yaml: arms.block: " in said
-    assert "began with sampler.name = multi_block, not one_block" in said
+    assert "was started with sampler.name = multi_block, not one_block" in said
 
 
 def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsys):
@@ -270,10 +270,10 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
     ("changes", "said"),
     [
         ({"arm": {}}, "setting 'arm' is unknown; did you mean 'arms'?"),
-        ({"arms": {}}, "arms: none given, and at least one is needed"),
+        ({"arms": {}}, "arms is empty: give at least one"),
         ({"arms": None}, "arms is missing"),
         ({"arms": [1]}, "setting 'arms': [1] is not dict"),
-        ({"reference": "bas"}, "reference 'bas' is no arm; did you mean 'base'?"),
+        ({"reference": "bas"}, "reference 'bas' is not an arm; did you mean 'base'?"),
         (
             {"arms": {"base": {"sampler": {"nam": "x"}}}},
             "arms.base: setting 'sampler.nam' is unknown; did you mean",
@@ -284,31 +284,37 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ),
         (
             {"arms": {"base": [1]}},
-            "arms.base: the settings in which it differs, {} for none, not [1]",
+            "arms.base: give the settings in which it differs, {} for none, not [1]",
         ),
-        ({"arms": {"base": {}, "a/b": {}}}, "arms.a/b: a name of letters, digits"),
-        ({"arms": {"base": {}, "untrained": {}}}, "arms.untrained: a name of letters, digits"),
-        ({"arms": {"base": {"seed": 3}}}, "arms.base: seed is set by the grid, for all arms alike"),
+        ({"arms": {"base": {}, "a/b": {}}}, "arms.a/b: a name may have letters, digits"),
+        (
+            {"arms": {"base": {}, "untrained": {}}},
+            "arms.untrained: a name may have letters, digits",
+        ),
+        ({"arms": {"base": {"seed": 3}}}, "arms.base: seed is set by the grid for all arms"),
         (
             {"arms": {"base": {"lr": 0.1}}, "lr": [0.1]},
-            "arms.base: lr is set by the grid, for all arms alike",
+            "arms.base: lr is set by the grid for all arms",
         ),
         ({"arms": {"base": {"objective": "dvae"}}}, "arms.base: objective dvae trains no encoder"),
         ({"settings": {"enc": {}}}, "setting 'enc' is unknown"),
-        ({"preset": "tiny"}, "preset or recipe: one of the two is needed"),
+        ({"preset": "tiny"}, "give either preset or recipe"),
         ({"recipe": None, "preset": "tin"}, "preset 'tin' is unknown; did you mean 'tiny'?"),
         ({"recipe": "none.yaml"}, "none.yaml: not a readable recipe"),
-        ({"seeds": []}, "seeds []: one at least, and each only once"),
-        ({"seeds": [1, 1]}, "seeds [1, 1]: one at least, and each only once"),
+        ({"seeds": []}, "seeds []: give at least one, and each only once"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one, and each only once"),
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
-        ({"finetune": {"arms": ["bas"]}}, "finetune.arms ['bas']: a list of some of base, block"),
+        (
+            {"finetune": {"arms": ["bas"]}},
+            "finetune.arms is ['bas']: give a list of arms from base, block",
+        ),
         ({"finetune": {"label": 0.1}}, "setting 'label' is unknown; did you mean 'labels'?"),
         ({"finetune": {"labels": 3}}, "labels 3 must lie in (0, 1]"),
-        ({"equal": "time"}, "equal 'time': steps, or {cpu_minutes: M} with M above 0"),
-        ({"equal": {"cpu_minutes": 0}}, "equal {'cpu_minutes': 0}: steps, or"),
+        ({"equal": "time"}, "equal is 'time': use steps, or {cpu_minutes: M} with M above 0"),
+        ({"equal": {"cpu_minutes": 0}}, "equal is {'cpu_minutes': 0}: use steps, or"),
         (
             {"arms": {"base": {}, "long": {"max_steps": 6}}},
-            "equal steps, but they are base 4, long 6",
+            "the arms must have equal steps, but have base 4, long 6",
         ),
     ],
 )
@@ -327,7 +333,7 @@ def test_a_bad_grid_is_one_line_that_names_file_and_key(
 def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, capsys):
     np.savez(tmp_path / "bare.npz", points=np.random.default_rng(0).normal(size=(40, 64, 3)))
     call(write_grid(), "--data", tmp_path / "bare.npz", "--out", tmp_path / "out", code=2)
-    assert "has no labels, or not of all its shapes" in capsys.readouterr().err
+    assert "has no labels, or not for all its shapes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -466,7 +472,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     assert chosen == {f"{arm}-lr{rate}-0" for arm in ARMS for rate in (0.001, 0.002)}
     assert len(list((tmp_path / "runs").iterdir())) == 6  # the first seed's runs are used again
     assert (
-        "learning rate of 0.001, 0.002, by 10 labels a class on the validation part, seed 0"
+        "learning rate of 0.001, 0.002, by 10 labels a class on the validation split, seed 0"
         in comparison.notes()[0]
     )
 

@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     DAMAGE[damage](bad)
     pretrain(tiny(), run, resume=True)
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(str(bad)))
-    assert said.endswith("; going on from step-0000004")
+    assert said.endswith("; resuming from step-0000004")
     assert same(weights(whole), weights(run))
 
 
@@ -128,9 +128,9 @@ def test_both_damaged_or_gone_is_a_clear_error(tiny, cut, tmp_path, capsys):
         flip(folder / "model.safetensors")
     said = refusal(capsys, "pretrain", "--out", run, "--resume")
     assert "step-0000005/model.safetensors" in said
-    assert "no whole checkpoint is left: begin again with another --out" in said
+    assert "no undamaged checkpoint is left: start again with another --out" in said
     shutil.rmtree(run / "checkpoints")
-    assert "checkpoints: gone, though the run had begun" in refusal(
+    assert "checkpoints is missing, although the run had saved" in refusal(
         capsys, "pretrain", "--out", run, "--resume"
     )
 
@@ -139,7 +139,7 @@ def test_settings_that_were_damaged_or_edited_are_refused(cut, tmp_path, capsys)
     run = shutil.copytree(cut[0], tmp_path / "run")
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"lr": 0.001', '"lr": 0.003'))
-    assert "config.json: missing, damaged or edited" in refusal(
+    assert "config.json is missing, damaged or edited" in refusal(
         capsys, "pretrain", "--out", run, "--resume"
     )
     (run / "config.json").write_text(text)
@@ -235,7 +235,7 @@ def test_stage_one_goes_on_from_its_older_checkpoint(tiny, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").unlink()
     flip(stage / "checkpoints" / "step-0000003" / "model.safetensors")
     pretrain(config, tmp_path / "run", resume=True)
-    assert "going on from step-0000002" in capsys.readouterr().out
+    assert "resuming from step-0000002" in capsys.readouterr().out
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
@@ -343,7 +343,7 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(
-            ReadError, match=r"read at step [45]; restore the file as it was"
+            ReadError, match=r"read at step [45]; restore the damaged file"
         ) as caught:
             pretrain(config, tmp_path / "run", resume=True)
     assert str(store) in str(caught.value)

@@ -110,7 +110,7 @@ def test_an_interrupted_cache_goes_on_and_the_run_is_the_same(tiny, tmp_path, mo
         return farthest(points, count)
 
     monkeypatch.setattr(cache, "farthest_point_sample", stops)
-    with pytest.raises(Interrupted, match="while the teachers were asked"):
+    with pytest.raises(Interrupted, match="while computing targets"):
         pretrain(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "cache" / "run.json").read_text())["batches"] == 2
     with pytest.raises(Interrupted):
@@ -136,9 +136,7 @@ def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(
     tiny, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(
-        ValueError, match=r"target\.cache needs 0\.0 GB in .*, the disk has 0\.0 GB"
-    ):
+    with pytest.raises(ValueError, match=r"target\.cache needs 0\.0 GB in .*, 0\.0 GB are free"):
         pretrain(tiny(**CACHED), tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
 
@@ -264,7 +262,7 @@ def test_a_run_says_what_auto_came_to_and_keeps_to_it_on_another_machine(
     capsys.readouterr()
     pretrain(config, run, resume=True)
     said = capsys.readouterr().out
-    assert f"{run}: begun in bf16 on CPU with AMX; goes on in bf16 on CPU\n" in said
+    assert f"{run}: started in bf16 on CPU with AMX; continues in bf16 on CPU\n" in said
     assert "mixed_precision auto" not in said
     assert losses(
         pretrain(tiny(mixed_precision="bf16", max_steps=4, **CACHED), tmp_path / "bf16")
@@ -336,7 +334,10 @@ def test_a_trial_chooses_the_fastest_and_a_resume_keeps_it(tiny, tmp_path, monke
         False,
         {"fp32": 2.0, "bf16": 1.0},
     )
-    assert "trial, ms a pass: fp32 2000, bf16 1000; taken: bf16" in capsys.readouterr().out
+    assert (
+        "trial, forward and backward in ms: fp32 2000, bf16 1000; chosen: bf16"
+        in capsys.readouterr().out
+    )
     bf16 = pretrain(tiny(mixed_precision="bf16", max_steps=4), tmp_path / "bf16")
     assert losses(bf16) == losses(tmp_path / "run")
 
@@ -370,7 +371,8 @@ def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeyp
     )
     assert engine.choose(task, clouds, config, None) == ("no", False)
     assert (
-        "trial of fp32, compiled: no compiler\ntrial, ms a pass: fp32 " in capsys.readouterr().out
+        "trial of fp32, compiled failed: no compiler\ntrial, forward and backward in ms: fp32 "
+        in capsys.readouterr().out
     )
     with pytest.raises(RuntimeError, match="no compiler"):
         engine.trial(task, clouds, config, [("no", True)])
@@ -444,7 +446,10 @@ def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tm
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("board", "--track board: one of .*tensorboard"), ("aim", "--track aim: pip install aim")],
+    [
+        ("board", "--track board is unknown: use one of .*tensorboard"),
+        ("aim", "--track aim needs a package: pip install aim"),
+    ],
 )
 def test_a_tracker_that_cannot_be_had_is_told(tiny, tmp_path, name, message):
     with pytest.raises(ValueError, match=message):

@@ -121,7 +121,7 @@ def test_few_labels_are_all_trained_on(config, tmp_path, capsys):
     run = finetune(config(labels=0.3), tmp_path / "run")
     assert result(run)["selection"] == "last epoch"
     assert (result(run)["data"]["train"], result(run)["data"]["validation"]) == (48, 0)
-    assert "48 labelled shapes: none are spared" in capsys.readouterr().out
+    assert "48 labelled shapes: none are held out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stop", [4, 9])
@@ -203,7 +203,7 @@ def test_head_first_keeps_the_fitted_head_where_no_epoch_is_better(head_first, t
     kept = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in begun.state_dict().items())
     said = 100 * (predict(begun, validation)["predicted"] == validation.labels).mean()
-    assert f"step 0/34, the head fitted: validation {said:.4g}" in capsys.readouterr().out
+    assert f"no training yet: validation {said:.4g}" in capsys.readouterr().out
 
 
 def test_a_resumed_head_first_run_is_the_uninterrupted_one(head_first, tmp_path):
@@ -368,7 +368,7 @@ def test_data_without_a_test_part_says_what_makes_one(config, tmp_path):
     np.savez(
         tmp_path / "d.npz", points=make_shapes(12, 64, seed=0)["points"], labels=np.arange(12) % 2
     )
-    with pytest.raises(ValueError, match="no test part; make one with: jepa3d prepare --split"):
+    with pytest.raises(ValueError, match="no test shapes; make one with: jepa3d prepare --split"):
         finetune(config(data=str(tmp_path / "d.npz")), tmp_path / "run")
 
 

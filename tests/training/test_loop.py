@@ -374,7 +374,7 @@ def test_a_given_init_is_copied_and_another_architecture_is_refused(tiny, tmp_pa
     first = pretrain(tiny(objective="generative"), tmp_path / "first")
     run = pretrain(tiny(init=str(first), max_steps=1), tmp_path / "second")
     assert same(weights(run, "given/0"), weights(first))
-    with pytest.raises(ValueError, match=r"init .*first: not an encoder of this run's sizes"):
+    with pytest.raises(ValueError, match=r"init .*first is not an encoder of this run's sizes"):
         pretrain(tiny(init=str(first), encoder={"embed_dim": 12}), tmp_path / "third")
     assert not (tmp_path / "third").exists()
 
@@ -385,7 +385,7 @@ def test_training_goes_on_from_the_encoder_of_the_package(tiny, tmp_path):
     run = pretrain(tiny(init="default", encoder=sizes, **still), tmp_path / "run")
     begun, shipped = PointEncoder.from_pretrained(run / "encoder"), package_encoder()
     assert torch.allclose(begun.blocks[3].mlp[0].weight, shipped.blocks[3].mlp[0].weight, atol=1e-6)
-    with pytest.raises(ValueError, match="init default: not an encoder of this run's sizes"):
+    with pytest.raises(ValueError, match="init default is not an encoder of this run's sizes"):
         pretrain(tiny(init="default"), tmp_path / "other")
 
 

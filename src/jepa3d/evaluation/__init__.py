@@ -1,1 +1,1 @@
-"""What a representation is worth, under named protocols."""
+"""Evaluation of representations under named protocols."""

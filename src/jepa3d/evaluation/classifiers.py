@@ -1,5 +1,5 @@
-"""The classifiers of the probe's protocols, each fitted on one thread, many of them side by side on all
-cores, and accuracy class by class.
+"""The classifiers of the probe's protocols, and accuracy per class. Each fit uses one thread; many
+fits run in parallel on all cores.
 """
 
 import math
@@ -26,24 +26,24 @@ from torch import nn
 from jepa3d.data.parallel import mapped
 from jepa3d.models.heads import LinearClassifier
 
-# The head of mlp3, and its schedule: the learning rate falls to 0 along half a cosine. The head and
-# the decay are Point-MAE's; rate, batch and steps are ours: on a held-out fifth of ModelNet10's
-# train part, six times the work (2,000 steps of 128) gained 0.2 to 1.0 points.
+# mlp3: Point-MAE's head and weight decay. Learning rate (it falls to 0 along half a cosine), batch
+# size and steps are ours: on a held-out fifth of ModelNet10's train split, six times the work
+# (2,000 steps of 128) gained only 0.2 to 1.0 points.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
-# inverse strengths of a linear head's regularisation that are tried
+# values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
 _CS = (0.001, 0.01, 0.1, 1.0)
-# Numbers that the fits read in all, from which on starting processes pays: about 4 seconds of
+# Starting processes pays if all fits together read more numbers than this, about 4 seconds of
 # logistic regression.
 _WORTH_PROCESSES = 2**22
 
 
 class MLP3(ClassifierMixin, BaseEstimator):
-    """Point-MAE's classification head on given features: ACT's "MLP-3" protocol without its
+    """Point-MAE's classification head on frozen features: ACT's "MLP-3" protocol without its
     augmentation.
 
-    Trained on the CPU, on batches drawn with replacement. The same seed gives the same head, and
-    torch's global random state stays as it was.
+    It is trained on the CPU, on batches sampled with replacement. The same seed gives the same
+    head, and torch's global random state is not changed.
     """
 
     def __init__(self, seed: int = 0):
@@ -54,7 +54,7 @@ class MLP3(ClassifierMixin, BaseEstimator):
         self.classes_, target = np.unique(y, return_inverse=True)
         features, labels = torch.from_numpy(x).float(), torch.from_numpy(target)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            # torch.manual_seed would seed accelerators too
+            # not torch.manual_seed, which would seed accelerators too
             torch.default_generator.manual_seed(self.seed)
             self.head_ = _head(x.shape[1], len(self.classes_))
             optimizer = torch.optim.AdamW(
@@ -73,12 +73,12 @@ class MLP3(ClassifierMixin, BaseEstimator):
 
     @torch.no_grad()
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """Labels [n] of features x [n, E]."""
+        """Predict the labels [n] of features x [n, E]."""
         return self.classes_[self.head_(torch.from_numpy(x).float()).argmax(1).numpy()]
 
 
 def _head(width: int, classes: int) -> nn.Sequential:
-    """E -> 256 -> 256 -> classes."""
+    """Create the head: E -> 256 -> 256 -> classes."""
     layers: list[nn.Module] = []
     for inputs in (width, _WIDTH):
         layers += [nn.Linear(inputs, _WIDTH), nn.BatchNorm1d(_WIDTH), nn.ReLU()]
@@ -90,25 +90,25 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
     if protocol == "svc_linear":
         return SVC(kernel="linear", C=0.012)
     if protocol == "linear_svc":
-        # Its default `dual` is "auto" (scikit-learn 1.5); Point-BERT and Point-MAE had the older
-        # one, True.
+        # The default of `dual` is "auto" since scikit-learn 1.5; Point-BERT and Point-MAE used the
+        # older default, True.
         return LinearSVC(random_state=0)
-    made = LogisticRegression(C=c, max_iter=1000)
+    classifier = LogisticRegression(C=c, max_iter=1000)
     if protocol == "knn":
-        made = KNeighborsClassifier(min(10, count), metric="cosine")
+        classifier = KNeighborsClassifier(min(10, count), metric="cosine")
     if protocol == "mlp3":
-        made = MLP3(seed)
-    return make_pipeline(StandardScaler(), made)
+        classifier = MLP3(seed)
+    return make_pipeline(StandardScaler(), classifier)
 
 
 def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0):
-    """A protocol's classifier, of scikit-learn, fitted on features x [m, E] and labels y [m].
+    """Fit a protocol's scikit-learn classifier on features x [m, E] and labels y [m].
 
-    `c` matters to logistic regression only, `seed` to mlp3 only.
+    c: used by logistic regression only. seed: used by mlp3 only.
     """
     with one_thread(), warnings.catch_warnings():
-        # LinearSVC on raw features stops at its 1,000 iterations where it needs more, as in its
-        # protocol.
+        # On raw features, LinearSVC stops after 1,000 iterations, often before it converges; its
+        # protocol does so too.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return _classifier(protocol, c, len(y), seed).fit(x, y)
 
@@ -116,17 +116,16 @@ def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0)
 def predict(
     protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Labels [n] of features test [n, E] by the classifier of `fitted` on train [m, E] and y [m]."""
+    """Fit a classifier on train [m, E], y [m] (see `fitted`); predict labels [n] of test [n, E]."""
     with one_thread():
         return np.asarray(fitted(protocol, c, train, y, seed).predict(test))
 
 
 def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
-    """Logistic regression on standardised vectors n E of classes n, and its cross-validated
-    accuracy, or None.
+    """Fit logistic regression on standardised vectors x [n, E] with classes y [n].
 
-    The strength of regularisation is chosen by the same folds, so the estimate is a little too
-    good. None where a class has one vector only: then nothing can be chosen either.
+    Returns it with its cross-validated accuracy. C is chosen on the same folds, so this accuracy is
+    a little too high. If a class has only one vector, C is 0.1 and the accuracy is None.
     """
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     c, accuracy = _CS[2], None
@@ -149,20 +148,18 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> floa
 
 @torch.no_grad()
 def set_head(network: LinearClassifier, head: Pipeline) -> None:
-    """Give the network the weights of a fitted head; the standardisation becomes part of them,
-    exactly.
-    """
+    """Copy a fitted head's weights into the network; they include the standardisation exactly."""
     scale, linear = head[0], head[1]
     weight, bias = linear.coef_ / scale.scale_, linear.intercept_
-    if len(linear.classes_) == 2:  # scikit-learn has one row: the second class against the first
-        weight, bias = (np.concatenate([-found / 2, found / 2]) for found in (weight, bias))
+    if len(linear.classes_) == 2:  # scikit-learn has one row for two classes
+        weight, bias = (np.concatenate([-value / 2, value / 2]) for value in (weight, bias))
     network.out.weight.copy_(torch.from_numpy(weight))
     network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
 
 
 def class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Accuracy in per cent of each class of a confusion matrix (rows true, columns predicted); nan
-    of a class without shapes.
+    """Return each class's accuracy in per cent from a confusion matrix (rows true, columns
+    predicted); NaN for a class without shapes.
     """
     counts = confusion.sum(1)
     share = np.diag(confusion) / np.maximum(counts, 1)
@@ -170,37 +167,40 @@ def class_accuracy(confusion: np.ndarray) -> np.ndarray:
 
 
 def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> dict[str, dict]:
-    """Accuracy in per cent and number of shapes of each class, by name."""
+    """Return, by class name, the accuracy in per cent and the number of shapes."""
     table = np.array(confusion)
-    figures = class_accuracy(table).tolist(), table.sum(1).tolist()
-    rows = zip(class_names, *figures, strict=True)
+    columns = class_accuracy(table).tolist(), table.sum(1).tolist()
+    rows = zip(class_names, *columns, strict=True)
     return {name: {"accuracy": share, "count": count} for name, share, count in rows}
 
 
 def one_thread() -> AbstractContextManager:
-    """A context in which BLAS, OpenMP and torch use one thread each. Import scikit-learn first.
+    """Return a context in which BLAS, OpenMP and torch use one thread each. Import scikit-learn
+    before.
 
-    A solver multiplies small matrices thousands of times. A BLAS library that shares each product
-    among all cores makes them wait for one another, actively: on two cores the same fits took 2 to
-    16 times the processor time, and far more beside a busy core.
+    A solver multiplies small matrices thousands of times. If BLAS splits each product among all
+    cores, they mostly wait for one another at full load: on two cores the same fits took 2 to 16
+    times the CPU time, and much more if one core was busy.
     """
     return _libraries().limit(limits=1)
 
 
 @cache
 def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()  # finding them takes milliseconds, as long as a small fit
+    # cached: searching takes milliseconds, as long as a small fit
+    return ThreadpoolController()
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
-    """Return `fit(*job)` of every job, in order; in one process per core if many numbers are read.
+    """Return `fit(*job)` for every job, in order; large jobs run in parallel, one process per core.
 
-    fit: a function of a module that never returns a text. numbers: how many all fits read.
+    fit: a module-level function that never returns a string. numbers: how many numbers all fits
+    read together, which decides whether processes pay.
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
-    found = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A text says that a process died, perhaps for lack of memory: fit alone, in this process.
-    return [fit(*job) if isinstance(result, str) else result for job, result in found]
+    results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
+    # A string is the error of a process that died, perhaps for lack of memory: fit again here.
+    return [fit(*job) if isinstance(result, str) else result for job, result in results]
 
 
 def _fits(fit: Callable, jobs: list[tuple]) -> list[Any]:

@@ -1,5 +1,5 @@
-"""Learning curves: probe accuracy of a run's snapshots against the CPU-minutes they cost (the
-paper's Fig. 1).
+"""Learning curves: probe accuracy of a run's snapshots against the CPU-minutes of training so far
+(the paper's Fig. 1).
 """
 
 import json
@@ -21,7 +21,7 @@ from jepa3d.run import Run
 
 
 class Curve(NamedTuple):
-    """Runs of one configuration that differ in their seed, at the steps that all of them have."""
+    """The curves of runs that differ only in their seed, at the steps that all of them have."""
 
     name: str
     seeds: list[int]
@@ -30,8 +30,8 @@ class Curve(NamedTuple):
     accuracy: np.ndarray  # seeds steps, per cent
 
     def minutes_to(self, accuracy: float) -> float | None:
-        """Mean CPU-minutes of the first snapshot from which on the mean accuracy stays at least
-        `accuracy`.
+        """Return the mean CPU-minutes of the first snapshot from which on the mean accuracy stays
+        at or above `accuracy`; None if the curve ends below.
         """
         below = np.flatnonzero(self.accuracy.mean(0) < accuracy)
         first = below[-1] + 1 if len(below) else 0
@@ -44,21 +44,23 @@ def learning_curves(
     """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped
     by configuration.
 
-    Scores are kept in RUN/curve-DATA[-PART]-PROTOCOL.json and used again. The `part` scores every
-    point of a curve and selects none. Raises ValueError for what is no finished run of an encoder.
+    Scores are saved in RUN/curve-DATA[-PART]-PROTOCOL.json and reused. part: the split that scores
+    every point of the curves; it selects nothing. Raises ValueError for a folder that is not a
+    finished run with an encoder.
     """
     check_protocols([protocol])
     configs = {}
     for run in map(Run, runs):
         if not run.encoder.is_dir() or not run.untrained.is_dir():
-            raise ValueError(f"{run.folder}: not a finished run of an encoder")
+            raise ValueError(f"{run.folder} is not a finished run with an encoder")
         configs[run] = run.config
     read, key = cache(dataset.read), dataset.labels_key
-    special = [key] * (key != "labels") + [part] * (part != "test")
+    suffixes = [key] * (key != "labels") + [part] * (part != "test")
     stem = Path(dataset.source).stem.replace(":", "-")
-    name = "-".join(["curve", stem, *special, protocol])
+    name = "-".join(["curve", stem, *suffixes, protocol])
     ignored = {"seed", *BOOKKEEPING}
-    groups: dict[str, dict[Run, dict[int, list[float]]]] = {}  # the runs of a configuration
+    # configuration -> its runs
+    groups: dict[str, dict[Run, dict[int, list[float]]]] = {}
     for run, config in configs.items():
         shapes = read(config["encoder"]["num_points"], part)
         file = run.folder / f"{name}.json"
@@ -80,11 +82,11 @@ def learning_curves(
 def _points(
     run: Run, seed: int, file: Path, shapes: Labelled, protocol: str
 ) -> dict[int, list[float]]:
-    """Step -> [CPU-minutes, accuracy]; what `file` holds already is not scored again."""
+    """Return step -> [CPU-minutes, accuracy]; scores that `file` holds already are reused."""
     cost, rule = run.record["cost"], selection_rule(shapes)
     kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
-    before = read_checked(file) if file.exists() else {}
-    known = before["points"] if kept.items() <= before.items() else {}
+    saved = read_checked(file) if file.exists() else {}
+    known = saved["points"] if kept.items() <= saved.items() else {}
     stage_one, lines = cost["stage1_cpu_seconds"], [*run.metrics, cost]
     spent = {line["step"]: line["cpu_seconds"] + stage_one for line in lines}
     spent[0] = 0.0
@@ -106,7 +108,7 @@ def _points(
 
 
 def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
-    """Where each curve begins and ends, and when each reaches the end of every other."""
+    """Return a table: start and end of each curve, and when it reaches the others' final score."""
     rows = []
     for curve in curves:
         first, last = curve.accuracy[:, 0].mean(), moments(curve.accuracy[:, -1])
@@ -116,8 +118,8 @@ def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
         rows.append(row + ["-" if at is None else f"{at:.1f} min" for at in reached])
     columns = ["run", "seeds", "untrained", "final", "CPU-min"]
     columns += [f"{curve.name}'s final after" for curve in curves]
-    what = f"{protocol}, overall accuracy % on the {part} part"
-    rule = "within a snapshot: layer and C are chosen as by jepa3d probe"
-    notes = [f"{what}, which scores every snapshot and selects none"]
-    notes.append(f"{rule}; the files curve-*.json say on what")
+    what = f"{protocol}, overall accuracy % on the {part} split"
+    rule = "for each snapshot, layer and C are chosen as by jepa3d probe"
+    notes = [f"{what}, which scores every snapshot but selects none"]
+    notes.append(f"{rule}; the files curve-*.json name the data of this choice")
     return Sheet("learning curves", columns, rows, notes)

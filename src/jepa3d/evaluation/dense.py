@@ -1,12 +1,12 @@
-"""`jepa3d probe --parts`: how well a frozen encoder's tokens tell which part of its shape a point
-belongs to.
+"""`jepa3d probe --parts`: how well a frozen encoder's tokens predict the part of the shape that a
+point belongs to.
 
-Tokens after each third of the depth are joined and interpolated to every point from the three
-nearest centres, as `jepa3d segment` does. For each category one logistic regression on the
-standardised features of at most 256 labelled points of each train shape tells its parts apart; the
-category of a shape is given. C is chosen by the instance mIoU of a held-out fifth of train (or the
-source's own validation part), for each kind of feature by itself; then the classifiers are fitted
-to all of train, and the test part is scored once, at all of its points.
+The tokens after each third of the depth are concatenated, and interpolated to every point from the
+three nearest centres, as in `jepa3d segment`. The category of each shape is known. Each category
+has its own logistic regression over its parts, fitted to the standardised features of at most 256
+labelled points per train shape. C is chosen for each kind of features by the instance mIoU on a
+held-out fifth of train, or on the source's own validation split. Then the classifiers are fitted to
+all of train, and the test split is scored once, at all of its points.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,20 +35,21 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-_POINTS = 256  # that a train shape gives to a fit, fewer where all shapes together
-_MOST_POINTS = 2**17  # would give more than this
-_BATCH = 16
+_POINTS = 256  # points of each train shape in a fit
+# points of all train shapes together; many shapes give fewer points each
+_MOST_POINTS = 2**17
+_BATCH = 16  # clouds
 
-# Features B Q E of points B Q 3 of clouds B N 3, both as the encoder sees them.
+# (clouds B N 3, points B Q 3), both as the encoder sees them -> features B Q E
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
 def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") -> dict[str, Any]:
-    """Instance mIoU of the parts of labelled shapes by each encoder's features; of the first one's
-    baselines too.
+    """Score part prediction from the features of each encoder, and from the baselines of the first.
 
-    models: encoders, as of `jepa3d.load`. part: what is scored, see `Labelled.of`. Baselines:
-    `local_features`. Returns the result record. Raises ValueError and ReadError.
+    models: encoders, as in `jepa3d.load`. part: the split that is scored, see `Labelled.of`.
+    Baselines: an untrained encoder and `local_features`. Returns the result record with instance
+    mIoU and more metrics. Raises ValueError and ReadError.
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
@@ -57,10 +58,10 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
         encoder = load_encoder(model)
         shapes = dataset.read(encoder.num_points, part, parts=True)
         train, test, held = shapes.train, shapes.test, shapes.validation
-        used = np.arange(len(train))
+        fit = np.arange(len(train))
         if held is None:
-            used, spared = fifth(shapes.y, seed=0)
-            held = train.subset(spared)
+            fit, held_out = fifth(shapes.y, seed=0)
+            held = train.subset(held_out)
         assert test.parts is not None
         assert held.parts is not None
         parts_of = [np.array(parts) for parts in shapes.parts_of]
@@ -72,7 +73,7 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
             rows |= local_features(encoder)
         for name, features in rows.items():
             x, y = _samples(features, encoder, train)
-            tried = [_classifiers(c, x[used], y[used], shapes.y[used]) for c in _C_GRID]
+            tried = [_classifiers(c, x[fit], y[fit], shapes.y[fit]) for c in _C_GRID]
             predicted = _predict(tried, features, encoder, held)
             scores = [shape_iou(each, *held_truth).mean() for each in predicted]
             c = _C_GRID[int(np.argmax(scores))]
@@ -92,8 +93,9 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
 
 @torch.inference_mode()
 def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
-    """Tokens after each third of the depth, joined and interpolated, B Q 3C, at points `at` B Q 3
-    of clouds B N 3.
+    """Concatenate the tokens after each third of the depth, and interpolate them to points.
+
+    clouds: B N 3. at: the points, B Q 3. Returns B Q 3E.
     """
     states, centers = encoder.states(clouds)
     tokens = torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
@@ -101,11 +103,10 @@ def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
 
 
 def local_features(encoder: PointEncoder) -> dict[str, Features]:
-    """Features made by hand: geometry around the encoder's tokens, interpolated alike; the
-    positions of points; both.
+    """Return handcrafted features: geometry, positions, and both together.
 
-    Geometry is the 89 numbers a token of `descriptors.py::surface`; positions are the 34 terms of a
-    polynomial of degree 4.
+    geometry: the 89 numbers that `descriptors.py::surface` computes at the encoder's centres,
+    interpolated to the points. positions: the 34 terms of a polynomial of degree 4 in x, y, z.
     """
 
     def geometry(clouds: Tensor, at: Tensor) -> Tensor:
@@ -127,8 +128,8 @@ def local_features(encoder: PointEncoder) -> dict[str, Features]:
 def _batches(
     encoder: PointEncoder, clouds: PointClouds
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Numbers b of some clouds, what the encoder sees of them (b num_points 3), and all their
-    points there (b N 3).
+    """Yield batches of b clouds: their indices [b], the points that the encoder sees
+    [b, num_points, 3], and all points in the encoder's coordinates [b, N, 3].
     """
     for at in range(0, len(clouds), _BATCH):
         index = np.arange(at, min(at + _BATCH, len(clouds)))
@@ -141,16 +142,17 @@ def _batches(
 def _samples(
     features: Features, encoder: PointEncoder, clouds: PointClouds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features n P E and parts n P of points drawn with a seed: P labelled ones of each of n
-    clouds, some of them twice where a cloud has fewer.
+    """Sample P labelled points of each of n clouds, some of them twice if a cloud has fewer.
+
+    Returns their features n P E and parts n P.
     """
     assert clouds.parts is not None
     rng, count = np.random.default_rng(0), _points_a_shape(len(clouds))
     x, y = [], []
     for index, seen, placed in _batches(encoder, clouds):
         parts = clouds.parts[index]
-        known = [np.flatnonzero(of_cloud != UNLABELLED) for of_cloud in parts]
-        rows = np.stack([rng.choice(some, count, replace=len(some) < count) for some in known])
+        known = [np.flatnonzero(labels != UNLABELLED) for labels in parts]
+        rows = np.stack([rng.choice(ids, count, replace=len(ids) < count) for ids in known])
         at = torch.take_along_dim(placed, torch.from_numpy(rows)[..., None], 1)
         x.append(features(seen, at).numpy())
         y.append(np.take_along_axis(parts, rows, 1))
@@ -158,14 +160,12 @@ def _samples(
 
 
 def _points_a_shape(shapes: int) -> int:
-    """How many points each of some train shapes gives to the fit of a classifier."""
+    """Return how many points of each train shape are used to fit a classifier."""
     return max(16, min(_POINTS, _MOST_POINTS // shapes))
 
 
 def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[int, Any]:
-    """A classifier for each category, of features n P E and parts n P of shapes of categories
-    `labels` n.
-    """
+    """Fit a classifier for each category. x: features n P E. y: parts n P. labels: categories n."""
     return {
         label: _fit(c, np.concatenate(x[labels == label]), y[labels == label].ravel())
         for label in np.unique(labels).tolist()
@@ -173,9 +173,9 @@ def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> 
 
 
 def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
-    """Logistic regression; where there is one part only, always that part."""
-    several = len(np.unique(y)) > 1
-    return fitted("logistic", c, x, y) if several else DummyClassifier().fit(x, y)
+    """Fit logistic regression; if there is only one part, a classifier that always predicts it."""
+    has_parts = len(np.unique(y)) > 1
+    return fitted("logistic", c, x, y) if has_parts else DummyClassifier().fit(x, y)
 
 
 def _predict(
@@ -184,8 +184,9 @@ def _predict(
     encoder: PointEncoder,
     clouds: PointClouds,
 ) -> np.ndarray:
-    """Parts [len(classifiers), n, N] of all points of n clouds, by the classifiers of their
-    categories.
+    """Predict the part of every point of n clouds, with the classifier of each cloud's category.
+
+    classifiers: several sets, category -> classifier. Returns [len(classifiers), n, N].
     """
     assert clouds.parts is not None
     labels = np.asarray(clouds.labels)
@@ -198,7 +199,7 @@ def _predict(
 
 
 def sheet(result: dict[str, Any]) -> Sheet:
-    """The table of a result."""
+    """Return the table of a result."""
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} "
@@ -210,6 +211,6 @@ def sheet(result: dict[str, Any]) -> Sheet:
         for name, row in result["results"].items()
     ]
     rule = "selection: C of each row on a held-out part of train, by instance mIoU; "
-    columns = ["", "instance mIoU", "category mIoU", "points right"]
+    columns = ["", "instance mIoU", "category mIoU", "points correct"]
     columns += ["first - this", "95 %, paired by shape"]
     return Sheet(title, columns, rows, [f"{rule}{data['part']} scored once"])

@@ -1,4 +1,4 @@
-"""Descriptors made by hand, which a learned vector has to beat; they see what the encoder sees."""
+"""Handcrafted descriptors that a learned vector has to beat, computed from the encoder's input."""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -12,22 +12,24 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import gather_points, squared_distance
 
-BINS, _DRAWS = 64, 2**15
-SCALES = (1, 4, 8, 16)  # patches together, of `geometry`
+BINS, _DRAWS = 64, 2**15  # of histograms: bins, and sampled triples of points
+SCALES = (1, 4, 8, 16)  # neighbouring patches that `geometry` takes together
 
 
 class Descriptor(NamedTuple):
-    """Vectors of clouds, and how two sets of them are compared."""
+    """A function that computes vectors of clouds, and one that compares such vectors."""
 
     of: Callable[[Tensor], np.ndarray]  # clouds B N 3 as the encoder sees them -> B E
-    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]  # q E, n E -> q n, larger is nearer
+    # q E, n E -> q n, larger is nearer
+    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
-    """Shape histograms, and pooled geometry of the encoder's patches, standardised by prepared
-    clouds `train` m N 3.
+    """Return the handcrafted descriptors: shape histograms, and pooled geometry of the encoder's
+    patches.
 
-    train: never the clouds that are searched, unless those are searched to choose by.
+    train: prepared clouds m N 3, whose statistics standardise the geometry. They must not be the
+    clouds that are scored, unless those only serve to choose a setting.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     histograms = partial(_mean_over_poses, encoder, shape_histograms)
@@ -41,31 +43,31 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """The mean of the descriptor `of` over the poses in which the encoder sees prepared clouds."""
+    """Average the descriptor `of` over the poses in which the encoder sees the prepared clouds."""
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines q n of vectors q E and n E; of a zero vector 0."""
+    """Return the cosines q n of vectors q E and n E; 0 for a zero vector."""
     return unit_length(a) @ unit_length(b).T
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Vectors n E at length 1; a zero vector stays zero."""
+    """Scale vectors n E to length 1; a zero vector stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def minus_l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Minus the L1 distances q n of histograms q E and n E."""
+    """Return the negative L1 distances q n of histograms q E and n E."""
     return -torch.cdist(torch.from_numpy(a), torch.from_numpy(b), p=1).numpy()
 
 
 def standardised(
     of: Callable[[Tensor], np.ndarray], train: Tensor
 ) -> Callable[[Tensor], np.ndarray]:
-    """The descriptor `of`, each channel with mean 0 and deviation 1 over clouds `train` m N 3."""
-    known = of(train)
-    mean, deviation = known.mean(0), np.maximum(known.std(0), 1e-6)
+    """Scale the descriptor `of` to mean 0 and std 1 per channel over clouds `train` m N 3."""
+    vectors = of(train)
+    mean, deviation = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
     return lambda points: (of(points) - mean) / deviation
 
 
@@ -82,29 +84,31 @@ def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 
 @_in_batches
 def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
-    """Four histograms B 4 x 64 of clouds B N 3, each of sum 1 (Osada et al. 2002).
+    """Compute four histograms of 64 bins for clouds B N 3 (Osada et al. 2002); returns B 256.
 
-    Of 32,768 random triples of points: D2, the distance of two; A3, the angle at one; D3, the root
-    of the area. D2 and D3 are divided by their means and end at 3. And of all points the height, in
-    [-1, 1].
+    D2, A3 and D3 are measured on 32,768 random triples of points: D2 is the distance of two points,
+    A3 the angle at one point, D3 the square root of the triangle's area. D2 and D3 are divided by
+    their mean over the cloud, with bins from 0 to 3. The fourth is the height of all points, from
+    -1 to 1. Each histogram sums to 1.
     """
     triples = np.random.default_rng(seed).integers(0, points.shape[1], (3, _DRAWS))
     first, second, third = (points[:, torch.from_numpy(rows)] for rows in triples)
     one, other = second - first, third - first
-    twice = torch.linalg.cross(one, other).norm(dim=-1)
-    angle = torch.atan2(twice, (one * other).sum(-1)) / torch.pi
-    # Areas of a straight line are rounding errors: the mean counts as 0.01 of the radius at least.
+    twice_area = torch.linalg.cross(one, other).norm(dim=-1)
+    angle = torch.atan2(twice_area, (one * other).sum(-1)) / torch.pi
+    # If all points lie on a line, the areas are rounding errors: so the mean is at least 0.01.
     distance, root = (
         value / (3 * value.mean(1, keepdim=True).clamp_min(0.01))
-        for value in (one.norm(dim=-1), (twice / 2).sqrt())
+        for value in (one.norm(dim=-1), (twice_area / 2).sqrt())
     )
     height = (points[..., 2] + 1) / 2
     return torch.cat([_shares(value) for value in (distance, angle, root, height)], 1)
 
 
 def _shares(values: Tensor) -> Tensor:
-    """The share of values B n in each of 64 equal bins of [0, 1], B 64 double; values outside count
-    in the nearest bin.
+    """Return the share of the values B n in each of 64 equal bins of [0, 1], B 64 double.
+
+    Values outside [0, 1] are counted in the first or last bin.
     """
     bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
     counts = bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS)
@@ -113,46 +117,50 @@ def _shares(values: Tensor) -> Tensor:
 
 @_in_batches
 def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
-    """Mean and maximum over tokens B 178 of 89 numbers on the surface around each, of clouds B N 3.
+    """Describe clouds B N 3 by 89 numbers about the surface around each token; returns their mean
+    and maximum over tokens, B 178.
 
-    At four scales (its own patch; those of its 4, 8 and 16 nearest centres, its own among them,
-    together): the log of the trace of the covariance; the shares of the square roots of its
-    eigenvalues; n n^T of the flattest direction, weighted by flatness; t t^T of the longest,
-    weighted by linearity; the mean, from the centre. Then ten quantiles of the distances to the
-    other centres, the distance from the centroid, the height, the distance from the up axis.
+    Nineteen numbers are computed at each of four scales: the token's own patch, and the joined
+    patches of its 4, 8 and 16 nearest centres, itself included. They come from the covariance of
+    the points: the log of its trace (1); the square roots of its eigenvalues, divided by their sum
+    (3); n n^T of the direction n of least extent, weighted by flatness (6); t t^T of the direction
+    t of largest extent, weighted by linearity (6); and the mean relative to the centre (3). The
+    other thirteen numbers are ten quantiles of the distances to the other centres, the distance
+    from the centroid, the height, and the distance from the up axis.
     """
     return pool(surface(points, num_groups, group_size)[0])
 
 
 def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """The 89 numbers B M 89 of `geometry`, double, and the tokens' centres B M 3."""
+    """Return the 89 numbers of `geometry` for each token, B M 89 double, and the centres B M 3."""
     grouped = group(points, num_groups, group_size)
     centers = grouped.centers.double()
-    placed = grouped.patches.double() + centers[:, :, None]
-    mean, second = placed.mean(2), (placed.mT @ placed / group_size).flatten(2)
+    patches = grouped.patches.double() + centers[:, :, None]
+    mean, second = patches.mean(2), (patches.mT @ patches / group_size).flatten(2)
     distance = squared_distance(centers, centers).sqrt()
     near = distance.topk(min(SCALES[-1], num_groups), largest=False).indices
-    found = []
+    numbers = []
     for scale in SCALES:
         middle = gather_points(mean, near[..., :scale]).mean(2)
         moment = gather_points(second, near[..., :scale]).mean(2).unflatten(-1, (3, 3))
         values, directions = torch.linalg.eigh(moment - middle[..., None] * middle[..., None, :])
         roots = values.clamp_min(0).sqrt()
         small, medium, large = roots.clamp_min(1e-9).split(1, -1)
-        found += [(roots.square().sum(-1, keepdim=True) + 1e-6).log()]
-        found += [roots / (small + medium + large)]
-        found += [_product(directions[..., 0]) * (medium - small) / large]
-        found += [_product(directions[..., 2]) * (large - medium) / large]
-        found += [middle - centers]
-    others = distance.sort(-1).values[..., 1:]  # the first is its own
-    at = torch.linspace(0.05, 0.95, 10, dtype=others.dtype)
-    found += [others.quantile(at, -1).movedim(0, -1)]
-    found += [centers.norm(dim=-1, keepdim=True), centers[..., 2:]]
-    found += [centers[..., :2].norm(dim=-1, keepdim=True)]
-    return torch.cat(found, -1), grouped.centers
+        numbers += [(roots.square().sum(-1, keepdim=True) + 1e-6).log()]
+        numbers += [roots / (small + medium + large)]
+        numbers += [_product(directions[..., 0]) * (medium - small) / large]
+        numbers += [_product(directions[..., 2]) * (large - medium) / large]
+        numbers += [middle - centers]
+    # without the first, which is 0: the centre itself
+    others = distance.sort(-1).values[..., 1:]
+    levels = torch.linspace(0.05, 0.95, 10, dtype=others.dtype)
+    numbers += [others.quantile(levels, -1).movedim(0, -1)]
+    numbers += [centers.norm(dim=-1, keepdim=True), centers[..., 2:]]
+    numbers += [centers[..., :2].norm(dim=-1, keepdim=True)]
+    return torch.cat(numbers, -1), grouped.centers
 
 
 def _product(direction: Tensor) -> Tensor:
-    """The six different entries of d d^T (..., 6) of directions (..., 3)."""
+    """Return the six different entries of d d^T for directions d (..., 3) as (..., 6)."""
     x, y, z = direction.unbind(-1)
     return torch.stack([x * x, x * y, x * z, y * y, y * z, z * z], -1)

@@ -1,5 +1,5 @@
-"""Features of every layer of a frozen network, one vector a cloud, and the untrained encoder to
-compare them with.
+"""Features of every layer of a frozen network, one vector per cloud; also an untrained encoder for
+comparison.
 """
 
 import numpy as np
@@ -12,22 +12,25 @@ from jepa3d.models.tokenizer import group
 
 
 def default_device() -> torch.device:
-    """The machine's accelerator, or the CPU."""
+    """Return the machine's accelerator if it has one, else the CPU."""
     available = torch.accelerator.is_available()
-    found = torch.accelerator.current_accelerator() if available else None
-    return found or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if available else None
+    return device or torch.device("cpu")
 
 
 @torch.no_grad()
 def layer_features(
     model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
 ) -> np.ndarray:
-    """Pooled tokens [L, n, E] float32 of every layer; a dVAE has one, the tokens that it teaches."""
+    """Return the pooled tokens of every layer, [L, n, E] float32.
+
+    A dVAE has one layer: the tokens that students predict.
+    """
     device = default_device()
     model.eval().to(device)
     layers = []
-    for at in range(0, len(clouds), batch_size):
-        points = clouds.batch(np.arange(at, min(at + batch_size, len(clouds)))).to(device)
+    for start in range(0, len(clouds), batch_size):
+        points = clouds.batch(np.arange(start, min(start + batch_size, len(clouds)))).to(device)
         if isinstance(model, PointEncoder):
             poses = [model.states(pose)[0] for pose in model.poses(model.prepare(points))]
         else:
@@ -39,16 +42,18 @@ def layer_features(
 
 
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
-    """A new encoder of the same settings; the clouds' statistics are in its BatchNorm, and in its
-    vectors if they are in those of `encoder`.
+    """Create a randomly initialised encoder with the same settings as `encoder`.
+
+    Its BatchNorm statistics are those of the clouds. If `encoder` standardises its vectors, the new
+    one does too, with the statistics of the clouds.
     """
     settings = vars(encoder)["_hub_mixin_config"] | {"standardised": False}
     points = clouds.batch(np.arange(min(len(clouds), 1024)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = PointEncoder(**settings).eval()
-    made.upright = encoder.upright
-    calibrate_batchnorm(made, points)
+        untrained = PointEncoder(**settings).eval()
+    untrained.upright = encoder.upright
+    calibrate_batchnorm(untrained, points)
     if encoder.vector_mean is not None:
-        standardise_vectors(made, points)
-    return made
+        standardise_vectors(untrained, points)
+    return untrained

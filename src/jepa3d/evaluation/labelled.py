@@ -1,5 +1,5 @@
-"""Labelled shapes for training and probing: the classes of both parts, a share of the labels, a
-validation part.
+"""Labelled shapes for training and probing: the classes that train and test share, a share of the
+labels, and a validation split.
 """
 
 import hashlib
@@ -22,21 +22,22 @@ from jepa3d.evaluation.partseg import category_parts
 from jepa3d.frame import FRAME
 from jepa3d.plain import log
 
-Part = Literal["test", "validation"]  # what is scored
+Part = Literal["test", "validation"]  # the split that is scored
 _TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
 
 
 class LabelledSet(NamedTuple):
-    """A source of labelled shapes, and how it is read."""
+    """A source of labelled shapes, with the key of its labels and its up axis."""
 
     source: str
     labels_key: str = "labels"
     up_axis: str = "z"
 
     def read(self, num_points: int, part: Part = "test", parts: bool = False) -> "Labelled":
-        """The shapes, `part` of them to be scored; with the part labels of their points if `parts`.
+        """Read the shapes.
 
-        Raises ReadError where labels, part labels or a test part are missing.
+        part: the split that is scored. parts: also read the part labels of the points. Raises
+        ReadError if labels, part labels or the test split are missing.
         """
         source, key, axis = self
         clouds = load([source], num_points, "all", [axis], key, parts=parts)
@@ -52,57 +53,61 @@ class LabelledSet(NamedTuple):
     def each(
         sources: Sequence[str], labels_keys: Sequence[str], up_axes: Sequence[str]
     ) -> "list[LabelledSet]":
-        """One set per source; a single key or axis is that of all.
+        """Create one set per source; a single key or axis applies to all sources.
 
-        Raises ValueError for another number of them.
+        Raises ValueError for any other number of keys or axes.
         """
         count, columns = len(sources), []
         for flag, values in (("--labels-key", labels_keys), ("--up-axis", up_axes)):
             if len(values) not in (1, count):
-                found = f"{flag}: {len(values)} values for {count} scored sets"
-                raise ValueError(f"{found}: give one, or one each")
+                found = f"{flag} has {len(values)} values for {count} scored sets"
+                raise ValueError(f"{found}: give one, or one per set")
             columns.append([*values] * (count // len(values)))
         return list(map(LabelledSet, sources, *columns))
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Shapes of the classes that train and test share; labels count these classes from 0."""
+    """Shapes of the classes that train and test share, which are numbered from 0."""
 
     name: str
     layout: str | None  # the benchmark and variant of a store
     fingerprint: str
     train: PointClouds
-    test: PointClouds  # what is scored: of part "validation" the validation part
-    validation: PointClouds | None  # the source's own, unless that is scored
+    # the scored shapes; with part "validation", those of the validation split
+    test: PointClouds
+    # the source's own validation split, unless it is scored
+    validation: PointClouds | None
     class_names: tuple[str, ...]
-    dropped: tuple[str, ...] = ()  # classes that train or test lacks, with their counts
+    # classes without train or test shapes, with their counts
+    dropped: tuple[str, ...] = ()
     part_names: tuple[str, ...] = ()
-    parts_of: list[list[int]] = field(default_factory=list)  # parts of each class
+    parts_of: list[list[int]] = field(default_factory=list)  # class -> its part ids
     part: Part = "test"
-    has_validation: bool = False  # whether the source has a validation part of its own
-    key: str = ""  # differs for other shapes, labels, rules or versions
+    has_validation: bool = False  # whether the source has its own validation split
+    # changes if the shapes, labels, reading rules or jepa3d version change
+    key: str = ""
 
     @staticmethod
     def load(config: FinetuneConfig, num_points: int, parts: bool = False) -> "Labelled":
-        """The shapes that a run is trained and tested on."""
+        """Load the shapes that a run is trained and tested on."""
         dataset = LabelledSet(config.data, config.labels_key, config.up_axis)
         return dataset.read(num_points, parts=parts)
 
     @staticmethod
     def of(clouds: PointClouds, part: Part = "test") -> "Labelled":
-        """Labelled clouds with a split, reduced to the shared classes; the others are printed.
+        """Reduce labelled clouds with a train/test split to the shared classes; log the others.
 
-        `part` "validation" leaves the test part alone: the source's own validation part takes its
-        place, or, where it has none, a fifth of train (always the same). Raises ReadError.
+        part: the split that is scored. With "validation" the test split is not used: the source's
+        own validation split is scored instead, or else a fixed fifth of train. Raises ReadError.
         """
         name = clouds.name
         if clouds.labels is None:
-            hint = "sub-folders are classes, and --labels-key names a bundle's"
-            raise ReadError(f"{name}: has no labels, or not of all its shapes; {hint}")
+            hint = "name sub-folders after classes, or name a bundle's labels by --labels-key"
+            raise ReadError(f"{name}: has no labels, or not for all its shapes; {hint}")
         if clouds.split is None or (part == "test" and not (clouds.split == _TEST).any()):
             hint = "make one with: jepa3d prepare --split 0.2"
-            raise ReadError(f"{name}: has no train/test split, or no test part; {hint}")
+            raise ReadError(f"{name}: has no train/test split, or no test shapes; {hint}")
         has_validation = bool((clouds.split == _VALIDATION).any())
         if part == "validation" and not has_validation:
             clouds = _with_validation(clouds.part("train"))
@@ -111,10 +116,10 @@ class Labelled:
         in_train, in_test = split == _TRAIN, split == scored
         both = np.intersect1d(labels[in_train], labels[in_test])
         if len(both) < (needed := 2 if clouds.parts is None else 1):
-            found = f"{len(both)} classes in both train and {part}"
-            raise ReadError(f"{name}: {found}, at least {needed} are needed")
+            found = f"train and {part} share {len(both)} classes"
+            raise ReadError(f"{name}: {found}, but at least {needed} are needed")
         if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
-            what = f"{len(dropped)} classes dropped, since not in both parts"
+            what = f"{len(dropped)} classes dropped, which train or {part} lacks"
             log.info(f"{what}: {', '.join(dropped)}")
         every = clouds.class_names or list(map(str, range(labels.max() + 1)))
         names = tuple(every[i] for i in both)
@@ -130,24 +135,24 @@ class Labelled:
 
     @property
     def y(self) -> np.ndarray:
-        """Labels of train."""
+        """The labels of train."""
         return np.asarray(self.train.labels)
 
     @property
     def y_test(self) -> np.ndarray:
-        """Labels of test."""
+        """The labels of test."""
         return np.asarray(self.test.labels)
 
     def subsets(self) -> list[PointClouds]:
-        """Train, test and, if there is one to choose by, validation."""
+        """Return train, test and, if there is one, validation."""
         return [self.train, self.test, *([self.validation] if self.validation else [])]
 
     def labels(self) -> list[np.ndarray]:
-        """The labels of each of the `subsets`."""
+        """Return the labels of each of the `subsets`."""
         return [np.asarray(subset.labels) for subset in self.subsets()]
 
     def labelled(self, share: float, seed: int) -> np.ndarray:
-        """Rows of train whose labels are known, a stratified `share` of them."""
+        """Choose a stratified `share` of the rows of train, whose labels may be used."""
         if share == 1:
             return np.arange(len(self.y))
         return stratified(self.y, share, np.random.default_rng([seed, 0]))
@@ -155,22 +160,23 @@ class Labelled:
     def divide(
         self, share: float, held: float, seed: int
     ) -> tuple[PointClouds, PointClouds | None]:
-        """The labelled `share` of train, less a fraction `held` of it for validation.
+        """Split the labelled `share` of train into train and validation; returns both.
 
-        Where nothing is held and all is labelled, the source's own validation part, if it has one.
+        held: the fraction for validation. If it is 0, validation is None, or for a share of 1 the
+        source's own validation split.
         """
         chosen = self.labelled(share, seed)
         if not held:
             return self.train.subset(chosen), self.validation if share == 1 else None
         rng = np.random.default_rng([seed, 1])
-        spared = chosen[stratified(self.y[chosen], held, rng, keep=1)]
-        kept = np.setdiff1d(chosen, spared)
-        return self.train.subset(kept), self.train.subset(spared)
+        validation = chosen[stratified(self.y[chosen], held, rng, keep=1)]
+        rest = np.setdiff1d(chosen, validation)
+        return self.train.subset(rest), self.train.subset(validation)
 
     def record(
         self, train: PointClouds, validation: PointClouds | None, labels: float
     ) -> dict[str, Any]:
-        """The data part of a fine-tuning run's result; `labels` is the labelled share of train."""
+        """Return "data" of a fine-tuning run's result. labels: the labelled share of train."""
         return {
             "name": self.name,
             "variant": self.layout,
@@ -185,9 +191,9 @@ class Labelled:
 
 
 def _with_validation(train: PointClouds) -> PointClouds:
-    """Train shapes with a fifth of them marked as their validation part."""
+    """Mark a fifth of the train shapes as validation split."""
     if len(train) < 5:
-        found = f"{len(train)} train shapes, and validation is a fifth of them"
+        found = f"{len(train)} train shapes are too few to hold a fifth of them out"
         raise ReadError(f"{train.name}: {found}")
     split = np.full(len(train), _TRAIN, np.int8)
     split[fifth(np.asarray(train.labels), seed=0)[1]] = _VALIDATION
@@ -195,12 +201,12 @@ def _with_validation(train: PointClouds) -> PointClouds:
 
 
 def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The names of parts and the parts of each class; nothing of clouds without part labels."""
+    """Return the part names and the part ids of each class; empty without part labels."""
     if clouds.parts is None:
         return (), []
     parts = clouds.parts[:]
-    if alone := int((parts == UNLABELLED).all(1).sum()):
-        found = f"{alone} shapes have no labelled point"
+    if bare := int((parts == UNLABELLED).all(1).sum()):
+        found = f"{bare} shapes have no labelled point"
         raise ReadError(f"{clouds.name}: {found}; leave them out")
     labels = np.asarray(train.labels)
     found = category_parts(clouds.part_names, labels, train.parts, clouds.class_names)
@@ -211,8 +217,9 @@ def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], li
 def stratified(
     labels: np.ndarray, share: float, rng: np.random.Generator, keep: int = 0
 ) -> np.ndarray:
-    """Sorted indices of about a `share` of each class, at least one of each, but leaving `keep` of
-    each.
+    """Sample about a `share` of each class, at least one shape; returns sorted indices.
+
+    keep: how many shapes of each class must be left over, even if then none is sampled.
     """
     picked = []
     for label in np.unique(labels):
@@ -223,8 +230,9 @@ def stratified(
 
 
 def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of four fifths and of a held-out fifth of labels y; a class of two shapes or more has
-    at least one in each. Raises ValueError where no class has two.
+    """Split labels y into four fifths and a held-out fifth; returns the indices of both.
+
+    A class of two or more shapes has at least one in each. Raises ValueError if no class has two.
     """
     check_pairs(y)
     rows, counts = np.arange(len(y)), np.unique(y, return_counts=True)[1]
@@ -236,7 +244,7 @@ def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_pairs(y: np.ndarray) -> None:
-    """ValueError unless a class of labels y has two shapes: one to fit to, one to choose by."""
+    """Raise ValueError unless a class of labels y has two shapes: one to fit, one to validate."""
     if np.unique(y, return_counts=True)[1].max() < 2:
-        needed = "two of a class are needed to choose by one"
-        raise ValueError(f"one train shape a class: {needed}")
+        needed = "choosing a setting needs a class with at least two"
+        raise ValueError(f"every class has only one train shape: {needed}")

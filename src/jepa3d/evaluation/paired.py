@@ -1,17 +1,17 @@
-"""Scores of frozen vectors shape by shape, in per cent, and what a comparison makes of them: paired
-differences with their interval over seeds and shapes, the verdict, the tables. Nothing is chosen.
+"""Scores of frozen vectors for each single shape, in per cent, and their paired differences with
+interval over seeds and shapes, verdict and tables. Nothing is chosen.
 
-| metric      | of each scored shape                                                                               |
-|-------------|----------------------------------------------------------------------------------------------------|
-| logistic_10 | share of 10 draws of 10 labels a class in which logistic regression is right (standardised, C 0.1) |
-| knn         | whether its 10 nearest train shapes are right (standardised, by cosine)                            |
-| map         | average precision of the other scored shapes, ranked by likeness (vectors as they are)             |
-| nearest     | whether the nearest of these is of its class                                                       |
-| finetuned   | whether a network fine-tuned from the encoder is right, where a grid asks for it                   |
+| metric      | score of one shape                                                             |
+|-------------|--------------------------------------------------------------------------------|
+| logistic_10 | how often logistic regression on 10 labels a class is correct, in 10 samples   |
+| knn         | whether the vote of its 10 nearest train shapes (by cosine) is correct         |
+| map         | average precision when the other scored shapes are ranked by similarity        |
+| nearest     | whether the nearest of the other scored shapes has its class                   |
+| finetuned   | whether a network fine-tuned from the encoder is correct, if the grid wants it |
 
-The first two are those of `jepa3d probe --quick`, the next two those of `jepa3d retrieval`. A shape
-alone in its class has no average precision and no right neighbour: NaN. Vectors are [mean ; max] of
-the tokens of the last layer.
+The first two are those of `jepa3d probe --quick`, on standardised vectors; the next two are those
+of `jepa3d retrieval`, on unchanged vectors. For a shape alone in its class, map and nearest are
+NaN. Vectors are [mean ; max] of the tokens of the last layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,30 +33,31 @@ from jepa3d.evaluation.tables import Sheet, mean_std
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, write_checked
 
-Outcomes = dict[str, np.ndarray]  # metric -> per cent of every shape in every run, seeds shapes
+Outcomes = dict[str, np.ndarray]  # metric -> scores in per cent, seeds x shapes
 METRICS = {
     "logistic_10": "10 labels a class",
     "knn": "kNN",
     "map": "mAP",
-    "nearest": "nearest neighbour right",
+    "nearest": "nearest neighbour correct",
     "finetuned": "fine-tuned",
 }
 
 
-# Per cent of each of the shapes at rows q, by metric, of their vectors q E.
+# (vectors q E, their rows q among the scored shapes) -> metric -> scores q in per cent
 Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 class Vectors(NamedTuple):
-    """Vectors of a labelled set, and how two of them are compared."""
+    """Vectors of the train and scored shapes of a set, and their similarity function."""
 
     train: np.ndarray  # m E
     scored: np.ndarray  # n E
-    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]  # q E, n E -> q n, larger is nearer
+    # q E, n E -> q n, larger is nearer
+    likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
-    """A name for each set: that of its file, or its whole path where two would be the same."""
+    """Return a name for each set: its file name, or its whole path if two names would be equal."""
     names = {}
     for dataset in sets:
         key = "" if dataset.labels_key == "labels" else f" ({dataset.labels_key})"
@@ -66,7 +67,10 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
 
 
 def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
-    """Scores map and nearest of queries in a gallery n E, which holds them too."""
+    """Return the function that scores map and nearest.
+
+    gallery: vectors n E to search, which include the queries. labels: their classes n.
+    """
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
         nearest, average = 100 * search(likeness, vectors, gallery, labels, rows)
@@ -76,15 +80,18 @@ def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Sc
 
 
 def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0) -> Score:
-    """Scores logistic_10 and knn, fitted to train m E, of shapes of classes `labels` n."""
-    draws = [fitted("logistic", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed)]
-    fits = {"logistic_10": draws, "knn": [fitted("knn", 0.0, x, y)]}
+    """Fit logistic_10 and knn; returns the function that scores them.
+
+    x: train vectors m E. y: their classes m. labels: classes n of the scored shapes.
+    """
+    few = [fitted("logistic", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed)]
+    fits = {"logistic_10": few, "knn": [fitted("knn", 0.0, x, y)]}
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
         with one_thread():
             return {
-                name: 100 * np.mean([fit.predict(vectors) == labels[rows] for fit in some], 0)
-                for name, some in fits.items()
+                name: 100 * np.mean([fit.predict(vectors) == labels[rows] for fit in models], 0)
+                for name, models in fits.items()
             }
 
     return score
@@ -93,7 +100,7 @@ def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0)
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Metric -> per cent of each scored shape [n]; `seed` draws the labels of logistic_10."""
+    """Score each shape under each metric, in per cent [n]; `seed` samples logistic_10's labels."""
     train, scored, likeness = vectors
     rows = np.arange(len(scored))
     found = classifying(train, y, y_scored, seed)(scored, rows)
@@ -103,7 +110,7 @@ def outcomes(
 def kept_outcomes(
     folder: Path, name: str, vectors: Callable[[], Vectors], data: Labelled, seed: int
 ) -> dict[str, np.ndarray]:
-    """`outcomes` from folder/scores-NAME-*.json, which is written first where it is missing."""
+    """Read `outcomes` from folder/scores-NAME-*.json; compute and write it if it is missing."""
     stem = Path(data.name).stem.replace(":", "-")
     file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
     if not file.exists():
@@ -118,14 +125,16 @@ def kept_outcomes(
 
 
 def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
-    """Vectors by a run's encoder ("encoder"), by its untrained one ("untrained"), or by the
-    descriptor of that name in `baselines` on what this encoder sees.
+    """Compute the vectors of a set.
+
+    name: "encoder" for the run's encoder, "untrained" for its untrained encoder, or the name of one
+    of the `baselines`, which see the input of the untrained encoder.
     """
     folder = run / ("encoder" if name == "encoder" else "untrained")
     encoder, subsets = PointEncoder.from_pretrained(folder), data.subsets()[:2]
     if name in ("encoder", "untrained"):
         found = [torch.from_numpy(layer_features(encoder, subset)[-1]) for subset in subsets]
-        train, scored = (encoder.cpu().standardise(some).numpy() for some in found)
+        train, scored = (encoder.cpu().standardise(each).numpy() for each in found)
         return Vectors(train, scored, cosine)
     train, scored = (encoder.prepare(subset.points[:]) for subset in subsets)
     of, likeness = baselines(encoder, train)[name]
@@ -136,7 +145,7 @@ def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
 
 
 class Difference(NamedTuple):
-    """A mean difference in points and its 95 % interval."""
+    """A mean difference, in percentage points, and its 95 % interval."""
 
     mean: float
     low: float
@@ -144,49 +153,50 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """Decided only where the whole interval lies on one side of 0."""
+        """Better or worse only if the whole interval lies on that side of 0."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Mean of ours - theirs and its 95 % interval, both seeds x shapes: the same seeds and shapes
-    on both sides.
+    """Return the mean of ours - theirs with its 95 % interval.
 
-    Seeds and shapes are both drawn at random, and a shape that is hard for one run is hard for the
-    others. With d[s, i] = ours - theirs of S seeds and N shapes, and sample variances,
+    ours, theirs: seeds x shapes, with the same seeds and shapes. Seeds and shapes are both random
+    samples, and a shape that is hard for one run is hard for the others. Let d[s, i] = ours -
+    theirs for S seeds and N shapes, and take sample variances:
 
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 
-    is that of the mean of a table whose rows and columns are both random (Owen, "The pigeonhole
-    bootstrap", Annals of Applied Statistics 1, 2007). It counts what is particular to one cell
-    twice, so the interval is rather too wide than too narrow. The quantile is that of Student's t
-    with (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom (Satterthwaite, Biometrics
-    Bulletin 2, 1946). One seed leaves B alone, and says nothing about other training runs.
+    This estimates the variance of the mean of a table whose rows and columns are both random (Owen,
+    "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). It counts the noise of single
+    cells twice, so the interval is slightly too wide. The quantile is that of Student's t with
+    (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom (Satterthwaite, Biometrics
+    Bulletin 2, 1946). With one seed only B remains, which ignores that training runs differ.
     """
     gain = ours - theirs
-    parts = []  # variance, degrees of freedom
+    terms = []  # (variance, degrees of freedom)
     for axis, count in enumerate(gain.shape):
         if count > 1:
-            parts.append((gain.mean(1 - axis).var(ddof=1) / count, count - 1))
-    variance = sum(part for part, _ in parts)
-    mean, reach = float(gain.mean()), 0.0
+            terms.append((gain.mean(1 - axis).var(ddof=1) / count, count - 1))
+    variance = sum(term for term, _ in terms)
+    mean, half_width = float(gain.mean()), 0.0
     if variance:
-        freedom = variance**2 / sum(part**2 / count for part, count in parts)
-        reach = float(student.ppf(0.975, freedom) * np.sqrt(variance))
-    return Difference(mean, mean - reach, mean + reach)
+        freedom = variance**2 / sum(term**2 / count for term, count in terms)
+        half_width = float(student.ppf(0.975, freedom) * np.sqrt(variance))
+    return Difference(mean, mean - half_width, mean + half_width)
 
 
 class Row(NamedTuple):
-    """One arm or baseline under one metric on one set."""
+    """The scores of one arm or baseline under one metric on one set."""
 
     data: str
     metric: str
     name: str
-    values: list[float]  # of each seed, per cent
-    difference: Difference | None  # from the reference; None of itself, or where that failed
+    values: list[float]  # mean over shapes for each seed, per cent
+    # from the reference; None for the reference itself, and for all rows if its training failed
+    difference: Difference | None
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the row as JSON."""
         found = self._asdict() | moments(self.values)
         if gain := self.difference:
             found |= {"difference": gain._asdict(), "verdict": gain.verdict}
@@ -194,8 +204,10 @@ class Row(NamedTuple):
 
 
 def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
-    """Rows of one set, metric by metric; shapes without a figure (alone in their class) are left
-    out of all.
+    """Return the rows of one set, metric by metric.
+
+    found: row name -> outcomes. Shapes whose score is NaN (alone in their class) are left out of
+    all rows.
     """
     rows = []
     for metric in METRICS:
@@ -214,11 +226,11 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """A table for every set, with a column for every metric that it has.
+    """Return a table for every set, with a column for every metric that the set has.
 
-    A cell is the mean ± std over seeds of the reference; of any other row the difference from it,
-    with its interval and verdict. minutes: CPU-minutes of an arm. about: what each set is, in
-    words.
+    A cell of the reference is its mean ± std over seeds. A cell of any other row is the difference
+    from the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why
+    it failed. about: set -> its description.
     """
     tables: dict[str, dict[str, dict[str, str]]] = {}  # set -> row -> metric -> cell
     for row in rows:

@@ -1,7 +1,8 @@
-"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): a point
-is given one of the parts of its shape's category.
+"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): each point
+is assigned one of the parts of its shape's category.
 
-Axes: n shapes, N points, P global part ids, C categories. Part ids count through all categories.
+Axes: n shapes, N points, P part ids, C categories. Part ids are global: they run on from one
+category to the next.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from jepa3d.data.cloud import UNLABELLED
 def category_parts(
     part_names: Sequence[str], labels: np.ndarray, parts: Any, class_names: Sequence[str]
 ) -> list[np.ndarray]:
-    """The global part ids of each of the C categories, ascending.
+    """Return the global part ids of each of the C categories, ascending.
 
-    From names "Category/part" or, as stores of ShapeNetPart have them, "Category 0"; of a category
-    that has no such names, those observed. labels n and parts n N, or what reads them when indexed:
-    of the train part, so that no test shape decides. A category that has neither names nor shapes
-    gets none. Raises ValueError for a shape with a part that its category's names exclude.
+    They are taken from part names such as "Category/part" or "Category 0" (ShapeNetPart stores). A
+    category without such names gets the ids found in its shapes; without shapes, it gets none.
+    labels n and parts n N (an array, or `StoredPoints`) are of the train split, so that test shapes
+    have no influence. Raises ValueError for a shape with a part that its category does not name.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
@@ -31,9 +32,8 @@ def category_parts(
         observed = np.flatnonzero(np.bincount(ids[ids != UNLABELLED]))
         if len(named) and len(other := np.setdiff1d(observed, named)):
             name = part_names[other[0]] if other[0] < len(part_names) else "without a name"
-            raise ValueError(
-                f"part {other[0]} ({name}) in a shape of {category}, whose parts are {named.tolist()}"
-            )
+            problem = f"a shape of {category} has part {other[0]} ({name})"
+            raise ValueError(f"{problem}, but the parts of {category} are {named.tolist()}")
         found.append(named if len(named) else observed)
     return found
 
@@ -41,8 +41,10 @@ def category_parts(
 def restricted_argmax(
     logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """The best part n N int16 of logits n N P among those of each shape's category, which its label
-    n names.
+    """Return the part n N (int16) with the highest logit (n N P) among the parts of each shape's
+    category.
+
+    labels: the shapes' categories n. parts_of: category -> its part ids.
     """
     out = np.empty(logits.shape[:2], np.int16)
     for label in np.unique(labels):
@@ -58,11 +60,12 @@ def mean_iou(
     parts_of: Sequence[np.ndarray],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """How well parts predicted n N fit the truth n N of shapes of categories labels n, in per cent.
+    """Score predicted parts n N against the true parts n N, in per cent.
 
-    instance_miou: mean over all shapes of their IoU. category_miou: mean over the categories that
-    have shapes of the mean over theirs, which are in per_category by name. point_accuracy: points
-    that are right. Points whose truth is UNLABELLED count nowhere; every shape has another one.
+    labels: the shapes' categories n. instance_miou: mean IoU of all shapes. per_category: mean IoU
+    of each category's shapes, by name. category_miou: mean of these values. point_accuracy: share
+    of correct points. Points whose truth is UNLABELLED are ignored; every shape must have a
+    labelled point.
     """
     iou = shape_iou(predicted, truth, labels, parts_of)
     per_category = {
@@ -79,9 +82,11 @@ def mean_iou(
 def shape_iou(
     predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """IoU n of each shape in per cent: the mean over its category's parts of intersection / union.
+    """Return the IoU n of each shape in per cent: intersection / union, averaged over the parts of
+    its category.
 
-    1 for a part that is in neither. Arguments as of `mean_iou`.
+    A part in neither the prediction nor the truth counts as IoU 1 (100 %). The arguments are those
+    of `mean_iou`.
     """
     labelled = truth != UNLABELLED
     highest = [ids.max(initial=0) for ids in parts_of]
@@ -91,7 +96,7 @@ def shape_iou(
         belongs[label, ids] = True
 
     def count(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """n P: the points of each part among those where n N."""
+        """Count the points of each shape and part, n P, where the mask `where` (n N) is True."""
         flat = np.arange(len(parts))[:, None] * size + parts
         return np.bincount(flat[where], minlength=len(parts) * size).reshape(-1, size)
 

@@ -1,19 +1,19 @@
-"""Probes of frozen features under named protocols; the test part is used once, after every choice
-is made.
+"""Probes of frozen features under named protocols. The test split is used once, after all choices
+are descriptors.
 
 | protocol    | features     | classifier                              | chosen on                          |
 |-------------|--------------|-----------------------------------------|------------------------------------|
 | logistic    | standardised | logistic regression                     | C and layer: a fifth of train      |
-| logistic_10 | standardised | the same on 10 labels a class, 10 draws | C and layer: 5 folds of the labels |
+| logistic_10 | standardised | the same on 10 labels a class, 10 times | C and layer: 5 folds of the labels |
 | knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
-| svc_linear  | as they are  | SVC(linear, C=0.012) (Point-M2AE)       | layer: a fifth of train            |
-| linear_svc  | as they are  | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
+| svc_linear  | unchanged    | SVC(linear, C=0.012) (Point-M2AE)       | layer: a fifth of train            |
+| linear_svc  | unchanged    | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
-Features are the tokens of a layer, pooled to one vector a shape; the result names the pooling.
-Figures are overall accuracies in per cent. With a fixed layer only C is chosen. A source's own
-validation part takes the place of the fifth. A quick probe chooses nothing: the last layer, and C
-0.1.
+Features are the tokens of a layer, pooled to one vector per shape; the result names the pooling.
+Scores are overall accuracies in per cent. With a fixed layer, only C is chosen. If a source has its
+own validation split, it replaces the fifth of train. A quick probe chooses nothing: it takes the
+last layer and C 0.1.
 """
 
 import time
@@ -44,18 +44,19 @@ from jepa3d.run import Run
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
-QUICK_C = 0.1  # what was chosen most often on the validation part of ModelNet10
+QUICK_C = 0.1  # the value chosen most often on the validation split of ModelNet10
+# of logistic_10: labels per class, and how often they are sampled
 _SHOTS, _DRAWS = 10, 10
 
 
 def check_protocols(protocols: Iterable[str]) -> None:
-    """ValueError that names the first unknown protocol and the known ones."""
+    """Raise ValueError if a protocol is unknown; it names the known ones."""
     if unknown := set(protocols) - set(PROTOCOLS):
-        raise ValueError(f"protocol {min(unknown)!r}: one of {', '.join(PROTOCOLS)}")
+        raise ValueError(f"protocol {min(unknown)!r} is not one of {', '.join(PROTOCOLS)}")
 
 
 def selection_rule(shapes: Labelled, quick: bool = False) -> str:
-    """How layer and C are chosen (a quick probe does not), and what part is scored, in words."""
+    """Return in words how layer and C are chosen, and which split is scored."""
     held, scored = "a held-out fifth of train", "test used once"
     if shapes.part == "validation":
         other = "the validation part" if shapes.has_validation else "another fifth of train"
@@ -68,7 +69,7 @@ def selection_rule(shapes: Labelled, quick: bool = False) -> str:
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
-    """Counts [K, K] of test shapes over the sorted classes; rows true, columns predicted."""
+    """Return the confusion matrix [K, K] of the test shapes: sorted classes, rows true."""
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
 
@@ -88,12 +89,13 @@ def run_protocol(
     held: tuple[np.ndarray, np.ndarray] | None = None,
     c: float | None = None,
 ) -> dict:
-    """Accuracy of one protocol on features [L, n, E]; returns accuracy, layer and C.
+    """Score one protocol on features train and test [L, n, E] with labels y and y_test [n].
 
-    held: features and labels to choose layer and C on; None: a fifth of train. c: the C to use
-    instead of choosing it. All but logistic_10 also return mean_class_accuracy and confusion: rows
-    true, columns predicted, sorted classes. logistic_10 returns the mean over its draws, their std,
-    and the layer and C of each.
+    layers: those to choose from. held: features and labels to choose layer and C on; None for a
+    fifth of train. c: the C to use instead of choosing it. Returns accuracy, layer, C,
+    mean_class_accuracy and confusion (sorted classes; rows true, columns predicted). logistic_10
+    returns the mean and std of the accuracy over its samples of labels, and the layer and C that
+    each sample chose.
     """
     few = protocol == "logistic_10"
     grid = (0.0,)
@@ -115,15 +117,15 @@ def run_protocol(
                 folds = [(np.arange(len(y)), np.arange(len(y), len(labels)))]
             else:
                 folds = [fifth(y, seed)]
-            given = labels[rows], folds, seed
-            jobs += [(protocol, c, x[layer][rows], *given) for layer, c in choices]
+            common = labels[rows], folds, seed
+            jobs += [(protocol, c, x[layer][rows], *common) for layer, c in choices]
         numbers = sum(len(folds) * features.size for _, _, features, _, folds, _ in jobs)
         validation = np.reshape(side_by_side(_validation, jobs, numbers), (len(draws), -1))
         chosen = [choices[best] for best in validation.argmax(1)]
     confusions = []
     for rows, (layer, c) in zip(draws, chosen, strict=True):
-        parts = train[layer][rows], y[rows], test[layer], y_test
-        confusions.append(_confusion(protocol, c, *parts, seed=seed))
+        arrays = train[layer][rows], y[rows], test[layer], y_test
+        confusions.append(_confusion(protocol, c, *arrays, seed=seed))
     if few:
         mean, std = moments([*map(_overall, confusions)]).values()
         return {"accuracy": mean, "std_over_draws": std, "chosen": [*map(list, chosen)]}
@@ -140,7 +142,7 @@ def run_protocol(
 def _validation(
     protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], seed: int
 ) -> float:
-    """Sum over folds, (rows to fit, rows to score), of the accuracy of one choice."""
+    """Return the accuracy of one choice, summed over folds (rows to fit, rows to score)."""
     return sum(
         _overall(_confusion(protocol, c, x[fit], y[fit], x[held], y[held], seed=seed))
         for fit, held in folds
@@ -148,18 +150,18 @@ def _validation(
 
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows to fit and rows to score of five folds, or as many as the largest class has labels."""
+    """Split into five folds (rows to fit, rows to score), or fewer if all classes are smaller."""
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
     with warnings.catch_warnings():
-        # a class of fewer than 5 labels is missing from some folds
+        # scikit-learn warns that classes of fewer than 5 labels are missing from some folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Indices of 10 labels a class, all of a smaller class, for each of ten draws."""
+    """Sample ten times 10 labels per class, or all of a smaller class; returns ten index arrays."""
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(y == label) for label in np.unique(y)]
     return [
@@ -179,13 +181,13 @@ def probe(
     part: Part = "test",
     quick: bool = False,
 ) -> dict:
-    """Probe finished runs, each beside its untrained encoder, its frozen teacher and the vectors of
-    descriptors.py.
+    """Probe finished runs. Also probes, for comparison, each run's untrained encoder and frozen
+    teacher, and the handcrafted vectors of descriptors.py.
 
-    Returns the result record. runs: or one encoder, as of `jepa3d.load`, beside an untrained one of
-    its settings. `part` is what is scored (see `Labelled.of`). `layer` None chooses the best on
-    validation, 0 is the tokenizer. `quick` chooses nothing: `layer` None is then the last, and C is
-    fixed. Raises ValueError.
+    runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
+    the split that is scored, see `Labelled.of`. layer: None chooses the best on validation; 0 is
+    the tokenizer. quick: choose nothing; layer None is then the last, and C is fixed. Returns the
+    result record. Raises ValueError.
     """
     started = time.perf_counter()
     check_protocols(protocols)
@@ -197,7 +199,7 @@ def probe(
     subsets = shapes.subsets()[: 2 if quick else 3]
     by_rule, fixed = ("last", QUICK_C) if quick else ("best on validation", None)
     rows = []
-    by_hand: dict[str, list[np.ndarray]] = {}
+    handcrafted: dict[str, list[np.ndarray]] = {}
     for run, (config, models) in networks.items():
         for model in models.values():
             if isinstance(model, PointEncoder):
@@ -206,18 +208,19 @@ def probe(
             if "untrained" not in models:
                 untrained = untrained_like(given, shapes.train, config["seed"])
                 models = {"untrained": untrained, **models}
-            by_hand = by_hand or _by_hand(given, subsets)  # the same for every seed
-        for name in (*models, *by_hand):
-            features, model = by_hand.get(name, []), models.get(name)
+            # equal for all seeds
+            handcrafted = handcrafted or _handcrafted(given, subsets)
+        for name in (*models, *handcrafted):
+            features, model = handcrafted.get(name, []), models.get(name)
             if model is not None:
                 features = [layer_features(model, some, pooling) for some in subsets]
             depth = len(features[0]) - 1
-            asked = depth if layer is None else layer
-            if not 0 <= asked <= depth and isinstance(model, PointEncoder):
+            probed = depth if layer is None else layer
+            if not 0 <= probed <= depth and isinstance(model, PointEncoder):
                 known = f"{run} has layers 0 (tokenizer) to {depth}"
-                raise ValueError(f"--layer {layer}: {known}")
+                raise ValueError(f"--layer {layer} does not exist: {known}")
             fixed_layer = quick or layer is not None
-            layers = [min(asked, depth)] if fixed_layer else range(depth + 1)
+            layers = [min(probed, depth)] if fixed_layer else range(depth + 1)
             row = {"run": str(run), "model": name, "seed": config["seed"], "scores": {}}
             train, test, *others = zip(features, shapes.labels(), strict=False)
             choice = layers, config["seed"], others[0] if others else None, fixed
@@ -243,7 +246,7 @@ def probe(
         "pretraining": {
             str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
-        # as far as is known
+        # as far as the configs say
         "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
@@ -257,42 +260,43 @@ def probe(
 
 
 def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
-    """The seeds of runs that differ in nothing else. Raises ValueError where they do not."""
+    """Return the seeds of the runs. Raises ValueError if the runs differ in anything else."""
     for run in runs:
         changed = differences(configs[run], configs[runs[0]]).keys()
         if changed := changed - {"seed", *BOOKKEEPING}:
-            found = f"{run}: differs in {min(changed)} from {runs[0]}"
-            raise ValueError(f"{found}; only seeds of one run can be averaged")
+            found = f"{run} and {runs[0]} differ in {min(changed)}"
+            raise ValueError(f"{found}: only runs that differ in their seed can be averaged")
     seeds = [configs[run]["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
-        found = f"runs of seeds {seeds}: only different seeds can be averaged"
-        raise ValueError(f"{found}; probe other models one by one")
+        found = f"only different seeds can be averaged, not {seeds}"
+        raise ValueError(f"{found}: probe other models one by one")
     return seeds
 
 
-def _by_hand(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
-    """Vectors [1, n, E] of each subset by each of the `baselines`, as of a network of one layer."""
+def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
+    """Return for each of the `baselines` its vectors of each subset, [1, n, E] as of one layer."""
     prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
-    made = baselines(encoder, prepared[0])
-    return {name: [of(x)[None] for x in prepared] for name, (of, _) in made.items()}
+    descriptors = baselines(encoder, prepared[0])
+    return {name: [of(x)[None] for x in prepared] for name, (of, _) in descriptors.items()}
 
 
 def was_seen(config: dict, data: str, part: Part) -> bool:
-    """Whether a run was pretrained (without labels) on what is scored."""
+    """Whether a run was pretrained, without labels, on the scored shapes."""
     same = Path(data).name in {Path(source).name for source in config["data"]}
     return same and config["split"] in ("all", "test" if part == "test" else "train")
 
 
 def _pretraining(run: Path, config: dict) -> dict:
-    """What a run was trained on and with, and what it cost."""
+    """Return the record of a run's pretraining: objective, teacher, split, data, cost, commit."""
     record = Run(run).record
     known = {key: config[key] for key in ("objective", "teacher", "split")}
     return known | {key: record.get(key) for key in ("data", "cost", "commit")}
 
 
 def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
-    """A finished run's config and the networks to compare; of an encoder that is no run, as much of
-    a config as is known.
+    """Load a finished run's config, and the networks to compare by name.
+
+    For an encoder that is not a run, the config has only what is known of it.
     """
     if not Run.is_at(folder):
         encoder = load_encoder(str(folder))
@@ -301,12 +305,12 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     run = Run(folder)
     config = run.config
     if "task" in config:
-        found = f"a run of jepa3d {config['task']}"
-        raise ValueError(f"{folder}: {found}; probe takes runs of jepa3d pretrain")
+        found = f"is a run of jepa3d {config['task']}"
+        raise ValueError(f"{folder} {found}, but probe takes runs of jepa3d pretrain")
     export = "dvae" if config["objective"] == "dvae" else "encoder"
     if not (folder / export).is_dir():
         command = f"jepa3d pretrain --out {folder} --resume"
-        raise ValueError(f"{folder}: has no {export} yet; finish it with: {command}")
+        raise ValueError(f"{folder} has no {export} yet; finish it with: {command}")
     if export == "dvae":
         return config, {"teacher": load_module(str(folder))}
     return config, {
@@ -317,12 +321,15 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
-    """Mean and sample std over runs of the overall accuracy, for each model and protocol, and of
-    the paired gain over the untrained encoder; beside it those of the mean class accuracy, if any.
+    """Average over runs: mean and sample std for each model and protocol.
+
+    The model "gain" is the gain of each pretrained encoder over the untrained encoder of its run.
+    The values are of the overall accuracy; those of the mean class accuracy are in an entry of that
+    name.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):
-        values: dict[str, dict[str, float]] = {}  # model, run
+        values: dict[str, dict[str, float]] = {}  # model -> run -> accuracy
         for row in rows:
             if key in (scores := row["scores"][protocol]):
                 values.setdefault(row["model"], {})[row["run"]] = scores[key]
@@ -330,23 +337,26 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
             before = values["untrained"]
             values["gain"] = {run: value - before[run] for run, value in after.items()}
         for model, found in values.items():
-            figures = moments([*found.values()]) | {"runs": len(found)}
+            statistics = moments([*found.values()]) | {"runs": len(found)}
             scores = table.setdefault(model, {})
-            scores[protocol] = scores[protocol] | {key: figures} if protocol in scores else figures
+            scores[protocol] = (
+                scores[protocol] | {key: statistics} if protocol in scores else statistics
+            )
     return table
 
 
 def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
-    """ValueError unless `protocol` is None, or one of `protocols` that has figures of every class."""
+    """Raise ValueError unless `protocol` is None, or one of `protocols` with accuracy per class."""
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
         listed = f"{', '.join(known)} (logistic_10 has none)"
-        raise ValueError(f"per class {protocol!r}: one of the probed {listed}")
+        raise ValueError(f"per class {protocol!r} is not possible: use one of the probed {listed}")
 
 
 def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
-    """The summary of a result as a table; a second one has the accuracy of every class under the
-    protocol `per_class`, which is one of those of `check_per_class`.
+    """Return the summary of a result as a table.
+
+    per_class: a protocol allowed by `check_per_class`; a second table shows its accuracy per class.
     """
     data, part = result["data"], result["data"].get("part", "test")
     title = (
@@ -361,7 +371,7 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
         for dvae in dvaes
     ]
     if result["seen_in_pretraining"]:
-        notes.append(f"the {part} part was among the (unlabelled) pretraining data")
+        notes.append(f"the {part} shapes were also used unlabelled in pretraining")
     notes.append(f"selection: {result['selection']}")
     columns, rows = summary_table(result["summary"])
     found = [Sheet(title, columns, rows, notes)]
@@ -369,7 +379,7 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
 
 
 def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of `summarise`: a row a model, a column a protocol."""
+    """Return columns and rows of a summary's table: a row per model, a column per protocol."""
     rows = []
     for model, scores in summary.items():
         gain = model == "gain"
@@ -380,7 +390,7 @@ def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]
 
 
 def _class_sheet(result: dict, protocol: str) -> Sheet:
-    """Each class's accuracy, mean over seeds, a column a model; the last row is their mean."""
+    """Return a table of the accuracy per class, mean over seeds; the last row is the mean."""
     found: dict[str, list[np.ndarray]] = {}
     for row in result["rows"]:
         found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))

@@ -1,4 +1,4 @@
-"""Results with their origin: how a number was chosen; command, versions and machine."""
+"""The origin of results: the command, versions and machine that produced them."""
 
 import json
 import platform
@@ -19,7 +19,7 @@ _PACKAGES = ("jepa3d", "torch", "numpy", "scikit-learn")
 
 
 def provenance() -> dict:
-    """The command, the versions and the machine of this process."""
+    """Return the command, versions, commit and machine of this process."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {name: version(name) for name in _PACKAGES},
@@ -30,7 +30,7 @@ def provenance() -> dict:
 
 
 def _commit() -> str | None:
-    """The source's commit where it runs from a checkout."""
+    """Return the commit if the package runs from a git checkout, else None."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
@@ -43,11 +43,11 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
+    """Write JSON atomically: a reader sees either the old file or the new one."""
     write_bytes(path, json.dumps(value, indent=2).encode())
 
 
 def moments(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Mean and sample std (n - 1); one value has no std."""
+    """Return mean and sample std (n - 1); the std of a single value is None."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std}

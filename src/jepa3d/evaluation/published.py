@@ -1,6 +1,6 @@
-"""Published figures (published.yaml) beside your own, and whether the protocols are the same.
+"""Published results (published.yaml), and whether your own results follow the same protocol.
 
-Fine-tuned figures are those of the best *test* epoch, as the field reports them.
+Published fine-tuning results are those of the best *test* epoch, as is usual in the field.
 """
 
 import re
@@ -12,24 +12,24 @@ import yaml
 
 from jepa3d.evaluation.tables import Sheet
 
-SOURCE = "source: 3D-JEPA: arXiv 2409.15803v1; the others: their papers"
+SOURCE = "sources: 3D-JEPA: arXiv 2409.15803v1; other methods: their papers"
 BEST_TEST = "best test epoch"
 CAUTION = (
-    "all of them chose their epoch on the test part; retrained with a held-out validation set, "
-    "published models lose 0.4-3.4 points (Point-MAE 89.33 -> 85.89 on OBJ_BG)"
+    "all these methods chose their epoch on the test split; retrained with a held-out validation "
+    "set, published models lose 0.4-3.4 points (Point-MAE 89.33 -> 85.89 on OBJ_BG)"
 )
 
 
 class Benchmark(NamedTuple):
-    """The figures of one protocol. A row: method, epochs, voting, a value for each metric."""
+    """Published results under one protocol; a row is method, epochs, voting, a value per metric."""
 
     title: str
     rows: list[list[str]]
     metrics: list[str]
     selection: str
     notes: list[str]
-    test: int | None  # shapes; None: any number
-    num_points: int | None
+    test: int | None  # number of test shapes; None: any number
+    num_points: int | None  # per shape; None: any number
 
 
 def _read(file: Path) -> dict[str, Benchmark]:
@@ -55,20 +55,23 @@ PUBLISHED = _read(Path(__file__).with_suffix(".yaml"))
 
 
 def benchmark_of(result: dict[str, Any]) -> str | None:
-    """The key in PUBLISHED of what a result was measured on, or None.
+    """Return the key in PUBLISHED of the benchmark that a result was measured on, or None.
 
-    Recognised by the variant of the data, such as "ScanObjectNN obj_bg", else by its name.
+    A benchmark is recognised by the variant of the data, such as "ScanObjectNN obj_bg", or else by
+    the name of the data.
     """
     task, data = result["task"], result["data"]
     for key in ("variant", "name"):
         text = re.sub(r"[^a-z0-9]", "", str(data.get(key) or "").lower())
         if task == "classify" and (key == "variant" or "scanobjectnn" in text):
             for split in ("obj_bg", "obj_only", "pb_t50_rs"):
-                if text.endswith(split.replace("_", "")):  # pb_t50_rs_nobg is another
+                # not `in`, since pb_t50_rs_nobg is another variant
+                if text.endswith(split.replace("_", "")):
                     return split
         if task == "classify" and "modelnet" in text and data.get("classes") == 40:
             return "modelnet40"
-        if task == "fewshot" and re.search(r"modelnet(40)?few", text):  # not episodes drawn here
+        # only the published folds, not episodes sampled from ModelNet40
+        if task == "fewshot" and re.search(r"modelnet(40)?few", text):
             size = re.search(r"(\d+)-way (\d+)-shot", result["protocol"])
             known = f"{size[1]}w{size[2]}s" if size else ""
             return known if known in PUBLISHED else None
@@ -78,7 +81,7 @@ def benchmark_of(result: dict[str, Any]) -> str | None:
 
 
 def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
-    """In what a result's protocol differs from that of the published figures, in words."""
+    """Return, in words, how a result's protocol differs from the published one."""
     data, settings, protocol = result["data"], result["settings"], result["protocol"]
     trained, share = settings.get("trained"), data.get("labels") or 1
     found = []
@@ -100,13 +103,13 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()) -> Sheet:
-    """The figures of a benchmark, with notes on how your own `results` compare with them."""
+    """Return the table of a benchmark, with notes on how the protocol of your `results` differs."""
     results, notes = list(results), list(benchmark.notes)
     if results:
         votes = sorted({"yes" if result["votes"] > 1 else "no" for result in results})
         rules = " and ".join(sorted({result["selection"] for result in results}))
         what = f"voting {' and '.join(votes)}, selection {rules}"
-        notes.append(f"your runs: {what}; compare like with like")
+        notes.append(f"your runs: {what}; compare only with the same voting and selection")
     found = [text for result in results for text in departures(result, benchmark)]
     if found:
         listed = "; ".join(dict.fromkeys(found))

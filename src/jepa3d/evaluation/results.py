@@ -1,5 +1,5 @@
-"""Fine-tuning runs in one table: seeds averaged, settings chosen on validation, gains paired by
-seed, selection rules shown.
+"""`jepa3d results`: fine-tuning runs in one table, averaged over seeds, with gains paired by seed
+and with the selection rules; settings may be chosen on validation.
 """
 
 import json
@@ -19,13 +19,13 @@ from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
-BASES = ("scratch", "untrained")  # what a pretrained encoder is measured against
+BASES = ("scratch", "untrained")  # the inits that a pretrained encoder is compared with
 CHOSEN_BY = {
     "classify": "overall_accuracy",
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
-# A results.json, its folder, and what its encoder began as, without seeds.
+# the content of a results.json, with its "folder" and the "origin" of its encoder (see `_origin`)
 Finished = dict[str, Any]
 _TEXTS, _NUMBERS = ("protocol", "init", "selection"), ("seed", "votes")
 _GROUPS = ("data", "metrics", "settings")
@@ -41,42 +41,45 @@ class Arm(NamedTuple):
 
     @property
     def result(self) -> dict[str, Any]:
-        """The first run's, for all that the seeds share."""
+        """The first run's result, for values that all seeds share."""
         return self.runs[0]
 
     @property
     def init(self) -> str:
-        """What the encoder began as, without seeds."""
+        """The origin of the encoder, equal for all seeds (see `_origin`)."""
         return self.runs[0]["origin"]
 
     @property
     def rule(self) -> str:
-        """How the epoch was chosen; a choice on the test part is marked."""
+        """How the epoch was chosen; a choice on the test split is marked."""
         rule = self.result["selection"]
         return ON_TEST if rule == "best on test" else rule
 
     def setting(self, name: str) -> str:
-        """A setting as text."""
+        """Return a setting as text."""
         return _text(self.result["settings"].get(name))
 
     def values(self, metric: str, part: str = "metrics") -> list[float]:
-        """A figure a run on the test part, or of part "validation"; of those runs that have it."""
+        """Return a metric of each run that has it. part: "metrics" (on test) or "validation"."""
         found = [run[part].get(metric) for run in self.runs]
         return [value for value in found if value is not None]
 
     @property
     def validation(self) -> float | None:
-        """The mean figure on the validation part; None unless every run has one."""
+        """The mean of the metric that chooses, on the validation split; None if a run lacks it."""
         values = self.values(CHOSEN_BY[self.result["task"]], "validation")
         return float(np.mean(values)) if len(values) == len(self.runs) else None
 
     def measured_on(self) -> str:
-        """Equal for arms of one task and data set."""
+        """Return a key that is equal for arms of the same task and data set."""
         data = self.result["data"]
         return json.dumps([self.result["task"], data.get("fingerprint"), data.get("variant")])
 
     def key(self, without: str | None = None, init: bool = True) -> str:
-        """Equal for arms that differ at most in the setting `without`, and in init unless `init`."""
+        """Return a key that is equal for arms with the same protocol, data and settings.
+
+        without: a setting that may differ. init: False if the init may differ.
+        """
         result = self.result
         settings = {name: value for name, value in result["settings"].items() if name != without}
         known = [result[name] for name in ("protocol", "selection", "votes")]
@@ -85,7 +88,7 @@ class Arm(NamedTuple):
         return json.dumps(known, sort_keys=True)
 
     def label(self) -> str:
-        """The encoder's origin for a reader: a pretraining run's name without its seed."""
+        """Return a readable name of the init: that of the pretraining run, without its seed."""
         if self.init in BASES:
             return self.init
         names = set()
@@ -100,32 +103,32 @@ class Arm(NamedTuple):
 
 
 def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
-    """The finished runs at and below folders, and a note for each unfinished one below.
+    """Read the finished runs in the folders `paths` and below.
 
-    Raises ValueError.
+    Returns them, and a note for each unfinished run. Raises ValueError.
     """
     kinds = "classify, segment or fewshot"
     found: dict[Path, Path] = {}
     unfinished: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise ValueError(f"{path}: no such folder; give runs of jepa3d {kinds}")
+            raise ValueError(f"{path} is not a folder; give runs of jepa3d {kinds}")
         below = list(_below(path, unfinished))
         if not below:
             listed = ", ".join(map(str, unfinished))
-            others = f"; unfinished: {listed}; go on with --resume" if listed else ""
-            raise ValueError(f"{path}: no results.json of {kinds} in or below it{others}")
+            others = f"; unfinished: {listed}; finish them with --resume" if listed else ""
+            raise ValueError(f"{path} contains no results.json of {kinds}{others}")
         found |= {folder.resolve(): folder for folder in below}
     notes = [f"unfinished, left out: {folder}" for folder in unfinished]
     return [read_run(folder) for folder in found.values()], notes
 
 
 def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
-    """The outermost run folders: a few-shot run may hold its folds' runs."""
+    """Yield the outermost run folders: a few-shot run may contain runs of its folds."""
     if (folder / "results.json").is_file():
         yield folder
     elif Run.is_at(folder) and "task" in read_checked(folder / "config.json"):
-        unfinished.append(folder)  # a run of pretrain has no task
+        unfinished.append(folder)  # runs of pretrain, which have no task, are skipped
     else:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and not child.is_symlink():
@@ -133,11 +136,11 @@ def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Finished:
-    """A run by its results.json. ValueError for one that is damaged, or of something else."""
+    """Read a run's results.json. ValueError if it is damaged, or not of a downstream run."""
     file = folder / "results.json"
     result = read_checked(file)
     if result.get("task") not in list(CHOSEN_BY):
-        raise ValueError(f"{file}: not a result of jepa3d classify, segment or fewshot")
+        raise ValueError(f"{file} is not a result of jepa3d classify, segment or fewshot")
     for name, kind in _FIELDS.items():
         if not isinstance(value := result.setdefault(name, None), kind):
             needed = getattr(kind, "__name__", kind)
@@ -151,21 +154,24 @@ def read_run(folder: Path) -> Finished:
 
 
 def _origin(init: str, record: dict) -> str:
-    """What an encoder began as, from its pretraining run's record: equal for all seeds of one
-    configuration. An init or teacher that is a run of the same seed (runs/mae-0) counts without it.
+    """Return a key for the origin of an encoder: its init, or the settings and data of its
+    pretraining run without the seed.
+
+    The key is equal for all seeds of one configuration. If the pretraining used a run of the same
+    seed as init or teacher, such as runs/mae-0, the ending -0 is removed.
     """
     if not record or init in BASES:
         return init
     ending = f"-{record.get('seed')}"
 
-    def plain(value: Any) -> Any:
+    def without_seed(value: Any) -> Any:
         if isinstance(value, list):
-            return [plain(item) for item in value]
+            return [without_seed(item) for item in value]
         return value.removesuffix(ending) if isinstance(value, str) else value
 
     others = {"seed", "cost", "commit", *BOOKKEEPING}
     kept = {name: value for name, value in record.items() if name not in others}
-    kept |= {name: plain(kept[name]) for name in ("init", "teacher") if name in kept}
+    kept |= {name: without_seed(kept[name]) for name in ("init", "teacher") if name in kept}
     kept["data"] = (record.get("data") or {}).get("fingerprint")
     return json.dumps(kept, sort_keys=True)
 
@@ -181,9 +187,9 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
 
 
 def arms_of(runs: list[Finished]) -> list[Arm]:
-    """Runs grouped by all but their seeds, scratch and untrained first.
+    """Group runs that differ only in their seed into arms; scratch and untrained come first.
 
-    ValueError for a seed given twice.
+    Raises ValueError if an arm has the same seed twice.
     """
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
@@ -193,16 +199,16 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
             same = first.setdefault((run["seed"], run["pretraining"].get("seed")), run)
             if same is not run:
                 folders = f"{same['folder']} and {run['folder']}"
-                found = f"both seed {run['seed']} of one arm"
-                raise ValueError(f"{folders}: {found}; give one of them")
+                found = f"are the same arm with the same seed {run['seed']}"
+                raise ValueError(f"{folders} {found}; give only one of them")
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Of arms that differ in one setting only, that of the best mean on validation, and notes on
-    what was decided.
+    """Choose among arms that differ only in `setting` the one with the best mean on validation.
 
-    Arms without validation figures are all kept: the test part chooses nothing.
+    Returns the chosen arms, and notes on the choices. Arms without validation metrics are all
+    kept, since the test split must not choose.
     """
     kept, notes = [], []
     for group in _grouped(arms, lambda arm: arm.key(setting)):
@@ -211,7 +217,7 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
         name, result = group[0].label(), group[0].result
         if len(known) < len(group):
             what = f"{name} (selection: {result['selection']})"
-            notes.append(f"NOTE: {what} has no validation figures: every {setting} is kept")
+            notes.append(f"NOTE: {what} has no validation metrics: every {setting} is kept")
         if known:
             best, how = max(known, key=lambda arm: arm.validation or 0), "is the only one"
             if len(known) > 1:
@@ -229,17 +235,17 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
 
 
 def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
-    """Of each task and data set the arms, their paired gains and, where it is a published
-    benchmark, its figures.
+    """Return for each task and data set a table of the arms, one of their paired gains and, for a
+    known benchmark, one of published results.
 
-    `setting` is one to choose on validation. ValueError: no finished run, an unknown setting, a
-    seed given twice.
+    setting: a setting to choose on validation. Raises ValueError for no finished run, an unknown
+    setting, or the same seed twice.
     """
     runs, notes = read_runs(paths)
     known = sorted({name for run in runs for name in run["settings"]})
     if setting is not None and setting not in known:
-        found = f"not a setting of these runs; one of {', '.join(known)}"
-        raise ValueError(f"--choose {setting}: {found}")
+        found = f"is not a setting of these runs; use one of {', '.join(known)}"
+        raise ValueError(f"--choose {setting} {found}")
     sheets = []
     for arms in _grouped(arms_of(runs), Arm.measured_on):
         arms, decided = (arms, []) if setting is None else choose(arms, setting)
@@ -249,17 +255,17 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
             if key := benchmark_of(group[0].result):
                 results = [run for arm in group for run in arm.runs]
                 sheets.append(published_sheet(PUBLISHED[key], results))
-        notes = []  # once is enough
+        notes = []  # only below the first table
     return sheets
 
 
 def _spread(values: list[float], sign: str = "") -> str:
-    """Mean ± sample std of figures; "-" of none."""
+    """Format mean ± sample std of values; "-" if there are none."""
     return mean_std(moments(values), f"{sign}.2f") if values else "-"
 
 
 def _minutes(records: list[dict]) -> str:
-    """Mean CPU-minutes of records of runs, stage I included."""
+    """Format the mean CPU-minutes of runs, stage I included; "-" if unknown."""
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]
     spent = [c["cpu_seconds"] + (c.get("stage1_cpu_seconds") or 0) for c in known]
@@ -271,7 +277,7 @@ def _text(value: Any) -> str:
 
 
 def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
-    """Names of the settings in which arms differ, `setting` always among them."""
+    """Return the names of the settings in which arms differ, and of `setting` in any case."""
     every = [arm.result["settings"] for arm in arms]
     names = dict.fromkeys(name for known in every for name in known)
     values = {name: {json.dumps(known.get(name)) for known in every} for name in names}
@@ -279,11 +285,11 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
-    """A name for each init of the arms, or its path where the names are the same."""
+    """Return a name for each init of the arms; its path if two inits have the same name."""
     names = {arm.init: arm.label() for arm in arms}
     counts = Counter(names.values())
-    several = [arm for arm in arms if counts[names[arm.init]] > 1]
-    return names | {arm.init: arm.result["init"] for arm in several}
+    ambiguous = [arm for arm in arms if counts[names[arm.init]] > 1]
+    return names | {arm.init: arm.result["init"] for arm in ambiguous}
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
@@ -315,10 +321,10 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
     for name, words in (("selection", "selection rules"), ("votes", "votes")):
         found = sorted({arm.result[name] for arm in arms})
         if len(found) > 1:
-            what = f"NOTE: rows of different {words} are not comparable"
+            what = f"NOTE: rows with different {words} are not comparable"
             mixed.append(f"{what}: {', '.join(map(str, found))}")
     if any(arm.rule == ON_TEST for arm in arms):
-        what = "the test part chose the epoch, as in published tables"
+        what = "the epoch was chosen on the test split, as in published tables"
         mixed.append(f"NOTE: {ON_TEST} is optimistic: {what}")
     known = result["settings"].items()
     shared = [f"{name} {_text(value)}" for name, value in known if name not in settings]
@@ -328,10 +334,10 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
 
 
 def _title(result: dict[str, Any]) -> str:
-    """Task and data of a result, in words."""
+    """Return the task and data of a result in words."""
     data = result["data"]
     variant, dropped = data.get("variant"), data.get("dropped_classes") or 0
-    if not isinstance(dropped, int):  # results of older versions only count them
+    if not isinstance(dropped, int):  # older versions stored only their number
         dropped = len(dropped)
     name = f"{data.get('name')} ({variant})" if variant else data.get("name")
     classes = f"{_text(data.get('classes'))} classes"
@@ -340,8 +346,9 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
-    """The gain over scratch or untrained of arms that differ in init only (and in what was chosen),
-    seed by seed.
+    """Return a table of each arm's gain over scratch or untrained, paired by seed.
+
+    Only arms that differ in nothing but their init, and the chosen `setting`, are compared.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
     every = [run["metrics"].keys() for arm in arms for run in arm.runs]
@@ -358,7 +365,7 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
             gains = [paired_gains(arm, base, name) for name in metrics]
             if not any(gains):
                 names = f"{labels[arm.init]} and {base.init}"
-                notes.append(f"{names} have no seed in common")
+                notes.append(f"{names} have no seed in common, so there is no gain")
                 continue
             row = [labels[arm.init], base.init, arm.result["protocol"]]
             row += [*map(arm.setting, settings), arm.rule, str(len(gains[0]))]
@@ -369,8 +376,9 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
 
 
 def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
-    """A run's figure less the mean of the base's of the same seed, for each run of `arm` whose seed
-    the base has.
+    """Return for each run of `arm` its metric minus the base's mean at the same seed.
+
+    Runs whose seed the base lacks are left out.
     """
     bases: dict[int, list[float]] = {}
     for run in base.runs:

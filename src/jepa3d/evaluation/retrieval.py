@@ -1,10 +1,11 @@
-"""`jepa3d retrieval`: how well frozen vectors find labelled shapes, beside an untrained encoder and
-hand-made vectors.
+"""`jepa3d retrieval`: how well frozen vectors retrieve shapes of the same class, compared with an
+untrained encoder and handcrafted descriptors.
 
-Every shape of the part is a query once; the others of it are ranked by likeness, those of its class
-are relevant, and the average precision is taken over the whole ranking (ties by number). Nothing is
-trained, chosen or tuned. Gains are paired by query; their interval is the bootstrap's over queries,
-which says nothing about other training runs.
+Every shape of the split is a query once. The other shapes of the split are ranked by similarity,
+and those of the query's class are relevant. The average precision is computed over the whole
+ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
+paired by query; their interval is a bootstrap over queries, which ignores that training runs
+differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,15 +30,17 @@ from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
 _FITTED = 1024  # train shapes whose statistics standardise a baseline
-_RESAMPLES = 2000
-_NUMBERS = 2**24  # at once: 128 MiB of doubles, a few times
+_RESAMPLES = 2000  # of the bootstrap
+# largest block of similarities: 128 MiB of doubles, and a few copies of it
+_NUMBERS = 2**24
 
 
 def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Whether the nearest shape to each query is of its class, and its average precision: 2 q.
+    """Return two scores of each query, 2 q: whether its nearest shape has its class (0 or 1), and
+    its average precision.
 
-    NaN of a shape alone in its class. similarity: q n, larger is nearer. labels: n. rows: q, which
-    of the n shapes each query is; it does not find itself.
+    Both are NaN for a query alone in its class. similarity: q n, larger is nearer. labels: n. rows:
+    q, the index of each query among the n shapes, where it is excluded from its own ranking.
     """
     similarity, queries = np.array(similarity, np.float64), np.arange(len(rows))
     similarity[queries, rows] = -np.inf
@@ -56,11 +59,9 @@ def search(
     labels: np.ndarray,
     rows: np.ndarray,
 ) -> np.ndarray:
-    """`ranked` 2 q of vectors q E in a gallery n E, a block of queries at a time, so that memory
-    stays bounded.
-    """
+    """Return `ranked` 2 q for vectors q E in a gallery n E, computed in blocks to limit memory."""
     size = max(1, _NUMBERS // len(gallery))
-    blocks = [slice(at, at + size) for at in range(0, len(rows), size)]
+    blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
     found = [ranked(likeness(queries[b], gallery), labels, rows[b]) for b in blocks]
     return np.concatenate(found, 1)
 
@@ -69,8 +70,9 @@ def search(
 def vectors_of(
     model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16
 ) -> np.ndarray:
-    """Vectors n E of prepared clouds n N 3: an encoder's as `embed`, a classifier's [class token ;
-    max over tokens].
+    """Compute the vectors n E of prepared clouds n N 3.
+
+    An encoder's vectors are those of `embed`; a classifier's are [class token ; max over tokens].
     """
     found = []
     for batch in points.split(batch_size):
@@ -83,16 +85,16 @@ def vectors_of(
 
 
 def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % bootstrap interval of the mean of gains n, over queries: its two ends."""
+    """Return the two ends of the 95 % bootstrap interval, over queries, of the mean of gains n."""
     rng = np.random.default_rng(seed)
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """For each name but the first, how much more the first one reaches: mean and interval.
+    """Return for each name the gain of the first name over it: mean and interval.
 
-    values: of the same n queries or shapes under each name, in per cent.
+    values: name -> scores of the same n queries or shapes, in per cent.
     """
     first, *others = values
     gains = {name: values[first] - values[name] for name in others}
@@ -104,7 +106,7 @@ def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def compared_cells(row: dict[str, Any]) -> list[str]:
-    """The two cells of a table that show what `compared` found."""
+    """Return the two table cells that show a gain from `compared`."""
     if "interval" not in row:
         return ["-", "-"]
     low, high = row["interval"]
@@ -112,12 +114,11 @@ def compared_cells(row: dict[str, Any]) -> list[str]:
 
 
 def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> dict[str, Any]:
-    """mAP and nearest neighbours of each model on a part of labelled shapes; of the first one's
-    baselines too.
+    """Score each model, and the baselines of the first model, by mAP and nearest neighbour.
 
-    models: encoders as of `jepa3d.load`, or runs of jepa3d classify. Baselines: its untrained
-    encoder, `baselines`. Classes that train or test lacks are left out. Raises ValueError and
-    ReadError.
+    models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
+    searched. Baselines: an untrained encoder and the handcrafted `baselines`. Classes without train
+    or test shapes are left out. Returns the result record. Raises ValueError and ReadError.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
@@ -140,35 +141,40 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 def opened(
     models: list[str], dataset: LabelledSet, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
-    """For every model its encoder, its descriptor (for the first its baselines too), and the shapes
-    as it reads them; their test part is the part asked for.
+    """Yield for every model its encoder, its descriptors by name, and the shapes as it reads them,
+    whose `test` is the wanted split.
 
-    dataset: its up axis may also be "none". part: train, test or validation, see `Labelled.of`.
-    whole: clouds with all points that the source has.
+    The descriptors of the first model include its baselines. dataset: its up axis may also be
+    "none". part: the split: train, test or validation, see `Labelled.of`. whole: read all points
+    that the clouds have.
     """
-    placed = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
+    upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        if not isinstance(model, Classifier):  # heads of others have no features of their own
+        # other heads use the features of the encoder
+        if not isinstance(model, Classifier):
             model = encoder
         encoder.upright = dataset.up_axis != "none"
         count = encoder.num_points
         count = _points_in(dataset.source, count) if whole else count
-        shapes = placed.read(count, "validation" if part == "validation" else "test")
+        shapes = upright.read(count, "validation" if part == "validation" else "test")
         train = shapes.train
         descriptors = {name: Descriptor(partial(vectors_of, model), cosine)}
         if name == models[0]:
-            some = np.sort(np.random.default_rng(0).permutation(len(train))[:_FITTED])
+            rows = np.sort(np.random.default_rng(0).permutation(len(train))[:_FITTED])
             untrained = untrained_like(encoder, train)
             descriptors["untrained"] = Descriptor(partial(vectors_of, untrained), cosine)
-            descriptors |= baselines(encoder, encoder.prepare(train.points[some]))
+            descriptors |= baselines(encoder, encoder.prepare(train.points[rows]))
         shapes = replace(shapes, test=train) if part == "train" else shapes
         yield encoder, descriptors, shapes
 
 
 def _points_in(data: str, fewest: int) -> int:
-    """Points of every cloud of a bundle or a store; `fewest` of other data, whose clouds differ."""
+    """Return the number of points per cloud in a bundle or store, at least `fewest`.
+
+    Clouds of other data differ in their number of points; then it is `fewest`.
+    """
     path, count = Path(data), None
     if (path / "store.json").is_file():
         count = Store(path).num_points
@@ -179,19 +185,19 @@ def _points_in(data: str, fewest: int) -> int:
 
 
 def data_record(task: str, shapes: Labelled, dataset: LabelledSet, part: str) -> dict[str, Any]:
-    """The part of a result that describes its shapes."""
+    """Return the entries of a result that describe its shapes."""
     data = {"name": shapes.name, "fingerprint": shapes.fingerprint}
     data |= {"labels_key": dataset.labels_key, "part": part}
     return {"task": task, "data": data, "classes": len(shapes.class_names)}
 
 
 def sheet(result: dict[str, Any]) -> Sheet:
-    """The table of a result."""
+    """Return the table of a result."""
     data = result["data"]
     title = (
-        f"{data['name']} ({data['labels_key']}), {data['part']} part: {result['queries']:,} "
-        f"queries of {result['classes']} classes; mean average precision and nearest shape right "
-        "%, frozen vectors, nothing chosen"
+        f"{data['name']} ({data['labels_key']}), {data['part']} split: {result['queries']:,} "
+        f"queries of {result['classes']} classes; mean average precision and nearest neighbour "
+        "correct, %, frozen vectors, nothing chosen"
     )
     rows = [
         [name, f"{row['map']:.1f}", f"{row['nearest']:.1f}", *compared_cells(row)]

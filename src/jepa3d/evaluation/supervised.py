@@ -15,18 +15,19 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
 
 Network = Classifier | LinearClassifier | Segmenter
-VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2  # of the copies that vote: Point-MAE's
+# random scale and largest shift of the copies that vote, as in Point-MAE
+VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2
 
 
 @torch.no_grad()
 def predict(
     network: Network, clouds: PointClouds, votes: int = 1, seed: int = 0, batch_size: int = 64
 ) -> dict[str, np.ndarray]:
-    """`predicted`, n classes or n N parts within each shape's category; of a classifier also
-    `probability` n classes.
+    """Predict the classes or parts of n clouds.
 
-    With several votes, the logits of as many randomly scaled and moved copies are averaged
-    (Point-MAE).
+    votes: with more than one, the logits of this many randomly scaled and moved copies are averaged
+    (Point-MAE). Returns "predicted": classes n, or parts n N of each shape's category; for a
+    classifier also "probability": n C for C classes.
     """
     network.eval().to(device := default_device())
     segments = isinstance(network, Segmenter)
@@ -36,7 +37,8 @@ def predict(
         points, labels = clouds.batch(index), np.zeros(len(index), int)
         if clouds.labels is not None:
             labels = clouds.labels[index]
-        if segments:  # parts belong to rows, which stay in their order
+        # without `prepare`, which reorders points: part labels rely on the order
+        if segments:
             points = unit_sphere(points.double()).to(network.encoder.norm.weight)
         else:
             points = network.encoder.prepare(points)
@@ -44,10 +46,10 @@ def predict(
         total = torch.zeros(())
         for vote in range(votes):
             draws = BatchGenerator(seed, at, stream=f"vote {vote}")
-            seen = points
+            copy = points
             if votes > 1:
-                seen = augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
-            total = total + network(seen, *category).float().cpu()
+                copy = augment(points, VOTE_SCALE, False, VOTE_REACH, draws)
+            total = total + network(copy, *category).float().cpu()
         if isinstance(network, Segmenter):
             predicted.append(restricted_argmax(total.numpy(), labels, _parts_of(network)))
         else:
@@ -62,7 +64,7 @@ def _parts_of(network: Segmenter) -> list[np.ndarray]:
 
 
 def score(network: Network, clouds: PointClouds) -> float:
-    """The figure that chooses an epoch: overall accuracy, or instance mIoU, per cent."""
+    """Return the metric that selects an epoch: overall accuracy or instance mIoU, in per cent."""
     metrics = figures(network, clouds, predict(network, clouds))[0]
     segments = isinstance(network, Segmenter)
     return metrics["instance_miou" if segments else "overall_accuracy"]
@@ -71,9 +73,9 @@ def score(network: Network, clouds: PointClouds) -> float:
 def figures(
     network: Network, clouds: PointClouds, predicted: dict[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Metrics in per cent of what `predict` returned, and their details by class or category.
+    """Return metrics in per cent of the predictions of `predict`, and details by class or category.
 
-    Of a classifier the details have the confusion matrix too, its rows the true classes.
+    For a classifier, the details include the confusion matrix; its rows are the true classes.
     """
     assert clouds.labels is not None
     labels, found = clouds.labels, predicted["predicted"]

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-ON_TEST = "selected on TEST"  # marks your own runs whose epoch was chosen on the test part
+ON_TEST = "selected on TEST"  # marks runs whose epoch was chosen on the test split
 
 
 class Sheet(NamedTuple):
@@ -21,16 +21,16 @@ class Sheet(NamedTuple):
 
 
 def mean_std(found: Mapping[str, Any], form: str = ".1f") -> str:
-    """The text "mean ± std" of `moments`; the mean alone where there is no std.
+    """Format the result of `moments` as "mean ± std", or as the mean if there is no std.
 
-    A sign in the format, as in "+.1f", is that of the mean only.
+    A + in the format, as in "+.1f", applies to the mean only.
     """
     std = "" if found["std"] is None else f" ± {found['std']:{form.lstrip('+')}}"
     return f"{found['mean']:{form}}{std}"
 
 
 def show(sheets: Iterable[Sheet]) -> None:
-    """Print tables with their notes; no cell is cut or wrapped."""
+    """Print tables with their notes, without cutting or wrapping cells."""
     for sheet in sheets:
         table = Table(*map(escape, sheet.columns))
         for row in sheet.rows:
@@ -42,7 +42,7 @@ def show(sheets: Iterable[Sheet]) -> None:
 
 
 def markdown(sheets: Iterable[Sheet], command: str) -> str:
-    """Tables with their notes, and the command that makes them again."""
+    """Write tables with their notes as Markdown, ending with the command that made them."""
 
     def line(cells: list[str]) -> str:
         marked = [f"**{cell}**" if cell == ON_TEST else cell for cell in cells]

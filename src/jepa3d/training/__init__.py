@@ -1,1 +1,1 @@
-"""Runs: the loop, checkpoints, settings in and a folder out."""
+"""Training: from settings and data to a run folder."""

@@ -1,11 +1,11 @@
-"""Targets of frozen teachers, computed once a shape before training instead of in every step.
+"""Targets of frozen teachers, computed once per shape before training instead of in every step.
 
-RUN/cache/targets.npy    a row a shape, memory-mapped; dropped when the run is finished
-RUN/cache/run.json       how many batches of shapes are done, and what they cost
+RUN/cache/targets.npy    one row per shape, memory-mapped; deleted when the run is finished
+RUN/cache/run.json       how many batches of shapes are done, and the time that they took
 
-A variant, not a shortcut to the same numbers: a shape keeps one grouping for the whole run (its
-patches are the same points, moved by each step's augmentation), and the teacher has seen the shape
-as it is, not augmented.
+The results differ from those without a cache. A shape keeps the same patches for the whole run;
+only their points are moved by each step's augmentation. And the teacher sees each shape without
+augmentation.
 """
 
 import os
@@ -31,13 +31,13 @@ from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import clock, spent_since
 
-SAVE_EVERY = 20  # batches
+SAVE_EVERY = 20  # batches between two saves
 FIELDS = ("centers", "patches", "tokens")
 
 
 def row_type(config: PretrainConfig, width: int) -> np.dtype:
-    """What is kept of a shape: indices of the points of centers M and patches M K, tokens M E of a
-    teacher of that width, and a checksum of the three.
+    """Return the type of one shape's row: point indices of the centers [M] and patches [M, K], the
+    teacher's tokens [M, width], and a checksum of the three.
     """
     encoder = config.encoder
     number = np.uint16 if encoder.num_points <= 2**16 else np.int32
@@ -48,37 +48,36 @@ def row_type(config: PretrainConfig, width: int) -> np.dtype:
 
 
 def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) -> None:
-    """ValueError where the disk of a run that does not exist yet cannot hold its targets."""
+    """Raise ValueError if the disk of a new run has no room for its targets."""
     needed = num_shapes * row_type(config, width).itemsize
     disk = next(folder for folder in out.absolute().parents if folder.exists())
     if needed > (free := shutil.disk_usage(disk).free):
-        found = f"the disk has {free / 1e9:.1f} GB"
+        found = f"{free / 1e9:.1f} GB are free"
         raise ValueError(f"target.cache needs {needed / 1e9:.1f} GB in {out}, {found}")
 
 
 class CachedTargets:
-    """Called with an index (n), gives point indices of centers n M and patches n M K, and teacher
-    tokens n M E.
+    """The targets of all shapes; called with n shape indices, it returns the point indices of their
+    centers [n, M] and patches [n, M, K], and the teacher's tokens [n, M, E].
     """
 
     def __init__(self, config: PretrainConfig, num_shapes: int, width: int, folder: Path | None):
-        """Rows in `folder`, or in memory for a dry run (None)."""
+        """Keep the rows in `folder`, or in memory if it is None (dry run)."""
         self.folder, self.file = folder, folder and folder / "targets.npy"
         self.num_shapes, self.kind = num_shapes, row_type(config, width)
         self.rows = np.zeros(0 if folder else num_shapes, self.kind)
 
     def __call__(self, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        found = [torch.from_numpy(self.rows[name][index]) for name in FIELDS]
-        centers, patches, tokens = found
+        fields = [torch.from_numpy(self.rows[name][index]) for name in FIELDS]
+        centers, patches, tokens = fields
         return centers.long(), patches.long(), tokens
 
     @torch.no_grad()
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
-        """Ask the teacher about every shape, in random batches, as its targets may be normalised
-        over a batch.
+        """Compute the targets of all shapes, continuing an interrupted computation.
 
-        Goes on where it was interrupted. Processes share each batch; the first one writes. Raises
-        Interrupted.
+        The batches are random, since targets may be normalised over a batch. The processes share
+        each batch, and the first process writes. Raises Interrupted.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
         encoder = config.encoder
@@ -88,62 +87,65 @@ class CachedTargets:
 
         if state.is_main_process:
             self._open(index_of)
-        state.wait_for_everyone()  # how far it is, is known
+        # before the others read the record that `_open` may replace
+        state.wait_for_everyone()
         record = self._record()
-        began = clock()
+        start = clock()
         teacher = teacher.to(state.device)
-        share, total = size // state.num_processes, -(-count // size)
-        rows = slice(state.process_index * share, (state.process_index + 1) * share)
+        local, total = size // state.num_processes, -(-count // size)
+        rows = slice(state.process_index * local, (state.process_index + 1) * local)
         todo = range(record["batches"], total)
-        state.wait_for_everyone()  # all have read it
+        state.wait_for_everyone()  # before the first process writes a new record
         try:
-            shown = progress_bar(todo, "targets of the frozen teachers")
-            for batch in shown if state.is_main_process else todo:
+            bar = progress_bar(todo, "targets of the frozen teachers")
+            for batch in bar if state.is_main_process else todo:
                 index = index_of(batch)
                 points = clouds.batch(index[rows]).to(state.device)
                 centers = farthest_point_sample(points, encoder.num_groups)
                 patches = knn(gather_points(points, centers), points, encoder.group_size)
                 grouped = groups_at(points, centers, patches)
                 tokens = teacher(grouped.patches, grouped.centers)
-                found = gather([centers, patches, tokens])
+                gathered = gather([centers, patches, tokens])
                 if state.is_main_process:
-                    for name, values in zip(FIELDS, found, strict=True):
+                    for name, values in zip(FIELDS, gathered, strict=True):
                         self.rows[name][index] = values.cpu().numpy()
                     self.rows["checksum"][index] = self._checksums(index)
                     done = batch + 1
                     if self.folder and (done % SAVE_EVERY == 0 or done == total):
                         cast(np.memmap, self.rows).flush()
-                        spent, before = spent_since(began), record["cost"]
+                        spent, before = spent_since(start), record["cost"]
                         cost = {name: before[name] + value for name, value in spent.items()}
-                        kept = {"batches": done, "cost": cost}
-                        write_checked(self.folder / "run.json", kept)
-        except KeyboardInterrupt as stop:
-            found = "stopped while the teachers were asked, saved every few batches"
-            raise Interrupted(found) from stop
+                        new_record = {"batches": done, "cost": cost}
+                        write_checked(self.folder / "run.json", new_record)
+        except KeyboardInterrupt as error:
+            found = f"targets computed so far are saved (every {SAVE_EVERY} batches)"
+            raise Interrupted(f"stopped while computing targets; {found}") from error
         state.wait_for_everyone()
         if todo and state.is_main_process:
-            written, spent = self.rows.nbytes / 1e6, spent_since(began)
-            asked = f"{written:,.1f} MB, asked in {spent['wall_seconds']:.1f} s"
-            log.info(f"targets of {count:,} shapes: {asked}")
-        # only now: what another machine wrote is seen by whoever opens it later
+            written, spent = self.rows.nbytes / 1e6, spent_since(start)
+            computed = f"{written:,.1f} MB, computed in {spent['wall_seconds']:.1f} s"
+            log.info(f"targets of {count:,} shapes: {computed}")
+        # Open the file only now: opened earlier, it might not show what another machine wrote.
         if self.file:
             self.rows = np.load(self.file, mmap_mode="r")
 
     def _checksums(self, index: np.ndarray) -> list[int]:
-        """Of each shape's centers, patches and tokens, which a damaged row does not have."""
-        end = self.kind.itemsize - 4  # where the checksum itself begins
+        """Return each row's checksum of centers, patches and tokens, to recognise damaged rows."""
+        end = self.kind.itemsize - 4  # the checksum itself is the last 4 bytes
         return [zlib.crc32(row.tobytes()[:end]) for row in self.rows[index]]
 
     def _record(self) -> dict[str, Any]:
-        """How many batches are done, and what they cost. Raises ValueError where it is damaged."""
+        """Read how many batches are done, and the time they took. ValueError if damaged."""
         record = self.folder and self.folder / "run.json"
         if record and record.exists():
             return read_checked(record)
         return {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
 
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
-        """Make or open the file; the targets of a damaged one, which is named, will be computed
-        again.
+        """Open the file, or create a new one if it is missing or damaged. Damage is logged, and all
+        targets are computed again.
+
+        index_of: returns the shape indices of a batch.
         """
         if self.folder is None or self.file is None:
             return
@@ -153,16 +155,16 @@ class CachedTargets:
                 for batch in range(done):
                     index = index_of(batch)
                     if (self.rows["checksum"][index] != self._checksums(index)).any():
-                        raise ValueError(f"batch {batch} is not as it was written")
+                        raise ValueError(f"the checksums of batch {batch} are wrong")
                 return
         except (OSError, ValueError, EOFError) as error:
-            found = f"{self.folder}: damaged ({error})"
+            found = f"{self.folder} is damaged ({error})"
             log.info(f"{found}; its targets are computed again")
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         shape = (self.num_shapes,)
         np.lib.format.open_memmap(self.file, "w+", self.kind, shape).flush()
-        # a disk that fills up later would kill the process
+        # Reserve the disk space now: a disk that fills up later would kill the process.
         if hasattr(os, "posix_fallocate"):
             with naming(self.file), self.file.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.file.stat().st_size)

@@ -1,8 +1,8 @@
-"""Checkpoints that a kill at any moment cannot spoil: safetensors and JSON in a new folder, renamed
-when whole.
+"""Checkpoints that survive a kill at any moment: safetensors and JSON are written to a new folder,
+which is renamed when complete.
 
-Two are kept, every file with its checksum: where the newer one is damaged, a run goes on from the
-older one.
+The newest two checkpoints are kept, and every file has a checksum: if the newer one is damaged, the
+run resumes from the older one.
 """
 
 import os
@@ -18,15 +18,14 @@ from jepa3d.models.hub import load_file, save_file
 from jepa3d.models.teacher import Teacher
 from jepa3d.plain import read_checked, write_checked
 
-KEPT = 2
+KEPT = 2  # checkpoints
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
-    """Call write(partial folder), make it durable, then rename it to `path`; if `new`,
-    FileExistsError where one is.
+    """Call write(temporary folder), flush it to disk, then rename it to `path`.
 
-    A failure, such as a full disk, leaves nothing behind; a kill leaves `path` whole, or for
-    `put_back`.
+    new: raise FileExistsError if `path` exists. A failure, such as a full disk, leaves nothing
+    behind. After a kill, `path` is complete or `put_back` restores it.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,8 +49,8 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
 
 
 def put_back(path: Path) -> Path:
-    """Return `path`, after restoring the folder that a kill during `replace_folder` left beside it
-    under another name.
+    """Return `path`. If a kill during `replace_folder` left the folder under its temporary name,
+    rename it back first.
     """
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
@@ -60,7 +59,7 @@ def put_back(path: Path) -> Path:
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything a step changes: all but frozen teachers."""
+    """Return all weights and buffers except those of frozen teachers, which no step changes."""
     teacher, frozen = getattr(model, "teacher", None), ()
     if isinstance(teacher, Teacher):
         others = (i for i in range(len(teacher.networks)) if i != teacher.average)
@@ -72,8 +71,8 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write `folder`/step-NNNNNNN and drop all but it and the one before it; state must hold
-    "step".
+    """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]; keep only it and the
+    newest earlier one.
     """
     moments = {
         f"{index}.{name}": value.cpu()
@@ -90,13 +89,14 @@ def save(
 
     newest = folder / f"step-{state['step']:07d}"
     replace_folder(newest, write)
-    before = [old for old in _all(folder) if old < newest]  # what is newer was damaged
-    for old in set(_all(folder)) - {newest, *before[1 - KEPT :]}:
+    # A checkpoint of a later step was found damaged, and the run resumed before it: delete it too.
+    earlier = [old for old in _all(folder) if old < newest]
+    for old in set(_all(folder)) - {newest, *earlier[1 - KEPT :]}:
         shutil.rmtree(old)
 
 
 def _all(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
+    """Return the checkpoint folders, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
@@ -105,14 +105,14 @@ def restore(
 ) -> tuple[dict[str, Any], list[str]]:
     """Load model and optimizer in place from the newest undamaged checkpoint.
 
-    Returns the saved state and a line for every damaged one, which names its file. ValueError where
-    all are damaged or the weights do not fit.
+    Returns the saved state, and for each damaged checkpoint a line that names the damaged file.
+    Raises ValueError if all are damaged, or if the weights do not fit the model.
     """
     damaged = []
     for checkpoint in reversed(_all(folder)):
         try:
-            found = [read(checkpoint / name) for name, read in _READ.items()]
-            state, weights, moments = found
+            files = [read(checkpoint / name) for name, read in _READ.items()]
+            state, weights, moments = files
         except ValueError as error:
             damaged.append(str(error))
             continue
@@ -124,8 +124,8 @@ def restore(
             entries.setdefault(int(index), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        return state, [f"{line}; going on from {checkpoint.name}" for line in damaged]
-    hint = "no whole checkpoint is left: begin again with another --out"
+        return state, [f"{line}; resuming from {checkpoint.name}" for line in damaged]
+    hint = "no undamaged checkpoint is left: start again with another --out"
     raise ValueError(f"{'; '.join(damaged)}; {hint}")
 
 
@@ -137,8 +137,8 @@ _READ: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def _check_fit(checkpoint: Path, weights: dict[str, Any], expected: dict[str, Any]) -> None:
-    """ValueError unless the weights have the names and shapes of those expected."""
+    """Raise ValueError unless the weights have the expected names and shapes."""
     shapes, wanted = ({(k, v.shape) for k, v in found.items()} for found in (weights, expected))
     if wrong := {name for name, _ in shapes ^ wanted}:
-        found = f"first of {len(wrong)}: {min(wrong)}"
-        raise ValueError(f"{checkpoint}: does not fit this model ({found})")
+        found = f"{len(wrong)} names or shapes differ, first {min(wrong)}"
+        raise ValueError(f"{checkpoint} does not fit this model: {found}")

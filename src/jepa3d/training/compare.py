@@ -1,10 +1,14 @@
-"""`jepa3d compare`: the arms of a grid, trained with the same seeds, scored once and set against a
-reference.
+"""`jepa3d compare`: train the arms of a grid with the same seeds, score each once, and compare it
+with a reference arm.
 
-OUT/runs/ARM-SEED/   a run of jepa3d pretrain, ARM-lrRATE-SEED where rates are searched; scores-*.json, its outcomes,
-                     and in the reference's runs those of the baselines
-OUT/costs.json       what a step costs, where arms get equal CPU time     OUT/log.txt    what training printed
-OUT/table.md         the tables            OUT/compare.json  all of it    OUT/compare.png  differences with intervals
+OUT/runs/ARM-SEED/   a run of jepa3d pretrain and its scores-*.json; the reference's runs also have
+                     the scores of the baselines. If learning rates are searched, the name is
+                     ARM-lrRATE-SEED
+OUT/costs.json       CPU seconds per step, if arms get equal CPU time
+OUT/log.txt          the log of the trainings
+OUT/table.md         the tables
+OUT/compare.json     all results
+OUT/compare.png      the differences with their intervals
 """
 
 import logging
@@ -41,29 +45,29 @@ BASELINES = ("untrained", *BY_HAND)
 
 
 class Comparison:
-    """The runs and scores of a grid in a folder. What exists is used; the rest is made, with a line
-    of the log per run.
+    """The runs and scores of a grid in a folder. Existing ones are used, missing ones are computed;
+    each run logs one line.
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
-        """Read the scored sets and check what is there.
+        """Read the scored sets, and check that existing runs have the settings of the grid.
 
         Raises ValueError, before anything is trained.
         """
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
-        # run -> why it failed, None where it did not
+        # run -> why it failed, or None if it succeeded
         self.ended: dict[Path, str | None] = {}
-        self.failed: dict[str, str] = {}  # arm -> why
-        self.rates: dict[str, float | None] = {}  # arm -> the learning rate chosen
+        self.failed: dict[str, str] = {}  # arm -> why it failed
+        self.rates: dict[str, float | None] = {}  # arm -> its chosen learning rate
         self.total = len(grid.arms) * (len(grid.rates) + len(grid.seeds) - 1)
         parts: set[Part] = {part, "validation"} if len(grid.rates) > 1 else {part}
         for dataset, config, scored in product(sets, grid.arms.values(), parts):
             self.shapes(dataset, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
-            log.info("measuring what a step of each arm costs, unless known already")
+            log.info("measuring the CPU time per step of arms where it is unknown")
             with self._quiet():
                 grid = at_equal_time(grid, out)
         self.grid = grid
@@ -74,7 +78,7 @@ class Comparison:
                     config = settle(grid.config(arm, seed, rate), folder)
                     runs.check_unchanged(config, folder)
             except ValueError as error:
-                text = f"{error}; give a changed arm another name"
+                text = f"{error}; a changed arm needs another name"
                 raise ValueError(f"{grid.path}: arms.{arm}: {text}") from error
         self.steps = {}
         for arm, config in grid.arms.items():
@@ -83,16 +87,16 @@ class Comparison:
         text = ", ".join(f"{arm} {steps:,}" for arm, steps in self.steps.items())
         log.info(f"steps of a run: {text}")
         if grid.cpu_minutes is None and len(set(self.steps.values())) > 1:
-            found = f"equal steps, but they are {text}"
+            found = f"the arms must have equal steps, but have {text}"
             raise ValueError(f"{grid.path}: {found}; give all arms the same max_steps")
 
     def folder(self, arm: str, seed: int, rate: float | None) -> Path:
-        """The folder of a run."""
-        tried = "" if rate is None else f"-lr{rate:g}"
-        return self.out / "runs" / f"{arm}{tried}-{seed}"
+        """Return the folder of a run."""
+        suffix = "" if rate is None else f"-lr{rate:g}"
+        return self.out / "runs" / f"{arm}{suffix}-{seed}"
 
     def run(self) -> list[paired.Row]:
-        """Train and score everything."""
+        """Train and score all arms; returns the rows of all tables."""
         grid, rows = self.grid, []
         for arm in grid.arms:
             self.rates[arm] = self._choose_rate(arm)
@@ -115,43 +119,43 @@ class Comparison:
         return rows
 
     def notes(self) -> list[str]:
-        """The protocol in words."""
+        """Return the protocol in words, as notes of the table."""
         grid, equal = self.grid, "equal steps"
         if grid.cpu_minutes is not None:
             minutes = f"{grid.cpu_minutes:g} minutes a run"
             equal = f"equal CPU time, {minutes}, stage I included"
-        rule = "every arm as it is written, nothing searched"
+        rule = "every arm with its own settings, nothing searched"
         if len(grid.rates) > 1:
             tried = ", ".join(f"{rate:g}" for rate in grid.rates)
-            rule = f"learning rate of {tried}, by 10 labels a class on the validation part, seed {grid.seeds[0]}"
+            rule = f"learning rate of {tried}, by 10 labels a class on the validation split, seed {grid.seeds[0]}"
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; chosen: {rule}",
-            "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 draws; kNN: 10 "
-            "nearest; both standardised by train. mAP, nearest neighbour: within the scored part, vectors as they are",
-            "a row other than the reference: difference from it, paired by seed and by shape, with its 95 % interval "
-            "over both (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. Of twenty "
-            "equal rows one is called better or worse by chance",
+            "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 samples; kNN: "
+            "10 nearest; both standardised by train. mAP, nearest neighbour: in the scored split, vectors unchanged",
+            "other rows: difference from the reference, paired by seed and by shape, with its 95 % interval over seeds "
+            "and shapes (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. By chance, "
+            "this happens to one of twenty rows that are equal to the reference",
         ]
         if len(grid.seeds) == 1:
-            what = "the intervals are over shapes alone and say nothing about other runs"
+            what = "the intervals are over shapes alone, not over training runs"
             notes.append(f"NOTE: one seed: {what}")
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
-            rule = "epoch chosen on a fifth of these; untrained: from scratch"
+            rule = "epoch chosen on a fifth of these; untrained is trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
             notes.append(f"{name}: selection {rule}")
             trained = {arm: (to_dict(config), dataset.source) for arm, config in grid.arms.items()}
             if seen := [arm for arm, known in trained.items() if was_seen(*known, self.part)]:
-                what = "scored shapes were among the unlabelled ones of pretraining"
+                what = "scored shapes were also used unlabelled in pretraining"
                 notes.append(f"{name}: {what}: {', '.join(seen)}")
         failed = self.failed.items()
         return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in failed]
 
     def record(self, rows: list[paired.Row]) -> dict[str, Any]:
-        """The result as JSON."""
+        """Return the result as JSON."""
         grid, arms = self.grid, {}
         for arm, config in grid.arms.items():
             minutes = None
@@ -164,7 +168,7 @@ class Comparison:
                 "lr": self.rates[arm] or config.lr,
                 "steps": self.steps[arm],
                 "failed": self.failed.get(arm),
-                "cpu_minutes": minutes,  # of a run, stage I included, mean over seeds
+                "cpu_minutes": minutes,  # per run, stage I included, mean over seeds
             }
         names = ("title", "reference", "seeds", "rates", "cpu_minutes")
         return {
@@ -179,7 +183,7 @@ class Comparison:
         }
 
     def sheets(self, rows: list[paired.Row], record: dict[str, Any]) -> list[Sheet]:
-        """The arms with the protocol, then a table for every set."""
+        """Return a table of the arms with the protocol, then a table for every set."""
         arms, lines, about = record["arms"], [], {}
         for arm, values in arms.items():
             changed = plain_settings(values["overrides"]).items()
@@ -191,14 +195,14 @@ class Comparison:
         for dataset, name in self.names.items():
             shapes = self._read(dataset, record["reference"])
             size = f"{len(shapes.test):,} shapes of {len(shapes.class_names)} classes"
-            about[name] = f"{size}, {self.part} part; %, mean ± std over seeds"
+            about[name] = f"{size}, {self.part} split; %, mean ± std over seeds"
         minutes = {arm: arms[arm]["cpu_minutes"] for arm in arms.keys() - self.failed}
         first = Sheet(title, columns, lines, record["notes"])
         return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
     def _choose_rate(self, arm: str) -> float | None:
-        """The learning rate that is best by 10 labels a class on the validation parts, mean over
-        sets, first seed.
+        """Return the learning rate whose run with the first seed has the best logistic_10 accuracy,
+        averaged over the validation splits of all sets. None if no rate works, or none is searched.
         """
         rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
@@ -215,10 +219,7 @@ class Comparison:
         return max(scores, key=scores.__getitem__, default=None)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
-        """Train a run, or go on with it; says so in a line.
-
-        Returns why it failed, None where it did not.
-        """
+        """Train or resume a run, and log a line. Returns why it failed, or None if it succeeded."""
         folder, config = self.folder(arm, seed, rate), self.grid.config(arm, seed, rate)
         if folder in self.ended:
             return self.ended[folder]
@@ -243,8 +244,8 @@ class Comparison:
         return reason
 
     def _load(self, config: PretrainConfig) -> PointClouds:
-        """The shapes of a run; runs of the same data share them."""
-        # with views twice as many points are read
+        """Load the shapes of a run; runs on the same data share them."""
+        # `clouds_of` reads twice as many points for views
         viewed = config.objective == "jepa" and config.target.view > 0
         sizes = viewed, config.encoder.num_points
         key = config.data, config.split, config.up_axis, *sizes
@@ -254,7 +255,7 @@ class Comparison:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """A context in which log lines go to OUT/log.txt."""
+        """Return a context in which the log goes to OUT/log.txt."""
         handlers, level = log.handlers[:], log.level
         file = logging.FileHandler(self.out / "log.txt", encoding="utf-8", delay=True)
         log.handlers = [file]
@@ -267,12 +268,12 @@ class Comparison:
             file.close()
 
     def _runs(self, arm: str) -> dict[int, Path]:
-        """Seed -> the run of an arm at its learning rate."""
+        """Return for each seed the folder of an arm's run at the chosen learning rate."""
         rate = self.rates[arm]
         return {seed: self.folder(arm, seed, rate) for seed in self.grid.seeds}
 
     def _read(self, dataset: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
-        """A scored set at the points of an arm."""
+        """Read a scored set with the number of points of an arm."""
         size = self.grid.arms[arm].encoder.num_points
         return self.shapes(dataset, size, part or self.part)
 
@@ -284,9 +285,10 @@ class Comparison:
         runs: dict[int, Path] | None = None,
         part: Part | None = None,
     ) -> paired.Outcomes:
-        """Outcomes, seeds x shapes, of what `vectors_by` calls `name` in the runs of an arm.
+        """Return the outcomes, seeds x shapes, of the vectors `name` in an arm's runs.
 
-        Vectors made by hand are the same for every seed, which only draws labels.
+        name: as in `vectors_by`. Handcrafted vectors are computed once; for them, seeds only choose
+        the labelled shapes.
         """
         shapes, runs = self._read(dataset, arm, part), runs or self._runs(arm)
         vectors = cache(lambda run: paired.vectors_by(name, run, shapes))
@@ -297,10 +299,11 @@ class Comparison:
         return {name: np.stack([some[name] for some in found]) for name in found[0]}
 
     def _finetuned(self, name: str, arm: str, dataset: LabelledSet) -> np.ndarray:
-        """Per cent right of every shape, seeds x shapes, after fine-tuning from the runs' encoders
-        called `name`: encoder or untrained.
+        """Fine-tune from the encoders `name` (encoder or untrained) of an arm's runs.
+
+        Returns, seeds x shapes, 100 where the class is predicted correctly and 0 where not.
         """
-        shapes, right = self._read(dataset, arm), []
+        shapes, correct = self._read(dataset, arm), []
         source, key, axis = dataset
         data: dict[str, Any] = {"data": source, "labels_key": key, "up_axis": axis}
         for seed, run in self._runs(arm).items():
@@ -310,12 +313,12 @@ class Comparison:
                 finetune(config, folder, folder.exists(), data=shapes)
             log.info(f"fine-tuned: {run.name}, {name}")
             with np.load(folder / "predictions.npz") as found:
-                right.append(100.0 * (found["predicted"] == found["label"]))
-        return np.stack(right)
+                correct.append(100.0 * (found["predicted"] == found["label"]))
+        return np.stack(correct)
 
 
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[paired.Row]:
-    """Make the comparison in `out`, print its tables and write them there.
+    """Run the comparison in the folder `out`; print its tables and write them there.
 
     Raises ValueError and loop.Interrupted.
     """
@@ -326,6 +329,6 @@ def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[
     show(sheets)
     write_json(out / "compare.json", record)
     write_bytes(out / "table.md", markdown(sheets, record["command"]).encode())
-    title = f"{grid.title}: difference from {grid.reference}, {part} part"
+    title = f"{grid.title}: difference from {grid.reference}, {part} split"
     draw_differences(rows, out / "compare.png", title)
     return rows

@@ -1,9 +1,8 @@
-"""How a run computes: precision and compilation, by rule or by a trial, what trades time for
-memory; trackers.
+"""How a run computes: its precision, compilation and activation checkpoints; also its trackers.
 
-bf16 doubles the speed of one processor and halves that of another: `mixed_precision` auto is a rule
-that looks at the machine alone. A trial (`mixed_precision` measure, `compile` auto) times some
-steps of this model. RUN/run.json says what was taken, and a resumed run keeps to it.
+bf16 doubles the speed of some processors and halves that of others. `mixed_precision` auto chooses
+by the processor alone. `mixed_precision` measure and `compile` auto choose by a trial, which times
+some steps of this model. RUN/run.json records the choice, and a resumed run keeps it.
 """
 
 import copy
@@ -31,38 +30,39 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.plain import log
 from jepa3d.run import Run
 
-ON_CPU = not torch.accelerator.is_available()  # Accelerate joins processes on a CPU only when told
-WARM_UP, STEPS = 2, 5  # of a trial
-How = tuple[str, bool]  # precision, whether compiled
+# passed on to Accelerate, which otherwise does not connect processes on a machine without GPU
+ON_CPU = not torch.accelerator.is_available()
+WARM_UP, STEPS = 2, 5  # steps of a trial: those not counted, and those timed
+How = tuple[str, bool]  # precision, and whether blocks are compiled
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
-    """Whether blocks drop what their gradient needs and compute it again: the same numbers."""
+    """Set whether blocks recompute their activations for the gradient: less memory, same result."""
     for module in objective.modules():
         if isinstance(module, PointEncoder | ContextAwareDecoder):
             module.checkpoints = wanted
 
 
 def tracker(name: str | None, run: Path | None) -> list[Any]:
-    """What Accelerate is to log with: the tracker of that name, none for a dry run.
+    """Return Accelerate's `log_with` for a tracker name: [name], or [] for a dry run or None.
 
-    Raises ValueError for one that it does not know, or whose package is missing (Accelerate would
-    leave it out).
+    Raises ValueError for an unknown tracker, and for one whose package is missing, which Accelerate
+    would ignore.
     """
     if name is None:
         return []
     if name not in LOGGER_TYPE_TO_CLASS:
         known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        raise ValueError(f"--track {name}: one of {known}")
+        raise ValueError(f"--track {name} is unknown: use one of {known}")
     if not filter_trackers([name], str(run)):
         package = "tensorboardX" if name == "tensorboard" else name.replace("_", "-")
-        raise ValueError(f"--track {name}: pip install {package}")
+        raise ValueError(f"--track {name} needs a package: pip install {package}")
     return [name] if run else []
 
 
 def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
-    """Nested settings as trackers take them: dotted names, numbers and texts."""
+    """Flatten nested settings for trackers: dotted names, and numbers or strings as values."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -74,10 +74,10 @@ def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
 
 
 def compile_blocks(objective: nn.Module) -> None:
-    """Each transformer block by `torch.compile`, for any number of rows; names of weights stay as
-    they are.
+    """Compile each transformer block with `torch.compile`, for any number of rows. The names of the
+    weights stay the same.
     """
-    # blocks of teacher, student, decoder, padded or not, in two precisions
+    # enough for the blocks of teacher, student and decoder, padded or not, in two precisions
     torch._dynamo.config.recompile_limit = 64
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
@@ -85,28 +85,30 @@ def compile_blocks(objective: nn.Module) -> None:
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 is quicker than fp32 here: a GPU with bf16 of its own, or without a GPU a
-    processor with AMX.
+    """Whether bf16 is faster than fp32 here: on a GPU that supports bf16 natively, or without a GPU
+    on a processor with AMX.
     """
     if not ON_CPU:
-        # Apple's GPUs have no answer
+        # torch has no such function for Apple's GPUs: there bf16 is not used
         supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
-    # torch has no public name for it
+    # private, since torch has no public function for it
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return amx is not None and amx()
 
 
 def settle(config: Config, run: Path | None = None) -> Config:
-    """The configuration with mixed_precision auto replaced by bf16 or no: as the started `run` has
-    it, else by rule.
+    """Replace mixed_precision auto in the configuration by bf16 or no.
+
+    run: a started run whose precision is kept; with None, `has_fast_bf16` decides.
     """
     if config.mixed_precision != "auto":
         return config
     if run:
         return replace(config, mixed_precision=Run(run).config["mixed_precision"])
-    state, found = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
-    precision = broadcast_object_list(found)[0]  # every process as the first one
+    state, choice = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
+    # every process takes the first one's choice
+    precision = broadcast_object_list(choice)[0]
     if state.is_main_process:
         how = f"{named(precision)} on {device_name()}"
         log.info(f"computing in {how} (mixed_precision auto)")
@@ -114,7 +116,7 @@ def settle(config: Config, run: Path | None = None) -> Config:
 
 
 def device_name() -> str:
-    """What computes here, for the record: a GPU's own name, "CPU with AMX" or "CPU"."""
+    """Return the name of the device: that of the GPU, or "CPU with AMX", or "CPU"."""
     if not ON_CPU:
         name_of = getattr(torch.get_device_module(), "get_device_name", None)
         return name_of() if name_of else str(torch.accelerator.current_accelerator())
@@ -122,8 +124,10 @@ def device_name() -> str:
 
 
 def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) -> How:
-    """Precision and whether to compile: those that the run began with, else those of its settings,
-    or of a trial.
+    """Return the precision and whether to compile.
+
+    A resumed run keeps its first choice; a new one follows its settings, or a trial if they ask for
+    it.
     """
     is_main, device = PartialState(cpu=ON_CPU).is_main_process, device_name()
     found: dict[str, Any] | None = Run(run).engine if run else None
@@ -136,36 +140,37 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
         if run and is_main:
             record = Run(run).record | {"engine": found | {"device": device}}
             write_json(run / "run.json", record)
-    elif is_main and (before := found.get("device", device)) != device:
+    elif is_main and (old_device := found.get("device", device)) != device:
         how = named(found["mixed_precision"], found["compile"])
-        log.info(f"{run}: begun in {how} on {before}; goes on in {how} on {device}")
+        log.info(f"{run}: started in {how} on {old_device}; continues in {how} on {device}")
     return found["mixed_precision"], found["compile"]
 
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
-    """What a trial finds quickest, and the seconds of everything tried; the first process says so."""
+    """Choose the fastest way by a trial, and log it. Returns it with the seconds of all ways."""
     precision, measured = config.mixed_precision, config.mixed_precision == "measure"
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
     hows = list(product(("no", "bf16") if measured else (precision,), ways))
     seconds = trial(task, clouds, config, hows)
-    # every process as the first one
+    # every process takes the first one's choice
     choice = broadcast_object_list([min(seconds, key=seconds.__getitem__)])
     precision, compiled = choice[0]
     tried = {named(*how): value for how, value in seconds.items()}
     if PartialState(cpu=ON_CPU).is_main_process:
         text = ", ".join(f"{how} {1000 * value:.0f}" for how, value in tried.items())
-        log.info(f"trial, ms a pass: {text}; taken: {named(precision, compiled)}")
+        log.info(f"trial, forward and backward in ms: {text}; chosen: {named(precision, compiled)}")
     return {"mixed_precision": precision, "compile": compiled, "seconds": tried}
 
 
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
-    """Median seconds of a forward and backward pass of a copy of the task, in turns; every process
-    takes part.
+    """Time forward and backward passes on copies of the task, alternating between `hows`.
+
+    Returns the median seconds of each. All processes must call this.
     """
     state = PartialState(cpu=ON_CPU)
     device = cast(torch.device, state.device)
-    share = task.schedule.batch_size // state.num_processes // config.accumulate
-    index = np.arange(share) % len(clouds)
+    rows = task.schedule.batch_size // state.num_processes // config.accumulate
+    index = np.arange(rows) % len(clouds)
     points = clouds.batch(index).to(device)
     targets = [t.to(device) for t in task.targets(index)] if task.targets else ()
     copies = {how: copy.deepcopy(task.objective).to(device).train() for how in hows}
@@ -183,12 +188,12 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                     loss = objective(points, draws, 0.0, *targets).loss
                 loss.backward()
                 loss.item()  # wait for the device
-            # no compiler, say, or no kernel of that precision
+            # There may be no compiler, or no kernel of that precision.
             except RuntimeError as error:
-                # The others would wait for this one.
+                # With several processes, the others would wait for this one forever.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
-                log.info(f"trial of {named(*how)}: {str(error).splitlines()[0]}")
+                log.info(f"trial of {named(*how)} failed: {str(error).splitlines()[0]}")
                 del copies[how]
             objective.zero_grad()
             times[how].append(time.perf_counter() - start)
@@ -196,6 +201,6 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
 
 
 def named(precision: str, compiled: bool = False) -> str:
-    """A precision and whether compiled, in words."""
+    """Return a readable name, such as "bf16, compiled"."""
     name = "fp32" if precision == "no" else precision
     return f"{name}, compiled" if compiled else name

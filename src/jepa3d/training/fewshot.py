@@ -1,8 +1,10 @@
-"""Few-shot runs: episodes drawn once and kept, each fine-tuned in its own folder or scored on
-frozen features.
+"""Few-shot runs: episodes are sampled once and saved; each is fine-tuned in its own folder, or
+scored on frozen features.
 
-OUT/config.json, run.json   as of pretraining                OUT/episodes.json  rows of the data, where they were drawn
-OUT/start/    the encoder that every episode begins with     OUT/fold-N/        a run of finetune.py, where fine-tuned
+OUT/config.json, run.json   as in pretraining
+OUT/episodes.json           the sampled episodes, as rows of the data
+OUT/start/                  the encoder that every episode starts from
+OUT/fold-N/                 a run of finetune.py, if fine-tuned
 OUT/results.json            mean and standard deviation over folds
 """
 
@@ -33,15 +35,16 @@ METHODS = {
 
 @runs.exclusive
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
-    """Score every fold and write their mean.
+    """Score every fold, and write their mean to OUT/results.json. Returns `out`.
 
     Raises ValueError, before anything is written, and loop.Interrupted.
     """
-    config = replace(config, select="last")  # W * S labels are too few to spare some
+    # too few labels to hold some out for validation
+    config = replace(config, select="last")
     config, encoder, started = begin(config, out, resume)
     if started and runs.close_if_finished(out):
         return out
-    clouds, folds, drawn = _folds(config, out / "episodes.json")
+    clouds, folds, episodes = _folds(config, out / "episodes.json")
     trains = config.method == "finetune"
     head = f", {TRAINED[config.trained]}" if trains and config.trained != "all" else ""
     protocol = f"{config.ways}-way {config.shots}-shot, {METHODS[config.method]}{head}"
@@ -56,24 +59,24 @@ def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
         record = {"pretraining": pretraining_of(config.init)}
         networks = {"start": encoder} if encoder else {}
         runs.create(out, {"task": "fewshot"} | to_dict(config), clouds, record, networks)
-        if drawn and runs.is_main():
-            fewshot.save_episodes(out / "episodes.json", drawn, clouds.fingerprint)
+        if episodes and runs.is_main():
+            fewshot.save_episodes(out / "episodes.json", episodes, clouds.fingerprint)
     runs.wait_for_everyone()
 
     if trains:
         scores, cost = _finetuned(config, out, protocol, folds, encoder)
     else:
         assert encoder is not None
-        began = clock()
+        start = clock()
         pairs = [(fold.train, fold.test) for fold in folds]
         scores = [fewshot.accuracy(encoder, *pair, config.method) for pair in pairs]
-        cost = spent_since(began)
+        cost = spent_since(start)
     found = moments(scores)
     metrics = {"overall_accuracy": found["mean"]}
     if len(folds) > 1:
         metrics["std_over_folds"] = found["std"]
     if runs.is_main():
-        variant = None if drawn else "ModelNet40 few-shot"
+        variant = None if episodes else "ModelNet40 few-shot"
         sizes = {name: getattr(config, name) for name in ("ways", "shots", "queries")}
         result = {
             "protocol": protocol,
@@ -96,7 +99,7 @@ def _finetuned(
     folds: list[Labelled],
     encoder: PointEncoder | None,
 ) -> tuple[list[float], dict[str, float]]:
-    """Accuracy of every fold, each a run of its own with its own seed, and what they cost together."""
+    """Fine-tune every fold in its own run and seed; returns all accuracies and the summed cost."""
     scores, costs = [], []
     for i, data in enumerate(folds):
         fold, folder = replace(config, seed=config.seed + i), out / f"fold-{i}"
@@ -106,7 +109,7 @@ def _finetuned(
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         log.info(f"fold {i}: {scores[-1]:.1f} %")
-        # At the paper's size a gigabyte or two a setting, and no use.
+        # Nothing reads the folds' networks, which fill 1 or 2 GB at the paper's size.
         for network in ("start", "model"):
             shutil.rmtree(folder / network, ignore_errors=True)
     names = ("wall_seconds", "cpu_seconds")
@@ -116,8 +119,10 @@ def _finetuned(
 def _folds(
     config: FewshotConfig, saved: Path
 ) -> tuple[PointClouds, list[Labelled], list[fewshot.Episode] | None]:
-    """The data, its folds and, unless they are the published ones at config.data, their episodes:
-    those saved before, or drawn with the seed.
+    """Return the data, its folds and their episodes.
+
+    The episodes are those saved before, or sampled with the seed. They are None if `config.data`
+    holds the published folds.
     """
     num_points = config.num_points or config.encoder.num_points
     sizes, queries = (config.ways, config.shots, config.folds), config.queries

@@ -1,10 +1,14 @@
-"""Supervised runs, classification and part segmentation: labelled shapes and an encoder in, a
-folder out.
+"""Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, into a
+run folder.
 
-RUN/config.json, run.json, metrics.jsonl, checkpoints/    as of pretraining (pretrain.py); config.json names the task
-RUN/start/     the encoder before the first step          RUN/best/         the best epoch so far, while running
-RUN/model/     the network of the selected epoch          RUN/results.json  its test figures (evaluation/protocol.py)
-RUN/predictions.npz  what it says of every test shape
+RUN/config.json       the settings, and the task's name
+RUN/start/            the encoder before the first step
+RUN/best/             the network of the best epoch so far, while running
+RUN/model/            the network of the selected epoch
+RUN/results.json      its metrics on the test shapes
+RUN/predictions.npz   its predictions for the test shapes
+
+The folder also has run.json, metrics.jsonl and checkpoints/, as in pretraining (run.py).
 """
 
 import io
@@ -38,7 +42,7 @@ from jepa3d.validate import validate
 Config = TypeVar("Config", bound=FinetuneConfig)
 TRAINED = {"all": "all weights", "head": "head only", "head_first": "head first"}
 SELECTION = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
-FEW = 100  # labels below which none are spared to choose an epoch by
+FEW = 100  # with fewer labels, none are held out to choose the epoch
 
 
 @runs.exclusive
@@ -51,11 +55,12 @@ def finetune(
     encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
-    """Train a classifier (of a SegmentConfig a part segmenter) into `out`, choose its epoch, test
-    it once.
+    """Train a classifier, or for a SegmentConfig a part segmenter; choose its epoch; test it once.
 
-    `data` None loads `config.data`, `encoder` None loads `config.init`. Raises ValueError for
-    settings or data that cannot work, before anything is written, and loop.Interrupted.
+    stop_at: the step to stop at early. data: None to load `config.data`. encoder: None to load
+    `config.init`. protocol: the protocol's name in the result; None for `protocol_name`. Returns
+    the run's folder `out`. Raises ValueError for settings or data that cannot work, before anything
+    is written, and loop.Interrupted.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.close_if_finished(out):
@@ -63,8 +68,8 @@ def finetune(
     segments = isinstance(config, SegmentConfig)
     num_points = config.num_points or config.encoder.num_points
     data = data or Labelled.load(config, num_points, parts=segments)
-    select, share = selection(config, data)
-    train, validation = data.divide(config.labels, share, config.seed)
+    select, held_out = selection(config, data)
+    train, validation = data.divide(config.labels, held_out, config.seed)
     network = make_network(config, data, train, encoder)
     if started:
         runs.check_same_data(train, out)
@@ -75,36 +80,36 @@ def finetune(
         runs.create(out, settings, train, record, {"start": network.encoder})
     runs.wait_for_everyone()
 
-    seen = {"validation": validation, "best-on-test": data.test, "last": None}[select]
+    scored = {"validation": validation, "best-on-test": data.test, "last": None}[select]
     task = Task(
         Supervised(network, config.label_smoothing, config.trained),
         config,
         "model",
         network,
         targets=partial(_targets, train),
-        look=None if seen is None else partial(score, network, seen),
-        looks_at="test" if select == "best-on-test" else "validation",
+        scorer=None if scored is None else partial(score, network, scored),
+        scored_split="test" if select == "best-on-test" else "validation",
         layer_decay=config.layer_decay,
-        looks_first=config.trained == "head_first",
+        scores_first=config.trained == "head_first",
     )
     state = fit(task, train, config, out, stop_at)
-    if seen is not None:
+    if scored is not None:
         network = type(network).from_pretrained(checkpoint.put_back(out / "best"))
     if runs.is_main():
         checkpoint.replace_folder(out / "model", network.save_pretrained)
         predicted = predict(network, data.test, config.votes, config.seed)
         _write_predictions(out / "predictions.npz", data, predicted)
         metrics, details = figures(network, data.test, predicted)
-        chosen_by = None
+        val_metrics = None
         if validation is not None:
-            chosen_by, _ = figures(network, validation, predict(network, validation))
+            val_metrics, _ = figures(network, validation, predict(network, validation))
         precision = {"mixed_precision": state["mixed_precision"]}
         result = {
             "protocol": protocol or protocol_name(config),
             "data": data.record(train, validation, config.labels),
             "selection": SELECTION[select],
             "metrics": metrics,
-            "validation": chosen_by,
+            "validation": val_metrics,
             "details": details,
             "settings": arm_settings(config) | precision,
         }
@@ -117,10 +122,11 @@ def finetune(
 def begin(
     config: Config, out: Path, resume: bool, encoder: PointEncoder | None = None
 ) -> tuple[Config, PointEncoder | None, bool]:
-    """Settings with the encoder's sizes, the encoder if not from scratch, and whether `out` is a
-    run to continue.
+    """Check the settings, and load the encoder.
 
-    Raises ValueError for settings that cannot work or are not those that the run began with.
+    Returns the settings with the encoder's sizes, the encoder (None from scratch), and whether
+    `out` is a run to continue. Raises ValueError for settings that cannot work, or that differ from
+    those of the run to continue.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -135,7 +141,7 @@ def begin(
 
 
 def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Labels B, and where there are any parts B N, of the shapes at index."""
+    """Return labels [B] and, if the shapes have them, parts [B, N] of the shapes at index."""
     assert clouds.labels is not None
     labels = torch.from_numpy(clouds.labels[index])
     if clouds.parts is None:
@@ -144,31 +150,31 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
 
 
 def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder | None:
-    """The encoder that a run begins with, on its number of points and patches; None from scratch.
+    """Load the encoder that a run starts from, with the run's number of points and patches.
 
-    `copied` is a started run's copy, which serves whatever became of the source. ValueError where it
-    is no encoder.
+    Returns None for a run from scratch. copied: the copy in a started run, read instead of the
+    source, which may have changed. Raises ValueError if it is not an encoder.
     """
     source = str(copied) if copied else config.init
     if source is None:
         return None
     loaded = load_module(source)
     if not isinstance(loaded, PointEncoder):
-        raise ValueError(f"--init {source}: not an encoder")
+        raise ValueError(f"--init {source} is not an encoder")
     encoder = PointEncoder(**vars(encoder_config(loaded)) | size_overrides(config))
     encoder.load_weights(loaded)
     return encoder
 
 
 def encoder_config(encoder: PointEncoder) -> EncoderConfig:
-    """The arguments that an encoder was made with."""
+    """Return the arguments that an encoder was created with."""
     arguments = vars(encoder)["_hub_mixin_config"]
     names = vars(EncoderConfig()).keys() & arguments.keys()
     return EncoderConfig(**{name: arguments[name] for name in names})
 
 
 def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
-    """Points and patches per cloud, where they are not the encoder's."""
+    """Return the settings num_points and num_groups, if they are set, to replace the encoder's."""
     found = {"num_points": config.num_points, "num_groups": config.num_groups}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -176,10 +182,10 @@ def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
 def make_network(
     config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
 ) -> Network:
-    """A network whose weights are the seed's, those of its encoder replaced by `encoder`'s where
-    there is one.
+    """Create the network with random weights from the seed, then copy the weights of `encoder` if
+    it is not None.
 
-    Head first, its head is fitted to the encoder's vectors of the train shapes.
+    With trained "head_first", the head is fitted to the encoder's vectors of the train shapes.
     """
     arguments: dict[str, Any] = vars(config.encoder) | size_overrides(config)
     classes = list(data.class_names)
@@ -205,28 +211,28 @@ def make_network(
 
 
 def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
-    """How the epoch is chosen, and the share of the labelled shapes that this takes."""
+    """Return how the epoch is chosen, and the share of the labelled shapes held out for it."""
     if config.select != "validation":
         return config.select, 0.0
     if data.validation is not None and config.labels == 1:
         return "validation", 0.0
     labelled = len(data.labelled(config.labels, config.seed))
     if labelled < FEW or config.validation == 0:
-        found = "none are spared to choose an epoch by, the last one counts"
-        log.info(f"{labelled} labelled shapes: {found}")
+        consequence = "none are held out for validation, and the last epoch is used"
+        log.info(f"{labelled} labelled shapes: {consequence}")
         return "last", 0.0
     return "validation", config.validation
 
 
 def protocol_name(config: FinetuneConfig) -> str:
-    """What is trained, in words."""
+    """Return the protocol's name: what is trained, in words."""
     if isinstance(config, SegmentConfig):
         return "part segmentation" + ("" if config.trained == "all" else ", head only")
     decay = "" if config.layer_decay == 1 else f", layer decay {config.layer_decay}"
     return f"fine-tuned, {TRAINED[config.trained]}{decay}"
 
 
-ARM = (  # settings that arms of one comparison may differ in
+ARM = (  # settings in which the arms of one comparison may differ
     "lr weight_decay epochs max_steps warmup_epochs batch_size labels trained layer_decay dropout "
     "label_smoothing scale rotate translate mixed_precision labels_key layers validation clip_grad "
     "min_lr up_axis accumulate compile"
@@ -234,7 +240,7 @@ ARM = (  # settings that arms of one comparison may differ in
 
 
 def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings that arms of one comparison may differ in, with the sizes of the encoder."""
+    """Return the settings in which arms of one comparison may differ, with the encoder's sizes."""
     known = to_dict(config)
     sizes = known["encoder"] | size_overrides(config)
     names = "embed_dim depth num_heads group_size drop_path num_points num_groups".split()
@@ -243,14 +249,14 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def pretraining_of(init: str | None) -> dict | None:
-    """A pretraining run's settings and which of its encoders `init` is, with its data, cost and
-    commit.
+    """Return the settings, data, cost and commit of the pretraining run that `init` is part of.
 
-    None where `init` is no such run, or a run's untrained encoder.
+    "encoder_of" says which of the run's encoders `init` is. Returns None if `init` does not belong
+    to a pretraining run, or is its untrained encoder.
     """
     if init is None or Path(init).name == "untrained":
         return None
-    # of a run, its encoder or a snapshot
+    # init is a run, or in it the folder encoder or snapshots/step-N
     folders = (Path(init), *Path(init).parents[:2])
     run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
     if run is None or run.task != "pretrain":

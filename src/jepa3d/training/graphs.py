@@ -1,8 +1,8 @@
-"""A pass as a graph that a GPU repeats: one launch by the host instead of two thousand, which is
-what a step waits for.
+"""CUDA graphs: record a step's forward and backward once, then let the GPU replay it with one
+launch instead of two thousand.
 
-Measured on an H200 (docs/performance.md): the paper's step keeps the GPU busy for 17 ms and the
-host for 50.
+Without a graph, a step waits for the host: on an H200 (docs/performance.md), the paper's step
+takes the GPU 17 ms and the host 50 ms.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from jepa3d.config import PretrainConfig, RunConfig
 from jepa3d.ops import BatchGenerator, RepeatedDraws
 
-WARM_UP = 3  # passes before a graph is recorded, as torch asks for
+WARM_UP = 3  # calls before a graph is recorded, as torch demands
 
 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
-    """Whether every pass of a run has one of few shapes: random masks or one block, unlike contexts
-    of any length.
+    """Whether a run's step can be recorded as graphs, one per set of tensor sizes.
+
+    This needs few different sizes, as random masks and one block have; multi-block contexts vary in
+    length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
@@ -33,16 +35,17 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
 
 class Repeated:
-    """Forward and backward of `run(points, generator)`, recorded once for each set of sizes drawn,
-    then repeated.
+    """Records forward and backward of `run(points, generator)` once for each set of tensor sizes,
+    and replays the recording.
 
-    The result and the gradients of `model` stay valid until the next call. Each graph has its own
-    draws in its own buffers, those that `run` would have made.
+    The result and the gradients of `model` are overwritten by the next call. Before each replay,
+    the random numbers that `run` would draw are written into the graph's own buffers.
     """
 
     def __init__(self, run: Callable[[Tensor, BatchGenerator], Any], model: nn.Module):
         self.run, self.model, self.recorded = run, model, {}
-        self.sizes: dict[str, int] | None = None  # the streams by which sizes are drawn, once known
+        # random streams that choose sizes; None before the first recording
+        self.sizes: dict[str, int] | None = None
         self.pool = None
 
     def __call__(self, points: Tensor, generator: BatchGenerator) -> Any:
@@ -53,8 +56,8 @@ class Repeated:
             self.sizes = draws.choices
             key = self._key(points, generator)
             self.recorded[key] = recorded
-        graph, seen, draws, output, gradients = self.recorded[key]
-        seen.copy_(points, non_blocking=True)
+        graph, inputs, draws, output, gradients = self.recorded[key]
+        inputs.copy_(points, non_blocking=True)
         draws.redraw(generator.step)
         graph.replay()
         for parameter, gradient in gradients:
@@ -62,42 +65,43 @@ class Repeated:
         return output
 
     def _key(self, points: Tensor, generator: BatchGenerator) -> tuple:
-        """Everything that decides the shapes of a pass: the batch's and the sizes that it draws."""
+        """Return what decides the tensor sizes: the shape of the batch, and the sampled sizes."""
         assert self.sizes is not None
-        drawn = []
+        sizes = []
         for name, count in self.sizes.items():
             stream = BatchGenerator(generator.seed, generator.step, stream=name)
-            drawn.append(stream.choice(count))
-        return points.shape, *drawn
+            sizes.append(stream.choice(count))
+        return points.shape, *sizes
 
     def _record(self, points: Tensor, draws: RepeatedDraws) -> tuple:
-        """The graph, its points, draws, output and gradients. What warming up moved is put back."""
+        """Record a graph; returns it with its input points, draws, output and gradients.
+
+        Buffers that the warm-up changed are restored.
+        """
         device = torch.get_device_module(points.device)
-        seen, kept = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
+        inputs, saved = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        aside = device.Stream()
-        aside.wait_stream(device.current_stream())
-        with device.stream(aside):
+        side_stream = device.Stream()
+        side_stream.wait_stream(device.current_stream())
+        with device.stream(side_stream):
             for _ in range(WARM_UP):
-                self.run(seen, RepeatedDraws(draws.seed, draws.step, parent=draws))
+                self.run(inputs, RepeatedDraws(draws.seed, draws.step, parent=draws))
                 for parameter in parameters:
                     parameter.grad = None
-        device.current_stream().wait_stream(aside)
+        device.current_stream().wait_stream(side_stream)
         graph = device.CUDAGraph()
-        # Another thread reads ahead.
+        # thread_local, since another thread reads the next batch meanwhile
         with device.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.run(seen, RepeatedDraws(draws.seed, draws.step, parent=draws))
+            output = self.run(inputs, RepeatedDraws(draws.seed, draws.step, parent=draws))
         self.pool = graph.pool()
-        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+        for buffer, value in zip(self.model.buffers(), saved, strict=True):
             buffer.copy_(value)
         gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        return graph, seen, draws, detached(output), gradients
+        return graph, inputs, draws, detached(output), gradients
 
 
 def detached(output: Any) -> Any:
-    """The same named tuple without its history, which would keep nodes of this recording for the
-    next.
-    """
+    """Detach the tensors of a named tuple, so that autograd drops this recording's nodes."""
     return type(output)(
         *(value.detach() if isinstance(value, Tensor) else value for value in output)
     )

@@ -1,5 +1,5 @@
-"""Grids: the arms of a comparison, read from YAML and resolved, and the steps that equal CPU time
-gives each.
+"""Grids: the arms of a comparison with their full settings, read from YAML; also the number of
+steps of each arm at equal CPU time.
 """
 
 import re
@@ -17,28 +17,29 @@ from jepa3d.plain import from_dict, merge, nearest, read_checked, read_recipe, w
 from jepa3d.training.pretrain import check, cpu_costs
 from jepa3d.validate import validate
 
-ROUNDS = 3  # of measuring what a step costs, arm after arm
+ROUNDS = 3  # how often the CPU time per step of all arms is measured
 
 
 class Grid(NamedTuple):
-    """Arms to compare, resolved."""
+    """The arms to compare, each with its full settings."""
 
     path: Path
     title: str
     arms: dict[str, PretrainConfig]
-    overrides: dict[str, dict]  # of each arm, as written
+    overrides: dict[str, dict]  # arm -> its own settings, as in the file
     reference: str
     seeds: tuple[int, ...]
-    # learning rates to choose from; (None,) leaves each arm its own
+    # learning rates to choose from; (None,): each arm keeps its own
     rates: tuple[float | None, ...]
-    cpu_minutes: float | None  # of every run, stage I included; None: equal steps
+    cpu_minutes: float | None  # per run, stage I included; None: equal steps
     finetune: FinetuneConfig  # how arms are fine-tuned on the first scored set
-    finetuned: tuple[str, ...]  # which are
+    finetuned: tuple[str, ...]  # the arms that are fine-tuned
 
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
-        """The configuration of one run.
+        """Return the configuration of one run.
 
-        The rate is that of the arm's own objective, as of `config.resolve`; stage I keeps its own.
+        rate: the learning rate of the arm's objective; None for the arm's own. Stage I keeps its
+        own rate.
         """
         config = self.arms[arm]
         return replace(config, seed=seed, lr=config.lr if rate is None else rate)
@@ -46,7 +47,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class _File:
-    """The keys of a grid file, but for `equal`."""
+    """The keys of a grid file except `equal`."""
 
     arms: dict
     reference: str
@@ -60,10 +61,10 @@ class _File:
 
 
 def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
-    """The grid in a file. `common`: overrides that win over its settings, but not over an arm's
-    own.
+    """Read a grid from a file.
 
-    reserved: names that no arm may have. Raises ValueError, which names the file and the key.
+    common: overrides of the file's common settings, but not of an arm's own settings. reserved:
+    names that no arm may have. Raises ValueError, which names the file and the key.
     """
     values = read_recipe(path)
     try:
@@ -71,44 +72,44 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         timed = isinstance(equal, dict) and len(equal) == 1
         minutes = equal.get("cpu_minutes") if timed else None
         if equal != "steps" and not (isinstance(minutes, int | float) and minutes > 0):
-            allowed = "steps, or {cpu_minutes: M} with M above 0"
-            raise ValueError(f"equal {equal!r}: {allowed}")
+            allowed = "use steps, or {cpu_minutes: M} with M above 0"
+            raise ValueError(f"equal is {equal!r}: {allowed}")
         for key in ("arms", "reference", "seeds"):
             if key not in values:
                 raise ValueError(f"{key} is missing")
         file = from_dict(_File, values)
         arms = {str(k): {} if v is None else v for k, v in file.arms.items()}
         if not arms:
-            raise ValueError("arms: none given, and at least one is needed")
+            raise ValueError("arms is empty: give at least one")
         if file.reference not in arms:
             hint = nearest(file.reference, arms)
-            raise ValueError(f"reference {file.reference!r} is no arm{hint}")
+            raise ValueError(f"reference {file.reference!r} is not an arm{hint}")
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
                 found = f"{key} {list(given)}"
-                raise ValueError(f"{found}: one at least, and each only once")
+                raise ValueError(f"{found}: give at least one, and each only once")
         tuning = _finetuning(file, arms)
         layers = [*_base(path, file), file.settings, common]
         settings.resolve(*layers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    ruled = ["seed", *["lr"] * bool(file.lr), *["max_steps"] * (minutes is not None)]
+    fixed = ["seed", *["lr"] * bool(file.lr), *["max_steps"] * (minutes is not None)]
     rates, title = file.lr or (None,), file.title or path.stem
     grid = Grid(path, title, {}, arms, file.reference, file.seeds, rates, minutes, *tuning)
     for name, changes in arms.items():
         try:
             if not re.fullmatch(r"[\w.+-]+", name) or name in reserved:
-                allowed = "a name of letters, digits, . + - and _"
-                raise ValueError(f"{allowed}, but not {', '.join(reserved)}")
+                allowed = "a name may have letters, digits, . + - and _"
+                raise ValueError(f"{allowed}, and must not be {', '.join(reserved)}")
             if not isinstance(changes, dict):
-                allowed = "the settings in which it differs, {} for none"
+                allowed = "give the settings in which it differs, {} for none"
                 raise ValueError(f"{allowed}, not {changes!r}")
             grid.arms[name] = config = settings.resolve(*layers, changes)
             written = changes | changes.get(config.objective, {})
-            if clash := [key for key in ruled if key in written]:
-                raise ValueError(f"{clash[0]} is set by the grid, for all arms alike")
+            if clash := [key for key in fixed if key in written]:
+                raise ValueError(f"{clash[0]} is set by the grid for all arms")
             if config.objective == "dvae":
-                raise ValueError("objective dvae trains no encoder")
+                raise ValueError("objective dvae trains no encoder to compare")
             for seed, rate in product(grid.seeds, grid.rates):
                 check(grid.config(name, seed, rate))
         except ValueError as error:
@@ -117,12 +118,12 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
 
 
 def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple[str, ...]]:
-    """How arms are fine-tuned, by settings of jepa3d classify over those of the preset, and which."""
+    """Return how arms are fine-tuned (the preset, changed by the file), and which arms are."""
     chosen = file.finetune.get("arms", [*arms] if file.finetune else [])
     if not isinstance(chosen, list) or not set(chosen) <= {*arms}:
-        raise ValueError(f"finetune.arms {chosen!r}: a list of some of {', '.join(arms)}")
+        raise ValueError(f"finetune.arms is {chosen!r}: give a list of arms from {', '.join(arms)}")
     changes = {key: value for key, value in file.finetune.items() if key != "arms"}
-    changes["data"] = "-"  # the first scored set, which is not known yet
+    changes["data"] = "-"  # stands for the first scored set, which is not known yet
     base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
     config = from_dict(FinetuneConfig, merge(base, changes))
     validate(config)
@@ -130,9 +131,9 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
 
 
 def _base(grid: Path, file: _File) -> list[dict]:
-    """The layers of the grid's preset, or of its recipe, beside the grid or at a path."""
+    """Return the settings of the grid's preset or recipe; a recipe may lie beside the grid."""
     if (file.preset is None) == (file.recipe is None):
-        raise ValueError("preset or recipe: one of the two is needed")
+        raise ValueError("give either preset or recipe")
     if file.preset:
         return [settings.preset(file.preset)]
     name = str(file.recipe)
@@ -142,10 +143,10 @@ def _base(grid: Path, file: _File) -> list[dict]:
 
 
 def at_equal_time(grid: Grid, out: Path) -> Grid:
-    """The grid with as many steps for each arm as its CPU-minutes allow, by costs measured once:
-    out/costs.json.
+    """Return the grid with as many steps for each arm as its CPU-minutes allow.
 
-    Raises ValueError for an arm that changed since, or whose stage I takes all the time.
+    The CPU time per step is measured once and saved in out/costs.json. Raises ValueError for an arm
+    that changed since then, or whose stage I takes all the time.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"
@@ -155,18 +156,18 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
         if changed := settings.differences(plain[name], known[name]["settings"]):
             setting, (now, then) = next(iter(changed.items()))
             reason = f"{setting} was {then} when its cost was measured ({file})"
-            hint = f"not {now}; give the changed arm another name"
+            hint = f"not {now}; a changed arm needs another name"
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
-        # The machine may be busier now: what was measured before is measured again beside it.
+        # The machine may be busier now: measure an old arm again, and scale the new costs by it.
         again = [name for name in grid.arms if name in known][:1]
-        asked = {name: grid.arms[name] for name in [*new, *again]}.items()
-        rounds = [{name: cpu_costs(arm) for name, arm in asked} for _ in range(ROUNDS)]
+        todo = {name: grid.arms[name] for name in [*new, *again]}.items()
+        rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]
         pairs = {name: [costs[name] for costs in rounds] for name in rounds[0]}
-        found = {name: np.median(costs, 0) for name, costs in pairs.items()}
-        scale = known[again[0]]["step"] / found[again[0]][1] if again else 1.0
+        medians = {name: np.median(costs, 0) for name, costs in pairs.items()}
+        scale = known[again[0]]["step"] / medians[again[0]][1] if again else 1.0
         for name in new:
-            before, step = (scale * seconds for seconds in found[name])
+            before, step = (scale * seconds for seconds in medians[name])
             known[name] = {"before": before, "step": step, "settings": plain[name]}
         write_checked(file, {"unit": "CPU-seconds", "arms": known})
     arms = {}

@@ -10,11 +10,10 @@ from jepa3d.config import Schedule
 
 
 def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """Weight decay on matrices only: none on biases, norms and single tokens. Fused: one kernel a
-    step.
+    """Create the optimiser. Only matrices have weight decay: not biases, norms or single tokens.
 
-    `layer_decay` lowers the rates of an encoder's blocks from the last to the first (BEiT), as each
-    group's "lr_scale".
+    layer_decay: factor by which the learning rate falls from each encoder block to the one before
+    it (BEiT), stored as "lr_scale" of the parameter groups.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -33,8 +32,9 @@ _LAYER = re.compile(r".*?\bencoder\.(?:blocks\.(\d+)|tokenizer|position)\.")
 
 
 def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """layer_decay^(depth + 1 - layer): layer 0 before an encoder's blocks, i + 1 block i, depth + 1
-    after them.
+    """Return each parameter's factor of the learning rate, layer_decay^(depth + 1 - layer).
+
+    layer: 0 for tokenizer and position embedding, i + 1 for block i, depth + 1 for all else.
     """
     found = {name: _LAYER.match(name) for name, _ in model.named_parameters()}
     layers = {name: int(match[1] or -1) + 1 for name, match in found.items() if match}
@@ -43,17 +43,17 @@ def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def total_steps(schedule: Schedule, num_samples: int) -> int:
-    """Optimiser steps of the whole schedule."""
+    """Return the number of optimiser steps of the whole schedule."""
     steps = math.ceil(schedule.epochs * num_samples / schedule.batch_size)
     return schedule.max_steps or max(1, steps)
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:
-    """Linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth of the run), then a cosine
-    to `min_lr`.
+    """Return the rate of a step: linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth
+    of the run), then a cosine to `min_lr`.
 
-    The cosine counts from the first step, not from the end of the warm-up, as timm's of Point-MAE
-    and ACT does.
+    The cosine starts at the first step, not at the end of the warm-up, like timm's scheduler in
+    Point-MAE and ACT.
     """
     warmup = min(schedule.warmup_epochs * num_samples / schedule.batch_size, total / 10)
     share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2

@@ -1,4 +1,4 @@
-"""Pretraining: settings and data in, a run folder out (`run.py`), in one stage or two."""
+"""Pretraining: from settings and data to a run folder (`run.py`), in one stage or two."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -36,15 +36,16 @@ from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
-TIMED_STEPS = 9  # of a stage whose cost is measured; the first is not timed
+# steps taken to measure the CPU time per step of a stage; the first is not timed
+TIMED_STEPS = 9
 
 
 def make_task(
     config: PretrainConfig, objective: str, clouds: PointClouds, networks: dict[str, Network]
 ) -> Task:
-    """The task that the loop trains for an objective.
+    """Build the task that the loop trains for an objective.
 
-    networks: those of stage I and those given, by name.
+    networks: those of stage I and those that the settings name, by name.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -52,28 +53,28 @@ def make_task(
         dvae = make_dvae(config)
         return Task(Autoencoding(config.dvae, dvae), schedule, "dvae", dvae)
     encoder = PointEncoder(**vars(config.encoder))
-    # An EMA teacher reads these statistics from step 1.
+    # An EMA teacher uses these BatchNorm statistics from step 1.
     calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
     if objective == "jepa":
-        # before a warm start, the average after it
+        # "untrained" is copied before a warm start, "ema" after it
         networks = networks | {"untrained": copy.deepcopy(encoder)}
         if config.init:
             warm_start(encoder, networks[config.init], config.init)
         networks["ema"] = copy.deepcopy(encoder)
         trained: Any = JEPA(config, encoder, make_teacher(config, networks))
     else:
-        rivals = {"generative": Generative, "invariance": Invariance}
-        trained = (rivals.get(objective) or load_code(objective))(config, encoder)
+        others = {"generative": Generative, "invariance": Invariance}
+        trained = (others.get(objective) or load_code(objective))(config, encoder)
     return Task(trained, schedule, "encoder", encoder, augments=objective != "invariance")
 
 
 def _some(seed: int, count: int) -> np.ndarray:
-    """The 512 shapes, or all of fewer, whose statistics an encoder is given."""
+    """Choose up to 512 random shapes, whose statistics an encoder gets."""
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
 def _export(network: Network, clouds: PointClouds, seed: int, folder: Path) -> None:
-    """Save a network; an encoder with vectors standardised by some of the clouds."""
+    """Save a network; an encoder also gets the statistics that standardise its vectors."""
     if isinstance(network, PointEncoder):
         network = copy.deepcopy(network).eval()
         standardise_vectors(network, clouds.batch(_some(seed, len(clouds))))
@@ -81,7 +82,7 @@ def _export(network: Network, clouds: PointClouds, seed: int, folder: Path) -> N
 
 
 def make_dvae(config: PretrainConfig) -> DVAE:
-    """The stage-I dVAE, with the student's num_groups and group_size."""
+    """Create the stage-I dVAE, with the student's num_groups and group_size."""
     names = "width num_codes num_points tokenizer_dim dgcnn_dim folding_dim".split()
     sizes = {name: getattr(config.dvae, name) for name in names}
     encoder = config.encoder
@@ -91,7 +92,7 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """All teachers of the configuration joined; None where there is none."""
+    """Combine all teachers of the configuration into one; returns None if there is none."""
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
@@ -100,13 +101,13 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
-    """Copy the weights and statistics of `source`. ValueError where its architecture differs."""
+    """Copy weights and statistics from `source`. ValueError if its architecture differs."""
     try:
         encoder.load_weights(source)
     except RuntimeError as error:
-        hint = "encoder.*; encoder.qkv_bias for one older than that setting"
-        found = f"not an encoder of this run's sizes ({hint})"
-        raise ValueError(f"init {name}: {found}") from error
+        hint = "compare encoder.*; encoders of old versions need encoder.qkv_bias"
+        found = f"is not an encoder of this run's sizes: {hint}"
+        raise ValueError(f"init {name} {found}") from error
 
 
 @runs.exclusive
@@ -118,12 +119,12 @@ def pretrain(
     clouds: PointClouds | None = None,
     stage_one: Iterable[Path] = (),
 ) -> Path:
-    """Run `config` into the folder `out`, stage I first for every network that 3D-JEPA needs and
-    does not get.
+    """Pretrain with the settings `config` into the folder `out`, after training its stage I.
 
-    A finished run of `stage_one` whose settings are those that stage I needs is copied instead of
-    trained again. Raises ValueError for settings or data that cannot work, before anything is
-    written, and loop.Interrupted.
+    stop_at: the step to stop at early. clouds: the data if loaded already. stage_one: earlier
+    stage-I runs; a finished one with the settings that stage I needs is copied instead of trained
+    again. Raises ValueError for settings or data that cannot work, before anything is written, and
+    loop.Interrupted.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -159,15 +160,15 @@ def pretrain(
         if is_main() and not folder.exists():
             runs.copy_twin(config.stage(name), folder, stage_one)
         wait_for_everyone()
-        its_clouds = stage_clouds.get(name, clouds)
-        pretrain(config.stage(name), folder, folder.exists(), clouds=its_clouds)
+        clouds_of_stage = stage_clouds.get(name, clouds)
+        pretrain(config.stage(name), folder, folder.exists(), clouds=clouds_of_stage)
         networks[name] = load_module(str(folder))
     task = make_task(config, config.objective, clouds, networks)
     if task.export == "encoder" and is_main() and not (out / "untrained").exists():
-        fresh, cold = task, replace(config, init=None)
+        untrained, cold = task, replace(config, init=None)
         if config.init:
-            fresh = make_task(cold, config.objective, clouds, networks)
-        _export(fresh.module, clouds, config.seed, out / "untrained")
+            untrained = make_task(cold, config.objective, clouds, networks)
+        _export(untrained.module, clouds, config.seed, out / "untrained")
     state = fit(with_cache(task, clouds, config, out), clouds, config, out, stop_at)
     if is_main():
         _export(task.module, clouds, config.seed, out / task.export)
@@ -177,14 +178,15 @@ def pretrain(
 
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
-    """The frozen teacher whose targets the configuration wants computed beforehand."""
+    """Return the frozen teacher if target.cache is set, to compute its targets beforehand."""
     cached = config.target.cache and isinstance(task.objective, JEPA)
     return task.objective.teacher if cached else None
 
 
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
-    """The task with its teacher's targets computed beforehand, where wanted; in memory without a
-    run.
+    """Compute the teacher's targets if target.cache is set; returns the task that uses them.
+
+    out: the run's folder, which gets them; None to keep them in memory.
     """
     teacher = teacher_to_cache(config, task)
     if teacher is None:
@@ -196,9 +198,9 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
 
 
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
-    """The networks that the configuration names by folder, Hub id or function.
+    """Load the networks that the configuration names by folder, Hub id or function.
 
-    A started run has copies of the first two, in given/.
+    started: a started run, which has copies of the networks from folders and the Hub in given/.
     """
     if config.objective != "jepa":
         return {}
@@ -221,14 +223,15 @@ def clouds_of(
     loaded: PointClouds | None = None,
     limit: int | None = None,
 ) -> PointClouds:
-    """The data at the number of points of an objective, twice that for views if it has them.
+    """Load the data with the number of points of an objective.
 
-    `loaded` is returned as it is if it has that number already.
+    Objectives with views get twice as many points, if the data has them. loaded: returned unchanged
+    if it already has the correct number. limit: the largest number of clouds.
     """
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
     viewed = objective == "jepa" and config.target.view > 0
-    # A view of twice the points still has enough when some are cut away; not all data has them.
+    # Views cut points away, so twice as many points are read; some data does not have so many.
     sizes = (2 * num_points, num_points) if viewed else (num_points,)
     if loaded is not None and loaded.points.shape[1] in sizes:
         return loaded
@@ -239,8 +242,8 @@ def clouds_of(
 
 
 def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Network]) -> Task:
-    """Build every stage and draw one sample, so that what cannot work fails before anything is
-    written.
+    """Build every stage and sample one mask, so that impossible settings fail before anything is
+    written. Returns the task of the last stage.
     """
     tasks = {name: make_task(config, name, clouds, {}) for name in config.stages}
     stages = {name: task.module for name, task in tasks.items()}
@@ -257,9 +260,9 @@ def try_stages(
 ) -> Iterator[tuple[str, Task, PointClouds, int, dict, dict]]:
     """Take `steps` steps of every stage on the clouds of two batches; nothing is written.
 
-    Yields the stage, its task, the clouds, how many shapes the whole data has, wall and CPU seconds
-    of asking the teachers about all of them (0 unless their targets are cached), and the state of
-    `fit`.
+    Yields for each stage: its name, its task, the clouds, the number of shapes in the whole data,
+    the estimated wall and CPU seconds to cache the teachers' targets of all shapes (0 if they are
+    not cached), and the final state of `fit`.
     """
     networks = load_given(config, None)
     for stage in (*config.stages, config.objective):
@@ -268,39 +271,40 @@ def try_stages(
         shapes = clouds.available or len(clouds)
         task = make_task(config, stage, clouds, networks)
         task = replace(task, schedule=replace(schedule, max_steps=steps))
-        began = clock()
+        start = clock()
         task = with_cache(task, clouds, config, None)
         scale = shapes / len(clouds) if task.targets else 0
-        asking = {name: scale * seconds for name, seconds in spent_since(began).items()}
+        caching = {name: scale * seconds for name, seconds in spent_since(start).items()}
         quiet = replace(config, log_every=steps, snapshot_every=None)
         state = fit(task, clouds, quiet, None)
         networks[stage] = task.module
-        yield stage, task, clouds, shapes, asking, state
+        yield stage, task, clouds, shapes, caching, state
 
 
 def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
-    """CPU-seconds of a run before its own first step (stage I, asking teachers), and of each of its
-    steps; measured.
+    """Measure the CPU seconds that a run takes before its first step (stage I and cached targets),
+    and those per step.
     """
     before, step = 0.0, 0.0
-    for stage, _, _, shapes, asking, state in try_stages(settle(config), TIMED_STEPS):
+    for stage, _, _, shapes, caching, state in try_stages(settle(config), TIMED_STEPS):
         step = state["step_cpu_seconds"]
-        before += asking["cpu_seconds"]
+        before += caching["cpu_seconds"]
         if stage != config.objective:
             before += step * total_steps(config.schedule(stage), shapes)
     return before, step
 
 
 def dry_run(config: PretrainConfig) -> None:
-    """Resolve data, build, take two steps of every stage, print what the whole run will cost, write
-    nothing.
+    """Take two steps of every stage, and print the time, memory and disk that the whole run needs.
+
+    Nothing is written.
     """
     check(config := settle(config))
     spent, memory, disk, shapes = [], 0.0, 0, 0
-    for stage, task, clouds, shapes, asking, state in try_stages(config, 2):
+    for stage, task, clouds, shapes, caching, state in try_stages(config, 2):
         if teacher := teacher_to_cache(config, task):
             disk += shapes * cache.row_type(config, teacher.width).itemsize
-            spent.append(("asking the teachers", asking["wall_seconds"]))
+            spent.append(("caching targets", caching["wall_seconds"]))
         size, batch = count_parameters(task.module), config.schedule(stage).batch_size
         steps = total_steps(config.schedule(stage), shapes)
         what = f"{stage} {steps:,} steps of {batch}"
@@ -308,7 +312,7 @@ def dry_run(config: PretrainConfig) -> None:
         in_memory = runs.ON_CPU and not clouds.shard_sizes
         unread = (shapes - len(clouds)) * clouds.points[0].nbytes if in_memory else 0
         memory = max(memory, state["peak_memory"] + unread)
-        # Two checkpoints of weights and two moments; what is kept before and after, and on the way.
+        # Two checkpoints, each of weights and two moments; the network before and after; snapshots.
         snapshots = 2
         if config.snapshot_every and stage == config.objective:
             snapshots += steps // config.snapshot_every
@@ -328,7 +332,7 @@ def dry_run(config: PretrainConfig) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Write a number of seconds as text, such as "2 h 5 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -336,7 +340,7 @@ def duration(seconds: float) -> str:
 
 
 def check(config: PretrainConfig) -> None:
-    """Settings that can be refused before data is read."""
+    """Check the settings before any data is read. Raises ValueError."""
     validate(config)
     for objective in (*config.stages, config.objective):
         size = config.schedule(objective).batch_size

@@ -1,5 +1,5 @@
-"""Progress of a run: a line or a bar for people, metrics.jsonl for programs, and what the run has
-cost.
+"""Progress of a run: a line or a bar on the terminal, the file metrics.jsonl, and the time and
+memory that the run has used.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from jepa3d.plain import log, naming, progress_bar, write_bytes
 from jepa3d.run import Run
 
-SHOWN = (  # of a step's figures, on the line
+SHOWN = (  # metrics shown on the progress line
     "loss accuracy validation test constant_loss prediction_std prediction_rankme reconstruction "
     "perplexity"
 ).split()
@@ -22,31 +22,31 @@ BAR = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 def clock() -> dict[str, float]:
-    """CPU time of this process, all threads, and wall time, to be compared with a later one."""
+    """CPU time (all threads of this process) and wall time; only differences have a meaning."""
     return {"cpu_seconds": time.process_time(), "wall_seconds": time.perf_counter()}
 
 
-def spent_since(began: dict[str, float]) -> dict[str, float]:
-    """CPU and wall seconds since `began`, an earlier `clock()`."""
-    return {name: now - began[name] for name, now in clock().items()}
+def spent_since(start: dict[str, float]) -> dict[str, float]:
+    """Return the CPU and wall seconds since `start`, an earlier `clock()`."""
+    return {name: now - start[name] for name, now in clock().items()}
 
 
 def peak_memory() -> int:
-    """Bytes: the accelerator's peak where one is used, else the process's peak resident set."""
+    """Return the peak memory in bytes: of the accelerator if there is one, else of the process."""
     measure = getattr(torch.get_device_module(), "max_memory_allocated", None)
     if torch.accelerator.is_available() and measure:
         return measure()
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    import resource  # Windows has none
+    import resource  # does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Progress:
-    """Shows and records a run from `state["step"]` to `total`; metrics after a resumed step are
-    dropped.
+    """Shows and records a run from `state["step"]` to `total`; on resuming, logged metrics later
+    than `state["step"]` are deleted.
     """
 
     def __init__(
@@ -56,22 +56,24 @@ class Progress:
         total: int,
         batch_size: int,
         shown: bool,
-        began: dict[str, float],
+        start_clock: dict[str, float],
     ):
         self.path, self.total = path, total
         self.batch_size, self.shown = batch_size, shown
-        self.base, self.began = dict(state), began  # the clock before any trial
-        self.last: dict[str, float] = {}
-        self.step_seconds = self.step_cpu_seconds = 0.0  # of a step, since the line before
-        self.before = {"step": state["step"]} | clock()
-        look: dict[str, Any] = {"total": total, "initial": state["step"], "bar_format": BAR}
-        look |= {"leave": True, "delay": 0} if shown else {"disable": True}
-        self.bar = progress_bar(**look)
+        # start_clock: `clock()` at the start of `fit`, before precision and compilation are timed
+        self.start_state, self.start_clock = dict(state), start_clock
+        self.last_metrics: dict[str, float] = {}
+        # per step, averaged since the last log
+        self.step_seconds = self.step_cpu_seconds = 0.0
+        self.last_log = {"step": state["step"]} | clock()
+        options: dict[str, Any] = {"total": total, "initial": state["step"], "bar_format": BAR}
+        options |= {"leave": True, "delay": 0} if shown else {"disable": True}
+        self.bar = progress_bar(**options)
         if path and shown and path.exists():
             lines = Run(path.parent).metrics
             kept = [line for line in lines if line["step"] <= state["step"]]
             write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self.last = kept[-1] if kept else {}
+            self.last_metrics = kept[-1] if kept else {}
 
     def __enter__(self) -> "Progress":
         return self
@@ -80,27 +82,28 @@ class Progress:
         self.bar.close()
 
     def stamp(self, state: dict) -> dict:
-        """`state` with the cost so far, over all sessions of the run."""
-        spent, peak = spent_since(self.began), max(self.base["peak_memory"], peak_memory())
-        total = {name: self.base[name] + value for name, value in spent.items()}
+        """Return `state` with the time and peak memory so far, over all sessions of the run."""
+        spent = spent_since(self.start_clock)
+        peak = max(self.start_state["peak_memory"], peak_memory())
+        total = {name: self.start_state[name] + value for name, value in spent.items()}
         return state | total | {"peak_memory": peak}
 
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        """Record the figures of a step."""
-        spent, steps = spent_since(self.before), max(1, step - self.before["step"])
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Show the metrics of a step, and append them to metrics.jsonl."""
+        spent, steps = spent_since(self.last_log), max(1, step - self.last_log["step"])
         self.step_seconds = spent["wall_seconds"] / steps
         self.step_cpu_seconds = spent["cpu_seconds"] / steps
-        self.before = {"step": step} | clock()
+        self.last_log = {"step": step} | clock()
         if not self.shown:
             return
-        cost, base = self.stamp({}), self.base
-        step_seconds = (cost["wall_seconds"] - base["wall_seconds"]) / (step - base["step"])
+        cost, start = self.stamp({}), self.start_state
+        step_seconds = (cost["wall_seconds"] - start["wall_seconds"]) / (step - start["step"])
         rate, left = self.batch_size / step_seconds, (self.total - step) * step_seconds
-        self.last = {"step": step, **figures, "samples_per_second": rate, **cost}
+        self.last_metrics = {"step": step, **metrics, "samples_per_second": rate, **cost}
         if self.path:
             with naming(self.path), self.path.open("a") as file:
-                file.write(json.dumps(self.last) + "\n")
-        text = " ".join(f"{name} {figures[name]:.4g}" for name in SHOWN if name in figures)
+                file.write(json.dumps(self.last_metrics) + "\n")
+        text = " ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         if self.bar.disable:
             speed = f"{rate:.0f} samples/s, {left / 60:.1f} min left"
             log.info(f"step {step:,}/{self.total:,} {text} | {speed}")

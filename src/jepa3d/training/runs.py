@@ -1,5 +1,5 @@
-"""Run folders: begun whole or not at all, continued only with the same settings and data, finished
-with their cost.
+"""Run folders: how they are created, continued only with the same settings and data, and finished
+with the run's cost.
 """
 
 import functools
@@ -31,9 +31,9 @@ P = ParamSpec("P")
 def exclusive(
     train: Callable[Concatenate[C, Path, P], Path],
 ) -> Callable[Concatenate[C, Path | str, P], Path]:
-    """A function (config, out, ...) that holds the lock of `out`.
+    """Decorator: hold the lock of the folder `out` while the function (config, out, ...) runs.
 
-    Raises ValueError where another command has it.
+    The function then raises ValueError if another command holds the lock.
     """
 
     @functools.wraps(train)
@@ -46,47 +46,47 @@ def exclusive(
 
 
 def begin(out: Path, resume: bool) -> bool:
-    """Whether `out` is a run to be continued. ValueError where it may be neither made nor
-    continued.
+    """Return True if `out` is a run to continue, False for a new run.
 
-    Where torchrun restarts a command, `resume` is also right the first time: it is the same command
-    every time.
+    Raises ValueError if `out` exists and may not be continued, or if there is nothing to resume.
+    torchrun repeats the same command after a failure, so under torchrun with restarts `resume` may
+    also start a new run.
     """
     started, existed = (out / "config.json").exists(), out.exists()
-    wait_for_everyone()  # all have looked before the first one writes
+    wait_for_everyone()  # every process must have checked before the first one writes
     if existed and not (resume and started):
         hint = ", or continue it with --resume" if started else ""
         raise ValueError(f"{out}: exists already; choose another --out{hint}")
     if resume and not started and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
-        raise ValueError(f"{out}: no run to resume")
+        raise ValueError(f"{out} has no run to resume")
     return started
 
 
 def close_if_finished(out: Path) -> bool:
-    """True if the run is finished. Also prints so, and deletes what only an unfinished run needs."""
+    """Return True if the run is finished; then also log this, and delete its scratch folders."""
     finished = Run(out).finished
     if finished:
-        drop_scratch(out)  # a kill may have come between the two
+        drop_scratch(out)  # a kill may have come just before `finish` did this
         log.info(f"{out}: finished already")
     return finished
 
 
 def check_unchanged(config: Any, out: Path) -> None:
-    """ValueError unless a resumed run has the settings that it began with."""
+    """Raise ValueError unless a resumed run has the same settings as at its start."""
     file = out / "config.json"
     written = Run(out).record.get("config")  # version 0.1.0 wrote none
     if written not in (None, sha256_of(file)):
-        found = "missing, damaged or edited"
-        raise ValueError(f"{file}: {found}: its checksum is not that in run.json")
+        found = "is missing, damaged or edited"
+        raise ValueError(f"{file} {found}: its checksum is not that in run.json")
     before = {key: value for key, value in Run(out).config.items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
-        found = f"began with {name} = {then}, not {now}"
-        raise ValueError(f"{out}: {found}; --resume cannot change it")
+        found = f"was started with {name} = {then}, not {now}"
+        raise ValueError(f"{out} {found}; --resume cannot change it")
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that its objective reads: all, except for networks of stage I."""
+    """Return the settings that a run uses: all of them, unless it trains a network of stage I."""
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
         return settings
@@ -96,24 +96,22 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> None:
-    """Copy to `out` the first of the candidates that is finished and has the settings of `config`,
-    if there is one.
-    """
-    asked = read_by(to_dict(config))
+    """Copy to `out` the first finished candidate with the settings of `config`, if there is one."""
+    wanted = read_by(to_dict(config))
     for run in candidates:
-        if Run(run).finished and not differences(asked, read_by(Run(run).config)):
+        if Run(run).finished and not differences(wanted, read_by(Run(run).config)):
             copy = functools.partial(shutil.copytree, run, dirs_exist_ok=True)
             checkpoint.replace_folder(out, copy, new=True)
             return
 
 
 def check_same_data(clouds: PointClouds, out: Path) -> None:
-    """ValueError unless a resumed run has the data that it began with."""
+    """Raise ValueError unless a resumed run has the same data as at its start."""
     before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
-        found = f"{clouds.name} with {len(clouds)} shapes"
+        now = f"now {clouds.name} with {len(clouds)} shapes"
         then = f"then {before['name']} with {before['shapes']}"
-        raise ValueError(f"{out}: the data changed since the run began: {found}, {then}")
+        raise ValueError(f"{out}: the data changed since the run started: {then}, {now}")
 
 
 def create(
@@ -123,7 +121,11 @@ def create(
     record: dict[str, Any],
     networks: Mapping[str, Pretrained],
 ) -> None:
-    """Config, provenance with `record`, and networks by folder: whole or not at all."""
+    """Create the run folder, completely or not at all.
+
+    It gets config.json, run.json (provenance and `record`), and each of `networks` in the
+    sub-folder of that name.
+    """
     if not is_main():
         return
     data = {"name": clouds.name, "fingerprint": clouds.fingerprint, "shapes": len(clouds)}
@@ -141,32 +143,34 @@ def create(
 
 
 def check_batch(config: RunConfig, name: str, size: int) -> None:
-    """ValueError for a batch or weights that the memory of a machine without a GPU cannot hold
-    whatever the rest takes, or for a batch that processes and passes cannot share evenly.
+    """Check a batch size; `name` is its name in errors.
+
+    Raises ValueError if the weights or the batch cannot fit into the memory of a machine without
+    GPU, or if the batch size is not a multiple of processes x accumulate.
     """
     accumulate, encoder = config.accumulate, config.encoder
     memory = psutil.virtual_memory().total if ON_CPU else float("inf")
-    # gradient, two moments
+    # fp32 weights, gradients and two moments: 16 bytes per weight
     weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
-        raise ValueError(f"{what}, this machine has {memory / 1e9:,.0f} GB")
-    # of each visible token, a block; far fewer than there are
+        raise ValueError(f"{what}, but this machine has {memory / 1e9:,.0f} GB")
+    # a low estimate of the stored activations: in each block, `kept` vectors per visible token
     kept = 1 if config.checkpoint_activations else 8
     tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
     needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
-        what = f"{name} {size} needs {needed / 1e9:,.0f} GB or more a pass, this machine has {memory / 1e9:,.0f}"
+        what = f"{name} {size} needs at least {needed / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f}"
         raise ValueError(f"{what} GB; lower it or raise accumulate (now {accumulate})")
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
-        passes = f" x accumulate {accumulate}" if accumulate > 1 else ""
-        found = f"not a multiple of the {processes} processes{passes}"
+        factor = f" x accumulate {accumulate}" if accumulate > 1 else ""
+        found = f"not a multiple of the {processes} processes{factor}"
         raise ValueError(f"{name} {size} is {found}")
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """What a run has cost; beside it what came before: stage I and cached targets."""
+    """Return a run's cost; the time of stage I and of cached targets is added as stage1_*."""
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
     files = [*out.glob("stage1/*/run.json"), *out.glob("cache/run.json")]
@@ -182,12 +186,12 @@ def finish(
     metrics: Mapping[str, float | None],
     result: dict[str, Any] | None = None,
 ) -> None:
-    """Write a run's result, if it has one, and cost, call it finished, and drop its checkpoints.
+    """Mark a run as finished: write its result, if any, and its cost; delete its checkpoints.
 
-    result: protocol, data, selection, metrics on the test part in per cent, the same on the
-    validation part or None, details by class, category or fold, and the settings that arms of a
-    comparison may differ in. What is the same for every task is added: where the encoder came from,
-    seed, votes, cost, versions and machine.
+    result: protocol; data; selection; metrics in per cent on the test split, and on the validation
+    split or None; details by class, category or fold; the settings in which arms of a comparison
+    may differ. This function adds the rest: the encoder's origin, seed, votes, cost, versions and
+    machine.
     """
     record, config = Run(out).record, Run(out).config
     if result:
@@ -196,7 +200,8 @@ def finish(
             init = "untrained" if init or frozen else "scratch"
         known = {name: config[name] for name in ("task", "seed", "votes")}
         known |= {"init": init, "pretraining": record["pretraining"], "cost": cost}
-        origin = provenance() | {"command": record["command"]}  # not that of a resume
+        # the first command, not a resume
+        origin = provenance() | {"command": record["command"]}
         write_checked(out / "results.json", known | result | origin)
     ended = {"status": "finished", "cost": cost, "metrics": metrics}
     write_json(out / "run.json", record | ended)
@@ -204,7 +209,7 @@ def finish(
 
 
 def drop_scratch(out: Path) -> None:
-    """Remove what only an unfinished run needs."""
+    """Delete the folders that only an unfinished run needs."""
     for folder in ("checkpoints", "cache"):
         shutil.rmtree(out / folder, ignore_errors=True)
 
@@ -219,9 +224,7 @@ def wait_for_everyone() -> None:
 
 
 def leave() -> None:
-    """Leave the group of processes, if there is one: a process that ends inside it sometimes aborts
-    (gloo).
-    """
+    """Leave the process group, if there is one: with gloo, ending inside it sometimes aborts."""
     PartialState(cpu=ON_CPU).destroy_process_group()
 
 
@@ -230,7 +233,7 @@ def count_parameters(module: nn.Module, trained: bool = False) -> int:
 
 
 def show_result(out: Path) -> None:
-    """Print what results.json says, in two lines."""
+    """Print a summary of results.json in two lines."""
     result = read_checked(out / "results.json")
     print(outcome(result))
     minutes = result["cost"]["cpu_seconds"] / 60
@@ -239,10 +242,10 @@ def show_result(out: Path) -> None:
 
 
 def outcome(result: dict) -> str:
-    """A line that sums up a results.json: its figures, and how they were chosen."""
+    """Return one line that sums up a results.json: its metrics, and how the epoch was selected."""
     data = result["data"]
-    shown = [pair for pair in result["metrics"].items() if pair[1] is not None]
-    metrics = ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in shown)
+    known = [pair for pair in result["metrics"].items() if pair[1] is not None]
+    metrics = ", ".join(f"{name.replace('_', ' ')} {value:.1f} %" for name, value in known)
     votes = f", {result['votes']} votes" if result["votes"] > 1 else ""
     return (
         f"{result['protocol']} on {data['name']}: {metrics} on {data['test']:,} test shapes "
