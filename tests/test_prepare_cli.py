@@ -39,9 +39,9 @@ def test_a_folder_becomes_a_store_that_every_command_takes(scans, tmp_path, caps
     printed = capsys.readouterr().out
     assert "took 12 clouds (12 .off); left out 3" in printed
     assert "box/few.xyz: 5 points, at least 64 are needed" in printed
-    assert "README.txt: no rows of numbers" in printed
+    assert "README.txt: has no rows of numbers" in printed
     assert "tube/damaged.stl: " in printed
-    assert "taken as z-up" in printed
+    assert "read as z-up" in printed
     skipped = {line["file"] for line in json.loads((store / "report.json").read_text())["skipped"]}
     assert skipped == {"box/few.xyz", "README.txt", "tube/damaged.stl"}
     assert call("pretrain", *flags(TINY, {"data": store}), "--out", tmp_path / "run") == 0
@@ -101,7 +101,7 @@ def test_a_single_file_serves_as_data(scans, tmp_path, capsys):
         (["--points", 0], "--points 0"),
         (["--split", 1.5], "between 0 and 1"),
         (["--split", "nowhere.txt"], "nowhere.txt"),
-        (["--columns", "x"], "names of x, y and z"),
+        (["--columns", "x"], "names of the x, y and z"),
         (["--keep", "colors"], "none of its"),
     ],
     ids=str,
@@ -137,7 +137,7 @@ def test_the_real_files_are_taken_or_left_with_a_reason(real_data, tmp_path, cap
         in printed
     )
     assert (
-        "pedestrian43.csv: no columns x, y, z, but 2 triples: origin_x,origin_y,origin_z; relative_x"
+        "pedestrian43.csv: has no columns x, y, z, but 2 triples: origin_x,origin_y,origin_z; relative_x"
         in printed
     )
     made = Store(store)

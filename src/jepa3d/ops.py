@@ -1,7 +1,7 @@
 """Random numbers, and sampling and neighbourhood operators on batched point clouds.
 
 Each operator is plain torch and runs on any device. Only `farthest_point_sample` has faster back
-ends, which return the same indices.
+ends, which return the same indices except for ties.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """
@@ -74,8 +74,8 @@ class RepeatedDraws(BatchGenerator):
     """Generator that stores its draws in buffers, so that a recorded CUDA graph of a step can be
     replayed with other numbers (training/graphs.py).
 
-    `redraw` refills the buffers. All streams share `buffers`, with keys (stream, number of the
-    draw), and `choices`, the arguments of `choice` per stream.
+    `redraw` refills the buffers. All streams share two dictionaries: `buffers`, by (stream,
+    number of the draw), and `choices`, the argument of `choice` by stream.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ def farthest_point_sample(
     Returns indices B num_samples; each is that of the point farthest from all samples before it.
     With a generator the first sample is random. Without one it is the point farthest from the
     centroid, so the samples do not depend on the order of points. If several points are equally
-    far, plain torch takes the lowest index and the compiled back end any of them. This happens on
+    far, torch and Triton take the lowest index and the back end of the extra `fast` any of them. This happens on
     lattices, and if a cloud has fewer different points than samples. Raises ValueError unless
     1 <= num_samples <= N.
     """

@@ -334,7 +334,7 @@ def test_embedding_leaves_them_out_of_files_and_refuses_them_in_arrays(tmp_path,
     embed_files([tmp_path], tmp_path / "v.parquet", workers=1)
     counted = f"2 new, 0 changed, 0 unchanged; left out 0; {said} were left out"
     assert counted in caplog.text
-    with pytest.raises(ValueError, match="cloud 0: NaN"):
+    with pytest.raises(ValueError, match="cloud 0: has NaN"):
         embed(points)
 
 

@@ -132,7 +132,7 @@ def test_points_without_a_label_are_left_out_and_shapes_of_them_refused(model, s
     assert len(np.unique(x[0], axis=0)) <= 7
     arrays["seg"][3] = -1
     np.savez(tmp_path / "few.npz", **arrays)
-    with pytest.raises(ValueError, match=r"few.npz: .*1 shapes have no labelled point"):
+    with pytest.raises(ValueError, match=r"few.npz: .*1 shapes have no part label"):
         probe_parts([model], LabelledSet(str(tmp_path / "few.npz")))
 
 

@@ -502,7 +502,7 @@ def test_a_folder_that_is_no_finished_run_is_refused_in_one_line(tmp_path, conte
         )
         (run / "run.json").write_text("{}")
         (run / "untrained").mkdir()
-    with pytest.raises(ValueError, match=rf"\A{run}: .*\Z") as caught:
+    with pytest.raises(ValueError, match=rf"\A{run}\b.*\Z") as caught:
         probing.probe([run], "synthetic:24")
     assert ("--resume" in str(caught.value)) == (content == "unfinished")
 

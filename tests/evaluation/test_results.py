@@ -182,7 +182,7 @@ def test_choose_decides_for_each_init_and_keeps_what_has_no_validation(make, tmp
 
 
 def test_choose_of_an_unknown_setting_names_the_known(make):
-    with pytest.raises(ValueError, match=r"--choose rate: .*epochs, labels, lr"):
+    with pytest.raises(ValueError, match=r"--choose rate is not .*epochs, labels, lr"):
         tables([make("a")], "rate")
 
 

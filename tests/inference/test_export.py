@@ -272,7 +272,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(made, tmp_path, monk
     with pytest.raises(ValueError, match="exists already"):
         module.export(str(made[0]), made[1])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: no encoder"):
+    with pytest.raises(ValueError, match=r"empty: neither an encoder"):
         module.export(str(tmp_path / "empty"), out)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no/such model"):

@@ -119,7 +119,7 @@ def test_every_bit_of_a_checkpoint_counts(cut, tmp_path):
                 noticed.append(str(error))
             file.write_bytes(content)
         assert len(noticed) > 20
-        assert all(line.startswith(f"{file}: ") for line in noticed)
+        assert all(line.startswith(str(file)) for line in noticed)
 
 
 def test_both_damaged_or_gone_is_a_clear_error(tiny, cut, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_of_fine_tuning_too(shapes, tmp_path, capsys):
         finetune(config, tmp_path / "cut", stop_at=7)
     flip(tmp_path / "cut" / "checkpoints" / "step-0000007" / "optimizer.safetensors")
     finetune(config, tmp_path / "cut", resume=True)
-    assert "optimizer.safetensors: " in capsys.readouterr().out
+    assert "optimizer.safetensors is damaged" in capsys.readouterr().out
     assert same(weights(whole, "model"), weights(tmp_path / "cut", "model"))
 
 
@@ -362,7 +362,7 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
 @pytest.mark.parametrize("name", ["label", "split", "end", "key_end", "frame"])
 def test_a_damaged_index_of_a_store_is_refused_when_it_is_opened(store, capsys, name):
     flip(store / "index" / f"{name}.bin", 5)
-    assert "index rows 0-40 are damaged" in refusal(capsys, "info", store)
+    assert "index rows 0 to 40 are damaged" in refusal(capsys, "info", store)
 
 
 def test_verify_finds_nan_whose_checksum_is_right(store, capsys):

@@ -381,7 +381,7 @@ def test_a_run_of_one_task_is_not_resumed_as_another(config, shapes, tmp_path, c
     finetune(config(), tmp_path / "run")
     with pytest.raises(SystemExit):
         main(["segment", "--data", shapes, "--out", str(tmp_path / "run"), "--resume"])
-    assert "a run of jepa3d classify, not segment" in capsys.readouterr().err
+    assert "a run of jepa3d classify, not of segment" in capsys.readouterr().err
 
 
 def command(words: list[str]) -> None:

@@ -76,10 +76,12 @@ def prepare(
 
 def _check(options: Preparation, workers: int) -> None:
     if options.points is not None and options.points < 1:
-        raise ValueError(f"--points {options.points}: give all, or a number from 1")
+        raise ValueError(f"--points {options.points}: give 'all', or 1 or more")
     if options.columns is not None and len(options.columns) < 3:
         given = " ".join(options.columns)
-        raise ValueError(f"--columns {given}: name x, y and z, or all columns")
+        raise ValueError(
+            f"--columns {given}: give the three names of the x, y and z columns, or all names"
+        )
     if options.reader is not None:
         load_code(options.reader)
     if workers < 0:
@@ -95,7 +97,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
     keep_strays = options.keep_strays or not source.unpublished
     options = replace(options, keep=keep, keep_strays=keep_strays)
     if options.up_axis is None and any(entry.up_axis is None for entry in entries):
-        log.info("files are read as z-up, glTF as y-up; else give --up-axis")
+        log.info("files are read as z-up, glTF as y-up; if that is wrong, give --up-axis")
     for note in (f"{root}: {source.layout}, {len(entries):,} clouds", *source.notes):
         log.info(printable(note))
     names = tuple(sorted({entry.label for entry in entries if entry.label is not None}))

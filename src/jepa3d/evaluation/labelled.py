@@ -1,5 +1,5 @@
-"""Labelled shapes for training and probing: the classes that train and test share, a share of the
-labels, and a validation split.
+"""Labelled shapes for training and probing: the classes common to train and test, a fraction of
+the labels, and a validation split.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""Scores of frozen vectors for each single shape, in per cent, and their paired differences with
-interval over seeds and shapes, verdict and tables. Nothing is chosen.
+"""Scores of frozen vectors for each single shape, in per cent, and their paired differences,
+each with a verdict and an interval over seeds and shapes; also the tables. Nothing is chosen.
 
 | metric      | score of one shape                                                             |
 |-------------|--------------------------------------------------------------------------------|

@@ -1,5 +1,5 @@
-"""`jepa3d results`: fine-tuning runs in one table, averaged over seeds, with gains paired by seed
-and with the selection rules; settings may be chosen on validation.
+"""`jepa3d results`: one table of fine-tuning runs: averages over seeds, gains paired by seed, and
+the selection rule of each row; can also choose settings on validation.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What searching files and searching stores share: neighbours, their order, and row conditions."""
+"""Parts common to the search in files and in stores: neighbours, their order, row conditions."""
 
 import re
 from dataclasses import dataclass

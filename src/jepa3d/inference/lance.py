@@ -1,5 +1,5 @@
-"""`jepa3d index`: keeps vectors of Parquet files in a LanceDB store, where millions can be added
-to, deleted from and searched.
+"""`jepa3d index`: keeps vectors of Parquet files in a LanceDB store of up to millions, which can be
+added, deleted and searched.
 
 Searches are exact (flat cosine) unless `build` has added an index of partitions (IVF_FLAT) and the
 search asks for it. Every change is one LanceDB transaction: readers see the store before or after

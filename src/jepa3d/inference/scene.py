@@ -30,12 +30,12 @@ from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-# Most tiles encoded at once, and most points in their patches.
+# At most this many tiles are encoded at once, and their patches have at most this many points.
 BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # points of a random sample by which the tile size is chosen
 _MOST = 32_768  # points of a tile from which the farthest points are sampled
 _BLOCK = 512  # points of one cell that are interpolated together
-# Most points and most blocks interpolated at once.
+# At most this many points and blocks are interpolated at once.
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 # Random cells to which PCA is fitted, and points of each.
 _PCA_CELLS, _PCA_POINTS = 64, 256
@@ -51,15 +51,16 @@ class Features:
     point, and takes the weighted mean over these tiles.
 
     A tile's weight is highest at its middle and zero at its border. Tiles with fewer points than
-    the encoder needs are left out. A cell that has no other tiles gets its own: the nearest
-    occupied cells that together have enough points.
+    the encoder needs are left out. If all tiles of a
+    cell are left out, the cell gets a tile of its own, made of the nearest occupied cells that
+    together have enough points.
     """
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # Tiles of each cell n k, -1 where a tile is left out. Cells without any tile get their own.
+        # Tiles of each cell, [n, k]; -1 where one is left out. Cells without any tile get their own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -72,10 +73,12 @@ class Features:
     def of(
         self, chosen: np.ndarray, limit: int | None = None
     ) -> Iterator[tuple[Records, np.ndarray]]:
-        """Yield records n and features n C float32 of the points in the chosen cells, in any order.
+        """Yield records [n] and features [n, C] float32 of the points in the chosen cells, in any
+        order.
 
-        limit: most points of each cell. The tiles of the last call are kept, so if cells come in
-        the order of their keys, each tile is encoded once.
+        limit: at most this many points of each cell. Tiles that the previous call also needed are
+        kept. So if each call gets one line of cells, in the order of their keys, a tile is encoded
+        once (twice where two strips meet).
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -93,8 +96,8 @@ class Features:
             del blocks[-number:]
 
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
-        """Compute features n C of blocks (count, cell, first point). Returns them with the records
-        n.
+        """Compute the features of blocks (count, cell, first point). Returns the records [n] and
+        features [n, C] of their points.
         """
         device = self.encoder.norm.weight.device
         on_device = partial(torch.as_tensor, dtype=torch.float32, device=device)
@@ -150,7 +153,8 @@ class Features:
         taken = np.ceil(counts * share).astype(int).tolist()
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
-        # min_points is 1, because the point counts of tiles include duplicates.
+        # 1, not the encoder's min_points: a tile was chosen by a count that includes duplicates, so
+        # it may have fewer different points, and must not be refused here.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 

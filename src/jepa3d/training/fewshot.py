@@ -1,5 +1,5 @@
-"""Few-shot runs: episodes are sampled once and saved; each is fine-tuned in its own folder, or
-scored on frozen features.
+"""Few-shot runs: episodes are sampled once and saved; for each, a network is fine-tuned in its
+own folder, or frozen features are scored.
 
 OUT/config.json, run.json   as in pretraining
 OUT/episodes.json           the sampled episodes, as rows of the data
@@ -99,7 +99,9 @@ def _finetuned(
     folds: list[Labelled],
     encoder: PointEncoder | None,
 ) -> tuple[list[float], dict[str, float]]:
-    """Fine-tune every fold in its own run and seed; returns all accuracies and the summed cost."""
+    """Fine-tune on every fold, each in a run of its own with its own seed; returns all accuracies
+    and the summed cost.
+    """
     scores, costs = [], []
     for i, data in enumerate(folds):
         fold, folder = replace(config, seed=config.seed + i), out / f"fold-{i}"
