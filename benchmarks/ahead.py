@@ -9,9 +9,8 @@ probe --quick` and `jepa3d retrieval`. The interval is over test shapes, as `jep
 computes it for a single training run.
 """
 
-import argparse
-
 import numpy as np
+from common import labelled_arguments
 
 import jepa3d
 from jepa3d.evaluation.descriptors import baselines, cosine
@@ -21,13 +20,7 @@ from jepa3d.evaluation.retrieval import vectors_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data")
-    parser.add_argument("--labels-key", default="labels")
-    parser.add_argument("--up-axis", default="z")
-    arguments = parser.parse_args()
+    arguments = labelled_arguments(__doc__).parse_args()
     encoder = jepa3d.load()
     asked = LabelledSet(arguments.data, arguments.labels_key, arguments.up_axis)
     shapes = asked.read(encoder.num_points, "test")

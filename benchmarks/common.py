@@ -1,7 +1,8 @@
-"""Helpers of several benchmarks: the machine's name and GEMM peak, FLOP counts, random clouds, and
-a training step.
+"""Helpers of several benchmarks: flags, the machine's name and GEMM peak, FLOP counts, random
+clouds, and a training step.
 """
 
+import argparse
 import math
 import os
 import platform
@@ -32,6 +33,16 @@ ATTENTION = {  # FLOP counts of attention on a CPU, since torch counts attention
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
+
+
+def labelled_arguments(text: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a benchmark on labelled shapes; its help starts with `text`."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=kind)
+    parser.add_argument("data")
+    parser.add_argument("--labels-key", default="labels")
+    parser.add_argument("--up-axis", default="z")
+    return parser
 
 
 def count_flops() -> FlopCounterMode:

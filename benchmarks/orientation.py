@@ -9,9 +9,8 @@ often the nearest shape has the same class, in per cent, and the lowest cosine b
 its rotated copy.
 """
 
-import argparse
-
 import numpy as np
+from common import labelled_arguments
 
 import jepa3d
 from jepa3d.data.corruptions import corrupt
@@ -21,13 +20,7 @@ from jepa3d.evaluation.retrieval import search
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data")
-    parser.add_argument("--labels-key", default="labels")
-    parser.add_argument("--up-axis", default="z")
-    arguments = parser.parse_args()
+    arguments = labelled_arguments(__doc__).parse_args()
     axes, key = [arguments.up_axis], arguments.labels_key
     shapes = load([arguments.data], jepa3d.load().num_points, "train", axes, key)
     chosen = np.random.default_rng(0).permutation(len(shapes))[:250]

@@ -10,10 +10,10 @@ reach when held out. Prints mean and sample standard deviation over draws: of th
 curve, and of the percentage of clouds called unknown, for named classes and for classes left out.
 """
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
+from common import labelled_arguments
 from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -98,12 +98,7 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data")
-    parser.add_argument("--labels-key", default="labels")
-    parser.add_argument("--up-axis", default="z")
+    parser = labelled_arguments(__doc__)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 20])
     parser.add_argument("--draws", type=int, default=10)
     options = parser.parse_args()

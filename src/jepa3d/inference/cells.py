@@ -191,7 +191,7 @@ class Cells:
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
-        """Return the positions in `coords` of this object of the cells n 3 that are occupied."""
+        """Return the rows in `self.coords` of those cells n 3 that are occupied."""
         keys = self.grid.keys(coords)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return at[self.keys[at] == keys]

@@ -147,8 +147,12 @@ class Comparison:
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
             notes.append(f"{name}: selection {rule}")
-            trained = {arm: (to_dict(config), dataset.source) for arm, config in grid.arms.items()}
-            if seen := [arm for arm, known in trained.items() if was_seen(*known, self.part)]:
+            seen = [
+                arm
+                for arm, config in grid.arms.items()
+                if was_seen(to_dict(config), dataset.source, self.part)
+            ]
+            if seen:
                 what = "scored shapes were also used unlabelled in pretraining"
                 notes.append(f"{name}: {what}: {', '.join(seen)}")
         failed = self.failed.items()
@@ -228,11 +232,11 @@ class Comparison:
             reason = read_checked(failure, "reason")["reason"]
         elif not (folder.exists() and Run(folder).finished):
             files = sorted(self.out.glob("runs/*/stage1/*/run.json"))
-            known: dict[str, Any] = {"stage_one": [file.parent for file in files]}
+            stages = [file.parent for file in files]
             try:
                 with self._quiet():
-                    known["clouds"] = self._load(config)
-                    pretrain(config, folder, folder.exists(), **known)
+                    clouds = self._load(config)
+                    pretrain(config, folder, folder.exists(), clouds=clouds, stage_one=stages)
             except Diverged as error:
                 reason = str(error)
                 write_checked(failure, {"reason": reason})
@@ -247,8 +251,7 @@ class Comparison:
         """Load the shapes of a run; runs on the same data share them."""
         # `clouds_of` reads twice as many points for views
         viewed = config.objective == "jepa" and config.target.view > 0
-        sizes = viewed, config.encoder.num_points
-        key = config.data, config.split, config.up_axis, *sizes
+        key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
         if key not in self.clouds:
             self.clouds[key] = clouds_of(config, config.objective)
         return self.clouds[key]
@@ -308,7 +311,7 @@ class Comparison:
         data: dict[str, Any] = {"data": source, "labels_key": key, "up_axis": axis}
         for seed, run in self._runs(arm).items():
             config = replace(self.grid.finetune, **data, init=str(run / name), seed=seed)
-            folder = run / f"finetuned-{name}-{self.part}"
+            folder = run / f"finetuned-{name}-{self.part}-{shapes.key}"
             with self._quiet():
                 finetune(config, folder, folder.exists(), data=shapes)
             log.info(f"fine-tuned: {run.name}, {name}")

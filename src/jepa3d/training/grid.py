@@ -123,6 +123,8 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
     if not isinstance(chosen, list) or not set(chosen) <= {*arms}:
         raise ValueError(f"finetune.arms is {chosen!r}: give a list of arms from {', '.join(arms)}")
     changes = {key: value for key, value in file.finetune.items() if key != "arms"}
+    if ruled := changes.keys() & {"data", "labels_key", "up_axis", "init", "seed"}:
+        raise ValueError(f"finetune.{min(ruled)} is set by the comparison: leave it out")
     changes["data"] = "-"  # stands for the first scored set, which is not known yet
     base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
     config = from_dict(FinetuneConfig, merge(base, changes))
