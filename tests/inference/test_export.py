@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from functools import cache
 
 import numpy as np
 import pytest
@@ -97,9 +98,14 @@ def of_encoder_onnx(folder, points):
     return session(folder / "encoder.onnx").run(["embedding"], {"points": points[None]})[0]
 
 
+@cache
+def program(file):
+    """The loaded module of a .pt2 file; torch takes seconds to load it."""
+    return torch.export.load(file).module()
+
+
 def of_encoder_pt2(folder, points):
-    program = torch.export.load(folder / "encoder.pt2").module()
-    return program(torch.from_numpy(points)[None])[0].detach()
+    return program(folder / "encoder.pt2")(torch.from_numpy(points)[None])[0].detach()
 
 
 def of_grouping_and_patches_onnx(folder, points):

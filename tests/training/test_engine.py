@@ -378,6 +378,7 @@ def test_what_cannot_be_computed_is_left_out_of_the_choice(tiny, capsys, monkeyp
         engine.trial(task, clouds, config, [("no", True)])
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same_and_keep_their_names(tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     states = []
@@ -400,6 +401,7 @@ def compile_eagerly(self, **options):
 # -------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
     """Also passes: the first one of two processes together is the first one of one process."""
     config = tiny(**CACHED, max_steps=4)
