@@ -1,5 +1,5 @@
-"""The command line: a run from end to end, and every mistake as one line, status 2 and nothing left
-behind.
+"""The command line: a run from end to end. Every mistake of the user gives one line and status 2,
+and leaves no files behind.
 """
 
 import importlib.util
@@ -46,7 +46,9 @@ TINY_DVAE = {
 
 
 def flags(*groups: dict) -> list[str]:
-    """Command-line words of settings, later groups winning; None leaves one out."""
+    """Return the command-line words of settings. Later groups override earlier ones; a setting None
+    is left out.
+    """
     settings = {key: value for group in groups for key, value in group.items()}
     return [
         word
@@ -63,7 +65,7 @@ def call(*words) -> int:
 
 
 def refusal(capsys, *words) -> str:
-    """The one line that a refused command prints."""
+    """Run a command that must be refused. Returns the single line that it prints."""
     capsys.readouterr()
     code, printed = call(*words), capsys.readouterr().err
     assert code == 2
@@ -80,8 +82,8 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 
 def write_shapes(path: Path, **changes) -> Path:
-    """48 blobs of 96 points in three classes that differ in their proportions; the last 16 are the
-    test part.
+    """Write 48 blobs of 96 points in three classes, which differ in their proportions. The last 16
+    are the test split.
     """
     rng = np.random.default_rng(0)
     labels = np.arange(48) % 3
@@ -105,7 +107,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, shapes) -> Path:
-    """A finished run with an EMA teacher."""
+    """Train a short run with an EMA teacher. Returns its folder."""
     out = tmp_path_factory.mktemp("runs") / "ema"
     assert call("pretrain", *flags(TINY, {"data": shapes}), "--out", out) == 0
     return out
@@ -287,7 +289,7 @@ def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, capsys):
 
 @pytest.fixture
 def resolved(monkeypatch):
-    """The configuration that the command would use."""
+    """Return a function that gives the configuration which a command would use."""
 
     def resolve(*words):
         configs = []
@@ -492,7 +494,9 @@ def test_data_with_nan_names_file_and_shape(tmp_path, capsys):
 
 
 def test_a_teacher_folder_without_a_model_is_one_line_on_a_real_terminal(shapes, tmp_path):
-    """In a process of its own: libraries write to the terminal past pytest's capture."""
+    """The command runs in its own process, since pytest cannot capture what libraries write to the
+    terminal directly.
+    """
     (tmp_path / "empty").mkdir()
     words = [
         "pretrain",

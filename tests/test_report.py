@@ -1,4 +1,6 @@
-"""The report: what is in the page, that it needs nothing else, that no name can become a tag."""
+"""The report: the page has the expected content, needs no other file, and shows every name as text,
+never as a tag.
+"""
 
 import base64
 import html
@@ -28,11 +30,12 @@ from jepa3d.report import report
 from jepa3d.run import Run
 from jepa3d.training.pretrain import pretrain
 
+# Names that must not become a tag or a formula, or be missing from a legend.
 NAMES = [
     "<b>&",
     "$x$ 'y'",
     "_cone",
-]  # what must not become a tag, a formula, or disappear from a legend
+]
 ENCODER = {
     "embed_dim": 16,
     "depth": 2,
@@ -48,7 +51,9 @@ BROWSER = next(
 
 
 class Page(HTMLParser):
-    """Headings, texts, tables and references of a page; every tag is closed in order."""
+    """Collect the headings, texts, tables and references of a page, and check that all tags are
+    closed in order.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -117,7 +122,7 @@ def log(run: Path, lines: list[dict]) -> None:
 # ----------------------------------------------------------------------------------- runs to report
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, tiny) -> Path:
-    """A real run of 3D-JEPA with a stage I, and the result of a probe."""
+    """Train a short run of 3D-JEPA with a stage I, and add a made-up result of a probe."""
     run = pretrain(
         tiny(teacher=["ema", "generative"], seed=5), tmp_path_factory.mktemp("runs") / "a <i> & run"
     )
@@ -146,12 +151,12 @@ def pretrained(tmp_path_factory, tiny) -> Path:
 
 @pytest.fixture
 def copied(pretrained, tmp_path) -> Path:
-    """The pretraining run, to be spoilt."""
+    """Return a copy of the pretraining run, which a test may damage."""
     return shutil.copytree(pretrained, tmp_path / "copy")
 
 
 def downstream(run: Path, config: FinetuneConfig, task: str, **result) -> Path:
-    """What every fine-tuning run has; `result` goes into results.json."""
+    """Write the files that every fine-tuning run has; `result` goes into results.json."""
     write(run / "config.json", {"task": task} | to_dict(config))
     record = provenance() | {
         "status": "finished",
@@ -203,7 +208,9 @@ def downstream(run: Path, config: FinetuneConfig, task: str, **result) -> Path:
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> dict[str, np.ndarray]:
-    """Path and arrays of a bundle of 48 labelled shapes, 16 of them its test part."""
+    """Write a bundle of 48 labelled shapes, 16 of them in the test split. Returns its path and
+    arrays.
+    """
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     arrays = {
         "points": make_shapes(48, 96, seed=1)["points"],
@@ -252,7 +259,7 @@ def segmented(tmp_path) -> Path:
     metrics = {"instance_miou": 55.5, "category_miou": 50.6, "point_accuracy": 80.1}
     run = downstream(tmp_path / "seg", SegmentConfig(), "segment", metrics=metrics, details=details)
     parts = rng.integers(0, 4, (6, 50))
-    predicted = np.where(np.arange(50) < 25, parts, 3 - parts)  # half of the points are right
+    predicted = np.where(np.arange(50) < 25, parts, 3 - parts)  # half of the points are correct
     points, label = rng.normal(size=(6, 50, 3)).astype(np.float16), np.array([0, 0, 0, 2, 2, 2])
     np.savez(run / "predictions.npz", points=points, parts=parts, predicted=predicted, label=label)
     return run
@@ -271,7 +278,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
         "Provenance",
         "Settings",
     ]
-    assert len(page.pictures) == 3  # curves of the run and of its stage I, blocks
+    assert len(page.pictures) == 3  # curves of the run, curves of its stage I, sampled blocks
     assert ["pretrained", "61.2 ± 1.3", "50.0"] in page.rows
     assert ["pretrained - untrained", "+61.2 ± 1.3", "+50.0"] in page.rows
     assert (
@@ -286,9 +293,9 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     )
     for name, (ours, paper) in record["departures"].items():
         assert [name, show(ours), show(paper)] in page.rows
-    assert ["seed", "5", "0"] in page.rows  # not the paper's affair, but no default
+    assert ["seed", "5", "0"] in page.rows  # no setting of the paper, but not the default
     assert ["log_every", "1", "50"] in page.rows
-    assert ["decoder.depth", "2"] in page.rows  # a default, among all settings
+    assert ["decoder.depth", "2"] in page.rows  # a default appears only in the list of all settings
     assert ["decoder.depth", "2", "2"] not in page.rows
 
 
@@ -334,7 +341,7 @@ def test_other_objectives_have_no_blocks(copied, objective):
     page = read(copied)
     assert "Sampled blocks" not in page.words["h2"]
     assert len(page.pictures) == 1
-    assert "8.0" in page.text  # the figure's last value
+    assert "8.0" in page.text  # the last value of that metric
 
 
 def test_an_unfinished_run_has_a_report(copied):
@@ -346,7 +353,7 @@ def test_an_unfinished_run_has_a_report(copied):
     cost = {"step": 4, "cpu_seconds": 30, "wall_seconds": 60, "peak_memory": 2**30}
     write(copied / "checkpoints" / "step-0000004" / "state.json", cost)
     lines = (copied / "metrics.jsonl").read_text()
-    write(copied / "metrics.jsonl", lines + '{"step": 7, "lo')  # being written
+    write(copied / "metrics.jsonl", lines + '{"step": 7, "lo')  # a line that is still being written
     page = read(copied)
     assert page.words["h1"] == ["copy running"]
     assert (
@@ -362,10 +369,10 @@ def test_a_classifier_is_told_whole(classified):
     page = read(classified)
     features = "Features before and after fine-tuning"
     assert page.words["h2"] == ["Result", "Classes", features, "Training", "Provenance", "Settings"]
-    assert len(page.pictures) == 3  # confusion, t-SNE, curves
+    assert len(page.pictures) == 3  # confusion matrix, t-SNE, curves
     assert (
         "75.0 %16 test shapes, standard error 10.8; validation 80.5 %" in page.text
-    )  # sqrt(75 * 25 / 16)
+    )  # the standard error is sqrt(75 * 25 / 16)
     assert "71.5 %16 test shapes; validation 79.5 %" in page.text
     facts = {
         "fine-tuned, all weights",
@@ -426,7 +433,8 @@ def test_a_segmenter_shows_its_parts(segmented):
     assert "instance mIoU55.5 %" in page.text
     assert ["<b>&", "61.2"] in page.rows
     caption = next(text for text in page.words["figcaption"] if "figure 6" in text)
-    assert "<b>& 50 %, _cone 50 %, <b>& 50 %" in caption  # the first of each category first
+    # First comes one shape of each category, then a second one.
+    assert "<b>& 50 %, _cone 50 %, <b>& 50 %" in caption
 
 
 def test_few_shot_shows_its_folds(tmp_path):
@@ -583,10 +591,11 @@ def test_a_browser_shows_the_page_on_a_screen_and_a_telephone(classified, tmp_pa
     browse(page, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1000,1400")
     image = matplotlib.image.imread(tmp_path / "page.png")[..., :3]
     assert image.shape[1] == 1000
-    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50  # text, tiles, bars and pictures
+    # The many colours show that text, tiles, bars and pictures are visible.
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
 
-    # The page in a frame as wide as a telephone must not scroll sideways, pictures and tables
-    # within it may.
+    # In a frame as wide as a telephone, the page must not scroll sideways. Pictures and tables in
+    # the page may.
     frame = f'<iframe width=360 height=700 srcdoc="{html.escape(page.read_text())}"></iframe>'
     measure = "onload = () => document.title = document.querySelector('iframe').contentDocument.body.scrollWidth"
     write(tmp_path / "telephone.html", f"{frame}<script>{measure}</script>")

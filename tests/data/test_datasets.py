@@ -1,5 +1,5 @@
-"""Sources to `PointClouds`: unit sphere, z up, exactly num_points by farthest points; damage as one
-line.
+"""Loading of sources as `PointClouds`: clouds lie in the unit sphere, z is up, and farthest point
+sampling gives exactly num_points. Damaged sources are reported in one line.
 """
 
 import hashlib
@@ -24,7 +24,9 @@ SHAPES = RNG.normal(size=(12, 40, 3)).astype(np.float32) * np.array([1, 2, 3], n
 
 @pytest.fixture
 def bundle(tmp_path):
-    """Writes a bundle of SHAPES with the arrays given, None leaving one out."""
+    """Return a function that writes a bundle of SHAPES with the given arrays; an array None is left
+    out.
+    """
 
     def write(name: str = "shapes.npz", **arrays) -> str:
         arrays = {"points": SHAPES} | arrays
@@ -44,7 +46,7 @@ def write_clouds(root: Path, *names: str, clouds: np.ndarray = SHAPES) -> Path:
 
 
 def write_shapenet55(root: Path) -> Path:
-    """Point-BERT's layout: two lists of file names, and the files."""
+    """Write files in Point-BERT's layout: two lists of file names, and the clouds they name."""
     train = ["02691156-aa-1.npy", "03001627-bb.npy", "03001627-cc.npy"]
     test = ["02691156-dd.npy", "04379243-ee.npy"]
     write_clouds(root / "shapenet_pc", *train, *test)
@@ -60,7 +62,9 @@ def standard(clouds: np.ndarray) -> np.ndarray:
 
 
 def read_error(source, num_points: int = 16, split: str = "all", **options) -> str:
-    """The message of the ReadError that loading gives: one line that names the source."""
+    """Load a damaged source. Returns the message of the ReadError, which must be one line that
+    names the source.
+    """
     with pytest.raises(ReadError) as caught:
         load([str(source)], num_points, split, **options)
     message = str(caught.value)
@@ -85,9 +89,8 @@ def test_points_are_chosen_by_farthest_point_sampling(bundle):
     crowds = np.repeat(corners, 20, 0)[RNG.permutation(160)] + 0.01 * RNG.normal(size=(5, 160, 3))
     picked = load([bundle(points=crowds.astype(np.float32))], 8, "all").points
     octant = (picked > 0) @ (1, 2, 4)
-    assert (
-        np.sort(octant, axis=1) == np.arange(8)
-    ).all()  # one of each crowd, which chance almost never gives
+    # One point of each crowd is sampled; random sampling would almost never do that.
+    assert (np.sort(octant, axis=1) == np.arange(8)).all()
 
 
 def test_z_up_shapes_stay_as_they_are(bundle):
@@ -98,12 +101,9 @@ def test_z_up_shapes_stay_as_they_are(bundle):
 def test_the_up_axis_becomes_z_by_a_rotation(bundle, axis, up):
     turned, plain = load([bundle()], 40, "all", [axis]).points, standard(SHAPES)
     assert np.allclose(turned[..., 2], plain[..., up], atol=1e-5)
-    assert np.allclose(
-        turned @ turned.swapaxes(1, 2), plain @ plain.swapaxes(1, 2), atol=1e-4
-    )  # lengths and angles
-    assert np.allclose(
-        np.linalg.det(turned[:, :3]), np.linalg.det(plain[:, :3]), atol=1e-4
-    )  # not mirrored
+    # Lengths and angles are unchanged, and the shape is not mirrored.
+    assert np.allclose(turned @ turned.swapaxes(1, 2), plain @ plain.swapaxes(1, 2), atol=1e-4)
+    assert np.allclose(np.linalg.det(turned[:, :3]), np.linalg.det(plain[:, :3]), atol=1e-4)
 
 
 def test_y_up_is_turned_as_the_published_sets_are(bundle):
@@ -114,7 +114,8 @@ def test_y_up_is_turned_as_the_published_sets_are(bundle):
 
 
 def test_an_unknown_up_axis_is_refused_in_one_line(bundle):
-    with pytest.raises(ValueError, match=r"\A.*w.*\Z"):  # one line: a dot matches no newline
+    # A dot matches no newline, so the message is one line.
+    with pytest.raises(ValueError, match=r"\A.*w.*\Z"):
         load([bundle()], 16, "all", ["w"])
 
 
@@ -471,7 +472,7 @@ def test_a_real_bundle_with_two_kinds_of_labels_loads():
 
 
 def test_a_folder_that_is_split_in_part_is_refused(tmp_path):
-    """Else one stray file would turn the test part into training data."""
+    """Otherwise, a single misplaced file would make the test split training data."""
     for name in ("a/train/1.npy", "a/test/2.npy", "a/3.npy"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(tmp_path / name, np.random.default_rng(0).normal(size=(40, 3)))
@@ -485,14 +486,16 @@ def test_the_test_part_of_a_small_synthetic_set_is_no_train_part_of_a_larger():
 
 # -------------------------------------------------------------------------------------- part labels
 
-SIDES = (5 + RNG.random((12, 40, 3))) * RNG.choice(
-    [-1, 1], (12, 40, 3)
-)  # no point near x = 0, so its sign stays
-SIDE_PARTS = 2 * np.arange(12)[:, None] + (SIDES[..., 0] > 0)  # which shape, and which side of it
+# No x is near 0, so normalisation cannot change the sign of x.
+SIDES = (5 + RNG.random((12, 40, 3))) * RNG.choice([-1, 1], (12, 40, 3))
+# The part label of a point tells its shape and its side of the shape (the sign of x).
+SIDE_PARTS = 2 * np.arange(12)[:, None] + (SIDES[..., 0] > 0)
 
 
 def with_parts(root: Path, kind: str) -> str:
-    """The path of SIDES with SIDE_PARTS, the last four test, in a source of a kind."""
+    """Write SIDES with SIDE_PARTS as a source of the given kind, the last four shapes in the test
+    split. Returns its path.
+    """
     split = (np.arange(12) >= 8).astype(np.int8)
     if kind == "files":
         for i, (cloud, parts) in enumerate(zip(SIDES, SIDE_PARTS, strict=True)):
@@ -535,9 +538,8 @@ KINDS = [
 def test_parts_stay_with_their_points(tmp_path, kind):
     source = with_parts(tmp_path, kind)
     plain, found = (load([source], 16, "all", parts=wanted) for wanted in (False, True))
-    order = (
-        np.r_[8:12, 0:8] if kind == "files" else np.arange(12)
-    )  # of folders, test is before train
+    # In folders the test split comes before the train split, by alphabet.
+    order = np.r_[8:12, 0:8] if kind == "files" else np.arange(12)
     assert (plain.parts, plain.part_names) == (None, ())
     assert np.array_equal(plain.points[:], found.points[:])
     assert found.parts.shape == (12, 16)
@@ -557,7 +559,7 @@ def test_parts_stay_with_their_points(tmp_path, kind):
 
 def test_parts_of_a_store_stay_unread_until_indexed(tmp_path):
     found = load([with_parts(tmp_path, "store")], 16, "all", parts=True)
-    found.points.store._open.clear()  # the first shard was asked whether it has parts
+    found.points.store._open.clear()  # loading has opened the first shard, to see if it has parts
     found.part("test").subset(np.array([0]))
     assert not found.points.store._open
 
@@ -566,7 +568,8 @@ def test_parts_turn_with_the_shape_and_raw_parts_are_all_of_them(tmp_path):
     for kind in ("bundle", "files"):
         source = with_parts(tmp_path, kind)
         turned = load([source], 16, "all", ["y"], parts=True)
-        assert np.array_equal(turned.parts % 2, turned.points[..., 0] > 0)  # x stays x
+        # The rotation from y-up to z-up does not change x.
+        assert np.array_equal(turned.parts % 2, turned.points[..., 0] > 0)
         raw = load([source], 16, "train", raw=True, parts=True)
         assert np.array_equal(np.stack(list(raw.parts)), SIDE_PARTS[:8])
 

@@ -1,5 +1,5 @@
-"""Meshes: what a file means does not depend on how it is spelled, and what is not read is refused
-by name.
+"""Meshes: the same mesh is read from every valid way of writing it, and an error names whatever
+cannot be read.
 """
 
 import base64
@@ -74,7 +74,8 @@ def test_every_spelling_of_a_mesh_has_its_points_area_and_box(tmp_path, writer, 
     found = read(path)
     assert len(found) == len(shape.vertices)
     assert len(found.faces) == sum(len(face) - 2 for face in shape.faces)
-    assert area(found) == pytest.approx(shape.area, rel=2e-4)  # positions of 16 bits in some glTF
+    # The tolerance is for glTF files with 16-bit positions.
+    assert area(found) == pytest.approx(shape.area, rel=2e-4)
     assert np.allclose(box(found), [shape.vertices.min(0), shape.vertices.max(0)], atol=3e-4)
 
 
@@ -84,7 +85,8 @@ def test_a_mesh_that_is_cut_off_is_refused(tmp_path, writer, seed):
     rng = random.Random(f"{writer.__name__} {seed}")
     path = writer(rng, polygons(rng, (3,)), tmp_path)
     content = path.read_bytes().rstrip(b"\r\n \t")
-    if writer is spellings.obj:  # whose faces may end anywhere: its last vertices are cut
+    # The faces of an OBJ file may end anywhere, so its last vertices are removed instead.
+    if writer is spellings.obj:
         content = b"\n".join(
             line for line in content.replace(b"\r", b"\n").split(b"\n") if b"v" not in line[:2]
         )
@@ -93,7 +95,8 @@ def test_a_mesh_that_is_cut_off_is_refused(tmp_path, writer, seed):
         if writer is spellings.stl
         else int(len(content) * rng.uniform(0.2, 0.7))
     )
-    path.write_bytes(content[:-within])  # of STL in its last triangle: before, a solid may end
+    # STL is cut within its last triangle, since a solid may end after any triangle.
+    path.write_bytes(content[:-within])
     refusal(path)
 
 
@@ -175,7 +178,8 @@ def test_triangle_strips_of_ply_are_faces(tmp_path):
     )
     assert (len(found.faces), area(found)) == (4, pytest.approx(2))
     a, b, c = found.points[found.faces.T]
-    assert (np.cross(b - a, c - a)[:, 2] > 0).all()  # every second one is turned over
+    # All faces have the same orientation, although in a strip every second triangle is reversed.
+    assert (np.cross(b - a, c - a)[:, 2] > 0).all()
 
 
 # ---------------------------------------------------------------------------------- refused by name
@@ -278,9 +282,8 @@ def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
     written(folder / "b.dae", "<COLLADA/>")
     written(folder / "README.md", "# Scans")
     prepare(folder, tmp_path / "store", Preparation(points=64), workers=1)
-    prepare(
-        folder / "a.off.gz", tmp_path / "one", Preparation(points=64), workers=1
-    )  # a file, not an archive
+    # a.off.gz is one compressed file, not an archive.
+    prepare(folder / "a.off.gz", tmp_path / "one", Preparation(points=64), workers=1)
     assert len(Store(tmp_path / "store")) == len(Store(tmp_path / "one")) == 1
     report = json.loads((tmp_path / "store" / "report.json").read_text())
     reasons = {entry["file"]: entry["reason"] for entry in report["skipped"]}
@@ -292,7 +295,9 @@ def test_a_folder_with_packed_files_and_kinds_to_convert(tmp_path):
 
 
 def gltf(path: Path, change=lambda scene: None, extra: bytes = b"") -> Path:
-    """A cube, after `change` of its JSON; `extra` bytes follow its 168 in view 2."""
+    """Write a cube as glTF, after `change` of its JSON. `extra` bytes follow its 168 bytes, as
+    buffer view 2.
+    """
     data = CUBE.tobytes() + CORNERS.astype("<u2").tobytes() + extra
     views = [(0, 96), (96, 72), (168, len(extra))]
     scene = {
@@ -363,11 +368,10 @@ def test_instances_skins_and_weights_move_vertices(tmp_path):
     joints[:, 1] = 1
     halves = np.tile(np.float32([0.5, 0.5, 0, 0]), (8, 1))
     found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + halves.tobytes()))
-    assert np.allclose(
-        box(found), [[0, 0, 3], [1.5, 1.5, 4.5]]
-    )  # half as the one joint puts it, half as the other
+    # The points lie halfway between the positions of the two joints.
+    assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])
     found = read(gltf(tmp_path / "a.gltf", skin, joints.tobytes() + (halves / 2).tobytes()))
-    assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # weights count by their share
+    assert np.allclose(box(found), [[0, 0, 3], [1.5, 1.5, 4.5]])  # only ratios of weights matter
     with pytest.raises(ReadError, match="a skin with joint 2 outside the scene"):
         read(
             gltf(
@@ -456,16 +460,16 @@ def test_a_glb_of_points_is_a_cloud(tmp_path):
 
 
 def test_gltf_is_y_up_whatever_the_other_files_are(tmp_path):
-    def tall(scene):  # ten high, along y
+    def tall(scene):  # height 10 along y
         scene["nodes"][0]["scale"] = [1, 10, 1]
 
     (tmp_path / "in").mkdir()
     path = gltf(tmp_path / "in" / "a.gltf", tall)
-    assert np.allclose(box(read(path)), [[0, 0, 0], [1, 10, 1]])  # in its own axes
+    assert np.allclose(box(read(path)), [[0, 0, 0], [1, 10, 1]])  # in the axes of the file
     for up_axis in ("z", "y"):
         points = load([str(path)], 256, up_axis=[up_axis]).points[0]
         assert np.ptp(points, axis=0).argmax() == 2
-    stores = {None: 2, "y": 2, "z": 1}  # what is said wins
+    stores = {None: 2, "y": 2, "z": 1}  # a given up axis overrides that of glTF
     for said, axis in stores.items():
         prepare(
             tmp_path / "in", tmp_path / str(said), Preparation(points=256, up_axis=said), workers=1

@@ -1,5 +1,5 @@
-"""Anybody's files to a store: splits, bad files, interruptions, archives, and coordinates that lead
-back.
+"""Preparation of a store from any files: splits, bad files, interruptions, archives, and recovery
+of the original coordinates.
 """
 
 import io
@@ -49,7 +49,7 @@ def keys(store: Store) -> list[str]:
 
 
 def rows(store: Store) -> list[tuple[str, str | None, str | None]]:
-    """Key, class and split of every cloud."""
+    """Return key, class and split of every cloud."""
     names, splits = (*store.class_names, None), (*SPLITS, None)
     labels = zip(store.columns["label"], store.columns["split"], strict=True)
     return [
@@ -59,7 +59,7 @@ def rows(store: Store) -> list[tuple[str, str | None, str | None]]:
 
 
 def same(one: Store, two: Store) -> bool:
-    """The same clouds in the same order, whatever their shards."""
+    """Return whether two stores have the same clouds in the same order; shards may differ."""
     return rows(one) == rows(two) and all(
         np.array_equal(one.points(i), two.points(i)) for i in range(len(one))
     )
@@ -254,7 +254,7 @@ def test_a_parser_that_kills_its_process_is_left_out_and_the_others_stay_in_orde
     ):
         found += results
         if len(found) == 1:
-            time.sleep(0.5)  # the pool breaks while its first results are used
+            time.sleep(0.5)  # lets the pool break while this loop uses its first results
     assert [i for i, result in enumerate(found) if isinstance(result, str)] == [2, 6]
     assert found[2] == "its parser crashed"
     for i in (0, 1, 3, 4, 5, 7):
@@ -389,9 +389,8 @@ def test_an_archive_is_its_folder(tmp_path, pack, name):
 @pytest.mark.parametrize(("pack", "name"), [(zipped, "set.zip"), (tarred, "set.tgz")])
 def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path, pack, name, member):
     source = pack(tmp_path / name, {"a.npy": as_bytes(SHAPES[0]), member: as_bytes(SHAPES[1])})
-    if pack is tarred and member.startswith(
-        "/"
-    ):  # tar's own rule: the leading / is dropped, and all stays inside
+    # tar itself drops a leading /, so that nothing is written elsewhere.
+    if pack is tarred and member.startswith("/"):
         assert len(stored(source, tmp_path / "out")) == 2
     else:
         with pytest.raises(ReadError, match=name):
@@ -421,7 +420,7 @@ def back(store: Store, row: int = 0) -> np.ndarray:
 
 
 def among(points: np.ndarray, cloud: np.ndarray) -> float:
-    """The largest distance of a point to the nearest of a cloud."""
+    """Return the largest distance from one of the points to its nearest point of the cloud."""
     return np.linalg.norm(points[:, None] - cloud, axis=2).min(1).max()
 
 
@@ -477,7 +476,7 @@ def test_attributes_of_copies_are_those_of_their_points(tmp_path):
     store = stored(tmp_path / "in", tmp_path / "out", points=100, keep=("parts",))
     assert np.allclose(back(store)[:70], points[store.array("parts", 0)[:70]], atol=1e-4)
     parts = store.array("parts", 0)
-    assert set(parts[70:]) == set(parts[:30])  # the farthest of them, once more
+    assert set(parts[70:]) == set(parts[:30])  # copies keep the labels of their points
 
 
 def test_all_points_are_kept_where_asked(tmp_path):
@@ -552,7 +551,7 @@ def test_a_refused_continuation_leaves_the_report_as_it_was(tmp_path):
 
 
 def test_stray_points_of_own_files_are_left_out_and_told_of(tmp_path, capsys):
-    """Farthest points would be most of them."""
+    """Without this, most of the farthest points would be stray points."""
     rng = np.random.default_rng(0)
     ball = rng.normal(size=(5000, 3))
     ball /= np.linalg.norm(ball, axis=1, keepdims=True)

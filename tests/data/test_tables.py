@@ -1,4 +1,4 @@
-"""The same cloud in hundreds of spellings of tables and PCD, each read whole and in chunks."""
+"""One cloud, written as a table or PCD in hundreds of ways, and read at once and in chunks."""
 
 import io as streams
 import logging
@@ -23,7 +23,7 @@ LABELS = RNG.integers(0, 9, 30)
 
 
 def number(value: float, rng: random.Random, comma: bool) -> str:
-    """A coordinate as one program or another writes it."""
+    """Write a coordinate in a random format, as different programs do."""
     text = rng.choice(
         [f"{value:.4f}", f"{value:.4f}", f"{value:.6e}", f"{value:+.5f}", repr(float(value))]
     )
@@ -31,7 +31,9 @@ def number(value: float, rng: random.Random, comma: bool) -> str:
 
 
 def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
-    """A file of POINTS, its suffix, and whether it names colours and labels."""
+    """Write POINTS as a random table. Returns the file's content, its suffix, and whether a header
+    names colours and labels.
+    """
     suffix = rng.choice([".xyz", ".txt", ".csv", ".pts", ".asc"])
     mark = rng.choice([" ", "  ", "\t", ",", ", ", ";", "; ", "|", " \t "])
     comma = mark.strip() not in (",", "|") and rng.random() < 0.3
@@ -81,7 +83,7 @@ def table(rng: random.Random) -> tuple[bytes, str, bool, bool]:
     if rng.random() < 0.2:
         rows.insert(rng.randrange(len(rows)), rng.choice(["", "# in between", "   ", "// more"]))
     if header == "line" and rng.random() < 0.1:
-        rows.insert(7, names + tail)  # two exports in one file
+        rows.insert(7, names + tail)  # two exports in one file repeat the header
     end = rng.choice(["\n", "\n", "\r\n", "\r"])
     text = end.join([*lines, *rows]) + rng.choice(["", end, end + end])
     coding = rng.choice(
@@ -141,7 +143,7 @@ def test_columns_name_those_of_a_table_without_header(tmp_path):
     cloud = read(tmp_path / "a.txt", columns=("label", "x", "y", "z"))
     assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-4)
     assert np.array_equal(to_parts(cloud.parts), LABELS)
-    np.savetxt(tmp_path / "b.txt", POINTS, "%.4f")  # another file of the same folder
+    np.savetxt(tmp_path / "b.txt", POINTS, "%.4f")  # another file, without the label column
     for columns in (("label", "x", "y", "z"), ("e", "n", "h")):
         cloud = read(tmp_path / "b.txt", columns=columns)
         assert np.allclose(cloud.file_coordinates(), POINTS, atol=1e-4)
@@ -154,7 +156,9 @@ def test_binary_data_is_no_table(tmp_path):
 
 
 def test_a_molecule_and_rows_without_a_place_are_told_apart(tmp_path):
-    """An empty or NaN cell of x, y or z is a point that was not seen, a word there is an error."""
+    """A row with an empty or NaN cell in x, y or z is a point that the scanner did not see; a word
+    in such a cell is an error.
+    """
     rows = "1,2,3,4\n,,,7\n4,5,6,\nnan,5,6,1\n7,8,NA,3\n-1.#IND,1,2,2\n7,8,8,1\n,,,\n"
     for first, more in (("", 0), (",,,1\n", 1), ("nan,nan,nan,\n", 1), ("1,,,1\n", 1)):
         (tmp_path / "a.csv").write_text("x,y,z,i\n" + first + rows)
@@ -182,14 +186,14 @@ LETTERS = {"f": "F", "i": "I", "u": "U"}
 
 
 def lzf(data: bytes) -> bytes:
-    """LZF without compression: runs of literals."""
+    """Encode data as LZF without compression: as literal runs."""
     return b"".join(
         bytes([len(data[at : at + 32]) - 1]) + data[at : at + 32] for at in range(0, len(data), 32)
     )
 
 
 def pcd(rng: random.Random, points: np.ndarray = POINTS) -> tuple[bytes, bool]:
-    """A PCD of points; whether it has labels."""
+    """Write points as a random PCD file. Returns its content and whether it has labels."""
     width = rng.choice([4, 8])
     fields = [(name, f"<f{width}", 1, points[:, i]) for i, name in enumerate("xyz")]
     labelled = rng.random() < 0.5
@@ -294,7 +298,7 @@ def test_a_pcd_that_cannot_be_read_says_why(tmp_path, old, new, said, way):
 
 
 def organised(path, way: str) -> None:
-    """A depth camera's PCD: NaN in 20 of 80 points."""
+    """Write a PCD file as from a depth camera: 20 of its 80 points are NaN."""
     points = np.random.default_rng(1).normal(size=(80, 3)).astype("<f4")
     points[::4] = np.nan
     head = f"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 10\nHEIGHT 8\nPOINTS 80\nDATA {way}\n".encode()
@@ -388,7 +392,9 @@ def test_a_float16_store_says_what_an_outlier_does_to_a_cloud(tmp_path, capsys):
 
 
 def ptx(path, scans: int, color: bool, cut: int = 0) -> np.ndarray:
-    """Scans of 4 x 5 points of which 3 were not seen, each turned and moved; returns the places."""
+    """Write scans of 4 x 5 points, each rotated and shifted; 3 points of each were not seen.
+    Returns the coordinates of the others.
+    """
     rng, lines, places = np.random.default_rng(scans), [], []
     for _ in range(scans):
         points = rng.normal(size=(20, 3)).round(4)

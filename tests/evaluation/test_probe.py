@@ -1,4 +1,6 @@
-"""Probes: they find what is there, never choose on the test part, and say what they lack."""
+"""Probes: they find classes that the features contain, never choose on the test split, and report
+missing classes.
+"""
 
 import json
 from pathlib import Path
@@ -21,7 +23,9 @@ from jepa3d.models.encoder import PointEncoder, calibrate_batchnorm
 
 
 def features(labels: np.ndarray, gaps: tuple[float, ...], seed: int) -> np.ndarray:
-    """Gaussian features [L, n, 6] of `labels`, one layer a gap between the class means."""
+    """Sample Gaussian features [L, n, 6] of `labels`; each layer has its own gap between the class
+    means.
+    """
     rng = np.random.default_rng(seed)
     means = np.random.default_rng(0).normal(size=(9, 6))
     return np.stack([gap * means[labels] + rng.normal(size=(len(labels), 6)) for gap in gaps])
@@ -34,7 +38,7 @@ def data(gaps: tuple[float, ...], train: int = 90, test: int = 60, classes: int 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every use of a classifier, in order, as the arguments of `_confusion`."""
+    """Record the arguments of every call of `_confusion`, which fits and scores a classifier."""
     seen, confusion = [], probing._confusion
 
     def watched(*arguments, seed=0):
@@ -78,7 +82,7 @@ def test_test_labels_do_not_change_what_is_chosen(protocol, calls):
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_layer_that_is_good_on_test_only_is_not_chosen(protocol, calls):
     x, y, x_test, y_test = data((8.0, 0.0))
-    x_test = x_test[::-1]  # on test the second layer has the classes
+    x_test = x_test[::-1]  # reversed: on test, only the second layer contains the classes
     result = run_protocol(protocol, x, y, x_test, y_test, [0, 1])
     layers = (
         [layer for layer, _ in result["chosen"]] if protocol == "logistic_10" else [result["layer"]]
@@ -91,7 +95,7 @@ def test_the_test_part_is_scored_once_and_last(protocol, calls):
     x, y, x_test, y_test = data((0.5, 0.6))
     run_protocol(protocol, x, y, x_test, y_test, [0, 1])
     uses = [i for i, (*_, against) in enumerate(calls) if against is y_test]
-    assert len(uses) == (3 if protocol == "logistic_10" else 1)  # once a draw
+    assert len(uses) == (3 if protocol == "logistic_10" else 1)  # once per sample of the labels
     assert uses[-1] == len(calls) - 1
 
 
@@ -107,7 +111,7 @@ def test_selection_fits_on_four_fifths_and_scores_the_rest(calls):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_quick_probe_fits_once_a_draw_and_chooses_nothing(protocol, calls):
-    """As many fits as scores, each with the C that it was told, on the layer that it was told."""
+    """There is one fit per score, with the given C and the given layer."""
     result = run_protocol(protocol, *data((8.0, 0.0, 8.0)), [2], c=0.1)
     assert len(calls) == (3 if protocol == "logistic_10" else 1)
     assert {c for _, c, *_ in calls} == ({0.1} if protocol.startswith("logistic") else {0.0})
@@ -141,9 +145,8 @@ def test_a_quick_probe_uses_the_last_layer_and_says_so(tmp_path, shapes, capsys,
     (file,) = tmp_path.glob("probe-*.json")
     assert file.stem.endswith("-quick")
     for row in json.loads(file.read_text())["rows"]:
-        last = (
-            2 if row["model"] in ("untrained", "pretrained") else 0
-        )  # vectors made by hand have one layer
+        # Handcrafted descriptors have one layer.
+        last = 2 if row["model"] in ("untrained", "pretrained") else 0
         assert (row["scores"]["logistic"]["layer"], row["scores"]["logistic"]["C"]) == (last, 0.1)
         assert row["scores"]["logistic_10"]["chosen"] == [[last, 0.1]] * 10
 
@@ -175,9 +178,8 @@ def test_few_labels_choose_among_the_same_ten_and_score_the_mean_over_draws(call
 
     monkeypatch.setattr(probing, "_confusion", scripted)
     result = run_protocol("logistic_10", x, y, x_test, y_test, [0, 1])
-    assert {rows for rows, _, final in drawn if not final} == {
-        24
-    }  # four of five folds of 30 labels
+    # Each fit uses four of five folds of the 30 labels.
+    assert {rows for rows, _, final in drawn if not final} == {24}
     assert [counts for _, counts, final in drawn if final] == [[10, 10, 10]] * 3
     assert result["accuracy"] == pytest.approx(190 / 3)
     assert result["std_over_draws"] == pytest.approx(
@@ -199,21 +201,19 @@ def test_draws_differ_and_the_seed_decides_them(calls):
 
 @pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "logistic_10"])
 def test_the_confusion_counts_every_test_shape_and_its_diagonal_is_the_accuracy(protocol, calls):
-    y, y_test = (
-        np.arange(90) % 3 * 2,
-        np.repeat([0, 2, 4], [10, 20, 30]),
-    )  # labels with gaps, unequal classes
+    # The labels have gaps, and the test classes have unequal sizes.
+    y, y_test = np.arange(90) % 3 * 2, np.repeat([0, 2, 4], [10, 20, 30])
     x, x_test = features(y, (1.0,), 1), features(y_test, (1.0,), 2)
     result = run_protocol(protocol, x, y, x_test, y_test, [0])
     table = np.array(result["confusion"])
-    assert table.sum(1).tolist() == [10, 20, 30]  # rows are true
+    assert table.sum(1).tolist() == [10, 20, 30]  # rows are true classes
     assert 0 < np.trace(table) < 60
     assert result["accuracy"] == pytest.approx(100 * np.trace(table) / 60)
     assert result["mean_class_accuracy"] == pytest.approx(
         100 * np.mean(np.diag(table) / [10, 20, 30])
     )
     found = classifiers.predict(protocol, result["C"] or 0.0, x[0], y, x_test[0])
-    assert table[0, 1] == np.sum((y_test == 0) & (found == 2))  # columns are predicted
+    assert table[0, 1] == np.sum((y_test == 0) & (found == 2))  # columns are predicted classes
     assert np.sum(found == y_test) == np.trace(table)
 
 
@@ -248,7 +248,7 @@ def test_mlp3_is_the_head_of_point_mae():
 
 
 def test_mlp3_finds_what_no_plane_separates(calls):
-    """Two classes by the sign of a product: the linear protocols score chance."""
+    """The class is the sign of a product, so a linear protocol can only score chance."""
     x, x_test = (np.random.default_rng(seed).normal(size=(1, 400, 4)) for seed in (1, 2))
     y, y_test = ((half[0, :, 0] * half[0, :, 1] > 0).astype(int) for half in (x, x_test))
     accuracy = {
@@ -290,15 +290,13 @@ def test_a_source_s_validation_part_is_neither_train_nor_test():
 
 
 def test_a_source_s_validation_part_chooses_layer_and_c():
-    """Of two layers one tells the classes of train apart by a number of each shape, the other by
-    what they are.
-    """
+    """Layer 0 separates the classes of the train split only; layer 1 does so in both splits."""
     y = np.repeat([0, 1], 20)
     good, rng = (
         np.eye(2)[y] + np.random.default_rng(0).normal(scale=0.8, size=(40, 2)),
         np.random.default_rng(1),
     )
-    features = np.stack([np.eye(2)[y], good])  # layer 0 knows the answer in train alone
+    features = np.stack([np.eye(2)[y], good])  # in the train split, layer 0 is the answer
     x_test = np.stack([rng.normal(size=(40, 2)), np.eye(2)[y]])
     found = run_protocol("logistic", features, y, x_test, y, [0, 1])
     assert (found["layer"], found["accuracy"] < 80) == (0, True)
@@ -314,9 +312,8 @@ def test_validation_is_a_fifth_of_train_of_every_class_and_leaves_test_alone():
     assert np.bincount(found.y_test).tolist() == [2, 2, 2, 2]
     assert not found.dropped
     seen = {float(value) for half in found.subsets() for value in half.points[:, 0, 0]}
-    assert seen == {
-        float(value) for value in source.points[:40, 0, 0]
-    }  # all of train, none of test, none twice
+    # All shapes of train are used, and none of test.
+    assert seen == {float(value) for value in source.points[:40, 0, 0]}
     assert (Labelled.of(source, "validation").test.points == found.test.points).all()
 
 
@@ -392,8 +389,8 @@ def test_the_mean_class_accuracy_stands_beside_the_accuracy_it_belongs_to():
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory) -> dict:
-    """The result of probing two seeds of a pretended run on shapes of four classes, one of them in
-    train only.
+    """Probe two seeds of an imitated run on shapes of four classes, one of which is in the train
+    split only. Returns the result.
     """
     folder = tmp_path_factory.mktemp("probed")
     runs = [folder / f"run-{seed}" for seed in (0, 1)]
@@ -513,7 +510,7 @@ def test_an_unknown_protocol_names_the_known_ones(tmp_path):
 
 
 def test_the_built_in_shapes_are_neither_trivial_nor_hopeless():
-    """The untrained encoder of preset tiny, logistic probe: between 50 and 90 per cent."""
+    """A logistic probe of preset tiny's untrained encoder scores between 50 and 90 per cent."""
     torch.manual_seed(0)
     encoder = PointEncoder(**vars(settings.resolve(settings.preset("tiny")).encoder))
     shapes = LabelledSet("synthetic:1000").read(512)

@@ -1,5 +1,5 @@
-"""A vector is a function of the cloud: whichever entry point, order, unit, name, place in a list or
-batch.
+"""A vector depends only on the cloud: not on the entry point, the order or unit of the points, the
+file's name, or the cloud's position in a list or batch.
 """
 
 import csv
@@ -44,7 +44,8 @@ SIZES = {
 }
 LEAST = 16
 RNG = np.random.default_rng(0)
-COUNTS = (16, 17, 40, 127, 128, 129, 700)  # the fewest, fewer than num_points, as many, more
+# Numbers of points: the least allowed, fewer than num_points (128), as many, and more.
+COUNTS = (16, 17, 40, 127, 128, 129, 700)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def encoder(model) -> PointEncoder:
 
 @pytest.fixture(scope="module")
 def classifier(encoder) -> LinearClassifier:
-    """Its logits are the vector, so that what `predict` makes of a cloud can be compared."""
+    """Return a classifier whose logits are the vector, so that the output of `predict` can be
+    compared with the other entry points.
+    """
     network = LinearClassifier(SIZES, [str(i) for i in range(64)])
     network.encoder.load_state_dict(encoder.state_dict())
     with torch.no_grad():
@@ -77,7 +80,7 @@ def classifier(encoder) -> LinearClassifier:
 
 
 def shape(count: int, seed: int = 0) -> np.ndarray:
-    """Points of a bent sheet in a map's coordinates."""
+    """Sample points of a bent sheet, with large coordinates as on a map."""
     u, v = np.random.default_rng(seed).uniform(-1, 1, (2, count))
     return np.stack([u, v * (1 + 0.3 * seed), np.sin(2 * u) * v], 1) * 30 + [500, -200, 40]
 
@@ -103,7 +106,7 @@ def saved(folder: Path, cloud: np.ndarray, name: str = "cloud.npy") -> Path:
 
 
 class Entry:
-    """Every way from a cloud N 3 to its vector; `made` has what was loaded once."""
+    """All entry points: each method computes the vector of a cloud N 3 in another way."""
 
     def __init__(
         self, model: str, encoder: PointEncoder, classifier: LinearClassifier, folder: Path
@@ -219,7 +222,9 @@ class Entry:
         return pool(self.encoder.states(seen[0])[0][-1]).detach()
 
     def scene(self, cloud):
-        """The tile of a scene that holds all of it."""
+        """Compute features of the cloud as a scene. Returns the vector of the tile that holds all
+        of its points.
+        """
         seen, points = [], Features._points
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -264,9 +269,8 @@ def cloud_of(drawn: tuple[int, int]) -> np.ndarray:
 @given(CLOUD, st.integers(0, 99))
 def test_the_order_and_the_copies_of_points_do_not_matter(encoder, drawn, seed):
     cloud, rng = cloud_of(drawn), np.random.default_rng(seed)
-    rows = np.concatenate(
-        [np.arange(len(cloud)), rng.integers(0, len(cloud), seed)]
-    )  # some of them several times
+    # Every point, and some points several times.
+    rows = np.concatenate([np.arange(len(cloud)), rng.integers(0, len(cloud), seed)])
     again = cloud[rng.permutation(rows)]
     assert_same(vector(encoder, again), vector(encoder, cloud))
     assert_same(embed(again, encoder), vector(encoder, cloud))
@@ -282,9 +286,8 @@ def test_the_order_does_not_matter_on_a_lattice_within_one_back_end(encoder, wid
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(CLOUD, min_size=1, max_size=40), st.integers(0, 99))
-@example(
-    [(16, 428), (17, 848), (16, 921)], 0
-)  # once copies of two neighbours were equally far, and rounding chose
+# In this example, copies of two neighbours were once equally far, and rounding chose between them.
+@example([(16, 428), (17, 848), (16, 921)], 0)
 def test_the_batch_and_the_place_in_it_do_not_matter(encoder, drawn, seed):
     clouds = [cloud_of(one) for one in drawn]
     alone = np.concatenate([embed(cloud, encoder) for cloud in clouds])
@@ -310,7 +313,7 @@ def test_the_loop_of_numpy_and_the_compiled_sampling_see_the_same(drawn):
 def test_all_points_lie_where_the_encoder_sees_them(drawn):
     cloud = cloud_of(drawn)
     seen = frame.frame(cloud, 128, keep_strays=True)
-    if len(cloud) <= 128:  # all are seen, and copies
+    if len(cloud) <= 128:  # the encoder sees all points, and copies
         distance = np.linalg.norm(seen.place(cloud)[:, None] - seen.points, axis=2).min(1)
     else:
         distance = np.linalg.norm(seen.points[:, None] - seen.place(cloud), axis=2).min(1)
@@ -318,7 +321,7 @@ def test_all_points_lie_where_the_encoder_sees_them(drawn):
 
 
 def test_two_clouds_have_two_vectors(encoder):
-    """Else the properties above would hold of a constant."""
+    """Without this, a constant vector would pass all tests above."""
     assert np.abs(vector(encoder, shape(64)) - vector(encoder, shape(64, 1))).max() > 1e-2
 
 
@@ -360,7 +363,7 @@ def test_equal_bytes_have_equal_vectors_whatever_their_name_and_place(
     for i in range(40):
         (folder / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / f"class{i % 3}" / f"{'x' * (i % 5)}{i}{source.suffix}")
-    np.save(folder / "class1" / "b.npy", shape(100))  # so that batches are not all alike
+    np.save(folder / "class1" / "b.npy", shape(100))  # another cloud, so batches differ
     made = vectors_in(folder, model, tmp_path / "v.parquet", workers=workers)
     alike = [row for path, row in made.items() if not path.endswith("b.npy")]
     assert len(alike) == 40
@@ -458,9 +461,9 @@ def test_nan_is_refused_in_memory_and_left_out_of_files(encoder, tmp_path):
 
 @pytest.mark.parametrize("count", [15, 16, 64, 100])
 def test_the_commands_agree_on_the_fewest_points(model, classifier, tmp_path, capsys, count):
-    """`label` recommends `predict`, and both take what `embed` takes.
+    """`embed`, `label` and `predict` take the same clouds, since `label` recommends `predict`.
 
-    `prepare` from 64 points on, whatever follows.
+    `prepare` needs at least 64 different points, whatever the store is used for.
     """
     classifier.save_pretrained(tmp_path / "run" / "model")
     for i in range(3):
@@ -492,7 +495,7 @@ def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(
     monkeypatch.setattr(spec, "FRAME", 1)
     embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1)
     monkeypatch.undo()
-    assert len(Vectors(tmp_path / "v.parquet")) == 1  # they can be read, and counted
+    assert len(Vectors(tmp_path / "v.parquet")) == 1  # old vectors can still be read and counted
     saved(tmp_path / "s", shape(101), "new.npy")
     for action in (
         lambda: embed_files([tmp_path / "s"], tmp_path / "v.parquet", model, workers=1),
@@ -502,9 +505,8 @@ def test_vectors_of_the_frame_before_are_not_mixed_with_those_of_this_one(
             ValueError, match=r"v\.parquet: .* another version of jepa3d .*embed the clouds again"
         ):
             action()
-    assert (
-        EmbeddingSpec("m", "f", -1, "mean", "z", 4).frame == 1
-    )  # what a file says that does not say
+    # Files without a frame version are from version 1.
+    assert EmbeddingSpec("m", "f", -1, "mean", "z", 4).frame == 1
 
 
 def test_the_errors_are_read_errors_where_a_file_is_to_blame(encoder, tmp_path):
@@ -516,7 +518,7 @@ def test_the_errors_are_read_errors_where_a_file_is_to_blame(encoder, tmp_path):
 
 
 def surfaces() -> dict[str, np.ndarray]:
-    """Clean clouds of 2,000 points, solid and thin, even and not."""
+    """Sample clouds of 2,000 points without strays: thick and thin, of even and uneven density."""
     rng = np.random.default_rng(3)
     on = rng.normal(size=(2000, 3))
     on /= np.linalg.norm(on, axis=1, keepdims=True)

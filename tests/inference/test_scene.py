@@ -1,5 +1,5 @@
-"""Features of all points of a scene: in the file's order and coordinates, without seams, and
-nothing left behind.
+"""Features of all points of a scene: the coordinates are those of the file, there are no seams
+between tiles, and no temporary files remain.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def xyz() -> np.ndarray:
-    """Ground, a ball and, far away, a box: 20,000 points, shuffled, at the coordinates of a map."""
+    """Sample ground, a ball and, far away, a box: 20,000 shuffled points with map coordinates."""
     rng = np.random.default_rng(0)
     ground = np.c_[rng.uniform(0, 60, (14_000, 2)), rng.normal(scale=0.05, size=14_000)]
     ball = rng.normal(size=(3_000, 3))
@@ -63,7 +63,9 @@ def scan(tmp_path, xyz):
 
 
 def rows(path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coordinates and features of a Parquet file by index, and the order they were in."""
+    """Read a Parquet file. Returns coordinates and features sorted by index, and the indices in the
+    order of the file.
+    """
     table = pq.read_table(path)
     index = table["index"].to_numpy()
     at = np.argsort(index)
@@ -107,16 +109,17 @@ def test_colours_keep_the_order_of_the_file_and_its_millimetres(model, scan, xyz
     assert ((colors == 0) | (colors == 255)).mean() < 0.2
     ground = np.abs(xyz[:, 2] - FAR[2]) < 0.3
     spread = np.abs(colors[ground].mean(0) - colors[~ground].mean(0)).max()
-    assert spread > 30  # what lies on the ground looks other than the ground
+    assert spread > 30  # objects get other colours than the ground
     assert sorted(p.name for p in scan.parent.iterdir()) == [out.name, "scan.npy"]
 
 
 def test_a_tile_s_features_are_the_encoder_s_own(model, tmp_path):
-    """One tile, as many points as the encoder takes: at a centre, its token."""
+    """If a scene is one tile with as many points as the encoder takes, a patch centre gets its
+    token.
+    """
     points = np.random.default_rng(1).normal(size=(128, 3))
-    points /= np.linalg.norm(
-        points, axis=1, keepdims=True
-    )  # none is a stray, in whose place a copy would be
+    # On a sphere there are no stray points, which would be replaced by copies of other points.
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
     np.save(tmp_path / "one.npy", points)
     write_features(tmp_path / "one.npy", tmp_path / "o.parquet", model)
     _, features, _ = rows(tmp_path / "o.parquet")
@@ -174,7 +177,7 @@ def hills() -> np.ndarray:
 
 
 class Unblended(Grid):
-    """All weight to the tile whose middle is nearest."""
+    """Gives all weight to the tile whose centre is nearest."""
 
     def cells(self, xyz):
         cells, place = super().cells(xyz)
@@ -182,7 +185,7 @@ class Unblended(Grid):
 
 
 class Averaged(Grid):
-    """The same weight to all tiles."""
+    """Gives all tiles the same weight."""
 
     def cells(self, xyz):
         cells, place = super().cells(xyz)
@@ -190,8 +193,8 @@ class Averaged(Grid):
 
 
 def unevenness(hills, features) -> float:
-    """How much near points differ across borders, quarters and middles of cells of side 4: largest
-    over least.
+    """Measure how much the features of near points differ across planes at the borders, quarters
+    and middles of cells of side 4. Returns the largest mean difference divided by the smallest.
     """
     place, jumps = (hills[:, 0] - hills[:, 0].min()) / 4 % 1, []
     for middle in (0.0, 0.25, 0.5, 0.75):
@@ -216,11 +219,13 @@ def test_there_is_no_seam_at_the_borders_of_tiles(model, hills, tmp_path):
     }
     uneven = {kind: unevenness(hills, features) for kind, features in found.items()}
     assert uneven[Grid] < 1.3
-    assert min(uneven[Unblended], uneven[Averaged]) > 1.5  # so the measure sees a seam
+    assert min(uneven[Unblended], uneven[Averaged]) > 1.5  # the measure does detect seams
 
 
 def test_another_origin_of_the_tiles_gives_much_the_same_features(model, hills, tmp_path):
-    """As far as an encoder that was never trained can: it sees where in its tile a point lies."""
+    """They are correlated, but not equal: an untrained encoder also encodes a point's position in
+    its tile.
+    """
 
     def correlation(kind) -> float:
         low, high, made = hills.min(0), hills.max(0), []
@@ -238,7 +243,7 @@ def test_another_origin_of_the_tiles_gives_much_the_same_features(model, hills, 
 
 def test_cells_are_whole_random_parts_and_tiles_hold_their_cells(hills, tmp_path, monkeypatch):
     monkeypatch.setattr(sorting, "BUCKET", 1000)
-    monkeypatch.setattr(sorting, "_STRIP", 1)  # strips of 8 cells
+    monkeypatch.setattr(sorting, "_STRIP", 1)  # gives the smallest strips, of 8 cells
     grid = Grid(hills.min(0), hills.max(0), 2.0)
     sample = np.c_[hills, np.arange(len(hills))]
     cells = sort_points(
@@ -259,14 +264,13 @@ def test_cells_are_whole_random_parts_and_tiles_hold_their_cells(hills, tmp_path
         inside = ((hills >= low) & (hills < low + 2.0)).all(1)
         members = cells.find(tiles[tile] + grid.corners)
         assert counts[tile] == cells.counts[members].sum()
-        assert (
-            abs(int(inside.sum()) - int(counts[tile])) <= 1
-        )  # the last point lies on the upper border
+        # They may differ by one, since the last point lies on the upper border.
+        assert abs(int(inside.sum()) - int(counts[tile])) <= 1
         assert (of_cell[members] == tile).any(1).all()
 
 
 def test_points_in_sparse_places_have_features_too(model, hills, tmp_path):
-    """Lone points, copies of one point, and a sparse patch between: none is left out."""
+    """Lone points, copies of one point, and a sparse patch between them all get features."""
     rng = np.random.default_rng(4)
     lone = np.r_[
         [[400, 400, 50], [-90, 10, 0], [401, 400, 50]], rng.uniform(60, 160, (40, 3)) * [1, 1, 0.1]
@@ -420,9 +424,8 @@ def test_a_full_disk_is_told_before_the_work(model, scan, monkeypatch):
     assert list(scan.parent.iterdir()) == [scan]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "call"), [(".ply", 70), (".parquet", 6)]
-)  # both amid the features
+# Both calls happen while features are being written.
+@pytest.mark.parametrize(("suffix", "call"), [(".ply", 70), (".parquet", 6)])
 def test_an_interrupted_run_leaves_the_old_result_alone(model, scan, monkeypatch, suffix, call):
     out, calls = scan.with_name(f"o{suffix}"), itertools.count()
     out.write_text("old")

@@ -1,5 +1,5 @@
-"""A grid from end to end: trained once, scored once, resumed, refused in one line where it cannot
-be right.
+"""A grid from end to end: it is trained once, scored once and can be resumed. A wrong grid is
+refused in one line.
 """
 
 import json
@@ -35,9 +35,9 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def write_grid(tiny, tmp_path_factory):
-    """A function: changes of the keys -> a grid file of two arms and two seeds, 4 steps each.
+    """Return a function that writes a grid file of two arms and two seeds, 4 steps each.
 
-    None leaves a key out.
+    Its arguments change keys of the grid; a key None is left out.
     """
 
     def write(**changes) -> Path:
@@ -70,7 +70,7 @@ def call(*words, code: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def made(write_grid, tmp_path_factory) -> tuple[Path, Path]:
-    """A grid and the folder of its comparison, scored on the test part of the data."""
+    """Run a comparison that is scored on the test split. Returns the grid file and the folder."""
     grid, out = write_grid(title="two masks"), tmp_path_factory.mktemp("made") / "out"
     call(grid, "--out", out)
     return grid, out
@@ -78,7 +78,7 @@ def made(write_grid, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def copied(made, tmp_path) -> tuple[Path, Path]:
-    """The same, to be changed."""
+    """Return the grid file and a copy of that folder, which a test may change."""
     return made[0], Path(shutil.copytree(made[1], tmp_path / "out"))
 
 
@@ -115,7 +115,7 @@ def test_a_comparison_has_every_run_row_and_file(made):
         "95 %",
     ):
         assert said in table
-    assert "pretraining" not in table  # the test part was not seen in it
+    assert "pretraining" not in table  # pretraining did not use the test split
 
 
 def test_the_figures_are_those_of_the_kept_outcomes(made):
@@ -136,10 +136,8 @@ def test_the_figures_are_those_of_the_kept_outcomes(made):
             tables["block"], tables["base"]
         )
         assert found["base"]["difference"] is None
-        for name in (
-            "histograms",
-            "geometry",
-        ):  # the same vectors for every seed; only labels are drawn
+        # These vectors are equal for all seeds; only the sampled labels differ.
+        for name in ("histograms", "geometry"):
             assert metric == "logistic_10" or len(set(found[name]["values"])) == 1
 
 
@@ -227,7 +225,7 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
     assert table.count("| block | failed | failed | failed | failed | - |") == 1
     assert "NOTE: one seed" in table
     monkeypatch.undo()
-    call(grid, "--out", out)  # is not tried again
+    call(grid, "--out", out)  # the failed run is not tried again
     assert "run 2 of 2: block-0: failed: the loss is nan at step 3" in capsys.readouterr().out
     swapped = write_grid(arms=arms, seeds=[0], reference="block")
     call(swapped, "--out", out)
@@ -237,7 +235,7 @@ def test_a_failed_arm_leaves_the_others(write_grid, tmp_path, monkeypatch, capsy
 
 
 def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, capsys):
-    """The row untrained is that of the reference's network, fine-tuned from its first weights."""
+    """In the row *untrained*, the reference's network is fine-tuned from its initial weights."""
     _, out = copied
     changes = {"arms": ["base"], "labels": 0.5, "epochs": 1, "batch_size": 4, "warmup_epochs": 0}
     grid = write_grid(finetune=changes)
@@ -258,8 +256,8 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
     lines = [line.split(" | ") for line in table.splitlines()]
     header = next(line for line in lines if "10 labels a class" in line)
     block = next(line for line in lines if line[0] == "| block" and len(line) == len(header))
-    assert block[header.index("fine-tuned")] == "-"  # it was not asked for
-    monkeypatch.setattr("jepa3d.training.finetune.fit", None)  # nothing is trained again
+    assert block[header.index("fine-tuned")] == "-"  # this arm was not to be fine-tuned
+    monkeypatch.setattr("jepa3d.training.finetune.fit", None)  # training anything again would fail
     call(grid, "--out", out)
     capsys.readouterr()
     call(write_grid(finetune=changes | {"epochs": 2}), "--out", out, code=2)
@@ -346,8 +344,8 @@ def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, ca
 
 @pytest.fixture
 def costs(monkeypatch):
-    """CPU-seconds before the first step and of a step, by the sampler's name; the order in which
-    they were asked.
+    """Replace the measured costs by known ones. Returns the CPU-seconds before the first step and
+    those of one step, by the sampler's name, and the list of names in the order of measurement.
     """
     known, asked = {"random": (0.0, 0.5), "multi_block": (10.0, 1.0), "one_block": (0.0, 2.0)}, []
     monkeypatch.setattr(
@@ -363,11 +361,10 @@ def test_equal_time_gives_steps_by_cost_and_keeps_them(write_grid, costs, tmp_pa
     timed = {"arms": ARMS, "equal": {"cpu_minutes": 1}}
     grid = read_grid(write_grid(**timed), {})
     steps = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
-    assert steps == {"base": 120, "block": 50}  # 60 s / 0.5 s, and less 10 s of stage I, 50 s / 1 s
-    assert asked == ["random", "multi_block"] * 3  # in turns
-    known |= {
-        name: (2 * before, 2 * step) for name, (before, step) in known.items()
-    }  # the machine is busier
+    assert steps == {"base": 120, "block": 50}  # 60 s / 0.5 s; (60 - 10 s of stage I) / 1 s
+    assert asked == ["random", "multi_block"] * 3  # measured in turns
+    # Now the machine is busier, and every cost doubles.
+    known |= {name: (2 * before, 2 * step) for name, (before, step) in known.items()}
     asked.clear()
     assert {
         name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()
@@ -376,9 +373,8 @@ def test_equal_time_gives_steps_by_cost_and_keeps_them(write_grid, costs, tmp_pa
     timed["arms"] = ARMS | {"one": {"sampler": {"name": "one_block"}}}
     grid = read_grid(write_grid(**timed), {})
     found = {name: config.max_steps for name, config in at_equal_time(grid, tmp_path).arms.items()}
-    assert found == steps | {
-        "one": 30
-    }  # measured beside an arm that is known, as if the machine were as it was
+    # The new arm is measured beside an old one, to correct for the busier machine.
+    assert found == steps | {"one": 30}
     assert set(asked) == {"one_block", "random"}
 
 
@@ -426,7 +422,7 @@ def test_arms_share_a_stage_one_of_the_same_settings_and_seed(write_grid, tiny, 
     assert_close(weights(made["block-1"].parents[1]), weights(alone), rtol=0, atol=0)
     call(
         write_grid(settings={"dvae": {"max_steps": 2}}, arms=arms), "--out", tmp_path / "out"
-    )  # goes on
+    )  # continues
 
 
 def test_the_cost_of_stage_one_comes_before_the_first_step(tiny):
@@ -434,7 +430,7 @@ def test_the_cost_of_stage_one_comes_before_the_first_step(tiny):
     assert before == 0
     assert step > 0
     before, step = cpu_costs(tiny(max_steps=4, init="generative", generative={"max_steps": 1000}))
-    assert before > 100 * step > 0  # a thousand steps of the autoencoder
+    assert before > 100 * step > 0  # stage I is a thousand steps of the autoencoder
 
 
 def test_equal_time_trains_each_arm_for_its_steps(write_grid, costs, tmp_path):
@@ -454,8 +450,8 @@ def test_equal_time_trains_each_arm_for_its_steps(write_grid, costs, tmp_path):
 
 
 def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp_path, monkeypatch):
-    """Outcomes by script: base is best at the first rate, block at the second; on test it is the
-    other way round.
+    """The scores are imitated. On validation, base is best at the first rate, and block at the
+    second; on test it is the other way round.
     """
     grid = read_grid(write_grid(lr=[0.001, 0.002]), {}, BASELINES)
     looked = []
@@ -474,7 +470,8 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     assert tested == {"base-lr0.001-0", "base-lr0.001-1", "block-lr0.002-0", "block-lr0.002-1"}
     chosen = {run for run, _, part in looked if part == "validation"}
     assert chosen == {f"{arm}-lr{rate}-0" for arm in ARMS for rate in (0.001, 0.002)}
-    assert len(list((tmp_path / "runs").iterdir())) == 6  # the first seed's runs are used again
+    # The runs of the first seed are not trained twice.
+    assert len(list((tmp_path / "runs").iterdir())) == 6
     assert (
         "learning rate of 0.001, 0.002, by 10 labels a class on the validation split, seed 0"
         in comparison.notes()[0]
@@ -512,7 +509,7 @@ def test_a_rate_is_that_of_the_arm_s_own_objective(write_grid):
 
 
 def test_flags_say_what_is_trained_on_and_scored(write_grid, monkeypatch, tmp_path):
-    """--up-axis is that of the data too where nothing else is scored."""
+    """Without --score, --up-axis is the up axis of the training data too."""
     seen = []
     monkeypatch.setattr(
         comparing, "compare", lambda plan, sets, part, out: seen.append((plan, sets, part))

@@ -1,4 +1,6 @@
-"""The loop: one order of data, one curve, wherever and however often it is stopped."""
+"""The training loop: order of data and losses are the same wherever and however often a run is
+stopped.
+"""
 
 import json
 import os
@@ -74,8 +76,8 @@ def test_learning_rate_warms_up_and_decays_to_the_minimum():
 
 
 def test_every_epoch_begins_at_the_rate_of_timms_scheduler():
-    """CosineLRScheduler(t_initial=300, lr_min=1e-6, warmup_lr_init=1e-6, warmup_t=10) of
-    Point-MAE's builder.
+    """Point-MAE uses timm's CosineLRScheduler(t_initial=300, lr_min=1e-6, warmup_lr_init=1e-6,
+    warmup_t=10). `published` has its learning rates.
     """
     published = {
         0: 1e-6,
@@ -171,7 +173,9 @@ def test_a_signal_saves_and_resume_finishes_as_if_nothing_happened(tiny, tmp_pat
 
 
 def die_in_the_middle_of_step_4():
-    """Leave half of the first file of that checkpoint, as a power cut does."""
+    """Make a process kill itself while it writes the checkpoint of step 4, after half of the first
+    file, as a power cut does.
+    """
     real = checkpoint.save_file
 
     def save_file(tensors, path):
@@ -229,9 +233,9 @@ def test_seeds_differ(tiny, tmp_path):
 
 @pytest.mark.parametrize("teacher", ["ema", "dvae"])
 def test_golden_curve(tiny, tmp_path, teacher):
-    """20 losses that a change which should not alter results must reproduce (write.
+    """Changes of the code that should not alter results must reproduce 20 stored losses.
 
-    UPDATE_GOLDEN=1 pytest).
+    `UPDATE_GOLDEN=1 pytest` stores new ones.
     """
     config = tiny(teacher=teacher, max_steps=20, dvae={"max_steps": 20})
     run = pretrain(config, tmp_path / "run")
@@ -244,9 +248,9 @@ def test_golden_curve(tiny, tmp_path, teacher):
     golden = json.loads(path.read_text())
     assert curves.keys() == golden.keys()
     for name, curve in curves.items():
-        # Rounding alone moves a loss by 1e-3 in 20 steps: another order of sums agrees to 1e-9 in
-        # double precision. In a dVAE it also turns near ties over, codes and nearest points: 3e-2
-        # later from one processor to another.
+        # Rounding alone changes a loss by 1e-3 within 20 steps. (In double precision, another order
+        # of sums changes it by only 1e-9.) In a dVAE, rounding also decides between nearly equal
+        # codes or nearest points, so later losses differ by 3e-2 between processors.
         exact = {"dvae": 8, "jepa": 0}[name] if teacher == "dvae" else len(curve)
         assert curve[:exact] == pytest.approx(golden[name][:exact], rel=3e-3)
         assert curve == pytest.approx(golden[name], rel=5e-2)
@@ -264,8 +268,8 @@ def test_golden_curve(tiny, tmp_path, teacher):
     ids=str,
 )
 def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
-    """Same losses and weights to tolerance, with drop-path, every random draw and BatchNorm in
-    play.
+    """Losses and weights agree up to a tolerance, with drop-path, all random augmentation and
+    BatchNorm.
     """
     steps = {
         name: {"max_steps": 5} | overrides.get(name, {}) for name in ("generative", "invariance")
@@ -275,16 +279,17 @@ def test_one_process_equals_two_gloo_processes(tiny, tmp_path, overrides):
     single = pretrain(config, tmp_path / "single")
     words = ("pretrain", "--recipe", recipe, "--out", tmp_path / "double")
     printed = two_processes(*words, log=tmp_path / "log")
-    assert printed.count("step 5/5") == 1  # two processes of one run, not two runs
-    # Rounding grows by ten a step: 0.8e-4 to 2.6e-4 after five, over three seeds.
+    assert printed.count("step 5/5") == 1  # one run in two processes, not two runs
+    # Rounding differences grow tenfold per step. With three seeds, they were 0.8e-4 to 2.6e-4
+    # after five steps.
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=5e-4)
     begun, one, two = (
         weights(tmp_path / "single", "untrained"),
         weights(single),
         weights(tmp_path / "double"),
     )
-    # AdamW turns rounding of a vanishing gradient into a full step, so weights are compared as a
-    # whole.
+    # If a gradient is nearly zero, AdamW makes a full step of its rounding error. So single weights
+    # may differ, and only the norm over all weights is compared.
     moved = sum((one[name] - begun[name]).float().square().sum() for name in one) ** 0.5
     apart = sum((one[name] - two[name]).float().square().sum() for name in one) ** 0.5
     assert apart < 0.02 * moved
@@ -306,8 +311,8 @@ main()
 
 @pytest.mark.slow
 def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tmp_path):
-    """The same command begins the run and continues it; step 3 is done twice, its figures are kept
-    once.
+    """The same command starts the run and continues it. Step 3 is computed twice, but its metrics
+    are logged once.
     """
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny())
     words = ["pretrain", "--recipe", str(recipe), "--out"]
@@ -325,9 +330,9 @@ def test_a_run_whose_process_torchrun_restarts_is_the_uninterrupted_one(tiny, tm
     ) as process:
         try:
             printed, errors = process.communicate(timeout=90)
-        except subprocess.TimeoutExpired:  # seen once in 13 minutes of tests side by side
+        except subprocess.TimeoutExpired:  # happened once in 13 minutes of parallel tests
             for one in psutil.Process(process.pid).children(recursive=True):
-                one.kill()  # each has a session of its own
+                one.kill()  # killing the parent does not end them: each has its own session
             process.kill()
             pytest.skip("gloo did not find the restarted processes: not ours to mend")
     assert process.returncode == 0, errors
@@ -343,9 +348,8 @@ def test_a_warm_start_begins_where_stage_one_ended_and_untrained_is_still_untrai
     )
     begun, ended = weights(run, "stage1/generative/encoder"), weights(run)
     for name, value in begun.items():
-        if not any(
-            part in name for part in ("running", "num_batches", "vector_")
-        ):  # statistics: one step moves them
+        # Statistics are left out, since one step changes them.
+        if not any(part in name for part in ("running", "num_batches", "vector_")):
             torch.testing.assert_close(ended[name], value, atol=1e-6, rtol=0)
     assert same(
         weights(run, "untrained"),
@@ -441,7 +445,7 @@ def test_cost_accumulates_over_sessions(tiny, tmp_path):
 
 
 def test_fused_adamw_is_adamw():
-    """The exact rewrite of the optimiser step, against torch's plain loop."""
+    """The fused optimiser step gives the same weights as torch's plain loop."""
     schedule, results = Schedule(weight_decay=0.1), []
     for fused in (True, False):
         torch.manual_seed(0)
