@@ -1,10 +1,10 @@
-"""Shapes and settings small enough that a run takes a second."""
+"""Shared fixtures: shapes and settings that are so small that a run takes a second."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch, and for child processes: bit for bit holds for one number of threads
-)
+# Set before torch is imported, and for child processes too: results are equal to the last bit only
+# for equal numbers of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import importlib.util
 import logging
@@ -18,8 +18,8 @@ import torch
 if importlib.util.find_spec("jaxtyping") and importlib.util.find_spec("beartype"):
     import jaxtyping
 
-    # Types and shapes of arguments and results are checked at every call, but not while torch
-    # compiles or exports it, and not of layout.py, whose objects are made within compiled code.
+    # Types and shapes of arguments and results are checked at every call, except while torch
+    # compiles or exports a function. layout.py is excluded: compiled code creates its objects.
     models = (Path(__file__).parent.parent / "src" / "jepa3d" / "models").glob("[a-z]*.py")
     checked = [f"jepa3d.models.{file.stem}" for file in models if file.stem != "layout"]
     whole_numbers_are_floats = "conf=beartype.BeartypeConf(is_pep484_tower=True)"
@@ -35,7 +35,7 @@ from jepa3d.plain import log
 
 TINY = {
     "teacher": "ema",
-    "mixed_precision": "no",  # numbers are compared in fp32, whatever the machine
+    "mixed_precision": "no",  # fp32, so that numbers agree between machines
     "batch_size": 8,
     "max_steps": 6,
     "log_every": 1,
@@ -73,7 +73,7 @@ TINY = {
 
 
 class Echo(logging.Handler):
-    """Prints what the library logs, as the command line does, to tests that call functions."""
+    """Prints what the library logs, as the command line does, for tests that call functions."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not any(isinstance(handler, cli.Printer) for handler in log.handlers):
@@ -87,7 +87,7 @@ log.addHandler(Echo())
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory) -> str:
-    """A labelled .npz bundle of 48 shapes of 128 points."""
+    """Write a labelled .npz bundle of 48 shapes of 128 points. Returns its path."""
     made = make_shapes(48, 128, seed=3)
     path = tmp_path_factory.mktemp("data") / "shapes.npz"
     split = np.tile([0, 0, 1], 16).astype(np.int8)
@@ -103,13 +103,17 @@ def bundle(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(bundle):
-    """A function: overrides -> PretrainConfig of a run of a second on `bundle`."""
+    """Return a function that makes a PretrainConfig from overrides. Its run on `bundle` takes a
+    second.
+    """
     return lambda **overrides: settings.resolve(TINY, {"data": [bundle]}, overrides)
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> str:
-    """240 shapes of three easy classes with part labels, a third of them test."""
+    """Write 240 shapes of three easy classes with part labels, a third of them in the test split.
+    Returns the path.
+    """
     rng = np.random.default_rng(0)
     labels = np.arange(240) % 3
     points = (
@@ -134,7 +138,7 @@ def shapes(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory) -> str:
-    """The folder of an image transformer of random weights: 2 layers, 36 wide."""
+    """Save an image transformer with random weights, 2 layers and width 36. Returns its folder."""
     transformers = pytest.importorskip("transformers")
     sizes = {
         "hidden_size": 36,
@@ -149,7 +153,7 @@ def vit(tmp_path_factory) -> str:
 
 @pytest.fixture
 def quick_probe(monkeypatch) -> None:
-    """Makes the probe fit a tenth as often, all in this process; what it finds is not looked at."""
+    """Make the probe fit a tenth as often, in this process, for tests that ignore its scores."""
     for name, value in (("_DRAWS", 2), ("_C_GRID", (0.01,)), ("_FEW_C_GRID", (0.01,))):
         monkeypatch.setattr(f"jepa3d.evaluation.probe.{name}", value)
     monkeypatch.setattr("jepa3d.evaluation.classifiers._STEPS", 20)
@@ -158,7 +162,7 @@ def quick_probe(monkeypatch) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real bundles, $JEPA3D_DATA; skips without it."""
+    """Return the folder of real bundles, $JEPA3D_DATA. Skips the test if there is none."""
     folder = Path(os.environ.get("JEPA3D_DATA", "missing"))
     if not folder.is_dir():
         pytest.skip("set JEPA3D_DATA to the folder of real bundles")
@@ -167,8 +171,8 @@ def real_data() -> Path:
 
 @pytest.fixture
 def encoder_and_data(tmp_path) -> tuple[str, str]:
-    """An encoder's folder, and a bundle of 60 train and 60 test shapes of four classes, 512 points
-    each.
+    """Save an encoder, and a bundle of 60 train and 60 test shapes of four classes, 512 points
+    each. Returns both paths.
     """
     made = make_shapes(120, 512, seed=0)["points"]
     np.savez(

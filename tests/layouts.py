@@ -1,5 +1,5 @@
-"""Tiny copies of the published benchmarks, in the form that their owners give them (counts of
-shapes apart).
+"""Tiny imitations of the published benchmarks, in the form in which they are distributed, but with
+fewer shapes.
 """
 
 import json
@@ -26,7 +26,7 @@ SEGMENTATION = "shapenetcore_partanno_segmentation_benchmark_v0"
 
 
 def shape(number: int, count: int) -> np.ndarray:
-    """A cloud, longest along y, off the origin."""
+    """Sample a cloud that is longest along y and not centred."""
     return (np.random.default_rng(number).normal(size=(count, 3)) * (1, 4, 2) + (5, 6, 7)).astype(
         np.float32
     )
@@ -52,7 +52,9 @@ def shapenet55(root: Path) -> None:
 
 
 def modelnet_normals(root: Path) -> None:
-    """Both lists, ModelNet10's a part of ModelNet40's."""
+    """Write the lists of ModelNet10 and ModelNet40, and their shapes; ModelNet40 contains
+    ModelNet10.
+    """
     train, test = ["airplane_0001", "bed_0001", "night_stand_0001"], ["bed_0516", "airplane_0627"]
     for number, classes in ((10, ["bed", "night_stand"]), (40, ["airplane", "bed", "night_stand"])):
         text(root / f"modelnet{number}_shape_names.txt", *classes)
@@ -76,7 +78,7 @@ def modelnet_hdf5(root: Path) -> None:
 
 
 def modelnet10_meshes(root: Path) -> None:
-    """Tetrahedra, of which one has the header of some files: all on one line."""
+    """Write tetrahedra. One file has its header on one line, as some published files do."""
     for name in MODELNET10:
         for split, number in (("train", 1), ("test", 900)):
             path = root / name / split / f"{name}_{number:04d}.off"
@@ -112,7 +114,7 @@ def fewshot_of_protocol_5(root: Path) -> None:
 
 
 def scanobjectnn(root: Path) -> None:
-    """main_split and main_split_nobg; the hard variant has one more shape."""
+    """Write main_split and main_split_nobg; the hard variant has one more shape."""
     for folder in ("main_split", "main_split_nobg"):
         for part, labels in (("training", [0, 14]), ("test", [4])):
             for tail, extra in (("", []), ("_augmentedrot_scale75", [7])):
@@ -127,8 +129,8 @@ def scanobjectnn(root: Path) -> None:
 
 
 def _shapenetpart(root: Path) -> list[tuple[str, int]]:
-    """The category and split lists; returns SYNSET/ID and the first global part label of each
-    shape.
+    """Write the lists of categories and splits. Returns SYNSET/ID and the first global part label
+    of each shape.
     """
     text(
         root / "synsetoffset2category.txt",

@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from one that has imported jepa3d already."""
+"""Commands in separate processes, forked from a process that has already imported jepa3d."""
 
 import multiprocessing
 import os
@@ -15,9 +15,11 @@ PRELOADED = ["jepa3d.cli", "jepa3d.training.pretrain", "jepa3d.inference.embeddi
 
 
 class Command:
-    """A command that runs: its words, what it prints, and how it ends.
+    """A command that runs in a separate process.
 
-    `before` is a function of a test's module, called in the process before the command.
+    words: the words of the command. log: what the command prints goes to LOG.out and LOG.err.
+    before: a function of a test's module, which is called in the process before the command.
+    environment: environment variables of the process.
     """
 
     def __init__(
@@ -34,17 +36,19 @@ class Command:
         self.process.start()
 
     def printed(self, stream: str = "out") -> str:
-        """What the command has printed on "out" or "err"."""
+        """Return what the command has printed to "out" or "err" so far."""
         file = Path(f"{self.log}.{stream}")
         return file.read_text() if file.exists() else ""
 
     def wait_for(self, text: str) -> None:
-        """Until the command has printed a text."""
+        """Wait until the command has printed a text, or has ended."""
         while text not in self.printed() and self.process.is_alive():
             time.sleep(0.01)
 
     def end(self) -> int | None:
-        """Wait for the command's end; returns its exit status, or minus the signal it died of."""
+        """Wait for the end of the command. Returns its exit status, or minus the signal that killed
+        it.
+        """
         self.process.join(120)
         self.process.kill()
         self.process.join()
@@ -55,7 +59,7 @@ def _run(
     words: list[str], log: str, before: Callable[[], None] | None, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
-    # Ignored in a job in the background, blocked where data/parallel.py started the fork server.
+    # SIGINT is ignored in background jobs, and blocked if data/parallel.py started the fork server.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for stream, name in ((1, "out"), (2, "err")):
@@ -66,7 +70,9 @@ def _run(
 
 
 def two_processes(*words: object, log: Path) -> str:
-    """What a command prints that runs on two processes, joined by gloo as torchrun joins them."""
+    """Run a command in two processes, joined by gloo as torchrun joins them. Returns what it
+    prints.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}

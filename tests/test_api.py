@@ -1,4 +1,4 @@
-"""The public functions: typed, silent, and not ended by one bad file."""
+"""The public functions have types, print nothing, and continue after a bad file."""
 
 import inspect
 import logging
@@ -32,7 +32,9 @@ def without_the_tests_own_printer(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """An encoder, a classifier, a segmenter; four clouds and two files that are none."""
+    """Save an encoder, a classifier, a segmenter, four clouds, and two files that are no clouds.
+    Returns the folder.
+    """
     torch.manual_seed(0)
     PointEncoder(**SIZES).save_pretrained(tmp_path / "encoder")
     Classifier(SIZES, ["cup", "jug"]).save_pretrained(tmp_path / "classes" / "model")

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on."""
+"""Rules that all source files follow."""
 
 import ast
 import re
@@ -36,8 +36,8 @@ def test_no_file_is_too_long_to_read():
     assert {name: length for name, length in lengths.items() if length > 475} == {}
 
 
-# What Windows or macOS lack. A function that has an alternative may use them; nothing may when it
-# is imported.
+# Names that Windows or macOS lack. A function that has an alternative may use them. No file may use
+# them when it is imported.
 LINUX_MODULES = {
     "resource",
     "fcntl",
@@ -72,8 +72,8 @@ LINUX_NAMES = {
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs when a file is imported: everything but the bodies of functions, whose defaults and
-    decorators do.
+    """Yield the nodes that run when a file is imported: all except the bodies of functions.
+    Defaults and decorators of functions do run.
     """
     for child in ast.iter_child_nodes(node):
         yield child
@@ -112,7 +112,9 @@ def test_no_file_needs_linux_to_be_imported():
 
 
 def test_the_first_line_of_a_docstring_is_a_whole_sentence():
-    """A line that ends with a semicolon or a colon before an empty one was cut in two."""
+    """If the first line ends with a semicolon or a colon and an empty line follows, its sentence
+    was cut in two.
+    """
     root = SOURCE.parents[1]
     files = [
         path for folder in ("src", "tests", "benchmarks") for path in (root / folder).rglob("*.py")

@@ -1,4 +1,4 @@
-"""Settings: the paper's defaults, strict names and types, and which layer wins."""
+"""Settings: the paper's defaults, strict names and types, and which source overrides which."""
 
 import copy
 import dataclasses
@@ -10,13 +10,8 @@ from jepa3d import config as settings
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
 from jepa3d.plain import read_recipe
 
-FINETUNING = {
-    "classify",
-    "segment",
-    "scanobjectnn",
-    "modelnet40",
-    "shapenetpart",
-}  # resolved in test_recipes.py
+# Words in the names of fine-tuning recipes; test_recipes.py tests these recipes.
+FINETUNING = {"classify", "segment", "scanobjectnn", "modelnet40", "shapenetpart"}
 RECIPES = [
     path
     for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -244,7 +239,7 @@ def test_the_points_only_dvae_is_a_departure():
 
 
 def test_saying_that_shapenet55_is_y_up_is_no_departure():
-    """Its files are y up, so no faithful run can leave the default."""
+    """Its files are y-up, so a faithful run has to change the default."""
     config = settings.resolve(FAITHFUL, {"up_axis": ["y"]})
     assert settings.departures(config, 52_470) == {}
 

@@ -1,4 +1,4 @@
-"""The documents name lines and commands that exist."""
+"""The documents cite source files, names and commands that exist."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def definitions(file: Path) -> set[str]:
-    """Qualified names of the functions, classes and methods of a source file."""
+    """Return the qualified names of the functions, classes and methods of a source file."""
 
     def inside(node: ast.AST, before: str) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
@@ -44,8 +44,8 @@ def definitions(file: Path) -> set[str]:
 
 
 def wrong_citations(text: str) -> list[str]:
-    """Everything in a text that looks like a source file and is neither one, nor FILE::NAME of what
-    a file defines.
+    """Return all citations in a text that are wrong: words that look like FILE.py or FILE.py::NAME,
+    where the file does not exist or does not define the name.
     """
     wrong = []
     for cited in re.findall(r"[\w./-]*\.py\b[\w:.#-]*", text):
@@ -85,10 +85,8 @@ def test_the_method_cites_the_code_of_its_parts():
     ],
 )
 def test_what_cannot_be_read_as_a_citation_is_wrong(cited):
-    expected = cited not in (
-        "models/encoder.pyc",
-        "encoder.py:",
-    )  # another kind of file, and a colon of the sentence
+    # A .pyc file is no source file, and the colon belongs to the sentence.
+    expected = cited not in ("models/encoder.pyc", "encoder.py:")
     assert bool(wrong_citations(f"see {cited} for it")) == expected
 
 
@@ -118,17 +116,17 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def commands_of(document: str) -> list[list[str]]:
-    """Words of every line of a document's shell blocks that calls jepa3d, but for the page that
-    would wait.
+    """Return the words of each line that calls jepa3d in a document's shell blocks.
+
+    `jepa3d view` is left out, since it would wait for a browser.
     """
     lines = [
         shlex.split(line, comments=True)
         for block in blocks("sh", document)
         for line in block.splitlines()
     ]
-    return [
-        words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"
-    ]  # test_view.py's
+    # test_view.py tests jepa3d view.
+    return [words[1:] for words in lines if words and words[0] == "jepa3d" and words[1] != "view"]
 
 
 DOCUMENTS = [
@@ -142,19 +140,21 @@ DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"
 
 
 def unquoted(line: str) -> str:
-    """What a shell reads of a line outside quotes and comments."""
+    """Return the text of a line that is outside quotes and comments."""
     line = re.sub(r"'[^']*'|\"[^\"$`]*\"|\\.", "", line)
     return re.split(r"(?:^|\s)#", line)[0]
 
 
 def taken_by_the_shell(line: str) -> list[str]:
-    """Words with < > * ? outside quotes, but for runs of several seeds, which the shell is to list."""
+    """Return the words of a line with < > * ? outside quotes, except runs/NAME-?, which the shell
+    should expand.
+    """
     words = [word for word in unquoted(line).split() if re.search(r"[<>*?;&()]", word)]
     return [word for word in words if not re.fullmatch(r"runs/[$\w-]+[*?]", word)]
 
 
 def commands_in(document: str) -> list[str]:
-    """Every line that calls jepa3d: in blocks of shell, and in a line of text between backquotes."""
+    """Return every line that calls jepa3d, from shell blocks and from inline code."""
     text = (ROOT / document).read_text()
     lines = [line for block in blocks("sh", document) for line in block.splitlines()]
     lines += re.findall(
@@ -165,8 +165,8 @@ def commands_in(document: str) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_shell_takes_nothing_of_a_command_for_itself(document):
-    """An unquoted num_points>=1000 writes a file named =1000, and * and ? are replaced by names of
-    files.
+    """Otherwise an unquoted num_points>=1000 would write a file named =1000, and file names would
+    replace * and ?.
     """
     assert [line for line in commands_in(document) if taken_by_the_shell(line)] == []
 
@@ -189,7 +189,7 @@ def test_what_a_shell_would_take_is_found():
 
 @pytest.mark.parametrize("command", sorted(app))
 def test_help_quotes_what_a_shell_would_take(command, capsys):
-    """Examples in a command's help are words with an operator or a pattern next to letters."""
+    """The help quotes every example that contains an operator or a pattern next to letters."""
     if command.startswith("-"):
         return
     with pytest.raises(SystemExit):
@@ -199,7 +199,9 @@ def test_help_quotes_what_a_shell_would_take(command, capsys):
 
 
 def cut_grid(path: str) -> str:
-    """A copy of a grid in this folder, its training cut to two steps of one seed."""
+    """Write a copy of a grid to the current folder, with two training steps and one seed. Returns
+    its path.
+    """
     cut = yaml.safe_load(Path(path).read_text()) | {"settings": {"max_steps": 2}, "seeds": [0]}
     cut["recipe"] = str((Path(path).parent / cut["recipe"]).resolve())
     Path("cut.yaml").write_text(yaml.safe_dump(cut))
@@ -207,7 +209,7 @@ def cut_grid(path: str) -> str:
 
 
 def run(words: list[str], capsys) -> None:
-    """A command, its training cut to two steps."""
+    """Run a command, with two training steps."""
     stages = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "segment": ("",)}
     trained = stages.get(words[0], ()) if "--out" in words else ()
     short = [flag for name in trained for flag in (f"--{name}max-steps", "2")]
@@ -227,7 +229,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("document", COMMANDS)
 def test_the_commands_of_a_page_run_in_order(document, tmp_path, monkeypatch, capsys, quick_probe):
-    """On a folder of clouds and a bundle; training is cut to two steps, the probe to a few fits."""
+    """They run on a folder of clouds and on bundles, with two training steps and a few fits per
+    probe.
+    """
     made = make_shapes(150, 2048, seed=1)
     (tmp_path / "scans").mkdir()
     for i, points in enumerate(made["points"][:40]):
@@ -342,7 +346,7 @@ def test_the_benchmarks_of_the_step_run(command):
 
 
 def test_the_notebook_s_cells_run(tmp_path):
-    """Without Jupyter: what they display is only looked at for being there."""
+    """They run without Jupyter. A picture that a cell displays must only exist."""
     cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     shim = """\

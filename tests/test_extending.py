@@ -1,4 +1,4 @@
-"""docs/extending.md: its code, installed as a package of its own, trains and reads files."""
+"""The code of docs/extending.md, installed as a separate package, trains and reads files."""
 
 import os
 import re
@@ -26,7 +26,7 @@ build-backend = "hatchling.build"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Where a distribution of the page's code is installed."""
+    """Install the page's code as a package. Returns the folder of the installation."""
     source, site = tmp_path_factory.mktemp("mylab"), tmp_path_factory.mktemp("site")
     (source / "mylab").mkdir()
     (source / "mylab" / "__init__.py").touch()
@@ -85,7 +85,9 @@ def test_what_cannot_be_used_is_refused_in_a_line(flags, reason, site, tmp_path)
 
 
 def records(folder: Path, count: int) -> np.ndarray:
-    """Points count 100 3 of files of the page's format, in two classes; one file is damaged."""
+    """Write files in the page's format, in two classes, and one damaged file. Returns the points
+    [count, 100, 3].
+    """
     points = np.random.default_rng(0).normal(size=(count, 100, 3))
     for i, cloud in enumerate(points):
         file = folder / "ab"[i % 2] / f"{i}.rec"

@@ -1,5 +1,5 @@
-"""Contact sheets: all of a cloud whatever the order of its points, captions that keep what comes
-first, few bytes.
+"""Contact sheets: they show the whole cloud whatever the order of its points, keep the start of
+each caption, and are small files.
 """
 
 import io
@@ -21,7 +21,7 @@ def sheet(clouds: list[np.ndarray], titles: list[str]) -> bytes:
 
 
 def extent(png: bytes) -> np.ndarray:
-    """Of what is drawn above the caption: first and last row and column."""
+    """Return the first and last row and column that contain the drawn cloud."""
     ink = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[:190] < 240).any(2)
     return np.concatenate([np.flatnonzero(ink.any(axis))[[0, -1]] for axis in (0, 1)])
 
@@ -32,7 +32,7 @@ def test_a_sorted_scan_is_drawn_whole(axis, count):
     cloud = RNG.uniform(-1, 1, (count, 3)) * [1, 0.7, 0.5]
     in_order = cloud[np.argsort(cloud[:, axis])]
     some, all_of_it = extent(sheet([in_order], ["a"])), extent(sheet([cloud], ["a"]))
-    assert np.abs(some - all_of_it).max() <= 12  # pixels of 190
+    assert np.abs(some - all_of_it).max() <= 12  # in pixels; the picture has 190
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,16 @@ def test_a_caption_keeps_its_cosine_and_few_lines(name, capfd):
     lines = said.split("\n")
     assert lines[0].startswith("0.9312")
     assert len(lines) <= 3
-    assert max(map(len, lines)) <= 28 + 2  # a $ is written \$
+    assert max(map(len, lines)) <= 28 + 2  # $ is escaped as \$, so a line may be longer
     assert all(line.isprintable() for line in lines)
     sheet([RNG.normal(size=(50, 3))], [f"0.9312 {name}"])
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_query_and_ten_neighbours_are_a_hundred_kilobytes_at_most():
-    clouds = [RNG.uniform(size=(20_000, 3)) for _ in range(11)]  # worse than any surface
+    clouds = [
+        RNG.uniform(size=(20_000, 3)) for _ in range(11)
+    ]  # a full cube needs more bytes than any surface
     assert (
         len(sheet(clouds, [f"0.9{i:03} {'long name ' * 9}" for i in range(11)])) * 4 / 3 < 100_000
     )

@@ -1,5 +1,5 @@
-"""One writer at a time, whatever the spelling; a killed writer blocks nobody and nothing is left
-lying.
+"""Only one process writes to a folder at a time, however its path is written. A killed process
+blocks nobody and leaves no files behind.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Names as people have them: bytes that are no UTF-8, control characters, archives; one clean line
-everywhere.
+"""Unusual file names: with bytes that are not UTF-8, with control characters, or of archives. Every
+message still prints a name on one clean line.
 """
 
 import csv
@@ -35,7 +35,9 @@ BAD = b"x/bad\x1b[31m\xff.ply"
 
 @pytest.fixture
 def scans(tmp_path, monkeypatch):
-    """Clouds of such names, one file that is none, an encoder and a classifier of it."""
+    """Write clouds with such names, one file that is no cloud, an encoder, and a classifier with
+    the same sizes. Returns the folder.
+    """
     monkeypatch.chdir(tmp_path)
     for name in (*NAMES, BAD):
         path = os.fsdecode(name)

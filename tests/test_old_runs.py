@@ -1,4 +1,4 @@
-"""What version 0.1.0 made is read, and goes on where it was (tests/old/README.md)."""
+"""Runs of version 0.1.0 can be read, and unfinished ones continue (tests/old/README.md)."""
 
 import json
 import tarfile
@@ -28,7 +28,7 @@ RUNS = {
 
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:
-    """The folder that holds them; commands run in it, as they did then."""
+    """Unpack the old runs and make their folder the current one, as when they were made."""
     with tarfile.open(OLD) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
@@ -72,8 +72,8 @@ def test_an_old_store_and_old_networks_are_read(old, capsys):
 
 
 def test_old_networks_keep_their_biases_and_give_the_same_vectors(old):
-    """Numbers and fingerprint are version 0.1.0's; its files do not say that queries, keys and
-    values have biases.
+    """The expected numbers and fingerprint are from version 0.1.0. Its files do not say that
+    queries, keys and values have biases.
     """
     cloud, encoder = np.random.default_rng(0).normal(size=(40, 3)), jepa3d.load("pretrain")
     vector = jepa3d.embed(cloud, encoder)

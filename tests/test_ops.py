@@ -1,4 +1,4 @@
-"""Operators against loops that are too plain to be wrong."""
+"""Operators are compared with simple loops."""
 
 import math
 import subprocess
@@ -235,7 +235,7 @@ def test_squared_distance_is_that_of_a_loop():
 
 
 def test_squared_distance_survives_a_far_origin():
-    """The matmul form |a|^2 + |b|^2 - 2ab loses these digits."""
+    """The form |a|^2 + |b|^2 - 2ab, computed with a matrix product, would lose these digits."""
     a = torch.tensor([[1000.0, 0, 0]])
     assert squared_distance(a, a + torch.tensor([0.0, 0.0, 2**-7])).item() == 2**-14
 

@@ -1,5 +1,5 @@
-"""The package around the code: what a start imports, versions that agree, and a wheel that works by
-itself.
+"""Packaging: what `import jepa3d` imports, whether all version numbers agree, and whether the wheel
+works without the repository.
 """
 
 import ast
@@ -40,7 +40,7 @@ HEAVY = (
 
 
 def python(*words, **options) -> str:
-    """What a Python process prints; it has to end well."""
+    """Run a Python process, which must succeed. Returns what it prints."""
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, **options
     )
@@ -132,8 +132,8 @@ def test_pre_commit_has_the_pinned_versions():
     not importlib.util.find_spec("hatchling"), reason="builds a wheel, which needs hatchling"
 )
 def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
-    """Installed into a folder of its own, with no path to the source, it gives the vector that the
-    source gives.
+    """The wheel is installed into its own folder, with no path to the source. It gives the same
+    vector as the source.
     """
     pq = pytest.importorskip("pyarrow.parquet")
     python("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT)
@@ -146,7 +146,7 @@ def test_a_wheel_embeds_a_cloud_without_the_repository(tmp_path):
     python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
     packages = [path for path in sys.path if path and not (Path(path) / "jepa3d").is_dir()]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(target), *packages])}
-    # -S: no .pth file of an editable installation adds the source
+    # -S ignores .pth files, so that an editable installation does not add the source.
     found = python(
         "-S",
         "-c",

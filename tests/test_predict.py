@@ -1,4 +1,4 @@
-"""A fine-tuned network on files: every point gets a part, where the file had it."""
+"""A fine-tuned network on files: every point gets a part label, at the file's coordinates."""
 
 import csv
 
@@ -25,7 +25,7 @@ ENCODER = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A classifier's and a segmenter's run folders."""
+    """Save the run folders of a classifier and of a segmenter. Returns the folder of both."""
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     Classifier(ENCODER, ["cup", "bowl", "jug"]).save_pretrained(root / "classify" / "model")
@@ -67,9 +67,8 @@ def test_files_and_folders_are_classified_into_a_csv(runs, tmp_path, capsys):
 
 
 def test_parts_come_back_for_every_point_in_the_file_s_coordinates(runs, tmp_path):
-    points = np.random.default_rng(0).normal(size=(700, 3)) + np.array(
-        [5e5, 6e6, 100.0]
-    )  # a map's, in metres
+    # Map coordinates in metres.
+    points = np.random.default_rng(0).normal(size=(700, 3)) + np.array([5e5, 6e6, 100.0])
     np.savetxt(tmp_path / "scan.xyz", points, fmt="%.4f")
     command(
         "predict",
@@ -130,8 +129,8 @@ def test_the_network_is_of_the_kind_that_was_trained(runs):
 
 
 def test_what_is_left_out_is_said_once_and_counted_once(runs, tmp_path, monkeypatch, capsys):
-    """By predict and embed, of files given twice, by a relative path: a line each, its path once,
-    and their number.
+    """predict and embed get some files twice, by relative and absolute paths. They print one line
+    per left-out file, with its path once, and the number of these files.
     """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()

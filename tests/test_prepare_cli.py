@@ -1,4 +1,6 @@
-"""`jepa3d prepare` as a user meets it: what it prints, leaves, and hands to the other commands."""
+"""`jepa3d prepare` from the command line: what it prints and writes, and how other commands use the
+result.
+"""
 
 import json
 from pathlib import Path
@@ -13,8 +15,8 @@ from jepa3d.data.store import Store
 
 @pytest.fixture
 def scans(tmp_path) -> Path:
-    """Twelve boxes and cylinders in class folders, a cloud of too few points, a README, a damaged
-    mesh.
+    """Write twelve boxes and cylinders in class folders, a cloud of too few points, a README and a
+    damaged mesh. Returns the folder.
     """
     root = tmp_path / "scans"
     rng = np.random.default_rng(0)

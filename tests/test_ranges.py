@@ -1,5 +1,5 @@
-"""Every number has a range beside its default, and what lies outside of it is refused by name; one
-schedule a run.
+"""Every numeric setting has a range beside its default. A value outside is refused with the
+setting's name. A run has one schedule.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def numbers(cls, path=()):
-    """Path, type and range of every field of a number, a tuple of numbers, or either or None."""
+    """Yield path, type and range of every numeric field: a number or a tuple of numbers, possibly
+    None.
+    """
     for part in dataclasses.fields(cls):
         kind = part.type
         if dataclasses.is_dataclass(kind):
@@ -148,7 +150,7 @@ def test_refused_at_the_command_line_before_anything_is_written(tmp_path, capsys
 
 @pytest.fixture
 def resolved(monkeypatch):
-    """The configuration that a pretrain command would use."""
+    """Return a function that gives the configuration which a pretrain command would use."""
 
     def resolve(*words) -> PretrainConfig:
         configs = []

@@ -1,4 +1,4 @@
-"""The recipes, run on files of the published layout."""
+"""The recipes run on small data sets in the published layout."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @pytest.fixture(scope="module")
 def shapenet55(tmp_path_factory) -> Path:
-    """Six shapes laid out as Point-BERT's release."""
+    """Write six shapes in the layout of Point-BERT's release."""
     root = tmp_path_factory.mktemp("shapenet") / "ShapeNet55-34"
     (root / "ShapeNet-55").mkdir(parents=True)
     (root / "shapenet_pc").mkdir()
@@ -39,7 +39,7 @@ def shapenet55(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("epochs", [pytest.param(150, marks=pytest.mark.slow), 300])
 def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, tmp_path, epochs):
-    """The whole model, dVAE first; only the batches are small."""
+    """The models have full size, and the dVAE runs first; only the batches are small."""
     recipe = RECIPES / f"shapenet55-{epochs}.yaml"
     sizes = ["--batch-size", "2", "--dvae.batch-size", "2", "--dry-run"]
     words = ("pretrain", "--recipe", recipe, "--data", shapenet55, *sizes)
@@ -87,10 +87,8 @@ def test_the_rivals_recipes_differ_from_the_recommended_one_in_objective_and_rot
             for name in changed
             if name.partition(".")[0] in ("epochs", "max_steps", rival["objective"])
         }
-        assert changed - own == {
-            "objective",
-            "rotate",
-        }  # and its schedule: max_steps ends it, whatever the epochs
+        # Apart from its own schedule, a rival's recipe changes only these two settings.
+        assert changed - own == {"objective", "rotate"}
         assert {name.rpartition(".")[2] for name in own} <= {"epochs", "max_steps"}
 
 
@@ -107,7 +105,7 @@ def test_bf16_is_one_flag(bundle, tmp_path):
 
 @pytest.fixture
 def run(capsys):
-    """A function: words of a command -> what it printed."""
+    """Return a function that runs a command and returns what it printed."""
 
     def called(*words) -> str:
         with pytest.raises(SystemExit) as ended:
@@ -121,8 +119,8 @@ def run(capsys):
 
 @pytest.mark.parametrize("variant", ["obj_bg", "obj_only", "pb_t50_rs"])
 def test_scanobjectnn_runs_at_paper_size_from_its_download(run, tmp_path, variant):
-    """Two steps of the whole model, on HDF5 files of the published names and arrays; batches are
-    small.
+    """Two steps of the full-size model run, in small batches. The HDF5 files have the published
+    names and arrays.
     """
     folder = tmp_path / "h5_files" / ("main_split_nobg" if variant == "obj_only" else "main_split")
     folder.mkdir(parents=True)
@@ -155,7 +153,7 @@ def test_scanobjectnn_runs_at_paper_size_from_its_download(run, tmp_path, varian
     result = json.loads((out / "results.json").read_text())
     assert result["data"]["variant"] == f"ScanObjectNN {variant}"
     assert (result["settings"]["num_groups"], result["settings"]["depth"]) == (128, 12)
-    assert "3D-JEPA" in run("results", out)  # the published rows stand beside it
+    assert "3D-JEPA" in run("results", out)  # the table also has the published rows
 
 
 def test_shapenetpart_runs_at_paper_size_from_its_download(run, tmp_path):
@@ -192,7 +190,7 @@ def test_shapenetpart_runs_at_paper_size_from_its_download(run, tmp_path):
 
 
 def test_the_published_folds_are_run_as_they_are(run, tmp_path):
-    """Two folds of the pickles' form; a small encoder."""
+    """Two folds in the form of the published pickles are run with a small encoder."""
     rng = np.random.default_rng(0)
     for fold in range(2):
         items = {
@@ -232,7 +230,7 @@ def test_the_published_folds_are_run_as_they_are(run, tmp_path):
     "path", sorted((RECIPES / "compare").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_the_grids_resolve(path):
-    """Every arm with every seed and rate: settings are known, and can be trained."""
+    """The settings of every arm, with every seed and learning rate, are known and valid."""
     grid = read_grid(path, {"data": ["synthetic:40"]}, BASELINES)
     assert grid.reference in grid.arms
     assert len(grid.arms) > 1

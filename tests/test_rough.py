@@ -1,6 +1,4 @@
-"""The short form of benchmarks/rough.py: some kills, two writers and damaged files, drawn with a
-seed.
-"""
+"""A short run of benchmarks/rough.py: random kills, two writers at once, and damaged files."""
 
 import subprocess
 import sys

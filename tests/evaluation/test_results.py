@@ -1,5 +1,5 @@
-"""Runs in one table: seeds averaged, settings chosen on validation only, gains paired by seed,
-rules told.
+"""Tables of runs: they average over seeds, choose settings on validation only, pair gains by seed,
+and state the rules.
 """
 
 import json
@@ -46,7 +46,9 @@ PRETRAINING = {
 
 @pytest.fixture
 def make(tmp_path):
-    """Writes a run folder: test and validation accuracy, and what else differs from RESULT."""
+    """Return a function that writes a run folder with a test and a validation accuracy; other
+    arguments change RESULT.
+    """
 
     def write(name, test=90.0, validation=91.0, data=(), settings=(), **values):
         result = deepcopy(RESULT) | values
@@ -64,7 +66,7 @@ def make(tmp_path):
 
 
 def pretrained(seed, **values):
-    """Where the run of a seed began: runs/jepa-SEED, which is not on this disk."""
+    """Return the fields of a run that started from runs/jepa-SEED, a folder that does not exist."""
     return {
         "init": f"runs/jepa-{seed}",
         "pretraining": PRETRAINING | {"seed": seed} | values,
@@ -122,7 +124,7 @@ def test_seeds_of_a_pretraining_are_one_arm_and_other_pretrainings_another(make,
         ("1", "82.00"),
         ("1", "83.00"),
     ]
-    assert len({row[0] for row in found}) == 6  # arms of the same name are told apart
+    assert len({row[0] for row in found}) == 6  # arms of the same name have different rows
 
 
 def test_a_pretraining_is_told_by_all_its_settings_but_seeds_and_bookkeeping(make, tmp_path):
@@ -154,11 +156,11 @@ def test_different_settings_protocols_data_and_selection_are_not_averaged(make, 
 
 def test_choose_looks_at_validation_even_where_test_disagrees(make, tmp_path):
     for seed in (0, 1):
-        make(
-            f"low-{seed}", 99.0, 80.0 + seed, seed=seed, settings={"lr": 0.0005}
-        )  # the best on test
+        # This rate is the best on test.
+        make(f"low-{seed}", 99.0, 80.0 + seed, seed=seed, settings={"lr": 0.0005})
         make(f"high-{seed}", 85.0, 83.0 + seed, seed=seed, settings={"lr": 0.002})
-    for seed, validation in ((0, 60.0), (1, 90.0)):  # the best single validation, not the best mean
+    # This rate has the best single validation score, but not the best mean.
+    for seed, validation in ((0, 60.0), (1, 90.0)):
         make(f"mid-{seed}", 97.0, validation, seed=seed, settings={"lr": 0.001})
     (sheet,) = tables([tmp_path], "lr")
     assert column(sheet, "lr") == ["0.002"]
@@ -190,7 +192,7 @@ def test_gains_are_paired_by_seed(make, tmp_path):
     for seed, base, ours in ((0, 80.0, 84.0), (1, 90.0, 91.0), (2, 70.0, 77.0)):
         make(f"scratch-{seed}", base, seed=seed)
         make(f"jepa-{seed}", ours, **pretrained(seed))
-    make("jepa-3", 10.0, **pretrained(3))  # no such seed from scratch
+    make("jepa-3", 10.0, **pretrained(3))  # scratch has no run with this seed
     _, gain = tables([tmp_path])
     assert column(gain, "over") == ["scratch"]
     assert column(gain, "pairs") == ["3"]
@@ -358,7 +360,7 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
     make("done")
     unfinished(tmp_path / "going")
     unfinished(tmp_path / "pretraining", task=None)
-    make("going/fold-0", 10.0)  # a fold is not the run
+    make("going/fold-0", 10.0)  # a fold is not a run of its own
     (sheet,) = tables([tmp_path])
     assert column(sheet, "overall_accuracy") == ["90.00"]
     assert [note for note in sheet.notes if "unfinished" in note] == [
@@ -411,9 +413,8 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
 
 def test_the_command_prints_and_writes_markdown(make, tmp_path, capsys):
     make("runs/a", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": [0.8, 1.2]})
-    make(
-        "runs/b", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": ["red"]}
-    )  # no markup of the terminal's
+    # [red] must not be read as markup of the terminal.
+    make("runs/b", data={"variant": "ScanObjectNN obj_bg"}, settings={"scale": ["red"]})
     out = tmp_path / "table.md"
     with pytest.raises(SystemExit) as stop:
         main(["results", str(tmp_path / "runs"), "--choose", "scale", "--out", str(out)])

@@ -1,4 +1,4 @@
-"""Neighbours, filters and deletions against brute force, in files and in the store."""
+"""Neighbours, filters and deletions agree with brute force, for vector files and for the index."""
 
 import json
 
@@ -110,7 +110,7 @@ def test_copies_are_in_the_order_of_their_paths_in_both(tmp_path, monkeypatch, s
     monkeypatch.setattr(parquet, "ROWS", int(rng.integers(3, 90)))
     monkeypatch.setattr(lance, "_SPARE", int(rng.integers(1, 9)))
     few = rng.normal(size=(5, 12)).astype(np.float32)
-    which = rng.integers(5, size=200)  # of each vector some forty copies, anywhere
+    which = rng.integers(5, size=200)  # about forty copies of each vector, in random rows
     paths = [f"/{name:03d}.ply" for name in rng.permutation(200)]
     columns = {"path": paths, "label": [None] * 200, "num_points": [9] * 200, "stamp": [0] * 200}
     write([table(SPEC, zip(*columns.values(), few[which], strict=True))], tmp_path / "v.parquet")
@@ -181,9 +181,8 @@ def test_an_index_finds_nearly_all_and_filters_after_it_are_exact(store):
         search(store, X[0], probes=3)
     opened.build()
     queries = RNG.normal(size=(20, 12))
-    for query, hits in zip(
-        queries, search(store, queries, 10, probes=40), strict=True
-    ):  # all partitions of 500 rows
+    # 40 probes search all partitions of the 500 rows.
+    for query, hits in zip(queries, search(store, queries, 10, probes=40), strict=True):
         agree(hits, by_hand(query, 10, []))
     for where in WHERES:
         agree(search(store, queries[0], 5, where)[0], by_hand(queries[0], 5, where))
@@ -297,7 +296,7 @@ def test_a_query_of_the_index_is_left_out_however_it_is_spelled(scans, capsys, m
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 40, 500])
 def test_a_cosine_stands_among_random_pairs_of_the_index(tmp_path, rows, monkeypatch):
-    """Exactly where the index is small; of a larger one by a sample, whose figure is close."""
+    """The share is exact for a small index. For a larger one it is estimated from a sample."""
     write([rows_of(rows)], tmp_path / "v.parquet")
     create_or_update(Vectors(tmp_path / "v.parquet"), tmp_path / "v.lancedb")
     unit = X[:rows].astype(float) / np.linalg.norm(X[:rows], axis=1)[:, None]

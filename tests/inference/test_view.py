@@ -1,4 +1,6 @@
-"""The page in a real browser, who may read it, and what its colours and clicks mean."""
+"""The page of `jepa3d view`: in a real browser, who can read it, and what its colours and clicks
+mean.
+"""
 
 import io
 import json
@@ -76,8 +78,8 @@ def write_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """An encoder, `model`; in `clouds`, one of few points and <i> in its name, one of many, a mesh,
-    one of colours.
+    """Save an encoder as `model`, and four files in `clouds`: a cloud of few points with <i> in its
+    name, a cloud of many points, a mesh, and a cloud with colours. Returns the folder.
     """
     torch.manual_seed(0)
     made = tmp_path_factory.mktemp("view")
@@ -111,7 +113,9 @@ def index(folder) -> Path:
 
 @pytest.fixture
 def opened(folder):
-    """A function: arguments of `open_page` that differ from the usual -> a page, closed afterwards."""
+    """Return a function that opens a page and takes the arguments of `open_page` that differ from
+    the defaults below. Pages are closed after the test.
+    """
     pages = []
 
     def make(paths=None, model=str(folder / "model"), index=None, port=0, up_axis="z") -> view.Page:
@@ -135,19 +139,16 @@ def test_a_view_has_the_vector_of_embed_and_tokens_where_its_points_are(
     (vector,) = embed(items[name].path, encoder, up_axis)
     assert np.allclose(seen.vector, vector, atol=1e-5)
     assert len(seen.points) == seen.total == {"a": 100, "b": 3000, "c": 2048, "d": 500}[name]
-    away = (
-        squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()
-    )  # centres are points
-    assert away.max() < (
-        0.3 if name == "a" else 1e-5
-    )  # copies of a's few are moved a little, and not drawn
+    # Centres are points of the cloud. Only those of `a` may be moved copies, which are not drawn.
+    away = squared_distance(seen.centers, torch.from_numpy(seen.points)).amin(1).sqrt()
+    assert away.max() < (0.3 if name == "a" else 1e-5)
     assert (seen.colors is None) == (name != "d")
 
 
 def test_the_third_axis_points_up(encoder, items):
     seen, lying = view_of(encoder, items["b"]).points, view_of(encoder, items["b"], "y").points
     assert np.ptp(seen, axis=0).argmin() == 2
-    assert np.ptp(lying, axis=0).argmin() == 1  # the file's z is the flat one; its y is up now
+    assert np.ptp(lying, axis=0).argmin() == 1  # the file is flat along z; now its y is up
 
 
 def test_no_more_points_are_drawn_than_a_browser_bears(encoder, items, monkeypatch):
@@ -184,7 +185,7 @@ def test_pca_colors_are_those_of_principal_components(encoder, items):
     values = (seen.tokens.double() - seen.tokens.double().mean(0)).numpy()
     variance, axes = np.linalg.eigh(values.T @ values)
     assert share == pytest.approx(variance[-3:].sum() / variance.sum())
-    for channel in range(3):  # up to sign and scale, and the rounding to bytes
+    for channel in range(3):  # equal up to sign, scale and rounding to bytes
         component = seen.weights.numpy() @ (values @ axes[:, -1 - channel])
         assert abs(np.corrcoef(component, colors[:, channel])[0, 1]) > 0.999
 
@@ -192,7 +193,7 @@ def test_pca_colors_are_those_of_principal_components(encoder, items):
 def test_context_and_targets_of_a_sample(encoder, items):
     seen = view_of(encoder, items["b"])
     first = sample_roles(seen, torch.Generator().manual_seed(0))
-    assert set(first) >= {1, 2, 5}  # context; the last target covers those that it overlaps
+    assert set(first) >= {1, 2, 5}  # 1 is context; 5 is the last target, drawn over the others
     assert set(first) <= set(range(6))
     generator = torch.Generator().manual_seed(0)
     assert np.array_equal(first, sample_roles(seen, generator))
@@ -305,7 +306,7 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
 
 
 def test_neighbours_are_of_the_cloud_but_itself_and_open(opened, index, items):
-    page = opened(model=None, index=index)  # the index knows its encoder
+    page = opened(model=None, index=index)  # the index names its encoder
     assert page.view.name == items["a"].path
     assert sorted(hit.path for hit in page.hits) == sorted(items[name].path for name in "bcd")
     assert [button.visible for button in page.buttons] == [True] * 3 + [False] * 3
@@ -325,7 +326,7 @@ def test_a_damaged_cloud_among_others_is_said_and_the_next_shown(opened, folder,
     assert "a_bad&lt;b&gt;.off" in page.text.content
     page.go(1)
     assert "<b>b_many.npy" in page.text.content
-    page.pick((5, 5, 5), (1, 0, 0))  # past the cloud
+    page.pick((5, 5, 5), (1, 0, 0))  # a click beside the cloud
     assert page.picked is None
 
 
@@ -344,7 +345,7 @@ def test_the_files_colours_are_offered_where_it_has_some(opened, items):
     page.show(items["d"])
     page.colours.value = view.OWN
     assert (page.cloud.colors == [255, 128, 0]).all()
-    page.show(items["b"])  # has none: back to height
+    page.show(items["b"])  # this file has no colours: coloured by height again
     assert page.colours.value == view.HEIGHT
     assert len(np.unique(page.cloud.colors, axis=0)) > 50
 
@@ -373,7 +374,7 @@ def test_in_a_browser(opened, index, items):
     with Browser(f"http://127.0.0.1:{page.server.get_port()}", 900, 500) as browser:
         browser.wait("document.querySelector('canvas') !== null")
         browser.wait_text("a<i>few.npy")  # a name is text, not HTML
-        browser.screenshot()  # the panel has come to rest
+        browser.screenshot()  # waits until the panel stops moving
         assert "Share" not in browser.text()
         browser.press("next")
         browser.wait_text("3,000 points")
@@ -381,10 +382,13 @@ def test_in_a_browser(opened, index, items):
         browser.wait_text("components of 32 tokens")
         picture = imageio.imread(io.BytesIO(browser.screenshot()))[:, :560, :3].reshape(-1, 3)
         assert len(np.unique(picture, axis=0)) > 200
-        assert (picture.min(1) < 200).mean() > 0.02  # of the canvas is covered by coloured points
+        assert (
+            picture.min(1) < 200
+        ).mean() > 0.02  # share of the canvas that coloured points cover
         browser.click(450, 200)
         browser.wait_text("cosine with point")
-        assert page.view.points[page.picked][1] < 0.1  # on the side that the camera sees
+        # The chosen point is on the side that the camera sees.
+        assert page.view.points[page.picked][1] < 0.1
         browser.choose(view.SIMILARITY, view.SAMPLE)
         browser.wait_text("target 4")
         before, name = page.cloud.colors.copy(), Path(page.hits[0].path).name
@@ -396,6 +400,5 @@ def test_in_a_browser(opened, index, items):
         browser.press(name)
         browser.wait(f"document.querySelector('b').innerText.startsWith({json.dumps(name)})")
         assert page.view.name == items[name[0]].path
-        assert (
-            browser.text().count("target 4") == 1
-        )  # still coloured by a sample, of the other cloud
+        # The other cloud is coloured by a sample too.
+        assert browser.text().count("target 4") == 1

@@ -1,4 +1,4 @@
-"""3D-JEPA as a whole: gradients, leaks, losses."""
+"""3D-JEPA as a whole: gradients, losses, and that no target leaks into the context."""
 
 import copy
 import dataclasses
@@ -242,7 +242,7 @@ def test_with_a_teacher_sigreg_reads_the_context_tokens():
 @pytest.mark.parametrize("depth", [0, 2])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_the_encoded_context_is_what_the_encoder_says_of_it(depth, stacked):
-    """At depth 0 of the first pass, where mask tokens are seen too."""
+    """With decoder depth 0, mask tokens go through the encoder too, so only the shape is tested."""
     objective, grouped = (
         make(decoder={"depth": depth, "stacked": stacked}).eval(),
         group(clouds(), 16, 8),
@@ -282,7 +282,9 @@ def predict(objective: JEPA, patches, centers, sample) -> torch.Tensor:
 
 
 def move(points: torch.Tensor, which: torch.Tensor, grouped) -> torch.Tensor:
-    """Patches after moving the points `which` (B N), the grouping and its centres kept."""
+    """Move the points `which` (B N) at random. Returns the patches with the old grouping and
+    centres.
+    """
     moved = torch.where(which[..., None], points + torch.randn_like(points), points)
     rows = torch.arange(B)[:, None, None]
     return moved[rows, grouped.index] - grouped.centers[:, :, None]
@@ -333,9 +335,8 @@ def test_padding_enters_neither_the_tokens_nor_the_statistics_of_batchnorm():
 @pytest.mark.parametrize("depth", [0, 2])
 def test_padding_does_not_change_a_prediction(depth):
     objective, grouped = make(decoder={"depth": depth}).eval(), group(clouds(), 16, 8)
-    for (
-        parameter
-    ) in objective.encoder.blocks.parameters():  # large enough that attending to padding shows
+    # The weights are so large that attention to padding would change the result.
+    for parameter in objective.encoder.blocks.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     sample = objective.sampler(grouped.centers, BatchGenerator(0))
@@ -362,7 +363,7 @@ def test_decoder_depth_0_predicts_by_the_encoder_alone():
         predictions.append(predict(objective, grouped.patches, grouped.centers, sample))
     assert predictions[0].shape == predictions[1].shape == (*sample.target.shape, 12)
     assert (predictions[0] - predictions[1]).abs().max() > 1e-3
-    # depth 0, block by block and sample by sample, with the padding cut away
+    # The expected result at depth 0: each block of each sample alone, without padding.
     objective = make(decoder={"depth": 0}).eval()
     encoder, decoder = objective.encoder, objective.decoder
     for b in range(B):
@@ -413,7 +414,7 @@ def test_the_block_loss_is_one_cosine_of_the_blocks_tokens_as_one_vector():
 
 
 def test_a_step_down_the_gradient_lowers_the_loss():
-    """The paper's printed equation has the other sign."""
+    """The equation printed in the paper has the opposite sign."""
     objective = make().train()
     optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], lr=0.05)
     losses = []

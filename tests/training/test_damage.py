@@ -1,4 +1,4 @@
-"""Rough handling of runs: damaged files, bad clouds, full disks, two commands at once."""
+"""Runs survive damage: damaged files, bad clouds, full disks, two commands at once."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ from jepa3d.training.pretrain import pretrain
 
 
 def flip(file: Path, seed: int = 0) -> None:
-    """One bit of a file turned over, at a place drawn with the seed."""
+    """Flip one random bit of a file; `seed` chooses it."""
     content, draw = bytearray(file.read_bytes()), random.Random(seed)
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
@@ -59,7 +59,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def refusal(capsys, *words) -> str:
-    """The one line of a command that is refused."""
+    """Run a command that must be refused. Returns the single line that it prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([str(word) for word in words])
@@ -71,7 +71,9 @@ def refusal(capsys, *words) -> str:
 
 @pytest.fixture(scope="module")
 def cut(tiny, tmp_path_factory) -> tuple[Path, Path]:
-    """A run stopped at step 5 of 6, with checkpoints at 4 and 5, and the same one undisturbed."""
+    """Return a run that was stopped at step 5 of 6, with checkpoints of steps 4 and 5, and the same
+    run without a stop.
+    """
     folder = tmp_path_factory.mktemp("cut")
     with pytest.raises(Interrupted):
         pretrain(tiny(), folder / "cut", stop_at=5)
@@ -97,9 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
 
 
 def test_every_bit_of_a_checkpoint_counts(cut, tmp_path):
-    """Wherever a bit is turned over, it is noticed, or was nothing that training reads (JSON's
-    spaces).
-    """
+    """Every flipped bit is detected, unless training does not read it (as spaces in JSON)."""
     run = shutil.copytree(cut[0], tmp_path / "run") / "checkpoints" / "step-0000005"
     for name in FILES:
         file, read = run / name, checkpoint._READ[name]
@@ -283,7 +283,7 @@ def test_weights_of_others_without_a_checksum_load_and_flipped_ones_do_not(tmp_p
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """A store of 40 clouds of 64 points."""
+    """Prepare a store of 40 clouds of 64 points. Returns its path."""
     for i in range(40):
         np.savetxt(tmp_path / f"{i:02}.xyz", np.random.default_rng(i).normal(size=(64, 3)))
     (tmp_path / "clouds").mkdir()
@@ -329,7 +329,7 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
 
     def step(self, *arguments, **options):
         nonlocal spoilt
-        if not spoilt:  # after the first batch of this session
+        if not spoilt:  # damages the store after the first batch
             if how == "nan":
                 for row in range(40):
                     spoil(store, row)
@@ -349,9 +349,8 @@ def test_a_bad_cloud_is_named_with_its_step_and_the_run_goes_on_when_it_is_whole
     assert str(store) in str(caught.value)
     assert (".xyz: NaN or infinite" in str(caught.value)) == (how == "nan")
     assert "lr" not in str(caught.value)
-    step = int(
-        re.search(r"read at step (\d)", str(caught.value))[1]
-    )  # the next batch may be read already
+    # The batch of the next step may have been read already.
+    step = int(re.search(r"read at step (\d)", str(caught.value))[1])
     assert Run(tmp_path / "run").checkpoint.name == f"step-{step - 1:07d}"
     assert str(store) in refusal(capsys, "info", store, "--verify")
     file.write_bytes(content)
@@ -393,17 +392,21 @@ def test_a_second_command_on_a_run_is_refused_by_name(tiny, cut, tmp_path):
 
 
 def fill_the_disk(limit: int) -> None:
-    """In a process whose command is about to begin: no file may grow larger than `limit` bytes."""
+    """Limit the size of every file that this process writes to `limit` bytes. Called before the
+    command starts.
+    """
     import resource
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is printed is no file
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # printed text must not be limited
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
 @pytest.mark.parametrize("limit", [2_000, 30_000, 60_000])
 def test_a_full_disk_names_the_file_and_what_was_whole_stays(tiny, cut, tmp_path, limit):
-    """A limit on the size of files stands for the disk: small ones fit, weights or moments do not."""
+    """A limit on file sizes imitates a full disk: small files fit, weights or optimiser states do
+    not.
+    """
     pytest.importorskip("resource")
     run = shutil.copytree(cut[0], tmp_path / "run")
     before = {

@@ -1,5 +1,5 @@
-"""Cached targets, passes of a step, recomputed activations, and what is chosen by rule or by a
-trial.
+"""Cached targets, micro-batches, recomputed activations, and settings that are chosen by a rule or
+a trial run.
 """
 
 import json
@@ -41,9 +41,8 @@ def lines(run):
 
 
 def test_cached_targets_are_what_the_teacher_says_of_the_shapes_as_they_are(tiny):
-    config = tiny(
-        **CACHED, batch_size=32
-    )  # all 32 shapes are one batch: nothing depends on the order
+    # All 32 shapes are one batch, so the result does not depend on their order.
+    config = tiny(**CACHED, batch_size=32)
     clouds = clouds_of(config, "jepa")
     task = with_cache(make_task(config, "jepa", clouds, {}), clouds, config, None)
     index = np.array([3, 0, 31])
@@ -145,8 +144,8 @@ def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(
 
 
 def test_passes_of_a_step_add_up_to_its_gradient(tiny, monkeypatch):
-    """Up to BatchNorm and the standardised target, whose statistics are those of a pass: left out
-    here.
+    """BatchNorm and the standardisation of targets are left out here, since each micro-batch has
+    its own statistics.
     """
     monkeypatch.setattr(BatchNorm, "forward", lambda self, x: x)
     states = []
@@ -200,7 +199,7 @@ def test_recomputed_activations_change_nothing(tiny, tmp_path, overrides, monkey
 
 
 class GPU:
-    """What torch's module of a device says of it."""
+    """Imitates torch's module of a device."""
 
     def __init__(self, bf16: bool):
         self.bf16 = bf16
@@ -403,7 +402,9 @@ def compile_eagerly(self, **options):
 
 @pytest.mark.slow
 def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
-    """Also passes: the first one of two processes together is the first one of one process."""
+    """This holds for micro-batches too: together, two processes have the same first micro-batch as
+    one process.
+    """
     config = tiny(**CACHED, max_steps=4)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings.to_dict(config)))
@@ -434,10 +435,9 @@ def test_two_processes_cache_accumulate_and_choose_as_one(tiny, tmp_path):
 def test_tensorboard_gets_the_figures_of_metrics_jsonl_and_the_settings(tiny, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        pretrain(
-            tiny(track="tensorboard", log_every=1), run, stop_at=2
-        )  # an interruption loses nothing
-    time.sleep(1.1)  # tensorboardX names a file by its second
+        # An interruption must not lose metrics.
+        pretrain(tiny(track="tensorboard", log_every=1), run, stop_at=2)
+    time.sleep(1.1)  # tensorboardX names files by the second of their creation
     pretrain(tiny(track="tensorboard", log_every=1), run, resume=True)
     events = b"".join(path.read_bytes() for path in sorted((run / "jepa3d").glob("events*")))
     figures = lines(run)

@@ -1,4 +1,6 @@
-"""Supervised runs: honest selection, exact resumes, and one clear line for what cannot work."""
+"""Supervised runs: selection never uses the test split, a resumed run gives the same result, and
+bad settings give one clear line.
+"""
 
 import json
 import re
@@ -49,7 +51,7 @@ QUICK = {
 
 @pytest.fixture
 def config(shapes):
-    """A function: overrides -> FinetuneConfig of a run of a second."""
+    """Return a function that makes a FinetuneConfig from overrides. Its run takes a second."""
     return lambda **overrides: from_dict(FinetuneConfig, merge(QUICK, {"data": shapes}, overrides))
 
 
@@ -164,7 +166,9 @@ def test_a_frozen_encoder_stays_and_the_head_learns(config, tmp_path):
 
 @pytest.fixture
 def head_first(config, tmp_path):
-    """A function: overrides -> settings of a run from an encoder, head first."""
+    """Return a function that makes settings from overrides, for a head-first run from a saved
+    encoder.
+    """
     torch.manual_seed(5)
     PointEncoder(**ENCODER).save_pretrained(tmp_path / "given")
     given = {"init": str(tmp_path / "given"), "trained": "head_first"}
@@ -195,7 +199,7 @@ def test_head_first_trains_all_but_the_statistics_of_batchnorm(head_first, tmp_p
 
 
 def test_head_first_keeps_the_fitted_head_where_no_epoch_is_better(head_first, tmp_path, capsys):
-    config = head_first(max_steps=34)  # at a rate that spoils it
+    config = head_first(max_steps=34)  # the learning rate is too large, so training makes it worse
     data, encoder = Labelled.load(config, 64), training.start_encoder(config, None)
     train, validation = data.divide(1.0, 0.2, 0)
     begun = training.make_network(config, data, train, encoder)
@@ -245,8 +249,8 @@ def test_layer_decay_slows_the_early_layers():
 
 
 def test_votes_average_logits_as_in_point_mae(config, monkeypatch):
-    """Means of 8, 0, 0 and 0, 3, 3: the first class wins; by probabilities, 0.36 against 0.61, it
-    would lose.
+    """The mean logits of three votes are 8/3, 2, 0, so the first class wins. By mean probabilities
+    it would lose, 0.36 to 0.61.
     """
     said = iter([[8.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 3.0, 0.0]])
     monkeypatch.setattr(
