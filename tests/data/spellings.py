@@ -1,5 +1,5 @@
-"""One random mesh in many legal spellings: writers of OFF, OBJ, PLY, STL and glTF that choose as
-`rng` says.
+"""Writers of one random mesh in many valid ways, as OFF, OBJ, PLY, STL and glTF. `rng` chooses the
+way.
 """
 
 import base64
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass
 class Polygons:
-    """Vertices, polygons (convex and concave ones) and their true area."""
+    """Vertices, convex and concave polygons, and their total area."""
 
     vertices: np.ndarray  # n 3 float32
     faces: list[list[int]]
@@ -23,7 +23,7 @@ class Polygons:
 
 
 def polygons(rng: random.Random, sizes: tuple[int, ...] = (3, 3, 4, 4, 5, 6, 8)) -> Polygons:
-    """Some star-shaped polygons, each in a plane of its own."""
+    """Make random star-shaped polygons, each in its own plane."""
     vertices, faces, area = [], [], 0.0
     while len(faces) < 2 or rng.random() < 0.8:
         count = rng.choice(sizes)
@@ -31,9 +31,8 @@ def polygons(rng: random.Random, sizes: tuple[int, ...] = (3, 3, 4, 4, 5, 6, 8))
             (np.arange(count) + [rng.uniform(0.25, 0.75) for _ in range(count)]) * 2 * np.pi / count
         )
         radii = np.array([rng.uniform(0.2, 3) for _ in range(count)])
-        gaps = np.diff(
-            np.append(angles, angles[0] + 2 * np.pi)
-        )  # all below pi: the centre sees every edge
+        # All gaps are below pi, so the centre sees every edge.
+        gaps = np.diff(np.append(angles, angles[0] + 2 * np.pi))
         turn = np.linalg.qr(np.array([[rng.gauss(0, 1) for _ in range(3)] for _ in range(3)]))[0]
         flat = np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
         faces.append(list(range(len(vertices), len(vertices) + count)))
@@ -47,8 +46,8 @@ def _number(rng: random.Random, value: float) -> str:
 
 
 def _lines(rng: random.Random, lines: list[str], comment: str = "") -> bytes:
-    """Lines with tabs or spaces, blank lines, comments, of any line end; with comments also of any
-    encoding.
+    """Join lines with random tabs, spaces, blank lines and line ends. If the format has comments,
+    comments are added and the encoding is random too.
     """
     out = []
     for line in lines:
@@ -104,7 +103,7 @@ def obj(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         )
         for vertex in shape.vertices
     ]
-    between, done = rng.random() < 0.5, 0  # faces between the vertices, or after them
+    between, done = rng.random() < 0.5, 0  # whether faces stand between the vertices or after them
     lines += [] if between else vertices
     for face in shape.faces:
         if between:
@@ -208,7 +207,7 @@ def ply(rng: random.Random, shape: Polygons, folder: Path) -> Path:
 
 
 def stl(rng: random.Random, shape: Polygons, folder: Path) -> Path:
-    """Of triangles only."""
+    """Write an STL file, of triangles only."""
     corners, path = shape.vertices[np.array(shape.faces)], folder / "a.stl"
     if rng.random() < 0.5:
         table = np.zeros(
@@ -236,7 +235,7 @@ def stl(rng: random.Random, shape: Polygons, folder: Path) -> Path:
 
 
 def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
-    """Of triangles only, in the primitives, nodes, buffers and accessors that glTF allows."""
+    """Write a glTF file of triangles, with random primitives, nodes, buffers and accessors."""
     views, accessors, data = [], [], b""
 
     def accessor(
@@ -265,7 +264,7 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         }
         if normalized:
             found["normalized"] = True
-        if sparse:  # the last row is stored apart
+        if sparse:  # the last row is stored separately
             base = values.copy()
             base[-1] = 0
             found["bufferView"] = view(base)
@@ -288,7 +287,7 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         low, size = points.min(0), float(np.ptp(points, axis=0).max())
         node: dict = {"translation": low.tolist(), "scale": [size] * 3}
         inside = (points - low) / size
-        if rng.random() < 0.3:  # mirrored: turned over by the node again
+        if rng.random() < 0.3:  # mirrored, and the node mirrors it back
             inside, node["scale"] = inside * [-1, 1, 1], [-size, size, size]
         elif rng.random() < 0.3:
             turn = np.diag([size, size, size, 1.0])
@@ -319,7 +318,7 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
         meshes.append({"primitives": primitives})
         nodes.append({"mesh": len(meshes) - 1, **node})
     roots = list(range(len(nodes)))
-    if rng.random() < 0.5:  # a parent that undoes what a child does
+    if rng.random() < 0.5:  # a parent with the inverse translation of its child
         nodes += [{"children": roots, "translation": [1, 2, 3]}]
         nodes += [
             {"children": [len(nodes) - 1], "translation": [-1, -2, -3], "rotation": [0, 0, 0, 1]}
@@ -367,7 +366,7 @@ def gltf(rng: random.Random, shape: Polygons, folder: Path) -> Path:
 
 
 def packed(path: Path) -> Path:
-    """The file as .gz."""
+    """Compress a file. Returns the path of the .gz file."""
     found = path.with_name(path.name + ".gz")
     found.write_bytes(gzip.compress(path.read_bytes()))
     return found

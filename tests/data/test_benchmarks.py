@@ -1,5 +1,5 @@
-"""Every benchmark, as it lies on people's disks, to a store that trains; what is missing or wrong
-is one line.
+"""Every published benchmark in its distributed form can be prepared and used for training. Missing
+or wrong files give one line.
 """
 
 import json
@@ -24,7 +24,7 @@ from jepa3d.training.pretrain import pretrain
 
 @dataclass(frozen=True)
 class Layout:
-    """How a benchmark is written, and the label and split of each of its clouds."""
+    """How to write an imitation of a benchmark, and what `prepare` should make of it."""
 
     write: Callable[[Path], None]
     folder: str

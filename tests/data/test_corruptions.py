@@ -1,4 +1,4 @@
-"""Each kind of corruption does what it says, and nothing else."""
+"""Each kind of damage changes a cloud as documented, and in no other way."""
 
 import math
 
@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 def ball(count: int = 1024) -> np.ndarray:
-    """Different points in the unit sphere, the farthest at distance 1."""
+    """Sample different points in the unit sphere; the farthest lies at distance 1."""
     points = RNG.normal(size=(count, 3))
     return (points / np.linalg.norm(points, axis=1).max()).astype(np.float32)
 
@@ -24,7 +24,7 @@ ROWS = {row.tobytes() for row in CLOUD}
 
 
 def own(points: np.ndarray) -> np.ndarray:
-    """Which of the points are the cloud's."""
+    """Return which of the points belong to the undamaged cloud."""
     return np.array([row.tobytes() in ROWS for row in points])
 
 
@@ -118,8 +118,8 @@ def test_turns_keep_every_distance_and_handedness(kind):
 
 
 def test_turns_any_way_are_even_over_the_sphere():
-    """The up axis comes to lie anywhere: each coordinate has mean 0 and mean square 1/3, and so has
-    the angle's.
+    """The rotated up axis is uniform on the sphere: each of its coordinates has mean 0 and mean
+    square 1/3.
     """
     up = np.stack(
         [corrupt(np.eye(3, dtype=np.float32), "turned any way", 0, shape) for shape in range(2000)]
@@ -130,13 +130,13 @@ def test_turns_any_way_are_even_over_the_sphere():
 
 def test_a_plane_parts_what_it_takes_from_what_it_leaves():
     kept = own_of(corrupt(CLOUD, "half cut away", 0, 3))
-    away = CLOUD[~kept].mean(0) - CLOUD[kept].mean(0)  # of a ball, about the plane's direction
+    away = CLOUD[~kept].mean(0) - CLOUD[kept].mean(0)  # for a ball, about the normal of the plane
     place = CLOUD @ (away / np.linalg.norm(away))
     assert (place[kept] < np.median(place)).mean() > 0.95
 
 
 def test_a_hole_is_a_neighbourhood():
-    """What one cluster takes lies closer together than as many random points."""
+    """The points that one hole removes are closer together than as many random points."""
     taken = CLOUD[~own_of(corrupt(CLOUD, "drop local", 0, 0))]
     distance = np.linalg.norm(taken[:, None] - taken[None], axis=-1)
     np.fill_diagonal(distance, np.inf)
@@ -147,7 +147,7 @@ def test_a_hole_is_a_neighbourhood():
 
 
 def own_of(found: np.ndarray) -> np.ndarray:
-    """Which points of the cloud are still there."""
+    """Return which points of the cloud remain."""
     rows = {row.tobytes() for row in found}
     return np.array([row.tobytes() in rows for row in CLOUD])
 

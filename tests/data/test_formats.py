@@ -1,4 +1,4 @@
-"""Every format is read back as it was written, and every damage is one line."""
+"""Every format is read as it was written, and every damaged file gives one line."""
 
 import os
 import subprocess
@@ -27,8 +27,8 @@ FUZZ = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
 
 def write(path: Path, points: np.ndarray = POINTS) -> Path:
-    """A cloud in the format of the suffix; a name that begins with ascii, binary, ... chooses the
-    encoding.
+    """Write a cloud in the format of the suffix. For PCD and PLY, the file's name is the encoding
+    (ascii, binary, ...).
     """
     kind = path.suffix[1:]
     if kind == "npy":
@@ -52,7 +52,7 @@ def write(path: Path, points: np.ndarray = POINTS) -> Path:
         made.write(str(path))
     elif kind == "e57":
         with pye57.E57(str(path), "w") as file:
-            pose = points.mean(0).round()  # pye57 writes single precision
+            pose = points.mean(0).round()  # subtracted, since pye57 writes single precision
             columns = {
                 f"cartesian{axis}": (points - pose)[:, i].copy() for i, axis in enumerate("XYZ")
             }
@@ -155,7 +155,7 @@ def test_ply_properties_come_in_any_order(tmp_path):
 @pytest.mark.parametrize("encoding", ["ascii", "binary", "binary_compressed"])
 def test_pcd_carries_rgb_and_labels(tmp_path, encoding):
     rgb = pypcd4.PointCloud.encode_rgb(COLORS)
-    if encoding == "ascii":  # as digits, a float of colours is rounded to 0
+    if encoding == "ascii":  # written as digits, colours packed in a float would become 0
         rgb = rgb.view(np.uint32)
     kinds = (np.float32, np.float32, np.float32, rgb.dtype, np.uint32)
     made = pypcd4.PointCloud.from_points(

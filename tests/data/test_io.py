@@ -1,4 +1,6 @@
-"""One file to points: every kind of file, and every kind of damage as one line that names the file."""
+"""Every kind of file is read as points, and every kind of damage gives one line with the file's
+name.
+"""
 
 import os
 import warnings
@@ -37,7 +39,9 @@ def write_cloud(path: Path, points: np.ndarray = CLOUD, **options) -> Path:
 
 
 def read_error(path: Path, num_points: int = 16) -> str:
-    """The message of the ReadError that the file gives: one line that begins with its name."""
+    """Read a damaged file. Returns the message of the ReadError, one line that begins with its
+    path.
+    """
     with pytest.raises(ReadError) as caught:
         read_points(path, num_points)
     message = str(caught.value)
@@ -64,10 +68,8 @@ def test_a_mesh_is_sampled_on_its_surface_twice_as_densely_as_needed(tmp_path, n
     assert points.shape == (2400, 3)
     assert points.dtype == np.float32
     assert np.allclose(np.ptp(points, axis=0), (1, 2, 4), atol=0.1)
-    low, high = (
-        points.min(0),
-        points.max(0),
-    )  # reaches the faces themselves, up to the centroid's shift
+    # All points lie on the faces of the box.
+    low, high = points.min(0), points.max(0)
     on_face = np.minimum(points - low, high - points).min(1) < 1e-5
     assert on_face.all()
 
@@ -219,9 +221,8 @@ def test_a_refusal_comes_without_warnings(tmp_path, content):
         path.write_text("this is a letter")
     else:
         np.save(path, np.full((60, 3), np.inf) if content == "infinite npy" else np.zeros((0, 3)))
-    with (
-        warnings.catch_warnings()
-    ):  # each would be lines on the terminal beside the one of the error
+    # A warning would be a second line on the terminal.
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_error(path)
 

@@ -1,6 +1,4 @@
-"""Part labels: nothing that a file says in them costs the cloud; where they are used they are
-checked.
-"""
+"""Part labels: a cloud with wrong labels can still be read; labels are checked when used."""
 
 import h5py
 import numpy as np
@@ -73,7 +71,7 @@ def test_colours_that_are_no_numbers_are_black():
 
 
 def write(path, labels) -> None:
-    """A cloud with labels as text, one a point; the header by the suffix."""
+    """Write a cloud with one label text per point, in the format of the suffix."""
     header = {
         ".ply": "ply\nformat ascii 1.0\nelement vertex 80\nproperty float x\nproperty float y\nproperty float z\n"
         "property double label\nend_header",
@@ -128,7 +126,7 @@ def test_a_bundle_of_ignored_points_is_read_and_one_of_nothing_else_is_refused(t
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31))
 def test_points_without_label_count_nowhere(seed):
-    """Each shape's figures are those of its labelled points alone."""
+    """The scores of a shape are those of its labelled points alone."""
     rng = np.random.default_rng(seed)
     truth, predicted = rng.integers(0, 3, (2, 1, 30))
     known = rng.random(30) < 0.6
@@ -173,7 +171,7 @@ CLOUDS = np.random.default_rng(2).normal(size=(6, 80, 3)).astype(np.float32)
 
 
 def arrays(path, **values):
-    """An NPZ or HDF5 of 6 clouds of 80 points, with more arrays."""
+    """Write an NPZ or HDF5 file of 6 clouds of 80 points, with further arrays."""
     if path.suffix == ".npz":
         np.savez(path, points=CLOUDS, **values)
     else:

@@ -1,4 +1,4 @@
-"""Processes of a pool end with the command that started them, however it ends."""
+"""The processes of a pool end when the command that started them ends, for whatever reason."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 
 def is_there(process: int) -> bool:
-    """Whether a process runs, and is not merely waiting to be collected."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -61,9 +61,8 @@ def test_the_workers_of_a_stopped_command_are_gone_within_seconds(tmp_path, name
         text=True,
         start_new_session=True,
         env=os.environ | {"SEEN": str(seen), "PYTHONPATH": paths},
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a shell's background jobs ignore it
+        # Background jobs of a shell ignore SIGINT, so its default is restored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 60
     while len(list(seen.iterdir())) < 2 and time.monotonic() < end:
@@ -72,7 +71,7 @@ def test_the_workers_of_a_stopped_command_are_gone_within_seconds(tmp_path, name
     assert len(workers) == 2
     assert all(map(is_there, workers))
     if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: every process sees it
+        os.killpg(process.pid, number)  # a terminal also sends it to every process
     else:
         process.send_signal(number)
     stopped = time.monotonic()

@@ -1,4 +1,4 @@
-"""The endless set: each shape is its own, the same everywhere, and of any kind."""
+"""The endless procedural set: shapes differ, are equal on every machine, and are of many kinds."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_a_shape_depends_on_its_number_and_the_seed_alone(shapes):
 
 
 def test_shapes_are_the_same_on_any_machine():
-    """Numbers worked out once."""
+    """KNOWN has coordinates that were computed once."""
     found = [make_procedural(i, 512)[100] for i in (0, 1, 123456)]
     assert np.allclose(found, KNOWN, atol=1e-5)
 
@@ -60,9 +60,8 @@ def test_a_store_of_them_is_the_same_with_any_number_of_processes(tmp_path):
     assert all(np.array_equal(one.points(i), two.points(i)) for i in range(9))
     read = load(["procedural:9"], 256)
     assert read.points.shape == (9, 256, 3)
-    assert np.allclose(
-        np.sort(read.points[3], 0), np.sort(one.points(3), 0), atol=2e-3
-    )  # kept in half precision
+    # The store keeps half precision.
+    assert np.allclose(np.sort(read.points[3], 0), np.sort(one.points(3), 0), atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Classes and splits: what names of folders mean, whatever their case, and that no class is lost
-without a word.
+"""Classes and splits: what names of folders mean, in upper or lower case. No class is dropped
+without a message.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ def folder(root: Path, *names: str) -> Path:
 
 @given(st.data())
 def test_any_names_of_splits_at_either_level_around_any_classes(data):
-    """Also around classes that are called like a split, if there are two splits and another class."""
+    """This holds even for classes named like a split, if there are two splits and another class."""
     draw = data.draw
     names = {part: [n for n, p in SPLIT_OF.items() if p == part] for part in SPLITS}
     parts = draw(st.sets(st.sampled_from(SPLITS), min_size=2))
@@ -137,7 +137,9 @@ def test_what_a_part_lacks_is_counted(rows):
 
 
 def test_the_third_part_means_validation_in_every_source(tmp_path):
-    """Folders, a store of them, an NPZ and an HDF5: no training on it, no testing on it."""
+    """In folders, a store, an NPZ and an HDF5 file, this split is used neither to train nor to
+    test.
+    """
     names = [
         f"{part}/{c}/{i}.npy" for part in ("train", "TEST", "Valid") for c in "ab" for i in range(2)
     ]

@@ -1,5 +1,5 @@
-"""A store on disk: what is written comes back, only what is needed is read, damage is found,
-training is the same.
+"""A store on disk: clouds are read as they were written, nothing else is read, damage is detected,
+and training gives the same result as from a bundle.
 """
 
 import json
@@ -38,7 +38,9 @@ SHAPES = np.stack([unit(cloud) for cloud in RNG.normal(size=(20, 32, 3))])
 def write(
     path: Path, clouds=SHAPES, points: int | None = 32, names: tuple[str, ...] = ("axe", "cup")
 ) -> Store:
-    """A store of clouds named c0, c1, ..., of alternate classes, the last quarter test."""
+    """Write a store of clouds c0, c1, ... of alternating classes; the last quarter is the test
+    split.
+    """
     with StoreWriter(path, {"points": points, "reduce": "fps"}, names, ()) as writer:
         for i, cloud in enumerate(clouds):
             split, label = "train" if i < 0.75 * len(clouds) else "test", names[i % 2]
@@ -51,7 +53,7 @@ def write(
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Four clouds of 32 points fill a shard."""
+    """Make shards so small that four clouds of 32 points fill one."""
     monkeypatch.setattr(storing, "SHARD_BYTES", 4 * 32 * (12 + 2))
 
 
@@ -210,7 +212,7 @@ def test_a_store_of_another_kind_is_refused_and_left_alone(tmp_path, content):
 def test_a_store_whose_writer_was_killed_is_refused_until_it_is_continued(
     tmp_path, monkeypatch, small_shards, stop
 ):
-    """Killed at any write to the disk, without a word."""
+    """The writer is killed at a given write to the disk, before it can clean up."""
     (tmp_path / "in").mkdir()
     for i, cloud in enumerate(SHAPES):
         np.save(tmp_path / f"in/{i:02d}.npy", cloud)
@@ -240,7 +242,7 @@ def test_a_store_whose_writer_was_killed_is_refused_until_it_is_continued(
 
 @pytest.mark.parametrize("fails", [2, 3, 9, 11, 12])
 def test_an_interrupted_commit_is_made_once(tmp_path, monkeypatch, fails):
-    """Ctrl-C while the disk is written: leaving the writer commits again."""
+    """Ctrl-C comes during a write to the disk. Leaving the writer must not commit a second time."""
     sync, done = os.fsync, []
     monkeypatch.setattr(storing, "SHARD_BYTES", 8 * 32 * 14)
 
@@ -271,7 +273,7 @@ def test_an_epoch_has_every_cloud_once_and_few_shards_at_a_time(sizes, seed, epo
     assert sorted(order) == list(range(total))
     shard_of = np.repeat(np.arange(len(sizes)), sizes) if sizes else np.zeros(total, int)
     at, windows = 0, 0
-    while at < total:  # as long as possible a run of at most WINDOW shards
+    while at < total:  # the longest run of clouds from at most WINDOW shards
         seen = set()
         while at < total and len(seen | {shard_of[order[at]]}) <= loop.WINDOW:
             seen.add(shard_of[order[at]])
@@ -304,7 +306,7 @@ def test_stored_points_travel_to_another_process(tmp_path):
 
 @pytest.fixture
 def long_store(tmp_path, monkeypatch) -> str:
-    """More shards than a window has."""
+    """Write a store with more shards than a window has. Returns its path."""
     monkeypatch.setattr(storing, "SHARD_BYTES", 64 * 14)
     clouds = [unit(cloud) for cloud in RNG.normal(size=(48, 64, 3))]
     return str(write(tmp_path / "store", clouds, 64).path)

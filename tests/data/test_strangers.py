@@ -1,5 +1,5 @@
-"""Files from strangers: they open no other file, fill no memory, run nothing, and their names stay
-names.
+"""Files from untrusted sources: they cannot open other files, fill the memory or run code, and
+their names are only text.
 """
 
 import io
@@ -69,7 +69,7 @@ def test_hdf5_reads_no_other_file(tmp_path, way, also):
         file["data"] = POINTS
     with h5py.File(tmp_path / "a.h5", "w") as file:
         way(file, tmp_path / "other.h5")
-        if also != "points":  # another array than the points
+        if also != "points":  # the link is in another array than the points
             file.move("data", also)
             file["data"] = POINTS
             file.pop("points", None)
@@ -81,7 +81,7 @@ def test_links_within_an_hdf5_file_are_followed(tmp_path):
         file["deep/er/x"] = POINTS
         file["deep/er/y"] = h5py.SoftLink("x")
         file["data"] = h5py.SoftLink("/deep/./er/y")
-        file["strange"] = h5py.ExternalLink("nothing.h5", "/")  # nobody asks for it
+        file["strange"] = h5py.ExternalLink("nothing.h5", "/")  # this link is never read
     assert np.allclose(read(tmp_path / "a.h5").file_coordinates(), POINTS, atol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_groups_and_texts_in_place_of_numbers_are_refused(tmp_path):
 
 
 def zeros(path, count: int) -> None:
-    """An NPZ whose points are `count` compressed zeros, written piece by piece."""
+    """Write an NPZ file whose points are `count` compressed zero bytes, piece by piece."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "<f8", "fortran_order": False, "shape": (count // 24, 3)}
@@ -143,7 +143,8 @@ def test_an_archive_whose_directory_understates_a_member_is_refused(tmp_path):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, points=np.zeros((80, 3)))
     content = bytearray(path.read_bytes())
-    at = content.index(b"PK\x01\x02") + 24  # uncompressed size, in the directory
+    # Position of the uncompressed size in the archive's directory.
+    at = content.index(b"PK\x01\x02") + 24
     content[at : at + 4] = struct.pack("<I", 300)
     path.write_bytes(content)
     refusal(path)

@@ -1,5 +1,5 @@
-"""The built-in shapes: reproducible one by one, balanced, in the unit sphere, parts of their own
-class.
+"""The built-in shapes: each is reproducible, classes are balanced, clouds lie in the unit sphere,
+and part labels belong to the class.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Augmentations: within their ranges, a draw a sample, and the up axis left alone."""
+"""Augmentations stay in their ranges, differ between samples, and do not change the up axis."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_scale_is_one_factor_an_axis_and_sample_within_its_range():
     factors = factors[:, 0]
     assert factors.min() >= 0.8 - 1e-4
     assert factors.max() <= 1.2 + 1e-4
-    assert factors.max() - factors.min() > 0.3  # the range is used
+    assert factors.max() - factors.min() > 0.3  # most of the range is used
     assert len(factors.flatten().unique()) == factors.numel()
 
 
@@ -102,7 +102,7 @@ def ball(clouds: int, count: int) -> torch.Tensor:
 
 
 def views_of(cloud: torch.Tensor, num_points: int, share: float) -> torch.Tensor:
-    """Views of the first step that keeps this share of the points."""
+    """Return the views of the first step that keeps this share of the points."""
     choices = (BatchGenerator(0, i).stream("count").choice(len(VIEW_SHARES)) for i in range(50))
     step = next(i for i, choice in enumerate(choices) if VIEW_SHARES[choice] == share)
     return random_view(cloud, num_points, BatchGenerator(0, step))
@@ -117,9 +117,7 @@ def test_a_view_has_all_its_points_in_the_unit_sphere_whatever_share_is_kept():
 
 
 def test_half_of_the_views_are_cut_by_a_plane():
-    """Of a sphere a cut leaves less than a half-space on one side: its extent shrinks along one
-    direction.
-    """
+    """A cut view of a ball is flattened: its extent along one direction is smaller."""
     view = views_of(ball(200, 2000), 1000, 1)
     directions = torch.nn.functional.normalize(
         torch.randn(500, 3, generator=torch.Generator().manual_seed(2)), dim=-1
@@ -134,16 +132,16 @@ def test_a_third_of_the_views_has_clutter_and_at_most_a_tenth_of_their_points():
     view = views_of(ball(200, 2000), 1000, 1)
     inside = (view - view.median(1, keepdim=True).values).norm(dim=-1) < 0.5
     share = inside.float().mean(1)
-    whole = (view.mean(1).norm(dim=-1) < 0.02) & (
-        (view.amin(1) + view.amax(1)).abs().amax(1) < 0.1
-    )  # neither cut
+    # Views that are not cut.
+    whole = (view.mean(1).norm(dim=-1) < 0.02) & ((view.amin(1) + view.amax(1)).abs().amax(1) < 0.1)
     assert 0.15 < (share[whole] > 0.005).float().mean() < 0.5
     assert share[whole].max() < MAX_CLUTTER
 
 
 def test_another_third_has_lumps_of_up_to_a_third_of_its_points():
     view = views_of(ball(200, 2000), 1000, 1)
-    beside = (torch.cdist(view, view) < 0.1).sum(-1)  # of each point, itself included
+    # Number of points near each point, itself included.
+    beside = (torch.cdist(view, view) < 0.1).sum(-1)
     lumped = beside.amax(1) > 4 * beside.float().mean(1)
     assert 0.1 < lumped.float().mean() < 0.4
     dense = (beside > 2.5 * beside.float().median(1, keepdim=True).values).float().mean(1)

@@ -1,5 +1,5 @@
-"""Two commands into one store, and a command that is killed at any moment: nothing lost, nobody
-blocked.
+"""Two commands that write to one store, and a command that is killed at any moment: no cloud is
+lost, and no later command is blocked.
 """
 
 import itertools
@@ -40,7 +40,9 @@ def content(path) -> dict[str, bytes]:
 
 
 def prepare_and_be_killed(at: int, source, out) -> None:
-    """A process that commits every cloud, killed at one of the calls of what locks and writes."""
+    """Prepare in a process that commits every cloud and is killed at call number `at` of the code
+    that locks and writes.
+    """
     child = os.fork()
     if child:
         os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""Damaged shapes as queries and before fitted classifiers."""
+"""Damaged shapes as queries of retrieval and as inputs of fitted classifiers."""
 
 import json
 
@@ -22,7 +22,7 @@ FIGURES = {"retrieval": ["nearest", "map"], "probe": ["logistic_10", "knn"]}
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few queries and two draws of labels."""
+    """Use few queries and only two samples of labels."""
     monkeypatch.setattr(module, "QUERIES", 20)
     monkeypatch.setattr("jepa3d.evaluation.probe._DRAWS", 2)
 
@@ -56,7 +56,7 @@ def test_corrupted_shapes_have_a_row_a_kind_and_a_column_a_vector(
 def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
     encoder_and_data, command, monkeypatch
 ):
-    """A corruption gets the source's 512 points, the encoder 128."""
+    """The damage is applied to the 512 points of the source; the encoder gets 128 points."""
     model, data = encoder_and_data
     sizes = set()
 
@@ -74,7 +74,7 @@ def test_corruptions_get_whole_clouds_and_what_is_left_as_it_is_counts_as_clean(
 
 @pytest.mark.parametrize("command", FIGURES)
 def test_dirt_is_told_from_clean(encoder_and_data, command, monkeypatch):
-    """A corruption that makes one shape of all leaves chance."""
+    """If the damage replaces all shapes by the same shape, accuracy is at chance level."""
     model, data = encoder_and_data
     same = make_shapes(1, 512, seed=9)["points"][0]
     monkeypatch.setattr(module, "corrupt", lambda points, *_: same)

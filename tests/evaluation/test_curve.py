@@ -1,4 +1,6 @@
-"""Learning curves: every snapshot scored once, at its cost, seeds of one configuration on one line."""
+"""Learning curves: each snapshot is scored once, at its cost; seeds of a configuration share a
+line.
+"""
 
 import json
 
@@ -28,7 +30,7 @@ def runs(tmp_path_factory, tiny):
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Scores by script instead of classifiers, and the number of models scored."""
+    """Replace the classifiers by made-up scores. Returns a list with one call per scored model."""
     calls = []
 
     def protocol(name, x, *rest):
@@ -52,7 +54,7 @@ def test_a_curve_has_the_untrained_encoder_each_snapshot_and_the_end_at_their_co
     assert record["stage1_cpu_seconds"] > 0
     assert warm.minutes[0, -1] == pytest.approx(total)
     assert warm.minutes[0, 1] > record["stage1_cpu_seconds"] / 60
-    assert len(set(scored)) == 8  # the untrained encoder of one seed is the same
+    assert len(set(scored)) == 8  # runs of the same seed share the untrained encoder
 
 
 def test_scores_are_kept_and_those_of_other_data_are_not_used(runs, bundle, scored, tmp_path):
@@ -80,9 +82,8 @@ def test_the_part_that_is_scored_has_scores_and_a_file_of_its_own(
     )
     for part in ("test", "validation", "validation"):
         learning_curves(runs[:1], LabelledSet(bundle), protocol="logistic", part=part)
-    assert (
-        sizes == [32, 16] * 3 + [25, 7] * 3
-    )  # train and what is scored of the untrained encoder and two snapshots
+    # Three models (untrained encoder, two snapshots), each on train and on the scored split.
+    assert sizes == [32, 16] * 3 + [25, 7] * 3
     assert (runs[0] / "curve-shapes-validation-logistic.json").exists()
 
 
@@ -94,7 +95,7 @@ def test_the_time_to_an_accuracy_is_the_first_from_which_it_stays_reached():
         np.array([[0, 1, 2, 3], [0, 3, 4, 5.0]]),
         np.array([[1, 5, 3, 6], [1, 7, 3, 6]]),
     )
-    assert arm.minutes_to(6) == 4  # 6 at step 1 was lost again
+    assert arm.minutes_to(6) == 4  # the mean is 6 at step 1 too, but falls below it later
     assert arm.minutes_to(3) == 2
     assert arm.minutes_to(1) == 0
     assert arm.minutes_to(7) is None

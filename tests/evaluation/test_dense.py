@@ -1,5 +1,5 @@
-"""Parts from features of points: found where they are there, chosen without the test part, at all
-points.
+"""Parts from features of points: they are found if the features contain them, at all points, and no
+choice uses the test split.
 """
 
 import json
@@ -37,8 +37,8 @@ def test_parts_that_lie_left_and_right_are_told_by_position(model, shapes, tmp_p
     assert result["results"]["positions"]["instance_miou"] > 90
     assert result["results"][model]["channels"] == 3 * 24
     for name, row in result["results"].items():
-        assert name == model or name.split()[0] in shown  # names are cut where a folder is long
-        assert row["instance_miou"] > 50  # one part everywhere: 25
+        assert name == model or name.split()[0] in shown  # a table cuts long names
+        assert row["instance_miou"] > 50  # predicting one part everywhere would give 25
         assert row["C"] in dense._C_GRID
         if name != model:
             low, high = row["interval"]
@@ -51,7 +51,7 @@ def test_parts_that_lie_left_and_right_are_told_by_position(model, shapes, tmp_p
 
 
 def test_labels_of_the_test_part_choose_nothing(model, shapes, tmp_path, monkeypatch):
-    """C and what every classifier was fitted to stay the same when the parts of test shapes change."""
+    """When the part labels of test shapes change, C and the data of every fit stay the same."""
     seen, fit = [], dense._fit
 
     def watched(c, x, y):
@@ -97,7 +97,9 @@ def test_local_features_of_a_point_depend_on_no_other_point_asked_about(model):
 
 
 def test_every_point_of_a_cloud_is_told_strays_among_them(model, tmp_path):
-    """A stray is no point that the encoder sees; it takes the part of the tokens nearest to it."""
+    """The encoder does not see a stray point, but the point still gets features of the nearest
+    tokens.
+    """
     rng = np.random.default_rng(0)
     points = rng.normal(size=(40, 128, 3))
     points[:, 0] = [9, 0, 0]

@@ -1,4 +1,4 @@
-"""Vectors made by hand: what they are, and what they do not depend on."""
+"""Handcrafted descriptors: their values, and what they do not depend on."""
 
 import numpy as np
 import pytest
@@ -41,30 +41,31 @@ def test_histograms_tell_a_ball_from_a_line_whatever_their_size_and_turn(encoder
     found = shape_histograms(
         encoder.prepare(np.stack([ball, 5 * ball @ turn, line, 0.1 * line @ turn]))
     )
-    shapes = minus_l1(found[:, : 3 * BINS], found[:, : 3 * BINS])  # heights change with a turn
+    # The heights are left out, since a rotation changes them.
+    shapes = minus_l1(found[:, : 3 * BINS], found[:, : 3 * BINS])
     assert min(shapes[0, 1], shapes[2, 3]) > -0.3
     assert max(shapes[0, 2], shapes[1, 3]) < -1.5
 
 
 def test_histograms_of_known_shapes():
-    """A3 of points on a line.
-
-    0 or 180 degrees and nothing between, areas 0; heights of a level line: one bin.
+    """For points on a level line, all A3 angles are 0 or 180 degrees, all D3 areas are 0, and all
+    heights fall into one bin.
     """
     line = np.outer(np.linspace(-1, 1, 128), [1, 0, 0])[None]
     d2, a3, d3, height = shape_histograms(torch.from_numpy(line).float()).reshape(4, BINS)
     assert a3[0] + a3[-1] == pytest.approx(1)
-    assert a3[-1] == pytest.approx(1 / 3, abs=0.02)  # the first of three is the middle one
+    # With probability 1/3, the first of three points lies between the others.
+    assert a3[-1] == pytest.approx(1 / 3, abs=0.02)
     assert d3[0] > 0.9
     assert height[BINS // 2] == 1
     np.testing.assert_allclose(
         d2, 2 * (1 - (np.arange(BINS) + 0.5) / BINS) / BINS, atol=0.008
-    )  # a triangle
+    )  # the density of distances falls linearly
 
 
 def test_the_surface_around_a_token_is_described():
-    """Of a level plane: the smallest share is 0, the flattest direction up; and of its tokens the
-    height is 0.
+    """On a level plane, the smallest share of variance is 0, its direction is up, and all tokens
+    have height 0.
     """
     side = np.linspace(-0.7, 0.7, 16)
     plane = np.stack([*np.meshgrid(side, side), np.zeros((16, 16))], -1).reshape(1, 256, 3)
@@ -75,9 +76,8 @@ def test_the_surface_around_a_token_is_described():
         assert up[5] > 0.3
         assert np.abs(up[:5]).max() < 1e-6
     assert mean[-2] == pytest.approx(0, abs=1e-9)
-    assert mean[-3] == pytest.approx(
-        mean[-1]
-    )  # in a level plane the centroid is as far as the axis
+    # In a level plane, the distances to the centroid and to the vertical axis are equal.
+    assert mean[-3] == pytest.approx(mean[-1])
 
 
 def test_no_descriptor_depends_on_the_order_of_points_or_on_the_rest_of_a_batch(encoder):

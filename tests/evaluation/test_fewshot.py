@@ -1,5 +1,5 @@
-"""Few-shot: fair, repeatable episodes, published folds whole or not at all, classifiers that learn
-from the support.
+"""Few-shot: episodes are balanced and repeatable, published folds are complete or refused, and
+classifiers learn from the labelled (support) shapes.
 """
 
 import json
@@ -31,7 +31,9 @@ METHODS = ("ncm", "logistic")
 
 
 def clouds(train: list[int], test: list[int], points: int = 4) -> PointClouds:
-    """So many shapes of each class in train and test, in a mixed order, and one of class 0 in val."""
+    """Make shuffled clouds: train[c] and test[c] shapes of each class c, and one shape of class 0
+    in the validation split.
+    """
     labels = np.concatenate(
         [np.repeat(np.arange(len(train)), counts) for counts in (train, test)] + [[0]]
     )
@@ -166,7 +168,7 @@ def test_episodes_of_other_labels_or_more_shapes_are_refused():
 
 
 def download(root: Path, setting: str, folds: int = 2, queries: int = 2) -> Path:
-    """Folds of two ways and one shot, as their owner's pickles."""
+    """Write 2-way 1-shot folds in the form of the published pickles."""
     for fold in range(folds):
         rng = np.random.default_rng(fold)
         items = [
@@ -248,7 +250,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
 
 
 def features(y: np.ndarray, gap: float, seed: int) -> np.ndarray:
-    """Gaussian features [n, 8], their class means `gap` apart."""
+    """Sample Gaussian features [n, 8]; `gap` scales the distances between class means."""
     means = np.random.default_rng(0).normal(size=(9, 8))
     return np.random.default_rng(seed).normal(size=(len(y), 8)) + gap * means[y]
 
@@ -265,30 +267,26 @@ def test_separable_features_score_100_and_noise_chance():
 
 
 def test_nearest_class_mean_by_hand():
-    """Support (3, 1), (1, 3) of class 4 and (-1, 1), (1, -1) of class 7 have mean (1, 1); less it
-    and of length 1:
-
-    class 4 is (1, 0), (0, 1), its mean along (1, 1); class 7 is (-1, 0), (0, -1), its mean along
-    (-1, -1).
+    """The mean of the support is (1, 1). After centring and normalisation, class 4 is (1, 0) and
+    (0, 1), with a mean along (1, 1). Class 7 is (-1, 0) and (0, -1), with a mean along (-1, -1).
     """
     support, y = np.array([[3.0, 1], [1, 3], [-1, 1], [1, -1]]), np.array([4, 4, 7, 7])
-    query = np.array(
-        [[1.5, 0.6], [0.9, 0.9], [1.2, 0.7], [9, -6]]
-    )  # less (1, 1): sums 0.1, -0.2, -0.1, 1
+    # After centring, the sums of the coordinates are 0.1, -0.2, -0.1 and 1.
+    query = np.array([[1.5, 0.6], [0.9, 0.9], [1.2, 0.7], [9, -6]])
     assert predict("ncm", support, y, query).tolist() == [4, 7, 7, 4]
 
 
 def test_ncm_counts_directions_not_lengths_of_shapes():
-    """About (0, 0): of length 1 class 0 is along (1, 1), but its plain mean (5, 0.5) would call
-    (-1, 5) class 1.
+    """The mean of the support is (0, 0). With normalised shapes, the mean of class 0 is along (1,
+    1). Without normalisation it would be (5, 0.5), and (-1, 5) would be class 1.
     """
     support, y = np.array([[10.0, 0], [0, 1], [-10, 0], [0, -1]]), np.array([0, 0, 1, 1])
     assert predict("ncm", support, y, np.array([[-1.0, 5], [1, -5]])).tolist() == [0, 1]
 
 
 def test_ncm_counts_directions_not_lengths_of_means():
-    """Class 1 is spread 60 degrees about (0, 1), its mean of length 0.5; at 50 degrees it is nearer
-    than (1, 0).
+    """The shapes of class 1 lie 60 degrees on either side of (0, 1), so their mean has length 0.5.
+    A query at 50 degrees is nearer to its direction than to (1, 0).
     """
     support = np.array(
         [[1, 0], [1, 0], [0.75**0.5, 0.5], [-(0.75**0.5), 0.5], [-1, -0.5], [-1, -0.5]]
@@ -309,7 +307,7 @@ def test_what_a_shape_is_called_depends_on_no_other_query(method):
 
 
 def test_logistic_regression_standardises_by_the_support():
-    """One feature of a thousandth's scale has all the classes, beside seven of noise."""
+    """One feature, a thousand times smaller than seven of noise, contains the classes."""
     y, rng = np.repeat(np.arange(2), 50), np.random.default_rng(0)
     x, query = rng.normal(size=(2, 100, 8))
     for values in (x, query):
@@ -320,8 +318,8 @@ def test_logistic_regression_standardises_by_the_support():
 
 @pytest.fixture
 def fake_layers(monkeypatch) -> list[int]:
-    """`layer_features` replaced: two layers, noise and the first point of each cloud; returns the
-    sizes asked for.
+    """Replace `layer_features` by two layers: noise, and the first point of each cloud. Returns the
+    list of requested sizes.
     """
     asked = []
 
@@ -335,7 +333,7 @@ def fake_layers(monkeypatch) -> list[int]:
 
 
 def labelled_by_place(data: PointClouds) -> PointClouds:
-    """The clouds with their first point at a place of its class, but for a little noise."""
+    """Move the first point of each cloud to a position of its class, plus a little noise."""
     places = 20 * np.random.default_rng(5).normal(size=(9, 3)).astype(np.float32)
     points = data.points.copy()
     points[:, 0] = 0.1 * points[:, 0] + places[data.labels]

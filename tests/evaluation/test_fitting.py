@@ -1,4 +1,4 @@
-"""Fits on one thread, side by side: the same results, whatever the number of processes."""
+"""Fits with one thread each in several processes: results do not depend on their number."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def look(scale: int) -> tuple[int, int]:
 
 
 def leave_a_process(scale: int) -> int:
-    """Ends any process but the first, as the kernel does that has no memory left."""
+    """End the process if it is a child, as the kernel does when memory runs out."""
     return scale if multiprocessing.parent_process() is None else os._exit(9)
 
 
@@ -62,9 +62,8 @@ def test_small_fits_stay_in_this_process_and_large_ones_are_shared_in_order(two_
 
 
 def test_a_fit_whose_process_dies_is_done_here(two_cores, monkeypatch):
-    monkeypatch.setattr(
-        parallel, "_alone", lambda *_: parallel.CRASHED
-    )  # instead of one more process a job
+    # The second try, with a separate process per job, crashes too.
+    monkeypatch.setattr(parallel, "_alone", lambda *_: parallel.CRASHED)
     assert side_by_side(leave_a_process, [(3,), (4,)], 1) == [3, 4]
 
 

@@ -1,5 +1,5 @@
-"""The interval of a paired difference: numbers worked out by hand, and how often it holds the
-truth.
+"""The interval of a paired difference: examples computed by hand, and how often it contains the
+true difference.
 """
 
 import numpy as np
@@ -22,7 +22,9 @@ from jepa3d.evaluation.probe import QUICK_C, run_protocol
 
 
 def test_the_interval_is_that_worked_out_by_hand():
-    """A = B = 0.25, so 4 / (1 / 1 + 1 / 1) = 2 degrees of freedom, whose 97.5 % quantile is 4.3027."""
+    """Both variance terms are 0.25. This gives 4 / (1 / 1 + 1 / 1) = 2 degrees of freedom, and
+    their 97.5 % quantile is 4.3027.
+    """
     ours, theirs = np.array([[10.0, 13.0], [12.0, 15.0]]), np.array([[7.0, 9.0], [8.0, 10.0]])
     assert (ours - theirs).tolist() == [[3, 4], [4, 5]]
     found = difference(ours, theirs)
@@ -33,7 +35,9 @@ def test_the_interval_is_that_worked_out_by_hand():
 
 
 def test_the_interval_of_one_seed_is_student_s_over_shapes():
-    """Gains 0 to 4: variance 2.5 / 5, 4 degrees of freedom, quantile 2.7764."""
+    """The gains 0 to 4 have a variance of the mean of 2.5 / 5, with 4 degrees of freedom; the
+    quantile is 2.7764.
+    """
     found = difference(np.arange(5.0)[None], np.zeros((1, 5)))
     assert found == pytest.approx((2, 2 - 2.776445 * 0.5**0.5, 2 + 2.776445 * 0.5**0.5), abs=1e-5)
 
@@ -63,7 +67,9 @@ NOISES = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 3, 3), (0.1, 3, 10)]
 
 @pytest.mark.parametrize(("of_seed", "of_shape", "of_both"), NOISES)
 def test_the_interval_holds_the_truth_at_least_as_often_as_it_says(of_seed, of_shape, of_both):
-    """Three seeds, 60 shapes, 600 comparisons: 95 % less three standard errors of a share."""
+    """With three seeds, 60 shapes and 600 comparisons, the share must be at least 95 % minus three
+    standard errors.
+    """
     rng, held, truth = np.random.default_rng(0), 0, 1.5
     for _ in range(600):
         gain = truth + of_seed * rng.normal(size=(3, 1)) + of_shape * rng.normal(size=60)
@@ -73,8 +79,8 @@ def test_the_interval_holds_the_truth_at_least_as_often_as_it_says(of_seed, of_s
 
 
 def test_shapes_alone_would_promise_too_much():
-    """The interval of the mean over seeds, as of one seed, where seeds differ as much as the mean
-    over shapes.
+    """If seeds differ, an interval over shapes alone (of the mean over seeds) contains the truth
+    too rarely.
     """
     rng, held = np.random.default_rng(0), 0
     for _ in range(300):
@@ -137,7 +143,10 @@ def test_outcomes_are_those_of_the_quick_probe_shape_by_shape():
         assert found[protocol].mean() == pytest.approx(expected)
         assert expected > 40
     assert set(found["knn"]) == {0, 100}
-    assert set(np.round(found["logistic_10"] % 10, 6)) <= {0, 10}  # of ten draws
+    assert set(np.round(found["logistic_10"] % 10, 6)) <= {
+        0,
+        10,
+    }  # in steps of 10, since there are ten samples of labels
     other = outcomes(Vectors(x, x_test, cosine), y, y_test, seed=5)
     assert (other["logistic_10"] != found["logistic_10"]).any()
     assert (other["map"] == found["map"]).all()

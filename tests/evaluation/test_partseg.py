@@ -1,5 +1,5 @@
-"""Part segmentation's numbers: worked by hand, against a slow loop, and the parts that a shape may
-have.
+"""Scores of part segmentation agree with an example computed by hand and with a slow loop, and
+shapes get only parts of their category.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ PARTS_OF = [np.array([0, 1]), np.array([2, 3, 4]), np.array([5])]
 
 
 def slow_mean_iou(predicted, truth, labels, parts_of, names) -> dict:
-    """Shape by shape and part by part, with sets."""
+    """Compute the scores shape by shape and part by part, with sets."""
     by_category, right = {}, 0
     for shape, label in enumerate(labels):
         ious = []
@@ -45,7 +45,7 @@ def assert_equal(found: dict, expected: dict) -> None:
 
 def test_a_worked_example():
     # axe 1: part 0: {0} of {0, 1}: 1/2; part 1: {2, 3} of {1, 2, 3}: 2/3       -> (1/2 + 2/3) / 2       = 7/12
-    # axe 2: part 0: all four right: 1; part 1: in neither: 1                     -> 1
+    # axe 2: part 0: all four correct: 1; part 1: in neither: 1                   -> 1
     # cup:   part 2: {0, 1} of {0, 1}: 1; part 3: none of {2, 3}: 0;
     #        part 4: none of {2, 3}, for it is predicted and absent: 0            -> (1 + 0 + 0) / 3       = 1/3
     # instance: (7/12 + 1 + 1/3) / 3 = 23/36. category: axe (7/12 + 1) / 2 = 19/24, cup 1/3, hat has no shape:
@@ -62,9 +62,10 @@ def test_a_worked_example():
             "per_category": {"axe": 100 * 19 / 24, "cup": 100 / 3},
         },
     )
+    # JSON needs plain floats.
     assert all(
         type(value) is float for value in (*found["per_category"].values(), found["instance_miou"])
-    )  # for JSON
+    )
 
 
 @pytest.mark.parametrize(("absent_part_predicted", "miou"), [(0, 100), (1, 50 * 0.75)])
@@ -72,9 +73,8 @@ def test_a_part_absent_from_the_truth_counts_1_until_a_point_is_given_to_it(
     absent_part_predicted, miou
 ):
     truth = np.zeros((1, 4), np.int16)
-    predicted = np.array(
-        [[absent_part_predicted, 0, 0, 0]], np.int16
-    )  # then part 0: 3/4, part 1: 0/1
+    # If part 1 is predicted, the IoU is 3/4 for part 0 and 0/1 for part 1.
+    predicted = np.array([[absent_part_predicted, 0, 0, 0]], np.int16)
     assert mean_iou(predicted, truth, np.array([0]), PARTS_OF, NAMES)[
         "instance_miou"
     ] == pytest.approx(miou)
@@ -96,9 +96,8 @@ def test_it_is_the_slow_loop(shapes, points, within, seed):
         [rng.choice(PARTS_OF[label][: rng.integers(1, 4)], points) for label in labels]
     )
     guess = np.stack([rng.choice(PARTS_OF[label], points) for label in labels])
-    guess = (
-        guess if within else rng.integers(0, 8, truth.shape)
-    )  # also parts of others, and of nobody
+    # Otherwise also parts of other categories, and of none.
+    guess = guess if within else rng.integers(0, 8, truth.shape)
     predicted = np.where(rng.random(truth.shape) < rng.random(), truth, guess).astype(np.int16)
     arguments = predicted, truth.astype(np.int16), labels, PARTS_OF, NAMES
     assert_equal(mean_iou(*arguments), slow_mean_iou(*arguments))
@@ -125,7 +124,7 @@ def test_the_best_part_is_never_another_categorys(shapes, points, seed, factor):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, shapes)
     logits = rng.random((shapes, points, 6)).astype(np.float32)
-    for shape, label in enumerate(labels):  # what others' parts get is always more
+    for shape, label in enumerate(labels):  # parts of other categories always have larger logits
         logits[shape][:, PARTS_OF[label]] = logits[shape][:, PARTS_OF[label]] * factor - 2
     found = restricted_argmax(logits, labels, PARTS_OF)
     assert found.dtype == np.int16

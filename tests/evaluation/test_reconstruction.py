@@ -1,4 +1,4 @@
-"""The dVAE's figures: a constant patch that is worth beating, and codes that are counted right."""
+"""Metrics of the dVAE: the constant patch is a strong baseline, and codes are counted correctly."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def clouds():
 
 @pytest.fixture(scope="module")
 def patches(clouds):
-    """n 8 3, in no order."""
+    """Return shuffled patches, n 8 3."""
     found = group(clouds.batch(range(16)), 16, 8).patches.flatten(0, 1)
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
@@ -63,9 +63,8 @@ def test_figures_have_their_names_and_ranges(dvae, clouds):
     assert figures["num_codes"] == 16
     assert 1 - 1e-9 <= figures["perplexity"] <= 16 + 1e-9
     assert 0 < figures["constant_patch"] < 2
-    assert (
-        figures["reconstruction"] > figures["constant_patch"]
-    )  # of an autoencoder that was never trained
+    # This autoencoder was never trained.
+    assert figures["reconstruction"] > figures["constant_patch"]
 
 
 def test_figures_are_repeatable_and_leave_the_network_alone(dvae, clouds):

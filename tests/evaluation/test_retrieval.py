@@ -1,4 +1,4 @@
-"""Mean average precision against its definition, and what stands beside it."""
+"""Mean average precision agrees with its definition; intervals and baselines are correct."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -52,9 +52,9 @@ def test_some_queries_find_what_they_find_among_all():
 
 @pytest.mark.parametrize("likeness", [cosine, minus_l1])
 def test_blocks_of_any_size_give_the_same_numbers(monkeypatch, likeness):
-    """Ties included: histograms of equal clouds."""
+    """This includes ties: histograms of equal clouds."""
     labels, vectors = RNG.integers(0, 4, 30), RNG.normal(size=(30, 64))
-    if likeness is minus_l1:  # equal cosines may differ by rounding
+    if likeness is minus_l1:  # only with L1, since equal cosines may differ by rounding
         vectors[20:] = vectors[:10]
     expected = ranked(likeness(vectors, vectors), labels, np.arange(30))
     for numbers in (1, 30 * 7, 30 * 11, 10**9):
@@ -71,7 +71,7 @@ def test_memory_is_bounded_however_many_shapes(monkeypatch, likeness):
     search(likeness, vectors, vectors, np.arange(3000) % 4, np.arange(3000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**23  # in one piece over 300 MB
+    assert peak < 2**23  # all similarities at once would need over 300 MB
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_queries():
@@ -82,7 +82,7 @@ def test_the_interval_holds_the_mean_and_narrows_with_queries():
 
 
 def spy_on_baselines(monkeypatch, watched: Callable[[str, np.ndarray], np.ndarray]) -> None:
-    """What `watched` makes of each descriptor's name and vectors takes their place."""
+    """Replace the vectors of each descriptor by `watched(name, vectors)`."""
     opened = module.opened
 
     def changed(*args, **options):
@@ -125,7 +125,7 @@ def test_the_table_has_the_models_the_untrained_encoder_and_the_descriptors(
 
 
 def test_no_baseline_s_statistics_are_of_the_searched_part(encoder_and_data, monkeypatch):
-    """The test part is exchanged for another; what the descriptors say of one cloud stays."""
+    """When the test split is replaced by another, the descriptors of a cloud stay the same."""
     model, data = encoder_and_data
     cloud = torch.from_numpy(make_shapes(1, 512, seed=3)["points"])
 

@@ -1,5 +1,5 @@
-"""A headless Chromium over its DevTools protocol: the standard library, and websockets, which viser
-brings.
+"""Control of a headless Chromium by its DevTools protocol. It needs only the standard library and
+websockets, which viser installs.
 """
 
 import base64
@@ -21,13 +21,13 @@ FLAGS = [
     "--remote-debugging-port=0",
     "--remote-debugging-address=127.0.0.1",
     "--use-angle=swiftshader",
-    "--enable-unsafe-swiftshader",  # WebGL in software
+    "--enable-unsafe-swiftshader",  # allows WebGL without a GPU
 ]
 CENTER = "((r) => [r.x + r.width / 2, r.y + r.height / 2])"
 
 
 class Browser:
-    """One page of its own browser; close it, or use it as a context."""
+    """A browser with one page. Close it, or use it as a context manager."""
 
     def __init__(self, url: str, width: int = 1200, height: int = 800):
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -47,9 +47,8 @@ class Browser:
             (found[0] for line in stderr if (found := re.search(r"ws://\S+", line))), None
         )
         assert address, "chromium did not start"
-        threading.Thread(
-            target=lambda: [None for _ in stderr], daemon=True
-        ).start()  # or it blocks on a full pipe
+        # The browser would block if nobody read the pipe.
+        threading.Thread(target=lambda: [None for _ in stderr], daemon=True).start()
         self._socket = connect(address, max_size=None)
         targets = self("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
@@ -64,7 +63,7 @@ class Browser:
         self("Page.navigate", url=url)
 
     def __call__(self, method: str, **params: Any) -> dict:
-        """The result of a DevTools command."""
+        """Run a DevTools command. Returns its result."""
         self._sent += 1
         message = {"id": self._sent, "method": method, "params": params}
         self._socket.send(
@@ -84,7 +83,7 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 30) -> Any:
-        """The value of an expression, once it is true. Raises TimeoutError."""
+        """Wait until an expression is true. Returns its value. Raises TimeoutError."""
         end = time.monotonic() + seconds
         while not (value := self.js(expression)):
             if time.monotonic() > end:
@@ -113,7 +112,7 @@ class Browser:
             time.sleep(0.05)
 
     def click_on(self, element: str) -> None:
-        """Click an element, an expression, once it is there and no longer moves."""
+        """Click an element, given by an expression, when it exists and no longer moves."""
         place = f"(e => e && e.offsetWidth && (e.scrollIntoView(), {CENTER}(e.getBoundingClientRect())))({element})"
         last = None
         while (now := self.wait(place)) != last:
@@ -128,17 +127,17 @@ class Browser:
         )
 
     def choose(self, now: str, option: str) -> None:
-        """Of the list that shows `now`, the first option that includes `option`."""
+        """Open the list that shows `now` and choose the first option that includes `option`."""
         self.click_on(
             f"[...document.querySelectorAll('input')].find(e => e.value === {json.dumps(now)})"
         )
-        # hidden lists have theirs
+        # Options of hidden lists are skipped.
         shown = "[...document.querySelectorAll('[role=option]')].filter(e => e.offsetWidth)"
         self.click_on(f"{shown}.find(e => e.textContent.includes({json.dumps(option)}))")
 
     def screenshot(self) -> bytes:
-        """A PNG, once two in a row are equal."""
-        self.js("document.activeElement.blur()")  # a caret would blink
+        """Return a picture (PNG) of the page, when two pictures in a row are equal."""
+        self.js("document.activeElement.blur()")  # hides a blinking caret
         end, last = time.monotonic() + 30, b""
         while time.monotonic() < end:
             picture = base64.b64decode(self("Page.captureScreenshot", format="png")["data"])
@@ -149,7 +148,7 @@ class Browser:
         raise TimeoutError("the page does not come to rest")
 
     def close(self) -> None:
-        self._process.terminate()  # faster by ten seconds than Browser.close
+        self._process.terminate()  # ten seconds faster than Browser.close
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

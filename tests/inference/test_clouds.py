@@ -1,4 +1,4 @@
-"""Addresses: one text a cloud, which leads back to it whatever the names of the files around it."""
+"""Addresses of clouds: a text that leads back to one cloud, whatever the names of other files."""
 
 import os
 import pickle
@@ -29,12 +29,12 @@ NAMES = [
 
 
 def cloud(number: int) -> np.ndarray:
-    """Points that tell which cloud they are of."""
+    """Sample points whose mean tells the cloud's number."""
     return np.random.default_rng(number).normal([number, 0, 0], size=(70, 3))
 
 
 def write(path: Path, rng: np.random.Generator, number: int) -> int:
-    """A file of one cloud or a few, numbered from `number` on. Returns the next number."""
+    """Write a file of one or a few clouds, numbered from `number` on. Returns the next number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npz":
         count = int(rng.integers(1, 4))
@@ -48,7 +48,9 @@ def write(path: Path, rng: np.random.Generator, number: int) -> int:
 
 
 def tree(root: Path, seed: int) -> Path:
-    """Files whose names are made of #, digits, suffixes and each other's names."""
+    """Write files whose names combine #, digits, suffixes and names of other files. Returns their
+    folder.
+    """
     rng, number = np.random.default_rng(seed), 0
     for _ in range(8):
         parts = [NAMES[i] for i in rng.integers(len(NAMES), size=rng.integers(1, 3))]
@@ -93,7 +95,7 @@ def test_so_has_every_cloud_of_a_store(tmp_path, seed):
     write(tmp_path / "st.npz", np.random.default_rng(seed), 0)
     items = find_clouds(store)[0]
     assert len({item.path for item in items}) == len(items)
-    for item in items[::2]:  # now these texts mean something else
+    for item in items[::2]:  # now these texts are paths of folders
         Path(item.path).mkdir(parents=True, exist_ok=True)
     assert all("/#" in item.path for item in find_clouds(store)[0][::2])
     for item, expected in zip(find_clouds(store)[0], originals(items), strict=True):

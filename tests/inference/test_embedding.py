@@ -1,6 +1,4 @@
-"""Vectors of arrays and files: what is new, what changed, what cannot be used, and what an
-interruption leaves.
-"""
+"""Vectors of arrays and files: new, changed and bad files, and the result of an interruption."""
 
 import base64
 import json
@@ -120,7 +118,7 @@ def test_a_cloud_of_few_points_is_filled_and_one_of_too_few_refused(model):
 
 
 def test_a_bad_cloud_does_not_end_a_list(model, scans, tmp_path, capfd):
-    """Its row is NaN and a warning names it; nothing is printed."""
+    """The row of the bad cloud is NaN, and a warning names it; nothing is printed."""
     encoder, good = load(model), RNG.normal(size=(200, 3))
     (tmp_path / "bad.npy").write_bytes(b"no array")
     clouds = [good, tmp_path / "bad.npy", tmp_path / "none.ply", scans / "cup", good[:3], good]
@@ -216,7 +214,7 @@ def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(mode
 
     change_and_compare("1/2", "2/2")
     change_and_compare("2/2", "1/2")
-    change_and_compare("1/1")  # both
+    change_and_compare("1/1")  # both parts
     assert sorted(file.name for file in out.iterdir()) == ["part-1of2.parquet", "part-2of2.parquet"]
     with pytest.raises(ValueError, match="was begun with n = 2"):
         embed_files([scans], out, model, workers=1, share="1/3")
@@ -227,7 +225,7 @@ def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(mode
 
 @pytest.mark.parametrize("method", sorted({*multiprocessing.get_all_start_methods()} - {"fork"}))
 def test_two_processes_give_what_one_gives(model, scans, tmp_path, monkeypatch, method):
-    """However the processes are started; Windows has `spawn` only."""
+    """This holds for every way to start processes; Windows has only `spawn`."""
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: [method])
     for workers in (1, 2):
         embed_files([scans], tmp_path / f"{workers}.parquet", model, workers=workers)
@@ -308,7 +306,7 @@ def test_a_path_leads_back_to_its_cloud(scans, tmp_path):
 
 def test_bad_files_are_named_and_left_out(model, scans, tmp_path, caplog, capfd, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(log, "handlers", [])  # the tests' own printer
+    monkeypatch.setattr(log, "handlers", [])  # removes the printer of the tests
     (scans / "cup" / "bad.npy").write_bytes(b"no array")
     (scans / "cup" / os.fsdecode(b"\xff.npy")).write_bytes((scans / "cup" / "1.npy").read_bytes())
     embed_files([scans], tmp_path / "v.parquet", model, workers=1)

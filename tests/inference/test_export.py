@@ -1,4 +1,4 @@
-"""Exported files against the network they came from, and what a failed export leaves."""
+"""Exported files give the results of their network, and a failed export leaves no files behind."""
 
 import io
 import json
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def trained(network):
-    """The network with statistics of BatchNorm that are not those of the start."""
+    """Give a network random BatchNorm statistics, and return it in evaluation mode."""
     for norm in network.modules():
         if isinstance(norm, BatchNorm):
             norm.running_mean.normal_(0, 0.1)
@@ -50,8 +50,8 @@ def printed() -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, printed):
-    """Folder of an encoder and that of its export, and what the command `printed`; torch takes
-    seconds for it.
+    """Export an encoder once, since it takes seconds. Returns the encoder's folder and that of the
+    export; `printed` gets what the command prints.
     """
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_axes_and_metadata_say_what_goes_in(made):
         opened.get_modelmeta().custom_metadata_map.items()
         >= {"num_points": "128", "group_size": "8"}.items()
     )
-    assert not list(made[1].glob("*.data"))  # of one file each
+    assert not list(made[1].glob("*.data"))  # each network is one file
 
 
 @pytest.mark.parametrize("count", [40, 128, 5000])
@@ -246,9 +246,8 @@ def test_the_command_says_what_it_wrote(made, printed):
     names = ["encoder.onnx", "encoder.pt2", "patches.onnx", "written"]
     assert [line.split(":")[0] for line in printed] == names
     assert all("differs from torch by at most" in line for line in printed[:3])
-    written = sorted(
-        file.name for file in made[1].iterdir() if file.name != "__pycache__"
-    )  # the card's code ran there
+    # Another test runs the card's code in this folder, which makes __pycache__.
+    written = sorted(file.name for file in made[1].iterdir() if file.name != "__pycache__")
     assert written == printed[3].split(", ")[1:]
 
 

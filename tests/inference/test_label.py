@@ -1,5 +1,5 @@
-"""From a folder to a classifier: clusters, names, the head in the saved network, predictions of new
-files.
+"""From a folder of files to a classifier: clusters, names, the head in the saved network, and
+predictions for new files.
 """
 
 import csv
@@ -88,7 +88,8 @@ def test_from_a_folder_to_predictions_of_new_files(scans, classes, caplog):
     for row in found:
         if (number := int(row["path"][-6:-4])) % 3 < classes:
             assert row["class"] == kinds[number % 3]
-    predict_files(out, [scans / "scans"], scans / "p.csv")  # the saved network says the same
+    # The saved network predicts the same classes.
+    predict_files(out, [scans / "scans"], scans / "p.csv")
     predicted = {row["file"]: row for row in table(scans / "p.csv")}
     for row in found:
         there = predicted[row["path"]]
@@ -158,7 +159,7 @@ def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
     (threshold, _), z = known_clouds(x, np.arange(22), y), (x - x.mean(0)) / x.std(0)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     best = []
-    for i in range(21):  # the last is alone in its class
+    for i in range(21):  # the last one is left out: it is alone in its class
         others = [np.flatnonzero((y == c) & (np.arange(22) != i)) for c in range(3)]
         means = [z[rows].mean(0) for rows in others]
         best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
@@ -171,7 +172,9 @@ def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
 
 @pytest.fixture
 def named(scans):
-    """24 more scans, and a CSV that names all balls and sticks: the 16 plates are unlike them."""
+    """Write 24 more scans, and a CSV that names all balls and sticks. The 16 plates have no name
+    and look different. Returns the folder.
+    """
     for i in range(24):
         points = np.loadtxt(scans / "scans" / f"{i:02}.xyz")
         np.savetxt(
@@ -190,7 +193,7 @@ def test_clouds_unlike_every_named_one_are_called_unknown(named, caplog):
     plates = {row["path"] for row in rows if int(row["path"][-6:-4]) % 3 == 2}
     unknown = {row["path"] for row in rows if row["class"] == "unknown"}
     assert len(plates & unknown) > 12
-    assert len(unknown - plates) <= 2  # of 32: one in 20
+    assert len(unknown - plates) <= 2  # about one in 20 of the 32 named
     assert f"{len(unknown)} clouds are called unknown" in caplog.text
     for row in rows:
         assert (row["probability"] == "") == (row["class"] == "unknown")

@@ -1,4 +1,6 @@
-"""The mapped copy of large vectors: the same answers, never those of other vectors."""
+"""The memory-mapped copy of a large index gives the same answers as the index, and is never
+outdated.
+"""
 
 import os
 import shutil
@@ -19,14 +21,14 @@ from jepa3d.locking import writing
 SPEC = EmbeddingSpec("m", "0123", -1, "mean_max", "z", 12)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(900, 12)).astype(np.float32)
-X[::7] = X[3]  # ties, which are in the order of their paths
-X[5::50] = 0  # never found
+X[::7] = X[3]  # ties, ordered by path
+X[5::50] = 0  # zero vectors are never found
 QUERIES = np.concatenate([X[3:5], RNG.normal(size=(3, 12))])
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Every index is worth a copy, and has several row groups."""
+    """Let every index get a copy, and have several row groups."""
     monkeypatch.setattr(mapped, "WORTH", 1)
     monkeypatch.setattr("jepa3d.inference.vectors.ROWS", 100)
     mapped._open.cache_clear()
@@ -51,7 +53,7 @@ def index(tmp_path):
 
 
 def without_copy(index, *arguments, **options):
-    """The answer of the Parquet file."""
+    """Search the Parquet file itself. Returns its answer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapped, "WORTH", 10**9)
         return search(index, *arguments, **options)
@@ -65,7 +67,7 @@ def without_copy(index, *arguments, **options):
 def test_the_answers_are_those_of_the_parquet_file(index, queries, k, where):
     expected = without_copy(index, queries, k, where)
     assert not mapped.copy_of(index).exists()
-    for _ in range(2):  # the one that makes the copy, and one that finds it
+    for _ in range(2):  # the first search makes the copy, the second uses it
         assert search(index, queries, k, where) == expected
         assert mapped.copy_of(index).exists()
     assert np.array_equal(random_cosines(index), random_cosines(index))
@@ -92,7 +94,7 @@ def test_rows_added_dropped_and_replaced_are_seen_by_the_next_search(index):
     assert "/s/0004.ply" not in [hit.path for hit in search(index, X[4], 900)[0]]
     update(index, rows(4, 5), set())
     assert search(index, X[4], 1)[0][0].path == "/s/0004.ply"
-    update(index, rows(4, 5, scale=-1.0), set())  # the same size
+    update(index, rows(4, 5, scale=-1.0), set())  # a changed vector; the file keeps its size
     assert search(index, X[4], 1)[0][0].path != "/s/0004.ply"
     assert search(index, QUERIES, 9) == without_copy(index, QUERIES, 9)
 
@@ -174,7 +176,7 @@ def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
 
 @pytest.mark.parametrize("width", [3, 384, 4096])
 def test_half_precision_errs_by_less_than_half_of_its_slack(width):
-    """Also where all products have one sign, and where they cancel."""
+    """This holds if all products have the same sign, and if they cancel."""
     rng = np.random.default_rng(1)
     x = np.concatenate(
         [np.ones((1, width)), rng.random((200, width)), rng.normal(size=(200, width))]
@@ -189,8 +191,8 @@ def test_half_precision_errs_by_less_than_half_of_its_slack(width):
 
 
 def test_neighbours_that_half_precision_cannot_tell_apart_are_found_in_their_order(tmp_path):
-    """200 vectors whose cosines with the query differ by 1e-5, shuffled: in half precision many are
-    one number.
+    """The cosines of 200 shuffled vectors with the query differ by 1e-5, so in half precision many
+    are equal.
     """
     angles, order = (
         np.arccos(0.9 - 1e-5 * np.arange(200)),

@@ -1,4 +1,4 @@
-"""What the version before wrote is read, or refused by a line that says what to do."""
+"""Files of an older version are read, or refused with a line that says what to do."""
 
 import shutil
 from pathlib import Path
@@ -12,9 +12,8 @@ from jepa3d.inference.clouds import cloud_paths, item_at
 from jepa3d.inference.search import search
 from jepa3d.inference.vectors import Vectors, to_numpy
 
-OLD = (
-    Path(__file__).parent.parent / "old"
-)  # of three clouds, by version 0.1.0 before it had a number for its frame
+# Files of three clouds, written by version 0.1.0 before frames had version numbers.
+OLD = Path(__file__).parent.parent / "old"
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""`--up-axis none`: vectors that are the same however a cloud is turned, and are not mixed with
-others.
+"""`--up-axis none`: such vectors do not change when a cloud is rotated, and are not mixed with
+other vectors.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 
 def turn() -> np.ndarray:
-    """A rotation 3 3 drawn evenly of all."""
+    """Sample a rotation [3, 3] uniformly."""
     q, upper = np.linalg.qr(RNG.normal(size=(3, 3)))
     q = q * np.sign(np.diag(upper))
     return q * np.linalg.det(q)
@@ -45,7 +45,8 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_a_turn_changes_no_vector_and_without_none_it_does(encoder, clouds):
     turned = [7 * cloud @ turn() + [5, 0, 1] for cloud in clouds]
     found = cosine(embed(clouds, encoder, "none"), embed(turned, encoder, "none"))
-    assert np.sort(found)[3:].min() > 0.99999  # shapes with two equal axes may lie in another place
+    # All clouds but three keep their vector; axes are ambiguous if two are nearly equal.
+    assert np.sort(found)[3:].min() > 0.99999
     assert found.min() > 0.9
     assert np.median(cosine(embed(clouds, encoder), embed(turned, encoder))) < 0.999
     assert encoder.upright
@@ -56,7 +57,7 @@ def test_the_twelve_turns_are_a_group_of_rotations():
     assert products == {turn.astype(int).tobytes() for turn in frame.TURNS}
     assert len(products) == 12
     np.testing.assert_allclose(np.linalg.det(frame.TURNS), 1)
-    up = (frame.TURNS @ np.eye(3))[:, 2].astype(int).tolist()  # what points up, twice each
+    up = (frame.TURNS @ np.eye(3))[:, 2].astype(int).tolist()  # each axis points up in two of them
     assert sorted(up) == sorted(
         [*np.eye(3, dtype=int).tolist(), *(-np.eye(3, dtype=int)).tolist()] * 2
     )
@@ -71,7 +72,7 @@ def test_own_axes_are_found_beside_strays_and_a_place_is_where_the_encoder_sees_
         assert found.radius == pytest.approx(alone.radius, rel=0.02)
         placed = found.place(cloud @ away)
         gap = np.linalg.norm(placed[:, None] - found.points[None], axis=-1).min(0)
-        assert gap.max() < 1e-5  # every point seen is a point of the cloud
+        assert gap.max() < 1e-5  # every point that the encoder sees is a point of the cloud
     box = np.concatenate([RNG.uniform(-1, 1, (500, 3)) * [1, 2, 4], [[40, 0, 0]]])
     axes = np.abs(frame.own_axes(box))
     np.testing.assert_allclose(axes, np.eye(3), atol=0.15)

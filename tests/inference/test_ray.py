@@ -1,5 +1,5 @@
-"""Files to vectors inside other engines: the callable alone, and on a real Ray cluster that loses a
-node.
+"""Embedding of files inside other engines: the callable alone, and on a real Ray cluster that loses
+a node.
 """
 
 import os
@@ -112,7 +112,7 @@ def test_a_path_may_be_a_folder_or_an_address_and_no_cloud_is_lost(tmp_path):
 
 
 def crash(items: list) -> list:
-    """Work whose process dies of one item."""
+    """Imitate work on items; the process dies if one of them is bad.ply."""
     if any(item.path.endswith("bad.ply") for item in items):
         os._exit(1)
     return [Embedded(np.ones(384, np.float32), 200, 0, [])] * len(items)
@@ -131,12 +131,11 @@ def test_a_file_whose_parser_crashes_costs_its_own_row(tmp_path):
 
 
 class Cluster:
-    """Nodes of one CPU each on this machine."""
+    """A Ray cluster of nodes with one CPU each, on this machine."""
 
     def __init__(self):
-        self.folder = Path(
-            tempfile.mkdtemp(prefix="ray", dir="/tmp")
-        )  # names of sockets have to be short
+        # Paths of sockets must be short.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
@@ -145,7 +144,7 @@ class Cluster:
         self.nodes: list[subprocess.Popen] = []
 
     def start(self, *flags: str) -> str:
-        """Start a node; returns what it printed once it was up."""
+        """Start a node. Returns what it has printed when it is ready."""
         log = self.folder / f"node{len(self.nodes)}.log"
         command = [
             sys.executable,
@@ -169,7 +168,7 @@ class Cluster:
         raise AssertionError(said)
 
     def kill(self, node: subprocess.Popen) -> None:
-        """As if its power went: all of its processes at once."""
+        """Kill all processes of a node at once, as a power cut does."""
         if node.poll() is None:
             processes = psutil.Process(node.pid)
             for process in [processes, *processes.children(recursive=True)]:
@@ -227,7 +226,7 @@ def test_a_cluster_that_loses_a_node_embeds_every_file_once(cluster, tmp_path):
         watch.start()
         for line in running.stdout:
             said.append(line)
-            if "; 78 done" in line:  # both nodes have embedded, both have begun more
+            if "; 78 done" in line:  # both nodes have finished some clouds and started others
                 cluster.kill(cluster.nodes[1])
                 killed = True
         watch.cancel()
@@ -238,7 +237,7 @@ def test_a_cluster_that_loses_a_node_embeds_every_file_once(cluster, tmp_path):
     assert sorted(stored) == [f"part-{part}.parquet" for part in range(8)]
     for part, expected in enumerate(paths):
         rows = sorted(stored[f"part-{part}.parquet"], key=lambda row: row["path"])
-        assert [row["path"] for row in rows] == expected  # every file once
+        assert [row["path"] for row in rows] == expected  # every file occurs once
         assert [row["vector"] is None for row in rows] == [False] * 24 + [True] * 2
         assert [row["error"] is None for row in rows] == [True] * 24 + [False] * 2
     assert len(Vectors(out)) == 8 * 24

@@ -1,5 +1,5 @@
-"""Whatever happens to a folder and to the commands that embed it, the vectors end as those of a
-fresh embed.
+"""Whatever happens to a folder and to the commands that embed it, the last vectors are those of a
+new `embed`.
 """
 
 import itertools
@@ -69,7 +69,7 @@ def rows(out: Path) -> dict[str, np.ndarray]:
 def write(path: Path, rng: np.random.Generator) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     points = rng.normal(size=(int(rng.integers(1, 4)), 70, 3))
-    with path.open("wb") as file:  # numpy would add a suffix
+    with path.open("wb") as file:  # for a path, numpy would add a suffix
         if path.suffix == ".npz":
             np.savez(file, points=points)
         elif path.suffix == ".npy":
@@ -79,8 +79,8 @@ def write(path: Path, rng: np.random.Generator) -> None:
 
 
 def embed_and_be_killed(at: int, *arguments, **settings) -> None:
-    """A process that commits after every cloud, killed at one of the calls of what reads, locks and
-    writes.
+    """Embed in a process that commits every cloud and is killed at call number `at` of the code
+    that reads, locks and writes.
     """
     child = os.fork()
     if child:
@@ -146,13 +146,13 @@ def test_any_sequence_ends_as_a_fresh_embed(model, tmp_path, seed, folder):
         write(root / "first.npy", rng)
         embed_files([root], out, model, workers=1, share="1/2")
     for action in [*rng.choice(ACTIONS, 14), "add", "prune"]:
-        with suppress(ReadError):  # nothing there that can be used
+        with suppress(ReadError):  # raised if no usable file is left
             act(action, root, out, model, rng)
     embed_files([root], tmp_path / "fresh.parquet", model, workers=1)
     made, fresh = rows(out), rows(tmp_path / "fresh.parquet")
     assert made.keys() == fresh.keys()
     assert all(np.allclose(made[path], fresh[path], atol=1e-5) for path in fresh)
-    for file in Vectors(out, may_be_empty=True).files:  # compacted
+    for file in Vectors(out, may_be_empty=True).files:  # row groups are merged
         groups = [
             pq.read_metadata(file).row_group(i).num_rows
             for i in range(pq.read_metadata(file).num_row_groups)
@@ -167,7 +167,7 @@ def test_any_sequence_ends_as_a_fresh_embed(model, tmp_path, seed, folder):
 
 
 def fails(capsys, *arguments) -> str:
-    """The one line that a command ends with."""
+    """Run a command that must fail. Returns its single line of error."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     assert stop.value.code == 2
@@ -198,7 +198,7 @@ def test_a_second_writer_is_refused_by_every_command(model, scans, tmp_path, cap
     ):
         with writing(written):
             assert f"{written}: another command is writing there" in fails(capsys, *arguments)
-            assert len(rows(out)) == 6  # who reads needs no lock
+            assert len(rows(out)) == 6  # reading needs no lock
 
 
 def test_of_two_embeds_at_once_none_loses_what_it_reports(model, scans, tmp_path):
@@ -219,7 +219,7 @@ def test_of_two_embeds_at_once_none_loses_what_it_reports(model, scans, tmp_path
 
 
 def import_lancedb():
-    """In a process whose command is about to begin: the import takes longest."""
+    """Import lancedb in the process before its command starts, since this takes longest."""
     import lancedb  # noqa: F401
 
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""The encoder as a step of scikit-learn."""
+"""The encoder as a scikit-learn transformer."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ CLOUD = RNG.normal(size=(32, 3))
 
 @pytest.fixture(autouse=True)
 def encoder(tmp_path, monkeypatch) -> PointEncoder:
-    """A small encoder stands for the one in the package."""
+    """Replace the encoder of the package by a small one. Returns it."""
     torch.manual_seed(0)
     PointEncoder(16, 1, 2, 8, 8, 32, tokenizer_dim=8).save_pretrained(tmp_path / "encoder")
     monkeypatch.setattr("jepa3d.models.ready.DEFAULT", tmp_path / "encoder")
@@ -56,7 +56,7 @@ def test_a_cloud_that_cannot_be_used_is_a_row_of_nan():
 
 
 class OfRows(CloudVectorizer):
-    """Takes tables, as scikit-learn's checks give them: each row stretches one and the same cloud."""
+    """Takes tables, as scikit-learn's checks need: each row gives the scale of one fixed cloud."""
 
     def fit(self, X, y=None):
         return super().fit(self.clouds(validate_data(self, X)), y)
@@ -75,7 +75,7 @@ class OfRows(CloudVectorizer):
 
 
 def test_it_passes_scikit_learn_s_checks_of_a_transformer():
-    """All of them but those of other kinds of arrays; these checks know nothing of clouds n N 3."""
+    """It passes all checks except that of other array libraries. The checks use tables."""
     found = check_estimator(OfRows(), on_fail=None, on_skip=None)
     status = {check["check_name"]: check["status"] for check in found}
     assert len(status) > 40

@@ -1,4 +1,4 @@
-"""The frozen image transformer inside the dVAE, small and with random weights."""
+"""The frozen image transformer inside the dVAE, here small and with random weights."""
 
 import builtins
 import json
@@ -53,7 +53,7 @@ def test_prompts_and_maps_get_gradients_and_the_vit_none(dvae, grouped):
             assert parameter.grad.isfinite().all(), name
             assert parameter.ndim < 2 or parameter.grad.any(), name
         for prompts in (*dvae.backbone.prompts.grad, *dvae.backbone.prompt_positions.grad):
-            assert prompts.any()  # of every layer
+            assert prompts.any()  # the prompts of every layer get gradients
         optimizer.step()
         optimizer.zero_grad()
     assert not frozen.training
@@ -63,7 +63,7 @@ def test_prompts_and_maps_get_gradients_and_the_vit_none(dvae, grouped):
 
 
 def test_it_is_the_vit_s_own_layers_with_new_prompts_at_each(vit):
-    """Step by step, from the weights as transformers loads them."""
+    """The expected result is computed layer by layer, with the weights that transformers loads."""
     torch.manual_seed(0)
     prompted, own = PromptedViT(vit, 16).eval(), transformers.ViTModel.from_pretrained(vit).eval()
     tokens, centers = torch.randn(2, 5, 16), torch.randn(2, 5, 3)
@@ -76,7 +76,7 @@ def test_it_is_the_vit_s_own_layers_with_new_prompts_at_each(vit):
 
 
 def test_a_classifier_s_folder_gives_the_vit_inside_it(vit, tmp_path):
-    """Such are the published ones: every name begins with vit., and a head comes after it."""
+    """Published checkpoints are of this kind: names begin with vit., and there is a head."""
     tensors = {
         f"vit.{name}": value for name, value in load_file(f"{vit}/model.safetensors").items()
     }
@@ -156,7 +156,7 @@ def test_another_vit_is_refused(dvae, vit, tmp_path):
     dvae.save_pretrained(tmp_path / "dvae")
     settings = json.loads((tmp_path / "dvae" / "config.json").read_text())
     (tmp_path / "dvae" / "config.json").write_text(json.dumps(settings | {"backbone": str(other)}))
-    load_module(str(tmp_path / "dvae"))  # moved, but the same
+    load_module(str(tmp_path / "dvae"))  # the same ViT in another folder is accepted
     tensors = load_file(other / "model.safetensors")
     save_file(
         tensors | {"layernorm.bias": tensors["layernorm.bias"] + 1e-3}, other / "model.safetensors"

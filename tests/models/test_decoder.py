@@ -1,4 +1,4 @@
-"""The context-aware decoder: who may see whom."""
+"""The context-aware decoder: which token may attend to which."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LAYOUT, ROWS = Ragged(MASK, 8), 8
 
 
 def enlarge(module: torch.nn.Module) -> None:
-    """Weights large enough that whatever can be seen is felt."""
+    """Make weights so large that every visible token changes the output."""
     for parameter in module.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -127,7 +127,7 @@ def test_ranks_say_the_order_along_each_axis_and_nothing_else():
 
 
 def reference_block(block: ContextAwareBlock, x, context):
-    """The paper's block on one unpadded pass: 1 S C and 1 V C."""
+    """Compute the paper's block for one target block without padding: x 1 S C, context 1 V C."""
     normed = block.norm1(x)
     x = x + block.attention(normed, normed)
     x = x + block.cross_attention(block.cross_norm(x), context)
@@ -137,8 +137,8 @@ def reference_block(block: ContextAwareBlock, x, context):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_the_decoder_is_the_papers_pass_by_pass_whatever_rows_it_leaves_out(depth, stacked, inputs):
-    """Shared first rows, keys and values alone in the last block, one cross-attention a sample: all
-    exact.
+    """Three shortcuts are exact: the first rows are shared between target blocks, the last block
+    computes only keys and values of the context, and each sample has one cross-attention.
     """
     decoder, (context, _, position, target_position) = make(depth=depth, stacked=stacked), inputs
     out = decoder(*inputs)
@@ -155,7 +155,9 @@ def test_the_decoder_is_the_papers_pass_by_pass_whatever_rows_it_leaves_out(dept
 
 
 def test_gradients_do_not_depend_on_the_layout(inputs):
-    """Rows of every pass given to every block, none of them last, against what the decoder does."""
+    """Compare the decoder with a plain version that gives all rows of all target blocks to every
+    block.
+    """
     grads = []
     for plain in (False, True):
         decoder, (context, _, position, target_position) = make(), inputs
@@ -174,8 +176,8 @@ def test_gradients_do_not_depend_on_the_layout(inputs):
 
 
 def test_weights_are_drawn_as_in_the_parents_decoder():
-    """Xavier-uniform, C = 384: sqrt(6 / (in + out)), of query, key and value that of one matrix C x
-    3C.
+    """Weights are Xavier-uniform with bound sqrt(6 / (in + out)) and C = 384. Query, key and value
+    have the bound of one joint matrix C x 3C.
     """
     torch.manual_seed(0)
     block = ContextAwareDecoder(384, 1).blocks[0]

@@ -1,4 +1,4 @@
-"""The discrete autoencoder that teaches."""
+"""The dVAE, the discrete autoencoder that is the paper's teacher."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def grouped():
 
 
 class Constant(nn.Module):
-    """In place of a network: whatever comes in, the same logits."""
+    """Stands for a network: returns the same logits for every input."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -72,7 +72,7 @@ def test_a_generator_makes_the_gumbel_noise_again(dvae, grouped):
 
 
 def test_a_cold_softmax_of_a_certain_code_is_that_code(dvae, grouped):
-    """With one logit far above the Gumbel noise the training pass is the teacher's pass."""
+    """If one logit is far above the Gumbel noise, training and evaluation give the same result."""
     logits = 200 * F.one_hot(torch.randint(12, (3, 8)), 12).float()
     dvae.to_logits = Constant(logits)
     dvae.eval()
@@ -81,7 +81,7 @@ def test_a_cold_softmax_of_a_certain_code_is_that_code(dvae, grouped):
 
 
 def soft_codes(dvae, grouped, temperature: float) -> torch.Tensor:
-    """What the training pass hands to the second network."""
+    """Return the codes that the second network gets in training."""
     seen = []
     handle = dvae.to_features.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     dvae(*grouped, temperature, 0.0, BatchGenerator(0))
@@ -166,7 +166,7 @@ def test_kl_is_zero_for_uniform_usage(dvae, grouped):
 
 
 def test_kl_is_zero_when_sure_codes_are_used_equally_often(dvae, grouped):
-    """It is the usage of a cloud that must be spread, not each token's choice."""
+    """The KL term spreads the usage of codes over a cloud, not the choice of each token."""
     dvae.num_codes, logits = 4, torch.zeros(3, 8, 4)
     logits.scatter_(2, torch.arange(8).remainder(4).expand(3, 8)[..., None], 50.0)
     dvae.to_logits, dvae.codebook = Constant(logits), nn.Parameter(torch.randn(4, 16))
@@ -198,7 +198,7 @@ def test_perplexity_counts_the_codes_in_use(dvae, grouped):
 def test_edge_convolution_is_the_unsplit_textbook_form():
     torch.manual_seed(0)
     conv, x = EdgeConv(6, 8).double(), torch.randn(2, 7, 6, dtype=torch.float64)
-    nn.init.normal_(conv.norm.weight)  # of both signs
+    nn.init.normal_(conv.norm.weight)  # weights of both signs
     nn.init.normal_(conv.norm.bias)
     neighbours = torch.randint(7, (2, 7, 4))
     near = torch.stack([x[b][neighbours[b]] for b in range(2)])

@@ -1,4 +1,4 @@
-"""The encoder as its users meet it: embed, save, load, refuse."""
+"""The encoder's public methods: embed, save, load, and errors."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def clouds(batch: int = 3, num_points: int = 64, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def encoder():
-    """A calibrated encoder with weights large enough for every part to matter."""
+    """Return a calibrated encoder with weights so large that every part affects the result."""
     torch.manual_seed(0)
     encoder = PointEncoder(**SIZES).eval()
     for parameter in encoder.parameters():
@@ -88,7 +88,7 @@ def test_unit_and_origin_do_not_change_the_embedding(encoder, num_points, scale,
 
 
 def test_another_cloud_has_another_embedding(encoder):
-    """Else the invariances above would hold of a constant."""
+    """Without this, a constant vector would pass the invariance tests above."""
     one, other = encoder.embed(clouds(1)), encoder.embed(clouds(1, seed=5))
     assert (one - other).abs().max() > 0.1
 
@@ -136,8 +136,8 @@ def test_impossible_sizes_are_errors():
 
 
 def test_the_default_has_the_parents_parameters():
-    """Point-MAE's and ACT's encoder: no biases of queries, keys and values; with them 12 x 3 x 384
-    more.
+    """The encoders of Point-MAE and ACT have no biases of queries, keys and values. With these
+    biases there would be 12 x 3 x 384 more parameters.
     """
     with torch.device("meta"):
         counts = [

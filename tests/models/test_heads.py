@@ -1,4 +1,4 @@
-"""Heads: the rewritten first layer is the plain one, all weights learn, what is saved comes back."""
+"""Heads: the rewritten first layer equals the plain one, all weights learn, and saving works."""
 
 import numpy as np
 import pytest

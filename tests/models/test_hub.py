@@ -1,4 +1,4 @@
-"""Networks of folders and of the Hub: what a name means, and errors that name the file and what is
+"""Networks from folders and from the Hub: what a name means. Errors name the file and what is
 expected.
 """
 
@@ -54,8 +54,8 @@ def saved(tmp_path_factory) -> Path:
 
 
 def refusals(loaders, path) -> list[str]:
-    """What each loader says; one line each, which names neither a constructor nor torch's own
-    checks.
+    """Load damaged files with each loader. Returns the messages: each is one line, without Python
+    internals and torch's own messages.
     """
     said = []
     for loader in loaders:
@@ -94,7 +94,7 @@ def test_what_was_saved_loads_and_a_younger_argument_takes_its_default(saved, tm
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_damaged_settings_name_their_file_and_what_is_expected(saved, tmp_path, kind):
-    """Every setting in turn: missing, of another type, or in the wrong place."""
+    """Every setting is tried as missing, of another type, or in the wrong place."""
     shutil.copytree(saved / kind, tmp_path / kind)
     file = tmp_path / kind / "config.json"
     settings = json.loads(file.read_text())
@@ -133,9 +133,8 @@ def test_damaged_weights_name_their_file_and_what_is_wrong(saved, tmp_path, kind
     draw = random.Random(kind)
     shutil.copytree(saved / kind, tmp_path / kind)
     file = tmp_path / kind / "model.safetensors"
-    whole = {
-        name: values.clone() for name, values in load_file(file).items()
-    }  # some versions map the file
+    # Cloned, since some versions of safetensors map the file, which is overwritten below.
+    whole = {name: values.clone() for name, values in load_file(file).items()}
     content = file.read_bytes()
     name = draw.choice(sorted(name for name in whole if whole[name].ndim))
     damaged = {

@@ -1,4 +1,4 @@
-"""What may be context and what target: the properties that the nearest relatives' samplers broke."""
+"""Context and targets: properties that the samplers of the most similar methods do not have."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ tokens, seeds = st.integers(16, 96), st.integers(0, 2**31)
 
 @st.composite
 def blocks(draw):
-    """Settings of a block sampler under which a context always survives."""
+    """Draw settings of a block sampler that always leave some context."""
     count = draw(st.integers(1, 4))
     high = draw(st.floats(0.1, 0.6 / count))
     return {
@@ -41,7 +41,7 @@ def blocks(draw):
 
 
 def check(sample, num_tokens: int) -> None:
-    """What holds of every sample of every sampler."""
+    """Check the properties of every sample of every sampler."""
     for row, mask, targets in zip(*sample[:3], strict=True):
         context = row[mask].tolist()
         assert context
@@ -69,7 +69,7 @@ def check(sample, num_tokens: int) -> None:
 def test_contexts_and_targets_share_no_token_and_have_the_sizes_asked(
     sampler, num_tokens, seed, options
 ):
-    if sampler is sequence:  # independent spans overlap less evenly: leave more room
+    if sampler is sequence:  # overlaps of independent spans vary more, so targets are smaller
         options = options | {"target_ratio": tuple(ratio / 2 for ratio in options["target_ratio"])}
     sample = sampler(clouds(num_tokens, seed=seed), BatchGenerator(seed), **options)
     check(sample, num_tokens)
@@ -99,7 +99,7 @@ ALL = [multi_block, sequence, random, one_block]
 @settings(max_examples=10, deadline=None)
 @given(num_tokens=st.integers(32, 96), seed=seeds)
 def test_samples_of_a_batch_differ(sampler, num_tokens, seed):
-    """All eight samples are the same cloud, so only their own draws can tell them apart."""
+    """All eight samples are the same cloud, so only their random numbers can make them differ."""
     options = (
         {} if sampler in (random, one_block) else {"target_ratio": (0.1, 0.15), "min_context": 1}
     )
@@ -110,7 +110,7 @@ def test_samples_of_a_batch_differ(sampler, num_tokens, seed):
 
 @pytest.mark.parametrize("sampler", [multi_block, sequence])
 def test_the_context_has_a_draw_of_its_own_in_every_sample(sampler):
-    """Where no target gets in its way (they are one token), the context still differs."""
+    """The context differs even if targets have only one token, so that they hardly affect it."""
     options = {"num_targets": 1, "target_ratio": (0.01, 0.01), "context_ratio": (0.5, 0.5)}
     sample = sampler(same_cloud(40), BatchGenerator(0), **options)
     assert len(set(map(tuple, contexts(sample)))) >= 4
@@ -133,7 +133,7 @@ def test_a_plain_generator_works_too(sampler):
 @pytest.mark.parametrize("sampler", ALL)
 @pytest.mark.parametrize("seed", range(4))
 def test_two_half_batches_are_the_whole_batch(sampler, seed):
-    """min_context makes some samples, not all, be drawn again."""
+    """Because of min_context, some samples, not all, are drawn again."""
     options = {
         multi_block: {"min_context": 16},
         sequence: {"context_ratio": (0.6, 0.6), "min_context": 16},
@@ -169,7 +169,9 @@ def test_targets_are_balls_around_one_of_their_tokens(sampler):
 
 
 def test_targets_of_a_sample_begin_far_apart():
-    """Their seeds are farthest points, so each is the farthest token from those before it."""
+    """The first tokens of the targets are farthest points: each is the token farthest from the
+    earlier ones.
+    """
     centers = clouds(48)
     for cloud, targets in zip(centers, multi_block(centers, BatchGenerator(2)).target, strict=True):
         picked = targets[:, 0].tolist()
@@ -213,8 +215,8 @@ def greedy_walk(cloud: torch.Tensor) -> list[int]:
 
 
 def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
-    """The context is a run of int(0.55 x left) of the tokens left beside the targets (Point-JEPA's
-    ContextSampler).
+    """The context is a span of the tokens that are in no target; its length is int(0.55 x their
+    number) (Point-JEPA's ContextSampler).
     """
     centers = clouds(32)
     sample = sequence(centers, BatchGenerator(1), context_ratio=(0.55, 0.55))
@@ -234,9 +236,8 @@ def test_blocks_of_the_sequence_sampler_are_spans_of_a_greedy_walk():
 
 
 def test_the_sequence_sampler_takes_as_many_tokens_as_point_jepa():
-    """Of 64 tokens.
-
-    17.7 of context (a plain loop of 200,000 draws), at least int(0.4 x 16), and targets of 9 to 12.
+    """Of 64 tokens, the context has 17.7 on average (by a plain loop of 200,000 draws) and at least
+    int(0.4 x 16); targets have 9 to 12.
     """
     samples = [sequence(clouds(64, 32, step), BatchGenerator(0, step)) for step in range(60)]
     lengths = torch.cat([sample.mask.sum(1) for sample in samples]).float()
@@ -295,7 +296,7 @@ def test_a_mask_ratio_that_leaves_no_context_is_an_error(sampler):
 
 @pytest.mark.parametrize("sampler", [random, one_block])
 def test_masks_are_counted_as_by_point_mae(sampler):
-    """int(0.6 x 128) = 76, where rounding would give 77."""
+    """Point-MAE truncates: int(0.6 x 128) is 76, while rounding would give 77."""
     assert sampler(clouds(128), BatchGenerator(0), mask_ratio=0.6).target.shape[2] == 76
 
 
@@ -305,10 +306,10 @@ def test_more_targets_than_tokens_is_an_error():
 
 
 def test_shared_points_are_the_share_of_the_contexts_points_in_target_patches():
-    patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [4, 5]]])  # 4 patches of 2 of 6 points
+    # Four patches of two points each, from six points.
+    patches = torch.tensor([[[0, 1], [1, 2], [2, 3], [4, 5]]])
     sample = TokenSample(
         torch.tensor([[0, 3]]), torch.tensor([[True, True]]), torch.tensor([[[1], [2]]]), 2
     )
-    assert sampling.shared_points(patches, sample).item() == pytest.approx(
-        1 / 4
-    )  # of 0, 1, 4, 5 only 1
+    # Of the context's points 0, 1, 4 and 5, only 1 is in a target.
+    assert sampling.shared_points(patches, sample).item() == pytest.approx(1 / 4)

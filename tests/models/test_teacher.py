@@ -1,4 +1,4 @@
-"""Teachers: frozen, averaged, loaded."""
+"""Teachers: frozen networks, moving averages, and teachers loaded from files."""
 
 import copy
 
@@ -50,12 +50,12 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def around(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches and centres of as many tokens."""
+    """Return zero patches and centres for as many tokens as `tokens` has."""
     return torch.zeros(*tokens.shape[:2], 8, 3), torch.zeros(*tokens.shape[:2], 3)
 
 
 class Says(PointEncoder):
-    """A network of given features."""
+    """A network that returns the given features."""
 
     def __init__(self, tokens: torch.Tensor):
         nn.Module.__init__(self)
@@ -82,7 +82,7 @@ def test_the_average_follows_its_closed_form(student):
                 parameter.add_(torch.randn_like(parameter))
         history.append([parameter.detach().clone() for parameter in student.parameters()])
         ema_update(teacher, student, momentum)
-    # theta_n = prod(m) theta_0 + sum_i (1 - m_i) prod_{j > i} m_j student_i
+    # The closed form: theta_n = prod(m) theta_0 + sum_i (1 - m_i) prod_{j > i} m_j student_i
     weights = [
         torch.tensor(momenta[i + 1 :]).prod() * (1 - momenta[i]) for i in range(len(momenta))
     ]
@@ -121,7 +121,7 @@ def test_a_teacher_is_deterministic_in_training_mode_and_has_no_gradient(make):
     teacher, (patches, centers) = Teacher([make()]), inputs()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     first = teacher(patches, centers)
-    nn.ModuleList([teacher]).train()  # as the loop does, from outside
+    nn.ModuleList([teacher]).train()  # the training loop calls train() on the parent module
     assert torch.equal(teacher(patches, centers), first)
     assert not any(module.training for module in teacher.modules())
     assert not first.requires_grad
@@ -197,7 +197,7 @@ def test_targets_as_they_are():
     ("make", "inside"), [(PointEncoder, ""), (PointEncoder, "encoder"), (DVAE, ""), (DVAE, "dvae")]
 )
 def test_a_saved_network_is_loaded_as_what_it_is(make, inside, tmp_path):
-    """From its own folder or from the run that holds it."""
+    """The network is loaded from its own folder or from that of its run."""
     module = make(**(ENCODER if make is PointEncoder else CODES)).eval()
     module.save_pretrained(tmp_path / inside)
     loaded, (patches, centers) = load_module(str(tmp_path)), inputs()

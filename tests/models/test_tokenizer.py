@@ -1,4 +1,4 @@
-"""Grouping and the light PointNet."""
+"""Grouping, and the small PointNet that makes tokens of patches."""
 
 import copy
 
@@ -49,7 +49,7 @@ def test_too_few_points_is_an_error_that_says_how_many(points, num_groups, group
 
 
 def textbook(tokenizer: PatchTokenizer, patches: torch.Tensor) -> torch.Tensor:
-    """The same weights, unsplit and unfolded."""
+    """Compute the tokens in the plain way: no split layers, no folded BatchNorm."""
     size = patches.shape[-2]
     x = patches.reshape(-1, 3)
     x = tokenizer.linear2(F.relu(tokenizer.norm1(tokenizer.linear1(x)))).view(
@@ -61,7 +61,7 @@ def textbook(tokenizer: PatchTokenizer, patches: torch.Tensor) -> torch.Tensor:
 
 
 def made_up_tokenizer() -> PatchTokenizer:
-    """Double precision, and norms that are not the identity."""
+    """Return a tokenizer in double precision, with random norms."""
     torch.manual_seed(0)
     tokenizer = PatchTokenizer(12, 8).double()
     for norm in (tokenizer.norm1, tokenizer.norm3):

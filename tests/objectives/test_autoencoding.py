@@ -1,4 +1,4 @@
-"""Stage I and its schedules."""
+"""Stage I, the training of the dVAE, and its schedules."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def dvae():
 
 
 def scheduled(dvae, progress: float, config: DVAEConfig) -> tuple[float, float]:
-    """Temperature and KL weight that the dVAE is called with."""
+    """Return the temperature and the KL weight that the dVAE gets."""
     calls = []
     handle = dvae.register_forward_pre_hook(lambda _, args: calls.append(args[2:4]))
     Autoencoding(config, dvae)(POINTS, BatchGenerator(0), progress)
@@ -54,7 +54,9 @@ def scheduled(dvae, progress: float, config: DVAEConfig) -> tuple[float, float]:
 def test_temperature_and_kl_weight_are_acts_of_a_run_of_200_000_steps(
     step, temperature, kl_weight, dvae
 ):
-    """`temp` (1 to 0.0625) and `kldweight` (0 to 0.1) of its configuration, both of ntime 100,000."""
+    """ACT's configuration has `temp` from 1 to 0.0625 and `kldweight` from 0 to 0.1, both with
+    ntime 100,000.
+    """
     progress = step / 200_000
     assert scheduled(dvae, progress, DVAEConfig()) == pytest.approx(
         (temperature, kl_weight), rel=1e-5

@@ -1,4 +1,4 @@
-"""Figures that must show a collapse as one."""
+"""The collapse metrics: they must detect a collapse."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ def test_rankme_does_not_know_scale():
 
 
 def test_many_rows_are_thinned_and_not_cut():
-    """A collapse in the second half of the batch must show."""
+    """A collapse in the second half of the batch must be detected."""
     target = torch.cat([gaussian(40, 1, 5, E), torch.ones(40, 1, 5, E)])
     figures = collapse_figures(target, target, max_rows=50)
     assert figures["target_cosine"] == pytest.approx(0.25, abs=0.06)
@@ -126,9 +126,8 @@ def test_a_single_row_has_figures_that_are_numbers():
 def test_the_position_loss_tells_targets_that_are_position_from_those_that_are_not():
     centers = gaussian(64, 4, 5, 3).clamp(-1, 1)
     x, y, z = centers.unbind(-1)
-    known = torch.stack(
-        [x, y * z, x**2 * z, y**3, torch.ones_like(x)], -1
-    )  # polynomials, but for their lengths
+    # Polynomials of the position, before the loss scales them to unit length.
+    known = torch.stack([x, y * z, x**2 * z, y**3, torch.ones_like(x)], -1)
     assert position_loss(known, centers) < 0.1 < position_loss(known.flip(0), centers)
     assert position_loss(gaussian(64, 4, 5, E, seed=1), centers) > 0.8
     assert position_loss(torch.ones(64, 4, 5, E), centers) == pytest.approx(0, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The masked autoencoder: it sees visible patches only and is scored on the masked ones."""
+"""The masked autoencoder: it sees only visible patches, and its loss is on the masked ones."""
 
 import numpy as np
 import pytest
@@ -76,8 +76,8 @@ def test_masked_points_that_no_visible_patch_holds_do_not_change_the_prediction(
 
 
 def test_the_tokenizers_norms_see_masked_patches_too_as_in_point_mae():
-    """In training: a batch of 4 x 16 patches of 8 points, of which 9 are masked, has one mean of
-    512 rows.
+    """In training, 4 clouds have 16 patches of 8 points each, and 9 patches of each are masked. The
+    first norm's mean is over all 512 points.
     """
     objective, points = make().train(), clouds()
     first, norm = objective.encoder.tokenizer.linear1, objective.encoder.tokenizer.norm1

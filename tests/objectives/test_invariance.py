@@ -1,4 +1,4 @@
-"""Views of one shape: drawn apart, embedded together, kept from collapsing."""
+"""Views of a shape: they are drawn independently, embedded together, and do not collapse."""
 
 import numpy as np
 import pytest
@@ -80,9 +80,9 @@ def test_each_view_is_augmented_by_itself(monkeypatch):
     assert [len(view[0]) for view in seen] == [64, 64, *[len(augmented[2][0])] * 2] * 2
     assert all(torch.equal(view, clouds()) for view in plain[:2])
     norms = [view.norm(dim=-1) for view in augmented[:2]]
-    assert (norms[0] - norms[1]).abs().max() > 0.01  # scaled by other factors
+    assert (norms[0] - norms[1]).abs().max() > 0.01  # the two views have different scales
     inside = (plain[2][:, :, None] == clouds()[:, None]).all(-1).any(-1)
-    assert inside.all()  # a partial view is a part
+    assert inside.all()  # a partial view is a subset of the cloud
     assert not torch.equal(plain[2], plain[3])
 
 
@@ -93,9 +93,8 @@ def test_a_crop_is_a_ball_of_points_left_where_they_are():
     for cloud, part in zip(points, cropped, strict=True):
         rows = [int((cloud == p).all(1).nonzero()) for p in part]
         assert len(set(rows)) == 20
-        radii = torch.cdist(
-            part, cloud
-        )  # some point of the crop has exactly the crop as its nearest 20
+        # For some point of the crop, its 20 nearest points are exactly the crop.
+        radii = torch.cdist(part, cloud)
         assert any(set(row.topk(20, largest=False).indices.tolist()) == set(rows) for row in radii)
 
 
@@ -111,7 +110,7 @@ def test_training_brings_views_together_without_collapse():
         optimizer.step()
 
     def apart(output) -> float:
-        """Distance of two views of a shape over that of two shapes."""
+        """Return the squared distance of two views of a shape, divided by that of two shapes."""
         a, b = output.embedding.detach()
         return float((a - b).square().mean() / (a - b.roll(1, 0)).square().mean())
 

@@ -62,8 +62,9 @@ def make(objective: str, **overrides):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    monkeypatch.setattr(BatchGenerator, "on", lambda self, device: None)  # meta has no generators
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # and no precisions
+    # The device meta has no generators.
+    monkeypatch.setattr(BatchGenerator, "on", lambda self, device: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # nor autocast
     with torch.device("meta"):
         yield
 
@@ -83,9 +84,8 @@ def on_meta(monkeypatch):
 )
 def test_a_step_does_not_wait(name, overrides, on_meta):
     objective = make(name, **overrides).train()
-    if (
-        overrides.get("sampler", {}).get("name") == "multi_block"
-    ):  # sizes are known once the blocks are drawn
+    # The sizes of blocks are known only after they are drawn, so the sample is given.
+    if overrides.get("sampler", {}).get("name") == "multi_block":
         context, target = (
             torch.zeros(B, 9, dtype=torch.long),
             torch.zeros(B, 4, 3, dtype=torch.long),
@@ -102,7 +102,7 @@ def test_a_step_does_not_wait(name, overrides, on_meta):
 
 
 def test_drawing_blocks_waits_once(on_meta, monkeypatch):
-    """For the lengths of the contexts, which are told here."""
+    """It waits for the lengths of the contexts, which this test replaces."""
     waits = []
     monkeypatch.setattr(
         torch.Tensor, "tolist", lambda self: waits.append(self.shape) or [9, 7, 8, 6]

@@ -1,4 +1,4 @@
-"""Regularisers against independent computations, and on rows whose answer is known."""
+"""Regularisers agree with independent computations, and with known answers for some rows."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_sigreg_is_the_epps_pulley_statistic_along_its_directions():
-    """Against numpy's complex exponentials and scipy's quadrature."""
+    """The expected value uses numpy's complex exponentials and scipy's quadrature."""
     rows, generator = gaussian(50, 6) * 0.7 + 0.3, BatchGenerator(3)
     slices = torch.randn(6, 8, generator=generator.on(torch.device("cpu")))
     slices = (slices / slices.norm(dim=0)).numpy()

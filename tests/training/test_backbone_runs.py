@@ -1,5 +1,5 @@
-"""Runs whose dVAE has a frozen image transformer: both stages, resumed, nothing of it in the
-folder.
+"""Runs whose dVAE has a frozen image transformer: both stages run and resume, and the transformer's
+weights are not stored.
 """
 
 import json
@@ -58,7 +58,7 @@ def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(
         if value.ndim > 1
     }
     files = [*tmp_path.rglob("*.safetensors")]
-    assert len(files) > 4  # checkpoints and exports
+    assert len(files) > 4  # files of checkpoints and of saved networks
     for file in files:
         assert not any(value.numpy().tobytes() in frozen for value in load_file(file).values()), (
             file

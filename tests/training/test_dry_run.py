@@ -1,4 +1,4 @@
-"""What a dry run says of the whole run: its shapes, time, memory and disk."""
+"""What a dry run reports about the whole run: shapes, time, memory and disk space."""
 
 import re
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_limited_source_knows_how_many_shapes_it_has(kind, split, tmp_path, ca
 
 @pytest.mark.parametrize("teacher", [("ema",), ("dvae",), ("untrained",)])
 def test_the_cost_of_the_whole_run_is_that_of_its_steps(teacher, tiny, monkeypatch, capsys):
-    """Every stage at 3 s a step; the cache by its own arithmetic."""
+    """Each stage takes 3 s per step; the time of caching is estimated separately."""
     monkeypatch.setattr(
         training,
         "fit",

@@ -1,4 +1,4 @@
-"""Few-shot runs: folds drawn once, each a run of its own, one honest mean."""
+"""Few-shot runs: folds are drawn once, each is a separate run, and the result is their mean."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Draws that a recorded pass repeats.
+"""Random numbers in CUDA graphs, which repeat a recorded step.
 
-The graphs themselves need a GPU: benchmarks/gpu.py, part `same`.
+The graphs themselves need a GPU, and are tested by benchmarks/gpu.py, part `same`.
 """
 
 import pytest
