@@ -163,7 +163,10 @@ def _error(cloud: PointCloud, truth: np.ndarray) -> float:
 
 def table() -> str:
     """Make the table as Markdown."""
-    lines = ["| suffix | content of the file | error below | also read | extra |", "|---|---|---|---|---|"]
+    lines = [
+        "| suffix | content of the file | error below | also read | extra |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for suffix, what, extra, write in CASES:
             path = Path(folder) / f"{what if suffix == '.pcd' else 'a'}{suffix}"

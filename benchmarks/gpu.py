@@ -12,8 +12,8 @@ others. All results are written to OUT/*.json as soon as they are known. The par
 
 same   compares results of the device with those of the CPU: farthest point sampling (FPS),
        neighbours, vectors, loss and gradient of every objective, a resumed run, and bf16
-step   measures samples/s and memory of the paper's step in every precision, eager and compiled, and
-       writes a profile of the step
+step   measures samples/s and memory of the paper's step, in every precision, eager and compiled;
+       also writes a profile of the step
 train  trains the encoders of --arms in turn on built-in shapes, and writes OUT/ARM.safetensors in
        half precision
 """

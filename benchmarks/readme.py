@@ -5,9 +5,9 @@ core busy. Print the seconds of each command, its processor seconds, and the rat
 
 All commands run in order in a temporary folder, and then again in a new folder beside a loop that
 keeps one core busy at lower priority (nice 10). Training is shortened to --steps steps. A command
-whose threads wait actively for each other takes many times as long beside the loop. The exit status
-is 1 if any command takes more than twice its time alone. `view` is omitted, since it waits for the
-user. --demo adds `jepa3d demo` with as many steps.
+whose threads wait actively for each other takes many times as long beside the loop as alone. The
+exit status is 1 if any command takes more than twice as long as alone. `view` is omitted, since it
+waits for the user. --demo adds `jepa3d demo` with as many steps.
 """
 
 import argparse

@@ -14,10 +14,10 @@ The tests have three parts:
   or removed. Then every command that reads the result runs.
 
 Try i depends only on --seed and i. The script prints one table, also after Ctrl-C. The first three
-columns count tries, commands that were stopped, and commands that had ended before. The other
-columns count faults: "lost" means that a result cannot be read, "blocked" that a command cannot
-succeed any more, and "unnoticed" that a run continued with a damaged file and gave another result.
-If there is any fault, the exit status is 1.
+columns count tries, tries in which a command was stopped or failed, and tries in which every
+command ended normally. The other columns count faults: "lost" means that a result cannot be read,
+"blocked" that a command cannot succeed any more, and "unnoticed" that a run continued with a
+damaged file and gave another result. If there is any fault, the exit status is 1.
 """
 
 import argparse

@@ -4,12 +4,12 @@ copy of it, LanceDB, and FAISS. Measure recall, latency, memory, disk space and 
     python benchmarks/search.py --store STORE              # a store of jepa3d prepare with some thousand shapes or more
     python benchmarks/search.py --store STORE --count 100000
 
-The packaged encoder computes a vector of each shape in the store. Each of the million vectors is a
-random point between two of these that are close to each other, plus noise of a tenth of their
-distance. Queries are the vectors of other shapes of the store. Each way runs in its own process.
-The true neighbours are computed by numpy in float64. The column CPU has the processor time of all
-threads per query, which other programs on the machine change less than the wall-clock time. FAISS
-is included if faiss-cpu is installed.
+The packaged encoder computes a vector of each shape in the store. The vectors of 200 shapes are the
+queries. The million vectors to search are made from the other vectors: each is a random point
+between two vectors that are close to each other, plus noise of a tenth of their distance. Each way
+to search runs in its own process. The true neighbours are computed by numpy in float64. The column
+CPU has the processor time of all threads per query, which other programs on the machine change less
+than the wall-clock time. FAISS is included if faiss-cpu is installed.
 """
 
 import argparse

@@ -6,10 +6,10 @@ classes are left out to serve as unknown ones.
 
 Only the train split is used. Each random draw leaves out three tenths of the classes, and names
 some clouds of each other class. The threshold of a measure is chosen such that 95 % of the named
-clouds reach it when they are held out. Clouds below the threshold are called unknown.
-The script prints three numbers, each with mean and sample standard deviation over draws: the area
-under the ROC curve, and the percentages of clouds that are called unknown among those of named
-classes (false alarms) and among those of the classes left out (found).
+clouds reach it when they are held out. Clouds below the threshold are called unknown. The script
+prints means and sample standard deviations over draws of three numbers: the area under the ROC
+curve (AUROC); the percentage of clouds of named classes that are called unknown (false alarms); and
+the percentage of clouds of the classes left out that are called unknown (found).
 """
 
 from collections.abc import Callable

@@ -39,7 +39,7 @@ Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 def clouds_in(path: Path) -> int | None:
     """Return the number of clouds in an array file of points [n, N, 3].
 
-    None if the file is a single cloud [N, 3], or no array file. Raises ReadError.
+    Returns None if the file is a single cloud [N, 3], or no array file. Raises ReadError.
     """
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
@@ -49,7 +49,7 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
-    """Read labels, split and names from an array file; returns a dict of those that it has.
+    """Read labels, split and names from an array file; returns a dict of what the file has.
 
     labels_key: name of the labels array. more: further arrays to return, "points" or "parts".
     Raises ReadError. The keys of the dict:

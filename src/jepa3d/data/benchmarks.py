@@ -97,8 +97,8 @@ def _lines(path: Path, owner: str) -> list[str]:
 def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
     """Raise a ReadError for a missing file.
 
-    An entry for a missing file has this function as its reader, so that the error comes when the
-    entry is read. list_name: name of the list in which the file stands, or None.
+    An entry for a missing file has this function as its reader, so that the error is raised when
+    the entry is read. list_name: name of the list that names the file, or None.
     """
     listed = f"but {list_name} lists it" if list_name else f"but {owner} needs it"
     hint = f"get it from {_PUBLISHED['owners'][owner]}"
@@ -252,9 +252,9 @@ def _shapenetpart(root: Path) -> Source:
 
 
 def _with_parts(first: int, count: int, path: Path) -> PointCloud:
-    """Read a cloud from `path`, and its part labels from the file beside it.
+    """Read a cloud from points/ID.pts, and its part labels from points_label/ID.seg.
 
-    The labels 1 to `count` in that file become the global labels `first` to `first + count - 1`.
+    The labels 1 to `count` in the second file become global labels `first` to `first + count - 1`.
     """
     cloud = read(path)
     side = path.parents[1] / "points_label" / f"{path.stem}.seg"

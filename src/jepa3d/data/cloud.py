@@ -10,8 +10,8 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-# largest number of points that are read from a file; a uniform sample of a larger file is read, so
-# that memory is bounded
+# largest number of points of a cloud; of a file with more points, a uniform sample is read, so that
+# memory is bounded
 MAX_POINTS = 1_000_000
 CHUNK = 200_000  # number of rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")

@@ -1,7 +1,7 @@
 """Represent a source of clouds as a list of entries: one per cloud, with its class and split.
 
-Any process can read the cloud of an entry. The class comes from the file or from the names of its
-folders. The split comes from these too, from a random choice of a fraction, or from a list of test
+Any process can read the cloud of an entry. Class and split come from the file or from the names of
+its folders. The split may also come from a random choice of a fraction, or from a list of test
 clouds.
 """
 
@@ -103,7 +103,10 @@ def entries_of(
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that the name of a folder means, in any case; None for other names."""
+    """Return the split that the name of a folder means; None for other names.
+
+    Upper and lower case make no difference.
+    """
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
@@ -113,8 +116,8 @@ def classes_and_splits(
     """Find the class and split of each file from the names of its folders.
 
     folders: for each file, the names of its folders, outermost first. If all folders at one depth
-    have names of splits, these folders are the splits. Otherwise, a folder with such a name, for
-    example `test`, is a split if a sibling folder has the name of another split, or if a subfolder
+    have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
+    `test`, is a split if a sibling folder has the name of another split, or if a subfolder
     has the name of a sibling. If neither holds, `test` is a class. Among the folders of a file that
     are no split, the class is the first that does not contain all files. flat: even a folder that
     contains all files can be the class.
@@ -162,8 +165,8 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     """Return the entries with their splits set.
 
     split: "folder" keeps the splits of the source. A fraction puts this share of each class into
-    the test split: at least one cloud, but never all. A path names a file that lists the keys of
-    the test clouds. Raises ValueError.
+    the test split: at least one cloud, but never all, so a class of one cloud stays in train. A
+    path names a file that lists the keys of the test clouds. Raises ValueError.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]

@@ -7,13 +7,13 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
-# NaN and infinity as programs from older Windows compilers write them
+# NaN and infinity as programs write them that were built with older Windows compilers
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
 # the first word of an OFF file; its letters tell what the vertices have
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
 # a triangle of a binary STL: normal (field f0), corners (f1), attribute bytes (f2)
 _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
-# bytes before the triangles of a binary STL: 80 for a title, 4 for the number of triangles
+# number of bytes before the triangles of a binary STL: 80 for a title, 4 for the triangle count
 _HEAD = 84
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
 # largest number of corners of a concave polygon, since time may grow with the cube of this number
@@ -221,7 +221,7 @@ def read_off(path: Path) -> PointCloud:
 
 
 def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
-    """Read an OFF file whose line breaks do not follow its vertices and faces.
+    """Read an OFF file in which line breaks may stand anywhere between the numbers.
 
     values: the numbers below the two counts, without colours. Raises ReadError.
     """
@@ -263,7 +263,7 @@ def read_obj(path: Path) -> PointCloud:
     # x, y, z, red, green, blue, and perhaps another value
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
-    # keep only the index of the vertex, v, of the indices v/vt/vn
+    # a corner has indices v/vt/vn: keep only v, the index of the vertex
     faces = Rows(re.sub(rb"/\S*", b"", after(b"fo?")))
     corners = whole(faces.numbers(integers=True)[0])
     above = np.ones_like(corners)

@@ -86,7 +86,7 @@ def read_header(path: Path) -> Header:
                 if length and length[0].kind == "f":
                     raise ReadError(f"{damaged}: a list length cannot be a {words[2]}")
                 before, name = elements[-1].properties, name.lower()
-                # if a name is repeated, the first property keeps it, and others get a number
+                # if a name is repeated, later properties of this name also get a number
                 if name in [p.name for p in before]:
                     name = f"{name} {len(before)}"
                 before.append(Property(name, kind, *length))

@@ -129,7 +129,7 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 writer.add(entry.key, arrays, **row)
         except KeyboardInterrupt:
             kept = f"stopped after {report.taken.total():,} new clouds, which are saved"
-            raise KeyboardInterrupt(f"{kept}; the same command continues") from None
+            raise KeyboardInterrupt(f"{kept}; run again to continue") from None
         finally:
             report.write(out)
     report.show(out, len(entries) - len(new))
@@ -194,7 +194,7 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
     """Raise ReadError if rounding to float16 moves points by over 1 % of the cloud's extent.
 
     points: n 3 in the unit sphere. rounded: the same points in float16. The median of the moves is
-    compared with the median distance from the middle. It is too large if one point is so far out
+    compared with the median distance from the middle. The error occurs if one point is so far out
     that all others lie close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))

@@ -19,7 +19,8 @@ from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # number of points of each shape
 NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1
-# number of points of an outline; as a multiple of 3, 4, 6 and 8, it keeps the corners of polygons
+# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that polygons with as many
+# corners keep their corners
 SIDES = 24
 GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 
@@ -213,8 +214,8 @@ def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
     """Return a mask of the points that are visible from a random direction.
 
-    points: in the unit sphere. A point is visible if no other point lies much nearer in its cell of
-    the image.
+    points: in the unit sphere. They are projected to an image of GRID x GRID cells; a point is
+    visible if no other point in its cell is much nearer to the viewer.
     """
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)

@@ -238,10 +238,10 @@ def read_ptx(path: Path) -> PointCloud:
 def ptx_rows(path: Path) -> Iterator[np.ndarray]:
     """Yield x, y, z, red, green, blue of Leica's PTX in chunks n 6 float64; NaN for missing values.
 
-    A scan begins with 10 lines: the number of columns (1 line), the number of rows (1), the
-    position of the scanner (1), its axes (3), and a matrix [4, 4] (4) such that the coordinates in
-    the scene are [x y z 1] @ matrix. One line per point follows: x y z intensity [r g b]. There,
-    x, y and z are 0 if no light came back. Raises ReadError.
+    A scan begins with 10 lines: the number of columns (1 line), the number of rows (1 line), the
+    position of the scanner (1 line), its axes (3 lines), and a matrix [4, 4] (4 lines) such that
+    the coordinates in the scene are [x y z 1] @ matrix. One line per point follows: x y z intensity
+    [r g b]. There, x, y and z are 0 if no light came back. Raises ReadError.
     """
     with path.open(encoding="latin-1") as text:
         # skip blank lines, and the byte order mark that editors on Windows write

@@ -86,7 +86,7 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # shape i has class i % 21; since 4 and 21 have no common factor, test shapes have all classes
+    # shape i has class i % 21; 4 and 21 have no common factor, so every class has test shapes
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 

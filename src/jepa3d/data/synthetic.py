@@ -407,8 +407,8 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
 
     Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and
     parts int16 [num_points], indices into `PART_NAMES`. Some shapes are occluded: all points beyond
-    a plane or in a ball are removed. Then more points are sampled first, so that `num_points`
-    remain.
+    a plane or in a ball are removed. For such a shape, more points are sampled at first, so that
+    `num_points` remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):

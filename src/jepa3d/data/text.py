@@ -25,7 +25,7 @@ _MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # a row that holds only these characters is empty
 # largest number of lines above the numbers, not counting comments and counts
 _MAX_TITLE = 100
-_MAX_LINE = 100_000  # number of characters that no line above the numbers may reach
+_MAX_LINE = 100_000  # every line above the numbers must have fewer characters
 # how programs write a missing value
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
 _ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
