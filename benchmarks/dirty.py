@@ -30,14 +30,14 @@ def direction(rng: np.random.Generator, count: int = 1) -> np.ndarray:
 
 
 def strays(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Move 5 % of the points to random places in a ball of 1.5 radii, and add one at three radii."""
+    """Move 5 % of the points to random places in a ball of 1.5 radii, and add a point at 3 radii."""
     count = len(cloud) // 20
     ball = 1.5 * direction(rng, count) * rng.random((count, 1)) ** (1 / 3)
     return np.concatenate([cloud[count:], ball, 3 * direction(rng)])
 
 
 def half(cloud: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Remove all points beyond a random plane through the median."""
+    """Remove the half of the points that lies beyond a plane with a random normal."""
     place = cloud @ direction(rng)[0]
     return cloud[place < np.median(place)]
 
@@ -118,7 +118,7 @@ def main() -> None:
             4000,
             -700,
             90,
-        )  # a scanner's own coordinates
+        )  # in the coordinates of a scanner
         np.savetxt(query, scanned[rng.permutation(len(scanned))], fmt="%.4f")
         wanted[query.name] = name, kind
     jepa3d = [sys.executable, "-c", "from jepa3d.cli import main; main()"]

@@ -2,10 +2,10 @@
 
     python benchmarks/few_points.py PSB.npz    # y up, with the arrays split and labels_coarse
 
-Only shapes of the train split are used whose class has at least 8 shapes. Each of them is reduced
-to a few random points and is then a query among all other shapes, which keep their points. For
-`frame.fill` and for other rules, the script prints the percentage of queries whose nearest shape
-has the same class.
+The script uses those shapes of the train split whose class has at least 8 shapes. Each of them is
+reduced to a few random points and is then a query among all other shapes, which keep their points.
+For `frame.fill` and for other rules, the script prints the percentage of queries whose nearest
+shape has the same class.
 """
 
 import sys

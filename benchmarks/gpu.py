@@ -98,7 +98,7 @@ def seconds(call: Callable[[], Any], tries: int = 5) -> float:
 def same(out: Path, budget: float, rehearse: bool) -> dict:
     """Compare results of the device with those of the CPU.
 
-    Returns for each check the difference, the largest allowed difference, and whether it is good.
+    Returns for each check the difference, the largest allowed one, and whether the check passed.
     """
     found: dict[str, dict] = {}
 

@@ -91,7 +91,7 @@ class Job:
     """A command that writes to a path, and a function that reads its result for a comparison."""
 
     words: Callable[[Path], list[str]]  # path of the output -> words of the command
-    suffix: str  # of the output
+    suffix: str  # suffix of the path of the output
     result: Callable[[Path], object]
     resumes: bool = False
 

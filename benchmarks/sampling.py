@@ -71,7 +71,7 @@ def starting_farthest(count: int, num_points: int) -> Tensor:
 def textbook(points: Tensor, num_samples: int) -> Tensor:
     """Sample farthest points of a cloud N 3, as ports of PointNet++ to torch do.
 
-    They update the distances with a mask, which is slower than `minimum` here.
+    The ports update the distances with a mask, which is slower than the `minimum` used here.
     """
     distance = torch.full((len(points),), torch.inf)
     picked, current = torch.zeros(num_samples, dtype=torch.long), torch.tensor(0)
@@ -85,8 +85,8 @@ def textbook(points: Tensor, num_samples: int) -> Tensor:
 def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
     """Return all implementations of farthest point sampling.
 
-    few: number of clouds for those that take one cloud at a time. jepa3d also takes all `points` as
-    one batch.
+    few: number of clouds for implementations that take one cloud at a time. Those of jepa3d also
+    take all `points` as one batch.
     """
     num_points, start = points.shape[1], torch.zeros(len(points), dtype=torch.long)
     reference, sample = ops._farthest_point_sample_reference, ops.farthest_point_sample

@@ -56,7 +56,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all contenders."""
+    """The sizes that are the same for all contenders."""
 
     batch: int
     points: int

@@ -20,7 +20,7 @@ import psutil
 from jepa3d.data.store import COLUMNS, FORMAT, Store, StoredPoints, StoreWriter
 from jepa3d.training.loop import batch_index, epoch_order
 
-PER_SHARD, POINTS = 2730, 2048  # clouds of a shard, which has 32 MiB of float16; points of a cloud
+PER_SHARD, POINTS = 2730, 2048  # clouds in a shard of 32 MiB in float16; points in a cloud
 
 
 def make_index(path: Path, clouds: int) -> None:
