@@ -103,7 +103,7 @@ def check_unpacked(path: Path, total: int, factor: int, always: int) -> None:
 
 
 def io_module(name: str) -> Any:
-    """Import a parser of the `io` extra. Raises ReadError that says how to install the parser."""
+    """Import a parser of the `io` extra. Raises a ReadError that says how to install the parser."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
-# NaN and infinity as programs write them that were built with older Windows compilers
+# spellings of NaN and infinity by programs that were built with older Windows compilers
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
 # the first word of an OFF file; its letters tell what the vertices have
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")

@@ -198,8 +198,8 @@ def _check_rows(element: Element, good: np.ndarray) -> None:
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Parse the columns of every element from binary data.
 
-    If all lists are as long as those of the first row, the rows are read as one numpy table; if
-    not, one by one.
+    If all lists are as long as those of the first row, the rows are read as one numpy table,
+    otherwise one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -234,9 +234,9 @@ def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
 def _one_by_one(
     element: Element, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
-    """Read `count` binary rows whose lists may differ in length, from byte `at` on.
+    """Read `count` binary rows from byte `at` on; their lists may differ in length.
 
-    Returns their columns and the byte after the last row.
+    Returns the columns of the rows, and the byte after the last row.
     """
     lengths = {p.name: [] for p in element.properties}
     pieces = {p.name: [] for p in element.properties}

@@ -23,7 +23,7 @@ from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
 from jepa3d.plain import load_code, log, printable, write_bytes
 
-_MESH_POINTS = 8192  # points sampled from a mesh under --points all
+_MESH_POINTS = 8192  # number of points sampled from a mesh with --points all
 _CHUNK = 8  # number of entries that a process gets at a time
 _SHOWN = 40  # largest number of left-out files that are printed; report.json lists all
 Attribute = Literal["normals", "colors", "parts"]
@@ -50,7 +50,7 @@ class Preparation:
     variant: str | None = None  # variant of a benchmark that has several
     columns: tuple[str, ...] | None = None  # names of columns, as for `io.py::read`
     seed: int = 0
-    # whether stray points stay; always True for benchmarks
+    # True keeps stray points, which lie far from all others; always True for benchmarks
     keep_strays: bool = False
     reader: str | None = None  # function that reads the files: package.module:function
 
@@ -224,7 +224,7 @@ class _Report:
 
     source: Source  # its lists `notes` and `skipped` grow while clouds are converted
     points: int  # number of points of each cloud; 0 keeps all
-    taken: Counter[str] = field(default_factory=Counter)  # clouds, by file suffix
+    taken: Counter[str] = field(default_factory=Counter)  # number of clouds by suffix
     fewer: int = 0  # number of clouds with too few points, which were filled up
     # numbers of stray points and of NaN points that were left out, by key
     strays: Counter[str] = field(default_factory=Counter)

@@ -19,8 +19,8 @@ from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # number of points of each shape
 NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1
-# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that polygons with as many
-# corners keep their corners
+# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that polygons with so many
+# corners keep all corners
 SIDES = 24
 GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 

@@ -225,7 +225,7 @@ class StoredPoints:
     def __getitem__(self, index) -> np.ndarray:
         """Read clouds at a slice, mask or array of indices, or one cloud at an integer.
 
-        Returns points n N 3 in the unit sphere, or part labels n N; without n for one cloud.
+        Returns points n N 3 in the unit sphere, or part labels n N; for one cloud, N 3 or N.
         """
         rows = np.atleast_1d(self.rows[index])
         kind = np.float32 if self.name == "points" else np.int16
@@ -300,7 +300,7 @@ class StoreWriter:
             raise ValueError(f"{path}: has other part names; choose another --out")
         classes = dict.fromkeys([*store.class_names, *class_names])
         self.header = store.header | {"settings": settings, "class_names": [*classes]}
-        # number of points, and number of bytes of keys; both include clouds that are not yet written
+        # number of points, and number of bytes of keys; both include clouds not yet written
         self._end = int(store.columns["end"][-1]) if len(store) else 0
         self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
         self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
@@ -374,7 +374,7 @@ class StoreWriter:
         self._rows, self._clouds, self._bytes = [], [], 0
 
     def _append(self, name: str, content: bytes) -> int:
-        """Write content behind the committed rows of an index file. Returns the new size."""
+        """Write content after the committed rows of an index file. Returns the new size."""
         with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)

@@ -50,7 +50,7 @@ def table_rows(path: Path) -> Iterator[np.ndarray]:
 
 
 class Table:
-    """A file with rows of numbers, which may stand below a header, comments and a count of rows.
+    """A file with rows of numbers, which may stand below a header, comments or a count of rows.
 
     Opening finds the first row. Raises ReadError for a file without such rows, such as a README.
     """
@@ -143,7 +143,7 @@ class Table:
             return False
         self.mark = delimiter_of(text)
         row = _fields(line, self.mark)
-        # empty cells count as numbers here, but not in `filled`
+        # an empty cell counts as a number in `numbers`, but not in `filled`
         numbers = [_number(field) is not None for field in row]
         filled = [_is_number(field) for field in row]
         begins_with_xyz = any(filled[:3]) and all(numbers[:3])
