@@ -128,7 +128,7 @@ def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
     check_cloud(cloud.points, where)
     if len(cloud) < num_points:
         needed = f"at least {num_points} are needed (num_points)"
-        raise ReadError(f"{where}has {len(cloud)} points; {needed}")
+        raise ReadError(f"{where}{len(cloud)} points, {needed}")
     return cloud
 
 
