@@ -1,12 +1,12 @@
-"""Compares the encoder of the package with the handcrafted geometry descriptor: mAP, kNN, and
-accuracy with 10 labels, with paired intervals.
+"""Compare the packaged encoder with the handcrafted geometry descriptor: mAP, kNN accuracy, and
+accuracy with 10 labels per class, with paired intervals.
 
     python benchmarks/ahead.py modelnet10_1024.npz                # test split, used once
     python benchmarks/ahead.py psb_2048.npz --labels-key labels_coarse --up-axis y
 
-Both get the same clouds. Nothing is selected: the last layer and C 0.1 are used, as by `jepa3d
-probe --quick` and `jepa3d retrieval`. The interval is over test shapes, as `jepa3d compare`
-computes it for a single training run.
+Both get the same clouds. No setting is selected on the data: the vectors are those of the last
+layer, and the classifier has C 0.1, as in `jepa3d probe --quick` and `jepa3d retrieval`. The
+intervals are over test shapes, as in `jepa3d compare` for a single training run.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
-"""Helpers of several benchmarks: flags, the machine's name and GEMM peak, FLOP counts, random
-clouds, and a training step.
+"""Helpers that several benchmarks share: flags, a description of the machine and the peak speed of
+its matrix products (GEMM peak), FLOP counts, random clouds, and a training step.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def machine() -> str:
 
 
 def gemm_peak(size: int = 2048, tries: int = 5) -> float:
-    """Return the FLOP/s of the fastest of some fp32 matrix products."""
+    """Multiply two fp32 matrices some times; returns the FLOP/s of the fastest product."""
     a, out, best = torch.randn(size, size), torch.empty(size, size), math.inf
     for _ in range(tries):
         began = time.perf_counter()
@@ -73,12 +73,15 @@ def gemm_peak(size: int = 2048, tries: int = 5) -> float:
 
 
 def random_clouds(batch: int, points: int) -> Tensor:
+    """Make clouds [batch, points, 3] of normally distributed points, the same at every call."""
     return unit_sphere(torch.randn(batch, points, 3, generator=torch.Generator().manual_seed(0)))
 
 
 class Training:
-    """The pretraining of jepa3d on one process: a call with points B N 3 takes one step, as
-    training/loop.py does.
+    """The pretraining of jepa3d in one process.
+
+    A call with points B N 3 takes one training step, as training/loop.py does, and returns the
+    loss.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class Training:
         config, task = self.config, self.task
         if task.augments:
             points = augment(points, config.scale, config.rotate, config.translate, generator)
-        # Clouds beyond the 32nd reuse their cached targets, which takes equally long to read.
+        # Clouds beyond the 32nd use the cached targets of the first 32; reading takes equally long.
         targets = task.targets(np.arange(len(points)) % len(self.clouds)) if task.targets else ()
         with torch.autocast(
             self.where.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"
@@ -123,9 +126,7 @@ class Training:
         return output
 
     def update(self) -> None:
-        """Use the gradients: clip them, take an AdamW step, and update the teacher's moving
-        average.
-        """
+        """Clip the gradients, take an AdamW step, and update the moving average of the teacher."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.task.schedule.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()

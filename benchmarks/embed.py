@@ -1,12 +1,12 @@
-"""Compares the speed of `jepa3d embed` with the script that people usually write: one process,
-batches of 32, the same encoder.
+"""Compare the speed of `jepa3d embed` with the script that people usually write.
 
     python benchmarks/embed.py                 # 1,600 meshes of ModelNet's sizes, 3 rounds: some minutes
-    python benchmarks/embed.py --folder DIR    # on your own .off files
+    python benchmarks/embed.py --folder DIR    # your own .off files
 
-Measures whole processes, including their start, in turn; prints medians over rounds of times, and
-of ratios within a round. It also measures `jepa3d embed` on a store of the same shapes, and a
-second call without new files.
+That script is embed_baseline.py: one process, batches of 32, the same encoder. Whole processes are
+measured, including their start, and the programs run in turn. Times are medians over rounds; ratios
+of times are computed within each round, and then their median is taken. `jepa3d embed` is also
+measured on a store of the same shapes, and in a second call, when no file is new.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""The script that people usually write to compute vectors of a folder of meshes;
-`benchmarks/embed.py` compares `jepa3d embed` with it.
+"""Compute vectors of a folder of meshes with the script that people usually write.
 
-python benchmarks/embed_baseline.py FOLDER OUT
+`benchmarks/embed.py` compares `jepa3d embed` with this script.
+
+    python benchmarks/embed_baseline.py FOLDER OUT
 """
 
 import sys

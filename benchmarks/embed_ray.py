@@ -1,12 +1,13 @@
-"""Compares the speed of `examples/ray_embed.py` and `jepa3d embed` on one machine: clouds per
-second, without the time to start.
+"""Compare the speed of `examples/ray_embed.py` and `jepa3d embed` on one machine, without the time
+that they take to start.
 
     python benchmarks/embed_ray.py             # 1,600 meshes of ModelNet's sizes, 2 rounds: some minutes
 
-Each way runs as a whole process on 64 meshes and on all meshes, in turn. The difference gives the
-time per cloud, and the rest is the start. CPU seconds are those of all processes, including Ray's
-own, sampled five times a second; unlike clouds per second, they also hold on a busy machine. The
-second table splits them into reading, preparing and encoding.
+Each command runs as a whole process, first on 64 meshes and then on all meshes. The difference
+between the two times gives the time per cloud; the remaining time is the start-up. CPU seconds
+include all processes, also Ray's own, and are sampled five times a second. They change little if
+other programs keep the machine busy, whereas clouds per second then drop. The second table splits
+the CPU time of one process into reading, preparing and encoding.
 """
 
 import argparse
@@ -35,7 +36,7 @@ FEW, PARTITIONS = 64, 16
 
 
 def measured(command: list[str]) -> np.ndarray:
-    """Run a command; return wall seconds and the CPU seconds of all its processes."""
+    """Run a command; returns its wall-clock seconds, and the CPU seconds of all its processes."""
     begun, used = time.perf_counter(), {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         while running.poll() is None:
@@ -52,8 +53,9 @@ def measured(command: list[str]) -> np.ndarray:
 
 
 def parts(folder: Path) -> str:
-    """Measure the CPU ms per cloud of reading, preparing and encoding, in one process with one
-    thread.
+    """Measure reading, preparing and encoding in one process with one thread.
+
+    Returns the CPU milliseconds per cloud as cells of a table.
     """
     torch.set_num_threads(1)
     encoder, spent = load(), np.zeros(3)
@@ -145,11 +147,15 @@ def main() -> None:
     print(
         f"\n{len(files):,} meshes: {machine()}, load {os.getloadavg()[2]:.1f}; medians of {options.rounds} rounds\n"
     )
-    print("| | clouds/s | CPU ms a cloud | start-up, s | start-up, CPU s |\n|---|---|---|---|---|")
+    print(
+        "| | clouds/s | CPU ms per cloud | start-up, s | start-up, CPU s |\n|---|---|---|---|---|"
+    )
     for way in ways:
         wall, cpu, start, start_cpu = np.median(found[way], 0)
         print(f"| `{way}` | {1 / wall:.0f} | {1000 * cpu:.1f} | {start:.0f} | {start_cpu:.0f} |")
-    print("\n| CPU ms a cloud, one core | read | prepare | encode | all |\n|---|---|---|---|---|")
+    print(
+        "\n| CPU ms per cloud, in one process | read | prepare | encode | all |\n|---|---|---|---|---|"
+    )
     for kind, row in split.items():
         print(f"| {kind} | {row} |")
 

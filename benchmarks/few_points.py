@@ -1,10 +1,11 @@
-"""Compares rules for filling up clouds with few points.
+"""Compare rules that fill up clouds with few points.
 
-    python benchmarks/few_points.py PSB.npz    # y up, with split and labels_coarse
+    python benchmarks/few_points.py PSB.npz    # y up, with the arrays split and labels_coarse
 
-Every shape of the train split whose class has at least 8 shapes is cut to a few random points and
-is then the query; all other shapes, uncut, are searched. For `frame.fill` and for other rules, the
-script prints how often the nearest shape has the query's class, in per cent.
+The script uses those shapes of the train split whose class has at least 8 shapes. Each of them is
+reduced to a few random points and is then a query among all other shapes, which keep their points.
+For `frame.fill` and for other rules, the script prints the percentage of queries whose nearest
+shape has the same class.
 """
 
 import sys
@@ -20,8 +21,10 @@ def as_they_are(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
 
 
 def moved_by_noise(share: float = 0.0, spacings: float = 0.0):
-    """Return a rule: repeat points, and add normal noise of `share` times the largest distance from
-    the mean plus `spacings` times the median distance between neighbours.
+    """Return a rule that repeats points and adds normal noise to the copies.
+
+    The standard deviation of the noise is the sum of two terms: `share` times the largest distance
+    from the mean, and `spacings` times the median distance between neighbours.
     """
 
     def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, None]:
@@ -35,9 +38,10 @@ def moved_by_noise(share: float = 0.0, spacings: float = 0.0):
     return fill
 
 
+# name of a rule -> function with the arguments and results of `frame.fill`
 RULES = {
     "as they are": as_they_are,
-    "copies in place": moved_by_noise(),
+    "exact copies": moved_by_noise(),
     "noise 0.5 %": moved_by_noise(0.005),
     "noise 2 %": moved_by_noise(0.02),
     "noise 0.6 spacings": moved_by_noise(0, 0.6),
@@ -61,7 +65,7 @@ def main(path: str) -> None:
 
     whole = vectors(clouds)
     print(
-        f"{len(clouds)} shapes, {len(set(labels))} classes; whole {right(whole, whole, labels):.1f}"
+        f"{len(clouds)} shapes, {len(set(labels))} classes; whole {nearest_correct(whole, whole, labels):.1f}"
     )
     for count in (512, 256, 64):
         rng = np.random.default_rng(count)
@@ -69,12 +73,12 @@ def main(path: str) -> None:
         for name, rule in RULES.items():
             frame.fill = rule
             print(
-                f"{count:4d} points, {name:20s} {right(vectors(cut), whole, labels):.1f}",
+                f"{count:4d} points, {name:20s} {nearest_correct(vectors(cut), whole, labels):.1f}",
                 flush=True,
             )
 
 
-def right(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray) -> float:
+def nearest_correct(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray) -> float:
     """Return the percentage of queries whose nearest other shape has the same class."""
     cosine = queries @ gallery.T
     np.fill_diagonal(cosine, -1)

@@ -1,8 +1,9 @@
-"""Makes the table of formats in docs/data.md: writes a file of each format and reads it back. Needs
-the extras `io` and `dev`.
+"""Make the table of formats in docs/data.md: write a file of each format and read it back.
 
-python benchmarks/formats.py            # print the table
-python benchmarks/formats.py --update   # write it into docs/data.md
+    python benchmarks/formats.py            # print the table
+    python benchmarks/formats.py --update   # also write the table into docs/data.md
+
+This needs the extras `io` and `dev`.
 """
 
 import argparse
@@ -86,7 +87,8 @@ def _mesh(path: Path) -> None:
     BOX.export(path)
 
 
-# Suffix, description, extra, and how the file is written. For meshes, the vertices are compared.
+# Each case has a suffix, a description, the extra that the reader needs, and a function that writes
+# the file. For meshes, the vertices are compared.
 CASES = [
     (".off", "mesh", "", _mesh),
     (".obj", "mesh", "", _mesh),
@@ -144,14 +146,16 @@ CASES = [
 
 
 def _gltf() -> bytes:
-    """Make a glTF file in one piece: its buffers are data URIs."""
+    """Make a glTF file that contains its buffers, as data URIs."""
     files = trimesh.exchange.gltf.export_gltf(BOX.scene(), embed_buffers=True)
     return files["model.gltf"]
 
 
 def _error(cloud: PointCloud, truth: np.ndarray) -> float:
-    """Return the largest distance, along an axis, of a read point from the nearest written point,
-    relative to the extent.
+    """Return the largest error of a coordinate, relative to the extent of the points.
+
+    Each point that was read is compared with the nearest point of `truth`, and each point of
+    `truth` with the nearest point that was read.
     """
     gaps = np.abs(cloud.file_coordinates()[:, None] - truth).max(2)
     return float(max(gaps.min(0).max(), gaps.min(1).max()) / np.ptp(truth, axis=0).max())
@@ -159,7 +163,10 @@ def _error(cloud: PointCloud, truth: np.ndarray) -> float:
 
 def table() -> str:
     """Make the table as Markdown."""
-    lines = ["| suffix | read here as | error below | also kept | extra |", "|---|---|---|---|---|"]
+    lines = [
+        "| suffix | content of the file | error below | also read | extra |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for suffix, what, extra, write in CASES:
             path = Path(folder) / f"{what if suffix == '.pcd' else 'a'}{suffix}"

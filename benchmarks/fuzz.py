@@ -1,13 +1,13 @@
-"""Feeds thousands of damaged files to every reader of `jepa3d.data.io`: only ReadError and OSError
-are allowed.
+"""Feed thousands of damaged files to every reader of `jepa3d.data.io`, which may raise only
+ReadError (with a message of one line) and OSError.
 
     python benchmarks/fuzz.py --inputs 100000 --seconds 300            # at most 300 s per reader
     python benchmarks/fuzz.py --readers off,las --inputs 2000 --seed 1
 
 Input i of a reader depends only on --seed and i. Each reader runs in its own process, with a memory
-limit and a time limit per input; the process is restarted after a crash. Inputs that raise another
-error, crash or hang are stored in the folder --keep; if there are any, the exit status is 1. Needs
-the extras `io` and `dev`.
+limit and a time limit per input; the process is restarted after a crash. An input does harm if it
+raises another error, crashes the process or reaches the time limit. Such inputs are stored in the
+folder --keep; if there are any, the exit status is 1. This needs the extras `io` and `dev`.
 """
 
 import argparse
@@ -52,6 +52,7 @@ READERS = (
 )
 TEXT = ("off", "obj", "stl", "ply", "gltf", "xyz", "csv", "pts", "pcd", "ptx")
 FIELDS = ("next input", "accepted", "refused")
+# words that replace a word of a text file
 TOKENS = [
     b"0",
     b"-1",
@@ -67,6 +68,7 @@ TOKENS = [
     b"1e",
     b'"',
 ]
+# bytes that are written into a file
 WORDS = [
     b"\0" * 4,
     b"\xff" * 4,
@@ -193,7 +195,7 @@ def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) 
         size, kind = len(content), rng.randrange(10 if text else 8)
         at = (
             rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 400) + 1)
-        )  # the header, at the start, is damaged more often than the rest
+        )  # the header, at the start of a file, is damaged more often than the rest
         end = min(size, at + rng.choice((1, 4, 16, 200)))
         if kind == 0:
             content = content[:at]
@@ -225,7 +227,7 @@ def mutate(content: bytes, others: list[bytes], text: bool, rng: random.Random) 
 
 
 def rezip(archive: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """Make an NPZ with a damaged member but correct checksums."""
+    """Damage one array of an NPZ, and zip the arrays again with correct checksums."""
     made = streams.BytesIO()
     with zipfile.ZipFile(streams.BytesIO(archive)) as old, zipfile.ZipFile(made, "w") as new:
         hit = rng.choice(old.namelist())
@@ -236,6 +238,7 @@ def rezip(archive: bytes, others: list[bytes], rng: random.Random) -> bytes:
     return made.getvalue()
 
 
+# lookup table for the checksum CRC-32C, with one entry per byte value
 CRC32C = []
 for byte in range(256):
     for _ in range(8):
@@ -244,7 +247,7 @@ for byte in range(256):
 
 
 def resum(content: bytes) -> bytes:
-    """Correct the checksums of an E57 file's pages, so that the reader gets as far as the damage."""
+    """Correct the page checksums of an E57 file, so that the reader gets as far as the damage."""
     pages = []
     for at in range(0, len(content) - 1023, 1024):
         crc = 0xFFFFFFFF
@@ -255,7 +258,12 @@ def resum(content: bytes) -> bytes:
 
 
 def child(reader: str, arguments) -> None:
-    """Read inputs from number counts[0] on; the current one is stored as input.<reader>."""
+    """Read damaged inputs until their number or the time is used up.
+
+    The file `counts` is shared with the parent process. It holds the number of the next input and
+    how many inputs were accepted and refused, so that a restarted process can continue. The current
+    input is stored as input.READER.
+    """
     from jepa3d.data import arrays, io
 
     folder, keep = Path(arguments.folder), Path(arguments.keep)
@@ -301,6 +309,7 @@ def child(reader: str, arguments) -> None:
 
 
 def escape(keep: Path, path: Path, index: int, error: BaseException) -> None:
+    """Store an input that raised a forbidden error, and append the error to escapes.jsonl."""
     saved = keep / f"{path.suffix[1:]}-{index}{path.suffix}"
     shutil.copy(path, saved)
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -313,8 +322,9 @@ def escape(keep: Path, path: Path, index: int, error: BaseException) -> None:
 
 
 def fuzz(reader: str, arguments) -> bool:
-    """Read the inputs of a reader and print its row of the table. Returns whether no input did
-    harm.
+    """Read the inputs of a reader in child processes, and print the reader's row of the table.
+
+    Returns True if no input did harm.
     """
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -381,7 +391,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=3000, help="number of inputs per reader")
     parser.add_argument("--readers", default=",".join(READERS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=1e9, help="most seconds per reader")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="largest number of seconds per reader"
+    )
     parser.add_argument(
         "--limit", type=float, default=10, help="seconds after which an input counts as a hang"
     )

@@ -1,19 +1,21 @@
-"""Uses a GPU for ten minutes: compares its numbers with a CPU's, measures the paper's step, and
-trains an encoder.
+"""Use a GPU for ten minutes: compare its numbers with those of the CPU, measure the paper's
+training step, and train an encoder.
 
     python benchmarks/gpu.py --out gpu --budget 540
     python benchmarks/gpu.py --out gpu --budget 300 --parts train --sweethome sweethome3d_2048.npz
     python benchmarks/gpu.py --out gpu --rehearse      # every part, at sizes that take seconds; a GPU is not needed
 
-Needs only the package's core dependencies and no network. For a machine that has torch and the
-usual libraries, `pip wheel --no-deps -w wheels . trimesh` makes the missing wheels. The parts run
-one after another, each in its own process, so that a part that fails does not stop the others. All
-results are written to OUT/*.json as soon as they are known:
+This needs only the core dependencies of the package, and no network. For a machine that has torch
+and the usual libraries, `pip wheel --no-deps -w wheels . trimesh` makes the missing wheels. The
+parts run one after another, each in its own process, so that a part that fails does not stop the
+others. All results are written to OUT/*.json as soon as they are known. The parts are:
 
-same   compares the device with the CPU: FPS, neighbours, vectors, loss and gradient of every objective,
-       a resumed run, bf16
-step   samples/s and memory of the paper's step in every precision, eager and compiled, and a profile of it
-train  trains the encoders of --arms in turn on built-in shapes; OUT/NAME.safetensors is in half precision
+same   compares results of the device with those of the CPU: farthest point sampling (FPS),
+       neighbours, vectors, loss and gradient of every objective, a resumed run, and bf16
+step   measures samples/s and memory of the paper's step, in every precision, eager and compiled;
+       also writes a profile of the step
+train  trains the encoders of --arms in turn on built-in shapes, and writes OUT/ARM.safetensors in
+       half precision
 """
 
 import argparse
@@ -49,7 +51,7 @@ from jepa3d.training.loop import Interrupted
 from jepa3d.training.pretrain import make_task, pretrain
 
 SHARES = {"same": 0.12, "step": 0.25, "train": 0.63}  # shares of the time budget
-# Settings of the encoder in the package; its views are cut from clouds of `DRAWN` points.
+# Settings of the packaged encoder. In training, views are made from clouds of `DRAWN` points.
 LARGE = {
     "num_points": 1024,
     "num_groups": 64,
@@ -60,6 +62,7 @@ LARGE = {
     "tokenizer_dim": 48,
 }
 DRAWN = 2 * LARGE["num_points"]
+# name of an arm, that is, of one way of training -> its settings
 ARMS: dict[str, dict[str, Any]] = {
     "view": {"teacher": ["ema", "untrained"], "target": {"view": 1.0}},
     "joined": {"teacher": ["ema", "untrained"]},
@@ -67,6 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def device() -> torch.device:
+    """Return the accelerator of this machine, or the CPU if there is none."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
@@ -92,8 +96,9 @@ def seconds(call: Callable[[], Any], tries: int = 5) -> float:
 
 
 def same(out: Path, budget: float, rehearse: bool) -> dict:
-    """Compare the device with the CPU. Returns, for each thing, the largest difference and the
-    allowed one.
+    """Compare results of the device with those of the CPU.
+
+    Returns for each check the difference, the largest allowed one, and whether the check passed.
     """
     found: dict[str, dict] = {}
 
@@ -181,8 +186,9 @@ def same(out: Path, budget: float, rehearse: bool) -> dict:
 def objective_gradient(
     config: PretrainConfig, objective: str, points, where, dtype=None
 ) -> tuple[float, torch.Tensor]:
-    """Compute loss and gradient of an objective's first step; random numbers are drawn on the CPU,
-    so that they are the same for every device.
+    """Compute the loss and the gradient of an objective's first step.
+
+    Random numbers are sampled on the CPU, so that they are the same for every device.
     """
     clouds = PointClouds("random", "", points.numpy())
     rand, randn = torch.rand, torch.randn
@@ -209,8 +215,9 @@ def objective_gradient(
 
 
 def step(out: Path, budget: float, rehearse: bool) -> dict:
-    """Measure the rates of the paper's step, then its profile, then its parts; the most important
-    first.
+    """Measure the paper's training step in several ways, then FPS, and then embedding.
+
+    The most important measurements come first, since the time may run out.
     """
     end, found = time.monotonic() + budget, {}
     batch, size = (8, settings.preset("tiny")) if rehearse else (128, {})
@@ -309,8 +316,10 @@ def matrix_rate(size: int) -> float:
 
 
 def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str, float]:
-    """Profile a step: its kernels, how much of the time the device is busy, and time in launches
-    and waits. The table of operations is written to `file`.
+    """Profile training steps, and write a table of their operations to `file`.
+
+    Returns the number of kernels per step, the share of the time in which the device is busy, and
+    the milliseconds per step that are spent in launches of kernels and in waits.
     """
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if points.is_cuda:
@@ -348,7 +357,7 @@ def profile(training: Training, points, file: Path, steps: int = 5) -> dict[str,
 
 
 def train(out: Path, budget: float, rehearse: bool, arguments: argparse.Namespace) -> dict:
-    """Train the arms on the same shapes, each in its own process with an equal share of the time."""
+    """Train all arms on the same shapes, each in its own process and for the same time."""
     end, count = time.monotonic() + budget, 84 if rehearse else arguments.shapes
     kinds = [shapes_made(kind, count // 2) for kind in (built_in, procedural)]
     if arguments.sweethome:
@@ -394,7 +403,7 @@ def shapes_made(make: Callable[[int], np.ndarray], count: int) -> np.ndarray:
 
 
 def in_order(raw: np.ndarray) -> np.ndarray:
-    """Sample clouds n N 3 on the device. Returns n DRAWN 3 in farthest point order."""
+    """Sample `DRAWN` points of each cloud n N 3; returns n DRAWN 3 in farthest point order."""
     done = []
     for at in range(0, len(raw), 256):
         clouds = torch.from_numpy(raw[at : at + 256]).to(device())
@@ -405,16 +414,19 @@ def in_order(raw: np.ndarray) -> np.ndarray:
 
 
 def built_in(i: int) -> np.ndarray:
+    """Make shape i of the built-in shapes with classes."""
     return make_shape(i % len(CLASS_NAMES), 3 * DRAWN // 2, np.random.default_rng([0, i]))[0]
 
 
 def procedural(i: int) -> np.ndarray:
+    """Make shape i of the random procedural shapes."""
     return make_procedural(i, 3 * DRAWN // 2)
 
 
 def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: str | None) -> dict:
-    """Train one arm in the remaining time; the number of steps is seven eighths of what a short
-    trial predicts.
+    """Train one arm in the remaining time.
+
+    A short trial predicts how many steps are possible; 88 % of these are trained.
     """
     end = time.monotonic() + budget
     overrides: dict[str, Any] = {
@@ -427,7 +439,7 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: 
         "encoder": LARGE,
         "target": {"layers": LARGE["depth"]},
         "init": start,
-        "seed": int(start is not None),  # another seed than that of the run that made the weights
+        "seed": int(start is not None),  # not the seed of the run that made the weights
     }
     points = np.load(out / "shapes.npy")
     config = settings.resolve(settings.preset("tiny"), merge({}, overrides, ARMS[name]))
@@ -475,7 +487,7 @@ def arm(out: Path, budget: float, rehearse: bool, name: str, batch: int, start: 
 
 
 def keep_latest(run: Path, file: Path, done: threading.Event) -> None:
-    """Copy the newest encoder of a run to `file` in half precision, whenever there is a new one."""
+    """Whenever a run has a new encoder, copy the encoder to `file` in half precision."""
     last = None
     while True:
         finished = done.wait(2)
@@ -510,12 +522,14 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540, help="seconds for all parts together")
     parser.add_argument("--parts", nargs="+", choices=[*SHARES, "arm"], default=list(SHARES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--shapes", type=int, default=60_000, help="built-in shapes to train on")
+    parser.add_argument(
+        "--shapes", type=int, default=60_000, help="number of built-in shapes to train on"
+    )
     parser.add_argument("--batch", type=int, default=256, help="batch size of training")
     parser.add_argument(
         "--sweethome", type=Path, help="a .npz of points [n, N, 3], y up, to train on as well"
     )
-    parser.add_argument("--start", help="an encoder with whose weights training starts")
+    parser.add_argument("--start", help="encoder whose weights training starts from")
     parser.add_argument("--rehearse", action="store_true", help="use sizes that take seconds")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

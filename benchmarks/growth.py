@@ -1,22 +1,24 @@
-"""Measures how time and memory grow with points, tokens, batch size and shapes, and how many clouds
-per second an encoder takes.
+"""Measure how time and memory grow with the numbers of points, of tokens, of clouds in a batch and
+of shapes in a store, and how many clouds per second an encoder embeds.
 
     python benchmarks/growth.py                                            # some 5 minutes on two cores
-    python benchmarks/growth.py --figure docs/growth.png --json figures.json
+    python benchmarks/growth.py --figure docs/growth.png --json numbers.json
 
 The encoder is the paper's (preset small) with random weights, in fp32, on clouds of normally
 distributed points. Times are medians of 3 rounds after a warm-up round. Slopes are least-squares
-fits of log cost against log size: 1 means linear growth, 0 none. "larger half" omits the small
-sizes, where constant costs dominate.
+fits of log cost against log size: a slope of 1 means linear growth, and 0 means no growth. The row
+"slope, larger half" omits the small sizes, where constant costs dominate.
 
-Points: `encoder.embed`, which first reduces a cloud to num_points 2,048, so that tokens and
-neighbours stay the same. Tokens: forward and backward pass of 3D-JEPA with an EMA teacher, with 16
-points and 32 neighbours per token. FLOPs are those of matrix products, including attention, without
-the neighbour search. Batch: whole steps of the training loop; each batch size runs in its own
-process, one after another. Peak memory is the process's largest resident set, including libraries.
-Shapes: the index has its full size (650 MB of temporary disk for ten million shapes), but all
-shards are links to one file of 32 MiB, so reading is from memory and no disk is measured. What is
-done once per batch is the median of 30 batches.
+- Points: the cost of `encoder.embed`. It first reduces a cloud to 2,048 points (num_points), so the
+  numbers of tokens and neighbours stay the same.
+- Tokens: the cost of a forward and backward pass of 3D-JEPA with an EMA teacher, with 16 points and
+  32 neighbours per token. FLOPs are counted for matrix products, including attention, but not for
+  the neighbour search.
+- Batch: the cost of whole steps of the training loop. The batch sizes run one after another, each
+  in its own process. Peak memory is the largest resident set of this process, with its libraries.
+- Shapes: the cost of reading from a store. The index has its full size (650 MB of temporary disk
+  for ten million shapes), but all shards are links to one file of 32 MiB. So points are read from
+  memory, and no disk is measured. Costs of a batch are medians over 30 batches.
 """
 
 import argparse
@@ -55,7 +57,7 @@ CLOUD_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
 TOKENS = (64, 128, 256, 512, 1024)
 BATCHES = (1, 4, 16, 32, 64, 128)
 SHAPES = (10**3, 10**4, 10**5, 10**6, 10**7)
-CLOUDS = 4  # clouds per call, where points and tokens grow
+CLOUDS = 4  # number of clouds per call in the measurements of points and of tokens
 PRESETS, EMBED_SIZES, EMBED_BATCHES = ("tiny", "small"), (1024, 2048), (1, 32, 128)
 
 Growth = dict[str, dict[int, list[float]]]  # name of a cost -> size -> the cost in every round
@@ -64,8 +66,9 @@ Growth = dict[str, dict[int, list[float]]]  # name of a cost -> size -> the cost
 def interleaved(
     actions: dict[tuple, Callable[[], object]], rounds: int = ROUNDS, clouds: int = 1
 ) -> dict:
-    """Time actions (cost, size) in turn. Returns milliseconds per cloud for every round but the
-    first.
+    """Time actions in turn. Returns the milliseconds per cloud in every round but the first.
+
+    actions: (name of the cost, size) -> action. clouds: number of clouds per action.
     """
     found: dict = {cost: {} for cost, _ in actions}
     for i in range(rounds + 1):
@@ -80,11 +83,13 @@ def interleaved(
 
 
 def make_encoder(preset: str, **sizes: int) -> PointEncoder:
+    """Make the encoder of a preset, with some of its sizes replaced."""
     config = settings.resolve(settings.preset(preset), {"encoder": sizes})
     return PointEncoder(**vars(config.encoder)).eval()
 
 
 def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainConfig]:
+    """Make the paper's pretraining task, random clouds for one batch, and the settings."""
     config = settings.resolve({"teacher": ["ema"], "batch_size": batch, "mixed_precision": "no"})
     clouds = PointClouds("random", "", random_clouds(batch, config.encoder.num_points).numpy())
     return make_task(config, "jepa", clouds, {}), clouds, config
@@ -92,9 +97,10 @@ def make_pretraining(batch: int) -> tuple[Task, PointClouds, settings.PretrainCo
 
 @torch.no_grad()
 def grow_points() -> Growth:
-    """Measure the way from points to vectors.
+    """Measure `encoder.embed` and, alone, the `encoder.prepare` in it.
 
-    `prepare` scales to the unit sphere and, above 2,048 points, samples the farthest points.
+    `prepare` scales clouds to the unit sphere and reduces those of more than 2,048 points by
+    farthest point sampling.
     """
     encoder, actions = make_encoder("small"), {}
     for size in CLOUD_SIZES:
@@ -105,8 +111,9 @@ def grow_points() -> Growth:
 
 
 def grow_tokens() -> Growth:
-    """Measure forward and backward pass of a pretraining step; `grouping` is farthest point
-    sampling and the neighbour search.
+    """Measure the forward and backward pass of a pretraining step and, alone, the grouping in it.
+
+    Grouping consists of farthest point sampling and the neighbour search.
     """
     objective, actions, flops = make_pretraining(CLOUDS)[0].objective.train(), {}, {}
 
@@ -126,6 +133,7 @@ def grow_tokens() -> Growth:
 
 
 def grow_batch() -> Growth:
+    """Measure the time and peak memory of whole training steps."""
     found: Growth = {"ms a step": {}, "ms a cloud": {}, "peak MiB": {}}
     for batch in BATCHES:
         with get_context("spawn").Pool(1) as pool:
@@ -138,7 +146,7 @@ def grow_batch() -> Growth:
 
 
 def pretraining_steps(batch: int) -> tuple[list[float], list[float]]:
-    """Return the milliseconds of some training steps, and the peak MiB of this process."""
+    """Run some training steps; returns their milliseconds, and the peak MiB of this process."""
     keep_large_blocks()
     task, clouds, config = make_pretraining(batch)
     task = replace(task, schedule=replace(task.schedule, max_steps=ROUNDS + 2))
@@ -151,12 +159,13 @@ def pretraining_steps(batch: int) -> tuple[list[float], list[float]]:
     peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return (1000 * np.diff(ends)[1:]).tolist(), [
         peak / 2**10
-    ]  # without the first time, which includes logging the first step
+    ]  # the first time is omitted, since it includes the logging of the first step
 
 
 def grow_shapes() -> Growth:
-    """Measure a store from opening to a batch of 128 clouds of 2,048 points, in the order of
-    training.
+    """Measure a store: opening it, ordering an epoch, and reading batches in the order of training.
+
+    A batch has 128 clouds of 2,048 points.
     """
     found: Growth = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +200,10 @@ def grow_shapes() -> Growth:
 
 @torch.no_grad()
 def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
-    """Measure clouds per second in every round, by number of threads and (preset, points, batch)."""
+    """Measure the clouds per second of `encoder.embed` in every round.
+
+    Returns a dict: number of threads -> (preset, points, batch) -> clouds per second.
+    """
     everything, actions = torch.get_num_threads(), {}
 
     def embed(encoder: PointEncoder, points: Tensor, threads: int) -> None:
@@ -201,7 +213,7 @@ def throughput() -> dict[int, dict[tuple[str, int, int], list[float]]]:
     cases = list(itertools.product((1, everything), PRESETS, EMBED_SIZES, EMBED_BATCHES))
     for threads, preset, size, batch in reversed(
         cases
-    ):  # the call that starts more threads is a long one
+    ):  # reversed, so that the call that starts further threads is a long one
         encoder, points = make_encoder(preset, num_points=size), random_clouds(batch, size)
         actions[threads, (preset, size, batch)] = partial(embed, encoder, points, threads)
     found = interleaved(actions)
@@ -221,16 +233,16 @@ def slope(points: Iterable[tuple[int, float]]) -> float:
     return float(np.polyfit(*np.log(list(points)).T, 1)[0])
 
 
-def figure(value: float) -> str:
+def formatted(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def print_growth(work: str, growth: Growth) -> None:
-    """Print a row per size and a column per cost, with the slopes below."""
+    """Print a table with a row per size, a column per cost, and the slopes below."""
     columns = [list(medians(figures).items()) for figures in growth.values()]
     print(f"| {work} | {' | '.join(growth)} |\n|{'---|' * (len(growth) + 1)}")
     for row in zip(*columns, strict=True):
-        print(f"| {row[0][0]:,} | {' | '.join(figure(cost) for _, cost in row)} |")
+        print(f"| {row[0][0]:,} | {' | '.join(formatted(cost) for _, cost in row)} |")
     for name, first in {"slope": 0, "slope, larger half": len(columns[0]) // 2}.items():
         print(
             f"| {name} | {' | '.join(f'{slope(column[first:]):.2f}' for column in columns)} |",
@@ -239,18 +251,19 @@ def print_growth(work: str, growth: Growth) -> None:
 
 
 def print_throughput(found: dict[int, dict[tuple[str, int, int], list[float]]]) -> None:
-    """Print a row per preset and cloud size, and a column per batch size and number of threads."""
+    """Print a table: rows are presets and cloud sizes, columns are batch sizes and threads."""
     columns = list(itertools.product(EMBED_BATCHES, found))
     heads = (f"batch {batch}, {threads} thread{'s' * (threads > 1)}" for batch, threads in columns)
     print(f"| clouds/s | {' | '.join(heads)} |\n|{'---|' * (len(columns) + 1)}")
     for preset, size in itertools.product(PRESETS, EMBED_SIZES):
         rates = (median(found[threads][preset, size, batch]) for batch, threads in columns)
-        print(f"| {preset}, {size:,} points | {' | '.join(map(figure, rates))} |", flush=True)
+        print(f"| {preset}, {size:,} points | {' | '.join(map(formatted, rates))} |", flush=True)
 
 
 def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
-    """Plot costs against size, a panel per kind of size; a line of slope 1 goes through the first
-    cost at the largest size.
+    """Plot costs against size, with one panel per kind of size.
+
+    In each panel, a dashed line of slope 1 goes through the first cost at its largest size.
     """
     from matplotlib.figure import Figure
 
@@ -261,7 +274,7 @@ def draw(panels: dict[str, tuple[str, Growth]], path: Path) -> None:
         for cost, figures in growth.items():
             middle = medians(figures)
             axes.loglog(list(middle), list(middle.values()), "o-", markersize=4, label=cost)
-        axes.set_ylim(axes.get_ylim())  # fixed, since the line may leave the panel
+        axes.set_ylim(axes.get_ylim())  # limits are fixed here, since the line may leave the panel
         (*_, (most, highest)) = medians(next(iter(growth.values()))).items()
         axes.loglog(
             [most / 1e5, most],

@@ -1,10 +1,10 @@
-"""Measures `jepa3d label` with 5 named shapes per class: on PSB with 21 coarse classes, named in
-the train split and scored on the test split.
+"""Measure the accuracy of `jepa3d label` with 5 named shapes per class, on the 21 coarse classes of
+PSB (Princeton Shape Benchmark). Shapes of the train split are named; the test split is scored.
 
     python benchmarks/label.py $JEPA3D_DATA/psb/psb_2048.npz
 
-Prints mean and sample standard deviation over random choices of the named shapes. Nothing is
-selected on the test split.
+The script prints the mean and sample standard deviation over random choices of the named shapes. No
+setting is selected on the test split.
 """
 
 import argparse

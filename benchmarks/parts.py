@@ -1,11 +1,12 @@
-"""Measures where the time of a pretraining step goes: by its parts, by kind of operation, and
-relative to the machine's GEMM peak.
+"""Measure where the time of a pretraining step goes: by its parts and by kinds of operations, also
+relative to the peak speed of matrix products on this machine (GEMM peak).
 
     python benchmarks/parts.py                  # paper size, 1,024 points, batch 32, EMA teacher
 
-The step is cut wherever one part passes tensors to the next, forward and backward, so each part is
-timed alone. The parts run in turn, and times are medians over rounds. GEMM peak: the fastest 2048^3
-fp32 product of each round, in the same process.
+The step is cut wherever one part passes tensors to the next, in the forward and in the backward
+pass, so each part is timed alone. The parts run in turn, and times are medians over rounds. The
+GEMM peak is the speed of the fastest product of two 2048 x 2048 fp32 matrices, measured in the same
+process in each round.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from jepa3d.models.tokenizer import group
 from jepa3d.objectives.jepa import cosine_loss
 from jepa3d.ops import BatchGenerator, gather_points
 
+# kind of operation -> how the names of its operations begin
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("aten::_scaled_dot_product_flash",),
@@ -34,7 +36,10 @@ KINDS = {
 
 
 def step(points: Tensor, training: Training, number: int, run: Callable) -> None:
-    """Take one step, cut into parts: `run(name, work)` calls `work` and returns its result."""
+    """Take one training step, cut into parts.
+
+    run: called as `run(name, work)` for each part; it calls `work` and returns the result.
+    """
     config, objective = training.config, training.model
     encoder, decoder, generator = (
         objective.encoder,

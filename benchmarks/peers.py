@@ -1,16 +1,17 @@
-"""The pretraining steps of Point-MAE, Point-JEPA and point2vec by their own code, on one CPU in
-fp32; step.py uses them.
+"""Run the pretraining steps of three peers (Point-MAE, Point-JEPA and point2vec) with their own
+code, on a CPU in fp32. step.py compares these steps with the step of jepa3d.
 
-Each function takes the folder of a checkout and returns the peer's model and a function
-`step(points B N 3) -> loss`. This is one step of the peer's training with its published
+Each public function takes the folder of a checkout, and returns the peer's model and a function
+`step(points B N 3) -> loss`. A call of `step` is one step of the peer's training with its published
 configuration: augmentation, grouping, masking, forward pass, loss, backward pass, AdamW and, if
-there is a teacher, its moving average. What is done once per epoch or for logging is omitted.
+there is a teacher, the update of its moving average. Work that is done once per epoch, or for
+logging, is omitted.
 
-The checkouts are not edited, and none of their code is copied here. What needs CUDA or does not
-belong to the step is replaced by a stand-in in `sys.modules`, even if the real module is installed.
-Farthest points and neighbours are computed by `jepa3d.ops`, including its compiled version, so that
-no peer is slower than jepa3d for these. The peers' packages have clashing names, so each peer needs
-its own process.
+The checkouts are not edited, and none of their code is copied here. Modules that need CUDA or do
+not belong to the step are replaced by stand-ins in `sys.modules`, even if the real modules are
+installed. Farthest point sampling and the neighbour search are computed by `jepa3d.ops`, in its
+compiled version if there is one, so that no peer is slower than jepa3d in these two. The peers'
+packages have clashing names, so each peer needs its own process. These commits are used:
 
     Point-MAE   github.com/Pang-Yatian/Point-MAE    7445a68
     Point-JEPA  github.com/Ayumu-J-S/Point-JEPA     c36b51c
@@ -48,7 +49,7 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
     _stand_in("extensions.chamfer_dist", ChamferDistanceL1=None, ChamferDistanceL2=_ChamferL2)
     _stand_in(
         "datasets", folder / "datasets", build_dataset_from_cfg=None
-    )  # not imported normally, since its __init__ imports every reader
+    )  # a stand-in, since the real __init__ imports every reader
     _stand_in("tools", folder / "tools")
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *arguments, **options: self
     logging.disable(logging.INFO)
@@ -63,7 +64,7 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
     augment = import_module("datasets.data_transforms").PointcloudScaleAndTranslate()
 
     def step(points: Tensor) -> Tensor:
-        loss = model(augment(points.clone()))  # a copy, since it writes into its argument
+        loss = model(augment(points.clone()))  # a copy, since `augment` writes into its argument
         loss.backward()
         optimizer.step()
         model.zero_grad()
@@ -74,7 +75,8 @@ def point_mae(folder: Path) -> tuple[nn.Module, Step]:
 
 def point_jepa(folder: Path) -> tuple[nn.Module, Step]:
     """Make Point-JEPA and its step: configs/Point-JEPA/pretraining/shapenet.yaml."""
-    torch.Tensor.half = torch.Tensor.float  # its forward converts tokens to half; fp32 is compared
+    # its forward pass converts tokens to half precision, but fp32 is compared
+    torch.Tensor.half = torch.Tensor.float
     return _lightning(
         folder, "pointjepa", "point_jepa.PointJepa", "configs/Point-JEPA/pretraining/shapenet.yaml"
     )
@@ -88,7 +90,7 @@ def point2vec(folder: Path) -> tuple[nn.Module, Step]:
 
 
 def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.Module, Step]:
-    """Make a LightningModule and a step as its Trainer would take it with automatic optimisation."""
+    """Make a LightningModule and a step like that of its Trainer with automatic optimisation."""
     _timm()
     _stand_in("pytorch_lightning", LightningModule=_LightningModule, LightningDataModule=object)
     _stand_in("pytorch_lightning.loggers", WandbLogger=None)
@@ -104,7 +106,7 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
     _stand_in("pytorch3d.transforms", euler_angles_to_matrix=_euler_angles_to_matrix)
     _stand_in(
         f"{package}.models", folder / package / "models"
-    )  # not imported normally, since its __init__ imports every downstream task
+    )  # a stand-in, since the real __init__ imports every downstream task
     sys.path.insert(0, str(folder))
 
     read = yaml.safe_load((folder / config).read_text())
@@ -133,7 +135,7 @@ def _lightning(folder: Path, package: str, name: str, config: str) -> tuple[nn.M
             nonlocal loss
             loss = model.training_step(
                 (points.clone(), None), 0
-            )  # a copy, since it augments by writing into its argument
+            )  # a copy, since training_step augments by writing into its argument
             optimizer.zero_grad()
             loss.backward()
             return loss
@@ -225,7 +227,7 @@ def _knn_points(query: Tensor, points: Tensor, K: int, **options) -> tuple[None,
 
 
 def _euler_angles_to_matrix(angles: Tensor, convention: str) -> Tensor:
-    """Make rotations about x, then y, then z; no peer uses another order."""
+    """Make rotation matrices about x, then y, then z; the peers use no other order of axes."""
     turn = torch.eye(3)
     for axis, (cos, sin) in enumerate(zip(angles.cos(), angles.sin(), strict=True)):
         a, b = (axis + 1) % 3, (axis + 2) % 3

@@ -1,13 +1,15 @@
-"""Compares `jepa3d prepare` with the script that people usually write, on meshes of ModelNet's
-sizes: time, memory, and loading.
+"""Compare `jepa3d prepare` with the script that people usually write, on many generated meshes.
 
-    python benchmarks/prepare.py                     # 800 meshes, 3 rounds: some minutes
-    python benchmarks/prepare.py --count 4899 --rounds 1 # as many as ModelNet10 has
+    python benchmarks/prepare.py                            # 800 meshes, 3 rounds: some minutes
+    python benchmarks/prepare.py --count 4899 --rounds 1    # as many meshes as ModelNet10 has
 
-Measures whole processes, including their start, in turn; prints medians over rounds. The baseline
-samples 2,048 points; jepa3d samples 4,096, puts 2,048 of them in farthest point order, computes
-hashes and checks. Memory is measured in separate runs, on twice and eight times `count` files (hard
-links, so that only the number of files differs).
+The meshes have sizes like those of ModelNet. The script is prepare_baseline.py, the baseline. Whole
+processes are timed, including their start; the programs run in turn, and times are medians over
+rounds. The baseline samples 2,048 points. jepa3d does more: it samples 4,096 points, puts 2,048 of
+them into farthest point order, computes hashes, and checks the result. Memory is measured in
+separate runs, on two and on eight hard links to each mesh, so that only the number of files
+differs. Finally, the speed of loading clouds from files and from a store is compared with the speed
+of a training step.
 """
 
 import argparse
@@ -47,15 +49,17 @@ CLASSES = (
     "vase",
     "airplane",
 )
-FACES = (300, 60_000)  # fewest and most faces of a mesh, distributed log-uniformly
+FACES = (300, 60_000)  # range of the number of faces of a mesh, sampled log-uniformly
 BASELINE = Path(__file__).with_name("prepare_baseline.py")
-POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60  # for measuring the loader, as in preset tiny
+# For loading: points per cloud and clouds per batch as in preset tiny; training steps that are not
+# timed, and all training steps.
+POINTS, BATCH, SKIP, STEPS = 512, 32, 20, 60
 
 
 def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
-    """Make meshes CLASS/train|test/CLASS_0001.off; in every other mesh, faces share no vertices.
+    """Make meshes in files CLASS/train/CLASS_00001.off and CLASS/test/CLASS_00041.off.
 
-    Returns the number of faces.
+    In every second mesh, faces share no vertices. Returns the number of all faces.
     """
     total = 0
     for i in range(count):
@@ -95,14 +99,14 @@ def make_meshes(folder: Path, count: int, seed: int = 0) -> int:
 
 
 def _faces(loft: np.ndarray) -> np.ndarray:
-    """Return the triangles t 3 3 of a loft of closed rings."""
+    """Return the triangles t 3 3 of a loft (see `synthetic.py`)."""
     a, b = loft[:-1], loft[1:]
     c, d = np.roll(a, -1, axis=1), np.roll(b, -1, axis=1)
     return np.stack([a, b, c, b, d, c], axis=2).reshape(-1, 3, 3)
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
-    """Return the command of each way to prepare `folder`, by name."""
+    """Return a dict from the names of the compared programs to their commands."""
     ours = [
         sys.executable,
         "-c",
@@ -120,11 +124,11 @@ def commands(folder: Path, out: Path) -> dict[str, list[str]]:
 
 
 def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
-    """Run a command. Returns its seconds and, if `sample`, the peak MiB of its largest process and
-    of all its processes together, sampled every 20 ms.
+    """Run a command; returns its seconds and two numbers of MiB.
 
-    getrusage isn't used, because on Linux ru_maxrss survives exec and would include this process's
-    memory.
+    The numbers of MiB are the peak of its largest process, and the peak of all its processes
+    together. They are sampled every 20 ms if `sample` is True, else they are 0. getrusage isn't
+    used, because on Linux ru_maxrss survives exec and would include the memory of this process.
     """
     began, largest, together = time.perf_counter(), 0, 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -138,8 +142,8 @@ def run(command: list[str], sample: bool = False) -> tuple[float, float, float]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Return the KiB of the largest VmHWM and of the sum of VmRSS over a process and its
-    descendants; shared pages count in each.
+    """Return two numbers of KiB for a process and its descendants: the largest peak (VmHWM) of one
+    process, and the sum of their current sizes (VmRSS), in which shared pages count several times.
     """
     high, total = 0, 0
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -158,8 +162,10 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def loader(folder: Path, store: Path, rounds: int) -> dict[str, list[float]]:
-    """Measure clouds/s in every round: of preset tiny's training step, of one worker reading files,
-    and of batches from a store.
+    """Measure clouds per second in every round.
+
+    The three rates are those of training steps of preset tiny, of one worker of `prepare` that
+    reads files, and of reading batches from a store.
     """
     config = settings.resolve(settings.preset("tiny"), {"mixed_precision": "no"})
     synthetic_clouds, stored = load(("synthetic:512",), POINTS), load((str(store),), POINTS, "all")
@@ -233,7 +239,7 @@ def main() -> None:
             every = " ".join(f"{s:.1f}" for s in seconds[name])
             print(f"| {name} | {every} | {median(seconds[name]):.1f} | {ratio:.2f} |", flush=True)
         print(
-            "\n| jepa3d, 2 workers | largest process, MiB | all processes, shared pages in each |\n|---|---|---|"
+            "\n| jepa3d, 2 workers | largest process, MiB | all processes (shared pages count in each) |\n|---|---|---|"
         )
         for copies in (2, 8):
             out = scratch / f"memory-{copies}"
@@ -244,7 +250,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # hides the loop's progress
             rates = loader(few, scratch / "out-0-2", arguments.rounds)
         print(
-            f"\n| {POINTS} points | clouds/s, each round | median | over the step |\n|---|---|---|---|"
+            f"\n| {POINTS} points | clouds/s, each round | median | relative to the step |\n|---|---|---|---|"
         )
         names = {
             "step": "step of preset tiny",

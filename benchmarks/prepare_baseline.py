@@ -1,7 +1,8 @@
-"""The script that people usually write to sample point clouds from a folder of meshes;
-`benchmarks/prepare.py` compares jepa3d with it.
+"""Sample point clouds from a folder of meshes with the script that people usually write.
 
-python benchmarks/prepare_baseline.py FOLDER OUT
+`benchmarks/prepare.py` compares `jepa3d prepare` with this script.
+
+    python benchmarks/prepare_baseline.py FOLDER OUT
 """
 
 import sys

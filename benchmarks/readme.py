@@ -1,12 +1,13 @@
-"""Runs every command of the README on small data, alone and beside a busy core; prints seconds,
-processor seconds and their ratios.
+"""Run every command of the README on small data, first alone and then while another process keeps a
+core busy. Print the seconds of each command, its processor seconds, and the ratio of seconds.
 
     python benchmarks/readme.py [--steps 50] [--only embed probe] [--demo]
 
-The commands run in order in their own folder, twice: first alone, then beside a loop that keeps one
-core busy at lower priority (nice 10). Training is cut to --steps. If a command waits actively for
-other threads, its ratio is far above 1, that of processor seconds too; no ratio of times may exceed
-2. `view` is omitted, because it waits for a reader. --demo adds `jepa3d demo` with as many steps.
+All commands run in order in a temporary folder, and then again in a new folder beside a loop that
+keeps one core busy at lower priority (nice 10). Training is shortened to --steps steps. A command
+whose threads wait actively for each other takes many times as long beside the loop as alone. The
+exit status is 1 if any command takes more than twice as long as alone. `view` is omitted, since it
+waits for the user. --demo adds `jepa3d demo` with as many steps.
 """
 
 import argparse
@@ -26,11 +27,12 @@ from jepa3d.data.synthetic import make_shapes
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-c", "from jepa3d.cli import main; main()"]
+# command -> prefixes of its settings max-steps, one for each stage of training
 STAGES = {"pretrain": ("", "generative.", "invariance."), "classify": ("",), "segment": ("",)}
 
 
 def commands(steps: int) -> list[list[str]]:
-    """Return the words of the README's jepa3d commands, with shortened training."""
+    """Return the jepa3d commands of the README as lists of words, with shortened training."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     found = [words[1:] for words in lines if words[:1] == ["jepa3d"] and words[1] != "view"]
@@ -41,8 +43,8 @@ def commands(steps: int) -> list[list[str]]:
 
 
 def write_data(folder: Path) -> None:
-    """Write the commands' input: a folder of clouds, a scan, labelled shapes, and shapes with
-    parts.
+    """Write the input of the commands: a folder of clouds, a scan, labelled shapes, and shapes with
+    part labels.
     """
     made = make_shapes(300, 2048, seed=1)
     (folder / "scans").mkdir()
@@ -63,6 +65,7 @@ def write_data(folder: Path) -> None:
 
 @contextmanager
 def busy_core(wanted: bool):
+    """Keep one core busy until the block ends, if `wanted`."""
     loop = (
         subprocess.Popen(["nice", "-n", "10", sys.executable, "-c", "while True: pass"])
         if wanted
@@ -77,7 +80,9 @@ def busy_core(wanted: bool):
 
 
 def run(words: list[str], folder: Path) -> tuple[float, float]:
-    """Return the wall and processor seconds of a command, including the processes it waited for.
+    """Run a command; returns its wall-clock seconds and its processor seconds.
+
+    Processor seconds include the processes for which the command waited.
 
     Raises SystemExit if the command fails.
     """
@@ -102,7 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument(
-        "--only", nargs="+", help="report only these commands; those before them run all the same"
+        "--only", nargs="+", help="report only these commands; the commands before them run too"
     )
     parser.add_argument("--demo", action="store_true")
     options = parser.parse_args()
@@ -126,7 +131,7 @@ def main() -> None:
         slow += ratio > 2
         cells = (f"{wall:.1f} ({cpu:.1f})" for wall, cpu in (alone, beside))
         print(f"| `{shlex.join(words[:2])}` | {' | '.join(cells)} | {ratio:.2f} |")
-    sys.exit(f"{slow} commands take more than twice their time alone" if slow else 0)
+    sys.exit(f"{slow} commands take more than twice as long as alone" if slow else 0)
 
 
 if __name__ == "__main__":

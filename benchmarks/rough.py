@@ -1,18 +1,23 @@
-"""Tests rough handling hundreds of times: kills, two writers at once, damaged files. Finished
-results must stay whole, and nothing may block.
+"""Test rough handling hundreds of times: killed commands, two writers at once, damaged files.
+Finished results must survive, and later commands must work.
 
     python benchmarks/rough.py --count 100                    # number of tries per part
     python benchmarks/rough.py --part kills --count 30 --seed 1 --commands pretrain embed
 
-Part kills: every command that writes is stopped at a random moment (by SIGKILL, or by Ctrl-C to its
-process group), sometimes again when it is repeated, and then runs to its end. It must succeed with
-the same result as an undisturbed command. Part two writers: every command runs twice at once with
-the same output, and then once more. Part damage: a file of a run, store, vectors or index gets a
-flipped bit, is cut in half, emptied or removed; then every command that reads it runs. "unnoticed"
-counts runs that trained on a damaged file's content or tested with it.
+The tests have three parts:
 
-Try i depends only on --seed and i. Prints one table, also after Ctrl-C; the exit status is 1 if a
-column after the first three has a number above 0.
+- kills: A command that writes is stopped at a random moment, by SIGKILL or by Ctrl-C to its process
+  group. Sometimes it is started and stopped again. Then it runs to its end, and must give the same
+  result as an undisturbed command.
+- two-writers: A command runs twice at the same time with the same output, and then once more.
+- damage: A file of a run, a store, vectors or an index gets a flipped bit, is cut in half, emptied
+  or removed. Then every command that reads the result runs.
+
+Try i depends only on --seed and i. The script prints one table, also after Ctrl-C. The first three
+columns count tries, tries in which a command was stopped or failed, and tries in which every
+command ended normally. The other columns count faults: "lost" means that a result cannot be read,
+"blocked" that a command cannot succeed any more, and "unnoticed" that a run continued with a
+damaged file and gave another result. If there is any fault, the exit status is 1.
 """
 
 import argparse
@@ -83,16 +88,15 @@ STEPS = ["--batch-size", "8", "--checkpoint-every", "3", "--log-every", "2"]
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes to a place, how to repeat it, and how to read its result for
-    comparison.
-    """
+    """A command that writes to a path, and a function that reads its result for a comparison."""
 
-    words: Callable[[Path], list[str]]
-    suffix: str
+    words: Callable[[Path], list[str]]  # path of the output -> words of the command
+    suffix: str  # suffix of the path of the output
     result: Callable[[Path], object]
     resumes: bool = False
 
     def again(self, out: Path) -> list[str]:
+        """Return the words that repeat the command, with --resume if it can continue a run."""
         resume = self.resumes and (out / "config.json").exists()
         return [self.words(out)[0], "--out", str(out), "--resume"] if resume else self.words(out)
 
@@ -101,8 +105,10 @@ class Job:
 
 
 def make_shapes(folder: Path) -> None:
-    """Make 48 clouds in three classes, as files in a train and a test split and as a bundle with
-    part labels; and a scene.
+    """Make 48 clouds in three classes, and a scene.
+
+    The clouds are written twice: as files in the splits train and test, and as a bundle with part
+    labels.
     """
     rng, labels = np.random.default_rng(0), np.arange(48) % 3
     points = (
@@ -133,7 +139,7 @@ def make_shapes(folder: Path) -> None:
 
 
 def jobs(base: Path) -> dict[str, Job]:
-    """Return every command that writes, for the material in `base`."""
+    """Return the jobs of all commands that write. base: folder of their input."""
     shapes, store, run = str(base / "shapes"), str(base / "prepare"), str(base / "pretrain")
     data = ["--data", store, "--max-steps", "12", *STEPS]
 
@@ -214,14 +220,15 @@ def labels_in(out: Path) -> list[str]:
 
 
 def start(words: list[str], log: Path) -> int:
-    """Start a command in a process of its own session, forked from this process, which has imported
-    everything. Returns the process's number.
+    """Start a command in a new process with its own session; returns the number of the process.
+
+    The process is forked from this one, so that it need not import anything.
     """
     process = os.fork()
     if process:
         return process
     os.setsid()
-    # otherwise the child's end would delete this process's temporary folders
+    # otherwise, the end of the child would delete temporary folders of its parent
     weakref.finalize._registry.clear()  # pyrefly: ignore
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -241,8 +248,9 @@ def start(words: list[str], log: Path) -> int:
 
 
 def finish(process: int, seconds: float = LIMIT) -> int | None:
-    """Wait for a process. Returns its exit status, or minus the signal that ended it; None if it
-    hung.
+    """Wait for a process.
+
+    Returns its exit status, or minus the number of the signal that ended it, or None if it hung.
     """
     end, done = time.monotonic() + seconds, 0
     try:
@@ -257,7 +265,7 @@ def finish(process: int, seconds: float = LIMIT) -> int | None:
 
 
 def left(session: int, patience: float = 60) -> list[str]:
-    """Return the processes of a session that still exist after some seconds."""
+    """Return the processes of a session that still exist after `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         there = []
@@ -272,7 +280,7 @@ def left(session: int, patience: float = 60) -> list[str]:
 
 
 class Rough:
-    """A folder of material, the results of undisturbed commands, and the counts."""
+    """A folder with the input of commands, the results of undisturbed commands, and counts."""
 
     def __init__(self, base: Path, seed: int, commands: list[str] | None = None):
         self.base, self.seed = base, seed
@@ -291,8 +299,9 @@ class Rough:
         self.tried = [name for name in self.whole if name in (commands or self.jobs)]
 
     def result(self, name: str, out: Path) -> str:
-        """Return a checksum of a command's result, computed in a separate process, or why it cannot
-        be read.
+        """Return a checksum of a command's result, or a text that says why it cannot be read.
+
+        The result is read in a separate process.
         """
         there, process = self.base / "result", os.fork()
         if not process:
@@ -316,7 +325,7 @@ class Rough:
         return (self.base / "log.err").read_text(errors="replace")[-2000:]
 
     def check(self, row: str, code: int | None, log: str = "log", part: str = "") -> int | None:
-        """Count what a command that ended must never do."""
+        """Count a fault if a command hung, printed a traceback or had a strange exit status."""
         text = (self.base / f"{log}.err").read_text(errors="replace")
         if code is None:
             self.fault(part, row, "hangs", text)
@@ -332,8 +341,8 @@ class Rough:
         self.shown.append(f"{part} {row}: {what}: {history}")
 
     def compare(self, part: str, name: str, out: Path, history: str = "") -> None:
-        """Count a fault if a result differs from the undisturbed one, or if other files lie beside
-        it.
+        """Count a fault if a result differs from that of the undisturbed command, or cannot be
+        read, or if temporary files are left beside it.
         """
         found = self.result(name, out)
         if found.startswith(UNREADABLE):
@@ -351,6 +360,7 @@ class Rough:
     # ---------------------------------------------------------------------------------------- kills
 
     def kill(self, number: int) -> None:
+        """Run one try of the part kills."""
         draw = random.Random(f"{self.seed} kill {number}")
         name = self.tried[number % len(self.tried)]
         job, part = self.jobs[name], "kills"
@@ -381,6 +391,7 @@ class Rough:
     # ---------------------------------------------------------------------------------- two writers
 
     def twice(self, number: int) -> None:
+        """Run one try of the part two-writers."""
         draw = random.Random(f"{self.seed} twice {number}")
         name = self.tried[number % len(self.tried)]
         job, part = self.jobs[name], "two writers"
@@ -405,6 +416,7 @@ class Rough:
     # --------------------------------------------------------------------------------------- damage
 
     def damage(self, number: int) -> None:
+        """Run one try of the part damage."""
         draw = random.Random(f"{self.seed} damage {number}")
         kinds = [kind for kind in self.readers() if kind.split(",")[0] in self.tried]
         kind = kinds[number % len(kinds)]
@@ -435,7 +447,7 @@ class Rough:
                     self.fault(part, kind, "unnoticed", history)
 
     def readers(self) -> dict[str, list[list[str]]]:
-        """Return the commands that read what each command made or left unfinished."""
+        """Return a dict: name of a command, perhaps ",unfinished" -> commands that read its output."""
         shapes = str(self.base / "shapes")
         query = [sorted(map(str, (self.base / "shapes").rglob("*.npy")))[0]]
         train = [
@@ -478,7 +490,7 @@ class Rough:
         }
 
     def unfinished(self, name: str) -> Path:
-        """Start a run and kill it soon after its second checkpoint. Returns its folder."""
+        """Start a run, and kill it soon after its second checkpoint. Returns its folder."""
         out = self.base / f"{name}-unfinished"
         while not out.exists():
             process = start(self.jobs[name].words(out), self.base / "log")
@@ -509,7 +521,7 @@ class Rough:
 
 
 def spoil(file: Path, how: str, draw: random.Random) -> None:
-    """Damage a file in the way `how`."""
+    """Damage a file. how: flip (a bit), cut off, emptied or removed."""
     content = bytearray(file.read_bytes())
     if how == "removed":
         file.unlink()

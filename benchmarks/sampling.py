@@ -1,20 +1,21 @@
-"""Measures the sampling kernels, farthest points and nearest neighbours (for their share of a
-training step see parts.py).
+"""Measure farthest point sampling and the search for nearest neighbours. (Their share of a training
+step is measured by parts.py.)
 
     python benchmarks/sampling.py                                # some 2 minutes
-    python benchmarks/sampling.py --rounds 3 --json figures.json
+    python benchmarks/sampling.py --rounds 3 --json numbers.json
 
-Prints milliseconds per cloud on one thread, for random clouds; contenders run in turn, and times
-are medians over rounds. "jepa3d" is what a user gets: `ops.farthest_point_sample`, which uses
-torch-quickfps where it is installed, and `ops.knn`. Other libraries are measured if they are
-installed: `pip install fpsample torch-fps` (the latter compiles at its first call, with ninja);
-torch-cluster and pytorch3d build from source.
+The script prints milliseconds per cloud on one thread, for random clouds. Implementations run in
+turn, and times are medians over rounds. "jepa3d" is what a user gets: `ops.farthest_point_sample`,
+which uses torch-quickfps if it is installed, and `ops.knn`. Other libraries are measured if they
+are installed: `pip install fpsample torch-fps` (torch-fps is compiled with ninja at its first
+call); torch-cluster and pytorch3d are built from source.
 
-"exact" for farthest points: yes means the same indices as the textbook loop from the same start;
-ties means that they differ only where several points are equally far. All contenders start at a
-cloud's first point; the clouds are made so that this is the point farthest from the centroid, where
-`farthest_point_sample` starts. "exact" for neighbours: the share of queries with the same set of
-neighbours as in scipy's tree, whose distances are float64.
+In the table of farthest points, "exact" is yes if the indices are the same as those of the textbook
+loop from the same start, and ties if they differ only where several points are equally far. All
+implementations start at the first point of a cloud. In the clouds made here, this is the point
+farthest from the centroid, where `farthest_point_sample` starts. In the table of neighbours,
+"exact" is the share of queries with the same set of neighbours as in scipy's tree, which computes
+distances in float64.
 """
 
 import argparse
@@ -42,14 +43,19 @@ FPS = {
     (8192, 512): 4,
     (8192, 1024): 4,
     (100_000, 4096): 1,
-}  # (points, samples) -> number of clouds, one at a time
-KNN = {(1024, 64): 32, (2048, 128): 32, (100_000, 4096): 1}  # the same, but all as one batch
+}  # (points, samples) -> number of clouds, sampled one at a time
+KNN = {
+    (1024, 64): 32,
+    (2048, 128): 32,
+    (100_000, 4096): 1,
+}  # (points, queries) -> clouds in one batch
 OTHERS = ("torch_quickfps", "fpsample", "torch_fps", "torch_cluster", "pytorch3d")
 INSTALLED = {
     name: importlib.import_module(name) for name in OTHERS if importlib.util.find_spec(name)
 }
 
-Contenders = dict[str, tuple[int, Callable[[], Tensor]]]  # name -> clouds per call, the call
+# name of an implementation -> number of clouds per call, and the function to call
+Contenders = dict[str, tuple[int, Callable[[], Tensor]]]
 
 
 def starting_farthest(count: int, num_points: int) -> Tensor:
@@ -63,8 +69,9 @@ def starting_farthest(count: int, num_points: int) -> Tensor:
 
 
 def textbook(points: Tensor, num_samples: int) -> Tensor:
-    """Sample farthest points of a cloud N 3 by the loop of PointNet++'s ports; its masked update is
-    slower than `minimum`.
+    """Sample farthest points of a cloud N 3, as ports of PointNet++ to torch do.
+
+    The ports update the distances with a mask, which is slower than the `minimum` used here.
     """
     distance = torch.full((len(points),), torch.inf)
     picked, current = torch.zeros(num_samples, dtype=torch.long), torch.tensor(0)
@@ -76,8 +83,10 @@ def textbook(points: Tensor, num_samples: int) -> Tensor:
 
 
 def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
-    """Return the samplers: for the first few of `points` one at a time, and in batches if
-    supported.
+    """Return all implementations of farthest point sampling.
+
+    few: number of clouds for implementations that take one cloud at a time. Those of jepa3d also
+    take all `points` as one batch.
     """
     num_points, start = points.shape[1], torch.zeros(len(points), dtype=torch.long)
     reference, sample = ops._farthest_point_sample_reference, ops.farthest_point_sample
@@ -122,7 +131,7 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
             lambda cloud: run(cloud, valid, num_samples, start_idx=start[:1])
         )
     if cluster := INSTALLED.get("torch_cluster"):
-        ratio = num_samples / num_points  # rounding may give one sample more
+        ratio = num_samples / num_points  # rounding may give one sample too many, which is cut off
         found["torch_cluster"] = singly(
             lambda cloud: cluster.fps(cloud[0], None, ratio, False)[:num_samples]
         )
@@ -134,7 +143,7 @@ def samplers(points: Tensor, num_samples: int, few: int) -> Contenders:
 
 
 def searches(points: Tensor, centers: Tensor) -> Contenders:
-    """Return every way to find the NEIGHBOURS of `centers` among `points`."""
+    """Return all implementations of the search for the NEIGHBOURS nearest `points` of `centers`."""
     batch, num_points, _ = points.shape
 
     def scipy() -> Tensor:
@@ -164,7 +173,7 @@ def searches(points: Tensor, centers: Tensor) -> Contenders:
 
 
 def exactness(points: Tensor, indices: Tensor, expected: Tensor) -> str:
-    """Return yes, ties or no, as explained at the top of this file."""
+    """Compare indices with the expected ones: yes, ties or no, as explained at the top."""
     if torch.equal(indices, expected):
         return "yes"
     if not torch.equal(indices[:, 0], expected[:, 0]):
@@ -179,7 +188,7 @@ def exactness(points: Tensor, indices: Tensor, expected: Tensor) -> str:
 
 
 def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
-    """Time contenders in turn. Returns each contender's milliseconds per cloud in every round."""
+    """Time implementations in turn. Returns the milliseconds per cloud of each in every round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, (count, run) in contenders.items():
@@ -190,8 +199,9 @@ def interleaved(contenders: Contenders, rounds: int) -> dict[str, list[float]]:
 
 
 def farthest_points(rounds: int) -> dict[str, dict]:
-    """Return times and exactness of every contender, by size; the first call, which checks, isn't
-    timed.
+    """Return the times and the exactness of every implementation, by size.
+
+    The first call of each, whose result is checked, isn't timed.
     """
     figures = {}
     for (num_points, num_samples), few in FPS.items():
@@ -210,7 +220,7 @@ def farthest_points(rounds: int) -> dict[str, dict]:
 
 
 def neighbours(rounds: int) -> dict[str, dict]:
-    """Return times and the share of exact queries of every contender, by size."""
+    """Return the times and the share of exact queries of every implementation, by size."""
     figures = {}
     for (num_points, num_queries), batch in KNN.items():
         points = starting_farthest(batch, num_points)
@@ -229,7 +239,7 @@ def neighbours(rounds: int) -> dict[str, dict]:
 
 
 def milliseconds(times: list[float] | None) -> str:
-    """Format the median with three digits; a dash if nothing was measured."""
+    """Format the median with three digits; return a dash if nothing was measured."""
     if times is None:
         return "-"
     middle = median(times)
@@ -237,11 +247,11 @@ def milliseconds(times: list[float] | None) -> str:
 
 
 def print_table(figures: dict[str, dict], exact: Callable[[list], str]) -> None:
-    """Print a row per contender and a column per size.
+    """Print a row per implementation and a column per size.
 
-    exact: makes one word of a contender's results at all sizes.
+    exact: returns one word for the exactness of an implementation at all sizes.
     """
-    print(f"| ms a cloud | {' | '.join(figures)} | exact |\n|{'---|' * (len(figures) + 2)}")
+    print(f"| ms per cloud | {' | '.join(figures)} | exact |\n|{'---|' * (len(figures) + 2)}")
     for name in next(iter(figures.values()))["ms"]:
         cells = [milliseconds(part["ms"].get(name)) for part in figures.values()]
         of_sizes = [part["exact"][name] for part in figures.values() if name in part["exact"]]
@@ -255,7 +265,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the numbers of every round to this file")
     arguments = parser.parse_args()
-    keep_large_blocks()  # for all contenders, as the command line does
+    keep_large_blocks()  # for all implementations, as the command line does
     torch.set_num_threads(1)
     sampled = farthest_points(arguments.rounds)
     print(f"\nFarthest point sampling: {machine()}; median of {arguments.rounds} rounds\n")

@@ -1,7 +1,8 @@
-"""Measures time and memory of `jepa3d scene` on a synthetic LAS file with a given number of points.
-Needs the extra `io`.
+"""Measure time and memory of `jepa3d scene` on random LAS files with given numbers of points.
 
-python benchmarks/scene.py --points 1e6 5e6 --model ENCODER [--out features.parquet]
+    python benchmarks/scene.py --points 1e6 5e6 --model ENCODER [--out features.parquet]
+
+This needs the extra `io`.
 """
 
 import argparse
@@ -21,12 +22,14 @@ DENSITY, PER_OBJECT, CHUNK = (
     50,
     4000,
     1_000_000,
-)  # points per square metre; points per object; points written at once
+)  # points per square metre; points per object; number of points that are written at once
 
 
 def make(path: Path, total: int) -> None:
-    """Write a scan in UTM coordinates: hills of 5 m, and on them boxes and cylinders of 1 to 6 m
-    with half of the points.
+    """Write a scan of `total` points in UTM coordinates.
+
+    Half of the points lie on hills up to 5 m high. The others lie on boxes and cylinders that stand
+    on the hills and are 1 to 6 m wide.
     """
     rng, side = np.random.default_rng(0), np.sqrt(total / 2 / DENSITY)
     header = laspy.LasHeader(version="1.4", point_format=6)
@@ -59,6 +62,7 @@ def make(path: Path, total: int) -> None:
 
 
 def _on_ground(xy: np.ndarray) -> np.ndarray:
+    """Add the height of the ground to coordinates n 2; returns n 3."""
     return np.column_stack([xy, 5 * np.sin(xy[:, 0] / 40) * np.cos(xy[:, 1] / 40)])
 
 
@@ -68,10 +72,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--points", type=float, nargs="+", default=[1e6, 5e6])
     parser.add_argument("--model", default="default")
-    parser.add_argument("--out", default="features.ply", help="the suffix chooses the format")
+    parser.add_argument(
+        "--out",
+        default="features.ply",
+        help="name of the output file; its suffix chooses the format",
+    )
     args = parser.parse_args()
     print(machine())
-    for total in map(int, args.points):  # in rising order, since the peak is that of all so far
+    for total in map(int, args.points):  # in rising order, since the peak is over all runs so far
         with tempfile.TemporaryDirectory() as folder:
             scan, out = Path(folder, "scan.las"), Path(folder, args.out)
             make(scan, total)

@@ -1,14 +1,15 @@
-"""Compares ways to search a million vectors: exactly in Parquet and in its copy, LanceDB, FAISS; by
-recall, latency, memory, disk and restart.
+"""Compare ways to search a million vectors: exact search in a Parquet file and in a memory-mapped
+copy of it, LanceDB, and FAISS. Measure recall, latency, memory, disk space and the first answer.
 
     python benchmarks/search.py --store STORE              # a store of jepa3d prepare with some thousand shapes or more
     python benchmarks/search.py --store STORE --count 100000
 
-The vectors are made from the package's vectors of the store's shapes: each is a point between two
-nearby vectors, with noise of a tenth of their distance. Queries are shapes of the store that were
-held out. Each way runs in its own process; the true neighbours are computed by numpy in float64.
-CPU is the processor time of all threads per query, which depends less on a busy machine than the
-clock. FAISS is included if faiss-cpu is installed.
+The packaged encoder computes a vector of each shape in the store. The vectors of 200 shapes are the
+queries. The million vectors to search are made from the other vectors: each is a random point
+between two vectors that are close to each other, plus noise of a tenth of their distance. Each way
+to search runs in its own process. The true neighbours are computed by numpy in float64. The column
+CPU has the processor time of all threads per query, which other programs on the machine change less
+than the wall-clock time. FAISS is included if faiss-cpu is installed.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def make(store: Path, count: int, folder: Path) -> None:
 
 
 def vectors(folder: Path) -> np.ndarray:
+    """Read all vectors into memory."""
     from jepa3d.inference.vectors import Vectors, to_numpy
 
     opened = Vectors(folder / "v.parquet")
@@ -81,6 +83,7 @@ def vectors(folder: Path) -> np.ndarray:
 
 
 def truth(folder: Path) -> None:
+    """Compute the true K nearest neighbours of each query, and write them to folder/truth.npy."""
     x, queries = vectors(folder), np.load(folder / "q.npy").astype(np.float64)
     best = np.full((len(queries), K), -2.0), np.zeros((len(queries), K), np.int64)
     for at in range(0, len(x), 50_000):
@@ -99,6 +102,7 @@ def faiss_index(folder: Path, way: str) -> Path:
 
 
 def build(way: str, folder: Path) -> None:
+    """Build the index of one way to search."""
     from jepa3d.inference.lance import VectorStore, create_or_update
     from jepa3d.inference.vectors import Vectors
 
@@ -126,8 +130,8 @@ def build(way: str, folder: Path) -> None:
 
 
 def ask(way: str, folder: Path, probes: int) -> None:
-    """Print JSON: the time of the first answer after starting, the times of all answers, and the
-    recall.
+    """Search for all queries, and print JSON: the seconds from the start to the first answer, the
+    milliseconds of later answers, the recall and the peak memory.
     """
     queries, known = np.load(folder / "q.npy"), np.load(folder / "truth.npy")
     start = time.perf_counter()
@@ -176,6 +180,7 @@ def ask(way: str, folder: Path, probes: int) -> None:
 
 
 def size(path: Path) -> float:
+    """Return the size of a file or folder in MB."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 

@@ -1,21 +1,22 @@
-"""Compares the pretraining step of jepa3d with those of Point-MAE, Point-JEPA and point2vec, each
-by its own code (see peers.py).
+"""Compare the pretraining step of jepa3d with the steps of three peers: Point-MAE, Point-JEPA and
+point2vec, which run with their own code (see peers.py).
 
     pip install -e '.[view,fast]'            # Point-MAE imports matplotlib
     python benchmarks/step.py --point-mae DIR --point-jepa DIR --point2vec DIR --json step.json  # checkouts, optional
     python benchmarks/step.py --size tiny    # the objectives of jepa3d alone, preset tiny
-    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # the choice of `auto` with AMX
+    python benchmarks/step.py --mixed-precision bf16 --point-mae DIR --point-jepa DIR  # as `auto` chooses with AMX
 
-Each contender has its own process. All are built and warmed up; then, round by round, they take
-some steps in turn on the same random clouds, the peers in fp32. So all must fit in memory together,
-with 1.5 to 3 GiB each at batch 32. Loading data is not measured.
+Each contender has its own process. All contenders are built and warmed up. Then, in each round,
+they take some steps in turn on the same random clouds; the peers always use fp32. So all contenders
+must fit into memory together; each takes 1.5 to 3 GiB at batch 32. Loading data is not measured.
 
-A sample is a cloud with one mask: with 2 masks per cloud, a batch has half as many clouds.
-samples/s is the median over rounds; ratios and shares are computed within a round, and then their
-median is taken. "tuned": glibc keeps large blocks, as in all commands of jepa3d. GFLOP counts the
-operations of forward and backward pass (matrix products, convolutions and attention), averaged over
-the warm-up steps, because Point-JEPA and jepa3d sample the sizes of their blocks. GEMM peak: the
-fastest 2048^3 fp32 product in the same process and round, with the same threads.
+A sample is a cloud with one mask: with 2 masks per cloud, a batch has half as many clouds. In the
+table, samples/s is the median over rounds; ratios and shares are computed within each round, and
+then their median is taken. "tuned" means that glibc keeps large blocks of memory, as in all
+commands of jepa3d. GFLOP/sample counts the operations of the forward and backward pass (matrix
+products, convolutions and attention), averaged over the warm-up steps, since Point-JEPA and jepa3d
+sample the sizes of their target blocks. The GEMM peak is the speed of the fastest product of two
+2048 x 2048 fp32 matrices in the same process and round, with the same number of threads.
 """
 
 import argparse
@@ -45,25 +46,25 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train: `build(*arguments)` returns a model and its step(points) -> loss."""
+    """An implementation; `build(*arguments)` returns a model and its step(points) -> loss."""
 
     build: Callable[..., tuple[nn.Module, peers.Step]]
     arguments: tuple
     tuned: bool = True
-    masks: int = 1  # per cloud
+    masks: int = 1  # number of masks per cloud
 
 
 @dataclass(frozen=True)
 class Setting:
+    """The sizes that are the same for all contenders."""
+
     batch: int
     points: int
     threads: int
 
 
 def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
-    """Return all contenders by name. Ratios are relative to those with a teacher in their name, or
-    to the first contender if there are none.
-    """
+    """Return all contenders by name."""
     shared: dict = {"mixed_precision": arguments.mixed_precision}
     suffix = "" if arguments.mixed_precision == "no" else f", {arguments.mixed_precision}"
     if arguments.size == "tiny":
@@ -98,15 +99,17 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
 
 
 def ours(preset: str, objective: str, overrides: dict) -> tuple[nn.Module, peers.Step]:
+    """Make the model and the step of jepa3d."""
     training = Training(settings.resolve(settings.preset(preset), overrides), objective)
     return training.model, training
 
 
 def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
-    """Build and warm up; then for each received number of steps, send their seconds and the GEMM's
-    FLOP/s.
+    """Run a contender in this process; `pipe` leads to the parent process.
 
-    The number 0 ends the process.
+    After the warm-up, send the FLOPs per sample and the number of parameters. Then, for each
+    received number of steps, take these steps, and send their seconds and the GEMM peak in FLOP/s.
+    The number 0 ends the loop; then send the peak memory.
     """
     if contender.tuned:
         keep_large_blocks()
@@ -136,16 +139,16 @@ def work(pipe: Connection, contender: Contender, setting: Setting) -> None:
 def measure(
     found: dict[str, Contender], setting: Setting, rounds: int, steps: int
 ) -> dict[str, dict]:
-    """Measure every contender; rates and peaks have one entry per round."""
+    """Measure every contender. In the results, rates and peaks have one entry per round."""
     spawn = multiprocessing.get_context("spawn")
     pipes, figures = {}, {}
     for (
         name,
         contender,
-    ) in found.items():  # one after another, so that each is built on an idle machine
+    ) in found.items():  # one after another, so that each contender is built on an idle machine
         pipes[name], theirs = spawn.Pipe()
         spawn.Process(target=work, args=(theirs, contender, setting), daemon=True).start()
-        theirs.close()  # otherwise this process would wait for a worker that died
+        theirs.close()  # otherwise, this process would wait for a contender that died
         figures[name] = pipes[name].recv() | {"rates": [], "peaks": []}
         print(f"{name}: ready", file=sys.stderr)
     names = list(found)
@@ -162,6 +165,11 @@ def measure(
 
 
 def print_table(figures: dict[str, dict]) -> None:
+    """Print a row per contender.
+
+    Ratios are relative to each contender with a teacher in its name, or to the first contender if
+    no name has one.
+    """
     bases = [name for name in figures if "teacher" in name] or list(figures)[:1]
     ratios = [f"{name}: times as fast" for name in bases]
     columns = [
@@ -190,11 +198,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--point-mae", type=Path, help="folder of a checkout; also the next two")
+    parser.add_argument("--point-mae", type=Path, help="folder of a checkout of Point-MAE")
     parser.add_argument("--point-jepa", type=Path)
     parser.add_argument("--point2vec", type=Path)
     parser.add_argument("--size", choices=POINTS, default="small")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="of jepa3d")
+    parser.add_argument(
+        "--mixed-precision", choices=("no", "bf16"), default="no", help="precision of jepa3d"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)

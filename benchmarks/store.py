@@ -1,10 +1,10 @@
-"""Measures a store of ten million clouds: opening, index, the order of an epoch; and what reading
-shard by shard gains.
+"""Measure a store of ten million clouds: opening it, looking up clouds, and ordering an epoch. Also
+measure how fast a smaller store is read in random order.
 
     python benchmarks/store.py                    # 10,000,000 clouds: an index of 650 MB in a temporary folder
 
-The large store has an index but only its first shard, because its points would take 123 GB; the
-small store is real.
+The large store has an index but no points, because they would take 123 GB. The small store is
+complete.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import psutil
 from jepa3d.data.store import COLUMNS, FORMAT, Store, StoredPoints, StoreWriter
 from jepa3d.training.loop import batch_index, epoch_order
 
-PER_SHARD, POINTS = 2730, 2048  # clouds of a shard, which has 32 MiB of float16; points of a cloud
+PER_SHARD, POINTS = 2730, 2048  # clouds in a shard of 32 MiB in float16; points in a cloud
 
 
 def make_index(path: Path, clouds: int) -> None:
-    """Write store.json and index/ for `clouds` clouds in chunks, but no points."""
+    """Write store.json and the index of a store with `clouds` clouds, but no points."""
     (path / "index").mkdir(parents=True)
     for begin in range(0, clouds, 500_000):
         rows = np.arange(begin, min(begin + 500_000, clouds))
@@ -70,7 +70,7 @@ def timed(action, rounds: int = 5) -> str:
 
 
 def resident() -> float:
-    """Return the MiB of this process, including mapped pages that were touched."""
+    """Return the MiB of this process, including memory-mapped pages that were read."""
     return psutil.Process().memory_info().rss / 2**20
 
 
@@ -92,12 +92,12 @@ def main() -> None:
         print(
             f"| label and key of a cloud | {timed(lambda: (store.columns['label'][7_777], store.key(7_777)))} |"
         )
-        print(f"| memory grown by opening | {resident() - before:,.0f} MiB |")
+        print(f"| memory that opening takes | {resident() - before:,.0f} MiB |")
         train = np.flatnonzero(np.asarray(store.columns["split"]) == 0)
         points = StoredPoints(store, train, POINTS)
         sizes = points.shard_sizes
         print(
-            f"| rows of the train part | {timed(lambda: np.flatnonzero(np.asarray(store.columns['split']) == 0), 3)} |"
+            f"| rows of the train split | {timed(lambda: np.flatnonzero(np.asarray(store.columns['split']) == 0), 3)} |"
         )
         print(
             f"| order of an epoch | {timed(lambda: epoch_order.__wrapped__(0, 1, len(train), sizes), 3)} |"
@@ -107,7 +107,7 @@ def main() -> None:
         print(
             f"| indices of a batch of 128 | {timed(lambda: batch_index(0, next(step), 128, len(train), sizes))} |"
         )
-        print(f"| memory grown by all of it | {resident() - before:,.0f} MiB |")
+        print(f"| memory that all of this takes | {resident() - before:,.0f} MiB |")
 
         rng = np.random.default_rng(0)
         settings = {"points": POINTS, "reduce": "fps"}

@@ -159,7 +159,7 @@ def test_commands_that_read_files_in_place_say_what_to_do_with_an_archive(scans,
         assert text.startswith("jepa3d: error: ")
         assert text.endswith(f"{name}: {sources.REFUSAL}\n")
     (scans / name).rename(scans / "scans" / name)
-    assert f"left out: scans/{name}: an archive: unpack it" in said(
+    assert f"left out: scans/{name}: is an archive; unpack it" in said(
         capfd, "embed scans --model model --out v.parquet"
     )
 

@@ -266,5 +266,5 @@ def test_texts_of_hdf5_are_classes(tmp_path):
 
 def test_an_array_whose_points_come_last_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(3, 80)))
-    with pytest.raises(ReadError, match="points come first"):
+    with pytest.raises(ReadError, match="each row is a point"):
         read(tmp_path / "a.npy")

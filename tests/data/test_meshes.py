@@ -430,7 +430,7 @@ def test_turns_and_colours_of_gltf_are_those_of_its_standard(tmp_path):
         ),
         (
             lambda s: s["buffers"][0].update(uri="gone%20.bin"),
-            "its folder has no buffer gone .bin",
+            "its folder has no file gone .bin",
         ),
         (lambda s: s["buffers"][0].update(uri="../a.bin"), "is outside its folder"),
         (lambda s: s["buffers"][0].update(uri="/etc/passwd"), "is outside its folder"),

@@ -68,7 +68,9 @@ def test_a_store_of_them_is_the_same_with_any_number_of_processes(tmp_path):
     "source", ["procedural:", "procedural:0", "procedural:many", "procedural:-3"]
 )
 def test_a_wrong_count_is_refused_in_one_line(source):
-    with pytest.raises(ReadError, match=f"^{source}: give procedural:COUNT with a COUNT from 1$"):
+    with pytest.raises(
+        ReadError, match=f"^{source}: give procedural:COUNT with a COUNT of 1 or more$"
+    ):
         load([source], 64)
 
 

@@ -121,7 +121,7 @@ def test_a_fraction_in_place_of_the_folders_split_is_said(tmp_path, capsys):
         *(f"{part}/{c}/{i}.npy" for part in ("Train", "Test") for c in "ab" for i in "12"),
     )
     (path,) = prepare(source, tmp_path / "out", Preparation(points=16, split="0.25"), 1)
-    assert "takes the place of the split" in capsys.readouterr().out
+    assert "replaces the splits of the source" in capsys.readouterr().out
     assert np.bincount(Store(path).columns["split"]).tolist() == [6, 2]
 
 

@@ -115,7 +115,7 @@ def test_a_table_is_read_however_it_is_spelled(tmp_path, seed):
         ("x,y,z\n1,2,3\n4,five,6\n", "line 3 is not a row of numbers, but has 'five'"),
         ("1 2 3\n\n# note\n4 5\n", "line 4 is not a row of at least 3 columns: '4 5'"),
         ("a,b,c\n1,2,3\n4,5,6\n", "no columns x, y, z, but a, b, c; choose with --columns"),
-        ("x y\n1 2\n3 4\n", "line 2 has 2 columns, at least 3"),
+        ("x y\n1 2\n3 4\n", "line 2 has 2 columns, but needs 3"),
         ("5\n1 2 3\n4 5 6\n", "truncated: 2 points, but its count says 5"),
         ("1\n1 2 3\n4 5 6\n", "damaged: 2 points, but its count says 1"),
         ("2\n1 2 3\n4 5 6\n2\n7 8 9\n", "truncated: 3 points, but its count says 4"),
@@ -269,7 +269,7 @@ def test_a_pcd_is_read_however_it_is_spelled(tmp_path, seed):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("POINTS 30", "POINTS 31", "its header has 31 points, but 30 x 1"),
+        ("POINTS 30", "POINTS 31", "has 31 POINTS, but WIDTH x HEIGHT 30 x 1"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "POINTS 29", "29"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "POINTS 40", "truncated|claims"),
         ("WIDTH 30\nHEIGHT 1\nPOINTS 30", "", "no points"),

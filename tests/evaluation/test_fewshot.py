@@ -239,7 +239,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
     header = out / "2way_1shot/1/store.json"
     text = header.read_text()
     header.write_text(json.dumps(json.loads(text) | {"complete": False}))
-    with pytest.raises(ReadError, match="2way_1shot/1: an unfinished store"):
+    with pytest.raises(ReadError, match="2way_1shot/1: is an unfinished store"):
         published_folds(out, 16, "z", 2, 1, 3, 2)
     header.unlink()
     with pytest.raises(ReadError, match="2way_1shot/1 is missing"):

@@ -374,7 +374,7 @@ def test_unusable_scans_are_one_line_that_names_the_file(model, tmp_path, xyz):
         found[name].with_name(f"cut-{name}").write_bytes(content[: len(content) // 2])
     before = set(tmp_path.iterdir())
     reasons = {
-        "far.npy": "infinite coordinates, first in point 7,000",
+        "far.npy": "infinite coordinates, the first in point 7,000",
         "few.npy": "12 points, at least 16 are needed",
         "equal.npy": "all points are equal",
         "flat.npy": "expected an array",

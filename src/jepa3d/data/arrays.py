@@ -1,6 +1,7 @@
 """Read array files (NPY, NPZ, HDF5) that hold one cloud, or many clouds with labels and names.
 
-The shapes and types in their headers are checked before any array is unpacked.
+The header of a file states the shape and type of each array. Both are checked before the array is
+unpacked.
 """
 
 import math
@@ -19,10 +20,11 @@ from jepa3d.data.store import SPLITS
 from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
-_BLOCK = 256  # clouds of a file that are read together
-# an archive may unpack to 50 times its size, or to 256 MiB if that is more
+_BLOCK = 256  # number of clouds that are read from a file at once
+# a file may unpack to 50 times its size, or to 256 MiB if that is more
 _UNPACK_LIMIT = 50, 1 << 28
-# meaning -> names that an array with this meaning may have; the first name found is used
+# meaning -> names that an array with this meaning may have; if several are present, the first of
+# these names is used
 _NAMES = {
     "points": ("data", "points", "xyz"),
     "label": ("label", "labels"),
@@ -35,7 +37,10 @@ Headers = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and type
 
 
 def clouds_in(path: Path) -> int | None:
-    """Count the clouds in an array file; None if it is a single cloud. Raises ReadError."""
+    """Return the number of clouds in an array file of points [n, N, 3].
+
+    Returns None if the file is a single cloud [N, 3], or no array file. Raises ReadError.
+    """
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         return None
     with as_read_error(path):
@@ -44,12 +49,16 @@ def clouds_in(path: Path) -> int | None:
 
 
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
-    """Read labels, split and names from an array file, keyed by meaning; leave out absent ones.
+    """Read labels, split and names from an array file; returns a dict of what the file has.
 
-    Keys: label: n int64, -1 for no label. class_names: texts, () if the file names no classes.
-    split: n integers, indices into SPLITS. names: n texts, one per cloud. part_names: texts.
-    labels_key: name of the labels array. more: further arrays to return, points or parts. Raises
-    ReadError.
+    labels_key: name of the labels array. more: further arrays to return, "points" or "parts".
+    Raises ReadError. The keys of the dict:
+
+    - label: n int64, -1 for no label
+    - class_names: texts; () if the file has labels but does not name the classes
+    - split: n integers, indices into SPLITS
+    - names: texts, one per cloud
+    - part_names: texts
     """
     with as_read_error(path):
         headers = _headers(path)
@@ -81,10 +90,11 @@ def _described(values: np.ndarray) -> str:
 
 
 def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
-    """Convert labels n (texts, or numbers from 0) to int64; also return the class names.
+    """Convert labels n to int64, and also return the class names.
 
-    Negative numbers, NaN and the largest value of an integer type become -1 (no label). Raises
-    ReadError.
+    values: the labels as texts, or as numbers from 0. names: the class names in the file, () if
+    there are none. Negative numbers, NaN and the largest value of an integer type become -1 (no
+    label). Raises ReadError.
     """
     if values.dtype.kind in "US":
         texts, labels = np.unique(values, return_inverse=True)
@@ -121,7 +131,7 @@ def _headers(path: Path) -> Headers:
     found: Headers = {}
     wanted = set().union(*_NAMES.values())
     with io_module("h5py").File(path, "r") as file:
-        # this lists names only; arrays without a known name are not opened
+        # iterating over a file gives names only; arrays without a known name are not opened
         for name in file:
             found[name] = (), np.dtype("V")
             if name in wanted:
@@ -133,7 +143,7 @@ def _headers(path: Path) -> Headers:
 def npz_headers(path: Path) -> Headers:
     """Read the shape and type of every array in an NPZ.
 
-    Raises ReadError if a header claims more bytes than its member has.
+    Raises ReadError if a header claims more bytes than the file has for this array.
     """
     found = {}
     with zipfile.ZipFile(path) as archive:
@@ -150,7 +160,10 @@ def npz_headers(path: Path) -> Headers:
 
 
 def _bytes(header: tuple[tuple[int, ...], np.dtype]) -> int:
-    """Return the size in bytes of an array of this shape and type, as a Python int: no overflow."""
+    """Return the size in bytes of an array with this shape and type.
+
+    The size is a Python int, since a damaged header may claim more than an int64 can hold.
+    """
     return math.prod(header[0]) * header[1].itemsize
 
 
@@ -203,23 +216,23 @@ def _dataset(file: Any, name: str) -> Any:
 
 
 def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
-    """Return the names of the arrays to read, keyed by meaning (see `_NAMES`). Raises ReadError.
+    """Return a dict from meaning (see `_NAMES`) to the name of the array to read.
 
-    labels_key: name of the labels array. An array with one label per point, [n, N], is read as part
-    labels.
+    labels_key: name of the labels array. If this array has one label per point, [n, N], it is read
+    as part labels. Raises ReadError.
     """
     wanted, found = _NAMES, {}
     if labels_key != "labels":
         if labels_key not in headers:
             have = ", ".join(name for name in headers if name.startswith("label"))
-            raise ReadError(f"no array {labels_key!r}; its labels: {have or 'none'}")
+            raise ReadError(f"has no array {labels_key!r}, but {have or 'no labels'}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
             found[key] = name
     if "points" not in found:
         have = ", ".join(map(str, headers)) or "none"
-        raise ReadError(f"has no array data, points or xyz; it has {have}")
+        raise ReadError(f"has no array named data, points or xyz; it has {have}")
     shape, label = headers[found["points"]][0], found.get("label")
     if label:
         size = headers[label][0]
@@ -234,23 +247,30 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _shape(path: Path, mtime: int) -> tuple[int, ...]:
-    """Return the shape of a file's points. mtime: of the file, so that the cache sees changes."""
+    """Return the shape of a file's points.
+
+    mtime: modification time of the file, so that the cache is not used after the file has changed.
+    """
     headers = _headers(path)
     return headers[_known(headers)["points"]][0]
 
 
 @lru_cache(maxsize=2)
 def array_block(path: Path, block: int | None, mtime: int) -> dict[str, np.ndarray]:
-    """Read rows [256 * block, 256 * (block + 1)) of a file's arrays, keyed by meaning.
+    """Read one block of `_BLOCK` rows of each array in a file; returns a dict keyed by meaning.
 
-    All rows if `block` is None; an NPZ is always read whole. mtime: of the file, for the cache.
+    block: index of the block; None reads all rows. An NPZ is always read whole. mtime: modification
+    time of the file, so that the cache is not used after the file has changed.
     """
     rows = slice(None) if block is None else slice(block * _BLOCK, (block + 1) * _BLOCK)
     return _read(path, _known(_headers(path)), rows)
 
 
 def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarray]:
-    """Read rows of the arrays `names` (meaning -> name); an NPZ is always read whole."""
+    """Read some rows of the named arrays; returns a dict keyed by meaning.
+
+    names: meaning -> name of the array. An NPZ is always read whole, whatever `rows` says.
+    """
     if path.suffix.lower() == ".npy":
         values = np.load(path, allow_pickle=False, mmap_mode="r")[rows]
         return dict.fromkeys(names, values)
@@ -263,12 +283,12 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
         for key, name in names.items():
             data = _dataset(file, name)
             if data.dtype.hasobject:
-                # HDF5 never compresses the text of variable-length strings: no size to check
+                # HDF5 never compresses strings of variable length, so no size needs a check
                 if h5py.check_string_dtype(data.dtype) is None:
-                    raise ReadError(f"{name} holds objects of any length, not numbers")
+                    raise ReadError(f"{name} holds values of varying length, not numbers")
                 found[key] = data.asstr()[rows].astype(str)
                 continue
-            # gzip compresses by a factor of at most 1032
+            # gzip compresses by a factor of at most 1032, so 1100 is a safe limit
             check_claim(path, data.nbytes, 1100)
             share = len(range(*rows.indices(len(data)))) / max(1, len(data))
             chunk = _bytes((data.chunks or (), data.dtype))
@@ -278,12 +298,15 @@ def _read(path: Path, names: dict[str, str], rows: slice) -> dict[str, np.ndarra
 
 
 def read_array(path: Path, row: int | None) -> PointCloud:
-    """Read a file that is one cloud, or the cloud at `row` of a file of many. Raises ReadError."""
+    """Read a file that is one cloud, or the cloud at `row` of a file of many clouds.
+
+    Raises ReadError.
+    """
     mtime, count = path.stat().st_mtime_ns, clouds_in(path)
     if count is None:
         arrays = array_block(path, None, mtime)
     elif row is None:
-        raise ReadError(f"holds {count:,} clouds: choose one as PATH#ROW")
+        raise ReadError(f"holds {count:,} clouds: choose one cloud as PATH#ROW")
     else:
         whole = path.suffix.lower() == ".npz"
         block, at = (None, row) if whole else divmod(row, _BLOCK)
@@ -306,6 +329,7 @@ def npy_rows(path: Path) -> Iterator[np.ndarray]:
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)
     for at in range(0, len(values), clouds.CHUNK):
-        # mapped again for each chunk; else all pages read so far would count as our memory
+        # map the file again for each chunk; otherwise all pages read so far would count as memory
+        # of this process
         values = np.load(path, mmap_mode="r", allow_pickle=False)
         yield values[at : at + clouds.CHUNK, :3].astype(np.float64)

@@ -1,7 +1,8 @@
 """Recognise and read the published benchmarks, in the layouts in which they are distributed.
 
-These are Point-BERT's ShapeNet55 and few-shot folds, three releases of ModelNet, ScanObjectNN, and
-two releases of ShapeNetPart. If a file is missing, the error says where its owner publishes it.
+The benchmarks are ShapeNet55 and the few-shot folds of ModelNet40 (both as Point-BERT publishes
+them), three releases of ModelNet, ScanObjectNN, and two releases of ShapeNetPart. If a file of a
+benchmark is missing, the error says where the owner publishes the benchmark.
 """
 
 import io
@@ -26,7 +27,7 @@ from jepa3d.data.store import SPLITS
 
 _PUBLISHED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SHAPENETPART: dict[str, int] = _PUBLISHED["parts"]  # number of parts per category
-# ScanObjectNN: variant -> its folder in the whole download, and the end of its file names
+# variant of ScanObjectNN -> its folder in the full download, and how its file names end
 _SCANS = {
     "obj_bg": ("main_split", ""),
     "pb_t50_rs": ("main_split", "_augmentedrot_scale75"),
@@ -38,8 +39,8 @@ _SCANS = {
 def benchmark_at(root: Path, variant: str | None) -> Source | None:
     """Return the benchmark whose files lie at `root`, or None if there is none.
 
-    Raises ReadError for an incomplete copy, and if `root` has several variants but `variant` is
-    None.
+    variant: name of the variant to read; it may be None if `root` has only one. Raises ReadError if
+    the copy is incomplete or `root` lacks the variant.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -58,14 +59,20 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
 
 
 def meshes_of(classes: set[str | None]) -> str | None:
-    """Return the layout's name if these are exactly the classes of ModelNet10 or 40, else None."""
+    """Return "ModelNet10 meshes" or "ModelNet40 meshes" if this data set has exactly these classes.
+
+    For other classes, return None.
+    """
     names = ("ModelNet10", "ModelNet40")
     found = [name for name in names if classes == set(_PUBLISHED["classes"][name])]
     return f"{found[0]} meshes" if found else None
 
 
 def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
-    """Return a note if the splits of a benchmark do not have their published numbers of shapes."""
+    """Compare the numbers of shapes in each split of a benchmark with the published numbers.
+
+    Returns a list with one note if they differ, else an empty list.
+    """
     found = Counter(entry.split for entry in entries)
     sizes = _PUBLISHED["sizes"][layout]
     if all(found[split] == size for split, size in sizes.items()):
@@ -76,7 +83,11 @@ def check_sizes(layout: str, entries: list[Entry]) -> list[str]:
 
 
 def _lines(path: Path, owner: str) -> list[str]:
-    """Read the non-empty lines of a benchmark's list. Raises ReadError if the list is missing."""
+    """Read the non-empty lines of a text file of a benchmark, such as a list of shapes.
+
+    owner: name of the benchmark under `owners` in benchmarks.yaml. Raises ReadError if the file is
+    missing.
+    """
     with as_read_error(path):
         if not path.is_file():
             _missing(owner, None, path)
@@ -84,14 +95,18 @@ def _lines(path: Path, owner: str) -> list[str]:
 
 
 def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
-    """Raise a ReadError for a missing file. Such a file's entry has this function as its reader."""
+    """Raise a ReadError for a missing file.
+
+    An entry for a missing file has this function as its reader, so that the error is raised when
+    the entry is read. list_name: name of the list that names the file, or None.
+    """
     listed = f"but {list_name} lists it" if list_name else f"but {owner} needs it"
     hint = f"get it from {_PUBLISHED['owners'][owner]}"
     raise ReadError(f"{path}: is missing, {listed}; {hint}")
 
 
 def _listed(path: Path, reader: Callable, owner: str, list_name: str) -> partial:
-    """Return the reader of a listed file, which is `_missing` if the file does not exist."""
+    """Return `reader` for a file in a list; if the file does not exist, return `_missing`."""
     missing = partial(_missing, owner, list_name, path)
     return partial(reader, path) if path.is_file() else missing
 
@@ -107,7 +122,10 @@ def _shapenet55(root: Path) -> Source:
 
 
 def _modelnet_normals(root: Path, variant: str | None) -> Source:
-    """Read PointNet++'s release: 10,000 points with normals, lists for 10 and for 40 classes."""
+    """Read PointNet++'s release of ModelNet: files of 10,000 points with normals.
+
+    Lists name the files of ModelNet10 and of ModelNet40, which are the variants.
+    """
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
     classes, entries = set(_lines(root / f"{name}_shape_names.txt", "ModelNet")), []
@@ -129,7 +147,7 @@ def _modelnet_hdf5(root: Path) -> Source:
     names, entries = _lines(root / "shape_names.txt", "ModelNet"), []
     for split in ("train", "test"):
         for line in _lines(root / f"{split}_files.txt", "ModelNet"):
-            # only the name counts: the list has folders of its author's machine
+            # the folders in the list are those of its author's machine, so use only the file name
             path = root / Path(line).name
             if not path.is_file():
                 _missing("ModelNet", f"{split}_files.txt", path)
@@ -153,7 +171,11 @@ def _rows_of(path: Path, names: Sequence[str], split: str) -> list[Entry]:
 
 
 def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
-    """Read the whole download, or its folder main_split or main_split_nobg (no background)."""
+    """Read ScanObjectNN from the full download or from one of its two folders of splits.
+
+    The folders are main_split and main_split_nobg (scans without background). Returns None if
+    `root` holds none of these.
+    """
     is_folder = any(root.glob("t*_objectdataset*.h5"))
     only = "main_split_nobg" if "nobg" in root.name else "main_split"
     files = {
@@ -169,22 +191,27 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
     for split, part in (("train", "training"), ("test", "test")):
         path = folder / f"{part}{end}"
         if not path.is_file():
-            _missing("ScanObjectNN", f"the {name} variant", path)
+            _missing("ScanObjectNN", None, path)
         rows = _rows_of(path, _PUBLISHED["classes"]["ScanObjectNN"], split)
         entries += [replace(row, read=partial(_masked, row.read)) for row in rows]
     return Source(f"ScanObjectNN {name}", entries, ("background", "object"))
 
 
 def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
-    """Read a cloud, with part label 1 for the object and 0 for the background (mask -1)."""
+    """Read a cloud and convert its mask to part labels.
+
+    Part label 0 means background (-1 in the mask), 1 means object.
+    """
     cloud = reader()
     parts = None if cloud.parts is None else (cloud.parts != -1).astype(np.int32)
     return replace(cloud, parts=parts)
 
 
 def _shapenetpart(root: Path) -> Source:
-    """Read either release: `ID.txt` files with normals and global part labels, or `points/ID.pts`
-    files with labels in `points_label/ID.seg`.
+    """Read ShapeNetPart in either release.
+
+    One release has files `ID.txt` with normals and global part labels; the other has points in
+    `points/ID.pts` and their part labels in `points_label/ID.seg`.
     """
     path = root / "synsetoffset2category.txt"
     lines = [line.split() for line in _lines(path, "ShapeNetPart")]
@@ -225,7 +252,10 @@ def _shapenetpart(root: Path) -> Source:
 
 
 def _with_parts(first: int, count: int, path: Path) -> PointCloud:
-    """Read a cloud with its part labels; labels 1 to `count` in its file become `first`, ..."""
+    """Read a cloud from points/ID.pts, and its part labels from points_label/ID.seg.
+
+    The labels 1 to `count` in the second file become global labels `first` to `first + count - 1`.
+    """
     cloud = read(path)
     side = path.parents[1] / "points_label" / f"{path.stem}.seg"
     with as_read_error(side):
@@ -234,12 +264,12 @@ def _with_parts(first: int, count: int, path: Path) -> PointCloud:
             raise ReadError(f"{len(parts)} part labels for {len(cloud)} points")
         low, high = parts.min(), parts.max()
         if low < 1 or high > count:
-            raise ReadError(f"part labels {low}-{high}, but the category has 1-{count}")
+            raise ReadError(f"part labels {low}-{high}, but its category has 1-{count}")
         return replace(cloud, parts=parts + (first - 1))
 
 
 def _chosen(root: Path, found: list[str], variant: str | None) -> str:
-    """Return the named variant of a benchmark, or its only variant. Raises ReadError."""
+    """Return the named variant, or the only one if none is named. Raises ReadError."""
     if variant is None and len(found) == 1:
         return found[0]
     if variant not in found:
@@ -260,10 +290,10 @@ _ARRAY_PARTS = re.compile(
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays in plain containers, and nothing that could run code."""
+    """An unpickler of numpy arrays in plain containers; it refuses whatever could run code."""
 
     def find_class(self, module: str, name: str):
-        # bytes, as pickle protocol 2 writes them
+        # pickle protocol 2 stores bytes as a call of this function
         if (module, name) == ("_codecs", "encode"):
             return lambda text, _: text.encode("latin1")
         if not _ARRAY_PARTS.fullmatch(f"{module}.{name}"):
@@ -284,7 +314,10 @@ def _fold(path: Path, mtime: int) -> dict[str, list]:
 
 
 def fold_of(path: Path) -> Source:
-    """Read a published W-way S-shot fold (`5way_10shot/0.pkl`): train W * S clouds, test W * 20."""
+    """Read a published W-way S-shot fold, such as `5way_10shot/0.pkl`.
+
+    The train split has W * S clouds, and the test split has W * 20.
+    """
     fold, entries = _fold(path, path.stat().st_mtime_ns), []
     with as_read_error(path):
         for split in ("train", "test"):

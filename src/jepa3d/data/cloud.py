@@ -1,4 +1,4 @@
-"""One shape in memory: `PointCloud`, its checks, and how it is reduced or filled to N points."""
+"""Hold one shape in memory as a `PointCloud`; check it, and reduce it or fill it up to N points."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,12 +10,14 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-# most points kept of one file; a larger file is sampled uniformly, so that memory is bounded
+# largest number of points of a cloud; of a file with more points, a uniform sample is read, so that
+# memory is bounded
 MAX_POINTS = 1_000_000
-CHUNK = 200_000  # rows of a file that are read at once
+CHUNK = 200_000  # number of rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
 UNLABELLED = -1  # the part label of a point that has none
-# the largest value of a smaller integer type: some files write it for "no label" in a wider type
+# largest values of three integer types: some files write one of them for "no label", although the
+# type of their labels is wider
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
 # attribute -> names that its columns, fields or properties may have; the first match is used
 ATTRIBUTE_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -32,15 +34,16 @@ TO_Z_UP = {
 
 
 class ReadError(ValueError):
-    """A file that cannot be used; the message names the file and the reason."""
+    """The error for a file that cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class PointCloud:
-    """A cloud, or a mesh with its vertices as points. In the file they are points * scale + origin.
+    """A cloud, or a mesh whose vertices are the points.
 
-    Coordinates are centred in float64 before they become float32, so that map coordinates (6e6 m)
-    keep their millimetres. Create clouds with `make`, which raises ReadError for unusable points.
+    The coordinates in the file are points * scale + origin. They are centred in float64 before they
+    become float32, so that map coordinates (6e6 m) keep their millimetres. Create clouds with
+    `make`, which raises ReadError for unusable points.
     """
 
     points: np.ndarray  # N 3 float32
@@ -62,11 +65,12 @@ class PointCloud:
 
     @staticmethod
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
-        """Create a cloud from coordinates N 3 of any number type, and attributes of N rows.
+        """Create a cloud from coordinates N 3 of any number type; NaN points are left out.
 
-        NaN points are left out. unseen: number of NaN points that the caller has already left out.
-        Raises ReadError if `xyz` has another shape or no points, if points are infinite or all
-        equal, if a face has a NaN vertex, or if an attribute has another length.
+        unseen: number of NaN points that the caller has already left out. attributes: other fields
+        of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
+        array of points, if points are infinite or all equal, if a face has a NaN vertex, or if an
+        attribute has another number of rows.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
@@ -92,7 +96,7 @@ class PointCloud:
         return PointCloud(points, origin, unseen=unseen, **attributes)
 
     def take(self, index: np.ndarray) -> "PointCloud":
-        """Return the points at an array of indices with their attributes, without faces."""
+        """Return a cloud of the points at an array of indices, with attributes but no faces."""
         arrays = {name: getattr(self, name) for name in ("points", *ATTRIBUTES)}
         kept = {key: None if old is None else old[index] for key, old in arrays.items()}
         return replace(self, faces=None, **kept)
@@ -100,7 +104,8 @@ class PointCloud:
     def normalised(self) -> "PointCloud":
         """Return the cloud in the unit sphere (centroid 0, farthest point at distance 1).
 
-        Its new origin and scale still lead back to the coordinates in the file.
+        With the new origin and scale, points * scale + origin still gives the coordinates in the
+        file.
         """
         points = self.points.astype(np.float64)
         center = points.mean(0)
@@ -126,10 +131,11 @@ class PointCloud:
     def reduced(self, count: int, method: str, seed: int) -> "PointCloud":
         """Choose `count` points of this cloud, which must have at least `count`.
 
-        method: fps: farthest point sampling; the points keep its order, so that any first n are
-        the farthest point sample of size n. random: uniform. voxel: take one point from each
-        occupied cell of the coarsest grid (2^k cells per side) with at least `count` of them, then
-        choose `count` of these at random; this is nearly even and takes linear time.
+        method: fps, random or voxel. fps: farthest point sampling; the points stay in the order in
+        which they were sampled, so for every n the first n are the farthest point sample of size n.
+        random: uniform. voxel: find the coarsest grid (2^k cells per side) that has at least
+        `count` occupied cells, take one point from each of these cells, and choose `count` of the
+        taken points at random; the sample is nearly even, and the time is linear.
         """
         rng = np.random.default_rng(seed)
         if method == "fps":
@@ -140,9 +146,10 @@ class PointCloud:
         return self.take(rng.permutation(_one_a_voxel(self.points, count))[:count])
 
     def filled(self, count: int) -> "PointCloud":
-        """Fill this cloud of fewer than `count` points up to `count`, as `frame.py::fill` does.
+        """Fill this cloud, which has fewer than `count` points, up to `count` with moved copies.
 
-        Raises ReadError for fewer than min(LEAST, count) different points.
+        `frame.py::fill` says how the copies are moved. Raises ReadError for fewer than
+        min(LEAST, count) different points.
         """
         different = np.unique(self.points, axis=0, return_index=True)[1]
         if len(different) < (needed := min(LEAST, count)):
@@ -169,16 +176,22 @@ class PointCloud:
 
 
 def check_shape(xyz: np.ndarray) -> None:
-    """Raise ReadError unless this is an array of numbers with shape [n, D], D >= 3."""
+    """Raise ReadError unless `xyz` is an array of numbers with shape [n, D], D >= 3.
+
+    Arrays [3, D] with D > 32 are refused as well, since their points are most likely in columns.
+    """
     found = f"expected an array of points [n, 3], found {xyz.dtype} {list(xyz.shape)}"
     if xyz.ndim != 2 or xyz.shape[1] < 3 or xyz.dtype.kind not in "iuf":
         raise ReadError(found)
     if len(xyz) == 3 and xyz.shape[1] > 32:
-        raise ReadError(f"{found}: transpose it, so that points come first")
+        raise ReadError(f"{found}: transpose it, so that each row is a point")
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """Raise ReadError unless points n 3 are finite and two differ. where: text before an error."""
+    """Raise ReadError unless points n 3 are finite and at least two of them differ.
+
+    where: text with which the error message begins.
+    """
     try:
         check(points)
     except ValueError as error:
@@ -209,9 +222,11 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Convert colours N 3 to uint8: from fractions (some may exceed 1), 0 to 255, or 16 bits.
+    """Convert colours N 3 to uint8.
 
-    NaN becomes 0.
+    The type and the largest value tell the range of the colours: floats below 2 are fractions (some
+    files exceed 1 a little), values above 255 have 16 bits, and others go from 0 to 255. NaN
+    becomes 0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -241,13 +256,16 @@ def rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Find normals, colors and parts among named columns (fields, properties) of n values each."""
+    """Find normals, colors and parts among the columns of a file; returns a dict of those found.
+
+    columns: name of a column, field or property -> its n values.
+    """
     found: dict[str, Any] = {}
     forms = {"normals": np.float32, "colors": to_bytes, "parts": np.ravel}
     for key, groups in ATTRIBUTE_COLUMNS.items():
         if names := next((g for g in groups if {*g} <= columns.keys()), None):
             found[key] = forms[key](np.stack([columns[name] for name in names], 1))
-    # PCL packs a colour into one float or integer, whose bytes are b, g, r, a
+    # PCL (Point Cloud Library) packs a colour into one float or integer with the bytes b, g, r, a
     packed = columns.get("rgb", columns.get("rgba"))
     if packed is not None and "colors" not in found and packed.dtype.itemsize == 4:
         bgra = np.ascontiguousarray(packed).view(np.uint8).reshape(-1, 4)
@@ -258,10 +276,10 @@ def attributes_of(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def sample_triangles(
     triangles: np.ndarray, count: int, rng: np.random.Generator, weight: Any = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample points [count, 3] uniformly on triangles [t, 3, 3]; also return their indices [count].
+    """Sample points uniformly on triangles [t, 3, 3].
 
-    The indices name the triangle of each point. weight: factors [t] on the triangles' areas. Raises
-    ReadError if the total area is 0.
+    Returns points [count, 3], and for each point the index of its triangle [count]. weight: factors
+    [t] on the triangles' areas. Raises ReadError if the total area is 0.
     """
     a, b, c = triangles.swapaxes(0, 1)
     area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
@@ -274,9 +292,10 @@ def sample_triangles(
 
 
 def _one_a_voxel(points: np.ndarray, count: int) -> np.ndarray:
-    """Return indices of one point per occupied cell, for the coarsest grid with >= `count` of them.
+    """Return the index of the first point in each occupied cell of a grid.
 
-    A grid has 2^k cells per side; the first point in a cell is taken.
+    The grid has 2^k cells per side; it is the coarsest one with at least `count` occupied cells. If
+    there is none up to k = 20, all indices are returned.
     """
     low, extent = points.min(0), np.ptp(points, axis=0).max()
     for level in range(1, 21):
@@ -318,10 +337,11 @@ class Reservoir:
 
 
 def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
-    """Collect chunks of rows n D into a cloud without NaN points; sample them if over MAX_POINTS.
+    """Collect chunks of rows n D into one cloud without NaN points.
 
-    names: names of the columns, at most D; the first are x, y, z. A column without any finite value
-    is left out.
+    If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: names of the
+    first columns, at most D; the first three are x, y and z. A column without any finite value is
+    left out.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

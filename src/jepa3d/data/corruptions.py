@@ -1,9 +1,10 @@
-"""Corrupt clouds as a scanner might: each kind is a function of one cloud N 3 in the unit sphere.
+"""Corrupt clouds, for example with the noise, holes and stray points of a scanner.
 
-Each function also takes a level and a random generator. The first seven kinds are those of
-PointCloud-C (Ren et al. 2022, arXiv 2202.03377) at its five severities. PointCloud-C states numbers
-of points for clouds of 1,024 points; here they are shares of the points, so that the effect does
-not depend on the size of a cloud. The other kinds have one level each.
+Each kind of corruption is a function of one cloud N 3 in the unit sphere, a level and a random
+generator. The first seven kinds are those of PointCloud-C (Ren et al. 2022, arXiv 2202.03377), each
+at five levels, called severities. PointCloud-C states how many of 1,024 points are removed or
+added. Here these numbers are shares of the points, so that the effect does not depend on the size
+of a cloud. The other kinds have one level each.
 """
 
 import math
@@ -20,15 +21,15 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # True if the packaged encoder saw it in training: `transforms.py::random_view` does it too
+    # True if the packaged encoder was trained on such changes (see `transforms.py::random_view`)
     trained: bool = True
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
     """Corrupt a cloud N 3 in the unit sphere; returns n 3 float32.
 
-    severity: index of the level, from 0. shape: number of the shape; it seeds the random generator
-    together with kind and severity.
+    kind: a key of `KINDS`. severity: index of the level, from 0. shape: number of the shape; kind,
+    severity and shape together seed the random generator.
     """
     rng = np.random.default_rng([zlib.crc32(kind.encode()), severity, shape])
     change, levels, _ = KINDS[kind]
@@ -46,7 +47,7 @@ def scale(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
 
 
 def tilt(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Rotate about x, then y, then z, by up to `most` radians each."""
+    """Rotate about x, then y, then z, each by a random angle of at most `most` radians."""
     for axis, angle in enumerate(rng.uniform(-most, most, 3)):
         points = _rotated(points, axis, angle)
     return points
@@ -58,7 +59,7 @@ def drop_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a share of the points: those nearest to one to seven random points."""
+    """Remove a share of the points in one to seven clusters around random points."""
     for size in _clusters(share * len(points), rng):
         distance = _squares(points, points[rng.integers(len(points))])
         points = points[np.sort(distance.argsort(kind="stable")[size:])]
@@ -66,14 +67,17 @@ def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def add_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add points anywhere in the unit ball. share: their number, relative to the cloud's."""
+    """Add random points anywhere in the unit ball.
+
+    share: number of added points, relative to the number of points in the cloud.
+    """
     return np.concatenate([points, _ball(share * len(points), rng)])
 
 
 def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
     """Add points in one to seven clusters around random points, within the unit ball.
 
-    share: the number of all added points, relative to the cloud's.
+    share: number of all added points, relative to the number of points in the cloud.
     """
     sizes = _clusters(share * len(points), rng)
     middle = _some(points, len(sizes), rng).repeat(sizes, 0)
@@ -84,12 +88,18 @@ def add_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def strays(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Add points anywhere in a ball of radius 1.5. share: their number, relative to the cloud's."""
+    """Add random points anywhere in a ball of radius 1.5.
+
+    share: number of added points, relative to the number of points in the cloud.
+    """
     return np.concatenate([points, 1.5 * _ball(share * len(points), rng)])
 
 
 def far_stray(points: np.ndarray, distance: float, rng: Generator) -> np.ndarray:
-    """Add one point in a random direction. distance: from the centre, in radii of the cloud."""
+    """Add one point in a random direction.
+
+    distance: how far the point is from the centre, in radii of the cloud.
+    """
     return np.concatenate([points, distance * _direction(rng)[None]])
 
 
@@ -99,41 +109,47 @@ def few_points(points: np.ndarray, count: float, rng: Generator) -> np.ndarray:
 
 
 def cut(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove the share of the points that lies beyond a plane with a random normal."""
+    """Remove a share of the points: all those on one side of a plane with a random normal."""
     return _nearest(points, points @ _direction(rng), share)
 
 
 def turn_up(points: np.ndarray, most: float, rng: Generator) -> np.ndarray:
-    """Rotate about the up axis z by up to `most` radians."""
+    """Rotate about the up axis z by a random angle of at most `most` radians."""
     return _rotated(points, 2, rng.uniform(0, most))
 
 
 def turn_any(points: np.ndarray, _: float, rng: Generator) -> np.ndarray:
-    """Rotate by a rotation that is sampled uniformly."""
+    """Apply a rotation that is sampled uniformly from all rotations."""
     matrix, upper = np.linalg.qr(rng.standard_normal((3, 3)))
-    # without this, some rotations would be more likely
+    # without these signs, some rotations would be more likely than others
     matrix = matrix * np.sign(np.diag(upper))
     return points @ (matrix * np.linalg.det(matrix))
 
 
 def partial(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove the share of the points that is farthest from a random point of the cloud."""
+    """Remove a share of the points: those farthest from a random point of the cloud."""
     return _nearest(points, _squares(points, points[rng.integers(len(points))]), share)
 
 
 def _some(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
-    """Choose at most `count` random points; they stay in their order."""
+    """Choose `count` random points, or all if there are fewer; their order stays the same."""
     return points[np.sort(rng.permutation(len(points))[:count])]
 
 
 def _nearest(points: np.ndarray, distance: np.ndarray, share: float) -> np.ndarray:
-    """Remove the share of the points n 3 with the largest distances n; the rest stays in order."""
+    """Remove a share of the points n 3: those with the largest distances n.
+
+    The order of the other points stays the same.
+    """
     count = len(points) - round(share * len(points))
     return points[np.sort(distance.argsort(kind="stable")[:count])]
 
 
 def _clusters(total: float, rng: Generator) -> np.ndarray:
-    """Choose random sizes of one to seven clusters, which together have `total` points."""
+    """Choose a random number of clusters, from one to seven, and a random size for each.
+
+    The sizes add up to round(total).
+    """
     number = rng.integers(1, 8)
     return rng.multinomial(round(total), np.full(number, 1 / number))
 
@@ -162,7 +178,7 @@ def _squares(points: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.square(points - place).sum(-1)
 
 
-# name -> kind; the levels with / 1024 are PointCloud-C's numbers of points as shares
+# name -> kind; levels divided by 1024 are PointCloud-C's numbers of points, converted to shares
 KINDS = {
     "jitter": Kind(jitter, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "scale": Kind(scale, (1.6, 1.7, 1.8, 1.9, 2.0)),

@@ -1,7 +1,8 @@
 """Load shapes from any source and convert them to one standard form, as `PointClouds`.
 
-The standard form: float32, z up, unit sphere, and the same number of points for all shapes, chosen
-by farthest point sampling (paper IV-A) at loading, never in a training step.
+In the standard form, coordinates are float32 in the unit sphere, z is up, and all shapes have the
+same number of points. These points are chosen by farthest point sampling (section IV-A of the
+paper) when a shape is loaded, never in a training step.
 """
 
 import hashlib
@@ -21,21 +22,22 @@ from jepa3d.plain import log, progress_bar
 
 @dataclass(frozen=True)
 class PointClouds:
-    """Shapes in the standard form or, from `load(raw=True)`, with the points of their source."""
+    """Shapes in the standard form or, after `load(raw=True)`, with the points of their source."""
 
     name: str
     # identifies the data: sha256 of a store's shard records, of an .npz file, or of the points
     fingerprint: str
-    # n N 3 float32; with raw, shapes of files are an object array [n] of arrays [N_i, 3]
+    # n N 3 float32; after load(raw=True), shapes that were read from files are an object array [n]
+    # of arrays [N_i, 3]
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # n int64
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8: 0 train, 1 test, 2 val, -1 none
-    # n N int16, one label per point, if `load` was called with parts=True
+    # n N int16, one label per point; None unless `load` was called with parts=True
     parts: np.ndarray | StoredPoints | None = None
-    # names of the part labels (ids are global over all classes); () if unnamed
+    # name of each part label; labels are numbered over the parts of all classes; () if unnamed
     part_names: tuple[str, ...] = ()
-    # number of shapes that the source has in this split; `limit` may have kept fewer
+    # number of shapes that the source has in this split; with `limit`, fewer may be loaded
     available: int | None = None
 
     def __len__(self) -> int:
@@ -43,7 +45,7 @@ class PointClouds:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Number of these shapes in each shard of a store read on demand; () if in memory."""
+        """Number of these shapes in each shard of the store; () if they are in memory."""
         return self.points.shard_sizes if isinstance(self.points, StoredPoints) else ()
 
     def batch(self, index: np.ndarray) -> Tensor:
@@ -62,7 +64,10 @@ class PointClouds:
         return replace(self, **{name: take(getattr(self, name)) for name in names})
 
     def part(self, split: str) -> "PointClouds":
-        """Return the shapes in split train, test or val. Raises ValueError if no split is known."""
+        """Return the shapes in one split: train, test or val.
+
+        Raises ValueError if the data have no splits.
+        """
         if self.split is None:
             raise ValueError(f"{self.name}: has no train/test split")
         return self.subset(self.split == SPLITS.index(split))
@@ -81,11 +86,12 @@ def load(
     """Load one split of all sources as one `PointClouds`; labels are kept only for a single source.
 
     sources: synthetic, procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. split:
-    train, test, val or all; a source without a split counts as train. up_axis: one value for all
-    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit: read
-    at most this many shapes per source. raw: keep the source's points, neither sampled nor
-    normalised; no effect on a store that is read on demand. parts: also read part labels, which
-    needs a single source. Raises ValueError or its subclass ReadError.
+    train, test, val or all; a source without splits counts as train. up_axis: one value for all
+    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit:
+    largest number of shapes to read from each source. raw: keep the points as in the source, that
+    is, neither sample nor normalise them; this has no effect on a store that is read on demand.
+    parts: also read part labels, which is possible for a single source only. Raises ValueError or
+    its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -119,7 +125,7 @@ def load(
 def _loaded(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> PointClouds:
-    """Load the shapes at `rows`: a store may stay on disk, all else goes into memory."""
+    """Load the shapes at `rows`; those of a store may stay on disk, all others go into memory."""
     if (store := shapes.store) is not None:
         points, digest = StoredPoints(store, rows, num_points), store.fingerprint
         part_labels = StoredPoints(store, rows, num_points, "parts") if parts else None
@@ -135,9 +141,10 @@ def _loaded(
 def _read(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Read the shapes at `rows`: points in the standard form, their part labels, and a digest.
+    """Read the shapes at `rows`; returns points in the standard form, part labels and a digest.
 
-    raw: keep the source's points; clouds of files differ in size, so they come as an object array.
+    raw: keep the points as in the source. Clouds from files may differ in size, so these are
+    returned as an object array. The digest is a sha256 of the points as in the source.
     """
     digest, clouds, part_labels, unseen = hashlib.sha256(), [], [], 0
     starts = range(0, len(rows), shapes.batch)
@@ -177,9 +184,14 @@ def _joined(batches: list, varied: bool) -> np.ndarray:
 def _standard(
     points: np.ndarray, num_points: int, axes: np.ndarray, parts: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert clouds b N 3 to the standard form b num_points 3; also return their part labels."""
+    """Convert clouds b N 3 to the standard form b num_points 3.
+
+    axes: rotation matrix [3, 3] that makes z the up axis. parts: part labels b N, or None. Also
+    returns the part labels of the chosen points.
+    """
     points = points.astype(np.float64)
-    # subtracted in float64, so that map coordinates (millions of metres) keep their millimetres
+    # subtract the mean in float64, so that map coordinates (millions of metres) keep their
+    # millimetres
     points -= points.mean(1, keepdims=True)
     clouds = unit_sphere(torch.from_numpy(points.astype(np.float32) @ axes.T))
     if clouds.shape[1] > num_points:

@@ -1,7 +1,8 @@
-"""Represent a source as a list of entries, one for each cloud, which any process can read.
+"""Represent a source of clouds as a list of entries: one per cloud, with its class and split.
 
-Also find the class and split of each entry: from the names of its folders, by a fraction, or from a
-list of test clouds.
+Any process can read the cloud of an entry. Class and split come from the file or from the names of
+its folders. The split may also come from a random choice of a fraction, or from a list of test
+clouds.
 """
 
 import re
@@ -29,7 +30,7 @@ _NAMES = {
 }
 # name of a folder, in lower case -> split
 SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
-# prefixes and suffixes that such a name may have: 01_train, Test Set, train_data
+# prefixes and suffixes that the name of such a folder may have: 01_train, Test Set, train_data
 _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
 
@@ -41,8 +42,8 @@ class Entry:
     read: Callable[[], PointCloud]
     label: str | None = None
     split: str | None = None  # train, test or val
-    up_axis: str | None = None  # known only for published layouts
-    name: str | None = None  # of the cloud, if its file names its clouds
+    up_axis: str | None = None  # up axis in the file, if the source defines it
+    name: str | None = None  # name of the cloud, if the file has names for its clouds
     row: int | None = None  # index in a file of many clouds, else None
 
     @property
@@ -55,6 +56,7 @@ class Entry:
 class Source:
     """The clouds of a folder or file, in a fixed order."""
 
+    # name of the benchmark and its layout, or "folder", "file" or "procedural"
     layout: str
     entries: list[Entry]
     part_names: tuple[str, ...] = ()
@@ -65,15 +67,19 @@ class Source:
 
     @property
     def unpublished(self) -> bool:
-        """True for users' own files: stray points are removed from them, not from benchmarks."""
+        """True for a user's own files, False for a benchmark.
+
+        Stray points are removed from a user's own files only.
+        """
         return self.layout in ("folder", "file")
 
 
 def entries_of(
     path: Path, key: str, label: str | None, split: str | None, *how: Any
 ) -> list[Entry]:
-    """Return the entries of one file. Labels and splits in an array file override the arguments.
+    """Return the entries of one file.
 
+    label, split: class and split of every cloud; labels and splits in an array file override them.
     how: columns and reader, as for `io.py::read`. Raises ReadError.
     """
     # a user's own reader returns one cloud per file
@@ -97,19 +103,24 @@ def entries_of(
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder name means, in upper or lower case; None for other names."""
+    """Return the split that the name of a folder means; None for other names.
+
+    Upper and lower case make no difference.
+    """
     return SPLIT_OF.get(_ADDED.sub("", name.lower()))
 
 
 def classes_and_splits(
     folders: list[tuple[str, ...]], flat: bool
 ) -> list[tuple[str | None, str | None]]:
-    """Find the class and split of each file from the names of its folders, outermost first.
+    """Find the class and split of each file from the names of its folders.
 
-    If all folders at one depth have names of splits, these folders are the splits. Otherwise a
-    folder `test` is a split if a sibling folder names another split, or if a subfolder of `test`
-    has the name of a sibling; else `test` is a class. The class is the first other folder that does
-    not contain all files; with `flat`, simply the first other folder.
+    folders: for each file, the names of its folders, outermost first. If all folders at one depth
+    have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
+    `test`, is a split if a sibling folder has the name of another split, or if a subfolder
+    has the name of a sibling. If neither holds, `test` is a class. Among the folders of a file that
+    are no split, the class is the first that does not contain all files. flat: even a folder that
+    contains all files can be the class.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -124,8 +135,8 @@ def classes_and_splits(
     for at, names in inside.items():
         levels[len(at)] |= names
     all_named = [depth for depth, names in levels.items() if all(map(split_of, names))]
-    # several depths can qualify (a class `test` in folders train and test): the one with the most
-    # different splits wins, then the outermost
+    # several depths can qualify (if there is a class `test` in folders train and test): choose the
+    # depth with the largest number of different splits, and among equals the outermost
     level = max(sorted(all_named), key=lambda at: splits_in(levels[at]), default=None)
 
     def is_split(names: tuple[str, ...], depth: int) -> bool:
@@ -137,7 +148,7 @@ def classes_and_splits(
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-        """Return the names without the folder that is the split, and the split."""
+        """Return the names of all folders but the one that is the split, and also the split."""
         for depth in range(len(names)):
             if is_split(names, depth):
                 return names[:depth] + names[depth + 1 :], split_of(names[depth])
@@ -153,9 +164,9 @@ def classes_and_splits(
 def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     """Return the entries with their splits set.
 
-    split: "folder" keeps the splits of the source; a fraction moves that share of each class to
-    test (at least one cloud, never all); a path names a file that lists the keys of the test
-    clouds. Raises ValueError.
+    split: "folder" keeps the splits of the source. A fraction puts this share of each class into
+    the test split: at least one cloud, but never all, so a class of one cloud stays in train. A
+    path names a file that lists the keys of the test clouds. Raises ValueError.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]
@@ -172,7 +183,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
         if not 0 < fraction < 1:
             raise ValueError(f"--split {split}: a fraction must be between 0 and 1")
         if any(entry.split for entry in entries):
-            log.info(f"--split {split} takes the place of the split of the source")
+            log.info(f"--split {split} replaces the splits of the source")
         rng, test = np.random.default_rng(seed), set()
         for label in sorted({entry.label or "" for entry in entries}):
             keys = [entry.key for entry in entries if (entry.label or "") == label]
@@ -184,7 +195,7 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 def _listed(entries: list[Entry], path: Path) -> set[str]:
     """Read the keys of test clouds from a file. Raises ReadError for a key that no entry has."""
     if not path.is_file():
-        allowed = "give folder, a fraction for test, or a file with the test clouds"
+        allowed = "give folder, a fraction to test on, or a list of test clouds"
         raise ReadError(f"--split {path}: no such file; {allowed}")
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}
@@ -202,8 +213,8 @@ def lacking(
 ) -> list[str]:
     """Describe the classes that only one of two splits has, such as "disc (2 train, 0 test)".
 
-    labels: n, -1 for no label. train, test: masks n. names: class names. part: name of the second
-    split. Returns one text per class.
+    labels: class of each shape [n], -1 for no label. train, test: masks [n] of the shapes in the
+    two splits. names: class names. part: name of the second split. Returns one text per class.
     """
     found = []
     for label in np.unique(labels[labels >= 0]).tolist():

@@ -1,4 +1,4 @@
-"""Turn every error of a parser into a `ReadError`, one line that names the file."""
+"""Turn every error of a parser into a `ReadError` with one line of text that names the file."""
 
 import importlib
 import logging
@@ -17,14 +17,14 @@ from typing import Any, NoReturn
 from jepa3d.data.cloud import ReadError
 from jepa3d.plain import printable
 
-# Errors that parsers raised on damaged files in benchmarks/fuzz.py: often, rarely, in numpy when it
-# evaluates the header of an array, and in decompression.
+# Errors that parsers raised on damaged files in benchmarks/fuzz.py. _HEADERS are those of numpy
+# when it evaluates the header of an array, and _PACKED are those of decompression.
 _OFTEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError)
 _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIteration)
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
 _PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
-# without a handler, laspy's log lines would be printed beside our one line
+# without a handler, log lines of laspy would be printed next to our one line
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 
@@ -67,13 +67,17 @@ def because(name: str, reason: str) -> str:
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise a ReadError. The entry of a file that is known to be bad has this as its reader."""
+    """Raise a ReadError.
+
+    An entry for a file that is known to be unusable has this function as its reader.
+    """
     raise ReadError(message)
 
 
 def shortened(text: str, most: int) -> str:
-    """Shorten text to `most` printable characters: cut its middle, since names differ at their
-    ends.
+    """Shorten text to `most` printable characters.
+
+    The middle is cut out, since long names mostly differ at their ends.
     """
     text = printable(text)
     if len(text) <= most:
@@ -99,7 +103,7 @@ def check_unpacked(path: Path, total: int, factor: int, always: int) -> None:
 
 
 def io_module(name: str) -> Any:
-    """Import a parser of the `io` extra. Raises ReadError that says how to install the parser."""
+    """Import a parser of the `io` extra. Raises a ReadError that says how to install the parser."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,6 +1,9 @@
-"""Read glTF 2.0 and GLB: the meshes of a scene, each placed by the matrices of its nodes.
+"""Read the meshes of a scene from a glTF 2.0 or GLB file.
 
-A file that requires an extension which this module does not know is refused.
+A scene is a tree of nodes. Each node has a matrix, which moves the node and its children, and may
+show a mesh. A mesh is a list of primitives, each with vertices and perhaps the indices of its
+triangles. These numbers lie in buffers, and accessors describe their types and places. A file that
+requires an extension which this module does not know is refused.
 """
 
 import base64
@@ -18,7 +21,8 @@ from jepa3d.data.meshes import mesh, strip
 # numbers of component types in glTF -> numpy types
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# largest number of vertices and corners of a scene: a small file may show one mesh many times
+# largest number of vertices and corners of triangles in a scene; a limit is needed, since a small
+# file may show one mesh many times
 _MAX_VALUES = 50_000_000
 # extensions that change shapes and that this module applies
 _GEOMETRY = ("KHR_mesh_quantization", "EXT_mesh_gpu_instancing", "KHR_node_visibility")
@@ -38,7 +42,7 @@ def read_gltf(path: Path) -> PointCloud:
 
 
 class _Scene:
-    """The JSON of a file, and its buffers, each loaded at its first use."""
+    """The JSON of a file and its buffers; each buffer is loaded when it is first used."""
 
     def __init__(self, path: Path):
         data = path.read_bytes()
@@ -52,7 +56,7 @@ class _Scene:
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
                 raise ReadError(f"{name} is not read: save the file without it")
         self.nodes: list[dict] = self.json.get("nodes", [])
-        # node in the scene -> its matrix [4, 4]
+        # node in the scene -> matrix [4, 4] from its coordinates to those of the scene
         self.places: dict[int, np.ndarray] = {}
         self.shown: dict[int, bool] = {}  # node in the scene -> True if visible
         self.buffers: dict[int, bytes] = {}
@@ -65,6 +69,7 @@ class _Scene:
             for primitive in self.json["meshes"][node["mesh"]]["primitives"]
             if "POSITION" in primitive["attributes"]
         ]
+        # modes 4 to 6 are triangles, mode 0 is points, and modes 1 to 3 are lines
         solid = [item for item in primitives if item[3].get("mode", 4) > 3]
         chosen = solid or [item for item in primitives if item[3].get("mode", 4) == 0]
         if not chosen:
@@ -78,7 +83,7 @@ class _Scene:
         total = 0
         for at, node, place, primitive in chosen:
             attributes = primitive["attributes"]
-            # primitives of one node often share their vertices: read these once
+            # primitives of one node often share their vertices: read shared vertices once
             shared = f"{at} {attributes} {primitive.get('targets')}"
             if shared not in known:
                 known[shared], points = total, self._positions(node, place, primitive)
@@ -89,7 +94,8 @@ class _Scene:
                     colors.append((255 * fractions).round().astype(np.uint8))
             if solid:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
-                corners = corners + known[shared]  # indices into all vertices
+                # from indices into the vertices of the primitive to indices into all vertices
+                corners = corners + known[shared]
                 # mirroring turns a mesh inside out; reversed corners undo that
                 mirrored = np.linalg.det(place[:3, :3]) < 0
                 faces.append(corners[:, ::-1] if mirrored else corners)
@@ -99,9 +105,10 @@ class _Scene:
     # ---------------------------------------------------------------------------------------- nodes
 
     def _place_nodes(self) -> None:
-        """Set the matrices of the nodes in the default scene.
+        """Set `places` and `shown` for the nodes of the default scene.
 
-        Without a default it is the first scene; without any scene, all nodes are placed.
+        If the file names no default scene, the first scene is used; if it has no scenes, all nodes
+        are used. Raises ReadError.
         """
         if scenes := self.json.get("scenes"):
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
@@ -121,9 +128,10 @@ class _Scene:
             waiting += [(child, self.places[i], visible) for child in children]
 
     def _shown(self) -> list[tuple[dict, np.ndarray]]:
-        """Return the visible nodes with meshes, each with its matrix, once per instance.
+        """Return pairs (node, matrix) of the visible nodes that have a mesh.
 
-        If the file has no nodes, every mesh is returned once.
+        If a node has instances, there is one pair per instance. If the file has no nodes, there is
+        one pair per mesh.
         """
         if not self.nodes:
             meshes = self.json.get("meshes", ())
@@ -145,7 +153,11 @@ class _Scene:
     # ------------------------------------------------------------------------------------- geometry
 
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
-        """Return vertices n 3 of a primitive in the scene, after its morph targets and skin."""
+        """Return the vertices n 3 of a primitive in scene coordinates.
+
+        Morph targets and the skin, if there are any, move the vertices first. place: matrix of the
+        node.
+        """
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
         points = self._values(attributes["POSITION"]).astype(np.float64)
@@ -181,11 +193,11 @@ class _Scene:
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"a face names vertex {corners.max()}, not 0-{count - 1}")
+            raise ReadError(f"a face names vertex {corners.max()}, beyond {count - 1}")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
-        """Raise ReadError if accessor `i` holds compressed values, or indices without a buffer."""
+        """Raise ReadError if accessor `i` has compressed values, or indices but no buffer."""
         accessor = self.json["accessors"][i]
         draco = _DRACO in primitive.get("extensions", {})
         empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
@@ -219,8 +231,8 @@ class _Scene:
     def _view(self, where: dict, count: int, width: int, kind: np.dtype) -> np.ndarray:
         """Return values [count, width] of a buffer view, without a copy.
 
-        where: the dict that names the view and the first byte in it: an accessor, or the indices or
-        values of a sparse accessor.
+        where: the dict that names the view and the first byte to read in it. This is an accessor,
+        or the part of a sparse accessor that describes its indices or its values.
         """
         view = self.json["bufferViews"][where["bufferView"]]
         offset = where.get("byteOffset", 0)
@@ -233,7 +245,7 @@ class _Scene:
         data = memoryview(self._buffer(view["buffer"]))[begin:end]
         needed = offset + (count - 1) * stride + size if count else 0
         if min(begin, offset, stride) < 0 or needed > len(data):
-            raise ReadError(f"truncated: {len(data)} bytes for {count} values")
+            raise ReadError(f"truncated: it has {len(data)} bytes for {count} values")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
@@ -245,6 +257,10 @@ class _Scene:
         return self.buffers[i]
 
     def _load(self, uri: str | None) -> bytes:
+        """Load a buffer from the file itself or from its folder.
+
+        A buffer without a URI is the binary chunk of a GLB. Raises ReadError.
+        """
         if uri is None:
             return self.binary
         if uri[:5].lower() == "data:":
@@ -254,10 +270,10 @@ class _Scene:
             return base64.urlsafe_b64decode(unquote(data))
         for name in (unquote(uri), uri):
             if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ReadError(f"its buffer {name} is outside its folder: not read")
+                raise ReadError(f"its buffer {name} is outside its folder")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
-        raise ReadError(f"its folder has no buffer {unquote(uri)}")
+        raise ReadError(f"its folder has no file {unquote(uri)}, which is its buffer")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:
@@ -292,7 +308,10 @@ def _matrix(node: dict) -> np.ndarray:
 
 
 def _triangles(corners: np.ndarray, mode: int) -> np.ndarray:
-    """Return triangles [t, 3] of a list (mode 4), strip (5) or fan (6) of vertices."""
+    """Return triangles [t, 3] of vertex indices.
+
+    corners: vertex indices in the order of a list of triangles (mode 4), a strip (5) or a fan (6).
+    """
     if mode == 5:
         return strip(corners)
     if mode == 6:

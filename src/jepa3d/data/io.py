@@ -1,6 +1,6 @@
 """Read a file of any known format: as one `PointCloud`, or all of its points in chunks.
 
-Every error of a parser becomes a `ReadError`, one line that names the file.
+Every error of a parser becomes a `ReadError` with one line of text that names the file.
 """
 
 import gzip
@@ -31,9 +31,10 @@ def read(
 ) -> PointCloud:
     """Read the cloud or mesh in a file. Raises ReadError.
 
-    row: index of the cloud in an array of clouds (HDF5, NPZ, NPY). columns: what the header of a
-    table calls x, y and z, or the names of all columns of a .bin file. reader: the user's own
-    reader as `package.module:function`; it gets the path and returns points n 3 or a `PointCloud`.
+    row: index of the cloud in a file of many clouds (HDF5, NPZ, NPY). columns: the three names that
+    the header of a table has for x, y and z, or the names of all columns of a .bin file or of a
+    table without header. reader: a reader of the user as `package.module:function`; the function
+    gets the path and returns points n 3 or a `PointCloud`.
     """
     path = Path(path)
     if reader is not None:
@@ -55,7 +56,7 @@ def read(
 
 
 def refusal(path: Path) -> str | None:
-    """Say why a file of this name is not read, and what to do about it; None if it is read."""
+    """Return why files with such a suffix are not read, and what to do; None if they are read."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -76,18 +77,18 @@ def _inflated(path: Path) -> Iterator[Path]:
         with gzip.open(path) as packed, file.open("wb") as out:
             while block := packed.read(1 << 20):
                 total += len(block)
-                # at most 100 times the size of the .gz, or 64 MiB if that is more
+                # the content may have 100 times the size of the .gz, or 64 MiB if that is more
                 check_unpacked(path, total, 100, 1 << 26)
                 out.write(block)
         yield file
 
 
 def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
-    """Yield all points of a file in its order and coordinates, in chunks n 3 float64, without NaN.
+    """Yield all points of a file in chunks n 3 float64; NaN points are left out.
 
-    LAS, LAZ, PLY, NPY, PTX and tables need the memory of one chunk; other formats are read whole.
-    tell: called at the end with the number of NaN points, which are left out. Raises ReadError,
-    also for infinite coordinates and for meshes.
+    The points have the order and the coordinates of the file. LAS, LAZ, PLY, NPY, PTX and tables
+    need memory for one chunk only; other formats are read whole. tell: called at the end with the
+    number of NaN points. Raises ReadError, also for infinite coordinates and for meshes.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
     with as_read_error(path):
@@ -100,9 +101,9 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
         if rows is None:
             return tell(unseen)
         xyz = rows[:, :3]
-        wrong = (np.abs(xyz) >= 1e30).any(1)  # False for NaN
+        wrong = (np.abs(xyz) >= 1e30).any(1)  # 1e30 counts as infinite; False for NaN
         if wrong.any():
-            first = f"first in point {number + int(wrong.argmax()):,}"
+            first = f"the first in point {number + int(wrong.argmax()):,}"
             raise ReadError(f"{path}: has infinite coordinates, {first}")
         number += len(xyz)
         seen = ~np.isnan(xyz).any(1)
@@ -112,6 +113,7 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
 
 
 def _at_once(path: Path) -> Iterator[np.ndarray]:
+    """Yield the points of a file that is read whole, and then a row of NaN for each NaN point."""
     cloud = _whole(path, path.stat().st_mtime_ns)
     yield cloud.file_coordinates()
     yield np.full((cloud.unseen, 3), np.nan)
@@ -119,6 +121,10 @@ def _at_once(path: Path) -> Iterator[np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _whole(path: Path, mtime: int) -> PointCloud:
+    """Read a file as one cloud. Raises ReadError for a mesh and for over MAX_POINTS points.
+
+    mtime: modification time of the file, so that the cache is not used after the file has changed.
+    """
     cloud = read(path)
     if cloud.faces is not None:
         raise ReadError("is a mesh, but a scene must be a cloud of points")
@@ -128,9 +134,9 @@ def _whole(path: Path, mtime: int) -> PointCloud:
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """Return the cloud; from a mesh, sample max(2 * `num_points`, 2048) points.
+    """Return a cloud as it is; of a mesh, return max(2 * `num_points`, 2048) sampled points.
 
-    Equal meshes give equal samples.
+    Equal meshes give equal samples, if the seed is equal too.
     """
     if cloud.faces is None:
         return cloud
@@ -172,7 +178,7 @@ _PYVISTA = (
 )
 _BLENDER = (".fbx", ".blend", ".3ds", ".x3d", ".wrl", ".usd", ".usdc", ".usdz")
 _FREECAD = (".step", ".stp", ".iges", ".igs", ".brep")
-# formats that are not read -> how to convert a file
+# suffixes of formats that are not read -> how to convert a file
 _CONVERTED = {
     **dict.fromkeys((".dae", ".3mf"), _TRIMESH),
     **dict.fromkeys((".vtk", ".vtp", ".vtu"), _PYVISTA),

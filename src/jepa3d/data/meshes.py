@@ -1,4 +1,4 @@
-"""Read meshes of polygons (OFF, OBJ, STL); the other mesh readers use these functions too."""
+"""Read the mesh formats OFF, OBJ and STL; ply.py and gltf.py use the helpers of this file too."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,17 @@ import numpy as np
 
 from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
-# NaN and infinity as programs of older Windows compilers write them
+# spellings of NaN and infinity by programs that were built with older Windows compilers
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
+# the first word of an OFF file; its letters tell what the vertices have
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
 # a triangle of a binary STL: normal (field f0), corners (f1), attribute bytes (f2)
 _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
-_HEAD = 84  # bytes before the triangles: a title of 80, and 4 for their number
+# number of bytes before the triangles of a binary STL: 80 for a title, 4 for the triangle count
+_HEAD = 84
 _CORNER = re.compile(rb"\bvertex\s+([-+.\dni]\S*\s+[-+.\dni]\S*\s+[-+.\dni]\S*)")
-_MOST_CORNERS = 2000  # of a concave polygon; time may grow with their cube
+# largest number of corners of a concave polygon, since time may grow with the cube of this number
+_MOST_CORNERS = 2000
 
 
 def unix_lines(text: bytes) -> bytes:
@@ -26,9 +29,9 @@ def unix_lines(text: bytes) -> bytes:
 
 
 class Rows:
-    """The non-blank lines of a text; numbers are parsed only when `numbers` is called.
+    """The non-blank lines of a text, whose numbers are parsed only when `numbers` is called.
 
-    `counts` holds the number of words in each line.
+    `counts` holds the number of words in each line; words are separated by white space.
     """
 
     def __init__(self, text: bytes):
@@ -40,7 +43,7 @@ class Rows:
         ends = np.searchsorted(begins, np.append(np.flatnonzero(data == 10), len(data)))
         counts = np.diff(ends, prepend=0)
         self.counts = counts[counts > 0]
-        # index of the first word of each line, counted through the text
+        # index of the first word of each line, counted from the first word of the text
         self._first = np.append(0, np.cumsum(self.counts))
 
     def __len__(self) -> int:
@@ -49,11 +52,10 @@ class Rows:
     def numbers(
         self, first: int = 0, last: int | None = None, integers: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Parse lines `first` to `last` (excluded); return all numbers, and the index at which each
-        line begins.
+        """Parse the numbers in lines `first` to `last` (excluded).
 
-        integers: try int64 first, which is ten times as fast as float64. Raises ReadError for a
-        word that is no number.
+        Returns all numbers, and for each line the index of its first number. integers: try int64
+        first, which is ten times as fast as float64. Raises ReadError for a word that is no number.
         """
         bounds = self._first[first : None if last is None else last + 1]
         text = self.text[self._words[bounds[0]] : self._words[bounds[-1]]]
@@ -97,16 +99,17 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(f"a face names vertex {int(wrong)}, not 0-{count - 1}")
+        raise ReadError(f"a face names vertex {int(wrong)}, not 0 to {count - 1}")
 
 
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Cut polygons into triangles [t, 3].
+    """Cut polygons into triangles [t, 3] of vertex indices.
 
     points: vertices n 3. sizes: number of corners of each polygon [f]. corners: the vertex indices
-    of all polygons, concatenated. Convex polygons become fans, concave polygons are cut by ear
-    clipping, and polygons with one or two corners are dropped. Raises ReadError for a corner that
-    is no vertex.
+    of all polygons, concatenated. A convex polygon becomes a fan of triangles around its first
+    corner. A concave polygon is cut by ear clipping (see `_ears`). Polygons with one or two corners
+    are dropped. Raises ReadError for a corner that is no vertex, and for a concave polygon with
+    too many corners.
     """
     _check_range(corners, len(points))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
@@ -121,10 +124,11 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
         normal = normals.sum(1)
         along = (normals @ normal[:, :, None])[..., 0]
-        # a triangle of the fan that faces the other way; rounding errors do not count
+        # a polygon is concave if a triangle of its fan faces the other way; the tolerance ignores
+        # rounding errors
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
-            raise ReadError(f"a concave polygon of {size} corners: cut it first")
+            raise ReadError(f"has a concave polygon of {size} corners: cut it first")
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
         for polygon, up in zip(polygons[concave], normal[concave], strict=True):
             found.append(polygon[_ears(points[polygon], up)])
@@ -135,12 +139,12 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Cut one concave polygon [n, 3] into triangles [n - 2, 3] of its corners, by ear clipping.
 
     An ear is a corner whose triangle with its two neighbours contains no other corner. Ears are cut
-    off until three corners are left. A polygon that crosses itself has no correct triangulation;
-    what is left of it becomes a fan.
+    off until three corners are left. A polygon that crosses itself may have no ear; then the rest
+    of it becomes a fan around one corner.
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
-    # project the polygon so that it runs counter-clockwise
+    # project the polygon to a plane in which it runs counter-clockwise
     flat = flat if (normal[axis] > 0) != (axis == 1) else flat[:, ::-1]
 
     def side(a, b, x, y):
@@ -149,7 +153,7 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # a limit for polygons made to take hours; a spiral needs 20 tries per corner
+    # this limit stops a polygon that was made to take hours; a spiral needs 20 tries per corner
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
@@ -169,15 +173,17 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
 
 def strip(corners: np.ndarray) -> np.ndarray:
-    """Convert strips of vertex indices to triangles [t, 3]; every second one is turned over.
+    """Convert strips of vertex indices to triangles [t, 3].
 
-    A negative corner ends a strip; the next corner begins another strip.
+    Each corner of a strip forms a triangle with the two corners before it. In every second triangle
+    two corners are swapped, so that all triangles face the same way. A negative number ends a
+    strip; the number after it begins another strip.
     """
     found = np.stack([corners[:-2], corners[1:-1], corners[2:]], 1)
     at = np.arange(len(corners))
     ends = np.maximum.accumulate(np.where(corners < 0, at, -1))
-    turned = ((at - ends) % 2 == 0)[: len(found)]
-    found[turned] = found[turned][:, [1, 0, 2]]
+    swapped = ((at - ends) % 2 == 0)[: len(found)]
+    found[swapped] = found[swapped][:, [1, 0, 2]]
     return found[(found >= 0).all(1)]
 
 
@@ -188,15 +194,15 @@ def read_off(path: Path) -> PointCloud:
         raise ReadError("not an OFF file: it does not begin with OFF")
     name, color, normal, dimensions, binary = start.groups()
     if dimensions or binary:
-        allowed = "only text with x, y, z per vertex is; convert it to OFF or PLY"
-        raise ReadError(f"{name.decode()} is not read, {allowed}")
+        allowed = "give OFF in text with x, y, z per vertex, or PLY"
+        raise ReadError(f"{name.decode()} is not read; {allowed}")
     rows = Rows(text[start.end() :])
     counts = whole(rows.numbers(0, 1)[0][:2]) if len(rows) else np.empty(0)
     if len(counts) < 2 or min(counts) < 0:
         raise ReadError("an OFF file must begin with its numbers of vertices and faces")
     num_vertices, num_faces = (int(n) for n in counts)
     first = num_vertices + 1  # row of the first face
-    width = rows.counts[1:first].min(initial=99)
+    width = rows.counts[1:first].min(initial=99)  # 99 if there are no vertices
     if len(rows) < first + num_faces or width < 3:
         values = rows.numbers()[0][min(rows.counts[0], 3) :]
         return _any_lines(values, num_vertices, num_faces)
@@ -215,7 +221,10 @@ def read_off(path: Path) -> PointCloud:
 
 
 def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
-    """Read an OFF file without colours whose vertices and faces may span or share lines."""
+    """Read an OFF file in which line breaks may stand anywhere between the numbers.
+
+    values: the numbers below the two counts, without colours. Raises ReadError.
+    """
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:
         raise ReadError(f"truncated: {len(values)} numbers are too few for {counts}")
@@ -231,9 +240,9 @@ def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCl
 
 
 def read_obj(path: Path) -> PointCloud:
-    """Read the polygons of an OBJ file or, without any, its vertices as a cloud. Raises ReadError.
+    """Read the polygons of an OBJ file or, if it has none, its vertices as a cloud.
 
-    Material files are not opened.
+    Material files are not opened. Raises ReadError.
     """
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     text = re.sub(rb"\\[ \t]*\n", b" ", text)
@@ -251,13 +260,15 @@ def read_obj(path: Path) -> PointCloud:
         raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
+    # x, y, z, red, green, blue, and perhaps another value
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
-    # of v/vt/vn keep only v, the index of the vertex
+    # a corner has indices v/vt/vn: keep only v, the index of the vertex
     faces = Rows(re.sub(rb"/\S*", b"", after(b"fo?")))
     corners = whole(faces.numbers(integers=True)[0])
     above = np.ones_like(corners)
-    if (corners < 0).any():  # these count back from the last vertex above their line
+    # negative indices count back from the last vertex above their line
+    if (corners < 0).any():
         kinds = np.array(re.findall(rb"(?m)^[ \t]*(v|f)o?[ \t]", text))
         above = np.repeat(-np.cumsum(kinds == b"v")[kinds == b"f"], faces.counts)
     corners = corners - np.where(corners < 0, above, 1)
@@ -270,7 +281,7 @@ def read_obj(path: Path) -> PointCloud:
 def read_stl(path: Path) -> PointCloud:
     """Read all solids of an STL file; its triangles share no vertices. Raises ReadError.
 
-    A binary file is accepted if it begins with the word solid, or has a few bytes too many.
+    A binary file is accepted even if it begins with the word solid or has a few bytes too many.
     """
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")
@@ -280,7 +291,7 @@ def read_stl(path: Path) -> PointCloud:
     if not exact and re.match(text, data, re.IGNORECASE | re.DOTALL):
         corners = _stl_in_text(unix_lines(data).lower())
     elif len(data) < _HEAD:
-        raise ReadError("not an STL file: no word solid and no binary header")
+        raise ReadError("not an STL file: neither the word solid nor a binary header")
     elif claimed != have:
         state = "truncated" if claimed > have else "damaged"
         raise ReadError(f"{state} or not STL: it has {have} of {claimed} triangles")

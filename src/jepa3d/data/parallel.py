@@ -1,4 +1,7 @@
-"""Apply a function to a list in several processes, in order; a crash costs only its own entry."""
+"""Apply a function to the entries of a list in several processes, and return results in order.
+
+If an entry crashes its process, only the result of this entry is lost.
+"""
 
 import multiprocessing
 import os
@@ -18,7 +21,8 @@ import torch
 from jepa3d.plain import progress_bar
 
 CRASHED = "its parser crashed"
-# a picklable function: a list of entries -> one result per entry; a result of type str is an error
+# a picklable function from a list of entries to a list with one result per entry; a result of type
+# str is an error text
 Work = Callable[[list], list]
 
 
@@ -28,8 +32,8 @@ def mapped(
     """Yield each entry with its result, in order, and show a progress bar.
 
     work: called with up to `chunk` entries at a time. workers: number of processes, 0 for one per
-    core. doing: text before the bar. preload: name of a module that is imported once for all
-    processes.
+    core. doing: text before the bar. preload: name of a module that is imported once, before the
+    processes are forked.
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
@@ -42,7 +46,7 @@ def mapped(
 
 
 def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[list]:
-    """Yield the results of `work` for each chunk, in order.
+    """Yield for each chunk, in order, the list of results of `work`.
 
     If a chunk kills its process, its entries are tried one by one; an entry that crashes again has
     the result CRASHED.
@@ -59,11 +63,13 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
         return ProcessPoolExecutor(processes, context, initializer=_start_worker)
 
     left, executor = iter(chunks), pool(workers)
-    running: list[tuple[list, Future]] = []  # chunks with their results, oldest first
+    # chunks and their future results, oldest first
+    running: list[tuple[list, Future]] = []
 
     def start(chunk: list) -> tuple[list, Future]:
         future = Future()
-        # used if submit fails, since an earlier chunk has just broken the pool; handled below
+        # this future remains if submit fails because an earlier chunk has just broken the pool; the
+        # loop below handles its exception
         future.set_exception(BrokenProcessPool())
         with suppress(BrokenProcessPool):
             future = executor.submit(work, chunk)
@@ -87,16 +93,17 @@ def isolated(chunks: list, work: Work, workers: int, preload: str) -> Iterator[l
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # else it would finish its chunk after Ctrl-C
+            process.terminate()  # otherwise, it would finish its chunk after Ctrl-C
 
 
 @contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends. Processes that the block starts never receive Ctrl-C."""
+    """Delay Ctrl-C until the block ends; processes that the block starts never receive Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # if it started later, it would unblock SIGINT
+    # if the tracker started inside the block, it would unblock SIGINT
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -105,6 +112,7 @@ def _interrupts_later() -> Iterator[None]:
 
 
 def _is_done(future: Future) -> bool:
+    """Return True if a future has a result, rather than an exception."""
     return future.done() and not future.cancelled() and future.exception() is None
 
 
@@ -124,7 +132,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait until the process that started the pool ends for any reason, then end this process."""
+    """Wait until the parent process ends, for whatever reason; then end this process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

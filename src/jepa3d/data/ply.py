@@ -19,7 +19,8 @@ _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
 _KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _MAX_HEADER = 1 << 24  # bytes: 16 MiB
-# one value per row or, for a property of lists, (length of each list, all values concatenated)
+# the values of a property: an array with one value per row or, if the rows have lists, a pair of
+# arrays: the length of each list, and all values concatenated
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
@@ -28,11 +29,12 @@ class Property(NamedTuple):
 
     name: str
     kind: np.dtype
-    length: np.dtype | None = None  # for lists: the type of the length before each list
+    # if each row has a list: the type of the length that stands before the list
+    length: np.dtype | None = None
 
 
 class Element(NamedTuple):
-    """An element of a PLY file (vertex, face): a table with `count` rows."""
+    """A kind of item in a PLY file (vertex, face): a table with `count` rows."""
 
     name: str
     count: int
@@ -82,9 +84,9 @@ def read_header(path: Path) -> Header:
                 kinds = [word for word in words[1:-1] if word != "list"]
                 *length, kind = (_kind(word, order) for word in kinds)
                 if length and length[0].kind == "f":
-                    raise ReadError(f"{damaged}: a length cannot be a {words[2]}")
+                    raise ReadError(f"{damaged}: a list length cannot be a {words[2]}")
                 before, name = elements[-1].properties, name.lower()
-                # a repeated name gets a number, so that the first property keeps the name
+                # if a name is repeated, later properties of this name also get a number
                 if name in [p.name for p in before]:
                     name = f"{name} {len(before)}"
                 before.append(Property(name, kind, *length))
@@ -101,7 +103,10 @@ def _kind(word: str, order: str) -> np.dtype:
 
 
 def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
-    """Make the header of a binary PLY with `count` vertices. row: the type of a row, with names."""
+    """Make the header of a binary PLY with `count` vertices.
+
+    row: structured type of a row; the names of its fields become the names of the properties.
+    """
     names = {kind: name for name, kind in _KINDS.items()}
     lines = ["ply", "format binary_little_endian 1.0"]
     lines += [f"comment {text}" for text in comments]
@@ -114,9 +119,9 @@ def header_of(row: np.dtype, count: int, comments: Iterable[str] = ()) -> bytes:
 
 
 def read_ply(path: Path) -> PointCloud:
-    """Read a mesh of polygons or triangle strips, or a cloud, with normals, colours and labels.
+    """Read a mesh of polygons or triangle strips, or a cloud if there are no faces.
 
-    Raises ReadError.
+    Normals, colours and labels are read too, if the file has them. Raises ReadError.
     """
     header = read_header(path)
     with path.open("rb") as file:
@@ -139,7 +144,10 @@ def read_ply(path: Path) -> PointCloud:
 
 
 def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of corners of each face, and the vertex indices of all corners."""
+    """Return the number of corners of each face, and the vertex indices of all corners.
+
+    what: "faces" or "strips", for the error message.
+    """
     lists = {name: c for name, c in columns.items() if isinstance(c, tuple)}
     if not lists:
         have = ", ".join(columns)
@@ -190,8 +198,8 @@ def _check_rows(element: Element, good: np.ndarray) -> None:
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Parse the columns of every element from binary data.
 
-    If all lists are as long as those of the first row, the rows are read as one numpy table; if
-    not, one by one.
+    If all lists are as long as those of the first row, the rows are read as one numpy table,
+    otherwise one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -226,9 +234,9 @@ def _row_type(element: Element, lengths: dict[str, int]) -> np.dtype:
 def _one_by_one(
     element: Element, data: bytes, at: int, count: int
 ) -> tuple[dict[str, Column], int]:
-    """Read `count` binary rows whose lists may differ in length, from byte `at` on.
+    """Read `count` binary rows from byte `at` on; their lists may differ in length.
 
-    Returns their columns and the byte after the last row.
+    Returns the columns of the rows, and the byte after the last row.
     """
     lengths = {p.name: [] for p in element.properties}
     pieces = {p.name: [] for p in element.properties}
@@ -256,8 +264,8 @@ def _one_by_one(
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """Return an iterator over the vertices of a cloud in chunks, float64 n 3.
 
-    None if the file must be read whole: its vertices have lists or do not come first, or its lines
-    end with CR. Raises ReadError for a mesh.
+    Returns None if the file must be read whole, that is, if its vertices have lists, do not come
+    first or lack x, y or z, or if its lines end with CR alone. Raises ReadError for a mesh.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):

@@ -1,6 +1,7 @@
-"""Implement `jepa3d prepare`: convert a download or a folder of files to a store, on all cores.
+"""Implement `jepa3d prepare`, which converts a download or a folder of files to a store.
 
-The command prints, and writes to report.json, which files were left out and why.
+The command uses all cores. It prints which files were left out and why, and also writes this to
+report.json.
 """
 
 import json
@@ -22,31 +23,35 @@ from jepa3d.frame import LEAST, are_kept
 from jepa3d.locking import writing
 from jepa3d.plain import load_code, log, printable, write_bytes
 
-_MESH_POINTS = 8192  # points sampled from a mesh under --points all
-_CHUNK = 8  # entries that a process gets at a time
-_SHOWN = 40  # files left out that are printed; report.json lists all of them
+_MESH_POINTS = 8192  # number of points sampled from a mesh with --points all
+_CHUNK = 8  # number of entries that a process gets at a time
+_SHOWN = 40  # largest number of left-out files that are printed; report.json lists all
 Attribute = Literal["normals", "colors", "parts"]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Settings of a store, saved in it: a store can only be continued with the same settings."""
+    """Settings of a store.
+
+    They are saved in the store, which can only be continued with the same settings.
+    """
 
     points: int | None = 2048  # number of points of each cloud; None keeps all points
     reduce: Literal["fps", "random", "voxel"] = "fps"
-    # how to treat a cloud with fewer points: leave it out, or fill it up with moved copies
+    # a cloud with fewer points is left out (skip) or filled up with moved copies (repeat)
     short: Literal["skip", "repeat"] = "repeat"
-    # up axis in the files; None: the one that the benchmark or format defines, else z
+    # up axis in the files; None means the axis that the benchmark or format defines, or else z
     up_axis: Literal["x", "y", "z"] | None = None
     unit: str | None = None  # unit of the coordinates in the files; only recorded
     # "folder" (by names of folders), a fraction for test, or a file that lists the test clouds
     split: str = "folder"
-    keep: tuple[Attribute, ...] = ()
+    keep: tuple[Attribute, ...] = ()  # attributes of points to keep in the store
     precision: Literal["float32", "float16"] = "float32"
-    variant: str | None = None
-    columns: tuple[str, ...] | None = None
+    variant: str | None = None  # variant of a benchmark that has several
+    columns: tuple[str, ...] | None = None  # names of columns, as for `io.py::read`
     seed: int = 0
-    keep_strays: bool = False  # always True for benchmarks
+    # True keeps stray points, which lie far from all others; always True for benchmarks
+    keep_strays: bool = False
     reader: str | None = None  # function that reads the files: package.module:function
 
 
@@ -56,9 +61,9 @@ def prepare(
     """Write the clouds at `source` (folder, file or archive) to the store `out`.
 
     If the store exists, complete or not, only the clouds that it lacks are added. A folder of
-    few-shot folds becomes one store per fold, under `out`. workers: number of processes, 0 for one
-    per core. strict: stop at the first bad cloud. Returns the paths of the stores. Raises
-    ValueError, also if another command is writing to `out`.
+    few-shot folds becomes one store per fold in the folder `out`. workers: number of processes, 0
+    for one per core. strict: stop at the first cloud that cannot be used. Returns the paths of the
+    stores. Raises ValueError, also if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -123,8 +128,8 @@ def _prepare_one(root: Path, out: Path, options: Preparation, workers: int, stri
                 row |= {"label": entry.label, "split": entry.split}
                 writer.add(entry.key, arrays, **row)
         except KeyboardInterrupt:
-            kept = f"stopped after {report.taken.total():,} new clouds, which are kept"
-            raise KeyboardInterrupt(f"{kept}; the same command continues") from None
+            kept = f"stopped after {report.taken.total():,} new clouds, which are saved"
+            raise KeyboardInterrupt(f"{kept}; run again to continue") from None
         finally:
             report.write(out)
     report.show(out, len(entries) - len(new))
@@ -142,15 +147,16 @@ Arrays, Row = dict[str, np.ndarray], dict[str, Any]
 
 
 def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
-    """Convert a cloud to its arrays in the store and its row of the index. Raises ReadError.
+    """Read the cloud of an entry, and convert it for a store.
 
-    The row also has the numbers that `_Report.add` counts.
+    Returns the arrays of the cloud (points and attributes), and its row in the index. The row also
+    has the numbers that `_Report.add` counts. Raises ReadError.
     """
     cloud = entry.read()
     faces = b"" if cloud.faces is None else cloud.faces.tobytes()
     content = hash64(cloud.points.tobytes() + faces)
     row: Row = {"part": cloud.part_read, "unseen": cloud.unseen, "content": content}
-    # the seed does not depend on the key: equal files give equal clouds
+    # the seed does not depend on the key, so that equal files give equal clouds
     count, seed = options.points, options.seed
     if cloud.faces is not None:
         cloud = cloud.sampled(2 * count if count else _MESH_POINTS, seed)
@@ -185,9 +191,11 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
 
 
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
-    """Raise ReadError if float16 moves points n 3 in the unit sphere by over 1 % of their extent.
+    """Raise ReadError if rounding to float16 moves points by over 1 % of the cloud's extent.
 
-    This happens if one point is so far out that all others lie close together.
+    points: n 3 in the unit sphere. rounded: the same points in float16. The median of the moves is
+    compared with the median distance from the middle. The error occurs if one point is so far out
+    that all others lie close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
@@ -197,7 +205,7 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
 
 
 def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
-    """Convert entries; returns for each its arrays and row, or the text of its error."""
+    """Convert entries; returns for each entry its arrays and row, or the text of its error."""
     results: list[tuple | str] = []
     for entry in entries:
         try:
@@ -212,17 +220,18 @@ def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str
 
 @dataclass
 class _Report:
-    """Counts of clouds taken, changed or left out; they are printed and saved in report.json."""
+    """Counts of clouds that were taken, changed or left out, for printing and for report.json."""
 
-    source: Source  # notes and skipped files are appended to its lists
+    source: Source  # its lists `notes` and `skipped` grow while clouds are converted
     points: int  # number of points of each cloud; 0 keeps all
-    taken: Counter[str] = field(default_factory=Counter)  # clouds, by file suffix
-    fewer: int = 0  # clouds with too few points, which were filled up
-    strays: Counter[str] = field(default_factory=Counter)  # points left out, by key
-    unseen: Counter[str] = field(default_factory=Counter)  # NaN points left out, by key
+    taken: Counter[str] = field(default_factory=Counter)  # number of clouds by suffix
+    fewer: int = 0  # number of clouds with too few points, which were filled up
+    # numbers of stray points and of NaN points that were left out, by key
+    strays: Counter[str] = field(default_factory=Counter)
+    unseen: Counter[str] = field(default_factory=Counter)
 
     def add(self, entry: Entry, row: Row) -> None:
-        """Count a cloud that was taken."""
+        """Count a cloud that was taken. row: the second result of `convert`."""
         self.taken[Path(entry.file).suffix or self.source.layout] += 1
         self.fewer += row["count"] < self.points
         if part := row["part"]:
@@ -241,7 +250,7 @@ class _Report:
         for counts, what, option in found:
             if counts:
                 most = counts.most_common(1)[0][0]
-                where = f"in {len(counts):,} clouds, most of them in {most}"
+                where = f"in {len(counts):,} clouds, the largest number in {most}"
                 self._note(f"left out {counts.total():,} {what} {where}", option)
         source = self.source
         record = {

@@ -1,10 +1,11 @@
 """Generate any number of unlabelled shapes by random programs.
 
-A program composes, repeats, cuts and bends solids, after "Learning 3D Representations from
-Procedural 3D Programs" (Chen et al. 2024, arXiv 2411.17467): shapes of 1 to 9 parts, made from a
-few kinds of solids, suffice to pretrain an encoder. Every solid here is a *loft*: a closed outline
-that is swept along a line or an arc while a profile scales its radius. Boxes, cylinders, cones,
-prisms, ellipsoids, lathes, cups, tori and tubes are lofts.
+A program composes, repeats, cuts and bends solids. The idea is from "Learning 3D Representations
+from Procedural 3D Programs" (Chen et al. 2024, arXiv 2411.17467): there, shapes of 1 to 9 parts
+made from a few kinds of solids suffice to pretrain an encoder. Every solid here is a *loft*: a
+closed outline that is swept along a line or an arc, while a profile scales the radius of the
+outline. Boxes, cylinders, cones, prisms, ellipsoids, solids of revolution, cups, tori and tubes are
+lofts.
 """
 
 from pathlib import Path
@@ -14,11 +15,12 @@ import numpy as np
 from jepa3d.data.cloud import PointCloud, ReadError, rotation, sample_triangles
 from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 
-# probabilities of 1, 2, ..., 9 parts, as published
+# probabilities of 1, 2, ..., 9 parts, as in the paper
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
-POINTS = 4096  # of each shape; an encoder samples from them
+POINTS = 4096  # number of points of each shape
 NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1
-# points of an outline; a multiple of 3, 4, 6 and 8, so that polygons keep their corners
+# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that polygons with so many
+# corners keep all corners
 SIDES = 24
 GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 
@@ -80,9 +82,12 @@ def _profile(rng: Rng) -> np.ndarray:
 
 
 def _solid(rng: Rng) -> np.ndarray:
-    """Make a random solid, swept along z or an arc: a loft [rings, SIDES, 3] in about [-1, 1]^3."""
+    """Make a random solid, swept along z or along an arc.
+
+    Returns a loft [rings, SIDES, 3] that lies roughly in the cube [-1, 1]^3.
+    """
     outline, profile = _outline(rng), _profile(rng)
-    # along an arc, or even a full circle; it needs more rings than a straight line
+    # sweep along an arc or a full circle, which needs more rings than a straight line
     if rng.random() < 0.2:
         at, known = np.linspace(0, len(profile) - 1, 17), np.arange(len(profile))
         profile = np.stack([np.interp(at, known, column) for column in profile.T], 1)
@@ -101,7 +106,10 @@ def _solid(rng: Rng) -> np.ndarray:
 
 
 def _rotation(rng: Rng) -> np.ndarray:
-    """Choose a rotation: z to a coordinate axis (75 %), a tilt (15 %), or any rotation (10 %)."""
+    """Choose a rotation matrix [3, 3].
+
+    It maps z to a coordinate axis (75 %), tilts by a small angle (15 %), or is any rotation (10 %).
+    """
     kind = rng.random()
     if kind < 0.75:
         return _AXES[rng.choice(3, p=(0.6, 0.2, 0.2))]
@@ -111,7 +119,7 @@ def _rotation(rng: Rng) -> np.ndarray:
 
 
 def _size(rng: Rng) -> np.ndarray:
-    """Choose a random size (half axes [3]): of a compact solid, a plate or a rod."""
+    """Choose the half axes [3] of a compact solid, a plate or a rod."""
     size = np.exp(rng.uniform(np.log(0.25), np.log(1.5), 3))
     thin = rng.random()
     if thin < 0.5:
@@ -124,8 +132,8 @@ def _size(rng: Rng) -> np.ndarray:
 def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choose how a part is repeated: not at all, mirrored, in a ring or in a row.
 
-    about: the centre [3] of mirrors and rings. half: half the part's extent [3]. Returns a matrix
-    [n, 3, 3] and a shift [n, 3] for each copy.
+    about: the centre [3] of mirrors and rings. half: half the part's extent [3]. Returns matrices
+    [n, 3, 3] and shifts [n, 3]: one matrix and one shift for each of the n copies.
     """
     kind, one = rng.random(), np.eye(3)[None]
     if kind < 0.2:
@@ -148,7 +156,7 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
-    """Run one random program; returns points [count, 3] on all its parts, uniform by area."""
+    """Run one random program; returns points [count, 3], uniform by area, on all parts."""
     triangles, boxes, copies = [], [], []
     for i in range(1 + rng.choice(9, p=PARTS)):
         loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)
@@ -171,6 +179,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
     surface = np.concatenate(triangles)
     points, chosen = sample_triangles(surface, count, rng, times[part])
     part = part[chosen]
+    # move each point to a random copy of its part; copies are numbered through all parts
     copy = (rng.random(count) * times[part]).astype(int)
     copy += (np.cumsum(times) - times)[part]
     turns, shifts = (np.concatenate(some) for some in zip(*copies, strict=True))
@@ -203,7 +212,11 @@ def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
-    """Return a mask of the points in the unit sphere that are visible from a random direction."""
+    """Return a mask of the points that are visible from a random direction.
+
+    points: in the unit sphere. They are projected to an image of GRID x GRID cells; a point is
+    visible if no other point in its cell is much nearer to the viewer.
+    """
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)
     right = np.cross(away, np.eye(3)[np.abs(away).argmin()])
@@ -213,18 +226,20 @@ def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
     cell = column.clip(0, GRID - 1) * GRID + row.clip(0, GRID - 1)
     nearest = np.full(GRID * GRID, np.inf)
     np.minimum.at(nearest, cell, depth)
-    return depth < nearest[cell] + 0.1  # the tolerance keeps slanted surfaces
+    return depth < nearest[cell] + 0.1  # the tolerance of 0.1 keeps slanted surfaces
 
 
 def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarray:
-    """Make shape i of the endless set `seed`: float32 [num_points, 3], z up, centroid 0, radius 1.
+    """Make shape i of an endless sequence of shapes, which depends on the seed.
 
-    The shape is the same on any machine, to 1e-5. About a third of the shapes have a box or a ball
-    cut out, a third are bent, a fifth keep only the points visible from one side, and a fifth lose
-    the points beyond a plane; all get noise.
+    Returns points float32 [num_points, 3], z up, centroid 0, radius 1. They are the same on every
+    machine up to differences of 1e-5. About a third of the shapes have a box or a ball cut out, a
+    third are bent, a fifth keep only the points that are visible from one side, and a fifth lose
+    the points beyond a plane. These changes are independent of each other. All shapes get noise.
     """
     rng = np.random.default_rng([1, seed, i])
     cut, bent, seen, lost = rng.random(4) < (0.35, 0.35, 0.2, 0.2)
+    # sample more points if some of them will be removed
     points = normalise(_compose(int(num_points * (1 + cut + lost / 2 + 3 * seen)), rng))
     if bent:
         points = normalise(_bend(points, rng))
@@ -251,7 +266,7 @@ def make_procedural(i: int, num_points: int = POINTS, seed: int = 0) -> np.ndarr
 
 
 def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> int:
-    """Return COUNT of a source `kind:COUNT`, 0 for other sources.
+    """Return COUNT if the source is `kind:COUNT`, and 0 for other sources.
 
     Raises ReadError if COUNT is not a number or is smaller than `fewest`.
     """
@@ -259,7 +274,7 @@ def count_of(source: Path | str, kind: str = "procedural", fewest: int = 1) -> i
     if name != kind:
         return 0
     if not count.isdigit() or int(count) < fewest:
-        raise ReadError(f"{source}: give {kind}:COUNT with a COUNT from {fewest}")
+        raise ReadError(f"{source}: give {kind}:COUNT with a COUNT of {fewest} or more")
     return int(count)
 
 

@@ -1,4 +1,4 @@
-"""Read the formats of scanners: PCD, LAS, LAZ, E57, PTX, and BIN with named columns.
+"""Read formats of scanners: PCD, LAS, LAZ, E57, PTX, and .bin files of float32.
 
 LAS, LAZ, E57 and compressed PCD need the packages of the `io` extra.
 """
@@ -24,7 +24,7 @@ Columns = dict[str, np.ndarray]
 
 
 def read_pcd(path: Path) -> PointCloud:
-    """Read a PCD of any version: ascii, binary or compressed, with fields of any type and order.
+    """Read a PCD of any version and encoding, with fields of any type in any order.
 
     Raises ReadError.
     """
@@ -69,9 +69,9 @@ def read_pcd(path: Path) -> PointCloud:
 
 
 def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
-    """Return the type of a point, with names in lower case, and the number of points.
+    """Return the structured type of a point and the number of points, both from the header.
 
-    Raises ReadError.
+    The names of the fields are in lower case. Raises ReadError.
     """
     names = header.get("FIELDS", header.get("COLUMNS", []))
     every = {"SIZE": [], "TYPE": ["F"] * len(names), "COUNT": ["1"] * len(names)}
@@ -84,7 +84,7 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
     points, width, height = (int((header.get(key) or ["-1"])[0]) for key in keys)
     grid = width * abs(height) if width >= 0 else -1  # a missing HEIGHT means 1
     if points >= 0 and grid >= 0 and points != grid:
-        raise ReadError(f"its header has {points:,} points, but {width:,} x {height:,}")
+        raise ReadError(f"has {points:,} POINTS, but WIDTH x HEIGHT {width:,} x {height:,}")
     if (count := max(points, grid)) < 1:
         raise ReadError("has no points")
     fields: dict[str, np.dtype] = {}
@@ -102,9 +102,10 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
 
 
 def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Columns:
-    """Read the columns of a text PCD, in the types of its header if the values fit.
+    """Read the columns of a text PCD.
 
-    first: number of the first line, for errors.
+    A column gets the type that the header states if all values of the column fit into this type;
+    otherwise, it is float64. first: number of the first line, for error messages.
     """
     names = row.names or ()
     widths = [math.prod(row[name].shape) for name in names]
@@ -133,14 +134,16 @@ def _check_las(path: Path) -> None:
     """Raise ReadError for a damaged header that would keep laspy busy for hours or abort lazrs."""
     with path.open("rb") as file:
         file.seek(96)
+        # offset of the points, number of variable length records, and format of the points
         start, records, kind = struct.unpack("<IIB", file.read(9))
-        # a variable length record has at least 54 bytes
+        # a variable length record takes at least 54 bytes
         check_claim(path, 54 * records, 1)
         if kind & 0x80:  # compressed
             io_module("lazrs")
             file.seek(start)
+            # the offset of the chunk table; -1 if the file was written as a stream
             (table,) = struct.unpack("<q", file.read(8))
-            if table < 0:  # written as a stream: the offset of the table is at the end
+            if table < 0:  # then the offset stands at the end of the file
                 file.seek(-8, 2)
                 (table,) = struct.unpack("<q", file.read(8))
             file.seek(max(table, 0) + 4)
@@ -148,20 +151,20 @@ def _check_las(path: Path) -> None:
 
 
 def las_records(path: Path) -> Iterator[Any]:
-    """Yield laspy's records of a LAS or LAZ file, in chunks.
+    """Yield the points of a LAS or LAZ file in chunks, as records of laspy.
 
-    Raises ReadError, also if records are missing.
+    Raises ReadError, also if points are missing.
     """
     laspy, seen = io_module("laspy"), 0
     _check_las(path)
     try:
-        # with one thread: the parallel decompressor allocates whatever a damaged chunk table
-        # claims, and aborts the process
+        # use the decompressor with one thread: the parallel one allocates whatever memory a
+        # damaged chunk table claims, and then aborts the process
         lazrs = laspy.LazBackend.Lazrs
         with laspy.open(path, read_evlrs=False, laz_backend=lazrs) as file:
             header = file.header
             count, size = header.point_count, header.point_format.size
-            # LAZ of regular points can be thousands of times smaller
+            # LAZ can be thousands of times smaller than LAS if the points are regular
             factor = 5000 if header.are_points_compressed else 1
             check_claim(path, count * size, factor)
             waves = header.start_of_waveform_data_packet_record
@@ -212,7 +215,8 @@ def read_e57(path: Path) -> PointCloud:
         file = pye57.E57(str(path))
         try:
             counts = [file.get_header(i).point_count for i in range(file.scan_count)]
-            check_claim(path, max(counts, default=0), 8)  # a point may take one bit
+            # a point takes at least one bit
+            check_claim(path, max(counts, default=0), 8)
             filled = [i for i, count in enumerate(counts) if count]
             scans = [file.read_scan(i, ignore_missing_fields=True) for i in filled]
         finally:
@@ -234,9 +238,10 @@ def read_ptx(path: Path) -> PointCloud:
 def ptx_rows(path: Path) -> Iterator[np.ndarray]:
     """Yield x, y, z, red, green, blue of Leica's PTX in chunks n 6 float64; NaN for missing values.
 
-    A scan begins with 10 lines: number of columns, number of rows, position (1 line) and axes (3)
-    of the scanner, and a matrix [4, 4] with scene = [x y z 1] @ matrix. One line per point follows:
-    x y z intensity [r g b]; x, y and z are 0 if no light came back. Raises ReadError.
+    A scan begins with 10 lines: the number of columns (1 line), the number of rows (1 line), the
+    position of the scanner (1 line), its axes (3 lines), and a matrix [4, 4] (4 lines) such that
+    the coordinates in the scene are [x y z 1] @ matrix. One line per point follows: x y z intensity
+    [r g b]. There, x, y and z are 0 if no light came back. Raises ReadError.
     """
     with path.open(encoding="latin-1") as text:
         # skip blank lines, and the byte order mark that editors on Windows write
@@ -272,7 +277,10 @@ NO_COLUMNS = (
 
 
 def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
-    """Read rows of float32 with named columns, the format of lidar data sets. Raises ReadError."""
+    """Read rows of float32, the format of lidar data sets such as KITTI.
+
+    columns: the names of all columns. Raises ReadError.
+    """
     if columns is None:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)

@@ -24,7 +24,7 @@ from jepa3d.frame import LEAST, are_kept
 from jepa3d.plain import sha256_of
 
 NO_PARTS = (
-    "has no part labels; give a store of jepa3d prepare --keep parts, "
+    "has no part labels; give a store made by jepa3d prepare --keep parts, "
     "a .npz with an array seg or parts, or files with part labels"
 )
 
@@ -34,7 +34,7 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # returns shape i with the points of its source, `up`, `unseen` and, if wanted, `parts`
+    # returns shape i with points as in the source, `up`, `unseen` and, if asked for, `parts`
     read: Callable[[int], PointCloud]
     labels: np.ndarray  # n int64, -1 for no label
     class_names: tuple[str, ...]
@@ -42,11 +42,13 @@ class Shapes:
     part_names: tuple[str, ...] = ()
     # identifies the data; None: use a digest of the points
     fingerprint: str | None = None
-    # set if its clouds are read on demand, that is, when they are used
+    # the store, if its clouds are read on demand, that is, when they are used
     store: Store | None = None
-    # shapes converted together: more than 1 if they are in memory and have equally many points
+    # number of shapes that are converted together; above 1 if all shapes are in memory and have the
+    # same number of points
     batch: int = 1
-    total: int | None = None  # number of shapes of the whole source, if these are fewer
+    # number of shapes in the source, if only some of them are here
+    total: int | None = None
 
     def rows(self, split: str) -> np.ndarray:
         """Return the indices of the shapes in a split; a source without a split counts as train."""
@@ -84,7 +86,7 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
     total = procedural.count_of(counted, "synthetic", 8)
     made = synthetic.make_shapes(min(total, 4 * (limit or total)), 2 * num_points)
     points, labels = made["points"], made["labels"]
-    # shape i is of class i % 21; 4 and 21 have no common factor: test shapes go through all classes
+    # shape i has class i % 21; 4 and 21 have no common factor, so every class has test shapes
     split = (np.arange(len(points)) % 4 == 3).astype(np.int8)
     digest = hashlib.sha256(points.tobytes()).hexdigest()
 
@@ -97,14 +99,18 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
 
 
 def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
-    """Open a store. Its clouds are read on demand if num_points of them need no new sampling."""
+    """Open a store.
+
+    Its clouds are read on demand if their first num_points points can be used as they are; other
+    clouds are read into memory and sampled anew.
+    """
     store = Store(path)
     if up_axis != "z":
         raise ReadError(f"{path}: a store is z-up already; use prepare --up-axis")
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     ordered, have = store.header["settings"]["reduce"] == "fps", store.num_points or 0
-    # the first num_points of more points in farthest point order are a farthest point sample
+    # in farthest point order, the first num_points points are a farthest point sample of all
     on_demand = store if have == num_points or (ordered and have > num_points) else None
 
     def read(row: int) -> PointCloud:
@@ -127,7 +133,11 @@ def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
 
 
 def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) -> Shapes:
-    """Open an .npz: points n N 3; optional labels, class_names, split, seg or parts, part_names."""
+    """Open an .npz bundle with the array points, n N 3.
+
+    It may also have the arrays labels, class_names, split, seg (or parts) and part_names. key: name
+    of the labels array.
+    """
     facts = facts_in(path, key, "points", *(["parts"] if parts else []))
     points, none = facts["points"], np.full(len(facts["points"]), -1)
     labels, names = facts.get("label", none), facts.get("class_names", ())

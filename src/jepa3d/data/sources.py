@@ -30,7 +30,7 @@ from jepa3d.plain import log, printable
 _SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 # an archive may unpack to 100 times its size, or to 1 GiB if that is more
 _MOST = 100, 1 << 30
-REFUSAL = "an archive: unpack it first, or make a store of it with jepa3d prepare"
+REFUSAL = "is an archive; unpack it first, or make a store from it with jepa3d prepare"
 # what Python raises for damaged archives
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, zlib.error)
 
@@ -43,7 +43,7 @@ def discover(
 ) -> Source:
     """Find the clouds at `root`: a benchmark, a folder of files, a file, or `procedural:COUNT`.
 
-    variant: name of the variant, for a benchmark with several. columns, reader: as for
+    variant: name of the variant, if a benchmark has several. columns, reader: as for
     `io.py::read`; with a reader, no folder is treated as a benchmark. Raises ReadError if there is
     no cloud.
     """
@@ -69,9 +69,10 @@ def discover(
 def walk(
     root: Path, failed: Callable[[OSError], None]
 ) -> Iterable[tuple[Path, list[str], list[str]]]:
-    """Walk a tree like os.walk, but sorted; follow links to folders, and enter each folder once.
+    """Walk a tree of folders like os.walk, but in sorted order.
 
-    failed: called with the error of each folder that cannot be listed.
+    Links to folders are followed, but no folder is entered twice. failed: called with the
+    error of each folder that cannot be listed.
     """
     seen = set()
     for folder, folders, files in os.walk(root, onerror=failed, followlinks=True):
@@ -116,13 +117,14 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
     folders = [Path(key).parts[:-1] for key in paths]
     places = classes_and_splits(folders, flat=bool(benchmarks))
     for (key, path), (name, split) in zip(paths.items(), places, strict=True):
-        label = name and printable(name)  # as JSON, Parquet and pictures need it
+        # labels must be printable, since they go into JSON, Parquet and pictures
+        label = name and printable(name)
         try:
             entries += entries_of(path, key, label, split, *how)
         except ReadError as error:
             entries.append(Entry(key, partial(refuse, str(error)), label, split))
     if len(benchmarks) == 1 and len(entries) == len(benchmarks[0].entries):
-        # typical of an archive: a folder around a single benchmark
+        # the folder holds nothing but one benchmark, which is typical of an unpacked archive
         return replace(benchmarks[0], entries=entries, skipped=skipped)
     classes = {entry.label for entry in entries}
     if both := sorted(label for label in classes if label and split_of(label)):
@@ -135,7 +137,7 @@ def _files(root: Path, variant: str | None, *how: Any) -> Source:
 
 
 def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
-    """Say why a file of a folder is left out unread; None if it may be a cloud."""
+    """Return why a file in a folder cannot be a cloud; None if it may be a cloud."""
     if path.name.startswith("._"):
         return "is a metadata file of macOS"
     if reader:
@@ -144,14 +146,14 @@ def _no_cloud(path: Path, columns: Any, reader: str | None) -> str | None:
         return "is a few-shot fold; give its own path to jepa3d prepare"
     if reason := REFUSAL if is_archive(path) else refusal(path):
         return reason
-    # without columns, since a .bin beside a glTF mesh is its buffer
+    # without columns a .bin is left out; it may be the buffer of a glTF mesh beside it
     if path.suffix.lower() == ".bin" and columns is None:
         return NO_COLUMNS
     if path.suffix.lower() == ".txt":
         try:
             with as_read_error(path):
                 Table(path)
-        except ReadError as error:  # for example a README
+        except ReadError as error:  # the file is, for example, a README
             return str(error).removeprefix(f"{path}: ")
     return None
 
@@ -195,13 +197,13 @@ def _unzip(source: Path, folder: Path) -> None:
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():
             if not (folder / name).resolve().is_relative_to(folder):
-                raise ReadError(f"{source}: {name!r} would be outside of its folder")
+                raise ReadError(f"{source}: {name!r} would lie outside its folder")
         _check_size(source, folder, sum(m.file_size for m in archive.infolist()))
         archive.extractall(folder)
 
 
 def _untar(source: Path, folder: Path) -> None:
-    """Unpack members one by one, so that the size of each is checked before it is written."""
+    """Unpack the members of an archive one by one, each after a check of the total size."""
     with tarfile.open(source) as archive:
         total = 0
         for member in archive:

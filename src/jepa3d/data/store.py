@@ -1,11 +1,12 @@
 """Store a data set on disk: shards of points that are read on demand, an index, a JSON header.
 
 STORE/store.json      the header: settings, class names, one record per shard. A shard is part of
-                      the store only once its record is here.
-STORE/points-00000.safetensors  the first shard: "points" [sum of N, 3], and "normals", "colors" and
-                      "parts" if they are kept
+                      the store only once its record is in the header.
+STORE/points-00000.safetensors  the first shard: the points of its clouds, concatenated, and their
+                      "normals", "colors" and "parts", if the store keeps them
 STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text of the keys
 
+A key names a cloud: it is the path of the file in the source, and #row in a file of many clouds.
 Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates in the
 file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it first
 cuts off index rows that the header does not record, which an interrupted command may have left.
@@ -30,7 +31,7 @@ SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20  # a shard is written once it has 32 MiB of points and attributes
 # files that a command leaves if it is killed at its first write
 _UNFINISHED = (".store.json.partial", ".store.json.lock")
-# settings that older stores do not record -> the value that they had then
+# settings that older stores do not record -> the value that the older versions used
 _LATER = {"keep_strays": True, "reader": None}
 # columns of the index: name -> type and shape of a row
 COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -58,7 +59,8 @@ def key_hash(key: str) -> int:
 class Store:
     """A store, opened for reading. Opening reads only its header and index.
 
-    unfinished: also open a store that is not complete. Raises ReadError if `path` is no such store.
+    unfinished: also allow a store that is not complete. Raises ReadError if `path` is no store, or
+    if the store is damaged, or if it is not complete and `unfinished` is False.
     """
 
     def __init__(self, path: str | Path, unfinished: bool = False):
@@ -66,7 +68,8 @@ class Store:
         try:
             self.header = json.loads((self.path / "store.json").read_text())
             found, shards = self.header.get("format"), self.header.get("shards", ())
-            # the first cloud and the first point of each shard, and the total numbers
+            # index of the first cloud of each shard, and index of its first point; the last entries
+            # are the total numbers
             self.first = np.cumsum([0] + [shard["clouds"] for shard in shards])
             self._start = np.cumsum([0] + [shard["points"] for shard in shards])
             self.num_points: int | None = self.header["num_points"]
@@ -78,8 +81,9 @@ class Store:
         if found != FORMAT:
             raise ReadError(f"{path}: has format {found!r}; only {FORMAT!r} is read")
         if not (unfinished or complete):
-            raise ReadError(f"{path}: an unfinished store; run jepa3d prepare again")
+            raise ReadError(f"{path}: is an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
+        # an index in memory is checked now; a memory-mapped one is checked by `verify` only
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
         # open shards, oldest first: number -> size of its file in bytes, and its arrays
@@ -90,7 +94,7 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the records of all shards in the header; they contain the files' checksums."""
+        """sha256 of the shard records in the header, which contain the checksums of the shards."""
         shards = json.dumps(self.header["shards"], sort_keys=True)
         return hashlib.sha256(shards.encode()).hexdigest()
 
@@ -101,8 +105,8 @@ class Store:
             return np.empty(shape, kind)
         if not path.is_file() or path.stat().st_size < needed:
             raise ReadError(f"{path}: missing or cut off; it must have {needed} bytes")
-        # under 16 MiB: read into memory, since a mapped file that is cut off later would kill the
-        # process
+        # a column of under 16 MiB is read into memory, since a memory-mapped file that is cut off
+        # later would kill the process
         if needed < 16 << 20:
             return np.fromfile(path, kind, int(np.prod(shape))).reshape(shape)
         return np.memmap(path, kind, "r", shape=shape)
@@ -123,7 +127,7 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest, which another thread has most likely finished with: no lock is needed
+        # close the oldest shard; most likely, no other thread still uses it, so no lock is needed
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
@@ -144,7 +148,7 @@ class Store:
     def array(self, name: str, row: int, count: int | None = None) -> np.ndarray:
         """Return the first `count` rows, or all, of a cloud's array, memory-mapped.
 
-        name: points, normals, colors or parts. Raises KeyError if the store does not keep it.
+        name: points, normals, colors or parts. Raises KeyError if the store lacks this array.
         """
         shard, rows = self._span(row)
         return self.shard(shard)[name][rows][:count]
@@ -167,7 +171,7 @@ class Store:
         return np.asarray(points, np.float64) @ axes * scale + origin
 
     def key(self, row: int) -> str:
-        """Return the path of a cloud's file in its source; #row follows if it has many clouds."""
+        """Return the key of a cloud."""
         begin, end = self._bounds("key_end", row)
         with (self.path / "index" / "keys.bin").open("rb") as file:
             file.seek(begin)
@@ -206,7 +210,8 @@ class Store:
 class StoredPoints:
     """Points n N 3 float32, or part labels n N int16, of some clouds of a store.
 
-    They are read from disk when this object is indexed; `PointClouds` uses it like an array.
+    The values are read from disk when this object is indexed; `PointClouds` uses the object like an
+    array. name: "points" or "parts".
     """
 
     def __init__(self, store: Store, rows: np.ndarray, num_points: int, name="points"):
@@ -218,9 +223,9 @@ class StoredPoints:
         return len(self.rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        """Read clouds n N 3 at a slice, mask or array of indices, or one cloud N 3 at an index.
+        """Read clouds at a slice, mask or array of indices, or one cloud at an integer.
 
-        Points are in the unit sphere. Part labels are n N, or N.
+        Returns points n N 3 in the unit sphere, or part labels n N; for one cloud, N 3 or N.
         """
         rows = np.atleast_1d(self.rows[index])
         kind = np.float32 if self.name == "points" else np.int16
@@ -240,7 +245,7 @@ class StoredPoints:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Number of these clouds in each shard, in order; an epoch reads shard after shard.
+        """Number of these clouds in each shard, in the order of the shards.
 
         If the clouds are not in the order of the store, they count as a single shard.
         """
@@ -253,8 +258,9 @@ class StoredPoints:
 class StoreWriter:
     """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    The end of the block commits all added clouds and, if no exception ended it, marks the store
-    complete. Raises ValueError if `path` is not a store or has other settings.
+    At the end of the block, all added clouds are committed; unless an exception ended the block,
+    the store is also marked complete. Raises ValueError if `path` exists but is no store, or if the
+    store has other settings.
     """
 
     def __init__(
@@ -294,7 +300,7 @@ class StoreWriter:
             raise ValueError(f"{path}: has other part names; choose another --out")
         classes = dict.fromkeys([*store.class_names, *class_names])
         self.header = store.header | {"settings": settings, "class_names": [*classes]}
-        # numbers of points and of bytes of keys, including clouds that wait to be written
+        # number of points, and number of bytes of keys; both include clouds not yet written
         self._end = int(store.columns["end"][-1]) if len(store) else 0
         self._key_end = int(store.columns["key_end"][-1]) if len(store) else 0
         self._size = {name: len(store) * _row_bytes(name) for name in COLUMNS}
@@ -368,7 +374,7 @@ class StoreWriter:
         self._rows, self._clouds, self._bytes = [], [], 0
 
     def _append(self, name: str, content: bytes) -> int:
-        """Write content behind the committed rows of an index file. Returns the new size."""
+        """Write content after the committed rows of an index file. Returns the new size."""
         with naming(path := self._index / f"{name}.bin"), path.open("r+b") as file:
             file.seek(self._size[name])
             file.write(content)
@@ -395,7 +401,10 @@ def _row_bytes(name: str) -> int:
 
 
 def _map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map the tensors of a file: 8 bytes with the header's length, a JSON header, data."""
+    """Memory-map the tensors of a safetensors file; returns a dict from names to arrays.
+
+    The file consists of 8 bytes with the length of the header, the header in JSON, and the data.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

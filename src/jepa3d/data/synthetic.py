@@ -1,13 +1,14 @@
 """Generate the built-in labelled shapes: random everyday objects with part labels.
 
-Every surface is a *loft*: an array [rings, sides, 3] of closed rings in which quads join neighbour
-rings; a ring that is shrunk to a point closes an end. Boxes, surfaces of revolution and tubes are
-lofts, so one function makes the triangles of all.
+Every surface is a *loft*: an array [rings, sides, 3] of closed rings, where quads join each ring to
+the next. A ring that is shrunk to a point closes an end of the loft. Boxes, surfaces of revolution
+and tubes are lofts, so one function makes all triangles.
 
-A builder yields tuples `(part name, *lofts)`, with z up and the front at -y, in any unit, since
-shapes are normalised afterwards. Some builders make several classes, which differ in a single part
-or in the arrangement of parts, while their proportions overlap: stool/chair/bench/sofa/table/desk,
-bowl/cup/mug/bathtub, dresser/wardrobe. See `_CLASSES`.
+A *builder* makes one random shape: it yields tuples `(part name, *lofts)`, with z up and the front
+at -y. The unit of length does not matter, since shapes are normalised afterwards. Some builders
+make several classes, which differ in a single part or in the arrangement of parts, while their
+proportions overlap. The groups of such classes are stool, chair, bench, sofa, table and desk; bowl,
+cup, mug and bathtub; dresser and wardrobe. See `_CLASSES`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jepa3d.data.cloud import sample_triangles
 
 MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
-# each shape has noise with a standard deviation in this range, per axis, for a radius of 1
+# range of the standard deviation of a shape's noise, per axis, for a radius of 1
 NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
 MAX_OCCLUSION = 0.25  # largest share of its points that such a shape loses
@@ -37,9 +38,9 @@ _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 
 
 def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> Loft:
-    """Make a box of `size` (x, y, z) on the point `base`.
+    """Make a box whose bottom has its centre at `base`.
 
-    taper: factor on the size of its top. lean: shift (x, y) of its top.
+    size: its size (x, y, z). taper: factor on the size of its top. lean: shift (x, y) of its top.
     """
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
@@ -50,9 +51,10 @@ def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) ->
 
 
 def _lathe(profile: Floats, at: Floats = (0, 0, 0), scale: Floats = (1, 1), power: int = 2) -> Loft:
-    """Make the surface of revolution of `profile`, rows (radius, height).
+    """Make a surface of revolution.
 
-    at: where it stands. scale: factors in x and y. power: above 2, its circles become squarish.
+    profile: one row (radius, height) per ring. at: the point at radius 0 and height 0. scale:
+    factors in x and y. power: with a power above 2, the circles become squarish.
     """
     circle = _CIRCLE / np.linalg.norm(_CIRCLE, ord=power, axis=1, keepdims=True)
     return sweep(np.array(profile, float), circle) * (*scale, 1) + at
@@ -135,7 +137,8 @@ def _back(
 ) -> list[Loft]:
     """Make a backrest at y = `rear`: a panel, or posts with a rail, upright or leaning back.
 
-    foot: height of its lower edge. height: its own height. thick: its thickness.
+    foot: height of the lower edge above the ground. height: from the lower to the upper edge.
+    thick: thickness of the panel.
     """
     posts, lean = rng.integers(0, 7), max(0, rng.uniform(-0.2, 0.25)) * height
     low = rng.uniform(0.5, 0.9)
@@ -154,8 +157,8 @@ def _slab(
 ) -> Callable[[Rng, Draw], Parts]:
     """Return a builder of seats and tables: a slab on a support.
 
-    top: part name of the slab. size: ranges of width, depth and height. soft: added to the slab's
-    thickness. back: probability of a backrest. boxes: largest number of drawers.
+    top: part name of the slab. size: ranges of width, depth and height. soft: extra thickness of
+    the slab. back: probability of a backrest. boxes: largest number of drawers.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:
@@ -239,9 +242,9 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 def _vessel(
     tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Return a builder of an open vessel whose rim has radius 1, stretched in x.
+    """Return a builder of open vessels whose rim has radius 1 and is then stretched in x.
 
-    tall: range of its height. long: range of the stretch in x. foot: probability of a foot. dish:
+    tall: range of the height. long: range of the stretch in x. foot: probability of a foot. dish:
     probability of a saucer if there is no foot. ear: probability of a handle.
     """
 
@@ -404,7 +407,8 @@ def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.nd
 
     Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and
     parts int16 [num_points], indices into `PART_NAMES`. Some shapes are occluded: all points beyond
-    a plane or in a ball are removed, and enough are sampled that `num_points` remain.
+    a plane or in a ball are removed. For such a shape, more points are sampled at first, so that
+    `num_points` remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):

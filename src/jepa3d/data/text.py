@@ -22,13 +22,14 @@ Names = tuple[str, ...]
 _COMMENT = ("#", "//", "%")
 # delimiters besides white space; if a line has several of them, the first listed here is used
 _MARKS = (";", "|", "\t", ",")
-_BLANK = ",;|\t "  # characters that an empty row of a table may hold
-_MAX_TITLE = 100  # largest number of lines of other text above the numbers
-_MAX_LINE = 100_000  # in characters; lines above the numbers must be shorter
+_BLANK = ",;|\t "  # a row that holds only these characters is empty
+# largest number of lines above the numbers, not counting comments and counts
+_MAX_TITLE = 100
+_MAX_LINE = 100_000  # every line above the numbers must have fewer characters
 # how programs write a missing value
 _NO_VALUE = re.compile(r"(?i)-?|n/?a|null|none|-?nan\(\w+\)|-?1\.#(ind|qnan|snan)0*")
 _ATTRIBUTES = set().union(*chain(*clouds.ATTRIBUTE_COLUMNS.values()))
-# names by which a comment of fewer names than columns is still known to be a header
+# a comment with fewer names than columns is a header only if all its names are in this set
 _KNOWN = _ATTRIBUTES | {"x", "y", "z", "intensity", "i"}
 
 
@@ -43,22 +44,22 @@ def read_table(path: Path, columns: Names | None = None) -> PointCloud:
 
 
 def table_rows(path: Path) -> Iterator[np.ndarray]:
-    """Return an iterator over x, y, z in chunks, as `Table.rows`. Raises ReadError."""
+    """Return an iterator over x, y, z of all rows, in chunks n 3 float64. Raises ReadError."""
     table = Table(path)
     return table.rows([*table.used(None).values()][:3])
 
 
 class Table:
-    """A file with rows of numbers, which may stand below a header, comments and a count of rows.
+    """A file with rows of numbers, which may stand below a header, comments or a count of rows.
 
     Opening finds the first row. Raises ReadError for a file without such rows, such as a README.
     """
 
     def __init__(self, path: Path):
         self.path, self.encoding = path, encoding_of(path)
-        # (line number, text) of the lines of other text above the numbers
+        # (line number, text) of each line above the numbers that is neither a comment nor a count
         self._above: list[tuple[int, str]] = []
-        # the last comments above the numbers that may be a header
+        # up to 1,000 comments above the numbers that may be a header, since they have x, y and z
         self._comments = deque[str](maxlen=1000)
         self._count: int | None = None  # number of rows, if the file states it
         # the line with the names of the columns, if it is not a comment
@@ -74,11 +75,11 @@ class Table:
         raise ReadError(f"has no rows of numbers{first}; a row must have x, y and z")
 
     def used(self, columns: Names | None) -> dict[str, int]:
-        """Return name -> column index for x, y, z and for the attributes that the header names.
+        """Return a dict from x, y, z and the names of attributes to the indices of their columns.
 
-        columns: what the header calls x, y and z; or the names of all columns, which are used if
-        there is no header. Without any names, the first three columns are x, y, z. Raises
-        ReadError.
+        columns: the three names that the header has for x, y and z, or the names of all columns,
+        which are used if there is no header. Without header and `columns`, the first three columns
+        are x, y and z. Raises ReadError.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -97,9 +98,10 @@ class Table:
         return found | {name: names.index(name) for name in others}
 
     def rows(self, columns: list[int]) -> Iterator[np.ndarray]:
-        """Yield these columns of all rows in chunks n D float64; NaN for empty cells.
+        """Yield D columns of all rows in chunks n D float64; empty cells become NaN.
 
-        Raises ReadError for a line that is no row, and if the file states a wrong number of rows.
+        columns: indices of the D columns. Raises ReadError for a line that is no row, and if the
+        file states a wrong number of rows.
         """
         counts, seen = [] if self._count is None else [self._count], 0
 
@@ -141,7 +143,7 @@ class Table:
             return False
         self.mark = delimiter_of(text)
         row = _fields(line, self.mark)
-        # empty cells count as numbers here, but not in `filled`
+        # an empty cell counts as a number in `numbers`, but not in `filled`
         numbers = [_number(field) is not None for field in row]
         filled = [_is_number(field) for field in row]
         begins_with_xyz = any(filled[:3]) and all(numbers[:3])
@@ -152,17 +154,17 @@ class Table:
             self._skip, self._first, self._where = number - 1, line, f"line {number}"
             return True
         if text.lower().startswith("ncols"):
-            raise ReadError("an ESRI grid of heights: convert its cells to x y z first")
+            raise ReadError("is an ESRI grid of heights: convert it to x y z first")
         if all(filled):
-            raise ReadError(f"line {number} has {len(row)} columns, at least 3 needed")
+            raise ReadError(f"line {number} has {len(row)} columns, but needs 3")
         self._above.append((number, text))
         return False
 
     def _split(self, text: str, width: int) -> list[str]:
-        """Split a line above the numbers into names, by the best of all delimiters.
+        """Split a line above the numbers into names, with the delimiter that gives the best split.
 
-        A split is better if it has x, y and z; among equals, if it has `width` names; then, if it
-        has more names.
+        A split that has the names x, y and z is better than one that lacks any of them. Among
+        equals, a split of `width` names is better; among equals again, a split of more names.
         """
         text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(_BLANK)
         marks = [*(mark for mark in (self.mark, *_MARKS) if mark), None]
@@ -170,9 +172,10 @@ class Table:
         return max(splits, key=lambda s: ({*"xyz"} <= {*s}, len(s) == width, len(s)))
 
     def _names(self, row: list[str], columns: Names | None) -> Names:
-        """Return the names in the header, a line or comment above the numbers; () without a header.
+        """Return the names of the columns in the header; () if there is no header.
 
-        row: the cells of the first row. columns: names of x, y and z, if they differ.
+        The header is a line or a comment above the numbers. row: the cells of the first row.
+        columns: the names for x, y and z, if the header has other names for them.
         """
         filled = max((i for i, field in enumerate(row, 1) if field), default=len(row))
         wanted = set(map(_plain, columns or "xyz"))
@@ -183,7 +186,7 @@ class Table:
             number, self._header, names = (named or splits)[-1]
             quoted = self._first.startswith('"') and self._first.count('"') == 2
             if len(names) == len(row) - 1 and quoted:
-                names.insert(0, "")  # R writes no name above its row names
+                names.insert(0, "")  # the language R writes no name above its row names
             if len(names) in (filled, len(row)) or wanted <= set(names):
                 if len(names) > len(row) and not self.mark and names[:3] != [*"xyz"]:
                     counts = f"{len(names)} columns, but {self._where} has {len(row)}"
@@ -198,9 +201,9 @@ class Table:
 
 
 def encoding_of(path: Path) -> str:
-    """Detect the encoding of a text file from its first bytes; utf-8-sig for all 8-bit encodings.
+    """Detect the encoding of a text file from its first bytes.
 
-    Raises ReadError for a file that is no text.
+    All 8-bit encodings are returned as utf-8-sig. Raises ReadError for a file that is no text.
     """
     with path.open("rb") as file:
         start = file.read(4096)
@@ -226,7 +229,7 @@ def delimiter_of(text: str) -> str | None:
         fields = [field.strip() for field in text.rstrip(mark).split(mark)]
         blank = any(not field or re.search(r"\d +[-+.\d]", field) for field in fields)
         if mark == "\t" and blank:
-            continue  # here tabs and blanks are both white space
+            continue  # in this row, tabs and blanks are both white space
         decimal = r"([-+]?\d*[.,]?\d+(e[-+]?\d+)?[ \t]+){2,}\S+"
         if mark == "," and len(fields) >= 2 and re.fullmatch(decimal, text, re.I):
             return None  # the commas are decimal commas
@@ -247,10 +250,10 @@ def parsed(
 ) -> Iterator[np.ndarray]:
     """Parse columns of lines of numbers; yields chunks n D float64.
 
-    first: number of the first line, for errors. mark: the delimiter, None for white space. columns:
-    indices of the D columns. is_skipped: returns True for lines to leave out besides comments and
-    empty lines. The first three columns must hold numbers or be empty; otherwise a ReadError names
-    the line. In other columns, text becomes NaN.
+    first: number of the first line, for error messages. mark: the delimiter, None for white space.
+    columns: indices of the D columns. is_skipped: returns True for further lines to leave out;
+    comments and empty lines are always left out. The first three columns must hold numbers or be
+    empty; otherwise a ReadError names the line. In other columns, text becomes NaN.
     """
 
     def cells(number: int, line: str) -> Iterator[list[float]]:
@@ -310,9 +313,11 @@ def _is_number(field: str) -> bool:
 
 
 def coordinate_columns(names: Names, columns: Names | None) -> Names:
-    """Return the names of the x, y and z columns, of which `columns` overrides the search.
+    """Return the names of the x, y and z columns.
 
-    Raises ReadError if there are no such columns, or several to choose from.
+    names: the names of all columns. columns: the three names that the user gives; None searches for
+    names such as x, y, z or px, py, pz. Raises ReadError if there are no such columns, or several
+    to choose from.
     """
     wanted, have = tuple(_plain(name) for name in columns or "xyz"), ", ".join(names)
     if twice := [name for name in wanted if names.count(name) > 1]:

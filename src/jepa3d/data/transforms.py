@@ -9,7 +9,7 @@ from torch import Tensor
 from jepa3d.frame import STEP
 from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform, unit_sphere
 
-# largest shares of the points that `random_view` removes, moves anywhere, or moves into lumps
+# largest shares of points that `random_view` removes, moves to random places, or moves into lumps
 MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
 # `random_view` keeps one of these shares of num_points, all equally likely
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
@@ -51,13 +51,14 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
     points: in farthest point order. Steps:
 
     1. Rotate the cloud about z by a random angle.
-    2. In half of the clouds, remove the points beyond a plane: up to `MAX_CUT` of them.
-    3. Keep num_points times a share from `VIEW_SHARES`, which is the same for the whole batch. Half
-       of the clouds keep an even sample; in the others, density falls along one direction by a
-       factor of up to e^3 per radius.
+    2. In half of the clouds, remove the points beyond a plane: a share of up to `MAX_CUT`.
+    3. Keep num_points * share points. The share is chosen at random from `VIEW_SHARES`, once for
+       the whole batch. Half of the clouds keep an even sample; in the others, density falls along
+       one direction by a factor of up to e^3 per radius.
     4. Add noise with a standard deviation of up to 2 % of the radius.
-    5. In a third of the clouds, move up to `MAX_CLUTTER` of the points anywhere in the ball; in
-       another third, move up to `MAX_LUMPS` of them into at most seven lumps around some points.
+    5. In a third of the clouds, move a share of the points (up to `MAX_CLUTTER`) to random places
+       in the unit ball. In another third, move a share (up to `MAX_LUMPS`) into lumps around at
+       most seven of the points.
     6. Fill the clouds up to num_points (`fill`), and normalise them.
     """
     points = random_rotate(points, generator.stream("turn"))
