@@ -172,7 +172,7 @@ def test_a_stored_dvae_says_what_it_lacks_when_its_vit_is_gone(vit, tmp_path):
     shutil.rmtree(moved)
     said = refusal(load_module, str(tmp_path / "dvae"))
     assert str(moved) in said
-    assert "backbone in a dVAE's config.json" in said
+    assert "backbone in the config.json of a dVAE" in said
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,13 @@ def test_a_stored_dvae_says_what_it_lacks_when_its_vit_is_gone(vit, tmp_path):
             lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
             "'bert', but must be 'vit'",
         ),
-        (lambda folder: edit(folder, num_hidden_layers=3), "is missing"),
-        (lambda folder: edit(folder, hidden_size=64), "no ViT has these settings"),
-        (lambda folder: edit(folder, hidden_size="wide"), "no ViT has these settings"),
-        (lambda folder: edit(folder, num_attention_heads=0), "no ViT has these settings"),
+        (lambda folder: edit(folder, num_hidden_layers=3), "so it does not hold the weights of a ViT"),
+        (lambda folder: edit(folder, hidden_size=64), "no ViT can be made from its settings"),
+        (lambda folder: edit(folder, hidden_size="wide"), "no ViT can be made from its settings"),
+        (
+            lambda folder: edit(folder, num_attention_heads=0),
+            "no ViT can be made from its settings",
+        ),
     ],
 )
 def test_a_folder_that_holds_no_vit_is_refused(vit, tmp_path, harm, says):

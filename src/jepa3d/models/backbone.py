@@ -1,7 +1,8 @@
-"""The frozen image transformer (ViT) between the dVAE's two DGCNNs, with learned prompts (ACT, Dong
-et al. 2023).
+"""The frozen image transformer (ViT) inside ACT's discrete autoencoder (the dVAE of dvae.py), with
+learned prompt tokens (Dong et al. 2023).
 
-Runs do not store the ViT's weights: a dVAE stores the ViT's folder or Hub id, and a checksum.
+Runs do not store the ViT's weights. They store the ViT's folder or Hub id, and a checksum of its
+weights.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ if TYPE_CHECKING:
     from transformers import ViTModel
 
 NUM_PROMPTS = 64  # prompt tokens per layer
-DROPOUT = 0.1  # rate at which numbers of the prompts are dropped in training
+DROPOUT = 0.1  # share of the prompts' elements that are set to 0 in training
 HINT = (
-    "runs do not store a ViT's weights: give their folder or Hub id as dvae.backbone, "
-    "or as backbone in a dVAE's config.json"
+    "runs do not store a ViT's weights: give the ViT's folder or Hub id as dvae.backbone, "
+    "or as backbone in the config.json of a dVAE"
 )
 
 
 class PromptedViT(nn.Module):
-    """Apply a frozen ViT to the tokens of a cloud, with learned prompt tokens before them in every
-    layer.
+    """Apply a frozen ViT to the tokens of a cloud, with learned prompt tokens before the cloud's
+    tokens in every layer.
 
     name: folder or Hub id of the ViT. width: number of channels of the cloud's tokens. Only the
     ViT's transformer layers and last norm are used, not its image patches, class token or image
-    positions. Trained are the prompts, their positions, the MLP of the token positions, and the two
-    linear layers that change the width before and after the ViT.
+    positions. Training changes only the prompts, their positions, the MLP that embeds the tokens'
+    centers, and the two linear layers that change the width before and after the ViT.
     """
 
     def __init__(self, name: str, width: int):
@@ -55,18 +56,18 @@ class PromptedViT(nn.Module):
             )
             for _ in range(2)
         )
-        # Stored with the trained weights, so that a checkpoint or export is never used with another
-        # ViT.
+        # The digest is stored with the trained weights, so that a checkpoint or an exported dVAE is
+        # never used with another ViT.
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(check_digest)
 
     def forward(
         self, tokens: Tokens, centers: Centers, generator: BatchGenerator | None = None
     ) -> Tokens:
-        """Transform tokens B M width with centers B M 3; returns the same shape.
+        """Transform tokens B M width with centers B M 3; returns tokens of the same shape.
 
-        Positions are added before every layer, as in ACT. generator: source of the prompts' dropout
-        in training.
+        Positions are added before every layer, as in ACT. generator: source of the random numbers
+        for the prompts' dropout in training.
         """
         vit = self._frozen[0]
         hidden, position = self.enter(tokens), self.position(centers)
@@ -83,16 +84,16 @@ class PromptedViT(nn.Module):
         return self.leave(vit.layernorm(hidden))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedViT:
-        self._frozen[0]._apply(fn, recurse)  # moves the ViT to another device too
+        self._frozen[0]._apply(fn, recurse)  # moves the hidden ViT to another device
         return super()._apply(fn, recurse)
 
 
 def check_digest(
     module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object
 ) -> None:
-    """Check weights before they are loaded (a torch hook).
+    """Check that weights belong to this module's ViT; torch calls this hook before it loads them.
 
-    Raises ValueError if they were trained with another ViT.
+    Raises ValueError if the weights were trained with another ViT.
     """
     found = state_dict.get(f"{prefix}digest")
     if found is not None and bytes(found.tolist()).hex() != module.sha256:
@@ -125,7 +126,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
     except ValueError as error:
         raise ValueError(f"backbone {str(error).removeprefix('backbone ')}; {HINT}") from error
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # transformers would warn about unused weights of a classifier
+    logging.set_verbosity_error()  # else transformers warns about unused weights of a classifier
     logging.disable_progress_bar()
     try:
         loaded: Any = ViTModel.from_pretrained(
@@ -138,7 +139,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
         )
     except (StrictDataclassError, RuntimeError, ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"backbone {name}: no ViT has these settings ({first_line(error)}); {HINT}"
+            f"backbone {name}: no ViT can be made from its settings and weights ({first_line(error)}); {HINT}"
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -147,7 +148,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
     vit, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"backbone {weights}: these are not the weights of a ViT: {missing[0]} is missing; {HINT}"
+            f"backbone {weights}: the file lacks {missing[0]}, so it does not hold the weights of a ViT; {HINT}"
         )
     sha256 = sha256_of(weights)
     assert sha256 is not None  # the file exists: it was just read
@@ -155,7 +156,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
 
 
 def reference(name: str) -> str:
-    """Return the backbone's name for config.json: the absolute path of a folder, so that commands
-    find it from any folder; a Hub id unchanged.
+    """Return the backbone's name for config.json: a Hub id unchanged, but a folder as an absolute
+    path, so that commands find the folder wherever they are started.
     """
     return str(Path(name).absolute()) if Path(name).exists() else name

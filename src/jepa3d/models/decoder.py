@@ -1,4 +1,6 @@
-"""The context-aware decoder (paper III-D): every layer attends to the encoded context."""
+"""The context-aware decoder (the paper's section III-D), whose layers all attend to the encoded
+context.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,10 @@ class ContextAwareBlock(nn.Module):
     """One decoder layer: self-attention over [context ; mask tokens], cross-attention to the
     encoder's output, and an MLP, each with a residual connection.
 
-    Only the queries of the cross-attention are normalised: its keys and values come from the
-    encoder's output, which is already normalised and the same for every layer. Without
-    `cross_attention` this is a plain transformer block (Table V, second row). With `isolated`
-    every token attends only to the context, so mask tokens do not see each other.
+    The cross-attention normalises only its queries: its keys and values come from the encoder's
+    output, which is already normalised and is the same for every layer. Without `cross_attention`
+    the layer is a plain transformer block (the paper's Table V, second row). With `isolated` every
+    token attends only to the context, so mask tokens do not see each other.
     """
 
     def __init__(
@@ -38,12 +40,12 @@ class ContextAwareBlock(nn.Module):
             self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Rows, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """Return the updated rows [n, C] of the layout `joint`, with the context repeated for each
-        decoder pass.
+        """Update the tokens x, rows [n, C] of the layout `joint` (see layout.py).
 
-        x: rows of `joint`. context: the encoder's output, rows [n, C]; its keys and values are
-        computed once per cloud, for all passes. last: return only the rows of mask tokens, since
-        nothing reads the context afterwards.
+        context: the encoder's output, rows [n, C]. Keys and values of the context are computed once
+        per cloud, and all decoder passes use them. last: whether this is the last layer. Returns
+        the updated rows, in which the context is repeated for each decoder pass. The last layer
+        returns only the rows of mask tokens, since nothing reads the context afterwards.
         """
         normed = self.norm1(x)
         seen, keys = (
@@ -63,10 +65,11 @@ class ContextAwareDecoder(nn.Module):
     """Predict every target token from the encoded context and the positions of the target centres.
 
     By default each target block has its own forward pass ("decoder pass"), so that a block never
-    sees another block's mask tokens (the paper's equation); all passes run as one batch of B*A.
-    stacked: all blocks share one pass (the paper's overview picture). isolated: no mask token sees
-    another (AsymDSD, arXiv 2506.21724), so one pass is enough. ranks: positions are embedded from
-    `token_ranks` instead of coordinates (MPL-MAE, arXiv 2606.31570, without its gate).
+    sees another block's mask tokens, as in the paper's equation. The passes for A blocks of B
+    clouds run as one batch of B * A. stacked: all blocks share one pass, as in the paper's overview
+    picture. isolated: no mask token sees another (AsymDSD, arXiv 2506.21724), so one pass is
+    enough. ranks: positions are embedded from `token_ranks` instead of coordinates, as in MPL-MAE
+    (arXiv 2606.31570), but without the gate of that method.
     """
 
     def __init__(
@@ -99,9 +102,10 @@ class ContextAwareDecoder(nn.Module):
     def forward(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> Blocks:
-        """Predict the target tokens, B A T C.
+        """Predict the target tokens B A T C: T tokens for each of A blocks.
 
-        context and context_position: rows [n, C] of `layout`. target_position: B A T C.
+        context and context_position: rows [n, C] of `layout`. target_position: the embedded
+        positions of the targets, B A T C.
         """
         x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
@@ -122,8 +126,8 @@ class ContextAwareDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Joint]:
         """Join the context with one mask token per target token.
 
-        Returns the rows of [context ; mask tokens], the rows of their positions, and their layout,
-        in which all decoder passes of a cloud still share one copy of its context.
+        Returns the rows of [context ; mask tokens], the rows of the positions, and the layout of
+        both. In these rows, all decoder passes of a cloud still share one copy of the context.
         """
         batch, blocks, length, width = target_position.shape
         joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
@@ -141,9 +145,10 @@ class ContextAwareDecoder(nn.Module):
 
 
 def token_ranks(centers: Centers) -> Centers:
-    """Replace each coordinate of the centres (B M 3) by its rank in the cloud, scaled to [-1, 1].
+    """Replace each coordinate of the centres (B M 3) by its rank among the cloud's centres, scaled
+    to [-1, 1].
 
-    Ranks tell the order of the tokens along each axis, but not their distances: distances alone
-    reveal much of a shape.
+    Ranks tell the order of the tokens along each axis but hide the distances between tokens, since
+    distances alone reveal much of a shape.
     """
     return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

@@ -1,10 +1,11 @@
-"""The discrete autoencoder (dVAE) of ACT's first stage: the paper's frozen teacher, with or without
-its image transformer.
+"""The discrete autoencoder (dVAE) of ACT's first stage, which is the paper's frozen teacher, with
+or without ACT's image transformer.
 
-Data flow: tokens -> DGCNN -> logits over codes -> Gumbel-softmax -> codebook -> [frozen ViT] ->
-DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a teacher the dVAE is
-deterministic: it runs in evaluation mode, with the expected code instead of a Gumbel sample. The
-method is that of Dong et al. 2023, section 4; the networks are those of Yu et al. 2022.
+Data flow: tokens -> DGCNN (a graph network) -> logits over codes -> Gumbel-softmax -> codebook ->
+[frozen ViT] -> DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a
+teacher the dVAE is deterministic: it runs in evaluation mode, with the expected (or most likely)
+code instead of a Gumbel sample. The method is that of ACT (Dong et al. 2023, section 4); the
+networks are those of Point-BERT (Yu et al. 2022).
 """
 
 import math
@@ -26,8 +27,8 @@ class EdgeConv(nn.Module):
     """Compute, for each token i, the maximum over its neighbours j of
     LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
-    With W = [Wd Wc], W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i: so the products are computed
-    once per token instead of once per edge.
+    If W = [Wd Wc], then W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i. So the two products are
+    computed once per token instead of once per edge.
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -42,16 +43,17 @@ class EdgeConv(nn.Module):
             + F.linear(x, of_center - of_difference)[:, :, None]
         )
         edges = self.norm(edges.movedim(-1, 1)).movedim(1, -1)
-        # LeakyReLU is increasing, so it may be applied after the maximum: that is cheaper
+        # LeakyReLU is increasing, so it may be applied after the maximum, which is cheaper
         return F.leaky_relu(edges.amax(2), 0.2)
 
 
 class TokenDGCNN(nn.Module):
-    """Apply four EdgeConvs over the nearest token centres and combine all their outputs (Yu et al.
-    2022).
+    """Apply four EdgeConvs, each over the nearest tokens, then one linear layer to the outputs of
+    all four (Yu et al. 2022).
 
     The layers' widths are multiples of `dim`. The output is normalised over the tokens of each
-    cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over those of the batch (BatchNorm).
+    cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over all tokens of the batch
+    (BatchNorm).
     """
 
     def __init__(self, in_dim: int, out_dim: int, dim: int, over_batch: bool = False):
@@ -76,8 +78,8 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """Decode a token to a coarse patch with an MLP, then to a fine patch by folding a 2 x 2 grid at
-    each coarse point.
+    """Decode a token to a coarse patch with an MLP, then replace each coarse point by four fine
+    points: a folded 2 x 2 grid.
     """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
@@ -103,7 +105,8 @@ class FoldingDecoder(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        # small, so that at first the fine points lie at the coarse ones
+        # The weights are small, so that before training the fine points lie close to the coarse
+        # points.
         nn.init.normal_(self.linear3.weight, std=0.01)
 
     def forward(self, tokens: Tokens) -> tuple[Float[Tensor, "b m coarse 3"], Patches]:
@@ -113,7 +116,7 @@ class FoldingDecoder(nn.Module):
         coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
         around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)
         seeds = torch.cat([around, self.grid.expand(*around.shape[:-1], 2)], -1).flatten(2, 3)
-        # All points of a patch share its token, so their product with it is computed once.
+        # All points of a patch share one token, so the layer `token` is applied once per patch.
         hidden = self.point(seeds) + self.token(tokens)[:, :, None]
         shape = hidden.shape
         hidden = F.relu(self.norm1(hidden.flatten(0, 2)))
@@ -123,21 +126,23 @@ class FoldingDecoder(nn.Module):
 
 class DVAEOutput(NamedTuple):
     loss: Tensor  # reconstruction + kl_weight * KL
-    reconstruction: Tensor  # Chamfer-L1 of the coarse patches + that of the fine patches
+    reconstruction: Tensor  # Chamfer-L1 of the coarse patches + Chamfer-L1 of the fine patches
     fine: Tensor  # Chamfer-L1 of the fine patches
-    kl: Tensor
-    perplexity: Tensor  # exp(entropy) of the arg-max codes in the batch, between 1 and num_codes
+    kl: Tensor  # KL(uniform || mean code distribution of a cloud)
+    perplexity: Tensor  # exp(entropy) of the batch's most likely codes, between 1 and num_codes
 
 
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
-    """Discrete variational autoencoder of patches. `features` returns the teacher's tokens.
+    """Discrete variational autoencoder of patches. `features` computes the tokens that 3D-JEPA
+    predicts.
 
-    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for none.
-    expected_code: as a teacher, use softmax(logits) @ codebook for a patch instead of its most
-    likely code. Raises ValueError if `group_size` is not a multiple of 4.
+    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for no ViT.
+    expected_code: whether `features` represents a patch by the mean of all codes, softmax(logits) @
+    codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
+    Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # its value if an older config.json lacks it
+    BEFORE: ClassVar = {"expected_code": False}  # if an older config.json lacks it
 
     def __init__(
         self,
@@ -157,8 +162,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.num_groups, self.group_size, self.num_points = num_groups, group_size, num_points
         self.tokenizer = PatchTokenizer(width, tokenizer_dim)
         # With Point-BERT's GroupNorm all patches chose the same code for thousands of steps.
-        # Normalisation over the batch makes the logits of patches differ from the first step on,
-        # and the scale of 4 makes them larger than the Gumbel noise (std 1.3).
+        # Normalisation over the batch makes the logits differ between patches from the first step
+        # on, and the scale of 4 makes the logits larger than the Gumbel noise (std 1.3).
         self.to_logits = TokenDGCNN(width, num_codes, dgcnn_dim, over_batch=True)
         nn.init.constant_(self.to_logits.norm.weight, 4.0)
         self.codebook = nn.Parameter(torch.randn(num_codes, width))
@@ -167,7 +172,9 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.backbone = PromptedViT(backbone, width) if backbone else None
 
     def _logits(self, patches: Patches, centers: Centers) -> tuple[Tokens, Indices]:
-        """Return the logits over codes B M num_codes, and each token's nearest tokens B M 4."""
+        """Compute the logits over codes B M num_codes, and the indices of each token's 4 nearest
+        tokens B M 4, itself included.
+        """
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
         return self.to_logits(self.tokenizer(patches), neighbours), neighbours
 
@@ -176,10 +183,11 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Patches, centers: Centers, layers: int = 1) -> list[Tokens]:
-        """Compute the teacher's tokens B M width, the second DGCNN's output, without randomness.
+        """Compute the tokens that the dVAE gives as a teacher, without randomness: the output B M
+        width of the second DGCNN.
 
-        patches: B M K 3. centers: B M 3. layers: ignored, since only one layer can be a target.
-        Returns a list of this one tensor, as other teachers return one tensor per layer.
+        patches: B M K 3. centers: B M 3. layers: ignored, since a dVAE has only this one output for
+        a teacher. Returns a list of one tensor, because other teachers return one tensor per layer.
         """
         logits, neighbours = self._logits(patches, centers)
         code = (
@@ -196,7 +204,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         neighbours: Indices,
         generator: BatchGenerator | None = None,
     ) -> Tokens:
-        """Apply the ViT, if there is one, and the second DGCNN to codebook vectors B M width."""
+        """Apply the ViT (if there is one) and then the second DGCNN to codebook vectors B M width."""
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
         return self.to_features(tokens, neighbours)

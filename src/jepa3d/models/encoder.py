@@ -40,8 +40,8 @@ class PointEncoder(
     """
 
     keep_strays = False  # True: stray points are not removed (see frame.py)
-    upright = True  # True: clouds are z-up; False: rotation changes no vector
-    # The values of these settings if an older config.json lacks them.
+    upright = True  # True: clouds are z-up; False: a rotated cloud gets the same vector
+    # These values apply if an older config.json lacks the settings.
     BEFORE: ClassVar = {
         "qkv_bias": True,
         "standardised": False,
@@ -65,7 +65,7 @@ class PointEncoder(
         standardised: bool = False,
     ):
         super().__init__()
-        self.min_points = max(num_groups, group_size)  # different points that a cloud needs
+        self.min_points = max(num_groups, group_size)  # a cloud needs as many different points
         if self.min_points > num_points:
             raise ValueError(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"
@@ -95,8 +95,9 @@ class PointEncoder(
         """Run the transformer blocks.
 
         tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: source of
-        the drop-path's draws, one per cloud and branch. Returns `depth + 1` tensors of the same
-        shape: the tokens before the first block and after each block; the last one is normalised.
+        random numbers for drop-path, one number per cloud and branch. Returns `depth + 1` tensors
+        of the same shape: the tokens before the first block and after each block. The last tensor
+        is normalised.
         """
         keep = None
         if self.training and self.drop_path > 0:
@@ -123,7 +124,7 @@ class PointEncoder(
         """Compute tokens and positions of the visible patches only, as packed rows [n, C].
 
         patches: B M K 3. centers: B M 3. index: B V, indices of the visible patches. layout: tells
-        which entries of `index` are padding; those are not computed, so they do not influence
+        which entries of `index` are padding; padding is never encoded, so it does not influence
         BatchNorm.
         """
         first = centers.shape[1] * torch.arange(len(index), device=index.device)
@@ -141,8 +142,8 @@ class PointEncoder(
     ) -> list[Tokens]:
         """Encode all patches (B M K 3) with centers B M 3.
 
-        generator: source of the drop-path's draws. Returns a list: the tokens B M C after each of
-        the last `layers` blocks.
+        layers: number of blocks. generator: source of random numbers for drop-path. Returns a list:
+        the tokens B M C after each of the last `layers` blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
@@ -167,8 +168,8 @@ class PointEncoder(
         )
 
     def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
-        """Convert one cloud N 3 to the points that the encoder sees; `Frame` also holds their scale
-        and position.
+        """Convert one cloud N 3 to the points that the encoder sees; returns a `Frame`, which also
+        holds the cloud's scale and position.
 
         min_points: number of different points that the cloud needs, by default the encoder's
         `min_points`. Raises ValueError as `prepare` does.
@@ -180,7 +181,7 @@ class PointEncoder(
 
     def poses(self, prepared: Points) -> list[Points]:
         """Rotate prepared clouds B N 3 to all poses whose vectors are averaged: one pose if
-        `upright`, else one for each rotation in `TURNS`.
+        `upright`, else one for each rotation in `TURNS` (see frame.py).
         """
         return (
             [prepared]
@@ -223,8 +224,8 @@ class PointEncoder(
         """Encode each cloud to one vector: the pooled tokens, standardised.
 
         points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes; tensors or
-        numpy arrays, in any unit. layer: as for `tokens`. pooling: "mean_max", "mean" or "max".
-        Returns B E with E = 2C for "mean_max", else C.
+        numpy arrays, in any unit of length. layer: as for `tokens`. pooling: "mean_max", "mean" or
+        "max". Returns B E with E = 2C for "mean_max", else C.
 
         Call `.eval()` first, as `from_pretrained` does: in training mode a vector depends on the
         rest of the batch. Raises ValueError for NaN, a wrong shape, or a cloud of fewer than
@@ -237,8 +238,8 @@ class PointEncoder(
     def load_weights(self, source: nn.Module) -> None:
         """Copy the weights and BatchNorm statistics of another encoder.
 
-        This encoder keeps its own statistics of vectors. Raises RuntimeError if the sizes of the
-        two encoders differ.
+        The statistics that `standardise_vectors` stored are not copied. Raises RuntimeError if the
+        sizes of the two encoders differ.
         """
         weights = {
             name: value
@@ -248,14 +249,16 @@ class PointEncoder(
         self.load_state_dict(weights)
 
     def pool(self, tokens: Tokens, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Pool tokens B M C of block `layer` to one vector per cloud, B E, as `embed` does."""
+        """Pool the tokens B M C of block `layer` to one vector per cloud, B E, and standardise it,
+        as `embed` does.
+        """
         return self.standardise(pool(tokens, pooling), layer, pooling)
 
     def standardise(self, vectors: Vectors, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Standardise pooled tokens B E of block `layer`.
 
-        Returns them unchanged if this is not the last block, or if the encoder has no statistics of
-        vectors (see `standardise_vectors`).
+        Returns the vectors unchanged if `layer` is not the last block, or if the encoder has no
+        statistics of vectors (see `standardise_vectors`).
         """
         if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
             return vectors
@@ -287,11 +290,11 @@ def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
 
 @torch.no_grad()
 def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int = 128) -> None:
-    """Set the running statistics of every BatchNorm to those of `points` (n N 3), averaged over
-    batches.
+    """Set the running statistics of every BatchNorm to the statistics over clouds `points` (n N 3),
+    averaged over batches.
 
-    A randomly initialised encoder has no statistics yet; without them it would be too weak a
-    baseline.
+    A randomly initialised encoder has no statistics yet, and without statistics it would be too
+    weak as a baseline.
     """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta, was_training = [norm.momentum for norm in norms], encoder.training

@@ -14,16 +14,17 @@ from jepa3d.models.tokenizer import BatchNorm, Groups, group
 from jepa3d.ops import BatchGenerator, three_nn_interpolate, uniform
 from jepa3d.shapes import Bool, Centers, Float, Int, Points, Rows, Tokens, Vectors
 
-UNKNOWN = "unknown"  # label of a cloud that resembles no class
+UNKNOWN = "unknown"  # label given to a cloud that resembles no class
 
 
 class Classifier(
     Pretrained, library_name="jepa3d", tags=["point-cloud", "classification"], license="apache-2.0"
 ):
-    """Classify clouds with an MLP (256, 256, classes) on [class token ; max over tokens], with
-    BatchNorm, ReLU and dropout, as in Point-MAE and ACT.
+    """Classify clouds with an MLP on [class token ; maximum over tokens], as in Point-MAE and ACT.
 
-    encoder: arguments of `PointEncoder`. The class token and its position are not pretrained.
+    The MLP's layers have the widths 256, 256 and the number of classes, with BatchNorm, ReLU and
+    dropout. encoder: arguments of `PointEncoder`. The class token and its position are not
+    pretrained.
 
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
@@ -51,7 +52,9 @@ class Classifier(
         return self.out(self.hidden2(x, generator and generator.stream("dropout2")))
 
     def encode(self, points: Points, generator: BatchGenerator | None = None) -> Tokens:
-        """Return the tokens [B, 1 + M, C] after the last block, the class token first."""
+        """Encode clouds B N 3; returns the tokens [B, 1 + M, C] after the last block, the class
+        token first.
+        """
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
         rows = (len(points), 1, encoder.width)
@@ -71,10 +74,11 @@ class LinearClassifier(
 ):
     """Classify clouds with a linear head on the encoder's vectors.
 
-    `jepa3d label` and the start of head-first fine-tuning fit this head. encoder: arguments of
-    `PointEncoder`. layer and pooling: as for `PointEncoder.embed`. least_likeness: a cloud is
-    unknown if the cosine between its standardised vector and the nearest class mean is lower than
-    this (-1: no cloud is unknown; see inference/label.py); logits do not depend on it.
+    The head is fitted by `jepa3d label`, and at the start of head-first fine-tuning
+    (training/finetune.py). encoder: arguments of `PointEncoder`. layer and pooling: as for
+    `PointEncoder.embed`. least_likeness: a cloud is unknown if the cosine between its standardised
+    vector and the nearest class mean is lower than least_likeness (see inference/label.py); with
+    -1, no cloud is unknown. Logits do not depend on least_likeness.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
@@ -134,14 +138,15 @@ class Segmenter(
     tags=["point-cloud", "part-segmentation"],
     license="apache-2.0",
 ):
-    """Predict a part for every point of a cloud whose category is known (Point-MAE).
+    """Predict a part for every point of a cloud whose category is known, as in Point-MAE.
 
     encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
-    three blocks whose tokens are used. The head is an MLP (512, 256, parts). For each point it sees
-    the coordinates, the tokens interpolated from the three nearest centres, and a vector of the
-    whole shape: max and mean of the tokens, and the category. The MLP's first layer is applied to
-    the tokens before interpolation. Both are linear, so the result is the same, and the layer runs
-    on M tokens instead of N points.
+    three blocks whose tokens are used. The head is an MLP (widths 512, 256 and the number of
+    parts). For each point, the head sees the coordinates, the tokens interpolated from the three
+    nearest centres, and a vector of the whole shape: max and mean of the tokens, and the category.
+    The MLP's first layer is applied to the tokens before interpolation. This layer and the
+    interpolation are linear, so the result is the same, but the layer runs on M tokens instead of N
+    points.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
@@ -159,7 +164,8 @@ class Segmenter(
         self.encoder, self.layers, self.parts_of = PointEncoder(**encoder), list(layers), parts_of
         self.class_names, self.part_names = list(class_names), list(part_names)
         width = len(layers) * self.encoder.width
-        # normalises the tokens of the two earlier blocks; the encoder normalises those of the last
+        # This norm is for the tokens of the two earlier blocks; the encoder itself normalises the
+        # tokens of the last block.
         self.norm = nn.LayerNorm(self.encoder.width)
         self.category = nn.Sequential(nn.Linear(len(class_names), 64), nn.LeakyReLU(0.2))
         self.from_point, self.from_token = nn.Linear(3, 512), nn.Linear(width, 512, bias=False)
@@ -208,7 +214,9 @@ class Segmenter(
     def encode(
         self, points: Points, generator: BatchGenerator | None = None
     ) -> tuple[Tokens, Centers]:
-        """Return the tokens of the three blocks, joined to B M 3C, and their centers B M 3."""
+        """Encode clouds B N 3; returns the tokens of the three blocks, concatenated to B M 3C, and
+        the patch centers B M 3.
+        """
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
         states = encoder.hidden_states(
@@ -240,7 +248,7 @@ class Hidden(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with an explicit generator, so that a resumed run repeats it.
+    """Apply dropout with an explicit generator, so that a resumed run drops the same elements.
 
     The first axis of the input is the batch.
     """
@@ -259,6 +267,6 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
-    """Group points B N 3 into patches; with a generator, the first centre is random."""
+    """Group points B N 3 into patches; with a generator, the first patch centre is random."""
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

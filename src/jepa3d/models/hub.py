@@ -24,7 +24,7 @@ from jepa3d.plain import nearest
 DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder in the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-_REACHED_WITHIN = 5  # seconds; the Hub's own client would retry for half a minute
+_REACHED_WITHIN = 5  # seconds to wait; the Hub's client would retry for 30 seconds
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -72,17 +72,18 @@ class Pretrained(nn.Module, ModelHubMixin):
     and `push_to_hub`.
 
     The arguments of `__init__` are stored in config.json and must be plain values. Loading fails
-    unless all weights fit.
+    unless every weight has the expected name and shape.
     """
 
-    # PARTS: the class of each argument that holds the settings of another network; these settings
-    # are checked when a network is loaded.
-    # BEFORE: values for arguments that an older config.json lacks.
+    # PARTS maps each argument that holds the settings of another network to the class of that
+    # network; these settings are checked when a network is loaded. BEFORE: values for arguments
+    # that an older config.json lacks.
     PARTS: ClassVar[dict[str, type]] = {}
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # All settings of a part are stored, since a missing one would get its value in `BEFORE`.
+        # All settings of an inner network are stored, since a missing setting would be read as its
+        # value in `BEFORE`.
         for name in self.PARTS:
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part
@@ -95,7 +96,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation
         mode.
 
-        options: revision, cache_dir, force_download, token and local_files_only are those of the
+        options: revision, cache_dir, force_download, token and local_files_only are passed to the
         Hub's download; all other options override settings in config.json. Raises ValueError, which
         names the file and the problem, if no network can be loaded.
         """
@@ -132,7 +133,7 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Complete the settings of an older config.json: arguments that it lacks get their value in
+    """Complete the settings of an older config.json: arguments missing there get their value in
     `cls.BEFORE`.
     """
     complete = cls.BEFORE | settings
@@ -146,7 +147,7 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
     """Check settings against the arguments of a class, and of the classes in `cls.PARTS`.
 
     begin: first words of an error message. Raises ValueError if an argument is missing (the first
-    one is always required), unknown or of the wrong type, or if an integer is not positive.
+    argument is always required), unknown or of the wrong type, or if an integer is not positive.
     """
     arguments = _arguments(cls)
     needed = [name for name, value in arguments.items() if value.default is value.empty]
@@ -161,7 +162,7 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
         if not fits or (isinstance(value, bool) and wanted is not bool):
             kind = wanted.__name__
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {kind}")
-        if wanted is int and value < 1 and name != "layer":  # layer -1 means the last one
+        if wanted is int and value < 1 and name != "layer":  # layer -1: the last layer
             raise ValueError(f"{begin}: {name} is {value}, but must be at least 1")
         if part := cls.PARTS.get(name):
             _check(part, settings[name], f"{begin}: {name}")
@@ -237,9 +238,9 @@ def similar(path: Path, known: Iterable[str] = ()) -> str:
 def local_folder(model: str | Path, **options: Any) -> Path:
     """Return the folder `model`, or the local copy of the Hub repository with this id.
 
-    The Hub is contacted only for names like owner/name; if it does not answer within seconds, an
-    earlier copy is used. options: arguments of `hf_hub_download`. Raises ValueError if there is no
-    such folder or repository.
+    The Hub is contacted only for names like owner/name; if the Hub does not answer within seconds,
+    an earlier download is used. options: arguments of `hf_hub_download`. Raises ValueError if there
+    is no such folder or repository.
     """
     if check_name(model):
         if Path(model).is_dir():

@@ -1,8 +1,8 @@
 """Layouts pack token sequences of different lengths as rows, so that only attention needs padding.
 
-Contexts in one batch differ so much in length that, if linear layers worked on padding too, a third
-of the student's work would be wasted. A layout converts rows [n, C] to padded sequences and back.
-Its `mask` is False at padding, or None if there is no padding.
+The contexts of a batch (the visible tokens of each cloud) differ in length. If linear layers worked
+on padding too, a third of the student's work would be wasted. A layout converts rows [n, C] to
+padded sequences and back. Its `mask` is False at padding, or None if there is no padding.
 """
 
 import torch
@@ -14,8 +14,8 @@ from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
 class Ragged:
     """Layout with one sequence per cloud.
 
-    mask: B V; in each of its rows the True entries come first. num_rows: the number n of True
-    entries, an argument because counting them on a GPU would make the CPU wait.
+    mask: B V; the True entries of each cloud come first. num_rows: the number n of True entries; it
+    is an argument because counting the entries on a GPU would make the CPU wait.
     """
 
     def __init__(self, mask: Bool[Tensor, "b v"], num_rows: int):
@@ -23,7 +23,8 @@ class Ragged:
         self.num_rows = num_rows
         full = num_rows == mask.numel()
         self.mask = None if full else mask
-        # Indices of the True entries; sorted, since `nonzero` would make the CPU wait for the GPU.
+        # Indices of the True entries, found by sorting, since `nonzero` would make the CPU wait for
+        # the GPU.
         self._place = (
             None if full else mask.flatten().byte().argsort(descending=True, stable=True)[:num_rows]
         )
@@ -48,9 +49,11 @@ class Ragged:
 class Joint:
     """Layout of [context ; mask tokens] for P decoder passes per cloud.
 
-    The rows of all contexts come first, then B * P * T mask tokens. Contexts occur once if all
-    passes share them, or once per pass, or not at all. A decoder pass is one forward pass, which
-    predicts one target block, or all of them. passes: P. length: mask tokens per pass, T.
+    A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
+    or all its target blocks. The rows of all contexts come first, then B * P * T mask tokens. Each
+    context occurs once if all passes share it, else once per pass; rows without any context are
+    possible too. context: layout of the contexts. passes: P. length: number of mask tokens per
+    pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -82,7 +85,9 @@ class Joint:
         )
 
     def every_pass(self, rows: Rows) -> Float[Tensor, "every c"]:
-        """Repeat the contexts for each decoder pass, unless the rows have them so already."""
+        """Repeat the contexts for each decoder pass, unless the rows already hold one copy per
+        pass.
+        """
         head, tail = rows.tensor_split([len(rows) - self.num_masked])
         if len(head) == self.passes * self.context.num_rows:
             return rows

@@ -39,9 +39,10 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """Load the fine-tuned network of a run or folder; without one, load the encoder as `load` does.
+    """Load the fine-tuned network in a folder of a run or network; if there is none, load the
+    encoder as `load` does.
 
-    Raises ValueError if there is neither.
+    Raises ValueError if there is no encoder either.
     """
     folder = _network_folder(Path(model))
     if (folder / "config.json").is_file() and "class_names" in read_settings(folder):
@@ -50,7 +51,7 @@ def load_any(model: str | Path) -> PointEncoder | Network:
 
 
 def load_network(run: str | Path) -> Network:
-    """Load the network of a finished run of classify, segment or label.
+    """Load the network of a finished run of `jepa3d classify`, `segment` or `label`.
 
     run: folder of the run, or the folder `model` in it. Raises ValueError for anything else.
     """
@@ -80,8 +81,9 @@ def fingerprint(encoder: PointEncoder) -> str:
     """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
-    # The settings omitted here change the names of the weights, which are hashed below. Omitting
-    # them keeps fingerprints of older encoders, whose config.json lacks them.
+    # The settings in BEFORE are omitted, so that older encoders, whose config.json lacks these
+    # settings, keep their fingerprints. The settings still count, since they change the names of
+    # the weights, which are hashed below.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

@@ -1,9 +1,9 @@
 """Samplers choose at random which tokens of a cloud are context and which are targets.
 
-A sampler takes token centres and a random generator. Every cloud of a batch gets its own tokens,
-but the sizes of blocks are drawn once per batch, so targets need no padding. Context and targets
-never share a token. Contexts differ in length: padded entries of `context` repeat a token of the
-same context and are False in `mask`.
+A sampler takes token centres and a random generator. The tokens are chosen for each cloud of a
+batch on its own, but the sizes of blocks are chosen once per batch, so that targets need no
+padding. Context and targets never share a token. Contexts differ in length: padded entries of
+`context` repeat a token of the same context and are False in `mask`.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20  # times that a cloud with too small a context is sampled again
+_REDRAWS = 20  # how often a cloud with too small a context is sampled again
 
 Generator = torch.Generator | BatchGenerator
 
@@ -31,7 +31,7 @@ class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, False at padding
     target: Tensor  # B A T, token indices
-    num_context: int  # True entries of `mask`; a Python int, so that no step waits for the GPU
+    num_context: int  # number of True entries in `mask`; an int, so no step waits for the GPU
 
     def layout(self) -> Ragged:
         """Return the layout that packs the batch's contexts as rows [num_context, C]."""
@@ -39,9 +39,10 @@ class TokenSample(NamedTuple):
 
 
 def check_sample(sample: TokenSample) -> None:
-    """Check the result of a user's sampler.
+    """Check what a user's sampler returned.
 
-    Raises ValueError if a context contains a token of its targets, or if `num_context` is wrong.
+    Raises ValueError if the context of a cloud contains a token of the cloud's targets, or if
+    `num_context` is wrong.
     """
     rows = sample.mask.sum()
     seen = (sample.context[:, :, None, None] == sample.target[:, None]).flatten(2).any(2)
@@ -64,11 +65,12 @@ def multi_block(
     paper's sampler (section III-C).
 
     A block consists of the tokens nearest to its centre. The centres of target blocks are
-    farthest-point samples of the token centres, so that blocks overlap little; the centre of the
-    context block is a random token. centers: B M 3. generator: source of all random draws.
+    farthest-point samples of the token centres, so that target blocks overlap little; the centre of
+    the context block is a random token. centers: B M 3. generator: source of all random draws.
     num_targets: target blocks per cloud. target_ratio, context_ratio: lowest and highest size of a
-    block, as a share of the M tokens. min_context: a cloud whose context has fewer tokens is
-    sampled again. Raises ValueError if 20 redraws do not help.
+    target block and of the context block, as shares of the M tokens. min_context: a cloud whose
+    context has fewer tokens is sampled again. Raises ValueError if a context is still too small
+    after 20 redraws, or if num_targets exceeds M.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -86,8 +88,8 @@ def multi_block(
 
 
 def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """Sample int(mask_ratio * M) random tokens as the target; all others are the context (random
-    masking, Table IV).
+    """Sample int(mask_ratio * M) random tokens as the target; all other tokens are the context
+    (random masking, the paper's Table IV).
     """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
@@ -95,8 +97,8 @@ def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> 
 
 
 def one_block(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """Sample one block of int(mask_ratio * M) neighbouring tokens as the target; all others are the
-    context (one-block masking, Table IV).
+    """Sample one block of int(mask_ratio * M) neighbouring tokens as the target; all other tokens
+    are the context (one-block masking, the paper's Table IV).
     """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
@@ -111,13 +113,14 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Sample spans of tokens in the order of a greedy walk: Point-JEPA's sampler (Saito et al.
-    2024, section 3.2).
+    """Sample spans of consecutive tokens of a greedy walk through the cloud: Point-JEPA's sampler
+    (Saito et al. 2024, section 3.2).
 
     The walk starts at the token with the smallest coordinate sum and always goes to the nearest
     token not yet visited. Each target is a span of int(target_ratio * M) tokens. Then the tokens of
-    all targets are removed from the walk, and the context is a span of int(context_ratio * rest) of
-    the rest, so it may lie on both sides of a target. Arguments as for `multi_block`.
+    all targets are removed from the walk, and the context is a span of int(context_ratio * R) of
+    the R remaining tokens; so a context may lie on both sides of a target. The ratios are sampled
+    once per batch. Arguments as for `multi_block`.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -129,7 +132,7 @@ def sequence(
             uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)
         ).long()
         places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
-        left = ~_membership(places, num_tokens)  # in the order of the walk
+        left = ~_membership(places, num_tokens)  # no targets; in the order of the walk
         count = left.sum(1, keepdim=True)
         length = (share * count).long().clamp_min(1)
         first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()
@@ -146,7 +149,8 @@ def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[T
     """Compute the share of the context's points that also lie in a target patch.
 
     patches: point indices B M K. Context and targets share no token, but neighbouring patches
-    overlap: this measures how much of the targets the context reveals. Returns a scalar tensor.
+    overlap: the share measures how much of the targets the context reveals. Returns a scalar
+    tensor.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
@@ -176,7 +180,7 @@ def _balls(centers: Centers, around: Float[Tensor, "b a 3"], size: int) -> Int[T
 
 
 def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
-    """Return a mask B M that is True at the tokens in index (B ...)."""
+    """Return a mask B M that is True at the tokens whose numbers are in index (B ...)."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
@@ -187,7 +191,8 @@ def _compact(
     """Convert a mask B M to indices B V of its True entries, and a mask B V that is False at
     padding.
 
-    counts: the numbers of True entries per cloud; V is the largest. Padding repeats the first index.
+    counts: the number of True entries of each cloud; V is the largest of them. Padding repeats the
+    first index.
     """
     longest = max(counts)
     index = context.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
@@ -209,14 +214,14 @@ def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
 def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
     """Call `draw` until every context has at least `min_context` tokens.
 
-    draw: a function that returns a mask B M of the contexts and the targets B A T. Only clouds with
-    too few context tokens take the result of a repeated call. Raises ValueError after `_REDRAWS`
-    redraws.
+    draw: a function that returns a mask B M of the context tokens, and the target indices B A T.
+    Only clouds with too few context tokens take the result of a repeated call. Raises ValueError
+    after `_REDRAWS` redraws.
     """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
-        counts = lengths.tolist()  # only here in a training step does the CPU wait for the GPU
+        counts = lengths.tolist()  # the only place in a step where the CPU waits for the GPU
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:

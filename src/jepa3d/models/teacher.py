@@ -1,5 +1,5 @@
-"""Teachers compute the tokens that the student predicts: with frozen networks, a moving average of
-the student, or several of them concatenated.
+"""Teachers compute the tokens that the student predicts. A teacher consists of one or several
+networks: frozen networks, and at most one moving average of the student.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,10 @@ class Teacher(nn.Module):
 
     networks: each has a method `features(patches, centers, layers)` and an attribute `width`. All
     networks see all tokens, get no gradient and stay in evaluation mode; their tokens are
-    concatenated along the channels. norm: see `normalise`. layers: average the normalised outputs
-    of this many last blocks of each network (data2vec). average: index of the network that
-    `ema_update` changes after every step; all others are frozen.
+    concatenated along the channels. norm: see `normalise`. layers: the normalised outputs of each
+    network's last `layers` blocks are averaged (data2vec). average: index of the network that is a
+    moving average of the student, which `ema_update` changes after every step; all other networks
+    are frozen.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*re
 
 
 def batch_moments(rows: Rows) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Compute mean [C] and variance [C] over the rows [n, C] of all processes (n must be equal)."""
+    """Compute mean [C] and variance [C] over the rows [n, C] of all processes (n must be the same
+    in all processes).
+    """
     mean = _over_processes(rows.mean(0))
     return mean, _over_processes((rows - mean).square().mean(0))
 
@@ -104,8 +107,8 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
-    """Load a network from a run, a folder written by `save_pretrained`, or the Hub; "default" is
-    the encoder in the package.
+    """Load a network from a path: a run, a folder written by `save_pretrained`, or a Hub id;
+    "default" is the encoder in the package.
 
     known: other valid values of the setting, which the error message for a misspelt value may
     suggest. Raises ValueError if no network can be loaded.

@@ -28,9 +28,9 @@ def group(
     """Group points B N 3 into patches (the paper's section III-B): choose centres by farthest point
     sampling, then take the points nearest to each centre.
 
-    num_groups: patches per cloud (M). group_size: points per patch (K). generator: source of the
-    first centre; None takes the point farthest from the centroid. Returns `Groups`. Raises
-    ValueError if a cloud has fewer points than `num_groups` or `group_size`.
+    num_groups: patches per cloud (M). group_size: points per patch (K). generator: chooses a random
+    first centre; None takes the point farthest from the centroid. Raises ValueError if a cloud has
+    fewer points than `num_groups` or `group_size`.
     """
     num_points = points.shape[1]
     if num_points < max(num_groups, group_size):
@@ -98,14 +98,15 @@ class BatchNorm(nn.BatchNorm1d):
 class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT, which encodes a patch as a token.
 
-    The layers' widths are 3 -> w (BN, ReLU) -> 2w for every point; then the maximum over the patch
-    is joined to every point: 4w -> 4w (BN, ReLU) -> C; the maximum over the patch is the token.
-    embed_dim: C. hidden_dim: w.
+    Every point goes through two layers of widths 3 -> w (BN, ReLU) -> 2w. The maximum over the
+    patch is then joined to every point, and two more layers follow: 4w -> 4w (BN, ReLU) -> C. The
+    maximum of their outputs over the patch is the token. embed_dim: C. hidden_dim: w.
 
-    Three exact rewrites halve the cost; the weights keep the standard layout. (1) With g the joined
-    maximum, W[g ; x] = Wg g + Wx x, so g is multiplied once per patch instead of once per point.
-    (2) No nonlinearity lies between `linear2` and the columns Wx of `linear3`, so one matrix, Wx W2,
-    replaces both. (3) Biases are added after the maximum instead of before.
+    Three exact rewrites halve the cost; the weights keep the standard layout. (1) If g is the
+    joined maximum and [Wg Wx] the matrix of `linear3`, its output is Wg g + Wx x; so Wg g is
+    computed once per patch instead of once per point. (2) No nonlinearity lies between `linear2`
+    (matrix W2) and Wx, so one matrix, Wx W2, replaces both. (3) Biases are added after the maximum
+    instead of before.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):

@@ -30,8 +30,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None
     ) -> Tensor:
-        """Attend from x (queries) to context (keys and values); `queries` and `keys` are their
-        layouts, if they are packed rows.
+        """Attend from x (queries) to context (keys and values). If x is packed rows, `queries` is
+        its layout; if context is packed rows, `keys` is its layout.
         """
         query, key_value, mask = self.query(x), self.key_value(context), None
         if queries:
@@ -40,7 +40,7 @@ class Attention(nn.Module):
             key_value = keys.pad(key_value)
             mask = keys.mask if keys.mask is None else keys.mask.flatten(0, -2)[:, None, None]
         key_value = key_value.flatten(0, -3)
-        lead = query.shape  # below, all decoder passes of a cloud form one sequence of queries
+        lead = query.shape  # decoder passes that share keys become one sequence of queries below
         query = query.reshape(
             len(key_value), -1, self.num_heads, lead[-1] // self.num_heads
         ).transpose(1, 2)
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Compute attention with torch's kernel; a mask is False at keys that are ignored."""
+    """Compute attention with torch's kernel; the mask is False at keys that are ignored."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # On a CPU, torch's bf16 kernel takes three to eight times as long as its fp32 kernel for
         # the gradient, so the inputs are converted to fp32.
@@ -117,24 +117,24 @@ def position_embedding(dim: int) -> nn.Sequential:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise a module with Xavier-uniform weights and zero biases, as the decoders of Point-MAE
-    and ACT.
+    """Initialise a module with Xavier-uniform weights and zero biases, as in the decoders of
+    Point-MAE and ACT.
 
     In these decoders one matrix C x 3C computes query, key and value, so the weights of all three
-    get the bound of that matrix.
+    are sampled within the bound of that matrix.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # `apply` has visited its layers before: set them again
+    elif isinstance(module, Attention):  # `apply` visits its layers first: set their weights again
         bound = math.sqrt(6 / (4 * module.out.in_features))
         nn.init.uniform_(module.query.weight, -bound, bound)
         nn.init.uniform_(module.key_value.weight, -bound, bound)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise a linear layer with truncated normal weights (std 0.02) and zero biases, as the
+    """Initialise a linear layer with truncated normal weights (std 0.02) and zero biases, as in the
     encoders of Point-MAE and ACT.
     """
     if isinstance(module, nn.Linear):

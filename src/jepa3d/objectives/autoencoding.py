@@ -1,4 +1,6 @@
-"""Stage I: train the dVAE whose tokens 3D-JEPA will predict (ACT's first stage)."""
+"""Stage I: train the discrete autoencoder (dVAE) whose tokens 3D-JEPA will predict (ACT's first
+stage).
+"""
 
 import math
 
@@ -15,7 +17,8 @@ class Autoencoding(nn.Module):
     half a cosine.
 
     In Point-BERT and ACT the temperature falls over the first 100,000 of 200,000 steps, and the KL
-    weight rises between steps 10,000 and 110,000. Here both take the same shares of the run.
+    weight rises between steps 10,000 and 110,000. Here the two changes take the same shares of the
+    run.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -44,5 +47,5 @@ class Autoencoding(nn.Module):
 
 
 def _risen(done: float) -> float:
-    """Rise from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
+    """Return a value that rises from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
     return (1 - math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

@@ -21,7 +21,7 @@ def rankme(rows: Tensor) -> float:
 
 @torch.no_grad()
 def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, float]:
-    """Compute three measures of collapse for rows [n, E], scaled to unit length.
+    """Compute three measures of collapse for rows [n, E], which are first scaled to unit length.
 
     name: prefix of the three keys. max_rows: use at most this many rows. NAME_std is the standard
     deviation, averaged over dimensions, times sqrt(E): 1 is isotropic, 0 is collapsed. NAME_cosine
@@ -30,7 +30,8 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
-    # mean cosine of all pairs, including each row with itself; those n ones are removed below
+    # The mean cosine of all n * n pairs. The n pairs of a row with itself have cosine 1; they are
+    # removed below.
     mean_square = float(rows.mean(0).square().sum())
     return {
         f"{name}_std": float(rows.std(0, correction=0).mean()) * width**0.5,
@@ -64,10 +65,11 @@ def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: in
     """Compute the loss of predicting target tokens B A T E from their positions (centers B A T 3)
     alone.
 
-    The decoder knows the positions of its targets, and tokens encode their position: so a model can
-    reach this loss without any knowledge of the shape. The prediction is a least-squares polynomial
-    (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows. Therefore even
-    n rows of noise give a loss of about 1 - sqrt(35 / n): 0.76 for a batch of preset `tiny`.
+    The decoder knows the positions of its targets, and tokens depend on their positions. So a model
+    can reach this loss without any knowledge of the shape. The prediction is a least-squares
+    polynomial (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows, so
+    the polynomial also fits noise: n rows of pure noise give a loss of about 1 - sqrt(35 / n)
+    instead of 1; for a batch of preset `tiny`, this is 0.76.
     """
     rows = _unit(target.flatten(0, -2), max_rows)
     at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)

@@ -71,5 +71,5 @@ class Generative(nn.Module):
         """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: GenerativeOutput) -> dict[str, float]:
-        """Return measures of collapse of the encoder's tokens, for the log."""
+        """Return metrics for the log: measures of collapse for the encoder's tokens."""
         return row_figures("encoded", output.encoded.detach())

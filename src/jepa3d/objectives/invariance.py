@@ -1,8 +1,8 @@
 """The invariance rival of 3D-JEPA (the paper's Fig. 2): all views of a shape get the same
 embedding, and a regulariser prevents collapse.
 
-Some views are whole, others are crops (multi-crop). The regulariser is VICReg's (Bardes, Ponce,
-LeCun, ICLR 2022) or SIGReg (LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
+Some views are whole clouds, others are crops (multi-crop). The regulariser is that of VICReg
+(Bardes, Ponce, LeCun, ICLR 2022), or SIGReg (LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
 """
 
 from typing import NamedTuple
@@ -21,15 +21,15 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: Tensor  # mean squared difference between views and the mean global view
-    regularizer: Tensor  # the weighted VICReg terms, or SIGReg
-    embedding: Tensor  # V B E, global views first
+    invariance: Tensor  # mean squared distance of a view from the mean global view
+    regularizer: Tensor  # the weighted VICReg terms, or the unweighted SIGReg
+    embedding: Tensor  # V B E: V views, the global views first
     encoded: Tensor  # n C, the encoder's tokens of the first view
 
 
 class Invariance(nn.Module):
     """Train the encoder to give the same embedding to global views (the whole cloud) and partial
-    views (a ball cut out of it).
+    views (a ball cut out of the cloud).
 
     Each view is augmented independently, encoded, pooled and projected.
     """
@@ -92,9 +92,11 @@ class Invariance(nn.Module):
             w_invariance, w_variance, w_covariance = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            # VICReg sums the covariance terms of its two views; `covariance` is their mean
+            # The published loss sums the covariance terms of two views; `covariance` is a mean over
+            # views, hence the factor 2.
             regularizer = w_variance * variance + 2 * w_covariance * covariance
-            # the squared distance between two views is 4 times that from one view to their mean
+            # The squared distance between two views is 4 times that from one view to the mean of
+            # the two.
             loss = 4 * w_invariance * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 
@@ -102,8 +104,8 @@ class Invariance(nn.Module):
         """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: InvarianceOutput) -> dict[str, float]:
-        """Return the terms of the loss, and measures of collapse of the embedding and of the
-        encoder's tokens, for the log.
+        """Return metrics for the log: the terms of the loss, and measures of collapse for the
+        embedding and the encoder's tokens of the first view.
         """
         parts = {"invariance": output.invariance.item(), "regularizer": output.regularizer.item()}
         embedding = row_figures("embedding", output.embedding[0].detach())

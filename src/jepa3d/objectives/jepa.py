@@ -27,24 +27,24 @@ from jepa3d.plain import is_code, load_code
 
 class JEPAOutput(NamedTuple):
     loss: Tensor  # scalar: mean of 1 - cos over blocks, plus SIGReg and the view term if used
-    prediction: Tensor  # B A T E
+    prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
     sample: TokenSample
     centers: Tensor  # B M 3, patch centres of all tokens
     patch_index: Tensor  # B M K, indices of each patch's points
     encoded: Tensor  # n C, the encoder's context tokens
-    sigreg: Tensor | None = None  # unweighted
-    view: Tensor | None = None  # unweighted
+    sigreg: Tensor | None = None  # the SIGReg term before weighting
+    view: Tensor | None = None  # the view term before weighting
 
 
 class JEPA(nn.Module):
     """The objective of 3D-JEPA: the encoder sees the context, a decoder predicts the targets, and a
-    linear layer projects predictions to the width of the teacher, which sees all tokens.
+    linear layer projects the predictions to the teacher's width. The teacher sees all tokens.
 
     If `teacher` is None, the targets come from the encoder itself, which then sees all tokens and
-    also gets the targets' gradient; SIGReg prevents collapse (LeJEPA). With a teacher, SIGReg is
-    optional and applies to the context tokens. Raises ValueError if `target.project` is set and the
-    widths of encoder and teacher differ.
+    also gets gradients through the targets; SIGReg prevents collapse (LeJEPA). With a teacher,
+    SIGReg is optional and applies to the context tokens. Raises ValueError if `target.project` is
+    set and the widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
@@ -94,11 +94,11 @@ class JEPA(nn.Module):
         cached: the indices of the centers (B M) and patches (B M K), and the teacher's tokens
         B M E, if they were computed before training (training/cache.py).
 
-        With the view term (`target.view`), `points` must be in farthest point order, at least
-        `num_points` per cloud. The student then sees a damaged view of each cloud (`random_view`)
-        and also predicts the teacher's vector of the whole, undamaged cloud. With several masks per
-        cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), B of the output is the number of
-        clouds times `masks`.
+        With the view term (`target.view`), `points` must hold at least `num_points` points per
+        cloud, in farthest point order. The student then sees a damaged view of each cloud
+        (`random_view`) and also predicts the teacher's vector of the whole, undamaged cloud. With
+        several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), B of the output
+        is the number of clouds times `masks`.
         """
         encoder = self.encoder
         view_target = None
@@ -180,8 +180,9 @@ class JEPA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict the teacher's target tokens from the context patches alone.
 
-        patches: B M K 3. centers: B M 3. sample: the context and targets. generator: source of the
-        drop-path's draws. Returns predictions B A T E and the encoded context, rows [n, C].
+        patches: B M K 3. centers: B M 3. sample: the context and targets. generator: source of
+        random numbers for drop-path. Returns predictions B A T E and the encoded context, rows [n,
+        C].
         """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
@@ -232,11 +233,11 @@ class JEPA(nn.Module):
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
-    """Compute the mean of 1 - cos(prediction, target) over blocks, both B A T E (the equation of
-    the paper's section III-E with corrected sign).
+    """Compute the mean over blocks of 1 - cos(prediction, target): the equation of the paper's
+    section III-E with corrected sign.
 
-    unit: "token" takes the cosine of each token and averages over the block; "block" concatenates
-    the tokens of a block and takes one cosine.
+    prediction, target: B A T E. unit: "token" takes the cosine of each token and averages over the
+    block; "block" concatenates the tokens of a block and takes one cosine.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
@@ -246,7 +247,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
 def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
     """Pool packed rows [n, C] to the mean and max of each cloud's context tokens, B 2C."""
     tokens, missing = sample.layout().pad(rows), ~sample.mask[..., None]
-    mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding is 0
+    mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding adds 0
     return torch.cat([mean, tokens.masked_fill(missing, -torch.inf).amax(1)], -1)
 
 

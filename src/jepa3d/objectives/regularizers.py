@@ -1,4 +1,6 @@
-"""Regularisers that prevent collapse without a frozen teacher: SIGReg, and the two of VICReg."""
+"""Regularisers that prevent collapse without a frozen teacher: SIGReg, and VICReg's variance and
+covariance terms.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,18 +8,19 @@ from torch import Tensor
 
 from jepa3d.ops import BatchGenerator, sum_over_processes
 
-_KNOTS = 17  # number of knots, at which SIGReg compares characteristic functions
-_LAST = 3.0  # the largest knot; the smallest is 0
+_KNOTS = 17  # number of points t at which SIGReg compares characteristic functions
+_LAST = 3.0  # the largest knot t; the smallest is 0
 
 
 def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Tensor:
     """Compute how far rows [n, E] are from samples of N(0, I): sketched isotropic Gaussian
     regularisation (LeJEPA, arXiv 2511.08544).
 
-    Along `num_slices` random directions, the empirical characteristic function is compared with
-    that of a Gaussian at 17 knots on [0, 3]. The statistic is Epps-Pulley's: the squared difference
-    with a Gaussian window, integrated by the trapezoid rule over both signs of t, times the number
-    of rows of all processes. Returns a scalar, about 1 for Gaussian rows, whatever their number.
+    The rows are projected on `num_slices` random directions. For each direction, the empirical
+    characteristic function is compared with that of a Gaussian at 17 knots t between 0 and 3. The
+    statistic is that of Epps and Pulley: the squared difference is weighted by a Gaussian window,
+    integrated over positive and negative t by the trapezoid rule, and multiplied by the number of
+    rows in all processes. Returns a scalar, about 1 for any number of Gaussian rows.
     """
     width = rows.shape[1]
     rows = rows.float()  # in half precision the characteristic function would be noise
@@ -27,8 +30,8 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
     step = _LAST / (_KNOTS - 1)
     knots = torch.arange(_KNOTS, device=rows.device) * step
     gaussian = torch.exp(-knots.square() / 2)
-    # Chebyshev's recurrence computes cos and sin of k * angle from those of angle, so that each
-    # function is called once instead of 17 times.
+    # Chebyshev's recurrence computes cos and sin of k * angle from those of angle, so that cos and
+    # sin are each called once instead of 17 times.
     angle = rows @ slices * step
     cos, sin = angle.cos(), angle.sin()
     real, imaginary = [torch.ones_like(cos), cos], [torch.zeros_like(sin), sin]
@@ -50,9 +53,9 @@ def variance_covariance(
 ) -> tuple[Tensor, Tensor]:
     """Compute VICReg's variance and covariance terms for rows [n, E] (Bardes et al. 2022).
 
-    least: standard deviation below which a dimension is penalised. eps: added to variances. Returns
-    two scalars: the mean over dimensions of max(0, least - std), and the sum of the squared
-    covariances between different dimensions, divided by E.
+    least: standard deviation below which a dimension is penalised. eps: small number added to
+    variances. Returns two scalars: the mean over dimensions of max(0, least - std), and the sum of
+    the squared covariances between different dimensions, divided by E.
     """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))
