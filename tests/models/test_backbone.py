@@ -186,7 +186,10 @@ def test_a_stored_dvae_says_what_it_lacks_when_its_vit_is_gone(vit, tmp_path):
             lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
             "'bert', but must be 'vit'",
         ),
-        (lambda folder: edit(folder, num_hidden_layers=3), "so it does not hold the weights of a ViT"),
+        (
+            lambda folder: edit(folder, num_hidden_layers=3),
+            "so it does not hold the weights of a ViT",
+        ),
         (lambda folder: edit(folder, hidden_size=64), "no ViT can be made from its settings"),
         (lambda folder: edit(folder, hidden_size="wide"), "no ViT can be made from its settings"),
         (
