@@ -121,7 +121,7 @@ def test_what_begins_from_an_old_network_has_its_biases(old, capsys):
     )
     assert call(*pretrain) == 2
     assert (
-        "pretrain/encoder is not an encoder of this run's sizes: compare encoder.*"
+        "pretrain/encoder is not an encoder of this run's sizes: compare the settings encoder.*"
         in capsys.readouterr().err
     )
     assert call(*pretrain, "--encoder.qkv-bias") == 0, capsys.readouterr().err

@@ -1,7 +1,8 @@
-"""Makes glibc's malloc keep large blocks of memory.
+"""Make glibc's malloc keep large blocks of memory.
 
-By default, activations of 30-130 MB are mapped and unmapped at every operation, which takes a fifth
-to a third of the time of a training step on a CPU. Works only on Linux with glibc.
+By default, malloc maps and unmaps activations of 30 to 130 MB at every operation, which takes a
+fifth to a third of the time of a training step on a CPU. This module works only on Linux with
+glibc.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 def keep_large_blocks() -> bool:
     """Keep freed blocks of memory for reuse; call this once, before the first large tensor is made.
 
-    This needs 0.2-0.4 GiB of memory. Returns whether it took effect.
+    The kept blocks take 0.2 to 0.4 GiB of memory. Returns whether the change took effect.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

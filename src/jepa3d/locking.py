@@ -1,4 +1,4 @@
-"""Locks files and folders, so that only one command writes them; a lock ends with its process, even
+"""Lock files and folders, so that only one command writes them. A lock ends with its process, even
 if the process is killed.
 """
 
@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Context manager: hold the lock of a file or folder while this process writes it.
+    """Hold the lock of a file or folder during a `with` block that writes it.
 
-    The lock is the file `.NAME.lock` beside it. At the end, the lock file is deleted, and so are
-    folders that were made for it and are still empty. Readers need no lock. Raises ValueError if
-    another command holds the lock.
+    The lock is a file `.NAME.lock` beside the file or folder NAME. At the end, the lock file is
+    deleted, and so are parent folders that were made for it and are still empty. Readers need no
+    lock. Raises ValueError if another command holds the lock.
     """
-    real = Path(os.path.realpath(path))  # one lock, whichever link or spelling is used
+    real = Path(os.path.realpath(path))  # links and spellings share one lock
     made = [folder for folder in real.parents if not folder.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(real.with_name(f".{real.name}.lock"))
@@ -26,7 +26,7 @@ def writing(path: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"{path}: another command is writing there; wait until it ends, or choose another"
+            f"{path}: another command is writing there; wait until it ends, or choose another path"
         ) from None
     try:
         yield
@@ -35,7 +35,7 @@ def writing(path: str | Path) -> Iterator[None]:
             # deleted before the release: a process that waits for the old file notices its deletion
             os.unlink(lock.lock_file)
         lock.release()
-        # Fails, and stops, at the first folder that is not empty.
+        # The loop stops with an error at the first folder that is not empty.
         with suppress(OSError):
             for folder in made:
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""Reads run folders, which `jepa3d pretrain`, `classify`, `segment` and `fewshot` write.
+"""Read run folders, which `jepa3d pretrain`, `classify`, `segment` and `fewshot` write.
 
 config.json         the resolved settings         run.json       data, versions, status, cost
 metrics.jsonl       one line per logged step      results.json   metrics of a downstream run
@@ -6,8 +6,8 @@ untrained/          the encoder before step 1     encoder/, dvae/ or model/   th
 stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
 snapshots/step-N/   the encoder during training   checkpoints/   only until the run is finished
 
-`training/pretrain.py` and `training/finetune.py` write these files. A downstream run's config.json
-contains its `task`.
+`training/pretrain.py` and `training/finetune.py` write these files. The config.json of a downstream
+run also contains its `task`: classify, segment or fewshot.
 """
 
 import json
@@ -23,7 +23,7 @@ from jepa3d.plain import from_dict, merge, read_checked, to_dict
 class Run:
     """A run in a folder; its files are read when a property is used.
 
-    Properties raise ValueError that names the file if the file is missing or damaged.
+    If a file is missing or damaged, a property raises a ValueError that names the file.
     """
 
     folder: Path
@@ -47,7 +47,8 @@ class Run:
             if values.get("mixed_precision") == "auto":  # version 0.1.0 called the trial "auto"
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}
-            # Each fold of a few-shot run is itself a run with the task `classify`.
+            # Each fold of a few-shot run is itself a run, with the task `classify` but few-shot
+            # settings.
             kind = KINDS[task.get("task", "pretrain")]
             kind = FewshotConfig if "ways" in values else kind
             values = merge({"encoder": {"qkv_bias": True}}, values)  # older encoders had biases
@@ -119,7 +120,7 @@ class Run:
         """Precision, compilation and device, as chosen when the run began; None if not stored."""
         if found := self.record.get("engine"):
             return found
-        file = self.folder / "engine.json"  # where version 0.1.0 stored them
+        file = self.folder / "engine.json"  # version 0.1.0 stored them there
         return read_checked(file, "mixed_precision", "compile") if file.exists() else None
 
     @property
@@ -139,8 +140,8 @@ class Run:
 
     @property
     def snapshots(self) -> dict[int, Path]:
-        """Step -> folder of every stored encoder: before the first step, the snapshots, and the
-        last.
+        """The folder of every stored encoder, by step: the encoder before the first step, the
+        snapshots, and the final encoder.
         """
         folders = (self.folder / "snapshots").glob("step-*")
         between = {int(folder.name.removeprefix("step-")): folder for folder in folders}
@@ -153,7 +154,7 @@ class Run:
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """Name -> folder of the networks that stage I trained or the user gave by path."""
+        """The folders, by name, of the networks that stage I trained or the user gave by path."""
         folders = [stage.folder for stage in self.stages]
         folders += sorted(self.folder.glob("given/*"))
         return {f"{folder.parent.name} {folder.name}": folder for folder in folders}

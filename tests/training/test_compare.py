@@ -285,7 +285,7 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ),
         (
             {"arms": {"base": [1]}},
-            "arms.base: give the settings in which it differs, {} for none, not [1]",
+            "arms.base: give the settings in which the arm differs, or {} for none, not [1]",
         ),
         ({"arms": {"base": {}, "a/b": {}}}, "arms.a/b: a name may have letters, digits"),
         (
@@ -302,8 +302,8 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ({"preset": "tiny"}, "give either preset or recipe"),
         ({"recipe": None, "preset": "tin"}, "preset 'tin' is unknown; did you mean 'tiny'?"),
         ({"recipe": "none.yaml"}, "none.yaml: not a readable recipe"),
-        ({"seeds": []}, "seeds []: give at least one, and each only once"),
-        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one, and each only once"),
+        ({"seeds": []}, "seeds []: give at least one value, none twice"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one value, none twice"),
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
         (
             {"finetune": {"arms": ["bas"]}},
@@ -385,7 +385,7 @@ def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refuse
     at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     timed["arms"] = ARMS | {"block": {"sampler": {"name": "one_block"}}}
     with pytest.raises(
-        ValueError, match=r"grid.yaml: arms.block: sampler.name was multi_block when its cost"
+        ValueError, match=r"grid.yaml: arms.block: sampler.name was multi_block when the arm's cost"
     ):
         at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     costs[0]["multi_block"] = (66.0, 1.0)

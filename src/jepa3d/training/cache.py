@@ -1,11 +1,11 @@
-"""Targets of frozen teachers, computed once per shape before training instead of in every step.
+"""Compute the targets of frozen teachers once per shape, before training, instead of in every step.
 
 RUN/cache/targets.npy    one row per shape, memory-mapped; deleted when the run is finished
 RUN/cache/run.json       how many batches of shapes are done, and the time that they took
 
-The results differ from those without a cache. A shape keeps the same patches for the whole run;
-only their points are moved by each step's augmentation. And the teacher sees each shape without
-augmentation.
+A cache changes the results of a run. With a cache, a shape keeps the same patches for the whole
+run, and the augmentation of a step only moves the points in these patches. The teacher sees each
+shape without augmentation.
 """
 
 import os
@@ -36,8 +36,8 @@ FIELDS = ("centers", "patches", "tokens")
 
 
 def row_type(config: PretrainConfig, width: int) -> np.dtype:
-    """Return the type of one shape's row: point indices of the centers [M] and patches [M, K], the
-    teacher's tokens [M, width], and a checksum of the three.
+    """Return the numpy type of one shape's row: the point indices of the centers [M] and patches
+    [M, K], the teacher's tokens [M, width], and a checksum of these three fields.
     """
     encoder = config.encoder
     number = np.uint16 if encoder.num_points <= 2**16 else np.int32
@@ -48,7 +48,7 @@ def row_type(config: PretrainConfig, width: int) -> np.dtype:
 
 
 def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) -> None:
-    """Raise ValueError if the disk of a new run has no room for its targets."""
+    """Raise ValueError if the disk has no room for the targets of a new run."""
     needed = num_shapes * row_type(config, width).itemsize
     disk = next(folder for folder in out.absolute().parents if folder.exists())
     if needed > (free := shutil.disk_usage(disk).free):
@@ -57,12 +57,12 @@ def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) 
 
 
 class CachedTargets:
-    """The targets of all shapes; called with n shape indices, it returns the point indices of their
-    centers [n, M] and patches [n, M, K], and the teacher's tokens [n, M, E].
+    """Hold the targets of all shapes. A call with the indices of n shapes returns the point indices
+    of centers [n, M] and patches [n, M, K], and the teacher's tokens [n, M, E].
     """
 
     def __init__(self, config: PretrainConfig, num_shapes: int, width: int, folder: Path | None):
-        """Keep the rows in `folder`, or in memory if it is None (dry run)."""
+        """Keep the rows in `folder`, or in memory if `folder` is None (dry run)."""
         self.folder, self.file = folder, folder and folder / "targets.npy"
         self.num_shapes, self.kind = num_shapes, row_type(config, width)
         self.rows = np.zeros(0 if folder else num_shapes, self.kind)
@@ -74,10 +74,11 @@ class CachedTargets:
 
     @torch.no_grad()
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
-        """Compute the targets of all shapes, continuing an interrupted computation.
+        """Compute the targets of all shapes. An interrupted computation continues where it stopped.
 
-        The batches are random, since targets may be normalised over a batch. The processes share
-        each batch, and the first process writes. Raises Interrupted.
+        The batches consist of random shapes, since targets may be normalised over a batch. Each
+        process computes a share of every batch, and the first process writes all of it. Raises
+        Interrupted on Ctrl-C.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
         encoder = config.encoder
@@ -87,7 +88,7 @@ class CachedTargets:
 
         if state.is_main_process:
             self._open(index_of)
-        # before the others read the record that `_open` may replace
+        # All processes wait here, since `_open` may replace the record that they read next.
         state.wait_for_everyone()
         record = self._record()
         start = clock()
@@ -95,7 +96,7 @@ class CachedTargets:
         local, total = size // state.num_processes, -(-count // size)
         rows = slice(state.process_index * local, (state.process_index + 1) * local)
         todo = range(record["batches"], total)
-        state.wait_for_everyone()  # before the first process writes a new record
+        state.wait_for_everyone()  # all have read the record; now the first process may write
         try:
             bar = progress_bar(todo, "targets of the frozen teachers")
             for batch in bar if state.is_main_process else todo:
@@ -125,24 +126,25 @@ class CachedTargets:
             written, spent = self.rows.nbytes / 1e6, spent_since(start)
             computed = f"{written:,.1f} MB, computed in {spent['wall_seconds']:.1f} s"
             log.info(f"targets of {count:,} shapes: {computed}")
-        # Open the file only now: opened earlier, it might not show what another machine wrote.
+        # Open the file only now: a file opened earlier might not show what another machine has
+        # written since.
         if self.file:
             self.rows = np.load(self.file, mmap_mode="r")
 
     def _checksums(self, index: np.ndarray) -> list[int]:
-        """Return each row's checksum of centers, patches and tokens, to recognise damaged rows."""
+        """Compute each row's checksum of centers, patches and tokens, which reveals damaged rows."""
         end = self.kind.itemsize - 4  # the checksum itself is the last 4 bytes
         return [zlib.crc32(row.tobytes()[:end]) for row in self.rows[index]]
 
     def _record(self) -> dict[str, Any]:
-        """Read how many batches are done, and the time they took. ValueError if damaged."""
+        """Read how many batches are done, and the time they took. Raises ValueError if damaged."""
         record = self.folder and self.folder / "run.json"
         if record and record.exists():
             return read_checked(record)
         return {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
 
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
-        """Open the file, or create a new one if it is missing or damaged. Damage is logged, and all
+        """Open targets.npy; create it anew if it is missing or damaged. Damage is logged, and all
         targets are computed again.
 
         index_of: returns the shape indices of a batch.

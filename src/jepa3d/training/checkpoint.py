@@ -1,8 +1,8 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON are written to a new folder,
 which is renamed when complete.
 
-The newest two checkpoints are kept, and every file has a checksum: if the newer one is damaged, the
-run resumes from the older one.
+The newest two checkpoints are kept, and every file has a checksum: if the newer checkpoint is
+damaged, the run resumes from the older one.
 """
 
 import os
@@ -18,14 +18,15 @@ from jepa3d.models.hub import load_file, save_file
 from jepa3d.models.teacher import Teacher
 from jepa3d.plain import read_checked, write_checked
 
-KEPT = 2  # checkpoints
+KEPT = 2  # number of checkpoints that are not deleted
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
-    """Call write(temporary folder), flush it to disk, then rename it to `path`.
+    """Write a new folder `path`: call write(temporary folder), flush that folder to disk, and
+    rename it.
 
-    new: raise FileExistsError if `path` exists. A failure, such as a full disk, leaves nothing
-    behind. After a kill, `path` is complete or `put_back` restores it.
+    new: raise FileExistsError if `path` exists, instead of replacing it. A failure, such as a full
+    disk, leaves nothing behind. After a kill, `path` is complete or `put_back` restores it.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -71,8 +72,8 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]; keep only it and the
-    newest earlier one.
+    """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]. Then delete all other
+    checkpoints except the newest earlier one.
     """
     moments = {
         f"{index}.{name}": value.cpu()
@@ -89,7 +90,8 @@ def save(
 
     newest = folder / f"step-{state['step']:07d}"
     replace_folder(newest, write)
-    # A checkpoint of a later step was found damaged, and the run resumed before it: delete it too.
+    # Any checkpoint of a later step is damaged, since the run resumed from an earlier one: delete it
+    # too.
     earlier = [old for old in _all(folder) if old < newest]
     for old in set(_all(folder)) - {newest, *earlier[1 - KEPT :]}:
         shutil.rmtree(old)
@@ -103,10 +105,10 @@ def _all(folder: Path) -> list[Path]:
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], list[str]]:
-    """Load model and optimizer in place from the newest undamaged checkpoint.
+    """Load the newest undamaged checkpoint into `model` and `optimizer`.
 
     Returns the saved state, and for each damaged checkpoint a line that names the damaged file.
-    Raises ValueError if all are damaged, or if the weights do not fit the model.
+    Raises ValueError if all checkpoints are damaged, or if the weights do not fit the model.
     """
     damaged = []
     for checkpoint in reversed(_all(folder)):
@@ -140,5 +142,5 @@ def _check_fit(checkpoint: Path, weights: dict[str, Any], expected: dict[str, An
     """Raise ValueError unless the weights have the expected names and shapes."""
     shapes, wanted = ({(k, v.shape) for k, v in found.items()} for found in (weights, expected))
     if wrong := {name for name, _ in shapes ^ wanted}:
-        found = f"{len(wrong)} names or shapes differ, first {min(wrong)}"
+        found = f"{len(wrong)} names or shapes differ, for example {min(wrong)}"
         raise ValueError(f"{checkpoint} does not fit this model: {found}")

@@ -1,11 +1,11 @@
-"""`jepa3d compare`: train the arms of a grid with the same seeds, score each once, and compare it
-with a reference arm.
+"""`jepa3d compare`: train the arms of a grid (variants of the settings, see grid.py) with the same
+seeds, score every run once, and compare each arm with a reference arm.
 
-OUT/runs/ARM-SEED/   a run of jepa3d pretrain and its scores-*.json; the reference's runs also have
-                     the scores of the baselines. If learning rates are searched, the name is
-                     ARM-lrRATE-SEED
+OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. Runs
+                     of the reference also have the scores of the baselines. If learning rates are
+                     searched, the name is ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
-OUT/log.txt          the log of the trainings
+OUT/log.txt          the log of all runs
 OUT/table.md         the tables
 OUT/compare.json     all results
 OUT/compare.png      the differences with their intervals
@@ -40,19 +40,19 @@ from jepa3d.training.loop import Diverged
 from jepa3d.training.optim import total_steps
 from jepa3d.training.pretrain import clouds_of, pretrain
 
-BY_HAND = ("histograms", "geometry")
+BY_HAND = ("histograms", "geometry")  # names of the handcrafted vectors
 BASELINES = ("untrained", *BY_HAND)
 
 
 class Comparison:
-    """The runs and scores of a grid in a folder. Existing ones are used, missing ones are computed;
-    each run logs one line.
+    """Train and score the runs of a grid in a folder. Runs and scores that exist already are not
+    computed again. One line is logged for each run.
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
         """Read the scored sets, and check that existing runs have the settings of the grid.
 
-        Raises ValueError, before anything is trained.
+        Raises ValueError before anything is trained.
         """
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
@@ -67,7 +67,7 @@ class Comparison:
             self.shapes(dataset, config.encoder.num_points, scored)
         out.mkdir(parents=True, exist_ok=True)
         if grid.cpu_minutes is not None:
-            log.info("measuring the CPU time per step of arms where it is unknown")
+            log.info("measuring the CPU time per step of arms not measured yet")
             with self._quiet():
                 grid = at_equal_time(grid, out)
         self.grid = grid
@@ -124,25 +124,26 @@ class Comparison:
         if grid.cpu_minutes is not None:
             minutes = f"{grid.cpu_minutes:g} minutes a run"
             equal = f"equal CPU time, {minutes}, stage I included"
-        rule = "every arm with its own settings, nothing searched"
+        rule = "every arm has its own settings, and no setting is searched"
         if len(grid.rates) > 1:
             tried = ", ".join(f"{rate:g}" for rate in grid.rates)
-            rule = f"learning rate of {tried}, by 10 labels a class on the validation split, seed {grid.seeds[0]}"
+            rule = f"learning rate out of {tried}, best by 10 labels a class on validation, seed {grid.seeds[0]}"
         notes = [
-            f"seeds {', '.join(map(str, grid.seeds))}; {equal}; chosen: {rule}",
-            "frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, 10 samples; kNN: "
-            "10 nearest; both standardised by train. mAP, nearest neighbour: in the scored split, vectors unchanged",
+            f"seeds {', '.join(map(str, grid.seeds))}; {equal}; {rule}",
+            "all scores are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
+            "mean of 10 samples of labels. kNN: 10 neighbours. Both use vectors standardised by the train split. mAP, "
+            "nearest neighbour: each scored shape is compared with all others, by unchanged vectors",
             "other rows: difference from the reference, paired by seed and by shape, with its 95 % interval over seeds "
-            "and shapes (evaluation/paired.py); better or worse: the whole interval lies on that side of 0. By chance, "
-            "this happens to one of twenty rows that are equal to the reference",
+            "and shapes (evaluation/paired.py). A row is better or worse if its whole interval lies on that side of 0. "
+            "By chance, this happens to one of twenty arms that are equal to the reference",
         ]
         if len(grid.seeds) == 1:
-            what = "the intervals are over shapes alone, not over training runs"
+            what = "the intervals are over shapes only, not over training runs"
             notes.append(f"NOTE: one seed: {what}")
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
-            rule = "epoch chosen on a fifth of these; untrained is trained from scratch"
+            rule = "the epoch is chosen on a fifth of them; untrained is trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
@@ -159,7 +160,7 @@ class Comparison:
         return notes + [f"NOTE: arm {arm} failed: {reason}" for arm, reason in failed]
 
     def record(self, rows: list[paired.Row]) -> dict[str, Any]:
-        """Return the result as JSON."""
+        """Return the result as values for compare.json."""
         grid, arms = self.grid, {}
         for arm, config in grid.arms.items():
             minutes = None
@@ -187,7 +188,7 @@ class Comparison:
         }
 
     def sheets(self, rows: list[paired.Row], record: dict[str, Any]) -> list[Sheet]:
-        """Return a table of the arms with the protocol, then a table for every set."""
+        """Return the tables: first the arms with the protocol, then one table for every scored set."""
         arms, lines, about = record["arms"], [], {}
         for arm, values in arms.items():
             changed = plain_settings(values["overrides"]).items()
@@ -205,8 +206,9 @@ class Comparison:
         return [first, *paired.sheets_of(rows, minutes, self.failed, about)]
 
     def _choose_rate(self, arm: str) -> float | None:
-        """Return the learning rate whose run with the first seed has the best logistic_10 accuracy,
-        averaged over the validation splits of all sets. None if no rate works, or none is searched.
+        """Return the learning rate whose run with the first seed has the best accuracy logistic_10
+        (10 labels a class), averaged over the validation splits of all sets. Returns None if every
+        rate fails, or if no rates are searched.
         """
         rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
@@ -223,7 +225,7 @@ class Comparison:
         return max(scores, key=scores.__getitem__, default=None)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
-        """Train or resume a run, and log a line. Returns why it failed, or None if it succeeded."""
+        """Train or resume a run, and log a line. Returns the reason of a failure, or None."""
         folder, config = self.folder(arm, seed, rate), self.grid.config(arm, seed, rate)
         if folder in self.ended:
             return self.ended[folder]
@@ -276,7 +278,7 @@ class Comparison:
         return {seed: self.folder(arm, seed, rate) for seed in self.grid.seeds}
 
     def _read(self, dataset: LabelledSet, arm: str, part: Part | None = None) -> Labelled:
-        """Read a scored set with the number of points of an arm."""
+        """Read a scored set with as many points per shape as an arm's encoder takes."""
         size = self.grid.arms[arm].encoder.num_points
         return self.shapes(dataset, size, part or self.part)
 
@@ -288,10 +290,11 @@ class Comparison:
         runs: dict[int, Path] | None = None,
         part: Part | None = None,
     ) -> paired.Outcomes:
-        """Return the outcomes, seeds x shapes, of the vectors `name` in an arm's runs.
+        """Score the vectors `name` of an arm's runs; returns an array [seeds, shapes] for each
+        metric.
 
-        name: as in `vectors_by`. Handcrafted vectors are computed once; for them, seeds only choose
-        the labelled shapes.
+        name: as in `paired.vectors_by`. Handcrafted vectors are the same for all seeds; for them, a
+        seed only chooses the labelled shapes.
         """
         shapes, runs = self._read(dataset, arm, part), runs or self._runs(arm)
         vectors = cache(lambda run: paired.vectors_by(name, run, shapes))
@@ -302,9 +305,9 @@ class Comparison:
         return {name: np.stack([some[name] for some in found]) for name in found[0]}
 
     def _finetuned(self, name: str, arm: str, dataset: LabelledSet) -> np.ndarray:
-        """Fine-tune from the encoders `name` (encoder or untrained) of an arm's runs.
+        """Fine-tune the encoders `name` (encoder or untrained) of an arm's runs.
 
-        Returns, seeds x shapes, 100 where the class is predicted correctly and 0 where not.
+        Returns an array [seeds, shapes]: 100 where the predicted class is correct, else 0.
         """
         shapes, correct = self._read(dataset, arm), []
         source, key, axis = dataset
@@ -323,7 +326,7 @@ class Comparison:
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[paired.Row]:
     """Run the comparison in the folder `out`; print its tables and write them there.
 
-    Raises ValueError and loop.Interrupted.
+    Raises ValueError if the comparison cannot be made, and loop.Interrupted.
     """
     comparison = Comparison(grid, sets, part, out)
     rows = comparison.run()

@@ -1,8 +1,10 @@
-"""How a run computes: its precision, compilation and activation checkpoints; also its trackers.
+"""Choose how a run computes: its precision, compilation and activation checkpoints; also its
+trackers (such as TensorBoard).
 
-bf16 doubles the speed of some processors and halves that of others. `mixed_precision` auto chooses
-by the processor alone. `mixed_precision` measure and `compile` auto choose by a trial, which times
-some steps of this model. RUN/run.json records the choice, and a resumed run keeps it.
+bf16 doubles the speed of some processors and halves that of others. The setting
+mixed_precision=auto chooses by the processor alone. The settings mixed_precision=measure and
+compile=auto choose by a trial, which times a few steps of the model. RUN/run.json records the
+choice, and a resumed run keeps it.
 """
 
 import copy
@@ -32,13 +34,15 @@ from jepa3d.run import Run
 
 # passed on to Accelerate, which otherwise does not connect processes on a machine without GPU
 ON_CPU = not torch.accelerator.is_available()
-WARM_UP, STEPS = 2, 5  # steps of a trial: those not counted, and those timed
+WARM_UP, STEPS = 2, 5  # steps of a trial: not timed, then timed
 How = tuple[str, bool]  # precision, and whether blocks are compiled
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
-    """Set whether blocks recompute their activations for the gradient: less memory, same result."""
+    """Set whether blocks recompute their activations for the gradient. Recomputation needs less
+    memory and gives the same result.
+    """
     for module in objective.modules():
         if isinstance(module, PointEncoder | ContextAwareDecoder):
             module.checkpoints = wanted
@@ -47,8 +51,8 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
 def tracker(name: str | None, run: Path | None) -> list[Any]:
     """Return Accelerate's `log_with` for a tracker name: [name], or [] for a dry run or None.
 
-    Raises ValueError for an unknown tracker, and for one whose package is missing, which Accelerate
-    would ignore.
+    Raises ValueError if the tracker is unknown, or if its package is missing (Accelerate would
+    ignore the tracker).
     """
     if name is None:
         return []
@@ -77,7 +81,7 @@ def compile_blocks(objective: nn.Module) -> None:
     """Compile each transformer block with `torch.compile`, for any number of rows. The names of the
     weights stay the same.
     """
-    # enough for the blocks of teacher, student and decoder, padded or not, in two precisions
+    # 64 is enough for the blocks of teacher, student and decoder, padded or not, in two precisions
     torch._dynamo.config.recompile_limit = 64
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
@@ -85,14 +89,14 @@ def compile_blocks(objective: nn.Module) -> None:
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: on a GPU that supports bf16 natively, or without a GPU
-    on a processor with AMX.
+    """Return whether bf16 is faster than fp32 here: on a GPU that supports bf16 natively, or
+    without a GPU on a processor with AMX.
     """
     if not ON_CPU:
         # torch has no such function for Apple's GPUs: there bf16 is not used
         supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
-    # private, since torch has no public function for it
+    # This function is private, since torch has no public one.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return amx is not None and amx()
 
@@ -107,7 +111,7 @@ def settle(config: Config, run: Path | None = None) -> Config:
     if run:
         return replace(config, mixed_precision=Run(run).config["mixed_precision"])
     state, choice = PartialState(cpu=ON_CPU), ["bf16" if has_fast_bf16() else "no"]
-    # every process takes the first one's choice
+    # every process takes the choice of the first process
     precision = broadcast_object_list(choice)[0]
     if state.is_main_process:
         how = f"{named(precision)} on {device_name()}"
@@ -126,8 +130,8 @@ def device_name() -> str:
 def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) -> How:
     """Return the precision and whether to compile.
 
-    A resumed run keeps its first choice; a new one follows its settings, or a trial if they ask for
-    it.
+    A resumed run keeps its first choice. A new run follows its settings, or a trial if the settings
+    ask for one.
     """
     is_main, device = PartialState(cpu=ON_CPU).is_main_process, device_name()
     found: dict[str, Any] | None = Run(run).engine if run else None
@@ -147,12 +151,14 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
 
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
-    """Choose the fastest way by a trial, and log it. Returns it with the seconds of all ways."""
+    """Time all allowed combinations of precision and compilation, and log the fastest. Returns the
+    record of this choice, with the seconds of every combination.
+    """
     precision, measured = config.mixed_precision, config.mixed_precision == "measure"
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
     hows = list(product(("no", "bf16") if measured else (precision,), ways))
     seconds = trial(task, clouds, config, hows)
-    # every process takes the first one's choice
+    # every process takes the choice of the first process
     choice = broadcast_object_list([min(seconds, key=seconds.__getitem__)])
     precision, compiled = choice[0]
     tried = {named(*how): value for how, value in seconds.items()}
@@ -163,9 +169,9 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
 
 
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
-    """Time forward and backward passes on copies of the task, alternating between `hows`.
+    """Time forward and backward passes on copies of the task, one copy per combination in `hows`.
 
-    Returns the median seconds of each. All processes must call this.
+    The combinations take turns. Returns the median seconds of each. All processes must call this.
     """
     state = PartialState(cpu=ON_CPU)
     device = cast(torch.device, state.device)
@@ -188,9 +194,9 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                     loss = objective(points, draws, 0.0, *targets).loss
                 loss.backward()
                 loss.item()  # wait for the device
-            # There may be no compiler, or no kernel of that precision.
+            # There may be no compiler, or no kernel for this precision.
             except RuntimeError as error:
-                # With several processes, the others would wait for this one forever.
+                # With several processes, the other processes would wait for this one forever.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
                 log.info(f"trial of {named(*how)} failed: {str(error).splitlines()[0]}")

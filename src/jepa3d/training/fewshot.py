@@ -1,10 +1,11 @@
-"""Few-shot runs: episodes are sampled once and saved; for each, a network is fine-tuned in its
-own folder, or frozen features are scored.
+"""Few-shot runs: episodes (a few labelled shapes of a few classes, and test shapes of these
+classes) are sampled once and saved. For each episode, a network is fine-tuned in its own folder, or
+frozen features are scored. An episode with its data is called a fold.
 
 OUT/config.json, run.json   as in pretraining
-OUT/episodes.json           the sampled episodes, as rows of the data
+OUT/episodes.json           the sampled episodes, as indices of shapes in the data
 OUT/start/                  the encoder that every episode starts from
-OUT/fold-N/                 a run of finetune.py, if fine-tuned
+OUT/fold-N/                 a run of finetune.py, if networks are fine-tuned
 OUT/results.json            mean and standard deviation over folds
 """
 
@@ -35,11 +36,11 @@ METHODS = {
 
 @runs.exclusive
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
-    """Score every fold, and write their mean to OUT/results.json. Returns `out`.
+    """Score every fold, and write the mean score to OUT/results.json. Returns `out`.
 
-    Raises ValueError, before anything is written, and loop.Interrupted.
+    Raises ValueError before anything is written, and loop.Interrupted.
     """
-    # too few labels to hold some out for validation
+    # There are too few labels to hold some out for validation.
     config = replace(config, select="last")
     config, encoder, started = begin(config, out, resume)
     if started and runs.close_if_finished(out):
@@ -121,10 +122,10 @@ def _finetuned(
 def _folds(
     config: FewshotConfig, saved: Path
 ) -> tuple[PointClouds, list[Labelled], list[fewshot.Episode] | None]:
-    """Return the data, its folds and their episodes.
+    """Return the data, the folds and the episodes.
 
-    The episodes are those saved before, or sampled with the seed. They are None if `config.data`
-    holds the published folds.
+    Episodes are read from the file `saved` if it exists, else they are sampled with the seed. The
+    episodes are None if `config.data` holds the published folds.
     """
     num_points = config.num_points or config.encoder.num_points
     sizes, queries = (config.ways, config.shots, config.folds), config.queries

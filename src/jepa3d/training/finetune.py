@@ -1,12 +1,12 @@
-"""Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, into a
-run folder.
+"""Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, and
+write a run folder.
 
 RUN/config.json       the settings, and the task's name
 RUN/start/            the encoder before the first step
-RUN/best/             the network of the best epoch so far, while running
+RUN/best/             the network of the best epoch so far; deleted when the run is finished
 RUN/model/            the network of the selected epoch
-RUN/results.json      its metrics on the test shapes
-RUN/predictions.npz   its predictions for the test shapes
+RUN/results.json      the metrics of RUN/model on the test shapes
+RUN/predictions.npz   the predictions of RUN/model for the test shapes
 
 The folder also has run.json, metrics.jsonl and checkpoints/, as in pretraining (run.py).
 """
@@ -42,7 +42,7 @@ from jepa3d.validate import validate
 Config = TypeVar("Config", bound=FinetuneConfig)
 TRAINED = {"all": "all weights", "head": "head only", "head_first": "head first"}
 SELECTION = {"validation": "validation", "last": "last epoch", "best-on-test": "best on test"}
-FEW = 100  # with fewer labels, none are held out to choose the epoch
+FEW = 100  # with fewer labelled shapes, none are held out to choose the epoch
 
 
 @runs.exclusive
@@ -55,12 +55,13 @@ def finetune(
     encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
-    """Train a classifier, or for a SegmentConfig a part segmenter; choose its epoch; test it once.
+    """Train a classifier (with a SegmentConfig, a part segmenter), choose the best epoch, and test
+    once.
 
-    stop_at: the step to stop at early. data: None to load `config.data`. encoder: None to load
-    `config.init`. protocol: the protocol's name in the result; None for `protocol_name`. Returns
-    the run's folder `out`. Raises ValueError for settings or data that cannot work, before anything
-    is written, and loop.Interrupted.
+    stop_at: step at which the run stops early. data: the labelled shapes; None loads `config.data`.
+    encoder: the encoder to start from; None loads `config.init`. protocol: the protocol's name in
+    the result; None uses `protocol_name`. Returns the run's folder `out`. Before anything is
+    written, raises ValueError for settings or data that cannot work. Raises loop.Interrupted.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.close_if_finished(out):
@@ -124,9 +125,9 @@ def begin(
 ) -> tuple[Config, PointEncoder | None, bool]:
     """Check the settings, and load the encoder.
 
-    Returns the settings with the encoder's sizes, the encoder (None from scratch), and whether
-    `out` is a run to continue. Raises ValueError for settings that cannot work, or that differ from
-    those of the run to continue.
+    Returns the settings with the encoder's sizes, the encoder (None: start from scratch), and
+    whether `out` is a run to continue. Raises ValueError for settings that cannot work, or that
+    differ from the settings of the run to continue.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -152,8 +153,9 @@ def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]
 def start_encoder(config: FinetuneConfig, copied: Path | None) -> PointEncoder | None:
     """Load the encoder that a run starts from, with the run's number of points and patches.
 
-    Returns None for a run from scratch. copied: the copy in a started run, read instead of the
-    source, which may have changed. Raises ValueError if it is not an encoder.
+    Returns None for a run from scratch. copied: the encoder's copy in a started run. The copy is
+    read instead of the source, since the source may have changed. Raises ValueError if the network
+    is not an encoder.
     """
     source = str(copied) if copied else config.init
     if source is None:
@@ -174,7 +176,9 @@ def encoder_config(encoder: PointEncoder) -> EncoderConfig:
 
 
 def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings num_points and num_groups, if they are set, to replace the encoder's."""
+    """Return the settings num_points and num_groups, if they are set, to replace the encoder's
+    values.
+    """
     found = {"num_points": config.num_points, "num_groups": config.num_groups}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -252,11 +256,11 @@ def pretraining_of(init: str | None) -> dict | None:
     """Return the settings, data, cost and commit of the pretraining run that `init` is part of.
 
     "encoder_of" says which of the run's encoders `init` is. Returns None if `init` does not belong
-    to a pretraining run, or is its untrained encoder.
+    to a pretraining run, or is the untrained encoder of one.
     """
     if init is None or Path(init).name == "untrained":
         return None
-    # init is a run, or in it the folder encoder or snapshots/step-N
+    # `init` is the folder of a run, or the folder encoder or snapshots/step-N in a run.
     folders = (Path(init), *Path(init).parents[:2])
     run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
     if run is None or run.task != "pretrain":

@@ -1,5 +1,5 @@
-"""CUDA graphs: record a step's forward and backward once, then let the GPU replay it with one
-launch instead of two thousand.
+"""CUDA graphs: record a step's forward and backward once, then let the GPU replay the recording
+with one launch instead of two thousand.
 
 Without a graph, a step waits for the host: on an H200 (docs/performance.md), the paper's step
 takes the GPU 17 ms and the host 50 ms.
@@ -18,10 +18,10 @@ WARM_UP = 3  # calls before a graph is recorded, as torch demands
 
 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
-    """Whether a run's step can be recorded as graphs, one per set of tensor sizes.
+    """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
-    This needs few different sizes, as random masks and one block have; multi-block contexts vary in
-    length.
+    The tensors may have only a few different sizes. Random and one-block masks meet this condition;
+    multi-block masks do not, since their contexts vary in length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
@@ -35,8 +35,8 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
 
 class Repeated:
-    """Records forward and backward of `run(points, generator)` once for each set of tensor sizes,
-    and replays the recording.
+    """Record forward and backward of `run(points, generator)` once for each set of tensor sizes,
+    and replay the recording in later calls.
 
     The result and the gradients of `model` are overwritten by the next call. Before each replay,
     the random numbers that `run` would draw are written into the graph's own buffers.
@@ -44,7 +44,7 @@ class Repeated:
 
     def __init__(self, run: Callable[[Tensor, BatchGenerator], Any], model: nn.Module):
         self.run, self.model, self.recorded = run, model, {}
-        # random streams that choose sizes; None before the first recording
+        # Random streams that choose tensor sizes; None before the first recording.
         self.sizes: dict[str, int] | None = None
         self.pool = None
 
@@ -74,9 +74,9 @@ class Repeated:
         return points.shape, *sizes
 
     def _record(self, points: Tensor, draws: RepeatedDraws) -> tuple:
-        """Record a graph; returns it with its input points, draws, output and gradients.
+        """Record a graph. Returns the graph, its input points, draws, output and gradients.
 
-        Buffers that the warm-up changed are restored.
+        The model's buffers, which the warm-up changes, are restored.
         """
         device = torch.get_device_module(points.device)
         inputs, saved = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
@@ -101,7 +101,7 @@ class Repeated:
 
 
 def detached(output: Any) -> Any:
-    """Detach the tensors of a named tuple, so that autograd drops this recording's nodes."""
+    """Detach the tensors of a named tuple, so that autograd frees the nodes of the recording."""
     return type(output)(
         *(value.detach() if isinstance(value, Tensor) else value for value in output)
     )

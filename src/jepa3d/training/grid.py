@@ -1,5 +1,5 @@
-"""Grids: the arms of a comparison with their full settings, read from YAML; also the number of
-steps of each arm at equal CPU time.
+"""Read grids from YAML. A grid holds the arms of a comparison, each with its full settings. Also
+compute how many steps each arm takes in equal CPU time.
 """
 
 import re
@@ -29,7 +29,7 @@ class Grid(NamedTuple):
     overrides: dict[str, dict]  # arm -> its own settings, as in the file
     reference: str
     seeds: tuple[int, ...]
-    # learning rates to choose from; (None,): each arm keeps its own
+    # Learning rates to choose from; (None,): each arm keeps its own rate.
     rates: tuple[float | None, ...]
     cpu_minutes: float | None  # per run, stage I included; None: equal steps
     finetune: FinetuneConfig  # how arms are fine-tuned on the first scored set
@@ -38,8 +38,8 @@ class Grid(NamedTuple):
     def config(self, arm: str, seed: int, rate: float | None) -> PretrainConfig:
         """Return the configuration of one run.
 
-        rate: the learning rate of the arm's objective; None for the arm's own. Stage I keeps its
-        own rate.
+        rate: learning rate for the arm's objective; None for the rate in the arm's settings. Stage
+        I keeps the rate in its own settings.
         """
         config = self.arms[arm]
         return replace(config, seed=seed, lr=config.lr if rate is None else rate)
@@ -63,8 +63,8 @@ class _File:
 def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
     """Read a grid from a file.
 
-    common: overrides of the file's common settings, but not of an arm's own settings. reserved:
-    names that no arm may have. Raises ValueError, which names the file and the key.
+    common: settings that override the file's common settings, but not an arm's own settings.
+    reserved: names that no arm may have. Raises ValueError, which names the file and the key.
     """
     values = read_recipe(path)
     try:
@@ -87,7 +87,7 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
                 found = f"{key} {list(given)}"
-                raise ValueError(f"{found}: give at least one, and each only once")
+                raise ValueError(f"{found}: give at least one value, none twice")
         tuning = _finetuning(file, arms)
         layers = [*_base(path, file), file.settings, common]
         settings.resolve(*layers)
@@ -102,7 +102,7 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
                 allowed = "a name may have letters, digits, . + - and _"
                 raise ValueError(f"{allowed}, and must not be {', '.join(reserved)}")
             if not isinstance(changes, dict):
-                allowed = "give the settings in which it differs, {} for none"
+                allowed = "give the settings in which the arm differs, or {} for none"
                 raise ValueError(f"{allowed}, not {changes!r}")
             grid.arms[name] = config = settings.resolve(*layers, changes)
             written = changes | changes.get(config.objective, {})
@@ -118,7 +118,9 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
 
 
 def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple[str, ...]]:
-    """Return how arms are fine-tuned (the preset, changed by the file), and which arms are."""
+    """Return how arms are fine-tuned (the preset, changed by the file), and which arms are
+    fine-tuned.
+    """
     chosen = file.finetune.get("arms", [*arms] if file.finetune else [])
     if not isinstance(chosen, list) or not set(chosen) <= {*arms}:
         raise ValueError(f"finetune.arms is {chosen!r}: give a list of arms from {', '.join(arms)}")
@@ -133,7 +135,9 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
 
 
 def _base(grid: Path, file: _File) -> list[dict]:
-    """Return the settings of the grid's preset or recipe; a recipe may lie beside the grid."""
+    """Return the settings of the grid's preset or recipe. A recipe's path may be relative to the
+    grid file.
+    """
     if (file.preset is None) == (file.recipe is None):
         raise ValueError("give either preset or recipe")
     if file.preset:
@@ -145,10 +149,10 @@ def _base(grid: Path, file: _File) -> list[dict]:
 
 
 def at_equal_time(grid: Grid, out: Path) -> Grid:
-    """Return the grid with as many steps for each arm as its CPU-minutes allow.
+    """Return the grid with as many steps for each arm as the grid's CPU-minutes allow.
 
     The CPU time per step is measured once and saved in out/costs.json. Raises ValueError for an arm
-    that changed since then, or whose stage I takes all the time.
+    whose settings changed since then, or whose stage I takes all the time.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"
@@ -157,11 +161,12 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
     for name in plain.keys() & known.keys():
         if changed := settings.differences(plain[name], known[name]["settings"]):
             setting, (now, then) = next(iter(changed.items()))
-            reason = f"{setting} was {then} when its cost was measured ({file})"
+            reason = f"{setting} was {then} when the arm's cost was measured ({file})"
             hint = f"not {now}; a changed arm needs another name"
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
-        # The machine may be busier now: measure an old arm again, and scale the new costs by it.
+        # The machine may be busier now: measure one old arm again, and scale the new costs by the
+        # change in its cost.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]

@@ -1,7 +1,7 @@
-"""The training loop: the same for every objective, on one process or many.
+"""The training loop, which is the same for every objective, and for one process or many.
 
 On one CPU with a fixed number of threads, a resumed run gives bit for bit the result of an
-uninterrupted one.
+uninterrupted run.
 """
 
 import math
@@ -36,7 +36,8 @@ from jepa3d.training.progress import Progress, clock
 BAD_CLOUD = (
     "restore the damaged file (jepa3d info DATA --verify finds damaged clouds), then use --resume"
 )
-# shards whose clouds are shuffled together (1 GiB); must be below the 64 that a `Store` keeps open
+# Number of shards (files of a store) whose clouds are shuffled together, about 1 GiB. The number
+# must be below 64, the number of files that a `Store` keeps open.
 WINDOW = 32
 
 
@@ -58,7 +59,7 @@ class Task:
     schedule: Schedule
     export: str  # the folder to export to: encoder, dvae or model
     module: Any  # the module to export: PointEncoder, DVAE, Classifier or Segmenter
-    augments: bool = True  # False where the objective augments its views itself
+    augments: bool = True  # False if the objective augments its views itself
     # returns the labels, or the cached teacher targets, of the shapes at these indices
     targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None
     # computes the score after each epoch; the best weights go to RUN/best
@@ -66,7 +67,7 @@ class Task:
     # the split that `scorer` scores: validation or test
     scored_split: str = "validation"
     layer_decay: float = 1.0
-    # also score before the first step, when the head is fitted already
+    # whether to score also before the first step, since the head is fitted before training
     scores_first: bool = False
 
 
@@ -75,19 +76,20 @@ def fit(
 ) -> dict:
     """Train, resuming from the newest checkpoint in `run` if there is one.
 
-    run: the run's folder; with None nothing is written (dry run). Returns the final state: step,
-    cpu_seconds, wall_seconds, peak_memory (bytes), best, the last metrics, step_seconds,
-    step_cpu_seconds, and the mixed_precision that was used. Raises Interrupted, after saving, on
-    Ctrl-C, SIGTERM or at step `stop_at`; Diverged if the loss is not finite; ReadError for
-    unreadable data.
+    run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
+    stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes),
+    best, the last metrics, step_seconds, step_cpu_seconds, and the mixed_precision that was used.
+    Raises Interrupted, after saving, on Ctrl-C, SIGTERM or at step `stop_at`; Diverged if the loss
+    is not finite; ReadError for unreadable data.
     """
     start_clock = clock()
-    # off, since cuDNN attention makes a new plan for every context length: most of a step's time
+    # cuDNN attention is off, since it makes a new plan for every context length, which takes most
+    # of a step's time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = engine.choose(task, clouds, config, run)
-    # Accelerate keeps the precision globally; stage I may have run before in this process with
-    # another one.
+    # Accelerate keeps the precision globally, and stage I may have run in this process before with
+    # another precision.
     AcceleratorState._reset_state()
     tracked = engine.tracker(config.track, run)
     accelerator = Accelerator(
@@ -107,7 +109,7 @@ def fit(
         for line in damaged if accelerator.is_main_process else ():
             log.info(line)
     elif run and not (run / task.export).exists() and _has_saved(run, config):
-        problem = f"{run}/checkpoints is missing, although the run had saved some"
+        problem = f"{run}/checkpoints is missing, although the run had saved them"
         raise ValueError(f"{problem}: start again with another --out")
     model, optimizer = accelerator.prepare(objective, optimizer)
     if accelerator.scaler and "scaler" in state:
@@ -133,8 +135,8 @@ def fit(
         accelerator.wait_for_everyone()
 
     def read(step: int) -> list:
-        """Read a step's data. Returns for each micro-batch: this process's first row in the global
-        batch, the indices of its clouds, and their points.
+        """Read a step's data. Returns for each micro-batch of this process: the index of its first
+        row in the global batch, the indices of its clouds, and their points.
         """
         sizes = schedule.batch_size, len(clouds), clouds.shard_sizes
         batch = batch_index(config.seed, step, *sizes)
@@ -256,14 +258,16 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 
 
 def to_device(points: Tensor, device: torch.device) -> Tensor:
-    """Move points to the device; asynchronously to a CUDA GPU."""
+    """Move points to the device. If the device is a CUDA GPU, do not wait for the end of the copy."""
     if torch.get_device_module(device).__name__ != "torch.cuda":
         return points.to(device)
     return points.pin_memory().to(device, non_blocking=True)
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
-    """Whether the logged steps go beyond the first checkpoint, so that one must have been saved."""
+    """Return whether the logged steps go beyond the first checkpoint, so that one must have been
+    saved.
+    """
     return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 
 
@@ -306,7 +310,9 @@ def epoch_order(
 
 
 def stop_requested(accelerator: Accelerator, signals: list, step: int) -> bool:
-    """Whether any process received a signal to stop; with several, checked only every 10 steps."""
+    """Return whether any process received a signal to stop. Several processes check this only every
+    10 steps.
+    """
     if accelerator.num_processes == 1:
         return bool(signals)
     if step % 10:

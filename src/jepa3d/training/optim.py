@@ -10,10 +10,11 @@ from jepa3d.config import Schedule
 
 
 def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """Create the optimiser. Only matrices have weight decay: not biases, norms or single tokens.
+    """Create the optimiser. Weight decay applies to matrices only, not to biases, norms or single
+    tokens.
 
-    layer_decay: factor by which the learning rate falls from each encoder block to the one before
-    it (BEiT), stored as "lr_scale" of the parameter groups.
+    layer_decay: factor by which the learning rate falls from each encoder block to the block before
+    it, as in BEiT. The product of these factors is stored as "lr_scale" of each parameter group.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -34,7 +35,8 @@ _LAYER = re.compile(r".*?\bencoder\.(?:blocks\.(\d+)|tokenizer|position)\.")
 def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return each parameter's factor of the learning rate, layer_decay^(depth + 1 - layer).
 
-    layer: 0 for tokenizer and position embedding, i + 1 for block i, depth + 1 for all else.
+    layer: 0 for tokenizer and position embedding, i + 1 for block i, depth + 1 for all other
+    parameters.
     """
     found = {name: _LAYER.match(name) for name, _ in model.named_parameters()}
     layers = {name: int(match[1] or -1) + 1 for name, match in found.items() if match}
@@ -52,8 +54,8 @@ def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -
     """Return the rate of a step: linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth
     of the run), then a cosine to `min_lr`.
 
-    The cosine starts at the first step, not at the end of the warm-up, like timm's scheduler in
-    Point-MAE and ACT.
+    As in timm's scheduler, which Point-MAE and ACT use, the cosine starts at the first step, not at
+    the end of the warm-up.
     """
     warmup = min(schedule.warmup_epochs * num_samples / schedule.batch_size, total / 10)
     share = step / warmup if step < warmup else (1 + math.cos(math.pi * step / total)) / 2

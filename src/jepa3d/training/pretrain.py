@@ -36,7 +36,7 @@ from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
-# steps taken to measure the CPU time per step of a stage; the first is not timed
+# steps taken to measure the CPU time per step of a stage; the first step is not timed
 TIMED_STEPS = 9
 
 
@@ -45,7 +45,7 @@ def make_task(
 ) -> Task:
     """Build the task that the loop trains for an objective.
 
-    networks: those of stage I and those that the settings name, by name.
+    networks: by name, the networks of stage I and the networks that the settings name.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -69,7 +69,7 @@ def make_task(
 
 
 def _some(seed: int, count: int) -> np.ndarray:
-    """Choose up to 512 random shapes, whose statistics an encoder gets."""
+    """Choose up to 512 random shapes; an encoder gets statistics over them."""
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
@@ -101,11 +101,11 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
-    """Copy weights and statistics from `source`. ValueError if its architecture differs."""
+    """Copy weights and statistics from `source`. Raises ValueError if the architectures differ."""
     try:
         encoder.load_weights(source)
     except RuntimeError as error:
-        hint = "compare encoder.*; encoders of old versions need encoder.qkv_bias"
+        hint = "compare the settings encoder.*; encoders of old versions need encoder.qkv_bias"
         found = f"is not an encoder of this run's sizes: {hint}"
         raise ValueError(f"init {name} {found}") from error
 
@@ -119,12 +119,12 @@ def pretrain(
     clouds: PointClouds | None = None,
     stage_one: Iterable[Path] = (),
 ) -> Path:
-    """Pretrain with the settings `config` into the folder `out`, after training its stage I.
+    """Train the networks of stage I, then pretrain with the settings `config`, in the folder `out`.
 
-    stop_at: the step to stop at early. clouds: the data if loaded already. stage_one: earlier
-    stage-I runs; a finished one with the settings that stage I needs is copied instead of trained
-    again. Raises ValueError for settings or data that cannot work, before anything is written, and
-    loop.Interrupted.
+    stop_at: step at which the run stops early. clouds: the data, if it is loaded already.
+    stage_one: earlier runs of stage I; if a finished one has the settings that this run needs, it
+    is copied, and its network is not trained again. Before anything is written, raises ValueError
+    for settings or data that cannot work. Raises loop.Interrupted.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -178,7 +178,7 @@ def pretrain(
 
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
-    """Return the frozen teacher if target.cache is set, to compute its targets beforehand."""
+    """Return the frozen teacher whose targets are cached, or None if target.cache is not set."""
     cached = config.target.cache and isinstance(task.objective, JEPA)
     return task.objective.teacher if cached else None
 
@@ -186,7 +186,7 @@ def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
     """Compute the teacher's targets if target.cache is set; returns the task that uses them.
 
-    out: the run's folder, which gets them; None to keep them in memory.
+    out: the run's folder, where the targets are stored; None keeps the targets in memory.
     """
     teacher = teacher_to_cache(config, task)
     if teacher is None:
@@ -225,8 +225,9 @@ def clouds_of(
 ) -> PointClouds:
     """Load the data with the number of points of an objective.
 
-    Objectives with views get twice as many points, if the data has them. loaded: returned unchanged
-    if it already has the correct number. limit: the largest number of clouds.
+    Objectives with views get twice as many points, if the data has them. loaded: clouds to return
+    unchanged if they already have the correct number of points. limit: the largest number of clouds
+    to read.
     """
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
@@ -283,7 +284,7 @@ def try_stages(
 
 def cpu_costs(config: PretrainConfig) -> tuple[float, float]:
     """Measure the CPU seconds that a run takes before its first step (stage I and cached targets),
-    and those per step.
+    and the CPU seconds per step.
     """
     before, step = 0.0, 0.0
     for stage, _, _, shapes, caching, state in try_stages(settle(config), TIMED_STEPS):
@@ -312,7 +313,8 @@ def dry_run(config: PretrainConfig) -> None:
         in_memory = runs.ON_CPU and not clouds.shard_sizes
         unread = (shapes - len(clouds)) * clouds.points[0].nbytes if in_memory else 0
         memory = max(memory, state["peak_memory"] + unread)
-        # Two checkpoints, each of weights and two moments; the network before and after; snapshots.
+        # The disk holds two checkpoints (each with weights and two moments), the network before and
+        # after training, and the snapshots.
         snapshots = 2
         if config.snapshot_every and stage == config.objective:
             snapshots += steps // config.snapshot_every

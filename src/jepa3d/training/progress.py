@@ -22,7 +22,9 @@ BAR = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 def clock() -> dict[str, float]:
-    """CPU time (all threads of this process) and wall time; only differences have a meaning."""
+    """Return the CPU time (of all threads) and wall time in seconds; only differences mean
+    anything.
+    """
     return {"cpu_seconds": time.process_time(), "wall_seconds": time.perf_counter()}
 
 
@@ -45,8 +47,8 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """Shows and records a run from `state["step"]` to `total`; on resuming, logged metrics later
-    than `state["step"]` are deleted.
+    """Show and record a run's progress from `state["step"]` to step `total`. If the run is resumed,
+    metrics that were logged after `state["step"]` are deleted.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Progress:
         # start_clock: `clock()` at the start of `fit`, before precision and compilation are timed
         self.start_state, self.start_clock = dict(state), start_clock
         self.last_metrics: dict[str, float] = {}
-        # per step, averaged since the last log
+        # Seconds per step, averaged over the steps since the previous log.
         self.step_seconds = self.step_cpu_seconds = 0.0
         self.last_log = {"step": state["step"]} | clock()
         options: dict[str, Any] = {"total": total, "initial": state["step"], "bar_format": BAR}

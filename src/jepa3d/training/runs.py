@@ -1,5 +1,5 @@
-"""Run folders: how they are created, continued only with the same settings and data, and finished
-with the run's cost.
+"""Create run folders, continue them only with the same settings and data, and finish them with the
+run's cost.
 """
 
 import functools
@@ -31,9 +31,9 @@ P = ParamSpec("P")
 def exclusive(
     train: Callable[Concatenate[C, Path, P], Path],
 ) -> Callable[Concatenate[C, Path | str, P], Path]:
-    """Decorator: hold the lock of the folder `out` while the function (config, out, ...) runs.
+    """Decorate a function (config, out, ...): it holds the lock of the folder `out` while it runs.
 
-    The function then raises ValueError if another command holds the lock.
+    The decorated function raises ValueError if another command holds the lock.
     """
 
     @functools.wraps(train)
@@ -63,10 +63,10 @@ def begin(out: Path, resume: bool) -> bool:
 
 
 def close_if_finished(out: Path) -> bool:
-    """Return True if the run is finished; then also log this, and delete its scratch folders."""
+    """Return True if the run is finished. In this case, also log so and delete its scratch folders."""
     finished = Run(out).finished
     if finished:
-        drop_scratch(out)  # a kill may have come just before `finish` did this
+        drop_scratch(out)  # a kill may have prevented `finish` from doing this
         log.info(f"{out}: finished already")
     return finished
 
@@ -74,10 +74,10 @@ def close_if_finished(out: Path) -> bool:
 def check_unchanged(config: Any, out: Path) -> None:
     """Raise ValueError unless a resumed run has the same settings as at its start."""
     file = out / "config.json"
-    written = Run(out).record.get("config")  # version 0.1.0 wrote none
+    written = Run(out).record.get("config")  # version 0.1.0 wrote no checksum
     if written not in (None, sha256_of(file)):
         found = "is missing, damaged or edited"
-        raise ValueError(f"{file} {found}: its checksum is not that in run.json")
+        raise ValueError(f"{file} {found}: its checksum differs from that in run.json")
     before = {key: value for key, value in Run(out).config.items() if key != "task"}
     if changed := differences(read_by(to_dict(config)), read_by(before)):
         name, (now, then) = next(iter(changed.items()))
@@ -86,7 +86,9 @@ def check_unchanged(config: Any, out: Path) -> None:
 
 
 def read_by(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a run uses: all of them, unless it trains a network of stage I."""
+    """Return the settings that a run uses. A run that trains a network of stage I does not use the
+    settings of 3D-JEPA or of other stage-I networks.
+    """
     objective = settings.get("objective", "jepa")
     if objective not in STAGE_ONE:
         return settings
@@ -96,7 +98,9 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> None:
-    """Copy to `out` the first finished candidate with the settings of `config`, if there is one."""
+    """Copy to `out` the first of the runs `candidates` that is finished and has the settings of
+    `config`, if there is one.
+    """
     wanted = read_by(to_dict(config))
     for run in candidates:
         if Run(run).finished and not differences(wanted, read_by(Run(run).config)):
@@ -123,8 +127,8 @@ def create(
 ) -> None:
     """Create the run folder, completely or not at all.
 
-    It gets config.json, run.json (provenance and `record`), and each of `networks` in the
-    sub-folder of that name.
+    It gets config.json, run.json (provenance and `record`), and each of `networks` in a sub-folder
+    of its name.
     """
     if not is_main():
         return
@@ -143,25 +147,26 @@ def create(
 
 
 def check_batch(config: RunConfig, name: str, size: int) -> None:
-    """Check a batch size; `name` is its name in errors.
+    """Check a batch size. name: what error messages call the batch size.
 
     Raises ValueError if the weights or the batch cannot fit into the memory of a machine without
     GPU, or if the batch size is not a multiple of processes x accumulate.
     """
     accumulate, encoder = config.accumulate, config.encoder
     memory = psutil.virtual_memory().total if ON_CPU else float("inf")
-    # fp32 weights, gradients and two moments: 16 bytes per weight
+    # fp32 weights, gradients and the optimiser's two moments take 16 bytes per weight.
     weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
     if weights > memory:
         what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
         raise ValueError(f"{what}, but this machine has {memory / 1e9:,.0f} GB")
-    # a low estimate of the stored activations: in each block, `kept` vectors per visible token
+    # A low estimate of the stored activations: each block stores `kept` vectors per visible token,
+    # and at least a fifth (0.2) of the tokens is visible. A number takes 4 bytes.
     kept = 1 if config.checkpoint_activations else 8
     tokens = 0.2 * encoder.num_groups * encoder.depth * kept * encoder.embed_dim
     needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
         what = f"{name} {size} needs at least {needed / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f}"
-        raise ValueError(f"{what} GB; lower it or raise accumulate (now {accumulate})")
+        raise ValueError(f"{what} GB; lower batch_size or raise accumulate ({accumulate})")
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
         factor = f" x accumulate {accumulate}" if accumulate > 1 else ""
@@ -188,10 +193,10 @@ def finish(
 ) -> None:
     """Mark a run as finished: write its result, if any, and its cost; delete its checkpoints.
 
-    result: protocol; data; selection; metrics in per cent on the test split, and on the validation
-    split or None; details by class, category or fold; the settings in which arms of a comparison
-    may differ. This function adds the rest: the encoder's origin, seed, votes, cost, versions and
-    machine.
+    result: the protocol, data, selection, metrics (in per cent, on the test split), validation
+    (metrics on the validation split, or None), details (by class, category or fold), and settings
+    in which arms of a comparison may differ. This function adds the encoder's origin, seed, votes,
+    cost, versions and machine.
     """
     record, config = Run(out).record, Run(out).config
     if result:
@@ -200,7 +205,7 @@ def finish(
             init = "untrained" if init or frozen else "scratch"
         known = {name: config[name] for name in ("task", "seed", "votes")}
         known |= {"init": init, "pretraining": record["pretraining"], "cost": cost}
-        # the first command, not a resume
+        # the command that started the run, not one that resumed it
         origin = provenance() | {"command": record["command"]}
         write_checked(out / "results.json", known | result | origin)
     ended = {"status": "finished", "cost": cost, "metrics": metrics}
@@ -224,7 +229,7 @@ def wait_for_everyone() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one: with gloo, ending inside it sometimes aborts."""
+    """Leave the process group, if there is one: a process that ends inside a gloo group may abort."""
     PartialState(cpu=ON_CPU).destroy_process_group()
 
 
