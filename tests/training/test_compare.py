@@ -473,7 +473,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     # The runs of the first seed are not trained twice.
     assert len(list((tmp_path / "runs").iterdir())) == 6
     assert (
-        "learning rate of 0.001, 0.002, by 10 labels a class on the validation split, seed 0"
+        "learning rate is the best of 0.001, 0.002 by 10 labels a class on validation, seed 0"
         in comparison.notes()[0]
     )
 
