@@ -1,5 +1,5 @@
-"""Convert any point cloud to the normalised points that the encoder sees (its frame), with numpy
-alone.
+"""Convert any point cloud to the normalised points that the encoder sees (the cloud's frame), with
+numpy alone.
 
 Every use of an encoder goes through `frame`. So a vector depends only on the set of points: not on
 the points' order, a file's name, the other clouds or random numbers. `jepa3d export` copies this
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-LEAST = 64  # different points that a cloud in a store needs; encoders have their own `min_points`
-STEP = 0.6  # how far `fill` moves a copy of a point, relative to the distance to its neighbour
+LEAST = 64  # number of different points a cloud in a store needs; encoders have `min_points`
+STEP = 0.6  # how far `fill` moves a copy of a point: share of the distance to a neighbour
 ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # explained in `without_strays`
 # Changes of the axes' signs that are rotations.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
@@ -26,14 +26,14 @@ TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends 
 
 
 class Frame(NamedTuple):
-    """The points that the encoder sees, and the position, scale and rotation that lead from the
-    cloud's coordinates to theirs.
+    """The points that the encoder sees, and the position, scale and rotation that convert the
+    cloud's coordinates to the encoder's.
     """
 
     points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
     center: np.ndarray  # 3 float64
-    radius: float
-    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes; None: none
+    radius: float  # distance 1 of the encoder in the cloud's unit
+    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes, if any
 
     def place(self, others: np.ndarray) -> np.ndarray:
         """Convert any points (..., 3) from the cloud's coordinates to the encoder's, float32."""
@@ -46,7 +46,7 @@ class Frame(NamedTuple):
 def group(
     points: np.ndarray, num_points: int, num_groups: int, group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the inputs of patches.onnx from a cloud N 3 in any unit.
+    """Compute the inputs of the exported model patches.onnx from a cloud N 3 in any unit.
 
     num_points, num_groups, group_size: as in the model's metadata and README. Returns patches
     [num_groups, group_size, 3] and centers [num_groups, 3], float32; for a batch, stack the results
@@ -108,7 +108,7 @@ def frame(
     middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
-    cloud = (cloud / size).astype(np.float32)  # only now, since map coordinates need float64
+    cloud = (cloud / size).astype(np.float32)  # only now: map coordinates need float64
     if different < min_points:
         raise ValueError(too_few(len(points), different, min_points))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
@@ -209,8 +209,8 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     points: all different and in farthest point order. Returns the points [num_points, 3], and for
     each the index of the point that it copies. The originals come first, then rounds of copies. In
     round t, each copy is moved away from the t-th nearest neighbour of its original by the share
-    STEP of their distance; later copies move a little less. Moved copies continue the surface;
-    exact copies would give patches unlike those that an encoder was trained on.
+    STEP of the distance between the two; later copies move a little less. Moved copies continue the
+    surface; exact copies would give patches unlike those that an encoder was trained on.
     """
     turn, row = np.divmod(np.arange(len(points), num_points), len(points))
     source, k = points[row], min(int(turn[-1]), len(points) - 1)

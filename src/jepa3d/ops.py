@@ -1,7 +1,7 @@
-"""Random numbers, and sampling and neighbourhood operators on batched point clouds.
+"""Random numbers, and operators on batched point clouds: sampling, neighbours and distances.
 
 Each operator is plain torch and runs on any device. Only `farthest_point_sample` has faster back
-ends, which return the same indices except for ties.
+ends, which return the same indices, except where distances are equal.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
 from jepa3d.shapes import Centers, Float, Indices, Int, Points, Tokens
 
-_MAX_PAIRS = 2**26  # most distances that `knn` keeps in memory at once: 256 MiB of float32
+_MAX_PAIRS = 2**26  # how many distances `knn` may keep in memory at once: 256 MiB of float32
 
 
 class BatchGenerator:
@@ -30,8 +30,8 @@ class BatchGenerator:
 
     Every process draws numbers for the whole global batch and keeps those of its own rows. first:
     index of this process's first row. total: size of the global batch; None: one process. So
-    several processes together draw the same numbers as one, a resumed run draws the same as an
-    uninterrupted one, and checkpoints need no generator state.
+    several processes together draw the same numbers as one process, a resumed run draws the same
+    numbers as an uninterrupted run, and checkpoints need no generator state.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BatchGenerator:
         self._key, self._generators = int.from_bytes(key, "big"), {}
 
     def stream(self, name: str) -> "BatchGenerator":
-        """Return an independent generator for one purpose; its draws never change those of others."""
+        """Return an independent generator for one purpose; its use never changes other streams."""
         return BatchGenerator(self.seed, self.step, self.first, self.total, f"{self.name}/{name}")
 
     def repeated(self, times: int) -> "BatchGenerator":
@@ -59,7 +59,7 @@ class BatchGenerator:
         return self._generators[device]
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Draw numbers in [0, 1) for this process's rows; `shape` starts with their number."""
+        """Draw numbers in [0, 1) for this process's rows; shape[0] is the number of these rows."""
         total = self.total or shape[0]
         assert self.first + shape[0] <= total, "more rows than the global batch has"
         whole = torch.rand((total, *shape[1:]), generator=self.on(device), device=device)
@@ -71,11 +71,11 @@ class BatchGenerator:
 
 
 class RepeatedDraws(BatchGenerator):
-    """Generator that stores its draws in buffers, so that a recorded CUDA graph of a step can be
-    replayed with other numbers (training/graphs.py).
+    """Store the random numbers that a step draws in buffers, so that a recorded CUDA graph of the
+    step can be replayed with other numbers (training/graphs.py).
 
-    `redraw` refills the buffers. All streams share two dictionaries: `buffers`, by (stream,
-    number of the draw), and `choices`, the argument of `choice` by stream.
+    `redraw` refills the buffers. All streams share two dictionaries: `buffers` has a buffer for
+    each draw, by (stream, number of the draw); `choices` has the argument of `choice`, by stream.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ def uniform(
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
     """Draw one number in [0, 1) for the whole batch, the same on every process.
 
-    A torch generator draws it on its own device; in all other cases the CPU does.
+    A torch generator draws the number on the generator's device; otherwise it is drawn on the CPU.
     """
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))
@@ -160,8 +160,8 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 @cache
 def _quickfps():
-    """Return the compiled farthest point sampler of the extra `fast`, or None if it is not
-    installed.
+    """Return the compiled farthest point sampler, or None if it is not installed (pip install
+    'jepa3d[fast]').
     """
     if importlib.util.find_spec("torch_quickfps") is None:
         return None
@@ -188,12 +188,12 @@ def farthest_point_sample(
 ) -> Int[Tensor, "b m"]:
     """Choose farthest point samples of points B N 3 (Eldar et al. 1997).
 
-    Returns indices B num_samples; each is that of the point farthest from all samples before it.
-    With a generator the first sample is random. Without one it is the point farthest from the
-    centroid, so the samples do not depend on the order of points. If several points are equally
-    far, torch and Triton take the lowest index and the back end of the extra `fast` any of them. This happens on
-    lattices, and if a cloud has fewer different points than samples. Raises ValueError unless
-    1 <= num_samples <= N.
+    Returns indices B num_samples; each sample is the point farthest from all samples before it.
+    With a generator the first sample is random. Without a generator it is the point farthest from
+    the centroid, so the samples do not depend on the order of points. If several points are equally
+    far, torch and Triton take the lowest index, and the compiled back end takes any of them. This
+    happens on lattices, and if a cloud has fewer different points than samples. Raises ValueError
+    unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
@@ -210,7 +210,7 @@ def farthest_point_sample(
     kernel = _triton() if points.is_cuda and single else None
     if kernel and num_points <= kernel.MAX_POINTS:
         return kernel.farthest_point_sample(points, num_samples, start)
-    # For fewer points the batched torch loop is as fast.
+    # For fewer than 512 points the batched torch loop is as fast.
     if points.device.type == "cpu" and single and num_points >= 512 and _quickfps():
         return _farthest_point_sample_compiled(points, num_samples, start)
     return _farthest_point_sample_reference(points, num_samples, start)
@@ -230,7 +230,8 @@ def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
 
 def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Tensor) -> Tensor:
     # The compiled function takes one start index for all clouds of a batch. So the start point of
-    # each cloud is swapped with its row 0, and the returned indices are swapped back.
+    # each cloud is swapped with row 0 of the cloud, and the returned indices are swapped back. The
+    # height of the function's search tree depends on the number of points.
     batch, num_points, _ = points.shape
     rows, height = torch.arange(batch), 3 if num_points <= 4096 else 5 if num_points <= 32768 else 7
     swapped = points.clone(memory_format=torch.contiguous_format)
@@ -328,7 +329,7 @@ def three_nn_interpolate(
 ) -> Float[Tensor, "b n c"]:
     """Interpolate features B M C from centers (B M 3) to query points (B N 3); returns B N C.
 
-    Weights the three nearest centers by inverse squared distance (PointNet++).
+    The three nearest centers are weighted by inverse squared distance (PointNet++).
     """
     index = knn(query, centers, 3)
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)

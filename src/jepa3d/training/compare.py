@@ -127,7 +127,7 @@ class Comparison:
         rule = "every arm has its own settings, and no setting is searched"
         if len(grid.rates) > 1:
             tried = ", ".join(f"{rate:g}" for rate in grid.rates)
-            rule = f"each arm's learning rate is the best of {tried} by 10 labels a class on validation, seed {grid.seeds[0]}"
+            rule = f"each learning rate is the best of {tried} by 10 labels a class on validation, seed {grid.seeds[0]}"
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; {rule}",
             "all scores are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
