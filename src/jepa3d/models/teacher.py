@@ -1,5 +1,5 @@
-"""Teachers compute the tokens that the student predicts. A teacher consists of one or several
-networks: frozen networks, and at most one moving average of the student.
+"""Teachers compute the tokens that the student predicts, with frozen networks, a moving average of
+the student, or both.
 """
 
 from collections.abc import Iterable, Sequence

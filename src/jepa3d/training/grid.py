@@ -1,5 +1,5 @@
-"""Read grids from YAML. A grid holds the arms of a comparison, each with its full settings. Also
-compute how many steps each arm takes in equal CPU time.
+"""Read grids (the arms of a comparison, each with its full settings) from YAML files. Also compute
+how many steps each arm takes in equal CPU time.
 """
 
 import re
