@@ -65,7 +65,8 @@ class PointEncoder(
         standardised: bool = False,
     ):
         super().__init__()
-        self.min_points = max(num_groups, group_size)  # a cloud needs as many different points
+        # The number of different points that a cloud needs.
+        self.min_points = max(num_groups, group_size)
         if self.min_points > num_points:
             raise ValueError(
                 f"num_groups {num_groups} and group_size {group_size} must not exceed num_points {num_points}"

@@ -1,9 +1,9 @@
 """Samplers choose at random which tokens of a cloud are context and which are targets.
 
-A sampler takes token centres and a random generator. The tokens are chosen for each cloud of a
-batch on its own, but the sizes of blocks are chosen once per batch, so that targets need no
-padding. Context and targets never share a token. Contexts differ in length: padded entries of
-`context` repeat a token of the same context and are False in `mask`.
+A sampler takes token centres and a random generator. Tokens are chosen separately for each cloud of
+a batch, but the sizes of blocks are chosen once per batch, so that targets need no padding. Context
+and targets never share a token. Contexts differ in length: padded entries of `context` repeat a
+token of the same context and are False in `mask`.
 """
 
 from typing import NamedTuple
@@ -48,8 +48,8 @@ def check_sample(sample: TokenSample) -> None:
     seen = (sample.context[:, :, None, None] == sample.target[:, None]).flatten(2).any(2)
     if rows != sample.num_context or (seen & sample.mask).any():
         raise ValueError(
-            "sampler.name: a sampler must return a TokenSample whose context and target share no "
-            f"token; num_context is {sample.num_context}, and the mask has {int(rows)} True entries"
+            "sampler.name: a sampler must return a TokenSample whose context and target share no token, and whose "
+            f"num_context counts the True entries of mask (num_context {sample.num_context}, True entries {int(rows)})"
         )
 
 
@@ -132,7 +132,7 @@ def sequence(
             uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)
         ).long()
         places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
-        left = ~_membership(places, num_tokens)  # no targets; in the order of the walk
+        left = ~_membership(places, num_tokens)  # True: in no target; in the walk's order
         count = left.sum(1, keepdim=True)
         length = (share * count).long().clamp_min(1)
         first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()

@@ -100,13 +100,13 @@ class PatchTokenizer(nn.Module):
 
     Every point goes through two layers of widths 3 -> w (BN, ReLU) -> 2w. The maximum over the
     patch is then joined to every point, and two more layers follow: 4w -> 4w (BN, ReLU) -> C. The
-    maximum of their outputs over the patch is the token. embed_dim: C. hidden_dim: w.
+    maximum of the outputs over the patch is the token. embed_dim: C. hidden_dim: w.
 
     Three exact rewrites halve the cost; the weights keep the standard layout. (1) If g is the
-    joined maximum and [Wg Wx] the matrix of `linear3`, its output is Wg g + Wx x; so Wg g is
-    computed once per patch instead of once per point. (2) No nonlinearity lies between `linear2`
-    (matrix W2) and Wx, so one matrix, Wx W2, replaces both. (3) Biases are added after the maximum
-    instead of before.
+    joined maximum and [Wg Wx] the matrix of `linear3`, the output of this layer is Wg g + Wx x; so
+    Wg g is computed once per patch instead of once per point. (2) No nonlinearity lies between
+    `linear2` (matrix W2) and Wx, so one matrix, Wx W2, replaces both. (3) Biases are added after
+    the maximum instead of before.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):

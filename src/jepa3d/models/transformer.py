@@ -30,8 +30,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None
     ) -> Tensor:
-        """Attend from x (queries) to context (keys and values). If x is packed rows, `queries` is
-        its layout; if context is packed rows, `keys` is its layout.
+        """Attend from x (queries) to context (keys and values). x may be packed rows with the
+        layout `queries`; context may be packed rows with the layout `keys`.
         """
         query, key_value, mask = self.query(x), self.key_value(context), None
         if queries:
@@ -96,8 +96,8 @@ class Block(nn.Module):
 def drop_path_scales(
     rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
 ):
-    """Draw which residual branches are dropped (stochastic depth, Huang et al. 2016); returns
-    factors on the branches' outputs, [batch, depth, 2].
+    """Choose at random which residual branches are dropped (stochastic depth, Huang et al. 2016);
+    returns factors on the branches' outputs, [batch, depth, 2].
 
     A factor is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly with
     depth, from 0 to `rate`. like: a tensor of the wanted device and dtype.

@@ -77,8 +77,8 @@ class CachedTargets:
         """Compute the targets of all shapes. An interrupted computation continues where it stopped.
 
         The batches consist of random shapes, since targets may be normalised over a batch. Each
-        process computes a share of every batch, and the first process writes all of it. Raises
-        Interrupted on Ctrl-C.
+        process computes a share of every batch, and the first process writes the whole batch.
+        Raises Interrupted on Ctrl-C.
         """
         state, size, count = PartialState(cpu=ON_CPU), config.batch_size, len(clouds)
         encoder = config.encoder

@@ -133,7 +133,7 @@ class Comparison:
             "all scores are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
             "mean of 10 samples of labels. kNN: 10 neighbours. Both use vectors standardised by the train split. mAP, "
             "nearest neighbour: each scored shape is compared with all others, by unchanged vectors",
-            "other rows: difference from the reference, paired by seed and by shape, with its 95 % interval over seeds "
+            "other arms: difference from the reference, paired by seed and by shape, with a 95 % interval over seeds "
             "and shapes (evaluation/paired.py). A row is better or worse if its whole interval lies on that side of 0. "
             "By chance, this happens to one of twenty arms that are equal to the reference",
         ]

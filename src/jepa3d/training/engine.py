@@ -49,7 +49,8 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
 
 
 def tracker(name: str | None, run: Path | None) -> list[Any]:
-    """Return Accelerate's `log_with` for a tracker name: [name], or [] for a dry run or None.
+    """Return Accelerate's `log_with` for a tracker name: [name], or [] for a dry run or if the name
+    is None.
 
     Raises ValueError if the tracker is unknown, or if its package is missing (Accelerate would
     ignore the tracker).
@@ -93,16 +94,16 @@ def has_fast_bf16() -> bool:
     without a GPU on a processor with AMX.
     """
     if not ON_CPU:
-        # torch has no such function for Apple's GPUs: there bf16 is not used
+        # torch has no such function for Apple's GPUs, so bf16 is not used there
         supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
-    # This function is private, since torch has no public one.
+    # This calls a private function, since torch has no public one.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return amx is not None and amx()
 
 
 def settle(config: Config, run: Path | None = None) -> Config:
-    """Replace mixed_precision auto in the configuration by bf16 or no.
+    """Replace the mixed_precision "auto" of a configuration by "bf16" or "no" (fp32).
 
     run: a started run whose precision is kept; with None, `has_fast_bf16` decides.
     """

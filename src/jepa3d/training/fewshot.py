@@ -6,7 +6,7 @@ OUT/config.json, run.json   as in pretraining
 OUT/episodes.json           the sampled episodes, as indices of shapes in the data
 OUT/start/                  the encoder that every episode starts from
 OUT/fold-N/                 a run of finetune.py, if networks are fine-tuned
-OUT/results.json            mean and standard deviation over folds
+OUT/results.json            mean and standard deviation of the accuracy over folds
 """
 
 import shutil

@@ -55,8 +55,8 @@ def finetune(
     encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
-    """Train a classifier (with a SegmentConfig, a part segmenter), choose the best epoch, and test
-    once.
+    """Train a classifier (with a SegmentConfig, a part segmenter), choose an epoch, and test the
+    network of that epoch once.
 
     stop_at: step at which the run stops early. data: the labelled shapes; None loads `config.data`.
     encoder: the encoder to start from; None loads `config.init`. protocol: the protocol's name in
@@ -189,7 +189,8 @@ def make_network(
     """Create the network with random weights from the seed, then copy the weights of `encoder` if
     it is not None.
 
-    With trained "head_first", the head is fitted to the encoder's vectors of the train shapes.
+    If config.trained is "head_first", the head is fitted to the encoder's vectors of the train
+    shapes.
     """
     arguments: dict[str, Any] = vars(config.encoder) | size_overrides(config)
     classes = list(data.class_names)
@@ -215,7 +216,9 @@ def make_network(
 
 
 def selection(config: FinetuneConfig, data: Labelled) -> tuple[str, float]:
-    """Return how the epoch is chosen, and the share of the labelled shapes held out for it."""
+    """Return how the epoch is chosen, and the share of the labelled shapes held out for this
+    choice.
+    """
     if config.select != "validation":
         return config.select, 0.0
     if data.validation is not None and config.labels == 1:

@@ -67,7 +67,7 @@ class Task:
     # the split that `scorer` scores: validation or test
     scored_split: str = "validation"
     layer_decay: float = 1.0
-    # whether to score also before the first step, since the head is fitted before training
+    # whether to score before the first step too, since the head is fitted before training
     scores_first: bool = False
 
 
@@ -79,8 +79,8 @@ def fit(
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
     stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes),
     best, the last metrics, step_seconds, step_cpu_seconds, and the mixed_precision that was used.
-    Raises Interrupted, after saving, on Ctrl-C, SIGTERM or at step `stop_at`; Diverged if the loss
-    is not finite; ReadError for unreadable data.
+    Raises Interrupted, after saving, on Ctrl-C, on SIGTERM, or at step `stop_at`; Diverged if the
+    loss is not finite; ReadError for unreadable data.
     """
     start_clock = clock()
     # cuDNN attention is off, since it makes a new plan for every context length, which takes most

@@ -63,7 +63,9 @@ def begin(out: Path, resume: bool) -> bool:
 
 
 def close_if_finished(out: Path) -> bool:
-    """Return True if the run is finished. In this case, also log so and delete its scratch folders."""
+    """Return True if the run is finished. In this case, also log this and delete its scratch
+    folders.
+    """
     finished = Run(out).finished
     if finished:
         drop_scratch(out)  # a kill may have prevented `finish` from doing this
@@ -127,8 +129,8 @@ def create(
 ) -> None:
     """Create the run folder, completely or not at all.
 
-    It gets config.json, run.json (provenance and `record`), and each of `networks` in a sub-folder
-    of its name.
+    The folder gets config.json, run.json (provenance and `record`), and each of `networks` in a
+    sub-folder of its name.
     """
     if not is_main():
         return
