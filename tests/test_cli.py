@@ -558,4 +558,4 @@ def test_probe_averages_seeds_of_one_configuration_only(run, shapes, tmp_path, c
     other = tmp_path / "other"
     assert call("pretrain", *flags(TINY, {"data": shapes, "lr": 0.01}), "--out", other) == 0
     assert "differ in lr" in refusal(capsys, "probe", run, other, "--data", shapes)
-    assert "only different seeds" in refusal(capsys, "probe", run, run, "--data", shapes)
+    assert "must have different seeds" in refusal(capsys, "probe", run, run, "--data", shapes)

@@ -364,7 +364,7 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
     (sheet,) = tables([tmp_path])
     assert column(sheet, "overall_accuracy") == ["90.00"]
     assert [note for note in sheet.notes if "unfinished" in note] == [
-        f"unfinished, left out: {tmp_path / 'going'}"
+        f"left out, since it is unfinished: {tmp_path / 'going'}"
     ]
 
 
@@ -375,7 +375,7 @@ def test_unfinished_runs_below_are_told_and_left_out(make, tmp_path):
         ("\xff", "damaged or cut off"),
         ("[1]", "it is not a JSON object"),
         ('{"task": ["classify"]}', "is not a result of jepa3d"),
-        ('{"task": "classify"}', "protocol is None, not a str"),
+        ('{"task": "classify"}', "protocol is None, not of type str"),
         (
             json.dumps(RESULT | {"metrics": {"overall_accuracy": float("nan")}}),
             "overall_accuracy is nan",
@@ -407,7 +407,7 @@ def test_no_run_an_unfinished_run_and_one_seed_twice_are_errors(make, tmp_path):
         read_runs([tmp_path / "sweep"])
     make("a")
     make("b")
-    with pytest.raises(ValueError, match=r"a and .*b are the same arm with the same seed 0"):
+    with pytest.raises(ValueError, match=r"a and .*b have the same settings and the same seed 0"):
         tables([tmp_path])
 
 

@@ -90,7 +90,7 @@ def test_both_arms_see_the_same_episodes(config, tmp_path):
 
 def test_too_few_classes_is_said_before_anything_is_written(config, tmp_path):
     with pytest.raises(
-        ValueError, match="4 classes need 4 train and 5 test shapes each, but only 3 have them"
+        ValueError, match="4 classes need 4 train and 5 test shapes each, but only 3 have enough"
     ):
         run_fewshot(config(ways=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,1 +1,3 @@
-"""Evaluation of representations under named protocols."""
+"""Evaluation of learned representations: probes, retrieval, few-shot learning, part segmentation,
+and tables that compare runs with each other and with published results.
+"""

@@ -1,5 +1,5 @@
-"""The classifiers of the probe's protocols, and accuracy per class. Each fit uses one thread; many
-fits run in parallel on all cores.
+"""Fit the classifiers of the protocols in probe.py, and compute accuracies per class. Each fit uses
+one thread; many fits run in parallel on all cores.
 """
 
 import math
@@ -26,35 +26,36 @@ from torch import nn
 from jepa3d.data.parallel import mapped
 from jepa3d.models.heads import LinearClassifier
 
-# mlp3: Point-MAE's head and weight decay. Learning rate (it falls to 0 along half a cosine), batch
-# size and steps are ours: on a held-out fifth of ModelNet10's train split, six times the work
-# (2,000 steps of 128) gained only 0.2 to 1.0 points.
+# The head and the weight decay of mlp3 are those of Point-MAE. The learning rate (it falls to 0
+# along half a cosine), the batch size and the number of steps are our choice. Six times as much
+# work (2,000 steps with batches of 128) gained only 0.2 to 1.0 points on a held-out fifth of
+# ModelNet10's train split.
 _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 # values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
 _CS = (0.001, 0.01, 0.1, 1.0)
-# Starting processes pays if all fits together read more numbers than this, about 4 seconds of
-# logistic regression.
+# Fits run in several processes only if together they read more numbers than this, about 4 seconds
+# of logistic regression. For less work, starting the processes takes longer than it saves.
 _WORTH_PROCESSES = 2**22
 
 
 class MLP3(ClassifierMixin, BaseEstimator):
-    """Point-MAE's classification head on frozen features: ACT's "MLP-3" protocol without its
-    augmentation.
+    """Classifier of frozen features with the head of Point-MAE. This is ACT's protocol "MLP-3",
+    but without data augmentation.
 
-    It is trained on the CPU, on batches sampled with replacement. The same seed gives the same
-    head, and torch's global random state is not changed.
+    The head is trained on the CPU, on batches sampled with replacement. The same seed gives the
+    same head, and torch's global random state is not changed.
     """
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "MLP3":
-        """Train on features x [n, E], already standardised, and labels y [n]."""
+        """Train the head on standardised features x [n, E] with labels y [n]."""
         self.classes_, target = np.unique(y, return_inverse=True)
         features, labels = torch.from_numpy(x).float(), torch.from_numpy(target)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            # not torch.manual_seed, which would seed accelerators too
+            # not torch.manual_seed, which would also seed the accelerators
             torch.default_generator.manual_seed(self.seed)
             self.head_ = _head(x.shape[1], len(self.classes_))
             optimizer = torch.optim.AdamW(
@@ -90,8 +91,8 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
     if protocol == "svc_linear":
         return SVC(kernel="linear", C=0.012)
     if protocol == "linear_svc":
-        # The default of `dual` is "auto" since scikit-learn 1.5; Point-BERT and Point-MAE used the
-        # older default, True.
+        # Here `dual` is "auto", the default since scikit-learn 1.5; Point-BERT and Point-MAE used
+        # the older default, True.
         return LinearSVC(random_state=0)
     classifier = LogisticRegression(C=c, max_iter=1000)
     if protocol == "knn":
@@ -107,8 +108,8 @@ def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0)
     c: used by logistic regression only. seed: used by mlp3 only.
     """
     with one_thread(), warnings.catch_warnings():
-        # On raw features, LinearSVC stops after 1,000 iterations, often before it converges; its
-        # protocol does so too.
+        # LinearSVC stops after 1,000 iterations, on unscaled features often before it converges.
+        # The published protocol has the same limit.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return _classifier(protocol, c, len(y), seed).fit(x, y)
 
@@ -116,7 +117,9 @@ def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0)
 def predict(
     protocol: str, c: float, train: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Fit a classifier on train [m, E], y [m] (see `fitted`); predict labels [n] of test [n, E]."""
+    """Fit a protocol's classifier to features train [m, E] with labels y [m], as `fitted` does.
+    Returns the labels [n] that it predicts for features test [n, E].
+    """
     with one_thread():
         return np.asarray(fitted(protocol, c, train, y, seed).predict(test))
 
@@ -124,8 +127,8 @@ def predict(
 def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
     """Fit logistic regression on standardised vectors x [n, E] with classes y [n].
 
-    Returns it with its cross-validated accuracy. C is chosen on the same folds, so this accuracy is
-    a little too high. If a class has only one vector, C is 0.1 and the accuracy is None.
+    Returns the classifier and its cross-validated accuracy. C is chosen on the same folds, so this
+    accuracy is a little too high. If a class has only one vector, C is 0.1, and accuracy is None.
     """
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     c, accuracy = _CS[2], None
@@ -148,18 +151,21 @@ def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> floa
 
 @torch.no_grad()
 def set_head(network: LinearClassifier, head: Pipeline) -> None:
-    """Copy a fitted head's weights into the network; they include the standardisation exactly."""
+    """Copy the weights of a head from `fit_head` into the network. The standardisation of the
+    features is folded into the weights, so the predicted probabilities stay the same.
+    """
     scale, linear = head[0], head[1]
     weight, bias = linear.coef_ / scale.scale_, linear.intercept_
-    if len(linear.classes_) == 2:  # scikit-learn has one row for two classes
+    if len(linear.classes_) == 2:  # scikit-learn has one row of weights for two classes
         weight, bias = (np.concatenate([-value / 2, value / 2]) for value in (weight, bias))
     network.out.weight.copy_(torch.from_numpy(weight))
     network.out.bias.copy_(torch.from_numpy(bias - weight @ scale.mean_))
 
 
 def class_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Return each class's accuracy in per cent from a confusion matrix (rows true, columns
-    predicted); NaN for a class without shapes.
+    """Return the accuracy of each class in per cent; NaN for a class without shapes.
+
+    confusion: number of shapes by true class (rows) and predicted class (columns).
     """
     counts = confusion.sum(1)
     share = np.diag(confusion) / np.maximum(counts, 1)
@@ -167,7 +173,7 @@ def class_accuracy(confusion: np.ndarray) -> np.ndarray:
 
 
 def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> dict[str, dict]:
-    """Return, by class name, the accuracy in per cent and the number of shapes."""
+    """Return class name -> accuracy in per cent and number of shapes, from a confusion matrix."""
     table = np.array(confusion)
     columns = class_accuracy(table).tolist(), table.sum(1).tolist()
     rows = zip(class_names, *columns, strict=True)
@@ -175,31 +181,34 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
 
 
 def one_thread() -> AbstractContextManager:
-    """Return a context in which BLAS, OpenMP and torch use one thread each. Import scikit-learn
-    before.
+    """Return a context manager within which BLAS, OpenMP and torch use one thread each. Only
+    libraries that are loaded at the first call are limited, so import scikit-learn before.
 
     A solver multiplies small matrices thousands of times. If BLAS splits each product among all
-    cores, they mostly wait for one another at full load: on two cores the same fits took 2 to 16
-    times the CPU time, and much more if one core was busy.
+    cores, the cores mostly wait for one another, which also takes CPU time. On two cores, the same
+    fits took 2 to 16 times as much CPU time, and much more if another program used one of the
+    cores.
     """
     return _libraries().limit(limits=1)
 
 
 @cache
 def _libraries() -> ThreadpoolController:
-    # cached: searching takes milliseconds, as long as a small fit
+    # cached, since a search for the loaded libraries takes milliseconds, as long as a small fit
     return ThreadpoolController()
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
-    """Return `fit(*job)` for every job, in order; large jobs run in parallel, one process per core.
+    """Return `fit(*job)` for every job, in order. Large jobs run in parallel, in one process per
+    core.
 
     fit: a module-level function that never returns a string. numbers: how many numbers all fits
-    read together, which decides whether processes pay.
+    together read; it decides whether processes are started.
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A string is the error of a process that died, perhaps for lack of memory: fit again here.
+    # A string is the error text of a process that died, perhaps for lack of memory. Its fit is
+    # repeated in this process.
     return [fit(*job) if isinstance(result, str) else result for job, result in results]
 
 

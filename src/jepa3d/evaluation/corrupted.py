@@ -1,8 +1,10 @@
-"""`--corruptions` of retrieval and probe: how well frozen vectors work for corrupted shapes.
+"""The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well frozen vectors work
+for corrupted shapes.
 
-All points of a shape are corrupted (data/corruptions.py lists the kinds) before the shape is
-normalised (frame.py); the encoder and the baselines see the same corrupted shape. The shapes that
-are searched, or that classifiers are fitted to, stay clean. Nothing is chosen.
+A shape is corrupted, with all of its points, before it is normalised. data/corruptions.py lists the
+kinds of corruption; frame.py normalises. The encoder and the baselines see the same corrupted
+shape. The shapes that are searched, or to which classifiers are fitted, are not corrupted. No
+setting is chosen.
 """
 
 from typing import Any, Literal
@@ -17,7 +19,9 @@ from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.retrieval import data_record, opened
 from jepa3d.evaluation.tables import Sheet
 
-QUERIES = 400  # at most; half as many at each severity of a kind with five severities
+# At most this many shapes are corrupted. Kinds of corruption with five severities use every second
+# one of them at each severity.
+QUERIES = 400
 
 
 def corrupted(
@@ -28,10 +32,11 @@ def corrupted(
 ) -> dict[str, Any]:
     """Score each model, and the baselines of the first model, on corrupted shapes of a split.
 
-    retrieval: nearest neighbour correct and mAP among the clean shapes of the split, without the
-    query itself. probe: accuracy of logistic_10 and knn, fitted to clean train shapes. part: the
-    split, see `Labelled.of`. Returns the result record, which has for every kind of corruption
-    lists over its severities. Raises ValueError and ReadError.
+    task: "retrieval" searches the clean shapes of the split, except the query's own, and scores
+    "nearest neighbour correct" and mAP. "probe" scores the accuracy of logistic_10 and knn, fitted
+    to clean train shapes. part: the split, see `Labelled.of`. Returns the result record: for every
+    kind of corruption, it has lists with one score per severity. Raises ValueError or ReadError if
+    a model or the data cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}
@@ -77,7 +82,9 @@ def corrupted(
 
 
 def sheet(result: dict[str, Any]) -> Sheet:
-    """Return the table of a result: a row per kind, a column per vector, means over severities."""
+    """Return the table of a result: a row per kind of corruption, a column per model or baseline.
+    Scores are means over severities.
+    """
     data, rows = result["data"], result["corruptions"]
     how = "each searched among the other clean shapes"
     metrics = "nearest correct / mAP"
@@ -90,8 +97,9 @@ def sheet(result: dict[str, Any]) -> Sheet:
     title = (
         f"{data['name']} ({data['labels_key']}), {data['part']} split: {result['queries']:,} "
         f"shapes of {result['classes']} classes, corrupted before they are normalised, {how}; "
-        "%, nothing chosen.\nThe first seven kinds: mean over PointCloud-C's five severities, each scored on "
-        "every second shape.\n* the encoder of the package was not trained with this corruption"
+        "%, nothing chosen.\nThe first seven kinds of corruption are those of PointCloud-C: mean "
+        "over its five severities, each scored on every second shape.\n"
+        "* the encoder in the package was not trained with this corruption"
     )
     lines = []
     for kind, row in rows.items():

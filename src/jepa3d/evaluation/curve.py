@@ -1,5 +1,5 @@
-"""Learning curves: probe accuracy of a run's snapshots against the CPU-minutes of training so far
-(the paper's Fig. 1).
+"""Learning curves: the probe accuracy of each snapshot of a run, against the CPU-minutes of
+training up to that snapshot (the paper's Fig. 1).
 """
 
 import json
@@ -26,12 +26,13 @@ class Curve(NamedTuple):
     name: str
     seeds: list[int]
     steps: list[int]
-    minutes: np.ndarray  # seeds steps, CPU-minutes, stage I included
-    accuracy: np.ndarray  # seeds steps, per cent
+    # seeds x steps: CPU-minutes, including stage I (the training of a dVAE teacher)
+    minutes: np.ndarray
+    accuracy: np.ndarray  # seeds x steps, in per cent
 
     def minutes_to(self, accuracy: float) -> float | None:
-        """Return the mean CPU-minutes of the first snapshot from which on the mean accuracy stays
-        at or above `accuracy`; None if the curve ends below.
+        """Return the mean CPU-minutes after which the mean accuracy is at least `accuracy`, at that
+        snapshot and at all later ones; None if the curve ends below `accuracy`.
         """
         below = np.flatnonzero(self.accuracy.mean(0) < accuracy)
         first = below[-1] + 1 if len(below) else 0
@@ -41,12 +42,12 @@ class Curve(NamedTuple):
 def learning_curves(
     runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
-    """Probe the untrained encoder, every snapshot and the final encoder of finished runs, grouped
-    by configuration.
+    """Probe the untrained encoder, every snapshot and the final encoder of finished runs. Returns
+    one curve per configuration.
 
-    Scores are saved in RUN/curve-DATA[-PART]-PROTOCOL.json and reused. part: the split that scores
-    every point of the curves; it selects nothing. Raises ValueError for a folder that is not a
-    finished run with an encoder.
+    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. part: the split on
+    which every point of the curves is scored; no choice is made on it. Raises ValueError for a
+    folder that is not a finished run with an encoder.
     """
     check_protocols([protocol])
     configs = {}
@@ -82,7 +83,9 @@ def learning_curves(
 def _points(
     run: Run, seed: int, file: Path, shapes: Labelled, protocol: str
 ) -> dict[int, list[float]]:
-    """Return step -> [CPU-minutes, accuracy]; scores that `file` holds already are reused."""
+    """Return step -> [CPU-minutes, accuracy]. Scores are read from `file` if it has them; new
+    scores are written to it.
+    """
     cost, rule = run.record["cost"], selection_rule(shapes)
     kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
     saved = read_checked(file) if file.exists() else {}
@@ -108,7 +111,9 @@ def _points(
 
 
 def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
-    """Return a table: start and end of each curve, and when it reaches the others' final score."""
+    """Return a table of the start and end of each curve, and of the CPU-minutes after which it
+    reaches the final accuracy of every other curve.
+    """
     rows = []
     for curve in curves:
         first, last = curve.accuracy[:, 0].mean(), moments(curve.accuracy[:, -1])
@@ -120,6 +125,6 @@ def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
     columns += [f"{curve.name}'s final after" for curve in curves]
     what = f"{protocol}, overall accuracy % on the {part} split"
     rule = "for each snapshot, layer and C are chosen as by jepa3d probe"
-    notes = [f"{what}, which scores every snapshot but selects none"]
-    notes.append(f"{rule}; the files curve-*.json name the data of this choice")
+    notes = [f"{what}; every snapshot is scored on it, but none is selected by it"]
+    notes.append(f"{rule}; the files curve-*.json say on which data")
     return Sheet("learning curves", columns, rows, notes)

@@ -1,12 +1,13 @@
-"""`jepa3d probe --parts`: how well a frozen encoder's tokens predict the part of the shape that a
-point belongs to.
+"""`jepa3d probe --parts`: how well a frozen encoder's tokens predict to which part of its shape a
+point belongs.
 
-The tokens after each third of the depth are concatenated, and interpolated to every point from the
-three nearest centres, as in `jepa3d segment`. The category of each shape is known. Each category
-has its own logistic regression over its parts, fitted to the standardised features of at most 256
-labelled points per train shape. C is chosen for each kind of features by the instance mIoU on a
-held-out fifth of train, or on the source's own validation split. Then the classifiers are fitted to
-all of train, and the test split is scored once, at all of its points.
+The features of a point are interpolated from the tokens at the three nearest patch centres. As in
+`jepa3d segment`, these are the tokens after each third of the encoder's layers, concatenated. The
+category of each shape is known. For each category, a logistic regression over its parts is fitted
+to the standardised features of at most 256 labelled points per train shape. For each kind of
+features, C is chosen by instance mIoU, on the source's own validation split or, if there is none,
+on a held-out fifth of train. Then the classifiers are fitted to all of train, and the test split is
+scored once, at all of its points.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,21 +36,24 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-_POINTS = 256  # points of each train shape in a fit
-# points of all train shapes together; many shapes give fewer points each
+# the classifiers are fitted to at most this many points of each train shape
+_POINTS = 256
+# aim for at most this many points of all train shapes together: of many shapes, fewer points each
 _MOST_POINTS = 2**17
-_BATCH = 16  # clouds
+_BATCH = 16  # clouds per batch
 
-# (clouds B N 3, points B Q 3), both as the encoder sees them -> features B Q E
+# (clouds B N 3, points B Q 3), both in the encoder's coordinates -> features of the points B Q E
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
 def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") -> dict[str, Any]:
-    """Score part prediction from the features of each encoder, and from the baselines of the first.
+    """Score how well parts are predicted from the features of each encoder, and from the baselines
+    of the first encoder.
 
-    models: encoders, as in `jepa3d.load`. part: the split that is scored, see `Labelled.of`.
-    Baselines: an untrained encoder and `local_features`. Returns the result record with instance
-    mIoU and more metrics. Raises ValueError and ReadError.
+    models: encoders, as in `jepa3d.load`. part: the split that is scored, see `Labelled.of`. The
+    baselines are an untrained encoder and the handcrafted `local_features`. Returns the result
+    record with instance mIoU and more metrics. Raises ValueError or ReadError if a model or the
+    data cannot be used.
     """
     found: dict[str, dict[str, Any]] = {}
     record: dict[str, Any] = {}
@@ -93,9 +97,10 @@ def probe_parts(models: list[str], dataset: LabelledSet, part: Part = "test") ->
 
 @torch.inference_mode()
 def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
-    """Concatenate the tokens after each third of the depth, and interpolate them to points.
+    """Concatenate the tokens after each third of the encoder's layers, and interpolate them to
+    points.
 
-    clouds: B N 3. at: the points, B Q 3. Returns B Q 3E.
+    clouds: B N 3. at: the points, B Q 3. Returns B Q 3E for tokens of width E.
     """
     states, centers = encoder.states(clouds)
     tokens = torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
@@ -103,10 +108,11 @@ def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
 
 
 def local_features(encoder: PointEncoder) -> dict[str, Features]:
-    """Return handcrafted features: geometry, positions, and both together.
+    """Return the functions that compute handcrafted features: geometry, positions, and both
+    together.
 
-    geometry: the 89 numbers that `descriptors.py::surface` computes at the encoder's centres,
-    interpolated to the points. positions: the 34 terms of a polynomial of degree 4 in x, y, z.
+    geometry: the 89 numbers that `descriptors.py::surface` computes at the encoder's patch centres,
+    interpolated to the points. positions: the 34 terms of a polynomial of degree 4 in x, y and z.
     """
 
     def geometry(clouds: Tensor, at: Tensor) -> Tensor:
@@ -142,9 +148,10 @@ def _batches(
 def _samples(
     features: Features, encoder: PointEncoder, clouds: PointClouds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample P labelled points of each of n clouds, some of them twice if a cloud has fewer.
+    """Sample P labelled points of each of n clouds. If a cloud has fewer than P, points are
+    repeated.
 
-    Returns their features n P E and parts n P.
+    Returns the points' features n P E and parts n P.
     """
     assert clouds.parts is not None
     rng, count = np.random.default_rng(0), _points_a_shape(len(clouds))
@@ -165,7 +172,10 @@ def _points_a_shape(shapes: int) -> int:
 
 
 def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[int, Any]:
-    """Fit a classifier for each category. x: features n P E. y: parts n P. labels: categories n."""
+    """Fit one classifier per category; returns category -> classifier.
+
+    x: features n P E. y: parts n P. labels: categories n.
+    """
     return {
         label: _fit(c, np.concatenate(x[labels == label]), y[labels == label].ravel())
         for label in np.unique(labels).tolist()
@@ -173,7 +183,7 @@ def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> 
 
 
 def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
-    """Fit logistic regression; if there is only one part, a classifier that always predicts it."""
+    """Fit logistic regression. If y has only one part, fit a classifier that always predicts it."""
     has_parts = len(np.unique(y)) > 1
     return fitted("logistic", c, x, y) if has_parts else DummyClassifier().fit(x, y)
 
@@ -186,7 +196,8 @@ def _predict(
 ) -> np.ndarray:
     """Predict the part of every point of n clouds, with the classifier of each cloud's category.
 
-    classifiers: several sets, category -> classifier. Returns [len(classifiers), n, N].
+    classifiers: a list of results of `_classifiers`, one for each C that is tried. Returns
+    [len(classifiers), n, N].
     """
     assert clouds.parts is not None
     labels = np.asarray(clouds.labels)
@@ -210,7 +221,7 @@ def sheet(result: dict[str, Any]) -> Sheet:
         [name, *(f"{row[key]:.1f}" for key in keys), *compared_cells(row)]
         for name, row in result["results"].items()
     ]
-    rule = "selection: C of each row on a held-out part of train, by instance mIoU; "
+    rule = "selection: C of each row by instance mIoU on held-out shapes; "
     columns = ["", "instance mIoU", "category mIoU", "points correct"]
     columns += ["first - this", "95 %, paired by shape"]
     return Sheet(title, columns, rows, [f"{rule}{data['part']} scored once"])

@@ -1,4 +1,6 @@
-"""Handcrafted descriptors that a learned vector has to beat, computed from the encoder's input."""
+"""Handcrafted descriptors of a cloud, which an encoder's vectors have to beat. They are computed
+from the same points that the encoder sees.
+"""
 
 from collections.abc import Callable
 from functools import partial, wraps
@@ -12,24 +14,28 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import gather_points, squared_distance
 
-BINS, _DRAWS = 64, 2**15  # of histograms: bins, and sampled triples of points
-SCALES = (1, 4, 8, 16)  # neighbouring patches that `geometry` takes together
+# `shape_histograms`: number of bins, and number of random triples of points per cloud
+BINS, _DRAWS = 64, 2**15
+# number of neighbouring patches that `geometry` joins at each scale
+SCALES = (1, 4, 8, 16)
 
 
 class Descriptor(NamedTuple):
-    """A function that computes vectors of clouds, and one that compares such vectors."""
+    """A function that computes the vectors of clouds, and a function that compares vectors."""
 
-    of: Callable[[Tensor], np.ndarray]  # clouds B N 3 as the encoder sees them -> B E
-    # q E, n E -> q n, larger is nearer
+    # clouds B N 3, as the encoder sees them -> vectors B E
+    of: Callable[[Tensor], np.ndarray]
+    # vectors q E and n E -> similarities q n; larger means more similar
     likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
-    """Return the handcrafted descriptors: shape histograms, and pooled geometry of the encoder's
-    patches.
+    """Return two handcrafted descriptors by name. "histograms" are shape histograms; "geometry" is
+    the pooled geometry of the encoder's patches.
 
-    train: prepared clouds m N 3, whose statistics standardise the geometry. They must not be the
-    clouds that are scored, unless those only serve to choose a setting.
+    train: clouds m N 3 that `encoder.prepare` returned. The geometry is standardised by its mean
+    and std over these clouds. Do not pass the scored clouds here, unless their scores only serve to
+    choose a setting.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     histograms = partial(_mean_over_poses, encoder, shape_histograms)
@@ -43,12 +49,14 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """Average the descriptor `of` over the poses in which the encoder sees the prepared clouds."""
+    """Average the descriptor `of` over the poses of prepared clouds that the encoder averages over:
+    one pose if it assumes upright clouds, else several rotations.
+    """
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosines q n of vectors q E and n E; 0 for a zero vector."""
+    """Return the cosine similarities q n of vectors q E and n E; 0 for a zero vector."""
     return unit_length(a) @ unit_length(b).T
 
 
@@ -65,14 +73,18 @@ def minus_l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def standardised(
     of: Callable[[Tensor], np.ndarray], train: Tensor
 ) -> Callable[[Tensor], np.ndarray]:
-    """Scale the descriptor `of` to mean 0 and std 1 per channel over clouds `train` m N 3."""
+    """Return the descriptor `of`, shifted and scaled to mean 0 and std 1 per channel over the
+    clouds `train` m N 3.
+    """
     vectors = of(train)
     mean, deviation = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
     return lambda points: (of(points) - mean) / deviation
 
 
 def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """Decorator: call a function of clouds B N 3 with eight clouds at a time."""
+    """Decorate a function of clouds B N 3: it is called with eight clouds at a time, and its
+    results are concatenated.
+    """
 
     @wraps(of)
     def batched(points: Tensor, *settings, **named) -> np.ndarray:
@@ -86,17 +98,19 @@ def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
     """Compute four histograms of 64 bins for clouds B N 3 (Osada et al. 2002); returns B 256.
 
-    D2, A3 and D3 are measured on 32,768 random triples of points: D2 is the distance of two points,
-    A3 the angle at one point, D3 the square root of the triangle's area. D2 and D3 are divided by
-    their mean over the cloud, with bins from 0 to 3. The fourth is the height of all points, from
-    -1 to 1. Each histogram sums to 1.
+    The first three, D2, A3 and D3, are measured on 32,768 random triples of points. D2 is the
+    distance between two of the points, A3 is the angle at one of them, and D3 is the square root of
+    the triangle's area. D2 and D3 are divided by their mean over the cloud; their bins cover 0 to
+    3. The bins of A3 cover 0 to pi. The fourth histogram is of the height z of all points; its bins
+    cover -1 to 1. Each histogram sums to 1.
     """
     triples = np.random.default_rng(seed).integers(0, points.shape[1], (3, _DRAWS))
     first, second, third = (points[:, torch.from_numpy(rows)] for rows in triples)
     one, other = second - first, third - first
     twice_area = torch.linalg.cross(one, other).norm(dim=-1)
     angle = torch.atan2(twice_area, (one * other).sum(-1)) / torch.pi
-    # If all points lie on a line, the areas are rounding errors: so the mean is at least 0.01.
+    # If all points lie on a line, the areas are mere rounding errors. Therefore a mean below 0.01
+    # is replaced by 0.01.
     distance, root = (
         value / (3 * value.mean(1, keepdim=True).clamp_min(0.01))
         for value in (one.norm(dim=-1), (twice_area / 2).sqrt())
@@ -106,9 +120,10 @@ def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Return the share of the values B n in each of 64 equal bins of [0, 1], B 64 double.
+    """Return B 64: the share of each row of values B n that lies in each of 64 equal bins of
+    [0, 1].
 
-    Values outside [0, 1] are counted in the first or last bin.
+    Values below 0 are counted in the first bin, values above 1 in the last bin.
     """
     bins = (values * BINS).long().clamp(0, BINS - 1) + BINS * torch.arange(len(values))[:, None]
     counts = bins.flatten().bincount(minlength=BINS * len(values)).view(-1, BINS)
@@ -117,22 +132,28 @@ def _shares(values: Tensor) -> Tensor:
 
 @_in_batches
 def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
-    """Describe clouds B N 3 by 89 numbers about the surface around each token; returns their mean
-    and maximum over tokens, B 178.
+    """Describe the surface around each token of clouds B N 3 by 89 numbers. Returns the mean and
+    the maximum of these numbers over the tokens, B 178.
 
-    Nineteen numbers are computed at each of four scales: the token's own patch, and the joined
-    patches of its 4, 8 and 16 nearest centres, itself included. They come from the covariance of
-    the points: the log of its trace (1); the square roots of its eigenvalues, divided by their sum
-    (3); n n^T of the direction n of least extent, weighted by flatness (6); t t^T of the direction
-    t of largest extent, weighted by linearity (6); and the mean relative to the centre (3). The
-    other thirteen numbers are ten quantiles of the distances to the other centres, the distance
-    from the centroid, the height, and the distance from the up axis.
+    Nineteen numbers are computed at each of four scales. The smallest scale uses the token's patch
+    alone; the larger ones join the patches of 4, 8 or 16 centres: the token's own centre and those
+    nearest to it. Let s <= m <= l be the square roots of the eigenvalues of the covariance matrix
+    of the patch's points. The nineteen numbers are:
+
+    - the log of the trace of the covariance (1 number)
+    - s, m and l, each divided by s + m + l (3)
+    - n n^T for the direction n of smallest extent, times the flatness (m - s) / l (6)
+    - t t^T for the direction t of largest extent, times the linearity (l - m) / l (6)
+    - the mean of the points, relative to the token's centre (3)
+
+    The other thirteen numbers are ten quantiles of the distances from the token's centre to the
+    other centres, its distance from the origin, its height, and its distance from the up axis.
     """
     return pool(surface(points, num_groups, group_size)[0])
 
 
 def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the 89 numbers of `geometry` for each token, B M 89 double, and the centres B M 3."""
+    """Return the 89 numbers of `geometry` for each token, B M 89, and the tokens' centres B M 3."""
     grouped = group(points, num_groups, group_size)
     centers = grouped.centers.double()
     patches = grouped.patches.double() + centers[:, :, None]
@@ -151,7 +172,7 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
         numbers += [_product(directions[..., 0]) * (medium - small) / large]
         numbers += [_product(directions[..., 2]) * (large - medium) / large]
         numbers += [middle - centers]
-    # without the first, which is 0: the centre itself
+    # the first distance is left out: it is 0, from the centre to itself
     others = distance.sort(-1).values[..., 1:]
     levels = torch.linspace(0.05, 0.95, 10, dtype=others.dtype)
     numbers += [others.quantile(levels, -1).movedim(0, -1)]
@@ -161,6 +182,8 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
 
 
 def _product(direction: Tensor) -> Tensor:
-    """Return the six different entries of d d^T for directions d (..., 3) as (..., 6)."""
+    """Return the six distinct entries of the symmetric matrix d d^T, for directions d (..., 3), as
+    (..., 6).
+    """
     x, y, z = direction.unbind(-1)
     return torch.stack([x * x, x * y, x * z, y * y, y * z, z * z], -1)

@@ -1,5 +1,5 @@
-"""Features of every layer of a frozen network, one vector per cloud; also an untrained encoder for
-comparison.
+"""Compute the features of a frozen network, one vector per cloud and layer. Also create an
+untrained encoder to compare a trained one with.
 """
 
 import numpy as np
@@ -22,9 +22,11 @@ def default_device() -> torch.device:
 def layer_features(
     model: PointEncoder | DVAE, clouds: PointClouds, pooling: str = "mean_max", batch_size: int = 64
 ) -> np.ndarray:
-    """Return the pooled tokens of every layer, [L, n, E] float32.
+    """Compute one vector per cloud from every layer: the tokens of the layer, pooled.
 
-    A dVAE has one layer: the tokens that students predict.
+    An encoder's layer 0 is the output of its tokenizer. A dVAE (the discrete autoencoder that can
+    be a teacher) has only one layer: the tokens that its students learn to predict. Returns
+    [L, n, E] float32.
     """
     device = default_device()
     model.eval().to(device)
@@ -44,8 +46,9 @@ def layer_features(
 def untrained_like(encoder: PointEncoder, clouds: PointClouds, seed: int = 0) -> PointEncoder:
     """Create a randomly initialised encoder with the same settings as `encoder`.
 
-    Its BatchNorm statistics are those of the clouds. If `encoder` standardises its vectors, the new
-    one does too, with the statistics of the clouds.
+    clouds: the first 1,024 of these clouds determine the BatchNorm statistics of the new encoder.
+    If `encoder` standardises its vectors, the new encoder does so too, with the mean and std of the
+    vectors of the same clouds.
     """
     settings = vars(encoder)["_hub_mixin_config"] | {"standardised": False}
     points = clouds.batch(np.arange(min(len(clouds), 1024)))

@@ -1,19 +1,21 @@
-"""Few-shot episodes: learn W classes (ways) from S labelled shapes (shots) each, then classify
-other shapes of these classes, the queries.
+"""Few-shot episodes: learn W classes (ways) from S labelled shapes (shots) of each class, then
+classify other shapes of the same classes, the queries.
 
 This is the protocol of Sharma and Kaul (NeurIPS 2020), as Point-BERT and later papers use it on
-ModelNet40: 5 or 10 ways, 10 or 20 shots from the train split, 20 test shapes per class, mean and
-std over ten folds. The episodes are either the published folds, or sampled from any labelled data.
-Two classifiers score them on frozen features, without choosing anything:
+ModelNet40: 5 or 10 ways, 10 or 20 shots from the train split, and 20 queries per class from the
+test split. Ten episodes, called folds, give the mean and std. Episodes are either the published
+folds, or sampled from any labelled data. Two classifiers can be fitted to frozen features; no
+setting is chosen:
 
 | method   | features                                            | classifier                   |
 |----------|-----------------------------------------------------|------------------------------|
 | ncm      | minus the support's mean, then scaled to length 1   | nearest class mean by cosine |
 | logistic | standardised by mean and std of the support         | logistic regression, C = 0.1 |
 
-The support is the W * S labelled shapes. They are too few to hold some out, so C, layer and pooling
-are fixed in advance; C is the larger of the two values that `probe`'s logistic_10 chooses from. The
-prediction for a query does not depend on other queries.
+The W * S labelled shapes are called the support. They are too few to hold out some of them for
+validation, so C, layer and pooling are fixed in advance. C is the larger of the two values from
+which the protocol logistic_10 of probe.py chooses. The prediction for a query does not depend on
+other queries.
 """
 
 import re
@@ -40,10 +42,10 @@ Fold = tuple[PointClouds, PointClouds]  # train and test
 
 
 class Episode(NamedTuple):
-    """The rows of an episode in a `PointClouds`, sorted by class."""
+    """The shapes of an episode, as row numbers of a `PointClouds`, sorted by class."""
 
-    support: np.ndarray  # W * S rows
-    query: np.ndarray  # W * Q rows
+    support: np.ndarray  # W * S row numbers
+    query: np.ndarray  # W * Q row numbers, for Q queries per class
     classes: np.ndarray  # the W class numbers, ascending
 
 
@@ -53,12 +55,14 @@ class Episode(NamedTuple):
 def draw_episodes(
     clouds: PointClouds, ways: int, shots: int, folds: int, seed: int, queries: int
 ) -> list[Episode]:
-    """Sample episodes of `ways` classes, each with `shots` train and `queries` test shapes.
+    """Sample `folds` episodes of `ways` classes. Each class of an episode has `shots` train shapes
+    and `queries` test shapes.
 
-    All are sampled without replacement, the classes among those with enough train and test shapes.
-    Episode i depends on the data, seed, ways, shots, queries and i alone, not on `folds`. All
-    classes have `queries` test shapes, so the accuracy is also the mean over classes. Raises
-    ReadError if too few classes have enough shapes, with a number of queries that is possible.
+    Classes are sampled from those with enough train and test shapes. Within an episode, no class
+    and no shape occurs twice. Episode i depends only on the data, seed, ways, shots, queries and i,
+    but not on `folds`. All classes have equally many queries, so the overall accuracy equals the
+    mean class accuracy. Raises ReadError if too few classes have enough shapes; the message says
+    how many queries are possible.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
@@ -72,7 +76,7 @@ def draw_episodes(
         # the largest number of queries for which there are enough classes
         most = np.sort(test[train >= shots])[::-1][ways - 1 : ways]
         needed = f"{ways} classes need {shots} train and {queries} test shapes each"
-        found = f"{needed}, but only {len(enough)} have them"
+        found = f"{needed}, but only {len(enough)} have enough"
         if most.any():
             found += f"; --queries {most[0]} is possible"
         raise ReadError(f"{clouds.name}: {found}")
@@ -80,8 +84,8 @@ def draw_episodes(
     few = np.setdiff1d(np.flatnonzero(train + test), enough).tolist()
     if few:
         listed = ", ".join(f"{names.get(i, i)} ({train[i]} train, {test[i]} test)" for i in few)
-        needed = f"{shots} train and {queries} test shapes"
-        log.info(f"classes left out, without {needed}: {printable(listed)}")
+        needed = f"fewer than {shots} train or {queries} test shapes"
+        log.info(f"classes left out, with {needed}: {printable(listed)}")
 
     def draw(fold: int) -> Episode:
         rng = np.random.default_rng([seed, ways, shots, fold])
@@ -98,7 +102,7 @@ def draw_episodes(
 
 
 def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None:
-    """Write episodes as JSON, atomically, with the fingerprint of their data."""
+    """Write episodes to a JSON file, atomically, with the fingerprint (a hash) of their data."""
     plain = [dict(zip(Episode._fields, map(np.ndarray.tolist, e), strict=True)) for e in episodes]
     write_checked(path, {"fingerprint": fingerprint, "episodes": plain})
 
@@ -106,13 +110,13 @@ def save_episodes(path: Path, episodes: list[Episode], fingerprint: str) -> None
 def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
     """Read the episodes that `save_episodes` wrote.
 
-    Raises ReadError if the file is damaged, or its episodes belong to other data.
+    Raises ReadError if the file is damaged, or if its episodes were sampled from other data.
     """
     with as_read_error(path):
         record = read_checked(path)
         if record["fingerprint"] != fingerprint:
-            found = f"episodes of data with fingerprint {record['fingerprint']:.12}"
-            raise ReadError(f"{found}, but this data has {fingerprint:.12}")
+            found = f"the episodes belong to data {record['fingerprint']:.12}"
+            raise ReadError(f"{found}, not to this data ({fingerprint:.12})")
         rows = [[row[key] for key in Episode._fields] for row in record["episodes"]]
         return [Episode(*(np.array(values, np.int64) for values in row)) for row in rows]
 
@@ -120,14 +124,14 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
     """Return the train (support) and test (query) shapes of an episode, with labels 0 to W - 1.
 
-    Raises ValueError for an episode of other data.
+    Raises ValueError if the episode was evidently sampled from other data.
     """
     labels = np.empty(0) if clouds.labels is None else clouds.labels
     rows = np.concatenate(episode[:2])
     inside = rows.min() >= 0 and rows.max() < len(labels)
     if not inside or not np.isin(labels[rows], episode.classes).all():
-        found = f"the episodes do not fit its {len(clouds)} shapes or their labels"
-        raise ValueError(f"{clouds.name}: {found}: they were sampled from other data")
+        found = f"the episodes do not fit the {len(clouds)} shapes or their labels"
+        raise ValueError(f"{clouds.name}: {found}; they were sampled from other data")
     known = clouds.class_names
     names = tuple(known[number] for number in episode.classes if number < len(known))
     numbers = np.searchsorted(episode.classes, labels)
@@ -143,9 +147,10 @@ def published_folds(
 ) -> list[Fold] | None:
     """Read the published folds that `jepa3d prepare ModelNetFewshot` stored; labels are 0 to W - 1.
 
-    folder: the folder of the setting (`D/5way_10shot`), or one that contains it; None is returned
-    for any other folder. Raises ReadError if the setting or one of its first `folds` is missing or
-    unfinished, or does not have exactly W classes of S train and `queries` test shapes.
+    folder: the folder of the setting, such as D/5way_10shot, or a folder one or two levels above
+    it. Returns None if the folder contains no published folds. Raises ReadError if the setting is
+    missing, or if one of its first `folds` folds is missing, is unfinished, or does not have
+    exactly W classes with S train shapes and `queries` test shapes each.
     """
     found: dict[tuple[int, int], Path] = {}
     below = [path for depth in ("", "*/") for path in sorted(folder.glob(f"{depth}*way*shot"))]
@@ -162,7 +167,7 @@ def published_folds(
     def read(path: Path) -> Fold:
         if not (path / "store.json").is_file():
             found = f"{path} is missing, but {folds} folds are needed"
-            raise ReadError(f"{found}; run its jepa3d prepare again, which continues")
+            raise ReadError(f"{found}; run jepa3d prepare for it again: it continues")
         clouds = load([str(path)], num_points, "all", [up_axis])
         clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
         if clouds.labels is None or clouds.split is None:
@@ -171,8 +176,8 @@ def published_folds(
             labels = clouds.labels[clouds.split == i]
             counts = np.bincount(labels, minlength=len(clouds.class_names)).tolist()
             if counts != [count] * ways:
-                needed = f"{ways} classes of {count} {SPLITS[i]} shapes"
-                raise ReadError(f"{path} must have {needed}, but has {counts}")
+                needed = f"must have {ways} classes of {count} {SPLITS[i]} shapes"
+                raise ReadError(f"{path} {needed}, but they have {counts} shapes")
         return clouds.part("train"), clouds.part("test")
 
     return [read(found[ways, shots] / str(i)) for i in range(folds)]
@@ -184,10 +189,11 @@ def published_folds(
 def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Predict the class of each query [q, E] from the support [s, E] with labels y [s].
 
-    ncm is SimpleShot's CL2N (Wang et al., arXiv 1911.04623): subtract a mean from the features,
-    L2-normalise, take the nearest class mean. There are two changes. SimpleShot subtracts the mean
-    over base classes; episodes have none, so here it is the mean of the support. SimpleShot uses
-    the Euclidean distance; here it is the cosine, as in Classifier-Baseline (Chen et al., arXiv
+    method: "logistic" or "ncm". ncm is CL2N of SimpleShot (Wang et al., arXiv 1911.04623), which
+    subtracts a mean from the features, scales them to length 1 and takes the nearest class mean.
+    There are two changes. SimpleShot subtracts the mean over base classes; episodes have no base
+    classes, so here the mean over the support is subtracted. SimpleShot compares by Euclidean
+    distance; here vectors are compared by cosine, as in Classifier-Baseline (Chen et al., arXiv
     2003.04390).
     """
     if method == "logistic":
@@ -201,7 +207,9 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
 def accuracy(
     model: PointEncoder | DVAE, train: PointClouds, test: PointClouds, method: str
 ) -> float:
-    """Return a method's accuracy in per cent on one fold, from frozen last-layer features."""
+    """Return the accuracy, in per cent, of a method (see `predict`) on one fold, from the features
+    of the model's last layer.
+    """
     x, x_test = (layer_features(model, part)[-1] for part in (train, test))
     predicted = predict(method, x, np.asarray(train.labels), x_test)
     return 100 * float((predicted == test.labels).mean())

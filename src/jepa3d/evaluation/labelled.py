@@ -1,5 +1,5 @@
-"""Labelled shapes for training and probing: the classes common to train and test, a fraction of
-the labels, and a validation split.
+"""Load labelled shapes for training and probing, keep the classes that train and test have in
+common, sample a fraction of the labels, and make a validation split.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ _TRAIN, _TEST, _VALIDATION = range(len(SPLITS))
 
 
 class LabelledSet(NamedTuple):
-    """A source of labelled shapes, with the key of its labels and its up axis."""
+    """Where labelled shapes are read from: the source, the name of its label array, its up axis."""
 
     source: str
     labels_key: str = "labels"
     up_axis: str = "z"
 
     def read(self, num_points: int, part: Part = "test", parts: bool = False) -> "Labelled":
-        """Read the shapes.
+        """Read the shapes, with `num_points` points each.
 
-        part: the split that is scored. parts: also read the part labels of the points. Raises
+        part: the split that is scored. parts: also read the part label of every point. Raises
         ReadError if labels, part labels or the test split are missing.
         """
         source, key, axis = self
@@ -53,9 +53,9 @@ class LabelledSet(NamedTuple):
     def each(
         sources: Sequence[str], labels_keys: Sequence[str], up_axes: Sequence[str]
     ) -> "list[LabelledSet]":
-        """Create one set per source; a single key or axis applies to all sources.
+        """Create one set per source. A single key or axis applies to all sources.
 
-        Raises ValueError for any other number of keys or axes.
+        Raises ValueError unless there is one key, or one per source; likewise for axes.
         """
         count, columns = len(sources), []
         for flag, values in (("--labels-key", labels_keys), ("--up-axis", up_axes)):
@@ -68,24 +68,28 @@ class LabelledSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Shapes of the classes that train and test share, which are numbered from 0."""
+    """Labelled shapes. Only the classes that train and test have in common are included; they are
+    numbered from 0.
+    """
 
     name: str
-    layout: str | None  # the benchmark and variant of a store
-    fingerprint: str
+    # for a benchmark that `jepa3d prepare` stored: its name and variant
+    layout: str | None
+    fingerprint: str  # hash of the shapes and labels
     train: PointClouds
-    # the scored shapes; with part "validation", those of the validation split
+    # the scored shapes; if `part` is "validation", the shapes of the validation split
     test: PointClouds
-    # the source's own validation split, unless it is scored
+    # the source's own validation split; None if the source has none, or if it is scored as `test`
     validation: PointClouds | None
     class_names: tuple[str, ...]
-    # classes without train or test shapes, with their counts
+    # one text for each class that lacks train or test shapes, such as "disc (2 train, 0 test)"
     dropped: tuple[str, ...] = ()
     part_names: tuple[str, ...] = ()
     parts_of: list[list[int]] = field(default_factory=list)  # class -> its part ids
     part: Part = "test"
     has_validation: bool = False  # whether the source has its own validation split
-    # changes if the shapes, labels, reading rules or jepa3d version change
+    # short hash that changes if the shapes, the labels, the way they are read or the version of
+    # jepa3d changes
     key: str = ""
 
     @staticmethod
@@ -96,15 +100,17 @@ class Labelled:
 
     @staticmethod
     def of(clouds: PointClouds, part: Part = "test") -> "Labelled":
-        """Reduce labelled clouds with a train/test split to the shared classes; log the others.
+        """Keep the shapes of the classes that train and the scored split have in common; log the
+        classes that are dropped.
 
-        part: the split that is scored. With "validation" the test split is not used: the source's
-        own validation split is scored instead, or else a fixed fifth of train. Raises ReadError.
+        part: the split that is scored. If it is "validation", the test split is not used. Instead,
+        the source's own validation split is scored, or a fixed fifth of train if the source has
+        none. Raises ReadError if labels or a split are missing, or if too few classes are shared.
         """
         name = clouds.name
         if clouds.labels is None:
             hint = "name sub-folders after classes, or name a bundle's labels by --labels-key"
-            raise ReadError(f"{name}: has no labels, or not for all its shapes; {hint}")
+            raise ReadError(f"{name}: some or all shapes have no label; {hint}")
         if clouds.split is None or (part == "test" and not (clouds.split == _TEST).any()):
             hint = "make one with: jepa3d prepare --split 0.2"
             raise ReadError(f"{name}: has no train/test split, or no test shapes; {hint}")
@@ -116,10 +122,10 @@ class Labelled:
         in_train, in_test = split == _TRAIN, split == scored
         both = np.intersect1d(labels[in_train], labels[in_test])
         if len(both) < (needed := 2 if clouds.parts is None else 1):
-            found = f"train and {part} share {len(both)} classes"
+            found = f"train and {part} have {len(both)} classes in common"
             raise ReadError(f"{name}: {found}, but at least {needed} are needed")
         if dropped := tuple(lacking(labels, in_train, in_test, clouds.class_names, part)):
-            what = f"{len(dropped)} classes dropped, which train or {part} lacks"
+            what = f"{len(dropped)} classes dropped, since train or {part} lacks them"
             log.info(f"{what}: {', '.join(dropped)}")
         every = clouds.class_names or list(map(str, range(labels.max() + 1)))
         names = tuple(every[i] for i in both)
@@ -152,7 +158,10 @@ class Labelled:
         return [np.asarray(subset.labels) for subset in self.subsets()]
 
     def labelled(self, share: float, seed: int) -> np.ndarray:
-        """Choose a stratified `share` of the rows of train, whose labels may be used."""
+        """Sample the train shapes whose labels may be used: the fraction `share` of every class.
+
+        Returns their indices.
+        """
         if share == 1:
             return np.arange(len(self.y))
         return stratified(self.y, share, np.random.default_rng([seed, 0]))
@@ -160,10 +169,11 @@ class Labelled:
     def divide(
         self, share: float, held: float, seed: int
     ) -> tuple[PointClouds, PointClouds | None]:
-        """Split the labelled `share` of train into train and validation; returns both.
+        """Take the labelled `share` of train, and split it into train and validation.
 
-        held: the fraction for validation. If it is 0, validation is None, or for a share of 1 the
-        source's own validation split.
+        held: the fraction of it that becomes validation. If it is 0, nothing is split off, and
+        validation is the source's own validation split if `share` is 1, else None. Returns train
+        and validation.
         """
         chosen = self.labelled(share, seed)
         if not held:
@@ -176,7 +186,10 @@ class Labelled:
     def record(
         self, train: PointClouds, validation: PointClouds | None, labels: float
     ) -> dict[str, Any]:
-        """Return "data" of a fine-tuning run's result. labels: the labelled share of train."""
+        """Return the entry "data" of a fine-tuning run's result.
+
+        train, validation: the shapes that the run used. labels: the labelled share of train.
+        """
         return {
             "name": self.name,
             "variant": self.layout,
@@ -191,9 +204,9 @@ class Labelled:
 
 
 def _with_validation(train: PointClouds) -> PointClouds:
-    """Mark a fifth of the train shapes as validation split."""
+    """Mark a fixed fifth of the train shapes as the validation split."""
     if len(train) < 5:
-        found = f"{len(train)} train shapes are too few to hold a fifth of them out"
+        found = f"{len(train)} train shapes are too few to hold out a fifth of them"
         raise ReadError(f"{train.name}: {found}")
     split = np.full(len(train), _TRAIN, np.int8)
     split[fifth(np.asarray(train.labels), seed=0)[1]] = _VALIDATION
@@ -201,13 +214,15 @@ def _with_validation(train: PointClouds) -> PointClouds:
 
 
 def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
-    """Return the part names and the part ids of each class; empty without part labels."""
+    """Return the names of all parts, and for each class its part ids. Both are empty if the clouds
+    have no part labels.
+    """
     if clouds.parts is None:
         return (), []
     parts = clouds.parts[:]
     if bare := int((parts == UNLABELLED).all(1).sum()):
         found = f"{bare} shapes have no labelled point"
-        raise ReadError(f"{clouds.name}: {found}; leave them out")
+        raise ReadError(f"{clouds.name}: {found}; remove them from the data")
     labels = np.asarray(train.labels)
     found = category_parts(clouds.part_names, labels, train.parts, clouds.class_names)
     names = clouds.part_names or tuple(f"part {i}" for i in range(int(parts.max()) + 1))
@@ -217,9 +232,11 @@ def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], li
 def stratified(
     labels: np.ndarray, share: float, rng: np.random.Generator, keep: int = 0
 ) -> np.ndarray:
-    """Sample about a `share` of each class, at least one shape; returns sorted indices.
+    """Sample about the fraction `share` of each class, but at least one shape; returns sorted
+    indices.
 
-    keep: how many shapes of each class must be left over, even if then none is sampled.
+    keep: how many shapes of each class must not be sampled. This takes precedence: a class of
+    `keep` shapes has none sampled.
     """
     picked = []
     for label in np.unique(labels):
@@ -232,7 +249,8 @@ def stratified(
 def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split labels y into four fifths and a held-out fifth; returns the indices of both.
 
-    A class of two or more shapes has at least one in each. Raises ValueError if no class has two.
+    A class of two or more shapes has at least one shape in each of the two. Raises ValueError if no
+    class has two shapes.
     """
     check_pairs(y)
     rows, counts = np.arange(len(y)), np.unique(y, return_counts=True)[1]
@@ -244,7 +262,9 @@ def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_pairs(y: np.ndarray) -> None:
-    """Raise ValueError unless a class of labels y has two shapes: one to fit, one to validate."""
+    """Raise ValueError unless at least one class has two labels in y: one to fit a classifier, one
+    to validate it.
+    """
     if np.unique(y, return_counts=True)[1].max() < 2:
         needed = "choosing a setting needs a class with at least two"
         raise ValueError(f"every class has only one train shape: {needed}")

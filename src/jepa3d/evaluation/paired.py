@@ -1,17 +1,17 @@
-"""Scores of frozen vectors for each single shape, in per cent, and their paired differences,
-each with a verdict and an interval over seeds and shapes; also the tables. Nothing is chosen.
+"""Compare encoders shape by shape: score frozen vectors on every single shape, and compute paired
+differences, each with a 95 % interval over seeds and shapes, and a verdict. No setting is chosen.
 
-| metric      | score of one shape                                                             |
-|-------------|--------------------------------------------------------------------------------|
-| logistic_10 | how often logistic regression on 10 labels a class is correct, in 10 samples   |
-| knn         | whether the vote of its 10 nearest train shapes (by cosine) is correct         |
-| map         | average precision when the other scored shapes are ranked by similarity        |
-| nearest     | whether the nearest of the other scored shapes has its class                   |
-| finetuned   | whether a network fine-tuned from the encoder is correct, if the grid wants it |
+| metric      | score of one shape, in per cent                                                   |
+|-------------|-----------------------------------------------------------------------------------|
+| logistic_10 | share of 10 logistic regressions (each on 10 labels a class) that are correct     |
+| knn         | 100 if the vote of its 10 nearest train shapes (by cosine) is correct, else 0     |
+| map         | average precision when the other scored shapes are ranked by similarity           |
+| nearest     | 100 if the most similar other scored shape has the same class, else 0             |
+| finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (optional)        |
 
-The first two are those of `jepa3d probe --quick`, on standardised vectors; the next two are those
-of `jepa3d retrieval`, on unchanged vectors. For a shape alone in its class, map and nearest are
-NaN. Vectors are [mean ; max] of the tokens of the last layer.
+The first two metrics are those of `jepa3d probe --quick`, on standardised vectors. The next two are
+those of `jepa3d retrieval`, on unchanged vectors; they are NaN for a shape that is alone in its
+class. The vector of a shape is the mean and the maximum of the last layer's tokens, concatenated.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,30 +34,31 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, write_checked
 
 Outcomes = dict[str, np.ndarray]  # metric -> scores in per cent, seeds x shapes
-METRICS = {
+METRICS = {  # metric -> its name in tables
     "logistic_10": "10 labels a class",
     "knn": "kNN",
     "map": "mAP",
     "nearest": "nearest neighbour correct",
     "finetuned": "fine-tuned",
 }
-
-
-# (vectors q E, their rows q among the scored shapes) -> metric -> scores q in per cent
+# A function of q vectors (q E) and of their row numbers among the scored shapes (q). For every
+# metric, it returns q scores in per cent.
 Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 class Vectors(NamedTuple):
-    """Vectors of the train and scored shapes of a set, and their similarity function."""
+    """The vectors of a set's train and scored shapes, and the function that compares vectors."""
 
     train: np.ndarray  # m E
     scored: np.ndarray  # n E
-    # q E, n E -> q n, larger is nearer
+    # vectors q E and n E -> similarities q n; larger means more similar
     likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
-    """Return a name for each set: its file name, or its whole path if two names would be equal."""
+    """Return a name for each set: the name of its file, or its whole path if an earlier set already
+    has that name. A labels key other than "labels" is added.
+    """
     names = {}
     for dataset in sets:
         key = "" if dataset.labels_key == "labels" else f" ({dataset.labels_key})"
@@ -67,9 +68,10 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
 
 
 def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
-    """Return the function that scores map and nearest.
+    """Return the function that scores the metrics map and nearest.
 
-    gallery: vectors n E to search, which include the queries. labels: their classes n.
+    gallery: vectors n E of the searched shapes, among which are the queries. labels: classes n of
+    these shapes.
     """
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,9 +82,10 @@ def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Sc
 
 
 def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0) -> Score:
-    """Fit logistic_10 and knn; returns the function that scores them.
+    """Fit the classifiers of logistic_10 and knn; returns the function that scores these metrics.
 
-    x: train vectors m E. y: their classes m. labels: classes n of the scored shapes.
+    x: train vectors m E. y: classes m of the train shapes. labels: classes n of the scored shapes.
+    seed: seed of the samples of 10 labels a class.
     """
     few = [fitted("logistic", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed)]
     fits = {"logistic_10": few, "knn": [fitted("knn", 0.0, x, y)]}
@@ -100,7 +103,10 @@ def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0)
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Score each shape under each metric, in per cent [n]; `seed` samples logistic_10's labels."""
+    """Score each of n shapes; returns metric -> scores [n] in per cent.
+
+    y, y_scored: classes of the train and scored shapes. seed: as in `classifying`.
+    """
     train, scored, likeness = vectors
     rows = np.arange(len(scored))
     found = classifying(train, y, y_scored, seed)(scored, rows)
@@ -110,7 +116,9 @@ def outcomes(
 def kept_outcomes(
     folder: Path, name: str, vectors: Callable[[], Vectors], data: Labelled, seed: int
 ) -> dict[str, np.ndarray]:
-    """Read `outcomes` from folder/scores-NAME-*.json; compute and write it if it is missing."""
+    """Read the `outcomes` of `name` from folder/scores-NAME-*.json. If the file is missing, compute
+    them from `vectors()` and write the file.
+    """
     stem = Path(data.name).stem.replace(":", "-")
     file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
     if not file.exists():
@@ -125,10 +133,10 @@ def kept_outcomes(
 
 
 def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
-    """Compute the vectors of a set.
+    """Compute the vectors of a set's train and scored shapes.
 
-    name: "encoder" for the run's encoder, "untrained" for its untrained encoder, or the name of one
-    of the `baselines`, which see the input of the untrained encoder.
+    name: "encoder" for the run's encoder, "untrained" for the run's untrained encoder, or the name
+    of one of the `baselines`, which are given the same points as the untrained encoder.
     """
     folder = run / ("encoder" if name == "encoder" else "untrained")
     encoder, subsets = PointEncoder.from_pretrained(folder), data.subsets()[:2]
@@ -153,16 +161,16 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """Better or worse only if the whole interval lies on that side of 0."""
+        """Whether the whole interval lies above 0 (better), below 0 (worse), or neither."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     """Return the mean of ours - theirs with its 95 % interval.
 
-    ours, theirs: seeds x shapes, with the same seeds and shapes. Seeds and shapes are both random
-    samples, and a shape that is hard for one run is hard for the others. Let d[s, i] = ours -
-    theirs for S seeds and N shapes, and take sample variances:
+    ours, theirs: scores, seeds x shapes, of the same seeds and shapes. Seeds and shapes are both
+    random samples, and a shape that is hard for one run is usually hard for the other runs. Let
+    d[s, i] = ours - theirs for S seeds and N shapes, and take sample variances:
 
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 
@@ -170,7 +178,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). It counts the noise of single
     cells twice, so the interval is slightly too wide. The quantile is that of Student's t with
     (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1)) degrees of freedom (Satterthwaite, Biometrics
-    Bulletin 2, 1946). With one seed only B remains, which ignores that training runs differ.
+    Bulletin 2, 1946). A single seed gives no A; the interval then ignores that training runs
+    differ.
     """
     gain = ours - theirs
     terms = []  # (variance, degrees of freedom)
@@ -186,17 +195,20 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 
 class Row(NamedTuple):
-    """The scores of one arm or baseline under one metric on one set."""
+    """The scores of one arm or baseline under one metric on one set. An arm is a configuration that
+    is trained with several seeds.
+    """
 
     data: str
     metric: str
     name: str
-    values: list[float]  # mean over shapes for each seed, per cent
-    # from the reference; None for the reference itself, and for all rows if its training failed
+    values: list[float]  # one value per seed: the mean score over shapes, in per cent
+    # the difference from the reference arm; None for the reference itself, and for all rows if the
+    # reference could not be trained
     difference: Difference | None
 
     def record(self) -> dict[str, Any]:
-        """Return the row as JSON."""
+        """Return the row as a dictionary that can be written as JSON."""
         found = self._asdict() | moments(self.values)
         if gain := self.difference:
             found |= {"difference": gain._asdict(), "verdict": gain.verdict}
@@ -204,10 +216,10 @@ class Row(NamedTuple):
 
 
 def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
-    """Return the rows of one set, metric by metric.
+    """Return the rows of the set `data`, metric by metric.
 
-    found: row name -> outcomes. Shapes whose score is NaN (alone in their class) are left out of
-    all rows.
+    found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. Shapes
+    whose score is NaN, since they are alone in their class, are left out of all rows.
     """
     rows = []
     for metric in METRICS:
@@ -226,11 +238,11 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """Return a table for every set, with a column for every metric that the set has.
+    """Return a table for every set, with a column for every metric that was scored on the set.
 
-    A cell of the reference is its mean ± std over seeds. A cell of any other row is the difference
-    from the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why
-    it failed. about: set -> its description.
+    The row of the reference shows mean ± std over seeds. Every other row shows the difference from
+    the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why it
+    failed. about: set -> its description.
     """
     tables: dict[str, dict[str, dict[str, str]]] = {}  # set -> row -> metric -> cell
     for row in rows:

@@ -1,8 +1,8 @@
-"""Part segmentation as ShapeNetPart measures it (Yi et al. 2016; PointNet, section 5.1): each point
-is assigned one of the parts of its shape's category.
+"""Score part segmentation as the benchmark ShapeNetPart does (Yi et al. 2016; PointNet, section
+5.1): the category of each shape is known, and each point is assigned one of the category's parts.
 
-Axes: n shapes, N points, P part ids, C categories. Part ids are global: they run on from one
-category to the next.
+Axes: n shapes, N points, P part ids, C categories. Part ids are global: no two categories share an
+id.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ def category_parts(
 ) -> list[np.ndarray]:
     """Return the global part ids of each of the C categories, ascending.
 
-    They are taken from part names such as "Category/part" or "Category 0" (ShapeNetPart stores). A
-    category without such names gets the ids found in its shapes; without shapes, it gets none.
-    labels n and parts n N (an array, or `StoredPoints`) are of the train split, so that test shapes
-    have no influence. Raises ValueError for a shape with a part that its category does not name.
+    part_names: the name of each id. A category gets the ids with names such as "Category/part" or
+    "Category 0" (as in stores of ShapeNetPart). If there are none, it gets the ids that occur in
+    its shapes. labels n and parts n N (an array, or `StoredPoints`) are those of the train split,
+    so that test shapes have no influence. Raises ValueError if a category has named parts, but one
+    of its shapes has another part.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
@@ -41,10 +42,11 @@ def category_parts(
 def restricted_argmax(
     logits: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Return the part n N (int16) with the highest logit (n N P) among the parts of each shape's
+    """Return for each point the part with the highest logit, among the parts of its shape's
     category.
 
-    labels: the shapes' categories n. parts_of: category -> its part ids.
+    logits: n N P. labels: the shapes' categories n. parts_of: category -> its part ids. Returns
+    n N int16.
     """
     out = np.empty(logits.shape[:2], np.int16)
     for label in np.unique(labels):
@@ -62,10 +64,13 @@ def mean_iou(
 ) -> dict[str, Any]:
     """Score predicted parts n N against the true parts n N, in per cent.
 
-    labels: the shapes' categories n. instance_miou: mean IoU of all shapes. per_category: mean IoU
-    of each category's shapes, by name. category_miou: mean of these values. point_accuracy: share
-    of correct points. Points whose truth is UNLABELLED are ignored; every shape must have a
-    labelled point.
+    labels: the shapes' categories n. Points whose truth is UNLABELLED are ignored; every shape must
+    have a labelled point. Returns:
+
+    - instance_miou: mean of `shape_iou` over all shapes
+    - per_category: category name -> mean of `shape_iou` over the shapes of the category
+    - category_miou: mean of the values of per_category
+    - point_accuracy: share of points whose part is predicted correctly
     """
     iou = shape_iou(predicted, truth, labels, parts_of)
     per_category = {
@@ -82,11 +87,12 @@ def mean_iou(
 def shape_iou(
     predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Return the IoU n of each shape in per cent: intersection / union, averaged over the parts of
-    its category.
+    """Return the IoU of each of n shapes in per cent: for each part of the shape's category, the
+    predicted and the true points are compared (intersection / union), and the mean over these parts
+    is taken.
 
-    A part in neither the prediction nor the truth counts as IoU 1 (100 %). The arguments are those
-    of `mean_iou`.
+    A part that has neither predicted nor true points counts as 100 %. The arguments are those of
+    `mean_iou`.
     """
     labelled = truth != UNLABELLED
     highest = [ids.max(initial=0) for ids in parts_of]

@@ -1,5 +1,5 @@
-"""Probes of frozen features under named protocols. The test split is used once, after all choices
-are descriptors.
+"""Probe frozen features: fit simple classifiers to them, each under a protocol that has a name. The
+test split is used once, after all choices have been made.
 
 | protocol    | features     | classifier                              | chosen on                          |
 |-------------|--------------|-----------------------------------------|------------------------------------|
@@ -11,9 +11,9 @@ are descriptors.
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
 Features are the tokens of a layer, pooled to one vector per shape; the result names the pooling.
-Scores are overall accuracies in per cent. With a fixed layer, only C is chosen. If a source has its
-own validation split, it replaces the fifth of train. A quick probe chooses nothing: it takes the
-last layer and C 0.1.
+Scores are overall accuracies in per cent. If the user fixes the layer, only C is chosen. A source's
+own validation split, if there is one, replaces the fifth of train. A quick probe chooses nothing:
+it takes the last layer and C 0.1.
 """
 
 import time
@@ -44,13 +44,14 @@ from jepa3d.run import Run
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")
 _C_GRID = (0.001, 0.01, 0.1, 1.0)
 _FEW_C_GRID = (0.01, 0.1)
-QUICK_C = 0.1  # the value chosen most often on the validation split of ModelNet10
-# of logistic_10: labels per class, and how often they are sampled
+# the C that probes chose most often on the validation split of ModelNet10
+QUICK_C = 0.1
+# logistic_10: the number of labels per class in a sample, and the number of samples
 _SHOTS, _DRAWS = 10, 10
 
 
 def check_protocols(protocols: Iterable[str]) -> None:
-    """Raise ValueError if a protocol is unknown; it names the known ones."""
+    """Raise ValueError if a protocol is unknown; the message names the known protocols."""
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocol {min(unknown)!r} is not one of {', '.join(PROTOCOLS)}")
 
@@ -59,17 +60,19 @@ def selection_rule(shapes: Labelled, quick: bool = False) -> str:
     """Return in words how layer and C are chosen, and which split is scored."""
     held, scored = "a held-out fifth of train", "test used once"
     if shapes.part == "validation":
-        other = "the validation part" if shapes.has_validation else "another fifth of train"
+        other = "the validation split" if shapes.has_validation else "another fifth of train"
         scored = f"scored on {other}, test not used"
     elif shapes.has_validation:
-        held = "the validation part"
+        held = "the validation split"
     if quick:
         return f"none, quick: layer and C are fixed (C {QUICK_C}); {scored}"
     return f"layer and C on {held} (5 folds of the labels for logistic_10); {scored}"
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
-    """Return the confusion matrix [K, K] of the test shapes: sorted classes, rows true."""
+    """Fit a protocol's classifier to train and return its confusion matrix [K, K] on test: the
+    classes are sorted; rows are true classes, columns are predicted classes.
+    """
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
 
@@ -91,11 +94,11 @@ def run_protocol(
 ) -> dict:
     """Score one protocol on features train and test [L, n, E] with labels y and y_test [n].
 
-    layers: those to choose from. held: features and labels to choose layer and C on; None for a
-    fifth of train. c: the C to use instead of choosing it. Returns accuracy, layer, C,
-    mean_class_accuracy and confusion (sorted classes; rows true, columns predicted). logistic_10
-    returns the mean and std of the accuracy over its samples of labels, and the layer and C that
-    each sample chose.
+    layers: the layers to choose from. held: features and labels on which layer and C are chosen;
+    None: hold out a fifth of train for this. c: a fixed C; None: choose C. Returns accuracy, layer,
+    C, mean_class_accuracy and confusion (see `_confusion`). For logistic_10, instead returns the
+    mean and std of the accuracy over its samples of labels, and the layer and C chosen on each
+    sample.
     """
     few = protocol == "logistic_10"
     grid = (0.0,)
@@ -142,7 +145,10 @@ def run_protocol(
 def _validation(
     protocol: str, c: float, x, y, folds: list[tuple[np.ndarray, np.ndarray]], seed: int
 ) -> float:
-    """Return the accuracy of one choice, summed over folds (rows to fit, rows to score)."""
+    """Return the accuracy on held-out rows for one choice of layer and C, summed over folds.
+
+    x: features of the layer. folds: pairs (rows to fit, rows to score).
+    """
     return sum(
         _overall(_confusion(protocol, c, x[fit], y[fit], x[held], y[held], seed=seed))
         for fit, held in folds
@@ -150,18 +156,22 @@ def _validation(
 
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Split into five folds (rows to fit, rows to score), or fewer if all classes are smaller."""
+    """Split labels into five folds, or fewer if no class has five labels; returns pairs (rows to
+    fit, rows to score).
+    """
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
     with warnings.catch_warnings():
-        # scikit-learn warns that classes of fewer than 5 labels are missing from some folds
+        # scikit-learn warns if a class has fewer labels than there are folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
 
 
 def few_labels(y: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Sample ten times 10 labels per class, or all of a smaller class; returns ten index arrays."""
+    """Sample 10 labels per class (all labels of a smaller class), ten times; returns ten arrays of
+    indices into y.
+    """
     rng = np.random.default_rng(seed)
     classes = [np.flatnonzero(y == label) for label in np.unique(y)]
     return [
@@ -181,13 +191,13 @@ def probe(
     part: Part = "test",
     quick: bool = False,
 ) -> dict:
-    """Probe finished runs. Also probes, for comparison, each run's untrained encoder and frozen
+    """Probe finished runs. For comparison, also probe each run's untrained encoder and frozen
     teacher, and the handcrafted vectors of descriptors.py.
 
     runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
-    the split that is scored, see `Labelled.of`. layer: None chooses the best on validation; 0 is
-    the tokenizer. quick: choose nothing; layer None is then the last, and C is fixed. Returns the
-    result record. Raises ValueError.
+    the split that is scored, see `Labelled.of`. layer: None: choose the best layer on validation; 0
+    is the tokenizer. quick: choose nothing: C is fixed, and layer None means the last layer.
+    Returns the result record. Raises ValueError if runs, data, layer or protocols cannot be used.
     """
     started = time.perf_counter()
     check_protocols(protocols)
@@ -208,7 +218,7 @@ def probe(
             if "untrained" not in models:
                 untrained = untrained_like(given, shapes.train, config["seed"])
                 models = {"untrained": untrained, **models}
-            # equal for all seeds
+            # computed once, since these vectors are equal for all seeds
             handcrafted = handcrafted or _handcrafted(given, subsets)
         for name in (*models, *handcrafted):
             features, model = handcrafted.get(name, []), models.get(name)
@@ -246,7 +256,7 @@ def probe(
         "pretraining": {
             str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
-        # as far as the configs say
+        # as far as the configs tell, which list the sources of pretraining
         "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
@@ -265,23 +275,28 @@ def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
         changed = differences(configs[run], configs[runs[0]]).keys()
         if changed := changed - {"seed", *BOOKKEEPING}:
             found = f"{run} and {runs[0]} differ in {min(changed)}"
-            raise ValueError(f"{found}: only runs that differ in their seed can be averaged")
+            raise ValueError(f"{found}: runs to average may differ only in their seed")
     seeds = [configs[run]["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
-        found = f"only different seeds can be averaged, not {seeds}"
-        raise ValueError(f"{found}: probe other models one by one")
+        found = f"the seeds are {seeds}, but runs to average must have different seeds"
+        raise ValueError(f"{found}; probe other models one by one")
     return seeds
 
 
 def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
-    """Return for each of the `baselines` its vectors of each subset, [1, n, E] as of one layer."""
+    """Return name -> vectors of each subset, for each of the `baselines`. The vectors are
+    [1, n, E], like the features of a network with one layer.
+    """
     prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
     descriptors = baselines(encoder, prepared[0])
     return {name: [of(x)[None] for x in prepared] for name, (of, _) in descriptors.items()}
 
 
 def was_seen(config: dict, data: str, part: Part) -> bool:
-    """Whether a run was pretrained, without labels, on the scored shapes."""
+    """Return whether a run was pretrained on the scored shapes (without labels).
+
+    Sources are recognised by the name of their file.
+    """
     same = Path(data).name in {Path(source).name for source in config["data"]}
     return same and config["split"] in ("all", "test" if part == "test" else "train")
 
@@ -294,9 +309,9 @@ def _pretraining(run: Path, config: dict) -> dict:
 
 
 def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
-    """Load a finished run's config, and the networks to compare by name.
+    """Load a finished run's config and, by name, the networks to compare.
 
-    For an encoder that is not a run, the config has only what is known of it.
+    If `folder` is an encoder and not a run, the config has only its sizes, seed 0 and no data.
     """
     if not Run.is_at(folder):
         encoder = load_encoder(str(folder))
@@ -321,11 +336,10 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 
 
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
-    """Average over runs: mean and sample std for each model and protocol.
+    """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
-    The model "gain" is the gain of each pretrained encoder over the untrained encoder of its run.
-    The values are of the overall accuracy; those of the mean class accuracy are in an entry of that
-    name.
+    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. The model "gain"
+    is the gain of each pretrained encoder over the untrained encoder of its run.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):
@@ -346,17 +360,20 @@ def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
 
 
 def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
-    """Raise ValueError unless `protocol` is None, or one of `protocols` with accuracy per class."""
+    """Raise ValueError unless `protocol` is None, or is one of `protocols` and has accuracies per
+    class.
+    """
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
         listed = f"{', '.join(known)} (logistic_10 has none)"
-        raise ValueError(f"per class {protocol!r} is not possible: use one of the probed {listed}")
+        raise ValueError(f"--per-class {protocol!r}: use a probed protocol: {listed}")
 
 
 def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
     """Return the summary of a result as a table.
 
-    per_class: a protocol allowed by `check_per_class`; a second table shows its accuracy per class.
+    per_class: a protocol that `check_per_class` allows; its accuracy per class is then shown in a
+    second table.
     """
     data, part = result["data"], result["data"].get("part", "test")
     title = (
@@ -371,7 +388,7 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
         for dvae in dvaes
     ]
     if result["seen_in_pretraining"]:
-        notes.append(f"the {part} shapes were also used unlabelled in pretraining")
+        notes.append(f"the {part} shapes were also used in pretraining, without labels")
     notes.append(f"selection: {result['selection']}")
     columns, rows = summary_table(result["summary"])
     found = [Sheet(title, columns, rows, notes)]
@@ -379,7 +396,9 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
 
 
 def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a summary's table: a row per model, a column per protocol."""
+    """Return the columns and rows of a table of a summary: a row per model, a column per
+    protocol.
+    """
     rows = []
     for model, scores in summary.items():
         gain = model == "gain"

@@ -30,7 +30,9 @@ def provenance() -> dict:
 
 
 def _commit() -> str | None:
-    """Return the commit if the package runs from a git checkout, else None."""
+    """Return the git commit of the package's source, with "-dirty" if files were changed; None if
+    the package does not run from a git checkout.
+    """
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
@@ -48,6 +50,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def moments(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Return mean and sample std (n - 1); the std of a single value is None."""
+    """Return "mean" and "std" of n values. The std is the sample standard deviation (divided by
+    n - 1), and None for a single value.
+    """
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std}

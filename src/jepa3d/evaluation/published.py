@@ -1,6 +1,7 @@
-"""Published results (published.yaml), and whether your own results follow the same protocol.
+"""Read published results from published.yaml, and find how your own protocol differs from theirs.
 
-Published fine-tuning results are those of the best *test* epoch, as is usual in the field.
+Published accuracies after fine-tuning are those of the epoch with the highest *test* accuracy, as
+is usual in the field.
 """
 
 import re
@@ -15,21 +16,25 @@ from jepa3d.evaluation.tables import Sheet
 SOURCE = "sources: 3D-JEPA: arXiv 2409.15803v1; other methods: their papers"
 BEST_TEST = "best test epoch"
 CAUTION = (
-    "all these methods chose their epoch on the test split; retrained with a held-out validation "
-    "set, published models lose 0.4-3.4 points (Point-MAE 89.33 -> 85.89 on OBJ_BG)"
+    "all these methods chose their epoch on the test split; if published models are retrained and "
+    "their epoch is chosen on a held-out validation set, they lose 0.4 to 3.4 points "
+    "(Point-MAE 89.33 -> 85.89 on OBJ_BG)"
 )
 
 
 class Benchmark(NamedTuple):
-    """Published results under one protocol; a row is method, epochs, voting, a value per metric."""
+    """Published results under one protocol.
+
+    A row lists the method, its epochs, whether it votes, and one value per metric.
+    """
 
     title: str
     rows: list[list[str]]
     metrics: list[str]
-    selection: str
+    selection: str  # how the epoch was chosen
     notes: list[str]
     test: int | None  # number of test shapes; None: any number
-    num_points: int | None  # per shape; None: any number
+    num_points: int | None  # points per shape; None: any number
 
 
 def _read(file: Path) -> dict[str, Benchmark]:
@@ -39,12 +44,13 @@ def _read(file: Path) -> dict[str, Benchmark]:
         selection = table.get("selection", BEST_TEST)
         cells = [[cell.strip() for cell in row.split("|")] for row in table["rows"]]
         for i, (key, about) in enumerate(table["benchmarks"].items()):
+            # the first three cells of a row are method, epochs and voting
             at = 3 + i * len(metrics)
             rows = [row[:3] + row[at : at + len(metrics)] for row in cells]
             test, notes = about.get("test"), [*table.get("notes", [])]
             if error := about.get("standard_error"):
-                what = f"standard error of {test:,} test shapes"
-                notes.append(f"{what}: about {error} points")
+                what = f"standard error with {test:,} test shapes"
+                notes.append(f"{what}: about {error} percentage points")
             notes += [CAUTION] * (selection == BEST_TEST)
             known = metrics, selection, notes, test, table.get("num_points")
             found[key] = Benchmark(about["title"], rows, *known)
@@ -65,12 +71,12 @@ def benchmark_of(result: dict[str, Any]) -> str | None:
         text = re.sub(r"[^a-z0-9]", "", str(data.get(key) or "").lower())
         if task == "classify" and (key == "variant" or "scanobjectnn" in text):
             for split in ("obj_bg", "obj_only", "pb_t50_rs"):
-                # not `in`, since pb_t50_rs_nobg is another variant
+                # `endswith` and not `in`, since pb_t50_rs_nobg is a different variant
                 if text.endswith(split.replace("_", "")):
                     return split
         if task == "classify" and "modelnet" in text and data.get("classes") == 40:
             return "modelnet40"
-        # only the published folds, not episodes sampled from ModelNet40
+        # the published folds are a benchmark; episodes sampled from ModelNet40 are not
         if task == "fewshot" and re.search(r"modelnet(40)?few", text):
             size = re.search(r"(\d+)-way (\d+)-shot", result["protocol"])
             known = f"{size[1]}w{size[2]}s" if size else ""
@@ -81,7 +87,7 @@ def benchmark_of(result: dict[str, Any]) -> str | None:
 
 
 def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
-    """Return, in words, how a result's protocol differs from the published one."""
+    """Return one text for each difference between a result's protocol and the published one."""
     data, settings, protocol = result["data"], result["settings"], result["protocol"]
     trained, share = settings.get("trained"), data.get("labels") or 1
     found = []
@@ -103,13 +109,15 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()) -> Sheet:
-    """Return the table of a benchmark, with notes on how the protocol of your `results` differs."""
+    """Return the table of a benchmark; its notes say how the protocol of your `results` differs
+    from the published one.
+    """
     results, notes = list(results), list(benchmark.notes)
     if results:
         votes = sorted({"yes" if result["votes"] > 1 else "no" for result in results})
         rules = " and ".join(sorted({result["selection"] for result in results}))
         what = f"voting {' and '.join(votes)}, selection {rules}"
-        notes.append(f"your runs: {what}; compare only with the same voting and selection")
+        notes.append(f"your runs: {what}; compare only with rows of the same voting and selection")
     found = [text for result in results for text in departures(result, benchmark)]
     if found:
         listed = "; ".join(dict.fromkeys(found))

@@ -1,5 +1,5 @@
-"""Metrics of a dVAE: its reconstruction error, compared with the best constant patch, and how many
-codes it uses.
+"""Metrics of a dVAE, the autoencoder that describes each patch by one of its discrete codes: its
+reconstruction error, next to the error of the best constant patch, and how many codes it uses.
 """
 
 import numpy as np
@@ -15,16 +15,20 @@ from jepa3d.ops import chamfer_l1, farthest_point_sample, gather_points, unit_sp
 def dvae_figures(
     dvae: DVAE, train: PointClouds, test: PointClouds, max_clouds: int = 256
 ) -> dict[str, float]:
-    """Return the Chamfer-L1 (unit-sphere units) between test patches and (a) their reconstruction
-    from arg-max codes, (b) one constant patch; also the perplexity of the codes.
+    """Measure how well a dVAE reconstructs test patches, and how many of its codes it uses.
 
-    The constant patch is fitted to train patches with the same loss. The perplexity, exp(entropy)
-    of the codes of the test patches, lies between 1 and num_codes.
+    max_clouds: at most this many train clouds and this many test clouds are used. Returns:
+
+    - reconstruction: mean Chamfer-L1 distance between the test patches and their reconstruction
+      from their most likely codes. A length of 1 is the radius of the unit sphere.
+    - constant_patch: the same distance, to one constant patch, fitted to train patches.
+    - perplexity: exp(entropy) of the test patches' codes, between 1 and num_codes.
+    - num_codes: the number of codes that the dVAE has.
     """
     dvae.eval()
     train_patches, _ = _patches(dvae, train, max_clouds)
     patches, centers = _patches(dvae, test, max_clouds)
-    # in batches: with 8,192 codes, all logits together take gigabytes
+    # in batches, since with 8,192 codes the logits of all patches together take gigabytes
     with torch.no_grad():
         batches = list(zip(patches.split(16), centers.split(16), strict=True))
         codes = torch.cat([dvae.codes(*batch) for batch in batches])
@@ -42,7 +46,7 @@ def dvae_figures(
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """Fit by Adam the patch K 3 with the smallest mean Chamfer-L1 to patches n K 3."""
+    """Fit one patch K 3 to patches n K 3 with Adam, to minimise the mean Chamfer-L1 distance."""
     generator = torch.Generator().manual_seed(0)
     points = patches.flatten(0, 1)
     rows = torch.randint(len(points), patches.shape[1:2], generator=generator)
@@ -57,9 +61,10 @@ def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512
 
 
 def _patches(dvae: DVAE, clouds: PointClouds, max_clouds: int) -> tuple[Tensor, Tensor]:
+    """Return patches and centres of up to `max_clouds` clouds, evenly spaced over the data set."""
     index = np.linspace(0, len(clouds) - 1, min(max_clouds, len(clouds))).astype(int)
     points = clouds.batch(index)
-    # use the point density that the dVAE was trained with
+    # reduce the clouds to the number of points that the dVAE was trained with
     if points.shape[1] > dvae.num_points:
         points = unit_sphere(gather_points(points, farthest_point_sample(points, dvae.num_points)))
     grouped = group(points, dvae.num_groups, dvae.group_size)

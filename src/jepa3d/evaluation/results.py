@@ -1,5 +1,5 @@
-"""`jepa3d results`: one table of fine-tuning runs: averages over seeds, gains paired by seed, and
-the selection rule of each row; can also choose settings on validation.
+"""`jepa3d results`: tables of fine-tuning runs, with averages over seeds, gains paired by seed, and
+the rule by which the epoch of each row was selected. It can also choose a setting on validation.
 """
 
 import json
@@ -19,14 +19,17 @@ from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
-BASES = ("scratch", "untrained")  # the inits that a pretrained encoder is compared with
-CHOSEN_BY = {
+# the values of `init` that pretrained encoders are compared with
+BASES = ("scratch", "untrained")
+CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "classify": "overall_accuracy",
     "fewshot": "overall_accuracy",
     "segment": "instance_miou",
 }
-# the content of a results.json, with its "folder" and the "origin" of its encoder (see `_origin`)
+# The content of a results.json, and two more entries: "folder", the run's folder, and "origin", a
+# key for the encoder that the run started from (see `_origin`).
 Finished = dict[str, Any]
+# the entries of a results.json that are checked, by type
 _TEXTS, _NUMBERS = ("protocol", "init", "selection"), ("seed", "votes")
 _GROUPS = ("data", "metrics", "settings")
 _OPTIONAL = ("validation", "pretraining", "cost")
@@ -51,7 +54,7 @@ class Arm(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """How the epoch was chosen; a choice on the test split is marked."""
+        """The rule by which the epoch was chosen; a choice on the test split is marked."""
         rule = self.result["selection"]
         return ON_TEST if rule == "best on test" else rule
 
@@ -66,7 +69,9 @@ class Arm(NamedTuple):
 
     @property
     def validation(self) -> float | None:
-        """The mean of the metric that chooses, on the validation split; None if a run lacks it."""
+        """The mean over runs of the task's metric in `CHOSEN_BY`, on the validation split; None if
+        a run lacks it.
+        """
         values = self.values(CHOSEN_BY[self.result["task"]], "validation")
         return float(np.mean(values)) if len(values) == len(self.runs) else None
 
@@ -88,7 +93,7 @@ class Arm(NamedTuple):
         return json.dumps(known, sort_keys=True)
 
     def label(self) -> str:
-        """Return a readable name of the init: that of the pretraining run, without its seed."""
+        """Return a readable name of the init: the name of the pretraining run without its seed."""
         if self.init in BASES:
             return self.init
         names = set()
@@ -103,9 +108,10 @@ class Arm(NamedTuple):
 
 
 def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
-    """Read the finished runs in the folders `paths` and below.
+    """Read the finished runs in the folders `paths` and their sub-folders.
 
-    Returns them, and a note for each unfinished run. Raises ValueError.
+    Returns the runs, and a note for each unfinished run. Raises ValueError if a path is not a
+    folder or contains no finished run, or if a result is damaged.
     """
     kinds = "classify, segment or fewshot"
     found: dict[Path, Path] = {}
@@ -119,12 +125,14 @@ def read_runs(paths: list[Path]) -> tuple[list[Finished], list[str]]:
             others = f"; unfinished: {listed}; finish them with --resume" if listed else ""
             raise ValueError(f"{path} contains no results.json of {kinds}{others}")
         found |= {folder.resolve(): folder for folder in below}
-    notes = [f"unfinished, left out: {folder}" for folder in unfinished]
+    notes = [f"left out, since it is unfinished: {folder}" for folder in unfinished]
     return [read_run(folder) for folder in found.values()], notes
 
 
 def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
-    """Yield the outermost run folders: a few-shot run may contain runs of its folds."""
+    """Yield the outermost run folders: a few-shot run may contain runs of its folds, which are
+    skipped. Unfinished runs are appended to `unfinished` instead.
+    """
     if (folder / "results.json").is_file():
         yield folder
     elif Run.is_at(folder) and "task" in read_checked(folder / "config.json"):
@@ -136,7 +144,10 @@ def _below(folder: Path, unfinished: list[Path]) -> Iterator[Path]:
 
 
 def read_run(folder: Path) -> Finished:
-    """Read a run's results.json. ValueError if it is damaged, or not of a downstream run."""
+    """Read a run's results.json.
+
+    Raises ValueError if the file is damaged, or is not a result of classify, segment or fewshot.
+    """
     file = folder / "results.json"
     result = read_checked(file)
     if result.get("task") not in list(CHOSEN_BY):
@@ -144,7 +155,7 @@ def read_run(folder: Path) -> Finished:
     for name, kind in _FIELDS.items():
         if not isinstance(value := result.setdefault(name, None), kind):
             needed = getattr(kind, "__name__", kind)
-            raise ValueError(f"{file}: {name} is {value!r}, not a {needed}")
+            raise ValueError(f"{file}: {name} is {value!r}, not of type {needed}")
     result |= {name: result[name] or {} for name in _OPTIONAL}
     for name, value in [*result["metrics"].items(), *result["validation"].items()]:
         if not isinstance(value, int | float) or not math.isfinite(value):
@@ -154,11 +165,12 @@ def read_run(folder: Path) -> Finished:
 
 
 def _origin(init: str, record: dict) -> str:
-    """Return a key for the origin of an encoder: its init, or the settings and data of its
-    pretraining run without the seed.
+    """Return a key for the origin of an encoder: `init`, or, for a pretrained encoder, the settings
+    and data of its pretraining run, without the seed.
 
-    The key is equal for all seeds of one configuration. If the pretraining used a run of the same
-    seed as init or teacher, such as runs/mae-0, the ending -0 is removed.
+    The key is equal for all seeds of one configuration. If the pretraining itself used a run of the
+    same seed as its init or teacher, the seed is removed from that run's name: runs/mae-0 becomes
+    runs/mae.
     """
     if not record or init in BASES:
         return init
@@ -187,7 +199,8 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
 
 
 def arms_of(runs: list[Finished]) -> list[Arm]:
-    """Group runs that differ only in their seed into arms; scratch and untrained come first.
+    """Group runs that differ only in their seed into arms; arms that start from scratch or from an
+    untrained encoder come first.
 
     Raises ValueError if an arm has the same seed twice.
     """
@@ -199,16 +212,17 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
             same = first.setdefault((run["seed"], run["pretraining"].get("seed")), run)
             if same is not run:
                 folders = f"{same['folder']} and {run['folder']}"
-                found = f"are the same arm with the same seed {run['seed']}"
+                found = f"have the same settings and the same seed {run['seed']}"
                 raise ValueError(f"{folders} {found}; give only one of them")
     return sorted(arms, key=lambda arm: arm.init not in BASES)
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Choose among arms that differ only in `setting` the one with the best mean on validation.
+    """Among arms that differ only in `setting`, choose the arm with the highest mean validation
+    metric.
 
     Returns the chosen arms, and notes on the choices. Arms without validation metrics are all
-    kept, since the test split must not choose.
+    kept, since a choice by test metrics is not allowed.
     """
     kept, notes = [], []
     for group in _grouped(arms, lambda arm: arm.key(setting)):
@@ -235,11 +249,11 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
 
 
 def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
-    """Return for each task and data set a table of the arms, one of their paired gains and, for a
-    known benchmark, one of published results.
+    """Return up to three tables for each task and data set: the arms, their gains paired by seed,
+    and, if the benchmark is known, published results.
 
-    setting: a setting to choose on validation. Raises ValueError for no finished run, an unknown
-    setting, or the same seed twice.
+    setting: the name of a setting to choose on validation, see `choose`. Raises ValueError as
+    `read_runs` and `arms_of` do, and for an unknown setting.
     """
     runs, notes = read_runs(paths)
     known = sorted({name for run in runs for name in run["settings"]})
@@ -255,7 +269,7 @@ def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
             if key := benchmark_of(group[0].result):
                 results = [run for arm in group for run in arm.runs]
                 sheets.append(published_sheet(PUBLISHED[key], results))
-        notes = []  # only below the first table
+        notes = []  # notes on unfinished runs appear only below the first table
     return sheets
 
 
@@ -265,7 +279,9 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 
 def _minutes(records: list[dict]) -> str:
-    """Format the mean CPU-minutes of runs, stage I included; "-" if unknown."""
+    """Format the mean CPU-minutes of runs, including stage I (the training of a dVAE teacher); "-"
+    if unknown.
+    """
     costs = [record.get("cost") or {} for record in records]
     known = [cost for cost in costs if cost.get("cpu_seconds")]
     spent = [c["cpu_seconds"] + (c.get("stage1_cpu_seconds") or 0) for c in known]
@@ -277,7 +293,7 @@ def _text(value: Any) -> str:
 
 
 def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
-    """Return the names of the settings in which arms differ, and of `setting` in any case."""
+    """Return the names of the settings in which arms differ; `setting` is always included."""
     every = [arm.result["settings"] for arm in arms]
     names = dict.fromkeys(name for known in every for name in known)
     values = {name: {json.dumps(known.get(name)) for known in every} for name in names}
@@ -285,7 +301,9 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
-    """Return a name for each init of the arms; its path if two inits have the same name."""
+    """Return a name for each origin of the arms' encoders: that of `Arm.label`, or the path of the
+    encoder if two origins would have the same name.
+    """
     names = {arm.init: arm.label() for arm in arms}
     counts = Counter(names.values())
     ambiguous = [arm for arm in arms if counts[names[arm.init]] > 1]
@@ -337,7 +355,8 @@ def _title(result: dict[str, Any]) -> str:
     """Return the task and data of a result in words."""
     data = result["data"]
     variant, dropped = data.get("variant"), data.get("dropped_classes") or 0
-    if not isinstance(dropped, int):  # older versions stored only their number
+    # older versions stored only the number of dropped classes
+    if not isinstance(dropped, int):
         dropped = len(dropped)
     name = f"{data.get('name')} ({variant})" if variant else data.get("name")
     classes = f"{_text(data.get('classes'))} classes"
@@ -346,9 +365,11 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
-    """Return a table of each arm's gain over scratch or untrained, paired by seed.
+    """Return a table with the gain of each pretrained arm over scratch and untrained, paired by
+    seed.
 
-    Only arms that differ in nothing but their init, and the chosen `setting`, are compared.
+    Two arms are compared if they have everything but their init in common. The chosen `setting` may
+    also differ.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
     every = [run["metrics"].keys() for arm in arms for run in arm.runs]
@@ -365,20 +386,21 @@ def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
             gains = [paired_gains(arm, base, name) for name in metrics]
             if not any(gains):
                 names = f"{labels[arm.init]} and {base.init}"
-                notes.append(f"{names} have no seed in common, so there is no gain")
+                notes.append(f"{names} have no seed in common, so no gain is shown")
                 continue
             row = [labels[arm.init], base.init, arm.result["protocol"]]
             row += [*map(arm.setting, settings), arm.rule, str(len(gains[0]))]
             rows.append(row + [_spread(values, "+") for values in gains])
     columns = ["init", "over", "protocol", *settings, "selection", "pairs", *metrics]
-    title = "gain, points, paired by seed, mean ± std over seeds"
+    title = "gain in percentage points, paired by seed, mean ± std over seeds"
     return [Sheet(title, columns, rows, notes)] if rows or notes else []
 
 
 def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
-    """Return for each run of `arm` its metric minus the base's mean at the same seed.
+    """Return for each run of `arm` its metric minus the mean metric of the runs of `base` with the
+    same seed.
 
-    Runs whose seed the base lacks are left out.
+    Runs are left out if `base` has no run with their seed.
     """
     bases: dict[int, list[float]] = {}
     for run in base.runs:

@@ -1,10 +1,10 @@
 """`jepa3d retrieval`: how well frozen vectors retrieve shapes of the same class, compared with an
 untrained encoder and handcrafted descriptors.
 
-Every shape of the split is a query once. The other shapes of the split are ranked by similarity,
-and those of the query's class are relevant. The average precision is computed over the whole
+Every shape of the split is the query once. All other shapes of the split are ranked by similarity;
+the shapes of the query's class are relevant. The average precision is computed over the whole
 ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
-paired by query; their interval is a bootstrap over queries, which ignores that training runs
+paired by query. The interval of a gain is a bootstrap over queries; it ignores that training runs
 differ.
 """
 
@@ -29,18 +29,21 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
-_FITTED = 1024  # train shapes whose statistics standardise a baseline
-_RESAMPLES = 2000  # of the bootstrap
-# largest block of similarities: 128 MiB of doubles, and a few copies of it
+# number of train shapes by whose mean and std a baseline is standardised
+_FITTED = 1024
+_RESAMPLES = 2000  # number of resamples of the bootstrap
+# Largest number of similarities that are computed at once. They take 128 MiB as doubles, and are
+# copied a few times.
 _NUMBERS = 2**24
 
 
 def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return two scores of each query, 2 q: whether its nearest shape has its class (0 or 1), and
-    its average precision.
+    """Return two scores of each query, 2 q: whether the nearest shape has the query's class (0 or
+    1), and the average precision.
 
-    Both are NaN for a query alone in its class. similarity: q n, larger is nearer. labels: n. rows:
-    q, the index of each query among the n shapes, where it is excluded from its own ranking.
+    Both are NaN for a query that is alone in its class. similarity: q n; larger means more similar.
+    labels: the classes of the n shapes. rows: q, the index of each query among the n shapes; a
+    query is left out of its own ranking.
     """
     similarity, queries = np.array(similarity, np.float64), np.arange(len(rows))
     similarity[queries, rows] = -np.inf
@@ -59,7 +62,10 @@ def search(
     labels: np.ndarray,
     rows: np.ndarray,
 ) -> np.ndarray:
-    """Return `ranked` 2 q for vectors q E in a gallery n E, computed in blocks to limit memory."""
+    """Search a gallery n E with query vectors q E; returns the scores 2 q of `ranked`.
+
+    labels, rows: see `ranked`. The similarities are computed in blocks, to limit memory.
+    """
     size = max(1, _NUMBERS // len(gallery))
     blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
     found = [ranked(likeness(queries[b], gallery), labels, rows[b]) for b in blocks]
@@ -85,16 +91,19 @@ def vectors_of(
 
 
 def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
-    """Return the two ends of the 95 % bootstrap interval, over queries, of the mean of gains n."""
+    """Return the two ends of the 95 % interval of the mean of the gains n of n queries, from a
+    bootstrap over queries.
+    """
     rng = np.random.default_rng(seed)
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return for each name the gain of the first name over it: mean and interval.
+    """Compare the first model with all others; returns for each other model the gain of the first
+    over it: mean and interval.
 
-    values: name -> scores of the same n queries or shapes, in per cent.
+    values: model -> scores of the same n queries or shapes, in per cent.
     """
     first, *others = values
     gains = {name: values[first] - values[name] for name in others}
@@ -117,8 +126,9 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
     """Score each model, and the baselines of the first model, by mAP and nearest neighbour.
 
     models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
-    searched. Baselines: an untrained encoder and the handcrafted `baselines`. Classes without train
-    or test shapes are left out. Returns the result record. Raises ValueError and ReadError.
+    searched. The baselines are an untrained encoder and the handcrafted `baselines`. Classes
+    without train or test shapes are left out. Returns the result record. Raises ValueError or
+    ReadError if a model or the data cannot be used.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
@@ -141,18 +151,19 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 def opened(
     models: list[str], dataset: LabelledSet, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
-    """Yield for every model its encoder, its descriptors by name, and the shapes as it reads them,
-    whose `test` is the wanted split.
+    """Yield for every model: its encoder; its descriptors by name; and the shapes, with as many
+    points as the encoder sees.
 
     The descriptors of the first model include its baselines. dataset: its up axis may also be
-    "none". part: the split: train, test or validation, see `Labelled.of`. whole: read all points
-    that the clouds have.
+    "none", for vectors that do not depend on the rotation of a shape. part: train, test or
+    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read all
+    points of the clouds.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        # other heads use the features of the encoder
+        # of runs with any other head, the encoder is scored
         if not isinstance(model, Classifier):
             model = encoder
         encoder.upright = dataset.up_axis != "none"
@@ -171,9 +182,9 @@ def opened(
 
 
 def _points_in(data: str, fewest: int) -> int:
-    """Return the number of points per cloud in a bundle or store, at least `fewest`.
+    """Return the number of points per cloud in a bundle or store, but at least `fewest`.
 
-    Clouds of other data differ in their number of points; then it is `fewest`.
+    Clouds from other kinds of data have different numbers of points; for these, return `fewest`.
     """
     path, count = Path(data), None
     if (path / "store.json").is_file():

@@ -1,4 +1,4 @@
-"""The predictions of a fine-tuned network, and their metrics."""
+"""Compute the predictions of a fine-tuned network, and their metrics."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
 
 Network = Classifier | LinearClassifier | Segmenter
-# random scale and largest shift of the copies that vote, as in Point-MAE
+# Along each axis, a copy that votes is scaled by a random factor in the range VOTE_SCALE, and
+# shifted by at most VOTE_REACH, as in Point-MAE.
 VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2
 
 
@@ -25,9 +26,10 @@ def predict(
 ) -> dict[str, np.ndarray]:
     """Predict the classes or parts of n clouds.
 
-    votes: with more than one, the logits of this many randomly scaled and moved copies are averaged
-    (Point-MAE). Returns "predicted": classes n, or parts n N of each shape's category; for a
-    classifier also "probability": n C for C classes.
+    votes: if more than 1, the logits of this many randomly scaled and shifted copies of each cloud
+    are averaged (as in Point-MAE). Returns "predicted": the classes n of a classifier, or the parts
+    n N of a segmenter, chosen among the parts of each shape's category. For a classifier, also
+    returns "probability": n C for C classes.
     """
     network.eval().to(device := default_device())
     segments = isinstance(network, Segmenter)
@@ -37,7 +39,8 @@ def predict(
         points, labels = clouds.batch(index), np.zeros(len(index), int)
         if clouds.labels is not None:
             labels = clouds.labels[index]
-        # without `prepare`, which reorders points: part labels rely on the order
+        # A segmenter cannot use `prepare`, which reorders the points, since part labels rely on
+        # the order.
         if segments:
             points = unit_sphere(points.double()).to(network.encoder.norm.weight)
         else:
@@ -64,7 +67,9 @@ def _parts_of(network: Segmenter) -> list[np.ndarray]:
 
 
 def score(network: Network, clouds: PointClouds) -> float:
-    """Return the metric that selects an epoch: overall accuracy or instance mIoU, in per cent."""
+    """Return the metric by which an epoch is selected: overall accuracy or instance mIoU, in per
+    cent.
+    """
     metrics = figures(network, clouds, predict(network, clouds))[0]
     segments = isinstance(network, Segmenter)
     return metrics["instance_miou" if segments else "overall_accuracy"]
@@ -73,7 +78,7 @@ def score(network: Network, clouds: PointClouds) -> float:
 def figures(
     network: Network, clouds: PointClouds, predicted: dict[str, np.ndarray]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return metrics in per cent of the predictions of `predict`, and details by class or category.
+    """Score what `predict` returned: compute metrics in per cent, and details by class or category.
 
     For a classifier, the details include the confusion matrix; its rows are the true classes.
     """

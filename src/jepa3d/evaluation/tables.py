@@ -12,7 +12,7 @@ ON_TEST = "selected on TEST"  # marks runs whose epoch was chosen on the test sp
 
 
 class Sheet(NamedTuple):
-    """A table of text with a title above and notes below it."""
+    """A table whose cells are text, with a title above it and notes below it."""
 
     title: str
     columns: list[str]
@@ -21,16 +21,19 @@ class Sheet(NamedTuple):
 
 
 def mean_std(found: Mapping[str, Any], form: str = ".1f") -> str:
-    """Format the result of `moments` as "mean ± std", or as the mean if there is no std.
+    """Return a mean and std as the text "mean ± std", or as "mean" if the std is None.
 
-    A + in the format, as in "+.1f", applies to the mean only.
+    found: a dictionary with "mean" and "std", as `moments` returns it. form: the format of both
+    numbers. A + in the format, as in "+.1f", applies to the mean only.
     """
     std = "" if found["std"] is None else f" ± {found['std']:{form.lstrip('+')}}"
     return f"{found['mean']:{form}}{std}"
 
 
 def show(sheets: Iterable[Sheet]) -> None:
-    """Print tables with their notes, without cutting or wrapping cells."""
+    """Print tables with their notes. No cell is cut or wrapped, even if the table is wider than the
+    terminal.
+    """
     for sheet in sheets:
         table = Table(*map(escape, sheet.columns))
         for row in sheet.rows:
@@ -42,7 +45,7 @@ def show(sheets: Iterable[Sheet]) -> None:
 
 
 def markdown(sheets: Iterable[Sheet], command: str) -> str:
-    """Write tables with their notes as Markdown, ending with the command that made them."""
+    """Return tables with their notes as Markdown. The text ends with the command that made them."""
 
     def line(cells: list[str]) -> str:
         marked = [f"**{cell}**" if cell == ON_TEST else cell for cell in cells]
