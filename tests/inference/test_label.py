@@ -165,7 +165,7 @@ def test_the_threshold_is_what_the_lowest_of_twenty_reaches_without_itself():
         best.append(max(z[i] @ mean / np.linalg.norm(mean) for mean in means))
     assert threshold == pytest.approx(min(best))
     with pytest.raises(
-        ValueError, match=f"needs {FEWEST} named clouds at least, .* there are 18; name more"
+        ValueError, match=f"needs at least {FEWEST} named clouds .* there are 18; name more"
     ):
         known_clouds(x, np.arange(3, 22), y[3:])
 
@@ -210,7 +210,7 @@ def test_clouds_unlike_every_named_one_are_called_unknown(named, caplog):
 def test_unknown_is_no_name_of_a_class_then_and_needs_enough_named_clouds(named):
     text = (named / "names.csv").read_text()
     (named / "names.csv").write_text(text.replace(",stick", ",unknown"))
-    with pytest.raises(ValueError, match=r"names\.csv has a class of that name"):
+    with pytest.raises(ValueError, match=r"names\.csv has a class named unknown"):
         label(
             [named / "scans"],
             named / "out",

@@ -306,7 +306,6 @@ def test_vectors_are_written_to_what_is_known_only(model, scans, tmp_path, name,
     (tmp_path / "file").write_text("mine")
     said = fails(capsys, "embed", scans, "--model", model, "--out", tmp_path / name)
     assert (
-        f"--out {tmp_path / name}: a .parquet file, or a folder of them, whose name has no dot"
-        in said
+        f"--out {tmp_path / name}: give a .parquet file, or a folder whose name has no dot" in said
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "s"]

@@ -292,7 +292,7 @@ def test_mistakes_are_one_line(folder, index, capsys, tmp_path):
     (tmp_path / "bad.npy").write_bytes(b"no array")
     assert "bad.npy" in fails(capsys, tmp_path / "bad.npy", *model)
     assert "--up-axis w is unknown: use x, y, z" in fails(capsys, clouds, *model, "--up-axis", "w")
-    assert "has --up-axis z, not y" in fails(
+    assert "made with up axis z, not y" in fails(
         capsys, clouds, *model, "--up-axis", "y", "--index", index
     )
     torch.manual_seed(1)
@@ -358,7 +358,8 @@ def test_the_command_says_its_address_and_ends_by_ctrl_c(folder, tmp_path):
     lines = command.printed().splitlines()
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)", lines[0])
     assert found, lines
-    assert lines[1] == f"from another machine, first: ssh -L {found[1]}:127.0.0.1:{found[1]} HOST"
+    tunnel = f"ssh -L {found[1]}:127.0.0.1:{found[1]} HOST"
+    assert lines[1] == f"from another machine, first run: {tunnel}"
     assert urlopen(f"http://127.0.0.1:{found[1]}", timeout=10).status == 200
     os.kill(command.process.pid, signal.SIGINT)
     assert (command.end(), len(command.printed().splitlines())) == (130, 2)

@@ -335,7 +335,7 @@ def test_a_bad_grid_is_one_line_that_names_file_and_key(
 def test_data_without_labels_is_refused_before_training(write_grid, tmp_path, capsys):
     np.savez(tmp_path / "bare.npz", points=np.random.default_rng(0).normal(size=(40, 64, 3)))
     call(write_grid(), "--data", tmp_path / "bare.npz", "--out", tmp_path / "out", code=2)
-    assert "some or all shapes have no label" in capsys.readouterr().err
+    assert "has no labels, or only for some shapes" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

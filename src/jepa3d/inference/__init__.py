@@ -1,1 +1,1 @@
-"""Uses of a trained encoder: embedding, search, scene features, labels, the viewer and export."""
+"""Use a trained encoder: vectors, search, labels, predictions, scenes, the viewer and export."""

@@ -1,5 +1,5 @@
-"""External bucket sort: writes the points of a scene to disk sorted by grid cell, so that one read
-returns the points of a cell.
+"""Sort the points of a scene by grid cell, on disk (an external bucket sort), so that all points of
+a cell can be read at once.
 """
 
 from collections.abc import Iterator
@@ -14,25 +14,26 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# Z-up coordinates, and the point's row in the scan.
+# A point: its z-up coordinates, and its row in the scan.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
-_STRIP = 1024  # approximate number of cells in a line; limits how many tiles are held at once
-# Bits of a sorting key: for the random order within a cell, and for the cell.
+# Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
+_STRIP = 1024
+# Numbers of bits of a sorting key: for the random order within a cell, and for the cell.
 _HASH_BITS, _KEY_BITS = 24, 40
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of cells whose side is half a tile, numbered from 1 along each axis; tile t covers
-    cells t and t + 1.
+    """A grid over a scene. Its cells are half as long as a tile, and are numbered from 1 along each
+    axis. Along each axis, tile t covers the cells t and t + 1.
 
-    So tiles overlap by half, and each cell lies in two tiles along each axis. An axis no longer
-    than a tile is not split: it has only cell 1 and tile 1.
+    So tiles overlap by half, and each cell lies in two tiles along each axis. If the scene is no
+    longer than a tile along an axis, this axis is not split: it has only cell 1 and tile 1.
     """
 
-    low: np.ndarray  # 3, lowest corner of the scene's box
-    high: np.ndarray  # 3, highest corner
+    low: np.ndarray  # 3, lowest corner of the scene's bounding box
+    high: np.ndarray  # 3, highest corner of the bounding box
     tile: float  # side of a tile
 
     @cached_property
@@ -61,19 +62,20 @@ class Grid:
 
     @cached_property
     def _line(self) -> tuple[int, int, int, int]:
-        """The longer and the shorter horizontal axis, the width of a strip in cells, and the height
-        of the grid in cells (with a margin).
+        """The longer and the shorter horizontal axis, the width of a strip (see `keys`) in cells,
+        and the height of the grid in cells (with a margin).
         """
         major = int(self.count[1] > self.count[0])
         height = int(self.count[2]) + 2
         return major, 1 - major, max(8, _STRIP // height), height
 
     def keys(self, cells: np.ndarray) -> np.ndarray:
-        """Return an integer key for each of the cells or tiles n 3, which are processed in the
+        """Return an integer key for each of the cells or tiles n 3. Cells are processed in the
         order of their keys.
 
-        The grid is cut into strips along its longer horizontal axis, and each strip into lines
-        across it. Two consecutive lines contain all cells of the tiles between them.
+        The grid is cut into strips along its longer horizontal axis, and each strip is cut into
+        lines, which cross the strip. Within a strip, the cells of a tile lie in two consecutive
+        lines.
         """
         major, minor, strip, height = self._line
         lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]
@@ -85,13 +87,12 @@ class Grid:
         return keys // (strip * height)
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return sorting keys (uint64 n): they order points by cell, and at random within a cell.
+        """Return sorting keys (uint64 n) that order points by cell, and at random within a cell.
 
-        The random order depends only on `index`, so the chunks in which points are read don't
-        matter.
+        The random order depends only on `index`, and not on the chunks in which points are read.
         """
         mixed = index.astype(np.uint64)
-        # The splitmix64 hash of the index.
+        # This is the splitmix64 hash of the index.
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)
@@ -101,10 +102,10 @@ class Grid:
 def tiles_of(
     grid: Grid, coords: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the occupied tiles, given the occupied cells n 3 and their point counts n.
+    """Find the occupied tiles, given the occupied cells n 3 (`coords`) and their point counts n.
 
-    Returns the tiles' coordinates t 3, their point counts t, and for each cell the rows of its
-    tiles in these two arrays, n k.
+    Returns the coordinates t 3 of the tiles, their point counts t, and for each cell the rows of
+    its k tiles in these two arrays, n k.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))
@@ -113,8 +114,8 @@ def tiles_of(
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return the distinct keys, the first row of each, for each row its position among the distinct
-    keys, and how often each key occurs.
+    """Return the distinct keys, the first row of each of them, the position of each row's key among
+    the distinct keys, and how often each distinct key occurs.
     """
     return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
 
@@ -131,11 +132,12 @@ def choose_tile(
 ) -> float:
     """Choose the tile size for which the median occupied tile holds about `goal` points.
 
-    sample: n 3, a random sample of the scene's `total` points. The size is the whole extent if the
-    scene has few points, else it is rounded to two digits.
+    low, high: corners of the scene's bounding box. sample: n 3, a random sample of the scene's
+    `total` points. If the scene has few points, the tile size is the whole extent of the scene;
+    otherwise it is rounded to two digits.
     """
     extent = float((high - low).max())
-    larger, points = extent, np.inf  # of the previous step
+    larger, points = extent, np.inf  # tile size and median count of the previous step
     for step in range(120):
         tile = extent if step == 0 else float(f"{extent * 2 ** (-step / 4):.2g}")
         median = median_count(Grid(low, high, tile), sample) * total / len(sample)
@@ -153,11 +155,11 @@ def grid_for(
     tile: float | None,
     encoder: PointEncoder,
 ) -> Grid:
-    """Return the grid for tiles of side `tile`, or of a side that suits the encoder if None.
+    """Return the grid for tiles of side `tile`. If `tile` is None, choose a side that suits the
+    encoder.
 
-    sample: n 3, a random sample of the scene's `total` points, whose box has the corners low and
-    high. Raises ValueError if the tile is too small: if there are more cells than keys, or too few
-    points in a tile.
+    low, high, sample, total: see `choose_tile`. Raises ValueError if tiles are too small, so that
+    there are more cells than keys, or too few points in the median tile.
     """
     choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
     grid = Grid(low, high, choose() if tile is None else tile)
@@ -171,9 +173,10 @@ def grid_for(
 
 
 class Cells:
-    """The occupied cells of a scene in the order of their keys, and the file of their points.
+    """The occupied cells of a scene, in the order of their keys, and the file that has the points
+    of the cells.
 
-    The points of a cell are in random order, so its first n points are a random sample.
+    The points of a cell are in random order, so the first n points are a random sample of the cell.
     """
 
     def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
@@ -183,15 +186,15 @@ class Cells:
         self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Read the records of `count` points of a cell (by default all), from point number `first`
-        on.
+        """Read the records of `count` points of a cell, starting with point number `first`. If
+        `count` is None, read all points from there on.
         """
         count = int(self.counts[cell]) - first if count is None else count
         self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
-        """Return the rows in `self.coords` of those cells n 3 that are occupied."""
+        """Find which of the cells n 3 are occupied; returns their rows in `self.coords`."""
         keys = self.grid.keys(coords)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return at[self.keys[at] == keys]
@@ -211,9 +214,9 @@ def sort_points(
 ) -> Cells:
     """Sort the points of a scene by cell into a file in `folder`, and return its cells.
 
-    parts: arrays n 3 in the file's axes. sample: n 4, z-up coordinates and row of a random sample
-    of the points; quantiles of the sample are the limits of the buckets, each of which is sorted in
-    memory. bar: a progress bar that counts each point twice.
+    parts: arrays n 3 in the file's axes. sample: n 4, the z-up coordinates and the row in the scan
+    of randomly sampled points. Quantiles of this sample divide the points into buckets; each bucket
+    is then sorted in memory. bar: a progress bar that counts each point twice.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)

@@ -1,5 +1,5 @@
-"""Finds the clouds at a path and gives each an address, a text by which every command finds it
-again.
+"""Find the clouds at a path, and give each cloud an address: a text by which every command finds
+the cloud again.
 """
 
 import os
@@ -20,27 +20,30 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
 from jepa3d.plain import log
 
-# Patterns of a cloud's part name in a file of many clouds: a row number, or split and row of a
-# fold.
+# For each type of file that holds many clouds, the pattern of the text that selects one of them: a
+# row number, or the split and row in a few-shot fold.
 _PARTS = dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")
 _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place of one cloud: a file, or a part of a store or of a file with many clouds.
+    """The place of one cloud: a file that holds only this cloud; or a file of many clouds, or a
+    store (a dataset of `jepa3d prepare`), and the part that selects the cloud.
 
-    As text: FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, the text means
-    this file, even if the name contains #. If a file is called FILE#PART, the part is written
-    FILE/#PART instead, which no file can be called.
+    As text, this is FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, the text
+    means this file, even if the name contains #. So if there is a file called FILE#PART, the cloud
+    PART of FILE is written FILE/#PART, which no file can be called.
     """
 
-    file: str  # absolute
-    # The row in an array of clouds, the sample of a few-shot fold, or the key in a store.
+    file: str  # absolute path of the file or store
+    # the row in an array of clouds, the sample in a few-shot fold, or the key in a store
     part: str | None = None
 
     def __str__(self) -> str:
-        """Write the address as text that `parse` turns back into it, as long as the files exist."""
+        """Return the address as text. `parse` turns this text back into the address, provided that
+        the file exists.
+        """
         if self.part is None:
             return spelled(self.file)
         text = spelled(f"{self.file}#{self.part}")
@@ -68,7 +71,7 @@ class Address:
 
     @property
     def z_up(self) -> bool:
-        """True for a cloud in a store, which always has z up, whatever `up_axis` says about files."""
+        """True for a cloud in a store: it always has z up, whatever `up_axis` says of files."""
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
@@ -91,16 +94,17 @@ class Address:
 class Item:
     """One cloud, which is read only when needed."""
 
-    path: str  # its address as text
+    path: str  # the cloud's address as text
     read: Callable[[], PointCloud]  # picklable
     stamp: int = 0  # changes when the cloud's file changes
     label: str | None = None
-    # True for a cloud in a store, which always has z up, whatever `up_axis` says about files.
+    # true for a cloud in a store: it always has z up, whatever `up_axis` says of files
     z_up: bool = False
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
-        """Return the points N 3 of `cloud`, which is this cloud as read or sampled, rotated to z-up
-        (or not rotated for "none").
+        """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points N 3.
+
+        cloud: the result of `read`, or points sampled from it.
         """
         if self.z_up or up_axis == "none":
             return cloud.points
@@ -121,8 +125,8 @@ def find_clouds(
     """Find the clouds in files, folders and stores, each once.
 
     A path may also be the address of one cloud. Returns the clouds, and pairs (path, reason) of the
-    files without a cloud. optional: those of the paths that may have no cloud; they are then listed
-    among these files. Raises ReadError for any other path without a cloud.
+    files without a cloud. optional: paths that may be without clouds; such a path is then listed
+    like a file without a cloud. Raises ReadError for any other path without clouds.
     """
     items: dict[str, Item] = {}
     skipped: dict[str, str] = {}
@@ -168,8 +172,8 @@ def cloud_paths(path: str | Path) -> list[str]:
 
 
 def _stamp(address: Address) -> int:
-    """Return a number that changes when a cloud changes: the hash of a stored cloud's content, else
-    a hash of the size and modification time of its file.
+    """Return a number that changes when a cloud changes. For a cloud in a store, it is a hash of
+    the cloud's content, else of the size and modification time of the cloud's file.
     """
     if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
@@ -181,7 +185,7 @@ def _stamp(address: Address) -> int:
 
 
 def log_left_out(skipped: list[tuple[str, str]]) -> None:
-    """Log a line for each of the first five files without a cloud, and one for all others."""
+    """Log one line for each of the first five files without a cloud, and one line for the rest."""
     for path, reason in skipped[:5]:
         log.info(f"left out: {because(path, reason)}")
     if len(skipped) > 5:
@@ -189,7 +193,9 @@ def log_left_out(skipped: list[tuple[str, str]]) -> None:
 
 
 def spelled(name: str) -> str:
-    """Escape the bytes of a file name that are not UTF-8, which Parquet and terminals can't hold."""
+    """Escape the bytes of a file name that are not UTF-8, since Parquet and terminals cannot
+    represent them.
+    """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -200,7 +206,7 @@ def original(name: str) -> str:
 
 
 def _address(entry: Entry, root: str) -> Address:
-    """Return the address of an entry of `root`, a folder or a file."""
+    """Return the address of an entry that was found in `root`, a folder or a file."""
     part = None if entry.row is None else str(entry.row)
     if os.path.isdir(root):
         return Address(os.path.join(root, entry.file), part)
@@ -214,7 +220,7 @@ def is_store(path: str) -> bool:
 
 
 def _row_of(path: str, key: str) -> int | None:
-    """Return the row of a key in a store, or None if the store has no such key."""
+    """Return the row of a key in the store at `path`, or None if the store has no such key."""
     _, hashes, order = _store(path)
     wanted = hash64(key.encode("utf-8", "surrogateescape"))
     at = int(np.searchsorted(hashes, np.uint64(wanted)))
@@ -222,7 +228,7 @@ def _row_of(path: str, key: str) -> int | None:
 
 
 def _store(path: str) -> tuple[Store, np.ndarray, np.ndarray]:
-    """Open a store. Returns it with the sorted hashes of its keys and the row of each hash."""
+    """Open a store. Returns the store, the sorted hashes of its keys, and the row of each hash."""
     return _opened(path, os.stat(os.path.join(path, "store.json")).st_mtime_ns)
 
 

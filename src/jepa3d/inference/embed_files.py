@@ -1,5 +1,5 @@
-"""`jepa3d embed`: writes the vectors of clouds to Parquet on all cores; later calls add what is
-new.
+"""`jepa3d embed`: compute the vectors of clouds on all cores and write them to Parquet. Later calls
+add the vectors of new and changed clouds.
 """
 
 import os
@@ -22,7 +22,7 @@ from jepa3d.inference.vectors import Vectors, table, update, write
 from jepa3d.locking import writing
 from jepa3d.plain import log
 
-COMMIT_SECONDS = 60.0  # fewest seconds between two writes of the file
+COMMIT_SECONDS = 60.0  # smallest number of seconds between two writes of the file
 
 
 def embed_files(
@@ -45,13 +45,13 @@ def embed_files(
     `paths`, or whose files no longer exist.
 
     Returns how many clouds are new, changed, unchanged, forgotten (deleted) and left out, and how
-    many points were NaN; logs these counts and each cloud that cannot be used. Raises ValueError
-    for wrong settings and if another command is writing to `out`, and ReadError if no cloud can be
-    used.
+    many points were NaN. These counts, and every cloud that cannot be used, are also logged. Raises
+    ValueError for wrong settings, or if another command is writing to `out`, and ReadError if no
+    cloud can be used.
     """
     files, shares = _share_files(out, share)
     if workers < 0:
-        raise ValueError(f"--workers {workers}: a number from 1, or 0 for one a core")
+        raise ValueError(f"--workers {workers}: give 1 or more, or 0 for one per core")
     embedder = Embedder(model, up_axis, layer, pooling, keep_strays=keep_strays)
     # With `prune` a folder may be empty: all its vectors are then deleted.
     emptied = [path for path in paths if prune and path.is_dir()]
@@ -71,7 +71,7 @@ def embed_files(
                 embedder.spec.check(vectors.spec, file)
                 stamps = vectors.column("stamp")
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
-            # May stay empty, but its name records the number of shares.
+            # This file may stay empty, but its name records the number of shares.
             elif shares > 1:
                 write([table(embedder.spec, [])], file)
             part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
@@ -80,7 +80,7 @@ def embed_files(
             gone = {x for x in gone if x.startswith(inside) or Address.parse(x) is None}
             counts.update(known=len(known), tried=len(todo), forgotten=len(gone))
             counts["unchanged"] += len(part) - len(todo)
-            # Starting a process takes seconds, so each needs a few batches of work.
+            # Starting a process takes seconds, so every process must get a few batches of work.
             batch, module = embedding.BATCH, embedding.__name__
             useful = min(os.cpu_count() or 1, max(1, len(todo) // (4 * batch)))
             work = embedder.work, todo, batch, workers or useful, "embedding", module
@@ -98,8 +98,9 @@ def embed_files(
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
-    """Return share number -> file for the files to write, and the number of shares. Raises
-    ValueError.
+    """Return share number -> file, for the files that this call writes, and the number of shares.
+
+    Raises ValueError if `share` or `out` cannot be used.
     """
     first, _, of = share.partition("/")
     if not (first.isdigit() and of.isdigit() and 1 <= int(first) <= int(of)):
@@ -109,18 +110,18 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
         if shares > 1:
             raise ValueError(f"--share {share}: needs a folder as --out, not a file")
         if out.is_dir():
-            raise ValueError(f"{out}: exists and is no file; choose another --out")
+            raise ValueError(f"{out}: is a folder, not a file; choose another --out")
         return {1: out}, 1
     if out.suffix or out.is_file():
-        allowed = "a .parquet file, or a folder of them, whose name has no dot"
-        raise ValueError(f"--out {out}: {allowed}; .lancedb: see jepa3d index")
+        allowed = "give a .parquet file, or a folder whose name has no dot"
+        raise ValueError(f"--out {out}: {allowed}; for .lancedb, see jepa3d index")
     begun = {shares} if shares > 1 else set()
     for file in out.glob("*.parquet"):
         if not (part := re.fullmatch(r"part-\d+of(\d+)\.parquet", file.name)):
             raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        raise ValueError(f"--share {share}: was begun with n = {min(begun - {shares})}")
+        raise ValueError(f"--share {share}: {out} has n = {min(begun - {shares})}")
     total = min(begun, default=1)
     # Without --share, this call computes all shares, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
@@ -137,8 +138,9 @@ def _collect(
 ) -> None:
     """Write results to a file at intervals and at the end, even if the run is interrupted.
 
-    known: paths that the file has already. gone: paths whose rows are to be deleted. Each write
-    rewrites the whole file, so the interval is at least ten times as long as the last write took.
+    known: paths that the file has already. gone: paths whose rows are to be deleted. counts: is
+    updated. Each write rewrites the whole file, so the interval to the next write is at least ten
+    times as long as the write took.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0

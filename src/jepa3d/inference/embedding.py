@@ -1,5 +1,5 @@
-"""Computes vectors of clouds in memory: `jepa3d.embed` for arrays or files, and `jepa3d.Embedder`
-for batches of paths.
+"""Compute the vectors of clouds in memory: `jepa3d.embed` takes arrays or files, `jepa3d.Embedder`
+takes batches of paths.
 """
 
 import warnings
@@ -29,24 +29,24 @@ if TYPE_CHECKING:  # needs the extra `search`
     import pyarrow as pa
 
 Clouds = str | Path | np.ndarray | Tensor | Sequence
-BATCH = 32  # clouds encoded at once
+BATCH = 32  # number of clouds that are encoded at once
 
 
 class Seen(NamedTuple):
-    """A cloud as read, and as the encoder receives it."""
+    """A cloud as it was read, and as the encoder receives it."""
 
-    read: PointCloud  # as read
-    cloud: PointCloud  # the same, or points sampled from it if it is a mesh
-    points: np.ndarray  # N 3, the points of `cloud`, z-up
-    frame: Frame  # the points in the encoder's coordinates
+    read: PointCloud  # as it was read
+    cloud: PointCloud  # equal to `read`, or points sampled from it if it is a mesh
+    points: np.ndarray  # N 3, the points of `cloud`, rotated to z-up
+    frame: Frame  # the encoder's input, and the mapping of points to the encoder's coordinates
 
 
 class Embedded(NamedTuple):
-    """The vector of a cloud, and facts about the cloud as read."""
+    """The vector of a cloud, and facts about the cloud as it was read."""
 
-    vector: np.ndarray  # E; before encoding, the encoder's input num_points 3
+    vector: np.ndarray  # E; before encoding, it is the encoder's input, num_points 3
     num_points: int
-    unseen: int  # number of NaN points, which were left out
+    unseen: int  # number of points with NaN coordinates, which were left out
     remarks: list[str]  # lines for the user, such as how many points were left out
 
 
@@ -57,16 +57,17 @@ def embed(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> np.ndarray:
-    """Compute vectors n E float32 of clouds: one array N 3, many (n N 3, or a list of arrays), or
-    paths.
+    """Compute the vectors of clouds; returns n E float32.
 
-    A path is a file, a folder of files, or a store; it gives a vector for every cloud there, in the
-    order of `cloud_paths`. A cloud that cannot be used gets a row of NaN, and a warning names it.
+    clouds: one cloud as an array N 3; several clouds as an array n N 3 or a list of arrays; a path;
+    or a list of paths. A path is a file, a folder of files, or a store. It gives a vector for every
+    cloud there, in the order of `cloud_paths`. A cloud that cannot be used gets a row of NaN, and a
+    warning names it.
 
-    encoder: `jepa3d.load()` by default. up_axis: the clouds' up axis x, y or z (a store knows its
-    own), or none for vectors that don't depend on the cloud's rotation. layer and pooling: see
-    `PointEncoder.embed`. Raises ValueError for a setting that does not exist, and ReadError if no
-    cloud can be used.
+    encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (it is
+    not used for stores), or "none" for vectors that do not depend on the rotation of a cloud. layer
+    and pooling: see `PointEncoder.embed`. Raises ValueError for a setting that does not exist, and
+    ReadError if no cloud can be used.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2
@@ -83,8 +84,8 @@ def embed(
 def embed_each(
     clouds: Clouds, encoder: PointEncoder, spec: EmbeddingSpec
 ) -> tuple[list[tuple[str, np.ndarray | None]], list[str]]:
-    """Compute the vectors as `embed` does. Returns pairs of path and vector (None if the cloud
-    cannot be used), and an error text for each cloud without a vector.
+    """Compute vectors as `embed` does. Returns a pair (path, vector) for each cloud, and an error
+    text for each cloud that cannot be used; the vector of such a cloud is None.
 
     Raises ReadError if no cloud can be used.
     """
@@ -104,7 +105,9 @@ def embed_each(
 
 
 def _items_of(clouds: Clouds) -> Iterator[Item]:
-    """Yield one item per cloud; an unusable path becomes an item that raises when it is read."""
+    """Yield one item per cloud. A path without clouds becomes an item that raises ReadError when it
+    is read.
+    """
     if isinstance(clouds, (str, Path)) or getattr(clouds, "ndim", 0) == 2:
         clouds = [clouds]
     for i, cloud in enumerate(clouds):
@@ -116,7 +119,7 @@ def _items_of(clouds: Clouds) -> Iterator[Item]:
 
 
 def _whole_cloud(points: np.ndarray | Tensor) -> PointCloud:
-    """Make a cloud of an array. Raises ReadError if a coordinate is not finite."""
+    """Turn an array into a cloud. Raises ReadError if a coordinate is not finite."""
     cloud = PointCloud.make(as_array(points))
     if cloud.unseen:
         raise ReadError("has NaN or infinite coordinates")
@@ -130,7 +133,7 @@ def log_remarks(path: str, remarks: list[str]) -> None:
 
 
 def see(encoder: PointEncoder, item: Item, up_axis: str) -> Seen:
-    """Read a cloud or mesh and bring it into the encoder's frame. Raises ReadError if that fails."""
+    """Read a cloud or mesh and convert it to the encoder's input. Raises ReadError on failure."""
     try:
         read = item.read()
         cloud = sampled(read, encoder.num_points)
@@ -157,7 +160,9 @@ def _seen_by(encoder: PointEncoder, spec: EmbeddingSpec, item: Item) -> Embedded
 def encode(
     encoder: PointEncoder, spec: EmbeddingSpec, results: Iterable[Embedded | str]
 ) -> Iterator[Embedded | str]:
-    """Encode in batches: replace the encoder's input in each result by its vector."""
+    """Encode the results of `_seen_by` in batches: in each result, replace the encoder's input by
+    the vector. Error texts are passed on.
+    """
     results = iter(results)
     while batch := list(islice(results, BATCH)):
         points = [result.vector for result in batch if isinstance(result, Embedded)]
@@ -177,7 +182,8 @@ _loaded = lru_cache(maxsize=1)(load)
 def embed_items(
     model: str, spec: EmbeddingSpec, points_only: bool, items: list[Item]
 ) -> list[Embedded | str]:
-    """Worker. Compute the vectors of clouds; for a cloud that cannot be used, return the reason.
+    """Compute the vectors of clouds in a worker process. For a cloud that cannot be used, return
+    the reason.
 
     points_only: return the encoder's inputs instead of vectors.
     """
@@ -187,12 +193,13 @@ def embed_items(
 
 
 class Embedder:
-    """Turns batches of paths into rows with vectors; create it once per process and call it for
-    every batch, for example as an actor of Ray Data.
+    """Turn batches of paths into rows with vectors. Create an Embedder once per process and call it
+    for every batch, for example as an actor of Ray Data.
 
-    model, up_axis, layer, pooling and keep_strays are those of `jepa3d embed`. workers: number of
-    processes that read and embed; if a file crashes its parser, only that file's row is lost.
-    `spec` is the specification that `jepa3d embed` stores with such vectors.
+    model, up_axis, layer, pooling and keep_strays: as for `jepa3d embed`. workers: number of
+    processes that read and embed. If a file crashes the code that parses it, only the row of this
+    file is lost. The attribute `spec` is the specification that `jepa3d embed` would store with the
+    vectors.
 
     >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, num_cpus=1)
     """
@@ -209,26 +216,26 @@ class Embedder:
         encoder, self.workers = load(model), workers
         encoder.keep_strays = keep_strays
         self.spec = EmbeddingSpec.of(model, encoder, up_axis, layer, pooling)
-        # False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
+        # This is False in a Ray actor that did not request a GPU, since Ray hides the GPU from it.
         self.on_device = torch.accelerator.is_available()
         self.encoder = self.spec.applied(encoder).to(default_device())
         self.work = partial(embed_items, model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
-        """Return the results of `work` with vectors, encoded here if this process has the
-        accelerator.
+        """Return the results of `work` with their vectors. If this process has an accelerator,
+        `work` returned the encoder's inputs, which are encoded here.
         """
         if self.on_device:
             return encode(self.encoder, self.spec, results)
         return iter(results)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pa.Table":
-        """Return the rows of `vectors.py`, with a column `error`, for every cloud of the paths in
-        the column `path`.
+        """Return one row for every cloud at the paths in the column `path`. The columns are those
+        of `vectors.py`, including `error`.
 
-        A path is a file, a folder, a store, or the address of one cloud; duplicates are used once.
-        A cloud that cannot be used gets a row with its path and its error, and null elsewhere. Rows
-        with vectors come first.
+        A path is a file, a folder, a store, or the address of one cloud. A cloud that is found
+        twice gets one row. A cloud that cannot be used gets a row with its path and its error; the
+        other columns are null. Rows with vectors come first.
         """
         from jepa3d.inference.vectors import table, with_errors
 
@@ -247,5 +254,5 @@ class Embedder:
 
 
 def as_row(item: Item, result: Embedded) -> tuple:
-    """Return the values of a row in a file of vectors."""
+    """Return a cloud's row in a file of vectors, as a tuple."""
     return item.path, item.label, result.num_points, item.stamp, result.vector

@@ -1,5 +1,5 @@
-"""`jepa3d export`: writes an encoder or a classifier as ONNX, torch.export program and Hub folder,
-and compares the results of the files with torch.
+"""`jepa3d export`: write an encoder or a classifier as ONNX, as a torch.export program and as a Hub
+folder, and check that the exported files give the same results as torch.
 """
 
 import json
@@ -35,7 +35,7 @@ except ImportError as error:
     raise ValueError("export needs ONNX: pip install 'jepa3d[export]'") from error
 
 RTOL, ATOL = 1e-4, 1e-5  # tolerances of the comparison with torch
-MAX_POINTS = 10**6  # most points of a cloud, as declared to torch.export
+MAX_POINTS = 10**6  # largest number of points of a cloud, as declared to torch.export
 BATCHES = (1, 2, 7)  # batch sizes that are compared
 SIZES = ("num_points", "num_groups", "group_size")
 
@@ -59,7 +59,9 @@ class Graph(nn.Module):
         return (clouds.numpy(),)
 
     def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
-        """Return the network's own outputs for clouds B N 3; there may be more than in `outputs`."""
+        """Return what the network itself computes in torch for clouds B N 3: the graph's `outputs`,
+        perhaps followed by others.
+        """
         if not isinstance(self.network, PointEncoder):
             return (self.network.predict(clouds),)
         tokens, centers = self.network.tokens(clouds)
@@ -106,9 +108,10 @@ class ToClasses(Graph):
 def export(model: str | Path, out: str | Path) -> dict[str, float]:
     """Export a model into a new folder `out`.
 
-    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns each file's largest
-    difference from torch. Raises ValueError for a model that cannot be loaded or exported, if `out`
-    exists, or if results differ too much from torch's; then nothing is written.
+    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns file name -> largest
+    difference from the results of torch. Raises ValueError if the model cannot be loaded or
+    exported, if `out` exists, or if results differ too much from those of torch; nothing is written
+    then.
     """
     out = Path(out)
     if out.exists():
@@ -117,9 +120,10 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # `prepared` looks up this many nearest points, but a cloud may have only `min_points`.
+    # `prepared` looks up this many nearest points of each point, even in a cloud of only
+    # `min_points` points.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
-        raise ValueError(f"{model}: needs num_groups {needed} to be exported")
+        raise ValueError(f"{model}: export needs num_groups of at least {needed}")
     differences: Differences = {}
     replace_folder(out, partial(_write, network, encoder, differences), True)
     return differences
@@ -127,7 +131,9 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def _write(network: Network, encoder: PointEncoder, found: Differences, folder: Path) -> None:
-    """Write every file of the folder, and add its largest difference from torch to `found`."""
+    """Write every file of the folder, and add the largest difference of each exported file from
+    torch to `found`.
+    """
     properties = {name: str(getattr(encoder, name)) for name in SIZES}
     if isinstance(network, PointEncoder):
         graphs: list[Graph] = [FromPoints(network), FromPatches(network)]
@@ -153,8 +159,8 @@ def _write(network: Network, encoder: PointEncoder, found: Differences, folder: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence messages of torch and onnxscript: about a missing torchvision, deprecations, and
-    every folded node.
+    """Silence messages of torch and onnxscript about a missing torchvision, about deprecations, and
+    about every graph node that is folded into a constant.
     """
     logging.disable(logging.WARNING)
     try:
@@ -166,8 +172,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
-    """Export a graph for any batch size and, if its input is points, any number of points."""
-    # Exported with two clouds, since torch would make a batch of 1 a constant.
+    """Export a graph for any batch size. If the graph's input is points, it is also exported for
+    any number of points.
+    """
+    # The example has two clouds, since torch would make a batch size of 1 a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())
     axes = {0: torch.export.Dim("batch", min=1)}
     if graph.inputs == ("points",):
@@ -175,7 +183,7 @@ def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgra
         axes[1] = torch.export.Dim("num_points", min=least, max=MAX_POINTS)
     shapes = dict.fromkeys(graph.inputs, axes)
     arrays = tuple(map(torch.from_numpy, graph.arrays(clouds)))
-    # Strict, because otherwise torch takes the `len` of a tensor for a constant.
+    # Strict, because torch would otherwise treat the `len` of a tensor as a constant.
     return torch.export.export(graph, arrays, dynamic_shapes=shapes, strict=True)
 
 
@@ -253,8 +261,9 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 
 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """Prepare clouds B N 3 as `jepa3d.frame` and its `fill` do, but with operations that a graph
-    can contain. Their checks are left out, since a graph cannot raise errors.
+    """Prepare clouds B N 3 as the functions `frame` and `fill` of `jepa3d.frame` do, but with
+    operations that a graph can contain. The checks of these functions are left out, since a graph
+    cannot raise errors.
     """
     points = without_strays(points.double(), encoder.min_points)
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
@@ -266,17 +275,18 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     order, apart = farthest_point_scan(points, count, start)
     chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
     row = torch.arange(encoder.num_points, device=device) % different
-    # With too few points, the index is out of bounds, so that the runtime raises an error.
+    # If a cloud has too few points, an index is set out of bounds, so that the runtime raises an
+    # error.
     row = torch.where(different < min_points, 2**30, row)
     source = gather_points(chosen, row)
     # The distances of all pairs are costly, so they are computed only if a cloud has too few
     # points.
     copied = (different < encoder.num_points).any()
-    # Neighbours that a point needs: itself, and one for each further round of copies.
+    # Number of neighbours that each point needs: itself, and one more for each round of copies.
     most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)
 
     def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
-        # Points after the first `different` are copies of these.
+        # Only the first `different` rows of `chosen` are different points; the rest are copies.
         among = torch.arange(chosen.shape[1], device=device) < different
         distance = squared_distance(chosen, chosen)
         distance = distance.masked_fill(~among[:, None], torch.inf)
@@ -296,8 +306,9 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
 
 
 def without_strays(points: Tensor, min_points: int) -> Tensor:
-    """Replace each stray point (see `frame.without_strays`) of clouds B N 3, in double, by a point
-    that is not stray.
+    """Replace each stray point of clouds B N 3 (double) by a point that is not stray.
+
+    Stray points are those that `frame.without_strays` removes.
     """
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
     weights = points.new_tensor([1, 2**0.5, torch.pi])
@@ -331,7 +342,7 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
 
 
 def _onto_one(points: Tensor, kept: Tensor) -> Tensor:
-    """Replace the points B N 3 that are not kept (mask B N) by the first point that is."""
+    """Replace all points B N 3 that are not kept (mask B N) by the first point that is kept."""
     place = torch.arange(points.shape[1], device=points.device)
     first = kept.long().argmax(1, keepdim=True)
     return gather_points(points, torch.where(kept, place, first))

@@ -1,4 +1,6 @@
-"""Parts common to the search in files and in stores: neighbours, their order, row conditions."""
+"""What the search in Parquet files (search.py) and the search in LanceDB (lance.py) have in common:
+neighbours, their order, and conditions on rows.
+"""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ import numpy as np
 from jepa3d.inference.vectors import pa, pc
 
 COLUMNS = ("path", "label", "num_points")
-SLACK = 1e-5  # twice the largest rounding error of a cosine in float32, in any order of summing
+# twice the largest rounding error of a cosine in float32, whatever the order of its sum
+SLACK = 1e-5
 _COMPARE = {
     "=": pc.equal,
     "!=": pc.not_equal,
@@ -37,10 +40,10 @@ def best(hits: list[Hit], k: int) -> list[Hit]:
 def rank(
     query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list, k: int
 ) -> list[Hit]:
-    """Return those k of vectors n E that are nearest to a query E of length 1.
+    """Rank vectors n E by their cosine with a query E of length 1; returns the k best hits.
 
-    Each cosine is summed separately in float64 and rounded to six decimals, so that copies of a
-    cloud get exactly the same cosine.
+    paths and labels: those of the n vectors. Each cosine is summed separately in float64 and
+    rounded to six decimals, so that copies of a cloud get exactly the same cosine.
     """
     x = vectors.astype(np.float64)
     cosine = np.round((x * query).sum(1) / np.linalg.norm(x, axis=1), 6)
@@ -60,18 +63,19 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """Parse a condition. Raises ValueError that says what is allowed."""
+        """Parse a condition. Raises a ValueError that says what is allowed."""
         shape = r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*"
         match = re.fullmatch(shape, text, re.DOTALL)
         if not match or match[1] not in COLUMNS:
-            quoted = "'COLUMN OP VALUE' in quotes, else the shell takes < > * ?"
-            allowed = f"columns {', '.join(COLUMNS)}; OP = != < <= > >= or ~"
+            quoted = "write 'COLUMN OP VALUE', quoted since shells interpret < > * ?"
+            allowed = f"COLUMN: {', '.join(COLUMNS)}; OP: = != < <= > >= or ~"
             raise ValueError(f"condition {text!r}: {quoted}; {allowed}")
         column, compare, value = match.groups()
         if column != "num_points":
             return Condition(column, compare, value)
         if not re.fullmatch(r"\d+", value) or compare == "~":
-            raise ValueError(f"condition {text!r}: needs a number: 'num_points>=1000'")
+            example = "compare with a number, such as 'num_points>=1000'"
+            raise ValueError(f"condition {text!r}: {example}")
         return Condition(column, compare, int(value))
 
     def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -92,7 +96,7 @@ class Condition:
 
 
 def regex(pattern: str) -> str:
-    """Return a regular expression for the whole text, from a pattern with the wildcards * and ?."""
+    """Turn a pattern with the wildcards * and ? into a regular expression for whole texts."""
     return f"^(?s:{re.escape(pattern)})$".replace(r"\*", ".*").replace(r"\?", ".")
 
 

@@ -1,18 +1,18 @@
-"""`jepa3d label`: turns unlabelled clouds into a classifier: it proposes clusters, takes a few
-names, trains a linear head, and labels every cloud.
+"""`jepa3d label`: turn unlabelled clouds into a classifier. The command clusters the clouds, takes
+names for a few of them, trains a linear head on the frozen encoder, and labels every cloud.
 
-OUT/vectors.parquet  vectors of the clouds, by the frozen encoder
+OUT/vectors.parquet  vectors of the clouds, computed by the encoder
 OUT/names.csv        columns path, name, cluster; lists the clouds nearest to each cluster centre:
                      fill in the names you know, and add rows for other clouds if you like
-OUT/clusters.html    pictures of these clouds
+OUT/clusters.html    pictures of the clouds that names.csv lists
 OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
-OUT/labels.csv       columns path, class, probability, second class, its probability; a row per
-                     cloud, least certain first. For an unknown cloud the class is `unknown`, the
-                     probability is empty, and the second class is its most probable one
+OUT/labels.csv       columns path, class, probability, second class, its probability; one row per
+                     cloud, least certain first. For an unknown cloud, the class is `unknown`, the
+                     probability is empty, and the second class is the most probable named class
 
-A cloud is unknown if it resembles none of the named clouds: if the cosine of its vector with the
-nearest class mean is below a threshold. This measure was chosen among five in experiments that left
-out whole classes: docs/experiments.md, benchmarks/unknown.py.
+With `--unknown`, a cloud is unknown if it resembles none of the named clouds: the cosine of its
+vector with the nearest class mean is below a threshold. This measure was chosen among five by
+experiments in which whole classes were left unnamed (docs/experiments.md, benchmarks/unknown.py).
 """
 
 import csv
@@ -38,9 +38,9 @@ from jepa3d.plain import log, printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # clouds shown per cluster
-FALSE_ALARMS = 0.05  # share of the clouds of named classes that may be called unknown
-# Fewest named clouds for measuring this share: a new cloud falls below the lowest of 19 in one case
-# of 20.
+FALSE_ALARMS = 0.05  # about this share of the clouds of named classes is called unknown
+# The threshold needs at least this many named clouds: the chance that a new cloud of the same
+# classes has a lower cosine than all of 19 others is 1 in 20.
 FEWEST = 19
 _SEED = 0
 
@@ -83,7 +83,7 @@ def label(
     rows = np.array([i for i, path in enumerate(cloud_paths) if path in known])
     classes, y = np.unique([known[cloud_paths[i]] for i in rows], return_inverse=True)
     if unknown and UNKNOWN in classes:
-        raise ValueError(f"--unknown: {names} has a class of that name; rename it")
+        raise ValueError(f"--unknown: {names} has a class named {UNKNOWN}; rename it")
     threshold, appearance = known_clouds(x, rows, y) if unknown else (-1.0, {})
     head, estimate = fit_head(x[rows], y)
     encoder, spec = load(model), vectors.spec
@@ -103,12 +103,13 @@ def label(
     named = f"{len(rows):,} named clouds of {len(classes)} classes"
     if estimate is None:
         alone = printable(", ".join(classes[np.bincount(y) == 1]))
-        needed = f"one cloud of {alone}; name a second of each"
-        log.info(f"{named}: no estimate while there is {needed}")
+        needed = f"a second named cloud of each of these classes: {alone}"
+        log.info(f"{named}; an estimate of the accuracy needs {needed}")
     else:
         log.info(f"{named}: {100 * estimate:.1f} % correct, cross-validated")
     if unknown:
-        log.info(f"{unlike.sum():,} clouds are called unknown; of known ones 1 in 20")
+        expected = "about 1 in 20 clouds of named classes is among them"
+        log.info(f"{unlike.sum():,} clouds are called unknown; {expected}")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
     log.info(f"written: {written}; jepa3d predict {out} labels others")
 
@@ -123,8 +124,8 @@ def _propose(
     """
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
-        raise ValueError(f"--clusters {count}: from 2 to {len(x):,}, one a cloud")
-    # The size of each cluster, and the paths of the clouds nearest to its centre.
+        raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (one per cloud)")
+    # for each cluster its size, and the paths of the clouds nearest to its centre
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
     sections = []
@@ -146,8 +147,8 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors n E by spherical k-means. Yields each cluster's rows, nearest to its centre
-    first; the largest cluster comes first.
+    """Cluster vectors n E by spherical k-means. Yields the rows of each cluster, beginning with the
+    largest cluster. The rows of a cluster begin with the one nearest to its centre.
     """
     unit = unit_length(x)
     with one_thread():
@@ -186,7 +187,7 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
     """Ask for the clusters' names in the terminal. Returns path -> name for the clouds shown."""
     known = {}
     print("clusters.html shows the clusters. Name each; several may have the same name.")
-    print("Enter skips one, Ctrl-D ends.")
+    print("Enter skips a cluster, Ctrl-D ends.")
     for number, (size, shown) in enumerate(groups, 1):
         files = printable(", ".join(Path(path).name for path in shown[:3]))
         print(f"{number}: {size:,} clouds, such as {files}")
@@ -201,26 +202,26 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
 def known_clouds(
     x: np.ndarray, rows: np.ndarray, y: np.ndarray
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """Compute from the named clouds when a cloud counts as unknown. x: vectors n E; rows: the named
-    ones; y: their classes.
+    """Compute, from the named clouds, the threshold below which a cloud is called unknown.
 
-    Returns the threshold below which a cloud is unknown, and three arrays: `shift` E and `spread`
-    E, the mean and standard deviation of all vectors, and the class `means` [classes, E], of length
-    1. A vector, standardised by `shift` and `spread`, is compared by cosine with the nearest class
-    mean.
+    x: vectors n E of all clouds. rows: rows of the named clouds. y: classes of the named clouds.
+    Returns the threshold and three arrays. `shift` E and `spread` E are the mean and standard
+    deviation of all vectors. `means` [classes, E] are the class means of the standardised vectors,
+    scaled to length 1. The threshold applies to the cosine between a standardised vector and the
+    nearest class mean.
 
-    For the threshold, each named cloud is compared with the mean of its class without this cloud;
-    95 % of the named clouds reach the threshold. Classes with a single named cloud are skipped
-    there. Raises ValueError if fewer than `FEWEST` named clouds remain.
+    About 95 % of the named clouds reach the threshold. Here, each named cloud is compared with the
+    mean of its own class without this cloud; classes with a single named cloud are not used. Raises
+    ValueError if fewer than `FEWEST` named clouds are left.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)
     sums = np.stack([named[y == number].sum(0) for number in range(y.max() + 1)])
     inside = np.flatnonzero(np.bincount(y)[y] > 1)
     if len(inside) < FEWEST:
-        needed = f"{FEWEST} named clouds at least, of classes that have two or more"
+        needed = f"at least {FEWEST} named clouds in classes that have two or more"
         count = f"there are {len(inside)}; name more"
-        raise ValueError(f"--unknown: needs {needed}, and {count}")
+        raise ValueError(f"--unknown: needs {needed}, but {count}")
     cosines, every = named @ unit_length(sums).T, np.arange(len(y))
     cosines[every, y] = (named * unit_length(sums[y] - named)).sum(1)
     lowest = np.sort(cosines[inside].max(1))

@@ -1,9 +1,9 @@
-"""`jepa3d index`: keeps vectors of Parquet files in a LanceDB store of up to millions, which can be
-added, deleted and searched.
+"""`jepa3d index`: copy the vectors of Parquet files into a LanceDB database, here called a store.
+It holds millions of vectors, which can be added, deleted and searched.
 
-Searches are exact (flat cosine) unless `build` has added an index of partitions (IVF_FLAT) and the
-search asks for it. Every change is one LanceDB transaction: readers see the store before or after
-it, and a killed writer changes nothing.
+Searches are exact (flat cosine). They are approximate only if `build` has added an index of
+partitions (IVF_FLAT) and the search asks for it. Every change is one LanceDB transaction: readers
+see the store as it was before or after the change, and a killed writer changes nothing.
 """
 
 from collections.abc import Iterator
@@ -26,15 +26,17 @@ except ImportError as error:
     raise ValueError("a store needs LanceDB: pip install 'jepa3d[search]'") from error
 
 _TABLE = "vectors"
-_SPARE = 64  # additional rows to request, so that ties with the k-th row are noticed
-# How long old versions are kept for processes that still read them.
+# number of rows requested in addition to k, so that ties with the k-th row are noticed
+_SPARE = 64
+# Old versions of the store are kept for so long, for processes that still read them.
 _OLD = timedelta(hours=1)
 
 
 class VectorStore:
-    """An existing store; to make one, use `create_or_update`. Raises ReadError if there is none.
+    """An existing store. To make a new store, use `create_or_update`.
 
-    Hold the lock `jepa3d.locking.writing` while changing the store.
+    Hold the lock `jepa3d.locking.writing` while changing the store. Raises ReadError if there is no
+    store at `path`.
     """
 
     def __init__(self, path: Path):
@@ -53,14 +55,14 @@ class VectorStore:
         return self.table.count_rows()
 
     def delete(self, conditions: list[Condition]) -> int:
-        """Delete the rows for which all conditions hold. Returns how many."""
+        """Delete the rows for which all conditions hold. Returns the number of deleted rows."""
         count = self.table.delete(_sql(conditions)).num_deleted_rows
         self.table.optimize(cleanup_older_than=_OLD)
         return count
 
     def build(self) -> None:
-        """Build an index for approximate search. Its number of partitions is the square root of the
-        number of rows; vectors are not compressed.
+        """Build an index for approximate search. The number of partitions is the square root of the
+        number of rows. The vectors in the index are not compressed.
         """
         self.table.create_index("vector", config=IvfFlat(distance_type="cosine"))
         self.table.create_index("path", config=BTree())
@@ -73,10 +75,10 @@ class VectorStore:
     def search(
         self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
-        """Return the k rows nearest to a query E, ordered as by `rank`.
+        """Return the k rows with the highest cosine to a query E, in the order of `rank`.
 
-        probes: None for an exact search, else how many partitions of the index to search. Raises
-        ValueError if probes are given and the store has no index.
+        probes: how many partitions of the index to search; None for an exact search. Raises
+        ValueError if `probes` is given but the store has no index.
         """
         if probes and not self.indexed:
             raise ValueError(f"{self.path}: --probes needs jepa3d index --ann first")
@@ -86,7 +88,7 @@ class VectorStore:
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        # More rows may tie with the k-th, so all rows up to its distance are requested.
+        # Even more rows may tie with the k-th row, so all rows up to its distance are requested.
         if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
             ask = ask.distance_range(None, distance[k - 1] + SLACK)
             rows = ask.limit(len(self)).to_arrow()
@@ -95,18 +97,18 @@ class VectorStore:
 
 
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
-    """Add vectors to a store, replacing rows of the same path; make the store if there is none.
+    """Add vectors to a store. Rows of the same path are replaced. If there is no store, make it.
 
-    Returns the numbers of new and of replaced rows. Vectors of length zero are left out, since they
-    have no cosine. Raises ValueError for vectors of another specification, and ReadError for a
-    folder that is not a store.
+    Returns the number of new rows and the number of replaced rows. Vectors of length zero are left
+    out, since they have no cosine. Raises ValueError if the vectors have another specification than
+    the store, and ReadError if `path` is a folder that is not a store.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # A killed first command leaves a table without a finished transaction; it is then made again.
+    # If the first command was killed, its table has no finished transaction, and is made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:
@@ -122,7 +124,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
 
 
 def _batches(vectors: Vectors, kind: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the rows whose vector is not zero."""
+    """Yield the rows whose vectors are not zero, with the columns of `kind`."""
     for batch in vectors.batches():
         nonzero = np.linalg.norm(to_numpy(batch["vector"]), axis=1) > 0
         yield from batch.filter(pa.array(nonzero)).cast(kind).to_batches()

@@ -1,5 +1,5 @@
-"""Shows search results as text, JSON or a page, and compares each cosine with the cosines of random
-pairs of the index.
+"""Show search results as text, JSON or an HTML page. Each cosine is compared with the cosines of
+random pairs of vectors in the index, which is the file or database that was searched.
 """
 
 import json
@@ -20,10 +20,11 @@ from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.page import document, facts, note, picture, section, table
 from jepa3d.plain import write_bytes
 
-SAMPLE = 1000  # vectors of an index from which random pairs are made
+SAMPLE = 1000  # all pairs among this many random vectors are the random pairs
 # Limits of a page: neighbours drawn per query, neighbours listed per query, queries with pictures.
 DRAWN, LISTED, PICTURED = 10, 100, 100
-_GROUPS = 32  # row groups of a large file that are read for the sample
+# Of a large Parquet file, this many row groups (blocks of rows) are read for the sample.
+_GROUPS = 32
 
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
@@ -36,8 +37,8 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
 
 
 def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
-    """Sample at most SAMPLE vectors n E of an index; from a large file, 32 evenly spread row groups
-    are read.
+    """Sample at most SAMPLE vectors n E of an index. Of a large file, only 32 evenly spread row
+    groups are read.
     """
     vectors = open_index(index)
     if not isinstance(vectors, Vectors):
@@ -46,7 +47,7 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
         return to_numpy(taken["vector"])
     count = sum(1 for _ in groups(vectors))
     chosen = set(np.linspace(0, count - 1, _GROUPS).round().astype(int).tolist())
-    # A reader is valid only until the next is opened, so each is read at once.
+    # Each `read` is called at once, since it is valid only until `groups` yields the next one.
     numbered = enumerate(groups(vectors))
     parts = [read(["vector"]).column(0) for i, (read, _) in numbered if i in chosen]
     sample = np.concatenate([to_numpy(part) for part in parts])
@@ -54,7 +55,10 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
 
 
 def percentile(cosine: float, pairs: np.ndarray) -> float | None:
-    """Return the percentage of pairs (ascending) with a lower cosine; None if there are no pairs."""
+    """Return the percentage of pairs whose cosine is lower; None if there are no pairs.
+
+    pairs: cosines of random pairs, ascending.
+    """
     if not len(pairs):
         return None
     return round(100 * int(np.searchsorted(pairs, cosine - 1e-6)) / len(pairs), 1)
@@ -74,7 +78,9 @@ def to_text(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
 
 
 def _standing(hit: Hit, pairs: np.ndarray) -> str:
-    """Format the percentage of random pairs with a lower cosine than a hit; "" without pairs."""
+    """Format the percentage of random pairs whose cosine is lower than that of a hit; "" if there
+    are no pairs.
+    """
     found = percentile(hit.cosine, pairs)
     return "" if found is None else f"{found:.1f} %"
 
@@ -88,10 +94,14 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     return json.dumps({"query": name, "hits": rows})
 
 
-# A cloud's points take 100 KiB and are kept, since queries often share neighbours.
+# The points (100 KiB per cloud) are cached, since the same cloud is often a neighbour of many
+# queries.
 @lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
-    """Return the points n 3 of a cloud to be drawn, z-up. Raises ReadError and OSError."""
+    """Return the points n 3, rotated to z-up, that represent a cloud in a picture.
+
+    Raises ReadError or OSError if the cloud cannot be read.
+    """
     item = item_at(path)
     cloud = sampled(item.read(), 1)
     return even_sample(item.turned(cloud, "z" if up_axis == "none" else up_axis))
@@ -113,11 +123,11 @@ def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> lis
 def write_page(
     found: list[tuple[str, list[Hit]]], index: Path, pairs: np.ndarray, out: Path
 ) -> None:
-    """Write a page of queries and their neighbours; the first 100 queries get pictures of their
-    first ten neighbours.
+    """Write an HTML page of queries and their neighbours. For each of the first 100 queries, it has
+    pictures of the first ten neighbours.
     """
-    meaning = f"Beside each cosine: the share of {len(pairs):,} random pairs with a lower cosine."
-    meaning += " A cosine that many pairs reach is no match, even if it is near 1."
+    meaning = f"After each cosine: how many of {len(pairs):,} random pairs are below it."
+    meaning += " A cosine that many pairs exceed is no match, even if it is near 1."
     if len(found) > PICTURED:
         meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."
     parts, spec = [note(meaning)], open_index(index).spec
@@ -130,7 +140,7 @@ def write_page(
         header = ("", "cosine", "random pairs below", "label", "file")
         drawn.append(table(header, rows))
         if (more := len(hits) - LISTED) > 0:
-            hint = "jepa3d search --json has them"
+            hint = "jepa3d search --json lists them"
             drawn.append(note(f"{more:,} more are not listed here; {hint}"))
         parts.append(section(display(name), *drawn))
     encoder = {"encoder": spec.model, "fingerprint": spec.fingerprint}
@@ -140,7 +150,7 @@ def write_page(
 
 
 def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
-    """Draw a query beside its first neighbours, as HTML."""
+    """Draw a query beside its first neighbours; returns HTML."""
     first = hits[:DRAWN]
     titles = [f"{hit.cosine:.4f} {printable(Path(hit.path).name)}" for hit in first]
     caption = f"{display(name)} and its neighbours"
@@ -151,5 +161,5 @@ def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
 
 
 def display(path: str) -> str:
-    """Format a path on one line, relative to the current folder if it lies below it."""
+    """Return a path as one line of text. A path below the current folder is made relative to it."""
     return printable(path.removeprefix(f"{Path.cwd()}/"))

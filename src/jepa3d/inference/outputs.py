@@ -1,12 +1,14 @@
-"""Writes scenes point by point: as PLY, LAS or Parquet.
+"""Write the results of `jepa3d scene`, which are a colour or a feature for every point, as PLY, LAS
+or Parquet.
 
-Parquet has one row per point, in any order:
+A Parquet file has one row per point. The rows are in no particular order; their columns are:
 
 index    the point's row in the scan, from 0
 x, y, z  float64, in the scan's coordinates
 feature  C float32 or float16
 
-The file's metadata `jepa3d` is JSON with the keys format, model, fingerprint, tile and up_axis.
+The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint, tile and
+up_axis.
 """
 
 import json
@@ -35,7 +37,10 @@ def ply_row(more: dict[str, str] | None = None) -> np.dtype:
 
 
 def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> None:
-    """Write a scan's points with colours (a file of uint8 n 3) as a binary PLY."""
+    """Write the `count` points of a scan with their colours as a binary PLY.
+
+    colors: a file of n 3 uint8, in the order of the scan's points.
+    """
     row = ply_row()
     with out.open("wb") as file:
         file.write(header_of(row, count, ["jepa3d scene"]))
@@ -44,12 +49,13 @@ def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> Non
 
 
 def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -> None:
-    """Write a scan's points with colours (a file of uint8 n 3) as LAS, or as LAZ if `out` ends in
-    .laz.
+    """Write a scan's points with their colours as LAS, or as LAZ if `out` ends in .laz.
 
-    A LAS scan keeps its fields, its header's scale and offset, and its coordinate system, but gets
-    the point format with colours. For other scans, the scale is a millionth of the extent of `box`
-    (2 3, lowest and highest corner), at most 0.001, but large enough for the coordinates to fit.
+    colors: a file of n 3 uint8, in the order of the scan's points. A scan that is LAS or LAZ itself
+    keeps its fields, the scale and offset of its header, and its coordinate system, but gets the
+    corresponding point format with colours. For any other scan, the scale (the resolution of
+    coordinates) is a millionth of the extent of `box` (2 3, its lowest and highest corner), but at
+    most 0.001, and large enough for the coordinates to fit into 32 bits.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")
@@ -85,14 +91,18 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     preferred = laspy.point.dims.preferred_file_version_for_point_format(kind.id)
     newest = laspy.header.Version.from_str(max(str(header.version), preferred))
     header.set_version_and_point_format(newest, kind)
-    # The octree of a COPC file no longer matches the file, so its records are dropped.
+    # The records of a COPC file describe an octree, which does not match the new file, so they are
+    # dropped.
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header
 
 
 def _with_rgb(parts: Iterable[Any], colors: Path, bar: tqdm) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield the chunks of a scan with their colours n 3, from a file of uint8 in the scan's order."""
+    """Yield the chunks of a scan, each with its colours n 3.
+
+    colors: a file of n 3 uint8, in the order of the scan's points.
+    """
     with colors.open("rb") as file:
         for part in parts:
             yield part, np.fromfile(file, np.uint8, 3 * len(part)).reshape(-1, 3)
@@ -106,8 +116,9 @@ def write_parquet(
     dtype: str,
     metadata: dict[str, Any],
 ) -> None:
-    """Write chunks of (index n, coordinates n 3, features n C) as Parquet. Needs the extra
-    `search`.
+    """Write chunks of (index n, coordinates n 3, features n C) as Parquet.
+
+    The packages of the extra `search` must be installed.
     """
     from jepa3d.inference.vectors import pa, to_column, vector_type, write
 

@@ -1,4 +1,6 @@
-"""What `jepa3d view` draws: a cloud, and point colours computed from the encoder's tokens."""
+"""Compute what `jepa3d view` draws: the points of a cloud, and their colours, most of them computed
+from the encoder's tokens.
+"""
 
 from typing import NamedTuple
 
@@ -13,8 +15,8 @@ from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.sampling import multi_block
 from jepa3d.ops import three_nn_interpolate
 
-MAX_DRAWN = 200_000
-ROLES = {
+MAX_DRAWN = 200_000  # largest number of points that are drawn
+ROLES = {  # use of a token in pretraining -> its colour
     "unused": (190, 190, 190),
     "context": (31, 119, 180),
     "target 1": (214, 39, 40),
@@ -26,17 +28,18 @@ ROLE_COLORS = np.array(list(ROLES.values()), np.uint8)
 
 
 class View(NamedTuple):
-    """A cloud, drawn and encoded in the same coordinates: z-up, with the encoder's points in the
-    unit sphere.
+    """The points of a cloud that are drawn, and the tokens of its encoded points. All coordinates
+    are the encoder's: z-up, with the encoded points in the unit sphere.
     """
 
     name: str
-    total: int  # number of points in the file; for a mesh, of points sampled
-    points: np.ndarray  # N 3 float32, at most MAX_DRAWN
+    total: int  # number of points in the file, or sampled from a mesh
+    points: np.ndarray  # N 3 float32, at most MAX_DRAWN points
     colors: np.ndarray | None  # N 3 uint8, as in the file
-    tokens: Tensor  # M C, of the last layer
-    centers: Tensor  # M 3, of the tokens
-    # N M, interpolation weights: point features = weights @ tokens, three nearest centres per point
+    tokens: Tensor  # M C, tokens of the last layer
+    centers: Tensor  # M 3, centres of the tokens
+    # N M, weights for interpolation from the three nearest centres of each point: the features of
+    # the points are weights @ tokens
     weights: Tensor
     vector: np.ndarray  # E, the vector that `jepa3d embed` computes
 
@@ -49,10 +52,10 @@ def view_of(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> View:
-    """Read and encode a cloud for the viewer; the encoder's input and the vector are the same as in
-    `embed`.
+    """Read and encode a cloud for the viewer. The encoder's input and the vector are the same as in
+    `jepa3d embed`.
 
-    Raises ReadError and OSError for a cloud that cannot be read.
+    layer, pooling: those of the vector. Raises ReadError or OSError if the cloud cannot be read.
     """
     _, cloud, turned, seen = see(encoder, item, up_axis)
     states, centers = encoder.states(torch.from_numpy(seen.points)[None])
@@ -67,11 +70,12 @@ def view_of(
 
 
 def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
-    """Return the index of the clicked point among points N 3, or None if no point lies near the
-    ray.
+    """Find the point that a user clicked: returns its index among points N 3, or None if no point
+    lies near the ray.
 
-    Candidates are within `reach` of the ray, and at most `reach` deeper than the frontmost of them.
-    The one nearest to the ray is returned.
+    origin, direction: the ray from the viewer through the clicked pixel. Candidates are all points
+    within `reach` of the ray, except those that lie more than `reach` behind the frontmost
+    candidate. The candidate nearest to the ray is chosen.
     """
     direction = np.asarray(direction, float) / np.linalg.norm(direction)
     offset = points - np.asarray(origin, float)
@@ -87,7 +91,7 @@ def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | N
 def pca_colors(view: View) -> tuple[np.ndarray, float]:
     """Compute colours N 3 uint8 from the first three principal components of the tokens.
 
-    Returns the colours and the components' share of the variance.
+    Returns the colours, and the share of the tokens' variance that these components explain.
     """
     components = PCA(3, svd_solver="full")
     values = components.fit_transform(view.tokens.double().numpy())
@@ -100,7 +104,8 @@ def pca_colors(view: View) -> tuple[np.ndarray, float]:
 
 def similarity(view: View, point: int) -> np.ndarray:
     """Return the cosine similarity [N] of every point's features with those of `point`."""
-    # From dot products of tokens, since the features [N, C] of many points would not fit in memory.
+    # Computed from dot products of tokens, since the features [N, C] of many points would not fit
+    # into memory.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
     squared_norm = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)
@@ -108,10 +113,10 @@ def similarity(view: View, point: int) -> np.ndarray:
 
 
 def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Return the role [N] of each point's nearest token in one draw of the paper's sampler: 0
-    unused, 1 context, 2 and up targets.
+    """Sample a context and targets from the tokens, as in pretraining. Returns [N], the role of
+    each point's nearest token: 0 unused, 1 context, 2 and up targets.
 
-    Where targets overlap, the later one counts. Raises ValueError for too few tokens.
+    Where targets overlap, the later target counts. Raises ValueError if there are too few tokens.
     """
     sample = multi_block(view.centers[None], generator, num_targets=len(ROLES) - 2)
     role = torch.zeros(len(view.centers), dtype=torch.long)

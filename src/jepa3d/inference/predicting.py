@@ -1,5 +1,5 @@
-"""Applies a fine-tuned network to files: writes a CSV of classes, or PLYs with part labels and
-colours.
+"""Apply a fine-tuned network to files. Their classes are written to a CSV file; clouds whose parts
+are predicted are written to PLY files, with part labels and colours.
 """
 
 import colorsys
@@ -24,20 +24,20 @@ from jepa3d.models.ready import Network, load_network
 from jepa3d.plain import log, progress_bar, write_bytes, write_csv
 
 CSV_COLUMNS = ("class", "probability", "second", "second_probability")
-_CHUNK = 2**16  # points segmented at once
+_CHUNK = 2**16  # number of points that are segmented at once
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes or parts that a network predicts for one cloud, or why it cannot be used."""
+    """The class or parts that a network predicts for a cloud, or why the cloud cannot be used."""
 
     path: str
-    # By a classifier: the most probable class and the second, see `two_classes`.
+    # From a classifier: the most probable and the second most probable class, see `two_classes`.
     class_name: str | None = None
     probability: float | None = None
     second: str | None = None
     second_probability: float | None = None
-    # By a segmenter: the part label of every point, N int16.
+    # From a segmenter: the part label of every point, N int16.
     parts: np.ndarray | None = None
     error: str | None = None
 
@@ -51,8 +51,9 @@ def predict(
     """Classify or segment the clouds in files, folders and stores, in their order.
 
     run: output folder of classify, segment or label. category: the clouds' category, if the
-    segmenter knows several. A file that cannot be used gives a Prediction with `error`, at the end
-    of the list. Raises ValueError for a network or category that cannot be used.
+    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. Files
+    without any cloud also give one each, at the end of the list. Raises ValueError for a network or
+    category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
@@ -120,7 +121,7 @@ def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
     """Find the clouds at all paths, each once. Returns name -> item, and pairs (path, reason) of
-    the files without a cloud. A cloud's name begins with its path as given.
+    the files without a cloud. The name of a cloud begins with the path that led to it.
 
     optional: see `find_clouds`.
     """
@@ -138,7 +139,7 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """Yield each cloud's prediction, and the cloud as the encoder receives it (None if unusable)."""
+    """Yield each cloud's prediction, and the cloud as the encoder receives it (None on error)."""
     for name, item in items.items():
         try:
             seen = see(network.encoder, item, up_axis)
@@ -156,8 +157,10 @@ def _predictions(
 def classify_cloud(
     network: Classifier | LinearClassifier, seen: Frame
 ) -> tuple[str, float | None, str, float]:
-    """Return the two most probable classes of a cloud in the encoder's frame, each with its
-    probability.
+    """Return the two most probable classes of a cloud, each with its probability, see
+    `two_classes`.
+
+    seen: the cloud in the encoder's coordinates.
     """
     points, unknown = torch.from_numpy(seen.points)[None], False
     if isinstance(network, LinearClassifier):
@@ -173,7 +176,8 @@ def two_classes(
 ) -> tuple[str, float | None, str, float]:
     """Return the two most probable classes, each with its probability to four decimals.
 
-    For an unknown cloud: `UNKNOWN`, None, and its most probable class with the probability.
+    If the cloud is unknown (unlike all classes), return instead `UNKNOWN` with the probability
+    None, and then the most probable class with its probability.
     """
     order = np.argsort(-probability, kind="stable")[:2]
     first, second = ((str(names[i]), round(float(probability[i]), 4)) for i in order)
@@ -182,8 +186,10 @@ def two_classes(
 
 @torch.no_grad()
 def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: int) -> np.ndarray:
-    """Predict the part label, N int16, of every point of a cloud N 3 of category `label`, even if
-    the network encodes fewer points.
+    """Predict the part label of every point of a cloud; returns N int16.
+
+    points: all points N 3. seen: the points that are encoded, usually fewer. label: number of the
+    cloud's category.
     """
     number = torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]
@@ -199,7 +205,9 @@ def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: in
 def _write_parts(
     network: Segmenter, found: Prediction, cloud: PointCloud, label: int, out: Path
 ) -> None:
-    """Write a cloud as PLY in its file's coordinates, with part labels and a colour per part."""
+    """Write a cloud as PLY, in the coordinates of its file, with part labels and a colour for each
+    part.
+    """
     parts_of = network.parts_of[label]
     colors = np.zeros((max(parts_of) + 1, 3), np.uint8)
     for i, part in enumerate(parts_of):

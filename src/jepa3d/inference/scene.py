@@ -1,5 +1,5 @@
-"""`jepa3d scene`: computes a feature for every point of a cloud of any size, from overlapping
-tiles, in bounded memory.
+"""`jepa3d scene`: compute a feature for every point of a cloud of any size, in bounded memory. The
+cloud is split into overlapping tiles, and each tile is encoded like an object.
 """
 
 import shutil
@@ -32,35 +32,37 @@ OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
 # At most this many tiles are encoded at once, and their patches have at most this many points.
 BATCH, _PATCH_POINTS = 32, 32_768
-SAMPLE = 500_000  # points of a random sample by which the tile size is chosen
-_MOST = 32_768  # points of a tile from which the farthest points are sampled
-_BLOCK = 512  # points of one cell that are interpolated together
-# At most this many points and blocks are interpolated at once.
+SAMPLE = 500_000  # number of random points by which the tile size is chosen
+# A tile with more points is reduced at random to this many before farthest point sampling.
+_MOST = 32_768
+# A block has at most this many points of one cell. Blocks are interpolated in batches of at most
+# this many points and blocks.
+_BLOCK = 512
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
-# Random cells to which PCA is fitted, and points of each.
+# PCA is fitted to at most this many random cells, and at most this many points of each.
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # n points, of dtype `RECORD`
-# Origin (3, float64), radius, centers M 3 and tokens M C of a tile. Its centers in the scene's z-up
-# coordinates are `origin + radius * centers`.
+# Origin (3, float64), radius, centers M 3 and tokens M C of a tile. In the scene's z-up
+# coordinates, the centers are at `origin + radius * centers`.
 Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
 
 class Features:
-    """Computes features of the points in cells: interpolates the tokens of each tile around a
-    point, and takes the weighted mean over these tiles.
+    """Compute the features of the points in cells (see cells.py). The tokens of every tile that
+    contains a point are interpolated to the point, and the weighted mean over these tiles is taken.
 
-    A tile's weight is highest at its middle and zero at its border. Tiles with fewer points than
-    the encoder needs are left out. If all tiles of a
-    cell are left out, the cell gets a tile of its own, made of the nearest occupied cells that
-    together have enough points.
+    The weight of a tile is highest in its middle and falls to almost zero at its border. Tiles with
+    fewer points than the encoder needs are left out. If all tiles of a cell are left out, the cell
+    gets a tile of its own, made of the nearest occupied cells that together have enough points.
     """
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # Tiles of each cell, [n, k]; -1 where one is left out. Cells without any tile get their own.
+        # [n, k], numbers of the k tiles of each cell; -1 for a tile that is left out. A cell
+        # without any tile gets a tile of its own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
         self.slots[self.alone, 0] = len(self.coords) + np.arange(len(self.alone))
@@ -76,9 +78,9 @@ class Features:
         """Yield records [n] and features [n, C] float32 of the points in the chosen cells, in any
         order.
 
-        limit: at most this many points of each cell. Tiles that the previous call also needed are
-        kept. So if each call gets one line of cells, in the order of their keys, a tile is encoded
-        once (twice where two strips meet).
+        limit: use at most this many points of each cell. Encoded tiles are kept only until the next
+        call. So if each call gets one line of cells (see `Grid.keys`), in the order of their keys,
+        every tile is encoded once, or twice where two strips meet.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -96,8 +98,10 @@ class Features:
             del blocks[-number:]
 
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
-        """Compute the features of blocks (count, cell, first point). Returns the records [n] and
-        features [n, C] of their points.
+        """Compute the features of the points in blocks. Returns the records [n] and features [n, C]
+        of these points.
+
+        blocks: tuples (number of points, cell, number of the first point in the cell).
         """
         device = self.encoder.norm.weight.device
         on_device = partial(torch.as_tensor, dtype=torch.float32, device=device)
@@ -144,8 +148,8 @@ class Features:
             self._tiles |= zip(batch, made, strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
-        """Return a tile's origin and radius, and the encoder's input num_points 3 in the unit
-        sphere.
+        """Return a tile's origin and radius, and its points as the encoder receives them: in the
+        unit sphere, num_points 3.
         """
         cells = self._members(tile)
         counts = self.cells.counts[cells]
@@ -153,13 +157,13 @@ class Features:
         taken = np.ceil(counts * share).astype(int).tolist()
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
-        # 1, not the encoder's min_points: a tile was chosen by a count that includes duplicates, so
-        # it may have fewer different points, and must not be refused here.
+        # The minimum is 1 here, not the encoder's min_points. Tiles were chosen by a count that
+        # includes duplicates, so a tile may have too few different points, but must not be refused.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
     def _members(self, tile: int) -> np.ndarray:
-        """Return the occupied cells of a tile."""
+        """Return the occupied cells of a tile, as rows of `cells.coords`."""
         if tile < len(self.coords):
             return self.cells.find(self.coords[tile] + self.grid.corners)
         center = self.cells.coords[self.alone[tile - len(self.coords)]]
@@ -171,10 +175,10 @@ class Features:
 
 
 class Colors:
-    """Maps features to red, green and blue: their first three principal components, scaled so that
-    the 2 % and 98 % quantiles become 0 and 255.
+    """Map features to colours: the first three principal components become red, green and blue.
+    Each is scaled so that its 2 % and 98 % quantiles become 0 and 255.
 
-    The components are fitted to the points of random cells.
+    The components and quantiles are computed from the points of random cells.
     """
 
     def __init__(self, features: Features):
@@ -182,7 +186,7 @@ class Colors:
         number = min(_PCA_CELLS, len(counts))
         share = counts / counts.sum()
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
-        # One cell at a time, because the cells lie far apart and all their tiles would fill memory.
+        # One cell at a time: the cells lie far apart, and all of their tiles would fill the memory.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
         self.components = PCA(3, svd_solver="full")
@@ -208,9 +212,9 @@ def write_features(
     .laz), or as numbers (.parquet).
 
     tile: side of a tile in the file's unit; by default the median tile has about 2 * num_points
-    points. Needs 32 bytes per point of disk space beside `out`, and more for the results (see
-    `_check_space`). An interrupted call leaves nothing, and the next call starts anew. Raises
-    ValueError for wrong settings, and ReadError for a scan that cannot be used.
+    points. The disk of `out` needs 32 bytes of temporary space per point, and space for the results
+    (see `_check_space`). An interrupted call leaves no files, and the next call starts from the
+    beginning. Raises ValueError for wrong settings, and ReadError for a scan that cannot be used.
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
@@ -238,7 +242,7 @@ def write_features(
             log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
             stream = _stream(features, bar)
-            # Rotates z-up back to the scan's axes.
+            # This matrix rotates z-up coordinates back to the scan's axes.
             axes = TO_Z_UP[up_axis].astype(np.float64)
             if parquet:
                 parts = ((x["index"], x["xyz"] @ axes, values) for x, values in stream)
@@ -249,7 +253,8 @@ def write_features(
                 colors, file = Colors(features), folder / "colors"
                 np.memmap(file, np.uint8, "w+", shape=3 * total)
                 for records, values in stream:
-                    # Mapped anew each time: pages of one mapping would all count as used memory.
+                    # The file is mapped anew each time, since all pages of one mapping would count
+                    # as used memory.
                     rgb = np.memmap(file, np.uint8, "r+").reshape(-1, 3)
                     rgb[records["index"]] = colors.of(values)
                 _restart(bar, "writing", total)
@@ -266,8 +271,9 @@ def write_features(
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """Context manager: make an empty folder beside `out`, even if a killed run left one there, and
-    delete it at the end.
+    """Return a context manager that makes an empty folder beside `out` and deletes it at the end.
+
+    A folder that a killed run left there is emptied.
     """
     folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -300,6 +306,8 @@ def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
 
     feature_bytes: bytes per point of the features, or 0 if colours are written.
     """
+    # 32 bytes for a sorted point. For Parquet, 32 bytes for the index and the coordinates, and the
+    # feature. Otherwise, 3 bytes for the colour, and about 34 bytes for a point of the PLY or LAS.
     needed = total * (32 + (32 + feature_bytes if feature_bytes else 3 + 34))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -313,8 +321,9 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
 
 
 def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
-    """Read a scan once. Returns the lowest and the highest corner of its z-up box, its number of
-    points, and a random sample of them: coordinates and index n 4.
+    """Read a scan once. Returns the lowest and the highest corner of its bounding box, the number
+    of its points, and a random sample of the points: coordinates and index n 4. Corners and
+    coordinates are z-up.
     """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)

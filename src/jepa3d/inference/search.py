@@ -1,13 +1,13 @@
-"""`jepa3d search`: finds the nearest vectors by cosine, exactly, in Parquet files of any size; only
-a row group is in memory at a time.
+"""`jepa3d search`: find the vectors of an index with the highest cosine to a query. The search is
+exact. Of an index of Parquet files, only one row group (a block of rows) is in memory at a time.
 
 Cosines in float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
 
-For an index of many vectors, a copy `NAME.arrow` is written beside it and mapped into memory, so
-that further searches read little from disk. The copy holds the index's rows uncompressed, with each
-vector's length and, in half precision, its direction; a search with few queries first reads only
-these two. The copy records the names, sizes and modification times of the files it was made from,
-and is made again if one of them differs. It may be deleted at any time.
+For an index of many vectors, a copy `NAME.arrow` is written beside the index and mapped into
+memory, so that further searches read little from disk. The copy holds the rows uncompressed. It
+also holds the length of each vector and, in half precision, its direction; a search with few
+queries reads only these two at first. The copy records the names, sizes and modification times of
+the index's files. If one of these differs, the copy is made again. It may be deleted at any time.
 """
 
 import json
@@ -32,16 +32,19 @@ from jepa3d.plain import log, replacing
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
 
-# Largest error of a cosine in half precision: 0.00122, that is 2^-11 for rounding either factor,
-# and 2^-12 for rounding the sum, which torch computes in float32. This is twice that.
+# Twice the largest error of a cosine in half precision. That error is 0.00122: 2^-11 for rounding
+# each of the two factors, and 2^-12 for rounding the sum, which torch computes in float32.
 HALF_SLACK = 2.5e-3
-FEW = 4  # with up to this many queries, reading the vectors takes longer than multiplying them
-# Indices with at least this many rows get a copy; smaller ones are read within 0.2 seconds.
+# Up to this many queries use half precision, since reading the vectors takes longer than
+# multiplying them.
+FEW = 4
+# An index with at least this many rows gets a copy; a smaller index is read within 0.2 seconds.
 WORTH = 100_000
 _KEY = b"jepa3d copy 2 of"
+# columns of the index that are copied
 _COPIED = ["path", "label", "num_points", "vector"]
-# Columns that only the copy has: each vector's length, and in half precision its direction (of
-# length 1; a zero vector's direction is zero).
+# Columns that only the copy has: the length of each vector, and its direction, a vector of length 1
+# in half precision (zero for a zero vector).
 _MORE = ("length", "direction")
 
 
@@ -53,17 +56,18 @@ def search(
     exclude: Sequence[str | None] | None = None,
     probes: int | None = None,
 ) -> list[list[Hit]]:
-    """Find the k rows of an index nearest to each query by cosine, best first.
+    """Find, for each query, the k rows of an index with the highest cosine; best first.
 
-    Cosines are rounded to six decimals; ties are ordered by path. index: a Parquet file or folder
-    of `jepa3d embed`, or a store of `jepa3d index`. queries: vectors q E; or a path, each of whose
-    clouds is a query, in the order of `cloud_paths`. Clouds that cannot be used are left out, and a
-    cloud is not its own neighbour. where: conditions that must all hold, see `Condition`. exclude:
-    for each query, a path to leave out, also if it is linked under another name. probes: search
-    approximately, in that many partitions of a store that has an index.
+    index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
+    vectors q E; or a path, of which every cloud is a query, in the order of `cloud_paths`. Clouds
+    that cannot be used are left out, and a cloud is not its own neighbour. where: conditions that
+    must all hold for a row, see `Condition`. exclude: for each query, a path that must not be among
+    the hits, not even as a link with another name. probes: how many partitions of a database to
+    search; the search is then approximate, and the database must have an index of partitions.
 
-    A query has fewer than k hits if fewer rows remain. Raises ValueError for a query that is zero,
-    not finite, or of another width than the vectors.
+    Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
+    than k hits if fewer rows are left. Raises ValueError if a query is zero or not finite, or if
+    its width is not that of the vectors.
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
@@ -96,7 +100,10 @@ def _without(hits: list[Hit], path: str | None) -> list[Hit]:
 def _search_files(
     vectors: Vectors, directions: np.ndarray, k: int, conditions: list[Condition]
 ) -> list[list[Hit]]:
-    """Return the k best hits of each query (directions q E) among rows that meet the conditions."""
+    """Return the k best hits of each query among the rows that meet the conditions.
+
+    directions: the queries q E, scaled to length 1.
+    """
     hits: list[list[Hit]] = [[] for _ in directions]
     for read, more in groups(vectors):
         batch = read(["vector", *more, *{condition.column for condition in conditions}])
@@ -117,7 +124,7 @@ def _search_files(
                 exact = x[top] @ query.astype(np.float32)
                 exact /= np.linalg.norm(x[top], axis=1)
                 top = top[_near(exact, worst, k, SLACK)]
-            if len(top):  # most groups are too far away
+            if len(top):  # most row groups have no candidate
                 names = names or read(["path", "label"])
                 path, label = (names.column(i).take(top).to_pylist() for i in (0, 1))
                 hits[i] = best(hits[i] + rank(query, x[top], path, label, k), k)
@@ -127,11 +134,11 @@ def _search_files(
 def _cosines(
     x: np.ndarray, directions: np.ndarray, lengths: Any = None, halves: Any = None
 ) -> tuple[np.ndarray, float]:
-    """Return the cosines q n of queries q E with vectors x n E, and the slack for their rounding
-    errors.
+    """Return the cosines q n of queries q E with vectors x n E, and the slack, which is twice the
+    largest rounding error of these cosines.
 
-    lengths and halves: the copy's columns `_MORE`, if there is one. A zero vector has the cosine
-    -inf.
+    lengths, halves: the columns `_MORE`, if the vectors come from a copy. A zero vector has the
+    cosine -inf.
     """
     length = np.linalg.norm(x, axis=1) if lengths is None else lengths.to_numpy()
     if halves is not None and len(directions) <= FEW:
@@ -147,8 +154,8 @@ def _cosines(
 
 
 def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
-    """Return the indices of the scores that may be among the k best and reach `worst`, if each
-    score may be wrong by half of `slack`.
+    """Return the indices of all scores that may be among the k best and may be `worst` or higher.
+    Each score may be wrong by half of `slack`.
     """
     top = np.flatnonzero(scores >= worst - slack)
     if len(top) > k:
@@ -158,8 +165,9 @@ def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
 
 
 def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
-    """Scale queries q E to length 1, as float64. Raises ValueError for queries that have no
-    direction.
+    """Scale queries q E to length 1, as float64.
+
+    Raises ValueError if a query is zero or not finite, or if its width is not `embed_dim`.
     """
     queries = np.atleast_2d(np.asarray(queries, np.float64))
     if queries.shape[-1] != embed_dim:
@@ -172,9 +180,9 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
 
 
 def open_index(index: Path) -> "Vectors | VectorStore":
-    """Open what `jepa3d embed` or `jepa3d index` wrote.
+    """Open an index: the vectors that `jepa3d embed` or `jepa3d index` wrote.
 
-    Raises ReadError if nothing is there, or it holds no vectors.
+    Raises ReadError if the index does not exist or holds no vectors.
     """
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
@@ -191,12 +199,12 @@ def open_index(index: Path) -> "Vectors | VectorStore":
 def query_vectors(
     index: str | Path, query: str | Path, model: str | None = None
 ) -> tuple[list[str], np.ndarray]:
-    """Return the names and vectors of queries: of the clouds at a path, embedded as the index was,
-    or the vectors in a .npy file.
+    """Return the names and vectors of queries. The queries are the clouds at the path `query`,
+    embedded with the settings of the index, or the vectors in a .npy file.
 
-    Clouds that cannot be used are logged and left out. model: path of the index's encoder, if it
-    has moved. Raises ValueError if that is a different encoder, and ReadError if no cloud can be
-    used.
+    Clouds that cannot be used are logged and left out. model: path of the index's encoder, if the
+    encoder was moved. Raises ValueError if `model` is a different encoder, and ReadError if no
+    cloud can be used.
     """
     spec, path = open_index(Path(index)).spec, Path(query)
     if path.suffix == ".npy" and path.is_file():
@@ -215,11 +223,11 @@ def query_vectors(
 
 
 def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
-    """Return, for each row group of an index, a function that reads some of its columns, and the
-    names of those `_MORE` columns that it has.
+    """Return, for each row group of an index, a function that reads columns by name, and the names
+    of the additional columns: `_MORE` for a copy, none for Parquet.
 
-    Large indices are read from the copy, which is made now if it is missing or outdated. They are
-    read from Parquet if the copy cannot be written or another process is writing it.
+    A large index is read from its copy, which is made now if it is missing or outdated. If the copy
+    cannot be written, or another process is writing it, the index is read from Parquet.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
     if batches is None:
@@ -234,7 +242,9 @@ def copy_of(index: Path) -> Path:
 
 
 def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
-    """Return the row groups of an index's copy, made now if necessary; None if that fails."""
+    """Return the row groups of an index's copy. If necessary, the copy is made now; if that fails,
+    return None.
+    """
     file, stamp = copy_of(vectors.path), _stamp(vectors.files)
     try:
         return _open(file, stamp)
@@ -251,12 +261,15 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
 
 
 def _stamp(files: list[Path]) -> str:
-    """Return a text that changes when a file changes; every change replaces a file by a new one."""
+    """Return a text that differs after any change of the files: every change of an index replaces a
+    file by a new one.
+    """
     stats = [(file.name, file.stat()) for file in files]
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
 
 
-@lru_cache(maxsize=2)  # mapped only once, so that later searches find pages in memory
+# The mapping is kept, so that later searches find its pages in memory.
+@lru_cache(maxsize=2)
 def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
     """Map the row groups of a copy into memory, without reading them.
 
@@ -269,8 +282,9 @@ def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
 
 
 def _write(vectors: Vectors, file: Path, stamp: str) -> None:
-    """Write a copy, as a whole or not at all. Raises OSError, and ValueError if the vectors change
-    meanwhile.
+    """Write the copy of an index. An incomplete copy is never left behind.
+
+    Raises OSError if the copy cannot be written, and ValueError if the vectors change meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
     log.warning(f"making {file}, a copy for quick searches ({size:,.0f} MB)")

@@ -1,5 +1,5 @@
-"""The specification of vectors: how they were computed. Only vectors of equal specifications are
-comparable.
+"""The specification of vectors, which says how they were computed. Vectors are comparable only if
+their specifications are equal.
 """
 
 import copy
@@ -14,27 +14,28 @@ from jepa3d.models.ready import fingerprint, load
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The encoder and the settings that made a vector, as stored in the metadata of files of
-    vectors.
+    """The encoder and the settings with which vectors were computed. Every file of vectors has them
+    in its metadata.
     """
 
     model: str  # as the user named it: a folder or Hub id, or "default"
-    fingerprint: str
+    fingerprint: str  # hash of the encoder's weights
     layer: int
     pooling: str
     up_axis: str
     embed_dim: int  # width of the vectors
-    frame: int = 1  # version of frame.py; old files, without this entry, have version 1
+    # version of the rules in frame.py; old files, which do not have it, have version 1
+    frame: int = 1
     keep_strays: bool = False
 
     @staticmethod
     def of(
         model: str, encoder: PointEncoder, up_axis: str, layer: int, pooling: str
     ) -> "EmbeddingSpec":
-        """Make the specification of the vectors of `encoder`, which was loaded from `model`.
+        """Create the specification of the vectors of `encoder`, which was loaded from `model`.
 
-        With `model` "", the slow fingerprint of the weights is omitted. Raises ValueError for a
-        setting that does not exist.
+        If `model` is "", the fingerprint is omitted, since it is slow to compute. Raises ValueError
+        for a setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")
@@ -49,8 +50,8 @@ class EmbeddingSpec:
         return EmbeddingSpec(name, weights, *settings, FRAME, encoder.keep_strays)
 
     def applied(self, encoder: PointEncoder) -> PointEncoder:
-        """Return a copy of the encoder, sharing its weights, that prepares clouds as this
-        specification says.
+        """Return a copy of the encoder that prepares clouds as this specification says. The copy
+        shares the weights of the encoder.
         """
         encoder = copy.copy(encoder)
         encoder.keep_strays = self.keep_strays
@@ -58,9 +59,10 @@ class EmbeddingSpec:
         return encoder
 
     def encoder(self, index: str | Path, model: str | None = None) -> PointEncoder:
-        """Load the encoder that made the vectors of `index`; model: its path, if it has moved.
+        """Load the encoder with which the vectors of `index` were computed.
 
-        Raises ValueError for a different encoder, or vectors of an incompatible version of jepa3d.
+        model: path of the encoder, if it was moved. Raises ValueError if this is a different
+        encoder, or if the vectors were made by an incompatible version of jepa3d.
         """
         self.check_frame(index)
         encoder, name = load(model or self.model), model or self.model
@@ -70,17 +72,19 @@ class EmbeddingSpec:
         return self.applied(encoder)
 
     def check_frame(self, index: str | Path) -> None:
-        """Raise ValueError for vectors of a version of jepa3d that prepares clouds differently."""
+        """Raise ValueError if the vectors were made by a version of jepa3d that prepares clouds
+        differently.
+        """
         if self.frame != FRAME:
             by = f"another version of jepa3d (frame {self.frame}, here {FRAME})"
             hint = "embed the clouds again, into another --out"
             raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
-        """Raise ValueError that names the first difference from `other`, the specification of
-        `index`.
+        """Raise ValueError if this specification differs from `other`, that of `index`; the message
+        names the first difference.
 
-        The name of the model may differ, since one model can have several names.
+        Only the name of the model may differ, since one model can have several names.
         """
         if self.frame != other.frame:
             other.check_frame(index)

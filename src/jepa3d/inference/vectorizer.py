@@ -10,7 +10,7 @@ from jepa3d.models.ready import load
 
 
 class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Turns clouds into vectors in a scikit-learn pipeline.
+    """A step of a scikit-learn pipeline that turns clouds into vectors.
 
     Nothing is learned from the clouds: `fit` only loads the encoder, as the attribute `encoder_`.
     model: the folder of a run or an encoder, or a Hub id. up_axis, layer and pooling: see
@@ -32,15 +32,15 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.pooling = pooling
 
     def fit(self, X: Clouds, y: object = None) -> "CloudVectorizer":
-        """Load the encoder; X and y are ignored. Raises ValueError for an unknown setting."""
+        """Load the encoder; X and y are ignored. Raises ValueError if a setting is unknown."""
         encoder = load(self.model)
         spec = EmbeddingSpec.of("", encoder, self.up_axis, self.layer, self.pooling)
         self.encoder_, self._n_features_out = encoder, spec.embed_dim
         return self
 
     def transform(self, X: Clouds) -> np.ndarray:
-        """Compute vectors n E float32 of an array n N 3, or of a list of arrays or paths, like
-        `jepa3d.embed`.
+        """Compute the vectors n E (float32) of n clouds, as `jepa3d.embed` does. X: an array n N 3,
+        a list of arrays, or a list of paths.
 
         A cloud that cannot be used gets a row of NaN, and a warning names it.
         """

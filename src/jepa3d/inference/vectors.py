@@ -1,15 +1,18 @@
-"""Vectors of clouds in Parquet: one row per cloud, and their specification in the file's metadata.
+"""Read and write vectors of clouds in Parquet files. A file has one row per cloud; its metadata say
+how the vectors were computed (spec.py).
 
 A file is always replaced as a whole: readers see it as it was before or after a change, and a
-killed writer changes nothing.
+killed writer changes nothing. The columns are:
 
 path        the cloud's address (clouds.py), unique
-label       class from its folder or file, else its name in a file of many clouds, or null
+label       the cloud's class, from its folder or file; or else its name in a file of many clouds;
+            or else null
 num_points  number of points as read
-stamp       hash of the file's size and modification time, or of a stored cloud's content; if it
-            is equal, the cloud is unchanged
+stamp       hash of the content of a cloud in a store, else of the file's size and modification
+            time; a cloud with an equal stamp is unchanged
 vector      E float32, not normalised
-error       only in files of `Embedder`: why a cloud has no vector; `Vectors` skips these rows
+error       only in files written by `Embedder`: why the cloud has no vector, else null; `Vectors`
+            skips rows with an error
 """
 
 import json
@@ -34,7 +37,8 @@ try:
 except ImportError as error:
     raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
-# Typed Any, since its functions are made at import, unseen by type checkers.
+# The type is Any, since pyarrow creates the functions of this module at import, where type checkers
+# do not see them.
 pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
 ROWS = 8192  # fewest rows of a row group; the last group may have fewer
@@ -62,7 +66,9 @@ def table(spec: EmbeddingSpec, rows: Iterable[tuple]) -> pa.Table:
 
 
 def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
-    """Add a column `error`, and for each (path, error) in `failed` a row that is null elsewhere."""
+    """Add a column `error` to rows. For each (path, error) in `failed`, also add a row; its other
+    columns are null.
+    """
     rows = rows.append_column("error", pa.nulls(len(rows), pa.string()))
     kind = pa.schema({"path": pa.string(), "error": pa.string()})
     lacking = pa.table(list(zip(*failed, strict=True)) or [[], []], kind)
@@ -86,8 +92,8 @@ def to_numpy(column: Any) -> np.ndarray:
 class Vectors:
     """The vectors in a Parquet file, or in all Parquet files of a folder.
 
-    Raises ReadError for files without vectors (empty files are allowed with `may_be_empty`), and
-    ValueError if the files' specifications differ.
+    Raises ReadError if a file is not a file of vectors, or, unless `may_be_empty`, if there are no
+    vectors. Raises ValueError if the specifications of the files differ.
     """
 
     def __init__(self, path: str | Path, may_be_empty: bool = False):
@@ -106,7 +112,9 @@ class Vectors:
         return sum(_count(file) for file in self.files)
 
     def groups(self) -> Iterator[ReadGroup]:
-        """Yield, for every row group in the order of the files, a function that reads its columns."""
+        """Yield, for every row group, a function that reads columns of it. The function can be used
+        until the next one is yielded.
+        """
         for file in self.files:
             with _naming(file), pq.ParquetFile(file) as opened:
                 for number in range(opened.num_row_groups):
@@ -132,7 +140,9 @@ class Vectors:
 
 @contextmanager
 def _naming(file: Path, problem: str = "damaged") -> Iterator[None]:
-    """Turn errors of the Parquet library into a ReadError that names the file."""
+    """Return a context manager that turns errors of the Parquet library into a ReadError, which
+    names the file.
+    """
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -154,7 +164,7 @@ def _read_group(
     names = opened.schema_arrow.names
     wanted = [name for name in columns or names if name != "error"]
     errors = [name for name in names if name == "error"]
-    # Threads would slow this down: nearly all data of a group is in one column.
+    # Threads would slow this down, since nearly all data of a row group is in one column.
     with _naming(file):
         found = opened.read_row_group(number, wanted + errors, use_threads=False)
         if errors:
@@ -163,15 +173,15 @@ def _read_group(
 
 
 def _read_spec(file: Path) -> EmbeddingSpec:
-    """Read the specification of a file of vectors. Raises ReadError for any other file."""
+    """Read the specification of a file of vectors. Raises ReadError if it is any other file."""
     with _naming(file, "not a readable Parquet file"):
         metadata = pq.read_schema(file).metadata or {}
     return spec_of(metadata, f"{file}: not a file of jepa3d embed")
 
 
 def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
-    """Return the specification in the metadata of a file or store; without one, raise
-    ReadError(message).
+    """Return the specification in the metadata of a file or store. Raises ReadError(message) if
+    there is none.
     """
     found = json.loads(metadata.get(b"jepa3d", b"{}"))
     if found.pop("format", None) != FORMAT:
@@ -182,7 +192,8 @@ def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
 def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) -> None:
     """Write tables of one schema to a Parquet file, atomically and durably.
 
-    A row group has `minimum` (default `ROWS`) to 2 * `minimum` rows; the last may have fewer.
+    A row group has `minimum` (default `ROWS`) to 2 * `minimum` rows; the last row group may have
+    fewer.
     """
     tables, minimum = iter(tables), minimum or ROWS
     waiting = [next(tables)]
@@ -209,9 +220,10 @@ def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) ->
 
 
 def update(path: Path, new: pa.Table, dropped: set[str]) -> None:
-    """Add rows to a file, which may not exist yet; existing rows of the same paths are replaced.
+    """Add the rows `new` to a file; existing rows of the same paths are replaced. If there is no
+    file yet, create it.
 
-    dropped: paths whose rows are deleted. Memory is bounded by a few row groups.
+    dropped: paths whose rows are deleted. Only a few row groups are in memory at a time.
     """
     dropped_paths = pa.array([*dropped, *new["path"].to_pylist()], pa.string())
 

@@ -1,5 +1,5 @@
-"""`jepa3d view`: a local web page that shows clouds, coloured by the encoder's tokens, with their
-nearest shapes.
+"""`jepa3d view`: serve a local web page that shows clouds in colours computed from the encoder's
+tokens, and the nearest shapes of each cloud.
 """
 
 import functools
@@ -32,19 +32,21 @@ except ImportError as error:
     raise ValueError("view needs viser: pip install 'jepa3d[view]'") from error
 
 HOST = "127.0.0.1"
-# Up to so many clouds are listed by name; among more, one is chosen by its number.
+# Up to this many clouds are offered in a list of names. If there are more, the user enters the
+# number of a cloud.
 MAX_LISTED = 300
-NEIGHBOURS = 6  # nearest shapes shown
-# Choices for the colours of a cloud.
+NEIGHBOURS = 6  # number of nearest shapes that are shown
+# choices for the colours of a cloud
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-# Origins that may connect: the page itself, also through a tunnel from another port; and None,
-# which programs other than browsers have. Any other origin is a foreign web page.
+# Origins (addresses of web pages) that may connect: the page itself, which a tunnel may serve from
+# another port; and None, since programs other than browsers send no origin. Any other origin is a
+# foreign web page.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
 def serve(port: int) -> viser.ViserServer:
-    """Start a server that answers only this machine, and no other web page.
+    """Start a server that answers only requests from this machine, and none from other web pages.
 
     port: 0 for any free port. Raises ValueError if the port is not available.
     """
@@ -58,7 +60,7 @@ def serve(port: int) -> viser.ViserServer:
         raise ValueError(f"--port {port}: not available ({error.strerror})") from error
     library: Any = websocket_server
     original = library.serve
-    # viser has no setting for origins: by default any web page open in the browser may connect
+    # viser has no setting for origins, and would let any web page in the browser connect
     library.serve = functools.partial(original, origins=_ORIGINS)
     try:
         with redirect_stdout(io.StringIO()):
@@ -79,7 +81,12 @@ def stop(server: viser.ViserServer) -> None:
 
 
 class Page:
-    """The content of the page: the clouds of `items`, one at a time. All open tabs show the same."""
+    """The content of the page, which shows the clouds of `items` one at a time. All open tabs show
+    the same cloud.
+
+    look: the function that reads and encodes a cloud. index: the vectors that are searched for the
+    nearest shapes; None: show no nearest shapes.
+    """
 
     def __init__(
         self,
@@ -94,8 +101,8 @@ class Page:
         self.view: View | None = None
         self.picked: int | None = None
         self.generator = torch.Generator().manual_seed(0)
-        # Viser calls back from many threads. The lock is reentrant, since setting a value calls
-        # back too.
+        # Viser calls back from many threads. The lock is reentrant, since setting the value of a
+        # control also calls back.
         self.lock = threading.RLock()
         gui, count = server.gui, len(items)
         files = [shortened(Path(item.path).name, 24) for item in items]
@@ -141,7 +148,9 @@ class Page:
         self.text.content = f"<div style='{style}'>{text}</div>"
 
     def go(self, row: int) -> None:
-        """Show the cloud of a row, unless it is shown already; rows wrap around."""
+        """Show the cloud number `row` of the items, unless it is shown already. After the last
+        cloud comes the first.
+        """
         row %= len(self.items)
         if row != self.row:
             self.show(self.items[row])
@@ -149,9 +158,10 @@ class Page:
     def show(self, item: Item) -> None:
         """Encode and draw a cloud and its neighbours.
 
-        Raises ReadError and OSError if it cannot be read; the former cloud then stays visible.
+        Raises ReadError or OSError if the cloud cannot be read; the former cloud then stays
+        visible.
         """
-        # Set before the chooser, whose change calls `go`.
+        # The row is set before the chooser, since a change of the chooser calls `go`.
         self.row = self.rows.get(item.path, -1)
         if self.row >= 0:
             self.chooser.value = self.choices[self.row]
@@ -176,12 +186,15 @@ class Page:
         return scene.add_point_cloud(name, points, colors, **look)
 
     def pick(self, origin, direction) -> None:
-        """Colour by similarity to the clicked point, if a point was clicked."""
+        """Colour the cloud by similarity to the clicked point, if the click hit a point.
+
+        origin, direction: the ray from the viewer through the clicked pixel.
+        """
         points = np.empty((0, 3)) if self.view is None else self.view.points
         point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
-            # This recolours, but only if the value changes.
+            # This line recolours the cloud only if the value changes.
             self.colours.value = SIMILARITY
             self.recolour()
 
@@ -225,7 +238,7 @@ class Page:
                 for name, rgb in ROLES.items()
             )
             colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
-            return colors, f"{what}; of overlapping targets, the last:<br>{legend}"
+            return colors, f"{what}; where targets overlap, the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _neighbour(self, i: int) -> Item:
@@ -233,8 +246,8 @@ class Page:
         return item_at(self.hits[i].path, self.hits[i].label)
 
     def _show_neighbours(self, index: Path, view: View) -> None:
-        """Show the nearest shapes in the index, except the cloud itself: a button for each, and
-        small clouds in a row below.
+        """Show the nearest shapes in the index, except the cloud itself: each gets a button, and a
+        small picture in the row below the cloud.
         """
         from jepa3d.inference.search import search
 
@@ -260,7 +273,10 @@ class Page:
 def open_page(
     paths: list[Path], model: str | None, index: Path | None, port: int, up_axis: str
 ) -> Page:
-    """Start the server and show the first cloud. Raises ValueError, ReadError and OSError."""
+    """Start the server and show the first cloud.
+
+    Raises ValueError for wrong settings, and ReadError or OSError if there is no cloud to show.
+    """
     if up_axis not in TO_Z_UP:
         raise ValueError(f"--up-axis {up_axis} is unknown: use {', '.join(TO_Z_UP)}")
     if index is None:
@@ -270,7 +286,7 @@ def open_page(
 
         spec = open_index(index).spec
         if spec.up_axis != up_axis:
-            raise ValueError(f"{index}: has --up-axis {spec.up_axis}, not {up_axis}")
+            raise ValueError(f"{index}: made with up axis {spec.up_axis}, not {up_axis}")
         settings = {"up_axis": up_axis, "layer": spec.layer, "pooling": spec.pooling}
         look = functools.partial(view_of, spec.encoder(index, model), **settings)
     items, skipped = find_clouds(*paths)
@@ -293,7 +309,7 @@ def open_page(
 def serve_until_stopped(server: viser.ViserServer) -> None:
     """Log the page's address and serve it until Ctrl-C."""
     at = server.get_port()
-    tunnel = f"from another machine, first: ssh -L {at}:{HOST}:{at} HOST"
+    tunnel = f"from another machine, first run: ssh -L {at}:{HOST}:{at} HOST"
     log.info(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}")
     try:
         server.sleep_forever()
