@@ -109,7 +109,7 @@ def test_a_class_of_one_example_is_named_and_clusters_that_come_too_late_are_sai
     )
     label([scans / "scans"], out, str(scans / "model"), clusters=5)
     said = caplog.text
-    assert "one cloud of plate, stick; name a second of each" in said
+    assert "a second named cloud of each of these classes: plate, stick" in said
     assert "--clusters 5: ignored" in said
     assert not (out / "clusters.html").exists()
 
