@@ -227,7 +227,7 @@ def test_a_missing_unfinished_or_incomplete_fold_is_one_line_that_names_it(tmp_p
     out = stored(download(tmp_path / "source", "2way_1shot", folds=3), tmp_path / "out")
     with pytest.raises(
         ReadError,
-        match=r"2way_1shot/3 is missing, but 10 folds are needed; run jepa3d prepare for it again",
+        match=r"2way_1shot/3 is missing, but 10 folds are needed; repeat its jepa3d prepare",
     ):
         published_folds(out, 16, "z", 2, 1, 10, 2)
     with pytest.raises(

@@ -359,7 +359,7 @@ def test_the_command_says_its_address_and_ends_by_ctrl_c(folder, tmp_path):
     found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)  \(Ctrl-C stops it\)", lines[0])
     assert found, lines
     tunnel = f"ssh -L {found[1]}:127.0.0.1:{found[1]} HOST"
-    assert lines[1] == f"from another machine, first run: {tunnel}"
+    assert lines[1] == f"from another machine, run: {tunnel}"
     assert urlopen(f"http://127.0.0.1:{found[1]}", timeout=10).status == 200
     os.kill(command.process.pid, signal.SIGINT)
     assert (command.end(), len(command.printed().splitlines())) == (130, 2)

@@ -34,8 +34,8 @@ _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 # values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
 _CS = (0.001, 0.01, 0.1, 1.0)
-# Fits run in several processes only if together they read more numbers than this, about 4 seconds
-# of logistic regression. For less work, starting the processes takes longer than it saves.
+# Fits run in several processes only if together they read more numbers than this. That is about 4
+# seconds of logistic regression. For less work, starting the processes takes longer than it saves.
 _WORTH_PROCESSES = 2**22
 
 
@@ -105,11 +105,12 @@ def _classifier(protocol: str, c: float, count: int, seed: int):
 def fitted(protocol: str, c: float, x: np.ndarray, y: np.ndarray, seed: int = 0):
     """Fit a protocol's scikit-learn classifier on features x [m, E] and labels y [m].
 
-    c: used by logistic regression only. seed: used by mlp3 only.
+    c: C of logistic regression; ignored by the other classifiers. seed: seed of mlp3; ignored by
+    the other classifiers.
     """
     with one_thread(), warnings.catch_warnings():
-        # LinearSVC stops after 1,000 iterations, on unscaled features often before it converges.
-        # The published protocol has the same limit.
+        # LinearSVC stops after 1,000 iterations. On unscaled features, that is often before it has
+        # converged. The published protocol has the same limit.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return _classifier(protocol, c, len(y), seed).fit(x, y)
 
@@ -128,7 +129,8 @@ def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
     """Fit logistic regression on standardised vectors x [n, E] with classes y [n].
 
     Returns the classifier and its cross-validated accuracy. C is chosen on the same folds, so this
-    accuracy is a little too high. If a class has only one vector, C is 0.1, and accuracy is None.
+    accuracy is a little too high. If a class has only one vector, C is 0.1, and None is returned
+    for the accuracy.
     """
     folds = min(5, int(np.unique(y, return_counts=True)[1].min()))
     c, accuracy = _CS[2], None
@@ -182,7 +184,7 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
 
 def one_thread() -> AbstractContextManager:
     """Return a context manager within which BLAS, OpenMP and torch use one thread each. Only
-    libraries that are loaded at the first call are limited, so import scikit-learn before.
+    libraries that are loaded at the first call are limited, so import scikit-learn before that.
 
     A solver multiplies small matrices thousands of times. If BLAS splits each product among all
     cores, the cores mostly wait for one another, which also takes CPU time. On two cores, the same

@@ -19,8 +19,8 @@ from jepa3d.evaluation.protocol import provenance
 from jepa3d.evaluation.retrieval import data_record, opened
 from jepa3d.evaluation.tables import Sheet
 
-# At most this many shapes are corrupted. Kinds of corruption with five severities use every second
-# one of them at each severity.
+# At most this many shapes are corrupted. A kind of corruption with five severities is scored on
+# every second one of these shapes, at each severity.
 QUERIES = 400
 
 
@@ -32,11 +32,11 @@ def corrupted(
 ) -> dict[str, Any]:
     """Score each model, and the baselines of the first model, on corrupted shapes of a split.
 
-    task: "retrieval" searches the clean shapes of the split, except the query's own, and scores
-    "nearest neighbour correct" and mAP. "probe" scores the accuracy of logistic_10 and knn, fitted
-    to clean train shapes. part: the split, see `Labelled.of`. Returns the result record: for every
-    kind of corruption, it has lists with one score per severity. Raises ValueError or ReadError if
-    a model or the data cannot be used.
+    task: "retrieval" searches the clean shapes of the split, except the clean copy of the query,
+    and scores "nearest neighbour correct" and mAP. "probe" scores the accuracy of logistic_10 and
+    knn, fitted to clean train shapes. part: the split, see `Labelled.of`. Returns the result
+    record. For every kind of corruption, it has lists with one score per severity. Raises
+    ValueError or ReadError if a model or the data cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}

@@ -21,7 +21,7 @@ from jepa3d.run import Run
 
 
 class Curve(NamedTuple):
-    """The curves of runs that differ only in their seed, at the steps that all of them have."""
+    """The curves of runs that differ only in their seed, at the steps that all these runs have."""
 
     name: str
     seeds: list[int]
@@ -111,8 +111,8 @@ def _points(
 
 
 def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
-    """Return a table of the start and end of each curve, and of the CPU-minutes after which it
-    reaches the final accuracy of every other curve.
+    """Return a table of the start and end of each curve, and of the CPU-minutes after which the
+    curve reaches the final accuracy of every other curve.
     """
     rows = []
     for curve in curves:

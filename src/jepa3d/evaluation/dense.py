@@ -7,7 +7,7 @@ category of each shape is known. For each category, a logistic regression over i
 to the standardised features of at most 256 labelled points per train shape. For each kind of
 features, C is chosen by instance mIoU, on the source's own validation split or, if there is none,
 on a held-out fifth of train. Then the classifiers are fitted to all of train, and the test split is
-scored once, at all of its points.
+scored once, at all points of its shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,8 @@ from jepa3d.ops import three_nn_interpolate
 _C_GRID = (0.001, 0.01, 0.1)
 # the classifiers are fitted to at most this many points of each train shape
 _POINTS = 256
-# aim for at most this many points of all train shapes together: of many shapes, fewer points each
+# about the largest number of points of all train shapes together: if there are many shapes, fewer
+# points of each are used
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 

@@ -49,8 +49,8 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """Average the descriptor `of` over the poses of prepared clouds that the encoder averages over:
-    one pose if it assumes upright clouds, else several rotations.
+    """Average the descriptor `of` over the same poses (rotations) of a cloud as the encoder does.
+    If the encoder assumes upright clouds, there is only one pose.
     """
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
@@ -120,8 +120,8 @@ def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Return B 64: the share of each row of values B n that lies in each of 64 equal bins of
-    [0, 1].
+    """Sort the values B n of each row into 64 equal bins of [0, 1]; returns the share of values in
+    each bin, B 64.
 
     Values below 0 are counted in the first bin, values above 1 in the last bin.
     """
@@ -137,17 +137,19 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
 
     Nineteen numbers are computed at each of four scales. The smallest scale uses the token's patch
     alone; the larger ones join the patches of 4, 8 or 16 centres: the token's own centre and those
-    nearest to it. Let s <= m <= l be the square roots of the eigenvalues of the covariance matrix
-    of the patch's points. The nineteen numbers are:
+    nearest to it. Let s <= m <= l be the square roots of the eigenvalues of the points' covariance
+    matrix. The nineteen numbers are:
 
-    - the log of the trace of the covariance (1 number)
-    - s, m and l, each divided by s + m + l (3)
-    - n n^T for the direction n of smallest extent, times the flatness (m - s) / l (6)
-    - t t^T for the direction t of largest extent, times the linearity (l - m) / l (6)
-    - the mean of the points, relative to the token's centre (3)
+    - the log of the trace of the covariance matrix (1 number)
+    - s, m and l, each divided by s + m + l (3 numbers)
+    - the distinct entries of n n^T, where n is the direction of smallest extent, times the flatness
+      (m - s) / l (6 numbers)
+    - the distinct entries of t t^T, where t is the direction of largest extent, times the linearity
+      (l - m) / l (6 numbers)
+    - the mean of the points, relative to the token's centre (3 numbers)
 
     The other thirteen numbers are ten quantiles of the distances from the token's centre to the
-    other centres, its distance from the origin, its height, and its distance from the up axis.
+    other centres; and the centre's distance from the origin, height, and distance from the up axis.
     """
     return pool(surface(points, num_groups, group_size)[0])
 

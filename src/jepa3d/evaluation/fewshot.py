@@ -62,7 +62,7 @@ def draw_episodes(
     and no shape occurs twice. Episode i depends only on the data, seed, ways, shots, queries and i,
     but not on `folds`. All classes have equally many queries, so the overall accuracy equals the
     mean class accuracy. Raises ReadError if too few classes have enough shapes; the message says
-    how many queries are possible.
+    how many queries would be possible.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
@@ -167,7 +167,7 @@ def published_folds(
     def read(path: Path) -> Fold:
         if not (path / "store.json").is_file():
             found = f"{path} is missing, but {folds} folds are needed"
-            raise ReadError(f"{found}; run jepa3d prepare for it again: it continues")
+            raise ReadError(f"{found}; repeat its jepa3d prepare command to continue")
         clouds = load([str(path)], num_points, "all", [up_axis])
         clouds = replace(clouds, name=f"{path.resolve().parent.name}/{path.name}")
         if clouds.labels is None or clouds.split is None:

@@ -171,9 +171,9 @@ class Labelled:
     ) -> tuple[PointClouds, PointClouds | None]:
         """Take the labelled `share` of train, and split it into train and validation.
 
-        held: the fraction of it that becomes validation. If it is 0, nothing is split off, and
-        validation is the source's own validation split if `share` is 1, else None. Returns train
-        and validation.
+        held: the fraction of this share that becomes validation. If `held` is 0, nothing is split
+        off; validation is then the source's own validation split if `share` is 1, else None.
+        Returns train and validation.
         """
         chosen = self.labelled(share, seed)
         if not held:
@@ -235,8 +235,8 @@ def stratified(
     """Sample about the fraction `share` of each class, but at least one shape; returns sorted
     indices.
 
-    keep: how many shapes of each class must not be sampled. This takes precedence: a class of
-    `keep` shapes has none sampled.
+    keep: at least this many shapes of each class stay unsampled, even if no shape of the class can
+    then be sampled.
     """
     picked = []
     for label in np.unique(labels):
@@ -262,8 +262,8 @@ def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_pairs(y: np.ndarray) -> None:
-    """Raise ValueError unless at least one class has two labels in y: one to fit a classifier, one
-    to validate it.
+    """Raise ValueError unless at least one class occurs twice in the labels y, so that a classifier
+    can be fitted to one shape and validated on another.
     """
     if np.unique(y, return_counts=True)[1].max() < 2:
         needed = "choosing a setting needs a class with at least two"

@@ -1,4 +1,4 @@
-"""Probe frozen features: fit simple classifiers to them, each under a protocol that has a name. The
+"""Probe frozen features: fit simple classifiers to them, under the protocols of this table. The
 test split is used once, after all choices have been made.
 
 | protocol    | features     | classifier                              | chosen on                          |
@@ -195,9 +195,10 @@ def probe(
     teacher, and the handcrafted vectors of descriptors.py.
 
     runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
-    the split that is scored, see `Labelled.of`. layer: None: choose the best layer on validation; 0
-    is the tokenizer. quick: choose nothing: C is fixed, and layer None means the last layer.
-    Returns the result record. Raises ValueError if runs, data, layer or protocols cannot be used.
+    the split that is scored, see `Labelled.of`. layer: the layer to probe, where 0 is the
+    tokenizer. If it is None, the best layer is chosen on validation. quick: choose nothing; C is
+    fixed, and if layer is None, the last layer is probed. Returns the result record. Raises
+    ValueError if runs, data, layer or protocols cannot be used.
     """
     started = time.perf_counter()
     check_protocols(protocols)
@@ -256,7 +257,7 @@ def probe(
         "pretraining": {
             str(run): _pretraining(run, c) for run, c in configs.items() if "task" in c
         },
-        # as far as the configs tell, which list the sources of pretraining
+        # known only as far as the configs name the sources of the pretraining data
         "seen_in_pretraining": any(was_seen(c, data, part) for c in configs.values()),
         "pooling": pooling,
         "layer": by_rule if layer is None else layer,
@@ -409,7 +410,9 @@ def summary_table(summary: dict[str, dict]) -> tuple[list[str], list[list[str]]]
 
 
 def _class_sheet(result: dict, protocol: str) -> Sheet:
-    """Return a table of the accuracy per class, mean over seeds; the last row is the mean."""
+    """Return a table of the accuracy per class, averaged over seeds. The last row is the mean over
+    classes.
+    """
     found: dict[str, list[np.ndarray]] = {}
     for row in result["rows"]:
         found.setdefault(row["model"], []).append(np.array(row["scores"][protocol]["confusion"]))

@@ -1,4 +1,4 @@
-"""Read published results from published.yaml, and find how your own protocol differs from theirs.
+"""Read published results from published.yaml, and list how the protocol of a run differs from them.
 
 Published accuracies after fine-tuning are those of the epoch with the highest *test* accuracy, as
 is usual in the field.

@@ -21,7 +21,7 @@ def dvae_figures(
 
     - reconstruction: mean Chamfer-L1 distance between the test patches and their reconstruction
       from their most likely codes. A length of 1 is the radius of the unit sphere.
-    - constant_patch: the same distance, to one constant patch, fitted to train patches.
+    - constant_patch: the same distance to a single constant patch, fitted to the train patches.
     - perplexity: exp(entropy) of the test patches' codes, between 1 and num_codes.
     - num_codes: the number of codes that the dVAE has.
     """

@@ -29,7 +29,7 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
-# number of train shapes by whose mean and std a baseline is standardised
+# a baseline is standardised by its mean and std over at most this many train shapes
 _FITTED = 1024
 _RESAMPLES = 2000  # number of resamples of the bootstrap
 # Largest number of similarities that are computed at once. They take 128 MiB as doubles, and are
@@ -91,8 +91,9 @@ def vectors_of(
 
 
 def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
-    """Return the two ends of the 95 % interval of the mean of the gains n of n queries, from a
-    bootstrap over queries.
+    """Return the two ends of the 95 % interval of the mean gain, from a bootstrap over queries.
+
+    gain: the gains of n queries.
     """
     rng = np.random.default_rng(seed)
     means = [gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(_RESAMPLES)]
@@ -123,7 +124,8 @@ def compared_cells(row: dict[str, Any]) -> list[str]:
 
 
 def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> dict[str, Any]:
-    """Score each model, and the baselines of the first model, by mAP and nearest neighbour.
+    """Score each model, and the baselines of the first model, by mAP and by the share of queries
+    whose nearest neighbour has the correct class.
 
     models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
     searched. The baselines are an untrained encoder and the handcrafted `baselines`. Classes
@@ -163,7 +165,7 @@ def opened(
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        # of runs with any other head, the encoder is scored
+        # a run with any other head is scored by the vectors of its encoder
         if not isinstance(model, Classifier):
             model = encoder
         encoder.upright = dataset.up_axis != "none"

@@ -28,8 +28,8 @@ class Grid:
     """A grid over a scene. Its cells are half as long as a tile, and are numbered from 1 along each
     axis. Along each axis, tile t covers the cells t and t + 1.
 
-    So tiles overlap by half, and each cell lies in two tiles along each axis. If the scene is no
-    longer than a tile along an axis, this axis is not split: it has only cell 1 and tile 1.
+    So tiles overlap by half, and each cell lies in two tiles along each axis. If the scene's extent
+    along an axis is at most one tile, this axis is not split: it has only cell 1 and tile 1.
     """
 
     low: np.ndarray  # 3, lowest corner of the scene's bounding box
@@ -114,8 +114,8 @@ def tiles_of(
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return the distinct keys, the first row of each of them, the position of each row's key among
-    the distinct keys, and how often each distinct key occurs.
+    """Return the distinct keys, the row where each of them first occurs, the position of each row's
+    key among the distinct keys, and how often each distinct key occurs.
     """
     return np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
 
@@ -134,7 +134,7 @@ def choose_tile(
 
     low, high: corners of the scene's bounding box. sample: n 3, a random sample of the scene's
     `total` points. If the scene has few points, the tile size is the whole extent of the scene;
-    otherwise it is rounded to two digits.
+    otherwise the size is rounded to two digits.
     """
     extent = float((high - low).max())
     larger, points = extent, np.inf  # tile size and median count of the previous step

@@ -28,12 +28,12 @@ _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place of one cloud: a file that holds only this cloud; or a file of many clouds, or a
-    store (a dataset of `jepa3d prepare`), and the part that selects the cloud.
+    """The place of one cloud. Either a file holds only this cloud, or the cloud is one of many in a
+    file or in a store (a dataset of `jepa3d prepare`), and `part` selects it.
 
-    As text, this is FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, the text
-    means this file, even if the name contains #. So if there is a file called FILE#PART, the cloud
-    PART of FILE is written FILE/#PART, which no file can be called.
+    As text, an address is FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, it
+    is meant, even if the name contains #. So if there is a file called FILE#PART, the cloud PART of
+    FILE is written FILE/#PART, which no file can be called.
     """
 
     file: str  # absolute path of the file or store

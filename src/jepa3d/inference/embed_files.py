@@ -121,7 +121,7 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
             raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        raise ValueError(f"--share {share}: {out} has n = {min(begun - {shares})}")
+        raise ValueError(f"--share {share}: {out} uses n = {min(begun - {shares})}")
     total = min(begun, default=1)
     # Without --share, this call computes all shares, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
@@ -138,9 +138,9 @@ def _collect(
 ) -> None:
     """Write results to a file at intervals and at the end, even if the run is interrupted.
 
-    known: paths that the file has already. gone: paths whose rows are to be deleted. counts: is
-    updated. Each write rewrites the whole file, so the interval to the next write is at least ten
-    times as long as the write took.
+    known: paths that the file has already. gone: paths whose rows are to be deleted. counts: the
+    counts of `embed_files`, to which the results are added. Each write rewrites the whole file, so
+    the interval to the next write is at least ten times as long as the write took.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0

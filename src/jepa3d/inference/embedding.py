@@ -64,10 +64,10 @@ def embed(
     cloud there, in the order of `cloud_paths`. A cloud that cannot be used gets a row of NaN, and a
     warning names it.
 
-    encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (it is
-    not used for stores), or "none" for vectors that do not depend on the rotation of a cloud. layer
-    and pooling: see `PointEncoder.embed`. Raises ValueError for a setting that does not exist, and
-    ReadError if no cloud can be used.
+    encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
+    and glTF files have their own), or "none" for vectors that do not depend on the rotation of a
+    cloud. layer and pooling: see `PointEncoder.embed`. Raises ValueError for a setting that does
+    not exist, and ReadError if no cloud can be used.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2

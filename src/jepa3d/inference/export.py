@@ -69,7 +69,9 @@ class Graph(nn.Module):
 
 
 class FromPatches(Graph):
-    """The encoder from patches B M K 3 and centers B M 3 to vectors B E and tokens B M C."""
+    """The encoder as a graph from patches B M K 3 and centers B M 3 to vectors B E and tokens
+    B M C.
+    """
 
     name, inputs, outputs = "patches", ("patches", "centers"), ("embedding", "tokens")
 
@@ -84,7 +86,9 @@ class FromPatches(Graph):
 
 
 class FromPoints(Graph):
-    """The encoder from clouds B N 3 in any unit to vectors B E, tokens B M C and centers B M 3."""
+    """The encoder as a graph from clouds B N 3 in any unit to vectors B E, tokens B M C and centers
+    B M 3.
+    """
 
     name, outputs = "encoder", ("embedding", "tokens", "centers")
 
@@ -97,7 +101,7 @@ class FromPoints(Graph):
 
 
 class ToClasses(Graph):
-    """A classifier from clouds B N 3 in any unit to logits [B, classes]."""
+    """A classifier as a graph from clouds B N 3 in any unit to logits [B, classes]."""
 
     name, outputs = "classifier", ("logits",)
 
@@ -131,8 +135,8 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
 
 @torch.no_grad()
 def _write(network: Network, encoder: PointEncoder, found: Differences, folder: Path) -> None:
-    """Write every file of the folder, and add the largest difference of each exported file from
-    torch to `found`.
+    """Write every file of the folder. For each exported file, add its largest difference from torch
+    to `found`.
     """
     properties = {name: str(getattr(encoder, name)) for name in SIZES}
     if isinstance(network, PointEncoder):

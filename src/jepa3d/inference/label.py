@@ -58,9 +58,9 @@ def label(
     and label all clouds.
 
     names: a CSV file; by default OUT/names.csv, or names typed in the terminal. clusters: number of
-    clusters, by default the square root of half the number of clouds, at most 40. unknown: label
-    clouds that resemble no named cloud "unknown". Raises ValueError for wrong settings, and
-    ReadError for files that cannot be used.
+    clusters; the default is the square root of half the number of clouds, but at most 40. unknown:
+    give the label "unknown" to clouds that resemble no named cloud. Raises ValueError for wrong
+    settings, and ReadError for files that cannot be used.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")

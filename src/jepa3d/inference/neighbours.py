@@ -23,7 +23,7 @@ from jepa3d.plain import write_bytes
 SAMPLE = 1000  # all pairs among this many random vectors are the random pairs
 # Limits of a page: neighbours drawn per query, neighbours listed per query, queries with pictures.
 DRAWN, LISTED, PICTURED = 10, 100, 100
-# Of a large Parquet file, this many row groups (blocks of rows) are read for the sample.
+# This many row groups (blocks of rows) of a large Parquet file are read for the sample.
 _GROUPS = 32
 
 
@@ -37,7 +37,7 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
 
 
 def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
-    """Sample at most SAMPLE vectors n E of an index. Of a large file, only 32 evenly spread row
+    """Sample at most SAMPLE vectors n E of an index. From a large file, only 32 evenly spread row
     groups are read.
     """
     vectors = open_index(index)
@@ -126,7 +126,7 @@ def write_page(
     """Write an HTML page of queries and their neighbours. For each of the first 100 queries, it has
     pictures of the first ten neighbours.
     """
-    meaning = f"After each cosine: how many of {len(pairs):,} random pairs are below it."
+    meaning = f"Random pairs below: the share of {len(pairs):,} such pairs with a lower cosine."
     meaning += " A cosine that many pairs exceed is no match, even if it is near 1."
     if len(found) > PICTURED:
         meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."

@@ -1,9 +1,9 @@
-"""Write the results of `jepa3d scene`, which are a colour or a feature for every point, as PLY, LAS
-or Parquet.
+"""Write the results of `jepa3d scene`: a colour for every point as PLY or LAS, or a feature for
+every point as Parquet.
 
 A Parquet file has one row per point. The rows are in no particular order; their columns are:
 
-index    the point's row in the scan, from 0
+index    the point's row in the scan, counted from 0
 x, y, z  float64, in the scan's coordinates
 feature  C float32 or float16
 

@@ -1,5 +1,5 @@
-"""Compute what `jepa3d view` draws: the points of a cloud, and their colours, most of them computed
-from the encoder's tokens.
+"""Compute what `jepa3d view` draws: the points of a cloud, and colours that show the encoder's
+tokens.
 """
 
 from typing import NamedTuple

@@ -1,5 +1,5 @@
-"""Apply a fine-tuned network to files. Their classes are written to a CSV file; clouds whose parts
-are predicted are written to PLY files, with part labels and colours.
+"""Apply a fine-tuned network to files. A classifier writes a CSV file with the class of each cloud;
+a segmenter writes a PLY file for each cloud, with part labels and colours.
 """
 
 import colorsys
@@ -51,8 +51,8 @@ def predict(
     """Classify or segment the clouds in files, folders and stores, in their order.
 
     run: output folder of classify, segment or label. category: the clouds' category, if the
-    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. Files
-    without any cloud also give one each, at the end of the list. Raises ValueError for a network or
+    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. A file
+    without any cloud also gives one, at the end of the list. Raises ValueError for a network or
     category that cannot be used.
     """
     network = load_network(run)
@@ -70,8 +70,8 @@ def predict_files(
     category: str | None = None,
     up_axis: str = "z",
 ) -> None:
-    """Classify the clouds at `paths` and write the CSV `out`, or segment them and write PLYs into
-    the folder `out`.
+    """Classify the clouds at `paths` and write the CSV file `out`, or segment the clouds and write
+    PLY files into the folder `out`.
 
     Files that cannot be used are logged and left out. Raises ValueError for a network, category or
     output that cannot be used, and ReadError if no file can be used.
@@ -104,8 +104,9 @@ def predict_files(
 
 
 def _label(network: Network, category: str | None) -> int:
-    """Return the number of the category whose parts are predicted; 0 for a classifier. Raises
-    ValueError.
+    """Return the number of the category whose parts are predicted; 0 for a classifier.
+
+    Raises ValueError if the category is unknown, or is missing but needed.
     """
     if not isinstance(network, Segmenter):
         return 0

@@ -35,9 +35,9 @@ BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # number of random points by which the tile size is chosen
 # A tile with more points is reduced at random to this many before farthest point sampling.
 _MOST = 32_768
-# A block has at most this many points of one cell. Blocks are interpolated in batches of at most
-# this many points and blocks.
+# A block has at most this many points, all of one cell.
 _BLOCK = 512
+# Blocks are interpolated in batches of at most this many points, and at most this many blocks.
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 # PCA is fitted to at most this many random cells, and at most this many points of each.
 _PCA_CELLS, _PCA_POINTS = 64, 256
@@ -78,9 +78,9 @@ class Features:
         """Yield records [n] and features [n, C] float32 of the points in the chosen cells, in any
         order.
 
-        limit: use at most this many points of each cell. Encoded tiles are kept only until the next
-        call. So if each call gets one line of cells (see `Grid.keys`), in the order of their keys,
-        every tile is encoded once, or twice where two strips meet.
+        limit: use at most this many points of each cell. An encoded tile is kept only as long as
+        every further call needs it. So if each call gets one line of cells (see `Grid.keys`), in
+        the order of their keys, every tile is encoded once, or twice where two strips meet.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -238,7 +238,7 @@ def write_features(
             features, written = Features(encoder, cells), folder / f"written{suffix}"
             alone, counts = len(features.alone), features.counts
             tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
-            grown = f"; {alone:,} lone cells get a larger tile" if alone else ""
+            grown = f"; {alone:,} sparse cells get a larger tile" if alone else ""
             log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
             stream = _stream(features, bar)

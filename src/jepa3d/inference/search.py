@@ -1,5 +1,5 @@
 """`jepa3d search`: find the vectors of an index with the highest cosine to a query. The search is
-exact. Of an index of Parquet files, only one row group (a block of rows) is in memory at a time.
+exact. When Parquet files are searched, only one row group (a block of rows) is in memory at a time.
 
 Cosines in float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
 
@@ -7,7 +7,8 @@ For an index of many vectors, a copy `NAME.arrow` is written beside the index an
 memory, so that further searches read little from disk. The copy holds the rows uncompressed. It
 also holds the length of each vector and, in half precision, its direction; a search with few
 queries reads only these two at first. The copy records the names, sizes and modification times of
-the index's files. If one of these differs, the copy is made again. It may be deleted at any time.
+the index's files. If one of these differs, the copy is made again. You may delete the copy at any
+time.
 """
 
 import json
@@ -59,11 +60,11 @@ def search(
     """Find, for each query, the k rows of an index with the highest cosine; best first.
 
     index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
-    vectors q E; or a path, of which every cloud is a query, in the order of `cloud_paths`. Clouds
-    that cannot be used are left out, and a cloud is not its own neighbour. where: conditions that
-    must all hold for a row, see `Condition`. exclude: for each query, a path that must not be among
-    the hits, not even as a link with another name. probes: how many partitions of a database to
-    search; the search is then approximate, and the database must have an index of partitions.
+    vectors q E, or a path. Every cloud at the path is a query, in the order of `cloud_paths`;
+    clouds that cannot be used are left out, and a cloud is not its own neighbour. where: conditions
+    that must all hold for a row, see `Condition`. exclude: for each query, a path that must not be
+    among the hits, not even as a link with another name. probes: how many partitions of a database
+    to search; the search is then approximate, and the database must have an index of partitions.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
     than k hits if fewer rows are left. Raises ValueError if a query is zero or not finite, or if
@@ -80,7 +81,7 @@ def search(
     number = k + (exclude is not None)
     if isinstance(vectors, Vectors):
         if probes:
-            raise ValueError(f"--probes {probes}: run jepa3d index --ann {index} first")
+            raise ValueError(f"--probes {probes}: needs a database of jepa3d index --ann")
         found = _search_files(vectors, directions, number, conditions)
     else:
         found = [vectors.search(x, number, conditions, probes) for x in directions]
@@ -116,8 +117,8 @@ def _search_files(
         x, names = to_numpy(batch.column("vector")), None
         scores, slack = _cosines(x, directions, *map(batch.column, more))
         for i, query in enumerate(directions):
-            # -2 is below every cosine, but above -inf, the score of a zero vector, which is never a
-            # hit.
+            # A zero vector has the score -inf, and must never be a hit. -2 is above that score, but
+            # below every cosine.
             worst = hits[i][-1].cosine if len(hits[i]) == k else -2.0
             top = rows[_near(scores[i, rows], worst, k, slack)]
             if slack > SLACK:

@@ -81,8 +81,8 @@ class EmbeddingSpec:
             raise ValueError(f"{index}: its vectors were made by {by}; {hint}")
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
-        """Raise ValueError if this specification differs from `other`, that of `index`; the message
-        names the first difference.
+        """Raise ValueError if this specification differs from `other`, the specification of
+        `index`. The message names the first difference.
 
         Only the name of the model may differ, since one model can have several names.
         """

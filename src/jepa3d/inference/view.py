@@ -238,7 +238,7 @@ class Page:
                 for name, rgb in ROLES.items()
             )
             colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
-            return colors, f"{what}; where targets overlap, the last:<br>{legend}"
+            return colors, f"{what}; if targets overlap, the last:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _neighbour(self, i: int) -> Item:
@@ -309,7 +309,7 @@ def open_page(
 def serve_until_stopped(server: viser.ViserServer) -> None:
     """Log the page's address and serve it until Ctrl-C."""
     at = server.get_port()
-    tunnel = f"from another machine, first run: ssh -L {at}:{HOST}:{at} HOST"
+    tunnel = f"from another machine, run: ssh -L {at}:{HOST}:{at} HOST"
     log.info(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}")
     try:
         server.sleep_forever()
