@@ -88,6 +88,7 @@ def _head(width: int, classes: int) -> nn.Sequential:
 
 
 def _classifier(protocol: str, c: float, count: int, seed: int):
+    """Create a protocol's classifier. count: number of shapes that it will be fitted to."""
     if protocol == "svc_linear":
         return SVC(kernel="linear", C=0.012)
     if protocol == "linear_svc":
@@ -143,10 +144,12 @@ def fit_head(x: np.ndarray, y: np.ndarray) -> tuple[Pipeline, float | None]:
 
 
 def _linear(c: float) -> Pipeline:
+    """Create the classifier of `fit_head`."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
 
 
 def _cross_validated(x: np.ndarray, y: np.ndarray, c: float, folds: int) -> float:
+    """Return the accuracy of `_linear(c)`, averaged over folds."""
     split = StratifiedKFold(folds, shuffle=True, random_state=0)
     return float(cross_val_score(_linear(c), x, y, cv=split).mean())
 

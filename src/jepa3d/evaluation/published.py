@@ -38,6 +38,7 @@ class Benchmark(NamedTuple):
 
 
 def _read(file: Path) -> dict[str, Benchmark]:
+    """Read the benchmarks of a YAML file by key. The file itself explains its form."""
     found = {}
     for table in yaml.safe_load(file.read_text(encoding="utf-8")):
         metrics = table.get("metrics", ["overall_accuracy"])

@@ -192,6 +192,7 @@ def _origin(init: str, record: dict) -> str:
 
 
 def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
+    """Group items with equal keys; groups and items stay in order."""
     groups: dict[Any, list] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -311,6 +312,7 @@ def _labels(arms: list[Arm]) -> dict[str, str]:
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
+    """Return a table of the arms, one row per arm; the first notes warn of incomparable rows."""
     result, labels, settings = arms[0].result, _labels(arms), _differing(arms, setting)
     metrics = dict.fromkeys(name for arm in arms for name in arm.result["metrics"])
     rows = [

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# A point: its z-up coordinates, and its row in the scan.
+# A point: its z-up coordinates, and its number in the scan, not counting NaN points.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
@@ -214,8 +214,8 @@ def sort_points(
 ) -> Cells:
     """Sort the points of a scene by cell into a file in `folder`, and return its cells.
 
-    parts: arrays n 3 in the file's axes. sample: n 4, the z-up coordinates and the row in the scan
-    of randomly sampled points. Quantiles of this sample divide the points into buckets; each bucket
+    parts: arrays n 3 in the file's axes. sample: n 4, the z-up coordinates and the numbers of
+    randomly sampled points. Quantiles of this sample divide the points into buckets; each bucket
     is then sorted in memory. bar: a progress bar that counts each point twice.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))

@@ -144,6 +144,7 @@ def find_clouds(
 
 
 def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Find the clouds at one path, see `find_clouds`."""
     if not os.path.exists(path):
         try:
             return [item_at(path)], []
@@ -234,6 +235,9 @@ def _store(path: str) -> tuple[Store, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _opened(path: str, changed: int) -> tuple[Store, np.ndarray, np.ndarray]:
+    """Open a store, as `_store` does. changed: modification time, so that a changed store is opened
+    again and not taken from the cache.
+    """
     store = Store(path)
     order = np.argsort(store.columns["key"], kind="stable")
     return store, np.asarray(store.columns["key"])[order], order

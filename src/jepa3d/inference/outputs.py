@@ -3,7 +3,7 @@ every point as Parquet.
 
 A Parquet file has one row per point. The rows are in no particular order; their columns are:
 
-index    the point's row in the scan, counted from 0
+index    the point's number in the scan, from 0; points with NaN coordinates are not counted
 x, y, z  float64, in the scan's coordinates
 feature  C float32 or float16
 
