@@ -47,7 +47,9 @@ Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 class Vectors(NamedTuple):
-    """The vectors of a set's train and scored shapes, and the function that compares vectors."""
+    """The vectors of the train and scored shapes of a data set, and the function that compares
+    vectors.
+    """
 
     train: np.ndarray  # m E
     scored: np.ndarray  # n E
@@ -56,8 +58,8 @@ class Vectors(NamedTuple):
 
 
 def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
-    """Return a name for each set: the name of its file, or its whole path if an earlier set already
-    has that name. A labels key other than "labels" is added.
+    """Return a name for each data set: the name of its file, or its whole path if an earlier data
+    set already has that name. A labels key other than "labels" is added.
     """
     names = {}
     for dataset in sets:
@@ -133,7 +135,7 @@ def kept_outcomes(
 
 
 def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
-    """Compute the vectors of a set's train and scored shapes.
+    """Compute the vectors of the train and scored shapes of a data set.
 
     name: "encoder" for the run's encoder, "untrained" for the run's untrained encoder, or the name
     of one of the `baselines`, which are given the same points as the untrained encoder.
@@ -195,8 +197,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
 
 
 class Row(NamedTuple):
-    """The scores of one arm or baseline under one metric on one set. An arm is a configuration that
-    is trained with several seeds.
+    """The scores of one arm or baseline under one metric on one data set. An arm is a configuration
+    that is trained with several seeds.
     """
 
     data: str
@@ -216,7 +218,7 @@ class Row(NamedTuple):
 
 
 def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
-    """Return the rows of the set `data`, metric by metric.
+    """Return the rows of the data set `data`, metric by metric.
 
     found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. Shapes
     whose score is NaN, since they are alone in their class, are left out of all rows.
@@ -238,13 +240,13 @@ def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
 def sheets_of(
     rows: list[Row], minutes: dict[str, float], failed: dict[str, str], about: dict[str, str]
 ) -> list[Sheet]:
-    """Return a table for every set, with a column for every metric that was scored on the set.
+    """Return a table for every data set, with a column for every metric that was scored on it.
 
     The row of the reference shows mean ± std over seeds. Every other row shows the difference from
     the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why it
-    failed. about: set -> its description.
+    failed. about: data set -> its description.
     """
-    tables: dict[str, dict[str, dict[str, str]]] = {}  # set -> row -> metric -> cell
+    tables: dict[str, dict[str, dict[str, str]]] = {}  # data set -> row -> metric -> cell
     for row in rows:
         gain, cell = row.difference, mean_std(moments(row.values))
         if gain:

@@ -76,9 +76,10 @@ def search(
 def vectors_of(
     model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16
 ) -> np.ndarray:
-    """Compute the vectors n E of prepared clouds n N 3.
+    """Compute the vectors n E of clouds n N 3 that `encoder.prepare` returned.
 
-    An encoder's vectors are those of `embed`; a classifier's are [class token ; max over tokens].
+    The vectors of an encoder are those of `jepa3d.embed`. The vectors of a classifier are its class
+    token and the maximum over all other tokens, concatenated.
     """
     found = []
     for batch in points.split(batch_size):

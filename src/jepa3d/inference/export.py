@@ -1,5 +1,5 @@
-"""`jepa3d export`: write an encoder or a classifier as ONNX, as a torch.export program and as a Hub
-folder, and check that the exported files give the same results as torch.
+"""`jepa3d export`: write an encoder or a classifier as ONNX, as a torch.export program and as a
+folder for the Hugging Face Hub, and check that the exported files give the same results as torch.
 """
 
 import json

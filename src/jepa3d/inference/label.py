@@ -111,7 +111,7 @@ def label(
         expected = "about 1 in 20 clouds of named classes is among them"
         log.info(f"{unlike.sum():,} clouds are called unknown; {expected}")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
-    log.info(f"written: {written}; jepa3d predict {out} labels others")
+    log.info(f"written: {written}; jepa3d predict {out} labels other clouds")
 
 
 def _propose(

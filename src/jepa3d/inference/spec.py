@@ -26,6 +26,7 @@ class EmbeddingSpec:
     embed_dim: int  # width of the vectors
     # version of the rules in frame.py; old files, which do not have it, have version 1
     frame: int = 1
+    # whether stray points, far from nearly all others, were kept
     keep_strays: bool = False
 
     @staticmethod
