@@ -246,7 +246,8 @@ def sheets_of(
     the reference, with interval and verdict. minutes: arm -> CPU-minutes. failed: arm -> why it
     failed. about: data set -> its description.
     """
-    tables: dict[str, dict[str, dict[str, str]]] = {}  # data set -> row -> metric -> cell
+    # data set -> row -> metric -> cell
+    tables: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         gain, cell = row.difference, mean_std(moments(row.values))
         if gain:
