@@ -138,7 +138,7 @@ def test_names_that_cannot_be_used_are_told(tmp_path, text, message):
 
 
 def test_a_number_of_clusters_that_cannot_be(scans):
-    with pytest.raises(ValueError, match="--clusters 25: from 2"):
+    with pytest.raises(ValueError, match="--clusters 25: give 2 to 24"):
         label([scans / "scans"], scans / "out", str(scans / "model"), clusters=25)
 
 
