@@ -369,7 +369,7 @@ def test_without_anything_the_settings_are_the_papers(resolved):
         ({"data": "nowhere"}, "nowhere"),
         ({"split": "all", "data": "synthetic:3"}, "COUNT"),
         ({"teacher": "none"}, "target.sigreg"),
-        ({"teacher": "ema none"}, "none cannot be combined"),
+        ({"teacher": "ema none"}, "'none' cannot be combined"),
         ({"teacher": "ema ema"}, "each teacher only once"),
         ({"init": "dvae"}, "init 'dvae'"),
         ({"target.layers": 9}, "target.layers 9"),

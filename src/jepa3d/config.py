@@ -63,7 +63,7 @@ class SamplerConfig:
     context_ratio: tuple[float, float] | None = setting(
         None,
         "Range of the context's share of the tokens, before targets are removed; default "
-        "(0.85, 1.0). For sequence: share of the tokens left after that, (0.4, 0.75).",
+        "(0.85, 1.0). For sequence: share of the non-target tokens; default (0.4, 0.75).",
         "(0, 1] rising",
     )
     min_context: int = setting(4, "Redraw contexts with fewer tokens.", "[1, 65536]")

@@ -1,7 +1,7 @@
 """Draws pictures, among them pictures like the paper's figures 1, 4, 6 and 7.
 
-The extra `view` must be installed. Every `path` is the file to write: its path, or a binary file
-that is open for writing.
+The extra `view` must be installed. The argument `path` of a function is the file to write: a path,
+or a binary file that is open for writing.
 """
 
 import io

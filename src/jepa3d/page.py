@@ -39,7 +39,7 @@ def note(text: str, kind: str = "note") -> str:
 
 
 def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
-    """Return large numbers for the top of a page. shown: (name, value, remark) of each."""
+    """Return tiles, which show values in large print. shown: (name, value, remark) of each tile."""
     cells = (
         f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
         for name, value, remark in shown

@@ -127,7 +127,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
                 text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
                 metadata["help"] = text.strip()
                 part.metadata = MappingProxyType(metadata)
-        # in --help, the group "Run" comes first, then the other groups in the order of this file
+        # in --help, the group "Run" comes first, then the other groups in the order of config.py
         order = int(title != "Run")
         return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
 
@@ -267,8 +267,8 @@ def write_checked(path: Path, value: dict) -> None:
 def read_checked(path: Path, *needed: str) -> dict:
     """Read a JSON object that `write_checked` wrote.
 
-    needed: keys that the object must have. A file without a checksum is accepted: run.json has none
-    because people may edit it, and files of version 0.1.0 have none. Raises ValueError if the file
+    needed: keys that the object must have. A file without a checksum is accepted: RUN/run.json has
+    none because people may edit it, and files of version 0.1.0 have none. Raises ValueError if the file
     is missing, is damaged or lacks a key.
     """
     try:

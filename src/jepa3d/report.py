@@ -244,7 +244,7 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
 
 # --------------------------------------------------------------------------------- pretraining runs
 def _last_step(last: dict, record: dict) -> str:
-    """Return the large numbers of the last logged step: loss, steps, shapes and others."""
+    """Return tiles with the loss and other numbers of the last logged step."""
     if not last:
         return ""
     data = record["data"]
@@ -307,9 +307,7 @@ def _collapse(last: dict) -> str:
     ]
     if not rows:
         return ""
-    text = (
-        "Healthy: std near 1, mean cosine near 0, effective rank above 10. Collapsed: 0, 1 and 1."
-    )
+    text = "Healthy: std near 1, mean cosine near 0, effective rank in the tens. Collapsed: 0, 1 and 1."
     if "constant_loss" in last:
         text += " The loss should be well below those of the best constant and of positions alone."
     columns = ["last step", "std", "mean cosine", "effective rank"]

@@ -279,7 +279,7 @@ def compare(
         source.
     up_axis: tuple[str, ...]
         The up axis (x, y or z) of the scored data: one for all sources, or one per source; by
-        default z. Without --score, it is also the up axis of the training data; by default that in
+        default z. Without --score, the training data is scored, and the default is the up axis in
         the grid.
     part: str
         The split to score: test; or validation (a fifth of train), for choosing a recipe.
