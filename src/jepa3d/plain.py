@@ -268,8 +268,8 @@ def read_checked(path: Path, *needed: str) -> dict:
     """Read a JSON object that `write_checked` wrote.
 
     needed: keys that the object must have. A file without a checksum is accepted: RUN/run.json has
-    none because people may edit it, and files of version 0.1.0 have none. Raises ValueError if the file
-    is missing, is damaged or lacks a key.
+    none because people may edit it, and files of version 0.1.0 have none. Raises ValueError if the
+    file is missing, is damaged or lacks a key.
     """
     try:
         value = json.loads(path.read_text())

@@ -273,7 +273,7 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ({"arm": {}}, "setting 'arm' is unknown; did you mean 'arms'?"),
         ({"arms": {}}, "arms is empty: give at least one"),
         ({"arms": None}, "arms is missing"),
-        ({"arms": [1]}, "setting 'arms': [1] is not dict"),
+        ({"arms": [1]}, "setting 'arms': [1] is not of type dict"),
         ({"reference": "bas"}, "reference 'bas' is not an arm; did you mean 'base'?"),
         (
             {"arms": {"base": {"sampler": {"nam": "x"}}}},
