@@ -1,4 +1,5 @@
-# From nothing: `make demo`, `make test` (some minutes) or `make test-all`. All set up .venv first.
+# In a fresh clone, run `make demo`, `make test` (takes some minutes) or `make test-all`. Each of them
+# first installs jepa3d and its tools into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 

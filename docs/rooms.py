@@ -1,7 +1,10 @@
-"""Write docs/rooms.md, every file and its first sentence, and docs/rooms.png, which room imports
-which. Both come from the code; an import that runs back up is an error.
+"""Writes docs/rooms.md, a list of all files, and docs/rooms.png, a picture of the imports.
 
-python docs/rooms.py
+A room is a folder of src/jepa3d, or a group of files beside these folders. docs/rooms.md has the
+first sentence of each file, and docs/rooms.png shows which room imports which. An import from a
+room that is not below the importing room is an error.
+
+Run it with: python docs/rooms.py
 """
 
 import ast
@@ -13,13 +16,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "jepa3d"
 HEAD = """# Where the code is
 
 This page lists the files of `src/jepa3d`, grouped into "rooms". `python docs/rooms.py` writes it
-from the imports and the first sentence of every file. Data flows in one direction: files,
-`PointClouds`, patches, tokens, context and targets, loss. A file imports only from its own room and
-from the rooms below it.
+from the first sentence of every file, and draws the picture from the imports. Data flows in one
+direction: from files to `PointClouds`, patches, tokens, context and targets, and the loss. A file
+imports only from its own room and from the rooms below it.
 
 ![rooms and their imports](rooms.png)
 """
-LEVELS = [  # highest first
+LEVELS = [  # the highest level first
     ["cli"],
     ["pages"],
     ["inference"],
@@ -30,7 +33,7 @@ LEVELS = [  # highest first
     ["settings"],
     ["ground"],
 ]
-ROOMS = {  # of files that lie beside the rooms' folders
+ROOMS = {  # room -> files that lie in src/jepa3d instead of a folder
     "cli": ["__main__"],
     "pages": ["demo", "info", "report"],
     "evaluation": ["figures", "page"],
@@ -40,12 +43,12 @@ ROOMS = {  # of files that lie beside the rooms' folders
 
 
 def room_of(name: str) -> str:
-    """The room of a file or folder of the package."""
+    """Return the room of a file or folder of the package."""
     return next((room for room, files in ROOMS.items() if name in files), name)
 
 
 def imports() -> dict[str, dict[str, int]]:
-    """Importing room -> imported room -> number of imports."""
+    """Count the imports between rooms: importing room -> imported room -> number of imports."""
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for path in SOURCE.rglob("*.py"):
         if path == SOURCE / "__init__.py":
@@ -62,7 +65,7 @@ def imports() -> dict[str, dict[str, int]]:
 
 
 def check(found: dict[str, dict[str, int]]) -> None:
-    """Raises ValueError for an import that does not go down, so that there is no circle either."""
+    """Raise ValueError if a room imports one that is not below it, so no imports are circular."""
     level = {room: depth for depth, rooms in enumerate(LEVELS) for room in rooms}
     for room, others in found.items():
         for other in others:
@@ -71,7 +74,7 @@ def check(found: dict[str, dict[str, int]]) -> None:
 
 
 def draw(found: dict[str, dict[str, int]], out: Path) -> None:
-    """A box a room, with its lines of code; thicker arrows for more imports."""
+    """Draw a box per room, with its number of lines, and thicker arrows for more imports."""
     import matplotlib.pyplot as plt
 
     place, lines = {}, defaultdict(int)
@@ -105,7 +108,7 @@ def draw(found: dict[str, dict[str, int]], out: Path) -> None:
 
 
 def page() -> str:
-    """docs/rooms.md."""
+    """Return the text of docs/rooms.md."""
     text, files = HEAD, defaultdict(list)
     for path in sorted(SOURCE.rglob("*.py")):
         name = path.relative_to(SOURCE)

@@ -1,6 +1,6 @@
-"""Write docs/settings.md, a table of every setting, from src/jepa3d/config.py.
+"""Writes docs/settings.md, tables of all settings, from src/jepa3d/config.py.
 
-python docs/settings.py
+Run it with: python docs/settings.py
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,16 @@ HEAD = """# Settings
 This page lists every setting of `jepa3d pretrain`, `classify`, `segment` and `fewshot`.
 `python docs/settings.py` writes it from `src/jepa3d/config.py`. On the command line
 `encoder.embed_dim` is `--encoder.embed-dim`; in a recipe it is `embed_dim` below `encoder`. Flags
-override the recipe, the recipe overrides the preset, and the preset overrides the defaults, which
-are the paper's settings.
+override the recipe, the recipe overrides the preset, and the preset overrides the defaults. The
+defaults of `jepa3d pretrain` are the paper's settings.
+
+A range such as `[0, 1)` contains its lower end, but not its upper end. A setting with two numbers
+that is marked "rising" must have the lower number first. A dash means that there is no value.
 """
 
 
 def rows(part: Field, prefix: str) -> Iterator[str]:
-    """The table's lines of a setting, or of a group of settings."""
+    """Yield the table's line for a setting, or the lines for a group of settings."""
     if is_dataclass(part.type):
         for inner in fields(part.type):
             yield from rows(inner, f"{part.name}.")
@@ -35,7 +38,7 @@ def rows(part: Field, prefix: str) -> Iterator[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as it is typed."""
+    """Return a value as the page shows it."""
     if isinstance(value, tuple):
         return " ".join(map(shown, value))
     if isinstance(value, bool):
@@ -46,15 +49,16 @@ def shown(value: Any) -> str:
 
 
 def page() -> str:
-    """docs/settings.md."""
+    """Return the text of docs/settings.md."""
     head = "| setting | default | presets | allowed | meaning |\n|---|---|---|---|---|"
-    text, before = HEAD, set()
+    text, base, known = HEAD, "", set()
     for command, kind in KINDS.items():
         lines = [line for part in fields(kind) for line in rows(part, "")]
         text += f"\n## `jepa3d {command}`\n\n{kind.__doc__.splitlines()[0]}"
-        text += " Settings that are not listed are those above." if before else ""
-        text += "\n".join(["\n", head, *(line for line in lines if line not in before)]) + "\n"
-        before |= set(lines)
+        text += f" All other settings are as for `jepa3d {base}`." if base else ""
+        text += "\n".join(["\n", head, *(line for line in lines if line not in known)]) + "\n"
+        if command != "segment":  # its defaults are not those of fewshot
+            base, known = command, set(lines)
     return text
 
 

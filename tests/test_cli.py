@@ -280,7 +280,9 @@ def test_the_demo_ends_and_draws_pictures(tmp_path, quick_probe):
 
 def test_the_demo_leaves_a_folder_of_something_else_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
-    assert "not a demo" in refusal(capsys, "demo", "--out", tmp_path, "--shapes", 24)
+    assert "contains files but no demo" in refusal(
+        capsys, "demo", "--out", tmp_path, "--shapes", 24
+    )
     assert list(listing(tmp_path)) == ["thesis.txt"]
 
 
@@ -367,7 +369,7 @@ def test_without_anything_the_settings_are_the_papers(resolved):
         ({"data": "nowhere"}, "nowhere"),
         ({"split": "all", "data": "synthetic:3"}, "COUNT"),
         ({"teacher": "none"}, "target.sigreg"),
-        ({"teacher": "ema none"}, "none cannot be combined"),
+        ({"teacher": "ema none"}, "'none' cannot be combined"),
         ({"teacher": "ema ema"}, "each teacher only once"),
         ({"init": "dvae"}, "init 'dvae'"),
         ({"target.layers": 9}, "target.layers 9"),
@@ -461,7 +463,7 @@ def test_an_unknown_preset_names_the_nearest(shapes, tmp_path, capsys):
         ("preset: tiney\n", "did you mean 'tiny'"),
         ("preset: [tiny]\n", "preset"),
         ("- lr\n", "mapping"),
-        ("lr: [\n", "not a readable recipe"),
+        ("lr: [\n", "this recipe cannot be read"),
     ],
 )
 def test_a_wrong_recipe_is_refused(shapes, tmp_path, capsys, text, said):

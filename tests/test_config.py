@@ -298,7 +298,7 @@ def test_a_recipe_cannot_run_code(tmp_path):
     (tmp_path / "a.yaml").write_text(
         f"teacher: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n"
     )
-    with pytest.raises(ValueError, match="not a readable recipe"):
+    with pytest.raises(ValueError, match="this recipe cannot be read"):
         read_recipe(tmp_path / "a.yaml")
     assert not (tmp_path / "made").exists()
 

@@ -282,7 +282,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     assert ["pretrained", "61.2 ± 1.3", "50.0"] in page.rows
     assert ["pretrained - untrained", "+61.2 ± 1.3", "+50.0"] in page.rows
     assert (
-        "seeds 0, 1, 2. Selection: C on validation. The test split was part of the (unlabelled)"
+        "seeds 0, 1, 2. Selection: C on validation. Pretraining used this test split too"
         in page.text
     )
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])
@@ -376,7 +376,7 @@ def test_a_classifier_is_told_whole(classified):
     assert "71.5 %16 test shapes; validation 79.5 %" in page.text
     facts = {
         "fine-tuned, all weights",
-        "the epoch was chosen on validation; the test split was used once",
+        "the epoch was chosen on the validation split; the test split was used once",
         "runs/<pre>",
         "objective jepa; teacher ema; data P&Q; seed 3",
         "D & co, obj_bg",
@@ -421,7 +421,7 @@ def test_features_are_drawn_only_of_the_shapes_that_were_tested(
         **{name: shapes[name] for name in ("points", "labels", "class_names")},
         split=1 - shapes["split"],
     )
-    with pytest.raises(ValueError, match="its test split is not the one of the run"):
+    with pytest.raises(ValueError, match="its test split differs from that of the run"):
         report(classified, data=str(moved))
 
 
@@ -476,7 +476,7 @@ def test_the_command_writes_where_it_is_told(pretrained, tmp_path, capsys):
 
 def test_mistakes_are_one_line(pretrained, tmp_path, capsys):
     for words, message in (
-        ([tmp_path], "not a run folder, it has no config.json"),
+        ([tmp_path], "not a run folder: it has no config.json"),
         (
             [pretrained, "--out", tmp_path / "no" / "page.html"],
             "must be an .html file in a folder that exists",

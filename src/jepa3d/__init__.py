@@ -1,16 +1,17 @@
 """Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).
 
 The names of this module are imported at their first use (PEP 562), because importing torch takes
-over a second and `jepa3d --help` does not need it.
+over a second and `jepa3d --help` does not need torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# What `from jepa3d import *` imports; other names must be imported explicitly, since some need
-# extras.
+# The names that `from jepa3d import *` imports. All other names must be imported explicitly, since
+# some of them need optional packages (the extras in pyproject.toml).
 __all__ = ["CloudVectorizer", "Embedder", "PointEncoder", "embed", "load", "predict"]
 
+# public name -> module that defines it
 _MODULES = {
     "CloudVectorizer": "jepa3d.inference.vectorizer",
     "Embedder": "jepa3d.inference.embedding",
@@ -41,8 +42,8 @@ if TYPE_CHECKING:  # editors and type checkers read these lines instead of runni
 else:
 
     def __getattr__(name: str):
-        """Import a public name at its first use; `__version__` is looked up in the installed
-        package.
+        """Import a public name at its first use; read `__version__` from the metadata of the
+        installed package.
         """
         if name == "__version__":
             from importlib.metadata import version
@@ -57,5 +58,5 @@ else:
 
 
 def __dir__() -> list[str]:
-    """List the public names too, before their first use."""
+    """List all public names, also those that have not been imported yet."""
     return sorted({*globals(), *_MODULES, "__version__"})

@@ -1,10 +1,13 @@
-"""The command line as a module: `python -m jepa3d`, or `torchrun -m jepa3d` for several processes."""
+"""Runs the command line as a module: `python -m jepa3d`, or `torchrun -m jepa3d` to use several
+processes.
+"""
 
 import sys
 
 from jepa3d.cli import main
 
-# False in worker processes, which import this file by another name.
+# Worker processes import this file under another name, so they skip this block.
 if __name__ == "__main__":
-    sys.argv[0] = "jepa3d"  # this name, not the file's path, is recorded as a run's command
+    # A run records its command, which should begin with this name instead of this file's path.
+    sys.argv[0] = "jepa3d"
     main()

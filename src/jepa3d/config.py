@@ -1,8 +1,8 @@
-"""Define every setting of a run, with its default, help, range and values in the presets.
+"""Defines every setting of a run, with its default, help text, range and values in the presets.
 
-The defaults are the paper's (docs/method.md). Command-line flags override the recipe (a YAML file),
-the recipe overrides the preset, and the preset overrides these defaults. docs/settings.md is
-generated from this file.
+The defaults of pretraining are the paper's settings (docs/method.md). Command-line flags override
+the recipe (a YAML file), the recipe overrides the preset, and the preset overrides these defaults.
+docs/settings.md is generated from this file.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from jepa3d.plain import configuration, differences, from_dict, merge, nearest, setting, to_dict
 
-# `small` has the paper's settings. `tiny` is for runs of a few minutes, with the settings that
-# reached the best scores in such runs (docs/experiments.md); recipes/tiny-paper.yaml has the
-# paper's objective at the size of `tiny`.
+# `small` has the paper's settings, and `base` has a wider encoder. `tiny` is for runs of a few
+# minutes: it has a small encoder, and the objective that reached the best scores in such runs
+# (docs/experiments.md). recipes/tiny-paper.yaml has the paper's objective at the size of `tiny`.
 PRESETS = ("tiny", "small", "base")
-TEACHERS = ("ema", "untrained", "none")  # teachers that stage I need not train
+# Stage I trains a network that the run needs as its teacher or as its initial weights. These
+# teachers need no stage I:
+TEACHERS = ("ema", "untrained", "none")
 Rival = Literal["dvae", "generative", "invariance"]
-# Objectives of the networks that stage I can train.
+# The objectives that stage I can train a network with; each network is named after its objective.
 STAGE_ONE: tuple[Rival, ...] = ("dvae", "generative", "invariance")
 SAMPLERS = ("multi_block", "random", "one_block", "sequence")
 
@@ -32,21 +34,21 @@ class EncoderConfig:
     num_groups: int = setting(64, "Patches (tokens) per cloud.", "[1, 65536]", tiny=32)
     group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
     num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
-    tokenizer_dim: int = setting(128, "Width of the PointNet.", "[1, 16384]", tiny=64)
+    tokenizer_dim: int = setting(128, "Width of the tokenizer.", "[1, 16384]", tiny=64)
     mlp_ratio: float = setting(4.0, "Hidden width of the MLPs / embed_dim.", "(0, 64]")
     drop_path: float = setting(
-        0.1, "Drop rate of stochastic depth in the last block.", "[0, 1)", tiny=0.0
+        0.1, "Stochastic depth: drop rate of the last block.", "[0, 1)", tiny=0.0
     )
     position_every_block: bool = setting(
-        True, "Add positions before every block, not only before the first."
+        True, "Add position embeddings before every block, not only before the first."
     )
-    qkv_bias: bool = setting(False, "Biases of queries, keys and values (Point-JEPA).")
+    qkv_bias: bool = setting(False, "Add biases to queries, keys and values.")
 
 
 @configuration("Sampler: which tokens are context and which are targets")
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler; ratios are shares of a cloud's tokens."""
+    """Settings of the sampler. Sizes and ratios are shares of a cloud's tokens."""
 
     name: str = setting(
         "multi_block",
@@ -56,19 +58,19 @@ class SamplerConfig:
     )
     num_targets: int = setting(4, "Target blocks per cloud.", "[1, 65536]")
     target_ratio: tuple[float, float] = setting(
-        (0.15, 0.2), "Size of a target block.", "(0, 1] rising"
+        (0.15, 0.2), "Range of a target block's share of the tokens.", "(0, 1] rising"
     )
     context_ratio: tuple[float, float] | None = setting(
         None,
-        "Size of the context before targets are removed; for sequence, share of the tokens left "
-        "after that. Default: (0.85, 1.0); for sequence (0.4, 0.75).",
+        "Range of the context's share of the tokens, before targets are removed; default "
+        "(0.85, 1.0). For sequence: share of the non-target tokens; default (0.4, 0.75).",
         "(0, 1] rising",
     )
     min_context: int = setting(4, "Redraw contexts with fewer tokens.", "[1, 65536]")
     mask_ratio: float = setting(
-        0.25, "Share of masked tokens, for random and one_block.", "(0, 1)", tiny=0.6
+        0.25, "Share of masked tokens (for random and one_block).", "(0, 1)", tiny=0.6
     )
-    masks: int = setting(1, "Masks per cloud; the teacher runs once.", "[1, 256]")
+    masks: int = setting(1, "Masks per cloud; the teacher runs only once.", "[1, 256]")
 
 
 @configuration("Decoder")
@@ -76,33 +78,37 @@ class SamplerConfig:
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = setting(2, "Blocks; if 0, the encoder itself predicts.", "[0, 200]")
+    depth: int = setting(2, "Number of blocks; 0: the encoder predicts.", "[0, 200]")
     cross_attention: bool = setting(True, "Cross-attend to the context in every block.")
-    stacked: bool = setting(False, "Predict all target blocks together.")
-    isolated: bool = setting(False, "Mask tokens attend to the context only.")
-    ranks: bool = setting(False, "Use a token's ranks along the axes as position.")
+    stacked: bool = setting(False, "Predict all target blocks in one forward pass.")
+    isolated: bool = setting(False, "Let mask tokens attend only to the context.")
+    ranks: bool = setting(False, "Positions are ranks along the axes, not coordinates.")
 
 
 @configuration("Target: how predictions are compared with the teacher's tokens")
 @dataclass(frozen=True)
 class TargetConfig:
-    """Normalisation and averaging of targets, and additional loss terms."""
+    """Settings of the targets (their normalisation and averaging), and of additional loss terms."""
 
     unit: Literal["token", "block"] = setting("token", "One cosine per token or block.")
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
         "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
     )
-    layers: int = setting(1, "Teacher's last blocks to average.", "[1, 200]", tiny=4)
+    layers: int = setting(1, "Average this many of the teacher's last blocks.", "[1, 200]", tiny=4)
     cache: bool = setting(False, "Run frozen teachers once per shape, before training.")
     project: bool = setting(False, "Project targets too, as in the paper's equation.")
     momentum: tuple[float, float] = setting(
-        (0.996, 1.0), "Momentum of the EMA teacher at the first and last step.", "[0, 1]"
+        (0.996, 1.0), "Momentum of the EMA teacher: first and last step.", "[0, 1]"
     )
     view: float = setting(
-        0.0, "Weight of predicting the teacher's vector of the undamaged cloud.", "[0, 1000]"
+        0.0,
+        "Weight of predicting the teacher's whole-cloud vector from a damaged view.",
+        "[0, 1000]",
     )
     sigreg: float = setting(
-        0.0, "Weight of SIGReg on the student's tokens; needed for teacher none.", "[0, 1)"
+        0.0,
+        "Weight of the regulariser SIGReg on the student's tokens (for teacher none).",
+        "[0, 1)",
     )
     num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
 
@@ -119,14 +125,14 @@ class Schedule:
     clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
     epochs: float = setting(300, "Number of passes over the data.", "(0, 1e6]")
-    max_steps: int | None = setting(None, "Steps; overrides epochs.", "[1, 1e9]")
+    max_steps: int | None = setting(None, "Step count; overrides epochs.", "[1, 1e9]")
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
 
 
 def _schedule(config: Schedule) -> dict[str, Any]:
-    """Return the settings of the schedule, without all others."""
+    """Return only the settings of the schedule, as name -> value."""
     return {name: getattr(config, name) for name in SCHEDULE}
 
 
@@ -137,30 +143,38 @@ class RunConfig(Schedule):
 
     seed: int = setting(0, "Seed of all random numbers of the run.", "[0, 4e9]")
     scale: tuple[float, float] = setting(
-        (0.8, 1.2), "Augmentation: scale each axis by a factor in this range.", "(0, 1000] rising"
+        (0.8, 1.2),
+        "Augmentation: scale each axis by a random factor in this range.",
+        "(0, 1000] rising",
     )
-    rotate: bool = setting(True, "Augmentation: rotate about the up axis.")
+    rotate: bool = setting(True, "Augmentation: rotate randomly about the up axis.")
     translate: float = setting(0.0, "Augmentation: largest shift per axis.", "[0, 1000]")
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
         "auto",
-        "auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: whichever is "
-        "faster in a short trial.",
+        "auto: bf16 on GPUs that support it and CPUs with AMX, else no (fp32); measure: "
+        "the faster of the two in a short trial.",
     )
-    compile: Literal["no", "yes", "auto"] = setting("no", "Compile transformer blocks.")
-    accumulate: int = setting(1, "Split each batch into this many micro-batches.", "[1, 1e6]")
+    compile: Literal["no", "yes", "auto"] = setting(
+        "no", "Compile the transformer blocks; auto: if it is faster in a short trial."
+    )
+    accumulate: int = setting(
+        1, "Split each batch into this many micro-batches, to save memory.", "[1, 1e6]"
+    )
     checkpoint_activations: bool = setting(
-        False, "Recompute blocks in the backward pass, which saves memory and costs time."
+        False, "Recompute activations in the backward pass: saves memory, costs time."
     )
     log_every: int = setting(50, "Steps between log lines.", "[1, 1e9]")
     checkpoint_every: int = setting(1000, "Steps between checkpoints.", "[1, 1e9]")
     snapshot_every: int | None = setting(
-        None, "Steps between stored encoders, for learning curves; default: none.", "[1, 1e9]"
+        None,
+        "Steps between stored copies of the encoder, for jepa3d curve; default: none.",
+        "[1, 1e9]",
     )
-    track: str | None = setting(None, "Accelerate's tracker to log to, such as wandb.")
+    track: str | None = setting(None, "Tracker of Accelerate to log to, such as wandb.")
     encoder: EncoderConfig = EncoderConfig()
 
 
-# Settings that do not change the trained weights.
+# Settings that have no effect on the trained weights.
 BOOKKEEPING = ("log_every checkpoint_every snapshot_every checkpoint_activations track").split()
 
 
@@ -177,11 +191,11 @@ class DVAEConfig(Schedule):
     num_points: int = setting(1024, "Points per cloud.", "[1, 1e7]", tiny=512)
     width: int = setting(384, "Width of the dVAE's tokens.", "[4, 16384]", tiny=96)
     num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
-    tokenizer_dim: int = setting(128, "Width of the PointNet.", "[1, 16384]", tiny=64)
+    tokenizer_dim: int = setting(128, "Width of the tokenizer.", "[1, 16384]", tiny=64)
     dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
     folding_dim: int = setting(512, "Folding decoder's width.", "[1, 16384]", tiny=128)
     temperature: tuple[float, float] = setting(
-        (1.0, 0.0625), "Gumbel-softmax temperature, first and last.", "(0, 1000]"
+        (1.0, 0.0625), "Gumbel-softmax temperature: first and final value.", "(0, 1000]"
     )
     kl_weight: float = setting(0.1, "KL term's final weight.", "[0, 1000]", tiny=0.01)
     backbone: str | None = setting(
@@ -189,7 +203,7 @@ class DVAEConfig(Schedule):
     )
 
 
-@configuration("Rival: masked autoencoder")
+@configuration("Objective generative: masked autoencoder")
 @dataclass(frozen=True)
 class GenerativeConfig(Schedule):
     """Settings of the masked autoencoder; the defaults are Point-MAE's."""
@@ -201,11 +215,12 @@ class GenerativeConfig(Schedule):
     decoder_depth: int = setting(4, "Number of decoder blocks.", "[1, 200]")
 
 
-@configuration("Rival: invariance")
+@configuration("Objective invariance: the same embedding for all views of a shape")
 @dataclass(frozen=True)
 class InvarianceConfig(Schedule):
-    """Settings of the objective that gives all views of a shape the same embedding; loss weights
-    are those of VICReg and LeJEPA.
+    """Settings of the objective that gives all views of a shape the same embedding.
+
+    The default loss weights are those of VICReg and LeJEPA.
     """
 
     warmup_epochs: float = setting(10, tiny=2)
@@ -213,12 +228,12 @@ class InvarianceConfig(Schedule):
     epochs: float = setting(300, tiny=30)
     regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "Prevents collapse.")
     global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
-    partial_views: int = setting(2, "Views of a ball cut out of the cloud.", "[0, 64]")
+    partial_views: int = setting(2, "Views of the points in a random ball.", "[0, 64]")
     partial_ratio: tuple[float, float] = setting(
-        (0.3, 0.6), "Share of the points in a ball; one per batch.", "(0, 1] rising"
+        (0.3, 0.6), "Range of a ball's share of the points.", "(0, 1] rising"
     )
-    projector_dim: int = setting(2048, "Projector's hidden width.", "[1, 65536]", tiny=256)
-    embedding_dim: int = setting(64, "Width of the embedding.", "[1, 65536]")
+    projector_dim: int = setting(2048, "Hidden width of the projector.", "[1, 65536]", tiny=256)
+    embedding_dim: int = setting(64, "Width of the embeddings.", "[1, 65536]")
     vicreg: tuple[float, float, float] = setting(
         (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
     )
@@ -235,26 +250,27 @@ class PretrainConfig(RunConfig):
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=60)
     rotate: bool = setting(True, tiny=False)
-    data: tuple[str, ...] = setting(("synthetic",), "Training shapes (docs/data.md).")
-    split: Literal["train", "test", "all"] = setting("train", "Split of the data.")
+    data: tuple[str, ...] = setting(("synthetic",), "Sources of shapes (docs/data.md).")
+    split: Literal["train", "test", "all"] = setting("train", "Split to train on.")
     up_axis: tuple[Literal["x", "y", "z"], ...] = setting(
         ("z",), "Up axis of the data: one for all sources, or one per source."
     )
     objective: str = setting(
         "jepa",
-        "jepa; a rival: generative or invariance; dvae: stage I alone; or your own function as "
-        "package.module:function.",
+        "jepa; a competing method: generative or invariance; dvae: stage I alone; or "
+        "your own function as package.module:function.",
     )
     teacher: tuple[str, ...] = setting(
         ("dvae",),
-        "dvae, generative or invariance (trained first), ema, untrained, none, default, a run, a "
-        "folder, a Hub id or package.module:function; several are concatenated.",
+        "dvae, generative or invariance (trained first), ema (average of the student), "
+        "untrained, none, default (encoder in the package), a run, a folder, a Hub id or "
+        "package.module:function; several teachers are concatenated.",
         tiny=("ema", "untrained"),
     )
     init: str | None = setting(
         None,
-        "Initial weights of the student: generative, invariance, default (the encoder in the "
-        "package), a run, a folder or a Hub id.",
+        "Initial weights of the student: generative or invariance (trained first), "
+        "default (the encoder in the package), a run, a folder or a Hub id.",
     )
     sampler: SamplerConfig = SamplerConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -270,28 +286,27 @@ class PretrainConfig(RunConfig):
         return tuple(name for name in STAGE_ONE if name in named)
 
     def __post_init__(self) -> None:
-        """Copy the run's schedule into the group of its own objective."""
+        """Copy the run's schedule into the group of the run's objective, such as `generative`."""
         if self.objective in STAGE_ONE:
             group = replace(getattr(self, self.objective), **_schedule(self))
             object.__setattr__(self, self.objective, group)
 
     def schedule(self, objective: str) -> Schedule:
-        """Return the schedule of an objective: that of the run, or that of a network of stage I."""
+        """Return the run's schedule for the run's own objective; for another, that of its group."""
         return self if objective == self.objective else getattr(self, objective)
 
     def stage(self, name: str) -> "PretrainConfig":
-        """Return the settings of the run that trains a network of stage I, with its own schedule."""
+        """Return the settings for training the network `name` in stage I, with its own schedule."""
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """Settings of classification; the defaults are those published for ScanObjectNN (Point-MAE,
-    ACT).
+    """Settings of classification; the defaults are those of Point-MAE and ACT on ScanObjectNN.
 
-    encoder: used for training from scratch; with `init`, the settings of the loaded encoder replace
-    it.
+    `encoder` is used only for training from scratch: with `init`, the loaded encoder has its own
+    settings.
     """
 
     lr: float = 5e-4
@@ -299,42 +314,46 @@ class FinetuneConfig(RunConfig):
     batch_size: int = 32
     epochs: float = setting(300, tiny=30)
     scale: tuple[float, float] = (1.0, 1.0)
-    data: str = setting("", "Shapes with labels and a test split (docs/data.md).")
-    labels_key: str = setting("labels", "Key of the labels in an .npz file.")
+    data: str = setting("", "Labelled shapes with a test split (docs/data.md).")
+    labels_key: str = setting("labels", "Name of the array of labels in an .npz file.")
     up_axis: Literal["x", "y", "z"] = setting("z", "Up axis of the data.")
     init: str | None = setting(
         None,
-        "The pretrained encoder: default (that in the package), a run, a folder or a Hub id; "
-        "without it, training is from scratch.",
+        "The pretrained encoder: default (the one in the package), a run, a folder or a Hub id. "
+        "Without --init, training starts from scratch.",
     )
-    num_points: int | None = setting(None, "Points, if not the encoder's.", "[1, 1e7]")
-    num_groups: int | None = setting(None, "Patches, if not the encoder's.", "[1, 65536]")
+    num_points: int | None = setting(None, "Points per cloud; default: the encoder's.", "[1, 1e7]")
+    num_groups: int | None = setting(
+        None, "Patches per cloud; default: the encoder's.", "[1, 65536]"
+    )
     trained: Literal["all", "head", "head_first"] = setting(
         "all",
-        "all: all weights; head: the encoder stays frozen; head_first: a linear head is fitted "
-        "to its vectors, then all weights are trained.",
+        "all: train all weights; head: keep the encoder frozen; head_first: fit a linear "
+        "head to the frozen encoder's vectors, then train all weights.",
     )
     layer_decay: float = setting(
-        1.0, "Each block's learning rate / that of the next block.", "(0, 1]"
+        1.0, "Learning rate of a block, divided by that of the next block.", "(0, 1]"
     )
     dropout: float = setting(0.5, "Dropout in the head.", "[0, 1)")
     label_smoothing: float = setting(0.0, "Label smoothing of the loss.", "[0, 1)")
     labels: float = setting(1.0, "Share of each class's labels to use.", "(0, 1]")
     validation: float = setting(
-        0.2, "Share of these labels for validation, if the data has no such split.", "[0, 1)"
+        0.2, "Share of the used labels to hold out if the data has no validation split.", "[0, 1)"
     )
     select: Literal["validation", "last", "best-on-test"] = setting(
-        "validation", "How the kept epoch is chosen (docs/protocols.md)."
+        "validation", "How to choose the epoch to keep (docs/protocols.md)."
     )
     votes: int = setting(
-        1, "Average logits of this many scaled, shifted copies of a test shape.", "[1, 10000]"
+        1,
+        "Average the logits of this many scaled and shifted copies of a test shape.",
+        "[1, 10000]",
     )
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class SegmentConfig(FinetuneConfig):
-    """Settings of part segmentation; the defaults are those published for ShapeNetPart (Point-MAE)."""
+    """Settings of part segmentation; the defaults are those of Point-MAE on ShapeNetPart."""
 
     lr: float = 2e-4
     batch_size: int = 16
@@ -342,14 +361,16 @@ class SegmentConfig(FinetuneConfig):
     scale: tuple[float, float] = (0.8, 1.25)
     translate: float = 0.1
     layers: tuple[int, int, int] | None = setting(
-        None, "Blocks whose tokens are used; default: after each third of the depth.", "[0, 200]"
+        None,
+        "Blocks whose tokens the head uses; default: after each third of the depth.",
+        "[0, 200]",
     )
 
 
 @configuration("Run")
 @dataclass(frozen=True)
 class FewshotConfig(FinetuneConfig):
-    """Settings of few-shot episodes; the defaults are those published for ModelNet40 (Point-MAE)."""
+    """Settings of few-shot episodes; the defaults are those of Point-MAE on ModelNet40."""
 
     epochs: float = setting(150, tiny=30)
     rotate: bool = False
@@ -361,11 +382,12 @@ class FewshotConfig(FinetuneConfig):
     queries: int = setting(20, "Test shapes per class.", "[1, 1e6]")
     method: Literal["finetune", "ncm", "logistic"] = setting(
         "finetune",
-        "finetune: train each episode; ncm, logistic: nearest class mean or logistic regression "
-        "on frozen features.",
+        "finetune: train a network per episode; ncm: nearest class mean, logistic: "
+        "logistic regression, both on frozen features.",
     )
 
 
+# training command -> the dataclass of its settings
 KINDS = {
     "pretrain": PretrainConfig,
     "classify": FinetuneConfig,
@@ -393,12 +415,12 @@ def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
 
 
 def resolve(*layers: dict) -> PretrainConfig:
-    """Merge dictionaries of settings to the settings of a pretraining run; later ones override
-    earlier ones.
+    """Merge dictionaries of settings, and return them as the settings of a pretraining run.
 
-    Each objective may have its own schedule: `max_steps` is that of 3D-JEPA,
-    `generative.max_steps` that of the masked autoencoder. The schedule of the run's objective
-    becomes that of the run. Raises ValueError as `from_dict` does.
+    A later dictionary overrides the earlier ones. Every objective of stage I has a group with its
+    own schedule: `generative.max_steps` is the number of steps of the masked autoencoder. If the
+    run's objective is `generative`, the schedule in this group becomes the run's schedule, so
+    `max_steps` gets the same value. Raises ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     if objective in STAGE_ONE:
@@ -415,16 +437,16 @@ def resolve(*layers: dict) -> PretrainConfig:
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
     """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    num_shapes: number of shapes in the run's data. The paper uses all shapes of ShapeNet55, and 150
-    or 300 epochs. Logging, seed and up axis are ignored.
+    num_shapes: number of shapes in the run's data. The paper uses all shapes of ShapeNet55, and
+    both 150 and 300 epochs are the paper's. Logging, seed and up axis are not compared.
     """
-    # For a rival objective, its own schedule is part of these settings.
+    # If the objective is not jepa, the schedule is compared with the defaults of that objective.
     paper = to_dict(resolve({"objective": config.objective}))
     paper |= {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
     paper["mixed_precision"] = "no"
     paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
     ours = to_dict(config)
-    # What `auto` means depends on the machine, so it is not compared.
+    # The precision that `auto` chooses depends on the machine, so `auto` is not compared.
     unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
     for key in ("seed", "up_axis", *unknown, *BOOKKEEPING):
         del ours[key]

@@ -1,4 +1,4 @@
-"""The demo: trains 3D-JEPA for some minutes on built-in shapes, probes the encoder and draws
+"""`jepa3d demo`: pretrains on built-in shapes for some minutes, probes the encoder and draws
 pictures.
 """
 
@@ -16,14 +16,15 @@ DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
 
 
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
-    """Write out/blocks.png, out/run, out/curves.png and out/probe.json; continue a demo that was
-    interrupted.
+    """Run the demo, and write blocks.png, run/, curves.png and probe.json to the folder `out`.
 
-    Raises ValueError if `out` exists and is not a demo's folder.
+    If a demo in `out` was interrupted, it is continued. max_steps: number of training steps;
+    default: 1,500. shapes: number of generated shapes. Raises ValueError if `out` contains files
+    but no demo.
     """
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: exists and is not a demo; choose another --out")
+        raise ValueError(f"{out}: contains files but no demo; choose another --out")
     changes = {"data": [source]} | ({} if max_steps is None else {"max_steps": max_steps})
     config = settings.resolve(settings.preset("tiny"), DEMO, changes)
     check(config)

@@ -1,5 +1,7 @@
-"""Draws pictures, among them the paper's figures 1, 4, 6 and 7. Needs the extra `view`. A `path`
-may also be an open binary file.
+"""Draws pictures, among them pictures like the paper's figures 1, 4, 6 and 7.
+
+The extra `view` must be installed. The argument `path` of a function is the file to write: a path,
+or a binary file that is open for writing.
 """
 
 import io
@@ -26,20 +28,22 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.run import Run
 
 Target = Path | BinaryIO
-_MARKERS = "osD^vP*X"  # colours repeat after 20 classes, so every 20 get a new marker
-_DOTS = 4096  # most points of a cloud that are drawn in a contact sheet
+# A t-SNE plot has at most 20 colours, so each group of 20 classes gets its own marker.
+_MARKERS = "osD^vP*X"
+_DOTS = 4096  # a picture in a contact sheet shows at most this many points of its cloud
 _DPI = 110
-# Viewing direction of contact sheets. The rows point to the right, up, and towards the viewer, who
-# is 30 degrees above the ground and 60 degrees to the left of x.
+# The view of contact sheets. In the coordinates of the cloud, the three rows are the directions to
+# the right and to the top of the picture, and the direction to the viewer. That direction is 30
+# degrees above the ground and 60 degrees from the x axis towards -y.
 _FRONT_RIGHT = np.array(
     [[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]]
 )
 
 
 def _new(width: float, height: float, **options) -> Any:
-    """Make an empty figure; sizes in inches. It is made without pyplot, so nothing has to close it.
+    """Make an empty figure of this width and height in inches.
 
-    Raises ValueError if matplotlib is missing.
+    A figure made without pyplot need not be closed. Raises ValueError if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -50,28 +54,33 @@ def _new(width: float, height: float, **options) -> Any:
 
 
 def _colors(name: str, values: Any) -> np.ndarray:
-    """Look up RGBA colours (..., 4) for values in a colour map of matplotlib."""
+    """Return the RGBA colours [..., 4] of values [...] in the colour map `name` of matplotlib."""
     from matplotlib import colormaps
 
     return colormaps[name](values)
 
 
 def ramp(values: np.ndarray) -> np.ndarray:
-    """Map values n to colours n 3 uint8 (viridis), from the smallest to the largest."""
+    """Return the colours [n, 3] (uint8, viridis) of values [n].
+
+    The smallest and the largest value get the two end colours.
+    """
     share = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
     return (255 * _colors("viridis", share)[:, :3]).round().astype(np.uint8)
 
 
 def _text(name: str) -> str:
-    """Escape a name for matplotlib, where $ would begin a formula and a leading _ would hide the
-    name from the legend.
+    """Escape a name for matplotlib: a $ would begin a formula, and a leading _ would hide the name
+    from the legend.
     """
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float) -> Any:
-    """Add a subplot for a cloud: without axes, in equal units, from -reach to reach in every
-    direction. at: number of rows, number of columns, and the subplot's number.
+    """Add a subplot for a cloud, without visible axes and with the same scale along x, y and z.
+
+    at: number of rows, number of columns, and the subplot's number (from 1). reach: the subplot
+    shows coordinates from -reach to reach. zoom: matplotlib's magnification.
     """
     axes = figure.add_subplot(*at, projection="3d")
     axes.set_axis_off()
@@ -81,23 +90,25 @@ def _cloud_axes(figure: Any, at: tuple[int, int, int], reach: float, zoom: float
 
 
 def evenly(count: int, most: int) -> np.ndarray:
-    """Choose at most `most` of `count` rows, evenly spread."""
+    """Return the indices of at most `most` of `count` rows, evenly spread."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
 
 def first_of_each(labels: np.ndarray) -> np.ndarray:
-    """Order shapes with labels n: the first shape of each class, then the second of each, and so
-    on.
+    """Return an order of shapes with labels [n]: first the first shape of each class, then the
+    second shape of each class, and so on.
     """
-    turn = np.zeros(len(labels), np.int64)
+    rank_in_class = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
-        turn[labels == label] = np.arange((labels == label).sum())
-    return np.lexsort((labels, turn))
+        rank_in_class[labels == label] = np.arange((labels == label).sum())
+    return np.lexsort((labels, rank_in_class))
 
 
 def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shapes: int = 4) -> None:
-    """Draw one row per shape: the cloud, the context that the encoder sees, and each target block,
-    as the sampler makes them.
+    """Draw some shapes with context and target blocks, which are sampled as in training.
+
+    Each shape has one row: the cloud, the context that the encoder sees, and each target block.
+    shapes: number of shapes, evenly spread over `clouds`.
     """
     points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
     generator = BatchGenerator(config.seed)
@@ -125,11 +136,12 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
 
 
 def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
-    """Plot what a run has logged at each step; losses, effective ranks and accuracies have a panel
-    each.
+    """Plot a run's logged metrics by step: one panel for losses, one for effective ranks and one
+    for accuracies.
 
-    The losses include those of positions alone and of the best constant. selected: name of the
-    score by which the epoch is chosen. Raises ValueError if the run has logged nothing.
+    The losses include those of two baselines: predictions from positions alone, and the best
+    constant prediction. selected: the legend's text for the score by which the epoch is chosen.
+    Raises ValueError if the run has logged nothing.
     """
     ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
@@ -155,8 +167,9 @@ def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
 
 
 def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
-    """Plot probe accuracy against CPU-minutes, one line per configuration: mean and standard
-    deviation over seeds.
+    """Plot probe accuracy against CPU-minutes, with one line per configuration.
+
+    A line is the mean over seeds; a band around it shows one standard deviation.
     """
     figure = _new(7.5, 4.5, layout="tight")
     axes = figure.subplots()
@@ -176,8 +189,10 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
 
 
 def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
-    """Plot differences with their 95 % intervals: a panel per metric, a line per data set and arm
-    or baseline.
+    """Plot differences from a reference with their 95 % intervals, one panel per metric.
+
+    A panel has one line for each pair of data set and arm (a configuration that was compared) or
+    baseline.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
     metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
@@ -197,13 +212,14 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     labels = [_text(f"{name}, {data}") for data, name in lines]
     grid[0].set_yticks(range(len(lines)), labels, fontsize=8)
     grid[0].invert_yaxis()
-    figure.suptitle(_text(f"{title}, points"), fontsize=10)
+    figure.suptitle(_text(f"{title}, percentage points"), fontsize=10)
     figure.savefig(path)
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Draw clouds N 3 (z up) side by side, seen from the front right, as a PNG of few colours;
-    titles are wrapped.
+    """Write a PNG of 32 colours with one picture per cloud, with its title below, in rows of 6.
+
+    clouds: each [N, 3], z up; they are seen from the front right.
     """
     cell, caption = 190, 46  # pixels
     columns = min(6, len(clouds))
@@ -217,22 +233,28 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
         style = {"fontsize": 7, "ha": "center", "va": "top", "linespacing": 1.1}
         figure.text(x, y, _caption(title), **style)
     drawn = io.BytesIO()
-    with warnings.catch_warnings():  # matplotlib warns of letters that the font lacks
+    # matplotlib warns if its font lacks a letter of a title
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(drawn)
-    from PIL import Image  # matplotlib brings it
+    from PIL import Image  # installed with matplotlib, which needs it
 
     Image.open(drawn).convert("RGB").quantize(32).save(path, "PNG", optimize=True)
 
 
 def even_sample(points: np.ndarray) -> np.ndarray:
-    """Sample at most 4,096 of points N 3 at random, since the order in a file may be spatial."""
+    """Return at most 4,096 of the points [N, 3].
+
+    They are sampled at random: if a file lists its points by position, the first points are only a
+    part of the shape.
+    """
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 
 
 def _pixels(points: np.ndarray, size: int) -> np.ndarray:
-    """Render a random sample of a cloud as an image [size, size, 3] uint8; near points hide those
-    behind.
+    """Render a random sample of a cloud as an image [size, size, 3] uint8.
+
+    Near points hide the points behind them; the colour is the height.
     """
     points = even_sample(points).astype(np.float64)
     points -= points.mean(0)
@@ -242,10 +264,10 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
     colors = ramp(points[nearest_last, 2])
     x, y = ((1 + 0.94 * at[nearest_last]) * size / 2 for at in (across, -up))
     image = np.full((size, size, 3), 255, np.uint8)
-    # Pixels of a dot's side.
+    # A dot is a square with this side in pixels; clouds with fewer points get larger dots.
     side = int(np.clip(0.5 * size / np.sqrt(len(points)), 2, 6))
     shifts = np.indices((side, side)).reshape(2, -1) - side // 2
-    # shape: points, 2, pixels of a dot
+    # row and column of every pixel of every dot: [points, 2, pixels of a dot]
     at = np.stack([y, x], 1).astype(int)[:, :, None] + shifts
     at = at.transpose(0, 2, 1).reshape(-1, 2).clip(0, size - 1)
     image[at[:, 0], at[:, 1]] = np.repeat(colors, side * side, axis=0)
@@ -253,7 +275,10 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 
 
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
-    """Wrap a title to a few lines; if it is too long, its middle is cut out."""
+    """Wrap a title to at most `lines` lines of `width` characters.
+
+    A longer title loses its middle; the limit leaves a quarter of the space for line breaks.
+    """
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
     return _text("\n".join(wrapped[:lines]))
 
@@ -261,10 +286,10 @@ def _caption(title: str, width: int = 28, lines: int = 3) -> str:
 def draw_parts(
     points: np.ndarray, truth: np.ndarray, predicted: np.ndarray, titles: list[str], path: Target
 ) -> None:
-    """Draw true parts (n N) and predicted parts of shapes (n N 3, z up) in pairs, two pairs per row
-    (as in figure 6).
+    """Draw each shape twice, as in the paper's figure 6: with its true and its predicted parts.
 
-    A part has the same colour in both pictures of a pair.
+    points: [n, N, 3], z up. truth, predicted: part labels [n, N]. A row has two shapes. In both
+    pictures of a shape, a part has the same colour.
     """
     pairs = min(2, len(points))
     rows = -(-len(points) // pairs)
@@ -292,17 +317,18 @@ def draw_tsne(
     class_names: Sequence[str],
     path: Target,
 ) -> None:
-    """Plot features (n E each) of the same shapes before and after fine-tuning in two dimensions,
-    coloured by class (as in figure 7).
+    """Plot t-SNE maps of features before and after fine-tuning, coloured by class, as in the
+    paper's figure 7.
 
-    Computes t-SNE of the first 50 principal components with a fixed seed. Raises ValueError for
-    fewer than 5 shapes.
+    before, after: features [n, E] of the same shapes. t-SNE uses a fixed seed and the first 50
+    principal components. Raises ValueError for fewer than 5 shapes.
     """
     if len(labels) < 5:
         raise ValueError(f"t-SNE needs at least 5 shapes, but there are {len(labels)}")
     present = np.unique(labels)
     columns = min(5, len(present))
-    legend = 0.19 * -(-len(present) // columns) + 0.15  # inches
+    # height of the legend in inches: its lines and a margin
+    legend = 0.19 * -(-len(present) // columns) + 0.15
     figure = _new(9, 4.4 + legend)
     grid, titles = figure.subplots(1, 2), ("before fine-tuning", "after fine-tuning")
     for axes, features, title in zip(grid, (before, after), titles, strict=True):
@@ -327,8 +353,9 @@ def draw_tsne(
 
 
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Target) -> None:
-    """Draw a confusion matrix (true class x predicted class); numbers are counts, and the colour is
-    a count's share of its row.
+    """Draw a confusion matrix [true class, predicted class].
+
+    A cell shows its count; its colour shows the count's share of the row.
     """
     confusion, count = np.asarray(confusion), len(class_names)
     names = [_text(name[:22]) for name in class_names]

@@ -20,8 +20,9 @@ from jepa3d.run import Run
 from jepa3d.training.engine import named
 from jepa3d.training.runs import outcome
 
-_DRAWN = 60  # most shapes in a contact sheet
-_UNITS: dict[str, tuple[float, str, str]] = {  # entry of a cost -> divisor, format, words
+_DRAWN = 60  # a contact sheet shows at most this many shapes
+# key in a run's cost -> divisor, number format, and unit in words
+_UNITS: dict[str, tuple[float, str, str]] = {
     "step": (1, ",.0f", "steps"),
     "cpu_seconds": (60, ".1f", "CPU-minutes"),
     "wall_seconds": (60, ".1f", "minutes"),
@@ -37,10 +38,11 @@ def describe(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Print a description of `path` (a run, a network or shapes) or, if None, of this installation.
+    """Print a description of a run, a network or a source of shapes.
 
-    picture: a file for a contact sheet, if the path is a source of shapes. Raises ValueError for a
-    path that is none of these.
+    path: what to describe; None describes this installation. up_axis, labels_key: those of a source
+    of shapes. picture: the file for a contact sheet of a source of shapes. verify: compare a
+    store's files with their checksums. Raises ValueError if `path` is none of these.
     """
     if path is None:
         _installation()
@@ -66,7 +68,7 @@ def describe(
 
 
 def listed(values: Mapping[str, Any]) -> str:
-    """Format names and their values in one line, such as "train 32, test 16"."""
+    """Return names and their values as one line, such as "train 32, test 16"."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -84,8 +86,8 @@ def _installation() -> None:
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """Collect facts about a run, finished or not, as texts: command, data, settings, sizes and
-    cost.
+    """Return facts about a run, finished or not, as name -> value: its command, data, seed, number
+    of parameters, precision and cost.
     """
     config, record, cost = run.config, run.record, run.cost or {}
     data = record["data"]
@@ -96,13 +98,13 @@ def run_facts(run: Run) -> dict[str, Any]:
         "seed": config["seed"],
     }
     if "task" in config:
-        found["begins with"] = config["init"] or "random weights"
+        found["initial weights"] = config["init"] or "random"
     if sizes := record.get("parameters"):
         millions = {key: f"{count / 1e6:.2f} M" for key, count in sizes.items()}
         found["parameters"] = listed(millions)
     if backbone := record.get("backbone"):
         text = f"{backbone['name']}, sha256 {backbone['sha256'][:16]}"
-        found["image transformer, not in the run"] = text
+        found["image transformer (not stored in the run)"] = text
     if engine := run.engine:
         device = f" on {engine['device']}" if "device" in engine else ""
         precision = named(engine["mixed_precision"], engine["compile"])
@@ -116,7 +118,7 @@ def run_facts(run: Run) -> dict[str, Any]:
 
 
 def _run(run: Run) -> None:
-    """Print what a run folder is, finished or not: of pretrain, classify, segment or fewshot."""
+    """Print a description of a run of pretrain, classify, segment or fewshot, finished or not."""
     config, record = run.config, run.record
     kind = config.get("task") or config["objective"]
     print(f"{run.folder}: {kind}, {record['status']}")
@@ -127,33 +129,33 @@ def _run(run: Run) -> None:
     if result := run.result:
         print(outcome(result))
     if departures := record.get("departures"):
-        print("departs from the paper's setting in:")
+        print("settings that differ from the paper's:")
         for name, (ours, paper) in departures.items():
             print(f"  {name}: {ours} (paper: {paper})")
 
 
 def _network(folder: Path) -> None:
-    """Print what an encoder is, or a network made by jepa3d label or a fine-tuning run."""
+    """Print a description of an encoder, or of a network from `jepa3d label` or fine-tuning."""
     network = load_any(folder)
     encoder = network if isinstance(network, PointEncoder) else network.encoder
     count = sum(parameter.numel() for parameter in network.parameters())
     size = f"{count / 1e6:.2f} M parameters, fingerprint {fingerprint(encoder)}"
     print(f"{folder}: {type(network).__name__}, {size}")
     fewest, seen = encoder.min_points, encoder.num_points
-    print(f"takes clouds of {fewest:,} points or more, and uses {seen:,} of them")
+    print(f"input: {fewest:,} points or more per cloud, reduced or filled to {seen:,}")
     if not isinstance(network, PointEncoder):
         names = network.class_names
         print(printable(f"{len(names)} classes: {', '.join(names)}"))
 
 
 def _counts(numbers: np.ndarray, names: Sequence[str]) -> str:
-    """Count how often each index into `names` occurs. Returns the counts in one line."""
+    """Return as one line how often each name occurs. numbers: indices into `names`."""
     found = zip(names, np.bincount(numbers, minlength=len(names)), strict=True)
     return listed({printable(name): f"{count:,}" for name, count in found})
 
 
 def _shapes(clouds: PointClouds) -> None:
-    """Print the counts of a source of shapes: of points, splits and classes."""
+    """Describe a source of shapes: its shapes, points per shape, splits and classes."""
     sizes = sorted({len(cloud) for cloud in clouds.points})
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     shapes = f"{len(clouds):,} shapes of {span} points"
@@ -168,12 +170,12 @@ def _shapes(clouds: PointClouds) -> None:
 
 
 def _store(store: Store, verify: bool, picture: Path | None) -> None:
-    """Print what a store holds; if asked for, verify it and draw a contact sheet."""
+    """Print a description of a store; verify it and draw a contact sheet if that was requested."""
     header, columns = store.header, store.columns
     size = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
-    points = f"{store.num_points:,} points" if store.num_points else "all their points"
-    state = "" if header["complete"] else ", UNFINISHED: repeat its jepa3d prepare"
-    what = f"{len(store):,} clouds of {points}, {size / 2**20:,.1f} MiB"
+    points = f"of {store.num_points:,} points" if store.num_points else "with all points"
+    state = "" if header["complete"] else ", UNFINISHED: run jepa3d prepare again"
+    what = f"{len(store):,} clouds {points}, {size / 2**20:,.1f} MiB"
     print(f"{store.path}: {what}, sha256 {store.fingerprint}{state}")
     settings = header["settings"]
     chosen = {k: value for k, value in settings.items() if value not in (None, [])}
@@ -192,7 +194,7 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     _, first, count = np.unique(content, return_index=True, return_counts=True)
     if count.max() > 1:
         key = printable(store.key(int(first[np.argmax(count > 1)])))
-        print(f"duplicates: {(count - 1).sum():,} clouds repeat another, such as {key}")
+        print(f"duplicates: {(count - 1).sum():,} clouds equal another, such as {key}")
     _classes(store)
     if verify:
         store.verify()
@@ -205,15 +207,15 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
 def _classes(store: Store) -> None:
     """Print a table of clouds by class and split."""
     labels, split = (np.asarray(store.columns[name]) for name in ("label", "split"))
-    names, parts = [*store.class_names, "no class"], [*SPLITS, "no split"]
-    cells = np.zeros((len(names), len(parts)), np.int64)
-    # -1, for none, counts in the last row or column.
+    names, splits = [*store.class_names, "no class"], [*SPLITS, "no split"]
+    cells = np.zeros((len(names), len(splits)), np.int64)
+    # Without a class or split, the index is -1: the last row or column.
     np.add.at(cells, (labels, split), 1)
     used = np.flatnonzero(cells.sum(0))
     filled = cells[:, used]
     found = zip([*names, "all"], [*filled, filled.sum(0)], strict=True)
     rows = [[printable(x), *map("{:,}".format, n)] for x, n in found if n.any()]
-    columns = ["class", *(parts[i] for i in used)]
+    columns = ["class", *(splits[i] for i in used)]
     show([Sheet("clouds by class and split", columns, rows, [])])
 
 
@@ -224,8 +226,11 @@ def _draw(
     key: Callable[[int], str],
     picture: Path,
 ) -> None:
-    """Draw a contact sheet of shapes, first one of each class. A shape without a class has its key
-    as title.
+    """Draw a contact sheet, which begins with one shape of each class.
+
+    points, key: functions that return the points and the key of shape i. labels: class numbers, -1
+    for none. The title of a shape is its class; without a class, its key. If no shape has a class,
+    the sheet shows evenly spread shapes.
     """
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:

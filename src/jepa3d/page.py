@@ -1,8 +1,8 @@
-"""Builds a report as one HTML file with embedded pictures, without scripts or network; for screens,
-phones and print.
+"""Builds a report as one HTML file, for screens, phones and print, with embedded pictures; it needs
+no scripts and no network.
 
-The builders return HTML and escape their texts; `section`, `folded` and `document` also take ready
-HTML.
+The functions return pieces of the page and escape the texts that they get. The `part` or `parts` of
+`section`, `folded` and `document` are such pieces and are not escaped again.
 """
 
 import base64
@@ -21,7 +21,9 @@ class Bar(float):
 
 
 def show(value: Any) -> str:
-    """Format a value as text: 6 digits, yes/no, "-" for none."""
+    """Return a value as text: a float with 6 digits, a bool as yes or no, None and "" as "-", and a
+    list with commas.
+    """
     if isinstance(value, (list, tuple)):
         return ", ".join(map(show, value))
     if value is None or value == "":
@@ -37,7 +39,7 @@ def note(text: str, kind: str = "note") -> str:
 
 
 def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
-    """Return large numbers for the top of a page; each has a name, a value and a remark."""
+    """Return tiles, which show values in large print. shown: (name, value, remark) of each tile."""
     cells = (
         f"<div class=tile><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
         for name, value, remark in shown
@@ -46,12 +48,12 @@ def tiles(shown: Iterable[tuple[str, str, str]]) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """Return a list of names and their values, one per line."""
+    """Return a list with one line per name and value."""
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(show(v))}</dd>' for k, v in values.items())}</dl>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | None = None) -> str:
-    """Return a table of rows of values; the row whose first value is `strong` is emphasised."""
+    """Return a table. strong: emphasise the row whose first value is this one."""
 
     def cell(value: Any) -> str:
         if isinstance(value, Bar):
@@ -70,11 +72,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
-    """Return a figure with the PNG that `draw` writes to a file, embedded in the page."""
+    """Return a figure with an embedded PNG. draw: a function that writes it to an open file."""
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)
-    # width and height are at bytes 16 and 20 of the PNG header
+    # the header of a PNG has the width at byte 16 and the height at byte 20, in 4 bytes each
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     shape = "wide panorama" if width > 1.6 * height else "wide"
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -83,17 +85,20 @@ def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a section: a heading, and HTML parts below it."""
+    """Return a section: the heading `title`, and the parts below it."""
     return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(parts) + "</section>"
 
 
 def folded(title: str, part: str) -> str:
-    """Return HTML that is hidden until the reader unfolds it."""
+    """Return a title with a part that is hidden until the reader unfolds it."""
     return f"<details><summary>{escape(title)}</summary>{part}</details>"
 
 
 def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
-    """Return the whole page from these HTML parts; empty parts are skipped."""
+    """Return the whole page. Empty parts are skipped.
+
+    name, status: those of the run. kind: what the run is, such as "Classification".
+    """
     name, status, kind = escape(name), escape(status), escape(kind)
     return (
         "<!DOCTYPE html>\n<html lang=en>\n<head><meta charset=utf-8>"
@@ -106,6 +111,6 @@ def document(name: str, status: str, kind: str, parts: Iterable[str]) -> str:
 
 
 def pictures(html: str) -> list[bytes]:
-    """Extract the PNGs from a page, in its order."""
+    """Return the PNGs of a page, in the order in which the page shows them."""
     found = re.findall(r"data:image/png;base64,([\w+/=]+)", html)
     return [base64.b64decode(text) for text in found]

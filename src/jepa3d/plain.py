@@ -1,5 +1,5 @@
-"""Converts settings between plain values (YAML, JSON) and frozen dataclasses; reads and writes
-small files atomically.
+"""Converts settings between plain values (YAML, JSON) and frozen dataclasses; also reads small
+files, and writes them atomically.
 """
 
 import csv
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Progress messages of the library. Nothing is shown unless a program adds a handler, as the command
-# line does.
+# The logger of the library's progress messages. They are not shown unless a program adds a handler,
+# as the command line does.
 log = logging.getLogger("jepa3d")
 log.addHandler(logging.NullHandler())
 
 
 def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any) -> "tqdm":
-    """Make a progress bar on standard error, over items or up to `total`; it appears after a
-    second.
+    """Make a progress bar on standard error, which appears after one second.
 
-    It is hidden without a terminal, and if the library's messages are not shown. settings: other
-    settings of tqdm.
+    items: what to iterate over; without items, `settings` may contain tqdm's `total`. doing: the
+    text before the bar. settings: arguments of tqdm. The bar is hidden if standard error is not a
+    terminal, or if the library's messages are not shown.
     """
     from tqdm import tqdm  # imported here, so that importing jepa3d stays quick
 
@@ -53,7 +53,7 @@ def progress_bar(items: Iterable | None = None, doing: str = "", **settings: Any
 
 
 def merge(base: dict, *overrides: dict) -> dict:
-    """Merge nested dictionaries; for each key the last one wins."""
+    """Merge nested dictionaries; the value of a later dictionary replaces an earlier value."""
     out = dict(base)
     for override in overrides:
         for key, value in override.items():
@@ -63,23 +63,24 @@ def merge(base: dict, *overrides: dict) -> dict:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """Read a recipe: its settings and the name of its preset. Raises ValueError if it is not a YAML
-    mapping.
+    """Read a recipe: a YAML file of settings, which may also name a preset. Raises ValueError if it
+    cannot be read.
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable recipe: {reason}") from error
+        raise ValueError(f"{path}: this recipe cannot be read: {reason}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a YAML mapping of settings")
+        raise ValueError(f"{path}: a recipe must be a YAML mapping of settings")
     return recipe
 
 
 def from_dict(cls: type, values: dict, where: str = "") -> Any:
-    """Build a (nested, frozen) dataclass from plain values.
+    """Build a dataclass of settings, which may contain other dataclasses, from plain values.
 
-    Raises ValueError for a wrong type or an unknown key, and suggests the most similar known key.
+    where: prefix of the settings' names in messages. Raises ValueError for a wrong type or an
+    unknown key; the message suggests the most similar known key.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -98,20 +99,21 @@ def from_dict(cls: type, values: dict, where: str = "") -> Any:
 
 
 def setting(default: Any, help: str = "", allowed: str | None = None, **presets: Any) -> Any:
-    """Make a field of a `configuration`, with its default, help, range, and values in presets.
+    """Make a field of a dataclass of settings (`configuration`).
 
-    help: its line in `--help` and docs/settings.md. allowed: the range of a number, or of each
-    number in a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets: preset
-    name -> value, for presets that change the default.
+    help: the field's text in `--help` and docs/settings.md. allowed: the range of a number, or of
+    each number in a tuple, such as "[0, 1)"; "[0, 1] rising" also requires low <= high. presets:
+    preset name -> value, for the presets that change the default.
     """
     metadata = {"doc": help, "range": allowed, "presets": presets}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def configuration(title: str) -> Callable[[type[T]], type[T]]:
-    """Decorator for a dataclass of settings. title: the heading of its flags in `--help`.
+    """Return a decorator that makes the fields of a dataclass of settings command-line flags.
 
-    A field that overrides the default of a base class keeps the base's help and range.
+    title: the heading above these flags in `--help`. If a field only changes the default of a base
+    class's field, it keeps the help and range of that field.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -125,7 +127,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
                 text = f"{metadata.get('doc', '')} {f'[{others}]' if others else ''}"
                 metadata["help"] = text.strip()
                 part.metadata = MappingProxyType(metadata)
-        # the group "Run" comes first, the others in the order of their definition
+        # in --help, the group "Run" comes first, then the other groups in the order of config.py
         order = int(title != "Run")
         return Parameter(group=Group.create_ordered(title, sort_key=order))(cls)
 
@@ -133,7 +135,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first number outside its range, in nested groups too."""
+    """Raise ValueError for the first number outside its range, also in nested groups."""
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -143,13 +145,13 @@ def check_ranges(config: Any, where: str = "") -> None:
 
 
 def _check_range(name: str, value: Any, allowed: str) -> None:
-    """Raise ValueError if a number, or one in a tuple, is outside the range `allowed`."""
+    """Raise ValueError if a number, or a number in a tuple, lies outside the range `allowed`."""
     match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
     assert match, allowed
     opens, low, high, closes, rising = match.groups()
     numbers = value if isinstance(value, tuple) else (value,)
     above, below = (ge if opens == "[" else gt), (le if closes == "]" else lt)
-    # tests what is allowed, so that NaN, for which every comparison is false, is refused too
+    # NaN is refused too: every comparison with NaN is false
     if not all(above(x, float(low)) and below(x, float(high)) for x in numbers):
         bound = "positive" if (opens, low) == ("(", "0") else f"at least {low}"
         limits = f"be {bound} and at most {high}"
@@ -161,12 +163,12 @@ def _check_range(name: str, value: Any, allowed: str) -> None:
 
 
 def to_dict(config: Any) -> dict:
-    """Convert settings to plain JSON values (tuples become lists)."""
+    """Convert a dataclass of settings to plain JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from a reference, as dotted name -> (value, reference)."""
+    """Return the settings that differ from a reference, as name with dots -> (value, reference)."""
     out = {}
     for key, value in values.items():
         other = reference.get(key)
@@ -178,18 +180,18 @@ def differences(values: dict, reference: dict, where: str = "") -> dict[str, tup
 
 
 def nearest(name: str, known) -> str:
-    """Return a text that suggests the most similar known name; "" if none is similar."""
+    """Return a text that suggests the most similar known name, or "" if no name is similar."""
     close = difflib.get_close_matches(str(name), list(known), 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_code(name: str) -> bool:
-    """Return whether a setting names a user's function, as `package.module:function`."""
+    """Return whether the value of a setting names a user's function: `package.module:function`."""
     return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
 
 
 def load_code(name: str) -> Any:
-    """Import the object that `package.module:function` names. Raises ValueError if there is none."""
+    """Import the function `package.module:function`. Raises ValueError if it cannot be imported."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
@@ -198,7 +200,7 @@ def load_code(name: str) -> Any:
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError unless a value is one of the choices or names a user's function."""
+    """Raise ValueError if a value is not one of the choices and does not name a user's function."""
     if value not in choices and not is_code(value):
         known = f"{', '.join(choices)} or package.module:function"
         raise ValueError(f"{name} {value!r}: use {known}{nearest(value, choices)}")
@@ -206,7 +208,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError that names no file, such as that of a full disk."""
+    """Context manager: add `path` to an OSError that names no file, such as "no space left"."""
     try:
         yield
     except OSError as error:
@@ -216,8 +218,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Make text safe for a terminal: control characters become ?, bytes that are not UTF-8 become
-    escapes such as \\xff.
+    """Make text safe for a terminal: a control character becomes ?, and a byte that is not UTF-8
+    becomes an escape such as \\xff.
     """
     plain = (c if c.isprintable() or unicodedata.category(c) in ("Zs", "Cs") else "?" for c in text)
     return "".join(plain).encode("utf-8", "backslashreplace").decode()
@@ -225,11 +227,11 @@ def printable(text: str) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Context manager: write a new file at the yielded path; at the end it replaces `path`,
-    atomically and durably.
+    """Context manager: yield a temporary path to write to; at the end, the file written there
+    replaces the file at `path`, atomically and durably.
 
-    Readers see the old or the new file. After an error, such as a full disk, nothing is left
-    behind.
+    Other processes see either the old or the new file. After an error, such as a full disk, the
+    temporary file is deleted.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -242,32 +244,32 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file like `replacing` does, and make the folders that contain it.
+    """Write a file atomically and durably, and make the folders that contain it.
 
-    Raises ValueError while another command is writing the same file.
+    Raises ValueError if another command is writing the same file.
     """
     with writing(path), naming(path), replacing(path) as partial:
         partial.write_bytes(content)
 
 
 def write_csv(path: Path, *rows: Sequence) -> None:
-    """Write rows, including the header, as a CSV file, as `write_bytes` does."""
+    """Write a CSV file with `write_bytes`; the first of `rows` is its header."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_checked(path: Path, value: dict) -> None:
-    """Write a JSON object together with its checksum, as `write_bytes` does."""
+    """Write a JSON object and its checksum to a file, with `write_bytes`."""
     write_bytes(path, json.dumps({"sha256": _digest(value)} | value, indent=2).encode())
 
 
 def read_checked(path: Path, *needed: str) -> dict:
     """Read a JSON object that `write_checked` wrote.
 
-    A file without a checksum is accepted, such as RUN/run.json, which people may edit, or a file of
-    version 0.1.0. needed: required keys. Raises ValueError that names the file if it is missing, is
-    damaged or lacks a key.
+    needed: keys that the object must have. A file without a checksum is accepted: RUN/run.json has
+    none because people may edit it, and files of version 0.1.0 have none. Raises ValueError if the
+    file is missing, is damaged or lacks a key.
     """
     try:
         value = json.loads(path.read_text())
@@ -286,17 +288,17 @@ def read_checked(path: Path, *needed: str) -> dict:
 
 
 def sha256_of(path: Path) -> str | None:
-    """Return the sha256 of a file; None if it does not exist."""
+    """Return the sha256 of a file, or None if the file does not exist."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _digest(value: dict) -> str:
-    """Return the sha256 of a JSON object, independent of the order of its keys."""
+    """Return the sha256 of a JSON object; the order of its keys has no effect."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Convert a value to a type (a scalar, Literal, Optional or tuple of these). Raises ValueError."""
+    """Convert a setting to `kind`: scalar, Literal, Optional or tuple. Raises ValueError."""
     origin, args = get_origin(kind), get_args(kind)
     wrong = f"setting {name!r}: {value!r} is not"
     if origin is Literal:
@@ -307,7 +309,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         wanted = len(args) if Ellipsis not in args else None
         if not isinstance(items, (list, tuple)) or (wanted and len(items) != wanted):
-            raise ValueError(f"{wrong} a list of {wanted or 'values'}")
+            raise ValueError(f"{wrong} a list of {wanted or 'several'} values")
         return tuple(_checked(name, item, args[0]) for item in items)
     if type(None) in args:
         return None if value is None else _checked(name, value, args[0])
@@ -318,5 +320,5 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         with suppress(ValueError):
             return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{wrong} {kind.__name__}")
+        raise ValueError(f"{wrong} of type {kind.__name__}")
     return value

@@ -1,6 +1,4 @@
-"""`jepa3d report`: writes a run's report as one HTML file with embedded pictures, which needs no
-other file.
-"""
+"""`jepa3d report`: writes a run's report as one HTML file that contains its pictures."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -33,12 +31,13 @@ TITLES = {
     "fewshot": "Few-shot classification",
 }
 SELECTION = {
-    "validation": "the epoch was chosen on validation; the test split was used once",
+    "validation": "the epoch was chosen on the validation split; the test split was used once",
     "last epoch": "the last epoch was used; nothing was chosen",
     "best on test": "the epoch was chosen on the test split",
     "none": "nothing was chosen",
 }
-MOST_TSNE, MOST_PARTS = 2000, 8  # most shapes in the pictures of t-SNE and of parts
+# The pictures of t-SNE and of parts show at most this many shapes.
+MOST_TSNE, MOST_PARTS = 2000, 8
 
 
 def report(
@@ -46,14 +45,15 @@ def report(
 ) -> Path:
     """Write the report of a run as one HTML file, atomically, and return its path.
 
-    data: where the run's data is now. out: by default RUN/report.html. figures_to: a folder, to
-    which the pictures are written too, as PNG files in the page's order. If the data for a picture
-    cannot be read, the page says why the picture is missing. Raises ValueError if `data` is given
-    but cannot be read, if `folder` is not a run, or if `out` cannot be written.
+    data: where the run's data is now; by default, where it was during the run. If it cannot be read
+    there, the page says why a picture is missing; but if `data` is given, this is an error. out: by
+    default RUN/report.html. figures_to: a folder for copies of the pictures as PNG files, numbered
+    in the order of the page. Raises ValueError if `folder` is not a run, if `out` is not a file in
+    an existing folder, or if `data` is given but cannot be read.
     """
     for name in ("config.json", "run.json"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: not a run folder, it has no {name}")
+            raise ValueError(f"{folder}: not a run folder: it has no {name}")
     out = out or folder / "report.html"
     if not out.parent.is_dir() or out.is_dir():
         raise ValueError(f"{out}: --out must be an .html file in a folder that exists")
@@ -83,9 +83,11 @@ def report(
 
 
 def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings: dict) -> str:
-    """Return a section with a picture that needs data, or with the reason why it is missing.
+    """Return a section with a picture that needs the run's data, or with the reason why the picture
+    is missing.
 
-    Raises the error instead if `data` was given.
+    draw: makes the picture from `data` and `settings`. If `data` is given but cannot be read, the
+    error is raised.
     """
     try:
         body = draw(data, *settings)
@@ -98,7 +100,7 @@ def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings
 
 # ---------------------------------------------------------------------------------- downstream runs
 def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
-    """Yield sections with the metrics and their protocol, details, and pictures of predictions."""
+    """Yield the sections with a downstream run's test scores: metrics, details and pictures."""
     if (result := run.result) is None:
         yield page.section("Result", page.note("There is no result yet."))
         return
@@ -122,7 +124,7 @@ def _outcome(run: Run, config: dict, data: str | None) -> Iterator[str]:
 
 
 def _result(result: dict) -> str:
-    """Return the section of metrics, protocol and warnings of a downstream run."""
+    """Return a section with a downstream run's metrics, protocol and warnings."""
     source, metrics = result["data"], dict(result["metrics"])
     spread, shown = metrics.pop("std_over_folds", None), []
     for name, value in metrics.items():
@@ -162,8 +164,8 @@ def _result(result: dict) -> str:
 
 
 def _classes(details: dict) -> str:
-    """Return a section with each class's accuracy, the most frequent mistakes and the confusion
-    matrix.
+    """Return a section with the accuracy of each class, the most frequent mistakes and the
+    confusion matrix.
     """
     scores, names = details["per_class"].items(), details["class_names"]
     rows = [[name, row["count"], page.Bar(row["accuracy"])] for name, row in scores]
@@ -176,10 +178,8 @@ def _classes(details: dict) -> str:
         for true, found in zip(*np.unravel_index(worst, wrong.shape), strict=True)
         if wrong[true, found]
     ]
-    caption = (
-        "Confusion matrix of the test split. Rows are true classes; colours are shares of a row."
-    )
-    columns = ["most frequent mistakes", "taken for", "shapes", "of its class"]
+    caption = "Confusion matrix of the test split. Rows: true classes. Colours: shares of a row."
+    columns = ["most frequent mistakes", "predicted as", "shapes", "share of class"]
     return page.section(
         "Classes",
         page.table(["class", "test shapes", "accuracy, %"], rows),
@@ -196,7 +196,7 @@ def _predictions(run: Path) -> dict[str, np.ndarray]:
 
 
 def _parts(run: Path, names: list[str]) -> str:
-    """Return a picture of true and predicted parts of some test shapes."""
+    """Return a picture of some test shapes with their true and predicted parts."""
     saved = _predictions(run)
     labels = saved["label"]
     first = figures.first_of_each(labels)[: max(len(np.unique(labels)), MOST_PARTS)]
@@ -216,8 +216,8 @@ def _parts(run: Path, names: list[str]) -> str:
 
 
 def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
-    """Return a picture of the test shapes' features before fine-tuning (RUN/start) and after
-    (RUN/model).
+    """Return a t-SNE picture of the test shapes' features before fine-tuning (with the network in
+    RUN/start) and after it (RUN/model).
     """
     if not (run / "start").is_dir():
         raise ValueError(f"{run / 'start'}: no such folder")
@@ -226,9 +226,9 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
     settings = from_dict(FinetuneConfig, values | {"data": data or config["data"]})
     shapes = Labelled.load(settings, network.encoder.num_points)
     if not np.array_equal(shapes.y_test, _predictions(run)["label"]):
-        raise ValueError(f"{shapes.name}: its test split is not the one of the run")
+        raise ValueError(f"{shapes.name}: its test split differs from that of the run")
     if len(shapes.test) < 5:
-        return page.note(f"Missing: {len(shapes.test)} test shapes are too few.")
+        return page.note("Missing: t-SNE needs at least 5 test shapes.")
     rows = figures.evenly(len(shapes.test), MOST_TSNE)
     some = shapes.test.subset(rows)
     before = layer_features(start, some)[-1]
@@ -244,11 +244,14 @@ def _tsne(run: Path, data: str | None, config: dict, details: dict) -> str:
 
 # --------------------------------------------------------------------------------- pretraining runs
 def _last_step(last: dict, record: dict) -> str:
-    """Return tiles with the loss, the steps and other numbers of the last logged step."""
+    """Return tiles with the loss and other numbers of the last logged step."""
     if not last:
         return ""
     data = record["data"]
-    others = {"constant_loss": "loss of best constant", "position_loss": "loss of positions alone"}
+    others = {
+        "constant_loss": "loss of the best constant",
+        "position_loss": "loss of positions alone",
+    }
     known = [f"{text} {last[key]:.3f}" for key, text in others.items() if key in last]
     shown = [
         ("loss", f"{last['loss']:.3g}", ", ".join(known)),
@@ -263,23 +266,23 @@ def _last_step(last: dict, record: dict) -> str:
 
 
 def _probes(run: Path) -> Iterator[str]:
-    """Yield a section with the table of each probe-*.json, except those of --parts or
-    --corruptions.
+    """Yield a section for each result of `jepa3d probe` in the run, but not for results of --parts
+    or --corruptions.
     """
     for path in sorted(run.glob("probe-*.json")):
         probe = read_checked(path)
-        # Written by --parts or --corruptions, in another format.
+        # --parts and --corruptions write files of another format.
         if "summary" not in probe:
             continue
-        data, part = probe["data"], probe["data"].get("part", "test")
+        data, split = probe["data"], probe["data"].get("part", "test")
         columns, rows = summary_table(probe["summary"])
         text = (
-            f"Overall accuracy in per cent on {data['test']:,} shapes of the {part} split, {data['classes']} "
-            f"classes, {data['train']:,} train; {probe['pooling']} pooling, layer "
+            f"Overall accuracy in % on {data['test']:,} shapes of the {split} split; "
+            f"{data['classes']} classes, {data['train']:,} training shapes, {probe['pooling']} pooling, layer "
             f"{probe['layer']}, seeds {page.show(probe['seeds'])}. Selection: {probe['selection']}."
         )
         if probe.get("seen_in_pretraining"):
-            text += f" The {part} split was part of the (unlabelled) pretraining data."
+            text += f" Pretraining used this {split} split too, without labels."
         labels = "" if data["labels"] == "labels" else f", {data['labels']}"
         title = f"Frozen features on {data['name']}{labels}"
         scores = page.table(columns, rows, strong="pretrained")
@@ -287,7 +290,7 @@ def _probes(run: Path) -> Iterator[str]:
 
 
 def _collapse(last: dict) -> str:
-    """Return a section with the last step's measures of collapse, and what is healthy
+    """Return a section with the last step's measures of collapse, and the values that are healthy
     (docs/method.md).
     """
     names = {
@@ -304,15 +307,15 @@ def _collapse(last: dict) -> str:
     ]
     if not rows:
         return ""
-    text = "Of vectors of unit length. Healthy: std near 1, cosine near 0, rank in the tens. Collapsed: 0, 1, 1."
+    text = "Healthy: std near 1, mean cosine near 0, effective rank in the tens. Collapsed: 0, 1 and 1."
     if "constant_loss" in last:
-        text += " A loss says little unless it is well below that of the best constant and of positions alone."
+        text += " The loss should be well below those of the best constant and of positions alone."
     columns = ["last step", "std", "mean cosine", "effective rank"]
     return page.section("Collapse", page.table(columns, rows), page.note(text))
 
 
 def _blocks(data: str | None, config: dict) -> str:
-    """Return a picture of sampled blocks, like the paper's figure 4."""
+    """Return a picture of sampled context and target blocks, like the paper's figure 4."""
     settings = from_dict(PretrainConfig, config)
     sources = [data] if data else list(settings.data)
     axes = settings.up_axis[: len(sources)]
@@ -334,15 +337,15 @@ def _departures(record: dict) -> str:
 
 # ---------------------------------------------------------------------------------------- every run
 def _training(run: Run, config: dict) -> str:
-    """Return a section with curves: of the run, and of its stage I or first few-shot fold, if any."""
+    """Return a section with curves of the run, of its stage I and of its first few-shot fold."""
     on_test = config.get("select") == "best-on-test"
     split = "test, by which the epoch is chosen" if on_test else "validation"
     metric = "instance mIoU" if config.get("task") == "segment" else "overall accuracy"
     draw = partial(figures.draw_curves, selected=f"{split}, {metric}")
-    runs = {"By optimiser step.": run}
-    runs["Fold 0, by optimiser step."] = Run(run.folder / "fold-0")
+    runs = {"Metrics by optimiser step.": run}
+    runs["Metrics of fold 0 by optimiser step."] = Run(run.folder / "fold-0")
     for stage in run.stages:
-        runs[f"Stage I, {stage.folder.name}, by optimiser step."] = stage
+        runs[f"Metrics of stage I ({stage.folder.name}) by optimiser step."] = stage
     drawn = [
         page.picture(partial(draw, found.folder), caption)
         for caption, found in runs.items()
@@ -352,7 +355,7 @@ def _training(run: Run, config: dict) -> str:
 
 
 def _settings(config: dict, record: dict) -> str:
-    """Return a section with the settings that differ from the defaults, and all settings, folded."""
+    """Return a section with the settings that differ from the defaults, and a folded full list."""
     chosen = {name: value for name, value in config.items() if name != "task"}
     changed = differences(chosen, to_dict(KINDS[config.get("task", "pretrain")]()))
     departures = record.get("departures", {})

@@ -1,10 +1,12 @@
-"""Shapes of tensors in signatures, in the notation of jaxtyping: `Float[Tensor, "b m 3"]`.
+"""Types that state the shapes of tensors in signatures, like `Float[Tensor, "b m 3"]` of jaxtyping.
 
-The tests check these shapes at every call (tests/conftest.py). Elsewhere they only inform the
-reader: nothing is checked, and jaxtyping is not imported.
+The tests check these shapes at every call: tests/conftest.py imports jaxtyping before this file.
+Outside the tests, nothing is checked and jaxtyping is not imported; the types only inform the
+reader.
 
-Axes: b clouds, n points, m tokens, k points of a patch, c channels, v tokens of the context,
-a target blocks, t tokens of a target block; `rows` are the tokens of all clouds, one after another.
+The letters stand for numbers. b: clouds; n: points of a cloud; m: tokens of a cloud; k: points of a
+patch; c: channels of a token; e: channels of a vector; v: tokens of the context; a: target blocks;
+t: tokens of a target block; rows: tokens of all clouds, one cloud after another; *any: any axes.
 """
 
 import sys
@@ -21,11 +23,11 @@ else:
     from jaxtyping import Bool, Float, Int, Shaped
 
 Points = Float[Tensor, "b n 3"]
-Centers = Float[Tensor, "b m 3"]  # of patches
-Patches = Float[Tensor, "b m k 3"]  # points relative to the centre of their patch
-Indices = Int[Tensor, "b *any"]  # of points or tokens
+Centers = Float[Tensor, "b m 3"]  # centres of patches
+Patches = Float[Tensor, "b m k 3"]  # points, relative to the centre of their patch
+Indices = Int[Tensor, "b *any"]  # indices of points or tokens
 Tokens = Float[Tensor, "b m c"]
-Blocks = Float[Tensor, "b a t c"]  # tokens of target blocks
+Blocks = Float[Tensor, "b a t c"]  # the tokens of target blocks
 Rows = Float[Tensor, "rows c"]
 Vectors = Float[Tensor, "b e"]
 

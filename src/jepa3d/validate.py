@@ -1,4 +1,8 @@
-"""Check settings before any data is read; the ranges of single numbers are in config.py."""
+"""Checks a run's settings before any data is read.
+
+config.py defines the range of each number; this file checks the ranges, and then whether the
+settings fit together.
+"""
 
 from collections.abc import Iterator
 
@@ -7,14 +11,14 @@ from jepa3d.plain import check_choice, check_ranges
 
 
 def validate(config: settings.RunConfig) -> None:
-    """Check that settings can work with some data. Raises ValueError, which names the setting."""
+    """Check a run's settings. Raises ValueError for the first problem, with the setting's name."""
     check_ranges(config)
     for problem in _problems(config):
         raise ValueError(problem)
 
 
 def _problems(config: settings.RunConfig) -> Iterator[str]:
-    """Yield one sentence per problem, for settings whose numbers all lie in their ranges."""
+    """Yield one sentence per problem; all numbers must already lie in their ranges."""
     yield from _of_encoder(config.encoder)
     if isinstance(config, settings.PretrainConfig):
         yield from _of_pretraining(config)
@@ -43,14 +47,14 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
     check_choice("objective", config.objective, ("jepa", *settings.STAGE_ONE))
     check_choice("sampler.name", config.sampler.name, settings.SAMPLERS)
     if not teacher or (len(teacher) > 1 and "none" in teacher):
-        yield f"teacher {teacher}: give one teacher or more; none cannot be combined with others"
+        yield f"teacher {teacher}: give at least one teacher; 'none' cannot be combined"
     if len(set(teacher)) < len(teacher):
         yield f"teacher {teacher}: give each teacher only once"
     if config.objective == "jepa" and teacher == ("none",) and not target.sigreg > 0:
         hint = "otherwise all tokens collapse to one point"
         yield f"teacher none needs target.sigreg above 0 (LeJEPA: 0.02); {hint}"
     if target.view and (teacher == ("none",) or target.cache):
-        others = "it excludes teacher none and target.cache"
+        others = "use neither teacher none nor target.cache"
         yield f"target.view needs a teacher that runs in every step: {others}"
     if config.init in ("dvae", *settings.TEACHERS):
         allowed = "generative, invariance, default, a run, a folder or a Hub id"
@@ -68,20 +72,20 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
     for name in sorted(masked):
         ratio = getattr(config, name).mask_ratio
         if max(1, int(ratio * groups)) >= groups:
-            yield f"{name}.mask_ratio {ratio} leaves no visible token of encoder.num_groups {groups}"
+            yield f"{name}.mask_ratio {ratio} leaves no visible token: encoder.num_groups is {groups}"
     if "dvae" in used and (points := dvae.num_points) < max(groups, encoder.group_size):
-        yield f"dvae.num_points {points} is less than encoder.num_groups or group_size"
+        yield f"dvae.num_points {points} is less than encoder.num_groups or encoder.group_size"
     if "dvae" in used and dvae.width % 4:
         yield f"dvae.width {dvae.width} must be a multiple of 4"
 
 
 def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
-    size, passes = config.batch_size, config.accumulate
+    size, count = config.batch_size, config.accumulate
     if not config.data:
         yield "--data is missing: give labelled shapes with a train and a test split"
-    if size < 2 * passes:
-        fewest = f"{2 * passes} (2 x accumulate)" if passes > 1 else "2"
-        yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes"
+    if size < 2 * count:
+        fewest = f"{2 * count} (2 x accumulate)" if count > 1 else "2"
+        yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
     if config.trained == "head_first" and config.init is None:
         yield "trained head_first needs --init with an encoder; from scratch, use trained all"
 
@@ -89,7 +93,7 @@ def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
 def _of_segmentation(config: settings.SegmentConfig) -> Iterator[str]:
     depth = config.encoder.depth
     if config.trained == "head_first":
-        yield "trained head_first works with classes of whole shapes only: segment takes all or head"
+        yield "trained head_first predicts classes of whole shapes only: segment takes all or head"
     if config.layers and (wrong := max(config.layers)) > depth:
         yield f"layers {config.layers}: {wrong} must be from 0 (tokenizer) to {depth}"
 

@@ -1,4 +1,4 @@
-"""The command line: reads the arguments, runs the command and prints its messages."""
+"""The command line: reads the arguments, runs a command, and prints the library's messages."""
 
 import argparse
 import io
@@ -21,8 +21,8 @@ from jepa3d.run import Run
 app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
-    version=lambda: jepa3d.__version__,  # a function, since this takes a while
-    help_format="plaintext",
+    version=lambda: jepa3d.__version__,  # a function, since finding the version takes a while
+    help_format="markdown",  # joins the lines of a paragraph, as plaintext does not
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
 )
@@ -37,8 +37,10 @@ for command in (
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
-    """Return the settings that a training command's flags override: those of the stored run if it
-    is resumed, then preset and recipe.
+    """Return the settings of a training command that its flags override.
+
+    command: pretrain, classify, segment or fewshot. tokens: its arguments. If a run is resumed, its
+    stored settings come first; the preset overrides them, and the recipe overrides the preset.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):
@@ -67,9 +69,10 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 
 
 def _one_schedule(tokens: list[str], objective: str) -> list[str]:
-    """Rewrite `--generative.lr` and the like as `--lr`, for a run whose objective they belong to.
+    """Rewrite flags such as `--generative.lr` as `--lr`.
 
-    Raises ValueError if both are given and differ.
+    In a run with the objective `generative`, both flags mean the same setting. Raises ValueError if
+    both are given with different values.
     """
     words, given = [], {}
     values = iter(tokens)
@@ -89,10 +92,10 @@ def _one_schedule(tokens: list[str], objective: str) -> list[str]:
 
 
 class Printer(logging.Handler):
-    """Prints the library's messages: warnings to standard error, the others to standard output."""
+    """Prints the library's messages: warnings to standard error, all others to standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # not imported for --help
+        from tqdm import tqdm  # imported here, since --help does not need it
 
         file = sys.stderr if record.levelno > logging.INFO else sys.stdout
         with tqdm.external_write_mode(file):  # redraws a progress bar below the message
@@ -100,13 +103,15 @@ class Printer(logging.Handler):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. A user's mistake gives one line and exit status 2, an interrupted run status
-    130.
+    """Run the command line.
+
+    A user's mistake prints one line and ends with exit status 2. An interruption ends with exit
+    status 130.
     """
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
     for stream in (sys.stdout, sys.stderr):
-        # Characters of names that the terminal cannot show are printed as escapes.
+        # A character that the terminal cannot show is printed as an escape.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     printer = Printer()
@@ -124,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
-            process.terminate()  # else this process would wait for them to finish their work
+            # otherwise this process would wait until they have finished their work
+            process.terminate()
         print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)
     finally:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from jepa3d.cli.pretraining import going_on_with
 from jepa3d.run import Run
 
-# Defaults of layer, pooling, protocols, quick and per_class of a probe.
+# The defaults of the arguments layer, pooling, protocols, quick and per_class of `probe`.
 _CHOICES = ("best", "mean_max", None, False, None)
 
 
@@ -35,8 +35,9 @@ def probe(
     Parameters
     ----------
     runs: list[Path]
-        Finished runs; several seeds of one configuration give mean and standard deviation. Or one
-        encoder: default (the one in the package), a folder, or a Hub id.
+        Finished runs of one configuration, with different seeds; the table has mean and standard
+        deviation over the runs. Or one encoder: default (the one in the package), a folder, or a
+        Hub id.
     data: str
         Labelled shapes with a train and a test split.
     labels_key: str
@@ -45,25 +46,28 @@ def probe(
         The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
         rotated.
     layer: str
-        best (chosen on validation), or 0 (tokenizer) to the encoder's depth.
+        The layer whose tokens are used: best (chosen on validation), or a number from 0 (tokenizer)
+        to the encoder's depth.
     pooling: str
         How tokens are pooled to one vector: mean_max, mean or max.
     protocols: tuple[str, ...]
-        Some of logistic, logistic_10, knn, svc_linear, linear_svc, mlp3; all by default.
+        The protocols to run: some of logistic, logistic_10, knn, svc_linear, linear_svc, mlp3. By
+        default, all of them.
     part: str
         The split to score: test; or validation (a fifth of train), for choosing a recipe.
     quick: bool
-        Skip the selection: use the last layer (or --layer) and C 0.1. Much faster.
+        Do not choose layer and regularisation: use the last layer (or --layer) and C = 0.1. This is
+        much faster.
     per_class: str
-        A protocol for which the accuracy of each class is printed too.
+        A protocol; its accuracy for each class is printed too.
     corruptions: bool
-        Instead, measure the accuracy on corrupted shapes: noise, stray points, cuts, rotations, and
-        the seven corruptions of PointCloud-C.
+        Measure the accuracy on corrupted shapes instead: with noise, stray points, cuts, rotations,
+        and the seven corruptions of PointCloud-C.
     parts: bool
-        Instead, measure how well the features of single points predict the shapes' part labels.
+        Measure how well the features of points predict their part labels instead.
     out: Path
-        Where to write the result; by default probe-DATA.json in the first run, or for an encoder
-        probe-MODEL-DATA.json in the current folder.
+        The JSON file to write; by default probe-DATA.json in the folder of the first run, or
+        probe-MODEL-DATA.json in the current folder if RUNS is an encoder.
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
@@ -76,7 +80,7 @@ def probe(
     if corruptions or parts:
         if (corruptions and parts) or chosen != _CHOICES:
             others = "--layer, --pooling, --protocols, --quick, --per-class"
-            rule = f"one of them, and without {others}"
+            rule = f"give only one of them, and none of {others}"
             raise ValueError(f"--corruptions and --parts: {rule}")
         if parts:
             result = dense.probe_parts(models, dataset, part)
@@ -86,8 +90,8 @@ def probe(
             show([corrupted.sheet(result)])
     else:
         if layer != "best" and not layer.isdigit():
-            allowed = "best, or 0 (tokenizer) to the encoder's depth"
-            raise ValueError(f"--layer {layer}: {allowed}")
+            allowed = "best, or a number from 0 (tokenizer) to the encoder's depth"
+            raise ValueError(f"--layer {layer}: use {allowed}")
         names = protocols or probing.PROTOCOLS
         probing.check_per_class(per_class, names)
         how = None if layer == "best" else int(layer), pooling, names, part, quick
@@ -97,7 +101,7 @@ def probe(
     usual = ("labels", "layerbest", "mean_max", "test")
     special = [word for word in words if word not in usual]
     special += ["quick"] * quick + ["corruptions"] * corruptions + ["parts"] * parts
-    # Results aren't written into the folder of an encoder.
+    # An encoder's result goes to the current folder, so the file name contains the encoder's name.
     if not (run := Run.is_at(runs[0])):
         special.insert(0, runs[0].name)
     if out is None:
@@ -118,13 +122,13 @@ def curve(
     part: Literal["test", "validation"] = "test",
     out: Path = Path("curves.png"),
 ) -> None:
-    """Plot probe accuracy against CPU-minutes, one line per configuration, from the snapshots of
-    finished runs.
+    """Plot probe accuracy against CPU-minutes of training, from the snapshots of finished runs.
 
     Parameters
     ----------
     runs: list[Path]
-        Finished runs (pretrain with --snapshot-every); seeds of one configuration share a line.
+        Finished runs of pretrain --snapshot-every. Runs of one configuration with different seeds
+        share a line of the plot.
     data: str
         Labelled shapes with a train and a test split.
     labels_key: str
@@ -132,7 +136,7 @@ def curve(
     up_axis: str
         The data's up axis: x, y or z.
     protocol: str
-        logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
+        The probe: logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
     part: str
         The split to score: test; or validation (a fifth of train), for choosing a recipe.
     out: Path
@@ -145,7 +149,7 @@ def curve(
 
     arms = learning_curves(runs, LabelledSet(data, labels_key, up_axis), protocol, part)
     show([sheet(arms, protocol, part)])
-    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} part")
+    draw_learning_curves(arms, out, f"{Path(data).stem}, {protocol}, {part} split")
     print(f"written: {out}")
 
 
@@ -157,20 +161,20 @@ def results(
     published: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Tabulate fine-tuning runs: averaged over seeds, with differences paired by seed, beside
-    published results.
+    """Print tables of fine-tuning runs: means over seeds, differences paired by seed, and published
+    results for comparison.
 
     Parameters
     ----------
     runs: tuple[Path, ...]
         Runs of classify, segment or fewshot, or folders that contain such runs.
     choose: str
-        A setting, such as lr: of runs that differ only in this setting, keep those that are best on
-        validation.
+        A setting, such as lr. Of runs that differ only in this setting, the tables show only those
+        with the best validation score.
     published: bool
-        Print every published table, even without runs.
+        Print all tables of published results, even if no runs are given.
     out: Path
-        A Markdown file, to which the tables are written as well.
+        A Markdown file to which the tables are written too.
     """
     from jepa3d.evaluation.protocol import provenance
     from jepa3d.evaluation.published import PUBLISHED, published_sheet
@@ -202,14 +206,14 @@ def retrieval(
     corruptions: Annotated[bool, Parameter(negative=())] = False,
     out: Path | None = None,
 ) -> None:
-    """Measure how well vectors find shapes of the same class, compared with an untrained encoder
-    and handcrafted descriptors.
+    """Measure how well vectors retrieve shapes of the same class, compared with an untrained
+    encoder and handcrafted descriptors.
 
     Parameters
     ----------
     models: list[str]
-        default (the encoder of the package), runs, encoders or Hub ids; also runs of jepa3d
-        classify.
+        default (the encoder in the package), runs (also of jepa3d classify), folders of encoders,
+        or Hub ids.
     data: str
         Labelled shapes with a train and a test split.
     labels_key: str
@@ -218,12 +222,12 @@ def retrieval(
         The data's up axis: x, y or z; or none, for vectors that are the same however a shape is
         rotated.
     part: str
-        The split to search: test; or train, for choosing an encoder.
+        The split to search in: test; or train, for choosing an encoder.
     corruptions: bool
-        Instead, search with corrupted queries: noise, stray points, cuts, rotations, and the seven
-        corruptions of PointCloud-C.
+        Search with corrupted queries instead: with noise, stray points, cuts, rotations, and the
+        seven corruptions of PointCloud-C.
     out: Path
-        A JSON file, to which the result is written.
+        A JSON file to which the result is written.
     """
     from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
@@ -254,26 +258,29 @@ def compare(
     part: Literal["test", "validation"] = "test",
     out: Path,
 ) -> None:
-    """Train the configurations of a grid with the same seeds and report which are better, by paired
-    differences with 95 % intervals.
+    """Train configurations with the same seeds and report which are better than a reference, by
+    paired differences with 95 % intervals.
 
-    An interrupted comparison is continued by the same command. Configurations and seeds that were
-    added to the grid are then trained; finished runs are not repeated.
+    If the command is interrupted, repeat it to continue. Finished runs are not repeated, so you can
+    also add configurations and seeds to the grid and repeat the command.
 
     Parameters
     ----------
     grid: Path
-        A YAML file of configurations (arms), seeds and a reference: see docs/protocols.md and
-        recipes/compare/.
+        A YAML file with the configurations (arms), the seeds, and the arm that is the reference:
+        see docs/protocols.md and recipes/compare/.
     data: tuple[str, ...]
-        Unlabelled training data; by default what the grid's settings name.
+        Training data, whose labels are not used; by default the data in the grid.
     score: tuple[str, ...]
-        Labelled shapes with a train and a test split, to score on; by default the training data.
+        Labelled shapes with a train and a test split, on which the encoders are scored; by default
+        the training data.
     labels_key: tuple[str, ...]
-        The names of the arrays of labels in scored .npz bundles: one, or one per bundle.
+        The name of the array of labels in a scored .npz bundle: one for all sources, or one per
+        source.
     up_axis: tuple[str, ...]
-        The up axis (x, y or z) of the scored data: one, or one per source; without --score, it is
-        that of the training data too. By default, what the grid says.
+        The up axis (x, y or z) of the scored data: one for all sources, or one per source; by
+        default z. Without --score, the training data is scored, and the default is the up axis in
+        the grid.
     part: str
         The split to score: test; or validation (a fifth of train), for choosing a recipe.
     out: Path
@@ -297,19 +304,18 @@ def compare(
 def report(
     run: Path, /, *, data: str | None = None, out: Path | None = None, figures: Path | None = None
 ) -> None:
-    """Write a run's report as one HTML file that needs no network: results, curves, pictures,
-    settings and cost.
+    """Write a report of a run as one HTML file: results, curves, pictures, settings and cost.
 
     Parameters
     ----------
     run: Path
-        A folder of pretrain, classify, segment or fewshot.
+        A run of pretrain, classify, segment or fewshot, finished or not.
     data: str
-        Where the run's data is now, for the pictures that need it; by default where it was.
+        Where the run's data is now, if it was moved; some of the pictures need it.
     out: Path
-        The file to write; by default report.html in the run.
+        The file to write; by default report.html in the folder of the run.
     figures: Path
-        A folder, to which the pictures are written as PNG files as well.
+        A folder to which the pictures are also written, as PNG files.
     """
     from jepa3d.report import report as write
 

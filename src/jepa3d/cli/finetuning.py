@@ -1,5 +1,5 @@
-"""Commands that fine-tune networks on labelled shapes or apply them: classify, segment, fewshot,
-predict.
+"""Commands that fine-tune networks on labelled shapes or apply fine-tuned networks: classify,
+segment, fewshot, predict.
 """
 
 from pathlib import Path
@@ -11,10 +11,11 @@ from jepa3d.cli.pretraining import going_on_with
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
-    str, Parameter(help="Size of an encoder from scratch: tiny, small (the paper), base.")
+    str, Parameter(help="Size of an untrained encoder: tiny, small (the paper's) or base.")
 ]
 Recipe = Annotated[
-    Path | None, Parameter(help="YAML settings; they override the preset, flags override them.")
+    Path | None,
+    Parameter(help="YAML settings, which override the preset; flags override both."),
 ]
 Out = Annotated[Path, Parameter(help="Run folder to create.")]
 Resume = Annotated[bool, Parameter(help="Continue the interrupted run in --out.")]
@@ -28,7 +29,7 @@ def classify(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a classifier of whole shapes; choose its epoch on validation and test it once."""
+    """Fine-tune a classifier of whole shapes, choose its epoch on validation, and test it once."""
     _run("classify", config, out, resume)
 
 
@@ -40,7 +41,7 @@ def segment(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a part segmenter; choose its epoch on validation and test it once."""
+    """Fine-tune a part segmenter, choose its epoch on validation, and test it once."""
     _run("segment", config, out, resume)
 
 
@@ -52,7 +53,7 @@ def fewshot(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Run few-shot episodes: the published folds or seeded ones, fine-tuned or on frozen features."""
+    """Score few-shot episodes, published or random, by fine-tuning or on frozen features."""
     _run("fewshot", config, out, resume)
 
 
@@ -74,12 +75,12 @@ def predict(
     files: list[Path]
         Files, or folders of files.
     out: Path
-        For a classifier: a CSV file with a row per cloud. For a segmenter: a folder with a PLY file
-        per cloud, in its file's own coordinates, with part labels and colours.
+        What to write. For a classifier: a CSV file with one row per cloud. For a segmenter: a
+        folder with one PLY file per cloud, which contains part labels and colours.
     category: str
-        The category of the files, if the segmenter knows several.
+        The category of the clouds, if the segmenter was trained on several categories.
     up_axis: str
-        The up axis of the files.
+        The up axis of the clouds in the files.
     """
     from jepa3d.inference.predicting import predict_files
 

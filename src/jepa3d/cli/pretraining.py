@@ -14,7 +14,10 @@ _DEFAULT = PretrainConfig()
 
 @contextmanager
 def going_on_with(command: str) -> Iterator[None]:
-    """Add the command that continues the run to the message of an interrupted run."""
+    """Context manager: if a run is interrupted, add `command` to the message.
+
+    command: text after "continue with", which contains the command that continues the run.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -44,10 +47,10 @@ def prepare(
     workers: int = 0,
     strict: bool = False,
 ) -> None:
-    """Convert the download of a benchmark, or your own files, to a store, which all other commands
-    read on demand.
+    """Convert a downloaded benchmark, or your own files, to a store: a folder of clouds that the
+    other commands read.
 
-    If it was interrupted, repeat the command to continue; run later, it adds new files.
+    If the command is interrupted, repeat it to continue. If you repeat it later, it adds new files.
 
     Parameters
     ----------
@@ -57,38 +60,38 @@ def prepare(
     out: Path
         The store: a new folder, or a store begun with the same settings.
     points: int
-        Points per cloud, or all. Meshes are sampled by area (8,192 points if all are kept).
+        Number of points per cloud, or all. Points are sampled uniformly on meshes (8,192 with all).
     reduce: str
-        How larger clouds are reduced: fps (then any first points are a sample too), random, or
-        voxel (even, in linear time).
+        How larger clouds are reduced: fps (farthest point sampling), random, or voxel (almost as
+        even as fps, and faster for very large clouds).
     short: str
-        What happens to smaller clouds: repeat (for 64 points or more; each copy is moved a little
-        along the surface), or skip (leave them out).
+        What happens to smaller clouds: repeat (fill up clouds of 64 points or more with copies of
+        points, moved a little along the surface), or skip (leave smaller clouds out).
     up_axis: str
-        Up axis of the files; by default that of the benchmark or format (glTF: y), else z.
+        Up axis of the files; by default that of the benchmark or format (glTF: y), otherwise z.
     unit: str
-        Unit of the files, only recorded; the files' own coordinates can be restored in any case.
+        Unit of the coordinates in the files, such as m; it is recorded but changes nothing.
     split: str
-        folder (by folders train, test, val, or the benchmark's lists), the fraction for test, or a
-        file that lists the test clouds.
+        How to split: folder (by folders named train, test and val, or by the benchmark's lists), a
+        fraction such as 0.2 (for test), or a file that lists the test clouds.
     keep: tuple[str, ...]
-        What to keep besides points: some of normals, colors, parts.
+        Which values of each point to keep: some of normals, colors, parts (part labels).
     precision: str
-        float32; or float16, which halves the size and rounds coordinates by at most 0.00025 of a
-        cloud's radius.
+        Number type of stored coordinates: float32; or float16, which halves the size and rounds
+        coordinates by at most 0.00025 of a cloud's radius.
     variant: str
-        Which data set, if a benchmark's folder contains several: obj_bg, obj_only, pb_t50_rs,
-        modelnet10, modelnet40.
+        Which data set to convert, if a benchmark's folder contains several: obj_bg, obj_only,
+        pb_t50_rs, modelnet10 or modelnet40.
     columns: tuple[str, ...]
-        Names of the columns for x, y and z in tables that name them differently; or of all columns
-        of .bin files.
+        For tables: the names of the columns that contain x, y and z, if they are unusual. For .bin
+        files: the names of all columns.
     seed: int
-        Seed of mesh samples, reductions and the split.
+        Seed for sampling meshes, reducing clouds and splitting.
     keep_strays: bool
-        Keep stray points, which have hardly any neighbours; by default they are removed first,
-        except from benchmarks.
+        Keep stray points, which have hardly any neighbours. By default they are removed, but not
+        from benchmarks.
     reader: str
-        Your own reader of a file format: package.module:function, from a path to points n x 3.
+        Your own function that reads a file, as package.module:function; see docs/extending.md.
     workers: int
         Number of processes; 0 means one per core.
     strict: bool
@@ -133,18 +136,18 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (minutes on a laptop, with the targets that worked best there), small (as in the
-        paper), base.
+        tiny (minutes on a laptop; not the paper's targets, but those that work best in such short
+        runs), small (as in the paper), or base (larger).
     recipe: Path
-        YAML settings; they override the preset, and flags override them.
+        A YAML file of settings; it overrides the preset, and flags override it.
     out: Path
-        Run folder to create; required unless --dry-run.
+        Run folder to create; not needed with --dry-run.
     resume: bool
-        Continue the interrupted run in --out. Under torchrun --max-restarts, this also begins the
-        run.
+        Continue the interrupted run in --out. Under torchrun --max-restarts, a run that does not
+        exist yet is started.
     dry_run: bool
-        Read some data, take two steps of every stage, print what the whole run will cost, and write
-        nothing.
+        Read some data, take two steps of every stage, and print what the whole run will cost.
+        Nothing is written.
     """
     from jepa3d.training import pretrain as training
     from jepa3d.training.runs import is_main, leave
@@ -164,16 +167,16 @@ def pretrain(
 
 
 def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int = 4000) -> None:
-    """Pretrain on built-in shapes for some minutes, probe the encoder, draw pictures.
+    """Pretrain on built-in shapes for some minutes, probe the encoder and draw pictures.
 
     Parameters
     ----------
     out: Path
-        Folder to write; an interrupted demo there is continued.
+        Folder to write to; if a demo there was interrupted, it is continued.
     max_steps: int
-        Number of training steps, for a shorter demo.
+        Number of training steps; by default 1,500.
     shapes: int
-        Number of synthetic shapes.
+        Number of built-in shapes to generate.
     """
     from jepa3d.demo import run_demo
 
@@ -189,20 +192,20 @@ def info(
     picture: Path | None = None,
     verify: bool = False,
 ) -> None:
-    """Describe a run, a store or any other source of shapes; without a path, this installation.
+    """Describe a run, an encoder, or a source of shapes; without PATH, describe this installation.
 
     Parameters
     ----------
     path: str
-        A run folder, or anything that --data takes.
+        A run, the folder of an encoder or classifier, or any source of shapes that --data takes.
     up_axis: str
         The data's up axis: x, y or z.
     labels_key: str
         The name of the array of labels in a .npz bundle.
     picture: Path
-        A PNG file for a contact sheet, if the path is a source of shapes.
+        A PNG file to write: pictures of some of the shapes, if the path is a source of shapes.
     verify: bool
-        Compare a store's files with their checksums.
+        Compare the files of a store with their checksums.
     """
     from jepa3d import info as describing
 

@@ -21,32 +21,35 @@ def embed(
     prune: Annotated[bool, Parameter(negative=())] = False,
     keep_strays: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Turn clouds into vectors in Parquet files; run again, it adds what is new or changed.
+    """Compute a vector for each cloud and write the vectors to Parquet files. If repeated, the
+    command computes only the vectors of new and changed clouds.
 
     Parameters
     ----------
     paths: list[Path]
         Files, folders of files, or stores of jepa3d prepare.
     out: Path
-        A .parquet file; or a folder with one file per share (for many machines and tens of millions
-        of clouds).
+        A .parquet file; or a folder that gets one file per --share, for tens of millions of clouds
+        on many machines.
     model: str
-        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+        The folder of a run or an encoder, or a Hub id; by default the encoder in the package.
     up_axis: str
-        The files' up axis: x, y or z; stores and glTF know their own. Or none, for vectors that are
-        the same however a cloud is rotated; this lowers accuracy and takes twelve times as long.
+        The files' up axis: x, y or z; stores and glTF files define their own. Or none, for vectors
+        that are the same however a cloud is rotated; this lowers accuracy and takes twelve times as
+        long.
     layer: int
-        Layer of the encoder: 0 (tokenizer) to its depth, or -1 for the last.
+        The layer whose tokens are used: 0 (tokenizer) to the encoder's depth, or -1 for the last.
     pooling: str
         How tokens are pooled to one vector: mean_max, mean or max.
     workers: int
-        Number of processes; 0 means one per core, and fewer for few files.
+        Number of processes; 0 means one per core, or fewer if there are only few files.
     share: str
-        i/n, if n commands fill one folder: this command embeds the i-th of n shares of the clouds.
+        i/n, such as 2/8, if n commands write to one folder: this command embeds the i-th of n
+        shares of the clouds.
     prune: bool
-        Delete the vectors of clouds that are no longer at PATHS, or whose files are gone.
+        Also delete the vectors of clouds that PATHS no longer contain or whose files are gone.
     keep_strays: bool
-        Also encode stray points, which have hardly any neighbours; otherwise they are removed.
+        Keep stray points, which have hardly any neighbours. By default they are removed.
     """
     from jepa3d.inference.embed_files import embed_files
 
@@ -61,19 +64,20 @@ def index(
     delete: tuple[str, ...] = (),
     ann: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Add vectors to a store for millions of them, replacing rows of the same path; or delete rows,
-    or build an index.
+    """Add vectors to a LanceDB store, which may hold millions; or delete rows, or build an index.
 
     Parameters
     ----------
     vectors: Path
-        What jepa3d embed wrote; or the store itself, for --delete or --ann alone.
+        The output of jepa3d embed; a vector replaces a stored vector of the same path. Or the store
+        itself, if you only want to --delete or build an index (--ann).
     out: Path
-        The store: a folder whose name ends in .lancedb, new or made with the same encoder.
+        The store: a folder whose name ends in .lancedb. It is new, or was made with the same
+        encoder.
     delete: tuple[str, ...]
-        Conditions as for search --where, in quotes; rows that meet all of them are deleted.
+        Conditions in quotes, as for jepa3d search --where. Rows that meet all of them are deleted.
     ann: bool
-        Build an index for approximate search (jepa3d search --probes).
+        Build an index, with which jepa3d search --probes searches approximately but faster.
     """
     from jepa3d.inference.hits import Condition
     from jepa3d.inference.lance import VectorStore, create_or_update
@@ -107,30 +111,29 @@ def search(
     json: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
 ) -> None:
-    """Find the shapes nearest to a query, by the cosine of their vectors; exact, unless --probes is
-    given.
+    """Find the shapes whose vectors have the largest cosine with the vector of a query.
 
     Parameters
     ----------
     where_in: Path
-        What jepa3d embed or jepa3d index wrote.
+        The output of jepa3d embed or jepa3d index.
     queries: list[str]
-        Clouds, meshes, folders of them, FILE#ROW for a row of a file of many clouds, STORE#KEY for
-        a cloud of a store, or a .npy file of vectors.
+        Clouds, meshes, folders of clouds and meshes, FILE#ROW for one cloud of a file of many
+        clouds, STORE#KEY for a cloud of a store, or a .npy file of vectors.
     k: int
         Number of neighbours per query.
     where: tuple[str, ...]
-        Conditions that must all hold, in quotes: 'label=cup' 'path~*/train/*' 'num_points>=5000'
-        (operators = != < <= > >= ~).
+        Conditions in quotes, which neighbours must all meet: 'label=cup' 'num_points>=5000'
+        'path~chairs/*'. The operators are = != < <= > >= and ~ (matches a pattern with * and ?).
     min_cosine: float
-        Leave out neighbours with a lower cosine.
+        Leave out neighbours whose cosine is lower than this.
     include_self: bool
-        List the query's own file among its neighbours.
+        Let a query be one of its own neighbours, if its vector is in the index.
     probes: int
-        Search approximately, in this many partitions of a store that has an index (jepa3d index
-        --ann).
+        Search only this many partitions of a store that has an index (jepa3d index --ann). This is
+        faster but approximate; by default, the search is exact.
     model: str
-        Path of the index's encoder, if it has moved.
+        Path of the encoder that computed the vectors, if it was moved.
     json: bool
         Print one line of JSON per query.
     html: Path
@@ -165,26 +168,26 @@ def label(
     names: Path | None = None,
     unknown: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Turn unlabelled clouds into a classifier: cluster them, name a few, and label every cloud.
+    """Cluster unlabelled clouds; once you have named some, train a classifier and label all of them.
 
     Parameters
     ----------
     paths: list[Path]
         Files, folders of files, or stores.
     out: Path
-        A folder for clusters.html, names.csv, labels.csv and the model.
+        The folder to write: clusters.html, names.csv, labels.csv and the classifier.
     model: str
-        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+        The folder of a run or an encoder, or a Hub id; by default the encoder in the package.
     up_axis: str
-        The files' up axis: x, y or z; stores and glTF know their own.
+        The files' up axis: x, y or z; stores and glTF files define their own.
     clusters: int
-        Number of clusters; by default the square root of half the number of clouds, at most 40.
+        Number of clusters; by default the square root of half the number of clouds, but at most 40.
     names: Path
-        A CSV file with the columns path and name; by default OUT/names.csv, once you have filled it
-        in. In a terminal, you are asked for names.
+        A CSV file with the columns path and name. By default, names are read from OUT/names.csv,
+        which the first run writes for you to fill in; in a terminal, it also asks for names.
     unknown: bool
-        Label clouds that resemble no named cloud "unknown"; this also happens, wrongly, to one in
-        20 clouds of the named classes.
+        Label a cloud "unknown" if it resembles no named cloud. About one in 20 clouds of the named
+        classes wrongly gets this label too.
     """
     from jepa3d.inference.label import label as run
     from jepa3d.locking import writing
@@ -203,26 +206,25 @@ def scene(
     up_axis: str = "z",
     dtype: str = "float32",
 ) -> None:
-    """Compute a feature for every point of a large cloud, from overlapping tiles, in bounded
-    memory.
+    """Compute a feature vector for every point of a large cloud, tile by tile, in bounded memory.
 
     Parameters
     ----------
     scan: Path
-        LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS) of any size; other formats if they fit
-        into memory.
+        A file of any size: LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS). Files of other
+        formats must fit into memory.
     out: Path
-        .ply, .las or .laz: the features as colours, in the order of the scan. .parquet: the
-        features themselves.
+        The file to write. .ply, .las or .laz: the scan's points in their order, with colours that
+        show the features. .parquet: the features themselves.
     model: str
-        The folder of a run or an encoder, or a Hub id; the encoder of the package by default.
+        The folder of a run or an encoder, or a Hub id; by default the encoder in the package.
     tile: float
-        Side of a tile in the scan's unit, such as the size of the objects of interest; by default
-        chosen so that tiles have enough points.
+        Side of a tile in the scan's unit, for example the size of the objects of interest. By
+        default, it is chosen so that tiles have enough points.
     up_axis: str
         The scan's up axis: x, y or z.
     dtype: str
-        Number type of the features in .parquet: float32 or float16.
+        Number type of the features in a .parquet file: float32 or float16.
     """
     from jepa3d.inference.scene import write_features
 
@@ -238,23 +240,23 @@ def view(
     port: int = 8080,
     up_axis: str = "z",
 ) -> None:
-    """Show clouds on a local web page, coloured by height, tokens, similarity to a clicked point,
-    or a pretraining sample.
+    """Show clouds on a local web page, with several ways to colour their points: by height, by
+    tokens, by similarity to a clicked point, or by sampled context and targets.
 
     Parameters
     ----------
     paths: list[Path]
-        Clouds, meshes, folders of them, FILE#ROW for a row of a file of many clouds, or stores of
-        jepa3d prepare.
+        Clouds, meshes, folders of clouds and meshes, FILE#ROW for one cloud of a file of many
+        clouds, or stores of jepa3d prepare.
     model: str
-        The folder of a run or an encoder, or a Hub id; by default the encoder of the index, or
-        without an index that of the package.
+        The folder of a run or an encoder, or a Hub id. By default, the encoder that computed the
+        vectors of the index; without an index, the encoder in the package.
     index: Path
-        What jepa3d embed or jepa3d index wrote; the nearest shapes in it are shown too.
+        The output of jepa3d embed or jepa3d index. The page then also shows the nearest shapes.
     port: int
-        Port of the page, which only this machine can open; 0 means any free port.
+        Port of the page; 0 means any free port. Only this machine can open the page.
     up_axis: str
-        The files' up axis: x, y or z; stores and glTF know their own.
+        The files' up axis: x, y or z; stores and glTF files define their own.
     """
     from jepa3d.inference.view import open_page, serve_until_stopped
 
@@ -262,14 +264,14 @@ def view(
 
 
 def export(model: str = "default", /, *, out: Path) -> None:
-    """Write a model for use without this package, as ONNX, torch.export program and Hub folder;
-    each is compared with torch.
+    """Write a model as ONNX, torch.export program and Hub folder, for use without this package, and
+    compare the results of the files with torch.
 
     Parameters
     ----------
     model: str
-        The folder of a run, an encoder or a classifier, or a Hub id; the encoder of the package by
-        default.
+        The folder of a run, an encoder or a classifier, or a Hub id; by default the encoder in the
+        package.
     out: Path
         A new folder.
     """
