@@ -120,7 +120,7 @@ def test_the_command_prints_when_each_reaches_the_other_and_draws(
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "warm's final after" in printed
-    assert "selects none" in printed
+    assert "none is selected" in printed
 
 
 @pytest.mark.parametrize("wrong", ["folder", "protocol"])

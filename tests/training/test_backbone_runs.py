@@ -71,7 +71,7 @@ def test_a_run_holds_a_reference_and_a_checksum_but_no_weights_of_the_vit(
         }
         describe(str(stage))
         assert (
-            f"not in the run: {vit}, sha256 {record['backbone']['sha256'][:16]}"
+            f"(not stored in the run): {vit}, sha256 {record['backbone']['sha256'][:16]}"
             in capsys.readouterr().out
         )
 
