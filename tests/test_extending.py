@@ -97,7 +97,7 @@ def records(folder: Path, count: int) -> np.ndarray:
     return points
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_reader_of_another_package_reads_files_in_any_process(site, tmp_path, workers):
     points = records(tmp_path / "scans", 20)
     words = ["--points", "100", "--keep-strays", *READER.split(), "--out", str(tmp_path / "store")]
