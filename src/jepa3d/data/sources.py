@@ -1,6 +1,7 @@
 """Find the clouds at a path: a published benchmark, a folder of files, or one file.
 
-Only `jepa3d prepare` unpacks archives, since it copies their clouds; other commands refuse them.
+Only `jepa3d prepare` unpacks archives, since it copies the clouds to a store; other commands refuse
+archives.
 """
 
 import os
