@@ -155,7 +155,7 @@ class Store:
         return self.shard(shard)[name][rows][:count]
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
-        """Return the first `count` points n 3 (all if None) of a cloud, memory-mapped, as stored."""
+        """Return the first `count` points n 3 (all if None) of a cloud, memory-mapped."""
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
