@@ -60,9 +60,9 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
 
 
 def meshes_of(classes: set[str | None]) -> str | None:
-    """Return "ModelNet10 meshes" or "ModelNet40 meshes" if `classes` are the classes of that set.
+    """Return the layout, "ModelNet10 meshes" or "ModelNet40 meshes", that has these classes.
 
-    For other classes, return None.
+    Returns None if neither has exactly the same classes.
     """
     names = ("ModelNet10", "ModelNet40")
     found = [name for name in names if classes == set(_PUBLISHED["classes"][name])]
@@ -107,7 +107,7 @@ def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
 
 
 def _listed(path: Path, reader: Callable, owner: str, list_name: str) -> partial:
-    """Return a function that reads a file named in a list, or raises an error if it is missing."""
+    """Return a function that reads a listed file or, if the file is missing, raises a ReadError."""
     missing = partial(_missing, owner, list_name, path)
     return partial(reader, path) if path.is_file() else missing
 

@@ -22,7 +22,7 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.plain import log, printable
 
-# split -> names of folders that mean it
+# split -> names of folders that hold this split
 _NAMES = {
     "train": "train training",
     "test": "test testing",
@@ -119,8 +119,8 @@ def classes_and_splits(
     have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
     `test`, is a split if a sibling folder has the name of another split, or if a subfolder
     has the name of a sibling. If neither holds, `test` is a class. The class of a file is the
-    outermost of its folders that is no split. A folder that contains all files, all of them in
-    subfolders that are no splits, is passed over, unless `flat` is True.
+    outermost of its folders that is no split. If all files share this folder, and each file lies in
+    a further folder inside it, the class is the next folder. flat: do not apply this last rule.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)

@@ -62,10 +62,10 @@ def prepare(
     """Write the clouds of `source` to the store `out`.
 
     source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
-    only the clouds that it lacks are added. A folder of
-    few-shot folds becomes one store per fold in the folder `out`. workers: number of processes, 0
-    for one per core. strict: stop at the first cloud that cannot be used. Returns the paths of the
-    stores. Raises ValueError, also if another command is writing to `out`.
+    only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
+    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
+    cloud that cannot be used. Returns the paths of the stores. Raises ValueError, also if no cloud
+    can be used or if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):

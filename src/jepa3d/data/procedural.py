@@ -156,7 +156,7 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
-    """Run one random program; returns points [count, 3], uniform by area, on parts and copies."""
+    """Run one random program; returns points [count, 3], uniform by area over parts and copies."""
     triangles, boxes, copies = [], [], []
     for i in range(1 + rng.choice(9, p=PARTS)):
         loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)

@@ -128,7 +128,7 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest shard, without a lock, since hardly ever does another thread need it now
+        # close the oldest shard; there is no lock, since other threads hardly ever use it at this moment
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found

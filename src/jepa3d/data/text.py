@@ -1,8 +1,7 @@
 """Read tables of numbers (XYZ, TXT, CSV, PTS, ASC) that scanners, spreadsheets and scripts write.
 
 Files of any size are read in bounded memory: numpy parses the lines in chunks. A chunk that numpy
-refuses is parsed again line by line, which accepts more notations, and names a bad line in the
-error.
+refuses is parsed again line by line; this accepts more notations, and an error names the bad line.
 """
 
 import csv
