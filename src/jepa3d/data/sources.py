@@ -46,7 +46,7 @@ def discover(
 
     variant: name of the variant, if a benchmark has several. columns, reader: as for
     `io.py::read`; with a reader, no folder is treated as a benchmark. Raises ReadError if there is
-    no cloud.
+    no cloud, or if `root` is an archive.
     """
     how = columns, reader
     if count := procedural.count_of(root):
