@@ -128,7 +128,7 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest shard; there is no lock, since another thread hardly ever needs this shard
+        # close the oldest shard; there is no lock, since another thread hardly ever needs it
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
