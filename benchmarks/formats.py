@@ -137,11 +137,11 @@ CASES = [
         (".pcd", way, "io" if "_" in way else "", _pcd)
         for way in ("ascii", "binary", "binary_compressed")
     ),
-    (".ptx", "scans, by their matrices", "", _ptx),
+    (".ptx", "all scans, each placed by its matrix", "", _ptx),
     (".bin", "float32, `--columns x y z intensity`", "", _bin),
     (".las", "millimetres, colours, classification", "io", _las),
     (".laz", "the same, compressed", "io", _las),
-    (".e57", "all scans, by their poses", "io", _e57),
+    (".e57", "all scans, each placed by its pose", "io", _e57),
 ]
 
 

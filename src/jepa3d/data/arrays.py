@@ -1,7 +1,7 @@
 """Read array files (NPY, NPZ, HDF5) that hold one cloud, or many clouds with labels and names.
 
-The header of a file states the shape and type of each array. Both are checked before the array is
-unpacked.
+The header of an array states its shape and type. The size that follows from them is checked before
+an array of an NPZ or HDF5 file is unpacked.
 """
 
 import math
@@ -21,7 +21,7 @@ from jepa3d.plain import printable
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")
 _BLOCK = 256  # number of clouds that are read from a file at once
-# a file may unpack to 50 times its size, or to 256 MiB if that is more
+# the arrays of a file may unpack to 50 times its size, or to 256 MiB if that is more
 _UNPACK_LIMIT = 50, 1 << 28
 # meaning -> names that an array with this meaning may have; if several are present, the first of
 # these names is used
@@ -51,14 +51,15 @@ def clouds_in(path: Path) -> int | None:
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
     """Read labels, split and names from an array file; returns a dict of what the file has.
 
-    labels_key: name of the labels array. more: further arrays to return, "points" or "parts".
-    Raises ReadError. The keys of the dict:
+    labels_key: name of the labels array; "labels" allows any name in `_NAMES`. more: further arrays
+    to return, "points" or "parts". Raises ReadError, also if there is no array with a given
+    labels_key. The keys of the dict:
 
     - label: n int64, -1 for no label
     - class_names: texts; () if the file has labels but does not name the classes
     - split: n integers, indices into SPLITS
-    - names: texts, one per cloud
-    - part_names: texts
+    - names: texts, normally one per cloud (NPZ only)
+    - part_names: texts (NPZ only)
     """
     with as_read_error(path):
         headers = _headers(path)
@@ -94,7 +95,8 @@ def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
 
     values: the labels as texts, or as numbers from 0. names: the class names in the file, () if
     there are none. Negative numbers, NaN and the largest value of an integer type become -1 (no
-    label). Raises ReadError.
+    label). Raises ReadError for labels that are neither whole numbers nor texts, and for a label
+    that has no name although `names` is given.
     """
     if values.dtype.kind in "US":
         texts, labels = np.unique(values, return_inverse=True)
@@ -191,7 +193,8 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 def _dataset(file: Any, name: str) -> Any:
     """Return the HDF5 dataset called `name`, following links inside the file.
 
-    Raises ReadError if the dataset or its values lie in another file.
+    Raises ReadError if `name` leads to another file, to a group or to nothing, or if the values of
+    the dataset lie in other files.
     """
     h5py, node, path, steps = io_module("h5py"), file, [name], 0
     while path:
@@ -218,8 +221,9 @@ def _dataset(file: Any, name: str) -> Any:
 def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     """Return a dict from meaning (see `_NAMES`) to the name of the array to read.
 
-    labels_key: name of the labels array. If this array has one label per point, [n, N], it is read
-    as part labels. Raises ReadError.
+    labels_key: name of the labels array; "labels" allows any name in `_NAMES`. If this array has
+    one label per point, it is read as part labels. Raises ReadError if there is no array of points,
+    or none with a given labels_key, or if the shape of the labels does not fit the points.
     """
     wanted, found = _NAMES, {}
     if labels_key != "labels":
@@ -257,7 +261,7 @@ def _shape(path: Path, mtime: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=2)
 def array_block(path: Path, block: int | None, mtime: int) -> dict[str, np.ndarray]:
-    """Read one block of `_BLOCK` rows of each array in a file; returns a dict keyed by meaning.
+    """Read `_BLOCK` rows of each array of known meaning in a file; returns a dict by meaning.
 
     block: index of the block; None reads all rows. An NPZ is always read whole. mtime: modification
     time of the file, so that the cache is not used after the file has changed.

@@ -40,7 +40,8 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
     """Return the benchmark whose files lie at `root`, or None if there is none.
 
     variant: name of the variant to read; it may be None if `root` has only one. Raises ReadError if
-    the copy is incomplete or `root` lacks the variant.
+    a list of shapes or another file that many shapes need is missing, or if `root` lacks the
+    variant. If the file of a single shape is missing, only reading its entry raises the error.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -59,9 +60,9 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
 
 
 def meshes_of(classes: set[str | None]) -> str | None:
-    """Return "ModelNet10 meshes" or "ModelNet40 meshes" if this data set has exactly these classes.
+    """Return the layout, "ModelNet10 meshes" or "ModelNet40 meshes", that has these classes.
 
-    For other classes, return None.
+    Returns None if neither has exactly the same classes.
     """
     names = ("ModelNet10", "ModelNet40")
     found = [name for name in names if classes == set(_PUBLISHED["classes"][name])]
@@ -106,7 +107,7 @@ def _missing(owner: str, list_name: str | None, path: Path) -> NoReturn:
 
 
 def _listed(path: Path, reader: Callable, owner: str, list_name: str) -> partial:
-    """Return `reader` for a file in a list; if the file does not exist, return `_missing`."""
+    """Return a function that reads a listed file or, if the file is missing, raises a ReadError."""
     missing = partial(_missing, owner, list_name, path)
     return partial(reader, path) if path.is_file() else missing
 
@@ -174,7 +175,7 @@ def _scanobjectnn(root: Path, variant: str | None) -> Source | None:
     """Read ScanObjectNN from the full download or from one of its two folders of splits.
 
     The folders are main_split and main_split_nobg (scans without background). Returns None if
-    `root` holds none of these.
+    `root` holds no files of ScanObjectNN.
     """
     is_folder = any(root.glob("t*_objectdataset*.h5"))
     only = "main_split_nobg" if "nobg" in root.name else "main_split"

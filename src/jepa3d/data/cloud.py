@@ -10,12 +10,12 @@ import torch
 from jepa3d.frame import LEAST, check, fill, too_few
 from jepa3d.ops import farthest_point_sample
 
-# largest number of points of a cloud; of a file with more points, a uniform sample is read, so that
-# memory is bounded
+# largest number of points that are kept of a table, LAS, LAZ or PTX file; from more points, a
+# uniform random sample is taken, so that memory is bounded
 MAX_POINTS = 1_000_000
 CHUNK = 200_000  # number of rows of a file that are read at once
 ATTRIBUTES = ("normals", "colors", "parts")
-UNLABELLED = -1  # the part label of a point that has none
+UNLABELLED = -1  # the part label that means "no label"
 # largest values of three integer types: some files write one of them for "no label", although the
 # type of their labels is wider
 _IGNORED = (2**16 - 1, 2**31 - 1, 2**32 - 1)
@@ -41,9 +41,9 @@ class ReadError(ValueError):
 class PointCloud:
     """A cloud, or a mesh whose vertices are the points.
 
-    The coordinates in the file are points * scale + origin. They are centred in float64 before they
-    become float32, so that map coordinates (6e6 m) keep their millimetres. Create clouds with
-    `make`, which raises ReadError for unusable points.
+    The coordinates in the file are points * scale + origin. Create clouds with `make`, which raises
+    ReadError for unusable points. It centres coordinates in float64 and only then rounds them to
+    float32, so that map coordinates (6e6 m) keep their millimetres.
     """
 
     points: np.ndarray  # N 3 float32
@@ -54,7 +54,7 @@ class PointCloud:
     # N numbers of any type: the part labels as in the file; `to_parts` converts them
     parts: np.ndarray | None = None
     faces: np.ndarray | None = None  # F 3 int64
-    total: int | None = None  # number of points in the file, if over MAX_POINTS
+    total: int | None = None  # number of points in the file, if only a sample was kept
     # the up axis, if the format of the file defines one (glTF: y)
     up: str | None = None
     # number of NaN points that were left out (the sensor measured nothing there)
@@ -69,8 +69,8 @@ class PointCloud:
 
         unseen: number of NaN points that the caller has already left out. attributes: other fields
         of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
-        array of points, if points are infinite or all equal, if a face has a NaN vertex, or if an
-        attribute has another number of rows.
+        array of points, if all points are NaN or equal, if a coordinate is infinite, if a face has
+        a NaN vertex, or if an attribute has another number of rows.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
@@ -116,7 +116,7 @@ class PointCloud:
         return replace(self, points=points, origin=origin, scale=self.scale * radius)
 
     def sampled(self, count: int, seed: int) -> "PointCloud":
-        """Sample `count` points from this mesh, uniform by area, with the normals of their faces.
+        """Sample `count` points of this mesh, uniformly by area, with the normals of their faces.
 
         Raises ReadError for a mesh without area.
         """
@@ -146,9 +146,10 @@ class PointCloud:
         return self.take(rng.permutation(_one_a_voxel(self.points, count))[:count])
 
     def filled(self, count: int) -> "PointCloud":
-        """Fill this cloud, which has fewer than `count` points, up to `count` with moved copies.
+        """Add moved copies of points to this cloud, so that it has `count` points.
 
-        `frame.py::fill` says how the copies are moved. Raises ReadError for fewer than
+        The cloud must have fewer than `count` points. If several points are equal, only one of them
+        is kept. `frame.py::fill` says how the copies are moved. Raises ReadError for fewer than
         min(LEAST, count) different points.
         """
         different = np.unique(self.points, axis=0, return_index=True)[1]
@@ -160,7 +161,7 @@ class PointCloud:
 
     @property
     def part_read(self) -> str | None:
-        """A sentence for the user if the file had over MAX_POINTS points, else None."""
+        """A sentence for the user if only a sample of the file's points was kept, else None."""
         part = f"a random {MAX_POINTS:,} of its {self.total or 0:,} points were read"
         return part if self.total else None
 
@@ -224,9 +225,9 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 def to_bytes(colors: np.ndarray) -> np.ndarray:
     """Convert colours N 3 to uint8.
 
-    The type and the largest value tell the range of the colours: floats below 2 are fractions (some
-    files exceed 1 a little), values above 255 have 16 bits, and others go from 0 to 255. NaN
-    becomes 0.
+    The range of the colours follows from their type and their largest value. Floats that are all
+    below 2 are fractions (in some files slightly above 1). If the largest value is above 255, the
+    colours have 16 bits. All other colours go from 0 to 255. NaN and infinity become 0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -340,8 +341,8 @@ def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
     """Collect chunks of rows n D into one cloud without NaN points.
 
     If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: names of the
-    first columns, at most D; the first three are x, y and z. A column without any finite value is
-    left out.
+    first columns, at most D; the first three are x, y and z. An attribute with a column that has no
+    finite value is left out. Raises ReadError for unusable points.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

@@ -3,8 +3,8 @@
 Each kind of corruption is a function of one cloud N 3 in the unit sphere, a level and a random
 generator. The first seven kinds are those of PointCloud-C (Ren et al. 2022, arXiv 2202.03377), each
 at five levels, called severities. PointCloud-C states how many of 1,024 points are removed or
-added. Here these numbers are shares of the points, so that the effect does not depend on the size
-of a cloud. The other kinds have one level each.
+added. Here these numbers are converted to shares, so that the effect does not depend on the number
+of points of a cloud. The other kinds have one level each.
 """
 
 import math
@@ -137,9 +137,9 @@ def _some(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
 
 
 def _nearest(points: np.ndarray, distance: np.ndarray, share: float) -> np.ndarray:
-    """Remove a share of the points n 3: those with the largest distances n.
+    """Remove a share of the points n 3: those with the largest distances.
 
-    The order of the other points stays the same.
+    distance: one number per point [n]. The order of the other points stays the same.
     """
     count = len(points) - round(share * len(points))
     return points[np.sort(distance.argsort(kind="stable")[:count])]

@@ -30,7 +30,7 @@ class PointClouds:
     # n N 3 float32; after load(raw=True), shapes that were read from files are an object array [n]
     # of arrays [N_i, 3]
     points: np.ndarray | StoredPoints
-    labels: np.ndarray | None = None  # n int64
+    labels: np.ndarray | None = None  # n int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
     split: np.ndarray | None = None  # n int8: 0 train, 1 test, 2 val, -1 none
     # n N int16, one label per point; None unless `load` was called with parts=True
@@ -83,15 +83,16 @@ def load(
     raw: bool = False,
     parts: bool = False,
 ) -> PointClouds:
-    """Load one split of all sources as one `PointClouds`; labels are kept only for a single source.
+    """Load one split of all sources as one `PointClouds`.
 
-    sources: synthetic, procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. split:
-    train, test, val or all; a source without splits counts as train. up_axis: one value for all
-    sources, or one per source. labels_key: name of the labels array in an .npz bundle. limit:
-    largest number of shapes to read from each source. raw: keep the points as in the source, that
-    is, neither sample nor normalise them; this has no effect on a store that is read on demand.
-    parts: also read part labels, which is possible for a single source only. Raises ValueError or
-    its subclass ReadError.
+    If there are several sources, their labels and splits are dropped. sources: synthetic,
+    procedural:COUNT, stores, .npz bundles, benchmarks, folders or files. num_points: number of
+    points of a shape in the standard form. split: train, test, val or all; a source without splits
+    counts as train. up_axis: one value for all sources, or one per source. labels_key: name of the
+    labels array in an .npz bundle. limit: largest number of shapes to read from each source. raw:
+    keep the points as in the source, that is, neither sample nor normalise them; this has no effect
+    on a store that is read on demand. parts: also read part labels, which is possible for a single
+    source only. Raises ValueError or its subclass ReadError.
     """
     sources, axes = list(sources), list(up_axis)
     if len(axes) not in (1, len(sources)):
@@ -125,7 +126,7 @@ def load(
 def _loaded(
     shapes: Shapes, rows: np.ndarray, num_points: int, raw: bool, parts: bool
 ) -> PointClouds:
-    """Load the shapes at `rows`; those of a store may stay on disk, all others go into memory."""
+    """Load the shapes at `rows` into memory, except those of a store that is read on demand."""
     if (store := shapes.store) is not None:
         points, digest = StoredPoints(store, rows, num_points), store.fingerprint
         part_labels = StoredPoints(store, rows, num_points, "parts") if parts else None
@@ -143,8 +144,9 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Read the shapes at `rows`; returns points in the standard form, part labels and a digest.
 
-    raw: keep the points as in the source. Clouds from files may differ in size, so these are
-    returned as an object array. The digest is a sha256 of the points as in the source.
+    raw: keep the points as in the source. Clouds from files may then differ in size, so they are
+    returned as an object array. The digest is a sha256 of the points as in the source; it is not
+    used if the source has a fingerprint.
     """
     digest, clouds, part_labels, unseen = hashlib.sha256(), [], [], 0
     starts = range(0, len(rows), shapes.batch)

@@ -22,7 +22,7 @@ from jepa3d.data.io import read
 from jepa3d.data.store import SPLITS
 from jepa3d.plain import log, printable
 
-# split -> names of folders that mean it
+# split -> names of folders that hold this split
 _NAMES = {
     "train": "train training",
     "test": "test testing",
@@ -30,7 +30,7 @@ _NAMES = {
 }
 # name of a folder, in lower case -> split
 SPLIT_OF = {name: split for split, names in _NAMES.items() for name in names.split()}
-# prefixes and suffixes that the name of such a folder may have: 01_train, Test Set, train_data
+# prefixes and suffixes that the name of a split folder may have: 01_train, Test Set, train_data
 _ADDED = re.compile(r"^\d+[ _-]+|[ _-]*(set|data|split)$")
 
 
@@ -118,9 +118,9 @@ def classes_and_splits(
     folders: for each file, the names of its folders, outermost first. If all folders at one depth
     have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
     `test`, is a split if a sibling folder has the name of another split, or if a subfolder
-    has the name of a sibling. If neither holds, `test` is a class. Among the folders of a file that
-    are no split, the class is the first that does not contain all files. flat: even a folder that
-    contains all files can be the class.
+    has the name of a sibling. If neither holds, `test` is a class. The class of a file is the
+    outermost of its folders that is no split. If all files share this folder, and each file lies in
+    a further folder inside it, the class is the next folder. flat: do not apply this last rule.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -148,7 +148,7 @@ def classes_and_splits(
 
     @cache
     def divided(names: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-        """Return the names of all folders but the one that is the split, and also the split."""
+        """Return the names of the folders that are no split, and the split or None."""
         for depth in range(len(names)):
             if is_split(names, depth):
                 return names[:depth] + names[depth + 1 :], split_of(names[depth])
@@ -165,8 +165,9 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
     """Return the entries with their splits set.
 
     split: "folder" keeps the splits of the source. A fraction puts this share of each class into
-    the test split: at least one cloud, but never all, so a class of one cloud stays in train. A
-    path names a file that lists the keys of the test clouds. Raises ValueError.
+    the test split: at least one cloud, but never all; a class of one cloud stays in train. A path
+    names a file that lists the keys of the test clouds. Raises ValueError for a fraction outside 0
+    to 1, and for a list that is missing or names a cloud that is not in `entries`.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]
@@ -193,7 +194,10 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
 
 def _listed(entries: list[Entry], path: Path) -> set[str]:
-    """Read the keys of test clouds from a file. Raises ReadError for a key that no entry has."""
+    """Read the keys of test clouds from a file.
+
+    Raises ReadError if there is no such file, or if it lists a key that no entry has.
+    """
     if not path.is_file():
         allowed = "give folder, a fraction to test on, or a list of test clouds"
         raise ReadError(f"--split {path}: no such file; {allowed}")

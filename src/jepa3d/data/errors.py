@@ -24,7 +24,7 @@ _RARELY = (ArithmeticError, AssertionError, MemoryError, ImportError, StopIterat
 _HEADERS = (NameError, SyntaxError, tokenize.TokenError)
 _PACKED = (struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _PARSER_ERRORS = (*_OFTEN, *_RARELY, *_HEADERS, *_PACKED)
-# without a handler, log lines of laspy would be printed next to our one line
+# without a handler, log lines of laspy would be printed beside our error message
 logging.getLogger("laspy").addHandler(logging.NullHandler())
 
 

@@ -1,9 +1,9 @@
 """Read the meshes of a scene from a glTF 2.0 or GLB file.
 
-A scene is a tree of nodes. Each node has a matrix, which moves the node and its children, and may
-show a mesh. A mesh is a list of primitives, each with vertices and perhaps the indices of its
-triangles. These numbers lie in buffers, and accessors describe their types and places. A file that
-requires an extension which this module does not know is refused.
+A scene is a tree of nodes. Each node has a matrix, which moves the node and its children. A node
+may show a mesh. A mesh is a list of primitives, each with vertices and perhaps the indices of its
+triangles. Vertices and indices lie in buffers; accessors describe their types and their places in
+the buffers. A file that requires an extension which this module does not know is refused.
 """
 
 import base64
@@ -94,9 +94,9 @@ class _Scene:
                     colors.append((255 * fractions).round().astype(np.uint8))
             if solid:
                 corners = _triangles(self._indices(primitive), primitive.get("mode", 4))
-                # from indices into the vertices of the primitive to indices into all vertices
+                # convert indices of the primitive's vertices to indices of all vertices
                 corners = corners + known[shared]
-                # mirroring turns a mesh inside out; reversed corners undo that
+                # a mirrored mesh is inside out; reversing the corners of its triangles undoes that
                 mirrored = np.linalg.det(place[:3, :3]) < 0
                 faces.append(corners[:, ::-1] if mirrored else corners)
         rgb = np.concatenate(colors) if len(colors) == len(vertices) else None
@@ -108,7 +108,7 @@ class _Scene:
         """Set `places` and `shown` for the nodes of the default scene.
 
         If the file names no default scene, the first scene is used; if it has no scenes, all nodes
-        are used. Raises ReadError.
+        are used. Raises ReadError if the nodes do not form a tree.
         """
         if scenes := self.json.get("scenes"):
             roots = scenes[self.json.get("scene", 0)].get("nodes", [])
@@ -155,8 +155,9 @@ class _Scene:
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
         """Return the vertices n 3 of a primitive in scene coordinates.
 
-        Morph targets and the skin, if there are any, move the vertices first. place: matrix of the
-        node.
+        Morph targets, if there are any, move the vertices first. Then the skin places them in the
+        scene or, if there is no skin, the matrix of the node. place: this matrix. Raises ReadError
+        for a compressed primitive, and for a skin with a joint outside the scene.
         """
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
@@ -186,7 +187,10 @@ class _Scene:
         return np.where(total > 0, out / np.where(total > 0, total, 1), points)
 
     def _indices(self, primitive: dict) -> np.ndarray:
-        """Return the corners of a primitive's faces, as indices of its vertices."""
+        """Return the corners of a primitive's faces, as indices of its vertices.
+
+        Raises ReadError for an index that is too large.
+        """
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:
             return np.arange(count)
@@ -197,7 +201,7 @@ class _Scene:
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
-        """Raise ReadError if accessor `i` has compressed values, or indices but no buffer."""
+        """Raise ReadError if accessor `i` has compressed values, or face indices but no buffer."""
         accessor = self.json["accessors"][i]
         draco = _DRACO in primitive.get("extensions", {})
         empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
@@ -259,7 +263,8 @@ class _Scene:
     def _load(self, uri: str | None) -> bytes:
         """Load a buffer from the file itself or from its folder.
 
-        A buffer without a URI is the binary chunk of a GLB. Raises ReadError.
+        A buffer without a URI is the binary chunk of a GLB. Raises ReadError for a buffer that is
+        missing or lies outside the folder.
         """
         if uri is None:
             return self.binary

@@ -56,7 +56,7 @@ def read(
 
 
 def refusal(path: Path) -> str | None:
-    """Return why files with such a suffix are not read, and what to do; None if they are read."""
+    """Return why files with this suffix are not read and how to convert them; None if they are."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -86,9 +86,10 @@ def _inflated(path: Path) -> Iterator[Path]:
 def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
     """Yield all points of a file in chunks n 3 float64; NaN points are left out.
 
-    The points have the order and the coordinates of the file. LAS, LAZ, PLY, NPY, PTX and tables
-    need memory for one chunk only; other formats are read whole. tell: called at the end with the
-    number of NaN points. Raises ReadError, also for infinite coordinates and for meshes.
+    The points have the order and the coordinates of the file. LAS, LAZ, NPY, PTX, tables and most
+    PLY files need memory for one chunk only; all other files are read whole. tell: called at the
+    end with the number of NaN points. Raises ReadError, also for infinite coordinates and for
+    meshes.
     """
     reader, number, unseen = _IN_CHUNKS.get(path.suffix.lower()), 0, 0
     with as_read_error(path):
@@ -113,7 +114,7 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
 
 
 def _at_once(path: Path) -> Iterator[np.ndarray]:
-    """Yield the points of a file that is read whole, and then a row of NaN for each NaN point."""
+    """Yield the points of a file that is read whole, then a NaN row per NaN point of the file."""
     cloud = _whole(path, path.stat().st_mtime_ns)
     yield cloud.file_coordinates()
     yield np.full((cloud.unseen, 3), np.nan)
@@ -134,9 +135,9 @@ def _whole(path: Path, mtime: int) -> PointCloud:
 
 
 def sampled(cloud: PointCloud, num_points: int, seed: int = 0) -> PointCloud:
-    """Return a cloud as it is; of a mesh, return max(2 * `num_points`, 2048) sampled points.
+    """Return a cloud as it is; sample max(2 * `num_points`, 2048) points from a mesh.
 
-    Equal meshes give equal samples, if the seed is equal too.
+    Equal meshes give equal samples if the seed is equal too.
     """
     if cloud.faces is None:
         return cloud

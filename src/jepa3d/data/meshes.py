@@ -9,7 +9,7 @@ from jepa3d.data.cloud import PointCloud, ReadError, to_bytes
 
 # spellings of NaN and infinity by programs that were built with older Windows compilers
 _NAN = re.compile(rb"[-+]?1\.#(?:QNAN|SNAN|IND|INF)\w*")
-# the first word of an OFF file; its letters tell what the vertices have
+# the first word of an OFF file; its letters tell which values a vertex has
 _OFF = re.compile(rb"\s*((?:ST)?(C?)(N?)(4?n?)(?:OFF|off)([ \t]+BINARY)?)")
 # a triangle of a binary STL: normal (field f0), corners (f1), attribute bytes (f2)
 _TRIANGLE = np.dtype("(3,)<f4, (3,3)<f4, <u2")
@@ -90,7 +90,7 @@ def runs(at: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
-    """Make a mesh, or a cloud if there are no faces. Raises ReadError."""
+    """Make a mesh of vertices [n, 3] and faces [t, 3], or a cloud if t is 0. Raises ReadError."""
     _check_range(faces, len(vertices))
     attributes["faces"] = faces if len(faces) else None
     return PointCloud.make(vertices, **attributes)
@@ -105,11 +105,11 @@ def _check_range(corners: np.ndarray, count: int) -> None:
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Cut polygons into triangles [t, 3] of vertex indices.
 
-    points: vertices n 3. sizes: number of corners of each polygon [f]. corners: the vertex indices
-    of all polygons, concatenated. A convex polygon becomes a fan of triangles around its first
-    corner. A concave polygon is cut by ear clipping (see `_ears`). Polygons with one or two corners
-    are dropped. Raises ReadError for a corner that is no vertex, and for a concave polygon with
-    too many corners.
+    points: vertices [n, 3]. sizes: number of corners of each polygon [f]. corners: the vertex
+    indices of all polygons, concatenated. A convex polygon becomes a fan of triangles around its
+    first corner. A concave polygon is cut by ear clipping (see `_ears`). Polygons with fewer than
+    three corners are dropped. Raises ReadError for a corner that is no vertex, and for a concave
+    polygon with more than `_MOST_CORNERS` corners.
     """
     _check_range(corners, len(points))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
@@ -138,9 +138,9 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
 def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Cut one concave polygon [n, 3] into triangles [n - 2, 3] of its corners, by ear clipping.
 
-    An ear is a corner whose triangle with its two neighbours contains no other corner. Ears are cut
-    off until three corners are left. A polygon that crosses itself may have no ear; then the rest
-    of it becomes a fan around one corner.
+    An ear is a convex corner whose triangle with its two neighbours contains no other corner. Ears
+    are cut off until three corners are left. A polygon that crosses itself may have no ear; then
+    the rest of it becomes a fan around one corner.
     """
     axis = int(np.abs(normal).argmax())
     flat = np.delete(corners, axis, 1)
@@ -153,7 +153,7 @@ def _ears(corners: np.ndarray, normal: np.ndarray) -> np.ndarray:
 
     places, others = [tuple(place) for place in flat.tolist()], flat
     left, found, at, missed = list(range(len(corners))), [], 0, 0
-    # this limit stops a polygon that was made to take hours; a spiral needs 20 tries per corner
+    # a limit, since a malicious polygon could take hours; a spiral needs only 20 tries per corner
     tries = 100 * len(corners)
     while len(left) > 3 and missed < len(left) and tries:
         at, missed = at % len(left), missed + 1
@@ -188,7 +188,7 @@ def strip(corners: np.ndarray) -> np.ndarray:
 
 
 def read_off(path: Path) -> PointCloud:
-    """Read OFF in text. Vertex colours are kept, face colours are not. Raises ReadError."""
+    """Read OFF in text; vertex colours are kept, face colours are skipped. Raises ReadError."""
     text = re.sub(rb"#.*", b"", unix_lines(path.read_bytes()))
     if not (start := _OFF.match(text)):
         raise ReadError("not an OFF file: it does not begin with OFF")
@@ -223,7 +223,9 @@ def read_off(path: Path) -> PointCloud:
 def _any_lines(values: np.ndarray, num_vertices: int, num_faces: int) -> PointCloud:
     """Read an OFF file in which line breaks may stand anywhere between the numbers.
 
-    values: the numbers below the two counts, without colours. Raises ReadError.
+    values: the numbers after the counts of vertices, faces and edges. They must be x, y, z of each
+    vertex, and then the faces; colours are not allowed. Raises ReadError if the numbers do not fit
+    the counts.
     """
     counts = f"{num_vertices} vertices and {num_faces} faces"
     if len(values) < 3 * num_vertices + num_faces:
@@ -260,7 +262,7 @@ def read_obj(path: Path) -> PointCloud:
         raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
-    # x, y, z, red, green, blue, and perhaps another value
+    # each line holds x, y, z, red, green, blue and perhaps another value
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
     # a corner has indices v/vt/vn: keep only v, the index of the vertex
@@ -281,7 +283,7 @@ def read_obj(path: Path) -> PointCloud:
 def read_stl(path: Path) -> PointCloud:
     """Read all solids of an STL file; its triangles share no vertices. Raises ReadError.
 
-    A binary file is accepted even if it begins with the word solid or has a few bytes too many.
+    A binary file is accepted even if it begins with the word solid or has up to 49 bytes too many.
     """
     data = path.read_bytes()
     claimed = int.from_bytes(data[80:_HEAD], "little")

@@ -1,6 +1,6 @@
 """Apply a function to the entries of a list in several processes, and return results in order.
 
-If an entry crashes its process, only the result of this entry is lost.
+With more than one process, an entry that crashes its process loses only its own result.
 """
 
 import multiprocessing
@@ -32,8 +32,8 @@ def mapped(
     """Yield each entry with its result, in order, and show a progress bar.
 
     work: called with up to `chunk` entries at a time. workers: number of processes, 0 for one per
-    core. doing: text before the bar. preload: name of a module that is imported once, before the
-    processes are forked.
+    core; with 1, this process does the work itself. doing: text before the bar. preload: name of a
+    module that is imported once, before the processes are forked.
     """
     chunks = [entries[at : at + chunk] for at in range(0, len(entries), chunk)]
     workers = workers or os.cpu_count() or 1
@@ -102,7 +102,7 @@ def _interrupts_later() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # if the tracker started inside the block, it would unblock SIGINT
+    # start Python's resource tracker now: if it started inside the block, it would unblock SIGINT
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -144,7 +144,7 @@ def read_ply(path: Path) -> PointCloud:
 
 
 def _corners(columns: dict[str, Column], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of corners of each face, and the vertex indices of all corners.
+    """Return the number of corners of each face or strip, and the vertex indices of all corners.
 
     what: "faces" or "strips", for the error message.
     """
@@ -198,8 +198,8 @@ def _check_rows(element: Element, good: np.ndarray) -> None:
 def _columns_of_bytes(header: Header, data: bytes) -> dict[str, dict[str, Column]]:
     """Parse the columns of every element from binary data.
 
-    If all lists are as long as those of the first row, the rows are read as one numpy table,
-    otherwise one by one.
+    If the length of each list property is the same in all rows, the rows are read as one numpy
+    table. If not, they are read one by one.
     """
     found, at = {}, 0
     for element in (e for e in header.elements if e.count):
@@ -264,8 +264,8 @@ def _one_by_one(
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """Return an iterator over the vertices of a cloud in chunks, float64 n 3.
 
-    Returns None if the file must be read whole, that is, if its vertices have lists, do not come
-    first or lack x, y or z, or if its lines end with CR alone. Raises ReadError for a mesh.
+    Returns None if the file must be read whole, that is, if its vertices have lists, are not the
+    first element or lack x, y or z, or if its lines end with CR alone. Raises ReadError for a mesh.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):

@@ -1,7 +1,7 @@
 """Implement `jepa3d prepare`, which converts a download or a folder of files to a store.
 
-The command uses all cores. It prints which files were left out and why, and also writes this to
-report.json.
+The command uses all cores. It prints which files were left out and why, and writes the complete
+list to report.json.
 """
 
 import json
@@ -43,14 +43,15 @@ class Preparation:
     # up axis in the files; None means the axis that the benchmark or format defines, or else z
     up_axis: Literal["x", "y", "z"] | None = None
     unit: str | None = None  # unit of the coordinates in the files; only recorded
-    # "folder" (by names of folders), a fraction for test, or a file that lists the test clouds
+    # "folder" (the splits of the source), a fraction for test, or a file that lists the test clouds
     split: str = "folder"
     keep: tuple[Attribute, ...] = ()  # attributes of points to keep in the store
     precision: Literal["float32", "float16"] = "float32"
     variant: str | None = None  # variant of a benchmark that has several
     columns: tuple[str, ...] | None = None  # names of columns, as for `io.py::read`
     seed: int = 0
-    # True keeps stray points, which lie far from all others; always True for benchmarks
+    # True keeps stray points, which lie far from all others; always True for benchmarks and for
+    # procedural shapes
     keep_strays: bool = False
     reader: str | None = None  # function that reads the files: package.module:function
 
@@ -58,12 +59,13 @@ class Preparation:
 def prepare(
     source: Path, out: Path, options: Preparation, workers: int = 0, strict: bool = False
 ) -> list[Path]:
-    """Write the clouds at `source` (folder, file or archive) to the store `out`.
+    """Write the clouds of `source` to the store `out`.
 
-    If the store exists, complete or not, only the clouds that it lacks are added. A folder of
-    few-shot folds becomes one store per fold in the folder `out`. workers: number of processes, 0
-    for one per core. strict: stop at the first cloud that cannot be used. Returns the paths of the
-    stores. Raises ValueError, also if another command is writing to `out`.
+    source: a folder, file or archive, or procedural:COUNT. If the store exists, complete or not,
+    only the clouds that it lacks are added. A folder of few-shot folds becomes one store per fold
+    in the folder `out`. workers: number of processes, 0 for one per core. strict: stop at the first
+    cloud that cannot be used. Returns the paths of the stores. Raises ValueError, also if no cloud
+    can be used or if another command is writing to `out`.
     """
     _check(options, workers)
     if not source.exists() and not procedural.count_of(source):
@@ -193,9 +195,10 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
     """Raise ReadError if rounding to float16 moves points by over 1 % of the cloud's extent.
 
-    points: n 3 in the unit sphere. rounded: the same points in float16. The median of the moves is
-    compared with the median distance from the middle. The error occurs if one point is so far out
-    that all others lie close together.
+    points: n 3 in the unit sphere. rounded: the same points as they will be stored. The median
+    distance by which rounding moves a point is compared with the median distance of a point from
+    the middle of the cloud. The error occurs if one point is so far out that all others lie close
+    together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))

@@ -19,8 +19,8 @@ from jepa3d.data.synthetic import Rng, normalise, sweep, triangles_of, turn
 PARTS = np.array([5, 5, 5, 4, 4, 3, 2, 1, 1]) / 30
 POINTS = 4096  # number of points of each shape
 NOISE = 0.006  # largest standard deviation of noise per axis, for a radius of 1
-# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that polygons with so many
-# corners keep all corners
+# number of points of an outline; it is a multiple of 3, 4, 6 and 8, so that regular polygons with
+# these numbers of corners keep all corners
 SIDES = 24
 GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 
@@ -156,7 +156,7 @@ def _copies(rng: Rng, about: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _compose(count: int, rng: Rng) -> np.ndarray:
-    """Run one random program; returns points [count, 3], uniform by area, on all parts."""
+    """Run one random program; returns points [count, 3], uniform by area over parts and copies."""
     triangles, boxes, copies = [], [], []
     for i in range(1 + rng.choice(9, p=PARTS)):
         loft = _solid(rng) * _size(rng) * (rng.uniform(0.3, 1) if i else 1)
@@ -179,7 +179,7 @@ def _compose(count: int, rng: Rng) -> np.ndarray:
     surface = np.concatenate(triangles)
     points, chosen = sample_triangles(surface, count, rng, times[part])
     part = part[chosen]
-    # move each point to a random copy of its part; copies are numbered through all parts
+    # move each point to a random copy of its part; copies are numbered consecutively over all parts
     copy = (rng.random(count) * times[part]).astype(int)
     copy += (np.cumsum(times) - times)[part]
     turns, shifts = (np.concatenate(some) for some in zip(*copies, strict=True))

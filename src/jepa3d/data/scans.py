@@ -104,8 +104,9 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
 def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Columns:
     """Read the columns of a text PCD.
 
-    A column gets the type that the header states if all values of the column fit into this type;
-    otherwise, it is float64. first: number of the first line, for error messages.
+    Only fields with one value per point are returned. A float column gets the type that the header
+    states. An integer column gets it only if all of its values fit; if not, it is float64. first:
+    number of the line with the first point, for error messages.
     """
     names = row.names or ()
     widths = [math.prod(row[name].shape) for name in names]
@@ -186,7 +187,7 @@ def las_records(path: Path) -> Iterator[Any]:
 
 
 def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
-    """Yield the named columns of a LAS file in chunks n D float64; NaN for missing columns."""
+    """Yield the named columns of a LAS file in chunks n D float64; a missing column is NaN."""
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
@@ -231,7 +232,10 @@ def read_e57(path: Path) -> PointCloud:
 
 
 def read_ptx(path: Path) -> PointCloud:
-    """Read all scans of a PTX file, each placed by its matrix, with colours if it has them."""
+    """Read all scans of a PTX file, each placed by its matrix, with colours if it has them.
+
+    Raises ReadError.
+    """
     return collected(ptx_rows(path), (*"xyz", "red", "green", "blue"))
 
 
@@ -241,7 +245,8 @@ def ptx_rows(path: Path) -> Iterator[np.ndarray]:
     A scan begins with 10 lines: the number of columns (1 line), the number of rows (1 line), the
     position of the scanner (1 line), its axes (3 lines), and a matrix [4, 4] (4 lines) such that
     the coordinates in the scene are [x y z 1] @ matrix. One line per point follows: x y z intensity
-    [r g b]. There, x, y and z are 0 if no light came back. Raises ReadError.
+    [r g b]. If no light came back, x, y and z are 0 in the file; they are returned as NaN. Raises
+    ReadError.
     """
     with path.open(encoding="latin-1") as text:
         # skip blank lines, and the byte order mark that editors on Windows write

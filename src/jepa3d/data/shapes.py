@@ -40,9 +40,9 @@ class Shapes:
     class_names: tuple[str, ...]
     split: np.ndarray  # n int8, index into SPLITS, -1 for no split
     part_names: tuple[str, ...] = ()
-    # identifies the data; None: use a digest of the points
+    # identifies the data; if None, a digest of the points is used
     fingerprint: str | None = None
-    # the store, if its clouds are read on demand, that is, when they are used
+    # the store, if its clouds are read on demand, that is, when they are used; else None
     store: Store | None = None
     # number of shapes that are converted together; above 1 if all shapes are in memory and have the
     # same number of points
@@ -101,8 +101,8 @@ def _synthetic(source: str, num_points: int, limit: int | None, parts: bool) -> 
 def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     """Open a store.
 
-    Its clouds are read on demand if their first num_points points can be used as they are; other
-    clouds are read into memory and sampled anew.
+    Its clouds are read on demand if their first num_points points can be used as they are. If not,
+    all clouds are read into memory and sampled anew. Raises ReadError.
     """
     store = Store(path)
     if up_axis != "z":
@@ -174,7 +174,7 @@ def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) -> Shapes:
-    """Open a folder, benchmark or single file as `jepa3d prepare` does, but without a store."""
+    """Open a folder, benchmark, file or procedural:COUNT like `jepa3d prepare`, without a store."""
     source = discover(path)
     entries = source.entries
     split = [-1 if e.split is None else SPLITS.index(e.split) for e in entries]

@@ -1,6 +1,7 @@
 """Find the clouds at a path: a published benchmark, a folder of files, or one file.
 
-Only `jepa3d prepare` unpacks archives, since it copies their clouds; other commands refuse them.
+Only `jepa3d prepare` unpacks archives, since it copies the clouds to a store; other commands refuse
+archives.
 """
 
 import os
@@ -45,7 +46,7 @@ def discover(
 
     variant: name of the variant, if a benchmark has several. columns, reader: as for
     `io.py::read`; with a reader, no folder is treated as a benchmark. Raises ReadError if there is
-    no cloud.
+    no cloud, or if `root` is an archive.
     """
     how = columns, reader
     if count := procedural.count_of(root):

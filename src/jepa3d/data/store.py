@@ -1,7 +1,7 @@
 """Store a data set on disk: shards of points that are read on demand, an index, a JSON header.
 
-STORE/store.json      the header: settings, class names, one record per shard. A shard is part of
-                      the store only once its record is in the header.
+STORE/store.json      the header: settings, class names, one record per shard. A shard becomes part
+                      of the store when its record is written to the header.
 STORE/points-00000.safetensors  the first shard: the points of its clouds, concatenated, and their
                       "normals", "colors" and "parts", if the store keeps them
 STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text of the keys
@@ -9,7 +9,8 @@ STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text o
 A key names a cloud: it is the path of the file in the source, and #row in a file of many clouds.
 Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates in the
 file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it first
-cuts off index rows that the header does not record, which an interrupted command may have left.
+cuts off the index rows of shards that the header does not record; an interrupted command may have
+left such rows.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ from jepa3d.plain import naming, sha256_of, write_bytes
 FORMAT = "jepa3d-store-1"
 SPLITS = ("train", "test", "val")
 SHARD_BYTES = 32 << 20  # a shard is written once it has 32 MiB of points and attributes
-# files that a command leaves if it is killed at its first write
+# files that a command leaves if it is killed at the first write to a new store
 _UNFINISHED = (".store.json.partial", ".store.json.lock")
 # settings that older stores do not record -> the value that the older versions used
 _LATER = {"keep_strays": True, "reader": None}
@@ -83,7 +84,7 @@ class Store:
         if not (unfinished or complete):
             raise ReadError(f"{path}: is an unfinished store; run jepa3d prepare again")
         self.columns = {name: self._column(name) for name in COLUMNS}
-        # an index in memory is checked now; a memory-mapped one is checked by `verify` only
+        # an index in memory is checked now; a memory-mapped index is checked by `verify` only
         if not any(isinstance(column, np.memmap) for column in self.columns.values()):
             self._check_index()
         # open shards, oldest first: number -> size of its file in bytes, and its arrays
@@ -127,7 +128,7 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest shard; most likely, no other thread still uses it, so no lock is needed
+        # close the oldest shard; there is no lock, since another thread hardly ever needs it
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
@@ -146,7 +147,7 @@ class Store:
         return int(ends[row - 1]) if row else 0, int(ends[row])
 
     def array(self, name: str, row: int, count: int | None = None) -> np.ndarray:
-        """Return the first `count` rows, or all, of a cloud's array, memory-mapped.
+        """Return the first `count` rows (all if None) of a cloud's array, memory-mapped.
 
         name: points, normals, colors or parts. Raises KeyError if the store lacks this array.
         """
@@ -154,7 +155,7 @@ class Store:
         return self.shard(shard)[name][rows][:count]
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
-        """Return the first `count` points n 3 of a cloud, or all, memory-mapped, as stored."""
+        """Return the first `count` points n 3 (all if None) of a cloud, memory-mapped."""
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
@@ -178,7 +179,7 @@ class Store:
             return file.read(end - begin).decode("utf-8", "surrogateescape")
 
     def verify(self) -> None:
-        """Check all checksums and coordinates. Raises ReadError, which names a damaged file."""
+        """Check all checksums and coordinates. Raises a ReadError that names a damaged file."""
         for i, shard in enumerate(self.header["shards"]):
             path = self.path / shard["file"]
             if sha256_of(path) != shard["sha256"]:
@@ -245,7 +246,7 @@ class StoredPoints:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Number of these clouds in each shard, in the order of the shards.
+        """Number of these clouds in each shard that has any, in the order of the shards.
 
         If the clouds are not in the order of the store, they count as a single shard.
         """
@@ -258,9 +259,9 @@ class StoredPoints:
 class StoreWriter:
     """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    At the end of the block, all added clouds are committed; unless an exception ended the block,
-    the store is also marked complete. Raises ValueError if `path` exists but is no store, or if the
-    store has other settings.
+    The end of the block commits all added clouds (except after an OSError) and, unless an exception
+    ended the block, marks the store complete. A new store without clouds is deleted. Raises
+    ValueError if `path` exists but is no store, or if the store has other settings or part names.
     """
 
     def __init__(
@@ -346,7 +347,8 @@ class StoreWriter:
     def commit(self) -> None:
         """Write all added clouds: first the shard, then the index, then the header.
 
-        Only the header makes them part of the store, so an interrupted commit changes nothing.
+        Only the header makes the clouds part of the store, so an interrupted commit does not change
+        the store.
         """
         header, sizes = self.header, self._size
         if self._clouds:

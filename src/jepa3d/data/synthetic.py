@@ -21,7 +21,7 @@ MAX_STRETCH = 0.1  # each axis is scaled by a random factor from 0.9 to 1.1
 # range of the standard deviation of a shape's noise, per axis, for a radius of 1
 NOISE = (0.002, 0.006)
 OCCLUDED_SHAPES = 0.3  # probability that a shape loses a region
-MAX_OCCLUSION = 0.25  # largest share of its points that such a shape loses
+MAX_OCCLUSION = 0.25  # largest share of its points that a shape loses with this region
 
 Rng = np.random.Generator
 Draw = Callable[[float, float], float]  # rng.uniform: low, high -> random number
@@ -40,7 +40,8 @@ _CORNERS = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 def _box(base: Floats, size: Floats, taper: float = 1, lean: Floats = (0, 0)) -> Loft:
     """Make a box whose bottom has its centre at `base`.
 
-    size: its size (x, y, z). taper: factor on the size of its top. lean: shift (x, y) of its top.
+    size: extents (x, y, z). taper: factor on the x and y extents of the top. lean: shift (x, y) of
+    the top.
     """
     bottom = np.array(base, float)
     top = np.add(bottom, (*lean, size[2]))
@@ -72,7 +73,7 @@ def sweep(profile: np.ndarray, outline: np.ndarray) -> Loft:
 
 
 def _tube(path: Floats, radius: float | Floats) -> Loft:
-    """Make a capped tube along `path` [k, 3], which is straight or lies in a plane of two axes.
+    """Make a capped tube along `path` [k, 3], which is straight or lies in a coordinate plane.
 
     radius: one radius, or k radii.
     """
@@ -205,8 +206,8 @@ def _cabinet(
 ) -> Callable[[Rng, Draw], Parts]:
     """Return a builder of a chest of width 1 on legs, with a grid of drawers or doors at -y.
 
-    front: part name of the drawers or doors; each has a knob. heights, columns, rows: ranges
-    of the height and of the numbers of columns and rows.
+    front: part name of the drawers or doors; each has a knob. heights: range of the height.
+    columns, rows: ranges of the numbers of columns and rows, without the upper end.
     """
 
     def build(rng: Rng, u: Draw) -> Parts:
@@ -242,7 +243,7 @@ def _bookshelf(rng: Rng, u: Draw) -> Parts:
 def _vessel(
     tall: Range, long: Range = (1, 1), foot: float = 0, dish: float = 0, ear: float = 0
 ) -> Callable[[Rng, Draw], Parts]:
-    """Return a builder of open vessels whose rim has radius 1 and is then stretched in x.
+    """Return a builder of open vessels with a rim of radius 1; the body is then stretched in x.
 
     tall: range of the height. long: range of the stretch in x. foot: probability of a foot. dish:
     probability of a saucer if there is no foot. ear: probability of a handle.
@@ -397,7 +398,7 @@ def triangles_of(loft: Loft) -> np.ndarray:
 
 
 def normalise(points: np.ndarray) -> np.ndarray:
-    """Move the centroid of points to 0 and scale the farthest point to distance 1."""
+    """Move the centroid of points [n, 3] to 0, and scale the farthest point to distance 1."""
     points = points - points.mean(axis=0)
     return points / np.linalg.norm(points, axis=1).max()
 

@@ -1,7 +1,7 @@
 """Read tables of numbers (XYZ, TXT, CSV, PTS, ASC) that scanners, spreadsheets and scripts write.
 
 Files of any size are read in bounded memory: numpy parses the lines in chunks. A chunk that numpy
-refuses is parsed again line by line, which allows more and can name a bad line in the error.
+refuses is parsed again line by line; this accepts more notations, and an error names the bad line.
 """
 
 import csv
@@ -59,7 +59,8 @@ class Table:
         self.path, self.encoding = path, encoding_of(path)
         # (line number, text) of each line above the numbers that is neither a comment nor a count
         self._above: list[tuple[int, str]] = []
-        # up to 1,000 comments above the numbers that may be a header, since they have x, y and z
+        # the last 1,000 comments above the numbers that contain the letters x, y and z; one of them
+        # may be the header
         self._comments = deque[str](maxlen=1000)
         self._count: int | None = None  # number of rows, if the file states it
         # the line with the names of the columns, if it is not a comment
@@ -77,8 +78,8 @@ class Table:
     def used(self, columns: Names | None) -> dict[str, int]:
         """Return a dict from x, y, z and the names of attributes to the indices of their columns.
 
-        columns: the three names that the header has for x, y and z, or the names of all columns,
-        which are used if there is no header. Without header and `columns`, the first three columns
+        columns: the three names that the header has for x, y and z, or, for a table without a
+        header, the names of all columns. Without a header and `columns`, the first three columns
         are x, y and z. Raises ReadError.
         """
         row = _fields(self._first, self.mark)
@@ -126,7 +127,7 @@ class Table:
         return self.path.open(encoding=self.encoding, errors=errors)
 
     def _begins_at(self, number: int, line: str) -> bool:
-        """Return True if this line is the first row of numbers; remember any other line."""
+        """Return True if this line is the first row of numbers; if not, store what it says."""
         text = line.strip()
         if len(line) >= _MAX_LINE:
             raise ReadError(f"line {number} has {_MAX_LINE:,} characters or more")
@@ -221,7 +222,7 @@ def encoding_of(path: Path) -> str:
 def delimiter_of(text: str) -> str | None:
     """Find the delimiter of a row of numbers; None means white space.
 
-    If the row also has another delimiter, its commas are decimal commas.
+    In a row with another delimiter, commas are decimal commas.
     """
     text = text.strip(" \r\n")
     text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text)
@@ -253,7 +254,8 @@ def parsed(
     first: number of the first line, for error messages. mark: the delimiter, None for white space.
     columns: indices of the D columns. is_skipped: returns True for further lines to leave out;
     comments and empty lines are always left out. The first three columns must hold numbers or be
-    empty; otherwise a ReadError names the line. In other columns, text becomes NaN.
+    empty; if not, or if a line has too few columns, a ReadError names the line. In other columns,
+    text becomes NaN.
     """
 
     def cells(number: int, line: str) -> Iterator[list[float]]:
@@ -295,9 +297,10 @@ def _fields(line: str, mark: str | None) -> list[str]:
 
 
 def _number(field: str) -> float | None:
-    """Parse the number in a cell, with a decimal point or comma; None for other text.
+    """Parse the number in a cell, with a decimal point or comma.
 
-    NaN for an empty cell and for the texts that programs write for a missing value.
+    Returns NaN for an empty cell and for the texts that programs write for a missing value, and
+    None for other text.
     """
     if _NO_VALUE.fullmatch(field):
         return np.nan

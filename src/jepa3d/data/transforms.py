@@ -46,9 +46,9 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor
 
 
 def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> Tensor:
-    """Change each cloud as a scan might show it: from B M 3 to B num_points 3 in the unit sphere.
+    """Change each cloud as a scan might show it; returns B num_points 3 in the unit sphere.
 
-    points: in farthest point order. Steps:
+    points: B M 3, in farthest point order. Steps:
 
     1. Rotate the cloud about z by a random angle.
     2. In half of the clouds, remove the points beyond a plane: a share of up to `MAX_CUT`.
