@@ -196,9 +196,8 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
     subtracts a mean from the features, scales them to length 1 and takes the nearest class mean.
     There are two changes. SimpleShot subtracts the mean over base classes, which are classes for
     training the network. Episodes have no base classes, so here the mean over the support is
-    subtracted. SimpleShot compares by Euclidean
-    distance; here vectors are compared by cosine, as in Classifier-Baseline (Chen et al., arXiv
-    2003.04390).
+    subtracted. SimpleShot compares by Euclidean distance; here vectors are compared by cosine, as
+    in Classifier-Baseline (Chen et al., arXiv 2003.04390).
     """
     if method == "logistic":
         return classifiers.predict("logistic", _C, support, y, query)

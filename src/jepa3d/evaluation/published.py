@@ -1,4 +1,4 @@
-"""Read published results from published.yaml, and list how the protocol of a run differs from them.
+"""Read published results from published.yaml, and list how a run's protocol differs from theirs.
 
 Published accuracies after fine-tuning are those of the epoch with the highest *test* accuracy, as
 is usual in the field.
@@ -25,7 +25,7 @@ CAUTION = (
 class Benchmark(NamedTuple):
     """Published results under one protocol.
 
-    A row lists the method, its epochs, whether it votes, and one value per metric.
+    A row has the method, its epochs, whether it votes, and one value per metric.
     """
 
     title: str
@@ -110,8 +110,8 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()) -> Sheet:
-    """Return the table of a benchmark; its notes say how the protocol of your `results` differs
-    from the published one.
+    """Return the table of a benchmark. If `results` of the user's runs are given, the notes of the
+    table say how their protocol differs from the published one.
     """
     results, notes = list(results), list(benchmark.notes)
     if results:
