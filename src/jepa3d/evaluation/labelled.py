@@ -74,7 +74,8 @@ class Labelled:
     """
 
     name: str
-    # name and variant of the benchmark, if `jepa3d prepare` stored the shapes as one; else None
+    # for data that `jepa3d prepare` stored: the benchmark and its variant, or "folder", "file" or
+    # "procedural"; None for other data
     layout: str | None
     fingerprint: str  # hash of the shapes and labels
     train: PointClouds

@@ -169,7 +169,7 @@ def opened(
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        # a network that is not a `Classifier`, whatever its head, is scored by its encoder's vectors
+        # a run whose network is not a `Classifier` is scored by the vectors of its encoder
         if not isinstance(model, Classifier):
             model = encoder
         encoder.upright = dataset.up_axis != "none"

@@ -15,8 +15,8 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
 
 Network = Classifier | LinearClassifier | Segmenter
-# Voting averages the predictions for several copies of a cloud. Along each axis, a copy is scaled by
-# a random factor in the range VOTE_SCALE, and shifted by at most VOTE_REACH, as in Point-MAE.
+# Voting averages the logits of several copies of a cloud. Along each axis, a copy is scaled by a
+# random factor in the range VOTE_SCALE, and shifted by at most VOTE_REACH, as in Point-MAE.
 VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2
 
 
