@@ -1,5 +1,5 @@
-"""The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well corrupted shapes
-retrieve similar shapes, or are classified, by their frozen vectors.
+"""The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well the frozen
+vectors of corrupted shapes retrieve shapes of the same class, or predict the class.
 
 First all points of a shape are corrupted, in one of the ways that data/corruptions.py lists. Then
 frame.py normalises the shape and chooses the points that the networks see. The encoder and the

@@ -1,5 +1,6 @@
 """Learning curves, as in Fig. 1 of the paper: the probe accuracy of each snapshot of a run, against
-the CPU-minutes of training up to that snapshot. A snapshot is an encoder stored during training.
+the CPU-minutes of training up to that snapshot. A snapshot is an encoder stored during training; the
+untrained and the final encoder count as snapshots too.
 """
 
 import json
@@ -47,8 +48,8 @@ class Curve(NamedTuple):
 def learning_curves(
     runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
-    """Probe the untrained encoder, every snapshot and the final encoder of finished runs. Returns
-    one `Curve` per configuration, which joins the runs that differ only in their seed.
+    """Probe every snapshot of finished runs. Returns one `Curve` per configuration: runs that differ
+    only in their seed share a `Curve`.
 
     Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. The name has KEY, the
     name of the labels, only if it is not "labels", and PART only if it is not "test". part: the

@@ -8,8 +8,8 @@ The category of each shape is known. For each category, a logistic regression ov
 fitted to the standardised features of at most 256 labelled points per train shape. For each kind of
 features, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen on the
 data set's own validation split. If there is none, or if this is the scored split, C is chosen on a
-held-out fifth of train. Then the classifiers are fitted to all of train. The scored split, by
-default test, is used once, with all points of its shapes.
+held-out fifth of train. Then the classifiers are fitted to all of train. The scored split
+(by default test) is used once, with all points of its shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ from jepa3d.ops import three_nn_interpolate
 _C_GRID = (0.001, 0.01, 0.1)
 # largest number of points of each train shape to which the classifiers are fitted
 _POINTS = 256
-# About the largest number of points of all train shapes together to which they are fitted. If there
+# The classifiers are fitted to at most about this many points of all train shapes together. If there
 # are many train shapes, fewer points of each are used, but at least 16.
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch

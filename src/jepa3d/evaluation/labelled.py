@@ -208,7 +208,9 @@ class Labelled:
 
 
 def _with_validation(train: PointClouds) -> PointClouds:
-    """Mark a fixed fifth of the train shapes as the validation split."""
+    """Mark a fixed fifth of the train shapes as the validation split. Raises ReadError if there are
+    fewer than five train shapes.
+    """
     if len(train) < 5:
         found = f"{len(train)} train shapes are too few to hold out a fifth of them"
         raise ReadError(f"{train.name}: {found}")
@@ -219,7 +221,7 @@ def _with_validation(train: PointClouds) -> PointClouds:
 
 def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
     """Return the names of all parts, and for each class its part ids. Both are empty if the clouds
-    have no part labels.
+    have no part labels. Raises ReadError if all points of a shape are unlabelled.
     """
     if clouds.parts is None:
         return (), []

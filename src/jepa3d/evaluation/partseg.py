@@ -87,12 +87,11 @@ def mean_iou(
 def shape_iou(
     predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Return the IoU of each of n shapes in per cent. For each part of the shape's category, it is
-    the number of points in the intersection of the predicted and the true points, divided by the
-    number in their union. The IoU of a shape is the mean over these parts.
+    """Return the IoU of each of n shapes in per cent: the mean IoU of the parts of its category.
 
-    A part that has neither predicted nor true points counts as 100 %. The arguments are those of
-    `mean_iou`.
+    The IoU of a part is the size of the intersection of its predicted and its true points, divided
+    by the size of their union. It is 100 % if both sets of points are empty. The arguments are
+    those of `mean_iou`.
     """
     labelled = truth != UNLABELLED
     highest = [ids.max(initial=0) for ids in parts_of]

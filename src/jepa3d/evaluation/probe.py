@@ -159,12 +159,12 @@ def _validation(
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split labels into five folds, or fewer if no class has five labels; returns pairs (rows to
-    fit, rows to score).
+    fit, rows to score). Raises ValueError if no class has two labels.
     """
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
     with warnings.catch_warnings():
-        # scikit-learn warns about each class whose labels are fewer than the folds
+        # scikit-learn warns if the smallest class has fewer labels than there are folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
@@ -274,7 +274,7 @@ def probe(
 
 def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
     """Return the seeds of the runs. Raises ValueError if two runs have the same seed, or differ in
-    anything else.
+    anything but their seed.
     """
     for run in runs:
         changed = differences(configs[run], configs[runs[0]]).keys()

@@ -38,7 +38,9 @@ class Benchmark(NamedTuple):
 
 
 def _read(file: Path) -> dict[str, Benchmark]:
-    """Read the benchmarks of a YAML file by key. The file itself explains its form."""
+    """Read the benchmarks of a YAML file; returns key -> benchmark. The comments of published.yaml
+    explain the form of such a file.
+    """
     found = {}
     for table in yaml.safe_load(file.read_text(encoding="utf-8")):
         metrics = table.get("metrics", ["overall_accuracy"])
@@ -62,7 +64,8 @@ PUBLISHED = _read(Path(__file__).with_suffix(".yaml"))
 
 
 def benchmark_of(result: dict[str, Any]) -> str | None:
-    """Return the key in PUBLISHED of the benchmark that a result was measured on, or None.
+    """Return the key in PUBLISHED of the benchmark on which a result was measured; None if it was
+    measured on other data.
 
     A benchmark is recognised by the variant of the data, such as "ScanObjectNN obj_bg", or else by
     the name of the data.

@@ -20,7 +20,7 @@ from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
-# the values of the setting `init` with which pretrained encoders are compared
+# the values of `init` (what a network starts from) with which pretrained encoders are compared
 BASES = ("scratch", "untrained")
 CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "classify": "overall_accuracy",
@@ -371,8 +371,9 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
-    """Return a table with the gain of each pretrained arm over the arms that start from scratch or
-    from an untrained encoder, paired by seed; an empty list if there is nothing to compare.
+    """Return a list with one table: the gain of each pretrained arm over the arms that start from
+    scratch or from an untrained encoder, paired by seed. If there are no arms to compare, return an
+    empty list.
 
     Two arms are compared if they differ only in their init. They may also differ in `setting`, if
     it was chosen by validation metrics.

@@ -1,9 +1,9 @@
 """`jepa3d retrieval`: how well frozen vectors retrieve shapes of the same class, compared with an
 untrained encoder and handcrafted descriptors.
 
-Every shape of the split is the query once. All other shapes of the split are ranked by similarity;
-the shapes of the query's class are relevant. The average precision is computed over the whole
-ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
+Every shape of the split is the query once, unless it is alone in its class. All other shapes of the
+split are ranked by similarity; the shapes of the query's class are relevant. The average precision
+is computed over the whole ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
 paired by query. The interval of a gain is from a bootstrap over queries. It ignores that another
 training run would give other scores.
 """
@@ -157,13 +157,12 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 def opened(
     models: list[str], dataset: LabelledSet, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
-    """Yield for every model: its encoder; its descriptors by name; and the shapes, with as many
-    points as the encoder sees.
+    """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
     The descriptors of the first model include its baselines. dataset: its up axis may also be
     "none", for vectors that do not depend on the rotation of a shape. part: train, test or
-    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read all
-    points of the clouds.
+    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read the
+    shapes with all of their points, not only with as many as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
