@@ -1,6 +1,8 @@
 """Learning curves, as in Fig. 1 of the paper: the probe accuracy of each snapshot of a run, against
-the CPU-minutes of training up to that snapshot. A snapshot is an encoder stored during training; the
-untrained and the final encoder count as snapshots too.
+the CPU-minutes of training up to that snapshot.
+
+A snapshot is an encoder that was stored during training. Here the untrained and the final encoder
+count as snapshots too.
 """
 
 import json
@@ -48,8 +50,8 @@ class Curve(NamedTuple):
 def learning_curves(
     runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
-    """Probe every snapshot of finished runs. Returns one `Curve` per configuration: runs that differ
-    only in their seed share a `Curve`.
+    """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
+    differ only in their seed share a `Curve`.
 
     Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. The name has KEY, the
     name of the labels, only if it is not "labels", and PART only if it is not "test". part: the

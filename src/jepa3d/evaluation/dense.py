@@ -40,8 +40,8 @@ from jepa3d.ops import three_nn_interpolate
 _C_GRID = (0.001, 0.01, 0.1)
 # largest number of points of each train shape to which the classifiers are fitted
 _POINTS = 256
-# The classifiers are fitted to at most about this many points of all train shapes together. If there
-# are many train shapes, fewer points of each are used, but at least 16.
+# The classifiers are fitted to at most about this many points of all train shapes together. If
+# there are many train shapes, fewer points of each are used, but at least 16.
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 

@@ -3,9 +3,11 @@ untrained encoder and handcrafted descriptors.
 
 Every shape of the split is the query once, unless it is alone in its class. All other shapes of the
 split are ranked by similarity; the shapes of the query's class are relevant. The average precision
-is computed over the whole ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
-paired by query. The interval of a gain is from a bootstrap over queries. It ignores that another
-training run would give other scores.
+is computed over the whole ranking; equally similar shapes are ranked by their index. Nothing is
+trained or chosen.
+
+Gains are paired by query. The interval of a gain is from a bootstrap over queries. It ignores that
+another training run would give other scores.
 """
 
 from collections.abc import Callable, Iterator
