@@ -119,7 +119,7 @@ def test_the_command_prints_when_each_reaches_the_other_and_draws(
         )
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "warm's final after" in printed
+    assert "reaches final accuracy of warm after" in printed
     assert "none is selected" in printed
 
 

@@ -1,5 +1,5 @@
 """Fit the classifiers of the protocols in probe.py, and compute accuracies per class. Each fit uses
-one thread; many fits run in parallel on all cores.
+one thread. Fits run in parallel on all cores if there is enough work for them.
 """
 
 import math
@@ -34,8 +34,9 @@ _WIDTH, _DROPOUT = 256, 0.5
 _LR, _WEIGHT_DECAY, _BATCH, _STEPS = 2e-3, 0.05, 64, 700
 # values of scikit-learn's C (inverse regularisation strength) that `fit_head` tries
 _CS = (0.001, 0.01, 0.1, 1.0)
-# Fits run in several processes only if together they read more numbers than this. That is about 4
-# seconds of logistic regression. For less work, starting the processes takes longer than it saves.
+# Fits run in several processes only if together they read more numbers than this. Logistic
+# regression on this many numbers takes about 4 seconds. For less work, starting the processes takes
+# longer than it saves.
 _WORTH_PROCESSES = 2**22
 
 
@@ -43,8 +44,8 @@ class MLP3(ClassifierMixin, BaseEstimator):
     """Classifier of frozen features with the head of Point-MAE. This is ACT's protocol "MLP-3",
     but without data augmentation.
 
-    The head is trained on the CPU, on batches sampled with replacement. The same seed gives the
-    same head, and torch's global random state is not changed.
+    The head is trained on the CPU, on batches sampled with replacement. The same data and seed
+    give the same head, and torch's global random state is not changed.
     """
 
     def __init__(self, seed: int = 0):
@@ -79,7 +80,7 @@ class MLP3(ClassifierMixin, BaseEstimator):
 
 
 def _head(width: int, classes: int) -> nn.Sequential:
-    """Create the head: E -> 256 -> 256 -> classes."""
+    """Create the head, an MLP with two hidden layers: width -> 256 -> 256 -> classes."""
     layers: list[nn.Module] = []
     for inputs in (width, _WIDTH):
         layers += [nn.Linear(inputs, _WIDTH), nn.BatchNorm1d(_WIDTH), nn.ReLU()]
@@ -88,7 +89,7 @@ def _head(width: int, classes: int) -> nn.Sequential:
 
 
 def _classifier(protocol: str, c: float, count: int, seed: int):
-    """Create a protocol's classifier. count: number of shapes that it will be fitted to."""
+    """Create a protocol's classifier. count: number of shapes to which it will be fitted."""
     if protocol == "svc_linear":
         return SVC(kernel="linear", C=0.012)
     if protocol == "linear_svc":
@@ -187,33 +188,33 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
 
 def one_thread() -> AbstractContextManager:
     """Return a context manager within which BLAS, OpenMP and torch use one thread each. Only
-    libraries that are loaded at the first call are limited, so import scikit-learn before that.
+    libraries that are loaded at the first call are limited, so import scikit-learn before it.
 
     A solver multiplies small matrices thousands of times. If BLAS splits each product among all
     cores, the cores mostly wait for one another, which also takes CPU time. On two cores, the same
-    fits took 2 to 16 times as much CPU time, and much more if another program used one of the
-    cores.
+    fits took 2 to 16 times as much CPU time with two threads as with one, and much more if another
+    program used one of the cores.
     """
     return _libraries().limit(limits=1)
 
 
 @cache
 def _libraries() -> ThreadpoolController:
-    # cached, since a search for the loaded libraries takes milliseconds, as long as a small fit
+    # cached, since the search for the loaded libraries takes milliseconds, as long as a small fit
     return ThreadpoolController()
 
 
 def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any]:
-    """Return `fit(*job)` for every job, in order. Large jobs run in parallel, in one process per
-    core.
+    """Return `fit(*job)` for every job, in order. If all jobs together are large, they run in
+    parallel, in at most one process per core.
 
     fit: a module-level function that never returns a string. numbers: how many numbers all fits
-    together read; it decides whether processes are started.
+    together read. This decides whether the jobs are large enough for processes of their own.
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A string is the error text of a process that died, perhaps for lack of memory. Its fit is
-    # repeated in this process.
+    # A string is the error text of a process that died, perhaps for lack of memory. The fit that
+    # it should have made is repeated in this process.
     return [fit(*job) if isinstance(result, str) else result for job, result in results]
 
 

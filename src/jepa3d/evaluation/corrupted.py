@@ -1,10 +1,10 @@
-"""The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well frozen vectors work
-for corrupted shapes.
+"""The option `--corruptions` of `jepa3d retrieval` and `jepa3d probe`: how well the frozen
+vectors of corrupted shapes retrieve shapes of the same class, or predict the class.
 
-A shape is corrupted, with all of its points, before it is normalised. data/corruptions.py lists the
-kinds of corruption; frame.py normalises. The encoder and the baselines see the same corrupted
-shape. The shapes that are searched, or to which classifiers are fitted, are not corrupted. No
-setting is chosen.
+First all points of a shape are corrupted, in one of the ways that data/corruptions.py lists. Then
+frame.py normalises the shape and chooses the points that the networks see. The encoder and the
+baselines are given the same corrupted shape. The shapes that are searched, or to which classifiers
+are fitted, are not corrupted. No setting is chosen.
 """
 
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from jepa3d.evaluation.retrieval import data_record, opened
 from jepa3d.evaluation.tables import Sheet
 
 # At most this many shapes are corrupted. A kind of corruption with five severities is scored on
-# every second one of these shapes, at each severity.
+# every second one of these shapes only, and on the same shapes at each severity.
 QUERIES = 400
 
 
@@ -33,10 +33,11 @@ def corrupted(
     """Score each model, and the baselines of the first model, on corrupted shapes of a split.
 
     task: "retrieval" searches the clean shapes of the split, except the clean copy of the query,
-    and scores "nearest neighbour correct" and mAP. "probe" scores the accuracy of logistic_10 and
-    knn, fitted to clean train shapes. part: the split, see `Labelled.of`. Returns the result
-    record. For every kind of corruption, it has lists with one score per severity. Raises
-    ValueError or ReadError if a model or the data cannot be used.
+    and scores how often the nearest neighbour is correct, and mAP. "probe" scores the accuracy of
+    logistic_10 and knn, fitted to clean train shapes. part: the split, see `opened`. Returns the
+    result record. For clean shapes and for every kind of corruption, it has one list per model and
+    metric, with one score per severity. Raises ValueError or ReadError if a model or the data
+    cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}
@@ -51,7 +52,7 @@ def corrupted(
     for encoder, descriptors, shapes in opened(models, dataset, part, whole=True):
         train, clouds, labels = shapes.train, shapes.test, shapes.y_test
         queries = np.arange(len(labels))
-        if searches:  # a shape alone in its class has no other shape to retrieve
+        if searches:  # for a shape that is alone in its class, there is no shape to retrieve
             queries = queries[np.bincount(labels)[labels] > 1]
         queries = np.sort(np.random.default_rng(0).permutation(queries)[:QUERIES])
         clean = encoder.prepare((clouds if searches else train).points[:])
@@ -82,8 +83,8 @@ def corrupted(
 
 
 def sheet(result: dict[str, Any]) -> Sheet:
-    """Return the table of a result: a row per kind of corruption, a column per model or baseline.
-    Scores are means over severities.
+    """Return the table of a result: a row for clean shapes and for each kind of corruption, and a
+    column for each model or baseline. Scores are means over severities.
     """
     data, rows = result["data"], result["corruptions"]
     how = "each searched among the other clean shapes"
@@ -97,8 +98,8 @@ def sheet(result: dict[str, Any]) -> Sheet:
     title = (
         f"{data['name']} ({data['labels_key']}), {data['part']} split: {result['queries']:,} "
         f"shapes of {result['classes']} classes, corrupted before they are normalised, {how}; "
-        "%, nothing chosen.\nThe first seven kinds of corruption are those of PointCloud-C: mean "
-        "over its five severities, each scored on every second shape.\n"
+        "scores in %; no setting was chosen.\nThe first seven kinds of corruption are those of "
+        "PointCloud-C. Their scores are means over five severities, on every second shape.\n"
         "* the encoder in the package was not trained with this corruption"
     )
     lines = []

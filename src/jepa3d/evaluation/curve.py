@@ -1,5 +1,8 @@
-"""Learning curves: the probe accuracy of each snapshot of a run, against the CPU-minutes of
-training up to that snapshot (the paper's Fig. 1).
+"""Learning curves, as in Fig. 1 of the paper: the probe accuracy of each snapshot of a run, against
+the CPU-minutes of training up to that snapshot.
+
+A snapshot is an encoder that was stored during training. Here the untrained and the final encoder
+count as snapshots too.
 """
 
 import json
@@ -21,7 +24,9 @@ from jepa3d.run import Run
 
 
 class Curve(NamedTuple):
-    """The curves of runs that differ only in their seed, at the steps that all these runs have."""
+    """The curves of runs that differ only in their seed, one curve per seed. The curves have only
+    the steps at which all of these runs have a snapshot.
+    """
 
     name: str
     seeds: list[int]
@@ -31,8 +36,11 @@ class Curve(NamedTuple):
     accuracy: np.ndarray  # seeds x steps, in per cent
 
     def minutes_to(self, accuracy: float) -> float | None:
-        """Return the mean CPU-minutes after which the mean accuracy is at least `accuracy`, at that
-        snapshot and at all later ones; None if the curve ends below `accuracy`.
+        """Return the CPU-minutes after which the curve, averaged over seeds, reaches `accuracy` and
+        does not fall below it again.
+
+        These are the CPU-minutes of the first snapshot for which this is true. Returns None if the
+        last snapshot is below `accuracy`.
         """
         below = np.flatnonzero(self.accuracy.mean(0) < accuracy)
         first = below[-1] + 1 if len(below) else 0
@@ -42,12 +50,13 @@ class Curve(NamedTuple):
 def learning_curves(
     runs: list[Path], dataset: LabelledSet, protocol: str = "logistic_10", part: Part = "test"
 ) -> list[Curve]:
-    """Probe the untrained encoder, every snapshot and the final encoder of finished runs. Returns
-    one curve per configuration.
+    """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
+    differ only in their seed share a `Curve`.
 
-    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. part: the split on
-    which every point of the curves is scored; no choice is made on it. Raises ValueError for a
-    folder that is not a finished run with an encoder.
+    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. The name has KEY, the
+    name of the labels, only if it is not "labels", and PART only if it is not "test". part: the
+    split on which every point of the curves is scored; no choice is made on it. Raises ValueError
+    for an unknown protocol, and for a folder that is not a finished run with an encoder.
     """
     check_protocols([protocol])
     configs = {}
@@ -60,7 +69,7 @@ def learning_curves(
     stem = Path(dataset.source).stem.replace(":", "-")
     name = "-".join(["curve", stem, *suffixes, protocol])
     ignored = {"seed", *BOOKKEEPING}
-    # configuration -> its runs
+    # configuration, as JSON -> run -> step -> [CPU-minutes, accuracy]
     groups: dict[str, dict[Run, dict[int, list[float]]]] = {}
     for run, config in configs.items():
         shapes = read(config["encoder"]["num_points"], part)
@@ -83,8 +92,10 @@ def learning_curves(
 def _points(
     run: Run, seed: int, file: Path, shapes: Labelled, protocol: str
 ) -> dict[int, list[float]]:
-    """Return step -> [CPU-minutes, accuracy]. Scores are read from `file` if it has them; new
-    scores are written to it.
+    """Return step -> [CPU-minutes, accuracy] for each snapshot of a run.
+
+    Scores are read from `file` if it was written for the same data, protocol and selection rule.
+    Scores that are not in the file are computed and written to it.
     """
     cost, rule = run.record["cost"], selection_rule(shapes)
     kept = {"fingerprint": shapes.fingerprint, "protocol": protocol, "selection": rule}
@@ -111,8 +122,9 @@ def _points(
 
 
 def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
-    """Return a table of the start and end of each curve, and of the CPU-minutes after which the
-    curve reaches the final accuracy of every other curve.
+    """Return a table with a row per curve: its accuracy at the start and at the end, and its
+    CPU-minutes. Further columns have the CPU-minutes after which the curve reaches the final
+    accuracy of each curve of the table, itself included (see `Curve.minutes_to`).
     """
     rows = []
     for curve in curves:
@@ -122,9 +134,9 @@ def sheet(curves: list[Curve], protocol: str, part: Part = "test") -> Sheet:
         row = [curve.name, seeds, f"{first:.1f}", mean_std(last), f"{spent:.1f}"]
         rows.append(row + ["-" if at is None else f"{at:.1f} min" for at in reached])
     columns = ["run", "seeds", "untrained", "final", "CPU-min"]
-    columns += [f"{curve.name}'s final after" for curve in curves]
+    columns += [f"reaches final accuracy of {curve.name} after" for curve in curves]
     what = f"{protocol}, overall accuracy % on the {part} split"
     rule = "for each snapshot, layer and C are chosen as by jepa3d probe"
-    notes = [f"{what}; every snapshot is scored on it, but none is selected by it"]
-    notes.append(f"{rule}; the files curve-*.json say on which data")
+    notes = [f"{what}; every snapshot is scored on this split, but none is selected by it"]
+    notes.append(f"{rule}; the files curve-*.json say on which shapes")
     return Sheet("learning curves", columns, rows, notes)

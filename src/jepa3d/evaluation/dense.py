@@ -1,13 +1,15 @@
-"""`jepa3d probe --parts`: how well a frozen encoder's tokens predict to which part of its shape a
+"""`jepa3d probe --parts`: how well a frozen encoder's tokens predict to which part of a shape each
 point belongs.
 
-The features of a point are interpolated from the tokens at the three nearest patch centres. As in
-`jepa3d segment`, these are the tokens after each third of the encoder's layers, concatenated. The
-category of each shape is known. For each category, a logistic regression over its parts is fitted
-to the standardised features of at most 256 labelled points per train shape. For each kind of
-features, C is chosen by instance mIoU, on the source's own validation split or, if there is none,
-on a held-out fifth of train. Then the classifiers are fitted to all of train, and the test split is
-scored once, at all points of its shapes.
+As in `jepa3d segment`, the tokens after each third of the encoder's layers are concatenated. The
+features of a point are interpolated from the tokens of the three nearest patch centres.
+
+The category of each shape is known. For each category, a logistic regression over its parts is
+fitted to the standardised features of at most 256 labelled points per train shape. For each kind of
+features, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen on the
+data set's own validation split. If there is none, or if this is the scored split, C is chosen on a
+held-out fifth of train. Then the classifiers are fitted to all of train. The scored split
+(by default test) is used once, with all points of its shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,10 +38,10 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-# the classifiers are fitted to at most this many points of each train shape
+# largest number of points of each train shape to which the classifiers are fitted
 _POINTS = 256
-# about the largest number of points of all train shapes together: if there are many shapes, fewer
-# points of each are used
+# The classifiers are fitted to at most about this many points of all train shapes together. If
+# there are many train shapes, fewer points of each are used, but at least 16.
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 
@@ -113,7 +115,8 @@ def local_features(encoder: PointEncoder) -> dict[str, Features]:
     together.
 
     geometry: the 89 numbers that `descriptors.py::surface` computes at the encoder's patch centres,
-    interpolated to the points. positions: the 34 terms of a polynomial of degree 4 in x, y and z.
+    interpolated to the points. positions: the 34 products of powers of x, y and z of total degree 1
+    to 4.
     """
 
     def geometry(clouds: Tensor, at: Tensor) -> Tensor:
@@ -149,10 +152,10 @@ def _batches(
 def _samples(
     features: Features, encoder: PointEncoder, clouds: PointClouds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sample P labelled points of each of n clouds. If a cloud has fewer than P, points are
-    repeated.
+    """Sample P labelled points of each of n clouds. If a cloud has fewer than P labelled points,
+    some of them are repeated.
 
-    Returns the points' features n P E and parts n P.
+    Returns the features n P E and the parts n P of these points.
     """
     assert clouds.parts is not None
     rng, count = np.random.default_rng(0), _points_a_shape(len(clouds))
@@ -184,7 +187,7 @@ def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> 
 
 
 def _fit(c: float, x: np.ndarray, y: np.ndarray) -> Any:
-    """Fit logistic regression. If y has only one part, fit a classifier that always predicts it."""
+    """Fit logistic regression, or, if y has only one part, a classifier that always predicts it."""
     has_parts = len(np.unique(y)) > 1
     return fitted("logistic", c, x, y) if has_parts else DummyClassifier().fit(x, y)
 
@@ -215,14 +218,14 @@ def sheet(result: dict[str, Any]) -> Sheet:
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} "
-        f"train, {data['test']:,} {data['part']}; parts of points, frozen features, %"
+        f"train, {data['test']:,} {data['part']}; parts of points, from frozen features, %"
     )
     keys = ("instance_miou", "category_miou", "point_accuracy")
     rows = [
         [name, *(f"{row[key]:.1f}" for key in keys), *compared_cells(row)]
         for name, row in result["results"].items()
     ]
-    rule = "selection: C of each row by instance mIoU on held-out shapes; "
+    rule = "selection: C of each row is chosen by instance mIoU on held-out shapes; "
     columns = ["", "instance mIoU", "category mIoU", "points correct"]
     columns += ["first - this", "95 %, paired by shape"]
-    return Sheet(title, columns, rows, [f"{rule}{data['part']} scored once"])
+    return Sheet(title, columns, rows, [f"{rule}the {data['part']} split is scored once"])

@@ -14,9 +14,9 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.tokenizer import group
 from jepa3d.ops import gather_points, squared_distance
 
-# `shape_histograms`: number of bins, and number of random triples of points per cloud
+# for `shape_histograms`: number of bins per histogram, and of random triples of points per cloud
 BINS, _DRAWS = 64, 2**15
-# number of neighbouring patches that `geometry` joins at each scale
+# number of patches that `geometry` joins at each scale, including the token's own patch
 SCALES = (1, 4, 8, 16)
 
 
@@ -49,8 +49,8 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """Average the descriptor `of` over the same poses (rotations) of a cloud as the encoder does.
-    If the encoder assumes upright clouds, there is only one pose.
+    """Average the descriptor `of` over the poses (rotations) of a cloud over which the encoder also
+    averages. If the encoder assumes upright clouds, there is only one pose.
     """
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 
@@ -82,8 +82,8 @@ def standardised(
 
 
 def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """Decorate a function of clouds B N 3: it is called with eight clouds at a time, and its
-    results are concatenated.
+    """Decorate a function of clouds B N 3: it is called with at most eight clouds at a time, and
+    its results are concatenated.
     """
 
     @wraps(of)
@@ -120,8 +120,8 @@ def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Sort the values B n of each row into 64 equal bins of [0, 1]; returns the share of values in
-    each bin, B 64.
+    """Count the n values of each of B clouds in 64 equal bins of [0, 1]; returns the share of
+    values in each bin, B 64.
 
     Values below 0 are counted in the first bin, values above 1 in the last bin.
     """
@@ -137,8 +137,8 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
 
     Nineteen numbers are computed at each of four scales. The smallest scale uses the token's patch
     alone; the larger ones join the patches of 4, 8 or 16 centres: the token's own centre and those
-    nearest to it. Let s <= m <= l be the square roots of the eigenvalues of the points' covariance
-    matrix. The nineteen numbers are:
+    nearest to it. Let s <= m <= l be the square roots of the eigenvalues of the covariance matrix
+    of all points in these patches. The nineteen numbers are:
 
     - the log of the trace of the covariance matrix (1 number)
     - s, m and l, each divided by s + m + l (3 numbers)
@@ -148,8 +148,9 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
       (l - m) / l (6 numbers)
     - the mean of the points, relative to the token's centre (3 numbers)
 
-    The other thirteen numbers are ten quantiles of the distances from the token's centre to the
-    other centres; and the centre's distance from the origin, height, and distance from the up axis.
+    The other thirteen numbers are: ten quantiles of the distances from the token's centre to the
+    other centres; the height of the token's centre; and its distances from the origin and from the
+    up axis.
     """
     return pool(surface(points, num_groups, group_size)[0])
 
@@ -184,8 +185,9 @@ def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, T
 
 
 def _product(direction: Tensor) -> Tensor:
-    """Return the six distinct entries of the symmetric matrix d d^T, for directions d (..., 3), as
-    (..., 6).
+    """Return the six distinct entries of the symmetric matrix d d^T for each direction d.
+
+    direction: (..., 3). Returns (..., 6).
     """
     x, y, z = direction.unbind(-1)
     return torch.stack([x * x, x * y, x * z, y * y, y * z, z * z], -1)

@@ -1,5 +1,5 @@
 """Compute the features of a frozen network, one vector per cloud and layer. Also create an
-untrained encoder to compare a trained one with.
+untrained encoder with which a trained encoder can be compared.
 """
 
 import numpy as np
@@ -24,9 +24,10 @@ def layer_features(
 ) -> np.ndarray:
     """Compute one vector per cloud from every layer: the tokens of the layer, pooled.
 
-    An encoder's layer 0 is the output of its tokenizer. A dVAE (the discrete autoencoder that can
-    be a teacher) has only one layer: the tokens that its students learn to predict. Returns
-    [L, n, E] float32.
+    An encoder's layer 0 is the output of its tokenizer. If an encoder does not assume upright
+    clouds, its vectors are averaged over several poses (rotations) of the cloud. A dVAE (the
+    discrete autoencoder that can be a teacher) has only one layer: the tokens that its students
+    learn to predict. Returns float32 [L, n, E] for L layers and n clouds.
     """
     device = default_device()
     model.eval().to(device)

@@ -4,18 +4,17 @@ classify other shapes of the same classes, the queries.
 This is the protocol of Sharma and Kaul (NeurIPS 2020), as Point-BERT and later papers use it on
 ModelNet40: 5 or 10 ways, 10 or 20 shots from the train split, and 20 queries per class from the
 test split. Ten episodes, called folds, give the mean and std. Episodes are either the published
-folds, or sampled from any labelled data. Two classifiers can be fitted to frozen features; no
-setting is chosen:
+folds, or sampled from any labelled data. The W * S labelled shapes of an episode are called its
+support. Two classifiers can be fitted to frozen features; no setting is chosen:
 
 | method   | features                                            | classifier                   |
 |----------|-----------------------------------------------------|------------------------------|
 | ncm      | minus the support's mean, then scaled to length 1   | nearest class mean by cosine |
 | logistic | standardised by mean and std of the support         | logistic regression, C = 0.1 |
 
-The W * S labelled shapes are called the support. They are too few to hold out some of them for
-validation, so C, layer and pooling are fixed in advance. C is the larger of the two values from
-which the protocol logistic_10 of probe.py chooses. The prediction for a query does not depend on
-other queries.
+The support is too small to hold out a part of it for validation, so C, layer and pooling are fixed
+in advance. C is the larger of the two values from which the protocol logistic_10 of probe.py
+chooses. The prediction for a query does not depend on other queries.
 """
 
 import re
@@ -38,7 +37,7 @@ from jepa3d.plain import log, read_checked, write_checked
 
 _C = 0.1
 _SETTING = re.compile(r"(\d+)way_?(\d+)shot")
-Fold = tuple[PointClouds, PointClouds]  # train and test
+Fold = tuple[PointClouds, PointClouds]  # the train shapes (support) and the test shapes (queries)
 
 
 class Episode(NamedTuple):
@@ -59,10 +58,11 @@ def draw_episodes(
     and `queries` test shapes.
 
     Classes are sampled from those with enough train and test shapes. Within an episode, no class
-    and no shape occurs twice. Episode i depends only on the data, seed, ways, shots, queries and i,
-    but not on `folds`. All classes have equally many queries, so the overall accuracy equals the
-    mean class accuracy. Raises ReadError if too few classes have enough shapes; the message says
-    how many queries would be possible.
+    and no shape occurs twice. Episode i depends on the data, seed, ways, shots, queries and i, but
+    not on `folds`. All classes have equally many queries, so the overall accuracy equals the mean
+    class accuracy. Raises ReadError if the clouds have no labels or no split, or if too few classes
+    have enough shapes. In the latter case, if fewer queries would suffice, the message states the
+    largest possible number.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
@@ -124,7 +124,8 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
 def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
     """Return the train (support) and test (query) shapes of an episode, with labels 0 to W - 1.
 
-    Raises ValueError if the episode was evidently sampled from other data.
+    Raises ValueError if the episode was clearly sampled from other data: it has shapes that do not
+    exist in `clouds`, or that belong to other classes.
     """
     labels = np.empty(0) if clouds.labels is None else clouds.labels
     rows = np.concatenate(episode[:2])
@@ -145,12 +146,14 @@ def fold_of(clouds: PointClouds, episode: Episode) -> Fold:
 def published_folds(
     folder: Path, num_points: int, up_axis: str, ways: int, shots: int, folds: int, queries: int
 ) -> list[Fold] | None:
-    """Read the published folds that `jepa3d prepare ModelNetFewshot` stored; labels are 0 to W - 1.
+    """Read the published folds that `jepa3d prepare ModelNetFewshot` stored. Their labels are 0
+    to ways - 1.
 
-    folder: the folder of the setting, such as D/5way_10shot, or a folder one or two levels above
-    it. Returns None if the folder contains no published folds. Raises ReadError if the setting is
-    missing, or if one of its first `folds` folds is missing, is unfinished, or does not have
-    exactly W classes with S train shapes and `queries` test shapes each.
+    folder: the folder of one setting, such as 5way_10shot, or a folder one or two levels above it.
+    Returns None if there are no published folds of any setting. Raises ReadError if there are only
+    folds of other settings, or if one of the first `folds` folds is missing or unfinished, or has
+    no labels or split. It is also raised unless each of these folds has exactly `ways` classes with
+    `shots` train shapes and `queries` test shapes each.
     """
     found: dict[tuple[int, int], Path] = {}
     below = [path for depth in ("", "*/") for path in sorted(folder.glob(f"{depth}*way*shot"))]
@@ -191,10 +194,10 @@ def predict(method: str, support: np.ndarray, y: np.ndarray, query: np.ndarray) 
 
     method: "logistic" or "ncm". ncm is CL2N of SimpleShot (Wang et al., arXiv 1911.04623), which
     subtracts a mean from the features, scales them to length 1 and takes the nearest class mean.
-    There are two changes. SimpleShot subtracts the mean over base classes; episodes have no base
-    classes, so here the mean over the support is subtracted. SimpleShot compares by Euclidean
-    distance; here vectors are compared by cosine, as in Classifier-Baseline (Chen et al., arXiv
-    2003.04390).
+    There are two changes. SimpleShot subtracts the mean over base classes, which are classes for
+    training the network. Episodes have no base classes, so here the mean over the support is
+    subtracted. SimpleShot compares by Euclidean distance; here vectors are compared by cosine, as
+    in Classifier-Baseline (Chen et al., arXiv 2003.04390).
     """
     if method == "logistic":
         return classifiers.predict("logistic", _C, support, y, query)

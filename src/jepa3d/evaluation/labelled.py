@@ -37,7 +37,8 @@ class LabelledSet(NamedTuple):
         """Read the shapes, with `num_points` points each.
 
         part: the split that is scored. parts: also read the part label of every point. Raises
-        ReadError if labels, part labels or the test split are missing.
+        ReadError if the source cannot be read, if the labels or the part labels are missing, and
+        for the reasons stated in `Labelled.of`.
         """
         source, key, axis = self
         clouds = load([source], num_points, "all", [axis], key, parts=parts)
@@ -68,16 +69,17 @@ class LabelledSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled shapes. Only the classes that train and test have in common are included; they are
-    numbered from 0.
+    """Labelled shapes: train, and `test`, the shapes that are scored. Only the classes that both
+    have in common are included; they are numbered from 0.
     """
 
     name: str
-    # for a benchmark that `jepa3d prepare` stored: its name and variant
+    # for data that `jepa3d prepare` stored: the benchmark and its variant, or "folder", "file" or
+    # "procedural"; None for other data
     layout: str | None
     fingerprint: str  # hash of the shapes and labels
     train: PointClouds
-    # the scored shapes; if `part` is "validation", the shapes of the validation split
+    # the scored shapes: those of the test split, or of a validation split if `part` is "validation"
     test: PointClouds
     # the source's own validation split; None if the source has none, or if it is scored as `test`
     validation: PointClouds | None
@@ -88,8 +90,8 @@ class Labelled:
     parts_of: list[list[int]] = field(default_factory=list)  # class -> its part ids
     part: Part = "test"
     has_validation: bool = False  # whether the source has its own validation split
-    # short hash that changes if the shapes, the labels, the way they are read or the version of
-    # jepa3d changes
+    # short hash that changes with the shapes, the labels, the way in which they are read, and the
+    # version of jepa3d
     key: str = ""
 
     @staticmethod
@@ -105,7 +107,9 @@ class Labelled:
 
         part: the split that is scored. If it is "validation", the test split is not used. Instead,
         the source's own validation split is scored, or a fixed fifth of train if the source has
-        none. Raises ReadError if labels or a split are missing, or if too few classes are shared.
+        none. Raises ReadError if the labels or the train/test split are missing, if train is too
+        small to hold out a fifth, if too few classes are shared, or if a shape has only unlabelled
+        points although the source has part labels.
         """
         name = clouds.name
         if clouds.labels is None:
@@ -172,8 +176,8 @@ class Labelled:
         """Take the labelled `share` of train, and split it into train and validation.
 
         held: the fraction of this share that becomes validation. If `held` is 0, nothing is split
-        off; validation is then the source's own validation split if `share` is 1, else None.
-        Returns train and validation.
+        off. Then validation is the source's own validation split, or None if the source has none or
+        if `share` is less than 1. Returns train and validation.
         """
         chosen = self.labelled(share, seed)
         if not held:
@@ -204,7 +208,9 @@ class Labelled:
 
 
 def _with_validation(train: PointClouds) -> PointClouds:
-    """Mark a fixed fifth of the train shapes as the validation split."""
+    """Mark a fixed fifth of the train shapes as the validation split. Raises ReadError if there are
+    fewer than five train shapes.
+    """
     if len(train) < 5:
         found = f"{len(train)} train shapes are too few to hold out a fifth of them"
         raise ReadError(f"{train.name}: {found}")
@@ -215,7 +221,7 @@ def _with_validation(train: PointClouds) -> PointClouds:
 
 def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], list[list[int]]]:
     """Return the names of all parts, and for each class its part ids. Both are empty if the clouds
-    have no part labels.
+    have no part labels. Raises ReadError if all points of a shape are unlabelled.
     """
     if clouds.parts is None:
         return (), []
@@ -232,11 +238,11 @@ def _parts(clouds: PointClouds, train: PointClouds) -> tuple[tuple[str, ...], li
 def stratified(
     labels: np.ndarray, share: float, rng: np.random.Generator, keep: int = 0
 ) -> np.ndarray:
-    """Sample about the fraction `share` of each class, but at least one shape; returns sorted
-    indices.
+    """Sample about the fraction `share` of each class, and at least one shape of each class that
+    has more than `keep` shapes; returns sorted indices.
 
-    keep: at least this many shapes of each class stay unsampled, even if no shape of the class can
-    then be sampled.
+    keep: at least this many shapes of each class stay unsampled, or all shapes of a class that has
+    fewer.
     """
     picked = []
     for label in np.unique(labels):
@@ -249,8 +255,8 @@ def stratified(
 def fifth(y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split labels y into four fifths and a held-out fifth; returns the indices of both.
 
-    A class of two or more shapes has at least one shape in each of the two. Raises ValueError if no
-    class has two shapes.
+    Every class has at least one shape in the four fifths. A class with few shapes may have none in
+    the held-out fifth. Raises ValueError if no class has two shapes.
     """
     check_pairs(y)
     rows, counts = np.arange(len(y)), np.unique(y, return_counts=True)[1]

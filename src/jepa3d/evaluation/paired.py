@@ -6,12 +6,13 @@ differences, each with a 95 % interval over seeds and shapes, and a verdict. No 
 | logistic_10 | share of 10 logistic regressions (each on 10 labels a class) that are correct     |
 | knn         | 100 if the vote of its 10 nearest train shapes (by cosine) is correct, else 0     |
 | map         | average precision when the other scored shapes are ranked by similarity           |
-| nearest     | 100 if the most similar other scored shape has the same class, else 0             |
-| finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (optional)        |
+| nearest     | 100 if the most similar of these other shapes has the same class, else 0          |
+| finetuned   | 100 if a network fine-tuned from the encoder is correct, else 0 (if requested)    |
 
 The first two metrics are those of `jepa3d probe --quick`, on standardised vectors. The next two are
 those of `jepa3d retrieval`, on unchanged vectors; they are NaN for a shape that is alone in its
-class. The vector of a shape is the mean and the maximum of the last layer's tokens, concatenated.
+class. An encoder's vector of a shape is the mean and the maximum of the last layer's tokens,
+concatenated.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ METRICS = {  # metric -> its name in tables
     "nearest": "nearest neighbour correct",
     "finetuned": "fine-tuned",
 }
-# A function of q vectors (q E) and of their row numbers among the scored shapes (q). For every
-# metric, it returns q scores in per cent.
+# A function of q vectors q E and of the row numbers q of their shapes among the scored shapes. It
+# returns metric -> q scores in per cent.
 Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
@@ -72,8 +73,8 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
 def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
     """Return the function that scores the metrics map and nearest.
 
-    gallery: vectors n E of the searched shapes, among which are the queries. labels: classes n of
-    these shapes.
+    gallery: vectors n E of the searched shapes, which include the queries. labels: classes n of the
+    searched shapes.
     """
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,9 +106,10 @@ def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0)
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Score each of n shapes; returns metric -> scores [n] in per cent.
+    """Score each of n shapes under all metrics except finetuned; returns metric -> scores n in per
+    cent.
 
-    y, y_scored: classes of the train and scored shapes. seed: as in `classifying`.
+    y, y_scored: classes of the train and of the scored shapes. seed: as in `classifying`.
     """
     train, scored, likeness = vectors
     rows = np.arange(len(scored))
@@ -118,8 +120,10 @@ def outcomes(
 def kept_outcomes(
     folder: Path, name: str, vectors: Callable[[], Vectors], data: Labelled, seed: int
 ) -> dict[str, np.ndarray]:
-    """Read the `outcomes` of `name` from folder/scores-NAME-*.json. If the file is missing, compute
-    them from `vectors()` and write the file.
+    """Read `outcomes` from folder/scores-NAME-*.json. If the file is missing, compute them from
+    `vectors()` and write the file.
+
+    name: what the vectors come from, see `vectors_by`. seed: as in `classifying`.
     """
     stem = Path(data.name).stem.replace(":", "-")
     file = folder / f"scores-{name}-{stem}-{data.part}-{data.key}.json"
@@ -137,8 +141,8 @@ def kept_outcomes(
 def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
     """Compute the vectors of the train and scored shapes of a data set.
 
-    name: "encoder" for the run's encoder, "untrained" for the run's untrained encoder, or the name
-    of one of the `baselines`, which are given the same points as the untrained encoder.
+    name: "encoder" for the encoder of the run, "untrained" for its untrained encoder, or the name
+    of one of the handcrafted `baselines`. These are given the same points as the untrained encoder.
     """
     folder = run / ("encoder" if name == "encoder" else "untrained")
     encoder, subsets = PointEncoder.from_pretrained(folder), data.subsets()[:2]
@@ -220,8 +224,9 @@ class Row(NamedTuple):
 def rows_of(data: str, found: dict[str, Outcomes], reference: str) -> list[Row]:
     """Return the rows of the data set `data`, metric by metric.
 
-    found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. Shapes
-    whose score is NaN, since they are alone in their class, are left out of all rows.
+    found: name of an arm or baseline -> its outcomes. reference: name of the reference arm. A shape
+    that is alone in its class has the score NaN under some metrics. It is left out of all rows of
+    these metrics.
     """
     rows = []
     for metric in METRICS:

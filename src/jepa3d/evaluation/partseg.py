@@ -18,11 +18,11 @@ def category_parts(
 ) -> list[np.ndarray]:
     """Return the global part ids of each of the C categories, ascending.
 
-    part_names: the name of each id. A category gets the ids with names such as "Category/part" or
-    "Category 0" (as in stores of ShapeNetPart). If there are none, it gets the ids that occur in
-    its shapes. labels n and parts n N (an array, or `StoredPoints`) are those of the train split,
-    so that test shapes have no influence. Raises ValueError if a category has named parts, but one
-    of its shapes has another part.
+    part_names: the name of each id. A category gets the ids with names such as "Category/part", or
+    "Category 0" as `jepa3d prepare` names the parts of ShapeNetPart. If there are none, it gets the
+    ids that occur in its shapes. labels n and parts n N (an array, or `StoredPoints`) are those of
+    the train split, so that test shapes have no influence. Raises ValueError if there are such
+    names for a category, but one of its shapes has a part without such a name.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
@@ -70,7 +70,7 @@ def mean_iou(
     - instance_miou: mean of `shape_iou` over all shapes
     - per_category: category name -> mean of `shape_iou` over the shapes of the category
     - category_miou: mean of the values of per_category
-    - point_accuracy: share of points whose part is predicted correctly
+    - point_accuracy: share of the labelled points whose part is predicted correctly
     """
     iou = shape_iou(predicted, truth, labels, parts_of)
     per_category = {
@@ -87,12 +87,11 @@ def mean_iou(
 def shape_iou(
     predicted: np.ndarray, truth: np.ndarray, labels: np.ndarray, parts_of: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Return the IoU of each of n shapes in per cent: for each part of the shape's category, the
-    predicted and the true points are compared (intersection / union), and the mean over these parts
-    is taken.
+    """Return the IoU of each of n shapes in per cent: the mean IoU of the parts of its category.
 
-    A part that has neither predicted nor true points counts as 100 %. The arguments are those of
-    `mean_iou`.
+    The IoU of a part is the size of the intersection of its predicted and its true points, divided
+    by the size of their union. It is 100 % if both sets of points are empty. The arguments are
+    those of `mean_iou`.
     """
     labelled = truth != UNLABELLED
     highest = [ids.max(initial=0) for ids in parts_of]

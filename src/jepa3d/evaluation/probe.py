@@ -4,16 +4,16 @@ test split is used once, after all choices have been made.
 | protocol    | features     | classifier                              | chosen on                          |
 |-------------|--------------|-----------------------------------------|------------------------------------|
 | logistic    | standardised | logistic regression                     | C and layer: a fifth of train      |
-| logistic_10 | standardised | the same on 10 labels a class, 10 times | C and layer: 5 folds of the labels |
+| logistic_10 | standardised | logistic on 10 labels a class, 10 times | C and layer: 5 folds of the labels |
 | knn         | standardised | 10 nearest neighbours by cosine         | layer: a fifth of train            |
 | svc_linear  | unchanged    | SVC(linear, C=0.012) (Point-M2AE)       | layer: a fifth of train            |
 | linear_svc  | unchanged    | LinearSVC(dual=auto) (Point-MAE)        | layer: a fifth of train            |
 | mlp3        | standardised | 3-layer head (Point-MAE; ACT's MLP-3)   | layer: a fifth of train            |
 
 Features are the tokens of a layer, pooled to one vector per shape; the result names the pooling.
-Scores are overall accuracies in per cent. If the user fixes the layer, only C is chosen. A source's
-own validation split, if there is one, replaces the fifth of train. A quick probe chooses nothing:
-it takes the last layer and C 0.1.
+Scores are overall accuracies in per cent. If the user fixes the layer, only C is chosen. The data
+set's own validation split, if there is one, replaces the fifth of train. A quick probe chooses
+nothing: C is 0.1, and the layer is the last one unless the user fixes it.
 """
 
 import time
@@ -70,8 +70,8 @@ def selection_rule(shapes: Labelled, quick: bool = False) -> str:
 
 
 def _confusion(protocol: str, c: float, train, y, test, y_test, *, seed: int = 0) -> np.ndarray:
-    """Fit a protocol's classifier to train and return its confusion matrix [K, K] on test: the
-    classes are sorted; rows are true classes, columns are predicted classes.
+    """Fit a protocol's classifier to train and return its confusion matrix [K, K] on test. Rows are
+    true classes, columns are predicted classes; both are sorted.
     """
     found = predict(protocol, c, train, y, test, seed)
     return confusion_matrix(y_test, found, labels=np.union1d(y, y_test))
@@ -94,10 +94,12 @@ def run_protocol(
 ) -> dict:
     """Score one protocol on features train and test [L, n, E] with labels y and y_test [n].
 
-    layers: the layers to choose from. held: features and labels on which layer and C are chosen;
-    None: hold out a fifth of train for this. c: a fixed C; None: choose C. Returns accuracy, layer,
-    C, mean_class_accuracy and confusion (see `_confusion`). For logistic_10, instead returns the
-    mean and std of the accuracy over its samples of labels, and the layer and C chosen on each
+    layers: the layers to choose from. held: features and labels on which layer and C are chosen; if
+    it is None, a fifth of train is held out for this choice. c: a fixed C; if it is None, C is
+    chosen. Returns accuracy, layer, C, mean_class_accuracy and confusion (see `_confusion`).
+
+    logistic_10 ignores `held`, since it chooses on folds of each of its samples of labels. For it,
+    the mean and std of the accuracy over samples are returned, and the layer and C chosen on each
     sample.
     """
     few = protocol == "logistic_10"
@@ -157,12 +159,12 @@ def _validation(
 
 def _folds(labels: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Split labels into five folds, or fewer if no class has five labels; returns pairs (rows to
-    fit, rows to score).
+    fit, rows to score). Raises ValueError if no class has two labels.
     """
     check_pairs(labels)
     number = min(5, np.bincount(labels).max())
     with warnings.catch_warnings():
-        # scikit-learn warns if a class has fewer labels than there are folds
+        # scikit-learn warns if the smallest class has fewer labels than there are folds
         warnings.simplefilter("ignore", UserWarning)
         folds = StratifiedKFold(number, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
@@ -196,8 +198,8 @@ def probe(
 
     runs: folders of runs that differ only in their seed, or one encoder as in `jepa3d.load`. part:
     the split that is scored, see `Labelled.of`. layer: the layer to probe, where 0 is the
-    tokenizer. If it is None, the best layer is chosen on validation. quick: choose nothing; C is
-    fixed, and if layer is None, the last layer is probed. Returns the result record. Raises
+    tokenizer. If it is None, the best layer is chosen on validation, or, if `quick` is set, the
+    last layer is probed. quick: choose nothing; C is fixed. Returns the result record. Raises
     ValueError if runs, data, layer or protocols cannot be used.
     """
     started = time.perf_counter()
@@ -271,7 +273,9 @@ def probe(
 
 
 def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
-    """Return the seeds of the runs. Raises ValueError if the runs differ in anything else."""
+    """Return the seeds of the runs. Raises ValueError if two runs have the same seed, or differ in
+    anything but their seed.
+    """
     for run in runs:
         changed = differences(configs[run], configs[runs[0]]).keys()
         if changed := changed - {"seed", *BOOKKEEPING}:
@@ -285,8 +289,8 @@ def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
 
 
 def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str, list[np.ndarray]]:
-    """Return name -> vectors of each subset, for each of the `baselines`. The vectors are
-    [1, n, E], like the features of a network with one layer.
+    """Return name -> vectors of each subset, for each of the handcrafted `baselines`. The vectors
+    are [1, n, E], like the features of a network with one layer.
     """
     prepared = [encoder.prepare(subset.points[:]) for subset in subsets]
     descriptors = baselines(encoder, prepared[0])
@@ -296,7 +300,7 @@ def _handcrafted(encoder: PointEncoder, subsets: list[PointClouds]) -> dict[str,
 def was_seen(config: dict, data: str, part: Part) -> bool:
     """Return whether a run was pretrained on the scored shapes (without labels).
 
-    Sources are recognised by the name of their file.
+    A source is recognised by its file name only.
     """
     same = Path(data).name in {Path(source).name for source in config["data"]}
     return same and config["split"] in ("all", "test" if part == "test" else "train")
@@ -312,7 +316,9 @@ def _pretraining(run: Path, config: dict) -> dict:
 def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
     """Load a finished run's config and, by name, the networks to compare.
 
-    If `folder` is an encoder and not a run, the config has only its sizes, seed 0 and no data.
+    If `folder` is not a run but an encoder, as in `jepa3d.load`, the config has only the sizes of
+    the encoder, seed 0 and no data. Raises ValueError if the folder is a fine-tuning run, or an
+    unfinished run.
     """
     if not Run.is_at(folder):
         encoder = load_encoder(str(folder))
@@ -339,8 +345,8 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
-    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. The model "gain"
-    is the gain of each pretrained encoder over the untrained encoder of its run.
+    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. The entry "gain"
+    beside the models has the gain of each pretrained encoder over the untrained encoder of its run.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):
@@ -371,10 +377,10 @@ def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
 
 
 def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
-    """Return the summary of a result as a table.
+    """Return the tables of a result: the summary and, if `per_class` is given, the accuracy per
+    class.
 
-    per_class: a protocol that `check_per_class` allows; its accuracy per class is then shown in a
-    second table.
+    per_class: the protocol of the second table; `check_per_class` says which ones are allowed.
     """
     data, part = result["data"], result["data"].get("part", "test")
     title = (

@@ -30,8 +30,8 @@ def provenance() -> dict:
 
 
 def _commit() -> str | None:
-    """Return the git commit of the package's source, with "-dirty" if files were changed; None if
-    the package does not run from a git checkout.
+    """Return the git commit of the package's source, with "-dirty" if files were changed. Returns
+    None if the package does not run from a git checkout, or if git cannot read the commit.
     """
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
@@ -50,8 +50,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def moments(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Return "mean" and "std" of n values. The std is the sample standard deviation (divided by
-    n - 1), and None for a single value.
+    """Return "mean" and "std" of n values. The std is the sample standard deviation, with divisor
+    n - 1; it is None for a single value.
     """
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std}

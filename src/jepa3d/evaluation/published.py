@@ -1,4 +1,4 @@
-"""Read published results from published.yaml, and list how the protocol of a run differs from them.
+"""Read published results from published.yaml, and list how a run's protocol differs from theirs.
 
 Published accuracies after fine-tuning are those of the epoch with the highest *test* accuracy, as
 is usual in the field.
@@ -25,7 +25,7 @@ CAUTION = (
 class Benchmark(NamedTuple):
     """Published results under one protocol.
 
-    A row lists the method, its epochs, whether it votes, and one value per metric.
+    A row has the method, its epochs, whether it votes, and one value per metric.
     """
 
     title: str
@@ -38,7 +38,9 @@ class Benchmark(NamedTuple):
 
 
 def _read(file: Path) -> dict[str, Benchmark]:
-    """Read the benchmarks of a YAML file by key. The file itself explains its form."""
+    """Read the benchmarks of a YAML file; returns key -> benchmark. The comments of published.yaml
+    explain the form of such a file.
+    """
     found = {}
     for table in yaml.safe_load(file.read_text(encoding="utf-8")):
         metrics = table.get("metrics", ["overall_accuracy"])
@@ -62,7 +64,8 @@ PUBLISHED = _read(Path(__file__).with_suffix(".yaml"))
 
 
 def benchmark_of(result: dict[str, Any]) -> str | None:
-    """Return the key in PUBLISHED of the benchmark that a result was measured on, or None.
+    """Return the key in PUBLISHED of the benchmark on which a result was measured; None if it was
+    measured on other data.
 
     A benchmark is recognised by the variant of the data, such as "ScanObjectNN obj_bg", or else by
     the name of the data.
@@ -110,8 +113,8 @@ def departures(result: dict[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def published_sheet(benchmark: Benchmark, results: Iterable[dict[str, Any]] = ()) -> Sheet:
-    """Return the table of a benchmark; its notes say how the protocol of your `results` differs
-    from the published one.
+    """Return the table of a benchmark. If `results` of the user's runs are given, the notes of the
+    table say how their protocol differs from the published one.
     """
     results, notes = list(results), list(benchmark.notes)
     if results:

@@ -21,7 +21,8 @@ def dvae_figures(
 
     - reconstruction: mean Chamfer-L1 distance between the test patches and their reconstruction
       from their most likely codes. A length of 1 is the radius of the unit sphere.
-    - constant_patch: the same distance to a single constant patch, fitted to the train patches.
+    - constant_patch: mean Chamfer-L1 distance between the test patches and one constant patch. This
+      patch is fitted to the train patches.
     - perplexity: exp(entropy) of the test patches' codes, between 1 and num_codes.
     - num_codes: the number of codes that the dVAE has.
     """
@@ -46,7 +47,7 @@ def dvae_figures(
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """Fit one patch K 3 to patches n K 3 with Adam, to minimise the mean Chamfer-L1 distance."""
+    """Fit one patch K 3 to patches n K 3: minimise its mean Chamfer-L1 distance to them by Adam."""
     generator = torch.Generator().manual_seed(0)
     points = patches.flatten(0, 1)
     rows = torch.randint(len(points), patches.shape[1:2], generator=generator)

@@ -1,5 +1,6 @@
 """`jepa3d results`: tables of fine-tuning runs, with averages over seeds, gains paired by seed, and
-the rule by which the epoch of each row was selected. It can also choose a setting on validation.
+the rule by which the epoch of each row was selected. The command can also choose a setting by the
+validation metric.
 """
 
 import json
@@ -19,7 +20,7 @@ from jepa3d.evaluation.tables import ON_TEST, Sheet, mean_std
 from jepa3d.plain import read_checked
 from jepa3d.run import Run
 
-# the values of `init` that pretrained encoders are compared with
+# the values of `init` (what a network starts from) with which pretrained encoders are compared
 BASES = ("scratch", "untrained")
 CHOSEN_BY = {  # task -> the metric by which an epoch or a setting is chosen
     "classify": "overall_accuracy",
@@ -38,7 +39,7 @@ _FIELDS |= dict.fromkeys(_GROUPS, dict) | dict.fromkeys(_OPTIONAL, dict | None)
 
 
 class Arm(NamedTuple):
-    """Runs that differ in their seeds only."""
+    """The runs of one configuration, which differ only in their seeds."""
 
     runs: list[Finished]
 
@@ -81,7 +82,8 @@ class Arm(NamedTuple):
         return json.dumps([self.result["task"], data.get("fingerprint"), data.get("variant")])
 
     def key(self, without: str | None = None, init: bool = True) -> str:
-        """Return a key that is equal for arms with the same protocol, data and settings.
+        """Return a key that is equal for arms with the same protocol, selection rule, votes, data,
+        settings and init.
 
         without: a setting that may differ. init: False if the init may differ.
         """
@@ -93,7 +95,9 @@ class Arm(NamedTuple):
         return json.dumps(known, sort_keys=True)
 
     def label(self) -> str:
-        """Return a readable name of the init: the name of the pretraining run without its seed."""
+        """Return a readable name of the init: "scratch" or "untrained", or the name of the
+        pretraining run without its seed.
+        """
         if self.init in BASES:
             return self.init
         names = set()
@@ -200,10 +204,10 @@ def _grouped(items: list, key: Callable[[Any], Any]) -> list[list]:
 
 
 def arms_of(runs: list[Finished]) -> list[Arm]:
-    """Group runs that differ only in their seed into arms; arms that start from scratch or from an
+    """Group runs that differ only in their seed into arms. Arms that start from scratch or from an
     untrained encoder come first.
 
-    Raises ValueError if an arm has the same seed twice.
+    Raises ValueError if two runs of an arm have the same seed, and so do their pretraining runs.
     """
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
@@ -219,11 +223,11 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Among arms that differ only in `setting`, choose the arm with the highest mean validation
-    metric.
+    """Of each group of arms that differ only in `setting`, choose the arm with the highest mean
+    validation metric.
 
-    Returns the chosen arms, and notes on the choices. Arms without validation metrics are all
-    kept, since a choice by test metrics is not allowed.
+    Arms without validation metrics are all kept, since a choice by test metrics is not allowed.
+    Returns the chosen and the kept arms, and notes on the choices.
     """
     kept, notes = [], []
     for group in _grouped(arms, lambda arm: arm.key(setting)):
@@ -250,8 +254,8 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
 
 
 def tables(paths: list[Path], setting: str | None = None) -> list[Sheet]:
-    """Return up to three tables for each task and data set: the arms, their gains paired by seed,
-    and, if the benchmark is known, published results.
+    """Return the tables for each task and data set: the arms; their gains paired by seed; and, if
+    the data set is a known benchmark, published results.
 
     setting: the name of a setting to choose on validation, see `choose`. Raises ValueError as
     `read_runs` and `arms_of` do, and for an unknown setting.
@@ -302,8 +306,8 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
-    """Return a name for each origin of the arms' encoders: that of `Arm.label`, or the path of the
-    encoder if two origins would have the same name.
+    """Return origin -> name for the origins of the arms' encoders. The name is that of `Arm.label`,
+    or the path of the encoder if this name belongs to several origins.
     """
     names = {arm.init: arm.label() for arm in arms}
     counts = Counter(names.values())
@@ -312,7 +316,7 @@ def _labels(arms: list[Arm]) -> dict[str, str]:
 
 
 def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet:
-    """Return a table of the arms, one row per arm; the first notes warn of incomparable rows."""
+    """Return a table with one row per arm. Its first notes warn if rows are not comparable."""
     result, labels, settings = arms[0].result, _labels(arms), _differing(arms, setting)
     metrics = dict.fromkeys(name for arm in arms for name in arm.result["metrics"])
     rows = [
@@ -367,11 +371,12 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _gains_sheet(arms: list[Arm], setting: str | None) -> list[Sheet]:
-    """Return a table with the gain of each pretrained arm over scratch and untrained, paired by
-    seed.
+    """Return a list with one table: the gain of each pretrained arm over the arms that start from
+    scratch or from an untrained encoder, paired by seed. If there are no arms to compare, return an
+    empty list.
 
-    Two arms are compared if they have everything but their init in common. The chosen `setting` may
-    also differ.
+    Two arms are compared if they differ only in their init. They may also differ in `setting`, if
+    it was chosen by validation metrics.
     """
     settings, labels = _differing(arms, setting), _labels(arms)
     every = [run["metrics"].keys() for arm in arms for run in arm.runs]
@@ -402,7 +407,7 @@ def paired_gains(arm: Arm, base: Arm, metric: str) -> list[float]:
     """Return for each run of `arm` its metric minus the mean metric of the runs of `base` with the
     same seed.
 
-    Runs are left out if `base` has no run with their seed.
+    A run is left out if `base` has no run with its seed.
     """
     bases: dict[int, list[float]] = {}
     for run in base.runs:

@@ -1,11 +1,13 @@
 """`jepa3d retrieval`: how well frozen vectors retrieve shapes of the same class, compared with an
 untrained encoder and handcrafted descriptors.
 
-Every shape of the split is the query once. All other shapes of the split are ranked by similarity;
-the shapes of the query's class are relevant. The average precision is computed over the whole
-ranking; equally similar shapes are ranked by their index. Nothing is trained or chosen. Gains are
-paired by query. The interval of a gain is a bootstrap over queries; it ignores that training runs
-differ.
+Every shape of the split is the query once, unless it is alone in its class. All other shapes of the
+split are ranked by similarity; the shapes of the query's class are relevant. The average precision
+is computed over the whole ranking; equally similar shapes are ranked by their index. Nothing is
+trained or chosen.
+
+Gains are paired by query. The interval of a gain is from a bootstrap over queries. It ignores that
+another training run would give other scores.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,17 +31,17 @@ from jepa3d.models.encoder import PointEncoder, pool
 from jepa3d.models.heads import Classifier
 from jepa3d.models.ready import load_any
 
-# a baseline is standardised by its mean and std over at most this many train shapes
+# the baseline "geometry" is standardised by its mean and std over at most this many train shapes
 _FITTED = 1024
 _RESAMPLES = 2000  # number of resamples of the bootstrap
-# Largest number of similarities that are computed at once. They take 128 MiB as doubles, and are
-# copied a few times.
+# Largest number of similarities that are computed at once. As doubles, this many take 128 MiB, and
+# a few copies of them are made.
 _NUMBERS = 2**24
 
 
 def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return two scores of each query, 2 q: whether the nearest shape has the query's class (0 or
-    1), and the average precision.
+    """Return two scores of each of q queries, as an array 2 q: whether the most similar shape has
+    the query's class (0 or 1), and the average precision.
 
     Both are NaN for a query that is alone in its class. similarity: q n; larger means more similar.
     labels: the classes of the n shapes. rows: q, the index of each query among the n shapes; a
@@ -102,8 +104,8 @@ def paired_interval(gain: np.ndarray, seed: int = 0) -> list[float]:
 
 
 def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Compare the first model with all others; returns for each other model the gain of the first
-    over it: mean and interval.
+    """Compare the first model with all others. Returns model -> the gain of the first model over
+    this model: mean and interval. The entry of the first model itself is empty.
 
     values: model -> scores of the same n queries or shapes, in per cent.
     """
@@ -117,7 +119,9 @@ def compared(values: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def compared_cells(row: dict[str, Any]) -> list[str]:
-    """Return the two table cells that show a gain from `compared`."""
+    """Return the two table cells that show a gain from `compared`: its mean and its interval, or
+    dashes for the first model.
+    """
     if "interval" not in row:
         return ["-", "-"]
     low, high = row["interval"]
@@ -130,8 +134,9 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 
     models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
     searched. The baselines are an untrained encoder and the handcrafted `baselines`. Classes
-    without train or test shapes are left out. Returns the result record. Raises ValueError or
-    ReadError if a model or the data cannot be used.
+    without train or test shapes are left out (for the part "validation": without train or
+    validation shapes), and so are queries that are alone in their class. Returns the result record.
+    Raises ValueError or ReadError if a model or the data cannot be used.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
@@ -154,19 +159,18 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 def opened(
     models: list[str], dataset: LabelledSet, part: str, whole: bool = False
 ) -> Iterator[tuple[PointEncoder, dict[str, Descriptor], Labelled]]:
-    """Yield for every model: its encoder; its descriptors by name; and the shapes, with as many
-    points as the encoder sees.
+    """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
     The descriptors of the first model include its baselines. dataset: its up axis may also be
     "none", for vectors that do not depend on the rotation of a shape. part: train, test or
-    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read all
-    points of the clouds.
+    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read the
+    shapes with all of their points, not only with as many as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:
         model = load_any(name)
         encoder = model if isinstance(model, PointEncoder) else model.encoder
-        # a run with any other head is scored by the vectors of its encoder
+        # a run whose network is not a `Classifier` is scored by the vectors of its encoder
         if not isinstance(model, Classifier):
             model = encoder
         encoder.upright = dataset.up_axis != "none"
@@ -185,9 +189,9 @@ def opened(
 
 
 def _points_in(data: str, fewest: int) -> int:
-    """Return the number of points per cloud in a bundle or store, but at least `fewest`.
+    """Return the number of points per cloud in a bundle or store, or `fewest` if this is larger.
 
-    Clouds from other kinds of data have different numbers of points; for these, return `fewest`.
+    In all other kinds of data, the clouds have different numbers of points; then return `fewest`.
     """
     path, count = Path(data), None
     if (path / "store.json").is_file():
@@ -211,7 +215,7 @@ def sheet(result: dict[str, Any]) -> Sheet:
     title = (
         f"{data['name']} ({data['labels_key']}), {data['part']} split: {result['queries']:,} "
         f"queries of {result['classes']} classes; mean average precision and nearest neighbour "
-        "correct, %, frozen vectors, nothing chosen"
+        "correct, in %; from frozen vectors, no setting was chosen"
     )
     rows = [
         [name, f"{row['map']:.1f}", f"{row['nearest']:.1f}", *compared_cells(row)]

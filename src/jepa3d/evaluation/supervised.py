@@ -15,8 +15,8 @@ from jepa3d.models.heads import Classifier, LinearClassifier, Segmenter
 from jepa3d.ops import BatchGenerator, unit_sphere
 
 Network = Classifier | LinearClassifier | Segmenter
-# Along each axis, a copy that votes is scaled by a random factor in the range VOTE_SCALE, and
-# shifted by at most VOTE_REACH, as in Point-MAE.
+# Voting averages the logits of several copies of a cloud. Along each axis, a copy is scaled by a
+# random factor in the range VOTE_SCALE, and shifted by at most VOTE_REACH, as in Point-MAE.
 VOTE_SCALE, VOTE_REACH = (2 / 3, 3 / 2), 0.2
 
 
@@ -27,9 +27,9 @@ def predict(
     """Predict the classes or parts of n clouds.
 
     votes: if more than 1, the logits of this many randomly scaled and shifted copies of each cloud
-    are averaged (as in Point-MAE). Returns "predicted": the classes n of a classifier, or the parts
-    n N of a segmenter, chosen among the parts of each shape's category. For a classifier, also
-    returns "probability": n C for C classes.
+    are averaged (as in Point-MAE). Returns "predicted": for a classifier, the classes n; for a
+    segmenter, the parts n N, chosen among the parts of each shape's category, which is known. For a
+    classifier, also returns "probability": n C for C classes.
     """
     network.eval().to(device := default_device())
     segments = isinstance(network, Segmenter)
@@ -39,8 +39,8 @@ def predict(
         points, labels = clouds.batch(index), np.zeros(len(index), int)
         if clouds.labels is not None:
             labels = clouds.labels[index]
-        # A segmenter cannot use `prepare`, which reorders the points, since part labels rely on
-        # the order.
+        # `prepare` changes the order of the points. A segmenter cannot use it, since the part
+        # labels rely on the order.
         if segments:
             points = unit_sphere(points.double()).to(network.encoder.norm.weight)
         else:

@@ -31,8 +31,8 @@ def mean_std(found: Mapping[str, Any], form: str = ".1f") -> str:
 
 
 def show(sheets: Iterable[Sheet]) -> None:
-    """Print tables with their notes. No cell is cut or wrapped, even if the table is wider than the
-    terminal.
+    """Print tables with their notes. Cells are never cut or wrapped, even if a table is wider than
+    the terminal.
     """
     for sheet in sheets:
         table = Table(*map(escape, sheet.columns))
