@@ -41,10 +41,10 @@ class JEPA(nn.Module):
     """The objective of 3D-JEPA: the encoder sees the context, a decoder predicts the targets, and a
     linear layer projects the predictions to the teacher's width. The teacher sees all tokens.
 
-    If `teacher` is None, the targets come from the encoder itself, which then sees all tokens and
-    also gets gradients through the targets; then SIGReg prevents collapse (LeJEPA) and applies to
-    all tokens of this second run of the encoder. With a teacher, SIGReg is optional and applies to the encoded context.
-    Raises ValueError if `target.project` is set and the widths of encoder and teacher differ.
+    If `teacher` is None, a second run of the encoder, on all tokens and with gradients, computes
+    the targets. SIGReg then prevents collapse (LeJEPA) and applies to all tokens of the second run.
+    With a teacher, SIGReg is optional and applies to the encoded context. Raises ValueError if
+    `target.project` is set and the widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
