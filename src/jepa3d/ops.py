@@ -261,7 +261,7 @@ def _farthest_point_sample_reference(points: Points, num_samples: int, start: Te
     return torch.cat(picked, 1)
 
 
-@no_type_check  # torch.export cannot trace a check of the inner function
+@no_type_check  # torch.export cannot trace a type check of the inner function
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
     """Choose farthest point samples with a scan, so that an exported graph has one repeated step
     instead of one copy of the step per sample.

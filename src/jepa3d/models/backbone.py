@@ -56,8 +56,8 @@ class PromptedViT(nn.Module):
             )
             for _ in range(2)
         )
-        # The digest is stored with the trained weights, so that a checkpoint or an exported dVAE is
-        # never used with another ViT.
+        # The sha256 of the ViT is stored with the trained weights, so that a checkpoint or an
+        # exported dVAE is never used with another ViT.
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(check_digest)
 

@@ -45,8 +45,8 @@ class ContextAwareBlock(nn.Module):
         context: the encoder's output, packed as rows with the layout `joint.context`. Its keys and
         values are computed once per cloud and used by all decoder passes (one pass per target block
         or one for all). last: whether this is the last layer. Returns the updated rows, in which
-        every decoder pass has its own copy of the context. Only the last layer returns the rows of
-        mask tokens alone, since nothing reads the context afterwards.
+        every decoder pass has its own copy of the context. The last layer is an exception: it
+        returns only the rows of mask tokens, since nothing reads the context afterwards.
         """
         normed = self.norm1(x)
         seen, keys = (

@@ -140,7 +140,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     3D-JEPA predicts.
 
     backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for no ViT.
-    expected_code: whether `features` represents a patch by the mean of all codes, softmax(logits) @
+    expected_code: whether `features` represents a patch by its expected code, softmax(logits) @
     codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
     Raises ValueError if `group_size` is not a multiple of 4.
     """

@@ -31,7 +31,7 @@ class PointEncoder(
     """Encode point clouds with a light PointNet per patch and a plain pre-LN transformer.
 
     The defaults are the paper's encoder (21.8 M parameters); docs/settings.md explains every
-    argument. `save_pretrained(folder)` writes safetensors, which
+    argument. `save_pretrained(folder)` writes config.json and model.safetensors, which
     `PointEncoder.from_pretrained(folder or Hub id)` loads. Raises ValueError if `num_groups` or
     `group_size` exceeds `num_points`, or if `embed_dim` is not a multiple of `num_heads`.
 
@@ -144,9 +144,8 @@ class PointEncoder(
     ) -> list[Tokens]:
         """Encode all patches (B M K 3) with centers B M 3.
 
-        layers: how many blocks, counted from the last, to return tokens of. generator: source of
-        random numbers for drop-path. Returns a list: the tokens B M C after each of the last
-        `layers` blocks.
+        layers: a number of blocks. generator: source of random numbers for drop-path. Returns a
+        list of `layers` tensors B M C: the tokens after each of the last `layers` blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
@@ -245,7 +244,8 @@ class PointEncoder(
         """Copy the weights and BatchNorm statistics of another encoder.
 
         The statistics that `standardise_vectors` stored are not copied. Raises RuntimeError if the
-        sizes of the two encoders differ.
+        weights of the two encoders differ in names or shapes, or if this encoder itself has
+        statistics from `standardise_vectors`.
         """
         weights = {
             name: value

@@ -1,5 +1,5 @@
-"""Save and load networks. A network is stored as the files config.json and model.safetensors, in a
-folder or in a repository of the Hugging Face Hub.
+"""Save and load networks, each stored as config.json and model.safetensors in a folder or in a
+repository of the Hugging Face Hub.
 """
 
 import hashlib
@@ -169,7 +169,7 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
         if not fits or (isinstance(value, bool) and wanted is not bool):
             kind = wanted.__name__
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {kind}")
-        if wanted is int and value < 1 and name != "layer":  # `layer` -1 is the last one
+        if wanted is int and value < 1 and name != "layer":  # layer -1: the last layer
             raise ValueError(f"{begin}: {name} is {value}, but must be at least 1")
         if part := cls.PARTS.get(name):
             _check(part, settings[name], f"{begin}: {name}")

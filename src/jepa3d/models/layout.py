@@ -1,9 +1,9 @@
 """Layouts pack token sequences of different lengths as rows, so that only attention needs padding.
 
 The contexts of a batch (the visible tokens of each cloud) differ in length. If linear layers worked
-on padding too, a third of the student's work would be wasted. So the tokens of all clouds are
-stored one after another as rows [n, C], without padding. A layout converts these rows to padded
-sequences and back. Its `mask` is False at padding, or None if there is no padding.
+on padding too, a third of the work of encoder and decoder would be wasted. So the tokens of all
+clouds are stored one after another as rows [n, C], without padding. A layout converts these rows to
+padded sequences and back. Its `mask` is False at padding, or None if there is no padding.
 """
 
 import torch

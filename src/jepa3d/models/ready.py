@@ -77,8 +77,8 @@ def _network_folder(run: Path) -> Path:
 def fingerprint(encoder: PointEncoder) -> str:
     """Compute a hash (16 hexadecimal digits) of an encoder's settings and weights.
 
-    Encoders with equal fingerprints give equal vectors, if their attributes `upright` and
-    `keep_strays`, which are no settings, are equal too.
+    Encoders with equal fingerprints give equal vectors if their attributes `upright` and
+    `keep_strays` are equal too; these two attributes are not stored in config.json.
     """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}

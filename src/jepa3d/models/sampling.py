@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20  # at most so often is a cloud with too small a context sampled again
+_REDRAWS = 20  # how many times at most a cloud with too small a context is sampled again
 
 Generator = torch.Generator | BatchGenerator
 

@@ -1,5 +1,5 @@
-"""Teachers compute the tokens that the student (the encoder in training) learns to predict, with
-frozen networks, a moving average of the student, or both.
+"""Teachers compute the tokens that the student (the encoder in training) learns to predict. A
+teacher consists of frozen networks, of a moving average of the student, or of both.
 """
 
 from collections.abc import Iterable, Sequence

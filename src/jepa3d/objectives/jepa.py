@@ -39,7 +39,7 @@ class JEPAOutput(NamedTuple):
 
 class JEPA(nn.Module):
     """The objective of 3D-JEPA: the encoder sees the context, a decoder predicts the targets, and a
-    linear layer projects the predictions to the teacher's width. The teacher sees all tokens.
+    linear layer projects the predictions to the teacher's width. The teacher sees all patches.
 
     If `teacher` is None, a second run of the encoder, on all tokens and with gradients, computes
     the targets. SIGReg then prevents collapse (LeJEPA) and applies to all tokens of the second run.
