@@ -1,7 +1,7 @@
 """Random numbers, and operators on batched point clouds: sampling, neighbours and distances.
 
-Each operator is written in plain torch, which runs on any device. Only for farthest point sampling
-there are also faster back ends. They return the same indices, except where distances are equal.
+Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
+has faster back ends. They return the same indices, except where distances are equal.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """

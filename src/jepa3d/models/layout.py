@@ -53,8 +53,8 @@ class Joint:
 
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
     or all its target blocks. The rows of the contexts come first, then those of B * P * T mask
-    tokens. There may be one copy of each context, which all passes share, or one copy per pass, or
-    no context at all. context: layout of the contexts. passes: P. length: number of mask tokens per
+    tokens. The rows hold one copy of each context, which all passes share, or one copy per pass, or
+    no contexts at all. context: layout of the contexts. passes: P. length: number of mask tokens per
     pass, T.
     """
 

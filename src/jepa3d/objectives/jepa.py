@@ -26,7 +26,7 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar: mean of 1 - cos over blocks, plus SIGReg and the view term if used
+    loss: Tensor  # scalar: mean of 1 - cos over blocks, and if used, weighted SIGReg and view terms
     prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
     sample: TokenSample
@@ -254,8 +254,8 @@ def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
 
 
 def make_sampler(config: PretrainConfig):
-    """Return the configured sampler, a function of (centers, generator) that returns a
-    `TokenSample`.
+    """Return the sampler that the run's settings choose: a function of (centers, generator) that
+    returns a `TokenSample`.
     """
     settings = config.sampler
     if is_code(settings.name):
