@@ -54,8 +54,8 @@ class Joint:
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
     or all its target blocks. The rows of the contexts come first, then those of B * P * T mask
     tokens. The rows hold one copy of each context, which all passes share, or one copy per pass, or
-    no contexts at all. context: layout of the contexts. passes: P. length: number of mask tokens per
-    pass, T.
+    no contexts at all. context: layout of the contexts. passes: P. length: number of mask tokens
+    per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
