@@ -1,7 +1,7 @@
 """Random numbers, and operators on batched point clouds: sampling, neighbours and distances.
 
-Each operator is plain torch and runs on any device. Only `farthest_point_sample` has faster back
-ends, which return the same indices, except where distances are equal.
+Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
+has faster back ends. They return the same indices, except where distances are equal.
 
 Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
 """
@@ -21,17 +21,18 @@ from torch import Tensor
 from jepa3d.frame import farthest_point_sample as numpy_farthest_point_sample
 from jepa3d.shapes import Centers, Float, Indices, Int, Points, Tokens
 
-_MAX_PAIRS = 2**26  # how many distances `knn` may keep in memory at once: 256 MiB of float32
+_MAX_PAIRS = 2**26  # how many distances `knn` keeps in memory at once; 256 MiB of float32
 
 
 class BatchGenerator:
     """Source of random numbers that depend only on (seed, step, stream), not on the number of
     processes.
 
-    Every process draws numbers for the whole global batch and keeps those of its own rows. first:
-    index of this process's first row. total: size of the global batch; None: one process. So
-    several processes together draw the same numbers as one process, a resumed run draws the same
-    numbers as an uninterrupted run, and checkpoints need no generator state.
+    Every process draws numbers for the global batch (the rows of all processes) and keeps those of
+    its own rows. So several processes together draw the same numbers as one process, a resumed run
+    draws the same numbers as an uninterrupted run, and checkpoints need no generator state. first:
+    index of this process's first row in the global batch. total: number of rows of the global
+    batch, or None if there is only one process.
     """
 
     def __init__(
@@ -59,23 +60,24 @@ class BatchGenerator:
         return self._generators[device]
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Draw numbers in [0, 1) for this process's rows; shape[0] is the number of these rows."""
+        """Draw numbers in [0, 1) for this process's rows; shape[0] is how many rows it has."""
         total = self.total or shape[0]
         assert self.first + shape[0] <= total, "more rows than the global batch has"
         whole = torch.rand((total, *shape[1:]), generator=self.on(device), device=device)
         return whole[self.first : self.first + shape[0]]
 
     def choice(self, count: int) -> int:
-        """Draw one integer below `count` for the whole batch, on the CPU."""
+        """Draw one integer from 0 to count - 1 for the whole batch, on the CPU."""
         return int(count * uniform_scalar(self))
 
 
 class RepeatedDraws(BatchGenerator):
-    """Store the random numbers that a step draws in buffers, so that a recorded CUDA graph of the
-    step can be replayed with other numbers (training/graphs.py).
+    """Keep the random numbers of a step in buffers, so that a recorded CUDA graph of the step can
+    be replayed with other numbers (training/graphs.py).
 
-    `redraw` refills the buffers. All streams share two dictionaries: `buffers` has a buffer for
-    each draw, by (stream, number of the draw); `choices` has the argument of `choice`, by stream.
+    `redraw` refills the buffers. All streams share two dictionaries. `buffers` maps (name of the
+    stream, number of the draw) to the buffer with the numbers of this draw. `choices` maps the name
+    of a stream to the argument `count` with which `choice` was last called on it.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class RepeatedDraws(BatchGenerator):
         return super().choice(count)
 
     def redraw(self, step: int) -> None:
-        """Refill all buffers with the draws of another step."""
+        """Refill all buffers with the numbers that step `step` draws."""
         names = {name for name, _ in self.buffers}
         streams = {name: BatchGenerator(self.seed, step, stream=name) for name in names}
         for (name, _), buffer in self.buffers.items():
@@ -126,9 +128,10 @@ def uniform(
 
 
 def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
-    """Draw one number in [0, 1) for the whole batch, the same on every process.
+    """Draw one number in [0, 1) for the whole batch; a `BatchGenerator` draws the same number on
+    every process.
 
-    A torch generator draws the number on the generator's device; otherwise it is drawn on the CPU.
+    A torch generator draws the number on its own device; without one, it is drawn on the CPU.
     """
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))
@@ -138,8 +141,8 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over all processes. The gradient is summed too, since every process's loss depends on
-    the result.
+    """Sum over all processes. In the backward pass the gradients of all processes are summed, since
+    every process's loss depends on the result.
     """
 
     @staticmethod
@@ -160,8 +163,8 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 @cache
 def _quickfps():
-    """Return the compiled farthest point sampler, or None if it is not installed (pip install
-    'jepa3d[fast]').
+    """Return the module of the compiled farthest point sampler, or None if it is not installed (pip
+    install 'jepa3d[fast]' installs it).
     """
     if importlib.util.find_spec("torch_quickfps") is None:
         return None
@@ -172,8 +175,8 @@ def _quickfps():
 
 @cache
 def _triton():
-    """Return the module of the Triton sampler for GPUs, or None without Triton or the C compiler
-    that Triton needs.
+    """Return the module of the Triton sampler for GPUs, or None if Triton or the C compiler that it
+    needs is missing.
     """
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if importlib.util.find_spec("triton") is None or compiler is None:
@@ -190,10 +193,10 @@ def farthest_point_sample(
 
     Returns indices B num_samples; each sample is the point farthest from all samples before it.
     With a generator the first sample is random. Without a generator it is the point farthest from
-    the centroid, so the samples do not depend on the order of points. If several points are equally
-    far, torch and Triton take the lowest index, and the compiled back end takes any of them. This
-    happens on lattices, and if a cloud has fewer different points than samples. Raises ValueError
-    unless 1 <= num_samples <= N.
+    the centroid, so the samples do not depend on the order of points unless several points are
+    equally far. In that case torch and Triton take the lowest index, and the compiled back end
+    takes any of them. Equally far points occur on lattices, and if a cloud has fewer different
+    points than samples. Raises ValueError unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:
@@ -218,7 +221,7 @@ def farthest_point_sample(
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
     """Choose farthest point samples of one cloud N 3 float32, with the compiled back end if it is
-    installed, else with numpy.
+    installed and the cloud has at least 32 points, else with numpy.
 
     start: index of the first sample. Returns indices [num_samples].
     """
@@ -243,7 +246,8 @@ def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Ten
 
 
 def _farthest_point_sample_reference(points: Points, num_samples: int, start: Tensor) -> Tensor:
-    # On a CPU, three contiguous tensors of coordinates are 3-4 times as fast as one B N 3 tensor.
+    # On a CPU, three contiguous tensors, one per coordinate, are 3-4 times as fast as one tensor
+    # B N 3.
     x, y, z = (axis.contiguous() for axis in points.unbind(-1))
     distance = torch.full_like(x, torch.inf)
     picked, current = [], start[:, None]
@@ -257,7 +261,7 @@ def _farthest_point_sample_reference(points: Points, num_samples: int, start: Te
     return torch.cat(picked, 1)
 
 
-@no_type_check  # torch.export cannot trace a check of the inner function
+@no_type_check  # torch.export cannot trace a type check of the inner function
 def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tuple[Tensor, Tensor]:
     """Choose farthest point samples with a scan, so that an exported graph has one repeated step
     instead of one copy of the step per sample.
@@ -308,7 +312,7 @@ def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b
     if not 1 <= k <= num_points:
         raise ValueError(f"cannot find {k} nearest neighbours in a cloud of {num_points} points")
     rows = max(1, _MAX_PAIRS // (batch * num_points))
-    if torch.compiler.is_exporting():  # the graph must work for any batch size
+    if torch.compiler.is_exporting():  # the exported graph must work for any batch size
         rows = query.shape[1]
     query, points = query.detach(), points.detach()
     parts = [
@@ -318,7 +322,7 @@ def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b
 
 
 def gather_points(values: Float[Tensor, "b n c"], index: Indices) -> Float[Tensor, "b *any c"]:
-    """Look up values (B N C) at index (B ...); returns (B ... C)."""
+    """Look up values (B N C) at the indices `index` (B ...); returns B ... C."""
     flat = index.flatten(1)
     out = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
     return out.view(*index.shape, values.shape[-1])
@@ -335,14 +339,17 @@ def three_nn_interpolate(
     distance = (gather_points(centers, index) - query[:, :, None]).square().sum(-1)
     weight = 1 / (distance + 1e-8)
     weight = weight / weight.sum(-1, keepdim=True)
-    # A matrix with three entries per row makes this a matrix product, whose gradient is a matrix
-    # product too; gathering three rows would have a slow scatter as gradient.
+    # The weights are put into a matrix with three entries per row, so that the result is a matrix
+    # product, whose gradient is a matrix product too. If three rows of features were gathered
+    # instead, the gradient would be a slow scatter.
     dense = weight.new_zeros(*query.shape[:2], centers.shape[1]).scatter_(-1, index, weight)
     return dense.to(features.dtype) @ features
 
 
 def unit_sphere(points: Points) -> Points:
-    """Move clouds B N 3 to centroid 0 and scale each so that its farthest point has distance 1."""
+    """Move each cloud of B N 3 to centroid 0, and scale it so that its farthest point is at
+    distance 1 from the centroid.
+    """
     points = points - points.mean(1, keepdim=True)
     radius = points.norm(dim=-1).amax(1)[:, None, None]
     return points / radius.clamp_min(torch.finfo(points.dtype).tiny)
@@ -351,8 +358,8 @@ def unit_sphere(points: Points) -> Points:
 def chamfer_l1(a: Tensor, b: Tensor) -> Tensor:
     """Compute Chamfer-L1 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar.
 
-    This is the mean distance from a point to the nearest point of the other set, averaged over both
-    directions.
+    This is the mean distance from a point to the nearest point of the other set, averaged over the
+    two directions (a to b, b to a).
     """
     one, other = _to_nearest(a, b)
     return (one.norm(dim=-1).mean() + other.norm(dim=-1).mean()) / 2
@@ -362,7 +369,7 @@ def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
     """Compute Chamfer-L2 of point sets (B, ..., P, 3) and (B, ..., Q, 3), a scalar.
 
     This is the mean squared distance from a point to the nearest point of the other set, summed
-    over both directions.
+    over the two directions (a to b, b to a).
     """
     one, other = _to_nearest(a, b)
     return one.square().sum(-1).mean() + other.square().sum(-1).mean()
@@ -371,7 +378,7 @@ def chamfer_l2(a: Tensor, b: Tensor) -> Tensor:
 def _to_nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Compute, for both sets, each point's offset from the nearest point of the other set.
 
-    The offsets have a gradient; the choice of the nearest point has none.
+    Gradients flow through the offsets, but not through the choice of the nearest point.
     """
     with torch.no_grad():
         pairs = squared_distance(a, b)

@@ -1,5 +1,5 @@
-"""Farthest point sampling on a GPU as one Triton kernel, since the torch loop launches eight
-kernels per sample.
+"""Farthest point sampling on a GPU as one Triton kernel, which is faster than the torch loop of
+ops.py: that loop launches eight kernels per sample.
 """
 
 import torch
@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_POINTS = 16384  # more would not fit: registers hold all coordinates and distances of a cloud
+# Registers hold the coordinates and distances of all points of a cloud; more points would not fit.
+MAX_POINTS = 16384
 
 
 @triton.jit
@@ -28,14 +29,14 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
         dy = y - tl.load(points + 3 * current + 1)
         dz = z - tl.load(points + 3 * current + 2)
         distance = tl.minimum(distance, dx * dx + dy * dy + dz * dz)
-        current = tl.argmax(distance, 0)  # if distances are equal, the lowest index, as in torch
+        current = tl.argmax(distance, 0)  # of equal distances the lowest index, as in torch
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
     """Choose farthest point samples of points B N 3 (float32, on a GPU, N at most `MAX_POINTS`).
 
-    start: index of each cloud's first sample, B. Returns indices B num_samples, the same as those
-    of the torch loop: products and sums are not fused, so distances are rounded in the same way.
+    start: index of each cloud's first sample, B. Returns the indices B num_samples that the torch
+    loop would return: products and sums are not fused, so distances are rounded in the same way.
     """
     batch, num_points, _ = points.shape
     index = torch.empty(batch, num_samples, dtype=torch.long, device=points.device)

@@ -1,8 +1,8 @@
-"""The frozen image transformer (ViT) inside ACT's discrete autoencoder (the dVAE of dvae.py), with
-learned prompt tokens (Dong et al. 2023).
+"""The frozen image transformer (ViT) with learned prompt tokens that ACT (Dong et al. 2023) puts
+inside its discrete autoencoder (the dVAE of dvae.py).
 
-Runs do not store the ViT's weights. They store the ViT's folder or Hub id, and a checksum of its
-weights.
+Runs do not store the ViT's weights. They store the path of the ViT's folder or its Hub id, and a
+checksum of the weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HINT = (
 
 
 class PromptedViT(nn.Module):
-    """Apply a frozen ViT to the tokens of a cloud, with learned prompt tokens before the cloud's
-    tokens in every layer.
+    """Apply a frozen ViT to the tokens of a cloud. In every layer, learned prompt tokens of this
+    layer stand before the cloud's tokens.
 
     name: folder or Hub id of the ViT. width: number of channels of the cloud's tokens. Only the
     ViT's transformer layers and last norm are used, not its image patches, class token or image
@@ -56,8 +56,8 @@ class PromptedViT(nn.Module):
             )
             for _ in range(2)
         )
-        # The digest is stored with the trained weights, so that a checkpoint or an exported dVAE is
-        # never used with another ViT.
+        # The sha256 of the ViT is stored with the trained weights, so that a checkpoint or an
+        # exported dVAE is never used with another ViT.
         self.register_buffer("digest", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
         self.register_load_state_dict_pre_hook(check_digest)
 
@@ -67,7 +67,7 @@ class PromptedViT(nn.Module):
         """Transform tokens B M width with centers B M 3; returns tokens of the same shape.
 
         Positions are added before every layer, as in ACT. generator: source of the random numbers
-        for the prompts' dropout in training.
+        for the prompts' dropout, which is applied only in training.
         """
         vit = self._frozen[0]
         hidden, position = self.enter(tokens), self.position(centers)
@@ -84,16 +84,17 @@ class PromptedViT(nn.Module):
         return self.leave(vit.layernorm(hidden))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptedViT:
-        self._frozen[0]._apply(fn, recurse)  # moves the hidden ViT to another device
+        self._frozen[0]._apply(fn, recurse)  # gives the hidden ViT the new device or dtype
         return super()._apply(fn, recurse)
 
 
 def check_digest(
     module: PromptedViT, state_dict: Mapping[str, Tensor], prefix: str, *others: object
 ) -> None:
-    """Check that weights belong to this module's ViT; torch calls this hook before it loads them.
+    """Check that weights were trained with this module's ViT. Torch calls this hook before it loads
+    the weights.
 
-    Raises ValueError if the weights were trained with another ViT.
+    Raises ValueError if they were trained with another ViT.
     """
     found = state_dict.get(f"{prefix}digest")
     if found is not None and bytes(found.tolist()).hex() != module.sha256:
@@ -104,10 +105,10 @@ def check_digest(
 
 
 def load_vit(name: str) -> tuple[ViTModel, str]:
-    """Load a frozen ViT from a folder or Hub id.
+    """Load a ViT from a folder or Hub id, and freeze it.
 
-    Returns the ViT and the sha256 of its model.safetensors. Raises ValueError if transformers is
-    not installed or no such ViT can be loaded.
+    Returns the ViT and the sha256 of its model.safetensors. Raises ValueError if the package
+    transformers is not installed, or if the folder or Hub id does not give a ViT.
     """
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -156,7 +157,7 @@ def load_vit(name: str) -> tuple[ViTModel, str]:
 
 
 def reference(name: str) -> str:
-    """Return the backbone's name for config.json: a Hub id unchanged, but a folder as an absolute
-    path, so that commands find the folder wherever they are started.
+    """Return the name of a ViT as config.json stores it: a Hub id unchanged, but a folder as an
+    absolute path, so that commands started in another folder find it too.
     """
     return str(Path(name).absolute()) if Path(name).exists() else name

@@ -40,11 +40,12 @@ class ContextAwareBlock(nn.Module):
             self.cross_attention = Attention(dim, num_heads, qkv_bias)
 
     def forward(self, x: Rows, context: Tensor, joint: Joint, last: bool = False) -> Tensor:
-        """Update the tokens x, rows [n, C] of the layout `joint` (see layout.py).
+        """Update the tokens x, packed as rows [n, C] with the layout `joint` (see layout.py).
 
-        context: the encoder's output, rows [n, C]. Keys and values of the context are computed once
-        per cloud, and all decoder passes use them. last: whether this is the last layer. Returns
-        the updated rows, in which the context is repeated for each decoder pass. The last layer
+        context: the encoder's output, packed as rows with the layout `joint.context`. Its keys and
+        values are computed once per cloud and used by all decoder passes (one pass per target block
+        or one for all). last: whether this is the last layer. Returns the updated rows, in which
+        every decoder pass has its own copy of the context. The last layer is an exception: it
         returns only the rows of mask tokens, since nothing reads the context afterwards.
         """
         normed = self.norm1(x)
@@ -62,14 +63,14 @@ class ContextAwareBlock(nn.Module):
 
 
 class ContextAwareDecoder(nn.Module):
-    """Predict every target token from the encoded context and the positions of the target centres.
+    """Predict every target token from the encoded context and the position of the token's centre.
 
     By default each target block has its own forward pass ("decoder pass"), so that a block never
     sees another block's mask tokens, as in the paper's equation. The passes for A blocks of B
-    clouds run as one batch of B * A. stacked: all blocks share one pass, as in the paper's overview
-    picture. isolated: no mask token sees another (AsymDSD, arXiv 2506.21724), so one pass is
-    enough. ranks: positions are embedded from `token_ranks` instead of coordinates, as in MPL-MAE
-    (arXiv 2606.31570), but without the gate of that method.
+    clouds run as one batch of B * A. stacked: all target blocks share one pass, as in the paper's
+    overview picture. isolated: no mask token sees another mask token (AsymDSD, arXiv 2506.21724),
+    so one pass is enough. ranks: positions are embedded from `token_ranks` instead of coordinates,
+    as in MPL-MAE (arXiv 2606.31570), but without the gate of that method.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class ContextAwareDecoder(nn.Module):
     ) -> Blocks:
         """Predict the target tokens B A T C: T tokens for each of A blocks.
 
-        context and context_position: rows [n, C] of `layout`. target_position: the embedded
-        positions of the targets, B A T C.
+        context and context_position: the encoded context and its embedded positions, both packed as
+        rows [n, C] with the layout `layout`. target_position: the embedded positions of the
+        targets, B A T C.
         """
         x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
@@ -124,10 +126,10 @@ class ContextAwareDecoder(nn.Module):
     def assemble(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> tuple[Tensor, Tensor, Joint]:
-        """Join the context with one mask token per target token.
+        """Join the context with one mask token per target token; arguments as for `forward`.
 
-        Returns the rows of [context ; mask tokens], the rows of the positions, and the layout of
-        both. In these rows, all decoder passes of a cloud still share one copy of the context.
+        Returns [context ; mask tokens] as rows, their positions as rows, and the layout of both. In
+        these rows, all decoder passes of a cloud still share one copy of the context.
         """
         batch, blocks, length, width = target_position.shape
         joint = Joint(layout, 1, blocks * length) if self.stacked else Joint(layout, blocks, length)
@@ -148,7 +150,7 @@ def token_ranks(centers: Centers) -> Centers:
     """Replace each coordinate of the centres (B M 3) by its rank among the cloud's centres, scaled
     to [-1, 1].
 
-    Ranks tell the order of the tokens along each axis but hide the distances between tokens, since
-    distances alone reveal much of a shape.
+    Ranks tell the order of the tokens along each axis but not the distances between tokens. The
+    distances are hidden because they alone reveal much of a shape.
     """
     return centers.argsort(1).argsort(1).to(centers) * (2 / max(centers.shape[1] - 1, 1)) - 1

@@ -2,10 +2,10 @@
 or without ACT's image transformer.
 
 Data flow: tokens -> DGCNN (a graph network) -> logits over codes -> Gumbel-softmax -> codebook ->
-[frozen ViT] -> DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN. As a
-teacher the dVAE is deterministic: it runs in evaluation mode, with the expected (or most likely)
-code instead of a Gumbel sample. The method is that of ACT (Dong et al. 2023, section 4); the
-networks are those of Point-BERT (Yu et al. 2022).
+frozen ViT (optional) -> DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN.
+As a teacher the dVAE is deterministic: it runs in evaluation mode, and instead of a Gumbel sample
+it uses the expected code or the most likely one (`expected_code` of `DVAE`). The method is that of
+ACT (Dong et al. 2023, section 4); the networks are those of Point-BERT (Yu et al. 2022).
 """
 
 import math
@@ -27,8 +27,8 @@ class EdgeConv(nn.Module):
     """Compute, for each token i, the maximum over its neighbours j of
     LeakyReLU(GroupNorm(W [x_j - x_i ; x_i])) (Wang et al. 2019).
 
-    If W = [Wd Wc], then W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i. So the two products are
-    computed once per token instead of once per edge.
+    If W = [Wd Wc], then W [x_j - x_i ; x_i] = Wd x_j + (Wc - Wd) x_i. So the two products, with Wd
+    and with Wc - Wd, are computed once per token instead of once per pair (i, j).
     """
 
     def __init__(self, in_dim: int, out_dim: int):
@@ -48,8 +48,8 @@ class EdgeConv(nn.Module):
 
 
 class TokenDGCNN(nn.Module):
-    """Apply four EdgeConvs, each over the nearest tokens, then one linear layer to the outputs of
-    all four (Yu et al. 2022).
+    """Apply four EdgeConvs, all with the same neighbours, then one linear layer to the concatenated
+    outputs of all four (Yu et al. 2022).
 
     The layers' widths are multiples of `dim`. The output is normalised over the tokens of each
     cloud (GroupNorm, as in Yu et al.) or, with `over_batch`, over all tokens of the batch
@@ -78,8 +78,10 @@ class TokenDGCNN(nn.Module):
 
 
 class FoldingDecoder(nn.Module):
-    """Decode a token to a coarse patch with an MLP, then replace each coarse point by four fine
-    points: a folded 2 x 2 grid.
+    """Decode a token to a coarse patch with an MLP. A second MLP then replaces each coarse point by
+    four fine points: it folds a 2 x 2 grid around the coarse point.
+
+    Raises ValueError if `group_size` is not a multiple of 4.
     """
 
     def __init__(self, dim: int, group_size: int, hidden_dim: int):
@@ -105,8 +107,8 @@ class FoldingDecoder(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        # The weights are small, so that before training the fine points lie close to the coarse
-        # points.
+        # The weights of the last layer are small, so that before training the fine points lie close
+        # to the coarse points.
         nn.init.normal_(self.linear3.weight, std=0.01)
 
     def forward(self, tokens: Tokens) -> tuple[Float[Tensor, "b m coarse 3"], Patches]:
@@ -128,21 +130,22 @@ class DVAEOutput(NamedTuple):
     loss: Tensor  # reconstruction + kl_weight * KL
     reconstruction: Tensor  # Chamfer-L1 of the coarse patches + Chamfer-L1 of the fine patches
     fine: Tensor  # Chamfer-L1 of the fine patches
-    kl: Tensor  # KL(uniform || mean code distribution of a cloud)
-    perplexity: Tensor  # exp(entropy) of the batch's most likely codes, between 1 and num_codes
+    kl: Tensor  # KL(uniform || a cloud's mean code distribution), averaged over clouds
+    # exp(entropy) of how often each code is the most likely one in the batch, 1 to num_codes
+    perplexity: Tensor
 
 
 class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
-    """Discrete variational autoencoder of patches. `features` computes the tokens that 3D-JEPA
-    predicts.
+    """A discrete variational autoencoder of patches. Its method `features` computes the tokens that
+    3D-JEPA predicts.
 
     backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for no ViT.
-    expected_code: whether `features` represents a patch by the mean of all codes, softmax(logits) @
+    expected_code: whether `features` represents a patch by its expected code, softmax(logits) @
     codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
     Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # if an older config.json lacks it
+    BEFORE: ClassVar = {"expected_code": False}  # for an older config.json, which lacks it
 
     def __init__(
         self,
@@ -172,8 +175,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.backbone = PromptedViT(backbone, width) if backbone else None
 
     def _logits(self, patches: Patches, centers: Centers) -> tuple[Tokens, Indices]:
-        """Compute the logits over codes B M num_codes, and the indices of each token's 4 nearest
-        tokens B M 4, itself included.
+        """Compute the logits over codes, B M num_codes, and the indices of the 4 tokens nearest to
+        each token, itself included: B M 4 (B M M if M is less than 4).
         """
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
         return self.to_logits(self.tokenizer(patches), neighbours), neighbours
@@ -183,8 +186,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Patches, centers: Centers, layers: int = 1) -> list[Tokens]:
-        """Compute the tokens that the dVAE gives as a teacher, without randomness: the output B M
-        width of the second DGCNN.
+        """Compute the tokens that 3D-JEPA predicts, without randomness: the output of the second
+        DGCNN, B M width.
 
         patches: B M K 3. centers: B M 3. layers: ignored, since a dVAE has only this one output for
         a teacher. Returns a list of one tensor, because other teachers return one tensor per layer.
@@ -204,7 +207,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         neighbours: Indices,
         generator: BatchGenerator | None = None,
     ) -> Tokens:
-        """Apply the ViT (if there is one) and then the second DGCNN to codebook vectors B M width."""
+        """Apply the ViT, if there is one, and then the second DGCNN to code vectors B M width."""
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
         return self.to_features(tokens, neighbours)
@@ -227,7 +230,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         """Compute the training loss for patches B M K 3 with centers B M 3.
 
         temperature: temperature of the Gumbel-softmax. kl_weight: weight of the KL term. generator:
-        source of the Gumbel noise and the prompts' dropout.
+        source of the Gumbel noise and of the dropout of the ViT's prompts.
         """
         logits, neighbours = self._logits(patches, centers)
         noise = uniform(generator, tuple(logits.shape), logits.device).clamp_(1e-7, 1 - 1e-7)

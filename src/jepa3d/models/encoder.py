@@ -1,4 +1,4 @@
-"""The point encoder: the network that every command trains or uses."""
+"""The point encoder: the network that is pretrained and then used for all tasks."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -31,17 +31,17 @@ class PointEncoder(
     """Encode point clouds with a light PointNet per patch and a plain pre-LN transformer.
 
     The defaults are the paper's encoder (21.8 M parameters); docs/settings.md explains every
-    argument. `save_pretrained(folder)` writes safetensors, which
+    argument. `save_pretrained(folder)` writes config.json and model.safetensors, which
     `PointEncoder.from_pretrained(folder or Hub id)` loads. Raises ValueError if `num_groups` or
-    `group_size` exceeds `num_points`.
+    `group_size` exceeds `num_points`, or if `embed_dim` is not a multiple of `num_heads`.
 
     >>> encoder = PointEncoder().eval()
     >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
     """
 
     keep_strays = False  # True: stray points are not removed (see frame.py)
-    upright = True  # True: clouds are z-up; False: a rotated cloud gets the same vector
-    # These values apply if an older config.json lacks the settings.
+    upright = True  # True: clouds must be z-up; False: they may be rotated (see `poses`)
+    # An older config.json lacks these settings; an encoder loaded from it has these values.
     BEFORE: ClassVar = {
         "qkv_bias": True,
         "standardised": False,
@@ -65,7 +65,7 @@ class PointEncoder(
         standardised: bool = False,
     ):
         super().__init__()
-        # The number of different points that a cloud needs.
+        # Every cloud must have at least this many different points.
         self.min_points = max(num_groups, group_size)
         if self.min_points > num_points:
             raise ValueError(
@@ -95,10 +95,10 @@ class PointEncoder(
     ) -> list[Float[Tensor, "*rest c"]]:
         """Run the transformer blocks.
 
-        tokens and position: B M C, or packed rows [n, C] with their `layout`. generator: source of
-        random numbers for drop-path, one number per cloud and branch. Returns `depth + 1` tensors
-        of the same shape: the tokens before the first block and after each block. The last tensor
-        is normalised.
+        tokens and position: B M C, or packed as rows [n, C] with the layout `layout` (layout.py).
+        generator: source of random numbers for drop-path, one number per cloud and residual branch.
+        Returns `depth + 1` tensors, each of the shape of `tokens`: the tokens before the first
+        block and after each block. The encoder's final norm is applied to the last of them only.
         """
         keep = None
         if self.training and self.drop_path > 0:
@@ -122,7 +122,8 @@ class PointEncoder(
     def visible(
         self, patches: Patches, centers: Centers, index: Int[Tensor, "b v"], layout: Ragged
     ) -> tuple[Rows, Rows]:
-        """Compute tokens and positions of the visible patches only, as packed rows [n, C].
+        """Compute tokens and embedded positions of the visible patches only; returns both packed as
+        rows [n, C].
 
         patches: B M K 3. centers: B M 3. index: B V, indices of the visible patches. layout: tells
         which entries of `index` are padding; padding is never encoded, so it does not influence
@@ -143,18 +144,19 @@ class PointEncoder(
     ) -> list[Tokens]:
         """Encode all patches (B M K 3) with centers B M 3.
 
-        layers: number of blocks. generator: source of random numbers for drop-path. Returns a list:
-        the tokens B M C after each of the last `layers` blocks.
+        layers: a number of blocks. generator: source of random numbers for drop-path. Returns a
+        list of `layers` tensors B M C: the tokens after each of the last `layers` blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
         ]
 
     def prepare(self, clouds: Clouds) -> Points:
-        """Convert clouds to the points that the encoder sees (see frame.py), without gradient.
+        """Convert clouds, given as for `embed`, to the points that the encoder sees (see frame.py),
+        without gradient.
 
-        Returns B num_points 3 on the encoder's device. Raises ValueError for NaN, a wrong shape, or
-        a cloud of fewer than `min_points` different points.
+        Returns B num_points 3 on the encoder's device. Raises ValueError for no clouds, NaN or
+        infinity, a wrong shape, or a cloud of fewer than `min_points` different points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
@@ -169,8 +171,9 @@ class PointEncoder(
         )
 
     def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
-        """Convert one cloud N 3 to the points that the encoder sees; returns a `Frame`, which also
-        holds the cloud's scale and position.
+        """Convert one cloud N 3 to the points that the encoder sees. Returns a `Frame`: these
+        points, and the position, scale and rotation that place the cloud in the encoder's
+        coordinates.
 
         min_points: number of different points that the cloud needs, by default the encoder's
         `min_points`. Raises ValueError as `prepare` does.
@@ -181,8 +184,8 @@ class PointEncoder(
         )
 
     def poses(self, prepared: Points) -> list[Points]:
-        """Rotate prepared clouds B N 3 to all poses whose vectors are averaged: one pose if
-        `upright`, else one for each rotation in `TURNS` (see frame.py).
+        """Return prepared clouds B N 3 in all poses whose vectors are averaged: only as they are if
+        `upright` is set, else rotated by each of the 12 rotations in `TURNS` (see frame.py).
         """
         return (
             [prepared]
@@ -191,7 +194,9 @@ class PointEncoder(
         )
 
     def vectors(self, prepared: Points, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Encode prepared clouds B N 3 to vectors B E; layer and pooling as for `embed`."""
+        """Encode prepared clouds B N 3 to vectors B E, averaged over the poses of each cloud; layer
+        and pooling as for `embed`.
+        """
         poses = self.poses(prepared)
         return torch.stack(
             [self.pool(self.states(pose)[0][layer], layer, pooling) for pose in poses]
@@ -222,15 +227,14 @@ class PointEncoder(
         return states[layer], centers
 
     def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Encode each cloud to one vector: the pooled tokens, standardised.
+        """Encode each cloud to one vector: its pooled tokens, standardised as in `standardise`.
 
         points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes; tensors or
         numpy arrays, in any unit of length. layer: as for `tokens`. pooling: "mean_max", "mean" or
         "max". Returns B E with E = 2C for "mean_max", else C.
 
         Call `.eval()` first, as `from_pretrained` does: in training mode a vector depends on the
-        rest of the batch. Raises ValueError for NaN, a wrong shape, or a cloud of fewer than
-        `min_points` different points.
+        rest of the batch. Raises ValueError as `prepare` does, and for an unknown pooling.
         """
         return self.vectors(self.prepare(points), layer, pooling)
 
@@ -240,7 +244,8 @@ class PointEncoder(
         """Copy the weights and BatchNorm statistics of another encoder.
 
         The statistics that `standardise_vectors` stored are not copied. Raises RuntimeError if the
-        sizes of the two encoders differ.
+        weights of the two encoders differ in names or shapes, or if this encoder itself has
+        statistics from `standardise_vectors`.
         """
         weights = {
             name: value
@@ -256,10 +261,10 @@ class PointEncoder(
         return self.standardise(pool(tokens, pooling), layer, pooling)
 
     def standardise(self, vectors: Vectors, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Standardise pooled tokens B E of block `layer`.
+        """Standardise vectors B E, which were pooled from the tokens of block `layer`.
 
-        Returns the vectors unchanged if `layer` is not the last block, or if the encoder has no
-        statistics of vectors (see `standardise_vectors`).
+        The mean and standard deviation are those that `standardise_vectors` stored. If the encoder
+        has none, or if `layer` is not the last block, the vectors are returned unchanged.
         """
         if self.vector_mean is None or self.vector_std is None or layer not in (-1, self.depth):
             return vectors
@@ -280,8 +285,9 @@ def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
-    """Pool tokens B M C to one vector per cloud (B 2C or B C). Raises ValueError for an unknown
-    pooling.
+    """Pool tokens B M C to one vector per cloud: B 2C for "mean_max", B C for "mean" and "max".
+
+    Raises ValueError for an unknown pooling.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling {pooling!r} is unknown: use {', '.join(POOLINGS)}")
@@ -291,11 +297,12 @@ def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
 
 @torch.no_grad()
 def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int = 128) -> None:
-    """Set the running statistics of every BatchNorm to the statistics over clouds `points` (n N 3),
-    averaged over batches.
+    """Compute the running statistics of every BatchNorm anew from the n clouds `points` (n N 3).
 
-    A randomly initialised encoder has no statistics yet, and without statistics it would be too
-    weak as a baseline.
+    The result is the mean of the statistics of all batches of `batch_size` clouds.
+
+    A randomly initialised encoder has no statistics yet. Without them it would be too weak as a
+    baseline.
     """
     norms = [module for module in encoder.modules() if isinstance(module, BatchNorm)]
     momenta, was_training = [norm.momentum for norm in norms], encoder.training
@@ -314,11 +321,11 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int =
 
 @torch.no_grad()
 def standardise_vectors(encoder: PointEncoder, points: Points, batch_size: int = 64) -> None:
-    """Make the encoder standardise its vectors: over `points` (n N 3) each channel then has mean 0
-    and standard deviation 1.
+    """Make the encoder standardise its vectors, so that over the n clouds `points` (n N 3) each
+    channel has mean 0 and standard deviation 1.
 
-    Otherwise the similarity of vectors would mostly depend on a few channels of large variance and
-    on the mean of all vectors.
+    Without this, the similarity of two vectors would mostly depend on a few channels of large
+    variance and on the mean of all vectors.
     """
     encoder.vector_mean = encoder.vector_std = None
     vectors = torch.cat([encoder.embed(batch).cpu() for batch in points.split(batch_size)]).double()

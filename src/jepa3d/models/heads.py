@@ -22,9 +22,9 @@ class Classifier(
 ):
     """Classify clouds with an MLP on [class token ; maximum over tokens], as in Point-MAE and ACT.
 
-    The MLP's layers have the widths 256, 256 and the number of classes, with BatchNorm, ReLU and
-    dropout. encoder: arguments of `PointEncoder`. The class token and its position are not
-    pretrained.
+    The MLP has two hidden layers of width 256, each with BatchNorm, ReLU and dropout, and a linear
+    layer to the classes. encoder: arguments of `PointEncoder`. The class token and its position are
+    not pretrained.
 
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
@@ -65,7 +65,10 @@ class Classifier(
         )[-1]
 
     def predict(self, points: Clouds) -> Vectors:
-        """Compute logits [B, classes] of clouds; input and errors as for `PointEncoder.embed`."""
+        """Compute logits [B, classes] of clouds, which are given as for `PointEncoder.embed`.
+
+        Raises ValueError as `PointEncoder.prepare` does.
+        """
         return self(self.encoder.prepare(points))
 
 
@@ -74,7 +77,7 @@ class LinearClassifier(
 ):
     """Classify clouds with a linear head on the encoder's vectors.
 
-    The head is fitted by `jepa3d label`, and at the start of head-first fine-tuning
+    Such a head is fitted by `jepa3d label`, and at the start of head-first fine-tuning
     (training/finetune.py). encoder: arguments of `PointEncoder`. layer and pooling: as for
     `PointEncoder.embed`. least_likeness: a cloud is unknown if the cosine between its standardised
     vector and the nearest class mean is lower than least_likeness (see inference/label.py); with
@@ -121,14 +124,17 @@ class LinearClassifier(
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
     def unknown(self, vectors: Vectors) -> Bool[Tensor, " b"]:
-        """Return a mask B, True for vectors (B E) that resemble no class."""
+        """Return a mask B, True for vectors (B E) of unknown clouds (see `least_likeness`)."""
         if self.least_likeness <= -1:
             return torch.zeros(len(vectors), dtype=torch.bool)
         likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
         return likeness.amax(-1) < self.least_likeness
 
     def predict(self, points: Clouds) -> Vectors:
-        """Compute logits [B, classes] of clouds; input and errors as for `PointEncoder.embed`."""
+        """Compute logits [B, classes] of clouds, which are given as for `PointEncoder.embed`.
+
+        Raises ValueError as `PointEncoder.prepare` does.
+        """
         return self(self.encoder.prepare(points))
 
 
@@ -141,12 +147,12 @@ class Segmenter(
     """Predict a part for every point of a cloud whose category is known, as in Point-MAE.
 
     encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
-    three blocks whose tokens are used. The head is an MLP (widths 512, 256 and the number of
-    parts). For each point, the head sees the coordinates, the tokens interpolated from the three
-    nearest centres, and a vector of the whole shape: max and mean of the tokens, and the category.
-    The MLP's first layer is applied to the tokens before interpolation. This layer and the
-    interpolation are linear, so the result is the same, but the layer runs on M tokens instead of N
-    points.
+    numbers of the three blocks whose tokens are used. The head is an MLP with layers of widths 512,
+    256 and the number of parts. For each point, the head sees the point's coordinates, the tokens
+    of the three nearest centres, interpolated to the point, and a vector of the whole shape: max
+    and mean of the tokens, and an embedding of the category. The MLP's first layer is applied to
+    the tokens before they are interpolated. Interpolation and the matrix of this layer are linear,
+    so the result is the same, but the layer runs on M tokens instead of N points.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
@@ -179,7 +185,7 @@ class Segmenter(
     ) -> Tokens:
         """Compute logits [B, N, parts] of clouds B N 3 in the unit sphere.
 
-        labels: the clouds' categories, B. generator: source of all random draws.
+        labels: the clouds' category numbers, B. generator: source of all random draws.
         """
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
@@ -191,11 +197,11 @@ class Segmenter(
         labels: Int[Tensor, " b"],
         generator: BatchGenerator | None = None,
     ) -> Float[Tensor, "b n parts"]:
-        """Compute logits [B, Q, parts] of any points `at` (B Q 3), which need not be points of the
-        encoded clouds but use the same coordinates.
+        """Compute logits [B, Q, parts] of the points `at` (B Q 3). They need not be points of the
+        encoded clouds, but must be given in the encoder's coordinates too.
 
-        tokens and centers: as `encode` returns them. labels: the clouds' categories, B. generator:
-        source of the dropout.
+        tokens and centers: as `encode` returns them. labels: the clouds' category numbers, B.
+        generator: source of the dropout.
         """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
         category = self.category(F.one_hot(labels, len(self.class_names)).to(tokens))
@@ -230,7 +236,9 @@ class Segmenter(
 
 
 def thirds(depth: int) -> tuple[int, int, int]:
-    """Return the number of the last block in each third of an encoder: 4, 8 and 12 for depth 12."""
+    """Return the number of the last block in each third of an encoder's blocks: 4, 8 and 12 for
+    depth 12.
+    """
     return max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth
 
 
@@ -267,6 +275,8 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
-    """Group points B N 3 into patches; with a generator, the first patch centre is random."""
+    """Group points B N 3 into patches. With a generator the first patch centre is random, otherwise
+    the point farthest from the centroid.
+    """
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -1,4 +1,6 @@
-"""Save and load networks: a folder or Hub repository with config.json and model.safetensors."""
+"""Save and load networks, each stored as config.json and model.safetensors in a folder or in a
+repository of the Hugging Face Hub.
+"""
 
 import hashlib
 import http.client
@@ -21,10 +23,12 @@ from torch import Tensor, nn
 
 from jepa3d.plain import nearest
 
-DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder in the package
+DEFAULT = Path(__file__).parents[1] / "weights"  # the encoder that comes with the package
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _DOWNLOAD = ("revision", "cache_dir", "force_download", "token", "local_files_only")
-_REACHED_WITHIN = 5  # seconds to wait; the Hub's client would retry for 30 seconds
+# How many seconds to wait for an answer of the Hub. Without this limit, the Hub's client would
+# retry for 30 seconds.
+_REACHED_WITHIN = 5
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
@@ -42,7 +46,7 @@ def load_file(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     A file without a checksum (from version 0.1.0 or other software) is accepted. Raises
-    ValueError, which names the file, if the file is missing or damaged.
+    ValueError, which names the file, if the file is missing, cannot be read or is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -71,19 +75,19 @@ class Pretrained(nn.Module, ModelHubMixin):
     """Base class of networks with `save_pretrained(folder)`, `from_pretrained(folder or Hub id)`
     and `push_to_hub`.
 
-    The arguments of `__init__` are stored in config.json and must be plain values. Loading fails
-    unless every weight has the expected name and shape.
+    The arguments of `__init__` are stored in config.json, so they must be values that JSON can
+    hold. Loading fails unless every weight has the expected name and shape and is finite.
     """
 
     # PARTS maps each argument that holds the settings of another network to the class of that
-    # network; these settings are checked when a network is loaded. BEFORE: values for arguments
-    # that an older config.json lacks.
+    # network; these settings are checked when a network is loaded. BEFORE holds the values of
+    # arguments that an older config.json lacks.
     PARTS: ClassVar[dict[str, type]] = {}
     BEFORE: ClassVar[dict[str, Any]] = {}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # All settings of an inner network are stored, since a missing setting would be read as its
-        # value in `BEFORE`.
+        # All settings of the networks in PARTS are stored: when config.json is read, a missing
+        # setting gets its value in BEFORE, which may not be the value that this network has.
         for name in self.PARTS:
             part = vars(getattr(self, name))["_hub_mixin_config"]
             vars(self)["_hub_mixin_config"][name] = part
@@ -93,8 +97,9 @@ class Pretrained(nn.Module, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
-        """Load a network from a folder of `save_pretrained` or a Hub repository, in evaluation
-        mode.
+        """Load a network from a folder that `save_pretrained` wrote, or from a Hub repository.
+
+        The network is returned in evaluation mode.
 
         options: revision, cache_dir, force_download, token and local_files_only are passed to the
         Hub's download; all other options override settings in config.json. Raises ValueError, which
@@ -133,7 +138,7 @@ def _arguments(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Complete the settings of an older config.json: arguments missing there get their value in
+    """Complete the settings of an older config.json: an argument that it lacks gets its value in
     `cls.BEFORE`.
     """
     complete = cls.BEFORE | settings
@@ -144,10 +149,12 @@ def _with_defaults(cls: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
-    """Check settings against the arguments of a class, and of the classes in `cls.PARTS`.
+    """Check that settings fit the arguments of a class, and that the settings of its inner networks
+    fit the arguments of their classes (`cls.PARTS`).
 
-    begin: first words of an error message. Raises ValueError if an argument is missing (the first
-    argument is always required), unknown or of the wrong type, or if an integer is not positive.
+    begin: first words of an error message. Raises ValueError if an argument is missing, unknown or
+    of the wrong type, or if an integer other than `layer` is not positive. The first argument must
+    be present even if it has a default; other arguments with a default may be absent.
     """
     arguments = _arguments(cls)
     needed = [name for name, value in arguments.items() if value.default is value.empty]
@@ -190,7 +197,8 @@ def first_line(error: BaseException) -> str:
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read the settings in a folder's config.json.
 
-    Raises ValueError, which names the file, if the file is missing or damaged.
+    Raises ValueError, which names the file, if the file is missing, cannot be read or is not a JSON
+    object.
     """
     file = folder / "config.json"
     try:
@@ -209,11 +217,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
-    """Return True if `model` is an existing folder or file, False if it can only be a Hub id
-    (owner/name).
+    """Return True if `model` is an existing folder or file, False if it does not exist here but has
+    the form of a Hub id (owner/name).
 
-    Raises ValueError for any other name; the message suggests the most similar name in `known` or
-    among the neighbouring folders.
+    Raises ValueError for any other name. If a name in `known` or a folder beside `model` has a
+    similar name, the message suggests the most similar one.
     """
     if Path(model).exists():
         return True
@@ -224,8 +232,8 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
-    """Return the text `; did you mean ...?` if a folder beside `path` or a name in `known` is
-    similar, else an empty text.
+    """Return the text `; did you mean ...?` if a folder beside `path` or a name in `known` has a
+    name similar to that of `path`, else an empty text.
     """
     neighbours = path.parent.iterdir() if path.parent.is_dir() else ()
     names = [folder.name for folder in neighbours if folder.is_dir()]
@@ -236,11 +244,12 @@ def similar(path: Path, known: Iterable[str] = ()) -> str:
 
 
 def local_folder(model: str | Path, **options: Any) -> Path:
-    """Return the folder `model`, or the local copy of the Hub repository with this id.
+    """Return the folder `model`, or the local copy of the Hub repository with the id `model`.
 
-    The Hub is contacted only for names like owner/name; if the Hub does not answer within seconds,
-    an earlier download is used. options: arguments of `hf_hub_download`. Raises ValueError if there
-    is no such folder or repository.
+    The Hub is contacted only if there is no such folder and `model` has the form owner/name. If the
+    Hub does not answer within 5 seconds, or in offline mode, an earlier download is used. options:
+    arguments of `hf_hub_download`. Raises ValueError if `model` is a file, if there is no such
+    folder, repository or earlier download, or if the repository lacks a file of a network.
     """
     if check_name(model):
         if Path(model).is_dir():
@@ -266,7 +275,11 @@ def local_folder(model: str | Path, **options: Any) -> Path:
 
 
 def _unreachable() -> str:
-    """Return the reason why the Hub cannot be reached; empty if it answers."""
+    """Return the reason why the Hub cannot be reached.
+
+    The text is empty if the Hub answers, even if it answers with an error. The text is also empty
+    after an SSL error, so that the download is tried all the same.
+    """
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_REACHED_WITHIN).close()

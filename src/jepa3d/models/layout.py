@@ -1,7 +1,8 @@
 """Layouts pack token sequences of different lengths as rows, so that only attention needs padding.
 
 The contexts of a batch (the visible tokens of each cloud) differ in length. If linear layers worked
-on padding too, a third of the student's work would be wasted. A layout converts rows [n, C] to
+on padding too, a third of the work of encoder and decoder would be wasted. So the tokens of all
+clouds are stored one after another as rows [n, C], without padding. A layout converts these rows to
 padded sequences and back. Its `mask` is False at padding, or None if there is no padding.
 """
 
@@ -14,8 +15,9 @@ from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
 class Ragged:
     """Layout with one sequence per cloud.
 
-    mask: B V; the True entries of each cloud come first. num_rows: the number n of True entries; it
-    is an argument because counting the entries on a GPU would make the CPU wait.
+    mask: B V, True at tokens and False at padding, which must come after a cloud's tokens.
+    num_rows: the number n of True entries; it is an argument because counting the entries on a GPU
+    would make the CPU wait.
     """
 
     def __init__(self, mask: Bool[Tensor, "b v"], num_rows: int):
@@ -50,10 +52,10 @@ class Joint:
     """Layout of [context ; mask tokens] for P decoder passes per cloud.
 
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
-    or all its target blocks. The rows of all contexts come first, then B * P * T mask tokens. Each
-    context occurs once if all passes share it, else once per pass; rows without any context are
-    possible too. context: layout of the contexts. passes: P. length: number of mask tokens per
-    pass, T.
+    or all its target blocks. The rows of the contexts come first, then those of B * P * T mask
+    tokens. The rows hold one copy of each context, which all passes share, or one copy per pass, or
+    no contexts at all. context: layout of the contexts. passes: P. length: number of mask tokens
+    per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):
@@ -76,7 +78,9 @@ class Joint:
         return torch.cat([head.expand(-1, self.passes, -1, -1), tail], 2)
 
     def pack(self, sequences: Blocks) -> Rows:
-        """Convert sequences to rows, the inverse of `pad`; contexts occur once per pass."""
+        """Convert sequences, as `pad` returns them, to rows. If the sequences have contexts, the
+        rows have one copy of each context per pass.
+        """
         if sequences.shape[2] == self.length:
             return sequences.flatten(0, 2)
         head, tail = sequences.split([self.context.longest, self.length], 2)
@@ -94,7 +98,9 @@ class Joint:
         return torch.cat([head.repeat(self.passes, 1), tail])
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the values of each cloud (B C) for each of its rows; returns [n, C]."""
+        """Repeat the values of each cloud (B C) for each of its rows, with one copy of each context
+        per pass; returns [n, C].
+        """
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))
 

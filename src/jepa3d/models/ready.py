@@ -39,10 +39,10 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """Load the fine-tuned network in a folder of a run or network; if there is none, load the
-    encoder as `load` does.
+    """Load a fine-tuned network if `model` is the folder of one, or of a run that made one;
+    otherwise load an encoder as `load` does.
 
-    Raises ValueError if there is no encoder either.
+    Raises ValueError if neither can be loaded.
     """
     folder = _network_folder(Path(model))
     if (folder / "config.json").is_file() and "class_names" in read_settings(folder):
@@ -77,13 +77,14 @@ def _network_folder(run: Path) -> Path:
 def fingerprint(encoder: PointEncoder) -> str:
     """Compute a hash (16 hexadecimal digits) of an encoder's settings and weights.
 
-    Encoders with equal fingerprints give equal vectors.
+    Encoders with equal fingerprints give equal vectors if their attributes `upright` and
+    `keep_strays` are equal too; these two attributes are not stored in config.json.
     """
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
-    # The settings in BEFORE are omitted, so that older encoders, whose config.json lacks these
-    # settings, keep their fingerprints. The settings still count, since they change the names of
-    # the weights, which are hashed below.
+    # The settings in BEFORE are not hashed here, so that older encoders, whose config.json lacks
+    # these settings, keep their fingerprints. They still change the fingerprint, since they decide
+    # which weights exist, and the names of all weights are hashed below.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

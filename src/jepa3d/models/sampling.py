@@ -2,8 +2,8 @@
 
 A sampler takes token centres and a random generator. Tokens are chosen separately for each cloud of
 a batch, but the sizes of blocks are chosen once per batch, so that targets need no padding. Context
-and targets never share a token. Contexts differ in length: padded entries of `context` repeat a
-token of the same context and are False in `mask`.
+and targets never share a token. Contexts differ in length and are padded: a padding entry repeats a
+token of the same context and is False in `mask`.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20  # how often a cloud with too small a context is sampled again
+_REDRAWS = 20  # how many times at most a cloud with too small a context is sampled again
 
 Generator = torch.Generator | BatchGenerator
 
@@ -31,7 +31,8 @@ class TokenSample(NamedTuple):
     context: Tensor  # B V, token indices
     mask: Tensor  # B V, False at padding
     target: Tensor  # B A T, token indices
-    num_context: int  # number of True entries in `mask`; an int, so no step waits for the GPU
+    # Number of True entries in `mask`; an int, so that the CPU need not wait for the GPU's count.
+    num_context: int
 
     def layout(self) -> Ragged:
         """Return the layout that packs the batch's contexts as rows [num_context, C]."""
@@ -39,7 +40,7 @@ class TokenSample(NamedTuple):
 
 
 def check_sample(sample: TokenSample) -> None:
-    """Check what a user's sampler returned.
+    """Check what a sampler returned; users can write their own samplers.
 
     Raises ValueError if the context of a cloud contains a token of the cloud's targets, or if
     `num_context` is wrong.
@@ -68,9 +69,10 @@ def multi_block(
     farthest-point samples of the token centres, so that target blocks overlap little; the centre of
     the context block is a random token. centers: B M 3. generator: source of all random draws.
     num_targets: target blocks per cloud. target_ratio, context_ratio: lowest and highest size of a
-    target block and of the context block, as shares of the M tokens. min_context: a cloud whose
-    context has fewer tokens is sampled again. Raises ValueError if a context is still too small
-    after 20 redraws, or if num_targets exceeds M.
+    target block and of the context block (before target tokens are removed), as shares of the M
+    tokens. min_context: a cloud whose context has fewer tokens is sampled again. Raises ValueError
+    if a context is still too small after 20 redraws, if num_targets exceeds M, or for a ratio
+    outside 0 < low <= high <= 1.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -88,8 +90,10 @@ def multi_block(
 
 
 def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """Sample int(mask_ratio * M) random tokens as the target; all other tokens are the context
-    (random masking, the paper's Table IV).
+    """Sample int(mask_ratio * M) random tokens, but at least one, as the target; all other tokens
+    are the context (random masking, the paper's Table IV).
+
+    Raises ValueError unless 0 < mask_ratio < 1.
     """
     order = uniform(generator, centers.shape[:2], centers.device).argsort(1)
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
@@ -97,8 +101,11 @@ def random(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> 
 
 
 def one_block(centers: Centers, generator: Generator, mask_ratio: float = 0.25) -> TokenSample:
-    """Sample one block of int(mask_ratio * M) neighbouring tokens as the target; all other tokens
-    are the context (one-block masking, the paper's Table IV).
+    """Sample one block of int(mask_ratio * M) tokens, but at least one, as the target: the tokens
+    nearest to a random token. All other tokens are the context (one-block masking, the paper's
+    Table IV).
+
+    Raises ValueError unless 0 < mask_ratio < 1.
     """
     size = max(1, int(_fraction((mask_ratio, mask_ratio), None) * centers.shape[1]))
     start = _random_token(centers, generator)
@@ -113,14 +120,16 @@ def sequence(
     context_ratio: tuple[float, float] = (0.4, 0.75),
     min_context: int = 4,
 ) -> TokenSample:
-    """Sample spans of consecutive tokens of a greedy walk through the cloud: Point-JEPA's sampler
-    (Saito et al. 2024, section 3.2).
+    """Sample targets and context as spans of consecutive tokens on a greedy walk through the cloud:
+    Point-JEPA's sampler (Saito et al. 2024, section 3.2).
 
-    The walk starts at the token with the smallest coordinate sum and always goes to the nearest
-    token not yet visited. Each target is a span of int(target_ratio * M) tokens. Then the tokens of
-    all targets are removed from the walk, and the context is a span of int(context_ratio * R) of
-    the R remaining tokens; so a context may lie on both sides of a target. The ratios are sampled
-    once per batch. Arguments as for `multi_block`.
+    The walk starts at the token whose coordinates have the smallest sum, and always goes to the
+    nearest token not yet visited. Each target is a span of int(target_ratio * M) tokens at a random
+    place of the walk. Then the tokens of all targets are removed from the walk, and the context is
+    a span of int(context_ratio * R) of the R remaining tokens; so a context may lie on both sides
+    of a target. Each of the two ratios is drawn once per batch, between its low and high value.
+    Arguments as for `multi_block`. Raises ValueError if a context is still too small after 20
+    redraws, or for a ratio outside 0 < low <= high <= 1.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -132,7 +141,7 @@ def sequence(
             uniform(generator, (batch, num_targets), centers.device) * (num_tokens - size + 1)
         ).long()
         places = (start[..., None] + torch.arange(size, device=centers.device)).flatten(1)
-        left = ~_membership(places, num_tokens)  # True: in no target; in the walk's order
+        left = ~_membership(places, num_tokens)  # True at tokens of no target, in the walk's order
         count = left.sum(1, keepdim=True)
         length = (share * count).long().clamp_min(1)
         first = (uniform(generator, (batch, 1), centers.device) * (count - length + 1)).long()
@@ -148,9 +157,8 @@ def sequence(
 def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[Tensor, ""]:
     """Compute the share of the context's points that also lie in a target patch.
 
-    patches: point indices B M K. Context and targets share no token, but neighbouring patches
-    overlap: the share measures how much of the targets the context reveals. Returns a scalar
-    tensor.
+    patches: point indices B M K. Context and targets share no token, but their patches share points
+    where they overlap, and these points reveal a part of the targets. Returns a scalar tensor.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
@@ -161,7 +169,10 @@ def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[T
 
 
 def _fraction(ratio: tuple[float, float], generator: Generator | None) -> float:
-    """Draw one fraction in [low, high] for the whole batch."""
+    """Draw one fraction in [low, high] for the whole batch.
+
+    Raises ValueError unless 0 < low <= high <= 1.
+    """
     low, high = ratio
     if not 0 < low <= high <= 1:
         raise ValueError(f"a ratio {ratio} must satisfy 0 < low <= high <= 1")
@@ -175,12 +186,12 @@ def _random_token(centers: Centers, generator: Generator) -> Float[Tensor, "b 1 
 
 
 def _balls(centers: Centers, around: Float[Tensor, "b a 3"], size: int) -> Int[Tensor, "b a t"]:
-    """Find the `size` tokens nearest to each point of `around` (B A 3), as indices B A size."""
+    """Find the `size` tokens nearest to each point of `around` (B A 3); returns indices B A T."""
     return squared_distance(around, centers).topk(size, largest=False).indices
 
 
 def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
-    """Return a mask B M that is True at the tokens whose numbers are in index (B ...)."""
+    """Return a mask B M that is True at the tokens whose indices are in `index` (B ...)."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
@@ -201,7 +212,10 @@ def _compact(
 
 
 def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
-    """Return a sample with one target block (indices B T) and all other tokens as context."""
+    """Return a sample with one target block (indices B T) and all other tokens as context.
+
+    Raises ValueError if all tokens are targets.
+    """
     batch, size = target.shape
     if size >= num_tokens:
         raise ValueError(f"mask_ratio leaves no context: all {num_tokens} tokens are targets")
@@ -215,13 +229,13 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
     """Call `draw` until every context has at least `min_context` tokens.
 
     draw: a function that returns a mask B M of the context tokens, and the target indices B A T.
-    Only clouds with too few context tokens take the result of a repeated call. Raises ValueError
-    after `_REDRAWS` redraws.
+    Only clouds with too few context tokens take the result of a repeated call. Raises ValueError if
+    a context is still too small after `_REDRAWS` repeated calls.
     """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
         lengths = context.sum(1)
-        counts = lengths.tolist()  # the only place in a step where the CPU waits for the GPU
+        counts = lengths.tolist()  # here the CPU waits for the GPU, once per draw
         if min(counts) >= min_context:
             return TokenSample(*_compact(context, counts), target, sum(counts))
         if attempt < _REDRAWS:

@@ -1,5 +1,5 @@
-"""Teachers compute the tokens that the student predicts, with frozen networks, a moving average of
-the student, or both.
+"""Teachers compute the tokens that the student (the encoder in training) learns to predict. A
+teacher consists of frozen networks, of a moving average of the student, or of both.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ from jepa3d.shapes import Centers, Float, Patches, Rows, Tokens
 
 
 class Teacher(nn.Module):
-    """Compute target tokens, without randomness, with one or several networks.
+    """Compute target tokens with one or several networks, without randomness.
 
     networks: each has a method `features(patches, centers, layers)` and an attribute `width`. All
-    networks see all tokens, get no gradient and stay in evaluation mode; their tokens are
-    concatenated along the channels. norm: see `normalise`. layers: the normalised outputs of each
-    network's last `layers` blocks are averaged (data2vec). average: index of the network that is a
-    moving average of the student, which `ema_update` changes after every step; all other networks
-    are frozen.
+    networks see all patches, get no gradient and stay in evaluation mode; their tokens are
+    concatenated along the channels. norm: see `normalise`. layers: the outputs of each network's
+    last `layers` blocks are normalised and then averaged (data2vec). average: index of the network
+    that is a moving average of the student and is changed by `ema_update` after every step, or None
+    if there is no such network. All other networks are frozen.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Teacher(nn.Module):
         """Compute the target tokens B M width of all patches (B M K 3) with centers B M 3."""
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
-            # The dVAE runs in float32, since rounding could change its most likely codes.
+            # The dVAE always runs in float32, since rounding could change its most likely codes.
             exact = isinstance(network, DVAE)
             with torch.autocast(patches.device.type, enabled=False) if exact else nullcontext():
                 states = network.features(patches.float(), centers.float(), self.layers)
@@ -61,11 +61,11 @@ class Teacher(nn.Module):
 
 
 def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*rest c"]:
-    """Normalise tokens B M C.
+    """Normalise tokens (..., C).
 
     norm: "none" changes nothing; "layernorm" normalises each token; "center" subtracts each
-    channel's mean over all tokens of the batch; "standardize" also divides by each channel's
-    standard deviation.
+    channel's mean over all tokens of the batch, in all processes; "standardize" also divides by
+    each channel's standard deviation.
     """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])
@@ -76,8 +76,8 @@ def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*re
 
 
 def batch_moments(rows: Rows) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Compute mean [C] and variance [C] over the rows [n, C] of all processes (n must be the same
-    in all processes).
+    """Compute mean [C] and variance [C] over the rows [n, C] of all processes. All processes must
+    have the same number of rows.
     """
     mean = _over_processes(rows.mean(0))
     return mean, _over_processes((rows - mean).square().mean(0))
@@ -93,10 +93,10 @@ def _over_processes(mean: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
-    """Update the teacher's moving average:
+    """Update the teacher's moving average of the network `student`:
     average <- momentum * average + (1 - momentum) * student.
 
-    BatchNorm statistics are copied from the student.
+    BatchNorm statistics are copied from `student`.
     """
     assert teacher.average is not None
     average = teacher.networks[teacher.average]
@@ -107,11 +107,12 @@ def ema_update(teacher: Teacher, student: nn.Module, momentum: float) -> None:
 
 
 def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
-    """Load a network from a path: a run, a folder written by `save_pretrained`, or a Hub id;
-    "default" is the encoder in the package.
+    """Load an encoder or a dVAE.
 
-    known: other valid values of the setting, which the error message for a misspelt value may
-    suggest. Raises ValueError if no network can be loaded.
+    path: the folder of a run, a folder written by `save_pretrained`, a Hub id, or "default" for the
+    encoder that comes with the package. known: other values that are valid where the user gave
+    `path`; the error message for a misspelt value may suggest one of them. Raises ValueError if no
+    network can be loaded.
     """
     if path == "default":
         path = str(DEFAULT)

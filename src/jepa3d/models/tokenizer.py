@@ -43,7 +43,7 @@ def group(
 
 
 def groups_at(points: Points, centers: Int[Tensor, "b m"], index: Int[Tensor, "b m k"]) -> Groups:
-    """Group points B N 3 into patches whose centres and points are known.
+    """Group points B N 3 into patches whose centres and points were chosen before.
 
     centers: indices of the centres, B M. index: indices of each patch's points, B M K.
     """
@@ -52,8 +52,8 @@ def groups_at(points: Points, centers: Int[Tensor, "b m"], index: Int[Tensor, "b
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over rows [n, C] with statistics over all processes (torch's SyncBatchNorm does not
-    run on a CPU).
+    """BatchNorm over rows [n, C]. In training it computes statistics over the rows of all
+    processes. (Torch's SyncBatchNorm does this too, but does not run on a CPU.)
 
     Each process is weighted by its number of rows, so the result equals that of one process with
     all rows. If `synchronised` is False, each process uses only its own rows.
@@ -87,7 +87,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Fold this BatchNorm, in evaluation mode, into the linear layer before it.
 
         weight, bias: those of the linear layer. Returns the weight and bias of one linear layer
-        that does the work of both.
+        that replaces both layers.
         """
         assert self.running_mean is not None
         assert self.running_var is not None
@@ -99,14 +99,15 @@ class PatchTokenizer(nn.Module):
     """The light PointNet of Point-BERT, which encodes a patch as a token.
 
     Every point goes through two layers of widths 3 -> w (BN, ReLU) -> 2w. The maximum over the
-    patch is then joined to every point, and two more layers follow: 4w -> 4w (BN, ReLU) -> C. The
-    maximum of the outputs over the patch is the token. embed_dim: C. hidden_dim: w.
+    patch is then joined to the features of every point, and two more layers follow: 4w -> 4w (BN,
+    ReLU) -> C. The maximum of their outputs over the patch is the token. embed_dim: C. hidden_dim:
+    w.
 
-    Three exact rewrites halve the cost; the weights keep the standard layout. (1) If g is the
-    joined maximum and [Wg Wx] the matrix of `linear3`, the output of this layer is Wg g + Wx x; so
-    Wg g is computed once per patch instead of once per point. (2) No nonlinearity lies between
-    `linear2` (matrix W2) and Wx, so one matrix, Wx W2, replaces both. (3) Biases are added after
-    the maximum instead of before.
+    Three exact rewrites halve the cost; the stored weights are the same as without them. (1) Let x
+    be the features of a point, g the joined maximum and [Wg Wx] the matrix of `linear3`. Then
+    `linear3` computes Wg g + Wx x, so Wg g is computed once per patch instead of once per point.
+    (2) No nonlinearity lies between `linear2` (matrix W2) and Wx, so one matrix, Wx W2, replaces
+    both. (3) The biases of `linear2` and `linear4` are added after the maximum instead of before.
     """
 
     def __init__(self, embed_dim: int, hidden_dim: int = 128):
@@ -123,7 +124,7 @@ class PatchTokenizer(nn.Module):
         lead, size = patches.shape[:-2], patches.shape[-2]
         first = (self.linear1.weight, self.linear1.bias)
         second = (self.linear3.weight, self.linear3.bias)
-        # In evaluation mode, each norm is folded into the linear layer before it.
+        # In evaluation mode, each BatchNorm is folded into the linear layer before it.
         if not self.norm1.training:
             first = self.norm1.fold_into_linear(*first)
             second = self.norm3.fold_into_linear(*second)

@@ -12,10 +12,11 @@ from jepa3d.shapes import Float
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries B Q C over keys B S C.
+    """Multi-head attention of queries, made from tokens B Q C, to keys and values, made from tokens
+    B S C.
 
-    Either input may also be packed rows [n, C] together with their layout. Raises ValueError if
-    `dim` is not a multiple of `num_heads`.
+    Both inputs may also be packed as rows [n, C] (see layout.py). Raises ValueError if `dim` is not
+    a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
@@ -30,8 +31,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, queries: Layout | None = None, keys: Layout | None = None
     ) -> Tensor:
-        """Attend from x (queries) to context (keys and values). x may be packed rows with the
-        layout `queries`; context may be packed rows with the layout `keys`.
+        """Attend from x, which gives the queries, to context, which gives keys and values.
+
+        queries: layout of x if x is packed as rows. keys: layout of context if context is packed as
+        rows. Returns tokens in the form of x.
         """
         query, key_value, mask = self.query(x), self.key_value(context), None
         if queries:
@@ -53,8 +56,8 @@ class Attention(nn.Module):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Compute attention with torch's kernel; the mask is False at keys that are ignored."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        # On a CPU, torch's bf16 kernel takes three to eight times as long as its fp32 kernel for
-        # the gradient, so the inputs are converted to fp32.
+        # On a CPU, torch's bf16 kernel takes three to eight times as long to compute the gradient
+        # as its fp32 kernel, so the inputs are converted to fp32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(
                 query.float(), key.float(), value.float(), attn_mask=mask
@@ -63,7 +66,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
 
 
 class Mlp(nn.Sequential):
-    """Two linear layers with GELU between; the hidden width is dim * ratio."""
+    """Two linear layers with a GELU between them; the hidden width is dim * ratio."""
 
     def __init__(self, dim: int, ratio: float):
         hidden = int(dim * ratio)
@@ -73,8 +76,9 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """A transformer block: self-attention and MLP, each pre-normalised and residual.
 
-    `forward` takes tokens B M C, or packed rows [n, C] with their layout. keep: factors on the
-    outputs of the two branches (see `drop_path_scales`), [B, 1, 2] per cloud or [n, 2] per row.
+    `forward` takes tokens B M C, or rows [n, C] together with their layout (see layout.py). Its
+    argument `keep` holds factors for the outputs of the two residual branches (see
+    `drop_path_scales`): [B, 1, 2] for tokens B M C, [n, 2] for rows.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
@@ -97,10 +101,10 @@ def drop_path_scales(
     rate: float, batch: int, depth: int, generator: BatchGenerator | None, like: Tensor
 ):
     """Choose at random which residual branches are dropped (stochastic depth, Huang et al. 2016);
-    returns factors on the branches' outputs, [batch, depth, 2].
+    returns factors for the branches' outputs, [batch, depth, 2].
 
-    A factor is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly with
-    depth, from 0 to `rate`. like: a tensor of the wanted device and dtype.
+    A factor is 0 for a dropped branch, else 1 / (1 - drop rate). The drop rate rises linearly from
+    0 in the first block to `rate` in the last. like: a tensor of the wanted device and dtype.
     """
     rates = (
         rate
@@ -117,17 +121,17 @@ def position_embedding(dim: int) -> nn.Sequential:
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise a module with Xavier-uniform weights and zero biases, as in the decoders of
-    Point-MAE and ACT.
+    """Initialise a linear layer or `Attention` with Xavier-uniform weights and zero biases, as in
+    the decoders of Point-MAE and ACT.
 
-    In these decoders one matrix C x 3C computes query, key and value, so the weights of all three
-    are sampled within the bound of that matrix.
+    In those decoders one matrix C x 3C computes query, key and value. So the weights of all three
+    are drawn here within the bound of a matrix of that size.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, Attention):  # `apply` visits its layers first: set their weights again
+    elif isinstance(module, Attention):  # `apply` has set its layers' weights: set them again
         bound = math.sqrt(6 / (4 * module.out.in_features))
         nn.init.uniform_(module.query.weight, -bound, bound)
         nn.init.uniform_(module.key_value.weight, -bound, bound)

@@ -1,5 +1,5 @@
-"""Stage I: train the discrete autoencoder (dVAE) whose tokens 3D-JEPA will predict (ACT's first
-stage).
+"""The objective of stage I (the training of a teacher, ACT's first stage): train the discrete
+autoencoder (dVAE) whose tokens 3D-JEPA will predict.
 """
 
 import math
@@ -17,8 +17,8 @@ class Autoencoding(nn.Module):
     half a cosine.
 
     In Point-BERT and ACT the temperature falls over the first 100,000 of 200,000 steps, and the KL
-    weight rises between steps 10,000 and 110,000. Here the two changes take the same shares of the
-    run.
+    weight rises between steps 10,000 and 110,000. Here both changes start and end at the same
+    shares of the run: 0 and 1/2 for the temperature, 1/20 and 11/20 for the KL weight.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):
@@ -42,10 +42,12 @@ class Autoencoding(nn.Module):
         """Do nothing: this objective has no moving teacher."""
 
     def metrics(self, output: DVAEOutput) -> dict[str, float]:
-        """Return the terms of the loss and the code perplexity, for the log."""
+        """Return metrics for the log: the terms of the loss, and the perplexity of the codes."""
         return {name: value.item() for name, value in output._asdict().items() if name != "loss"}
 
 
 def _risen(done: float) -> float:
-    """Return a value that rises from 0 to 1 along half a cosine while `done` goes from 0 to 1."""
+    """Return a value that rises from 0 to 1 along half a cosine while `done` goes from 0 to 1; it
+    is 0 for smaller and 1 for larger values of `done`.
+    """
     return (1 - math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

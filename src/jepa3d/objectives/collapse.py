@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def rankme(rows: Tensor) -> float:
-    """Compute the effective rank of rows [n, E]: exp(entropy) of the normalised singular values
-    (Garrido et al. 2023).
+    """Compute the effective rank of rows [n, E]: exp(entropy) of the singular values divided by
+    their sum (Garrido et al. 2023).
 
     The rank lies between 1 and min(n, E); 1 means that all rows lie on one line through the origin.
     """
@@ -23,15 +23,15 @@ def rankme(rows: Tensor) -> float:
 def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, float]:
     """Compute three measures of collapse for rows [n, E], which are first scaled to unit length.
 
-    name: prefix of the three keys. max_rows: use at most this many rows. NAME_std is the standard
-    deviation, averaged over dimensions, times sqrt(E): 1 is isotropic, 0 is collapsed. NAME_cosine
-    is the mean cosine of pairs of rows: 0 is spread out, 1 is collapsed. NAME_rankme is the
-    effective rank.
+    name: prefix of the three keys of the result. max_rows: use at most this many rows. NAME_std is
+    sqrt(E) times the standard deviation, averaged over dimensions: 1 is isotropic, 0 is collapsed.
+    NAME_cosine is the mean cosine of pairs of different rows: 0 is spread out, 1 is collapsed.
+    NAME_rankme is the effective rank (see `rankme`).
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
-    # The mean cosine of all n * n pairs. The n pairs of a row with itself have cosine 1; they are
-    # removed below.
+    # This is the mean cosine of all n * n pairs of rows. The n pairs of a row with itself have
+    # cosine 1; they are removed below.
     mean_square = float(rows.mean(0).square().sum())
     return {
         f"{name}_std": float(rows.std(0, correction=0).mean()) * width**0.5,
@@ -44,11 +44,12 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
 def collapse_figures(
     prediction: Tensor, target: Tensor, unit: str = "token", max_rows: int = 2048
 ) -> dict[str, float]:
-    """Compute `row_figures` for predictions and targets (both B A T E), and constant_loss.
+    """Compute `row_figures` for predictions and targets (both B A T E), and the figure
+    constant_loss.
 
-    unit: whether a row is a "token" or a "block", as in `cosine_loss`. constant_loss is the loss of
-    the best constant prediction: a training loss near constant_loss means that nothing was learned,
-    even if both are low.
+    unit: whether a row is a "token" or a "block", as in `cosine_loss`. max_rows: use at most this
+    many rows. constant_loss is the loss of the best constant prediction: a training loss near
+    constant_loss means that nothing was learned, even if both losses are low.
     """
     rows = [
         value.flatten(0, -3).flatten(1) if unit == "block" else value.flatten(0, -2)
@@ -66,10 +67,11 @@ def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: in
     alone.
 
     The decoder knows the positions of its targets, and tokens depend on their positions. So a model
-    can reach this loss without any knowledge of the shape. The prediction is a least-squares
-    polynomial (35 terms at degree 4), fitted to unit-length tokens and scored on the same rows, so
-    the polynomial also fits noise: n rows of pure noise give a loss of about 1 - sqrt(35 / n)
-    instead of 1; for a batch of preset `tiny`, this is 0.76.
+    can reach this loss without any knowledge of the shape. The prediction is a polynomial of the
+    coordinates (35 terms at degree 4), fitted by least squares to at most `max_rows` tokens of unit
+    length. It is scored on the same tokens, so the loss is too low: for n tokens of pure noise it
+    is about 1 - sqrt(35 / n) instead of 1 (0.76 for as many tokens as a batch of preset `tiny`
+    has).
     """
     rows = _unit(target.flatten(0, -2), max_rows)
     at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)

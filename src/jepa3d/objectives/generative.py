@@ -18,10 +18,10 @@ from jepa3d.ops import BatchGenerator, chamfer_l2, gather_points
 
 
 class GenerativeOutput(NamedTuple):
-    loss: Tensor  # scalar, Chamfer-L2 of masked patches
-    prediction: Tensor  # B T K 3, patches relative to their centres
-    target: Tensor  # B T K 3
-    encoded: Tensor  # n C, the encoder's visible tokens
+    loss: Tensor  # scalar, Chamfer-L2 between predicted and true masked patches
+    prediction: Tensor  # B T K 3, masked patches relative to their centres
+    target: Tensor  # B T K 3, the true masked patches
+    encoded: Tensor  # n C, the encoder's output for all visible tokens of the batch
 
 
 class Generative(nn.Module):
@@ -57,7 +57,8 @@ class Generative(nn.Module):
         )
         sample = sampling.random(centers, generator.stream("sampler"), self.mask_ratio)
         layout = sample.layout()
-        # As in Point-MAE, all patches are tokenized, so BatchNorm statistics include masked ones.
+        # As in Point-MAE, all patches are tokenized, so BatchNorm's statistics include the masked
+        # patches.
         tokens = layout.pack(gather_points(encoder.tokenizer(patches), sample.context))
         position = layout.pack(encoder.position(gather_points(centers, sample.context)))
         encoded = encoder.hidden_states(tokens, position, layout, generator.stream("drop_path"))[-1]

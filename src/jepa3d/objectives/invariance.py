@@ -1,5 +1,5 @@
-"""The invariance rival of 3D-JEPA (the paper's Fig. 2): all views of a shape get the same
-embedding, and a regulariser prevents collapse.
+"""The invariance rival of 3D-JEPA (the paper's Fig. 2): the encoder learns to give all views of a
+shape the same embedding, and a regulariser prevents collapse.
 
 Some views are whole clouds, others are crops (multi-crop). The regulariser is that of VICReg
 (Bardes, Ponce, LeCun, ICLR 2022), or SIGReg (LeJEPA, Balestriero and LeCun, arXiv 2511.08544).
@@ -21,10 +21,10 @@ from jepa3d.ops import BatchGenerator, uniform_scalar
 
 class InvarianceOutput(NamedTuple):
     loss: Tensor  # scalar
-    invariance: Tensor  # mean squared distance of a view from the mean global view
-    regularizer: Tensor  # the weighted VICReg terms, or the unweighted SIGReg
+    invariance: Tensor  # mean squared difference between a view and the mean of the global views
+    regularizer: Tensor  # VICReg's variance and covariance terms, weighted; or SIGReg, unweighted
     embedding: Tensor  # V B E: V views, the global views first
-    encoded: Tensor  # n C, the encoder's tokens of the first view
+    encoded: Tensor  # n C, the encoder's output for all tokens of the first view
 
 
 class Invariance(nn.Module):
@@ -63,7 +63,8 @@ class Invariance(nn.Module):
         for view in range(settings.global_views + settings.partial_views):
             draws, groups, seen = generator.stream(f"view{view}"), encoder.num_groups, points
             if view >= settings.global_views:
-                # Fewer points get fewer patches, so that patches are as large as in a whole cloud.
+                # A view with fewer points gets fewer patches, so that its patches are as large as
+                # those of a whole cloud.
                 groups = max(1, round(share * groups))
                 seen = random_crop(
                     points, max(encoder.group_size, round(share * points.shape[1])), draws
@@ -92,11 +93,11 @@ class Invariance(nn.Module):
             w_invariance, w_variance, w_covariance = settings.vicreg
             terms = [torch.stack(variance_covariance(view)) for view in embedding]
             variance, covariance = torch.stack(terms).mean(0)
-            # The published loss sums the covariance terms of two views; `covariance` is a mean over
-            # views, hence the factor 2.
+            # The factor is 2 because the published loss adds the covariance terms of two views, but
+            # `covariance` is a mean over views.
             regularizer = w_variance * variance + 2 * w_covariance * covariance
-            # The squared distance between two views is 4 times that from one view to the mean of
-            # the two.
+            # The factor is 4 because the published loss has the squared distance between two views,
+            # which is 4 times the squared distance from either view to their mean.
             loss = 4 * w_invariance * invariance + regularizer
         return InvarianceOutput(loss, invariance, regularizer, embedding, encoded.flatten(0, 1))
 

@@ -1,7 +1,7 @@
 """3D-JEPA: predict a teacher's embeddings of blocks that the encoder does not see.
 
 Hu, Cheng, Xie, Li, Zhu, "3D-JEPA: A Joint Embedding Predictive Architecture for 3D Self-Supervised
-Representation Learning", arXiv 2409.15803. docs/method.md maps its equations to this code.
+Representation Learning", arXiv 2409.15803. docs/method.md maps the paper's equations to this code.
 """
 
 from functools import partial
@@ -26,25 +26,25 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar: mean of 1 - cos over blocks, plus SIGReg and the view term if used
+    loss: Tensor  # scalar: mean of 1 - cos over blocks, and if used, weighted SIGReg and view terms
     prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
     sample: TokenSample
     centers: Tensor  # B M 3, patch centres of all tokens
     patch_index: Tensor  # B M K, indices of each patch's points
-    encoded: Tensor  # n C, the encoder's context tokens
+    encoded: Tensor  # n C, the encoder's output for all context tokens of the batch
     sigreg: Tensor | None = None  # the SIGReg term before weighting
     view: Tensor | None = None  # the view term before weighting
 
 
 class JEPA(nn.Module):
     """The objective of 3D-JEPA: the encoder sees the context, a decoder predicts the targets, and a
-    linear layer projects the predictions to the teacher's width. The teacher sees all tokens.
+    linear layer projects the predictions to the teacher's width. The teacher sees all patches.
 
-    If `teacher` is None, the targets come from the encoder itself, which then sees all tokens and
-    also gets gradients through the targets; SIGReg prevents collapse (LeJEPA). With a teacher,
-    SIGReg is optional and applies to the context tokens. Raises ValueError if `target.project` is
-    set and the widths of encoder and teacher differ.
+    If `teacher` is None, a second run of the encoder, on all tokens and with gradients, computes
+    the targets. SIGReg then prevents collapse (LeJEPA) and applies to all tokens of the second run.
+    With a teacher, SIGReg is optional and applies to the encoded context. Raises ValueError if
+    `target.project` is set and the widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
     >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
@@ -91,14 +91,15 @@ class JEPA(nn.Module):
         """Compute the loss for points B N 3.
 
         generator: source of all random draws. progress: unused; other objectives may need it.
-        cached: the indices of the centers (B M) and patches (B M K), and the teacher's tokens
-        B M E, if they were computed before training (training/cache.py).
+        cached: either nothing, or three tensors that were computed before training
+        (training/cache.py): the point indices of the centers (B M) and of the patches (B M K), and
+        the teacher's tokens (B M E).
 
-        With the view term (`target.view`), `points` must hold at least `num_points` points per
-        cloud, in farthest point order. The student then sees a damaged view of each cloud
-        (`random_view`) and also predicts the teacher's vector of the whole, undamaged cloud. With
-        several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv 2506.21724), B of the output
-        is the number of clouds times `masks`.
+        With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
+        points per cloud, in farthest point order. The encoder then sees a damaged view of each
+        cloud (`random_view`), and the objective also predicts the teacher's vector of the whole,
+        undamaged cloud. With several masks per cloud (`sampler.masks`, as in AsymDSD, arXiv
+        2506.21724), B in the shapes of the output is the number of clouds times `masks`.
         """
         encoder = self.encoder
         view_target = None
@@ -119,8 +120,8 @@ class JEPA(nn.Module):
         repeated_centers = repeat_masks(centers)
         repeated_generator = generator.repeated(self.masks)
         sample = self.sampler(repeated_centers, repeated_generator.stream("sampler"))
-        # The teacher runs first, so that its memory is freed before the student's activations are
-        # stored.
+        # The teacher runs first, so that its memory is freed before the activations of the encoder
+        # and the decoder are stored for the backward pass.
         if cached:
             tokens = cached[2].float()
         elif self.teacher:
@@ -164,8 +165,8 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def teacher_vectors(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """Compute the teacher's vectors B 2E of whole clouds B N 3: mean and max of its tokens,
-        standardised over the batch.
+        """Compute the teacher's vectors B 2E of whole clouds B N 3: the mean and max of the
+        teacher's tokens of a cloud, standardised over the batch.
         """
         assert self.teacher
         grouped = group(points, self.encoder.num_groups, self.encoder.group_size, generator)
@@ -178,11 +179,12 @@ class JEPA(nn.Module):
         sample: TokenSample,
         generator: BatchGenerator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predict the teacher's target tokens from the context patches alone.
+        """Predict the teacher's target tokens from the patches of the context and the centers of
+        the targets.
 
-        patches: B M K 3. centers: B M 3. sample: the context and targets. generator: source of
-        random numbers for drop-path. Returns predictions B A T E and the encoded context, rows [n,
-        C].
+        patches: B M K 3. centers: B M 3. sample: the indices of context and targets. generator:
+        source of random numbers for drop-path. Returns predictions B A T E, and the encoded context
+        packed as rows [n, C].
         """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
@@ -204,7 +206,7 @@ class JEPA(nn.Module):
         ]
 
     def after_step(self, progress: float) -> None:
-        """Update the moving-average teacher, if there is one; frozen teachers do not change.
+        """Update the moving average in the teacher, if it has one; frozen networks do not change.
 
         progress: the finished share of the run, 0 to 1.
         """
@@ -213,9 +215,9 @@ class JEPA(nn.Module):
             ema_update(self.teacher, self.encoder, first + (last - first) * progress)
 
     def metrics(self, output: JEPAOutput) -> dict[str, float]:
-        """Return metrics for the log: measures of collapse, the additional loss terms, the mean
-        number of context tokens, and the share of the context's points that also lie in target
-        patches.
+        """Return metrics for the log: measures of collapse, the loss of a prediction from positions
+        alone (only for `target.unit` "token"), the additional loss terms, the mean number of
+        context tokens, and the share of the context's points that also lie in target patches.
         """
         metrics = collapse_figures(output.prediction, output.target, self.settings.unit)
         if self.settings.unit == "token":
@@ -233,8 +235,8 @@ class JEPA(nn.Module):
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tensor:
-    """Compute the mean over blocks of 1 - cos(prediction, target): the equation of the paper's
-    section III-E with corrected sign.
+    """Compute the mean over blocks of 1 - cos(prediction, target): the equation in the paper's
+    section III-E, with its sign corrected.
 
     prediction, target: B A T E. unit: "token" takes the cosine of each token and averages over the
     block; "block" concatenates the tokens of a block and takes one cosine.
@@ -252,8 +254,8 @@ def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
 
 
 def make_sampler(config: PretrainConfig):
-    """Return the configured sampler, a function of (centers, generator) that returns a
-    `TokenSample`.
+    """Return the sampler that the run's settings choose: a function of (centers, generator) that
+    returns a `TokenSample`.
     """
     settings = config.sampler
     if is_code(settings.name):

@@ -20,7 +20,8 @@ def sigreg(rows: Tensor, generator: BatchGenerator, num_slices: int = 256) -> Te
     characteristic function is compared with that of a Gaussian at 17 knots t between 0 and 3. The
     statistic is that of Epps and Pulley: the squared difference is weighted by a Gaussian window,
     integrated over positive and negative t by the trapezoid rule, and multiplied by the number of
-    rows in all processes. Returns a scalar, about 1 for any number of Gaussian rows.
+    rows in all processes. Returns a scalar, the mean over directions. It is about 1 for rows that
+    are samples of N(0, I), however many there are.
     """
     width = rows.shape[1]
     rows = rows.float()  # in half precision the characteristic function would be noise
@@ -53,9 +54,10 @@ def variance_covariance(
 ) -> tuple[Tensor, Tensor]:
     """Compute VICReg's variance and covariance terms for rows [n, E] (Bardes et al. 2022).
 
-    least: standard deviation below which a dimension is penalised. eps: small number added to
-    variances. Returns two scalars: the mean over dimensions of max(0, least - std), and the sum of
-    the squared covariances between different dimensions, divided by E.
+    least: standard deviation below which a dimension is penalised. eps: small number that is added
+    to variances. Returns two scalars: first the mean over dimensions of max(0, least - std), second
+    the sum of the squared covariances between different dimensions, divided by E. Both are computed
+    over the rows of all processes.
     """
     rows = rows.float()
     count = sum_over_processes(rows.new_tensor(float(len(rows))))

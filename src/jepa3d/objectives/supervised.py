@@ -1,5 +1,5 @@
-"""Supervised training of a classifier or part segmenter with cross-entropy. It runs in the same
-loop as pretraining.
+"""The objective of supervised training: cross-entropy of a classifier or part segmenter. Supervised
+training uses the same training loop as pretraining.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,9 @@ class SupervisedOutput(NamedTuple):
 class Supervised(nn.Module):
     """Train with cross-entropy and label smoothing; clouds or points without a label are ignored.
 
-    trained: "all" trains all weights; "head" freezes the encoder; "head_first" trains all weights,
-    but the statistics of the encoder's BatchNorms stay as they are.
+    trained: "all" trains all weights; "head" freezes the encoder and trains the head alone;
+    "head_first", for a head that was fitted before, trains all weights, but the statistics of the
+    encoder's BatchNorms stay as they are.
 
     >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
     >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
@@ -41,7 +42,7 @@ class Supervised(nn.Module):
 
     def train(self, mode: bool = True) -> "Supervised":
         """Set the mode as in torch, with one exception: modules whose statistics must not change
-        stay in evaluation mode.
+        (see `trained`) stay in evaluation mode.
         """
         super().train(mode)
         if self.trained == "head":
