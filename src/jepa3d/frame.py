@@ -165,7 +165,7 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
     about three cells per point and at most `MAX_CELLS` cells along each side. A point is a stray if
     its cell and the 26 cells around it together hold too few points, itself included. Too few means
     fewer than n / 64 in a cloud of fewer than 256 points, else fewer than `ALONE`. In a large
-    cloud, where `MAX_CELLS` makes the cells larger, the threshold is raised by the same factor.
+    cloud, where `MAX_CELLS` makes the cells larger, the threshold grows with their volume.
 
     One far point can make the grid so coarse that all other points lie in one cell. So removal is
     repeated in the bounding box of the remaining points until no stray is found. There are at most
@@ -284,7 +284,7 @@ def too_few(count: int, different: int, min_points: int) -> str:
 
 
 def _distinct(points: np.ndarray) -> np.ndarray:
-    """Remove duplicates from points [n, 3], and sort them by their coordinates alone."""
+    """Remove duplicates from points [n, 3]; the order of the rest depends only on coordinates."""
     x, y, z = points.T
     # Sorting by one number per point is much faster than sorting rows.
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
