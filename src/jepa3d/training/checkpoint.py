@@ -18,7 +18,7 @@ from jepa3d.models.hub import load_file, save_file
 from jepa3d.models.teacher import Teacher
 from jepa3d.plain import read_checked, write_checked
 
-KEPT = 2  # the newest checkpoints of a run, by number, that are not deleted
+KEPT = 2  # number of checkpoints that a run keeps
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:

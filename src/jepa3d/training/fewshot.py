@@ -4,7 +4,7 @@ data has published folds. For each fold, a network is fine-tuned, or frozen feat
 
 OUT/config.json, run.json   as in pretraining (run.py)
 OUT/episodes.json           the sampled episodes, as indices of shapes in the data
-OUT/start/                  the encoder that every fold starts from, unless it has random weights
+OUT/start/                  the encoder of all folds; missing if they are trained from scratch
 OUT/fold-N/                 the fine-tuning run of fold N (finetune.py), if networks are fine-tuned
 OUT/results.json            mean and standard deviation of the accuracy over folds
 """

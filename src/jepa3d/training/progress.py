@@ -22,8 +22,8 @@ BAR = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 def clock() -> dict[str, float]:
-    """Return the CPU time (of all threads) and wall time in seconds; only differences mean
-    anything.
+    """Return the CPU time (of all threads) and the wall time, in seconds. Only differences between
+    two calls have a meaning.
     """
     return {"cpu_seconds": time.process_time(), "wall_seconds": time.perf_counter()}
 
