@@ -261,7 +261,7 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 
 
 def to_device(points: Tensor, device: torch.device) -> Tensor:
-    """Move points to the device. If the device is a CUDA GPU, do not wait for the end of the copy."""
+    """Move points to the device. If it is a CUDA GPU, do not wait for the end of the copy."""
     if torch.get_device_module(device).__name__ != "torch.cuda":
         return points.to(device)
     return points.pin_memory().to(device, non_blocking=True)
