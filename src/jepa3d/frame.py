@@ -1,7 +1,7 @@
 """Convert point clouds to the normalised points that an encoder sees. This file needs only numpy.
 
 Every use of an encoder goes through `frame`. So the vector of a cloud depends only on the cloud's
-set of points: not on their order, a file's name, other clouds or random numbers. `jepa3d export`
+set of points, not on their order, a file's name, other clouds or random numbers. `jepa3d export`
 copies this file to grouping.py beside the exported model. Inside the package, a compiled function
 of ops.py replaces `farthest_point_sample` below and chooses the same points.
 """
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# A cloud in a store needs at least this number of different points. What an encoder needs is its
-# own attribute `min_points`.
+# A cloud in a store needs at least this number of different points. The number that an encoder
+# needs is its attribute `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -21,9 +21,8 @@ ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8
 # The ways to reverse axes that are rotations: none or two of the three axes are reversed.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
 # Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
-# them. They cover the axes' signs and cyclic order, in which the results of `own_axes` for two
-# copies of a cloud may differ. They do not cover the arbitrary rotation of a shape with two equal
-# extents.
+# them. They cover other signs and another cyclic order of the axes from `own_axes`. They do not
+# cover the arbitrary rotation of a shape with two equal extents.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )

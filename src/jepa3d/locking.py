@@ -33,8 +33,8 @@ def writing(path: str | Path) -> Iterator[None]:
     finally:
         # Deleting the lock file fails if its folder is gone, and on Windows also while it is open.
         with suppress(OSError):
-            # Delete it before the release: a process that has opened it to get the lock next then
-            # notices that it is deleted.
+            # Delete it before the release. If another process has just opened the file, it gets the
+            # lock next, and then notices that the file is deleted.
             os.unlink(lock.lock_file)
         lock.release()
         # The loop stops, with a suppressed error, at the first folder that is not empty.

@@ -121,7 +121,7 @@ class CachedTargets:
                         new_record = {"batches": done, "cost": cost}
                         write_checked(self.folder / "run.json", new_record)
         except KeyboardInterrupt as error:
-            found = f"targets are saved every {SAVE_EVERY} batches, and --resume continues there"
+            found = f"they are saved every {SAVE_EVERY} batches"
             raise Interrupted(f"stopped while computing targets; {found}") from error
         state.wait_for_everyone()
         if todo and state.is_main_process:

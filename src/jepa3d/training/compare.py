@@ -1,9 +1,9 @@
 """`jepa3d compare`: train the arms of a grid (variants of the settings, see grid.py) with the same
 seeds, score every run once, and compare each arm with a reference arm.
 
-OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. Runs
-                     of the reference also have the scores of the baselines. If learning rates are
-                     searched, the name is ARM-lrRATE-SEED
+OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. The
+                     runs of the reference also have the scores of the baselines. If learning rates
+                     are searched, the folder's name is ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
@@ -58,7 +58,7 @@ class Comparison:
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
-        # run -> why it failed, or None if it succeeded
+        # run that has ended -> why it failed, or None if it succeeded
         self.ended: dict[Path, str | None] = {}
         self.failed: dict[str, str] = {}  # arm -> why it failed
         self.rates: dict[str, float | None] = {}  # arm -> its chosen learning rate
@@ -265,7 +265,7 @@ class Comparison:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Return a context in which the log goes to OUT/log.txt."""
+        """Return a context in which log messages go only to OUT/log.txt."""
         handlers, level = log.handlers[:], log.level
         file = logging.FileHandler(self.out / "log.txt", encoding="utf-8", delay=True)
         log.handlers = [file]

@@ -1,5 +1,5 @@
-"""Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, and
-write a run folder.
+"""Supervised runs: train a classifier or part segmenter on labelled shapes, from a pretrained
+encoder or from scratch, and write a run folder.
 
 RUN/config.json       the settings, and the task's name
 RUN/start/            the encoder before the first step

@@ -21,8 +21,8 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
     """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
     This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets and gradient
-    accumulation. The tensors may have only a few different sizes. With random and one-block masks,
-    they do. With multi-block masks they do not, since the contexts vary in length.
+    accumulation. The tensors may have only a few different sizes. Random and one-block masks meet
+    this condition. Multi-block masks do not, since their contexts vary in length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"

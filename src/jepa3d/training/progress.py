@@ -84,7 +84,9 @@ class Progress:
         self.bar.close()
 
     def stamp(self, state: dict) -> dict:
-        """Return `state` with the time and peak memory so far, over all sessions of the run."""
+        """Return `state` with the run's time and peak memory so far, also of the parts before it
+        was resumed.
+        """
         spent = spent_since(self.start_clock)
         peak = max(self.start_state["peak_memory"], peak_memory())
         total = {name: self.start_state[name] + value for name, value in spent.items()}

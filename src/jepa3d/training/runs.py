@@ -131,8 +131,8 @@ def create(
 ) -> None:
     """Create the run folder, completely or not at all.
 
-    The folder gets config.json, run.json (provenance and `record`), and each of `networks` in a
-    sub-folder of its name.
+    The folder gets config.json, run.json (versions, machine, command, status, data and `record`),
+    and each of `networks` in a sub-folder of its name.
     """
     if not is_main():
         return
