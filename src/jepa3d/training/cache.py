@@ -76,7 +76,7 @@ class CachedTargets:
 
     @torch.no_grad()
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
-        """Compute the targets of all shapes. An interrupted computation continues where it stopped.
+        """Compute the targets of all shapes. An interrupted computation continues at its last save.
 
         The batches consist of random shapes, since targets may be normalised over a batch. Each
         process computes a share of every batch, and the first process writes the whole batch.

@@ -31,7 +31,8 @@ P = ParamSpec("P")
 def exclusive(
     train: Callable[Concatenate[C, Path, P], Path],
 ) -> Callable[Concatenate[C, Path | str, P], Path]:
-    """Decorate a function (config, out, ...): it holds the lock of the folder `out` while it runs.
+    """Decorate a function (config, out, ...), so that it holds the lock of the folder `out` while
+    it runs.
 
     The decorated function raises ValueError if another command holds the lock.
     """
@@ -179,7 +180,9 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """Return a run's cost; the time of stage I and of cached targets is added as stage1_*."""
+    """Return a run's cost. The time of stage I and of cached targets is not part of cpu_seconds and
+    wall_seconds, but has its own keys, stage1_*.
+    """
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
     files = [*out.glob("stage1/*/run.json"), *out.glob("cache/run.json")]
