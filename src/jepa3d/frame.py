@@ -93,7 +93,7 @@ def frame(
 
     Duplicates of points are removed. Stray points are removed (`without_strays`) unless
     `keep_strays` is True. If more than `num_points` points are left, farthest point sampling
-    chooses some of them. If fewer are left, `fill` adds moved copies.
+    chooses `num_points` of them. If fewer are left, `fill` adds moved copies of points.
 
     min_points: number of different points that the cloud needs. sample: the function that chooses
     points, with the arguments of `farthest_point_sample`. upright: keep the cloud's orientation; if

@@ -97,7 +97,7 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """Combine all teachers of the configuration into one; returns None if there is none."""
+    """Combine all teachers of the configuration into one; returns None if it has no teacher."""
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
@@ -126,7 +126,8 @@ def pretrain(
     clouds: PointClouds | None = None,
     stage_one: Iterable[Path] = (),
 ) -> Path:
-    """Train the networks of stage I, then pretrain with the settings `config`, in the folder `out`.
+    """Train the networks of stage I, if the settings need any. Then pretrain with the settings
+    `config`, in the folder `out`.
 
     stop_at: step at which the run stops early. clouds: the data, if it is loaded already.
     stage_one: earlier runs of stage I; if a finished one has the settings that this run needs, it

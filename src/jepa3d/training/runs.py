@@ -49,9 +49,9 @@ def exclusive(
 def begin(out: Path, resume: bool) -> bool:
     """Return True if `out` is a run to continue, False for a new run.
 
-    Raises ValueError if `out` exists but `resume` is False or `out` is not a run. Also raises it if
-    `resume` is True but there is no run, with one exception: torchrun may repeat a failed command,
-    so under torchrun with restarts, `resume` may also start a new run.
+    Raises ValueError if `out` exists, unless it is a run and `resume` is True. Also raises it if
+    `out` does not exist and `resume` is True, with one exception: torchrun may repeat a failed
+    command, so under torchrun with restarts, `resume` may also start a new run.
     """
     started, existed = (out / "config.json").exists(), out.exists()
     wait_for_everyone()  # every process must have checked before the first one writes
