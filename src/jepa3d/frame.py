@@ -1,10 +1,9 @@
-"""Convert any point cloud to the normalised points that the encoder sees (the cloud's frame), with
-numpy alone.
+"""Convert point clouds to the normalised points that an encoder sees. This file needs only numpy.
 
-Every use of an encoder goes through `frame`. So a vector depends only on the set of points: not on
-the points' order, a file's name, the other clouds or random numbers. `jepa3d export` copies this
-file beside the model as the module `grouping`. Inside the package, the compiled sampling of ops.py
-replaces `farthest_point_sample` below and picks the same points.
+Every use of an encoder goes through `frame`. So the vector of a cloud depends only on the cloud's
+set of points, not on their order, a file's name, other clouds or random numbers. `jepa3d export`
+copies this file to grouping.py beside the exported model. Inside the package, a compiled function
+of ops.py replaces `farthest_point_sample` below and chooses the same points.
 """
 
 from collections.abc import Callable
@@ -13,13 +12,17 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-LEAST = 64  # number of different points a cloud in a store needs; encoders have `min_points`
-STEP = 0.6  # how far `fill` moves a copy of a point: share of the distance to a neighbour
-ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8  # explained in `without_strays`
-# Changes of the axes' signs that are rotations.
+# Number of different points that a cloud in a store needs, if the store has that many points per
+# cloud. The number that an encoder needs is its attribute `min_points`.
+LEAST = 64
+STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
+# `without_strays` explains these four.
+ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8
+# The ways to reverse axes that are rotations: none or two of the three axes are reversed.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
-# Rotations [12, 3, 3] that permute the cloud's own axes and reverse pairs of them. They cover every
-# ambiguity of `own_axes`.
+# Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
+# them. They make up for axes of `own_axes` that have other signs or another cyclic order than in a
+# copy of the cloud, but not for the arbitrary rotation of a shape with two equal extents.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )
@@ -30,13 +33,15 @@ class Frame(NamedTuple):
     cloud's coordinates to the encoder's.
     """
 
-    points: np.ndarray  # num_points 3 float32: centroid 0, farthest point at distance 1
-    center: np.ndarray  # 3 float64
-    radius: float  # distance 1 of the encoder in the cloud's unit
-    turn: np.ndarray | None = None  # 3 3 float64, rotation into the cloud's own axes, if any
+    # [num_points, 3] float32; the centroid is 0, and the farthest point is at distance 1 from it
+    points: np.ndarray
+    center: np.ndarray  # [3] float64, the encoder's origin in the cloud's coordinates
+    radius: float  # the length in the cloud's unit that is 1 in the encoder's coordinates
+    # [3, 3] float64, the rotation into the cloud's own axes; None if the cloud is not rotated
+    turn: np.ndarray | None = None
 
     def place(self, others: np.ndarray) -> np.ndarray:
-        """Convert any points (..., 3) from the cloud's coordinates to the encoder's, float32."""
+        """Convert points [..., 3] from the cloud's coordinates to the encoder's, as float32."""
         away = others - self.center
         return ((away if self.turn is None else away @ self.turn.T) / self.radius).astype(
             np.float32
@@ -46,7 +51,7 @@ class Frame(NamedTuple):
 def group(
     points: np.ndarray, num_points: int, num_groups: int, group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the inputs of the exported model patches.onnx from a cloud N 3 in any unit.
+    """Compute the inputs of the exported model patches.onnx from a cloud [N, 3] in any unit.
 
     num_points, num_groups, group_size: as in the model's metadata and README. Returns patches
     [num_groups, group_size, 3] and centers [num_groups, 3], float32; for a batch, stack the results
@@ -62,10 +67,10 @@ def group(
 
 
 def farthest_point_sample(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Choose farthest point samples of points N 3.
+    """Choose points of a cloud [N, 3] by farthest point sampling.
 
-    Returns indices [num_samples]. The first is `start`; each further one is the index of the point
-    that is farthest from all points before it.
+    Returns indices [num_samples]. The first index is `start`. Each further index is that of the
+    point with the largest distance to its nearest chosen point.
     """
     distance = np.full(len(points), np.inf, points.dtype)
     picked = np.empty(num_samples, np.int64)
@@ -84,14 +89,16 @@ def frame(
     keep_strays: bool = False,
     upright: bool = True,
 ) -> Frame:
-    """Convert a cloud N 3, of any unit and number type, to `num_points` points in the unit sphere.
+    """Convert a cloud [N, 3], of any unit and number type, to `num_points` points in the unit ball.
 
-    Duplicate points count once. Stray points are removed (`without_strays`) unless `keep_strays`.
-    If more than `num_points` are left, farthest point sampling reduces them; if fewer, `fill` adds
-    points. min_points: number of different points that the cloud needs. sample: a function like
-    `farthest_point_sample`. upright: keep the cloud's orientation; if False, rotate it into its own
-    axes (`own_axes`). Raises ValueError as `check` does, and for fewer than `min_points` different
-    points.
+    Duplicates of points are removed. Stray points are removed (`without_strays`) unless
+    `keep_strays` is True. If more than `num_points` points are left, farthest point sampling
+    chooses `num_points` of them. If fewer are left, `fill` adds moved copies of points.
+
+    min_points: number of different points that the cloud needs. sample: the function that chooses
+    points, with the arguments of `farthest_point_sample`. upright: keep the cloud's orientation; if
+    False, rotate the cloud into its own axes (`own_axes`). Raises ValueError as `check` does, and
+    if the cloud has fewer than `min_points` different points.
     """
     cloud = check(points)
     # Unlike the mean, the centre of the bounding box depends neither on the order of points nor on
@@ -101,14 +108,16 @@ def frame(
     different, turn = len(cloud), None
     if not upright:
         turn = own_axes(cloud)
-        # Sort again by the new coordinates, since the order decides between equally far points.
+        # Farthest point sampling chooses the first of several points at equal distance. So sort
+        # again: the order must depend only on the new coordinates.
         cloud = _distinct(cloud @ turn.T)
     if not keep_strays:
         cloud = cloud[without_strays(cloud, min_points)]
     middle = (cloud.min(0) + cloud.max(0)) / 2
     cloud -= middle
     size = float(np.abs(cloud).max()) or 1.0
-    cloud = (cloud / size).astype(np.float32)  # only now: map coordinates need float64
+    # float32 only after centring, since large geographic coordinates need float64
+    cloud = (cloud / size).astype(np.float32)
     if different < min_points:
         raise ValueError(too_few(len(points), different, min_points))
     start = int(_squares(cloud, np.zeros(3, np.float32)).argmax())
@@ -130,13 +139,15 @@ def frame(
 
 
 def own_axes(points: np.ndarray) -> np.ndarray:
-    """Compute the rotation [3, 3] of a cloud n 3 into its own axes, flattest axis first.
+    """Compute the rotation [3, 3] of a cloud [n, 3] into its own axes.
 
-    Rotated copies of a cloud get the same coordinates. The axes are the principal axes of the unit
-    vectors from the mean to the points, so that far strays have little weight. The first two axes
-    point to the side of positive skewness. If a shape is symmetric along an axis, that axis may
-    point to either side. If the extents along two axes are equal, as for a cube, the rotation is
-    arbitrary.
+    The axes are the principal axes of the unit vectors from the mean to the points, so that far
+    strays have little weight. The axis of the smallest extent is the first. The first two axes
+    point to the side of positive skewness, and the third completes a rotation.
+
+    With this rotation, all rotated copies of a cloud get the same coordinates, with two exceptions.
+    If a shape is symmetric along an axis, that axis may point to either side. If the extents along
+    two axes are equal, as for a cube, the rotation is arbitrary.
     """
     away = points - points.mean(0)
     away /= np.maximum(np.linalg.norm(away, axis=1, keepdims=True), 1e-300)
@@ -147,18 +158,19 @@ def own_axes(points: np.ndarray) -> np.ndarray:
 
 
 def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Find the points (n 3, all different) that are not strays; returns their indices in order.
+    """Find the points of a cloud that are not strays; returns their indices in ascending order.
 
-    Points are counted in a grid over the bounding box, with about three cells per point and at most
-    `MAX_CELLS` along the longest side. A point is a stray if its cell and the 26 cells around it
-    hold fewer than `ALONE` points, itself included. This threshold is higher for large clouds,
-    where `MAX_CELLS` makes cells larger, and it is n / 64 if a cloud has fewer than 256 points.
+    points: [n, 3], all different. They are counted in a cubic grid over the bounding box, with
+    about three cells per point and at most `MAX_CELLS` cells along each side. A point is a stray if
+    its cell and the 26 cells around it together hold too few points, itself included. Too few means
+    fewer than n / 64 in a cloud of fewer than 256 points, else fewer than `ALONE`. In a large
+    cloud, where `MAX_CELLS` makes the cells larger, the threshold grows with their volume.
 
-    Removal is repeated in the bounding box of the remaining points until no stray is found, since
-    one far point makes the grid so coarse that all other points lie in one cell. There are at most
+    One far point can make the grid so coarse that all other points lie in one cell. So removal is
+    repeated in the bounding box of the remaining points until no stray is found. There are at most
     `ROUNDS` rounds, as in the exported graph (inference/export.py). A cloud that would lose more
-    than the share `MAX_STRAYS` of its points, or keep fewer than `min_points`, keeps all. Clean
-    clouds keep nearly all points.
+    than the share `MAX_STRAYS` of its points, or keep fewer than `min_points`, keeps all points.
+    Clean clouds keep nearly all points.
     """
     kept = np.arange(len(points))
     for _ in range(ROUNDS):
@@ -192,9 +204,9 @@ def without_strays(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
-    """Return a mask [n], True for the points of a cloud n 3 that are not strays.
+    """Return a mask [n], True for the points of a cloud [n, 3] that are not strays.
 
-    The cloud may have duplicates; all copies of a point get the same value.
+    The cloud may have duplicates; all duplicates of a point get the same value.
     """
     centred = points - (points.min(0) + points.max(0)) / 2
     different, which = np.unique(centred, axis=0, return_inverse=True)
@@ -204,13 +216,17 @@ def are_kept(points: np.ndarray, min_points: int = 1) -> np.ndarray:
 
 
 def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Add moved copies of points to a cloud n 3 until it has `num_points`.
+    """Add moved copies of points to a cloud [n, 3] until it has `num_points` points.
 
     points: all different and in farthest point order. Returns the points [num_points, 3], and for
-    each the index of the point that it copies. The originals come first, then rounds of copies. In
-    round t, each copy is moved away from the t-th nearest neighbour of its original by the share
-    STEP of the distance between the two; later copies move a little less. Moved copies continue the
-    surface; exact copies would give patches unlike those that an encoder was trained on.
+    each point the index of its original (its own index if it is an original). The originals come
+    first, then rounds of copies. In round t, each copy is moved away from the t-th nearest
+    neighbour of its original. It moves by a share of the distance between the neighbour and the
+    original. The share is STEP for the first copy of each round, and falls to 3/4 of STEP for the
+    last. A cloud of one point has no neighbours, so its copies do not move.
+
+    Moved copies continue the surface; exact copies would give patches unlike those that an encoder
+    was trained on.
     """
     turn, row = np.divmod(np.arange(len(points), num_points), len(points))
     source, k = points[row], min(int(turn[-1]), len(points) - 1)
@@ -220,15 +236,15 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
     )
     # neighbour 0 is the point itself, so counting starts at 1
     away = source - points[nearest[row, 1 + (turn - 1) % k]] if k else np.zeros_like(source)
-    # The steps decrease, so that the copies of two mutual neighbours are not equally far from their
-    # originals: farthest point sampling would have to choose between equal distances.
+    # The steps decrease within a round. If the copies of two mutual neighbours were equally far
+    # from their originals, farthest point sampling would have to choose between equal distances.
     step = (STEP * (1 - row / (4 * len(points)))).astype(np.float32)
     filled = np.concatenate([points, source + step[:, None] * away])
     return filled, np.r_[: len(points), row]
 
 
 def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
-    """Find the k points nearest to each query (n 3); returns indices n k, nearest first."""
+    """Find the k points nearest to each query [n, 3]; returns indices [n, k], nearest first."""
     distance = _squares(query[:, None], points)
     some = np.argpartition(distance, k - 1, axis=1)[:, :k]
     return np.take_along_axis(
@@ -237,9 +253,10 @@ def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
 
 
 def check(points: np.ndarray) -> np.ndarray:
-    """Return a float64 copy of points N 3.
+    """Return a float64 copy of points [N, 3].
 
-    Raises ValueError for a wrong shape, no points, NaN or infinity.
+    Raises ValueError for a wrong shape or number type, for no points, and for NaN, infinite or very
+    large coordinates (beyond 1e30).
     """
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
@@ -253,7 +270,7 @@ def check(points: np.ndarray) -> np.ndarray:
 
 
 def too_few(count: int, different: int, min_points: int) -> str:
-    """Return the error text for a cloud of `count` points with only `different` different ones.
+    """Return the error text for a cloud of `count` points, only `different` of which are different.
 
     min_points: number of different points that are needed.
     """
@@ -266,7 +283,7 @@ def too_few(count: int, different: int, min_points: int) -> str:
 
 
 def _distinct(points: np.ndarray) -> np.ndarray:
-    """Remove duplicates from points n 3; the order depends only on the coordinates."""
+    """Remove duplicates from points [n, 3]; the order of the rest depends only on coordinates."""
     x, y, z = points.T
     # Sorting by one number per point is much faster than sorting rows.
     points = points[np.argsort(x + np.sqrt(2) * y + np.pi * z, kind="stable")]
@@ -274,6 +291,6 @@ def _distinct(points: np.ndarray) -> np.ndarray:
 
 
 def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compute squared distances between points (..., 3) that broadcast against each other."""
+    """Compute squared distances between points [..., 3] that broadcast against each other."""
     x, y, z = (np.square(a[..., axis] - b[..., axis]) for axis in range(3))
     return x + y + z

@@ -1,5 +1,5 @@
-"""Lock files and folders, so that only one command writes them. A lock ends with its process, even
-if the process is killed.
+"""Lock files and folders, so that only one command at a time writes them. A lock ends with its
+process, even if the process is killed.
 """
 
 import os
@@ -18,7 +18,7 @@ def writing(path: str | Path) -> Iterator[None]:
     deleted, and so are parent folders that were made for it and are still empty. Readers need no
     lock. Raises ValueError if another command holds the lock.
     """
-    real = Path(os.path.realpath(path))  # links and spellings share one lock
+    real = Path(os.path.realpath(path))  # all links to a path and all its spellings share one lock
     made = [folder for folder in real.parents if not folder.exists()]
     real.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(real.with_name(f".{real.name}.lock"))
@@ -31,11 +31,13 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # fails on Windows if the file is open, or if the folder is gone
-            # deleted before the release: a process that waits for the old file notices its deletion
+        # Deleting the lock file fails if its folder is gone, and on Windows also while it is open.
+        with suppress(OSError):
+            # Delete it before the release. If another process has just opened the file, it gets the
+            # lock next, and then notices that the file is deleted.
             os.unlink(lock.lock_file)
         lock.release()
-        # The loop stops with an error at the first folder that is not empty.
+        # The loop stops, with a suppressed error, at the first folder that is not empty.
         with suppress(OSError):
             for folder in made:
                 folder.rmdir()

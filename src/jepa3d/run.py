@@ -6,8 +6,10 @@ untrained/          the encoder before step 1     encoder/, dvae/ or model/   th
 stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
 snapshots/step-N/   the encoder during training   checkpoints/   only until the run is finished
 
-`training/pretrain.py` and `training/finetune.py` write these files. The config.json of a downstream
-run also contains its `task`: classify, segment or fewshot.
+Stage I is the training of a network that the run then uses as a teacher. A downstream run is one of
+`classify`, `segment` or `fewshot`; its config.json also contains its `task`, one of these names.
+Runs of `pretrain` are written by training/pretrain.py, the others by training/finetune.py and
+training/fewshot.py, which list further files.
 """
 
 import json
@@ -23,7 +25,8 @@ from jepa3d.plain import from_dict, merge, read_checked, to_dict
 class Run:
     """A run in a folder; its files are read when a property is used.
 
-    If a file is missing or damaged, a property raises a ValueError that names the file.
+    If a file is missing or damaged, a property raises a ValueError that names the file, unless the
+    docstring of the property says something else.
     """
 
     folder: Path
@@ -44,14 +47,16 @@ class Run:
         file = self.folder / "config.json"
         try:
             values = json.loads(file.read_text())
-            if values.get("mixed_precision") == "auto":  # version 0.1.0 called the trial "auto"
+            # In version 0.1.0, "auto" meant what "measure" means now.
+            if values.get("mixed_precision") == "auto":
                 values["mixed_precision"] = "measure"
             task = {"task": values.pop("task")} if "task" in values else {}
             # Each fold of a few-shot run is itself a run, with the task `classify` but few-shot
             # settings.
             kind = KINDS[task.get("task", "pretrain")]
             kind = FewshotConfig if "ways" in values else kind
-            values = merge({"encoder": {"qkv_bias": True}}, values)  # older encoders had biases
+            # Older versions had no setting qkv_bias, and their encoders always had these biases.
+            values = merge({"encoder": {"qkv_bias": True}}, values)
             return task | to_dict(from_dict(kind, values) if task else resolve(values))
         except (OSError, ValueError, KeyError, AttributeError) as error:
             found = f"does not hold the settings of a run of this version ({error})"
@@ -75,7 +80,7 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The command that made the run: pretrain, classify, segment or fewshot."""
+        """What the run does, by the name of its command: pretrain, classify, segment or fewshot."""
         return self.config.get("task", "pretrain")
 
     @property
@@ -85,7 +90,9 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps, oldest first, without lines that were cut off when the run was killed."""
+        """The metrics of the logged steps, oldest first; empty if there are none. Damaged lines,
+        such as a line that was cut off when the run was killed, are left out.
+        """
         lines, file = [], self.folder / "metrics.jsonl"
         for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
             try:
@@ -140,8 +147,8 @@ class Run:
 
     @property
     def snapshots(self) -> dict[int, Path]:
-        """The folder of every stored encoder, by step: the encoder before the first step, the
-        snapshots, and the final encoder.
+        """The folders of all stored encoders of a finished run, by step: the encoder before the
+        first step, the snapshots, and the final encoder.
         """
         folders = (self.folder / "snapshots").glob("step-*")
         between = {int(folder.name.removeprefix("step-")): folder for folder in folders}
@@ -154,7 +161,9 @@ class Run:
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """The folders, by name, of the networks that stage I trained or the user gave by path."""
+        """The folders, by name, of the networks that stage I trained, and of the copies of the
+        networks that the settings name by path or Hub id.
+        """
         folders = [stage.folder for stage in self.stages]
         folders += sorted(self.folder.glob("given/*"))
         return {f"{folder.parent.name} {folder.name}": folder for folder in folders}

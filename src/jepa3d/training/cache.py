@@ -1,7 +1,9 @@
 """Compute the targets of frozen teachers once per shape, before training, instead of in every step.
 
-RUN/cache/targets.npy    one row per shape, memory-mapped; deleted when the run is finished
+RUN/cache/targets.npy    the targets, one row per shape
 RUN/cache/run.json       how many batches of shapes are done, and the time that they took
+
+The folder RUN/cache is deleted when the run is finished.
 
 A cache changes the results of a run. With a cache, a shape keeps the same patches for the whole
 run, and the augmentation of a step only moves the points in these patches. The teacher sees each
@@ -31,13 +33,13 @@ from jepa3d.training.engine import ON_CPU
 from jepa3d.training.loop import Interrupted, batch_index
 from jepa3d.training.progress import clock, spent_since
 
-SAVE_EVERY = 20  # batches between two saves
+SAVE_EVERY = 20  # number of batches from one save to the next
 FIELDS = ("centers", "patches", "tokens")
 
 
 def row_type(config: PretrainConfig, width: int) -> np.dtype:
-    """Return the numpy type of one shape's row: the point indices of the centers [M] and patches
-    [M, K], the teacher's tokens [M, width], and a checksum of these three fields.
+    """Return the numpy type of one shape's row: the point indices of its M centers [M] and of its
+    patches of K points [M, K], the teacher's tokens [M, width], and a checksum of these fields.
     """
     encoder = config.encoder
     number = np.uint16 if encoder.num_points <= 2**16 else np.int32
@@ -58,7 +60,7 @@ def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) 
 
 class CachedTargets:
     """Hold the targets of all shapes. A call with the indices of n shapes returns the point indices
-    of centers [n, M] and patches [n, M, K], and the teacher's tokens [n, M, E].
+    of centers [n, M] and patches [n, M, K], and the teacher's tokens [n, M, width].
     """
 
     def __init__(self, config: PretrainConfig, num_shapes: int, width: int, folder: Path | None):
@@ -74,7 +76,7 @@ class CachedTargets:
 
     @torch.no_grad()
     def fill(self, teacher: Teacher, clouds: PointClouds, config: PretrainConfig) -> None:
-        """Compute the targets of all shapes. An interrupted computation continues where it stopped.
+        """Compute the targets of all shapes. An interrupted computation continues at its last save.
 
         The batches consist of random shapes, since targets may be normalised over a batch. Each
         process computes a share of every batch, and the first process writes the whole batch.
@@ -119,15 +121,15 @@ class CachedTargets:
                         new_record = {"batches": done, "cost": cost}
                         write_checked(self.folder / "run.json", new_record)
         except KeyboardInterrupt as error:
-            found = f"targets computed so far are saved (every {SAVE_EVERY} batches)"
+            found = f"they are saved every {SAVE_EVERY} batches"
             raise Interrupted(f"stopped while computing targets; {found}") from error
         state.wait_for_everyone()
         if todo and state.is_main_process:
             written, spent = self.rows.nbytes / 1e6, spent_since(start)
             computed = f"{written:,.1f} MB, computed in {spent['wall_seconds']:.1f} s"
             log.info(f"targets of {count:,} shapes: {computed}")
-        # Open the file only now: a file opened earlier might not show what another machine has
-        # written since.
+        # All processes open the file after the last write: if it was opened earlier, it might not
+        # show what a process on another machine has written.
         if self.file:
             self.rows = np.load(self.file, mmap_mode="r")
 
@@ -137,15 +139,17 @@ class CachedTargets:
         return [zlib.crc32(row.tobytes()[:end]) for row in self.rows[index]]
 
     def _record(self) -> dict[str, Any]:
-        """Read how many batches are done, and the time they took. Raises ValueError if damaged."""
+        """Read how many batches are done, and the time they took. Returns zeros if there is no
+        record, and raises ValueError if the record is damaged.
+        """
         record = self.folder and self.folder / "run.json"
         if record and record.exists():
             return read_checked(record)
         return {"batches": 0, "cost": {"cpu_seconds": 0.0, "wall_seconds": 0.0}}
 
     def _open(self, index_of: Callable[[int], np.ndarray]) -> None:
-        """Open targets.npy; create it anew if it is missing or damaged. Damage is logged, and all
-        targets are computed again.
+        """Open targets.npy, or create it if it is missing or damaged. Damage is logged, and then
+        all targets are computed again. Targets that are kept in memory have no file to open.
 
         index_of: returns the shape indices of a batch.
         """
@@ -166,7 +170,8 @@ class CachedTargets:
         self.folder.mkdir()
         shape = (self.num_shapes,)
         np.lib.format.open_memmap(self.file, "w+", self.kind, shape).flush()
-        # Reserve the disk space now: a disk that fills up later would kill the process.
+        # Reserve the disk space now: if the disk were full at a later write to the memory-mapped
+        # file, the process would be killed.
         if hasattr(os, "posix_fallocate"):
             with naming(self.file), self.file.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.file.stat().st_size)

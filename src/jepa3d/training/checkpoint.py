@@ -1,8 +1,8 @@
-"""Checkpoints that survive a kill at any moment: safetensors and JSON are written to a new folder,
-which is renamed when complete.
+"""Checkpoints that survive a kill at any moment: their files (safetensors and JSON) are written to
+a temporary folder, which is renamed when it is complete.
 
-The newest two checkpoints are kept, and every file has a checksum: if the newer checkpoint is
-damaged, the run resumes from the older one.
+Every file has a checksum, and the newest two checkpoints are kept. If the newest one is damaged,
+the run resumes from the older one.
 """
 
 import os
@@ -18,15 +18,16 @@ from jepa3d.models.hub import load_file, save_file
 from jepa3d.models.teacher import Teacher
 from jepa3d.plain import read_checked, write_checked
 
-KEPT = 2  # number of checkpoints that are not deleted
+KEPT = 2  # number of checkpoints that a run keeps
 
 
 def replace_folder(path: Path, write: Callable[[Path], object], new: bool = False) -> None:
     """Write a new folder `path`: call write(temporary folder), flush that folder to disk, and
-    rename it.
+    rename it to `path`.
 
-    new: raise FileExistsError if `path` exists, instead of replacing it. A failure, such as a full
-    disk, leaves nothing behind. After a kill, `path` is complete or `put_back` restores it.
+    new: raise FileExistsError if `path` exists, instead of replacing it. An error, such as a full
+    disk, leaves no temporary folder behind. After a kill, `path` is complete, in its old or new
+    state, or `put_back` restores its old state.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,8 +51,8 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
 
 
 def put_back(path: Path) -> Path:
-    """Return `path`. If a kill during `replace_folder` left the folder under its temporary name,
-    rename it back first.
+    """Return `path`. If a kill during `replace_folder` left the old folder under a temporary name,
+    first rename it back to `path`.
     """
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
@@ -73,7 +74,7 @@ def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]. Then delete all other
-    checkpoints except the newest earlier one.
+    checkpoints except the newest of an earlier step.
     """
     moments = {
         f"{index}.{name}": value.cpu()
@@ -90,8 +91,8 @@ def save(
 
     newest = folder / f"step-{state['step']:07d}"
     replace_folder(newest, write)
-    # Any checkpoint of a later step is damaged, since the run resumed from an earlier one: delete it
-    # too.
+    # A checkpoint of a later step can only be a damaged one, since the run resumed from an earlier
+    # step. So it is deleted too.
     earlier = [old for old in _all(folder) if old < newest]
     for old in set(_all(folder)) - {newest, *earlier[1 - KEPT :]}:
         shutil.rmtree(old)
@@ -107,8 +108,9 @@ def restore(
 ) -> tuple[dict[str, Any], list[str]]:
     """Load the newest undamaged checkpoint into `model` and `optimizer`.
 
-    Returns the saved state, and for each damaged checkpoint a line that names the damaged file.
-    Raises ValueError if all checkpoints are damaged, or if the weights do not fit the model.
+    Returns the `state` that was saved, and for each newer, damaged checkpoint a line that names the
+    damaged file. Raises ValueError if all checkpoints are damaged, or if the weights do not fit the
+    model.
     """
     damaged = []
     for checkpoint in reversed(_all(folder)):

@@ -1,9 +1,9 @@
 """`jepa3d compare`: train the arms of a grid (variants of the settings, see grid.py) with the same
 seeds, score every run once, and compare each arm with a reference arm.
 
-OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. Runs
-                     of the reference also have the scores of the baselines. If learning rates are
-                     searched, the name is ARM-lrRATE-SEED
+OUT/runs/ARM-SEED/   a run of jepa3d pretrain, and the scores of its vectors in scores-*.json. The
+                     runs of the reference also have the scores of the baselines. If learning rates
+                     are searched, the folder's name is ARM-lrRATE-SEED
 OUT/costs.json       CPU seconds per step, if arms get equal CPU time
 OUT/log.txt          the log of all runs
 OUT/table.md         the tables
@@ -50,14 +50,15 @@ class Comparison:
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
-        """Read the scored sets, and check that existing runs have the settings of the grid.
+        """Read the scored sets; if arms get equal CPU time, measure the time per step; and check
+        that existing runs have the settings of the grid.
 
-        Raises ValueError before anything is trained.
+        Raises ValueError if the comparison cannot be made. This is found before any run is trained.
         """
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
         self.clouds: dict[tuple, PointClouds] = {}
-        # run -> why it failed, or None if it succeeded
+        # run that has ended -> why it failed, or None if it succeeded
         self.ended: dict[Path, str | None] = {}
         self.failed: dict[str, str] = {}  # arm -> why it failed
         self.rates: dict[str, float | None] = {}  # arm -> its chosen learning rate
@@ -96,7 +97,7 @@ class Comparison:
         return self.out / "runs" / f"{arm}{suffix}-{seed}"
 
     def run(self) -> list[paired.Row]:
-        """Train and score all arms; returns the rows of all tables."""
+        """Train and score all arms; returns the rows of the tables of all scored sets."""
         grid, rows = self.grid, []
         for arm in grid.arms:
             self.rates[arm] = self._choose_rate(arm)
@@ -207,8 +208,10 @@ class Comparison:
 
     def _choose_rate(self, arm: str) -> float | None:
         """Return the learning rate whose run with the first seed has the best accuracy logistic_10
-        (10 labels a class), averaged over the validation splits of all sets. Returns None if every
-        rate fails, or if no rates are searched.
+        (10 labels a class), averaged over the validation splits of all sets.
+
+        If the grid has one rate, it is returned without a search. Returns None if the grid has no
+        rates (each arm keeps its own), or if the runs of all rates fail.
         """
         rates, seed, scores = self.grid.rates, self.grid.seeds[0], {}
         if len(rates) == 1:
@@ -225,7 +228,9 @@ class Comparison:
         return max(scores, key=scores.__getitem__, default=None)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
-        """Train or resume a run, and log a line. Returns the reason of a failure, or None."""
+        """Train or resume a run, unless it has ended already, and log a line. Returns None, or why
+        the run failed (its loss became NaN or infinite).
+        """
         folder, config = self.folder(arm, seed, rate), self.grid.config(arm, seed, rate)
         if folder in self.ended:
             return self.ended[folder]
@@ -250,8 +255,8 @@ class Comparison:
         return reason
 
     def _load(self, config: PretrainConfig) -> PointClouds:
-        """Load the shapes of a run; runs on the same data share them."""
-        # `clouds_of` reads twice as many points for views
+        """Load the shapes of a run; runs on the same data share the loaded shapes."""
+        # `clouds_of` reads twice as many points if the run uses views
         viewed = config.objective == "jepa" and config.target.view > 0
         key = config.data, config.split, config.up_axis, viewed, config.encoder.num_points
         if key not in self.clouds:
@@ -260,7 +265,7 @@ class Comparison:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Return a context in which the log goes to OUT/log.txt."""
+        """Return a context in which log messages go only to OUT/log.txt."""
         handlers, level = log.handlers[:], log.level
         file = logging.FileHandler(self.out / "log.txt", encoding="utf-8", delay=True)
         log.handlers = [file]
@@ -293,8 +298,8 @@ class Comparison:
         """Score the vectors `name` of an arm's runs; returns an array [seeds, shapes] for each
         metric.
 
-        name: as in `paired.vectors_by`. Handcrafted vectors are the same for all seeds; for them, a
-        seed only chooses the labelled shapes.
+        name: as in `paired.vectors_by`. The handcrafted vectors of a shape are the same for all
+        seeds. With these vectors, a seed only chooses the labelled shapes.
         """
         shapes, runs = self._read(dataset, arm, part), runs or self._runs(arm)
         vectors = cache(lambda run: paired.vectors_by(name, run, shapes))
@@ -326,7 +331,7 @@ class Comparison:
 def compare(grid: Grid, sets: list[LabelledSet], part: Part, out: Path) -> list[paired.Row]:
     """Run the comparison in the folder `out`; print its tables and write them there.
 
-    Raises ValueError if the comparison cannot be made, and loop.Interrupted.
+    Raises ValueError if the comparison cannot be made. Raises loop.Interrupted if it is stopped.
     """
     comparison = Comparison(grid, sets, part, out)
     rows = comparison.run()

@@ -1,10 +1,10 @@
-"""Choose how a run computes: its precision, compilation and activation checkpoints; also its
-trackers (such as TensorBoard).
+"""Choose how a run computes: its precision, compilation and activation checkpoints. This file also
+checks the tracker (such as TensorBoard) to which a run logs its metrics.
 
 bf16 doubles the speed of some processors and halves that of others. The setting
-mixed_precision=auto chooses by the processor alone. The settings mixed_precision=measure and
-compile=auto choose by a trial, which times a few steps of the model. RUN/run.json records the
-choice, and a resumed run keeps it.
+mixed_precision=auto chooses by the kind of processor, without a trial. The settings
+mixed_precision=measure and compile=auto choose by a trial, which times a few forward and backward
+passes of the model. RUN/run.json records the choice, and a resumed run keeps it.
 """
 
 import copy
@@ -32,16 +32,18 @@ from jepa3d.ops import BatchGenerator
 from jepa3d.plain import log
 from jepa3d.run import Run
 
-# passed on to Accelerate, which otherwise does not connect processes on a machine without GPU
+# Whether the machine has no GPU. Accelerate must be told this, since otherwise it does not connect
+# the processes on such a machine.
 ON_CPU = not torch.accelerator.is_available()
-WARM_UP, STEPS = 2, 5  # steps of a trial: not timed, then timed
+# A trial has WARM_UP + STEPS steps. All are timed, but the times of the first WARM_UP are not used.
+WARM_UP, STEPS = 2, 5
 How = tuple[str, bool]  # precision, and whether blocks are compiled
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
-    """Set whether blocks recompute their activations for the gradient. Recomputation needs less
-    memory and gives the same result.
+    """Set whether blocks recompute their activations in the backward pass, instead of storing them.
+    Recomputation needs less memory and gives the same result.
     """
     for module in objective.modules():
         if isinstance(module, PointEncoder | ContextAwareDecoder):
@@ -49,11 +51,11 @@ def set_activation_checkpoints(objective: nn.Module, wanted: bool) -> None:
 
 
 def tracker(name: str | None, run: Path | None) -> list[Any]:
-    """Return Accelerate's `log_with` for a tracker name: [name], or [] for a dry run or if the name
-    is None.
+    """Return the value of Accelerate's argument `log_with` for a tracker name: [name], or [] if the
+    name or the run is None (a dry run has no folder).
 
-    Raises ValueError if the tracker is unknown, or if its package is missing (Accelerate would
-    ignore the tracker).
+    Raises ValueError if the tracker is unknown. Also raises it if the tracker's package is missing,
+    since Accelerate would ignore the tracker in this case.
     """
     if name is None:
         return []
@@ -79,10 +81,11 @@ def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
 
 
 def compile_blocks(objective: nn.Module) -> None:
-    """Compile each transformer block with `torch.compile`, for any number of rows. The names of the
-    weights stay the same.
+    """Compile each transformer block with `torch.compile`, so that a compiled block takes batches
+    and token sequences of any size. The names of the weights stay the same.
     """
-    # 64 is enough for the blocks of teacher, student and decoder, padded or not, in two precisions
+    # A block may be compiled up to 64 times. This is enough for the blocks of teacher, student and
+    # decoder, for padded and unpadded inputs, in two precisions.
     torch._dynamo.config.recompile_limit = 64
     for module in objective.modules():
         if isinstance(module, Block | ContextAwareBlock):
@@ -90,14 +93,14 @@ def compile_blocks(objective: nn.Module) -> None:
 
 
 def has_fast_bf16() -> bool:
-    """Return whether bf16 is faster than fp32 here: on a GPU that supports bf16 natively, or
-    without a GPU on a processor with AMX.
+    """Return whether bf16 is expected to be faster than fp32 on this machine. If there is a GPU,
+    it must support bf16 natively; if there is none, the processor must have AMX.
     """
     if not ON_CPU:
-        # torch has no such function for Apple's GPUs, so bf16 is not used there
+        # torch has no is_bf16_supported for Apple's GPUs, so bf16 is not used there
         supported = getattr(torch.get_device_module(), "is_bf16_supported", None)
         return supported is not None and supported(including_emulation=False)
-    # This calls a private function, since torch has no public one.
+    # This calls a private function, since torch has no public function that detects AMX.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return amx is not None and amx()
 
@@ -105,7 +108,7 @@ def has_fast_bf16() -> bool:
 def settle(config: Config, run: Path | None = None) -> Config:
     """Replace the mixed_precision "auto" of a configuration by "bf16" or "no" (fp32).
 
-    run: a started run whose precision is kept; with None, `has_fast_bf16` decides.
+    run: a run to continue, whose precision is kept; if it is None, `has_fast_bf16` decides.
     """
     if config.mixed_precision != "auto":
         return config
@@ -121,7 +124,7 @@ def settle(config: Config, run: Path | None = None) -> Config:
 
 
 def device_name() -> str:
-    """Return the name of the device: that of the GPU, or "CPU with AMX", or "CPU"."""
+    """Return the name of the GPU; if there is none, "CPU with AMX" or "CPU"."""
     if not ON_CPU:
         name_of = getattr(torch.get_device_module(), "get_device_name", None)
         return name_of() if name_of else str(torch.accelerator.current_accelerator())
@@ -129,10 +132,10 @@ def device_name() -> str:
 
 
 def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) -> How:
-    """Return the precision and whether to compile.
+    """Return the precision, and whether blocks are compiled.
 
-    A resumed run keeps its first choice. A new run follows its settings, or a trial if the settings
-    ask for one.
+    A resumed run keeps its first choice. A new run follows its settings, or makes a trial if the
+    settings ask for one, and records the choice in run.json.
     """
     is_main, device = PartialState(cpu=ON_CPU).is_main_process, device_name()
     found: dict[str, Any] | None = Run(run).engine if run else None
@@ -152,8 +155,8 @@ def choose(task: Any, clouds: PointClouds, config: RunConfig, run: Path | None) 
 
 
 def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, Any]:
-    """Time all allowed combinations of precision and compilation, and log the fastest. Returns the
-    record of this choice, with the seconds of every combination.
+    """Time all combinations of precision and compilation that the settings allow, and choose the
+    fastest. Returns the record of this choice, with the seconds of every combination.
     """
     precision, measured = config.mixed_precision, config.mixed_precision == "measure"
     ways = {"no": (False,), "yes": (True,), "auto": (False, True)}[config.compile]
@@ -172,7 +175,9 @@ def _measured(task: Any, clouds: PointClouds, config: RunConfig) -> dict[str, An
 def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) -> dict[How, float]:
     """Time forward and backward passes on copies of the task, one copy per combination in `hows`.
 
-    The combinations take turns. Returns the median seconds of each. All processes must call this.
+    The combinations take turns. Returns the median seconds of each combination. A combination that
+    fails is left out, except if there are several processes or if it is the only one left: then its
+    RuntimeError is raised. All processes must call this function.
     """
     state = PartialState(cpu=ON_CPU)
     device = cast(torch.device, state.device)
@@ -197,7 +202,8 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
                 loss.item()  # wait for the device
             # There may be no compiler, or no kernel for this precision.
             except RuntimeError as error:
-                # With several processes, the other processes would wait for this one forever.
+                # If one of several processes left out a combination that works in the others, the
+                # others would wait for it forever.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
                 log.info(f"trial of {named(*how)} failed: {str(error).splitlines()[0]}")

@@ -1,11 +1,11 @@
-"""Few-shot runs: episodes (a few labelled shapes of a few classes, and test shapes of these
-classes) are sampled once and saved. For each episode, a network is fine-tuned in its own folder, or
-frozen features are scored. An episode with its data is called a fold.
+"""Few-shot runs. An episode is a few labelled shapes of a few classes, and test shapes of the same
+classes. An episode with its data is called a fold. Episodes are sampled once and saved, unless the
+data has published folds. For each fold, a network is fine-tuned, or frozen features are scored.
 
-OUT/config.json, run.json   as in pretraining
+OUT/config.json, run.json   as in pretraining (run.py)
 OUT/episodes.json           the sampled episodes, as indices of shapes in the data
-OUT/start/                  the encoder that every episode starts from
-OUT/fold-N/                 a run of finetune.py, if networks are fine-tuned
+OUT/start/                  the encoder of all folds; missing if they are trained from scratch
+OUT/fold-N/                 the fine-tuning run of fold N (finetune.py), if networks are fine-tuned
 OUT/results.json            mean and standard deviation of the accuracy over folds
 """
 
@@ -38,9 +38,10 @@ METHODS = {
 def run_fewshot(config: FewshotConfig, out: Path, resume: bool = False) -> Path:
     """Score every fold, and write the mean score to OUT/results.json. Returns `out`.
 
-    Raises ValueError before anything is written, and loop.Interrupted.
+    Raises ValueError for settings or data that cannot work, before anything is written. Raises
+    loop.Interrupted if the run is stopped.
     """
-    # There are too few labels to hold some out for validation.
+    # There are too few labelled shapes to hold some of them out for validation.
     config = replace(config, select="last")
     config, encoder, started = begin(config, out, resume)
     if started and runs.close_if_finished(out):
@@ -100,8 +101,8 @@ def _finetuned(
     folds: list[Labelled],
     encoder: PointEncoder | None,
 ) -> tuple[list[float], dict[str, float]]:
-    """Fine-tune on every fold, each in a run of its own with its own seed; returns all accuracies
-    and the summed cost.
+    """Fine-tune on every fold, in a run of its own with its own seed. Returns the accuracies of all
+    folds, and the sum of their costs.
     """
     scores, costs = [], []
     for i, data in enumerate(folds):
@@ -112,7 +113,7 @@ def _finetuned(
         scores.append(done["metrics"]["overall_accuracy"])
         costs.append(done["cost"])
         log.info(f"fold {i}: {scores[-1]:.1f} %")
-        # Nothing reads the folds' networks, which fill 1 or 2 GB at the paper's size.
+        # Nothing reads the folds' networks. With the paper's encoder, they would fill 1 or 2 GB.
         for network in ("start", "model"):
             shutil.rmtree(folder / network, ignore_errors=True)
     names = ("wall_seconds", "cpu_seconds")
@@ -124,8 +125,8 @@ def _folds(
 ) -> tuple[PointClouds, list[Labelled], list[fewshot.Episode] | None]:
     """Return the data, the folds and the episodes.
 
-    Episodes are read from the file `saved` if it exists, else they are sampled with the seed. The
-    episodes are None if `config.data` holds the published folds.
+    If `config.data` has published folds, these are returned, and the episodes are None. If it has
+    none, the episodes are read from the file `saved` if it exists, else sampled with the seed.
     """
     num_points = config.num_points or config.encoder.num_points
     sizes, queries = (config.ways, config.shots, config.folds), config.queries

@@ -1,5 +1,5 @@
-"""Supervised runs: train a classifier or part segmenter from labelled shapes and an encoder, and
-write a run folder.
+"""Supervised runs: train a classifier or part segmenter on labelled shapes, from a pretrained
+encoder or from scratch, and write a run folder.
 
 RUN/config.json       the settings, and the task's name
 RUN/start/            the encoder before the first step
@@ -55,13 +55,14 @@ def finetune(
     encoder: PointEncoder | None = None,
     protocol: str | None = None,
 ) -> Path:
-    """Train a classifier (with a SegmentConfig, a part segmenter), choose an epoch, and test the
-    network of that epoch once.
+    """Train a classifier, or a part segmenter if `config` is a SegmentConfig. Then choose an epoch,
+    and score the network of that epoch on the test shapes.
 
     stop_at: step at which the run stops early. data: the labelled shapes; None loads `config.data`.
     encoder: the encoder to start from; None loads `config.init`. protocol: the protocol's name in
-    the result; None uses `protocol_name`. Returns the run's folder `out`. Before anything is
-    written, raises ValueError for settings or data that cannot work. Raises loop.Interrupted.
+    the result; None uses `protocol_name`. Returns the run's folder `out`. Raises ValueError for
+    settings or data that cannot work, before anything is written. Raises loop.Interrupted if the
+    run is stopped.
     """
     config, encoder, started = begin(config, out, resume, encoder)
     if started and runs.close_if_finished(out):
@@ -125,9 +126,9 @@ def begin(
 ) -> tuple[Config, PointEncoder | None, bool]:
     """Check the settings, and load the encoder.
 
-    Returns the settings with the encoder's sizes, the encoder (None: start from scratch), and
-    whether `out` is a run to continue. Raises ValueError for settings that cannot work, or that
-    differ from the settings of the run to continue.
+    Returns the settings with the encoder's sizes, the encoder, and whether `out` is a run to
+    continue. The encoder is None if the run starts from scratch. Raises ValueError for settings
+    that cannot work, or that differ from the settings of the run to continue.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -176,8 +177,8 @@ def encoder_config(encoder: PointEncoder) -> EncoderConfig:
 
 
 def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings num_points and num_groups, if they are set, to replace the encoder's
-    values.
+    """Return those of the settings num_points and num_groups that are set; they replace the
+    encoder's own values.
     """
     found = {"num_points": config.num_points, "num_groups": config.num_groups}
     return {name: value for name, value in found.items() if value is not None}
@@ -186,8 +187,8 @@ def size_overrides(config: FinetuneConfig) -> dict[str, Any]:
 def make_network(
     config: FinetuneConfig, data: Labelled, train: PointClouds, encoder: PointEncoder | None
 ) -> Network:
-    """Create the network with random weights from the seed, then copy the weights of `encoder` if
-    it is not None.
+    """Create the network with random weights from the seed, then copy the weights of `encoder` to
+    it. If `encoder` is None, only the BatchNorm statistics are computed, from train shapes.
 
     If config.trained is "head_first", the head is fitted to the encoder's vectors of the train
     shapes.
@@ -258,8 +259,9 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
 def pretraining_of(init: str | None) -> dict | None:
     """Return the settings, data, cost and commit of the pretraining run that `init` is part of.
 
-    "encoder_of" says which of the run's encoders `init` is. Returns None if `init` does not belong
-    to a pretraining run, or is the untrained encoder of one.
+    The result's key "encoder_of" says which of the run's encoders `init` is: "" is the final one.
+    Returns None if `init` does not belong to a pretraining run, or if it is the untrained encoder
+    of a run.
     """
     if init is None or Path(init).name == "untrained":
         return None

@@ -1,8 +1,8 @@
-"""CUDA graphs: record a step's forward and backward once, then let the GPU replay the recording
-with one launch instead of two thousand.
+"""CUDA graphs: record the forward and backward pass of a step once, then let the GPU replay the
+recording with one launch instead of two thousand.
 
-Without a graph, a step waits for the host: on an H200 (docs/performance.md), the paper's step
-takes the GPU 17 ms and the host 50 ms.
+Without a graph, the GPU waits for the host: for a step of the paper's run, an H200 computes for
+17 ms, and the host needs 50 ms to launch the operations (docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from jepa3d.config import PretrainConfig, RunConfig
 from jepa3d.ops import BatchGenerator, RepeatedDraws
 
-WARM_UP = 3  # calls before a graph is recorded, as torch demands
+WARM_UP = 3  # number of calls before a graph is recorded; torch demands such a warm-up
 
 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
     """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
-    The tensors may have only a few different sizes. Random and one-block masks meet this condition;
-    multi-block masks do not, since their contexts vary in length.
+    This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets and gradient
+    accumulation. The tensors may have only a few different sizes. Random and one-block masks meet
+    this condition. Multi-block masks do not, since their contexts vary in length.
     """
     return (
         torch.get_device_module(device).__name__ == "torch.cuda"
@@ -35,16 +36,17 @@ def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
 
 
 class Repeated:
-    """Record forward and backward of `run(points, generator)` once for each set of tensor sizes,
-    and replay the recording in later calls.
+    """Record `run(points, generator)`, a forward and backward pass, once for each set of tensor
+    sizes, and replay the recording in later calls.
 
-    The result and the gradients of `model` are overwritten by the next call. Before each replay,
-    the random numbers that `run` would draw are written into the graph's own buffers.
+    Each call overwrites the result and the gradients of `model` of the call before it. Before each
+    replay, the random numbers that `run` would draw are written into the graph's own buffers.
     """
 
     def __init__(self, run: Callable[[Tensor, BatchGenerator], Any], model: nn.Module):
         self.run, self.model, self.recorded = run, model, {}
-        # Random streams that choose tensor sizes; None before the first recording.
+        # The random streams that choose tensor sizes, each with the number of sizes that it chooses
+        # from; None before the first recording.
         self.sizes: dict[str, int] | None = None
         self.pool = None
 
@@ -65,7 +67,9 @@ class Repeated:
         return output
 
     def _key(self, points: Tensor, generator: BatchGenerator) -> tuple:
-        """Return what decides the tensor sizes: the shape of the batch, and the sampled sizes."""
+        """Return what decides the tensor sizes of a step: the shape of the batch, and the choices
+        that the random streams make.
+        """
         assert self.sizes is not None
         sizes = []
         for name, count in self.sizes.items():
@@ -76,7 +80,7 @@ class Repeated:
     def _record(self, points: Tensor, draws: RepeatedDraws) -> tuple:
         """Record a graph. Returns the graph, its input points, draws, output and gradients.
 
-        The model's buffers, which the warm-up changes, are restored.
+        The warm-up changes the model's buffers; they are restored at the end.
         """
         device = torch.get_device_module(points.device)
         inputs, saved = points.clone(), [buffer.clone() for buffer in self.model.buffers()]
@@ -90,7 +94,7 @@ class Repeated:
                     parameter.grad = None
         device.current_stream().wait_stream(side_stream)
         graph = device.CUDAGraph()
-        # thread_local, since another thread reads the next batch meanwhile
+        # thread_local, since another thread copies the next batch to the GPU meanwhile
         with device.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.run(inputs, RepeatedDraws(draws.seed, draws.step, parent=draws))
         self.pool = graph.pool()

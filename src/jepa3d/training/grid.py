@@ -1,5 +1,5 @@
-"""Read grids (the arms of a comparison, each with its full settings) from YAML files. Also compute
-how many steps each arm takes in equal CPU time.
+"""Read grids from YAML files. A grid lists the arms of a comparison, which are variants of the
+training settings. Also compute how many steps each arm can take in equal CPU time.
 """
 
 import re
@@ -17,7 +17,7 @@ from jepa3d.plain import from_dict, merge, nearest, read_checked, read_recipe, w
 from jepa3d.training.pretrain import check, cpu_costs
 from jepa3d.validate import validate
 
-ROUNDS = 3  # how often the CPU time per step of all arms is measured
+ROUNDS = 3  # how often the CPU time per step of each arm is measured
 
 
 class Grid(NamedTuple):
@@ -29,9 +29,9 @@ class Grid(NamedTuple):
     overrides: dict[str, dict]  # arm -> its own settings, as in the file
     reference: str
     seeds: tuple[int, ...]
-    # Learning rates to choose from; (None,): each arm keeps its own rate.
+    # Learning rates to choose from, or (None,) if each arm keeps its own rate.
     rates: tuple[float | None, ...]
-    cpu_minutes: float | None  # per run, stage I included; None: equal steps
+    cpu_minutes: float | None  # per run, stage I included; None if the arms get equal steps
     finetune: FinetuneConfig  # how arms are fine-tuned on the first scored set
     finetuned: tuple[str, ...]  # the arms that are fine-tuned
 
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
         """Return the configuration of one run.
 
         rate: learning rate for the arm's objective; None for the rate in the arm's settings. Stage
-        I keeps the rate in its own settings.
+        I (the training of a teacher) keeps its own learning rate.
         """
         config = self.arms[arm]
         return replace(config, seed=seed, lr=config.lr if rate is None else rate)
@@ -64,7 +64,8 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
     """Read a grid from a file.
 
     common: settings that override the file's common settings, but not an arm's own settings.
-    reserved: names that no arm may have. Raises ValueError, which names the file and the key.
+    reserved: names that no arm may have. If the grid is not valid, raises a ValueError that names
+    the file and the key.
     """
     values = read_recipe(path)
     try:
@@ -127,7 +128,7 @@ def _finetuning(file: _File, arms: Iterable[str]) -> tuple[FinetuneConfig, tuple
     changes = {key: value for key, value in file.finetune.items() if key != "arms"}
     if ruled := changes.keys() & {"data", "labels_key", "up_axis", "init", "seed"}:
         raise ValueError(f"finetune.{min(ruled)} is set by the comparison: leave it out")
-    changes["data"] = "-"  # stands for the first scored set, which is not known yet
+    changes["data"] = "-"  # a placeholder for the first scored set, which is not known yet
     base = settings.preset(file.preset, FinetuneConfig) if file.preset else {}
     config = from_dict(FinetuneConfig, merge(base, changes))
     validate(config)
@@ -151,8 +152,9 @@ def _base(grid: Path, file: _File) -> list[dict]:
 def at_equal_time(grid: Grid, out: Path) -> Grid:
     """Return the grid with as many steps for each arm as the grid's CPU-minutes allow.
 
-    The CPU time per step is measured once and saved in out/costs.json. Raises ValueError for an arm
-    whose settings changed since then, or whose stage I takes all the time.
+    The CPU time per step of each arm is measured once and saved in out/costs.json. Raises
+    ValueError for an arm whose settings have changed since it was measured. Also raises it for an
+    arm that uses up the time before its first step, for stage I or for cached targets.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"
@@ -165,8 +167,8 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             hint = f"not {now}; a changed arm needs another name"
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
-        # The machine may be busier now: measure one old arm again, and scale the new costs by the
-        # change in its cost.
+        # If other arms were measured earlier, the machine may be busier or less busy now. So measure
+        # one of those arms again, and scale the costs of new arms by the change in its cost.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]

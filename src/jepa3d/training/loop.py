@@ -1,6 +1,6 @@
 """The training loop, which is the same for every objective, and for one process or many.
 
-On one CPU with a fixed number of threads, a resumed run gives bit for bit the result of an
+On one CPU with a fixed number of threads, the result of a resumed run is bit for bit that of an
 uninterrupted run.
 """
 
@@ -51,23 +51,24 @@ class Diverged(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """What the loop trains: an objective, its schedule, and the module to export."""
+    """What the loop trains: an objective, its schedule, and the module to save at the end."""
 
     # A module with forward(points, generator, progress, *targets), after_step(progress) and
     # metrics(output): docs/extending.md.
     objective: Any
     schedule: Schedule
-    export: str  # the folder to export to: encoder, dvae or model
-    module: Any  # the module to export: PointEncoder, DVAE, Classifier or Segmenter
-    augments: bool = True  # False if the objective augments its views itself
-    # returns the labels, or the cached teacher targets, of the shapes at these indices
+    export: str  # the folder of the run to save the module to: encoder, dvae or model
+    module: Any  # the module to save: PointEncoder, DVAE, Classifier, LinearClassifier or Segmenter
+    # whether the loop augments the points; False if the objective augments its views itself
+    augments: bool = True
+    # a function of shape indices that returns these shapes' labels or cached teacher targets
     targets: Callable[[np.ndarray], tuple[Tensor, ...]] | None = None
-    # computes the score after each epoch; the best weights go to RUN/best
+    # computes the score after each epoch; the weights with the best score go to RUN/best
     scorer: Callable[[], float] | None = None
     # the split that `scorer` scores: validation or test
     scored_split: str = "validation"
     layer_decay: float = 1.0
-    # whether to score before the first step too, since the head is fitted before training
+    # whether to score also before the first step; True if the head is fitted before training
     scores_first: bool = False
 
 
@@ -79,8 +80,10 @@ def fit(
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
     stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes),
     best, the last metrics, step_seconds, step_cpu_seconds, and the mixed_precision that was used.
-    Raises Interrupted, after saving, on Ctrl-C, on SIGTERM, or at step `stop_at`; Diverged if the
-    loss is not finite; ReadError for unreadable data.
+
+    On Ctrl-C, on SIGTERM, or at step `stop_at`, saves a checkpoint and raises Interrupted. Raises
+    Diverged if the loss is NaN or infinite, ReadError for unreadable data, and ValueError if the
+    run has no undamaged checkpoint left or if the tracker cannot be used.
     """
     start_clock = clock()
     # cuDNN attention is off, since it makes a new plan for every context length, which takes most
@@ -151,7 +154,7 @@ def fit(
     def forward_backward(
         points: Tensor, generator: BatchGenerator, progress: float = 0.0, *targets: Tensor
     ) -> Any:
-        """Run forward and backward on this process's rows of a micro-batch."""
+        """Run the forward and backward pass on this process's part of a micro-batch."""
         if task.augments:
             ranges = config.scale, config.rotate, config.translate
             points = augment(points, *ranges, generator)
@@ -247,7 +250,7 @@ def fit(
 
 
 def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
-    """Yield read(step) for every step; a thread reads one step ahead."""
+    """Yield read(step) for every step. Meanwhile, a thread reads the data of the next step."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(read, step) for step in steps[:1]]
         for step in steps:
@@ -258,15 +261,15 @@ def read_ahead(read: Callable[[int], Any], steps: range) -> Generator[Any]:
 
 
 def to_device(points: Tensor, device: torch.device) -> Tensor:
-    """Move points to the device. If the device is a CUDA GPU, do not wait for the end of the copy."""
+    """Move points to the device. If it is a CUDA GPU, do not wait for the end of the copy."""
     if torch.get_device_module(device).__name__ != "torch.cuda":
         return points.to(device)
     return points.pin_memory().to(device, non_blocking=True)
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
-    """Return whether the logged steps go beyond the first checkpoint, so that one must have been
-    saved.
+    """Return whether the run must have saved a checkpoint, since the logged steps go beyond the
+    first one.
     """
     return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 
@@ -310,8 +313,8 @@ def epoch_order(
 
 
 def stop_requested(accelerator: Accelerator, signals: list, step: int) -> bool:
-    """Return whether any process received a signal to stop. Several processes check this only every
-    10 steps.
+    """Return whether any process received a signal to stop. If there are several processes, they
+    check this only every 10 steps.
     """
     if accelerator.num_processes == 1:
         return bool(signals)

@@ -1,4 +1,4 @@
-"""AdamW with proper parameter groups, and the learning-rate and momentum schedules."""
+"""The optimiser AdamW with its parameter groups, and the schedule of the learning rate."""
 
 import math
 import re
@@ -10,11 +10,12 @@ from jepa3d.config import Schedule
 
 
 def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> torch.optim.AdamW:
-    """Create the optimiser. Weight decay applies to matrices only, not to biases, norms or single
-    tokens.
+    """Create the optimiser for the parameters of `model` that need gradients. Weight decay applies
+    only to parameters with two or more dimensions, so not to biases and norms.
 
     layer_decay: factor by which the learning rate falls from each encoder block to the block before
-    it, as in BEiT. The product of these factors is stored as "lr_scale" of each parameter group.
+    it, as in BEiT. The "lr_scale" of a parameter group is the product of these factors for its
+    layer.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)
@@ -33,10 +34,10 @@ _LAYER = re.compile(r".*?\bencoder\.(?:blocks\.(\d+)|tokenizer|position)\.")
 
 
 def _lr_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Return each parameter's factor of the learning rate, layer_decay^(depth + 1 - layer).
+    """Return for each parameter the factor of its learning rate, layer_decay^(depth + 1 - layer).
 
-    layer: 0 for tokenizer and position embedding, i + 1 for block i, depth + 1 for all other
-    parameters.
+    layer: 0 for tokenizer and position embedding, i + 1 for block i of the encoder (the first is
+    block 0), depth + 1 for all other parameters. depth: the number of blocks.
     """
     found = {name: _LAYER.match(name) for name, _ in model.named_parameters()}
     layers = {name: int(match[1] or -1) + 1 for name, match in found.items() if match}
@@ -51,8 +52,8 @@ def total_steps(schedule: Schedule, num_samples: int) -> int:
 
 
 def learning_rate(schedule: Schedule, step: int, total: int, num_samples: int) -> float:
-    """Return the rate of a step: linear warm-up from `min_lr` over `warmup_epochs` (at most a tenth
-    of the run), then a cosine to `min_lr`.
+    """Return the learning rate of a step. It rises linearly from `min_lr` for `warmup_epochs` (at
+    most a tenth of the run), and then follows a cosine down to `min_lr`.
 
     As in timm's scheduler, which Point-MAE and ACT use, the cosine starts at the first step, not at
     the end of the warm-up.

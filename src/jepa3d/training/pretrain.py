@@ -1,4 +1,6 @@
-"""Pretraining: from settings and data to a run folder (`run.py`), in one stage or two."""
+"""Pretraining: from settings and data to a run folder (`run.py`). If the settings ask for a teacher
+that must be trained first, such as a dVAE, this training is stage I.
+"""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -36,7 +38,7 @@ from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
 from jepa3d.validate import validate
 
 Network = DVAE | PointEncoder
-# steps taken to measure the CPU time per step of a stage; the first step is not timed
+# number of steps that measure the CPU time per step of a stage; the first step is not timed
 TIMED_STEPS = 9
 
 
@@ -45,7 +47,8 @@ def make_task(
 ) -> Task:
     """Build the task that the loop trains for an objective.
 
-    networks: by name, the networks of stage I and the networks that the settings name.
+    networks: by name, the networks of stage I, and those that the settings name by folder, Hub id
+    or function.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -56,7 +59,7 @@ def make_task(
     # An EMA teacher uses these BatchNorm statistics from step 1.
     calibrate_batchnorm(encoder, clouds.batch(_some(config.seed, len(clouds))))
     if objective == "jepa":
-        # "untrained" is copied before a warm start, "ema" after it
+        # The teacher "untrained" is copied before the warm start, the teacher "ema" after it.
         networks = networks | {"untrained": copy.deepcopy(encoder)}
         if config.init:
             warm_start(encoder, networks[config.init], config.init)
@@ -69,12 +72,14 @@ def make_task(
 
 
 def _some(seed: int, count: int) -> np.ndarray:
-    """Choose up to 512 random shapes; an encoder gets statistics over them."""
+    """Choose up to 512 random shapes, over which statistics are computed; returns their indices."""
     return np.random.default_rng(seed).permutation(count)[:512]
 
 
 def _export(network: Network, clouds: PointClouds, seed: int, folder: Path) -> None:
-    """Save a network; an encoder also gets the statistics that standardise its vectors."""
+    """Save a network. If it is an encoder, the saved copy also has the statistics that standardise
+    its vectors.
+    """
     if isinstance(network, PointEncoder):
         network = copy.deepcopy(network).eval()
         standardise_vectors(network, clouds.batch(_some(seed, len(clouds))))
@@ -92,7 +97,7 @@ def make_dvae(config: PretrainConfig) -> DVAE:
 
 
 def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teacher | None:
-    """Combine all teachers of the configuration into one; returns None if there is none."""
+    """Combine all teachers of the configuration into one; returns None if it has no teacher."""
     if config.teacher == ("none",):
         return None
     teachers, target = [networks[name] for name in config.teacher], config.target
@@ -101,7 +106,9 @@ def make_teacher(config: PretrainConfig, networks: dict[str, Network]) -> Teache
 
 
 def warm_start(encoder: PointEncoder, source: Network, name: str) -> None:
-    """Copy weights and statistics from `source`. Raises ValueError if the architectures differ."""
+    """Copy weights and BatchNorm statistics from `source` to `encoder`. Raises ValueError if their
+    architectures differ.
+    """
     try:
         encoder.load_weights(source)
     except RuntimeError as error:
@@ -119,12 +126,14 @@ def pretrain(
     clouds: PointClouds | None = None,
     stage_one: Iterable[Path] = (),
 ) -> Path:
-    """Train the networks of stage I, then pretrain with the settings `config`, in the folder `out`.
+    """Train the networks of stage I, if the settings need any. Then pretrain with the settings
+    `config`, in the folder `out`.
 
     stop_at: step at which the run stops early. clouds: the data, if it is loaded already.
     stage_one: earlier runs of stage I; if a finished one has the settings that this run needs, it
-    is copied, and its network is not trained again. Before anything is written, raises ValueError
-    for settings or data that cannot work. Raises loop.Interrupted.
+    is copied, and its network is not trained again. Returns `out`. Raises ValueError for settings
+    or data that cannot work, before anything is written. Raises loop.Interrupted if the run is
+    stopped.
     """
     started = runs.begin(out, resume)
     config = settle(config, out if started else None)
@@ -178,13 +187,14 @@ def pretrain(
 
 
 def teacher_to_cache(config: PretrainConfig, task: Task) -> Teacher | None:
-    """Return the frozen teacher whose targets are cached, or None if target.cache is not set."""
+    """Return the frozen teacher whose targets are cached, or None if none are cached."""
     cached = config.target.cache and isinstance(task.objective, JEPA)
     return task.objective.teacher if cached else None
 
 
 def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Path | None) -> Task:
-    """Compute the teacher's targets if target.cache is set; returns the task that uses them.
+    """If target.cache is set, compute the teacher's targets, and return the task that uses them.
+    Otherwise return the task unchanged.
 
     out: the run's folder, where the targets are stored; None keeps the targets in memory.
     """
@@ -200,7 +210,8 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
     """Load the networks that the configuration names by folder, Hub id or function.
 
-    started: a started run, which has copies of the networks from folders and the Hub in given/.
+    started: the folder of the run if it has been started; its folder given/ has copies of the
+    networks from folders and the Hub, which are read instead.
     """
     if config.objective != "jepa":
         return {}
@@ -225,9 +236,9 @@ def clouds_of(
 ) -> PointClouds:
     """Load the data with the number of points of an objective.
 
-    Objectives with views get twice as many points, if the data has them. loaded: clouds to return
-    unchanged if they already have the correct number of points. limit: the largest number of clouds
-    to read.
+    3D-JEPA with views (target.view) gets twice as many points, if the data has them. loaded: clouds
+    to return unchanged if they already have the correct number of points. limit: the largest number
+    of clouds to read.
     """
     sizes_of = config.dvae if objective == "dvae" else config.encoder
     num_points = sizes_of.num_points
@@ -243,8 +254,8 @@ def clouds_of(
 
 
 def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Network]) -> Task:
-    """Build every stage and sample one mask, so that impossible settings fail before anything is
-    written. Returns the task of the last stage.
+    """Build every stage, and sample masks for some clouds, so that impossible settings fail before
+    anything is written. Returns the task of the last stage.
     """
     tasks = {name: make_task(config, name, clouds, {}) for name in config.stages}
     stages = {name: task.module for name, task in tasks.items()}
@@ -259,7 +270,7 @@ def rehearse(config: PretrainConfig, clouds: PointClouds, given: dict[str, Netwo
 def try_stages(
     config: PretrainConfig, steps: int
 ) -> Iterator[tuple[str, Task, PointClouds, int, dict, dict]]:
-    """Take `steps` steps of every stage on the clouds of two batches; nothing is written.
+    """Take `steps` steps of every stage, on as many clouds as two batches have. Nothing is written.
 
     Yields for each stage: its name, its task, the clouds, the number of shapes in the whole data,
     the estimated wall and CPU seconds to cache the teachers' targets of all shapes (0 if they are

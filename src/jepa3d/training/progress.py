@@ -22,8 +22,8 @@ BAR = "{l_bar}{bar:12}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 def clock() -> dict[str, float]:
-    """Return the CPU time (of all threads) and wall time in seconds; only differences mean
-    anything.
+    """Return the CPU time (of all threads) and the wall time, in seconds. Only differences between
+    two calls have a meaning.
     """
     return {"cpu_seconds": time.process_time(), "wall_seconds": time.perf_counter()}
 
@@ -84,7 +84,9 @@ class Progress:
         self.bar.close()
 
     def stamp(self, state: dict) -> dict:
-        """Return `state` with the time and peak memory so far, over all sessions of the run."""
+        """Return `state` with the run's time and peak memory so far, also of the parts before it
+        was resumed.
+        """
         spent = spent_since(self.start_clock)
         peak = max(self.start_state["peak_memory"], peak_memory())
         total = {name: self.start_state[name] + value for name, value in spent.items()}

@@ -31,7 +31,8 @@ P = ParamSpec("P")
 def exclusive(
     train: Callable[Concatenate[C, Path, P], Path],
 ) -> Callable[Concatenate[C, Path | str, P], Path]:
-    """Decorate a function (config, out, ...): it holds the lock of the folder `out` while it runs.
+    """Decorate a function (config, out, ...), so that it holds the lock of the folder `out` while
+    it runs.
 
     The decorated function raises ValueError if another command holds the lock.
     """
@@ -48,9 +49,9 @@ def exclusive(
 def begin(out: Path, resume: bool) -> bool:
     """Return True if `out` is a run to continue, False for a new run.
 
-    Raises ValueError if `out` exists and may not be continued, or if there is nothing to resume.
-    torchrun repeats the same command after a failure, so under torchrun with restarts `resume` may
-    also start a new run.
+    Raises ValueError if `out` exists, unless it is a run and `resume` is True. Also raises it if
+    `out` does not exist and `resume` is True, with one exception: torchrun may repeat a failed
+    command, so under torchrun with restarts, `resume` may also start a new run.
     """
     started, existed = (out / "config.json").exists(), out.exists()
     wait_for_everyone()  # every process must have checked before the first one writes
@@ -63,18 +64,20 @@ def begin(out: Path, resume: bool) -> bool:
 
 
 def close_if_finished(out: Path) -> bool:
-    """Return True if the run is finished. In this case, also log this and delete its scratch
-    folders.
+    """Return whether the run is finished. If it is finished, log this, and delete the folders that
+    only an unfinished run needs.
     """
     finished = Run(out).finished
     if finished:
-        drop_scratch(out)  # a kill may have prevented `finish` from doing this
+        drop_scratch(out)  # `finish` does this too, but may have been killed before
         log.info(f"{out}: finished already")
     return finished
 
 
 def check_unchanged(config: Any, out: Path) -> None:
-    """Raise ValueError unless a resumed run has the same settings as at its start."""
+    """Raise ValueError unless a resumed run has the same settings as at its start, and its
+    config.json is intact.
+    """
     file = out / "config.json"
     written = Run(out).record.get("config")  # version 0.1.0 wrote no checksum
     if written not in (None, sha256_of(file)):
@@ -101,7 +104,7 @@ def read_by(settings: dict[str, Any]) -> dict[str, Any]:
 
 def copy_twin(config: PretrainConfig, out: Path, candidates: Iterable[Path]) -> None:
     """Copy to `out` the first of the runs `candidates` that is finished and has the settings of
-    `config`, if there is one.
+    `config`. If there is no such run, do nothing.
     """
     wanted = read_by(to_dict(config))
     for run in candidates:
@@ -129,8 +132,8 @@ def create(
 ) -> None:
     """Create the run folder, completely or not at all.
 
-    The folder gets config.json, run.json (provenance and `record`), and each of `networks` in a
-    sub-folder of its name.
+    The folder gets config.json, run.json (versions, machine, command, status, data and `record`),
+    and each of `networks` in a sub-folder of its name.
     """
     if not is_main():
         return
@@ -177,7 +180,9 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
 
 
 def cost_of(out: Path, state: dict) -> dict[str, float]:
-    """Return a run's cost; the time of stage I and of cached targets is added as stage1_*."""
+    """Return a run's cost. The time of stage I and of cached targets is not part of cpu_seconds and
+    wall_seconds, but has its own keys, stage1_*.
+    """
     names = ("step", "cpu_seconds", "wall_seconds", "peak_memory")
     cost = {key: state[key] for key in names}
     files = [*out.glob("stage1/*/run.json"), *out.glob("cache/run.json")]
@@ -193,7 +198,8 @@ def finish(
     metrics: Mapping[str, float | None],
     result: dict[str, Any] | None = None,
 ) -> None:
-    """Mark a run as finished: write its result, if any, and its cost; delete its checkpoints.
+    """Mark a run as finished: write its result (if given) and its cost, and delete its checkpoints
+    and cached targets.
 
     result: the protocol, data, selection, metrics (in per cent, on the test split), validation
     (metrics on the validation split, or None), details (by class, category or fold), and settings
@@ -231,7 +237,9 @@ def wait_for_everyone() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one: a process that ends inside a gloo group may abort."""
+    """Leave the group of processes, if there is one. A process that ends while it is in a group of
+    the backend gloo may abort.
+    """
     PartialState(cpu=ON_CPU).destroy_process_group()
 
 
