@@ -171,8 +171,8 @@ def results(
     runs: tuple[Path, ...]
         Runs of classify, segment or fewshot, or folders that contain such runs.
     choose: str
-        A setting, such as lr. Among runs that differ only in this setting and the seed, the tables
-        show only those with the value that has the best validation score.
+        A setting, such as lr. Of runs that differ only in this setting and the seed, the tables
+        show only those whose value has the best validation score, averaged over seeds.
     published: bool
         Print all tables of published results, even if no runs are given.
     out: Path
