@@ -81,9 +81,9 @@ def predict(
     Parameters
     ----------
     run: Path
-        A run of classify or segment.
+        The output folder of classify, segment or label.
     files: list[Path]
-        Files, or folders of files.
+        Files, folders of files, or stores of jepa3d prepare.
     out: Path
         What to write; it must not exist yet. For a classifier: a CSV file with one row per cloud.
         For a segmenter: a folder with one PLY file per cloud, which contains part labels and
