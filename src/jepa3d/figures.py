@@ -1,7 +1,7 @@
 """Draws pictures, among them pictures like the paper's figures 1, 4, 6 and 7.
 
-The extra `view` must be installed. The argument `path` of a function is the file to write: a path,
-or a binary file that is open for writing.
+The package's extra `view` must be installed. The argument `path` of a function is the file to
+write: a path, or a binary file that is open for writing.
 """
 
 import io
@@ -95,8 +95,8 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def first_of_each(labels: np.ndarray) -> np.ndarray:
-    """Return an order of shapes with labels [n]: first the first shape of each class, then the
-    second shape of each class, and so on.
+    """Return the indices of shapes with labels [n] in this order: the first shape of each class,
+    then the second shape of each class, and so on.
     """
     rank_in_class = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
@@ -108,7 +108,7 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
     """Draw some shapes with context and target blocks, which are sampled as in training.
 
     Each shape has one row: the cloud, the context that the encoder sees, and each target block.
-    shapes: number of shapes, evenly spread over `clouds`.
+    shapes: number of shapes to draw; they are evenly spread over `clouds`.
     """
     points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
     generator = BatchGenerator(config.seed)
@@ -218,7 +218,8 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Write a PNG of 32 colours with a picture of each cloud and its title below it, 6 in a row.
+    """Write a PNG of 32 colours with a picture of each cloud and its title below the picture, in
+    rows of up to 6.
 
     clouds: each [N, 3], z up. They are seen from the front right.
     """

@@ -22,7 +22,7 @@ app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
     version=lambda: jepa3d.__version__,  # a function, since finding the version takes a while
-    help_format="markdown",  # joins the lines of a paragraph, as plaintext does not
+    help_format="markdown",  # unlike plaintext, it joins the lines of a paragraph
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
 )

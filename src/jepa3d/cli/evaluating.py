@@ -68,7 +68,8 @@ def probe(
         Instead, measure how well the features of points predict the points' part labels.
     out: Path
         The JSON file to write; by default probe-DATA.json in the folder of the first run, or
-        probe-MODEL-DATA.json in the current folder if RUNS is an encoder.
+        probe-DATA-MODEL.json in the current folder if RUNS is an encoder. Options that change the
+        result are added to the default name.
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing

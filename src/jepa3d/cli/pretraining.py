@@ -84,8 +84,8 @@ def prepare(
         Which data set to convert, if a benchmark's folder contains several: obj_bg, obj_only,
         pb_t50_rs, modelnet10 or modelnet40.
     columns: tuple[str, ...]
-        For tables: the names of the columns that contain x, y and z, if they are unusual. For .bin
-        files: the names of all columns.
+        For tables: the names of the columns that contain x, y and z, if the header has other names
+        for them. For .bin files and tables without a header: the names of all columns.
     seed: int
         Seed for sampling meshes, reducing clouds and splitting.
     keep_strays: bool
@@ -137,8 +137,9 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (for runs of some minutes on a laptop, with the masks and teachers that work best in
-        such short runs, not the paper's), small (as in the paper), or base (a larger encoder).
+        tiny (for runs of some minutes on a laptop; it has not the paper's masks and teacher, but
+        those that work best in such short runs), small (as in the paper), or base (a larger
+        encoder).
     recipe: Path
         A YAML file of settings; it overrides the preset, and flags override it.
     out: Path
