@@ -14,8 +14,8 @@ from jepa3d.plain import configuration, differences, from_dict, merge, nearest, 
 # minutes: it has a small encoder, and the objective that reached the best scores in such runs
 # (docs/experiments.md). recipes/tiny-paper.yaml has the paper's objective at the size of `tiny`.
 PRESETS = ("tiny", "small", "base")
-# Stage I trains a network that the run needs as its teacher or as its initial weights. These
-# teachers need no stage I:
+# Stage I trains a network that the run needs as its teacher or as its initial weights. These values
+# of `teacher` need neither stage I nor weights from a file:
 TEACHERS = ("ema", "untrained", "none")
 Rival = Literal["dvae", "generative", "invariance"]
 # The objectives that stage I can train a network with; each network is named after its objective.
@@ -35,9 +35,9 @@ class EncoderConfig:
     group_size: int = setting(32, "Points per patch.", "[1, 65536]", tiny=16)
     num_points: int = setting(2048, "Points per cloud.", "[1, 1e7]", tiny=512)
     tokenizer_dim: int = setting(128, "Width of the tokenizer.", "[1, 16384]", tiny=64)
-    mlp_ratio: float = setting(4.0, "Hidden width of the MLPs / embed_dim.", "(0, 64]")
+    mlp_ratio: float = setting(4.0, "Hidden width of the MLPs, divided by embed_dim.", "(0, 64]")
     drop_path: float = setting(
-        0.1, "Stochastic depth: drop rate of the last block.", "[0, 1)", tiny=0.0
+        0.1, "Stochastic depth: drop rate of the last block; 0 for the first.", "[0, 1)", tiny=0.0
     )
     position_every_block: bool = setting(
         True, "Add position embeddings before every block, not only before the first."
@@ -66,11 +66,11 @@ class SamplerConfig:
         "(0.85, 1.0). For sequence: share of the non-target tokens; default (0.4, 0.75).",
         "(0, 1] rising",
     )
-    min_context: int = setting(4, "Redraw contexts with fewer tokens.", "[1, 65536]")
+    min_context: int = setting(4, "A context with fewer tokens is drawn again.", "[1, 65536]")
     mask_ratio: float = setting(
         0.25, "Share of masked tokens (for random and one_block).", "(0, 1)", tiny=0.6
     )
-    masks: int = setting(1, "Masks per cloud; the teacher runs only once.", "[1, 256]")
+    masks: int = setting(1, "Masks per cloud; the teacher runs once for all of them.", "[1, 256]")
 
 
 @configuration("Decoder")
@@ -78,11 +78,11 @@ class SamplerConfig:
 class DecoderConfig:
     """Arguments of `ContextAwareDecoder`."""
 
-    depth: int = setting(2, "Number of blocks; 0: the encoder predicts.", "[0, 200]")
+    depth: int = setting(2, "Number of blocks; with 0, the encoder itself predicts.", "[0, 200]")
     cross_attention: bool = setting(True, "Cross-attend to the context in every block.")
     stacked: bool = setting(False, "Predict all target blocks in one forward pass.")
     isolated: bool = setting(False, "Let mask tokens attend only to the context.")
-    ranks: bool = setting(False, "Positions are ranks along the axes, not coordinates.")
+    ranks: bool = setting(False, "Use ranks along the axes as positions, instead of coordinates.")
 
 
 @configuration("Target: how predictions are compared with the teacher's tokens")
@@ -90,27 +90,32 @@ class DecoderConfig:
 class TargetConfig:
     """Settings of the targets (their normalisation and averaging), and of additional loss terms."""
 
-    unit: Literal["token", "block"] = setting("token", "One cosine per token or block.")
+    unit: Literal["token", "block"] = setting(
+        "token", "Compute one cosine per token, or one per block."
+    )
     norm: Literal["none", "layernorm", "center", "standardize"] = setting(
         "standardize", "Normalisation of the teacher's tokens; the paper mentions none."
     )
-    layers: int = setting(1, "Average this many of the teacher's last blocks.", "[1, 200]", tiny=4)
+    layers: int = setting(
+        1, "Average the outputs of this many of the teacher's last blocks.", "[1, 200]", tiny=4
+    )
     cache: bool = setting(False, "Run frozen teachers once per shape, before training.")
-    project: bool = setting(False, "Project targets too, as in the paper's equation.")
+    project: bool = setting(False, "Project targets like predictions, as in the paper's equation.")
     momentum: tuple[float, float] = setting(
-        (0.996, 1.0), "Momentum of the EMA teacher: first and last step.", "[0, 1]"
+        (0.996, 1.0), "Momentum of the EMA teacher, at the first and the last step.", "[0, 1]"
     )
     view: float = setting(
         0.0,
-        "Weight of predicting the teacher's whole-cloud vector from a damaged view.",
+        "Weight of a loss term: predict the teacher's vector of the whole cloud from a damaged "
+        "view.",
         "[0, 1000]",
     )
     sigreg: float = setting(
         0.0,
-        "Weight of the regulariser SIGReg on the student's tokens (for teacher none).",
+        "Weight of the regulariser SIGReg on the student's tokens; teacher none needs it.",
         "[0, 1)",
     )
-    num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
+    num_slices: int = setting(256, "Number of SIGReg's random directions.", "[1, 65536]", tiny=64)
 
 
 @configuration("Schedule")
@@ -125,7 +130,7 @@ class Schedule:
     clip_grad: float = setting(10.0, "Clip the gradient to this norm.", "(0, 1e9]")
     batch_size: int = setting(128, "Clouds per step, over all processes.", "[1, 1e6]")
     epochs: float = setting(300, "Number of passes over the data.", "(0, 1e6]")
-    max_steps: int | None = setting(None, "Step count; overrides epochs.", "[1, 1e9]")
+    max_steps: int | None = setting(None, "Number of steps; overrides epochs.", "[1, 1e9]")
 
 
 SCHEDULE = tuple(part.name for part in fields(Schedule))
@@ -151,11 +156,11 @@ class RunConfig(Schedule):
     translate: float = setting(0.0, "Augmentation: largest shift per axis.", "[0, 1000]")
     mixed_precision: Literal["auto", "measure", "no", "bf16", "fp16"] = setting(
         "auto",
-        "auto: bf16 on GPUs that support it and CPUs with AMX, else no (fp32); measure: "
-        "the faster of the two in a short trial.",
+        "no: fp32; auto: bf16 on GPUs that support it and on CPUs with AMX, else no; measure: "
+        "bf16 or no, whichever is faster in a short trial.",
     )
     compile: Literal["no", "yes", "auto"] = setting(
-        "no", "Compile the transformer blocks; auto: if it is faster in a short trial."
+        "no", "Compile the transformer blocks; auto: only if a short trial shows that it is faster."
     )
     accumulate: int = setting(
         1, "Split each batch into this many micro-batches, to save memory.", "[1, 1e6]"
@@ -170,7 +175,7 @@ class RunConfig(Schedule):
         "Steps between stored copies of the encoder, for jepa3d curve; default: none.",
         "[1, 1e9]",
     )
-    track: str | None = setting(None, "Tracker of Accelerate to log to, such as wandb.")
+    track: str | None = setting(None, "Also log to this tracker of Accelerate, such as wandb.")
     encoder: EncoderConfig = EncoderConfig()
 
 
@@ -193,11 +198,13 @@ class DVAEConfig(Schedule):
     num_codes: int = setting(8192, "Entries of the codebook.", "[1, 1e6]", tiny=512)
     tokenizer_dim: int = setting(128, "Width of the tokenizer.", "[1, 16384]", tiny=64)
     dgcnn_dim: int = setting(128, "Width of the DGCNNs.", "[1, 16384]", tiny=32)
-    folding_dim: int = setting(512, "Folding decoder's width.", "[1, 16384]", tiny=128)
+    folding_dim: int = setting(512, "Width of the folding decoder.", "[1, 16384]", tiny=128)
     temperature: tuple[float, float] = setting(
-        (1.0, 0.0625), "Gumbel-softmax temperature: first and final value.", "(0, 1000]"
+        (1.0, 0.0625), "Temperature of the Gumbel-softmax: first and last value.", "(0, 1000]"
     )
-    kl_weight: float = setting(0.1, "KL term's final weight.", "[0, 1000]", tiny=0.01)
+    kl_weight: float = setting(
+        0.1, "Final weight of the KL term; it rises from 0.", "[0, 1000]", tiny=0.01
+    )
     backbone: str | None = setting(
         None, "Folder or Hub id of a frozen ViT between the DGCNNs; default: none."
     )
@@ -226,19 +233,25 @@ class InvarianceConfig(Schedule):
     warmup_epochs: float = setting(10, tiny=2)
     batch_size: int = setting(128, tiny=32)
     epochs: float = setting(300, tiny=30)
-    regularizer: Literal["vicreg", "sigreg"] = setting("sigreg", "Prevents collapse.")
-    global_views: int = setting(2, "Views of the whole cloud.", "[1, 64]")
-    partial_views: int = setting(2, "Views of the points in a random ball.", "[0, 64]")
+    regularizer: Literal["vicreg", "sigreg"] = setting(
+        "sigreg", "The term of the loss that prevents collapse."
+    )
+    global_views: int = setting(2, "Number of views of the whole cloud.", "[1, 64]")
+    partial_views: int = setting(
+        2, "Number of views of a part: the points in a random ball.", "[0, 64]"
+    )
     partial_ratio: tuple[float, float] = setting(
-        (0.3, 0.6), "Range of a ball's share of the points.", "(0, 1] rising"
+        (0.3, 0.6), "Range of a partial view's share of the points.", "(0, 1] rising"
     )
     projector_dim: int = setting(2048, "Hidden width of the projector.", "[1, 65536]", tiny=256)
     embedding_dim: int = setting(64, "Width of the embeddings.", "[1, 65536]")
     vicreg: tuple[float, float, float] = setting(
         (25.0, 25.0, 1.0), "Weights of invariance, variance and covariance.", "[0, 1e6]"
     )
-    sigreg: float = setting(0.02, "Weight w of SIGReg; invariance has 1 - w.", "[0, 1)")
-    num_slices: int = setting(256, "SIGReg's random directions.", "[1, 65536]", tiny=64)
+    sigreg: float = setting(
+        0.02, "Weight w of SIGReg; the invariance term has the weight 1 - w.", "[0, 1)"
+    )
+    num_slices: int = setting(256, "Number of SIGReg's random directions.", "[1, 65536]", tiny=64)
 
 
 @configuration("Run")
@@ -262,9 +275,9 @@ class PretrainConfig(RunConfig):
     )
     teacher: tuple[str, ...] = setting(
         ("dvae",),
-        "dvae, generative or invariance (trained first), ema (average of the student), "
-        "untrained, none, default (encoder in the package), a run, a folder, a Hub id or "
-        "package.module:function; several teachers are concatenated.",
+        "dvae, generative or invariance (trained first), ema (moving average of the student), "
+        "untrained, none, default (the encoder in the package), a run, a folder, a Hub id or "
+        "package.module:function; the tokens of several teachers are concatenated.",
         tiny=("ema", "untrained"),
     )
     init: str | None = setting(
@@ -292,11 +305,15 @@ class PretrainConfig(RunConfig):
             object.__setattr__(self, self.objective, group)
 
     def schedule(self, objective: str) -> Schedule:
-        """Return the run's schedule for the run's own objective; for another, that of its group."""
+        """Return the schedule of an objective: for the run's own objective, the run's schedule; for
+        any other objective, the schedule in its group.
+        """
         return self if objective == self.objective else getattr(self, objective)
 
     def stage(self, name: str) -> "PretrainConfig":
-        """Return the settings for training the network `name` in stage I, with its own schedule."""
+        """Return the settings that train the network `name` in stage I, with the schedule in its
+        group.
+        """
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
 
@@ -332,7 +349,7 @@ class FinetuneConfig(RunConfig):
         "head to the frozen encoder's vectors, then train all weights.",
     )
     layer_decay: float = setting(
-        1.0, "Learning rate of a block, divided by that of the next block.", "(0, 1]"
+        1.0, "Learning rate of each block, divided by that of the next block.", "(0, 1]"
     )
     dropout: float = setting(0.5, "Dropout in the head.", "[0, 1)")
     label_smoothing: float = setting(0.0, "Label smoothing of the loss.", "[0, 1)")
@@ -345,7 +362,7 @@ class FinetuneConfig(RunConfig):
     )
     votes: int = setting(
         1,
-        "Average the logits of this many scaled and shifted copies of a test shape.",
+        "If above 1: average the logits of this many scaled and shifted copies of a test shape.",
         "[1, 10000]",
     )
 
@@ -362,7 +379,8 @@ class SegmentConfig(FinetuneConfig):
     translate: float = 0.1
     layers: tuple[int, int, int] | None = setting(
         None,
-        "Blocks whose tokens the head uses; default: after each third of the depth.",
+        "The three blocks whose tokens the head uses; default: the last block of each third of "
+        "the depth.",
         "[0, 200]",
     )
 
@@ -382,8 +400,8 @@ class FewshotConfig(FinetuneConfig):
     queries: int = setting(20, "Test shapes per class.", "[1, 1e6]")
     method: Literal["finetune", "ncm", "logistic"] = setting(
         "finetune",
-        "finetune: train a network per episode; ncm: nearest class mean, logistic: "
-        "logistic regression, both on frozen features.",
+        "finetune: train a network per episode; ncm: nearest class mean of frozen features; "
+        "logistic: logistic regression on frozen features.",
     )
 
 
@@ -437,8 +455,9 @@ def resolve(*layers: dict) -> PretrainConfig:
 def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
     """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    num_shapes: number of shapes in the run's data. The paper uses all shapes of ShapeNet55, and
-    both 150 and 300 epochs are the paper's. Logging, seed and up axis are not compared.
+    num_shapes: number of shapes in the run's data; if it is that of ShapeNet55, the data count as
+    the paper's. The paper trains for 150 or 300 epochs, so neither number is a difference. Logging,
+    seed and up axis are not compared.
     """
     # If the objective is not jepa, the schedule is compared with the defaults of that objective.
     paper = to_dict(resolve({"objective": config.objective}))

@@ -1,7 +1,7 @@
 """Draws pictures, among them pictures like the paper's figures 1, 4, 6 and 7.
 
-The extra `view` must be installed. The argument `path` of a function is the file to write: a path,
-or a binary file that is open for writing.
+The package's extra `view` must be installed. The argument `path` of a function is the file to
+write: a path, or a binary file that is open for writing.
 """
 
 import io
@@ -32,9 +32,9 @@ Target = Path | BinaryIO
 _MARKERS = "osD^vP*X"
 _DOTS = 4096  # a picture in a contact sheet shows at most this many points of its cloud
 _DPI = 110
-# The view of contact sheets. In the coordinates of the cloud, the three rows are the directions to
-# the right and to the top of the picture, and the direction to the viewer. That direction is 30
-# degrees above the ground and 60 degrees from the x axis towards -y.
+# The view of contact sheets. Each row is a direction in the coordinates of the cloud: to the right
+# of the picture, to its top, and to the viewer. The direction to the viewer is 30 degrees above the
+# ground and 60 degrees from the x axis towards -y.
 _FRONT_RIGHT = np.array(
     [[3**0.5 / 2, 0.5, 0], [-0.25, 3**0.5 / 4, 3**0.5 / 2], [3**0.5 / 4, -0.75, 0.5]]
 )
@@ -95,8 +95,8 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def first_of_each(labels: np.ndarray) -> np.ndarray:
-    """Return an order of shapes with labels [n]: first the first shape of each class, then the
-    second shape of each class, and so on.
+    """Return the indices of shapes with labels [n] in this order: the first shape of each class,
+    then the second shape of each class, and so on.
     """
     rank_in_class = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
@@ -108,7 +108,7 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
     """Draw some shapes with context and target blocks, which are sampled as in training.
 
     Each shape has one row: the cloud, the context that the encoder sees, and each target block.
-    shapes: number of shapes, evenly spread over `clouds`.
+    shapes: number of shapes to draw; they are evenly spread over `clouds`.
     """
     points = clouds.batch(np.linspace(0, len(clouds) - 1, shapes).astype(int))
     generator = BatchGenerator(config.seed)
@@ -137,11 +137,11 @@ def draw_blocks(clouds: PointClouds, config: PretrainConfig, path: Target, shape
 
 def draw_curves(run: Path, path: Target, selected: str = "validation") -> None:
     """Plot a run's logged metrics by step: one panel for losses, one for effective ranks and one
-    for accuracies.
+    for accuracies. A panel is omitted if the run has logged none of its metrics.
 
     The losses include those of two baselines: predictions from positions alone, and the best
     constant prediction. selected: the legend's text for the score by which the epoch is chosen.
-    Raises ValueError if the run has logged nothing.
+    Raises ValueError if the run has not logged any step.
     """
     ranks = [f"{x}_rankme" for x in ("prediction", "target", "embedding", "encoded")]
     losses = ("loss", "position_loss", "constant_loss", "reconstruction")
@@ -191,8 +191,9 @@ def draw_learning_curves(curves: list[Curve], path: Target, title: str) -> None:
 def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
     """Plot differences from a reference with their 95 % intervals, one panel per metric.
 
-    A panel has one line for each pair of data set and arm (a configuration that was compared) or
-    baseline.
+    An arm is a configuration that was compared. A panel has one line for each arm and each baseline
+    on each data set. The line is green if the arm or baseline is better, red if it is worse, and
+    grey if this is undecided.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
     metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
@@ -217,9 +218,10 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Write a PNG of 32 colours with one picture per cloud, with its title below, in rows of 6.
+    """Write a PNG of 32 colours with a picture of each cloud and its title below the picture, in
+    rows of up to 6.
 
-    clouds: each [N, 3], z up; they are seen from the front right.
+    clouds: each [N, 3], z up. They are seen from the front right.
     """
     cell, caption = 190, 46  # pixels
     columns = min(6, len(clouds))
@@ -233,7 +235,7 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
         style = {"fontsize": 7, "ha": "center", "va": "top", "linespacing": 1.1}
         figure.text(x, y, _caption(title), **style)
     drawn = io.BytesIO()
-    # matplotlib warns if its font lacks a letter of a title
+    # matplotlib would warn if its font lacks a letter of a title
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         figure.savefig(drawn)
@@ -245,8 +247,8 @@ def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target
 def even_sample(points: np.ndarray) -> np.ndarray:
     """Return at most 4,096 of the points [N, 3].
 
-    They are sampled at random: if a file lists its points by position, the first points are only a
-    part of the shape.
+    They are a random sample. The first points would not do: if a file lists its points by position,
+    they cover only a part of the shape.
     """
     return points[np.sort(np.random.default_rng(0).permutation(len(points))[:_DOTS])]
 
@@ -277,7 +279,8 @@ def _pixels(points: np.ndarray, size: int) -> np.ndarray:
 def _caption(title: str, width: int = 28, lines: int = 3) -> str:
     """Wrap a title to at most `lines` lines of `width` characters.
 
-    A longer title loses its middle; the limit leaves a quarter of the space for line breaks.
+    The middle of a longer title is left out. Only three quarters of the space are filled, since
+    lines break before they are full.
     """
     wrapped = textwrap.wrap(shortened(title, width * lines * 3 // 4), width)
     return _text("\n".join(wrapped[:lines]))
@@ -288,8 +291,8 @@ def draw_parts(
 ) -> None:
     """Draw each shape twice, as in the paper's figure 6: with its true and its predicted parts.
 
-    points: [n, N, 3], z up. truth, predicted: part labels [n, N]. A row has two shapes. In both
-    pictures of a shape, a part has the same colour.
+    points: [n, N, 3], z up. truth, predicted: part labels [n, N]. A row shows two shapes, that is,
+    four pictures. A part has the same colour in both pictures of its shape.
     """
     pairs = min(2, len(points))
     rows = -(-len(points) // pairs)
@@ -355,7 +358,7 @@ def draw_tsne(
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Target) -> None:
     """Draw a confusion matrix [true class, predicted class].
 
-    A cell shows its count; its colour shows the count's share of the row.
+    A cell shows a count of shapes; its colour shows the count's share of the row.
     """
     confusion, count = np.asarray(confusion), len(class_names)
     names = [_text(name[:22]) for name in class_names]

@@ -40,9 +40,11 @@ def describe(
 ) -> None:
     """Print a description of a run, a network or a source of shapes.
 
-    path: what to describe; None describes this installation. up_axis, labels_key: those of a source
-    of shapes. picture: the file for a contact sheet of a source of shapes. verify: compare a
-    store's files with their checksums. Raises ValueError if `path` is none of these.
+    path: what to describe; None describes this installation. The other arguments are used only for
+    a source of shapes. up_axis, labels_key: its up axis and the name of its array of labels.
+    picture: a file to which pictures of some shapes are written. verify: compare the files of a
+    store with their checksums. Raises ValueError if `path` is nothing that can be described, or is
+    damaged.
     """
     if path is None:
         _installation()
@@ -209,7 +211,7 @@ def _classes(store: Store) -> None:
     labels, split = (np.asarray(store.columns[name]) for name in ("label", "split"))
     names, splits = [*store.class_names, "no class"], [*SPLITS, "no split"]
     cells = np.zeros((len(names), len(splits)), np.int64)
-    # Without a class or split, the index is -1: the last row or column.
+    # A cloud without a class or split has the index -1, which means the last row or column.
     np.add.at(cells, (labels, split), 1)
     used = np.flatnonzero(cells.sum(0))
     filled = cells[:, used]
@@ -226,11 +228,11 @@ def _draw(
     key: Callable[[int], str],
     picture: Path,
 ) -> None:
-    """Draw a contact sheet, which begins with one shape of each class.
+    """Draw a contact sheet (pictures of some shapes); it begins with one shape of each class.
 
     points, key: functions that return the points and the key of shape i. labels: class numbers, -1
-    for none. The title of a shape is its class; without a class, its key. If no shape has a class,
-    the sheet shows evenly spread shapes.
+    for no class. The title of a shape is its class or, if it has none, its key. If no shape has a
+    class, the sheet shows shapes that are evenly spread over the source.
     """
     rows = first_of_each(labels)[:_DRAWN].tolist()
     if labels.max() < 0:

@@ -34,7 +34,7 @@ def show(value: Any) -> str:
 
 
 def note(text: str, kind: str = "note") -> str:
-    """Return a paragraph; kind is "note" or "warning"."""
+    """Return a paragraph. kind: "note" or "warning", which look different."""
     return f"<p class='{escape(kind)}'>{escape(text)}</p>"
 
 
@@ -72,7 +72,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], strong: str | No
 
 
 def picture(draw: Callable[[BinaryIO], object], caption: str) -> str:
-    """Return a figure with an embedded PNG. draw: a function that writes it to an open file."""
+    """Return a figure with an embedded PNG. draw: a function that writes the PNG to an open file."""
     file = io.BytesIO()
     draw(file)
     png, text = file.getvalue(), escape(caption)

@@ -63,8 +63,9 @@ def merge(base: dict, *overrides: dict) -> dict:
 
 
 def read_recipe(path: str | Path) -> dict:
-    """Read a recipe: a YAML file of settings, which may also name a preset. Raises ValueError if it
-    cannot be read.
+    """Read a recipe: a YAML file of settings, which may also name a preset.
+
+    Raises ValueError if the file cannot be read or does not contain a mapping.
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -79,8 +80,8 @@ def read_recipe(path: str | Path) -> dict:
 def from_dict(cls: type, values: dict, where: str = "") -> Any:
     """Build a dataclass of settings, which may contain other dataclasses, from plain values.
 
-    where: prefix of the settings' names in messages. Raises ValueError for a wrong type or an
-    unknown key; the message suggests the most similar known key.
+    where: prefix of the settings' names in messages. Raises ValueError for a value of a wrong type,
+    and for an unknown key; the message then suggests a similar known key, if there is one.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     made = {}
@@ -110,7 +111,7 @@ def setting(default: Any, help: str = "", allowed: str | None = None, **presets:
 
 
 def configuration(title: str) -> Callable[[type[T]], type[T]]:
-    """Return a decorator that makes the fields of a dataclass of settings command-line flags.
+    """Return a decorator that turns the fields of a dataclass of settings into command-line flags.
 
     title: the heading above these flags in `--help`. If a field only changes the default of a base
     class's field, it keeps the help and range of that field.
@@ -135,7 +136,7 @@ def configuration(title: str) -> Callable[[type[T]], type[T]]:
 
 
 def check_ranges(config: Any, where: str = "") -> None:
-    """Raise ValueError for the first number outside its range, also in nested groups."""
+    """Raise ValueError for the first setting outside its range, also in nested groups."""
     for part in dataclasses.fields(config):
         value, name = getattr(config, part.name), f"{where}{part.name}"
         if dataclasses.is_dataclass(value):
@@ -145,7 +146,9 @@ def check_ranges(config: Any, where: str = "") -> None:
 
 
 def _check_range(name: str, value: Any, allowed: str) -> None:
-    """Raise ValueError if a number, or a number in a tuple, lies outside the range `allowed`."""
+    """Raise ValueError if a number, or a number in a tuple, lies outside the range `allowed`, or if
+    the range says "rising" but the numbers in the tuple do not rise.
+    """
     match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
     assert match, allowed
     opens, low, high, closes, rising = match.groups()
@@ -168,7 +171,10 @@ def to_dict(config: Any) -> dict:
 
 
 def differences(values: dict, reference: dict, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from a reference, as name with dots -> (value, reference)."""
+    """Return the settings in `values` that differ from a reference, as name -> (value, reference).
+
+    The name of a nested setting has dots. Settings that only the reference has are ignored.
+    """
     out = {}
     for key, value in values.items():
         other = reference.get(key)
@@ -298,7 +304,10 @@ def _digest(value: dict) -> str:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """Convert a setting to `kind`: scalar, Literal, Optional or tuple. Raises ValueError."""
+    """Convert the value of a setting to the type `kind`: scalar, Literal, Optional or tuple.
+
+    Raises ValueError if the value does not fit the type.
+    """
     origin, args = get_origin(kind), get_args(kind)
     wrong = f"setting {name!r}: {value!r} is not"
     if origin is Literal:

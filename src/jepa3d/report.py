@@ -45,11 +45,11 @@ def report(
 ) -> Path:
     """Write the report of a run as one HTML file, atomically, and return its path.
 
-    data: where the run's data is now; by default, where it was during the run. If it cannot be read
-    there, the page says why a picture is missing; but if `data` is given, this is an error. out: by
-    default RUN/report.html. figures_to: a folder for copies of the pictures as PNG files, numbered
-    in the order of the page. Raises ValueError if `folder` is not a run, if `out` is not a file in
-    an existing folder, or if `data` is given but cannot be read.
+    data: where the run's data is now; None: where it was during the run. With None, if the data
+    cannot be read, the page says why a picture is missing. out: the file to write; None:
+    RUN/report.html. figures_to: a folder for copies of the pictures as PNG files, numbered in the
+    order of the page. Raises ValueError if `folder` is not a run, if a file of the run is damaged,
+    if `out` is not a file in an existing folder, or if `data` is given but cannot be read.
     """
     for name in ("config.json", "run.json"):
         if not (folder / name).is_file():
@@ -94,7 +94,7 @@ def _from_data(title: str, data: str | None, draw: Callable[..., str], *settings
     except (ValueError, OSError) as error:
         if data:
             raise
-        body = page.note(f"Missing: {error}. Give --data if the data was moved.")
+        body = page.note(f"Missing: {error}. If the data was moved, give --data.")
     return page.section(title, body)
 
 
@@ -249,8 +249,8 @@ def _last_step(last: dict, record: dict) -> str:
         return ""
     data = record["data"]
     others = {
-        "constant_loss": "loss of the best constant",
-        "position_loss": "loss of positions alone",
+        "constant_loss": "loss of the best constant prediction",
+        "position_loss": "loss of predictions from positions alone",
     }
     known = [f"{text} {last[key]:.3f}" for key, text in others.items() if key in last]
     shown = [
@@ -266,8 +266,8 @@ def _last_step(last: dict, record: dict) -> str:
 
 
 def _probes(run: Path) -> Iterator[str]:
-    """Yield a section for each result of `jepa3d probe` in the run, but not for results of --parts
-    or --corruptions.
+    """Yield a section for each result of `jepa3d probe` in the folder of the run. Results of
+    `jepa3d probe --parts` and `--corruptions` are skipped.
     """
     for path in sorted(run.glob("probe-*.json")):
         probe = read_checked(path)
@@ -282,7 +282,7 @@ def _probes(run: Path) -> Iterator[str]:
             f"{probe['layer']}, seeds {page.show(probe['seeds'])}. Selection: {probe['selection']}."
         )
         if probe.get("seen_in_pretraining"):
-            text += f" Pretraining used this {split} split too, without labels."
+            text += f" Pretraining also used this {split} split, without its labels."
         labels = "" if data["labels"] == "labels" else f", {data['labels']}"
         title = f"Frozen features on {data['name']}{labels}"
         scores = page.table(columns, rows, strong="pretrained")
@@ -290,8 +290,8 @@ def _probes(run: Path) -> Iterator[str]:
 
 
 def _collapse(last: dict) -> str:
-    """Return a section with the last step's measures of collapse, and the values that are healthy
-    (docs/method.md).
+    """Return a section with the measures of collapse at the last logged step, and with the values
+    that they have in a healthy run (docs/method.md).
     """
     names = {
         "prediction": "predictions",
@@ -307,9 +307,15 @@ def _collapse(last: dict) -> str:
     ]
     if not rows:
         return ""
-    text = "Healthy: std near 1, mean cosine near 0, effective rank in the tens. Collapsed: 0, 1 and 1."
+    text = (
+        "Healthy: std near 1, mean cosine near 0, effective rank in the tens. "
+        "Collapsed: std 0, mean cosine 1, effective rank 1."
+    )
     if "constant_loss" in last:
-        text += " The loss should be well below those of the best constant and of positions alone."
+        text += (
+            " The loss should be well below the losses of the best constant prediction and of "
+            "predictions from positions alone."
+        )
     columns = ["last step", "std", "mean cosine", "effective rank"]
     return page.section("Collapse", page.table(columns, rows), page.note(text))
 
@@ -337,7 +343,9 @@ def _departures(record: dict) -> str:
 
 # ---------------------------------------------------------------------------------------- every run
 def _training(run: Run, config: dict) -> str:
-    """Return a section with curves of the run, of its stage I and of its first few-shot fold."""
+    """Return a section with curves of the run and, if they exist, of its first few-shot fold and of
+    its runs of stage I.
+    """
     on_test = config.get("select") == "best-on-test"
     split = "test, by which the epoch is chosen" if on_test else "validation"
     metric = "instance mIoU" if config.get("task") == "segment" else "overall accuracy"
@@ -355,7 +363,9 @@ def _training(run: Run, config: dict) -> str:
 
 
 def _settings(config: dict, record: dict) -> str:
-    """Return a section with the settings that differ from the defaults, and a folded full list."""
+    """Return a section with the settings that differ from the defaults, and a folded list of all
+    settings.
+    """
     chosen = {name: value for name, value in config.items() if name != "task"}
     changed = differences(chosen, to_dict(KINDS[config.get("task", "pretrain")]()))
     departures = record.get("departures", {})

@@ -4,9 +4,10 @@ The tests check these shapes at every call: tests/conftest.py imports jaxtyping 
 Outside the tests, nothing is checked and jaxtyping is not imported; the types only inform the
 reader.
 
-The letters stand for numbers. b: clouds; n: points of a cloud; m: tokens of a cloud; k: points of a
-patch; c: channels of a token; e: channels of a vector; v: tokens of the context; a: target blocks;
-t: tokens of a target block; rows: tokens of all clouds, one cloud after another; *any: any axes.
+Each letter stands for a number of things. b: clouds; n: points of a cloud; m: tokens of a cloud;
+k: points of a patch; c: channels of a token; e: channels of a vector; v: tokens of the context;
+a: target blocks of a cloud; t: tokens of a target block. `rows` is the number of tokens of all
+clouds together; the tokens are stored one cloud after another. `*any` means any number of axes.
 """
 
 import sys

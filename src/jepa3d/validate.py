@@ -11,14 +11,14 @@ from jepa3d.plain import check_choice, check_ranges
 
 
 def validate(config: settings.RunConfig) -> None:
-    """Check a run's settings. Raises ValueError for the first problem, with the setting's name."""
+    """Check a run's settings. Raises ValueError for the first problem; it names the setting."""
     check_ranges(config)
     for problem in _problems(config):
         raise ValueError(problem)
 
 
 def _problems(config: settings.RunConfig) -> Iterator[str]:
-    """Yield one sentence per problem; all numbers must already lie in their ranges."""
+    """Yield one sentence per problem. The ranges of all numbers must have been checked before."""
     yield from _of_encoder(config.encoder)
     if isinstance(config, settings.PretrainConfig):
         yield from _of_pretraining(config)

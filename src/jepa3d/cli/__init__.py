@@ -22,7 +22,7 @@ app = cyclopts.App(
     name="jepa3d",
     help="Self-supervised learning on 3D point clouds with 3D-JEPA (arXiv 2409.15803).",
     version=lambda: jepa3d.__version__,  # a function, since finding the version takes a while
-    help_format="markdown",  # joins the lines of a paragraph, as plaintext does not
+    help_format="markdown",  # unlike plaintext, it joins the lines of a paragraph
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     suppress_keyboard_interrupt=False,
 )
@@ -37,10 +37,12 @@ for command in (
 
 
 def _weaker_settings(command: str, tokens: list[str]) -> dict:
-    """Return the settings of a training command that its flags override.
+    """Return the settings of a training command before its flags are applied.
 
-    command: pretrain, classify, segment or fewshot. tokens: its arguments. If a run is resumed, its
-    stored settings come first; the preset overrides them, and the recipe overrides the preset.
+    command: pretrain, classify, segment or fewshot. tokens: its arguments. The settings come from
+    the preset and the recipe, which overrides the preset. If a run is resumed, both override the
+    settings that are stored in the run. Raises ValueError if one of these sources is wrong, or if
+    another command made the run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):
@@ -71,8 +73,8 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 def _one_schedule(tokens: list[str], objective: str) -> list[str]:
     """Rewrite flags such as `--generative.lr` as `--lr`.
 
-    In a run with the objective `generative`, both flags mean the same setting. Raises ValueError if
-    both are given with different values.
+    In a run with the objective `generative`, these two flags mean the same setting. Raises
+    ValueError if both are given with different values.
     """
     words, given = [], {}
     values = iter(tokens)
@@ -105,8 +107,8 @@ class Printer(logging.Handler):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
-    A user's mistake prints one line and ends with exit status 2. An interruption ends with exit
-    status 130.
+    After a mistake of the user, or an error of the system such as a full disk, it prints one line
+    and exits with status 2. After an interruption, it exits with status 130.
     """
     tokens = sys.argv[1:] if arguments is None else arguments
     keep_large_blocks()
@@ -129,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         for process in multiprocessing.active_children():
-            # otherwise this process would wait until they have finished their work
+            # without this, the main process would wait until its worker processes have finished
             process.terminate()
         print(printable(f"jepa3d: {str(stop) or 'stopped'}"), file=sys.stderr)
         sys.exit(130)

@@ -51,23 +51,25 @@ def probe(
     pooling: str
         How tokens are pooled to one vector: mean_max, mean or max.
     protocols: tuple[str, ...]
-        The protocols to run: some of logistic, logistic_10, knn, svc_linear, linear_svc, mlp3. By
-        default, all of them.
+        The protocols to run (docs/protocols.md): some of logistic, logistic_10, knn, svc_linear,
+        linear_svc, mlp3. By default, all of them.
     part: str
-        The split to score: test; or validation (a fifth of train), for choosing a recipe.
+        The split to score: test; or, for choosing a recipe, validation (a fifth of train if the
+        data has no validation split).
     quick: bool
         Do not choose layer and regularisation: use the last layer (or --layer) and C = 0.1. This is
         much faster.
     per_class: str
-        A protocol; its accuracy for each class is printed too.
+        A protocol, whose accuracy for each class is also printed.
     corruptions: bool
-        Measure the accuracy on corrupted shapes instead: with noise, stray points, cuts, rotations,
-        and the seven corruptions of PointCloud-C.
+        Instead, measure the accuracy on corrupted shapes: with noise, stray points, cuts,
+        rotations, and the seven corruptions of PointCloud-C.
     parts: bool
-        Measure how well the features of points predict their part labels instead.
+        Instead, measure how well the features of points predict the points' part labels.
     out: Path
         The JSON file to write; by default probe-DATA.json in the folder of the first run, or
-        probe-MODEL-DATA.json in the current folder if RUNS is an encoder.
+        probe-DATA-MODEL.json in the current folder if RUNS is an encoder. Options that change the
+        result are added to the default name.
     """
     from jepa3d.evaluation import corrupted, dense
     from jepa3d.evaluation import probe as probing
@@ -136,9 +138,10 @@ def curve(
     up_axis: str
         The data's up axis: x, y or z.
     protocol: str
-        The probe: logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
+        The probe (docs/protocols.md): logistic, logistic_10, knn, svc_linear, linear_svc or mlp3.
     part: str
-        The split to score: test; or validation (a fifth of train), for choosing a recipe.
+        The split to score: test; or, for choosing a recipe, validation (a fifth of train if the
+        data has no validation split).
     out: Path
         The picture to write.
     """
@@ -169,12 +172,12 @@ def results(
     runs: tuple[Path, ...]
         Runs of classify, segment or fewshot, or folders that contain such runs.
     choose: str
-        A setting, such as lr. Of runs that differ only in this setting, the tables show only those
-        with the best validation score.
+        A setting, such as lr. Of runs that differ only in this setting and the seed, the tables
+        show only those whose value has the best validation score, averaged over seeds.
     published: bool
         Print all tables of published results, even if no runs are given.
     out: Path
-        A Markdown file to which the tables are written too.
+        A Markdown file to which the tables are also written.
     """
     from jepa3d.evaluation.protocol import provenance
     from jepa3d.evaluation.published import PUBLISHED, published_sheet
@@ -224,10 +227,10 @@ def retrieval(
     part: str
         The split to search in: test; or train, for choosing an encoder.
     corruptions: bool
-        Search with corrupted queries instead: with noise, stray points, cuts, rotations, and the
+        Instead, search with corrupted queries: with noise, stray points, cuts, rotations, and the
         seven corruptions of PointCloud-C.
     out: Path
-        A JSON file to which the result is written.
+        A JSON file to which the result is also written.
     """
     from jepa3d.evaluation import corrupted
     from jepa3d.evaluation import retrieval as retrieving
@@ -275,14 +278,15 @@ def compare(
         Labelled shapes with a train and a test split, on which the encoders are scored; by default
         the training data.
     labels_key: tuple[str, ...]
-        The name of the array of labels in a scored .npz bundle: one for all sources, or one per
-        source.
+        The name of the array of labels in a .npz bundle of the scored data: one for all sources, or
+        one per source.
     up_axis: tuple[str, ...]
         The up axis (x, y or z) of the scored data: one for all sources, or one per source; by
         default z. Without --score, the training data is scored, and the default is the up axis in
         the grid.
     part: str
-        The split to score: test; or validation (a fifth of train), for choosing a recipe.
+        The split to score: test; or, for choosing a recipe, validation (a fifth of train if the
+        data has no validation split).
     out: Path
         The folder of the comparison: its runs, tables and picture.
     """

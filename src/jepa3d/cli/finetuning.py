@@ -11,13 +11,17 @@ from jepa3d.cli.pretraining import going_on_with
 from jepa3d.config import FewshotConfig, FinetuneConfig, SegmentConfig
 
 Preset = Annotated[
-    str, Parameter(help="Size of an untrained encoder: tiny, small (the paper's) or base.")
+    str,
+    Parameter(
+        help="Default settings: tiny, small (the paper's) or base. With --init, the encoder keeps "
+        "its own size."
+    ),
 ]
 Recipe = Annotated[
     Path | None,
-    Parameter(help="YAML settings, which override the preset; flags override both."),
+    Parameter(help="A YAML file of settings; it overrides the preset, and flags override both."),
 ]
-Out = Annotated[Path, Parameter(help="Run folder to create.")]
+Out = Annotated[Path, Parameter(help="Folder of the run; it must be new, except with --resume.")]
 Resume = Annotated[bool, Parameter(help="Continue the interrupted run in --out.")]
 
 
@@ -29,7 +33,9 @@ def classify(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a classifier of whole shapes, choose its epoch on validation, and test it once."""
+    """Fine-tune a classifier of whole shapes. By default, the epoch is chosen on validation, and
+    the test split is scored once.
+    """
     _run("classify", config, out, resume)
 
 
@@ -41,7 +47,9 @@ def segment(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Fine-tune a part segmenter, choose its epoch on validation, and test it once."""
+    """Fine-tune a part segmenter. By default, the epoch is chosen on validation, and the test split
+    is scored once.
+    """
     _run("segment", config, out, resume)
 
 
@@ -53,7 +61,9 @@ def fewshot(
     out: Out,
     resume: Resume = False,
 ) -> None:
-    """Score few-shot episodes, published or random, by fine-tuning or on frozen features."""
+    """Measure few-shot accuracy over several episodes, by fine-tuning or on frozen features. The
+    episodes are published folds or are drawn at random.
+    """
     _run("fewshot", config, out, resume)
 
 
@@ -71,16 +81,17 @@ def predict(
     Parameters
     ----------
     run: Path
-        A run of classify or segment.
+        The output folder of classify, segment or label.
     files: list[Path]
-        Files, or folders of files.
+        Files, folders of files, or stores of jepa3d prepare.
     out: Path
-        What to write. For a classifier: a CSV file with one row per cloud. For a segmenter: a
-        folder with one PLY file per cloud, which contains part labels and colours.
+        What to write; it must not exist yet. For a classifier: a CSV file with one row per cloud.
+        For a segmenter: a folder with one PLY file per cloud, which contains part labels and
+        colours.
     category: str
         The category of the clouds, if the segmenter was trained on several categories.
     up_axis: str
-        The up axis of the clouds in the files.
+        The files' up axis: x, y or z; stores and glTF files define their own.
     """
     from jepa3d.inference.predicting import predict_files
 

@@ -14,9 +14,9 @@ _DEFAULT = PretrainConfig()
 
 @contextmanager
 def going_on_with(command: str) -> Iterator[None]:
-    """Context manager: if a run is interrupted, add `command` to the message.
+    """Context manager: if a run is interrupted, add a hint to the message: how to continue.
 
-    command: text after "continue with", which contains the command that continues the run.
+    command: the text of the hint after "continue with"; it contains the command to repeat.
     """
     try:
         yield
@@ -60,20 +60,21 @@ def prepare(
     out: Path
         The store: a new folder, or a store begun with the same settings.
     points: int
-        Number of points per cloud, or all. Points are sampled uniformly on meshes (8,192 with all).
+        Number of points per cloud, or all. On meshes, points are sampled uniformly by area; with
+        all, a mesh gets 8,192 points.
     reduce: str
-        How larger clouds are reduced: fps (farthest point sampling), random, or voxel (almost as
-        even as fps, and faster for very large clouds).
+        How clouds with more points are reduced: fps (farthest point sampling), random, or voxel
+        (almost as even as fps, and faster for very large clouds).
     short: str
-        What happens to smaller clouds: repeat (fill up clouds of 64 points or more with copies of
-        points, moved a little along the surface), or skip (leave smaller clouds out).
+        What happens to clouds with fewer points: repeat (fill up clouds of 64 points or more with
+        copies of points, moved a little along the surface), or skip (leave these clouds out).
     up_axis: str
-        Up axis of the files; by default that of the benchmark or format (glTF: y), otherwise z.
+        Up axis of the files; by default that of the benchmark or format (glTF: y), or else z.
     unit: str
         Unit of the coordinates in the files, such as m; it is recorded but changes nothing.
     split: str
         How to split: folder (by folders named train, test and val, or by the benchmark's lists), a
-        fraction such as 0.2 (for test), or a file that lists the test clouds.
+        number such as 0.2 (the share of test), or a file that lists the test clouds.
     keep: tuple[str, ...]
         Which values of each point to keep: some of normals, colors, parts (part labels).
     precision: str
@@ -83,12 +84,12 @@ def prepare(
         Which data set to convert, if a benchmark's folder contains several: obj_bg, obj_only,
         pb_t50_rs, modelnet10 or modelnet40.
     columns: tuple[str, ...]
-        For tables: the names of the columns that contain x, y and z, if they are unusual. For .bin
-        files: the names of all columns.
+        For tables: the names of the columns that contain x, y and z, if the header has other names
+        for them. For .bin files and tables without a header: the names of all columns.
     seed: int
         Seed for sampling meshes, reducing clouds and splitting.
     keep_strays: bool
-        Keep stray points, which have hardly any neighbours. By default they are removed, but not
+        Keep stray points, which have hardly any neighbours. By default they are removed, except
         from benchmarks.
     reader: str
         Your own function that reads a file, as package.module:function; see docs/extending.md.
@@ -136,12 +137,13 @@ def pretrain(
     Parameters
     ----------
     preset: str
-        tiny (minutes on a laptop; not the paper's targets, but those that work best in such short
-        runs), small (as in the paper), or base (larger).
+        tiny (for runs of some minutes on a laptop; it has not the paper's masks and teacher, but
+        those that work best in such short runs), small (as in the paper), or base (a larger
+        encoder).
     recipe: Path
         A YAML file of settings; it overrides the preset, and flags override it.
     out: Path
-        Run folder to create; not needed with --dry-run.
+        Folder of the run; it must be new, except with --resume. Not needed with --dry-run.
     resume: bool
         Continue the interrupted run in --out. Under torchrun --max-restarts, a run that does not
         exist yet is started.
@@ -203,7 +205,7 @@ def info(
     labels_key: str
         The name of the array of labels in a .npz bundle.
     picture: Path
-        A PNG file to write: pictures of some of the shapes, if the path is a source of shapes.
+        If PATH is a source of shapes: a PNG file to write, with pictures of some of the shapes.
     verify: bool
         Compare the files of a store with their checksums.
     """

@@ -42,7 +42,7 @@ def embed(
     pooling: str
         How tokens are pooled to one vector: mean_max, mean or max.
     workers: int
-        Number of processes; 0 means one per core, or fewer if there are only few files.
+        Number of processes; 0 means one per core, or fewer if there are few clouds to embed.
     share: str
         i/n, such as 2/8, if n commands write to one folder: this command embeds the i-th of n
         shares of the clouds.
@@ -64,7 +64,7 @@ def index(
     delete: tuple[str, ...] = (),
     ann: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Add vectors to a LanceDB store, which may hold millions; or delete rows, or build an index.
+    """Add vectors to a LanceDB store, which can hold millions; delete vectors; build an index.
 
     Parameters
     ----------
@@ -72,12 +72,14 @@ def index(
         The output of jepa3d embed; a vector replaces a stored vector of the same path. Or the store
         itself, if you only want to --delete or build an index (--ann).
     out: Path
-        The store: a folder whose name ends in .lancedb. It is new, or was made with the same
-        encoder.
+        The store: a folder whose name ends in .lancedb. If it exists, its vectors must come from
+        the same encoder.
     delete: tuple[str, ...]
-        Conditions in quotes, as for jepa3d search --where. Rows that meet all of them are deleted.
+        Conditions in quotes, as for jepa3d search --where. Vectors that meet all of them are
+        deleted.
     ann: bool
-        Build an index, with which jepa3d search --probes searches approximately but faster.
+        Build an index for jepa3d search --probes, which is faster than the exact search, but
+        approximate.
     """
     from jepa3d.inference.hits import Condition
     from jepa3d.inference.lance import VectorStore, create_or_update
@@ -123,12 +125,13 @@ def search(
     k: int
         Number of neighbours per query.
     where: tuple[str, ...]
-        Conditions in quotes, which neighbours must all meet: 'label=cup' 'num_points>=5000'
-        'path~chairs/*'. The operators are = != < <= > >= and ~ (matches a pattern with * and ?).
+        Conditions in quotes, such as 'label=cup' 'num_points>=5000' 'path~chairs/*'. A neighbour
+        must meet all of them. The operators are = != < <= > >= and ~ (matches a pattern with * and
+        ?).
     min_cosine: float
         Leave out neighbours whose cosine is lower than this.
     include_self: bool
-        Let a query be one of its own neighbours, if its vector is in the index.
+        If the vector of a query is in the index, it may be one of the query's own neighbours.
     probes: int
         Search only this many partitions of a store that has an index (jepa3d index --ann). This is
         faster but approximate; by default, the search is exact.
@@ -137,7 +140,7 @@ def search(
     json: bool
         Print one line of JSON per query.
     html: Path
-        Also write a page with pictures of the queries and their neighbours.
+        An HTML file to write, with pictures of the queries and their neighbours.
     """
     from jepa3d.inference import neighbours
     from jepa3d.inference import search as searching
@@ -183,11 +186,11 @@ def label(
     clusters: int
         Number of clusters; by default the square root of half the number of clouds, but at most 40.
     names: Path
-        A CSV file with the columns path and name. By default, names are read from OUT/names.csv,
-        which the first run writes for you to fill in; in a terminal, it also asks for names.
+        A CSV file with the columns path and name. By default, names are read from OUT/names.csv.
+        The first run writes this file for you to fill in; in a terminal, it also asks for names.
     unknown: bool
-        Label a cloud "unknown" if it resembles no named cloud. About one in 20 clouds of the named
-        classes wrongly gets this label too.
+        Label a cloud "unknown" if it resembles no named cloud. About one in 20 clouds that do
+        belong to a named class wrongly gets this label too.
     """
     from jepa3d.inference.label import label as run
     from jepa3d.locking import writing
@@ -211,7 +214,7 @@ def scene(
     Parameters
     ----------
     scan: Path
-        A file of any size: LAS, LAZ, PLY, NPY or a table (XYZ, TXT, CSV, PTS). Files of other
+        A LAS, LAZ, PLY or NPY file, or a table (XYZ, TXT, CSV, PTS), of any size. Files of other
         formats must fit into memory.
     out: Path
         The file to write. .ply, .las or .laz: the scan's points in their order, with colours that
@@ -265,7 +268,7 @@ def view(
 
 def export(model: str = "default", /, *, out: Path) -> None:
     """Write a model as ONNX, torch.export program and Hub folder, for use without this package, and
-    compare the results of the files with torch.
+    check that the written files give the same results as the model.
 
     Parameters
     ----------
@@ -273,7 +276,7 @@ def export(model: str = "default", /, *, out: Path) -> None:
         The folder of a run, an encoder or a classifier, or a Hub id; by default the encoder in the
         package.
     out: Path
-        A new folder.
+        The folder to write; it must not exist yet.
     """
     from jepa3d.inference.export import export as write
 
