@@ -12,14 +12,14 @@ from jepa3d.evaluation.tables import show
 from jepa3d.figures import draw_blocks, draw_curves
 from jepa3d.training.pretrain import check, pretrain
 
-DEMO = {"max_steps": 1500, "log_every": 100, "checkpoint_every": 200}
+DEMO = {"max_steps": 2000, "log_every": 100, "checkpoint_every": 200}
 
 
 def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> None:
     """Run the demo, and write blocks.png, run/, curves.png and probe.json to the folder `out`.
 
     If a demo in `out` was interrupted, it is continued. max_steps: number of training steps; None:
-    1,500. shapes: number of generated shapes. Raises ValueError if `out` contains files but no
+    2,000. shapes: number of generated shapes. Raises ValueError if `out` contains files but no
     demo, or a demo with other arguments.
     """
     run, source = out / "run", f"synthetic:{shapes}"

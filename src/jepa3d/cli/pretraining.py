@@ -176,7 +176,7 @@ def demo(*, out: Path = Path("demo"), max_steps: int | None = None, shapes: int 
     out: Path
         Folder to write to; if a demo there was interrupted, it is continued.
     max_steps: int
-        Number of training steps; by default 1,500.
+        Number of training steps; by default 2,000.
     shapes: int
         Number of built-in shapes to generate.
     """
