@@ -117,7 +117,7 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     model: as for `jepa3d.load`, or the run or folder of a classifier. Returns a dict from the name
     of each exported file to the largest difference between its results and those of torch. Raises
     ValueError if the model cannot be loaded or exported, if `out` exists, or if results differ too
-    much from those of torch. After an error, nothing is left in `out`.
+    much from those of torch. In all these cases, nothing is written.
     """
     out = Path(out)
     if out.exists():
