@@ -119,8 +119,7 @@ class Item:
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
-    """Return the cloud at an address. Raises ReadError if there is no such file or key of a store.
-    """
+    """Return the cloud at an address. Raises ReadError if its file or its key is missing."""
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")

@@ -355,8 +355,7 @@ def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray
 
 
 def _stream(features: Features, bar: tqdm) -> Iterator[tuple[Records, np.ndarray]]:
-    """Yield records and features of all points, one line of cells (see `Grid.keys`) after another.
-    """
+    """Yield records and features of all points, line by line (lines of cells: see `Grid.keys`)."""
     lines = features.grid.lines(features.cells.keys)
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
         for records, values in features.of(line):
