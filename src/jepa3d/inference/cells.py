@@ -110,11 +110,11 @@ class Grid:
 def tiles_of(
     grid: Grid, coords: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the occupied tiles, which contain points, given the occupied cells n 3 (`coords`) and
-    their point counts n.
+    """Find the occupied tiles (those that contain points), given the occupied cells n 3 (`coords`)
+    and their point counts n.
 
-    Returns the coordinates t 3 of the tiles, their point counts t, and for each cell the rows of
-    its k tiles in these two arrays, n k.
+    Returns the coordinates t 3 of the tiles, their point counts t, and an array n k: for each cell,
+    the rows of its k tiles in the first two arrays.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))

@@ -110,7 +110,7 @@ class Item:
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
         """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points N 3.
 
-        cloud: the result of `read`, or points sampled from that mesh. up_axis: the up axis of a
+        cloud: the result of `read`; for a mesh, points sampled from it. up_axis: the up axis of a
         file that does not define its own.
         """
         if self.z_up or up_axis == "none":
@@ -200,7 +200,7 @@ def log_left_out(skipped: list[tuple[str, str]]) -> None:
     for path, reason in skipped[:5]:
         log.info(f"left out: {because(path, reason)}")
     if len(skipped) > 5:
-        log.info(f"left out: {len(skipped) - 5:,} more that hold no cloud")
+        log.info(f"left out: {len(skipped) - 5:,} more files that hold no cloud")
 
 
 def spelled(name: str) -> str:

@@ -25,7 +25,7 @@ from jepa3d.models.encoder import PointEncoder, as_array
 from jepa3d.models.ready import load
 from jepa3d.plain import log
 
-if TYPE_CHECKING:  # needs the extra `search`
+if TYPE_CHECKING:  # pyarrow is in the extra `search`
     import pyarrow as pa
 
 Clouds = str | Path | np.ndarray | Tensor | Sequence
@@ -67,8 +67,8 @@ def embed(
 
     encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
     and glTF files define their own), or "none" for vectors that do not depend on the rotation of a
-    cloud. layer and pooling: see `PointEncoder.embed`. Raises ValueError for a setting that does
-    not exist or an empty list of clouds, and ReadError if no cloud can be used.
+    cloud. layer and pooling: see `PointEncoder.embed`. Raises ValueError for an unknown setting or
+    an empty list of clouds, and ReadError if no cloud can be used.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2

@@ -60,9 +60,9 @@ class Graph(nn.Module):
         return (clouds.numpy(),)
 
     def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
-        """Return what the network itself computes in torch for clouds B N 3. For a classifier, this
-        is the logits; for an encoder, it is vectors, tokens and centers, even if the graph has no
-        output `centers`.
+        """Return what the network itself computes in torch for clouds B N 3. A classifier computes
+        logits. An encoder computes vectors, tokens and centers, even if the graph has no output
+        `centers`.
         """
         if not isinstance(self.network, PointEncoder):
             return (self.network.predict(clouds),)

@@ -56,7 +56,7 @@ def rank(
 class Condition:
     """A condition `COLUMN OP VALUE` on the column path, label or num_points.
 
-    OP is = != < <= > >=, or for path and label also ~, which compares with a pattern with the
+    OP is = != < <= > or >=. For path and label, OP can also be ~; VALUE is then a pattern with the
     wildcards * and ?.
     """
 

@@ -1,10 +1,10 @@
 """`jepa3d index`: copy the vectors of Parquet files into a LanceDB database, here called a store.
 It can hold millions of vectors, which can be added, deleted and searched.
 
-A search compares the query with all vectors, so it is exact. Only a search with `probes` is
-approximate; it needs the index of partitions (IVF_FLAT) that `build` adds. Every change is one
-LanceDB transaction: readers see the store as it was before or after the change, and a killed writer
-changes nothing.
+A search without `probes` compares the query with all vectors, so it is exact. A search with
+`probes` is approximate; it needs the index of partitions (IVF_FLAT) that `build` adds. Every change
+is one LanceDB transaction: readers see the store as it was before or after the change, and a killed
+writer changes nothing.
 """
 
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ class VectorStore:
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        # If even the last of these rows ties with the k-th row, further rows may tie with it too.
-        # So all rows up to its distance are requested.
+        # If even the last of these rows ties with the k-th row, further rows may tie too. So all
+        # rows up to the distance of the k-th row are requested.
         if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
             ask = ask.distance_range(None, distance[k - 1] + SLACK)
             rows = ask.limit(len(self)).to_arrow()
@@ -114,7 +114,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
     # If the command that first wrote the store was killed, the table has no finished transaction.
-    # It is then made again.
+    # The table is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:

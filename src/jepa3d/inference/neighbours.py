@@ -29,7 +29,7 @@ _GROUPS = 32
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
     """Return the cosines of all pairs among 1,000 random vectors of an index, in ascending order.
-    If the index has fewer vectors, these are the pairs among all its vectors.
+    If the index has fewer vectors, all pairs among its vectors are used.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
     x = unit_length(x[x.any(1)])
@@ -87,8 +87,8 @@ def _standing(hit: Hit, pairs: np.ndarray) -> str:
 
 
 def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
-    """Format a query's neighbours as one line of JSON. Its key "percentile" has the result of the
-    function `percentile`.
+    """Format a query's neighbours as one line of JSON. The key "percentile" of a neighbour holds
+    the result of the function `percentile`.
     """
     rows = [
         {"rank": i, **vars(hit), "percentile": percentile(hit.cosine, pairs)}

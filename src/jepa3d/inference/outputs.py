@@ -5,7 +5,7 @@ A Parquet file has one row per point. The rows are in no particular order; their
 
 index    the point's number in the scan, from 0; points with NaN coordinates are not counted
 x, y, z  float64, in the scan's coordinates
-feature  C float32 or float16
+feature  C numbers, float32 or float16
 
 The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint, tile and
 up_axis.
@@ -57,11 +57,11 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
     colors: a file of n 3 uint8, in the order of the scan's points. box: 2 3, the lowest and the
     highest corner of the scan's bounding box.
 
-    If the scan itself is LAS or LAZ, the output has its fields, its coordinate system, and the
-    scale and offset of its header, but the corresponding point format with colours. For any other
-    scan, the scale (the resolution of coordinates) is a millionth of the largest extent of `box`,
-    rounded down to a power of ten, but at most 0.001. If coordinates would then not fit into 32
-    bits, the scale is the smallest power of ten for which they do.
+    If the scan itself is LAS or LAZ, the output keeps the scan's fields, coordinate system, scale
+    and offset. It has the same point format or, if this has no colours, the corresponding format
+    with colours. For any other scan, the scale (the resolution of coordinates) is a millionth of
+    the largest extent of `box`, rounded down to a power of ten, but at most 0.001. If coordinates
+    would then not fit into 32 bits, the scale is the smallest power of ten for which they do.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")

@@ -28,8 +28,8 @@ ROLE_COLORS = np.array(list(ROLES.values()), np.uint8)
 
 
 class View(NamedTuple):
-    """The points of a cloud that are drawn, and the tokens of the points that are encoded. All
-    coordinates are the encoder's: z-up, with the encoded points in the unit sphere.
+    """The drawn points of a cloud, and the tokens computed from its encoded points. All coordinates
+    are the encoder's: z-up, with the encoded points in the unit sphere.
     """
 
     name: str
@@ -76,7 +76,7 @@ def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | N
 
     origin, direction: the ray from the viewer through the clicked pixel. Among the points in front
     of the viewer and within `reach` of the ray, the frontmost is found. Points that lie more than
-    `reach` behind it are discarded. Of the rest, the point nearest to the ray is chosen.
+    `reach` behind the frontmost are discarded. Of the rest, the point nearest to the ray is chosen.
     """
     direction = np.asarray(direction, float) / np.linalg.norm(direction)
     offset = points - np.asarray(origin, float)

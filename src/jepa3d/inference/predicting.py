@@ -1,5 +1,5 @@
-"""Apply a fine-tuned network to files. A classifier writes a CSV file with the class of each cloud;
-a segmenter writes a PLY file for each cloud, with part labels and colours.
+"""Apply a fine-tuned network to files. A classifier writes a CSV file with the class of each cloud.
+A segmenter writes a PLY file for each cloud, with a part label and a colour for every point.
 """
 
 import colorsys

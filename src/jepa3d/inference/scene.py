@@ -34,7 +34,8 @@ DTYPES = ("float32", "float16")
 # points.
 BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # number of random points from which the tile size is chosen
-# A tile with more points is reduced at random to this many before farthest point sampling.
+# A tile with more than about this many points is reduced at random to this number before farthest
+# point sampling.
 _MOST = 32_768
 # For interpolation, the points of each cell are divided into blocks of at most this many points.
 _BLOCK = 512

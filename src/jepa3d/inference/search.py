@@ -5,12 +5,12 @@ unless a database is searched with `probes`.
 From Parquet files, only one row group (a block of rows) is in memory at a time. Cosines in float32
 select a few candidates, whose cosines are then computed in float64 (`rank`).
 
-For Parquet files with many vectors, a copy `NAME.arrow` is written beside the index and mapped into
-memory, so that further searches read little from disk. The copy holds the rows uncompressed. It
-also holds the length of each vector and, in half precision, its direction; a search with few
-queries reads only these two at first. The copy records the names, sizes, modification times and
-inodes of the index's files. If one of these has changed, the copy is made again. You may delete the
-copy at any time.
+For Parquet files with at least `WORTH` vectors, a copy `NAME.arrow` is written beside the index and
+mapped into memory, so that further searches read little from disk. The copy holds the rows
+uncompressed. It also holds the length of each vector and, in half precision, its direction; a
+search with few queries reads only these two at first. The copy records the names, sizes,
+modification times and inodes of the index's files. If one of these has changed, the copy is made
+again. You may delete the copy at any time.
 """
 
 import json

@@ -18,7 +18,7 @@ class EmbeddingSpec:
     specification in its metadata.
     """
 
-    model: str  # as the user named it: a folder or Hub id, or "default"
+    model: str  # absolute path of a folder, or a Hub id, or "default"
     fingerprint: str  # hash of the encoder's weights
     layer: int
     pooling: str
@@ -35,7 +35,7 @@ class EmbeddingSpec:
     ) -> "EmbeddingSpec":
         """Create the specification of the vectors of `encoder`, which was loaded from `model`.
 
-        If `model` is "", the fingerprint is not computed, which takes time, and is "" too. Raises
+        If `model` is "", the fingerprint is "" too, since computing it takes time. Raises
         ValueError for a setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
@@ -84,9 +84,8 @@ class EmbeddingSpec:
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
         """Raise ValueError if this specification differs from `other`, the specification of
-        `index`. The message names the first difference.
-
-        Only the name of the model may differ, since one model can have several names.
+        `index`, in anything but the name of the model. (One model can have several names.) The
+        message names the first difference.
         """
         if self.frame != other.frame:
             other.check_frame(index)
