@@ -14,22 +14,25 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# A point: its z-up coordinates, and its number in the scan, not counting NaN points.
+# The record of a point: its z-up coordinates, and its number in the scan. NaN points are not
+# counted.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
 _STRIP = 1024
-# Numbers of bits of a sorting key: for the random order within a cell, and for the cell.
+# A sorting key consists of the key of a cell, and of random bits for the order within the cell.
+# These are the numbers of random bits and of bits for the cell.
 _HASH_BITS, _KEY_BITS = 24, 40
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid over a scene. Its cells are half as long as a tile, and are numbered from 1 along each
-    axis. Along each axis, tile t covers the cells t and t + 1.
+    """A grid over a scene. The scene is encoded in overlapping cubes, called tiles (see scene.py).
+    The cells of the grid are half as long as a tile.
 
-    So tiles overlap by half, and each cell lies in two tiles along each axis. If the scene's extent
-    along an axis is at most one tile, this axis is not split: it has only cell 1 and tile 1.
+    An axis along which the scene is longer than a tile is split: its cells are numbered from 1, and
+    tile t covers the cells t and t + 1. So tiles overlap by half, and each cell lies in two tiles.
+    An axis that is not split has only cell 1 and tile 1.
     """
 
     low: np.ndarray  # 3, lowest corner of the scene's bounding box
@@ -49,7 +52,9 @@ class Grid:
 
     @cached_property
     def corners(self) -> np.ndarray:
-        """Offsets k 3 from a tile to its cells: cells = tile + corner, tiles = cell - corner."""
+        """Offsets k 3 between a tile and its k cells. The cells of a tile are tile + corners; the
+        tiles of a cell are cell - corners.
+        """
         return np.array(list(product(*(range(1 + split) for split in self.split))))
 
     def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +67,8 @@ class Grid:
 
     @cached_property
     def _line(self) -> tuple[int, int, int, int]:
-        """The longer and the shorter horizontal axis, the width of a strip (see `keys`) in cells,
-        and the height of the grid in cells (with a margin).
+        """Numbers (0 or 1) of the longer and of the shorter horizontal axis; the width of a strip
+        in cells (see `keys`); and the height of the grid in cells, plus a margin of 2.
         """
         major = int(self.count[1] > self.count[0])
         height = int(self.count[2]) + 2
@@ -73,9 +78,9 @@ class Grid:
         """Return an integer key for each of the cells or tiles n 3. Cells are processed in the
         order of their keys.
 
-        The grid is cut into strips along its longer horizontal axis, and each strip is cut into
-        lines, which cross the strip. Within a strip, the cells of a tile lie in two consecutive
-        lines.
+        The grid is cut into strips that run along its longer horizontal axis. Each strip is cut
+        across into lines; a line is one cell thick and as high as the grid. If all cells of a tile
+        lie in one strip, they lie in one line or in two consecutive lines.
         """
         major, minor, strip, height = self._line
         lines = (cells[:, minor] // strip) * (self.count[major] + 2) + cells[:, major]
@@ -87,12 +92,15 @@ class Grid:
         return keys // (strip * height)
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return sorting keys (uint64 n) that order points by cell, and at random within a cell.
+        """Return sorting keys (uint64 n) that order points n 3 by cell, and at random within a
+        cell.
 
-        The random order depends only on `index`, and not on the chunks in which points are read.
+        index: the points' numbers in the scan, n. The random order depends only on them, and not on
+        the chunks in which points are read.
         """
         mixed = index.astype(np.uint64)
-        # This is the splitmix64 hash of the index.
+        # This is the mixing function of the random generator splitmix64. Its last shift is left
+        # out, since that would not change the highest bits, which are used.
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)
@@ -102,10 +110,11 @@ class Grid:
 def tiles_of(
     grid: Grid, coords: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the occupied tiles, given the occupied cells n 3 (`coords`) and their point counts n.
+    """Find the occupied tiles (those that contain points), given the occupied cells n 3 (`coords`)
+    and their point counts n.
 
-    Returns the coordinates t 3 of the tiles, their point counts t, and for each cell the rows of
-    its k tiles in these two arrays, n k.
+    Returns the coordinates t 3 of the tiles, their point counts t, and an array n k: for each cell,
+    the rows of its k tiles in the first two arrays.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))
@@ -133,8 +142,8 @@ def choose_tile(
     """Choose the tile size for which the median occupied tile holds about `goal` points.
 
     low, high: corners of the scene's bounding box. sample: n 3, a random sample of the scene's
-    `total` points. If the scene has few points, the tile size is the whole extent of the scene;
-    otherwise the size is rounded to two digits.
+    `total` points. If the scene has few points, the tile size is the largest extent of the scene,
+    so that one tile holds all points. A smaller tile size is rounded to two digits.
     """
     extent = float((high - low).max())
     larger, points = extent, np.inf  # tile size and median count of the previous step
@@ -155,11 +164,12 @@ def grid_for(
     tile: float | None,
     encoder: PointEncoder,
 ) -> Grid:
-    """Return the grid for tiles of side `tile`. If `tile` is None, choose a side that suits the
-    encoder.
+    """Return the grid for tiles of side `tile`. If `tile` is None, choose the side for which the
+    median tile holds about twice as many points as the encoder sees (`num_points`).
 
-    low, high, sample, total: see `choose_tile`. Raises ValueError if tiles are too small, so that
-    there are more cells than keys, or too few points in the median tile.
+    low, high, sample, total: see `choose_tile`. Raises ValueError if the tiles are so small that
+    there are more cells than keys. Also raises ValueError if `tile` is given and the median tile
+    has fewer points than the encoder needs.
     """
     choose = partial(choose_tile, low, high, sample, total, 2 * encoder.num_points)
     grid = Grid(low, high, choose() if tile is None else tile)
@@ -186,8 +196,10 @@ class Cells:
         self._file = path.open("rb", buffering=0)
 
     def read(self, cell: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Read the records of `count` points of a cell, starting with point number `first`. If
-        `count` is None, read all points from there on.
+        """Read the records of `count` points of a cell, beginning with the cell's point number
+        `first` (from 0). If `count` is None, read all points of the cell from there on.
+
+        cell: row of the cell in `self.coords`.
         """
         count = int(self.counts[cell]) - first if count is None else count
         self._file.seek(RECORD.itemsize * (int(self.starts[cell]) + first))
@@ -212,11 +224,13 @@ def sort_points(
     folder: Path,
     bar: tqdm,
 ) -> Cells:
-    """Sort the points of a scene by cell into a file in `folder`, and return its cells.
+    """Sort the points of a scene by cell into a file in `folder`, and return the occupied cells.
 
-    parts: arrays n 3 in the file's axes. sample: n 4, the z-up coordinates and the numbers of
-    randomly sampled points. Quantiles of this sample divide the points into buckets; each bucket
-    is then sorted in memory. bar: a progress bar that counts each point twice.
+    parts: the scene's `total` points in chunks n 3, in the axes of their file. up_axis: the up axis
+    of this file. sample: n 4, the z-up coordinates and the numbers of randomly sampled points.
+    Quantiles of this sample divide the points into buckets; each bucket is then sorted in memory.
+    bar: a progress bar, which counts a point when it is put into a bucket and again when it is
+    sorted.
     """
     orders = np.sort(grid.order(sample[:, :3], sample[:, 3]))
     buckets = -(-total // BUCKET)

@@ -20,8 +20,8 @@ from jepa3d.data.sources import discover
 from jepa3d.data.store import Store, hash64
 from jepa3d.plain import log
 
-# For each type of file that holds many clouds, the pattern of the text that selects one of them: a
-# row number, or the split and row in a few-shot fold.
+# Suffix of a type of file that can hold many clouds -> regular expression of the text that selects
+# one of them. This text is a row number, or in a few-shot fold (.pkl) the split and a row number.
 _PARTS = dict.fromkeys(ARRAY_SUFFIXES, "0|[1-9][0-9]*")
 _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
@@ -31,13 +31,14 @@ class Address:
     """The place of one cloud. Either a file holds only this cloud, or the cloud is one of many in a
     file or in a store (a dataset of `jepa3d prepare`), and `part` selects it.
 
-    As text, an address is FILE, FILE#PART or STORE#PART. If a file of exactly that name exists, it
-    is meant, even if the name contains #. So if there is a file called FILE#PART, the cloud PART of
-    FILE is written FILE/#PART, which no file can be called.
+    As text, an address is FILE, FILE#PART or STORE#PART. If there is a file whose whole name is
+    this text, the text means that file, even if the name contains #. So if there is a file called
+    FILE#PART, the address of the cloud PART in FILE is FILE/#PART, a name that no file can have.
     """
 
     file: str  # absolute path of the file or store
-    # the row in an array of clouds, the sample in a few-shot fold, or the key in a store
+    # the row in an array of clouds, the sample in a few-shot fold, or the key in a store; None if
+    # the file holds only this cloud
     part: str | None = None
 
     def __str__(self) -> str:
@@ -53,7 +54,11 @@ class Address:
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
-        """Return the address that a text means, or None if no cloud is there."""
+        """Return the address that a text means, or None if there is no such file or key of a store.
+
+        Files are not opened. So an address is returned even if the file has no such row or holds no
+        cloud at all.
+        """
         for spelling in dict.fromkeys((str(text), original(str(text)))):
             path = os.path.abspath(spelling)
             if os.path.exists(path):
@@ -71,7 +76,9 @@ class Address:
 
     @property
     def z_up(self) -> bool:
-        """True for a cloud in a store: it always has z up, whatever `up_axis` says of files."""
+        """True for a cloud in a store. It always has z up, and the setting `up_axis` of a command
+        applies only to clouds in files.
+        """
         return self.part is not None and is_store(self.file)
 
     def open(self) -> PointCloud:
@@ -96,15 +103,15 @@ class Item:
 
     path: str  # the cloud's address as text
     read: Callable[[], PointCloud]  # picklable
-    stamp: int = 0  # changes when the cloud's file changes
+    stamp: int = 0  # a number that changes when the cloud changes, see `_stamp`
     label: str | None = None
-    # true for a cloud in a store: it always has z up, whatever `up_axis` says of files
-    z_up: bool = False
+    z_up: bool = False  # see `Address.z_up`
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
         """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points N 3.
 
-        cloud: the result of `read`, or points sampled from it.
+        cloud: the result of `read`; for a mesh, points sampled from it. up_axis: the up axis of a
+        file that does not define its own.
         """
         if self.z_up or up_axis == "none":
             return cloud.points
@@ -112,7 +119,7 @@ class Item:
 
 
 def item_at(path: str | Path, label: str | None = None) -> Item:
-    """Return the cloud at an address. Raises ReadError if there is none."""
+    """Return the cloud at an address. Raises ReadError if its file or its key is missing."""
     address = Address.parse(path)
     if address is None:
         raise ReadError(f"{path}: no longer there")
@@ -122,11 +129,11 @@ def item_at(path: str | Path, label: str | None = None) -> Item:
 def find_clouds(
     *paths: str | Path, optional: Collection[str | Path] = ()
 ) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Find the clouds in files, folders and stores, each once.
+    """Find the clouds in files, folders and stores; each cloud is returned once.
 
-    A path may also be the address of one cloud. Returns the clouds, and pairs (path, reason) of the
-    files without a cloud. optional: paths that may be without clouds; such a path is then listed
-    like a file without a cloud. Raises ReadError for any other path without clouds.
+    A path may also be the address of one cloud. Returns the clouds, and a pair (path, reason) for
+    each file without a cloud. optional: paths at which there may be no cloud; such a path then gets
+    a pair (path, reason) too. Raises ReadError for any other path without clouds.
     """
     items: dict[str, Item] = {}
     skipped: dict[str, str] = {}
@@ -168,13 +175,16 @@ def _clouds_at(path: str | Path) -> tuple[list[Item], list[tuple[str, str]]]:
 
 
 def cloud_paths(path: str | Path) -> list[str]:
-    """Return the paths of the clouds in a file, a folder or a store, in the order of `embed`."""
+    """Return the addresses of the clouds in a file, a folder or a store, in the order in which
+    `jepa3d.embed` returns their vectors.
+    """
     return [item.path for item in find_clouds(path)[0]]
 
 
 def _stamp(address: Address) -> int:
-    """Return a number that changes when a cloud changes. For a cloud in a store, it is a hash of
-    the cloud's content, else of the size and modification time of the cloud's file.
+    """Return a number that changes when a cloud changes. For a cloud in a store, the number is a
+    hash of the cloud's content. For any other cloud, it is a hash of the size and modification time
+    of the cloud's file.
     """
     if address.z_up and (row := _row_of(address.file, str(address.part))) is not None:
         return int(_store(address.file)[0].columns["content"][row])
@@ -190,7 +200,7 @@ def log_left_out(skipped: list[tuple[str, str]]) -> None:
     for path, reason in skipped[:5]:
         log.info(f"left out: {because(path, reason)}")
     if len(skipped) > 5:
-        log.info(f"left out: {len(skipped) - 5:,} more that hold no cloud")
+        log.info(f"left out: {len(skipped) - 5:,} more files that hold no cloud")
 
 
 def spelled(name: str) -> str:
@@ -207,7 +217,9 @@ def original(name: str) -> str:
 
 
 def _address(entry: Entry, root: str) -> Address:
-    """Return the address of an entry that was found in `root`, a folder or a file."""
+    """Return the address of an entry (data/entries.py) that was found at `root`, a folder or a
+    file.
+    """
     part = None if entry.row is None else str(entry.row)
     if os.path.isdir(root):
         return Address(os.path.join(root, entry.file), part)
@@ -235,8 +247,10 @@ def _store(path: str) -> tuple[Store, np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4)
 def _opened(path: str, changed: int) -> tuple[Store, np.ndarray, np.ndarray]:
-    """Open a store, as `_store` does. changed: modification time, so that a changed store is opened
-    again and not taken from the cache.
+    """Open a store, as `_store` does.
+
+    changed: modification time of the store. It is part of the cache's key, so that a changed store
+    is opened again.
     """
     store = Store(path)
     order = np.argsort(store.columns["key"], kind="stable")

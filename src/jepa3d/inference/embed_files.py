@@ -1,5 +1,5 @@
-"""`jepa3d embed`: compute the vectors of clouds on all cores and write them to Parquet. Later calls
-add the vectors of new and changed clouds.
+"""`jepa3d embed`: compute the vectors of clouds on all cores and write them to Parquet. A later
+call computes only the vectors of new and changed clouds.
 """
 
 import os
@@ -40,14 +40,19 @@ def embed_files(
     """Embed every new or changed cloud at `paths` into `out`: a .parquet file, or a folder with one
     file per share.
 
-    If a call was interrupted, the same call continues it. share: "2/4" is the second of four calls
-    that together fill one folder. prune: delete the vectors of clouds that are no longer at
-    `paths`, or whose files no longer exist.
+    If a call was interrupted, the same call continues it. model, up_axis, layer, pooling,
+    keep_strays: as for `jepa3d embed`. workers: number of processes; 0 for one per core, or fewer
+    for few clouds. share: "2/4" is the second of four calls that together fill one folder. prune:
+    delete the vectors of clouds that are no longer found in the folders or files at `paths`, and of
+    clouds whose files no longer exist.
 
-    Returns how many clouds are new, changed, unchanged, forgotten (deleted) and left out, and how
-    many points were NaN. These counts, and every cloud that cannot be used, are also logged. Raises
-    ValueError for wrong settings, or if another command is writing to `out`, and ReadError if no
-    cloud can be used.
+    Returns the numbers of clouds that are new, changed, unchanged, forgotten (deleted by `prune`)
+    and left out, and the number of NaN points (`unseen`). These numbers are also logged, and so is
+    every cloud that cannot be used.
+
+    Raises ValueError for wrong settings, for settings other than those of the vectors in `out`, or
+    if another command is writing to `out`. Raises ReadError if a path has no clouds, if no cloud
+    can be used, or if a file in `out` is not a file of vectors.
     """
     files, shares = _share_files(out, share)
     if workers < 0:
@@ -71,7 +76,8 @@ def embed_files(
                 embedder.spec.check(vectors.spec, file)
                 stamps = vectors.column("stamp")
                 known = dict(zip(vectors.column("path"), stamps, strict=True))
-            # This file may stay empty, but its name records the number of shares.
+            # The file is written even if this share has no clouds, since the file's name records
+            # the number of shares.
             elif shares > 1:
                 write([table(embedder.spec, [])], file)
             part = [x for x in found if hash64(x.path.encode()) % shares == number - 1]
@@ -98,7 +104,8 @@ def embed_files(
 
 
 def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
-    """Return share number -> file, for the files that this call writes, and the number of shares.
+    """Return the files that this call writes, as a dict from share number to file, and the number
+    of shares.
 
     Raises ValueError if `share` or `out` cannot be used.
     """
@@ -138,9 +145,9 @@ def _collect(
 ) -> None:
     """Write results to a file at intervals and at the end, even if the run is interrupted.
 
-    known: paths that the file has already. gone: paths whose rows are to be deleted. counts: the
+    known: paths that are already in the file. gone: paths whose rows are to be deleted. counts: the
     counts of `embed_files`, to which the results are added. Each write rewrites the whole file, so
-    the interval to the next write is at least ten times as long as the write took.
+    the interval before the next write is at least ten times as long as the last write took.
     """
     rows: list[tuple] = []
     last, cost = time.monotonic(), 0.0

@@ -25,7 +25,7 @@ from jepa3d.models.encoder import PointEncoder, as_array
 from jepa3d.models.ready import load
 from jepa3d.plain import log
 
-if TYPE_CHECKING:  # needs the extra `search`
+if TYPE_CHECKING:  # pyarrow is in the extra `search`
     import pyarrow as pa
 
 Clouds = str | Path | np.ndarray | Tensor | Sequence
@@ -44,8 +44,9 @@ class Seen(NamedTuple):
 class Embedded(NamedTuple):
     """The vector of a cloud, and facts about the cloud as it was read."""
 
-    vector: np.ndarray  # E; before encoding, it is the encoder's input, num_points 3
-    num_points: int
+    # E; until the cloud is encoded, this field holds the encoder's input, num_points 3
+    vector: np.ndarray
+    num_points: int  # number of points as read
     unseen: int  # number of points with NaN coordinates, which were left out
     remarks: list[str]  # lines for the user, such as how many points were left out
 
@@ -60,14 +61,14 @@ def embed(
     """Compute the vectors of clouds; returns n E float32.
 
     clouds: one cloud as an array N 3; several clouds as an array n N 3 or a list of arrays; a path;
-    or a list of paths. A path is a file, a folder of files, or a store. It gives a vector for every
-    cloud there, in the order of `cloud_paths`. A cloud that cannot be used gets a row of NaN, and a
-    warning names it.
+    or a list of paths. A path is a file, a folder of files, a store, or the address of one cloud
+    (see clouds.py). Every cloud at a path gets a vector, in the order of `cloud_paths`. A cloud
+    that cannot be used gets a row of NaN, and a warning names it.
 
     encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
-    and glTF files have their own), or "none" for vectors that do not depend on the rotation of a
-    cloud. layer and pooling: see `PointEncoder.embed`. Raises ValueError for a setting that does
-    not exist, and ReadError if no cloud can be used.
+    and glTF files define their own), or "none" for vectors that do not depend on the rotation of a
+    cloud. layer and pooling: see `PointEncoder.embed`. Raises ValueError for an unknown setting or
+    an empty list of clouds, and ReadError if no cloud can be used.
 
     >>> embed([np.random.rand(3000, 3), np.random.rand(2048, 3)]).shape[0]
     2
@@ -87,7 +88,7 @@ def embed_each(
     """Compute vectors as `embed` does. Returns a pair (path, vector) for each cloud, and an error
     text for each cloud that cannot be used; the vector of such a cloud is None.
 
-    Raises ReadError if no cloud can be used.
+    Raises ReadError if no cloud can be used, and ValueError if `clouds` is empty.
     """
     encoder, items = spec.applied(encoder), list(_items_of(clouds))
     found, errors = [], []
@@ -161,7 +162,7 @@ def encode(
     encoder: PointEncoder, spec: EmbeddingSpec, results: Iterable[Embedded | str]
 ) -> Iterator[Embedded | str]:
     """Encode the results of `_seen_by` in batches: in each result, replace the encoder's input by
-    the vector. Error texts are passed on.
+    the vector. Error texts are yielded unchanged.
     """
     results = iter(results)
     while batch := list(islice(results, BATCH)):
@@ -197,9 +198,9 @@ class Embedder:
     for every batch, for example as an actor of Ray Data.
 
     model, up_axis, layer, pooling and keep_strays: as for `jepa3d embed`. workers: number of
-    processes that read and embed. If a file crashes the code that parses it, only the row of this
-    file is lost. The attribute `spec` is the specification that `jepa3d embed` would store with the
-    vectors.
+    processes that read clouds, and also encode them if there is no accelerator. If a file crashes
+    the code that parses it, only this file gets an error instead of a vector. The attribute `spec`
+    is the specification of the vectors (see spec.py), as `jepa3d embed` stores it.
 
     >>> rows = ray.data.from_items([{"path": "a.ply"}]).map_batches(jepa3d.Embedder, num_cpus=1)
     """
@@ -222,20 +223,21 @@ class Embedder:
         self.work = partial(embed_items, model, self.spec, self.on_device)
 
     def finish(self, results: Iterable[Embedded | str]) -> Iterator[Embedded | str]:
-        """Return the results of `work` with their vectors. If this process has an accelerator,
-        `work` returned the encoder's inputs, which are encoded here.
+        """Return results of `work` with vectors. If this process has an accelerator, `work`
+        returned the encoder's inputs, which are encoded here; otherwise `work` has already encoded
+        them.
         """
         if self.on_device:
             return encode(self.encoder, self.spec, results)
         return iter(results)
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pa.Table":
-        """Return one row for every cloud at the paths in the column `path`. The columns are those
-        of `vectors.py`, including `error`.
+        """Return one row for every cloud at the paths in the column `path`. The returned columns
+        are those that vectors.py lists, including `error`.
 
         A path is a file, a folder, a store, or the address of one cloud. A cloud that is found
-        twice gets one row. A cloud that cannot be used gets a row with its path and its error; the
-        other columns are null. Rows with vectors come first.
+        twice gets one row. Clouds that cannot be used and paths without clouds get a row with the
+        path and an error; the other columns are null. Rows with vectors come first.
         """
         from jepa3d.inference.vectors import table, with_errors
 

@@ -36,7 +36,8 @@ except ImportError as error:
 
 RTOL, ATOL = 1e-4, 1e-5  # tolerances of the comparison with torch
 MAX_POINTS = 10**6  # largest number of points of a cloud, as declared to torch.export
-BATCHES = (1, 2, 7)  # batch sizes that are compared
+BATCHES = (1, 2, 7)  # batch sizes for which exported files are compared with torch
+# settings of the encoder that `frame.group` needs
 SIZES = ("num_points", "num_groups", "group_size")
 
 Network = PointEncoder | Classifier | LinearClassifier
@@ -59,8 +60,9 @@ class Graph(nn.Module):
         return (clouds.numpy(),)
 
     def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
-        """Return what the network itself computes in torch for clouds B N 3: the graph's `outputs`,
-        perhaps followed by others.
+        """Return what the network itself computes in torch for clouds B N 3. A classifier computes
+        logits. An encoder computes vectors, tokens and centers, even if the graph has no output
+        `centers`.
         """
         if not isinstance(self.network, PointEncoder):
             return (self.network.predict(clouds),)
@@ -112,10 +114,10 @@ class ToClasses(Graph):
 def export(model: str | Path, out: str | Path) -> dict[str, float]:
     """Export a model into a new folder `out`.
 
-    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns file name -> largest
-    difference from the results of torch. Raises ValueError if the model cannot be loaded or
-    exported, if `out` exists, or if results differ too much from those of torch; nothing is written
-    then.
+    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns a dict from the name
+    of each exported file to the largest difference between its results and those of torch. Raises
+    ValueError if the model cannot be loaded or exported, if `out` exists, or if results differ too
+    much from those of torch. In all these cases, nothing is written.
     """
     out = Path(out)
     if out.exists():
@@ -124,7 +126,7 @@ def export(model: str | Path, out: str | Path) -> dict[str, float]:
     if isinstance(network, Segmenter):
         raise ValueError(f"{model}: a segmentation network, which cannot be exported")
     encoder = network if isinstance(network, PointEncoder) else network.encoder
-    # `prepared` looks up this many nearest points of each point, even in a cloud of only
+    # For each point, `prepared` looks up this many nearest points, even in a cloud that has only
     # `min_points` points.
     if (needed := 1 + encoder.num_points // encoder.min_points) > encoder.min_points:
         raise ValueError(f"{model}: export needs num_groups of at least {needed}")
@@ -177,9 +179,9 @@ def _quiet() -> Iterator[None]:
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
     """Export a graph for any batch size. If the graph's input is points, it is also exported for
-    any number of points.
+    any number of points from `min_points` to `MAX_POINTS`.
     """
-    # The example has two clouds, since torch would make a batch size of 1 a constant.
+    # The example batch has two clouds: torch would turn a batch size of 1 into a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())
     axes = {0: torch.export.Dim("batch", min=1)}
     if graph.inputs == ("points",):
@@ -187,7 +189,7 @@ def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgra
         axes[1] = torch.export.Dim("num_points", min=least, max=MAX_POINTS)
     shapes = dict.fromkeys(graph.inputs, axes)
     arrays = tuple(map(torch.from_numpy, graph.arrays(clouds)))
-    # Strict, because torch would otherwise treat the `len` of a tensor as a constant.
+    # Without strict=True, torch would treat the `len` of a tensor as a constant.
     return torch.export.export(graph, arrays, dynamic_shapes=shapes, strict=True)
 
 
@@ -245,7 +247,7 @@ def _difference(graph: Graph, encoder: PointEncoder, file: Path) -> float:
 
 
 def _card(network: Network, encoder: PointEncoder, differences: Differences) -> str:
-    """Fill in the folder's README from the templates beside this file."""
+    """Return the text of the folder's README, made from the templates beside this file."""
     values = {name: getattr(encoder, name) for name in ("min_points", "width", *SIZES)}
     values |= {"vector_width": 2 * encoder.width, "kind": type(network).__name__}
     values["front"] = type(network)._hub_mixin_info.model_card_data.to_yaml().strip()
@@ -266,8 +268,8 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     """Prepare clouds B N 3 as the functions `frame` and `fill` of `jepa3d.frame` do, but with
-    operations that a graph can contain. The checks of these functions are left out, since a graph
-    cannot raise errors.
+    operations that a graph can contain. A graph cannot raise errors itself, so the checks of these
+    functions are left out, except the check for too few points (see below).
     """
     points = without_strays(points.double(), encoder.min_points)
     points = points - (points.amin(1, True) + points.amax(1, True)) / 2
@@ -279,14 +281,15 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
     order, apart = farthest_point_scan(points, count, start)
     chosen, different = gather_points(points, order), (apart > 0).sum(1, keepdim=True)
     row = torch.arange(encoder.num_points, device=device) % different
-    # If a cloud has too few points, an index is set out of bounds, so that the runtime raises an
-    # error.
+    # If a cloud has fewer than `min_points` different points, an index is set out of bounds, so
+    # that the runtime raises an error.
     row = torch.where(different < min_points, 2**30, row)
     source = gather_points(chosen, row)
-    # The distances of all pairs are costly, so they are computed only if a cloud has too few
-    # points.
+    # Copies are needed if a cloud has fewer than `num_points` different points. Only then are the
+    # distances of all pairs computed, since they are costly.
     copied = (different < encoder.num_points).any()
-    # Number of neighbours that each point needs: itself, and one more for each round of copies.
+    # Number of nearest points to look up for each point: itself, and one more for each round of
+    # copies.
     most: Any = torch.sym_min(count, 1 + encoder.num_points // min_points)
 
     def moved(chosen: Tensor, different: Tensor, source: Tensor) -> Tensor:
@@ -318,7 +321,7 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
     weights = points.new_tensor([1, 2**0.5, torch.pi])
     points = gather_points(points, (points * weights).sum(-1).argsort(1))
     first = (points[:, 1:] != points[:, :-1]).any(-1)
-    # Points that occur several times count once.
+    # The mask `first` marks one of several equal points. Only this one is counted.
     first = torch.cat([torch.ones_like(first[:, :1]), first], 1)
     different, kept, side = first.sum(1, keepdim=True), first, frame.MAX_CELLS
     for _ in range(frame.ROUNDS):
@@ -346,7 +349,9 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
 
 
 def _onto_one(points: Tensor, kept: Tensor) -> Tensor:
-    """Replace all points B N 3 that are not kept (mask B N) by the first point that is kept."""
+    """Replace each point of clouds B N 3 that is not kept (see the mask `kept` B N) by the first
+    kept point of its cloud.
+    """
     place = torch.arange(points.shape[1], device=points.device)
     first = kept.long().argmax(1, keepdim=True)
     return gather_points(points, torch.where(kept, place, first))

@@ -1,4 +1,4 @@
-"""What the search in Parquet files (search.py) and the search in LanceDB (lance.py) have in common:
+"""Define what the search in Parquet files (search.py) and the search in LanceDB (lance.py) share:
 neighbours, their order, and conditions on rows.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 from jepa3d.inference.vectors import pa, pc
 
 COLUMNS = ("path", "label", "num_points")
-# twice the largest rounding error of a cosine in float32, whatever the order of its sum
+# twice the largest rounding error of a cosine in float32, in whichever order its terms are added
 SLACK = 1e-5
 _COMPARE = {
     "=": pc.equal,
@@ -25,7 +25,9 @@ _COMPARE = {
 
 @dataclass(frozen=True)
 class Hit:
-    """A neighbour: a row of an index, and the cosine of its vector with the query."""
+    """A neighbour: a row of an index (the file or database that was searched), and the cosine of
+    its vector with the query.
+    """
 
     cosine: float
     path: str
@@ -54,7 +56,8 @@ def rank(
 class Condition:
     """A condition `COLUMN OP VALUE` on the column path, label or num_points.
 
-    OP is = != < <= > >=, or ~ for a pattern with the wildcards * and ?.
+    OP is = != < <= > or >=. For path and label, OP can also be ~; VALUE is then a pattern with the
+    wildcards * and ?.
     """
 
     column: str
@@ -63,7 +66,7 @@ class Condition:
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """Parse a condition. Raises a ValueError that says what is allowed."""
+        """Parse a condition. Raises ValueError; the message says what is allowed."""
         shape = r"\s*(\w+)\s*(!=|<=|>=|=|<|>|~)\s*(.*?)\s*"
         match = re.fullmatch(shape, text, re.DOTALL)
         if not match or match[1] not in COLUMNS:
@@ -79,8 +82,8 @@ class Condition:
         return Condition(column, compare, int(value))
 
     def holds(self, values: list | pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return the mask of the values that satisfy the condition; a missing value satisfies only
-        `!=`.
+        """Return a mask, True for the values that satisfy the condition. A missing value satisfies
+        only `!=`.
         """
         held = _COMPARE[self.compare](values, self.value)
         return np.asarray(pc.fill_null(held, self.compare == "!="))
@@ -96,7 +99,9 @@ class Condition:
 
 
 def regex(pattern: str) -> str:
-    """Turn a pattern with the wildcards * and ? into a regular expression for whole texts."""
+    """Turn a pattern with the wildcards * and ? into a regular expression that matches only whole
+    texts.
+    """
     return f"^(?s:{re.escape(pattern)})$".replace(r"\*", ".*").replace(r"\?", ".")
 
 

@@ -2,17 +2,21 @@
 names for a few of them, trains a linear head on the frozen encoder, and labels every cloud.
 
 OUT/vectors.parquet  vectors of the clouds, computed by the encoder
-OUT/names.csv        columns path, name, cluster; lists the clouds nearest to each cluster centre:
-                     fill in the names you know, and add rows for other clouds if you like
+OUT/names.csv        columns path, name, cluster; lists the clouds nearest to each cluster centre.
+                     Fill in the class names that you know, and add rows for other clouds if you
+                     like
 OUT/clusters.html    pictures of the clouds that names.csv lists
-OUT/model            encoder and head, once there are names; `jepa3d predict OUT` uses it
-OUT/labels.csv       columns path, class, probability, second class, its probability; one row per
-                     cloud, least certain first. For an unknown cloud, the class is `unknown`, the
-                     probability is empty, and the second class is the most probable named class
+OUT/model            encoder and head, written once two classes have names; `jepa3d predict OUT`
+                     uses them
+OUT/labels.csv       written together with OUT/model; one row per cloud, least certain first. The
+                     columns are path, class, probability, second (the second most probable class)
+                     and second_probability
 
 With `--unknown`, a cloud is unknown if it resembles none of the named clouds: the cosine of its
-vector with the nearest class mean is below a threshold. This measure was chosen among five by
-experiments in which whole classes were left unnamed (docs/experiments.md, benchmarks/unknown.py).
+vector with the nearest class mean is below a threshold. In labels.csv, its class is then `unknown`,
+its probability is empty, and `second` is the most probable named class. This measure was chosen
+among five by experiments in which whole classes were left unnamed (docs/experiments.md,
+benchmarks/unknown.py).
 """
 
 import csv
@@ -38,9 +42,9 @@ from jepa3d.plain import log, printable, write_bytes, write_csv
 from jepa3d.training.checkpoint import replace_folder
 
 SHOWN = 6  # clouds shown per cluster
-FALSE_ALARMS = 0.05  # about this share of the clouds of named classes is called unknown
-# The threshold needs at least this many named clouds: the chance that a new cloud of the same
-# classes has a lower cosine than all of 19 others is 1 in 20.
+FALSE_ALARMS = 0.05  # about this share of the clouds of named classes is wrongly called unknown
+# The threshold needs at least this many named clouds. With 19 named clouds, the chance that a new
+# cloud of their classes has a lower cosine than all of them is 1 in 20.
 FEWEST = 19
 _SEED = 0
 
@@ -57,10 +61,11 @@ def label(
     """Embed the clouds at `paths` and propose clusters; once there are names, train a classifier
     and label all clouds.
 
-    names: a CSV file; by default OUT/names.csv, or names typed in the terminal. clusters: number of
-    clusters; the default is the square root of half the number of clouds, but at most 40. unknown:
-    give the label "unknown" to clouds that resemble no named cloud. Raises ValueError for wrong
-    settings, and ReadError for files that cannot be used.
+    names: a CSV file with names; by default OUT/names.csv, or if that has no names, names typed in
+    the terminal. clusters: number of clusters; the default is the square root of half the number of
+    clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds that resemble
+    no named cloud. Raises ValueError for wrong settings, or if there are too few named clouds for
+    `unknown`. Raises ReadError if the file of names or all clouds cannot be used.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")
@@ -117,10 +122,11 @@ def label(
 def _propose(
     x: np.ndarray, paths: list[str], clusters: int | None, up_axis: str, out: Path
 ) -> dict[str, str]:
-    """Write clusters.html and names.csv for vectors n E; in a terminal, ask for the clusters'
-    names.
+    """Cluster vectors n E, and write clusters.html and names.csv. In a terminal, also ask for the
+    clusters' names.
 
-    Returns path -> name. Raises ValueError for an impossible number of clusters.
+    Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for an
+    impossible number of clusters.
     """
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
@@ -147,8 +153,9 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors n E by spherical k-means. Yields the rows of each cluster, beginning with the
-    largest cluster. The rows of a cluster begin with the one nearest to its centre.
+    """Cluster vectors n E by spherical k-means. Yields the rows of each cluster, the largest
+    cluster first. Within a cluster, the rows are ordered by their distance to its centre, nearest
+    first.
     """
     unit = unit_length(x)
     with one_thread():
@@ -161,9 +168,9 @@ def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def read_names(file: Path, paths: list[str]) -> dict[str, str]:
-    """Read path -> name from the rows of a CSV file that have a name.
+    """Read the rows of a CSV file that have a name; returns a dict from path to name.
 
-    Raises ReadError for a file that cannot be used, or a path that is not among `paths`.
+    Raises ReadError for a file that cannot be used, or if a path with a name is not among `paths`.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -184,10 +191,14 @@ def read_names(file: Path, paths: list[str]) -> dict[str, str]:
 
 
 def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
-    """Ask for the clusters' names in the terminal. Returns path -> name for the clouds shown."""
+    """Ask for the clusters' names in the terminal. Returns a dict from path to name for the clouds
+    that clusters.html shows.
+
+    groups: for each cluster its size, and the paths of the clouds shown.
+    """
     known = {}
-    print("clusters.html shows the clusters. Name each; several may have the same name.")
-    print("Enter skips a cluster, Ctrl-D ends.")
+    print("Name the clusters that clusters.html shows; several may have the same name.")
+    print("Press Enter to skip a cluster, Ctrl-D to end.")
     for number, (size, shown) in enumerate(groups, 1):
         files = printable(", ".join(Path(path).name for path in shown[:3]))
         print(f"{number}: {size:,} clouds, such as {files}")
@@ -206,13 +217,15 @@ def known_clouds(
 
     x: vectors n E of all clouds. rows: rows of the named clouds. y: classes of the named clouds.
     Returns the threshold and three arrays. `shift` E and `spread` E are the mean and standard
-    deviation of all vectors. `means` [classes, E] are the class means of the standardised vectors,
-    scaled to length 1. The threshold applies to the cosine between a standardised vector and the
-    nearest class mean.
+    deviation of all vectors, by which vectors are standardised. `means` [classes, E] are the class
+    means of the named clouds' standardised vectors; each vector, and then each mean, is scaled to
+    length 1. The threshold applies to the cosine between a standardised vector and the nearest
+    class mean.
 
-    About 95 % of the named clouds reach the threshold. Here, each named cloud is compared with the
-    mean of its own class without this cloud; classes with a single named cloud are not used. Raises
-    ValueError if fewer than `FEWEST` named clouds are left.
+    The threshold is chosen so that about 95 % of the named clouds reach it. For this choice, the
+    mean of a cloud's own class is computed without the cloud itself; so a cloud that is the only
+    named one of its class is not counted. Raises ValueError if fewer than `FEWEST` named clouds are
+    counted.
     """
     shift, spread = x.mean(0), np.maximum(x.std(0), 1e-12)
     named = unit_length((x[rows] - shift) / spread)

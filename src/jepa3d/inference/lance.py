@@ -1,9 +1,10 @@
 """`jepa3d index`: copy the vectors of Parquet files into a LanceDB database, here called a store.
-It holds millions of vectors, which can be added, deleted and searched.
+It can hold millions of vectors, which can be added, deleted and searched.
 
-Searches are exact (flat cosine). They are approximate only if `build` has added an index of
-partitions (IVF_FLAT) and the search asks for it. Every change is one LanceDB transaction: readers
-see the store as it was before or after the change, and a killed writer changes nothing.
+A search without `probes` compares the query with all vectors, so it is exact. A search with
+`probes` is approximate; it needs the index of partitions (IVF_FLAT) that `build` adds. Every change
+is one LanceDB transaction: readers see the store as it was before or after the change, and a killed
+writer changes nothing.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ except ImportError as error:
 _TABLE = "vectors"
 # number of rows requested in addition to k, so that ties with the k-th row are noticed
 _SPARE = 64
-# Old versions of the store are kept for so long, for processes that still read them.
+# Old versions of the store are kept for this time, since other processes may still read them.
 _OLD = timedelta(hours=1)
 
 
@@ -75,7 +76,8 @@ class VectorStore:
     def search(
         self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
-        """Return the k rows with the highest cosine to a query E, in the order of `rank`.
+        """Return the k rows with the highest cosine to a query E (of length 1) among the rows for
+        which all conditions hold, in the order of `rank`.
 
         probes: how many partitions of the index to search; None for an exact search. Raises
         ValueError if `probes` is given but the store has no index.
@@ -88,7 +90,8 @@ class VectorStore:
         ask = ask.where(_sql(conditions)) if conditions else ask
         rows = ask.limit(k + _SPARE).to_arrow()
         distance = rows.column("_distance").to_pylist()
-        # Even more rows may tie with the k-th row, so all rows up to its distance are requested.
+        # If even the last of these rows ties with the k-th row, further rows may tie too. So all
+        # rows up to the distance of the k-th row are requested.
         if len(rows) == k + _SPARE and distance[-1] <= distance[k - 1] + SLACK:
             ask = ask.distance_range(None, distance[k - 1] + SLACK)
             rows = ask.limit(len(self)).to_arrow()
@@ -97,18 +100,21 @@ class VectorStore:
 
 
 def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
-    """Add vectors to a store. Rows of the same path are replaced. If there is no store, make it.
+    """Add vectors to a store. A vector replaces a stored row of the same path. If there is no store
+    at `path`, it is made.
 
     Returns the number of new rows and the number of replaced rows. Vectors of length zero are left
-    out, since they have no cosine. Raises ValueError if the vectors have another specification than
-    the store, and ReadError if `path` is a folder that is not a store.
+    out, since they have no cosine. Raises ValueError if the name of `path` does not end in
+    .lancedb, or if the vectors have another specification than the store. Raises ReadError if
+    `path` is a folder that is not a store.
     """
     if path.suffix != ".lancedb":
         raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"
-    # If the first command was killed, its table has no finished transaction, and is made again.
+    # If the command that first wrote the store was killed, the table has no finished transaction.
+    # The table is then made again.
     unfinished = path.is_dir() and set(path.iterdir()) <= {table}
     unfinished = unfinished and not any((table / "_versions").glob("*.manifest"))
     if not path.exists() or unfinished:

@@ -20,7 +20,7 @@ from jepa3d.inference.vectors import Vectors, to_numpy
 from jepa3d.page import document, facts, note, picture, section, table
 from jepa3d.plain import write_bytes
 
-SAMPLE = 1000  # all pairs among this many random vectors are the random pairs
+SAMPLE = 1000  # the random pairs are all pairs among this many random vectors
 # Limits of a page: neighbours drawn per query, neighbours listed per query, queries with pictures.
 DRAWN, LISTED, PICTURED = 10, 100, 100
 # This many row groups (blocks of rows) of a large Parquet file are read for the sample.
@@ -28,8 +28,8 @@ _GROUPS = 32
 
 
 def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
-    """Return the cosines of all pairs among 1,000 random vectors of an index (or among all its
-    vectors, if there are fewer), ascending.
+    """Return the cosines of all pairs among 1,000 random vectors of an index, in ascending order.
+    If the index has fewer vectors, all pairs among its vectors are used.
     """
     x = _sample(index, np.random.default_rng(seed)).astype(np.float64)
     x = unit_length(x[x.any(1)])
@@ -55,9 +55,10 @@ def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
 
 
 def percentile(cosine: float, pairs: np.ndarray) -> float | None:
-    """Return the percentage of pairs whose cosine is lower; None if there are no pairs.
+    """Return the percentage of random pairs whose cosine is lower than `cosine`; None if there are
+    no pairs.
 
-    pairs: cosines of random pairs, ascending.
+    pairs: cosines of random pairs, in ascending order.
     """
     if not len(pairs):
         return None
@@ -86,7 +87,9 @@ def _standing(hit: Hit, pairs: np.ndarray) -> str:
 
 
 def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
-    """Format a query's neighbours as one line of JSON; for "percentile" see `percentile`."""
+    """Format a query's neighbours as one line of JSON. The key "percentile" of a neighbour holds
+    the result of the function `percentile`.
+    """
     rows = [
         {"rank": i, **vars(hit), "percentile": percentile(hit.cosine, pairs)}
         for i, hit in enumerate(hits, 1)
@@ -94,13 +97,13 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
     return json.dumps({"query": name, "hits": rows})
 
 
-# The points (100 KiB per cloud) are cached, since the same cloud is often a neighbour of many
-# queries.
+# The points are cached (100 KiB per cloud), since a cloud is often a neighbour of many queries.
 @lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
     """Return the points n 3, rotated to z-up, that represent a cloud in a picture.
 
-    Raises ReadError or OSError if the cloud cannot be read.
+    up_axis: the setting of the index; "none" counts as "z". Raises ReadError or OSError if the
+    cloud cannot be read.
     """
     item = item_at(path)
     cloud = sampled(item.read(), 1)
@@ -108,7 +111,9 @@ def drawn_points(path: str, up_axis: str) -> np.ndarray:
 
 
 def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> list[str]:
-    """Draw clouds side by side. Returns HTML, with a note for each cloud that cannot be drawn."""
+    """Draw clouds side by side. Returns parts of an HTML page: the picture, and a note for each
+    cloud that cannot be drawn.
+    """
     clouds, shown, missing = [], [], []
     for path, title in zip(paths, titles, strict=True):
         try:
@@ -123,11 +128,12 @@ def draw(paths: list[str], titles: list[str], up_axis: str, caption: str) -> lis
 def write_page(
     found: list[tuple[str, list[Hit]]], index: Path, pairs: np.ndarray, out: Path
 ) -> None:
-    """Write an HTML page of queries and their neighbours. For each of the first 100 queries, it has
-    pictures of the first ten neighbours.
+    """Write an HTML page that lists queries and their first 100 neighbours. For each of the first
+    100 queries, the page also has pictures of the first ten neighbours.
     """
-    meaning = f"Random pairs below: the share of {len(pairs):,} such pairs with a lower cosine."
-    meaning += " A cosine that many pairs exceed is no match, even if it is near 1."
+    meaning = f"Random pairs below: the share of {len(pairs):,} random pairs of clouds that have a"
+    meaning += " lower cosine. If many pairs have a higher cosine, a result is no match, even if"
+    meaning += " its cosine is near 1."
     if len(found) > PICTURED:
         meaning += f" The first {PICTURED} of {len(found):,} queries have pictures."
     parts, spec = [note(meaning)], open_index(index).spec
@@ -150,7 +156,7 @@ def write_page(
 
 
 def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
-    """Draw a query beside its first neighbours; returns HTML."""
+    """Draw a query beside its first neighbours; returns parts of an HTML page, as `draw` does."""
     first = hits[:DRAWN]
     titles = [f"{hit.cosine:.4f} {printable(Path(hit.path).name)}" for hit in first]
     caption = f"{display(name)} and its neighbours"
@@ -161,5 +167,7 @@ def _pictures(name: str, hits: list[Hit], up_axis: str) -> list[str]:
 
 
 def display(path: str) -> str:
-    """Return a path as one line of text. A path below the current folder is made relative to it."""
+    """Return a path as one line of text. A path inside the current folder is shortened to the path
+    relative to that folder.
+    """
     return printable(path.removeprefix(f"{Path.cwd()}/"))

@@ -5,7 +5,7 @@ A Parquet file has one row per point. The rows are in no particular order; their
 
 index    the point's number in the scan, from 0; points with NaN coordinates are not counted
 x, y, z  float64, in the scan's coordinates
-feature  C float32 or float16
+feature  C numbers, float32 or float16
 
 The entry `jepa3d` of the file's metadata is JSON with the keys format, model, fingerprint, tile and
 up_axis.
@@ -31,7 +31,10 @@ _WITH_COLORS = {0: 2, 1: 3, 4: 5, 6: 7, 9: 10}
 
 
 def ply_row(more: dict[str, str] | None = None) -> np.dtype:
-    """Return the dtype of a row of a binary PLY: coordinates, colours, and `more` properties."""
+    """Return the dtype of a row of a binary PLY: coordinates, colours, and further properties.
+
+    more: dict from the name of a further property to its type.
+    """
     types = dict.fromkeys("xyz", "<f8") | dict.fromkeys(RGB, "u1") | (more or {})
     return np.dtype(list(types.items()))
 
@@ -51,11 +54,14 @@ def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> Non
 def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -> None:
     """Write a scan's points with their colours as LAS, or as LAZ if `out` ends in .laz.
 
-    colors: a file of n 3 uint8, in the order of the scan's points. A scan that is LAS or LAZ itself
-    keeps its fields, the scale and offset of its header, and its coordinate system, but gets the
-    corresponding point format with colours. For any other scan, the scale (the resolution of
-    coordinates) is a millionth of the extent of `box` (2 3, its lowest and highest corner), but at
-    most 0.001, and large enough for the coordinates to fit into 32 bits.
+    colors: a file of n 3 uint8, in the order of the scan's points. box: 2 3, the lowest and the
+    highest corner of the scan's bounding box.
+
+    If the scan itself is LAS or LAZ, the output keeps the scan's fields, coordinate system, scale
+    and offset. It has the same point format or, if this has no colours, the corresponding format
+    with colours. For any other scan, the scale (the resolution of coordinates) is a millionth of
+    the largest extent of `box`, rounded down to a power of ten, but at most 0.001. If coordinates
+    would then not fit into 32 bits, the scale is the smallest power of ten for which they do.
     """
     laspy = io_module("laspy")
     from_las = scan.suffix.lower() in (".las", ".laz")
@@ -82,7 +88,9 @@ def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -
 
 
 def _with_colors(laspy: Any, scan: Path) -> Any:
-    """Return the header of a LAS scan, changed to the point format with colours."""
+    """Return the header of a LAS or LAZ scan, changed to the corresponding point format with
+    colours.
+    """
     with laspy.open(scan, read_evlrs=False, laz_backend=laspy.LazBackend.Lazrs) as file:
         header = file.header
     old = header.point_format
@@ -91,8 +99,8 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
     preferred = laspy.point.dims.preferred_file_version_for_point_format(kind.id)
     newest = laspy.header.Version.from_str(max(str(header.version), preferred))
     header.set_version_and_point_format(newest, kind)
-    # The records of a COPC file describe an octree, which does not match the new file, so they are
-    # dropped.
+    # The special records of a COPC file describe an octree of the old file, which does not match
+    # the new file. So these records are dropped.
     header.vlrs = [vlr for vlr in header.vlrs if vlr.user_id != "copc"]
     header.evlrs = None
     return header
@@ -118,7 +126,8 @@ def write_parquet(
 ) -> None:
     """Write chunks of (index n, coordinates n 3, features n C) as Parquet.
 
-    The packages of the extra `search` must be installed.
+    width: C. dtype: number type of the features. metadata: keys and values of the metadata entry
+    `jepa3d` besides `format`. The packages of the extra `search` must be installed.
     """
     from jepa3d.inference.vectors import pa, to_column, vector_type, write
 

@@ -28,18 +28,18 @@ ROLE_COLORS = np.array(list(ROLES.values()), np.uint8)
 
 
 class View(NamedTuple):
-    """The points of a cloud that are drawn, and the tokens of its encoded points. All coordinates
+    """The drawn points of a cloud, and the tokens computed from its encoded points. All coordinates
     are the encoder's: z-up, with the encoded points in the unit sphere.
     """
 
     name: str
-    total: int  # number of points in the file, or sampled from a mesh
+    total: int  # number of points in the file; for a mesh, number of points sampled from it
     points: np.ndarray  # N 3 float32, at most MAX_DRAWN points
-    colors: np.ndarray | None  # N 3 uint8, as in the file
+    colors: np.ndarray | None  # N 3 uint8, as in the file; None if the file has no colours
     tokens: Tensor  # M C, tokens of the last layer
     centers: Tensor  # M 3, centres of the tokens
-    # N M, weights for interpolation from the three nearest centres of each point: the features of
-    # the points are weights @ tokens
+    # N M, weights for interpolation from the three nearest centres of each point; so the features
+    # of the points are weights @ tokens
     weights: Tensor
     vector: np.ndarray  # E, the vector that `jepa3d embed` computes
 
@@ -55,7 +55,8 @@ def view_of(
     """Read and encode a cloud for the viewer. The encoder's input and the vector are the same as in
     `jepa3d embed`.
 
-    layer, pooling: those of the vector. Raises ReadError or OSError if the cloud cannot be read.
+    layer, pooling: used for the vector only. Raises ReadError or OSError if the cloud cannot be
+    read.
     """
     _, cloud, turned, seen = see(encoder, item, up_axis)
     states, centers = encoder.states(torch.from_numpy(seen.points)[None])
@@ -73,9 +74,9 @@ def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | N
     """Find the point that a user clicked: returns its index among points N 3, or None if no point
     lies near the ray.
 
-    origin, direction: the ray from the viewer through the clicked pixel. Candidates are all points
-    within `reach` of the ray, except those that lie more than `reach` behind the frontmost
-    candidate. The candidate nearest to the ray is chosen.
+    origin, direction: the ray from the viewer through the clicked pixel. Among the points in front
+    of the viewer and within `reach` of the ray, the frontmost is found. Points that lie more than
+    `reach` behind the frontmost are discarded. Of the rest, the point nearest to the ray is chosen.
     """
     direction = np.asarray(direction, float) / np.linalg.norm(direction)
     offset = points - np.asarray(origin, float)
@@ -103,9 +104,11 @@ def pca_colors(view: View) -> tuple[np.ndarray, float]:
 
 
 def similarity(view: View, point: int) -> np.ndarray:
-    """Return the cosine similarity [N] of every point's features with those of `point`."""
-    # Computed from dot products of tokens, since the features [N, C] of many points would not fit
-    # into memory.
+    """Return N cosines: between the features of every point and those of the point with index
+    `point`.
+    """
+    # The cosines are computed from dot products of tokens, since the features N C of many points
+    # may not fit into memory.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
     squared_norm = ((view.weights @ products) * view.weights).sum(1).clamp_min(1e-30)
@@ -113,10 +116,11 @@ def similarity(view: View, point: int) -> np.ndarray:
 
 
 def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Sample a context and targets from the tokens, as in pretraining. Returns [N], the role of
-    each point's nearest token: 0 unused, 1 context, 2 and up targets.
+    """Sample a context and targets from the tokens, as in pretraining. Returns N roles: for each
+    point, the role of the nearest token (0 unused, 1 context, 2 and higher the targets).
 
-    Where targets overlap, the later target counts. Raises ValueError if there are too few tokens.
+    A token in several targets gets the role of the last of them. Raises ValueError if there are too
+    few tokens.
     """
     sample = multi_block(view.centers[None], generator, num_targets=len(ROLES) - 2)
     role = torch.zeros(len(view.centers), dtype=torch.long)

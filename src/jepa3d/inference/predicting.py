@@ -1,5 +1,5 @@
-"""Apply a fine-tuned network to files. A classifier writes a CSV file with the class of each cloud;
-a segmenter writes a PLY file for each cloud, with part labels and colours.
+"""Apply a fine-tuned network to files. A classifier writes a CSV file with the class of each cloud.
+A segmenter writes a PLY file for each cloud, with a part label and a colour for every point.
 """
 
 import colorsys
@@ -48,12 +48,13 @@ def predict(
     category: str | None = None,
     up_axis: str = "z",
 ) -> list[Prediction]:
-    """Classify or segment the clouds in files, folders and stores, in their order.
+    """Classify or segment the clouds in files, folders and stores. Returns one Prediction per
+    cloud, in the order in which the clouds are given.
 
     run: output folder of classify, segment or label. category: the clouds' category, if the
-    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. A file
-    without any cloud also gives one, at the end of the list. Raises ValueError for a network or
-    category that cannot be used.
+    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. For
+    each file without any cloud, another Prediction with an `error` follows at the end of the list.
+    Raises ValueError for a network or category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
@@ -73,8 +74,9 @@ def predict_files(
     """Classify the clouds at `paths` and write the CSV file `out`, or segment the clouds and write
     PLY files into the folder `out`.
 
-    Files that cannot be used are logged and left out. Raises ValueError for a network, category or
-    output that cannot be used, and ReadError if no file can be used.
+    Clouds that cannot be used are logged and left out. Raises ValueError for a network or category
+    that cannot be used, or if `out` exists. Raises ReadError if there are no clouds at one of the
+    paths, or if no cloud can be used.
     """
     network = load_network(run)
     if out.exists():
@@ -121,10 +123,11 @@ def _label(network: Network, category: str | None) -> int:
 def _find(
     paths: Sequence[str | Path], optional: Sequence[str | Path] = ()
 ) -> tuple[dict[str, Item], list[tuple[str, str]]]:
-    """Find the clouds at all paths, each once. Returns name -> item, and pairs (path, reason) of
-    the files without a cloud. The name of a cloud begins with the path that led to it.
+    """Find the clouds at all paths; each cloud is returned once. Returns a dict from name to item,
+    and a pair (path, reason) for each file without a cloud.
 
-    optional: see `find_clouds`.
+    The name of a cloud begins with the first of the paths at which the cloud was found. optional:
+    see `find_clouds`.
     """
     items, names, skipped = {}, {}, []
     for path in paths:
@@ -140,7 +143,9 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """Yield each cloud's prediction, and the cloud as the encoder receives it (None on error)."""
+    """Yield each cloud's prediction, and the cloud as it was read and as the encoder receives it
+    (None on error).
+    """
     for name, item in items.items():
         try:
             seen = see(network.encoder, item, up_axis)
@@ -175,10 +180,12 @@ def classify_cloud(
 def two_classes(
     names: Sequence[str] | np.ndarray, probability: np.ndarray, unknown: bool
 ) -> tuple[str, float | None, str, float]:
-    """Return the two most probable classes, each with its probability to four decimals.
+    """Return the two most probable classes, each followed by its probability, which is rounded to
+    four decimals.
 
-    If the cloud is unknown (unlike all classes), return instead `UNKNOWN` with the probability
-    None, and then the most probable class with its probability.
+    probability: of each class in `names`. If the cloud is unknown (unlike all classes), the first
+    class returned is `UNKNOWN`, with the probability None, and the second is the most probable
+    class with its probability.
     """
     order = np.argsort(-probability, kind="stable")[:2]
     first, second = ((str(names[i]), round(float(probability[i]), 4)) for i in order)
@@ -189,8 +196,8 @@ def two_classes(
 def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: int) -> np.ndarray:
     """Predict the part label of every point of a cloud; returns N int16.
 
-    points: all points N 3. seen: the points that are encoded, usually fewer. label: number of the
-    cloud's category.
+    points: all points N 3, z-up. seen: the points that are encoded, usually fewer than N. label:
+    number of the cloud's category.
     """
     number = torch.tensor([label])
     parts_of = [np.array(parts) for parts in network.parts_of]

@@ -30,16 +30,19 @@ from jepa3d.plain import log, progress_bar
 
 OUTPUTS = (".ply", ".las", ".laz", ".parquet")
 DTYPES = ("float32", "float16")
-# At most this many tiles are encoded at once, and their patches have at most this many points.
+# At most this many tiles are encoded at once, and all their patches together have at most this many
+# points.
 BATCH, _PATCH_POINTS = 32, 32_768
-SAMPLE = 500_000  # number of random points by which the tile size is chosen
-# A tile with more points is reduced at random to this many before farthest point sampling.
+SAMPLE = 500_000  # number of random points from which the tile size is chosen
+# A tile with more than about this many points is reduced at random to this number before farthest
+# point sampling.
 _MOST = 32_768
-# A block has at most this many points, all of one cell.
+# For interpolation, the points of each cell are divided into blocks of at most this many points.
 _BLOCK = 512
-# Blocks are interpolated in batches of at most this many points, and at most this many blocks.
+# A batch of blocks has at most this many points and at most this many blocks.
 _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
-# PCA is fitted to at most this many random cells, and at most this many points of each.
+# The PCA of the features is fitted to points of at most this many random cells, and to at most this
+# many points of each of them.
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # n points, of dtype `RECORD`
@@ -49,19 +52,21 @@ Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
 
 class Features:
-    """Compute the features of the points in cells (see cells.py). The tokens of every tile that
-    contains a point are interpolated to the point, and the weighted mean over these tiles is taken.
+    """Compute the features of the points in cells (see cells.py). For every tile that contains a
+    point, the tile's tokens are interpolated to the point. The point's feature is the weighted mean
+    of the results of these tiles.
 
     The weight of a tile is highest in its middle and falls to almost zero at its border. Tiles with
     fewer points than the encoder needs are left out. If all tiles of a cell are left out, the cell
-    gets a tile of its own, made of the nearest occupied cells that together have enough points.
+    gets a tile of its own: the cell and its nearest occupied cells, as many as are needed to have
+    enough points.
     """
 
     def __init__(self, encoder: PointEncoder, cells: Cells):
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # [n, k], numbers of the k tiles of each cell; -1 for a tile that is left out. A cell
+        # n k, the numbers of the k tiles of each cell; -1 for a tile that is left out. A cell
         # without any tile gets a tile of its own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
@@ -75,12 +80,13 @@ class Features:
     def of(
         self, chosen: np.ndarray, limit: int | None = None
     ) -> Iterator[tuple[Records, np.ndarray]]:
-        """Yield records [n] and features [n, C] float32 of the points in the chosen cells, in any
-        order.
+        """Yield records n and features n C (float32) of the points in the chosen cells, in no
+        particular order.
 
-        limit: use at most this many points of each cell. An encoded tile is kept only as long as
-        every further call needs it. So if each call gets one line of cells (see `Grid.keys`), in
-        the order of their keys, every tile is encoded once, or twice where two strips meet.
+        chosen: rows of the cells in `cells.coords`. limit: use at most this many points of each
+        cell. Encoded tiles are kept for the next call, which deletes those that it does not need.
+        So if each call gets one line of cells (see `Grid.keys`), in the order of their keys, every
+        tile is encoded once, or twice where two strips meet.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()
@@ -98,10 +104,11 @@ class Features:
             del blocks[-number:]
 
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
-        """Compute the features of the points in blocks. Returns the records [n] and features [n, C]
-        of these points.
+        """Compute the features of the points in blocks. Returns the records n and features n C of
+        these points.
 
-        blocks: tuples (number of points, cell, number of the first point in the cell).
+        blocks: tuples (number of points, cell, number of the block's first point in the cell), in
+        ascending order.
         """
         device = self.encoder.norm.weight.device
         on_device = partial(torch.as_tensor, dtype=torch.float32, device=device)
@@ -157,8 +164,9 @@ class Features:
         taken = np.ceil(counts * share).astype(int).tolist()
         parts = map(self.cells.read, cells, [0] * len(cells), taken)
         xyz = np.concatenate(list(parts))["xyz"]
-        # The minimum is 1 here, not the encoder's min_points. Tiles were chosen by a count that
-        # includes duplicates, so a tile may have too few different points, but must not be refused.
+        # The minimum number of points is 1 here, not the encoder's min_points. Tiles were chosen by
+        # a count that includes duplicates, so a tile may have too few different points. It must not
+        # be refused now.
         seen = self.encoder.frame(xyz, 1)
         return seen.center, seen.radius, torch.from_numpy(seen.points)
 
@@ -176,9 +184,9 @@ class Features:
 
 class Colors:
     """Map features to colours: the first three principal components become red, green and blue.
-    Each is scaled so that its 2 % and 98 % quantiles become 0 and 255.
+    Each component is scaled so that its 2 % and 98 % quantiles become 0 and 255.
 
-    The components and quantiles are computed from the points of random cells.
+    The components and quantiles are computed from random points of random cells.
     """
 
     def __init__(self, features: Features):
@@ -186,7 +194,8 @@ class Colors:
         number = min(_PCA_CELLS, len(counts))
         share = counts / counts.sum()
         chosen = np.sort(rng.choice(len(counts), number, replace=False, p=share))
-        # One cell at a time: the cells lie far apart, and all of their tiles would fill the memory.
+        # The cells are processed one at a time: they lie far apart, and all of their tiles together
+        # would fill the memory.
         parts = (features.of(np.array([cell]), _PCA_POINTS) for cell in chosen)
         values = np.concatenate([found for part in parts for _, found in part])
         self.components = PCA(3, svd_solver="full")
@@ -213,8 +222,11 @@ def write_features(
 
     tile: side of a tile in the file's unit; by default the median tile has about 2 * num_points
     points. The disk of `out` needs 32 bytes of temporary space per point, and space for the results
-    (see `_check_space`). An interrupted call leaves no files, and the next call starts from the
-    beginning. Raises ValueError for wrong settings, and ReadError for a scan that cannot be used.
+    (see `_check_space`). An interrupted call leaves no files behind, and the next call starts from
+    the beginning.
+
+    Raises ValueError for wrong settings, or if another command is writing to `out`. Raises
+    ReadError for a scan that cannot be used, and OSError if the disk has too little space.
     """
     began = time.monotonic()
     _check(scan, out, tile, up_axis, dtype)
@@ -273,7 +285,7 @@ def write_features(
 def _scratch(out: Path) -> Iterator[Path]:
     """Return a context manager that makes an empty folder beside `out` and deletes it at the end.
 
-    A folder that a killed run left there is emptied.
+    If a killed run left this folder behind, its content is deleted first.
     """
     folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
@@ -301,13 +313,14 @@ def _check(scan: Path, out: Path, tile: float | None, up_axis: str, dtype: str) 
 
 
 def _check_space(folder: Path, total: int, feature_bytes: int) -> None:
-    """Raise OSError if the disk has too little space for the sorted points and the results, instead
-    of failing after hours.
+    """Raise OSError if the disk has too little space for the sorted points and the results. Without
+    this check, the command might fail after hours.
 
-    feature_bytes: bytes per point of the features, or 0 if colours are written.
+    feature_bytes: number of bytes of a point's feature, or 0 if colours are written.
     """
-    # 32 bytes for a sorted point. For Parquet, 32 bytes for the index and the coordinates, and the
-    # feature. Otherwise, 3 bytes for the colour, and about 34 bytes for a point of the PLY or LAS.
+    # The sorted file needs 32 bytes per point. A Parquet file needs 32 bytes per point for index
+    # and coordinates, and `feature_bytes`. A PLY or LAS file needs about 34 bytes per point, and
+    # the temporary file of the colours needs 3 bytes per point.
     needed = total * (32 + (32 + feature_bytes if feature_bytes else 3 + 34))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -322,8 +335,8 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
 
 def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
     """Read a scan once. Returns the lowest and the highest corner of its bounding box, the number
-    of its points, and a random sample of the points: coordinates and index n 4. Corners and
-    coordinates are z-up.
+    of its points, and a random sample n 4 of the points: their coordinates, and their numbers in
+    the scan. Corners and coordinates are z-up.
     """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)
@@ -343,7 +356,7 @@ def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray
 
 
 def _stream(features: Features, bar: tqdm) -> Iterator[tuple[Records, np.ndarray]]:
-    """Yield records and features of all points, one line of cells after another."""
+    """Yield records and features of all points, line by line (lines of cells: see `Grid.keys`)."""
     lines = features.grid.lines(features.cells.keys)
     for line in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(lines)) + 1):
         for records, values in features.of(line):

@@ -1,14 +1,16 @@
-"""`jepa3d search`: find the vectors of an index with the highest cosine to a query. The search is
-exact. When Parquet files are searched, only one row group (a block of rows) is in memory at a time.
+"""`jepa3d search`: find the vectors of an index with the highest cosine to a query. An index is the
+Parquet output of `jepa3d embed`, or a database of `jepa3d index` (lance.py). The search is exact,
+unless a database is searched with `probes`.
 
-Cosines in float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
+From Parquet files, only one row group (a block of rows) is in memory at a time. Cosines in float32
+select a few candidates, whose cosines are then computed in float64 (`rank`).
 
-For an index of many vectors, a copy `NAME.arrow` is written beside the index and mapped into
-memory, so that further searches read little from disk. The copy holds the rows uncompressed. It
-also holds the length of each vector and, in half precision, its direction; a search with few
-queries reads only these two at first. The copy records the names, sizes and modification times of
-the index's files. If one of these differs, the copy is made again. You may delete the copy at any
-time.
+For Parquet files with at least `WORTH` vectors, a copy `NAME.arrow` is written beside the index and
+mapped into memory, so that further searches read little from disk. The copy holds the rows
+uncompressed. It also holds the length of each vector and, in half precision, its direction; a
+search with few queries reads only these two at first. The copy records the names, sizes,
+modification times and inodes of the index's files. If one of these has changed, the copy is made
+again. You may delete the copy at any time.
 """
 
 import json
@@ -33,19 +35,21 @@ from jepa3d.plain import log, replacing
 if TYPE_CHECKING:
     from jepa3d.inference.lance import VectorStore
 
-# Twice the largest error of a cosine in half precision. That error is 0.00122: 2^-11 for rounding
-# each of the two factors, and 2^-12 for rounding the sum, which torch computes in float32.
+# Twice the largest error of a cosine in half precision. This error is 0.00122, the sum of three
+# errors: 2^-11 from rounding the first factor, 2^-11 from rounding the second factor, and 2^-12
+# from rounding the sum of products, which torch computes in float32.
 HALF_SLACK = 2.5e-3
-# Up to this many queries use half precision, since reading the vectors takes longer than
-# multiplying them.
+# A search with at most this many queries uses half precision. For so few queries, reading the
+# vectors takes longer than multiplying them, and half precision halves what is read.
 FEW = 4
 # An index with at least this many rows gets a copy; a smaller index is read within 0.2 seconds.
 WORTH = 100_000
+# metadata key of a copy; its value is the `_stamp` of the files that were copied
 _KEY = b"jepa3d copy 2 of"
 # columns of the index that are copied
 _COPIED = ["path", "label", "num_points", "vector"]
-# Columns that only the copy has: the length of each vector, and its direction, a vector of length 1
-# in half precision (zero for a zero vector).
+# Columns that only the copy has: the length of each vector, and its direction. A direction is the
+# vector scaled to length 1, in half precision; for a zero vector, it is zero.
 _MORE = ("length", "direction")
 
 
@@ -60,15 +64,17 @@ def search(
     """Find, for each query, the k rows of an index with the highest cosine; best first.
 
     index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
-    vectors q E, or a path. Every cloud at the path is a query, in the order of `cloud_paths`;
-    clouds that cannot be used are left out, and a cloud is not its own neighbour. where: conditions
-    that must all hold for a row, see `Condition`. exclude: for each query, a path that must not be
-    among the hits, not even as a link with another name. probes: how many partitions of a database
-    to search; the search is then approximate, and the database must have an index of partitions.
+    vectors q E, or a path (see `query_vectors`). Every cloud at the path is a query, in the order
+    of `cloud_paths`; clouds that cannot be used are left out. where: conditions that must all hold
+    for a row, see `Condition`. exclude: for each query a path, or None; the hit with this path, or
+    with a path that links to the same file, is left out. By default, a cloud at the path `queries`
+    is not its own hit. probes: how many partitions of a database to search; the search is then
+    approximate, and the database must have an index of partitions.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
-    than k hits if fewer rows are left. Raises ValueError if a query is zero or not finite, or if
-    its width is not that of the vectors.
+    than k hits if fewer rows are left. Raises ValueError for wrong settings, or if a query is zero,
+    is not finite or has another width than the vectors. Raises ReadError if the index or all
+    queries cannot be read.
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")
@@ -90,7 +96,9 @@ def search(
 
 
 def _without(hits: list[Hit], path: str | None) -> list[Hit]:
-    """Remove the hit of this path, or of another path that links to the same file."""
+    """Remove the hit of this path. If there is none, remove the hit of another path that links to
+    the same file.
+    """
     paths = [hit.path for hit in hits]
     if path is not None and path not in paths:
         real = os.path.realpath(path)
@@ -135,10 +143,10 @@ def _search_files(
 def _cosines(
     x: np.ndarray, directions: np.ndarray, lengths: Any = None, halves: Any = None
 ) -> tuple[np.ndarray, float]:
-    """Return the cosines q n of queries q E with vectors x n E, and the slack, which is twice the
-    largest rounding error of these cosines.
+    """Return the cosines q n of queries (`directions`, q E) with vectors (`x`, n E), and the slack,
+    which is twice the largest rounding error of these cosines.
 
-    lengths, halves: the columns `_MORE`, if the vectors come from a copy. A zero vector has the
+    lengths, halves: the columns `_MORE`, if the vectors come from a copy. A zero vector gets the
     cosine -inf.
     """
     length = np.linalg.norm(x, axis=1) if lengths is None else lengths.to_numpy()
@@ -155,8 +163,8 @@ def _cosines(
 
 
 def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
-    """Return the indices of all scores that may be among the k best and may be `worst` or higher.
-    Each score may be wrong by half of `slack`.
+    """Return the indices of all scores whose exact values may be among the k best and not below
+    `worst`. Each score differs from its exact value by at most half of `slack`.
     """
     top = np.flatnonzero(scores >= worst - slack)
     if len(top) > k:
@@ -183,7 +191,7 @@ def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
 def open_index(index: Path) -> "Vectors | VectorStore":
     """Open an index: the vectors that `jepa3d embed` or `jepa3d index` wrote.
 
-    Raises ReadError if the index does not exist or holds no vectors.
+    Raises ReadError if the index does not exist, is of another kind or holds no vectors.
     """
     if not index.exists():
         raise ReadError(f"{index}: no such file or folder; make it with jepa3d embed")
@@ -201,7 +209,8 @@ def query_vectors(
     index: str | Path, query: str | Path, model: str | None = None
 ) -> tuple[list[str], np.ndarray]:
     """Return the names and vectors of queries. The queries are the clouds at the path `query`,
-    embedded with the settings of the index, or the vectors in a .npy file.
+    embedded with the settings of the index. If `query` is a .npy file with rows as wide as the
+    vectors of the index, the queries are these rows.
 
     Clouds that cannot be used are logged and left out. model: path of the index's encoder, if the
     encoder was moved. Raises ValueError if `model` is a different encoder, and ReadError if no
@@ -227,7 +236,7 @@ def groups(vectors: Vectors) -> Iterator[tuple[ReadGroup, tuple[str, ...]]]:
     """Return, for each row group of an index, a function that reads columns by name, and the names
     of the additional columns: `_MORE` for a copy, none for Parquet.
 
-    A large index is read from its copy, which is made now if it is missing or outdated. If the copy
+    A large index is read from its copy. If the copy is missing or outdated, it is made now. If it
     cannot be written, or another process is writing it, the index is read from Parquet.
     """
     batches = _copied(vectors) if len(vectors) >= WORTH else None
@@ -255,15 +264,15 @@ def _copied(vectors: Vectors) -> list[pa.RecordBatch] | None:
         with writing(file):
             _write(vectors, file, stamp)
         return _open(file, stamp)
-    # The disk may be full, another process may be writing the copy, or the vectors are damaged.
+    # The disk may be full, another process may be writing the copy, or the vectors may be damaged.
     except (OSError, ValueError, pa.ArrowException) as error:
         log.warning(f"searching without {file.name}: {first_line(error)}")
         return None
 
 
 def _stamp(files: list[Path]) -> str:
-    """Return a text that differs after any change of the files: every change of an index replaces a
-    file by a new one.
+    """Return a text that differs after any change of the files, since every change of an index
+    replaces a file by a new one.
     """
     stats = [(file.name, file.stat()) for file in files]
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats])
@@ -274,7 +283,8 @@ def _stamp(files: list[Path]) -> str:
 def _open(file: Path, stamp: str) -> list[pa.RecordBatch]:
     """Map the row groups of a copy into memory, without reading them.
 
-    Raises OSError or ValueError if the copy was made from other files.
+    Raises OSError or ValueError if there is no readable copy, and ValueError if the copy was made
+    from other files.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(file)))
     if (reader.schema.metadata or {}).get(_KEY) != stamp.encode():

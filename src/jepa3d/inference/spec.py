@@ -1,5 +1,5 @@
 """The specification of vectors, which says how they were computed. Vectors are comparable only if
-their specifications are equal.
+their specifications are equal, apart from the name of the model.
 """
 
 import copy
@@ -14,17 +14,17 @@ from jepa3d.models.ready import fingerprint, load
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The encoder and the settings with which vectors were computed. Every file of vectors has them
-    in its metadata.
+    """The encoder and the settings with which vectors were computed. Every file of vectors has this
+    specification in its metadata.
     """
 
-    model: str  # as the user named it: a folder or Hub id, or "default"
+    model: str  # absolute path of a folder, or a Hub id, or "default"
     fingerprint: str  # hash of the encoder's weights
     layer: int
     pooling: str
     up_axis: str
     embed_dim: int  # width of the vectors
-    # version of the rules in frame.py; old files, which do not have it, have version 1
+    # version of the rules in frame.py; 1 for old files, whose metadata lack this entry
     frame: int = 1
     # whether stray points, far from nearly all others, were kept
     keep_strays: bool = False
@@ -35,8 +35,8 @@ class EmbeddingSpec:
     ) -> "EmbeddingSpec":
         """Create the specification of the vectors of `encoder`, which was loaded from `model`.
 
-        If `model` is "", the fingerprint is omitted, since it is slow to compute. Raises ValueError
-        for a setting that does not exist.
+        If `model` is "", the fingerprint is "" too, since computing it takes time. Raises
+        ValueError for a setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")
@@ -52,7 +52,7 @@ class EmbeddingSpec:
 
     def applied(self, encoder: PointEncoder) -> PointEncoder:
         """Return a copy of the encoder that prepares clouds as this specification says. The copy
-        shares the weights of the encoder.
+        and the encoder share their weights.
         """
         encoder = copy.copy(encoder)
         encoder.keep_strays = self.keep_strays
@@ -62,8 +62,9 @@ class EmbeddingSpec:
     def encoder(self, index: str | Path, model: str | None = None) -> PointEncoder:
         """Load the encoder with which the vectors of `index` were computed.
 
-        model: path of the encoder, if it was moved. Raises ValueError if this is a different
-        encoder, or if the vectors were made by an incompatible version of jepa3d.
+        model: path of the encoder, if it was moved. Raises ValueError if the encoder cannot be
+        loaded or is a different one, or if the vectors were made by an incompatible version of
+        jepa3d.
         """
         self.check_frame(index)
         encoder, name = load(model or self.model), model or self.model
@@ -83,9 +84,8 @@ class EmbeddingSpec:
 
     def check(self, other: "EmbeddingSpec", index: str | Path) -> None:
         """Raise ValueError if this specification differs from `other`, the specification of
-        `index`. The message names the first difference.
-
-        Only the name of the model may differ, since one model can have several names.
+        `index`, in anything but the name of the model. (One model can have several names.) The
+        message names the first difference.
         """
         if self.frame != other.frame:
             other.check_frame(index)

@@ -13,8 +13,8 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     """A step of a scikit-learn pipeline that turns clouds into vectors.
 
     Nothing is learned from the clouds: `fit` only loads the encoder, as the attribute `encoder_`.
-    model: the folder of a run or an encoder, or a Hub id. up_axis, layer and pooling: see
-    `jepa3d.embed`.
+    model: "default" for the encoder in the package, the folder of a run or an encoder, or a Hub id.
+    up_axis, layer and pooling: see `jepa3d.embed`.
 
     >>> make_pipeline(CloudVectorizer(), LogisticRegression()).fit(clouds, labels)
     """
@@ -32,7 +32,9 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self.pooling = pooling
 
     def fit(self, X: Clouds, y: object = None) -> "CloudVectorizer":
-        """Load the encoder; X and y are ignored. Raises ValueError if a setting is unknown."""
+        """Load the encoder; X and y are ignored. Raises ValueError if a setting is unknown or the
+        encoder cannot be loaded.
+        """
         encoder = load(self.model)
         spec = EmbeddingSpec.of("", encoder, self.up_axis, self.layer, self.pooling)
         self.encoder_, self._n_features_out = encoder, spec.embed_dim
@@ -50,5 +52,5 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def __sklearn_tags__(self):  # called by scikit-learn 1.6 and newer
         tags = super().__sklearn_tags__()  # pyrefly: ignore[missing-attribute]
         tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
-        tags.transformer_tags.preserves_dtype = []  # vectors are float32, whatever the clouds are
+        tags.transformer_tags.preserves_dtype = []  # always float32, not the type of the clouds
         return tags

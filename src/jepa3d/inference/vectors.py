@@ -5,14 +5,14 @@ A file is always replaced as a whole: readers see it as it was before or after a
 killed writer changes nothing. The columns are:
 
 path        the cloud's address (clouds.py), unique
-label       the cloud's class, from its folder or file; or else its name in a file of many clouds;
-            or else null
+label       the cloud's class, from its folder or file. If it has no class, its name in a file of
+            many clouds. If it has no name either, null
 num_points  number of points as read
-stamp       hash of the content of a cloud in a store, else of the file's size and modification
-            time; a cloud with an equal stamp is unchanged
-vector      E float32, not normalised
-error       only in files written by `Embedder`: why the cloud has no vector, else null; `Vectors`
-            skips rows with an error
+stamp       for a cloud in a store, a hash of its content; for any other cloud, a hash of its file's
+            size and modification time. While the stamp stays equal, the cloud is unchanged
+vector      E float32, not scaled to length 1
+error       only in tables that `Embedder` returns: why the cloud has no vector; null if it has one.
+            `Vectors` skips rows with an error
 """
 
 import json
@@ -37,11 +37,11 @@ try:
 except ImportError as error:
     raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
-# The type is Any, since pyarrow creates the functions of this module at import, where type checkers
-# do not see them.
+# The type is Any, since pyarrow creates the functions of this module when it is imported, so that
+# type checkers do not see them.
 pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
-ROWS = 8192  # fewest rows of a row group; the last group may have fewer
+ROWS = 8192  # tables with fewer rows are joined before they are written, see `write`
 
 ReadGroup = Callable[[list[str] | None], pa.Table]  # reads some or all columns of a row group
 
@@ -66,8 +66,8 @@ def table(spec: EmbeddingSpec, rows: Iterable[tuple]) -> pa.Table:
 
 
 def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
-    """Add a column `error` to rows. For each (path, error) in `failed`, also add a row; its other
-    columns are null.
+    """Add a column `error` to rows. For each (path, error) in `failed`, also add a row with these
+    two values; its other columns are null.
     """
     rows = rows.append_column("error", pa.nulls(len(rows), pa.string()))
     kind = pa.schema({"path": pa.string(), "error": pa.string()})
@@ -92,8 +92,9 @@ def to_numpy(column: Any) -> np.ndarray:
 class Vectors:
     """The vectors in a Parquet file, or in all Parquet files of a folder.
 
-    Raises ReadError if a file is not a file of vectors, or, unless `may_be_empty`, if there are no
-    vectors. Raises ValueError if the specifications of the files differ.
+    may_be_empty: allow files without vectors. Raises ReadError if a file is not a file of vectors,
+    if the folder has no Parquet file, or if there are no vectors but `may_be_empty` is False.
+    Raises ValueError if the specifications of the files differ.
     """
 
     def __init__(self, path: str | Path, may_be_empty: bool = False):
@@ -112,8 +113,8 @@ class Vectors:
         return sum(_count(file) for file in self.files)
 
     def groups(self) -> Iterator[ReadGroup]:
-        """Yield, for every row group, a function that reads columns of it. The function can be used
-        until the next one is yielded.
+        """Yield, for every row group, a function that reads columns of the group. Each function can
+        be used until the next one is yielded.
         """
         for file in self.files:
             with _naming(file), pq.ParquetFile(file) as opened:
@@ -173,7 +174,7 @@ def _read_group(
 
 
 def _read_spec(file: Path) -> EmbeddingSpec:
-    """Read the specification of a file of vectors. Raises ReadError if it is any other file."""
+    """Read the specification of a file of vectors. Raises ReadError for any other file."""
     with _naming(file, "not a readable Parquet file"):
         metadata = pq.read_schema(file).metadata or {}
     return spec_of(metadata, f"{file}: not a file of jepa3d embed")
@@ -192,8 +193,9 @@ def spec_of(metadata: dict[bytes, bytes], message: str) -> EmbeddingSpec:
 def write(tables: Iterable[pa.Table], path: Path, minimum: int | None = None) -> None:
     """Write tables of one schema to a Parquet file, atomically and durably.
 
-    A row group has `minimum` (default `ROWS`) to 2 * `minimum` rows; the last row group may have
-    fewer.
+    Tables are joined until they have at least `minimum` rows (default `ROWS`). They are then
+    written in row groups of at most 2 * `minimum` rows. There must be at least one table, which may
+    be empty. Raises OSError if the file cannot be written.
     """
     tables, minimum = iter(tables), minimum or ROWS
     waiting = [next(tables)]
@@ -223,7 +225,8 @@ def update(path: Path, new: pa.Table, dropped: set[str]) -> None:
     """Add the rows `new` to a file; existing rows of the same paths are replaced. If there is no
     file yet, create it.
 
-    dropped: paths whose rows are deleted. Only a few row groups are in memory at a time.
+    dropped: paths whose rows are deleted. Only a few row groups of the file are in memory at a
+    time.
     """
     dropped_paths = pa.array([*dropped, *new["path"].to_pylist()], pa.string())
 

@@ -39,16 +39,17 @@ NEIGHBOURS = 6  # number of nearest shapes that are shown
 # choices for the colours of a cloud
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
-# Origins (addresses of web pages) that may connect: the page itself, which a tunnel may serve from
-# another port; and None, since programs other than browsers send no origin. Any other origin is a
-# foreign web page.
+# Origins that may connect. A browser sends as origin the address of the web page that opens the
+# connection. Allowed are the page of this server, at any port since an ssh tunnel may change the
+# port; and no origin (None), since programs other than browsers send none.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 
 def serve(port: int) -> viser.ViserServer:
-    """Start a server that answers only requests from this machine, and none from other web pages.
+    """Start a server that answers only requests from this machine. It refuses requests from other
+    web pages.
 
-    port: 0 for any free port. Raises ValueError if the port is not available.
+    port: 0 for any free port. Raises ValueError if the port is invalid or not available.
     """
     if not 0 <= port < 2**16:
         raise ValueError(f"--port {port}: must be 1 to 65535, or 0 for any free port")
@@ -60,7 +61,8 @@ def serve(port: int) -> viser.ViserServer:
         raise ValueError(f"--port {port}: not available ({error.strerror})") from error
     library: Any = websocket_server
     original = library.serve
-    # viser has no setting for origins, and would let any web page in the browser connect
+    # viser has no setting for origins; without this change, any web page in the browser could
+    # connect
     library.serve = functools.partial(original, origins=_ORIGINS)
     try:
         with redirect_stdout(io.StringIO()):
@@ -84,8 +86,8 @@ class Page:
     """The content of the page, which shows the clouds of `items` one at a time. All open tabs show
     the same cloud.
 
-    look: the function that reads and encodes a cloud. index: the vectors that are searched for the
-    nearest shapes; None: show no nearest shapes.
+    look: the function that reads and encodes a cloud. index: path of the vectors that are searched
+    for the nearest shapes; if None, no nearest shapes are shown.
     """
 
     def __init__(
@@ -148,8 +150,8 @@ class Page:
         self.text.content = f"<div style='{style}'>{text}</div>"
 
     def go(self, row: int) -> None:
-        """Show the cloud number `row` of the items, unless it is shown already. After the last
-        cloud comes the first.
+        """Show cloud number `row` of the items (from 0), unless it is shown already. The number
+        after the last cloud means the first cloud, and -1 means the last.
         """
         row %= len(self.items)
         if row != self.row:
@@ -194,14 +196,15 @@ class Page:
         point = point_colors.nearest_to_ray(points, origin, direction)
         if point is not None:
             self.picked = point
-            # This line recolours the cloud only if the value changes.
+            # The next line recolours the cloud only if it changes the value, so `recolour` is
+            # always called after it.
             self.colours.value = SIMILARITY
             self.recolour()
 
     def recolour(self) -> None:
         """Colour the cloud by the chosen property, and explain the colours.
 
-        Raises ValueError if there are too few tokens to sample blocks.
+        Raises ValueError if there are too few tokens to sample a context and targets.
         """
         view, by = self.view, self.colours.value
         if view is None:
@@ -231,14 +234,14 @@ class Page:
             low, high = f"{cosine.min():.3f} (dark)", f"{cosine.max():.3f} (bright)"
             return ramp(cosine), f"cosine with point {picked:,}: {low} to {high}"
         if by == SAMPLE:
-            what = "one pretraining sample; a point has the colour of its nearest token"
+            what = "tokens of one pretraining sample; points are coloured by their nearest token"
             nowrap = "white-space: nowrap"
             legend = " ".join(
                 f"<span style='{nowrap}; color: rgb{rgb}'>&#9632; {name}</span>"
                 for name, rgb in ROLES.items()
             )
             colors = ROLE_COLORS[point_colors.sample_roles(view, self.generator)]
-            return colors, f"{what}; if targets overlap, the last:<br>{legend}"
+            return colors, f"{what}; where targets overlap, the last is shown:<br>{legend}"
         return ramp(view.points[:, 2]), "low is dark, high is bright"
 
     def _neighbour(self, i: int) -> Item:
@@ -246,8 +249,8 @@ class Page:
         return item_at(self.hits[i].path, self.hits[i].label)
 
     def _show_neighbours(self, index: Path, view: View) -> None:
-        """Show the nearest shapes in the index, except the cloud itself: each gets a button, and a
-        small picture in the row below the cloud.
+        """Show the shapes of the index that are nearest to the cloud, except the cloud itself. Each
+        shape gets a button, and is drawn small in a row below the cloud.
         """
         from jepa3d.inference.search import search
 
@@ -296,7 +299,8 @@ def open_page(
     server = serve(port)
     try:
         page = Page(server, items, look, index)
-        # If there are many clouds, an unreadable first one is no reason to stop.
+        # If there are several clouds, an error of the first is shown on the page and does not stop
+        # the server.
         first = page.go if len(items) == 1 else page.callback(page.go)
         with page.lock:
             first(0)
@@ -307,7 +311,7 @@ def open_page(
 
 
 def serve_until_stopped(server: viser.ViserServer) -> None:
-    """Log the page's address and serve it until Ctrl-C."""
+    """Log the page's address and serve the page until Ctrl-C."""
     at = server.get_port()
     tunnel = f"from another machine, run: ssh -L {at}:{HOST}:{at} HOST"
     log.info(f"http://{HOST}:{at}  (Ctrl-C stops it)\n{tunnel}")
