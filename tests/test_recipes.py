@@ -233,7 +233,6 @@ def test_the_grids_resolve(path):
     """The settings of every arm, with every seed and learning rate, are known and valid."""
     grid = read_grid(path, {"data": ["synthetic:40"]}, BASELINES)
     assert grid.reference in grid.arms
-    assert len(grid.arms) > 1
     assert all(config.data == ("synthetic:40",) for config in grid.arms.values())
 
 

@@ -282,7 +282,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     assert ["pretrained", "61.2 ± 1.3", "50.0"] in page.rows
     assert ["pretrained - untrained", "+61.2 ± 1.3", "+50.0"] in page.rows
     assert (
-        "seeds 0, 1, 2. Selection: C on validation. Pretraining used this test split too"
+        "seeds 0, 1, 2. Selection: C on validation. Pretraining also used this test split"
         in page.text
     )
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])

@@ -212,7 +212,7 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
         axes.grid(axis="x", alpha=0.3)
     labels = [_text(f"{name}, {data}") for data, name in lines]
     grid[0].set_yticks(range(len(lines)), labels, fontsize=8)
-    grid[0].set_ylim(len(lines) - 0.5, -0.5)  # the first line is at the top
+    grid[0].set_ylim(max(len(lines), 1) - 0.5, -0.5)  # the first line is at the top
     figure.suptitle(_text(f"{title}, percentage points"), fontsize=10)
     figure.savefig(path)
 

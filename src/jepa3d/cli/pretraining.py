@@ -82,7 +82,7 @@ def prepare(
         coordinates by at most 0.00025 of a cloud's radius.
     variant: str
         Which data set to convert, if a benchmark's folder contains several: obj_bg, obj_only,
-        pb_t50_rs, modelnet10 or modelnet40.
+        pb_t50_rs, pb_t50_rs_nobg, modelnet10 or modelnet40.
     columns: tuple[str, ...]
         For tables: the names of the columns that contain x, y and z, if the header has other names
         for them. For .bin files and tables without a header: the names of all columns.

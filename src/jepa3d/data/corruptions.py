@@ -178,7 +178,7 @@ def _squares(points: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.square(points - place).sum(-1)
 
 
-# name -> kind; levels divided by 1024 are PointCloud-C's numbers of points, converted to shares
+# name -> kind. A level written as n / 1024 is the share for PointCloud-C's n of 1,024 points.
 KINDS = {
     "jitter": Kind(jitter, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "scale": Kind(scale, (1.6, 1.7, 1.8, 1.9, 2.0)),

@@ -35,8 +35,8 @@ class EmbeddingSpec:
     ) -> "EmbeddingSpec":
         """Create the specification of the vectors of `encoder`, which was loaded from `model`.
 
-        If `model` is "", the fingerprint is "" too, since computing it takes time. Raises
-        ValueError for a setting that does not exist.
+        The fingerprint takes time to compute. If `model` is "", it is not computed, and is "" too.
+        Raises ValueError for a setting that does not exist.
         """
         if up_axis not in (*TO_Z_UP, "none"):
             raise ValueError(f"up axis {up_axis!r} is unknown: use x, y, z or none")

@@ -17,8 +17,9 @@ class Autoencoding(nn.Module):
     half a cosine.
 
     In Point-BERT and ACT the temperature falls over the first 100,000 of 200,000 steps, and the KL
-    weight rises between steps 10,000 and 110,000. Here both changes start and end at the same
-    shares of the run: 0 and 1/2 for the temperature, 1/20 and 11/20 for the KL weight.
+    weight rises between steps 10,000 and 110,000. Here each change starts and ends at the same
+    share of the run as in these papers: the temperature at 0 and 1/2, the KL weight at 1/20 and
+    11/20.
     """
 
     def __init__(self, config: DVAEConfig, dvae: DVAE):

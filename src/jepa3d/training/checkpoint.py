@@ -26,8 +26,9 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
     rename it to `path`.
 
     new: raise FileExistsError if `path` exists, instead of replacing it. An error, such as a full
-    disk, leaves no temporary folder behind. After a kill, `path` is complete, in its old or new
-    state, or `put_back` restores its old state.
+    disk, leaves no temporary folder behind. After a kill, `path` is in its complete old state or
+    in its complete new state. If it is missing, because the kill came between the two renames,
+    `put_back` restores the old state.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -73,8 +74,8 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]. Then delete all other
-    checkpoints except the newest of an earlier step.
+    """Write the checkpoint `folder`/step-NNNNNNN, numbered by state["step"]. Then keep only this
+    checkpoint and the one before it, and delete all others.
     """
     moments = {
         f"{index}.{name}": value.cpu()
