@@ -48,7 +48,7 @@ class EncoderConfig:
 @configuration("Sampler: which tokens are context and which are targets")
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler. Sizes and ratios are shares of a cloud's tokens."""
+    """Settings of the sampler. Unless its help says otherwise, a ratio is a share of all tokens."""
 
     name: str = setting(
         "multi_block",

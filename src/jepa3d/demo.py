@@ -20,7 +20,7 @@ def run_demo(out: Path, max_steps: int | None = None, shapes: int = 4000) -> Non
 
     If a demo in `out` was interrupted, it is continued. max_steps: number of training steps; None:
     2,000. shapes: number of generated shapes. Raises ValueError if `out` contains files but no
-    demo, or a demo with other arguments.
+    demo, or if the demo in `out` has other arguments.
     """
     run, source = out / "run", f"synthetic:{shapes}"
     if out.exists() and not (run / "config.json").exists() and any(out.iterdir()):

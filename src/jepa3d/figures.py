@@ -218,8 +218,8 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
 
 
 def draw_contact_sheet(clouds: list[np.ndarray], titles: list[str], path: Target) -> None:
-    """Write a PNG of 32 colours with a picture of each cloud and its title below the picture, in
-    rows of up to 6.
+    """Write a PNG of 32 colours: a picture of each cloud with its title below it, in rows of up to
+    6 pictures.
 
     clouds: each [N, 3], z up. They are seen from the front right.
     """

@@ -146,8 +146,10 @@ def check_ranges(config: Any, where: str = "") -> None:
 
 
 def _check_range(name: str, value: Any, allowed: str) -> None:
-    """Raise ValueError if a number, or a number in a tuple, lies outside the range `allowed`, or if
-    the range says "rising" but the numbers in the tuple do not rise.
+    """Check a number, or the numbers in a tuple, against the range `allowed`.
+
+    Raises ValueError if a number lies outside the range, or if the range says "rising" and the
+    numbers do not rise.
     """
     match = re.fullmatch(r"([\[(])(.+), (.+)([\])])( rising)?", allowed)
     assert match, allowed

@@ -49,7 +49,8 @@ def report(
     cannot be read, the page says why a picture is missing. out: the file to write; None:
     RUN/report.html. figures_to: a folder for copies of the pictures as PNG files, numbered in the
     order of the page. Raises ValueError if `folder` is not a run, if a file of the run is damaged,
-    if `out` is not a file in an existing folder, or if `data` is given but cannot be read.
+    if `out` is a folder, if the parent folder of `out` does not exist, or if `data` is given but
+    cannot be read.
     """
     for name in ("config.json", "run.json"):
         if not (folder / name).is_file():
