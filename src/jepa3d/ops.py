@@ -131,7 +131,8 @@ def uniform_scalar(generator: torch.Generator | BatchGenerator | None) -> float:
     """Draw one number in [0, 1) for the whole batch; a `BatchGenerator` draws the same number on
     every process.
 
-    A torch generator draws the number on its own device; without one, it is drawn on the CPU.
+    A torch generator draws the number on its own device. Without a generator, the number is drawn
+    on the CPU.
     """
     if isinstance(generator, BatchGenerator):
         generator = generator.on(torch.device("cpu"))

@@ -1,8 +1,8 @@
-"""The frozen image transformer (ViT) with learned prompt tokens that ACT (Dong et al. 2023) puts
-inside its discrete autoencoder (the dVAE of dvae.py).
+"""A frozen image transformer (ViT) with learned prompt tokens. In ACT (Dong et al. 2023) it is part
+of the discrete autoencoder (the dVAE of dvae.py).
 
-Runs do not store the ViT's weights. They store the path of the ViT's folder or its Hub id, and a
-checksum of the weights.
+Runs do not store the ViT's weights. They store a checksum of the weights and the place where the
+ViT is found: the path of its folder, or its Hub id.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ HINT = (
 
 
 class PromptedViT(nn.Module):
-    """Apply a frozen ViT to the tokens of a cloud. In every layer, learned prompt tokens of this
-    layer stand before the cloud's tokens.
+    """Apply a frozen ViT to the tokens of a cloud. Every layer has its own learned prompt tokens,
+    which stand before the cloud's tokens.
 
     name: folder or Hub id of the ViT. width: number of channels of the cloud's tokens. Only the
     ViT's transformer layers and last norm are used, not its image patches, class token or image

@@ -1,5 +1,5 @@
-"""The discrete autoencoder (dVAE) of ACT's first stage, which is the paper's frozen teacher, with
-or without ACT's image transformer.
+"""The discrete autoencoder (dVAE) of ACT's first stage, with or without ACT's image transformer. In
+the paper, this dVAE is the frozen teacher.
 
 Data flow: tokens -> DGCNN (a graph network) -> logits over codes -> Gumbel-softmax -> codebook ->
 frozen ViT (optional) -> DGCNN -> folding decoder. 3D-JEPA predicts the output of the second DGCNN.
@@ -131,7 +131,8 @@ class DVAEOutput(NamedTuple):
     reconstruction: Tensor  # Chamfer-L1 of the coarse patches + Chamfer-L1 of the fine patches
     fine: Tensor  # Chamfer-L1 of the fine patches
     kl: Tensor  # KL(uniform || a cloud's mean code distribution), averaged over clouds
-    # exp(entropy) of how often each code is the most likely one in the batch, 1 to num_codes
+    # How many codes the batch uses, 1 to num_codes: exp(entropy) of the frequencies of the codes,
+    # where each patch counts for its most likely code.
     perplexity: Tensor
 
 
@@ -189,8 +190,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         """Compute the tokens that 3D-JEPA predicts, without randomness: the output of the second
         DGCNN, B M width.
 
-        patches: B M K 3. centers: B M 3. layers: ignored, since a dVAE has only this one output for
-        a teacher. Returns a list of one tensor, because other teachers return one tensor per layer.
+        patches: B M K 3. centers: B M 3. layers: ignored, since only this one output of a dVAE is
+        used. Returns a list of one tensor, because other teachers return one tensor per layer.
         """
         logits, neighbours = self._logits(patches, centers)
         code = (

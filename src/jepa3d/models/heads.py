@@ -22,9 +22,9 @@ class Classifier(
 ):
     """Classify clouds with an MLP on [class token ; maximum over tokens], as in Point-MAE and ACT.
 
-    The MLP has two hidden layers of width 256, each with BatchNorm, ReLU and dropout, and a linear
-    layer to the classes. encoder: arguments of `PointEncoder`. The class token and its position are
-    not pretrained.
+    The MLP has two hidden layers of width 256, each with BatchNorm, ReLU and dropout. A linear
+    layer to the classes follows. encoder: arguments of `PointEncoder`. The class token and its
+    position are not pretrained.
 
     >>> model = Classifier.from_pretrained("runs/classifier/model")
     >>> model.predict(torch.randn(4, 2048, 3)).argmax(-1)    # 4 class numbers, indices of model.class_names
@@ -148,11 +148,12 @@ class Segmenter(
 
     encoder: arguments of `PointEncoder`. parts_of: the part numbers of each category. layers: the
     numbers of the three blocks whose tokens are used. The head is an MLP with layers of widths 512,
-    256 and the number of parts. For each point, the head sees the point's coordinates, the tokens
-    of the three nearest centres, interpolated to the point, and a vector of the whole shape: max
-    and mean of the tokens, and an embedding of the category. The MLP's first layer is applied to
-    the tokens before they are interpolated. Interpolation and the matrix of this layer are linear,
-    so the result is the same, but the layer runs on M tokens instead of N points.
+    256 and the number of parts. For each point, the head sees the point's coordinates, a token
+    interpolated from the tokens of the three nearest centres, and a vector of the whole shape. This
+    vector has the max and mean of the tokens, and an embedding of the category. The MLP's first
+    layer is applied to the tokens before they are interpolated. Interpolation and the matrix of
+    this layer are linear, so the result is the same, but the layer runs on M tokens instead of N
+    points.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
@@ -197,8 +198,8 @@ class Segmenter(
         labels: Int[Tensor, " b"],
         generator: BatchGenerator | None = None,
     ) -> Float[Tensor, "b n parts"]:
-        """Compute logits [B, Q, parts] of the points `at` (B Q 3). They need not be points of the
-        encoded clouds, but must be given in the encoder's coordinates too.
+        """Compute logits [B, Q, parts] of the points `at` (B Q 3). These need not be points of the
+        encoded clouds, but must be in the same coordinates.
 
         tokens and centers: as `encode` returns them. labels: the clouds' category numbers, B.
         generator: source of the dropout.
@@ -275,8 +276,8 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
-    """Group points B N 3 into patches. With a generator the first patch centre is random, otherwise
-    the point farthest from the centroid.
+    """Group points B N 3 into patches. The first patch centre is a random point if there is a
+    generator, else the point farthest from the centroid.
     """
     draws = generator.stream("group") if generator else None
     return group(points, encoder.num_groups, encoder.group_size, draws)

@@ -220,8 +220,8 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
     """Return True if `model` is an existing folder or file, False if it does not exist here but has
     the form of a Hub id (owner/name).
 
-    Raises ValueError for any other name. If a name in `known` or a folder beside `model` has a
-    similar name, the message suggests the most similar one.
+    Raises ValueError for any other name. The message suggests a similar name, if there is one in
+    `known` or among the folders beside `model`.
     """
     if Path(model).exists():
         return True
@@ -232,8 +232,8 @@ def check_name(model: str | Path, known: Iterable[str] = ()) -> bool:
 
 
 def similar(path: Path, known: Iterable[str] = ()) -> str:
-    """Return the text `; did you mean ...?` if a folder beside `path` or a name in `known` has a
-    name similar to that of `path`, else an empty text.
+    """Return the text `; did you mean ...?` with a name that is similar to that of `path`, if there
+    is one in `known` or among the folders beside `path`; otherwise an empty text.
     """
     neighbours = path.parent.iterdir() if path.parent.is_dir() else ()
     names = [folder.name for folder in neighbours if folder.is_dir()]

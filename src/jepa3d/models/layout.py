@@ -53,9 +53,9 @@ class Joint:
 
     A decoder pass is one forward pass of the decoder, which predicts one target block of a cloud,
     or all its target blocks. The rows of the contexts come first, then those of B * P * T mask
-    tokens. The rows hold one copy of each context, which all passes share, or one copy per pass, or
-    no contexts at all. context: layout of the contexts. passes: P. length: number of mask tokens
-    per pass, T.
+    tokens. Rows have one of three forms: with one copy of each context, which all passes share;
+    with one copy of each context per pass; or without contexts. context: layout of the contexts.
+    passes: P. length: number of mask tokens per pass, T.
     """
 
     def __init__(self, context: Ragged, passes: int, length: int):

@@ -39,7 +39,7 @@ def load(model: str | Path = "default", revision: str | None = None) -> PointEnc
 
 
 def load_any(model: str | Path) -> PointEncoder | Network:
-    """Load a fine-tuned network if `model` is the folder of one, or of a run that made one;
+    """Load a fine-tuned network if `model` is its folder or the folder of the run that made it;
     otherwise load an encoder as `load` does.
 
     Raises ValueError if neither can be loaded.

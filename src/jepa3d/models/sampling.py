@@ -68,11 +68,11 @@ def multi_block(
     A block consists of the tokens nearest to its centre. The centres of target blocks are
     farthest-point samples of the token centres, so that target blocks overlap little; the centre of
     the context block is a random token. centers: B M 3. generator: source of all random draws.
-    num_targets: target blocks per cloud. target_ratio, context_ratio: lowest and highest size of a
-    target block and of the context block (before target tokens are removed), as shares of the M
-    tokens. min_context: a cloud whose context has fewer tokens is sampled again. Raises ValueError
-    if a context is still too small after 20 redraws, if num_targets exceeds M, or for a ratio
-    outside 0 < low <= high <= 1.
+    num_targets: target blocks per cloud. target_ratio: lowest and highest size of a target block,
+    as shares of the M tokens. context_ratio: the same for the context block, before target tokens
+    are removed. min_context: a cloud whose context has fewer tokens is sampled again. Raises
+    ValueError if a context is still too small after 20 redraws, if num_targets exceeds M, or for a
+    ratio outside 0 < low <= high <= 1.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -199,8 +199,8 @@ def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
 def _compact(
     context: Bool[Tensor, "b m"], counts: list[int]
 ) -> tuple[Int[Tensor, "b v"], Bool[Tensor, "b v"]]:
-    """Convert a mask B M to indices B V of its True entries, and a mask B V that is False at
-    padding.
+    """Find the True entries of a mask B M. Returns their indices B V, and a mask B V that is False
+    at padding.
 
     counts: the number of True entries of each cloud; V is the largest of them. Padding repeats the
     first index.

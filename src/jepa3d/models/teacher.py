@@ -64,8 +64,8 @@ def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*re
     """Normalise tokens (..., C).
 
     norm: "none" changes nothing; "layernorm" normalises each token; "center" subtracts each
-    channel's mean over all tokens of the batch, in all processes; "standardize" also divides by
-    each channel's standard deviation.
+    channel's mean over all tokens of the batch (those of all processes); "standardize" also divides
+    by each channel's standard deviation.
     """
     if norm == "layernorm":
         return F.layer_norm(tokens, tokens.shape[-1:])

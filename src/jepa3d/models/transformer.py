@@ -12,8 +12,7 @@ from jepa3d.shapes import Float
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries, made from tokens B Q C, to keys and values, made from tokens
-    B S C.
+    """Multi-head attention: queries are made from tokens B Q C, keys and values from tokens B S C.
 
     Both inputs may also be packed as rows [n, C] (see layout.py). Raises ValueError if `dim` is not
     a multiple of `num_heads`.

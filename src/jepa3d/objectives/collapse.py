@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def rankme(rows: Tensor) -> float:
-    """Compute the effective rank of rows [n, E]: exp(entropy) of the singular values divided by
-    their sum (Garrido et al. 2023).
+    """Compute the effective rank of rows [n, E] (Garrido et al. 2023): the singular values are
+    divided by their sum, and the rank is exp(entropy) of these shares.
 
     The rank lies between 1 and min(n, E); 1 means that all rows lie on one line through the origin.
     """

@@ -26,7 +26,8 @@ from jepa3d.plain import is_code, load_code
 
 
 class JEPAOutput(NamedTuple):
-    loss: Tensor  # scalar: mean of 1 - cos over blocks, and if used, weighted SIGReg and view terms
+    # scalar: the weighted sum of the terms in use (1 - cos, averaged over blocks; SIGReg; view)
+    loss: Tensor
     prediction: Tensor  # B A T E: A target blocks of T tokens
     target: Tensor  # B A T E
     sample: TokenSample
