@@ -9,6 +9,7 @@ import pytest
 from jepa3d import config as settings
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
 from jepa3d.plain import read_recipe
+from jepa3d.validate import departures
 
 # Words in the names of fine-tuning recipes; test_recipes.py tests these recipes.
 FINETUNING = {"classify", "segment", "scanobjectnn", "modelnet40", "shapenetpart"}
@@ -228,27 +229,25 @@ FAITHFUL = {
     "changes", [{}, {"epochs": 150}, {"seed": 3, "log_every": 1, "checkpoint_every": 5}]
 )
 def test_the_papers_run_departs_in_nothing(changes):
-    assert settings.departures(settings.resolve(FAITHFUL, changes), 52_470) == {}
+    assert departures(settings.resolve(FAITHFUL, changes), 52_470) == {}
 
 
 def test_the_points_only_dvae_is_a_departure():
     config = settings.resolve({"data": ["disk/pc"], "split": "all"})
-    assert settings.departures(config, 52_470) == {
-        "dvae.backbone": (None, "google/vit-base-patch16-384")
-    }
+    assert departures(config, 52_470) == {"dvae.backbone": (None, "google/vit-base-patch16-384")}
 
 
 def test_saying_that_shapenet55_is_y_up_is_no_departure():
     """Its files are y-up, so a faithful run has to change the default."""
     config = settings.resolve(FAITHFUL, {"up_axis": ["y"]})
-    assert settings.departures(config, 52_470) == {}
+    assert departures(config, 52_470) == {}
 
 
 def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
     config = settings.resolve(
         settings.preset("tiny"), {"data": ["ShapeNet55"], "split": "all", "teacher": "dvae"}
     )
-    found = settings.departures(config, 52_470)
+    found = departures(config, 52_470)
     assert found["encoder.embed_dim"] == (96, 384)
     assert found["dvae.num_codes"] == (512, 8192)
     assert found["sampler.name"] == ("random", "multi_block")
@@ -271,12 +270,12 @@ def test_tiny_departs_in_its_sizes_and_says_what_it_predicts():
 )
 def test_what_departs_is_listed_and_nothing_else(changes, name):
     num_shapes = 10 if name == "data" else 52_470
-    assert list(settings.departures(settings.resolve(FAITHFUL, changes), num_shapes)) == [name]
+    assert list(departures(settings.resolve(FAITHFUL, changes), num_shapes)) == [name]
 
 
 def test_a_teacher_that_is_not_trained_here_has_no_departures_of_stage_one():
     config = settings.resolve(settings.preset("tiny"), {"teacher": "ema"})
-    assert not any(name.startswith("dvae") for name in settings.departures(config, 10))
+    assert not any(name.startswith("dvae") for name in departures(config, 10))
 
 
 @pytest.mark.parametrize(

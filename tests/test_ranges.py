@@ -17,7 +17,7 @@ from jepa3d.cli import main
 from jepa3d.config import KINDS, SCHEDULE, PretrainConfig
 from jepa3d.plain import check_ranges, from_dict, to_dict
 from jepa3d.training import pretrain as training
-from jepa3d.validate import validate
+from jepa3d.validate import departures, validate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -265,5 +265,5 @@ def test_the_rivals_recipes_give_the_runs_they_gave(resolved, name, steps):
 def test_a_rival_departs_in_its_own_schedule_only():
     faithful = {"data": ["ShapeNet55"], "split": "all", "objective": "dvae"}
     faithful["dvae"] = {"backbone": "google/vit-base-patch16-384"}
-    found = settings.departures(settings.resolve(faithful, {"max_steps": 7}), 52_470)
+    found = departures(settings.resolve(faithful, {"max_steps": 7}), 52_470)
     assert found == {"objective": ("dvae", "jepa"), "max_steps": (7, None)}

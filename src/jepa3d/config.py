@@ -8,7 +8,7 @@ docs/settings.md is generated from this file.
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from jepa3d.plain import configuration, differences, from_dict, merge, nearest, setting, to_dict
+from jepa3d.plain import configuration, from_dict, merge, nearest, setting, to_dict
 
 # `small` has the paper's settings, and `base` has a wider encoder. `tiny` is for runs of a few
 # minutes: it has a small encoder, and the objective that reached the best scores in such runs
@@ -412,7 +412,6 @@ KINDS = {
     "segment": SegmentConfig,
     "fewshot": FewshotConfig,
 }
-SHAPENET55 = 52_470  # number of shapes in ShapeNet55, train and test
 
 
 def preset(name: str, kind: Any = PretrainConfig) -> dict[str, Any]:
@@ -450,33 +449,3 @@ def resolve(*layers: dict) -> PretrainConfig:
         schedule = {key: known[key] for key in SCHEDULE if key in known}
         merged = merge(merged, layer, schedule)
     return from_dict(PretrainConfig, merged)
-
-
-def departures(config: PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
-    """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
-
-    num_shapes: number of shapes in the run's data; if it is that of ShapeNet55, the data count as
-    the paper's. The paper trains for 150 or 300 epochs, so neither number is a difference. Logging,
-    seed and up axis are not compared.
-    """
-    # If the objective is not jepa, the schedule is compared with the defaults of that objective.
-    paper = to_dict(resolve({"objective": config.objective}))
-    paper |= {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
-    paper["mixed_precision"] = "no"
-    paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
-    ours = to_dict(config)
-    # The precision that `auto` chooses depends on the machine, so `auto` is not compared.
-    unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
-    for key in ("seed", "up_axis", *unknown, *BOOKKEEPING):
-        del ours[key]
-    if num_shapes == SHAPENET55:
-        ours["data"] = paper["data"]
-    ours["epochs"] = 300 if ours["epochs"] == 150 else ours["epochs"]
-    if not config.target.sigreg:
-        del ours["target"]["num_slices"]
-    for name in STAGE_ONE:
-        if name == config.objective:
-            ours[name] = {key: value for key, value in ours[name].items() if key not in SCHEDULE}
-        elif name not in config.stages:
-            del ours[name]
-    return differences(ours, paper)

@@ -1,13 +1,16 @@
-"""Checks a run's settings before any data is read.
+"""Checks a run's settings before any data is read, and compares them with the paper's.
 
 config.py defines the range of each number; this file checks the ranges, and then whether the
 settings fit together.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from jepa3d import config as settings
-from jepa3d.plain import check_choice, check_ranges
+from jepa3d.plain import check_choice, check_ranges, differences, to_dict
+
+SHAPENET55 = 52_470  # number of shapes in ShapeNet55, train and test
 
 
 def validate(config: settings.RunConfig) -> None:
@@ -106,3 +109,35 @@ def _of_fewshot(config: settings.FewshotConfig) -> Iterator[str]:
         yield f"labels {config.labels} must be 1: all shots of an episode are labelled"
     if config.votes > 1 and config.method != "finetune":
         yield f"votes {config.votes}: voting needs method finetune, not {config.method}"
+
+
+def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
+    """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
+
+    num_shapes: number of shapes in the run's data; if it is that of ShapeNet55, the data count as
+    the paper's. The paper trains for 150 or 300 epochs, so neither number is a difference. Logging,
+    seed and up axis are not compared.
+    """
+    # If the objective is not jepa, the schedule is compared with the defaults of that objective.
+    paper = to_dict(settings.resolve({"objective": config.objective}))
+    paper |= {"objective": "jepa", "data": ["ShapeNet55"], "split": "all"}
+    paper["mixed_precision"] = "no"
+    paper["dvae"] |= {"backbone": "google/vit-base-patch16-384"}
+    ours = to_dict(config)
+    # The precision that `auto` chooses depends on the machine, so `auto` is not compared.
+    unknown = ["mixed_precision"] if config.mixed_precision == "auto" else []
+    for key in ("seed", "up_axis", *unknown, *settings.BOOKKEEPING):
+        del ours[key]
+    if num_shapes == SHAPENET55:
+        ours["data"] = paper["data"]
+    ours["epochs"] = 300 if ours["epochs"] == 150 else ours["epochs"]
+    if not config.target.sigreg:
+        del ours["target"]["num_slices"]
+    for name in settings.STAGE_ONE:
+        if name == config.objective:
+            ours[name] = {
+                key: value for key, value in ours[name].items() if key not in settings.SCHEDULE
+            }
+        elif name not in config.stages:
+            del ours[name]
+    return differences(ours, paper)

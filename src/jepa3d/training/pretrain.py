@@ -35,7 +35,7 @@ from jepa3d.training.loop import Task, fit
 from jepa3d.training.optim import total_steps
 from jepa3d.training.progress import clock, spent_since
 from jepa3d.training.runs import count_parameters, is_main, wait_for_everyone
-from jepa3d.validate import validate
+from jepa3d.validate import departures, validate
 
 Network = DVAE | PointEncoder
 # number of steps that measure the CPU time per step of a stage; the first step is not timed
@@ -156,8 +156,8 @@ def pretrain(
             task.export: count_parameters(task.module),
             "trained": count_parameters(task.objective, True),
         }
-        departures = settings.departures(config, len(clouds))
-        created: dict[str, Any] = {"departures": departures, "parameters": parameters}
+        different = departures(config, len(clouds))
+        created: dict[str, Any] = {"departures": different, "parameters": parameters}
         if task.export == "dvae" and (backbone := task.module.backbone):
             created["backbone"] = {"name": backbone.name, "sha256": backbone.sha256}
         named = ((f"given/{i}", network) for i, network in enumerate(networks.values()))
