@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# Number of different points that a cloud in a store needs, if the store has that many points per
-# cloud. The number that an encoder needs is its attribute `min_points`.
+# Number of different points that each cloud in a store needs. If the store has fewer points per
+# cloud, that smaller number is enough. The number that an encoder needs is its attribute
+# `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -21,8 +22,9 @@ ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8
 # The ways to reverse axes that are rotations: none or two of the three axes are reversed.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
 # Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
-# them. They make up for axes of `own_axes` that have other signs or another cyclic order than in a
-# copy of the cloud, but not for the arbitrary rotation of a shape with two equal extents.
+# them. For a rotated copy of a cloud, `own_axes` may return the axes with other signs or in another
+# cyclic order. The average of the cloud's vectors over these rotations makes up for this, but not
+# for the arbitrary rotation of a shape with two equal extents.
 TURNS = np.stack([np.roll(np.diag(ends), axis, 1) for axis in range(3) for ends in _ENDS]).astype(
     np.float32
 )

@@ -1,5 +1,5 @@
-"""Lock files and folders, so that only one command at a time writes them. A lock ends with its
-process, even if the process is killed.
+"""Locks for files and folders, so that only one command at a time writes them. A lock ends with
+its process, even if the process is killed.
 """
 
 import os

@@ -161,8 +161,8 @@ class Run:
 
     @property
     def teachers(self) -> dict[str, Path]:
-        """The folders, by name, of the networks that stage I trained, and of the copies of the
-        networks that the settings name by path or Hub id.
+        """The folders of a run's other networks, by name. These are the networks that stage I
+        trained, and copies of the networks that the settings name by path or Hub id.
         """
         folders = [stage.folder for stage in self.stages]
         folders += sorted(self.folder.glob("given/*"))

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from jepa3d.data.cloud import TO_Z_UP
 from jepa3d.models.encoder import PointEncoder
 
-# The record of a point: its z-up coordinates, and its number in the scan. NaN points are not
-# counted.
+# The record of a point: its z-up coordinates, and its number in the scan. This number does not
+# count NaN points.
 RECORD = np.dtype([("xyz", "<f8", 3), ("index", "<i8")])
 BUCKET = 1_000_000  # approximate number of points that are sorted in memory at once
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
@@ -99,8 +99,8 @@ class Grid:
         the chunks in which points are read.
         """
         mixed = index.astype(np.uint64)
-        # This is the mixing function of the random generator splitmix64. Its last shift is left
-        # out, since that would not change the highest bits, which are used.
+        # This is the mixing function of the random generator splitmix64, without its last shift.
+        # That shift would not change the highest bits, and only these are used.
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         keys = self.keys(self.cells(xyz)[0]).astype(np.uint64)

@@ -28,8 +28,8 @@ _PARTS[".pkl"] = "(train|test)#[0-9]+"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """The place of one cloud. Either a file holds only this cloud, or the cloud is one of many in a
-    file or in a store (a dataset of `jepa3d prepare`), and `part` selects it.
+    """The place of one cloud. If a file holds only this cloud, the place is the file. Otherwise,
+    `part` selects the cloud among those of a file or of a store (a dataset of `jepa3d prepare`).
 
     As text, an address is FILE, FILE#PART or STORE#PART. If there is a file whose whole name is
     this text, the text means that file, even if the name contains #. So if there is a file called
@@ -54,7 +54,8 @@ class Address:
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
-        """Return the address that a text means, or None if there is no such file or key of a store.
+        """Return the address that a text means, or None if the file does not exist, or if the store
+        has no such key.
 
         Files are not opened. So an address is returned even if the file has no such row or holds no
         cloud at all.

@@ -41,10 +41,10 @@ def embed_files(
     file per share.
 
     If a call was interrupted, the same call continues it. model, up_axis, layer, pooling,
-    keep_strays: as for `jepa3d embed`. workers: number of processes; 0 for one per core, or fewer
-    for few clouds. share: "2/4" is the second of four calls that together fill one folder. prune:
-    delete the vectors of clouds that are no longer found in the folders or files at `paths`, and of
-    clouds whose files no longer exist.
+    keep_strays: as for `jepa3d embed`. workers: number of processes; 0 for one per core, but fewer
+    if there are few clouds. share: "2/4" is the second of four calls that together fill one folder.
+    prune: delete the vectors of clouds that are no longer found in the folders or files at `paths`,
+    and of clouds whose files no longer exist.
 
     Returns the numbers of clouds that are new, changed, unchanged, forgotten (deleted by `prune`)
     and left out, and the number of NaN points (`unseen`). These numbers are also logged, and so is

@@ -114,10 +114,10 @@ class ToClasses(Graph):
 def export(model: str | Path, out: str | Path) -> dict[str, float]:
     """Export a model into a new folder `out`.
 
-    model: as for `jepa3d.load`, or the run or folder of a classifier. Returns a dict from the name
-    of each exported file to the largest difference between its results and those of torch. Raises
-    ValueError if the model cannot be loaded or exported, if `out` exists, or if results differ too
-    much from those of torch. In all these cases, nothing is written.
+    model: as for `jepa3d.load`; for a classifier, its folder or the folder of its run. Returns a
+    dict from the name of each exported file to the largest difference between its results and those
+    of torch. Raises ValueError if the model cannot be loaded or exported, if `out` exists, or if
+    results differ too much from those of torch. In all these cases, nothing is written.
     """
     out = Path(out)
     if out.exists():

@@ -65,7 +65,8 @@ def label(
     the terminal. clusters: number of clusters; the default is the square root of half the number of
     clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds that resemble
     no named cloud. Raises ValueError for wrong settings, or if there are too few named clouds for
-    `unknown`. Raises ReadError if the file of names or all clouds cannot be used.
+    `unknown`. Raises ReadError if the file of names cannot be used, or if none of the clouds can be
+    used.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")

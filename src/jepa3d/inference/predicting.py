@@ -71,8 +71,8 @@ def predict_files(
     category: str | None = None,
     up_axis: str = "z",
 ) -> None:
-    """Classify the clouds at `paths` and write the CSV file `out`, or segment the clouds and write
-    PLY files into the folder `out`.
+    """Apply a network to the clouds at `paths`. A classifier writes the CSV file `out`; a segmenter
+    writes PLY files into the folder `out`.
 
     Clouds that cannot be used are logged and left out. Raises ValueError for a network or category
     that cannot be used, or if `out` exists. Raises ReadError if there are no clouds at one of the
@@ -143,8 +143,8 @@ def _find(
 def _predictions(
     network: Network, items: dict[str, Item], label: int, up_axis: str
 ) -> Iterator[tuple[Prediction, Seen | None]]:
-    """Yield each cloud's prediction, and the cloud as it was read and as the encoder receives it
-    (None on error).
+    """Yield, for each cloud, the prediction and a `Seen`, which holds the cloud as it was read and
+    as the encoder receives it. For a cloud that cannot be used, None is yielded instead of `Seen`.
     """
     for name, item in items.items():
         try:

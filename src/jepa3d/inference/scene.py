@@ -34,7 +34,7 @@ DTYPES = ("float32", "float16")
 # points.
 BATCH, _PATCH_POINTS = 32, 32_768
 SAMPLE = 500_000  # number of random points from which the tile size is chosen
-# A tile with more than about this many points is reduced at random to this number before farthest
+# A tile with more points than this is reduced at random to about this many points before farthest
 # point sampling.
 _MOST = 32_768
 # For interpolation, the points of each cell are divided into blocks of at most this many points.
@@ -85,8 +85,8 @@ class Features:
 
         chosen: rows of the cells in `cells.coords`. limit: use at most this many points of each
         cell. Encoded tiles are kept for the next call, which deletes those that it does not need.
-        So if each call gets one line of cells (see `Grid.keys`), in the order of their keys, every
-        tile is encoded once, or twice where two strips meet.
+        So if each call gets the next line of cells (for lines and strips, see `Grid.keys`), a tile
+        that lies in one strip is encoded once, and a tile that lies in two strips is encoded twice.
         """
         needed = np.unique(self.slots[chosen])
         needed = needed[needed >= 0].tolist()

@@ -2,8 +2,8 @@
 Parquet output of `jepa3d embed`, or a database of `jepa3d index` (lance.py). The search is exact,
 unless a database is searched with `probes`.
 
-From Parquet files, only one row group (a block of rows) is in memory at a time. Cosines in float32
-select a few candidates, whose cosines are then computed in float64 (`rank`).
+A search in Parquet files has only one row group (a block of rows) in memory at a time. Cosines in
+float32 select a few candidates, whose cosines are then computed in float64 (`rank`).
 
 For Parquet files with at least `WORTH` vectors, a copy `NAME.arrow` is written beside the index and
 mapped into memory, so that further searches read little from disk. The copy holds the rows
@@ -73,8 +73,8 @@ def search(
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
     than k hits if fewer rows are left. Raises ValueError for wrong settings, or if a query is zero,
-    is not finite or has another width than the vectors. Raises ReadError if the index or all
-    queries cannot be read.
+    is not finite or has another width than the vectors. Raises ReadError if the index cannot
+    be read, or if none of the queries can be read.
     """
     if k < 1:
         raise ValueError(f"-k {k}: must be 1 or more")

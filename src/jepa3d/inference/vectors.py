@@ -37,8 +37,8 @@ try:
 except ImportError as error:
     raise ValueError("vectors need Parquet: pip install 'jepa3d[search]'") from error
 
-# The type is Any, since pyarrow creates the functions of this module when it is imported, so that
-# type checkers do not see them.
+# The functions of pyarrow.compute are created only when it is imported, so type checkers do not see
+# them. Therefore the type is Any.
 pc: Any = pa.compute
 FORMAT = "jepa3d-vectors-1"
 ROWS = 8192  # tables with fewer rows are joined before they are written, see `write`

@@ -40,8 +40,8 @@ NEIGHBOURS = 6  # number of nearest shapes that are shown
 HEIGHT, OWN, PCA = "height", "file's own", "PCA of tokens"
 SIMILARITY, SAMPLE = "similarity", "context and targets"
 # Origins that may connect. A browser sends as origin the address of the web page that opens the
-# connection. Allowed are the page of this server, at any port since an ssh tunnel may change the
-# port; and no origin (None), since programs other than browsers send none.
+# connection. The page of this server is allowed, at any port, since an ssh tunnel may change the
+# port. A missing origin (None) is allowed too, since programs other than browsers send none.
 _ORIGINS = [re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"), None]
 
 

@@ -38,8 +38,9 @@ FIELDS = ("centers", "patches", "tokens")
 
 
 def row_type(config: PretrainConfig, width: int) -> np.dtype:
-    """Return the numpy type of one shape's row: the point indices of its M centers [M] and of its
-    patches of K points [M, K], the teacher's tokens [M, width], and a checksum of these fields.
+    """Return the numpy type of one shape's row. Its fields: the point indices of the M centers [M],
+    the point indices of the M patches of K points [M, K], the teacher's tokens [M, width], and a
+    checksum of the other fields.
     """
     encoder = config.encoder
     number = np.uint16 if encoder.num_points <= 2**16 else np.int32
@@ -134,7 +135,7 @@ class CachedTargets:
             self.rows = np.load(self.file, mmap_mode="r")
 
     def _checksums(self, index: np.ndarray) -> list[int]:
-        """Compute each row's checksum of centers, patches and tokens, which reveals damaged rows."""
+        """Compute the checksum of each row's centers, patches and tokens, to find damaged rows."""
         end = self.kind.itemsize - 4  # the checksum itself is the last 4 bytes
         return [zlib.crc32(row.tobytes()[:end]) for row in self.rows[index]]
 

@@ -50,10 +50,10 @@ class Comparison:
     """
 
     def __init__(self, grid: Grid, sets: list[LabelledSet], part: Part, out: Path):
-        """Read the scored sets; if arms get equal CPU time, measure the time per step; and check
-        that existing runs have the settings of the grid.
+        """Read the scored sets, and check that existing runs have the settings of the grid. If arms
+        get equal CPU time, also measure the time per step of each arm.
 
-        Raises ValueError if the comparison cannot be made. This is found before any run is trained.
+        Raises ValueError, before any run is trained, if the comparison cannot be made.
         """
         self.names, self.part, self.out = paired.names_of(sets), part, out
         self.shapes = cache(LabelledSet.read)
@@ -228,8 +228,8 @@ class Comparison:
         return max(scores, key=scores.__getitem__, default=None)
 
     def _train(self, arm: str, seed: int, rate: float | None) -> str | None:
-        """Train or resume a run, unless it has ended already, and log a line. Returns None, or why
-        the run failed (its loss became NaN or infinite).
+        """Train or resume a run, unless it has ended already. One line is logged for each run.
+        Returns why the run failed (its loss became NaN or infinite), or None if it succeeded.
         """
         folder, config = self.folder(arm, seed, rate), self.grid.config(arm, seed, rate)
         if folder in self.ended:

@@ -108,7 +108,7 @@ def has_fast_bf16() -> bool:
 def settle(config: Config, run: Path | None = None) -> Config:
     """Replace the mixed_precision "auto" of a configuration by "bf16" or "no" (fp32).
 
-    run: a run to continue, whose precision is kept; if it is None, `has_fast_bf16` decides.
+    run: a run to continue, whose precision is kept. If `run` is None, `has_fast_bf16` decides.
     """
     if config.mixed_precision != "auto":
         return config
@@ -176,7 +176,7 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
     """Time forward and backward passes on copies of the task, one copy per combination in `hows`.
 
     The combinations take turns. Returns the median seconds of each combination. A combination that
-    fails is left out, except if there are several processes or if it is the only one left: then its
+    fails is left out. But if there are several processes, or if no other combination is left, its
     RuntimeError is raised. All processes must call this function.
     """
     state = PartialState(cpu=ON_CPU)

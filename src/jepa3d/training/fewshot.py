@@ -1,10 +1,11 @@
-"""Few-shot runs. An episode is a few labelled shapes of a few classes, and test shapes of the same
-classes. An episode with its data is called a fold. Episodes are sampled once and saved, unless the
-data has published folds. For each fold, a network is fine-tuned, or frozen features are scored.
+"""Few-shot runs. An episode is a choice of a few labelled shapes of a few classes, and of test
+shapes of the same classes. A fold is an episode with the points of its shapes. Episodes are sampled
+once and saved, unless the data has published folds. For each fold, a network is fine-tuned, or
+frozen features are scored.
 
 OUT/config.json, run.json   as in pretraining (run.py)
 OUT/episodes.json           the sampled episodes, as indices of shapes in the data
-OUT/start/                  the encoder of all folds; missing if they are trained from scratch
+OUT/start/                  the encoder that every fold starts from; missing for runs from scratch
 OUT/fold-N/                 the fine-tuning run of fold N (finetune.py), if networks are fine-tuned
 OUT/results.json            mean and standard deviation of the accuracy over folds
 """

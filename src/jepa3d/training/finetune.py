@@ -265,7 +265,7 @@ def pretraining_of(init: str | None) -> dict | None:
     """
     if init is None or Path(init).name == "untrained":
         return None
-    # `init` is the folder of a run, or the folder encoder or snapshots/step-N in a run.
+    # `init` is a run's folder, or one of the folders encoder and snapshots/step-N in it.
     folders = (Path(init), *Path(init).parents[:2])
     run = next((Run(folder) for folder in folders if Run.is_at(folder)), None)
     if run is None or run.task != "pretrain":

@@ -39,7 +39,7 @@ class Repeated:
     """Record `run(points, generator)`, a forward and backward pass, once for each set of tensor
     sizes, and replay the recording in later calls.
 
-    Each call overwrites the result and the gradients of `model` of the call before it. Before each
+    Each call overwrites the previous call's result, and the gradients of `model`. Before each
     replay, the random numbers that `run` would draw are written into the graph's own buffers.
     """
 

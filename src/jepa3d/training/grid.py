@@ -168,7 +168,8 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
         # If other arms were measured earlier, the machine may be busier or less busy now. So measure
-        # one of those arms again, and scale the costs of new arms by the change in its cost.
+        # one of those arms again. The costs of new arms are multiplied by the ratio of its earlier
+        # cost to its cost now.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]

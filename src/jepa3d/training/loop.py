@@ -57,7 +57,7 @@ class Task:
     # metrics(output): docs/extending.md.
     objective: Any
     schedule: Schedule
-    export: str  # the folder of the run to save the module to: encoder, dvae or model
+    export: str  # the sub-folder of the run that gets the module: encoder, dvae or model
     module: Any  # the module to save: PointEncoder, DVAE, Classifier, LinearClassifier or Segmenter
     # whether the loop augments the points; False if the objective augments its views itself
     augments: bool = True
@@ -268,8 +268,8 @@ def to_device(points: Tensor, device: torch.device) -> Tensor:
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
-    """Return whether the run must have saved a checkpoint, since the logged steps go beyond the
-    first one.
+    """Return whether the run must have saved a checkpoint: whether it logged a step that comes
+    after the step of its first checkpoint.
     """
     return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 

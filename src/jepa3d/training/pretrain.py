@@ -210,8 +210,8 @@ def with_cache(task: Task, clouds: PointClouds, config: PretrainConfig, out: Pat
 def load_given(config: PretrainConfig, started: Path | None) -> dict[str, Network]:
     """Load the networks that the configuration names by folder, Hub id or function.
 
-    started: the folder of the run if it has been started; its folder given/ has copies of the
-    networks from folders and the Hub, which are read instead.
+    started: the run's folder, or None for a new run. The folder given/ of a started run has copies
+    of the networks from folders and the Hub. These copies are read instead of the originals.
     """
     if config.objective != "jepa":
         return {}
@@ -234,7 +234,7 @@ def clouds_of(
     loaded: PointClouds | None = None,
     limit: int | None = None,
 ) -> PointClouds:
-    """Load the data with the number of points of an objective.
+    """Load the data, with as many points per cloud as an objective needs.
 
     3D-JEPA with views (target.view) gets twice as many points, if the data has them. loaded: clouds
     to return unchanged if they already have the correct number of points. limit: the largest number

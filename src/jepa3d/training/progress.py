@@ -84,8 +84,8 @@ class Progress:
         self.bar.close()
 
     def stamp(self, state: dict) -> dict:
-        """Return `state` with the run's time and peak memory so far, also of the parts before it
-        was resumed.
+        """Return `state` with the run's time and peak memory so far, including the time and memory
+        before it was resumed.
         """
         spent = spent_since(self.start_clock)
         peak = max(self.start_state["peak_memory"], peak_memory())

@@ -1,5 +1,5 @@
-"""Create run folders, continue them only with the same settings and data, and finish them with the
-run's cost.
+"""Create run folders, check that a resumed run has the same settings and data as at its start, and
+mark runs as finished, with their cost.
 """
 
 import functools
@@ -154,8 +154,8 @@ def create(
 def check_batch(config: RunConfig, name: str, size: int) -> None:
     """Check a batch size. name: what error messages call the batch size.
 
-    Raises ValueError if the weights or the batch cannot fit into the memory of a machine without
-    GPU, or if the batch size is not a multiple of processes x accumulate.
+    Raises ValueError if the batch size is not a multiple of processes x accumulate. On a machine
+    without GPU, also raises it if the weights or the batch cannot fit into memory.
     """
     accumulate, encoder = config.accumulate, config.encoder
     memory = psutil.virtual_memory().total if ON_CPU else float("inf")
@@ -203,8 +203,8 @@ def finish(
 
     result: the protocol, data, selection, metrics (in per cent, on the test split), validation
     (metrics on the validation split, or None), details (by class, category or fold), and settings
-    in which arms of a comparison may differ. This function adds the encoder's origin, seed, votes,
-    cost, versions and machine.
+    in which arms of a comparison may differ. This function adds the origin of the encoder, and the
+    run's seed, votes, cost, versions and machine.
     """
     record, config = Run(out).record, Run(out).config
     if result:
