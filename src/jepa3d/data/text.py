@@ -78,9 +78,9 @@ class Table:
     def used(self, columns: Names | None) -> dict[str, int]:
         """Return a dict from x, y, z and the names of attributes to the indices of their columns.
 
-        columns: the three names that the header has for x, y and z, or, for a table without a
-        header, the names of all columns. If there is no header and `columns` is None, the first
-        three columns are x, y and z. Raises ReadError.
+        columns: for a table with a header, the three names that it has for x, y and z; for a table
+        without a header, the names of all columns. If there is no header and `columns` is None, the
+        first three columns are x, y and z. Raises ReadError.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
