@@ -52,8 +52,8 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
     """Read labels, split and names from an array file; returns a dict of what the file has.
 
     labels_key: name of the labels array; "labels" allows any name in `_NAMES`. more: further arrays
-    to return, "points" or "parts". Raises ReadError, also if there is no array with a given
-    labels_key. The keys of the dict:
+    to return, "points" or "parts". Raises ReadError, also if labels_key is another name than
+    "labels" and no array has this name. The keys of the dict:
 
     - label: n int64, -1 for no label
     - class_names: texts; () if the file has labels but does not name the classes
@@ -223,7 +223,8 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
 
     labels_key: name of the labels array; "labels" allows any name in `_NAMES`. If this array has
     one label per point, it is read as part labels. Raises ReadError if there is no array of points,
-    or none with a given labels_key, or if the shape of the labels does not fit the points.
+    if labels_key is another name than "labels" and no array has this name, or if the shape of the
+    labels does not fit the points.
     """
     wanted, found = _NAMES, {}
     if labels_key != "labels":

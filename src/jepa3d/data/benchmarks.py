@@ -40,8 +40,8 @@ def benchmark_at(root: Path, variant: str | None) -> Source | None:
     """Return the benchmark whose files lie at `root`, or None if there is none.
 
     variant: name of the variant to read; it may be None if `root` has only one. Raises ReadError if
-    a list of shapes or another file that many shapes need is missing, or if `root` lacks the
-    variant. If the file of a single shape is missing, only reading its entry raises the error.
+    `root` lacks the variant, and if a file that many shapes need is missing, such as a list of
+    shapes. If the file of a single shape is missing, only reading its entry raises the error.
     """
     if (root / "shapenet_pc").is_dir():
         source = _shapenet55(root)
@@ -125,7 +125,7 @@ def _shapenet55(root: Path) -> Source:
 def _modelnet_normals(root: Path, variant: str | None) -> Source:
     """Read PointNet++'s release of ModelNet: files of 10,000 points with normals.
 
-    Lists name the files of ModelNet10 and of ModelNet40, which are the variants.
+    The variants are ModelNet10 and ModelNet40; for each there are lists of its files.
     """
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)
@@ -211,8 +211,9 @@ def _masked(reader: Callable[[], PointCloud]) -> PointCloud:
 def _shapenetpart(root: Path) -> Source:
     """Read ShapeNetPart in either release.
 
-    One release has files `ID.txt` with normals and global part labels; the other has points in
-    `points/ID.pts` and their part labels in `points_label/ID.seg`.
+    One release has files `ID.txt` with normals and global part labels, which are numbered over the
+    parts of all categories. The other has points in `points/ID.pts` and their part labels in
+    `points_label/ID.seg`.
     """
     path = root / "synsetoffset2category.txt"
     lines = [line.split() for line in _lines(path, "ShapeNetPart")]

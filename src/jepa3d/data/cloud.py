@@ -226,8 +226,9 @@ def to_bytes(colors: np.ndarray) -> np.ndarray:
     """Convert colours N 3 to uint8.
 
     The range of the colours follows from their type and their largest value. Floats that are all
-    below 2 are fractions (in some files slightly above 1). If the largest value is above 255, the
-    colours have 16 bits. All other colours go from 0 to 255. NaN and infinity become 0.
+    below 2 are taken as fractions, since fractions are slightly above 1 in some files. If the
+    largest value is above 255, the colours have 16 bits. All other colours go from 0 to 255. NaN
+    and infinity become 0.
     """
     colors = np.asarray(colors)
     if colors.dtype == np.uint8:
@@ -341,8 +342,8 @@ def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
     """Collect chunks of rows n D into one cloud without NaN points.
 
     If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: names of the
-    first columns, at most D; the first three are x, y and z. An attribute with a column that has no
-    finite value is left out. Raises ReadError for unusable points.
+    first columns, at most D; the first three are x, y and z. An attribute is left out if one of its
+    columns has no finite value. Raises ReadError for unusable points.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

@@ -59,7 +59,7 @@ def drop_global(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
 
 
 def drop_local(points: np.ndarray, share: float, rng: Generator) -> np.ndarray:
-    """Remove a share of the points in one to seven clusters around random points."""
+    """Remove a share of the points, as one to seven clusters around random points."""
     for size in _clusters(share * len(points), rng):
         distance = _squares(points, points[rng.integers(len(points))])
         points = points[np.sort(distance.argsort(kind="stable")[size:])]

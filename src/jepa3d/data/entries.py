@@ -117,10 +117,11 @@ def classes_and_splits(
 
     folders: for each file, the names of its folders, outermost first. If all folders at one depth
     have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
-    `test`, is a split if a sibling folder has the name of another split, or if a subfolder
-    has the name of a sibling. If neither holds, `test` is a class. The class of a file is the
-    outermost of its folders that is no split. If all files share this folder, and each file lies in
-    a further folder inside it, the class is the next folder. flat: do not apply this last rule.
+    `test`, is a split if a sibling folder has the name of another split, or if one of its
+    subfolders has the same name as one of its siblings. If neither holds, `test` is a class. The
+    class of a file is the outermost of its folders that is no split. If all files share this
+    folder, and each file lies in a further folder inside it, the class is the next folder. flat: do
+    not apply this last rule.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)

@@ -21,7 +21,7 @@ from jepa3d.data.meshes import mesh, strip
 # numbers of component types in glTF -> numpy types
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT4": 16}
-# largest number of vertices and corners of triangles in a scene; a limit is needed, since a small
+# largest number of vertices plus corners of triangles in a scene; a limit is needed, since a small
 # file may show one mesh many times
 _MAX_VALUES = 50_000_000
 # extensions that change shapes and that this module applies
@@ -156,7 +156,7 @@ class _Scene:
         """Return the vertices n 3 of a primitive in scene coordinates.
 
         Morph targets, if there are any, move the vertices first. Then the skin places them in the
-        scene or, if there is no skin, the matrix of the node. place: this matrix. Raises ReadError
+        scene; if there is no skin, `place` does, which is the matrix of the node. Raises ReadError
         for a compressed primitive, and for a skin with a joint outside the scene.
         """
         attributes = primitive["attributes"]
@@ -236,7 +236,7 @@ class _Scene:
         """Return values [count, width] of a buffer view, without a copy.
 
         where: the dict that names the view and the first byte to read in it. This is an accessor,
-        or the part of a sparse accessor that describes its indices or its values.
+        or one of the two parts of a sparse accessor (indices, values).
         """
         view = self.json["bufferViews"][where["bufferView"]]
         offset = where.get("byteOffset", 0)

@@ -31,10 +31,10 @@ def read(
 ) -> PointCloud:
     """Read the cloud or mesh in a file. Raises ReadError.
 
-    row: index of the cloud in a file of many clouds (HDF5, NPZ, NPY). columns: the three names that
-    the header of a table has for x, y and z, or the names of all columns of a .bin file or of a
-    table without header. reader: a reader of the user as `package.module:function`; the function
-    gets the path and returns points n 3 or a `PointCloud`.
+    row: index of the cloud in a file of many clouds (HDF5, NPZ, NPY). columns: for a table
+    with a header, the three names that it has for x, y and z; for a .bin file or a table without
+    header, the names of all columns. reader: a reader of the user as `package.module:function`; the
+    function gets the path and returns points n 3 or a `PointCloud`.
     """
     path = Path(path)
     if reader is not None:
@@ -56,7 +56,7 @@ def read(
 
 
 def refusal(path: Path) -> str | None:
-    """Return why files with this suffix are not read and how to convert them; None if they are."""
+    """Return why this kind of file is not read and how to convert it; None if it is read."""
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"

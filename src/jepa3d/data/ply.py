@@ -19,8 +19,8 @@ _OF_NUMPY = "int8 uint8 int16 uint16 int32 uint32 int64 uint64 float32 float64"
 _KINDS: dict[str, str] = dict(zip(_OF_C.split(), _OF_NUMPY.split(), strict=True))
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 _MAX_HEADER = 1 << 24  # bytes: 16 MiB
-# the values of a property: an array with one value per row or, if the rows have lists, a pair of
-# arrays: the length of each list, and all values concatenated
+# the values of a property: an array with one value per row; if the rows have lists, a pair of
+# arrays instead (the length of each list, and all values concatenated)
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 
 
@@ -264,8 +264,9 @@ def _one_by_one(
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
     """Return an iterator over the vertices of a cloud in chunks, float64 n 3.
 
-    Returns None if the file must be read whole, that is, if its vertices have lists, are not the
-    first element or lack x, y or z, or if its lines end with CR alone. Raises ReadError for a mesh.
+    Returns None if the file must be read whole, that is, if its vertices have lists, lack a
+    coordinate or are not the first element. Returns None as well if its lines end with CR alone.
+    Raises ReadError for a mesh.
     """
     header = read_header(path)
     if any(e.count for e in header.elements if e.name in ("face", "tristrips")):

@@ -104,8 +104,8 @@ def _pcd_row(header: dict[str, list[str]]) -> tuple[np.dtype, int]:
 def _pcd_ascii(file: IO[bytes], first: int, row: np.dtype, count: int) -> Columns:
     """Read the columns of a text PCD.
 
-    Only fields with one value per point are returned. A float column gets the type that the header
-    states. An integer column gets it only if all of its values fit; if not, it is float64. first:
+    Only fields with one value per point are returned. A column gets the type that the header
+    states; but an integer column with values that do not fit this type becomes float64. first:
     number of the line with the first point, for error messages.
     """
     names = row.names or ()

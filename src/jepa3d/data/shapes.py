@@ -34,7 +34,7 @@ class Shapes:
     """The shapes of a source, not yet read."""
 
     name: str
-    # returns shape i with points as in the source, `up`, `unseen` and, if asked for, `parts`
+    # returns shape i: points as in the source, and also `up`, `unseen` and (if asked for) `parts`
     read: Callable[[int], PointCloud]
     labels: np.ndarray  # n int64, -1 for no label
     class_names: tuple[str, ...]

@@ -128,7 +128,7 @@ class Store:
         if size < size_at_opening:
             # reading the missing pages would crash the process
             raise ReadError(f"{path}: was deleted or cut off while it was read")
-        # close the oldest shard; there is no lock, since another thread hardly ever needs it
+        # close the oldest shard, without a lock, since another thread hardly ever needs this shard
         if len(self._open) > 64:
             self._open.pop(next(iter(self._open)))
         return found
@@ -259,9 +259,10 @@ class StoredPoints:
 class StoreWriter:
     """Append clouds to a new store, or to a store with the same settings. Use it in a `with` block.
 
-    The end of the block commits all added clouds (except after an OSError) and, unless an exception
-    ended the block, marks the store complete. A new store without clouds is deleted. Raises
-    ValueError if `path` exists but is no store, or if the store has other settings or part names.
+    At the end of the block, all added clouds are committed, except after an OSError. The store is
+    then marked complete, unless an exception ended the block. A new store without clouds is
+    deleted. Raises ValueError if `path` exists but is no store, or if the store has other settings
+    or part names.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ def _support(rng: Rng, width: float, depth: float, height: float, column: bool) 
 def _back(
     rng: Rng, width: float, rear: float, foot: float, height: float, thick: float
 ) -> list[Loft]:
-    """Make a backrest at y = `rear`: a panel, or posts with a rail, upright or leaning back.
+    """Make an upright or leaning backrest at y = `rear`: a panel, or posts with a rail.
 
     foot: height of the lower edge above the ground. height: from the lower to the upper edge.
     thick: thickness of the panel.
@@ -406,10 +406,10 @@ def normalise(points: np.ndarray) -> np.ndarray:
 def make_shape(label: int, num_points: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Make a random shape of class `label`, with a random yaw, a mild stretch and noise.
 
-    Returns points float32 [num_points, 3], z up, centroid 0, farthest point at distance 1, and
-    parts int16 [num_points], indices into `PART_NAMES`. Some shapes are occluded: all points beyond
-    a plane or in a ball are removed. For such a shape, more points are sampled at first, so that
-    `num_points` remain.
+    Returns points float32 [num_points, 3] (z up, centroid 0, farthest point at distance 1) and
+    parts int16 [num_points] (indices into `PART_NAMES`). Some shapes are occluded: all points
+    beyond a plane or in a ball are removed. For such a shape, more points are sampled at first, so
+    that `num_points` remain.
     """
     name, triangles, parts = CLASS_NAMES[label], [], []
     for part, *lofts in _CLASSES[name][1](rng, rng.uniform):

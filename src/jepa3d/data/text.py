@@ -23,7 +23,7 @@ _COMMENT = ("#", "//", "%")
 # delimiters besides white space; if a line has several of them, the first listed here is used
 _MARKS = (";", "|", "\t", ",")
 _BLANK = ",;|\t "  # a row that holds only these characters is empty
-# largest number of lines above the numbers, not counting comments and counts
+# largest number of lines above the numbers, apart from comments and counts of rows
 _MAX_TITLE = 100
 _MAX_LINE = 100_000  # every line above the numbers must have fewer characters
 # how programs write a missing value
@@ -59,8 +59,8 @@ class Table:
         self.path, self.encoding = path, encoding_of(path)
         # (line number, text) of each line above the numbers that is neither a comment nor a count
         self._above: list[tuple[int, str]] = []
-        # the last 1,000 comments above the numbers that contain the letters x, y and z; one of them
-        # may be the header
+        # of the comments above the numbers, the last 1,000 that contain the letters x, y and z; one
+        # of these comments may be the header
         self._comments = deque[str](maxlen=1000)
         self._count: int | None = None  # number of rows, if the file states it
         # the line with the names of the columns, if it is not a comment
@@ -78,9 +78,9 @@ class Table:
     def used(self, columns: Names | None) -> dict[str, int]:
         """Return a dict from x, y, z and the names of attributes to the indices of their columns.
 
-        columns: the three names that the header has for x, y and z, or, for a table without a
-        header, the names of all columns. Without a header and `columns`, the first three columns
-        are x, y and z. Raises ReadError.
+        columns: for a table with a header, the three names that it has for x, y and z; for a table
+        without a header, the names of all columns. If there is no header and `columns` is None, the
+        first three columns are x, y and z. Raises ReadError.
         """
         row = _fields(self._first, self.mark)
         xyz = columns if columns and len(columns) == 3 else None
@@ -222,7 +222,7 @@ def encoding_of(path: Path) -> str:
 def delimiter_of(text: str) -> str | None:
     """Find the delimiter of a row of numbers; None means white space.
 
-    In a row with another delimiter, commas are decimal commas.
+    If the delimiter is not the comma, all commas in the row are decimal commas.
     """
     text = text.strip(" \r\n")
     text = re.sub(r'"[^"]*"', lambda quoted: quoted.group().replace(",", "."), text)

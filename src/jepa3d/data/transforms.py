@@ -46,7 +46,7 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor
 
 
 def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> Tensor:
-    """Change each cloud as a scan might show it; returns B num_points 3 in the unit sphere.
+    """Make each cloud look like a scan; returns B num_points 3 in the unit sphere.
 
     points: B M 3, in farthest point order. Steps:
 
