@@ -1,5 +1,6 @@
-"""Metrics of a dVAE, the autoencoder that describes each patch by one of its discrete codes: its
-reconstruction error, next to the error of the best constant patch, and how many codes it uses.
+"""Metrics of a dVAE, an autoencoder that describes each patch by one of a fixed number of codes.
+The metrics are its reconstruction error, for comparison the error of the best constant patch, and
+the perplexity of its codes, which says how many of them it uses.
 """
 
 import numpy as np
