@@ -1,6 +1,6 @@
 """Metrics of a dVAE, an autoencoder that describes each patch by one of a fixed number of codes.
-The metrics are its reconstruction error, for comparison the error of the best constant patch, and
-the perplexity of its codes, which says how many of them it uses.
+The metrics are its reconstruction error, the error of the best constant patch (for comparison), and
+the perplexity of its codes, which measures how many codes are in use.
 """
 
 import numpy as np

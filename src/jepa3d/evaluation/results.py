@@ -223,8 +223,8 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Of each group of arms that differ only in `setting`, choose the arm with the highest mean
-    validation metric.
+    """Choose the arm with the highest mean validation metric from each group of arms that differ
+    only in `setting`.
 
     Arms without validation metrics are all kept, since a choice by test metrics is not allowed.
     Returns the chosen and the kept arms, and notes on the choices.
