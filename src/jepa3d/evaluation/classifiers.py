@@ -213,8 +213,8 @@ def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)
-    # A string is the error text of a process that died, perhaps for lack of memory. The fit that
-    # it should have made is repeated in this process.
+    # A string is the error text of a process that died, perhaps for lack of memory. Its fit is
+    # repeated here, in the main process.
     return [fit(*job) if isinstance(result, str) else result for job, result in results]
 
 

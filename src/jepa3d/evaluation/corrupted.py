@@ -32,12 +32,12 @@ def corrupted(
 ) -> dict[str, Any]:
     """Score each model, and the baselines of the first model, on corrupted shapes of a split.
 
-    task: "retrieval" searches the clean shapes of the split, except the clean copy of the query,
-    and scores how often the nearest neighbour is correct, and mAP. "probe" scores the accuracy of
-    logistic_10 and knn, fitted to clean train shapes. part: the split, see `opened`. Returns the
-    result record. For clean shapes and for every kind of corruption, it has one list per model and
-    metric, with one score per severity. Raises ValueError or ReadError if a model or the data
-    cannot be used.
+    task: "retrieval" searches the clean shapes of the split, except the clean copy of the query.
+    Its metrics are mAP and the share of queries whose nearest neighbour is correct. The metrics of
+    "probe" are the accuracies of logistic_10 and knn, fitted to clean train shapes. part: the
+    split, see `opened`. Returns the result record. For clean shapes and for every kind of
+    corruption, it has one list per model and metric, with one score per severity. Raises ValueError
+    or ReadError if a model or the data cannot be used.
     """
     searches = task == "retrieval"
     record: dict[str, Any] = {}
@@ -83,8 +83,8 @@ def corrupted(
 
 
 def sheet(result: dict[str, Any]) -> Sheet:
-    """Return the table of a result: a row for clean shapes and for each kind of corruption, and a
-    column for each model or baseline. Scores are means over severities.
+    """Return the table of a result. It has a row for clean shapes, a row for each kind of
+    corruption, and a column for each model or baseline. Scores are means over severities.
     """
     data, rows = result["data"], result["corruptions"]
     how = "each searched among the other clean shapes"

@@ -38,7 +38,7 @@ from jepa3d.models.ready import load as load_encoder
 from jepa3d.ops import three_nn_interpolate
 
 _C_GRID = (0.001, 0.01, 0.1)
-# largest number of points of each train shape to which the classifiers are fitted
+# The classifiers are fitted to at most this many points of each train shape.
 _POINTS = 256
 # The classifiers are fitted to at most about this many points of all train shapes together. If
 # there are many train shapes, fewer points of each are used, but at least 16.

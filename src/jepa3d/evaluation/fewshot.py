@@ -61,8 +61,8 @@ def draw_episodes(
     and no shape occurs twice. Episode i depends on the data, seed, ways, shots, queries and i, but
     not on `folds`. All classes have equally many queries, so the overall accuracy equals the mean
     class accuracy. Raises ReadError if the clouds have no labels or no split, or if too few classes
-    have enough shapes. In the latter case, if fewer queries would suffice, the message states the
-    largest possible number.
+    have enough shapes. In the latter case, if episodes with fewer queries are possible, the message
+    states the largest possible number of queries.
     """
     if clouds.labels is None or clouds.split is None:
         lacks = "labels" if clouds.labels is None else "train/test split"
@@ -151,9 +151,9 @@ def published_folds(
 
     folder: the folder of one setting, such as 5way_10shot, or a folder one or two levels above it.
     Returns None if there are no published folds of any setting. Raises ReadError if there are only
-    folds of other settings, or if one of the first `folds` folds is missing or unfinished, or has
-    no labels or split. It is also raised unless each of these folds has exactly `ways` classes with
-    `shots` train shapes and `queries` test shapes each.
+    folds of other settings. It is also raised if one of the first `folds` folds is missing or
+    unfinished, has no labels or no split, or does not have exactly `ways` classes with `shots`
+    train shapes and `queries` test shapes each.
     """
     found: dict[tuple[int, int], Path] = {}
     below = [path for depth in ("", "*/") for path in sorted(folder.glob(f"{depth}*way*shot"))]

@@ -1,5 +1,6 @@
 """Compare encoders shape by shape: score frozen vectors on every single shape, and compute paired
-differences, each with a 95 % interval over seeds and shapes, and a verdict. No setting is chosen.
+differences. Each difference has a 95 % interval, which covers seeds and shapes, and a verdict. No
+setting is chosen.
 
 | metric      | score of one shape, in per cent                                                   |
 |-------------|-----------------------------------------------------------------------------------|
@@ -42,8 +43,8 @@ METRICS = {  # metric -> its name in tables
     "nearest": "nearest neighbour correct",
     "finetuned": "fine-tuned",
 }
-# A function of q vectors q E and of the row numbers q of their shapes among the scored shapes. It
-# returns metric -> q scores in per cent.
+# A function of the vectors q E of q shapes, and of the indices q of these shapes among all scored
+# shapes. It returns metric -> q scores in per cent.
 Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
@@ -142,7 +143,8 @@ def vectors_by(name: str, run: Path, data: Labelled) -> Vectors:
     """Compute the vectors of the train and scored shapes of a data set.
 
     name: "encoder" for the encoder of the run, "untrained" for its untrained encoder, or the name
-    of one of the handcrafted `baselines`. These are given the same points as the untrained encoder.
+    of one of the handcrafted `baselines`. The baselines are given the same points as the untrained
+    encoder.
     """
     folder = run / ("encoder" if name == "encoder" else "untrained")
     encoder, subsets = PointEncoder.from_pretrained(folder), data.subsets()[:2]

@@ -98,9 +98,9 @@ def run_protocol(
     it is None, a fifth of train is held out for this choice. c: a fixed C; if it is None, C is
     chosen. Returns accuracy, layer, C, mean_class_accuracy and confusion (see `_confusion`).
 
-    logistic_10 ignores `held`, since it chooses on folds of each of its samples of labels. For it,
-    the mean and std of the accuracy over samples are returned, and the layer and C chosen on each
-    sample.
+    logistic_10 ignores `held`, since it chooses on folds of each of its samples of labels. Its
+    result has the mean and std of the accuracy over samples, and the layer and C that were chosen
+    on each sample.
     """
     few = protocol == "logistic_10"
     grid = (0.0,)

@@ -1,5 +1,6 @@
-"""Metrics of a dVAE, the autoencoder that describes each patch by one of its discrete codes: its
-reconstruction error, next to the error of the best constant patch, and how many codes it uses.
+"""Metrics of a dVAE, an autoencoder that describes each patch by one of a fixed number of codes.
+The metrics are its reconstruction error, the error of the best constant patch (for comparison), and
+the perplexity of its codes, which measures how many codes are in use.
 """
 
 import numpy as np

@@ -172,9 +172,9 @@ def _origin(init: str, record: dict) -> str:
     """Return a key for the origin of an encoder: `init`, or, for a pretrained encoder, the settings
     and data of its pretraining run, without the seed.
 
-    The key is equal for all seeds of one configuration. If the pretraining itself used a run of the
-    same seed as its init or teacher, the seed is removed from that run's name: runs/mae-0 becomes
-    runs/mae.
+    The key is equal for all seeds of one configuration. The init or teacher of the pretraining may
+    itself be a run with the same seed. Then the seed is removed from that run's name: runs/mae-0
+    becomes runs/mae.
     """
     if not record or init in BASES:
         return init
@@ -223,8 +223,8 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
 
 
 def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
-    """Of each group of arms that differ only in `setting`, choose the arm with the highest mean
-    validation metric.
+    """Choose the arm with the highest mean validation metric from each group of arms that differ
+    only in `setting`.
 
     Arms without validation metrics are all kept, since a choice by test metrics is not allowed.
     Returns the chosen and the kept arms, and notes on the choices.

@@ -134,9 +134,9 @@ def retrieval(models: list[str], dataset: LabelledSet, part: str = "test") -> di
 
     models: encoders as in `jepa3d.load`, or runs of jepa3d classify. part: the split that is
     searched. The baselines are an untrained encoder and the handcrafted `baselines`. Classes
-    without train or test shapes are left out (for the part "validation": without train or
-    validation shapes), and so are queries that are alone in their class. Returns the result record.
-    Raises ValueError or ReadError if a model or the data cannot be used.
+    without train or test shapes are left out. (For the part "validation", these are the classes
+    without train or validation shapes.) Queries that are alone in their class are left out too.
+    Returns the result record. Raises ValueError or ReadError if a model or the data cannot be used.
     """
     scores: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
