@@ -8,7 +8,7 @@ import pytest
 
 from jepa3d import config as settings
 from jepa3d.config import PRESETS, DVAEConfig, PretrainConfig
-from jepa3d.plain import read_recipe
+from jepa3d.plain import differences, read_recipe
 from jepa3d.validate import departures
 
 # Words in the names of fine-tuning recipes; test_recipes.py tests these recipes.
@@ -102,7 +102,7 @@ def test_a_preset_resolves_and_changes_sizes_never_the_method(name):
 
 def test_tiny_alone_has_what_learned_most_in_minutes():
     config, paper = settings.resolve(settings.preset("tiny")), PretrainConfig()
-    changed = settings.differences(settings.to_dict(config), settings.to_dict(paper))
+    changed = differences(settings.to_dict(config), settings.to_dict(paper))
     parts = ("objective", "sampler", "decoder", "target", "teacher", "scale", "rotate")
     assert {name for name in changed if name.split(".")[0] in parts} == {
         "sampler.name",
@@ -214,8 +214,8 @@ def test_differences_are_dotted_names_with_both_values():
         settings.to_dict(PretrainConfig()),
         settings.to_dict(settings.resolve({"lr": 2.0, "dvae": {"width": 8}})),
     )
-    assert settings.differences(two, one) == {"lr": (2.0, 1e-3), "dvae.width": (8, 384)}
-    assert settings.differences(one, one) == {}
+    assert differences(two, one) == {"lr": (2.0, 1e-3), "dvae.width": (8, 384)}
+    assert differences(one, one) == {}
 
 
 FAITHFUL = {

@@ -14,7 +14,7 @@ from processes import Command
 from jepa3d import config as settings
 from jepa3d.cli import main
 from jepa3d.config import FinetuneConfig, SegmentConfig
-from jepa3d.plain import from_dict, merge, read_recipe
+from jepa3d.plain import differences, from_dict, merge, read_recipe
 from jepa3d.training.compare import BASELINES
 from jepa3d.training.grid import read_grid
 from jepa3d.validate import validate
@@ -81,7 +81,7 @@ def test_the_rivals_recipes_differ_from_the_recommended_one_in_objective_and_rot
             settings.to_dict(settings.resolve(settings.preset(recipe.pop("preset")), recipe))
         )
     for rival in configs[1:]:
-        changed = set(settings.differences(rival, configs[0])) - set(settings.BOOKKEEPING)
+        changed = set(differences(rival, configs[0])) - set(settings.BOOKKEEPING)
         own = {
             name
             for name in changed

@@ -26,7 +26,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 from sklearn.model_selection import StratifiedKFold
 
-from jepa3d.config import BOOKKEEPING, differences
+from jepa3d.config import BOOKKEEPING
 from jepa3d.data.datasets import PointClouds
 from jepa3d.evaluation.classifiers import by_class, class_accuracy, predict, side_by_side
 from jepa3d.evaluation.descriptors import baselines
@@ -39,6 +39,7 @@ from jepa3d.models.dvae import DVAE
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.models.ready import load as load_encoder
 from jepa3d.models.teacher import load_module
+from jepa3d.plain import differences
 from jepa3d.run import Run
 
 PROTOCOLS = ("logistic", "logistic_10", "knn", "svc_linear", "linear_svc", "mlp3")

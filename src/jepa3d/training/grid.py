@@ -13,7 +13,15 @@ import numpy as np
 
 from jepa3d import config as settings
 from jepa3d.config import FinetuneConfig, PretrainConfig
-from jepa3d.plain import from_dict, merge, nearest, read_checked, read_recipe, write_checked
+from jepa3d.plain import (
+    differences,
+    from_dict,
+    merge,
+    nearest,
+    read_checked,
+    read_recipe,
+    write_checked,
+)
 from jepa3d.training.pretrain import check, cpu_costs
 from jepa3d.validate import validate
 
@@ -161,7 +169,7 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
     known: dict[str, Any] = read_checked(file, "arms")["arms"] if file.exists() else {}
     plain = {name: settings.to_dict(config) for name, config in grid.arms.items()}
     for name in plain.keys() & known.keys():
-        if changed := settings.differences(plain[name], known[name]["settings"]):
+        if changed := differences(plain[name], known[name]["settings"]):
             setting, (now, then) = next(iter(changed.items()))
             reason = f"{setting} was {then} when the arm's cost was measured ({file})"
             hint = f"not {now}; a changed arm needs another name"
