@@ -112,7 +112,7 @@ class TargetConfig:
     )
     sigreg: float = setting(
         0.0,
-        "Weight of the regulariser SIGReg on the student's tokens; teacher none needs it.",
+        "Weight of the regulariser SIGReg on the student's tokens; --teacher none needs a weight above 0.",
         "[0, 1)",
     )
     num_slices: int = setting(256, "Number of SIGReg's random directions.", "[1, 65536]", tiny=64)

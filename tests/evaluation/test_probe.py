@@ -483,7 +483,7 @@ def test_the_table_of_classes_is_printed_when_asked_for(probed, capsys):
 def test_a_protocol_without_figures_of_classes_is_refused(probed, protocol):
     with pytest.raises(
         ValueError,
-        match=rf"\A--per-class '{protocol}': use a probed protocol: knn, svc_linear .*\Z",
+        match=rf"\A--per-class '{protocol}': use one of the probed protocols: knn, svc_linear .*\Z",
     ):
         probing.check_per_class(protocol, probed["rows"][0]["scores"])
 

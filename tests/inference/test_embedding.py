@@ -216,7 +216,7 @@ def test_a_folder_of_shares_has_each_path_once_whoever_brings_it_up_to_date(mode
     change_and_compare("2/2", "1/2")
     change_and_compare("1/1")  # both parts
     assert sorted(file.name for file in out.iterdir()) == ["part-1of2.parquet", "part-2of2.parquet"]
-    with pytest.raises(ValueError, match="uses n = 2"):
+    with pytest.raises(ValueError, match="has 2 shares"):
         embed_files([scans], out, model, workers=1, share="1/3")
     (out / "copy.parquet").write_bytes((out / "part-1of2.parquet").read_bytes())
     with pytest.raises(ValueError, match=r"copy\.parquet: not written"):

@@ -204,7 +204,7 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 def to_parts(values: np.ndarray) -> np.ndarray:
     """Convert part labels N to int16.
 
-    Negative values, NaN and the largest value of an integer type become UNLABELLED. Call this where
+    Negative values, NaN and the largest value of the labels' own integer type become UNLABELLED. Call this where
     labels are used, not when a file is read, so that bad labels do no harm to other uses of a file.
     Raises ReadError for other values that are not whole numbers from 0 to 32,767.
     """

@@ -285,7 +285,7 @@ def _seeds(runs: list[Path], configs: dict[Path, dict]) -> list[int]:
     seeds = [configs[run]["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         found = f"the seeds are {seeds}, but runs to average must have different seeds"
-        raise ValueError(f"{found}; probe other models one by one")
+        raise ValueError(f"{found}; to probe models without averaging them, give one per command")
     return seeds
 
 
@@ -346,8 +346,9 @@ def _models(folder: Path) -> tuple[dict, dict[str, PointEncoder | DVAE]]:
 def summarise(rows: list[dict], protocols: tuple[str, ...]) -> dict:
     """Average over runs: returns model -> protocol -> mean and sample std of the overall accuracy.
 
-    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. The entry "gain"
-    beside the models has the gain of each pretrained encoder over the untrained encoder of its run.
+    A protocol's entry "mean_class_accuracy" has the mean and std of that metric. Besides
+    the models, the result has a key "gain" with the same entries: the accuracy of each run's
+    pretrained encoder minus that of its untrained encoder, as mean and std over runs.
     """
     table: dict[str, dict] = {}
     for protocol, key in product(protocols, ("accuracy", "mean_class_accuracy")):
@@ -373,8 +374,8 @@ def check_per_class(protocol: str | None, protocols: Iterable[str]) -> None:
     """
     known = [name for name in protocols if name != "logistic_10"]
     if protocol is not None and protocol not in known:
-        listed = f"{', '.join(known)} (logistic_10 has none)"
-        raise ValueError(f"--per-class {protocol!r}: use a probed protocol: {listed}")
+        listed = f"{', '.join(known)} (logistic_10 has no accuracies per class)"
+        raise ValueError(f"--per-class {protocol!r}: use one of the probed protocols: {listed}")
 
 
 def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
@@ -391,8 +392,8 @@ def sheets(result: dict, per_class: str | None = None) -> list[Sheet]:
     )
     dvaes = [row["dvae"] | {"run": row["run"]} for row in result["rows"] if "dvae" in row]
     notes = [
-        f"teacher of {dvae['run']}: Chamfer-L1 {dvae['reconstruction']:.4f}, best constant patch "
-        f"{dvae['constant_patch']:.4f}; code perplexity {dvae['perplexity']:.0f} of {dvae['num_codes']}"
+        f"teacher of {dvae['run']}: Chamfer-L1 {dvae['reconstruction']:.4f} (best constant patch: "
+        f"{dvae['constant_patch']:.4f}), perplexity {dvae['perplexity']:.0f} of {dvae['num_codes']} codes"
         for dvae in dvaes
     ]
     if result["seen_in_pretraining"]:

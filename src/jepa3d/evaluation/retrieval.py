@@ -162,8 +162,9 @@ def opened(
     """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
     The descriptors of the first model include its baselines. dataset: its up axis may also be
-    "none", for vectors that do not depend on the rotation of a shape. part: train, test or
-    validation; `test` of the yielded shapes is this split, see `Labelled.of`. whole: read the
+    "none", for vectors that do not depend on the rotation of a shape. part: the split to
+    search, train, test or validation. The attribute `test` of the yielded shapes has this split,
+    whichever it is (see `Labelled.of`). whole: read the
     shapes with all of their points, not only with as many as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
@@ -189,7 +190,7 @@ def opened(
 
 
 def _points_in(data: str, fewest: int) -> int:
-    """Return the number of points per cloud in a bundle or store, or `fewest` if this is larger.
+    """Return the number of points per cloud in a bundle or store, but at least `fewest`.
 
     In all other kinds of data, the clouds have different numbers of points; then return `fewest`.
     """
@@ -214,8 +215,8 @@ def sheet(result: dict[str, Any]) -> Sheet:
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels_key']}), {data['part']} split: {result['queries']:,} "
-        f"queries of {result['classes']} classes; mean average precision and nearest neighbour "
-        "correct, in %; from frozen vectors, no setting was chosen"
+        f"queries of {result['classes']} classes; mean average precision, and queries whose "
+        "nearest neighbour is correct, in %; the vectors are frozen, and no setting was chosen"
     )
     rows = [
         [name, f"{row['map']:.1f}", f"{row['nearest']:.1f}", *compared_cells(row)]

@@ -43,8 +43,8 @@ def embed_files(
     If a call was interrupted, the same call continues it. model, up_axis, layer, pooling,
     keep_strays: as for `jepa3d embed`. workers: number of processes; 0 for one per core, but fewer
     if there are few clouds. share: "2/4" is the second of four calls that together fill one folder.
-    prune: delete the vectors of clouds that are no longer found in the folders or files at `paths`,
-    and of clouds whose files no longer exist.
+    prune: delete the vectors of clouds inside `paths` that are no longer found there, and of clouds
+    outside `paths` whose files no longer exist.
 
     Returns the numbers of clouds that are new, changed, unchanged, forgotten (deleted by `prune`)
     and left out, and the number of NaN points (`unseen`). These numbers are also logged, and so is
@@ -128,7 +128,9 @@ def _share_files(out: Path, share: str) -> tuple[dict[int, Path], int]:
             raise ValueError(f"{file}: not written by embed; choose another --out")
         begun.add(int(part[1]))
     if len(begun) > 1:
-        raise ValueError(f"--share {share}: {out} uses n = {min(begun - {shares})}")
+        raise ValueError(
+            f"--share {share}: {out} has {min(begun - {shares})} shares, so give that number after the /"
+        )
     total = min(begun, default=1)
     # Without --share, this call computes all shares, one after another.
     numbers = [number] if shares > 1 else range(1, total + 1)
