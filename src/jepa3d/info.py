@@ -200,7 +200,9 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     _, first, count = np.unique(content, return_index=True, return_counts=True)
     if count.max() > 1:
         key = printable(store.key(int(first[np.argmax(count > 1)])))
-        print(f"duplicates: {(count - 1).sum():,} clouds are copies of others, such as of {key}")
+        print(
+            f"duplicates: {(count - 1).sum():,} clouds are copies of others, for example of {key}"
+        )
     _classes(store)
     if verify:
         store.verify()
