@@ -62,7 +62,7 @@ def test_info_describes_a_store_and_draws_it(scans, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "13 clouds of 64 points" in printed
     assert "mm" in printed
-    assert "1 clouds equal another, such as box/0.off" in printed
+    assert "1 clouds are copies of others, for example of box/0.off" in printed
     assert "every file has the stored checksum" in printed
     rows = [line.split("│")[1:3] for line in printed.splitlines() if line.startswith("│")]
     assert {name.strip(): count.strip() for name, count in rows} == {

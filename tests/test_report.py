@@ -288,7 +288,7 @@ def test_a_pretraining_run_is_told_whole(pretrained):
     assert {record["command"], record["data"]["fingerprint"]} <= set(page.words["dd"])
     assert any(f"torch {torch.__version__}" in value for value in page.words["dd"])
     assert any(
-        "6 steps, " in value and "CPU-minutes before that: stage I" in value
+        "6 steps, " in value and "CPU-minutes before the first step (stage I" in value
         for value in page.words["dd"]
     )
     for name, (ours, paper) in record["departures"].items():

@@ -37,7 +37,10 @@ class EncoderConfig:
     tokenizer_dim: int = setting(128, "Width of the tokenizer.", "[1, 16384]", tiny=64)
     mlp_ratio: float = setting(4.0, "Hidden width of the MLPs, divided by embed_dim.", "(0, 64]")
     drop_path: float = setting(
-        0.1, "Stochastic depth: drop rate of the last block; 0 for the first.", "[0, 1)", tiny=0.0
+        0.1,
+        "Stochastic depth: drop rate of the last block; the first block has the drop rate 0.",
+        "[0, 1)",
+        tiny=0.0,
     )
     position_every_block: bool = setting(
         True, "Add position embeddings before every block, not only before the first."
@@ -276,8 +279,9 @@ class PretrainConfig(RunConfig):
     teacher: tuple[str, ...] = setting(
         ("dvae",),
         "dvae, generative or invariance (trained first), ema (moving average of the student), "
-        "untrained, none, default (the encoder in the package), a run, a folder, a Hub id or "
-        "package.module:function; the tokens of several teachers are concatenated.",
+        "untrained (random weights), none (no teacher), default (the encoder in the package), a "
+        "run, a folder, a Hub id or package.module:function; the tokens of several teachers are "
+        "concatenated.",
         tiny=("ema", "untrained"),
     )
     init: str | None = setting(

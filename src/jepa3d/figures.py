@@ -193,7 +193,7 @@ def draw_differences(rows: Sequence[Row], path: Target, title: str) -> None:
 
     An arm is a configuration that was compared. A panel has one line for each arm and each baseline
     on each data set. The line is green if the arm or baseline is better, red if it is worse, and
-    grey if this is undecided.
+    grey if the verdict is undecided.
     """
     lines = list(dict.fromkeys((row.data, row.name) for row in rows if row.difference))
     metrics = [metric for metric in METRICS if any(row.metric == metric for row in rows)]

@@ -27,7 +27,11 @@ _UNITS: dict[str, tuple[float, str, str]] = {
     "cpu_seconds": (60, ".1f", "CPU-minutes"),
     "wall_seconds": (60, ".1f", "minutes"),
     "peak_memory": (2**30, ".2f", "GiB of memory at the peak"),
-    "stage1_cpu_seconds": (60, ".1f", "CPU-minutes before that: stage I, cached targets"),
+    "stage1_cpu_seconds": (
+        60,
+        ".1f",
+        "CPU-minutes before the first step (stage I, cached targets)",
+    ),
 }
 
 
@@ -191,12 +195,14 @@ def _store(store: Store, verify: bool, picture: Path | None) -> None:
     radius, unit = columns["frame"][:, 3], settings["unit"] or "units of the files"
     span = f"{radius.min():.4g} to {radius.max():.4g}"
     print(f"radius: {span}, median {np.median(radius):.4g} {unit}")
-    print(f"up axis of the files, rotated to z here: {_counts(columns['up'], 'xyz')}")
+    print(f"up axis of the files (in this store, it is z): {_counts(columns['up'], 'xyz')}")
     content = columns["content"]
     _, first, count = np.unique(content, return_index=True, return_counts=True)
     if count.max() > 1:
         key = printable(store.key(int(first[np.argmax(count > 1)])))
-        print(f"duplicates: {(count - 1).sum():,} clouds equal another, such as {key}")
+        print(
+            f"duplicates: {(count - 1).sum():,} clouds are copies of others, for example of {key}"
+        )
     _classes(store)
     if verify:
         store.verify()

@@ -374,7 +374,7 @@ def _settings(config: dict, record: dict) -> str:
     groups = {name: value for name, value in chosen.items() if isinstance(value, dict)}
     every = [(name, value) for name, value in chosen.items() if name not in groups]
     every += [(f"{name}.{k}", v) for name, x in groups.items() for k, v in x.items()]
-    body = page.note("No other setting differs from the defaults.")
+    body = page.note("No setting differs from the defaults, apart from any departures above.")
     if rows:
         apart = ", apart from the departures above" if "departures" in record else ""
         body = page.note(f"Settings that differ from the defaults{apart}.")

@@ -150,4 +150,5 @@ def test_choices_of_other_protocols_are_refused(model, shapes, flags, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["probe", model, "--data", shapes, "--parts", *flags])
     assert ended.value.code
-    assert "only one of them, and none of --layer" in " ".join(capsys.readouterr().err.split())
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "only one of these two flags, and without --layer" in printed

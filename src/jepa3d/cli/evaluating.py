@@ -82,7 +82,7 @@ def probe(
     if corruptions or parts:
         if (corruptions and parts) or chosen != _CHOICES:
             others = "--layer, --pooling, --protocols, --quick, --per-class"
-            rule = f"give only one of them, and none of {others}"
+            rule = f"give only one of these two flags, and without {others}"
             raise ValueError(f"--corruptions and --parts: {rule}")
         if parts:
             result = dense.probe_parts(models, dataset, part)
@@ -173,7 +173,8 @@ def results(
         Runs of classify, segment or fewshot, or folders that contain such runs.
     choose: str
         A setting, such as lr. Of runs that differ only in this setting and the seed, the tables
-        show only those whose value has the best validation score, averaged over seeds.
+        show only the runs with the best value of the setting: the value with the highest validation
+        score, averaged over seeds.
     published: bool
         Print all tables of published results, even if no runs are given.
     out: Path
