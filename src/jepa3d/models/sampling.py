@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20  # how many times at most a cloud with too small a context is sampled again
+_REDRAWS = 20  # greatest number of redraws for a cloud whose context is too small
 
 Generator = torch.Generator | BatchGenerator
 
