@@ -195,9 +195,9 @@ def farthest_point_sample(
     Returns indices B num_samples; each sample is the point farthest from all samples before it.
     With a generator the first sample is random. Without a generator it is the point farthest from
     the centroid, so the samples do not depend on the order of points unless several points are
-    equally far. In that case torch and Triton take the lowest index, and the compiled back end
-    takes any of them. Equally far points occur on lattices, and if a cloud has fewer different
-    points than samples. Raises ValueError unless 1 <= num_samples <= N.
+    equally far. In that case torch and Triton choose the one with the lowest index, and the
+    compiled back end may choose any one. Equally far points occur on lattices, and in clouds that
+    have fewer different points than samples. Raises ValueError unless 1 <= num_samples <= N.
     """
     batch, num_points, _ = points.shape
     if not torch.compiler.is_exporting() and not 1 <= num_samples <= num_points:

@@ -88,7 +88,7 @@ class FoldingDecoder(nn.Module):
         super().__init__()
         if group_size % 4:
             raise ValueError(
-                f"the folding decoder makes 4 points per coarse point: group_size {group_size} must be a multiple of 4"
+                f"the dVAE decodes every patch in groups of 4 points: group_size {group_size} must be a multiple of 4"
             )
         self.num_coarse = group_size // 4
         self.coarse = nn.Sequential(

@@ -155,8 +155,9 @@ class PointEncoder(
         """Convert clouds, given as for `embed`, to the points that the encoder sees (see frame.py),
         without gradient.
 
-        Returns B num_points 3 on the encoder's device. Raises ValueError for no clouds, NaN or
-        infinity, a wrong shape, or a cloud of fewer than `min_points` different points.
+        Returns B num_points 3 on the encoder's device. Raises ValueError if there are no clouds, if
+        a cloud has NaN, infinity or a wrong shape, or if it has fewer than `min_points` different
+        points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
@@ -184,8 +185,9 @@ class PointEncoder(
         )
 
     def poses(self, prepared: Points) -> list[Points]:
-        """Return prepared clouds B N 3 in all poses whose vectors are averaged: only as they are if
-        `upright` is set, else rotated by each of the 12 rotations in `TURNS` (see frame.py).
+        """Return the poses whose vectors are averaged. If `upright` is set, the only pose is the
+        prepared clouds B N 3 as they are. If not, there are 12 poses: the clouds rotated by each of
+        the rotations in `TURNS` (see frame.py).
         """
         return (
             [prepared]

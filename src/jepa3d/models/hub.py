@@ -248,8 +248,8 @@ def local_folder(model: str | Path, **options: Any) -> Path:
 
     The Hub is contacted only if there is no such folder and `model` has the form owner/name. If the
     Hub does not answer within 5 seconds, or in offline mode, an earlier download is used. options:
-    arguments of `hf_hub_download`. Raises ValueError if `model` is a file, if there is no such
-    folder, repository or earlier download, or if the repository lacks a file of a network.
+    arguments of `hf_hub_download`. Raises ValueError if `model` is a file, if it is found neither
+    here nor on the Hub, or if the repository lacks one of a network's two files.
     """
     if check_name(model):
         if Path(model).is_dir():

@@ -70,7 +70,7 @@ def load_network(run: str | Path) -> Network:
 
 
 def _network_folder(run: Path) -> Path:
-    """Return the folder `model` in a run's folder, or `run` itself if there is none."""
+    """Return the folder `model` in a run's folder, or `run` itself if it has no such folder."""
     return run / "model" if (run / "model").is_dir() else run
 
 
@@ -83,8 +83,8 @@ def fingerprint(encoder: PointEncoder) -> str:
     made = vars(encoder)["_hub_mixin_config"].items()
     settings = {name: value for name, value in made if name not in encoder.BEFORE}
     # The settings in BEFORE are not hashed here, so that older encoders, whose config.json lacks
-    # these settings, keep their fingerprints. They still change the fingerprint, since they decide
-    # which weights exist, and the names of all weights are hashed below.
+    # these settings, keep their fingerprints. These settings still change the fingerprint, since
+    # they decide which weights exist, and the names of all weights are hashed below.
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, values in sorted(encoder.state_dict().items()):
         digest.update(name.encode())

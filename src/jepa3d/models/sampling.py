@@ -22,7 +22,7 @@ from jepa3d.ops import (
 )
 from jepa3d.shapes import Bool, Centers, Float, Indices, Int
 
-_REDRAWS = 20  # how many times at most a cloud with too small a context is sampled again
+_REDRAWS = 20  # greatest number of redraws for a cloud whose context is too small
 
 Generator = torch.Generator | BatchGenerator
 
@@ -244,7 +244,7 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
             context = torch.where(short, new_context, context)
             target = torch.where(short[..., None], new_target, target)
     raise ValueError(
-        f"after {_REDRAWS} redraws {target.shape[1]} targets of {target.shape[2]} tokens still leave "
+        f"after {_REDRAWS} new random draws {target.shape[1]} targets of {target.shape[2]} tokens still leave "
         f"fewer than min_context = {min_context} of {num_tokens} tokens in a context; "
         f"use fewer or smaller targets (num_targets, target_ratio)"
     )

@@ -64,7 +64,7 @@ def normalise(tokens: Float[Tensor, "*rest c"], norm: str) -> Float[Tensor, "*re
     """Normalise tokens (..., C).
 
     norm: "none" changes nothing; "layernorm" normalises each token; "center" subtracts each
-    channel's mean over all tokens of the batch (those of all processes); "standardize" also divides
+    channel's mean over the tokens of the whole batch, in all processes; "standardize" also divides
     by each channel's standard deviation.
     """
     if norm == "layernorm":
@@ -127,5 +127,5 @@ def load_module(path: str, known: Iterable[str] = ()) -> DVAE | PointEncoder:
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(
             f"{path}: no encoder or dVAE could be loaded ({reason}); "
-            f"give a finished run, a folder of save_pretrained or a Hub id"
+            f"give the folder of a finished run, the folder of a network, or a Hub id"
         ) from error

@@ -1,5 +1,5 @@
-"""Group points into patches (farthest point sampling and nearest neighbours) and encode each patch
-as a token (a light PointNet).
+"""Group points into patches, by farthest point sampling and nearest neighbours, and encode each
+patch as a token, with a light PointNet.
 """
 
 from typing import NamedTuple

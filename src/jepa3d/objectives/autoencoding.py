@@ -1,5 +1,5 @@
-"""The objective of stage I (the training of a teacher, ACT's first stage): train the discrete
-autoencoder (dVAE) whose tokens 3D-JEPA will predict.
+"""The objective of stage I, the training of a teacher: train the discrete autoencoder (dVAE) whose
+tokens 3D-JEPA will predict, as in ACT's first stage.
 """
 
 import math

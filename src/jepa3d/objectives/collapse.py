@@ -70,8 +70,8 @@ def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: in
     can reach this loss without any knowledge of the shape. The prediction is a polynomial of the
     coordinates (35 terms at degree 4), fitted by least squares to at most `max_rows` tokens of unit
     length. It is scored on the same tokens, so the loss is too low: for n tokens of pure noise it
-    should be 1, but is about 1 - sqrt(35 / n). For example, it is 0.76 for the 608 target tokens in
-    a batch of preset `tiny`.
+    should be 1, but is about 1 - sqrt(35 / n). For example, it is 0.76 for noise with n = 608, the
+    number of target tokens in a batch of preset `tiny`.
     """
     rows = _unit(target.flatten(0, -2), max_rows)
     at = _spread(centers.flatten(0, -2), max_rows).to(torch.float32)

@@ -93,8 +93,8 @@ class JEPA(nn.Module):
 
         generator: source of all random draws. progress: unused; other objectives may need it.
         cached: either nothing, or three tensors that were computed before training
-        (training/cache.py): the point indices of the centers (B M) and of the patches (B M K), and
-        the teacher's tokens (B M E).
+        (training/cache.py): the point indices of the centers (B M), those of the patches (B M K),
+        and the teacher's tokens (B M E).
 
         With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
         points per cloud, in farthest point order. The encoder then sees a damaged view of each
