@@ -148,7 +148,7 @@ def test_a_list_without_names_costs_no_names_given_before(scans):
     text = (out / "names.csv").read_text().replace(",,", ",cup,", 1)
     (out / "names.csv").write_text(text)
     (scans / "blank.csv").write_text("path,name\n")
-    with pytest.raises(ReadError, match="names none of these clouds"):
+    with pytest.raises(ReadError, match="has no name for any of the clouds"):
         label([scans / "scans"], out, model, names=scans / "blank.csv")
     assert (out / "names.csv").read_text() == text
 

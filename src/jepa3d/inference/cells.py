@@ -143,7 +143,7 @@ def choose_tile(
 
     low, high: corners of the scene's bounding box. sample: n 3, a random sample of the scene's
     `total` points. If the scene has few points, the tile size is the largest extent of the scene,
-    so that one tile holds all points. A smaller tile size is rounded to two digits.
+    so that one tile holds all points. A smaller tile size is rounded to two significant digits.
     """
     extent = float((high - low).max())
     larger, points = extent, np.inf  # tile size and median count of the previous step
@@ -227,8 +227,9 @@ def sort_points(
     """Sort the points of a scene by cell into a file in `folder`, and return the occupied cells.
 
     parts: the scene's `total` points in chunks n 3, in the axes of their file. up_axis: the up axis
-    of this file. sample: n 4, the z-up coordinates and the numbers of randomly sampled points.
-    Quantiles of this sample divide the points into buckets; each bucket is then sorted in memory.
+    of this file. sample: n 4, randomly sampled points: their z-up coordinates, and their numbers in
+    the scan. Quantiles of this sample divide the points into buckets; each bucket is then sorted in
+    memory.
     bar: a progress bar, which counts a point when it is put into a bucket and again when it is
     sorted.
     """

@@ -54,8 +54,8 @@ class Address:
 
     @staticmethod
     def parse(text: str | Path) -> "Address | None":
-        """Return the address that a text means, or None if the file does not exist, or if the store
-        has no such key.
+        """Return the address that a text means. If the file does not exist, or if the store has no
+        such key, return None.
 
         Files are not opened. So an address is returned even if the file has no such row or holds no
         cloud at all.
@@ -77,8 +77,8 @@ class Address:
 
     @property
     def z_up(self) -> bool:
-        """True for a cloud in a store. It always has z up, and the setting `up_axis` of a command
-        applies only to clouds in files.
+        """True for a cloud in a store. Such a cloud always has z up. The setting `up_axis` of a
+        command applies only to clouds in files.
         """
         return self.part is not None and is_store(self.file)
 

@@ -1,5 +1,5 @@
 """`jepa3d export`: write an encoder or a classifier as ONNX, as a torch.export program and as a
-folder for the Hugging Face Hub, and check that the exported files give the same results as torch.
+folder for the Hugging Face Hub. The exported files must give the same results as torch.
 """
 
 import json
@@ -178,8 +178,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _program(graph: Graph, encoder: PointEncoder) -> torch.export.ExportedProgram:
-    """Export a graph for any batch size. If the graph's input is points, it is also exported for
-    any number of points from `min_points` to `MAX_POINTS`.
+    """Export a graph for any batch size. A graph whose input is points is also exported for any
+    number of points from `min_points` to `MAX_POINTS`.
     """
     # The example batch has two clouds: torch would turn a batch size of 1 into a constant.
     clouds = torch.rand(2, encoder.num_points + 8, 3, generator=torch.Generator())

@@ -61,12 +61,12 @@ def label(
     """Embed the clouds at `paths` and propose clusters; once there are names, train a classifier
     and label all clouds.
 
-    names: a CSV file with names; by default OUT/names.csv, or if that has no names, names typed in
-    the terminal. clusters: number of clusters; the default is the square root of half the number of
-    clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds that resemble
-    no named cloud. Raises ValueError for wrong settings, or if there are too few named clouds for
-    `unknown`. Raises ReadError if the file of names cannot be used, or if none of the clouds can be
-    used.
+    names: a CSV file with names. By default, the names are read from OUT/names.csv; if it has none,
+    the terminal asks for them. clusters: number of clusters; the default is the square root of half
+    the number of clouds, but at least 2 and at most 40. unknown: give the label "unknown" to clouds
+    that resemble no named cloud. Raises ValueError for wrong settings, or if there are too few
+    named clouds for `unknown`. Raises ReadError if the file of names cannot be used, or if none of
+    the clouds can be used.
     """
     if up_axis == "none":
         raise ValueError("--up-axis none: jepa3d predict cannot use it; give x, y or z")
@@ -78,7 +78,7 @@ def label(
     names = names or out / "names.csv"
     known = read_names(names, cloud_paths) if names.is_file() else {}
     if not known and names != out / "names.csv":
-        raise ReadError(f"{names}: names none of these clouds")
+        raise ReadError(f"{names}: has no name for any of the clouds")
     if known and clusters is not None:
         log.info(f"--clusters {clusters}: ignored, since {names} has names already")
     if not known:
@@ -117,7 +117,7 @@ def label(
         expected = "about 1 in 20 clouds of named classes is among them"
         log.info(f"{unlike.sum():,} clouds are called unknown; {expected}")
     written = f"{out / 'labels.csv'}, {len(x):,} clouds, least certain first"
-    log.info(f"written: {written}; jepa3d predict {out} labels other clouds")
+    log.info(f"written: {written}; to label other clouds, run: jepa3d predict {out}")
 
 
 def _propose(
@@ -131,7 +131,7 @@ def _propose(
     """
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
-        raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (one per cloud)")
+        raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
     # for each cluster its size, and the paths of the clouds nearest to its centre
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
@@ -233,7 +233,7 @@ def known_clouds(
     sums = np.stack([named[y == number].sum(0) for number in range(y.max() + 1)])
     inside = np.flatnonzero(np.bincount(y)[y] > 1)
     if len(inside) < FEWEST:
-        needed = f"at least {FEWEST} named clouds in classes that have two or more"
+        needed = f"at least {FEWEST} named clouds in classes with two or more of them"
         count = f"there are {len(inside)}; name more"
         raise ValueError(f"--unknown: needs {needed}, but {count}")
     cosines, every = named @ unit_length(sums).T, np.arange(len(y))

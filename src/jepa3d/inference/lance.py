@@ -24,7 +24,9 @@ try:
     import pyarrow as pa
     from lancedb.index import BTree, IvfFlat
 except ImportError as error:
-    raise ValueError("a store needs LanceDB: pip install 'jepa3d[search]'") from error
+    raise ValueError(
+        "a store of jepa3d index needs LanceDB: pip install 'jepa3d[search]'"
+    ) from error
 
 _TABLE = "vectors"
 # number of rows requested in addition to k, so that ties with the k-th row are noticed
@@ -43,7 +45,7 @@ class VectorStore:
     def __init__(self, path: Path):
         self.path = path
         if not path.is_dir():
-            raise ReadError(f"{path}: no such store; make it with jepa3d index")
+            raise ReadError(f"{path}: no such LanceDB store; make it with jepa3d index")
         try:
             self.table = _connect(path).open_table(_TABLE)
         except (ValueError, RuntimeError, OSError) as error:
@@ -109,7 +111,7 @@ def create_or_update(vectors: Vectors, path: Path) -> tuple[int, int]:
     `path` is a folder that is not a store.
     """
     if path.suffix != ".lancedb":
-        raise ValueError(f"{path}: a store is a folder whose name ends in .lancedb")
+        raise ValueError(f"{path}: a LanceDB store is a folder whose name ends in .lancedb")
     kind = schema(vectors.spec)
     reader = pa.RecordBatchReader.from_batches(kind, _batches(vectors, kind))
     table = path / f"{_TABLE}.lance"

@@ -183,9 +183,9 @@ def two_classes(
     """Return the two most probable classes, each followed by its probability, which is rounded to
     four decimals.
 
-    probability: of each class in `names`. If the cloud is unknown (unlike all classes), the first
-    class returned is `UNKNOWN`, with the probability None, and the second is the most probable
-    class with its probability.
+    probability: the probability of each class in `names`. If the cloud is unknown (unlike all
+    classes), the first class returned is `UNKNOWN`, with the probability None, and the second is
+    the most probable class with its probability.
     """
     order = np.argsort(-probability, kind="stable")[:2]
     first, second = ((str(names[i]), round(float(probability[i]), 4)) for i in order)

@@ -250,7 +250,7 @@ def write_features(
             features, written = Features(encoder, cells), folder / f"written{suffix}"
             alone, counts = len(features.alone), features.counts
             tiles = f"{len(counts):,} tiles, median {np.median(counts):,.0f} points"
-            grown = f"; {alone:,} sparse cells get a larger tile" if alone else ""
+            grown = f"; {alone:,} sparse places get a larger tile" if alone else ""
             log.info(f"tile {grid.tile:.6g}: {tiles}{grown}")
             _restart(bar, "features", total)
             stream = _stream(features, bar)

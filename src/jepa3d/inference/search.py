@@ -66,10 +66,11 @@ def search(
     index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
     vectors q E, or a path (see `query_vectors`). Every cloud at the path is a query, in the order
     of `cloud_paths`; clouds that cannot be used are left out. where: conditions that must all hold
-    for a row, see `Condition`. exclude: for each query a path, or None; the hit with this path, or
-    with a path that links to the same file, is left out. By default, a cloud at the path `queries`
-    is not its own hit. probes: how many partitions of a database to search; the search is then
-    approximate, and the database must have an index of partitions.
+    for a row, see `Condition`. exclude: for each query, None or the path of a cloud that is left
+    out of the hits, even if the index has it under another path that links to the same file. By
+    default, a cloud at the path `queries` is not its own hit. probes: how many partitions of a
+    database to search; the search is then approximate, and the database must have an index of
+    partitions.
 
     Cosines are rounded to six decimals; rows of equal cosine are ordered by path. A query has fewer
     than k hits if fewer rows are left. Raises ValueError for wrong settings, or if a query is zero,
@@ -298,7 +299,7 @@ def _write(vectors: Vectors, file: Path, stamp: str) -> None:
     Raises OSError if the copy cannot be written, and ValueError if the vectors change meanwhile.
     """
     size = len(vectors) * vectors.spec.embed_dim * 6 / 1e6
-    log.warning(f"making {file}, a copy for quick searches ({size:,.0f} MB)")
+    log.warning(f"making {file}, a copy of the index for quick searches ({size:,.0f} MB)")
     width = vectors.spec.embed_dim
     types = pa.float32(), pa.list_(pa.float16(), width)
     base = pa.schema(map(schema(vectors.spec).field, _COPIED))
