@@ -302,8 +302,8 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ({"preset": "tiny"}, "give either preset or recipe"),
         ({"recipe": None, "preset": "tin"}, "preset 'tin' is unknown; did you mean 'tiny'?"),
         ({"recipe": "none.yaml"}, "none.yaml: this recipe cannot be read"),
-        ({"seeds": []}, "seeds []: give at least one value, none twice"),
-        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one value, none twice"),
+        ({"seeds": []}, "seeds []: give at least one value, no value twice"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one value, no value twice"),
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
         (
             {"finetune": {"arms": ["bas"]}},
@@ -473,7 +473,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     # The runs of the first seed are not trained twice.
     assert len(list((tmp_path / "runs").iterdir())) == 6
     assert (
-        "learning rate is the best of 0.001, 0.002 by 10 labels a class on validation, seed 0"
+        "each arm's lr is the best of 0.001, 0.002 at 10 labels a class on validation, seed 0"
         in comparison.notes()[0]
     )
 
