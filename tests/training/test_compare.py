@@ -389,7 +389,9 @@ def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refuse
     ):
         at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     costs[0]["multi_block"] = (66.0, 1.0)
-    with pytest.raises(ValueError, match=r"arms.block: stage I alone takes 1.1 of 1 CPU-minutes"):
+    with pytest.raises(
+        ValueError, match=r"arms.block: stage I and cached targets take 1.1 of 1 CPU-minutes"
+    ):
         at_equal_time(
             read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other"
         )

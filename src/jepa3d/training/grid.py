@@ -193,7 +193,7 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
         before, step = known[name]["before"], known[name]["step"]
         steps = int((60 * grid.cpu_minutes - before) / step)
         if steps < 1:
-            reason = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g}"
-            raise ValueError(f"{grid.path}: arms.{name}: {reason} CPU-minutes")
+            reason = f"stage I and cached targets take {before / 60:.1f} of {grid.cpu_minutes:g}"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason} CPU-minutes, and no step is left")
         arms[name] = replace(config, max_steps=steps)
     return grid._replace(arms=arms)
