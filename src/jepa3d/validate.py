@@ -90,7 +90,7 @@ def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
         fewest = f"{2 * count} (2 x accumulate)" if count > 1 else "2"
         yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
     if config.trained == "head_first" and config.init is None:
-        yield "trained head_first needs --init with an encoder; to train from scratch, use trained all"
+        yield "trained head_first needs --init with an encoder; without --init, use trained all"
 
 
 def _of_segmentation(config: settings.SegmentConfig) -> Iterator[str]:

@@ -92,8 +92,8 @@ def save(
 
     newest = folder / f"step-{state['step']:07d}"
     replace_folder(newest, write)
-    # If there is a checkpoint of a later step, it is damaged: the run skipped it and resumed from an
-    # earlier one. So it is deleted too.
+    # If there is a checkpoint of a later step, it is damaged: the run skipped it and resumed from
+    # an earlier one. So it is deleted too.
     earlier = [old for old in _all(folder) if old < newest]
     for old in set(_all(folder)) - {newest, *earlier[1 - KEPT :]}:
         shutil.rmtree(old)
