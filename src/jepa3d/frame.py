@@ -19,7 +19,7 @@ LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
 ALONE, MAX_CELLS, MAX_STRAYS, ROUNDS = 4, 64, 0.25, 8
-# The ways to reverse axes that are rotations: none or two of the three axes are reversed.
+# The four ways to reverse none or two of the three axes. Only these reversals are rotations.
 _ENDS = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
 # Rotations [12, 3, 3] that shift the order of the three axes cyclically and reverse none or two of
 # them. For a rotated copy of a cloud, `own_axes` may return the axes with other signs or in another
@@ -262,7 +262,9 @@ def check(points: np.ndarray) -> np.ndarray:
     """
     points = np.asarray(points)
     if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind not in "fiub":
-        raise ValueError(f"points must be numbers N x 3, not {points.dtype} {list(points.shape)}")
+        raise ValueError(
+            f"points must be an N x 3 array of numbers, not {points.dtype} {list(points.shape)}"
+        )
     if not len(points):
         raise ValueError("no points")
     cloud = points.astype(np.float64)

@@ -14,7 +14,7 @@ SHAPENET55 = 52_470  # number of shapes in ShapeNet55, train and test
 
 
 def validate(config: settings.RunConfig) -> None:
-    """Check a run's settings. Raises ValueError for the first problem; it names the setting."""
+    """Check a run's settings. For the first problem, raises a ValueError that names the setting."""
     check_ranges(config)
     for problem in _problems(config):
         raise ValueError(problem)
@@ -50,14 +50,14 @@ def _of_pretraining(config: settings.PretrainConfig) -> Iterator[str]:
     check_choice("objective", config.objective, ("jepa", *settings.STAGE_ONE))
     check_choice("sampler.name", config.sampler.name, settings.SAMPLERS)
     if not teacher or (len(teacher) > 1 and "none" in teacher):
-        yield f"teacher {teacher}: give at least one teacher; 'none' cannot be combined"
+        yield f"teacher {teacher}: give at least one teacher; 'none' cannot be combined with others"
     if len(set(teacher)) < len(teacher):
         yield f"teacher {teacher}: give each teacher only once"
     if config.objective == "jepa" and teacher == ("none",) and not target.sigreg > 0:
         hint = "otherwise all tokens collapse to one point"
-        yield f"teacher none needs target.sigreg above 0 (LeJEPA: 0.02); {hint}"
+        yield f"teacher 'none' needs target.sigreg above 0 (LeJEPA: 0.02); {hint}"
     if target.view and (teacher == ("none",) or target.cache):
-        others = "use neither teacher none nor target.cache"
+        others = "use neither teacher 'none' nor target.cache"
         yield f"target.view needs a teacher that runs in every step: {others}"
     if config.init in ("dvae", *settings.TEACHERS):
         allowed = "generative, invariance, default, a run, a folder or a Hub id"
@@ -90,7 +90,7 @@ def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
         fewest = f"{2 * count} (2 x accumulate)" if count > 1 else "2"
         yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
     if config.trained == "head_first" and config.init is None:
-        yield "trained head_first needs --init with an encoder; from scratch, use trained all"
+        yield "trained head_first needs --init with an encoder; without --init, use trained all"
 
 
 def _of_segmentation(config: settings.SegmentConfig) -> Iterator[str]:

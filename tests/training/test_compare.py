@@ -302,8 +302,8 @@ def test_some_arms_are_fine_tuned_too_and_kept(copied, write_grid, monkeypatch, 
         ({"preset": "tiny"}, "give either preset or recipe"),
         ({"recipe": None, "preset": "tin"}, "preset 'tin' is unknown; did you mean 'tiny'?"),
         ({"recipe": "none.yaml"}, "none.yaml: this recipe cannot be read"),
-        ({"seeds": []}, "seeds []: give at least one value, none twice"),
-        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one value, none twice"),
+        ({"seeds": []}, "seeds []: give at least one value, no value twice"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: give at least one value, no value twice"),
         ({"lr": [0.1, 300.0]}, "arms.base: lr 300.0 must be positive and at most 100"),
         (
             {"finetune": {"arms": ["bas"]}},
@@ -389,7 +389,9 @@ def test_an_arm_that_changed_since_it_was_measured_or_has_no_time_left_is_refuse
     ):
         at_equal_time(read_grid(write_grid(**timed), {}), tmp_path)
     costs[0]["multi_block"] = (66.0, 1.0)
-    with pytest.raises(ValueError, match=r"arms.block: stage I alone takes 1.1 of 1 CPU-minutes"):
+    with pytest.raises(
+        ValueError, match=r"arms.block: stage I and cached targets take 1.1 of 1 CPU-minutes"
+    ):
         at_equal_time(
             read_grid(write_grid(arms=ARMS, equal={"cpu_minutes": 1}), {}), tmp_path / "other"
         )
@@ -473,7 +475,7 @@ def test_the_learning_rate_is_chosen_on_validation_alone(write_grid, bundle, tmp
     # The runs of the first seed are not trained twice.
     assert len(list((tmp_path / "runs").iterdir())) == 6
     assert (
-        "learning rate is the best of 0.001, 0.002 by 10 labels a class on validation, seed 0"
+        "each arm's lr is the best of 0.001, 0.002 at 10 labels a class on validation, seed 0"
         in comparison.notes()[0]
     )
 

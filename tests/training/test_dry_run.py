@@ -64,8 +64,8 @@ def test_the_cost_of_the_whole_run_is_that_of_its_steps(teacher, tiny, monkeypat
     first, second = capsys.readouterr().out.splitlines()[-2:]
     steps = 8 * 3000 // 8
     assert first.startswith("the whole run on 3,000 shapes takes about 2 h 3")
-    assert f"jepa {steps:,} steps of 8 2 h 30 min" in first
-    assert ("dvae 4 steps of 8 12 s" in first) == (teacher == ("dvae",))
+    assert f"jepa ({steps:,} steps with batches of 8) 2 h 30 min" in first
+    assert ("dvae (4 steps with batches of 8) 12 s" in first) == (teacher == ("dvae",))
     assert ("caching targets" in first) == bool(cached)
     found = re.fullmatch(r"it needs about (\S+) GiB of memory and at most (\S+) GB of disk", second)
     assert found

@@ -135,7 +135,9 @@ def test_a_disk_too_small_for_the_targets_is_said_before_anything_is_written(
     tiny, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    with pytest.raises(ValueError, match=r"target\.cache needs 0\.0 GB in .*, 0\.0 GB are free"):
+    with pytest.raises(
+        ValueError, match=r"target\.cache needs 0\.0 GB in .*, but only 0\.0 GB are free"
+    ):
         pretrain(tiny(**CACHED), tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
 
@@ -169,7 +171,7 @@ def test_accumulation_resumes(tiny, tmp_path):
 
 def test_a_batch_that_passes_cannot_share_is_an_error(tiny, tmp_path):
     with pytest.raises(
-        ValueError, match="batch_size 8 is not a multiple of the 1 processes x accumulate 3"
+        ValueError, match=r"batch_size 8 is not a multiple of processes \(1\) x accumulate \(3\)"
     ):
         pretrain(tiny(accumulate=3), tmp_path / "run")
 

@@ -55,7 +55,7 @@ def check_space(config: PretrainConfig, num_shapes: int, width: int, out: Path) 
     needed = num_shapes * row_type(config, width).itemsize
     disk = next(folder for folder in out.absolute().parents if folder.exists())
     if needed > (free := shutil.disk_usage(disk).free):
-        found = f"{free / 1e9:.1f} GB are free"
+        found = f"but only {free / 1e9:.1f} GB are free"
         raise ValueError(f"target.cache needs {needed / 1e9:.1f} GB in {out}, {found}")
 
 
@@ -123,7 +123,9 @@ class CachedTargets:
                         write_checked(self.folder / "run.json", new_record)
         except KeyboardInterrupt as error:
             found = f"they are saved every {SAVE_EVERY} batches"
-            raise Interrupted(f"stopped while computing targets; {found}") from error
+            raise Interrupted(
+                f"stopped while computing targets of the frozen teachers; {found}"
+            ) from error
         state.wait_for_everyone()
         if todo and state.is_main_process:
             written, spent = self.rows.nbytes / 1e6, spent_since(start)

@@ -26,9 +26,9 @@ def replace_folder(path: Path, write: Callable[[Path], object], new: bool = Fals
     rename it to `path`.
 
     new: raise FileExistsError if `path` exists, instead of replacing it. An error, such as a full
-    disk, leaves no temporary folder behind. After a kill, `path` is in its complete old state or
-    in its complete new state. If it is missing, because the kill came between the two renames,
-    `put_back` restores the old state.
+    disk, leaves no temporary folder behind. After a kill, `path` holds either the complete old
+    folder or the complete new one, unless the kill came between the two renames. In this case
+    `path` is missing, and `put_back` restores the old folder.
     """
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,8 +92,8 @@ def save(
 
     newest = folder / f"step-{state['step']:07d}"
     replace_folder(newest, write)
-    # A checkpoint of a later step can only be a damaged one, since the run resumed from an earlier
-    # step. So it is deleted too.
+    # If there is a checkpoint of a later step, it is damaged: the run skipped it and resumed from
+    # an earlier one. So it is deleted too.
     earlier = [old for old in _all(folder) if old < newest]
     for old in set(_all(folder)) - {newest, *earlier[1 - KEPT :]}:
         shutil.rmtree(old)
@@ -145,5 +145,5 @@ def _check_fit(checkpoint: Path, weights: dict[str, Any], expected: dict[str, An
     """Raise ValueError unless the weights have the expected names and shapes."""
     shapes, wanted = ({(k, v.shape) for k, v in found.items()} for found in (weights, expected))
     if wrong := {name for name, _ in shapes ^ wanted}:
-        found = f"{len(wrong)} names or shapes differ, for example {min(wrong)}"
+        found = f"{len(wrong)} weights differ in name or shape, for example {min(wrong)}"
         raise ValueError(f"{checkpoint} does not fit this model: {found}")

@@ -128,15 +128,15 @@ class Comparison:
         rule = "every arm has its own settings, and no setting is searched"
         if len(grid.rates) > 1:
             tried = ", ".join(f"{rate:g}" for rate in grid.rates)
-            rule = f"each learning rate is the best of {tried} by 10 labels a class on validation, seed {grid.seeds[0]}"
+            rule = f"each arm's lr is the best of {tried} at 10 labels a class on validation, seed {grid.seeds[0]}"
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; {rule}",
             "all scores are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
             "mean of 10 samples of labels. kNN: 10 neighbours. Both use vectors standardised by the train split. mAP, "
-            "nearest neighbour: each scored shape is compared with all others, by unchanged vectors",
+            "nearest neighbour: each scored shape is compared with all others, by vectors that are not standardised",
             "other arms: difference from the reference, paired by seed and by shape, with a 95 % interval over seeds "
-            "and shapes (evaluation/paired.py). A row is better or worse if its whole interval lies on that side of 0. "
-            "By chance, this happens to one of twenty arms that are equal to the reference",
+            "and shapes (evaluation/paired.py). A row is better if its whole interval lies above 0, worse if below. "
+            "By chance, one of twenty arms that are equal to the reference is called better or worse",
         ]
         if len(grid.seeds) == 1:
             what = "the intervals are over shapes only, not over training runs"
@@ -144,7 +144,7 @@ class Comparison:
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
-            rule = "the epoch is chosen on a fifth of them; untrained is trained from scratch"
+            rule = "the epoch is chosen on a fifth of the labelled shapes; row untrained: trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)

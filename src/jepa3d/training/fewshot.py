@@ -126,8 +126,8 @@ def _folds(
 ) -> tuple[PointClouds, list[Labelled], list[fewshot.Episode] | None]:
     """Return the data, the folds and the episodes.
 
-    If `config.data` has published folds, these are returned, and the episodes are None. If it has
-    none, the episodes are read from the file `saved` if it exists, else sampled with the seed.
+    If `config.data` has published folds, these are returned, and the episodes are None. If not,
+    the episodes are read from the file `saved` if it exists, else sampled with the seed.
     """
     num_points = config.num_points or config.encoder.num_points
     sizes, queries = (config.ways, config.shots, config.folds), config.queries

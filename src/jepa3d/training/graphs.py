@@ -20,7 +20,7 @@ WARM_UP = 3  # number of calls before a graph is recorded; torch demands such a 
 def can_repeat(config: RunConfig, processes: int, device: torch.device) -> bool:
     """Return whether a run's step can be recorded as graphs, one per set of tensor sizes.
 
-    This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets and gradient
+    This is possible for 3D-JEPA on one CUDA GPU, without fp16, SIGReg, cached targets or gradient
     accumulation. The tensors may have only a few different sizes. Random and one-block masks meet
     this condition. Multi-block masks do not, since their contexts vary in length.
     """

@@ -96,7 +96,7 @@ def read_grid(path: Path, common: dict, reserved: Iterable[str] = ()) -> Grid:
         for key, given in (("seeds", file.seeds), ("lr", file.lr)):
             if len(set(given)) < len(given) or (key in values and not given):
                 found = f"{key} {list(given)}"
-                raise ValueError(f"{found}: give at least one value, none twice")
+                raise ValueError(f"{found}: give at least one value, no value twice")
         tuning = _finetuning(file, arms)
         layers = [*_base(path, file), file.settings, common]
         settings.resolve(*layers)
@@ -176,8 +176,8 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
             raise ValueError(f"{grid.path}: arms.{name}: {reason}, {hint}")
     if new := [name for name in grid.arms if name not in known]:
         # If other arms were measured earlier, the machine may be busier or less busy now. So measure
-        # one of those arms again. The costs of new arms are multiplied by the ratio of its earlier
-        # cost to its cost now.
+        # one of those arms again. The costs of new arms are multiplied by the ratio of that arm's
+        # earlier cost to its cost now.
         again = [name for name in grid.arms if name in known][:1]
         todo = {name: grid.arms[name] for name in [*new, *again]}.items()
         rounds = [{name: cpu_costs(arm) for name, arm in todo} for _ in range(ROUNDS)]
@@ -193,7 +193,7 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
         before, step = known[name]["before"], known[name]["step"]
         steps = int((60 * grid.cpu_minutes - before) / step)
         if steps < 1:
-            reason = f"stage I alone takes {before / 60:.1f} of {grid.cpu_minutes:g}"
-            raise ValueError(f"{grid.path}: arms.{name}: {reason} CPU-minutes")
+            reason = f"stage I and cached targets take {before / 60:.1f} of {grid.cpu_minutes:g}"
+            raise ValueError(f"{grid.path}: arms.{name}: {reason} CPU-minutes, and no step is left")
         arms[name] = replace(config, max_steps=steps)
     return grid._replace(arms=arms)

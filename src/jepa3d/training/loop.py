@@ -36,8 +36,8 @@ from jepa3d.training.progress import Progress, clock
 BAD_CLOUD = (
     "restore the damaged file (jepa3d info DATA --verify finds damaged clouds), then use --resume"
 )
-# Number of shards (files of a store) whose clouds are shuffled together, about 1 GiB. The number
-# must be below 64, the number of files that a `Store` keeps open.
+# Number of shards (files of a store) whose clouds are shuffled together; these shards have about
+# 1 GiB in all. The number must be below 64, the number of files that a `Store` keeps open.
 WINDOW = 32
 
 

@@ -47,8 +47,8 @@ def make_task(
 ) -> Task:
     """Build the task that the loop trains for an objective.
 
-    networks: by name, the networks of stage I, and those that the settings name by folder, Hub id
-    or function.
+    networks: name -> network, for the networks of stage I, and for those that the settings give by
+    folder, Hub id or function.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -319,7 +319,7 @@ def dry_run(config: PretrainConfig) -> None:
             spent.append(("caching targets", caching["wall_seconds"]))
         size, batch = count_parameters(task.module), config.schedule(stage).batch_size
         steps = total_steps(config.schedule(stage), shapes)
-        what = f"{stage} {steps:,} steps of {batch}"
+        what = f"{stage} ({steps:,} steps with batches of {batch})"
         spent.append((what, steps * state["step_seconds"]))
         in_memory = runs.ON_CPU and not clouds.shard_sizes
         unread = (shapes - len(clouds)) * clouds.points[0].nbytes if in_memory else 0
@@ -332,7 +332,7 @@ def dry_run(config: PretrainConfig) -> None:
         disk += 4 * (6 * count_parameters(task.objective, True) + size * snapshots)
         log.info(
             f"dry run, {stage}: {len(clouds)} clouds of {clouds.points.shape[1]} points read, "
-            f"2 steps of {batch} in {state['wall_seconds']:.1f} s, "
+            f"2 steps with batches of {batch} in {state['wall_seconds']:.1f} s, "
             f"{size / 1e6:.2f} M parameters in the {task.export}; nothing written"
         )
     if is_main():

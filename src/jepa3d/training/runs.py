@@ -119,7 +119,7 @@ def check_same_data(clouds: PointClouds, out: Path) -> None:
     before = Run(out).record["data"]
     if (clouds.fingerprint, len(clouds)) != (before["fingerprint"], before["shapes"]):
         now = f"now {clouds.name} with {len(clouds)} shapes"
-        then = f"then {before['name']} with {before['shapes']}"
+        then = f"then {before['name']} with {before['shapes']} shapes"
         raise ValueError(f"{out}: the data changed since the run started: {then}, {now}")
 
 
@@ -162,7 +162,7 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     # fp32 weights, gradients and the optimiser's two moments take 16 bytes per weight.
     weights = 16 * encoder.depth * int((4 + 2 * encoder.mlp_ratio) * encoder.embed_dim**2)
     if weights > memory:
-        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB"
+        what = f"encoder.embed_dim {encoder.embed_dim} and depth {encoder.depth} need {weights / 1e9:,.0f} GB of memory"
         raise ValueError(f"{what}, but this machine has {memory / 1e9:,.0f} GB")
     # A low estimate of the stored activations: each block stores `kept` vectors per visible token,
     # and at least a fifth (0.2) of the tokens is visible. A number takes 4 bytes.
@@ -171,11 +171,13 @@ def check_batch(config: RunConfig, name: str, size: int) -> None:
     needed = 4 * size // accumulate * (tokens + 3 * encoder.num_points)
     if needed > memory:
         what = f"{name} {size} needs at least {needed / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f}"
-        raise ValueError(f"{what} GB; lower batch_size or raise accumulate ({accumulate})")
+        raise ValueError(
+            f"{what} GB of memory; lower batch_size or raise accumulate ({accumulate})"
+        )
     processes = PartialState(cpu=ON_CPU).num_processes
     if size % (processes * accumulate):
-        factor = f" x accumulate {accumulate}" if accumulate > 1 else ""
-        found = f"not a multiple of the {processes} processes{factor}"
+        factor = f" x accumulate ({accumulate})" if accumulate > 1 else ""
+        found = f"not a multiple of processes ({processes}){factor}"
         raise ValueError(f"{name} {size} is {found}")
 
 
