@@ -80,9 +80,9 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
         if (split := found.get("split")) is not None:
             if split.shape != (count,) or split.dtype.kind not in "iu":
                 wrong = _described(split)
-                raise ReadError(f"split must be {count} integers, found {wrong}")
+                raise ReadError(f"array split must have {count} integers, found {wrong}")
             if len(wrong := split[~np.isin(split, range(len(SPLITS)))]):
-                raise ReadError(f"split must be 0, 1 or 2, found {wrong[0]}")
+                raise ReadError(f"values of array split must be 0, 1 or 2, found {wrong[0]}")
         return found
 
 
@@ -157,7 +157,7 @@ def npz_headers(path: Path) -> Headers:
                 found[name] = header = _npy_header(file)
                 claimed = 0 if header[1].hasobject else _bytes(header)
                 if file.tell() + claimed > member.file_size:
-                    raise ReadError(f"truncated: {name} claims {claimed:,} bytes")
+                    raise ReadError(f"truncated: array {name} claims {claimed:,} bytes")
     return found
 
 
@@ -230,7 +230,7 @@ def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     if labels_key != "labels":
         if labels_key not in headers:
             have = ", ".join(name for name in headers if name.startswith("label"))
-            raise ReadError(f"has no array {labels_key!r}, but {have or 'no labels'}")
+            raise ReadError(f"has no array {labels_key!r}; arrays of labels: {have or 'none'}")
         wanted = _NAMES | {"label": (labels_key,)}
     for key, names in wanted.items():
         if name := next((name for name in names if name in headers), None):
@@ -318,7 +318,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
         arrays = array_block(path, block, mtime)
         lengths = {key: len(values) for key, values in arrays.items()}
         if len(set(lengths.values())) > 1:
-            raise ReadError(f"arrays must have one row per cloud, found {lengths}")
+            raise ReadError(f"arrays must have one row per cloud; their rows: {lengths}")
         arrays = {key: values[at] for key, values in arrays.items()}
     points, attributes = arrays["points"], {}
     normals, parts = arrays.get("normals"), arrays.get("parts")

@@ -67,7 +67,7 @@ class Source:
 
     @property
     def unpublished(self) -> bool:
-        """True for a user's own files, False for a benchmark.
+        """True for a user's own files, False for a benchmark and for procedural shapes.
 
         Stray points are removed from a user's own files only.
         """
@@ -200,7 +200,7 @@ def _listed(entries: list[Entry], path: Path) -> set[str]:
     Raises ReadError if there is no such file, or if it lists a key that no entry has.
     """
     if not path.is_file():
-        allowed = "give folder, a fraction to test on, or a list of test clouds"
+        allowed = "give the word folder, a fraction, or a file that lists the test clouds"
         raise ReadError(f"--split {path}: no such file; {allowed}")
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     listed = {line.strip() for line in lines if line.strip()}

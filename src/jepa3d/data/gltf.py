@@ -54,7 +54,7 @@ class _Scene:
             raise ReadError(f"is glTF {version}, but only glTF 2.0 is read")
         for name in self.json.get("extensionsRequired", ()):
             if name not in _GEOMETRY and not _LOOKS.fullmatch(name):
-                raise ReadError(f"{name} is not read: save the file without it")
+                raise ReadError(f"extension {name} is not read: save the file without it")
         self.nodes: list[dict] = self.json.get("nodes", [])
         # node in the scene -> matrix [4, 4] from its coordinates to those of the scene
         self.places: dict[int, np.ndarray] = {}
@@ -156,8 +156,8 @@ class _Scene:
         """Return the vertices n 3 of a primitive in scene coordinates.
 
         Morph targets, if there are any, move the vertices first. Then the skin places them in the
-        scene; if there is no skin, `place` does, which is the matrix of the node. Raises ReadError
-        for a compressed primitive, and for a skin with a joint outside the scene.
+        scene or, without a skin, the matrix `place` of the node does. Raises ReadError for a
+        compressed primitive, and for a skin with a joint outside the scene.
         """
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
@@ -197,7 +197,7 @@ class _Scene:
         self._check_packed(primitive, primitive["indices"])
         corners = self._values(primitive["indices"])[:, 0].astype(np.int64)
         if len(corners) and corners.max() >= count:
-            raise ReadError(f"a face names vertex {corners.max()}, beyond {count - 1}")
+            raise ReadError(f"a face names vertex {corners.max()}, but the last is {count - 1}")
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
@@ -208,7 +208,7 @@ class _Scene:
         if empty and (draco or i == primitive.get("indices")):
             if not draco:
                 raise ReadError("has face indices without a buffer, which are not read")
-            raise ReadError(f"{_DRACO} is not read: save the file without it")
+            raise ReadError(f"extension {_DRACO} is not read: save the file without it")
 
     # ------------------------------------------------------------------------------------ accessors
 
@@ -235,21 +235,21 @@ class _Scene:
     def _view(self, where: dict, count: int, width: int, kind: np.dtype) -> np.ndarray:
         """Return values [count, width] of a buffer view, without a copy.
 
-        where: the dict that names the view and the first byte to read in it. This is an accessor,
-        or one of the two parts of a sparse accessor (indices, values).
+        where: an accessor, or one of the two parts of a sparse accessor (indices, values). It names
+        the view and the first byte to read in the view.
         """
         view = self.json["bufferViews"][where["bufferView"]]
         offset = where.get("byteOffset", 0)
         for name in view.get("extensions", {}):
             if name.endswith(_MESHOPT):
-                raise ReadError(f"{name} is not read: save the file without it")
+                raise ReadError(f"extension {name} is not read: save the file without it")
         begin, size = view.get("byteOffset", 0), width * kind.itemsize
         stride = view.get("byteStride", 0) or size
         end = begin + view["byteLength"]
         data = memoryview(self._buffer(view["buffer"]))[begin:end]
         needed = offset + (count - 1) * stride + size if count else 0
         if min(begin, offset, stride) < 0 or needed > len(data):
-            raise ReadError(f"truncated: it has {len(data)} bytes for {count} values")
+            raise ReadError(f"truncated: a buffer has {len(data)} bytes for {count} values")
         return np.ndarray((count, width), kind, data, offset, (stride, kind.itemsize))
 
     def _buffer(self, i: int) -> bytes:
@@ -278,7 +278,7 @@ class _Scene:
                 raise ReadError(f"its buffer {name} is outside its folder")
             if (file := self.path.parent / name).is_file():
                 return file.read_bytes()
-        raise ReadError(f"its folder has no file {unquote(uri)}, which is its buffer")
+        raise ReadError(f"its folder has no file {unquote(uri)}, which it needs as a buffer")
 
 
 def _chunks(data: bytes) -> tuple[bytes, bytes]:

@@ -130,7 +130,7 @@ def _whole(path: Path, mtime: int) -> PointCloud:
     if cloud.faces is not None:
         raise ReadError("is a mesh, but a scene must be a cloud of points")
     if cloud.total:
-        raise ReadError(f"its {cloud.total:,} points are too many; use LAS or PLY")
+        raise ReadError(f"{cloud.total:,} points are too many for this format; use LAS or PLY")
     return cloud
 
 

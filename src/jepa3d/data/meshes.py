@@ -99,7 +99,7 @@ def mesh(vertices: np.ndarray, faces: np.ndarray, **attributes) -> PointCloud:
 def _check_range(corners: np.ndarray, count: int) -> None:
     if len(corners) and (corners.min() < 0 or corners.max() >= count):
         wrong = corners.max() if corners.max() >= count else corners.min()
-        raise ReadError(f"a face names vertex {int(wrong)}, not 0 to {count - 1}")
+        raise ReadError(f"a face names vertex {int(wrong)}; allowed are 0 to {count - 1}")
 
 
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
         # rounding errors
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
-            raise ReadError(f"has a concave polygon of {size} corners: cut it first")
+            raise ReadError(f"has a concave polygon of {size} corners: cut it into triangles")
         found.append(polygons[~concave][:, fan].reshape(-1, 3))
         for polygon, up in zip(polygons[concave], normal[concave], strict=True):
             found.append(polygon[_ears(points[polygon], up)])
@@ -293,7 +293,7 @@ def read_stl(path: Path) -> PointCloud:
     if not exact and re.match(text, data, re.IGNORECASE | re.DOTALL):
         corners = _stl_in_text(unix_lines(data).lower())
     elif len(data) < _HEAD:
-        raise ReadError("not an STL file: neither the word solid nor a binary header")
+        raise ReadError("not an STL file: has neither the word solid nor a binary header")
     elif claimed != have:
         state = "truncated" if claimed > have else "damaged"
         raise ReadError(f"{state} or not STL: it has {have} of {claimed} triangles")
@@ -309,5 +309,5 @@ def _stl_in_text(text: bytes) -> np.ndarray:
     facets = text.count(b"endfacet")
     if len(corners) != 3 * facets or text.rfind(b"endsolid") < text.rfind(b"endfacet"):
         counts = f"{facets} whole facets with {len(corners)} vertices"
-        raise ReadError(f"truncated or damaged: {counts}, or no endsolid at the end")
+        raise ReadError(f"truncated or damaged: {counts} (needs 3 each), or no endsolid")
     return corners

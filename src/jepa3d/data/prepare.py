@@ -197,14 +197,14 @@ def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
 
     points: n 3 in the unit sphere. rounded: the same points as they will be stored. The median
     distance by which rounding moves a point is compared with the median distance of a point from
-    the middle of the cloud. The error occurs if one point is so far out that all others lie close
-    together.
+    the middle of the cloud. Rounding moves the points too far if one point is so far out that all
+    others lie close together.
     """
     error = np.median(np.linalg.norm(rounded.astype(np.float32) - points, axis=1))
     extent = np.median(np.linalg.norm(points - np.median(points, 0), axis=1))
     if error > 0.01 * extent:
         reason = "one far point sets its scale; remove it or use --precision float32"
-        raise ReadError(f"float16 moves its points by over 1 %: {reason}")
+        raise ReadError(f"float16 moves its points by over 1 % of its extent: {reason}")
 
 
 def _convert_all(options: Preparation, entries: list[Entry]) -> list[tuple | str]:
@@ -292,5 +292,5 @@ def _show_lacking(store: Store) -> None:
     train, test = (split == SPLITS.index(name) for name in ("train", "test"))
     found = lacking(labels, train, test, store.class_names)
     if train.any() and test.any() and found:
-        alone = "classes in one split only, which training and testing leave out"
+        alone = "classes in one split only, left out by training and testing"
         log.info(f"{alone}: {', '.join(found)}")

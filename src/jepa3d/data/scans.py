@@ -47,7 +47,7 @@ def read_pcd(path: Path) -> PointCloud:
             columns = {name: data[name] for name in row.names or ()}
             more = file.read(row.itemsize)
             if len(more) == row.itemsize and any(more):  # zeros would be padding
-                raise ReadError(f"damaged: more than {count:,} points follow")
+                raise ReadError(f"damaged: more than {count:,} points follow its header")
         elif encoding == "binary_compressed":  # stored field by field
             packed, unpacked = np.frombuffer(file.read(8), "<u4").tolist()
             check_claim(path, unpacked, 100)  # LZF compresses by a factor of at most 88

@@ -106,7 +106,7 @@ def _store(path: Path, num_points: int, up_axis: str, parts: bool) -> Shapes:
     """
     store = Store(path)
     if up_axis != "z":
-        raise ReadError(f"{path}: a store is z-up already; use prepare --up-axis")
+        raise ReadError(f"{path}: a store is z-up already; give --up-axis to jepa3d prepare")
     if parts and len(store) and "parts" not in store.shard(0):
         raise ReadError(f"{path}: {NO_PARTS}")
     ordered, have = store.header["settings"]["reduce"] == "fps", store.num_points or 0

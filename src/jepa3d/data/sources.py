@@ -198,7 +198,7 @@ def _unzip(source: Path, folder: Path) -> None:
     with zipfile.ZipFile(source) as archive:
         for name in archive.namelist():
             if not (folder / name).resolve().is_relative_to(folder):
-                raise ReadError(f"{source}: {name!r} would lie outside its folder")
+                raise ReadError(f"{source}: {name!r} would be unpacked outside its folder")
         _check_size(source, folder, sum(m.file_size for m in archive.infolist()))
         archive.extractall(folder)
 

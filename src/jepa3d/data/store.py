@@ -60,8 +60,8 @@ def key_hash(key: str) -> int:
 class Store:
     """A store, opened for reading. Opening reads only its header and index.
 
-    unfinished: also allow a store that is not complete. Raises ReadError if `path` is no store, or
-    if the store is damaged, or if it is not complete and `unfinished` is False.
+    unfinished: also allow a store that is not complete. Raises ReadError for a path that is no
+    store, for a damaged store and, unless `unfinished` is True, for a store that is not complete.
     """
 
     def __init__(self, path: str | Path, unfinished: bool = False):
