@@ -120,7 +120,8 @@ def test_episodes_are_saved_and_read_again_for_the_same_data_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["episodes.json"]
     with pytest.raises(
         ReadError,
-        match=r"episodes belong to data aaaaaaaaaaaa, not to this data \(bbbbbbbbbbbb\)$",
+        match=r"episodes belong to data with fingerprint aaaaaaaaaaaa, not to this data "
+        r"\(fingerprint bbbbbbbbbbbb\)$",
     ):
         load_episodes(tmp_path / "episodes.json", "b" * 64)
 

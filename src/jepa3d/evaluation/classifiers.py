@@ -187,8 +187,9 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
 
 
 def one_thread() -> AbstractContextManager:
-    """Return a context manager within which BLAS, OpenMP and torch use one thread each. Only
-    libraries that are loaded at the first call are limited, so import scikit-learn before it.
+    """Return a context manager within which BLAS, OpenMP and torch use one thread each. The
+    first call finds the libraries that are already loaded. Only these are limited, in later calls
+    too, so import scikit-learn before the first call.
 
     A solver multiplies small matrices thousands of times. If BLAS splits each product among all
     cores, the cores mostly wait for one another, which also takes CPU time. On two cores, the same
@@ -200,7 +201,8 @@ def one_thread() -> AbstractContextManager:
 
 @cache
 def _libraries() -> ThreadpoolController:
-    # cached, since the search for the loaded libraries takes milliseconds, as long as a small fit
+    # cached, since the search for the loaded libraries takes as much time as a small fit:
+    # milliseconds
     return ThreadpoolController()
 
 

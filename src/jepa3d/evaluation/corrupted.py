@@ -87,12 +87,12 @@ def sheet(result: dict[str, Any]) -> Sheet:
     corruption, and a column for each model or baseline. Scores are means over severities.
     """
     data, rows = result["data"], result["corruptions"]
-    how = "each searched among the other clean shapes"
+    how = "each searched among the clean copies of the other shapes"
     metrics = "nearest correct / mAP"
     if result["task"] == "probe":
         metrics = "10 labels a class / kNN"
         how = (
-            f"classified by logistic_10 and knn fitted to {result['train']:,} clean train shapes "
+            f"classified by logistic_10 and knn, fitted to {result['train']:,} clean train shapes "
             f"(last layer, C {QUICK_C})"
         )
     title = (

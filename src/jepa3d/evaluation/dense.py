@@ -7,9 +7,9 @@ features of a point are interpolated from the tokens of the three nearest patch 
 The category of each shape is known. For each category, a logistic regression over its parts is
 fitted to the standardised features of at most 256 labelled points per train shape. For each kind of
 features, C (the inverse regularisation strength) is chosen by instance mIoU. It is chosen on the
-data set's own validation split. If there is none, or if this is the scored split, C is chosen on a
-held-out fifth of train. Then the classifiers are fitted to all of train. The scored split
-(by default test) is used once, with all points of its shapes.
+data set's own validation split. If the data set has no such split, or if the validation split is
+the scored one, C is chosen on a held-out fifth of train. Then the classifiers are fitted to all of
+train. The scored split (by default test) is used once, with all points of its shapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -218,7 +218,7 @@ def sheet(result: dict[str, Any]) -> Sheet:
     data = result["data"]
     title = (
         f"{data['name']} ({data['labels']}): {data['categories']} categories, {data['train']:,} "
-        f"train, {data['test']:,} {data['part']}; parts of points, from frozen features, %"
+        f"train, {data['test']:,} {data['part']}; part of each point, from frozen features, in %"
     )
     keys = ("instance_miou", "category_miou", "point_accuracy")
     rows = [

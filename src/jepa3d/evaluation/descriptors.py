@@ -49,8 +49,8 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
 def _mean_over_poses(
     encoder: PointEncoder, of: Callable[[Tensor], np.ndarray], points: Tensor
 ) -> np.ndarray:
-    """Average the descriptor `of` over the poses (rotations) of a cloud that `encoder.poses`
-    returns. If the encoder assumes upright clouds, there is only one pose.
+    """Average the descriptor `of` over the poses (rotations) that `encoder.poses` returns for a
+    cloud. If the encoder assumes upright clouds, there is only one pose.
     """
     return np.mean([of(pose) for pose in encoder.poses(points)], 0)
 

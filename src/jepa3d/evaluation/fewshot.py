@@ -115,8 +115,8 @@ def load_episodes(path: Path, fingerprint: str) -> list[Episode]:
     with as_read_error(path):
         record = read_checked(path)
         if record["fingerprint"] != fingerprint:
-            found = f"the episodes belong to data {record['fingerprint']:.12}"
-            raise ReadError(f"{found}, not to this data ({fingerprint:.12})")
+            found = f"the episodes belong to data with fingerprint {record['fingerprint']:.12}"
+            raise ReadError(f"{found}, not to this data (fingerprint {fingerprint:.12})")
         rows = [[row[key] for key in Episode._fields] for row in record["episodes"]]
         return [Episode(*(np.array(values, np.int64) for values in row)) for row in rows]
 

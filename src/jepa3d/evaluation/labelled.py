@@ -113,7 +113,7 @@ class Labelled:
         """
         name = clouds.name
         if clouds.labels is None:
-            hint = "name sub-folders after classes, or name a bundle's labels by --labels-key"
+            hint = "name sub-folders after classes, or give the array of labels by --labels-key"
             raise ReadError(f"{name}: has no labels, or only for some shapes; {hint}")
         if clouds.split is None or (part == "test" and not (clouds.split == _TEST).any()):
             hint = "make one with: jepa3d prepare --split 0.2"

@@ -169,7 +169,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """Whether the whole interval lies above 0 (better), below 0 (worse), or neither."""
+        """Whether the whole interval lies above 0 (better) or below 0 (worse), else undecided."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "undecided"
 
 

@@ -207,7 +207,8 @@ def arms_of(runs: list[Finished]) -> list[Arm]:
     """Group runs that differ only in their seed into arms. Arms that start from scratch or from an
     untrained encoder come first.
 
-    Raises ValueError if two runs of an arm have the same seed, and so do their pretraining runs.
+    Raises ValueError if two runs of an arm have the same seed, and their pretraining runs have the
+    same seed too.
     """
     arms = [Arm(group) for group in _grouped(runs, lambda run: Arm([run]).key())]
     for arm in arms:
@@ -246,7 +247,7 @@ def choose(arms: list[Arm], setting: str) -> tuple[list[Arm], list[str]]:
             kept.append(best)
             notes.append(f"{name}: {setting} {best.setting(setting)} {how}")
         if len({len(arm.runs) for arm in known}) > 1:
-            notes.append(f"NOTE: {name}: the {setting}s have different numbers of seeds")
+            notes.append(f"NOTE: {name}: the values of {setting} have different numbers of seeds")
     return [arm for arm in arms if arm in kept], notes
 
 
@@ -349,7 +350,7 @@ def _arms_sheet(arms: list[Arm], setting: str | None, notes: list[str]) -> Sheet
             mixed.append(f"{what}: {', '.join(map(str, found))}")
     if any(arm.rule == ON_TEST for arm in arms):
         what = "the epoch was chosen on the test split, as in published tables"
-        mixed.append(f"NOTE: {ON_TEST} is optimistic: {what}")
+        mixed.append(f"NOTE: scores {ON_TEST} are optimistic: {what}")
     known = result["settings"].items()
     shared = [f"{name} {_text(value)}" for name, value in known if name not in settings]
     notes = [*mixed, *notes, *[f"shared settings: {', '.join(shared)}"] * bool(shared)]
