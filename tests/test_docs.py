@@ -227,7 +227,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("document", COMMANDS)
+@pytest.mark.parametrize(
+    "document", ["README.md", pytest.param("docs/train.md", marks=pytest.mark.slow)]
+)
 def test_the_commands_of_a_page_run_in_order(document, tmp_path, monkeypatch, capsys, quick_probe):
     """They run on a folder of clouds and on bundles, with two training steps and a few fits per
     probe.
@@ -345,6 +347,7 @@ def test_the_benchmarks_of_the_step_run(command):
     assert len(rows) == (1 if script == "parts.py" else 3)
 
 
+@pytest.mark.slow
 def test_the_notebook_s_cells_run(tmp_path):
     """They run without Jupyter. A picture that a cell displays must only exist."""
     cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]

@@ -156,6 +156,7 @@ def test_vectors_that_change_while_they_are_copied_are_not_kept(index, monkeypat
     assert not mapped.copy_of(index).exists()
 
 
+@pytest.mark.slow
 def test_processes_that_search_at_once_agree_and_leave_one_copy(index):
     program = (
         "import sys, numpy as np; from jepa3d.inference import search as mapped; search = mapped.search\n"

@@ -118,6 +118,7 @@ def crash(items: list) -> list:
     return [Embedded(np.ones(384, np.float32), 200, 0, [])] * len(items)
 
 
+@pytest.mark.slow
 def test_a_file_whose_parser_crashes_costs_its_own_row(tmp_path):
     paths = make_scans(tmp_path / "scans", 3)[:4]
     embedder = jepa3d.Embedder()
