@@ -457,7 +457,7 @@ def test_a_bin_is_read_by_the_names_of_its_columns(tmp_path, names):
         match="does not say what its columns are: give jepa3d prepare --columns x y z intensity",
     ):
         read(root / "000000.bin")
-    with pytest.raises(ReadError, match="are no rows of 7 float32"):
+    with pytest.raises(ReadError, match="are not whole rows of 7 float32"):
         read(root / "000000.bin", columns=(*"xyzabcd",))
 
 

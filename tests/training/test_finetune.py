@@ -279,6 +279,7 @@ def test_labelled_fractions_are_stratified_and_never_mix_with_validation():
     picked = stratified(labels, 0.1, np.random.default_rng(0))
     assert np.bincount(labels[picked]).tolist() == [10, 4, 1]
     spared = stratified(np.repeat([0, 1], [10, 1]), 0.2, np.random.default_rng(0), keep=1)
+    assert len(stratified(np.zeros(2, int), 0.5, np.random.default_rng(0), keep=3)) == 0
     assert spared.tolist() != []
     assert 10 not in spared  # the only shape of its class stays for training
 

@@ -51,9 +51,9 @@ def clouds_in(path: Path) -> int | None:
 def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, Any]:
     """Read labels, split and names from an array file; returns a dict of what the file has.
 
-    labels_key: name of the labels array; "labels" allows any name in `_NAMES`. more: further arrays
-    to return, "points" or "parts". Raises ReadError, also if labels_key is another name than
-    "labels" and no array has this name. The keys of the dict:
+    labels_key: name of the labels array; the default "labels" stands for any of the names in
+    `_NAMES["label"]`. more: further arrays to return, "points" or "parts". Raises ReadError, also
+    if labels_key is another name than "labels" and no array has this name. The keys of the dict:
 
     - label: n int64, -1 for no label
     - class_names: texts; () if the file has labels but does not name the classes
@@ -91,7 +91,7 @@ def _described(values: np.ndarray) -> str:
 
 
 def _classes(values: np.ndarray, names: Names) -> tuple[np.ndarray, Names]:
-    """Convert labels n to int64, and also return the class names.
+    """Convert the labels [n] to int64, and also return the class names.
 
     values: the labels as texts, or as numbers from 0. names: the class names in the file, () if
     there are none. Negative numbers, NaN and the largest value of an integer type become -1 (no
@@ -221,10 +221,10 @@ def _dataset(file: Any, name: str) -> Any:
 def _known(headers: Headers, labels_key: str = "labels") -> dict[str, str]:
     """Return a dict from meaning (see `_NAMES`) to the name of the array to read.
 
-    labels_key: name of the labels array; "labels" allows any name in `_NAMES`. If this array has
-    one label per point, it is read as part labels. Raises ReadError if there is no array of points,
-    if labels_key is another name than "labels" and no array has this name, or if the shape of the
-    labels does not fit the points.
+    labels_key: name of the labels array; the default "labels" stands for any of the names in
+    `_NAMES["label"]`. If this array has one label per point, it is read as part labels. Raises
+    ReadError if there is no array of points, if labels_key is another name than "labels" and no
+    array has this name, or if the shape of the labels does not fit the points.
     """
     wanted, found = _NAMES, {}
     if labels_key != "labels":

@@ -187,7 +187,9 @@ def las_records(path: Path) -> Iterator[Any]:
 
 
 def las_rows(path: Path, names: Sequence[str] = "xyz") -> Iterator[np.ndarray]:
-    """Yield the named columns of a LAS file in chunks n D float64; a missing column is NaN."""
+    """Yield the named columns of a LAS file in chunks: float64 arrays [n, len(names)]. A column that
+    the file lacks is filled with NaN.
+    """
     for records in las_records(path):
         have = {*"xyz", *records.point_format.dimension_names}
         columns = np.full((len(records), len(names)), np.nan)
@@ -240,7 +242,8 @@ def read_ptx(path: Path) -> PointCloud:
 
 
 def ptx_rows(path: Path) -> Iterator[np.ndarray]:
-    """Yield x, y, z, red, green, blue of Leica's PTX in chunks n 6 float64; NaN for missing values.
+    """Yield x, y, z, red, green, blue of Leica's PTX in chunks: float64 arrays [n, 6], with NaN for
+    missing values.
 
     A scan begins with 10 lines: the number of columns (1 line), the number of rows (1 line), the
     position of the scanner (1 line), its axes (3 lines), and a matrix [4, 4] (4 lines) such that
@@ -290,6 +293,8 @@ def read_bin(path: Path, columns: tuple[str, ...] | None) -> PointCloud:
         raise ReadError(NO_COLUMNS)
     size, width = path.stat().st_size, len(columns)
     if size % (4 * width):
-        raise ReadError(f"{size:,} bytes are no rows of {width} float32 (--columns)")
+        raise ReadError(
+            f"{size:,} bytes are not whole rows of {width} float32 values; does --columns name all columns?"
+        )
     chosen = [columns.index(name) for name in coordinate_columns(columns, None)]
     return PointCloud.make(np.fromfile(path, "<f4").reshape(-1, width)[:, chosen])

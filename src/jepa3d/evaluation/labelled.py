@@ -241,14 +241,14 @@ def stratified(
     """Sample about the fraction `share` of each class, and at least one shape of each class that
     has more than `keep` shapes; returns sorted indices.
 
-    keep: at least this many shapes of each class stay unsampled, or all shapes of a class that has
-    fewer.
+    keep: this many shapes of each class are never sampled. A class with `keep` shapes or fewer is
+    not sampled at all.
     """
     picked = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         count = max(1, round(share * len(members)))
-        picked.append(members[: min(count, len(members) - keep)])
+        picked.append(members[: max(0, min(count, len(members) - keep))])
     return np.sort(np.concatenate(picked))
 
 
