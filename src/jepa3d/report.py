@@ -45,8 +45,8 @@ def report(
 ) -> Path:
     """Write the report of a run as one HTML file, atomically, and return its path.
 
-    data: where the run's data is now; None: where it was during the run. With None, if the data
-    cannot be read, the page says why a picture is missing. out: the file to write; None:
+    data: where the run's data is now; None: where it was during the run. If `data` is None and the
+    data cannot be read, the page says why a picture is missing. out: the file to write; None:
     RUN/report.html. figures_to: a folder for copies of the pictures as PNG files, numbered in the
     order of the page. Raises ValueError if `folder` is not a run, if a file of the run is damaged,
     if `out` is a folder, if the parent folder of `out` does not exist, or if `data` is given but

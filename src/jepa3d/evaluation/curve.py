@@ -31,9 +31,9 @@ class Curve(NamedTuple):
     name: str
     seeds: list[int]
     steps: list[int]
-    # seeds x steps: CPU-minutes, including stage I (the training of a dVAE teacher)
+    # CPU-minutes [seeds, steps], including stage I (the training of a dVAE teacher)
     minutes: np.ndarray
-    accuracy: np.ndarray  # seeds x steps, in per cent
+    accuracy: np.ndarray  # [seeds, steps], in per cent
 
     def minutes_to(self, accuracy: float) -> float | None:
         """Return the CPU-minutes after which the curve, averaged over seeds, reaches `accuracy` and
@@ -53,10 +53,11 @@ def learning_curves(
     """Probe every snapshot of finished runs. Returns one `Curve` per configuration; runs that
     differ only in their seed share a `Curve`.
 
-    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. The name has KEY, the
-    name of the labels, only if it is not "labels", and PART only if it is not "test". part: the
-    split on which every point of the curves is scored; no choice is made on it. Raises ValueError
-    for an unknown protocol, and for a folder that is not a finished run with an encoder.
+    Scores are saved in RUN/curve-DATA[-KEY][-PART]-PROTOCOL.json and reused. KEY is the name of the
+    label array; it is left out of the file's name if it is "labels". PART is the argument `part`;
+    it is left out if it is "test". part: the split on which every point of the curves is scored; no
+    choice is made on it. Raises ValueError for an unknown protocol, and for a folder that is not a
+    finished run with an encoder.
     """
     check_protocols([protocol])
     configs = {}

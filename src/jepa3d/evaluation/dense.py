@@ -45,7 +45,8 @@ _POINTS = 256
 _MOST_POINTS = 2**17
 _BATCH = 16  # clouds per batch
 
-# (clouds B N 3, points B Q 3), both in the encoder's coordinates -> features of the points B Q E
+# Function of clouds [B, N, 3] and points [B, Q, 3], both in the encoder's coordinates, that returns
+# the features [B, Q, E] of the points.
 Features = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -103,7 +104,8 @@ def token_features(encoder: PointEncoder, clouds: Tensor, at: Tensor) -> Tensor:
     """Concatenate the tokens after each third of the encoder's layers, and interpolate them to
     points.
 
-    clouds: B N 3. at: the points, B Q 3. Returns B Q 3E for tokens of width E.
+    clouds: [B, N, 3]. at: the points [B, Q, 3]. Returns features [B, Q, 3 * E] for tokens of width
+    E.
     """
     states, centers = encoder.states(clouds)
     tokens = torch.cat([states[layer] for layer in thirds(encoder.depth)], -1)
@@ -155,7 +157,7 @@ def _samples(
     """Sample P labelled points of each of n clouds. If a cloud has fewer than P labelled points,
     some of them are repeated.
 
-    Returns the features n P E and the parts n P of these points.
+    Returns the features [n, P, E] and the parts [n, P] of these points.
     """
     assert clouds.parts is not None
     rng, count = np.random.default_rng(0), _points_a_shape(len(clouds))
@@ -178,7 +180,7 @@ def _points_a_shape(shapes: int) -> int:
 def _classifiers(c: float, x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> dict[int, Any]:
     """Fit one classifier per category; returns category -> classifier.
 
-    x: features n P E. y: parts n P. labels: categories n.
+    x: features [n, P, E]. y: parts [n, P]. labels: categories [n].
     """
     return {
         label: _fit(c, np.concatenate(x[labels == label]), y[labels == label].ravel())
@@ -201,7 +203,7 @@ def _predict(
     """Predict the part of every point of n clouds, with the classifier of each cloud's category.
 
     classifiers: a list of results of `_classifiers`, one for each C that is tried. Returns
-    [len(classifiers), n, N].
+    the parts [len(classifiers), n, N].
     """
     assert clouds.parts is not None
     labels = np.asarray(clouds.labels)

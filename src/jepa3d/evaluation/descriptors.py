@@ -23,9 +23,9 @@ SCALES = (1, 4, 8, 16)
 class Descriptor(NamedTuple):
     """A function that computes the vectors of clouds, and a function that compares vectors."""
 
-    # clouds B N 3, as the encoder sees them -> vectors B E
+    # clouds [B, N, 3], as the encoder sees them -> vectors [B, E]
     of: Callable[[Tensor], np.ndarray]
-    # vectors q E and n E -> similarities q n; larger means more similar
+    # vectors [q, E] and [n, E] -> similarities [q, n]; larger means more similar
     likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -33,9 +33,9 @@ def baselines(encoder: PointEncoder, train: Tensor) -> dict[str, Descriptor]:
     """Return two handcrafted descriptors by name. "histograms" are shape histograms; "geometry" is
     the pooled geometry of the encoder's patches.
 
-    train: clouds m N 3 that `encoder.prepare` returned. The geometry is standardised by its mean
-    and std over these clouds. Do not pass the scored clouds here, unless their scores only serve to
-    choose a setting.
+    train: clouds [m, N, 3] that `encoder.prepare` returned. The geometry is standardised by its
+    mean and std over these clouds. Do not pass the scored clouds here, unless their scores only
+    serve to choose a setting.
     """
     of = partial(geometry, num_groups=encoder.num_groups, group_size=encoder.group_size)
     histograms = partial(_mean_over_poses, encoder, shape_histograms)
@@ -56,17 +56,17 @@ def _mean_over_poses(
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine similarities q n of vectors q E and n E; 0 for a zero vector."""
+    """Return the cosine similarities [q, n] of vectors [q, E] and [n, E]; 0 for a zero vector."""
     return unit_length(a) @ unit_length(b).T
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Scale vectors n E to length 1; a zero vector stays zero."""
+    """Scale vectors [n, E] to length 1; a zero vector stays zero."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def minus_l1(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the negative L1 distances q n of histograms q E and n E."""
+    """Return the negative L1 distances [q, n] of histograms [q, E] and [n, E]."""
     return -torch.cdist(torch.from_numpy(a), torch.from_numpy(b), p=1).numpy()
 
 
@@ -74,7 +74,7 @@ def standardised(
     of: Callable[[Tensor], np.ndarray], train: Tensor
 ) -> Callable[[Tensor], np.ndarray]:
     """Return the descriptor `of`, shifted and scaled to mean 0 and std 1 per channel over the
-    clouds `train` m N 3.
+    clouds `train` [m, N, 3].
     """
     vectors = of(train)
     mean, deviation = vectors.mean(0), np.maximum(vectors.std(0), 1e-6)
@@ -82,8 +82,8 @@ def standardised(
 
 
 def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """Decorate a function of clouds B N 3: it is called with at most eight clouds at a time, and
-    its results are concatenated.
+    """Decorate a function of clouds [B, N, 3]: it is called with at most eight clouds at a time,
+    and its results are concatenated.
     """
 
     @wraps(of)
@@ -96,7 +96,8 @@ def _in_batches(of: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 
 @_in_batches
 def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
-    """Compute four histograms of 64 bins for clouds B N 3 (Osada et al. 2002); returns B 256.
+    """Compute four histograms of 64 bins for clouds [B, N, 3] (Osada et al. 2002); returns the
+    concatenated histograms [B, 256].
 
     The first three, D2, A3 and D3, are measured on 32,768 random triples of points. D2 is the
     distance between two of the points, A3 is the angle at one of them, and D3 is the square root of
@@ -120,8 +121,8 @@ def shape_histograms(points: Tensor, seed: int = 0) -> Tensor:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Count the n values of each of B clouds in 64 equal bins of [0, 1]; returns the share of
-    values in each bin, B 64.
+    """Count the n values of each of B clouds in 64 equal bins of [0, 1]; returns an array [B, 64]:
+    the share of a cloud's values in each bin.
 
     Values below 0 are counted in the first bin, values above 1 in the last bin.
     """
@@ -132,8 +133,8 @@ def _shares(values: Tensor) -> Tensor:
 
 @_in_batches
 def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
-    """Describe the surface around each token of clouds B N 3 by 89 numbers. Returns the mean and
-    the maximum of these numbers over the tokens, B 178.
+    """Describe the surface around each token of clouds [B, N, 3] by 89 numbers. Returns an array
+    [B, 178]: the mean and the maximum of these numbers over the tokens.
 
     Nineteen numbers are computed at each of four scales. The smallest scale uses the token's patch
     alone; the larger ones join the patches of 4, 8 or 16 centres: the token's own centre and those
@@ -156,7 +157,9 @@ def geometry(points: Tensor, num_groups: int, group_size: int) -> Tensor:
 
 
 def surface(points: Tensor, num_groups: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return the 89 numbers of `geometry` for each token, B M 89, and the tokens' centres B M 3."""
+    """Return the 89 numbers of `geometry` for each of M tokens, as a tensor [B, M, 89], and the
+    tokens' centres [B, M, 3].
+    """
     grouped = group(points, num_groups, group_size)
     centers = grouped.centers.double()
     patches = grouped.patches.double() + centers[:, :, None]

@@ -35,7 +35,7 @@ from jepa3d.evaluation.tables import Sheet, mean_std
 from jepa3d.models.encoder import PointEncoder
 from jepa3d.plain import read_checked, write_checked
 
-Outcomes = dict[str, np.ndarray]  # metric -> scores in per cent, seeds x shapes
+Outcomes = dict[str, np.ndarray]  # metric -> scores [seeds, shapes] in per cent
 METRICS = {  # metric -> its name in tables
     "logistic_10": "10 labels a class",
     "knn": "kNN",
@@ -43,8 +43,8 @@ METRICS = {  # metric -> its name in tables
     "nearest": "nearest neighbour correct",
     "finetuned": "fine-tuned",
 }
-# A function of the vectors q E of q shapes, and of the indices q of these shapes among all scored
-# shapes. It returns metric -> q scores in per cent.
+# A function of the vectors [q, E] of q shapes, and of their indices [q] among all scored shapes. It
+# returns metric -> scores [q] in per cent.
 Score = Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
@@ -53,9 +53,9 @@ class Vectors(NamedTuple):
     vectors.
     """
 
-    train: np.ndarray  # m E
-    scored: np.ndarray  # n E
-    # vectors q E and n E -> similarities q n; larger means more similar
+    train: np.ndarray  # [m, E]
+    scored: np.ndarray  # [n, E]
+    # vectors [q, E] and [n, E] -> similarities [q, n]; larger means more similar
     likeness: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -74,8 +74,8 @@ def names_of(sets: Sequence[LabelledSet]) -> dict[LabelledSet, str]:
 def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Score:
     """Return the function that scores the metrics map and nearest.
 
-    gallery: vectors n E of the searched shapes, which include the queries. labels: classes n of the
-    searched shapes.
+    gallery: vectors [n, E] of the searched shapes, which include the queries. labels: classes [n]
+    of the searched shapes.
     """
 
     def score(vectors: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,8 +88,8 @@ def searching(likeness: Callable, gallery: np.ndarray, labels: np.ndarray) -> Sc
 def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0) -> Score:
     """Fit the classifiers of logistic_10 and knn; returns the function that scores these metrics.
 
-    x: train vectors m E. y: classes m of the train shapes. labels: classes n of the scored shapes.
-    seed: seed of the samples of 10 labels a class.
+    x: train vectors [m, E]. y: classes [m] of the train shapes. labels: classes [n] of the scored
+    shapes. seed: seed of the samples of 10 labels a class.
     """
     few = [fitted("logistic", QUICK_C, x[rows], y[rows]) for rows in few_labels(y, seed)]
     fits = {"logistic_10": few, "knn": [fitted("knn", 0.0, x, y)]}
@@ -107,8 +107,8 @@ def classifying(x: np.ndarray, y: np.ndarray, labels: np.ndarray, seed: int = 0)
 def outcomes(
     vectors: Vectors, y: np.ndarray, y_scored: np.ndarray, seed: int
 ) -> dict[str, np.ndarray]:
-    """Score each of n shapes under all metrics except finetuned; returns metric -> scores n in per
-    cent.
+    """Score each of n shapes under all metrics except finetuned; returns metric -> scores [n] in
+    per cent.
 
     y, y_scored: classes of the train and of the scored shapes. seed: as in `classifying`.
     """
@@ -176,9 +176,9 @@ class Difference(NamedTuple):
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
     """Return the mean of ours - theirs with its 95 % interval.
 
-    ours, theirs: scores, seeds x shapes, of the same seeds and shapes. Seeds and shapes are both
-    random samples, and a shape that is hard for one run is usually hard for the other runs. Let
-    d[s, i] = ours - theirs for S seeds and N shapes, and take sample variances:
+    ours, theirs: scores [seeds, shapes]; both have the same seeds and shapes. Seeds and shapes are
+    both random samples, and a shape that is hard for one run is usually hard for the other runs.
+    Let d[s, i] = ours - theirs for S seeds and N shapes, and take sample variances:
 
         variance = A + B,  A = var_s(mean_i d) / S,  B = var_i(mean_s d) / N
 

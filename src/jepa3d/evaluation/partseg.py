@@ -18,11 +18,12 @@ def category_parts(
 ) -> list[np.ndarray]:
     """Return the global part ids of each of the C categories, ascending.
 
-    part_names: the name of each id. A category gets the ids with names such as "Category/part", or
-    "Category 0" as `jepa3d prepare` names the parts of ShapeNetPart. If there are none, it gets the
-    ids that occur in its shapes. labels n and parts n N (an array, or `StoredPoints`) are those of
-    the train split, so that test shapes have no influence. Raises ValueError if there are such
-    names for a category, but one of its shapes has a part without such a name.
+    part_names: the name of each id. A category gets the ids that are named after it:
+    "Category/part", or "Category 0" as `jepa3d prepare` names the parts of ShapeNetPart. If there
+    are none, it gets the ids that occur in its shapes. The labels [n] and the parts [n, N] (an
+    array, or `StoredPoints`) are those of the train split, so that test shapes have no influence.
+    Raises ValueError if ids are named after a category, but one of its shapes has a part with
+    another id.
     """
     owners = [name.rpartition("/" if "/" in name else " ")[0] for name in part_names]
     found = []
@@ -45,8 +46,8 @@ def restricted_argmax(
     """Return for each point the part with the highest logit, among the parts of its shape's
     category.
 
-    logits: n N P. labels: the shapes' categories n. parts_of: category -> its part ids. Returns
-    n N int16.
+    logits: [n, N, P]. labels: the shapes' categories [n]. parts_of: category -> its part ids.
+    Returns the parts [n, N] as int16.
     """
     out = np.empty(logits.shape[:2], np.int16)
     for label in np.unique(labels):
@@ -62,10 +63,10 @@ def mean_iou(
     parts_of: Sequence[np.ndarray],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """Score predicted parts n N against the true parts n N, in per cent.
+    """Score predicted parts [n, N] against the true parts [n, N], in per cent.
 
-    labels: the shapes' categories n. Points whose truth is UNLABELLED are ignored; every shape must
-    have a labelled point. Returns:
+    labels: the shapes' categories [n]. Points whose truth is UNLABELLED are ignored; every shape
+    must have a labelled point. Returns:
 
     - instance_miou: mean of `shape_iou` over all shapes
     - per_category: category name -> mean of `shape_iou` over the shapes of the category
@@ -96,12 +97,14 @@ def shape_iou(
     labelled = truth != UNLABELLED
     highest = [ids.max(initial=0) for ids in parts_of]
     size = 1 + int(max(predicted.max(), truth.max(), *highest))
-    belongs = np.zeros((len(parts_of), size), bool)  # C P
+    belongs = np.zeros((len(parts_of), size), bool)  # [C, P]
     for label, ids in enumerate(parts_of):
         belongs[label, ids] = True
 
     def count(parts: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """Count the points of each shape and part, n P, where the mask `where` (n N) is True."""
+        """Count the points of each shape and part where the mask `where` [n, N] is True; returns
+        the counts [n, P].
+        """
         flat = np.arange(len(parts))[:, None] * size + parts
         return np.bincount(flat[where], minlength=len(parts) * size).reshape(-1, size)
 

@@ -48,7 +48,9 @@ def dvae_figures(
 
 
 def best_constant_patch(patches: Tensor, steps: int = 200, batch_size: int = 512) -> Tensor:
-    """Fit one patch K 3 to patches n K 3: minimise its mean Chamfer-L1 distance to them by Adam."""
+    """Fit one patch [K, 3] to patches [n, K, 3]: minimise its mean Chamfer-L1 distance to them by
+    Adam.
+    """
     generator = torch.Generator().manual_seed(0)
     points = patches.flatten(0, 1)
     rows = torch.randint(len(points), patches.shape[1:2], generator=generator)

@@ -308,7 +308,7 @@ def _differing(arms: list[Arm], setting: str | None = None) -> list[str]:
 
 def _labels(arms: list[Arm]) -> dict[str, str]:
     """Return origin -> name for the origins of the arms' encoders. The name is that of `Arm.label`,
-    or the path of the encoder if this name belongs to several origins.
+    or the path of the encoder if several origins have the same label.
     """
     names = {arm.init: arm.label() for arm in arms}
     counts = Counter(names.values())

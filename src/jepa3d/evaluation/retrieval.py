@@ -40,12 +40,12 @@ _NUMBERS = 2**24
 
 
 def ranked(similarity: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return two scores of each of q queries, as an array 2 q: whether the most similar shape has
-    the query's class (0 or 1), and the average precision.
+    """Return two scores of each of q queries, as an array [2, q]: whether the most similar shape
+    has the query's class (0 or 1), and the average precision.
 
-    Both are NaN for a query that is alone in its class. similarity: q n; larger means more similar.
-    labels: the classes of the n shapes. rows: q, the index of each query among the n shapes; a
-    query is left out of its own ranking.
+    Both are NaN for a query that is alone in its class. similarity: the similarity [q, n] of each
+    query to each of n shapes; larger means more similar. labels: the classes [n] of the shapes.
+    rows: the index [q] of each query among the n shapes. A query is left out of its own ranking.
     """
     similarity, queries = np.array(similarity, np.float64), np.arange(len(rows))
     similarity[queries, rows] = -np.inf
@@ -64,7 +64,7 @@ def search(
     labels: np.ndarray,
     rows: np.ndarray,
 ) -> np.ndarray:
-    """Search a gallery n E with query vectors q E; returns the scores 2 q of `ranked`.
+    """Search a gallery [n, E] with query vectors [q, E]; returns the scores [2, q] of `ranked`.
 
     labels, rows: see `ranked`. The similarities are computed in blocks, to limit memory.
     """
@@ -78,7 +78,7 @@ def search(
 def vectors_of(
     model: PointEncoder | Classifier, points: Tensor, batch_size: int = 16
 ) -> np.ndarray:
-    """Compute the vectors n E of clouds n N 3 that `encoder.prepare` returned.
+    """Compute the vectors [n, E] of clouds [n, N, 3] that `encoder.prepare` returned.
 
     The vectors of an encoder are those of `jepa3d.embed`. The vectors of a classifier are its class
     token and the maximum over all other tokens, concatenated.
@@ -162,10 +162,10 @@ def opened(
     """Yield for every model: its encoder; its descriptors by name; and the shapes.
 
     The descriptors of the first model include its baselines. dataset: its up axis may also be
-    "none", for vectors that do not depend on the rotation of a shape. part: the split to
-    search, train, test or validation. The attribute `test` of the yielded shapes has this split,
-    whichever it is (see `Labelled.of`). whole: read the
-    shapes with all of their points, not only with as many as the encoder sees.
+    "none", for vectors that do not depend on the rotation of a shape. part: the split to search:
+    train, test or validation. The attribute `test` of the yielded shapes has this split, whichever
+    it is (see `Labelled.of`). whole: read the shapes with all of their points, not only with as
+    many as the encoder sees.
     """
     upright = dataset._replace(up_axis=dataset.up_axis.replace("none", "z"))
     for name in models:

@@ -27,9 +27,9 @@ def predict(
     """Predict the classes or parts of n clouds.
 
     votes: if more than 1, the logits of this many randomly scaled and shifted copies of each cloud
-    are averaged (as in Point-MAE). Returns "predicted": for a classifier, the classes n; for a
-    segmenter, the parts n N, chosen among the parts of each shape's category, which is known. For a
-    classifier, also returns "probability": n C for C classes.
+    are averaged (as in Point-MAE). Returns "predicted": for a classifier, the classes [n]; for
+    a segmenter, the parts [n, N], chosen among the parts of each shape's category, which is known.
+    For a classifier, also returns "probability": an array [n, C] for C classes.
     """
     network.eval().to(device := default_device())
     segments = isinstance(network, Segmenter)
