@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 FRAME = 3  # version of the rules in this file; vectors of different versions are not comparable
-# Number of different points that each cloud in a store needs. If the store has fewer points per
-# cloud, that smaller number is enough. The number that an encoder needs is its attribute
-# `min_points`.
+# Number of different points that each cloud in a store needs. If the store keeps fewer points per
+# cloud than this, a cloud needs only as many different points as the store keeps. The number that
+# an encoder needs is its attribute `min_points`.
 LEAST = 64
 STEP = 0.6  # `fill` moves a copy of a point by at most this share of the distance to a neighbour
 # `without_strays` explains these four.
@@ -246,7 +246,10 @@ def fill(points: np.ndarray, num_points: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(query: np.ndarray, points: np.ndarray, k: int) -> np.ndarray:
-    """Find the k points nearest to each query [n, 3]; returns indices [n, k], nearest first."""
+    """Find the k points nearest to each of the query points [n, 3].
+
+    Returns their indices in `points`, [n, k], the nearest first.
+    """
     distance = _squares(query[:, None], points)
     some = np.argpartition(distance, k - 1, axis=1)[:, :k]
     return np.take_along_axis(
@@ -274,7 +277,7 @@ def check(points: np.ndarray) -> np.ndarray:
 
 
 def too_few(count: int, different: int, min_points: int) -> str:
-    """Return the error text for a cloud of `count` points, only `different` of which are different.
+    """Return the error text for a cloud of `count` points, if only `different` of them differ.
 
     min_points: number of different points that are needed.
     """

@@ -4,12 +4,12 @@ config.json         the resolved settings         run.json       data, versions,
 metrics.jsonl       one line per logged step      results.json   metrics of a downstream run
 untrained/          the encoder before step 1     encoder/, dvae/ or model/   the trained network
 stage1/NAME/        runs of stage I               given/N/       copies of networks given by path
-snapshots/step-N/   the encoder during training   checkpoints/   only until the run is finished
+snapshots/step-N/   the encoder during training   checkpoints/   kept until the run is finished
 
 Stage I is the training of a network that the run then uses as a teacher. A downstream run is one of
-`classify`, `segment` or `fewshot`; its config.json also contains its `task`, one of these names.
-Runs of `pretrain` are written by training/pretrain.py, the others by training/finetune.py and
-training/fewshot.py, which list further files.
+`classify`, `segment` or `fewshot`; its config.json also contains its `task`, which is one of these
+names. Runs of `pretrain` are written by training/pretrain.py. Downstream runs are written by
+training/finetune.py and training/fewshot.py, whose docstrings list further files.
 """
 
 import json

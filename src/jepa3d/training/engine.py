@@ -81,8 +81,8 @@ def plain_settings(values: dict, where: str = "") -> dict[str, Any]:
 
 
 def compile_blocks(objective: nn.Module) -> None:
-    """Compile each transformer block with `torch.compile`, so that a compiled block takes batches
-    and token sequences of any size. The names of the weights stay the same.
+    """Compile each transformer block with `torch.compile`. A compiled block takes batches and
+    token sequences of any size. The names of the weights stay the same.
     """
     # A block may be compiled up to 64 times. This is enough for the blocks of teacher, student and
     # decoder, for padded and unpadded inputs, in two precisions.
@@ -203,7 +203,7 @@ def trial(task: Any, clouds: PointClouds, config: RunConfig, hows: list[How]) ->
             # There may be no compiler, or no kernel for this precision.
             except RuntimeError as error:
                 # If one of several processes left out a combination that works in the others, the
-                # others would wait for it forever.
+                # others would wait for this process forever.
                 if len(copies) == 1 or state.num_processes > 1:
                     raise
                 log.info(f"trial of {named(*how)} failed: {str(error).splitlines()[0]}")

@@ -102,8 +102,8 @@ def _finetuned(
     folds: list[Labelled],
     encoder: PointEncoder | None,
 ) -> tuple[list[float], dict[str, float]]:
-    """Fine-tune on every fold, in a run of its own with its own seed. Returns the accuracies of all
-    folds, and the sum of their costs.
+    """Fine-tune on every fold. Each fold has its own run, with its own seed. Returns the accuracies
+    of all folds, and the sum of their costs.
     """
     scores, costs = [], []
     for i, data in enumerate(folds):

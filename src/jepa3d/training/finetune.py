@@ -143,7 +143,9 @@ def begin(
 
 
 def _targets(clouds: PointClouds, index: np.ndarray) -> tuple[torch.Tensor, ...]:
-    """Return labels [B] and, if the shapes have them, parts [B, N] of the shapes at index."""
+    """Return the labels [B] of the shapes at `index`. If the data has part labels, also return
+    those of the shapes' points, [B, N].
+    """
     assert clouds.labels is not None
     labels = torch.from_numpy(clouds.labels[index])
     if clouds.parts is None:
@@ -259,9 +261,9 @@ def arm_settings(config: FinetuneConfig) -> dict[str, Any]:
 def pretraining_of(init: str | None) -> dict | None:
     """Return the settings, data, cost and commit of the pretraining run that `init` is part of.
 
-    The result's key "encoder_of" says which of the run's encoders `init` is: "" is the final one.
-    Returns None if `init` does not belong to a pretraining run, or if it is the untrained encoder
-    of a run.
+    The result's key "encoder_of" says which of the run's encoders `init` is; "" means the final
+    one. Returns None if `init` does not belong to a pretraining run, or if it is the untrained
+    encoder of a run.
     """
     if init is None or Path(init).name == "untrained":
         return None

@@ -25,7 +25,7 @@ from jepa3d.plain import (
 from jepa3d.training.pretrain import check, cpu_costs
 from jepa3d.validate import validate
 
-ROUNDS = 3  # how often the CPU time per step of each arm is measured
+ROUNDS = 3  # number of times that the CPU time per step of each arm is measured
 
 
 class Grid(NamedTuple):
@@ -162,7 +162,7 @@ def at_equal_time(grid: Grid, out: Path) -> Grid:
 
     The CPU time per step of each arm is measured once and saved in out/costs.json. Raises
     ValueError for an arm whose settings have changed since it was measured. Also raises it for an
-    arm that uses up the time before its first step, for stage I or for cached targets.
+    arm that has no time left for a step after stage I and the computation of cached targets.
     """
     assert grid.cpu_minutes is not None
     file = out / "costs.json"

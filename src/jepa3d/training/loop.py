@@ -78,16 +78,17 @@ def fit(
     """Train, resuming from the newest checkpoint in `run` if there is one.
 
     run: the run's folder; if None, nothing is written (dry run). stop_at: step at which the run
-    stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes),
-    best, the last metrics, step_seconds, step_cpu_seconds, and the mixed_precision that was used.
+    stops early. Returns the final state: step, cpu_seconds, wall_seconds, peak_memory (bytes), best
+    (the step and score of the best epoch), the last metrics, step_seconds, step_cpu_seconds, and
+    the mixed_precision that was used.
 
     On Ctrl-C, on SIGTERM, or at step `stop_at`, saves a checkpoint and raises Interrupted. Raises
     Diverged if the loss is NaN or infinite, ReadError for unreadable data, and ValueError if the
     run has no undamaged checkpoint left or if the tracker cannot be used.
     """
     start_clock = clock()
-    # cuDNN attention is off, since it makes a new plan for every context length, which takes most
-    # of a step's time.
+    # cuDNN attention is off, since it makes a new plan for every context length. Making a plan
+    # takes most of a step's time.
     torch.backends.cuda.enable_cudnn_sdp(False)
     engine.set_activation_checkpoints(task.objective, config.checkpoint_activations)
     precision, compiled = engine.choose(task, clouds, config, run)
@@ -268,8 +269,8 @@ def to_device(points: Tensor, device: torch.device) -> Tensor:
 
 
 def _has_saved(run: Path, config: RunConfig) -> bool:
-    """Return whether the run must have saved a checkpoint: whether it logged a step that comes
-    after the step of its first checkpoint.
+    """Return whether the run must have saved a checkpoint. This is the case if it logged a step
+    after step `checkpoint_every`, at which a checkpoint is saved.
     """
     return any(line["step"] > config.checkpoint_every for line in Run(run).metrics)
 

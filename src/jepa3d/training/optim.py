@@ -13,9 +13,9 @@ def adamw(model: nn.Module, schedule: Schedule, layer_decay: float = 1.0) -> tor
     """Create the optimiser for the parameters of `model` that need gradients. Weight decay applies
     only to parameters with two or more dimensions, so not to biases and norms.
 
-    layer_decay: factor by which the learning rate falls from each encoder block to the block before
-    it, as in BEiT. The "lr_scale" of a parameter group is the product of these factors for its
-    layer.
+    layer_decay: factor that multiplies the learning rate from each encoder block to the block
+    before it, as in BEiT. The "lr_scale" of a parameter group is the product of these factors for
+    its layer.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     scales = _lr_scales(model, layer_decay)

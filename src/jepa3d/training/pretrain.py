@@ -1,5 +1,5 @@
-"""Pretraining: from settings and data to a run folder (`run.py`). If the settings ask for a teacher
-that must be trained first, such as a dVAE, this training is stage I.
+"""Pretraining: from settings and data to a run folder (`run.py`). Some settings need a teacher that
+must be trained first, such as a dVAE. The training of such a teacher is stage I.
 """
 
 import copy
@@ -47,8 +47,8 @@ def make_task(
 ) -> Task:
     """Build the task that the loop trains for an objective.
 
-    networks: name -> network, for the networks of stage I, and for those that the settings give by
-    folder, Hub id or function.
+    networks: by name, the networks of stage I, and the networks that the settings give by folder,
+    Hub id or function.
     """
     torch.manual_seed(config.seed)
     schedule = config.schedule(objective)
@@ -353,7 +353,7 @@ def duration(seconds: float) -> str:
 
 
 def check(config: PretrainConfig) -> None:
-    """Check the settings before any data is read. Raises ValueError."""
+    """Check the settings before any data is read. Raises ValueError if they cannot work."""
     validate(config)
     for objective in (*config.stages, config.objective):
         size = config.schedule(objective).batch_size

@@ -133,7 +133,7 @@ def create(
     """Create the run folder, completely or not at all.
 
     The folder gets config.json, run.json (versions, machine, command, status, data and `record`),
-    and each of `networks` in a sub-folder of its name.
+    and the networks, each in the sub-folder that its key in `networks` names.
     """
     if not is_main():
         return
