@@ -3,7 +3,8 @@
 Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
 has faster back ends. They return the same indices, except where distances are equal.
 
-Axes: B batch, N points, M queries, K neighbours, C channels. `points` is a float tensor [B, N, 3].
+In shapes, B is the number of clouds in the batch, N of points, M of queries, K of neighbours and C
+of channels. `points` is a float tensor [B, N, 3].
 """
 
 import hashlib

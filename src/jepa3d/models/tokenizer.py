@@ -29,8 +29,8 @@ def group(
     point sampling, then take the points nearest to each centre.
 
     num_groups: patches per cloud (M). group_size: points per patch (K). generator: chooses a random
-    first centre; None takes the point farthest from the centroid. Raises ValueError if a cloud has
-    fewer points than `num_groups` or `group_size`.
+    first centre; if it is None, the first centre is the point farthest from the centroid. Raises
+    ValueError if a cloud has fewer points than `num_groups` or `group_size`.
     """
     num_points = points.shape[1]
     if num_points < max(num_groups, group_size):

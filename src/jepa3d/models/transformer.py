@@ -76,9 +76,9 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """A transformer block: self-attention and MLP, each pre-normalised and residual.
 
-    `forward` takes tokens [B, M, C], or rows [n, C] together with their layout (see layout.py). Its
+    `forward` takes tokens [B, M, C], or rows [n, C] together with their layout (see layout.py). The
     argument `keep` holds factors for the outputs of the two residual branches (see
-    `drop_path_scales`): [B, 1, 2] for tokens [B, M, C], [n, 2] for rows.
+    `drop_path_scales`). Its shape is [B, 1, 2] for tokens and [n, 2] for rows.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):

@@ -25,8 +25,9 @@ class Supervised(nn.Module):
     "head_first", for a head that was fitted before, trains all weights, but the statistics of the
     encoder's BatchNorms stay as they are.
 
-    >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)  # labels [B]
-    >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)  # parts [B, N]
+    >>> # labels: [B]; parts: [B, N]
+    >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)
+    >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)
     """
 
     def __init__(
