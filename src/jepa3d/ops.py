@@ -3,7 +3,8 @@
 Each operator is written in plain torch, which runs on any device. Only farthest point sampling also
 has faster back ends. They return the same indices, except where distances are equal.
 
-Axes: B batch, N points, M queries, K neighbours, C channels. `points` is float B N 3.
+In shapes, B is the number of clouds in the batch, N of points, M of queries, K of neighbours and C
+of channels. `points` is a float tensor [B, N, 3].
 """
 
 import hashlib
@@ -190,9 +191,9 @@ def _triton():
 def farthest_point_sample(
     points: Points, num_samples: int, generator: torch.Generator | BatchGenerator | None = None
 ) -> Int[Tensor, "b m"]:
-    """Choose farthest point samples of points B N 3 (Eldar et al. 1997).
+    """Choose farthest point samples of points [B, N, 3] (Eldar et al. 1997).
 
-    Returns indices B num_samples; each sample is the point farthest from all samples before it.
+    Returns indices [B, num_samples]; each sample is the point farthest from all samples before it.
     With a generator the first sample is random. Without a generator it is the point farthest from
     the centroid, so the samples do not depend on the order of points unless several points are
     equally far. In that case torch and Triton choose the one with the lowest index, and the
@@ -221,8 +222,8 @@ def farthest_point_sample(
 
 
 def sample_one(points: np.ndarray, num_samples: int, start: int) -> np.ndarray:
-    """Choose farthest point samples of one cloud N 3 float32, with the compiled back end if it is
-    installed and the cloud has at least 32 points, else with numpy.
+    """Choose farthest point samples of one float32 cloud [N, 3], with the compiled back end if it
+    is installed and the cloud has at least 32 points, else with numpy.
 
     start: index of the first sample. Returns indices [num_samples].
     """
@@ -248,7 +249,7 @@ def _farthest_point_sample_compiled(points: Points, num_samples: int, start: Ten
 
 def _farthest_point_sample_reference(points: Points, num_samples: int, start: Tensor) -> Tensor:
     # On a CPU, three contiguous tensors, one per coordinate, are 3-4 times as fast as one tensor
-    # B N 3.
+    # [B, N, 3].
     x, y, z = (axis.contiguous() for axis in points.unbind(-1))
     distance = torch.full_like(x, torch.inf)
     picked, current = [], start[:, None]
@@ -267,8 +268,9 @@ def farthest_point_scan(points: Tensor, num_samples: int, start: Tensor) -> tupl
     """Choose farthest point samples with a scan, so that an exported graph has one repeated step
     instead of one copy of the step per sample.
 
-    points: B N 3. start: index of each cloud's first sample, B. Returns the indices B num_samples,
-    and each sample's squared distance from the nearest sample before it (infinite for the first).
+    points: [B, N, 3]. start: index of each cloud's first sample, [B]. Returns the indices
+    [B, num_samples], and each sample's squared distance from the nearest sample before it (infinite
+    for the first).
     """
     from torch._higher_order_ops.scan import scan  # private in torch; only export needs it
 
@@ -305,9 +307,9 @@ def squared_distance(
 
 
 def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b m k"]:
-    """Find the k points (B N 3) nearest to each query (B M 3).
+    """Find the k points [B, N, 3] nearest to each query [B, M, 3].
 
-    Returns indices B M k, nearest first. Raises ValueError unless 1 <= k <= N.
+    Returns indices [B, M, k], nearest first. Raises ValueError unless 1 <= k <= N.
     """
     batch, num_points, _ = points.shape
     if not 1 <= k <= num_points:
@@ -323,7 +325,7 @@ def knn(query: Float[Tensor, "b m 3"], points: Points, k: int) -> Int[Tensor, "b
 
 
 def gather_points(values: Float[Tensor, "b n c"], index: Indices) -> Float[Tensor, "b *any c"]:
-    """Look up values (B N C) at the indices `index` (B ...); returns B ... C."""
+    """Look up values [B, N, C] at the indices `index` [B, ...]; returns [B, ..., C]."""
     flat = index.flatten(1)
     out = values.gather(1, flat[..., None].expand(-1, -1, values.shape[-1]))
     return out.view(*index.shape, values.shape[-1])
@@ -332,7 +334,8 @@ def gather_points(values: Float[Tensor, "b n c"], index: Indices) -> Float[Tenso
 def three_nn_interpolate(
     query: Points, centers: Centers, features: Tokens
 ) -> Float[Tensor, "b n c"]:
-    """Interpolate features B M C from centers (B M 3) to query points (B N 3); returns B N C.
+    """Interpolate features [B, M, C] from centers [B, M, 3] to query points [B, N, 3]; returns
+    [B, N, C].
 
     The three nearest centers are weighted by inverse squared distance (PointNet++).
     """
@@ -348,8 +351,8 @@ def three_nn_interpolate(
 
 
 def unit_sphere(points: Points) -> Points:
-    """Move each cloud of B N 3 to centroid 0, and scale it so that its farthest point is at
-    distance 1 from the centroid.
+    """Move each of the clouds [B, N, 3] to centroid 0, and scale it so that its farthest point is
+    at distance 1 from the centroid.
     """
     points = points - points.mean(1, keepdim=True)
     radius = points.norm(dim=-1).amax(1)[:, None, None]

@@ -33,10 +33,12 @@ def _sample(points, start, index, num_points, num_samples: tl.constexpr, BLOCK: 
 
 
 def farthest_point_sample(points: Tensor, num_samples: int, start: Tensor) -> Tensor:
-    """Choose farthest point samples of points B N 3 (float32, on a GPU, N at most `MAX_POINTS`).
+    """Choose farthest point samples of points [B, N, 3] (float32, on a GPU, N at most
+    `MAX_POINTS`).
 
-    start: index of each cloud's first sample, B. Returns the indices B num_samples that the torch
-    loop would return: products and sums are not fused, so distances are rounded in the same way.
+    start: index of each cloud's first sample, [B]. Returns the indices [B, num_samples] that the
+    torch loop would return: products and sums are not fused, so distances are rounded in the same
+    way.
     """
     batch, num_points, _ = points.shape
     index = torch.empty(batch, num_samples, dtype=torch.long, device=points.device)

@@ -64,7 +64,7 @@ class PromptedViT(nn.Module):
     def forward(
         self, tokens: Tokens, centers: Centers, generator: BatchGenerator | None = None
     ) -> Tokens:
-        """Transform tokens B M width with centers B M 3; returns tokens of the same shape.
+        """Transform tokens [B, M, width] with centers [B, M, 3]; returns tokens of the same shape.
 
         Positions are added before every layer, as in ACT. generator: source of the random numbers
         for the prompts' dropout, which is applied only in training.

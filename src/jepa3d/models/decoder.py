@@ -66,11 +66,11 @@ class ContextAwareDecoder(nn.Module):
     """Predict every target token from the encoded context and the position of the token's centre.
 
     By default each target block has its own forward pass ("decoder pass"), so that a block never
-    sees another block's mask tokens, as in the paper's equation. The passes for A blocks of B
-    clouds run as one batch of B * A. stacked: all target blocks share one pass, as in the paper's
-    overview picture. isolated: no mask token sees another mask token (AsymDSD, arXiv 2506.21724),
-    so one pass is enough. ranks: positions are embedded from `token_ranks` instead of coordinates,
-    as in MPL-MAE (arXiv 2606.31570), but without the gate of that method.
+    sees another block's mask tokens, as in the paper's equation. If each of B clouds has A blocks,
+    the passes run as one batch of B * A. stacked: all target blocks share one pass, as in the
+    paper's overview picture. isolated: no mask token sees another mask token (AsymDSD, arXiv
+    2506.21724), so one pass is enough. ranks: positions are embedded from `token_ranks` instead of
+    coordinates, as in MPL-MAE (arXiv 2606.31570), but without the gate of that method.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class ContextAwareDecoder(nn.Module):
     def forward(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> Blocks:
-        """Predict the target tokens B A T C: T tokens for each of A blocks.
+        """Predict the target tokens [B, A, T, C]: T tokens for each of A blocks.
 
         context and context_position: the encoded context and its embedded positions, both packed as
         rows [n, C] with the layout `layout`. target_position: the embedded positions of the
-        targets, B A T C.
+        targets, [B, A, T, C].
         """
         x, position, joint = self.assemble(context, layout, context_position, target_position)
         for layer, block in enumerate(self.blocks):
@@ -126,7 +126,8 @@ class ContextAwareDecoder(nn.Module):
     def assemble(
         self, context: Rows, layout: Ragged, context_position: Rows, target_position: Blocks
     ) -> tuple[Tensor, Tensor, Joint]:
-        """Join the context with one mask token per target token; arguments as for `forward`.
+        """Join the context with one mask token per target token. The arguments are those of
+        `forward`.
 
         Returns [context ; mask tokens] as rows, their positions as rows, and the layout of both. In
         these rows, all decoder passes of a cloud still share one copy of the context.
@@ -142,13 +143,13 @@ class ContextAwareDecoder(nn.Module):
 
     @staticmethod
     def predictions(x: Rows, target_position: Blocks) -> Blocks:
-        """Select the mask tokens, the last rows of x, and reshape them to B A T C."""
+        """Select the mask tokens, the last rows of x, and reshape them to [B, A, T, C]."""
         return x[-target_position.shape[:3].numel() :].view(target_position.shape)
 
 
 def token_ranks(centers: Centers) -> Centers:
-    """Replace each coordinate of the centres (B M 3) by its rank among the cloud's centres, scaled
-    to [-1, 1].
+    """Replace each coordinate of the centres [B, M, 3] by its rank among the cloud's centres,
+    scaled to [-1, 1].
 
     Ranks tell the order of the tokens along each axis but not the distances between tokens. The
     distances are hidden because they alone reveal much of a shape.

@@ -112,8 +112,8 @@ class FoldingDecoder(nn.Module):
         nn.init.normal_(self.linear3.weight, std=0.01)
 
     def forward(self, tokens: Tokens) -> tuple[Float[Tensor, "b m coarse 3"], Patches]:
-        """Decode tokens B M C to coarse patches B M K/4 3 and fine patches B M K 3, both relative
-        to the patch centres.
+        """Decode tokens [B, M, C] to coarse patches [B, M, K/4, 3] and fine patches [B, M, K, 3],
+        both relative to the patch centres.
         """
         coarse = self.coarse(tokens).unflatten(-1, (self.num_coarse, 3))
         around = coarse[..., None, :].expand(*coarse.shape[:-1], 4, 3)
@@ -140,13 +140,13 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
     """A discrete variational autoencoder of patches. Its method `features` computes the tokens that
     3D-JEPA predicts.
 
-    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty for no ViT.
+    backbone: folder or Hub id of the frozen ViT between the two DGCNNs; empty if there is no ViT.
     expected_code: whether `features` represents a patch by its expected code, softmax(logits) @
     codebook, instead of by its most likely code. docs/settings.md explains the other arguments.
     Raises ValueError if `group_size` is not a multiple of 4.
     """
 
-    BEFORE: ClassVar = {"expected_code": False}  # for an older config.json, which lacks it
+    BEFORE: ClassVar = {"expected_code": False}  # value for an older config.json, which lacks it
 
     def __init__(
         self,
@@ -176,22 +176,24 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         self.backbone = PromptedViT(backbone, width) if backbone else None
 
     def _logits(self, patches: Patches, centers: Centers) -> tuple[Tokens, Indices]:
-        """Compute the logits over codes, B M num_codes, and the indices of the 4 tokens nearest to
-        each token, itself included: B M 4 (B M M if M is less than 4).
+        """Compute the logits over codes, [B, M, num_codes], and the indices [B, M, 4] of the 4
+        tokens nearest to each token, the token itself included. If M is less than 4, the indices
+        are [B, M, M].
         """
         neighbours = knn(centers, centers, min(4, centers.shape[1]))
         return self.to_logits(self.tokenizer(patches), neighbours), neighbours
 
     def codes(self, patches: Patches, centers: Centers) -> Int[Tensor, "b m"]:
-        """Return the most likely code of every patch, B M."""
+        """Return the most likely code of every patch, [B, M]."""
         return self._logits(patches, centers)[0].argmax(-1)
 
     def features(self, patches: Patches, centers: Centers, layers: int = 1) -> list[Tokens]:
         """Compute the tokens that 3D-JEPA predicts, without randomness: the output of the second
-        DGCNN, B M width.
+        DGCNN, [B, M, width].
 
-        patches: B M K 3. centers: B M 3. layers: ignored, since only this one output of a dVAE is
-        used. Returns a list of one tensor, because other teachers return one tensor per layer.
+        patches: [B, M, K, 3]. centers: [B, M, 3]. layers: ignored, since only this one output of a
+        dVAE is used. Returns a list of one tensor, because other teachers return one tensor per
+        layer.
         """
         logits, neighbours = self._logits(patches, centers)
         code = (
@@ -208,13 +210,17 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         neighbours: Indices,
         generator: BatchGenerator | None = None,
     ) -> Tokens:
-        """Apply the ViT, if there is one, and then the second DGCNN to code vectors B M width."""
+        """Apply the ViT, if there is one, and then the second DGCNN to code vectors
+        [B, M, width].
+        """
         if self.backbone is not None:
             tokens = self.backbone(tokens, centers, generator and generator.stream("prompts"))
         return self.to_features(tokens, neighbours)
 
     def reconstruct(self, patches: Patches, centers: Centers) -> Patches:
-        """Reconstruct patches B M K 3 from their most likely codes; returns the fine patches."""
+        """Reconstruct patches [B, M, K, 3] from their most likely codes. Returns the fine patches
+        of the decoder.
+        """
         logits, neighbours = self._logits(patches, centers)
         return self.decoder(self._features(self.codebook[logits.argmax(-1)], centers, neighbours))[
             1
@@ -228,7 +234,7 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
         kl_weight: float,
         generator: BatchGenerator | None = None,
     ) -> DVAEOutput:
-        """Compute the training loss for patches B M K 3 with centers B M 3.
+        """Compute the training loss for patches [B, M, K, 3] with centers [B, M, 3].
 
         temperature: temperature of the Gumbel-softmax. kl_weight: weight of the KL term. generator:
         source of the Gumbel noise and of the dropout of the ViT's prompts.
@@ -241,7 +247,8 @@ class DVAE(Pretrained, library_name="jepa3d", license="apache-2.0"):
             self._features(soft @ self.codebook, centers, neighbours, generator)
         )
         coarse_loss, fine_loss = chamfer_l1(coarse, patches), chamfer_l1(fine, patches)
-        usage = F.softmax(logits, -1).mean(1)  # mean code distribution of each cloud, B num_codes
+        # The mean code distribution of each cloud: [B, num_codes].
+        usage = F.softmax(logits, -1).mean(1)
         # KL(uniform || usage) keeps all codes in use (Yu et al. 2022).
         kl = -(usage.clamp_min(1e-12).log() + math.log(self.num_codes)).mean(-1).mean()
         with torch.no_grad():

@@ -16,7 +16,7 @@ from jepa3d.models.transformer import Block, drop_path_scales, init_weights, pos
 from jepa3d.ops import BatchGenerator, sample_one
 from jepa3d.shapes import Centers, Float, Int, Patches, Points, Rows, Tokens, Vectors
 
-# One cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes.
+# One cloud [N, 3], clouds [B, N, 3], or a list of clouds [N, 3] of different sizes.
 Clouds = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 
 POOLINGS = ("mean_max", "mean", "max")
@@ -36,7 +36,7 @@ class PointEncoder(
     `group_size` exceeds `num_points`, or if `embed_dim` is not a multiple of `num_heads`.
 
     >>> encoder = PointEncoder().eval()
-    >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # 4 x 768
+    >>> vectors = encoder.embed(torch.randn(4, 2048, 3))    # [4, 768]
     """
 
     keep_strays = False  # True: stray points are not removed (see frame.py)
@@ -95,10 +95,11 @@ class PointEncoder(
     ) -> list[Float[Tensor, "*rest c"]]:
         """Run the transformer blocks.
 
-        tokens and position: B M C, or packed as rows [n, C] with the layout `layout` (layout.py).
-        generator: source of random numbers for drop-path, one number per cloud and residual branch.
-        Returns `depth + 1` tensors, each of the shape of `tokens`: the tokens before the first
-        block and after each block. The encoder's final norm is applied to the last of them only.
+        tokens and position: [B, M, C], or packed as rows [n, C] with the layout `layout`
+        (layout.py). generator: source of random numbers for drop-path, one number per cloud and
+        residual branch. Returns `depth + 1` tensors, each of the shape of `tokens`: the tokens
+        before the first block and after each block. The encoder's final norm is applied to the last
+        of them only.
         """
         keep = None
         if self.training and self.drop_path > 0:
@@ -125,9 +126,9 @@ class PointEncoder(
         """Compute tokens and embedded positions of the visible patches only; returns both packed as
         rows [n, C].
 
-        patches: B M K 3. centers: B M 3. index: B V, indices of the visible patches. layout: tells
-        which entries of `index` are padding; padding is never encoded, so it does not influence
-        BatchNorm.
+        patches: [B, M, K, 3]. centers: [B, M, 3]. index: [B, V], indices of the visible patches.
+        layout: tells which entries of `index` are padding; padding is never encoded, so it does not
+        influence BatchNorm.
         """
         first = centers.shape[1] * torch.arange(len(index), device=index.device)
         chosen = layout.pack((index + first[:, None])[..., None])[:, 0]
@@ -142,10 +143,10 @@ class PointEncoder(
         layers: int = 1,
         generator: BatchGenerator | None = None,
     ) -> list[Tokens]:
-        """Encode all patches (B M K 3) with centers B M 3.
+        """Encode all patches [B, M, K, 3] with centers [B, M, 3].
 
         layers: a number of blocks. generator: source of random numbers for drop-path. Returns a
-        list of `layers` tensors B M C: the tokens after each of the last `layers` blocks.
+        list of `layers` tensors [B, M, C]: the tokens after each of the last `layers` blocks.
         """
         return self.hidden_states(self.tokenizer(patches), self.position(centers), None, generator)[
             -layers:
@@ -155,9 +156,9 @@ class PointEncoder(
         """Convert clouds, given as for `embed`, to the points that the encoder sees (see frame.py),
         without gradient.
 
-        Returns B num_points 3 on the encoder's device. Raises ValueError if there are no clouds, if
-        a cloud has NaN, infinity or a wrong shape, or if it has fewer than `min_points` different
-        points.
+        Returns [B, num_points, 3] on the encoder's device. Raises ValueError if there are no
+        clouds, if a cloud has NaN, infinity or a wrong shape, or if it has fewer than `min_points`
+        different points.
         """
         if isinstance(clouds, Tensor | np.ndarray):
             if clouds.ndim not in (2, 3):
@@ -172,7 +173,7 @@ class PointEncoder(
         )
 
     def frame(self, cloud: Tensor | np.ndarray, min_points: int | None = None) -> Frame:
-        """Convert one cloud N 3 to the points that the encoder sees. Returns a `Frame`: these
+        """Convert one cloud [N, 3] to the points that the encoder sees. Returns a `Frame`: these
         points, and the position, scale and rotation that place the cloud in the encoder's
         coordinates.
 
@@ -186,8 +187,8 @@ class PointEncoder(
 
     def poses(self, prepared: Points) -> list[Points]:
         """Return the poses whose vectors are averaged. If `upright` is set, the only pose is the
-        prepared clouds B N 3 as they are. If not, there are 12 poses: the clouds rotated by each of
-        the rotations in `TURNS` (see frame.py).
+        prepared clouds [B, N, 3] as they are. If not, there are 12 poses: the clouds rotated by
+        each of the rotations in `TURNS` (see frame.py).
         """
         return (
             [prepared]
@@ -196,8 +197,8 @@ class PointEncoder(
         )
 
     def vectors(self, prepared: Points, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Encode prepared clouds B N 3 to vectors B E, averaged over the poses of each cloud; layer
-        and pooling as for `embed`.
+        """Encode prepared clouds [B, N, 3] to vectors [B, E], averaged over the poses of each
+        cloud. The arguments `layer` and `pooling` are those of `embed`.
         """
         poses = self.poses(prepared)
         return torch.stack(
@@ -205,8 +206,8 @@ class PointEncoder(
         ).mean(0)
 
     def states(self, prepared: Points) -> tuple[list[Tokens], Centers]:
-        """Encode prepared clouds B N 3; returns the tokens of every layer (see `hidden_states`) and
-        the patch centers B M 3.
+        """Encode prepared clouds [B, N, 3]; returns the tokens of every layer (see `hidden_states`)
+        and the patch centers [B, M, 3].
         """
         grouped = group(prepared, self.num_groups, self.group_size)
         states = self.hidden_states(self.tokenizer(grouped.patches), self.position(grouped.centers))
@@ -214,7 +215,7 @@ class PointEncoder(
 
     def layer_tokens(self, points: Clouds) -> tuple[list[Tokens], Centers]:
         """Encode clouds, given as for `embed`; returns the tokens of every layer (see
-        `hidden_states`) and the patch centers B M 3.
+        `hidden_states`) and the patch centers [B, M, 3].
         """
         return self.states(self.prepare(points))
 
@@ -222,8 +223,9 @@ class PointEncoder(
         """Encode clouds to one token per patch.
 
         points: as for `embed`. layer: the block after which tokens are taken (0: before the first
-        block, -1: the encoder's output). Returns tokens B M C and the patch centers B M 3 in the
-        encoder's coordinates, the unit sphere (see frame.py). Raises ValueError as `embed` does.
+        block, -1: the encoder's output). Returns tokens [B, M, C] and the patch centers [B, M, 3]
+        in the encoder's coordinates, the unit sphere (see frame.py). Raises ValueError as `embed`
+        does.
         """
         states, centers = self.layer_tokens(points)
         return states[layer], centers
@@ -231,9 +233,10 @@ class PointEncoder(
     def embed(self, points: Clouds, layer: int = -1, pooling: str = "mean_max") -> Vectors:
         """Encode each cloud to one vector: its pooled tokens, standardised as in `standardise`.
 
-        points: one cloud N 3, clouds B N 3, or a list of clouds N 3 of different sizes; tensors or
-        numpy arrays, in any unit of length. layer: as for `tokens`. pooling: "mean_max", "mean" or
-        "max". Returns B E with E = 2C for "mean_max", else C.
+        points: one cloud [N, 3], clouds [B, N, 3], or a list of clouds [N, 3] of different sizes;
+        tensors or numpy arrays, in any unit of length. layer: as for `tokens`. pooling: "mean_max",
+        "mean" or "max". Returns vectors [B, E], where E is 2C for "mean_max" and C for the other
+        poolings.
 
         Call `.eval()` first, as `from_pretrained` does: in training mode a vector depends on the
         rest of the batch. Raises ValueError as `prepare` does, and for an unknown pooling.
@@ -257,13 +260,13 @@ class PointEncoder(
         self.load_state_dict(weights)
 
     def pool(self, tokens: Tokens, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Pool the tokens B M C of block `layer` to one vector per cloud, B E, and standardise it,
-        as `embed` does.
+        """Pool the tokens [B, M, C] of block `layer` to one vector per cloud, [B, E], and
+        standardise it, as `embed` does.
         """
         return self.standardise(pool(tokens, pooling), layer, pooling)
 
     def standardise(self, vectors: Vectors, layer: int = -1, pooling: str = "mean_max") -> Vectors:
-        """Standardise vectors B E, which were pooled from the tokens of block `layer`.
+        """Standardise vectors [B, E], which were pooled from the tokens of block `layer`.
 
         The mean and standard deviation are those that `standardise_vectors` stored. If the encoder
         has none, or if `layer` is not the last block, the vectors are returned unchanged.
@@ -287,7 +290,8 @@ def as_array(cloud: Tensor | np.ndarray) -> np.ndarray:
 
 
 def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
-    """Pool tokens B M C to one vector per cloud: B 2C for "mean_max", B C for "mean" and "max".
+    """Pool tokens [B, M, C] to one vector per cloud: [B, 2C] for "mean_max", [B, C] for "mean" and
+    "max".
 
     Raises ValueError for an unknown pooling.
     """
@@ -299,7 +303,7 @@ def pool(tokens: Tokens, pooling: str = "mean_max") -> Vectors:
 
 @torch.no_grad()
 def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int = 128) -> None:
-    """Compute the running statistics of every BatchNorm anew from the n clouds `points` (n N 3).
+    """Compute the running statistics of every BatchNorm anew from the n clouds `points` [n, N, 3].
 
     The result is the mean of the statistics of all batches of `batch_size` clouds.
 
@@ -323,7 +327,7 @@ def calibrate_batchnorm(encoder: PointEncoder, points: Points, batch_size: int =
 
 @torch.no_grad()
 def standardise_vectors(encoder: PointEncoder, points: Points, batch_size: int = 64) -> None:
-    """Make the encoder standardise its vectors, so that over the n clouds `points` (n N 3) each
+    """Make the encoder standardise its vectors, so that over the n clouds `points` [n, N, 3] each
     channel has mean 0 and standard deviation 1.
 
     Without this, the similarity of two vectors would mostly depend on a few channels of large

@@ -42,7 +42,7 @@ class Classifier(
         self.out = nn.Linear(256, len(class_names))
 
     def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """Compute logits [B, classes] of clouds B N 3 in the unit sphere.
+        """Compute logits [B, classes] of clouds [B, N, 3] in the unit sphere.
 
         generator: source of all random draws (first patch centre, drop-path, dropout).
         """
@@ -52,7 +52,7 @@ class Classifier(
         return self.out(self.hidden2(x, generator and generator.stream("dropout2")))
 
     def encode(self, points: Points, generator: BatchGenerator | None = None) -> Tokens:
-        """Encode clouds B N 3; returns the tokens [B, 1 + M, C] after the last block, the class
+        """Encode clouds [B, N, 3]; returns the tokens [B, 1 + M, C] after the last block, the class
         token first.
         """
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
@@ -108,14 +108,14 @@ class LinearClassifier(
             self.means = nn.Buffer(torch.ones_like(self.out.weight))
 
     def forward(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """Compute logits [B, classes] of clouds B N 3 in the unit sphere.
+        """Compute logits [B, classes] of clouds [B, N, 3] in the unit sphere.
 
         generator: source of all random draws (first patch centre, drop-path).
         """
         return self.out(self.vectors(points, generator))
 
     def vectors(self, points: Points, generator: BatchGenerator | None = None) -> Vectors:
-        """Compute the inputs of the head, B E; arguments as for `forward`."""
+        """Compute the inputs of the head, [B, E]. The arguments are those of `forward`."""
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         tokens, position = encoder.tokenizer(grouped.patches), encoder.position(grouped.centers)
         states = encoder.hidden_states(
@@ -124,7 +124,9 @@ class LinearClassifier(
         return encoder.pool(states[self.layer], self.layer, self.pooling)
 
     def unknown(self, vectors: Vectors) -> Bool[Tensor, " b"]:
-        """Return a mask B, True for vectors (B E) of unknown clouds (see `least_likeness`)."""
+        """Return a mask [B] that is True for the vectors [B, E] of unknown clouds (see
+        `least_likeness`).
+        """
         if self.least_likeness <= -1:
             return torch.zeros(len(vectors), dtype=torch.bool)
         likeness = F.normalize((vectors - self.shift) / self.spread, dim=-1) @ self.means.T
@@ -152,8 +154,8 @@ class Segmenter(
     interpolated from the tokens of the three nearest centres, and a vector of the whole shape. This
     vector has the max and mean of the tokens, and an embedding of the category. The MLP's first
     layer is applied to the tokens before they are interpolated. Interpolation and the matrix of
-    this layer are linear, so the result is the same, but the layer runs on M tokens instead of N
-    points.
+    this layer are linear, so their order does not change the result, but in this order the layer
+    runs on M tokens instead of N points.
     """
 
     PARTS: ClassVar = {"encoder": PointEncoder}  # see `Pretrained`
@@ -184,9 +186,9 @@ class Segmenter(
     def forward(
         self, points: Points, labels: Int[Tensor, " b"], generator: BatchGenerator | None = None
     ) -> Tokens:
-        """Compute logits [B, N, parts] of clouds B N 3 in the unit sphere.
+        """Compute logits [B, N, parts] of clouds [B, N, 3] in the unit sphere.
 
-        labels: the clouds' category numbers, B. generator: source of all random draws.
+        labels: the clouds' category numbers, [B]. generator: source of all random draws.
         """
         return self.decode(points, *self.encode(points, generator), labels, generator)
 
@@ -198,10 +200,10 @@ class Segmenter(
         labels: Int[Tensor, " b"],
         generator: BatchGenerator | None = None,
     ) -> Float[Tensor, "b n parts"]:
-        """Compute logits [B, Q, parts] of the points `at` (B Q 3). These need not be points of the
-        encoded clouds, but must be in the same coordinates.
+        """Compute logits [B, Q, parts] of the points `at` [B, Q, 3]. These need not be points of
+        the encoded clouds, but must be in the same coordinates.
 
-        tokens and centers: as `encode` returns them. labels: the clouds' category numbers, B.
+        tokens and centers: as `encode` returns them. labels: the clouds' category numbers, [B].
         generator: source of the dropout.
         """
         pooled = torch.cat([tokens.amax(1), tokens.mean(1)], -1)
@@ -221,8 +223,8 @@ class Segmenter(
     def encode(
         self, points: Points, generator: BatchGenerator | None = None
     ) -> tuple[Tokens, Centers]:
-        """Encode clouds B N 3; returns the tokens of the three blocks, concatenated to B M 3C, and
-        the patch centers B M 3.
+        """Encode clouds [B, N, 3]; returns the tokens of the three blocks, concatenated to
+        [B, M, 3C], and the patch centers [B, M, 3].
         """
         encoder, grouped = self.encoder, _group(self.encoder, points, generator)
         draws = generator and generator.stream("drop_path")
@@ -276,7 +278,7 @@ class Dropout(nn.Module):
 
 
 def _group(encoder: PointEncoder, points: Points, generator: BatchGenerator | None) -> Groups:
-    """Group points B N 3 into patches. The first patch centre is a random point if there is a
+    """Group points [B, N, 3] into patches. The first patch centre is a random point if there is a
     generator, else the point farthest from the centroid.
     """
     draws = generator.stream("group") if generator else None

@@ -169,7 +169,7 @@ def _check(cls: Any, settings: dict[str, Any], begin: str) -> None:
         if not fits or (isinstance(value, bool) and wanted is not bool):
             kind = wanted.__name__
             raise ValueError(f"{begin}: {name} is {value!r}, not of type {kind}")
-        if wanted is int and value < 1 and name != "layer":  # layer -1: the last layer
+        if wanted is int and value < 1 and name != "layer":  # a layer of -1 means the last
             raise ValueError(f"{begin}: {name} is {value}, but must be at least 1")
         if part := cls.PARTS.get(name):
             _check(part, settings[name], f"{begin}: {name}")
@@ -275,7 +275,7 @@ def local_folder(model: str | Path, **options: Any) -> Path:
 
 
 def _unreachable() -> str:
-    """Return the reason why the Hub cannot be reached.
+    """Return a text that says why the Hub cannot be reached.
 
     The text is empty if the Hub answers, even if it answers with an error. The text is also empty
     after an SSL error, so that the download is tried all the same.

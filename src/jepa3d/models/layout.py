@@ -15,7 +15,7 @@ from jepa3d.shapes import Blocks, Bool, Float, Rows, Shaped
 class Ragged:
     """Layout with one sequence per cloud.
 
-    mask: B V, True at tokens and False at padding, which must come after a cloud's tokens.
+    mask: [B, V], True at tokens and False at padding, which must come after a cloud's tokens.
     num_rows: the number n of True entries; it is an argument because counting the entries on a GPU
     would make the CPU wait.
     """
@@ -44,7 +44,7 @@ class Ragged:
         return rows if self._place is None else rows.index_select(-2, self._place)
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the values of each cloud (B C) for each of its rows; returns [n, C]."""
+        """Repeat the values of each cloud [B, C] for each of its rows; returns [n, C]."""
         return self.pack(values[:, None].expand(-1, self.longest, -1))
 
 
@@ -98,8 +98,8 @@ class Joint:
         return torch.cat([head.repeat(self.passes, 1), tail])
 
     def per_row(self, values: Float[Tensor, "b c"]) -> Rows:
-        """Repeat the values of each cloud (B C) for each of its rows, with one copy of each context
-        per pass; returns [n, C].
+        """Repeat the values of each cloud [B, C] for each of its rows, with one copy of each
+        context per pass; returns [n, C].
         """
         length = self.context.longest + self.length
         return self.pack(values[:, None, None].expand(-1, self.passes, length, -1))

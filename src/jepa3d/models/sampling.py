@@ -67,12 +67,12 @@ def multi_block(
 
     A block consists of the tokens nearest to its centre. The centres of target blocks are
     farthest-point samples of the token centres, so that target blocks overlap little; the centre of
-    the context block is a random token. centers: B M 3. generator: source of all random draws.
+    the context block is a random token. centers: [B, M, 3]. generator: source of all random draws.
     num_targets: target blocks per cloud. target_ratio: lowest and highest size of a target block,
-    as shares of the M tokens. context_ratio: the same for the context block, before target tokens
-    are removed. min_context: a cloud whose context has fewer tokens is sampled again. Raises
-    ValueError if a context is still too small after 20 redraws, if num_targets exceeds M, or for a
-    ratio outside 0 < low <= high <= 1.
+    as shares of the M tokens. context_ratio: lowest and highest size of the context block before
+    target tokens are removed, also as shares of the M tokens. min_context: a cloud whose context
+    has fewer tokens is sampled again. Raises ValueError if a context is still too small after 20
+    redraws, if num_targets exceeds M, or for a ratio outside 0 < low <= high <= 1.
     """
     num_tokens = centers.shape[1]
     if num_targets > num_tokens:
@@ -127,9 +127,11 @@ def sequence(
     nearest token not yet visited. Each target is a span of int(target_ratio * M) tokens at a random
     place of the walk. Then the tokens of all targets are removed from the walk, and the context is
     a span of int(context_ratio * R) of the R remaining tokens; so a context may lie on both sides
-    of a target. Each of the two ratios is drawn once per batch, between its low and high value.
-    Arguments as for `multi_block`. Raises ValueError if a context is still too small after 20
-    redraws, or for a ratio outside 0 < low <= high <= 1.
+    of a target. Each of the two ratios is drawn once per batch, between its low and high value. The
+    arguments are those of `multi_block`, but `context_ratio` is a share of the R tokens.
+
+    Raises ValueError if a context is still too small after 20 redraws, or for a ratio outside
+    0 < low <= high <= 1.
     """
     batch, num_tokens, _ = centers.shape
     order = _nearest_walk(centers)
@@ -157,8 +159,9 @@ def sequence(
 def shared_points(patches: Int[Tensor, "b m k"], sample: TokenSample) -> Float[Tensor, ""]:
     """Compute the share of the context's points that also lie in a target patch.
 
-    patches: point indices B M K. Context and targets share no token, but their patches share points
-    where they overlap, and these points reveal a part of the targets. Returns a scalar tensor.
+    patches: point indices [B, M, K]. Context and targets share no token, but their patches share
+    points where they overlap, and these points reveal a part of the targets. Returns a scalar
+    tensor.
     """
     num_points = int(patches.max()) + 1
     rows = torch.arange(len(patches), device=patches.device)[:, None]
@@ -186,12 +189,14 @@ def _random_token(centers: Centers, generator: Generator) -> Float[Tensor, "b 1 
 
 
 def _balls(centers: Centers, around: Float[Tensor, "b a 3"], size: int) -> Int[Tensor, "b a t"]:
-    """Find the `size` tokens nearest to each point of `around` (B A 3); returns indices B A T."""
+    """Find the `size` tokens nearest to each point of `around` [B, A, 3]; returns indices
+    [B, A, T].
+    """
     return squared_distance(around, centers).topk(size, largest=False).indices
 
 
 def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
-    """Return a mask B M that is True at the tokens whose indices are in `index` (B ...)."""
+    """Return a mask [B, M] that is True at the tokens whose indices are in `index` [B, ...]."""
     inside = torch.zeros(len(index), num_tokens, dtype=torch.bool, device=index.device)
     return inside.scatter_(1, index.flatten(1), True)
 
@@ -199,8 +204,8 @@ def _membership(index: Indices, num_tokens: int) -> Bool[Tensor, "b m"]:
 def _compact(
     context: Bool[Tensor, "b m"], counts: list[int]
 ) -> tuple[Int[Tensor, "b v"], Bool[Tensor, "b v"]]:
-    """Find the True entries of a mask B M. Returns their indices B V, and a mask B V that is False
-    at padding.
+    """Find the True entries of a mask [B, M]. Returns their indices [B, V], and a mask [B, V] that
+    is False at padding.
 
     counts: the number of True entries of each cloud; V is the largest of them. Padding repeats the
     first index.
@@ -212,7 +217,7 @@ def _compact(
 
 
 def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
-    """Return a sample with one target block (indices B T) and all other tokens as context.
+    """Return a sample with one target block (indices [B, T]) and all other tokens as context.
 
     Raises ValueError if all tokens are targets.
     """
@@ -228,9 +233,9 @@ def _complement(target: Int[Tensor, "b t"], num_tokens: int) -> TokenSample:
 def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
     """Call `draw` until every context has at least `min_context` tokens.
 
-    draw: a function that returns a mask B M of the context tokens, and the target indices B A T.
-    Only clouds with too few context tokens take the result of a repeated call. Raises ValueError if
-    a context is still too small after `_REDRAWS` repeated calls.
+    draw: a function that returns a mask [B, M] of the context tokens, and the target indices
+    [B, A, T]. Only clouds with too few context tokens take the result of a repeated call. Raises
+    ValueError if a context is still too small after `_REDRAWS` repeated calls.
     """
     context, target = draw()
     for attempt in range(_REDRAWS + 1):
@@ -251,7 +256,7 @@ def _enough(draw, num_tokens: int, min_context: int) -> TokenSample:
 
 
 def _nearest_walk(centers: Centers) -> Int[Tensor, "b m"]:
-    """Order the tokens by a greedy nearest-neighbour walk; returns indices B M."""
+    """Order the tokens by a greedy nearest-neighbour walk; returns indices [B, M]."""
     distance = squared_distance(centers, centers)
     rows = torch.arange(len(centers), device=centers.device)
     current = centers.sum(-1).argmin(1)

@@ -47,7 +47,9 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches: Patches, centers: Centers) -> Tokens:
-        """Compute the target tokens B M width of all patches (B M K 3) with centers B M 3."""
+        """Compute the target tokens [B, M, width] of all patches [B, M, K, 3] with centers
+        [B, M, 3].
+        """
         targets = []
         for network in cast(Iterable[DVAE | PointEncoder], self.networks):
             # The dVAE always runs in float32, since rounding could change its most likely codes.

@@ -25,12 +25,12 @@ def group(
     group_size: int,
     generator: torch.Generator | BatchGenerator | None = None,
 ) -> Groups:
-    """Group points B N 3 into patches (the paper's section III-B): choose centres by farthest point
-    sampling, then take the points nearest to each centre.
+    """Group points [B, N, 3] into patches (the paper's section III-B): choose centres by farthest
+    point sampling, then take the points nearest to each centre.
 
     num_groups: patches per cloud (M). group_size: points per patch (K). generator: chooses a random
-    first centre; None takes the point farthest from the centroid. Raises ValueError if a cloud has
-    fewer points than `num_groups` or `group_size`.
+    first centre; if it is None, the first centre is the point farthest from the centroid. Raises
+    ValueError if a cloud has fewer points than `num_groups` or `group_size`.
     """
     num_points = points.shape[1]
     if num_points < max(num_groups, group_size):
@@ -43,9 +43,9 @@ def group(
 
 
 def groups_at(points: Points, centers: Int[Tensor, "b m"], index: Int[Tensor, "b m k"]) -> Groups:
-    """Group points B N 3 into patches whose centres and points were chosen before.
+    """Group points [B, N, 3] into patches whose centres and points were chosen before.
 
-    centers: indices of the centres, B M. index: indices of each patch's points, B M K.
+    centers: indices of the centres, [B, M]. index: indices of each patch's points, [B, M, K].
     """
     at = gather_points(points, centers)
     return Groups(at, gather_points(points, index) - at[:, :, None], index)

@@ -12,7 +12,8 @@ from jepa3d.shapes import Float
 
 
 class Attention(nn.Module):
-    """Multi-head attention: queries are made from tokens B Q C, keys and values from tokens B S C.
+    """Multi-head attention: queries are made from tokens [B, Q, C], keys and values from tokens
+    [B, S, C].
 
     Both inputs may also be packed as rows [n, C] (see layout.py). Raises ValueError if `dim` is not
     a multiple of `num_heads`.
@@ -75,9 +76,9 @@ class Mlp(nn.Sequential):
 class Block(nn.Module):
     """A transformer block: self-attention and MLP, each pre-normalised and residual.
 
-    `forward` takes tokens B M C, or rows [n, C] together with their layout (see layout.py). Its
+    `forward` takes tokens [B, M, C], or rows [n, C] together with their layout (see layout.py). The
     argument `keep` holds factors for the outputs of the two residual branches (see
-    `drop_path_scales`): [B, 1, 2] for tokens B M C, [n, 2] for rows.
+    `drop_path_scales`). Its shape is [B, 1, 2] for tokens and [n, 2] for rows.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool = False):
@@ -123,7 +124,7 @@ def init_xavier(module: nn.Module) -> None:
     """Initialise a linear layer or `Attention` with Xavier-uniform weights and zero biases, as in
     the decoders of Point-MAE and ACT.
 
-    In those decoders one matrix C x 3C computes query, key and value. So the weights of all three
+    In those decoders one matrix [C, 3C] computes query, key and value. So the weights of all three
     are drawn here within the bound of a matrix of that size.
     """
     if isinstance(module, nn.Linear):

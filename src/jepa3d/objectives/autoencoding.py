@@ -27,7 +27,7 @@ class Autoencoding(nn.Module):
         self.dvae, self.config = dvae, config
 
     def forward(self, points: Tensor, generator: BatchGenerator, progress: float) -> DVAEOutput:
-        """Compute the loss for points B N 3.
+        """Compute the loss for points [B, N, 3].
 
         generator: source of all random draws. progress: the finished share of the run, 0 to 1.
         """

@@ -24,9 +24,9 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
     """Compute three measures of collapse for rows [n, E], which are first scaled to unit length.
 
     name: prefix of the three keys of the result. max_rows: use at most this many rows. NAME_std is
-    sqrt(E) times the standard deviation, averaged over dimensions: 1 is isotropic, 0 is collapsed.
-    NAME_cosine is the mean cosine of pairs of different rows: 0 is spread out, 1 is collapsed.
-    NAME_rankme is the effective rank (see `rankme`).
+    sqrt(E) times the standard deviation, averaged over dimensions: 1 means isotropic rows, 0 means
+    collapsed rows. NAME_cosine is the mean cosine of pairs of different rows: 0 means rows that are
+    spread out, 1 means collapsed rows. NAME_rankme is the effective rank (see `rankme`).
     """
     rows = _unit(rows, max_rows)
     count, width = rows.shape
@@ -44,7 +44,7 @@ def row_figures(name: str, rows: Tensor, max_rows: int = 2048) -> dict[str, floa
 def collapse_figures(
     prediction: Tensor, target: Tensor, unit: str = "token", max_rows: int = 2048
 ) -> dict[str, float]:
-    """Compute `row_figures` for predictions and targets (both B A T E), and the figure
+    """Compute `row_figures` for predictions and targets (both [B, A, T, E]), and the figure
     constant_loss.
 
     unit: whether a row is a "token" or a "block", as in `cosine_loss`. max_rows: use at most this
@@ -63,8 +63,8 @@ def collapse_figures(
 
 @torch.no_grad()
 def position_loss(target: Tensor, centers: Tensor, degree: int = 4, max_rows: int = 2048) -> float:
-    """Compute the loss of predicting target tokens B A T E from their positions (centers B A T 3)
-    alone.
+    """Compute the loss of predicting target tokens [B, A, T, E] from their positions (centers
+    [B, A, T, 3]) alone.
 
     The decoder knows the positions of its targets, and tokens depend on their positions. So a model
     can reach this loss without any knowledge of the shape. The prediction is a polynomial of the

@@ -47,7 +47,7 @@ class Generative(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> GenerativeOutput:
-        """Compute the loss for points B N 3.
+        """Compute the loss for points [B, N, 3].
 
         generator: source of all random draws. progress: unused; other objectives may need it.
         """

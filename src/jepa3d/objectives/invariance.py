@@ -52,7 +52,7 @@ class Invariance(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0
     ) -> InvarianceOutput:
-        """Compute the loss for points B N 3, not yet augmented.
+        """Compute the loss for points [B, N, 3], not yet augmented.
 
         generator: source of all random draws. progress: unused; other objectives may need it.
         """

@@ -48,7 +48,7 @@ class JEPA(nn.Module):
     `target.project` is set and the widths of encoder and teacher differ.
 
     >>> objective = JEPA(PretrainConfig(), encoder, teacher)
-    >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points B N 3
+    >>> output = objective(points, BatchGenerator(seed=0, step=0))    # points [B, N, 3]
     >>> output.loss.backward()
     """
 
@@ -89,12 +89,12 @@ class JEPA(nn.Module):
     def forward(
         self, points: Tensor, generator: BatchGenerator, progress: float = 0.0, *cached: Tensor
     ) -> JEPAOutput:
-        """Compute the loss for points B N 3.
+        """Compute the loss for points [B, N, 3].
 
         generator: source of all random draws. progress: unused; other objectives may need it.
         cached: either nothing, or three tensors that were computed before training
-        (training/cache.py): the point indices of the centers (B M), those of the patches (B M K),
-        and the teacher's tokens (B M E).
+        (training/cache.py): the point indices of the centers [B, M], those of the patches
+        [B, M, K], and the teacher's tokens [B, M, E].
 
         With the view term (`target.view`), `points` must hold at least the encoder's `num_points`
         points per cloud, in farthest point order. The encoder then sees a damaged view of each
@@ -166,7 +166,7 @@ class JEPA(nn.Module):
 
     @torch.no_grad()
     def teacher_vectors(self, points: Tensor, generator: BatchGenerator) -> Tensor:
-        """Compute the teacher's vectors B 2E of whole clouds B N 3: the mean and max of the
+        """Compute the teacher's vectors [B, 2E] of whole clouds [B, N, 3]: the mean and max of the
         teacher's tokens of a cloud, standardised over the batch.
         """
         assert self.teacher
@@ -183,9 +183,9 @@ class JEPA(nn.Module):
         """Predict the teacher's target tokens from the patches of the context and the centers of
         the targets.
 
-        patches: B M K 3. centers: B M 3. sample: the indices of context and targets. generator:
-        source of random numbers for drop-path. Returns predictions B A T E, and the encoded context
-        packed as rows [n, C].
+        patches: [B, M, K, 3]. centers: [B, M, 3]. sample: the indices of context and targets.
+        generator: source of random numbers for drop-path. Returns predictions [B, A, T, E], and the
+        encoded context packed as rows [n, C].
         """
         encoder, decoder, layout = self.encoder, self.decoder, sample.layout()
         tokens, position = encoder.visible(patches, centers, sample.context, layout)
@@ -239,8 +239,8 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
     """Compute the mean over blocks of 1 - cos(prediction, target): the equation in the paper's
     section III-E, with its sign corrected.
 
-    prediction, target: B A T E. unit: "token" takes the cosine of each token and averages over the
-    block; "block" concatenates the tokens of a block and takes one cosine.
+    prediction, target: [B, A, T, E]. unit: "token" takes the cosine of each token and averages over
+    the block; "block" concatenates the tokens of a block and takes one cosine.
     """
     if unit == "block":
         prediction, target = prediction.flatten(-2), target.flatten(-2)
@@ -248,7 +248,7 @@ def cosine_loss(prediction: Tensor, target: Tensor, unit: str = "token") -> Tens
 
 
 def pool_rows(rows: Tensor, sample: TokenSample) -> Tensor:
-    """Pool packed rows [n, C] to the mean and max of each cloud's context tokens, B 2C."""
+    """Pool packed rows [n, C] to the mean and max of each cloud's context tokens, [B, 2C]."""
     tokens, missing = sample.layout().pad(rows), ~sample.mask[..., None]
     mean = tokens.sum(1) / sample.mask.sum(1, keepdim=True)  # padding adds 0
     return torch.cat([mean, tokens.masked_fill(missing, -torch.inf).amax(1)], -1)

@@ -25,8 +25,9 @@ class Supervised(nn.Module):
     "head_first", for a head that was fitted before, trains all weights, but the statistics of the
     encoder's BatchNorms stay as they are.
 
-    >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)      # labels B
-    >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)    # parts B N
+    >>> # labels: [B]; parts: [B, N]
+    >>> output = Supervised(classifier)(points, BatchGenerator(0), 0.0, labels)
+    >>> output = Supervised(segmenter)(points, BatchGenerator(0), 0.0, labels, parts)
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Supervised(nn.Module):
         labels: Tensor,
         parts: Tensor | None = None,
     ) -> SupervisedOutput:
-        """Compute the loss for points B N 3 with labels B and, for a segmenter, parts B N.
+        """Compute the loss for points [B, N, 3] with labels [B] and, for a segmenter, parts [B, N].
 
         generator: source of all random draws. progress: unused; other objectives may need it.
         """
