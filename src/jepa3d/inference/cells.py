@@ -21,7 +21,7 @@ BUCKET = 1_000_000  # approximate number of points that are sorted in memory at 
 # Approximate number of cells in a line (see `Grid.keys`). It limits how many tiles are in memory.
 _STRIP = 1024
 # A sorting key consists of the key of a cell, and of random bits for the order within the cell.
-# These are the numbers of random bits and of bits for the cell.
+# `_HASH_BITS` is the number of random bits, `_KEY_BITS` the number of bits for the cell's key.
 _HASH_BITS, _KEY_BITS = 24, 40
 
 
@@ -35,8 +35,8 @@ class Grid:
     An axis that is not split has only cell 1 and tile 1.
     """
 
-    low: np.ndarray  # 3, lowest corner of the scene's bounding box
-    high: np.ndarray  # 3, highest corner of the bounding box
+    low: np.ndarray  # [3], lowest corner of the scene's bounding box
+    high: np.ndarray  # [3], highest corner of the bounding box
     tile: float  # side of a tile
 
     @cached_property
@@ -52,14 +52,14 @@ class Grid:
 
     @cached_property
     def corners(self) -> np.ndarray:
-        """Offsets k 3 between a tile and its k cells. The cells of a tile are tile + corners; the
-        tiles of a cell are cell - corners.
+        """Offsets [k, 3] between a tile and its k cells. The cells of a tile are tile + corners;
+        the tiles of a cell are cell - corners.
         """
         return np.array(list(product(*(range(1 + split) for split in self.split))))
 
     def cells(self, xyz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the cells n 3 of points n 3, and each point's position in its cell, from 0 to 1
-        along each axis (1 along an axis that is not split).
+        """Return the cells [n, 3] of points [n, 3], and each point's position in its cell, from 0
+        to 1 along each axis (1 along an axis that is not split).
         """
         place = np.where(self.split, (xyz - self.low) / (self.tile / 2), 1.0)
         cells = np.clip(np.floor(place).astype(np.int64) + 1, 1, self.count)
@@ -75,8 +75,8 @@ class Grid:
         return major, 1 - major, max(8, _STRIP // height), height
 
     def keys(self, cells: np.ndarray) -> np.ndarray:
-        """Return an integer key for each of the cells or tiles n 3. Cells are processed in the
-        order of their keys.
+        """Return an integer key for each of the cells or tiles [n, 3]. Cells are processed in
+        the order of their keys.
 
         The grid is cut into strips that run along its longer horizontal axis. Each strip is cut
         across into lines; a line is one cell thick and as high as the grid. If all cells of a tile
@@ -92,11 +92,11 @@ class Grid:
         return keys // (strip * height)
 
     def order(self, xyz: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Return sorting keys (uint64 n) that order points n 3 by cell, and at random within a
-        cell.
+        """Return sorting keys [n] (uint64) that order points [n, 3] by cell, and at random within
+        a cell.
 
-        index: the points' numbers in the scan, n. The random order depends only on them, and not on
-        the chunks in which points are read.
+        index: the points' numbers [n] in the scan. The random order depends only on these numbers,
+        and not on the chunks in which points are read.
         """
         mixed = index.astype(np.uint64)
         # This is the mixing function of the random generator splitmix64, without its last shift.
@@ -110,11 +110,11 @@ class Grid:
 def tiles_of(
     grid: Grid, coords: np.ndarray, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the occupied tiles (those that contain points), given the occupied cells n 3 (`coords`)
-    and their point counts n.
+    """Find the occupied tiles (those that contain points), given the occupied cells `coords` [n, 3]
+    and their point counts [n].
 
-    Returns the coordinates t 3 of the tiles, their point counts t, and an array n k: for each cell,
-    the rows of its k tiles in the first two arrays.
+    Returns three arrays: the coordinates [t, 3] of the tiles, their point counts [t], and, for each
+    cell, the rows [n, k] of its k tiles in the first two arrays.
     """
     around = (coords[:, None] - grid.corners).reshape(-1, 3)
     _, first, inverse, _ = _unique(grid.keys(around))
@@ -130,7 +130,7 @@ def _unique(keys: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def median_count(grid: Grid, points: np.ndarray) -> float:
-    """Return the median number of points in the occupied tiles, for points n 3."""
+    """Return the median number of points in the occupied tiles, for points [n, 3]."""
     coords = grid.cells(points)[0]
     _, first, _, counts = _unique(grid.keys(coords))
     return float(np.median(tiles_of(grid, coords[first], counts)[1]))
@@ -141,7 +141,7 @@ def choose_tile(
 ) -> float:
     """Choose the tile size for which the median occupied tile holds about `goal` points.
 
-    low, high: corners of the scene's bounding box. sample: n 3, a random sample of the scene's
+    low, high: corners of the scene's bounding box. sample: a random sample [n, 3] of the scene's
     `total` points. If the scene has few points, the tile size is the largest extent of the scene,
     so that one tile holds all points. A smaller tile size is rounded to two significant digits.
     """
@@ -190,7 +190,7 @@ class Cells:
     """
 
     def __init__(self, path: Path, grid: Grid, coords: np.ndarray, counts: np.ndarray):
-        self.grid, self.coords, self.counts = grid, coords, counts  # coords n 3, counts n
+        self.grid, self.coords, self.counts = grid, coords, counts  # coords [n, 3], counts [n]
         self.keys = grid.keys(coords)
         self.starts = np.cumsum(counts) - counts
         self._file = path.open("rb", buffering=0)
@@ -206,7 +206,7 @@ class Cells:
         return np.frombuffer(self._file.read(RECORD.itemsize * count), RECORD)
 
     def find(self, coords: np.ndarray) -> np.ndarray:
-        """Find which of the cells n 3 are occupied; returns their rows in `self.coords`."""
+        """Find which of the cells [n, 3] are occupied; returns their rows in `self.coords`."""
         keys = self.grid.keys(coords)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return at[self.keys[at] == keys]
@@ -226,10 +226,10 @@ def sort_points(
 ) -> Cells:
     """Sort the points of a scene by cell into a file in `folder`, and return the occupied cells.
 
-    parts: the scene's `total` points in chunks n 3, in the axes of their file. up_axis: the up axis
-    of this file. sample: n 4, randomly sampled points: their z-up coordinates, and their numbers in
-    the scan. Quantiles of this sample divide the points into buckets; each bucket is then sorted in
-    memory.
+    parts: the scene's `total` points in chunks [n, 3], in the axes of their file. up_axis: the up
+    axis of this file. sample: randomly sampled points, an array [n, 4] of their z-up coordinates
+    and their numbers in the scan. Quantiles of this sample divide the points into buckets; each
+    bucket is then sorted in memory.
     bar: a progress bar, which counts a point when it is put into a bucket and again when it is
     sorted.
     """

@@ -109,7 +109,8 @@ class Item:
     z_up: bool = False  # see `Address.z_up`
 
     def turned(self, cloud: PointCloud, up_axis: str) -> np.ndarray:
-        """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points N 3.
+        """Rotate a cloud to z-up; if `up_axis` is "none", do not rotate. Returns the points
+        [N, 3].
 
         cloud: the result of `read`; for a mesh, points sampled from it. up_axis: the up axis of a
         file that does not define its own.

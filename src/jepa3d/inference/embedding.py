@@ -37,14 +37,14 @@ class Seen(NamedTuple):
 
     read: PointCloud  # as it was read
     cloud: PointCloud  # equal to `read`, or points sampled from it if it is a mesh
-    points: np.ndarray  # N 3, the points of `cloud`, rotated to z-up
+    points: np.ndarray  # [N, 3], the points of `cloud`, rotated to z-up
     frame: Frame  # the encoder's input, and the mapping of points to the encoder's coordinates
 
 
 class Embedded(NamedTuple):
     """The vector of a cloud, and facts about the cloud as it was read."""
 
-    # E; until the cloud is encoded, this field holds the encoder's input, num_points 3
+    # [E]; until the cloud is encoded, this field holds the encoder's input [num_points, 3]
     vector: np.ndarray
     num_points: int  # number of points as read
     unseen: int  # number of points with NaN coordinates, which were left out
@@ -58,12 +58,12 @@ def embed(
     layer: int = -1,
     pooling: str = "mean_max",
 ) -> np.ndarray:
-    """Compute the vectors of clouds; returns n E float32.
+    """Compute the vectors of clouds; returns an array [n, E] float32.
 
-    clouds: one cloud as an array N 3; several clouds as an array n N 3 or a list of arrays; a path;
-    or a list of paths. A path is a file, a folder of files, a store, or the address of one cloud
-    (see clouds.py). Every cloud at a path gets a vector, in the order of `cloud_paths`. A cloud
-    that cannot be used gets a row of NaN, and a warning names it.
+    clouds: one cloud as an array [N, 3]; several clouds as an array [n, N, 3] or a list of arrays;
+    a path; or a list of paths. A path is a file, a folder of files, a store, or the address of one
+    cloud (see clouds.py). Every cloud at a path gets a vector, in the order of `cloud_paths`. A
+    cloud that cannot be used gets a row of NaN, and a warning names it.
 
     encoder: `jepa3d.load()` by default. up_axis: the up axis of the clouds, "x", "y" or "z" (stores
     and glTF files define their own), or "none" for vectors that do not depend on the rotation of a

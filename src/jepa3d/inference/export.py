@@ -56,13 +56,13 @@ class Graph(nn.Module):
         self.network: Any = network
 
     def arrays(self, clouds: Tensor) -> tuple[np.ndarray, ...]:
-        """Return the graph's inputs for clouds B N 3."""
+        """Return the graph's inputs for clouds [B, N, 3]."""
         return (clouds.numpy(),)
 
     def expected(self, clouds: Tensor) -> tuple[Tensor, ...]:
-        """Return what the network itself computes in torch for clouds B N 3. A classifier computes
-        logits. An encoder computes vectors, tokens and centers, even if the graph has no output
-        `centers`.
+        """Return what the network itself computes in torch for clouds [B, N, 3]. A classifier
+        computes logits. An encoder computes vectors, tokens and centers, even if the graph has no
+        output `centers`.
         """
         if not isinstance(self.network, PointEncoder):
             return (self.network.predict(clouds),)
@@ -71,8 +71,8 @@ class Graph(nn.Module):
 
 
 class FromPatches(Graph):
-    """The encoder as a graph from patches B M K 3 and centers B M 3 to vectors B E and tokens
-    B M C.
+    """The encoder as a graph from patches [B, M, K, 3] and centers [B, M, 3] to vectors [B, E]
+    and tokens [B, M, C].
     """
 
     name, inputs, outputs = "patches", ("patches", "centers"), ("embedding", "tokens")
@@ -88,8 +88,8 @@ class FromPatches(Graph):
 
 
 class FromPoints(Graph):
-    """The encoder as a graph from clouds B N 3 in any unit to vectors B E, tokens B M C and centers
-    B M 3.
+    """The encoder as a graph from clouds [B, N, 3] in any unit to vectors [B, E], tokens [B, M, C]
+    and centers [B, M, 3].
     """
 
     name, outputs = "encoder", ("embedding", "tokens", "centers")
@@ -103,7 +103,7 @@ class FromPoints(Graph):
 
 
 class ToClasses(Graph):
-    """A classifier as a graph from clouds B N 3 in any unit to logits [B, classes]."""
+    """A classifier as a graph from clouds [B, N, 3] in any unit to logits [B, classes]."""
 
     name, outputs = "classifier", ("logits",)
 
@@ -267,7 +267,7 @@ def _card(network: Network, encoder: PointEncoder, differences: Differences) -> 
 
 
 def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
-    """Prepare clouds B N 3 as the functions `frame` and `fill` of `jepa3d.frame` do, but with
+    """Prepare clouds [B, N, 3] as the functions `frame` and `fill` of `jepa3d.frame` do, but with
     operations that a graph can contain. A graph cannot raise errors itself, so the checks of these
     functions are left out, except the check for too few points (see below).
     """
@@ -313,7 +313,7 @@ def prepared(encoder: PointEncoder, points: Tensor) -> Tensor:
 
 
 def without_strays(points: Tensor, min_points: int) -> Tensor:
-    """Replace each stray point of clouds B N 3 (double) by a point that is not stray.
+    """Replace each stray point of clouds [B, N, 3] (double) by a point that is not stray.
 
     Stray points are those that `frame.without_strays` removes.
     """
@@ -349,8 +349,8 @@ def without_strays(points: Tensor, min_points: int) -> Tensor:
 
 
 def _onto_one(points: Tensor, kept: Tensor) -> Tensor:
-    """Replace each point of clouds B N 3 that is not kept (see the mask `kept` B N) by the first
-    kept point of its cloud.
+    """Replace each point of clouds [B, N, 3] that is not kept (see the mask `kept` [B, N]) by the
+    first kept point of its cloud.
     """
     place = torch.arange(points.shape[1], device=points.device)
     first = kept.long().argmax(1, keepdim=True)

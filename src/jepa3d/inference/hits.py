@@ -42,7 +42,7 @@ def best(hits: list[Hit], k: int) -> list[Hit]:
 def rank(
     query: np.ndarray, vectors: np.ndarray, paths: list[str], labels: list, k: int
 ) -> list[Hit]:
-    """Rank vectors n E by their cosine with a query E of length 1; returns the k best hits.
+    """Rank vectors [n, E] by their cosine with a query [E] of length 1; returns the k best hits.
 
     paths and labels: those of the n vectors. Each cosine is summed separately in float64 and
     rounded to six decimals, so that copies of a cloud get exactly the same cosine.

@@ -123,8 +123,8 @@ def label(
 def _propose(
     x: np.ndarray, paths: list[str], clusters: int | None, up_axis: str, out: Path
 ) -> dict[str, str]:
-    """Cluster vectors n E, and write clusters.html and names.csv. In a terminal, also ask for the
-    clusters' names.
+    """Cluster vectors [n, E], and write clusters.html and names.csv. In a terminal, also ask for
+    the clusters' names.
 
     Returns the names typed in the terminal, as a dict from path to name. Raises ValueError for an
     impossible number of clusters.
@@ -132,7 +132,7 @@ def _propose(
     count = clusters or min(40, max(2, round((len(x) / 2) ** 0.5)))
     if not 2 <= count <= len(x):
         raise ValueError(f"--clusters {count}: give 2 to {len(x):,} (the number of clouds)")
-    # for each cluster its size, and the paths of the clouds nearest to its centre
+    # for each cluster: its size, and the paths of the clouds nearest to its centre
     found = cluster(x, count)
     groups = [(len(rows), [paths[i] for i in rows[:SHOWN]]) for rows in found]
     sections = []
@@ -154,7 +154,7 @@ def _propose(
 
 
 def cluster(x: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Cluster vectors n E by spherical k-means. Yields the rows of each cluster, the largest
+    """Cluster vectors [n, E] by spherical k-means. Yields the rows of each cluster, the largest
     cluster first. Within a cluster, the rows are ordered by their distance to its centre, nearest
     first.
     """
@@ -195,7 +195,7 @@ def _ask(groups: list[tuple[int, list[str]]]) -> dict[str, str]:
     """Ask for the clusters' names in the terminal. Returns a dict from path to name for the clouds
     that clusters.html shows.
 
-    groups: for each cluster its size, and the paths of the clouds shown.
+    groups: the size of each cluster, and the paths of its clouds that are shown.
     """
     known = {}
     print("Name the clusters that clusters.html shows; several may have the same name.")
@@ -216,8 +216,8 @@ def known_clouds(
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Compute, from the named clouds, the threshold below which a cloud is called unknown.
 
-    x: vectors n E of all clouds. rows: rows of the named clouds. y: classes of the named clouds.
-    Returns the threshold and three arrays. `shift` E and `spread` E are the mean and standard
+    x: vectors [n, E] of all clouds. rows: rows of the named clouds. y: classes of the named clouds.
+    Returns the threshold and three arrays. `shift` [E] and `spread` [E] are the mean and standard
     deviation of all vectors, by which vectors are standardised. `means` [classes, E] are the class
     means of the named clouds' standardised vectors; each vector, and then each mean, is scaled to
     length 1. The threshold applies to the cosine between a standardised vector and the nearest

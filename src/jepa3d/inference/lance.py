@@ -78,8 +78,8 @@ class VectorStore:
     def search(
         self, query: np.ndarray, k: int, conditions: list[Condition], probes: int | None
     ) -> list[Hit]:
-        """Return the k rows with the highest cosine to a query E (of length 1) among the rows for
-        which all conditions hold, in the order of `rank`.
+        """Return the k rows with the highest cosine to a query [E] (of length 1) among the rows
+        for which all conditions hold, in the order of `rank`.
 
         probes: how many partitions of the index to search; None for an exact search. Raises
         ValueError if `probes` is given but the store has no index.

@@ -37,8 +37,8 @@ def random_cosines(index: Path, seed: int = 0) -> np.ndarray:
 
 
 def _sample(index: Path, rng: np.random.Generator) -> np.ndarray:
-    """Sample at most SAMPLE vectors n E of an index. From a large file, only 32 evenly spread row
-    groups are read.
+    """Sample at most SAMPLE vectors [n, E] of an index. From a large file, only 32 evenly spread
+    row groups are read.
     """
     vectors = open_index(index)
     if not isinstance(vectors, Vectors):
@@ -100,7 +100,7 @@ def to_json(name: str, hits: list[Hit], pairs: np.ndarray) -> str:
 # The points are cached (100 KiB per cloud), since a cloud is often a neighbour of many queries.
 @lru_cache(maxsize=4096)
 def drawn_points(path: str, up_axis: str) -> np.ndarray:
-    """Return the points n 3, rotated to z-up, that represent a cloud in a picture.
+    """Return the points [n, 3], rotated to z-up, that represent a cloud in a picture.
 
     up_axis: the setting of the index; "none" counts as "z". Raises ReadError or OSError if the
     cloud cannot be read.

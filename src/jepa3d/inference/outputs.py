@@ -42,7 +42,7 @@ def ply_row(more: dict[str, str] | None = None) -> np.dtype:
 def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> None:
     """Write the `count` points of a scan with their colours as a binary PLY.
 
-    colors: a file of n 3 uint8, in the order of the scan's points.
+    colors: a file of colours [n, 3] uint8, in the order of the scan's points.
     """
     row = ply_row()
     with out.open("wb") as file:
@@ -54,8 +54,8 @@ def write_ply(scan: Path, colors: Path, out: Path, count: int, bar: tqdm) -> Non
 def write_las(scan: Path, colors: Path, out: Path, box: np.ndarray, bar: tqdm) -> None:
     """Write a scan's points with their colours as LAS, or as LAZ if `out` ends in .laz.
 
-    colors: a file of n 3 uint8, in the order of the scan's points. box: 2 3, the lowest and the
-    highest corner of the scan's bounding box.
+    colors: a file of colours [n, 3] uint8, in the order of the scan's points. box: an array [2, 3]
+    of the lowest and the highest corner of the scan's bounding box.
 
     If the scan itself is LAS or LAZ, the output keeps the scan's fields, coordinate system, scale
     and offset. It has the same point format or, if this has no colours, the corresponding format
@@ -107,9 +107,9 @@ def _with_colors(laspy: Any, scan: Path) -> Any:
 
 
 def _with_rgb(parts: Iterable[Any], colors: Path, bar: tqdm) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield the chunks of a scan, each with its colours n 3.
+    """Yield the chunks of a scan, each with its colours [n, 3].
 
-    colors: a file of n 3 uint8, in the order of the scan's points.
+    colors: a file of colours [n, 3] uint8, in the order of the scan's points.
     """
     with colors.open("rb") as file:
         for part in parts:
@@ -124,10 +124,10 @@ def write_parquet(
     dtype: str,
     metadata: dict[str, Any],
 ) -> None:
-    """Write chunks of (index n, coordinates n 3, features n C) as Parquet.
+    """Write chunks of (index [n], coordinates [n, 3], features [n, C]) as Parquet.
 
-    width: C. dtype: number type of the features. metadata: keys and values of the metadata entry
-    `jepa3d` besides `format`. The packages of the extra `search` must be installed.
+    width: the number C. dtype: number type of the features. metadata: keys and values of the
+    metadata entry `jepa3d` besides `format`. The packages of the extra `search` must be installed.
     """
     from jepa3d.inference.vectors import pa, to_column, vector_type, write
 

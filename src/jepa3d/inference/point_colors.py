@@ -34,14 +34,14 @@ class View(NamedTuple):
 
     name: str
     total: int  # number of points in the file; for a mesh, number of points sampled from it
-    points: np.ndarray  # N 3 float32, at most MAX_DRAWN points
-    colors: np.ndarray | None  # N 3 uint8, as in the file; None if the file has no colours
-    tokens: Tensor  # M C, tokens of the last layer
-    centers: Tensor  # M 3, centres of the tokens
-    # N M, weights for interpolation from the three nearest centres of each point; so the features
-    # of the points are weights @ tokens
+    points: np.ndarray  # [N, 3] float32, at most MAX_DRAWN points
+    colors: np.ndarray | None  # [N, 3] uint8, as in the file; None if the file has no colours
+    tokens: Tensor  # [M, C], tokens of the last layer
+    centers: Tensor  # [M, 3], centres of the tokens
+    # [N, M], weights for interpolation from the three nearest centres of each point; so the
+    # features of the points are weights @ tokens
     weights: Tensor
-    vector: np.ndarray  # E, the vector that `jepa3d embed` computes
+    vector: np.ndarray  # [E], the vector that `jepa3d embed` computes
 
 
 @torch.inference_mode()
@@ -71,8 +71,8 @@ def view_of(
 
 
 def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | None:
-    """Find the point that a user clicked: returns its index among points N 3, or None if no point
-    lies near the ray.
+    """Find the point that a user clicked: returns its index among points [N, 3], or None if no
+    point lies near the ray.
 
     origin, direction: the ray from the viewer through the clicked pixel. Among the points in front
     of the viewer and within `reach` of the ray, the frontmost is found. Points that lie more than
@@ -90,7 +90,7 @@ def nearest_to_ray(points: np.ndarray, origin, direction, reach=0.05) -> int | N
 
 
 def pca_colors(view: View) -> tuple[np.ndarray, float]:
-    """Compute colours N 3 uint8 from the first three principal components of the tokens.
+    """Compute colours [N, 3] uint8 from the first three principal components of the tokens.
 
     Returns the colours, and the share of the tokens' variance that these components explain.
     """
@@ -104,10 +104,10 @@ def pca_colors(view: View) -> tuple[np.ndarray, float]:
 
 
 def similarity(view: View, point: int) -> np.ndarray:
-    """Return N cosines: between the features of every point and those of the point with index
-    `point`.
+    """Return cosines [N]: for each point, the cosine between its features and those of the point
+    with the index `point`.
     """
-    # The cosines are computed from dot products of tokens, since the features N C of many points
+    # The cosines are computed from dot products of tokens, since the features [N, C] of many points
     # may not fit into memory.
     products = view.tokens @ view.tokens.T
     dot = view.weights @ (products @ view.weights[point])
@@ -116,8 +116,8 @@ def similarity(view: View, point: int) -> np.ndarray:
 
 
 def sample_roles(view: View, generator: torch.Generator) -> np.ndarray:
-    """Sample a context and targets from the tokens, as in pretraining. Returns N roles: for each
-    point, the role of the nearest token (0 unused, 1 context, 2 and higher the targets).
+    """Sample a context and targets from the tokens, as in pretraining. Returns roles [N]: for
+    each point, the role of the nearest token (0 unused, 1 context, 2 and higher the targets).
 
     A token in several targets gets the role of the last of them. Raises ValueError if there are too
     few tokens.

@@ -37,7 +37,7 @@ class Prediction:
     probability: float | None = None
     second: str | None = None
     second_probability: float | None = None
-    # From a segmenter: the part label of every point, N int16.
+    # From a segmenter: the part label of every point, [N] int16.
     parts: np.ndarray | None = None
     error: str | None = None
 
@@ -51,10 +51,10 @@ def predict(
     """Classify or segment the clouds in files, folders and stores. Returns one Prediction per
     cloud, in the order in which the clouds are given.
 
-    run: output folder of classify, segment or label. category: the clouds' category, if the
-    segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`. For
-    each file without any cloud, another Prediction with an `error` follows at the end of the list.
-    Raises ValueError for a network or category that cannot be used.
+    run: output folder of classify, segment or label. category: the clouds' category; needed
+    if the segmenter knows several. A cloud that cannot be used gives a Prediction with an `error`.
+    For each file without any cloud, another Prediction with an `error` follows at the end of the
+    list. Raises ValueError for a network or category that cannot be used.
     """
     network = load_network(run)
     label = _label(network, category)
@@ -194,9 +194,9 @@ def two_classes(
 
 @torch.no_grad()
 def segment_cloud(network: Segmenter, points: np.ndarray, seen: Frame, label: int) -> np.ndarray:
-    """Predict the part label of every point of a cloud; returns N int16.
+    """Predict the part label of every point of a cloud; returns [N] int16.
 
-    points: all points N 3, z-up. seen: the points that are encoded, usually fewer than N. label:
+    points: all points [N, 3], z-up. seen: the points that are encoded, usually fewer than N. label:
     number of the cloud's category.
     """
     number = torch.tensor([label])

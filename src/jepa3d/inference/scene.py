@@ -46,7 +46,7 @@ _BATCH_POINTS, _BATCH_BLOCKS = 16_384, 128
 _PCA_CELLS, _PCA_POINTS = 64, 256
 
 Records = np.ndarray  # n points, of dtype `RECORD`
-# Origin (3, float64), radius, centers M 3 and tokens M C of a tile. In the scene's z-up
+# Origin [3] (float64), radius, centers [M, 3] and tokens [M, C] of a tile. In the scene's z-up
 # coordinates, the centers are at `origin + radius * centers`.
 Tile = tuple[np.ndarray, float, Tensor, Tensor]
 
@@ -66,7 +66,7 @@ class Features:
         self.encoder, self.cells, self.grid = encoder, cells, cells.grid
         tiles = tiles_of(self.grid, cells.coords, cells.counts)
         self.coords, self.counts, around = tiles
-        # n k, the numbers of the k tiles of each cell; -1 for a tile that is left out. A cell
+        # The numbers [n, k] of the k tiles of each cell; -1 for a tile that is left out. A cell
         # without any tile gets a tile of its own.
         self.slots = np.where(self.counts[around] >= encoder.min_points, around, -1)
         self.alone = np.flatnonzero((self.slots < 0).all(1))
@@ -80,7 +80,7 @@ class Features:
     def of(
         self, chosen: np.ndarray, limit: int | None = None
     ) -> Iterator[tuple[Records, np.ndarray]]:
-        """Yield records n and features n C (float32) of the points in the chosen cells, in no
+        """Yield records [n] and features [n, C] (float32) of the points in the chosen cells, in no
         particular order.
 
         chosen: rows of the cells in `cells.coords`. limit: use at most this many points of each
@@ -104,8 +104,8 @@ class Features:
             del blocks[-number:]
 
     def _blend(self, blocks: list[tuple[int, int, int]]) -> tuple[Records, np.ndarray]:
-        """Compute the features of the points in blocks. Returns the records n and features n C of
-        these points.
+        """Compute the features of the points in blocks. Returns the records [n] and features [n, C]
+        of these points.
 
         blocks: tuples (number of points, cell, number of the block's first point in the cell), in
         ascending order.
@@ -155,8 +155,8 @@ class Features:
             self._tiles |= zip(batch, made, strict=True)
 
     def _points(self, tile: int) -> tuple[np.ndarray, float, Tensor]:
-        """Return a tile's origin and radius, and its points as the encoder receives them: in the
-        unit sphere, num_points 3.
+        """Return a tile's origin and radius, and its points as the encoder receives them: an array
+        [num_points, 3] in the unit sphere.
         """
         cells = self._members(tile)
         counts = self.cells.counts[cells]
@@ -203,7 +203,7 @@ class Colors:
         self.low, self.high = np.quantile(main, [0.02, 0.98], axis=0)
 
     def of(self, features: np.ndarray) -> np.ndarray:
-        """Return red, green and blue n 3, from 0 to 255, for features n C."""
+        """Return red, green and blue [n, 3], from 0 to 255, for features [n, C]."""
         main = self.components.transform(features)
         scaled = (main - self.low) / np.maximum(self.high - self.low, 1e-12)
         return (255 * scaled).clip(0, 255).round()
@@ -335,8 +335,8 @@ def _restart(bar: tqdm, doing: str, total: int) -> None:
 
 def _survey(scan: Path, up_axis: str, bar: tqdm) -> tuple[np.ndarray, np.ndarray, int, Records]:
     """Read a scan once. Returns the lowest and the highest corner of its bounding box, the number
-    of its points, and a random sample n 4 of the points: their coordinates, and their numbers in
-    the scan. Corners and coordinates are z-up.
+    of its points, and a random sample of the points, an array [n, 4] of their coordinates and
+    their numbers in the scan. Corners and coordinates are z-up.
     """
     low, high, total = np.full(3, np.inf), np.full(3, -np.inf), 0
     reservoir = Reservoir(SAMPLE)

@@ -8,9 +8,9 @@ float32 select a few candidates, whose cosines are then computed in float64 (`ra
 For Parquet files with at least `WORTH` vectors, a copy `NAME.arrow` is written beside the index and
 mapped into memory, so that further searches read little from disk. The copy holds the rows
 uncompressed. It also holds the length of each vector and, in half precision, its direction; a
-search with few queries reads only these two at first. The copy records the names, sizes,
-modification times and inodes of the index's files. If one of these has changed, the copy is made
-again. You may delete the copy at any time.
+search with few queries reads only lengths and directions at first. The copy records the names,
+sizes, modification times and inodes of the index's files. If one of these has changed, the copy is
+made again. You may delete the copy at any time.
 """
 
 import json
@@ -64,11 +64,11 @@ def search(
     """Find, for each query, the k rows of an index with the highest cosine; best first.
 
     index: a Parquet file or folder of `jepa3d embed`, or a database of `jepa3d index`. queries:
-    vectors q E, or a path (see `query_vectors`). Every cloud at the path is a query, in the order
-    of `cloud_paths`; clouds that cannot be used are left out. where: conditions that must all hold
-    for a row, see `Condition`. exclude: for each query, None or the path of a cloud that is left
-    out of the hits, even if the index has it under another path that links to the same file. By
-    default, a cloud at the path `queries` is not its own hit. probes: how many partitions of a
+    vectors [q, E], or a path (see `query_vectors`). Every cloud at the path is a query, in the
+    order of `cloud_paths`; clouds that cannot be used are left out. where: conditions that must all
+    hold for a row, see `Condition`. exclude: for each query, None or the path of a cloud that is
+    left out of the hits, even if the index has it under another path that links to the same file.
+    By default, a cloud at the path `queries` is not its own hit. probes: how many partitions of a
     database to search; the search is then approximate, and the database must have an index of
     partitions.
 
@@ -112,7 +112,7 @@ def _search_files(
 ) -> list[list[Hit]]:
     """Return the k best hits of each query among the rows that meet the conditions.
 
-    directions: the queries q E, scaled to length 1.
+    directions: the queries [q, E], scaled to length 1.
     """
     hits: list[list[Hit]] = [[] for _ in directions]
     for read, more in groups(vectors):
@@ -144,8 +144,8 @@ def _search_files(
 def _cosines(
     x: np.ndarray, directions: np.ndarray, lengths: Any = None, halves: Any = None
 ) -> tuple[np.ndarray, float]:
-    """Return the cosines q n of queries (`directions`, q E) with vectors (`x`, n E), and the slack,
-    which is twice the largest rounding error of these cosines.
+    """Return the cosines [q, n] of queries (`directions` [q, E]) with vectors (`x` [n, E]), and the
+    slack, which is twice the largest rounding error of these cosines.
 
     lengths, halves: the columns `_MORE`, if the vectors come from a copy. A zero vector gets the
     cosine -inf.
@@ -175,7 +175,7 @@ def _near(scores: np.ndarray, worst: float, k: int, slack: float) -> np.ndarray:
 
 
 def _directions(queries: np.ndarray, embed_dim: int) -> np.ndarray:
-    """Scale queries q E to length 1, as float64.
+    """Scale queries [q, E] to length 1, as float64.
 
     Raises ValueError if a query is zero or not finite, or if its width is not `embed_dim`.
     """

@@ -41,8 +41,8 @@ class CloudVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return self
 
     def transform(self, X: Clouds) -> np.ndarray:
-        """Compute the vectors n E (float32) of n clouds, as `jepa3d.embed` does. X: an array n N 3,
-        a list of arrays, or a list of paths.
+        """Compute the vectors [n, E] (float32) of n clouds, as `jepa3d.embed` does. X: an array
+        [n, N, 3], a list of arrays, or a list of paths.
 
         A cloud that cannot be used gets a row of NaN, and a warning names it.
         """

@@ -5,14 +5,14 @@ A file is always replaced as a whole: readers see it as it was before or after a
 killed writer changes nothing. The columns are:
 
 path        the cloud's address (clouds.py), unique
-label       the cloud's class, from its folder or file. If it has no class, its name in a file of
-            many clouds. If it has no name either, null
+label       the cloud's class, from its folder or file. If the cloud has no class, the label is its
+            name in a file of many clouds. If it has no name either, the label is null
 num_points  number of points as read
 stamp       for a cloud in a store, a hash of its content; for any other cloud, a hash of its file's
             size and modification time. While the stamp stays equal, the cloud is unchanged
-vector      E float32, not scaled to length 1
-error       only in tables that `Embedder` returns: why the cloud has no vector; null if it has one.
-            `Vectors` skips rows with an error
+vector      [E] float32, not scaled to length 1
+error       why the cloud has no vector; null if it has one. Only tables that `Embedder` returns
+            have this column. `Vectors` skips rows with an error
 """
 
 import json
@@ -76,13 +76,13 @@ def with_errors(rows: pa.Table, failed: list[tuple[str, str]]) -> pa.Table:
 
 
 def to_column(vectors: Sequence | np.ndarray, embed_dim: int, dtype: str = "float32") -> pa.Array:
-    """Turn vectors n E into a column."""
+    """Turn vectors [n, E] into a column."""
     flat = pa.array(np.ascontiguousarray(vectors, dtype).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(embed_dim, dtype))
 
 
 def to_numpy(column: Any) -> np.ndarray:
-    """Turn a column of vectors into an array n E, without a copy if the column is one chunk."""
+    """Turn a column of vectors into an array [n, E], without a copy if the column is one chunk."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=False)
@@ -134,7 +134,7 @@ class Vectors:
         return [value for part in parts for value in part]
 
     def array(self) -> np.ndarray:
-        """Return all vectors n E."""
+        """Return all vectors [n, E]."""
         batches = self.batches(["vector"])
         return np.concatenate([to_numpy(batch.column(0)) for batch in batches])
 

@@ -219,7 +219,7 @@ class Page:
         self._say(f"<b>{self.title}</b>: {view.total:,} points{drawn}<br>{meaning}")
 
     def _colors(self, view: View, by: str, picked: int | None) -> tuple[Any, str]:
-        """Compute colours N 3 uint8 of the points. Returns them with HTML that explains them."""
+        """Compute colours [N, 3] uint8 of the points. Returns them with HTML that explains them."""
         if by == OWN and view.colors is not None:
             return view.colors, "as in the file"
         if by == PCA:
