@@ -55,9 +55,9 @@ def facts_in(path: Path, labels_key: str = "labels", *more: str) -> dict[str, An
     `_NAMES["label"]`. more: further arrays to return, "points" or "parts". Raises ReadError, also
     if labels_key is another name than "labels" and no array has this name. The keys of the dict:
 
-    - label: n int64, -1 for no label
+    - label: array [n] int64 for n clouds; -1 means no label
     - class_names: texts; () if the file has labels but does not name the classes
-    - split: n integers, indices into SPLITS
+    - split: array [n] of integers, indices into SPLITS
     - names: texts, normally one per cloud (NPZ only)
     - part_names: texts (NPZ only)
     """
@@ -262,7 +262,7 @@ def _shape(path: Path, mtime: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=2)
 def array_block(path: Path, block: int | None, mtime: int) -> dict[str, np.ndarray]:
-    """Read `_BLOCK` rows of each array of known meaning in a file; returns a dict by meaning.
+    """Read `_BLOCK` rows of each array of known meaning in a file; returns a dict keyed by meaning.
 
     block: index of the block; None reads all rows. An NPZ is always read whole. mtime: modification
     time of the file, so that the cache is not used after the file has changed.
@@ -330,7 +330,7 @@ def read_array(path: Path, row: int | None) -> PointCloud:
 
 
 def npy_rows(path: Path) -> Iterator[np.ndarray]:
-    """Yield the points of an NPY in chunks, float64 n 3. Raises ReadError."""
+    """Yield the points of an NPY in chunks, arrays [n, 3] float64. Raises ReadError."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     check_shape(values)
     for at in range(0, len(values), clouds.CHUNK):

@@ -46,14 +46,14 @@ class PointCloud:
     float32, so that map coordinates (6e6 m) keep their millimetres.
     """
 
-    points: np.ndarray  # N 3 float32
-    origin: np.ndarray  # 3 float64
+    points: np.ndarray  # [N, 3] float32
+    origin: np.ndarray  # [3] float64
     scale: float = 1.0
-    normals: np.ndarray | None = None  # N 3 float32
-    colors: np.ndarray | None = None  # N 3 uint8
-    # N numbers of any type: the part labels as in the file; `to_parts` converts them
+    normals: np.ndarray | None = None  # [N, 3] float32
+    colors: np.ndarray | None = None  # [N, 3] uint8
+    # array [N] of any number type: the part labels as in the file; `to_parts` converts them
     parts: np.ndarray | None = None
-    faces: np.ndarray | None = None  # F 3 int64
+    faces: np.ndarray | None = None  # [F, 3] int64
     total: int | None = None  # number of points in the file, if only a sample was kept
     # the up axis, if the format of the file defines one (glTF: y)
     up: str | None = None
@@ -65,7 +65,7 @@ class PointCloud:
 
     @staticmethod
     def make(xyz: np.ndarray, unseen: int = 0, **attributes) -> "PointCloud":
-        """Create a cloud from coordinates N 3 of any number type; NaN points are left out.
+        """Create a cloud from coordinates [N, 3] of any number type; NaN points are left out.
 
         unseen: number of NaN points that the caller has already left out. attributes: other fields
         of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
@@ -172,7 +172,7 @@ class PointCloud:
         return [remark for remark in (self.part_read, unseen) if remark]
 
     def file_coordinates(self) -> np.ndarray:
-        """Return the points N 3 float64 in the coordinates of the file."""
+        """Return the points [N, 3] float64 in the coordinates of the file."""
         return self.points.astype(np.float64) * self.scale + self.origin
 
 
@@ -189,7 +189,7 @@ def check_shape(xyz: np.ndarray) -> None:
 
 
 def check_cloud(points: np.ndarray, where: str = "") -> None:
-    """Raise ReadError unless points n 3 are finite and at least two of them differ.
+    """Raise ReadError unless all points [n, 3] are finite and at least two of them differ.
 
     where: text with which the error message begins.
     """
@@ -202,11 +202,12 @@ def check_cloud(points: np.ndarray, where: str = "") -> None:
 
 
 def to_parts(values: np.ndarray) -> np.ndarray:
-    """Convert part labels N to int16.
+    """Convert part labels [N] to int16.
 
-    Negative values, NaN and the largest value of the labels' own integer type become UNLABELLED. Call this where
-    labels are used, not when a file is read, so that bad labels do no harm to other uses of a file.
-    Raises ReadError for other values that are not whole numbers from 0 to 32,767.
+    Negative values, NaN, the values in `_IGNORED` and the largest value of the labels' own integer
+    type become UNLABELLED. Call this where labels are used, not when a file is read, so that bad
+    labels do no harm to other uses of a file. Raises ReadError for other values that are not whole
+    numbers from 0 to 32,767.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -223,7 +224,7 @@ def to_parts(values: np.ndarray) -> np.ndarray:
 
 
 def to_bytes(colors: np.ndarray) -> np.ndarray:
-    """Convert colours N 3 to uint8.
+    """Convert colours [N, 3] to uint8.
 
     The range of the colours follows from their type and their largest value. Floats that are all
     below 2 are taken as fractions, since fractions are slightly above 1 in some files. If the
@@ -280,8 +281,8 @@ def sample_triangles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample points uniformly on triangles [t, 3, 3].
 
-    Returns points [count, 3], and for each point the index of its triangle [count]. weight: factors
-    [t] on the triangles' areas. Raises ReadError if the total area is 0.
+    Returns points [count, 3], and an array [count] with the index of each point's triangle. weight:
+    factors [t] on the triangles' areas. Raises ReadError if the total area is 0.
     """
     a, b, c = triangles.swapaxes(0, 1)
     area = np.cumsum(weight * np.linalg.norm(np.cross(b - a, c - a), axis=1))
@@ -339,7 +340,7 @@ class Reservoir:
 
 
 def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
-    """Collect chunks of rows n D into one cloud without NaN points.
+    """Collect chunks of rows [n, D] into one cloud without NaN points.
 
     If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: names of the
     first columns, at most D; the first three are x, y and z. An attribute is left out if one of its

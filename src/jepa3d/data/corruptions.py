@@ -1,10 +1,10 @@
 """Corrupt clouds, for example with the noise, holes and stray points of a scanner.
 
-Each kind of corruption is a function of one cloud N 3 in the unit sphere, a level and a random
+Each kind of corruption is a function of one cloud [N, 3] in the unit sphere, a level and a random
 generator. The first seven kinds are those of PointCloud-C (Ren et al. 2022, arXiv 2202.03377), each
 at five levels, called severities. PointCloud-C states how many of 1,024 points are removed or
 added. Here these numbers are converted to shares, so that the effect does not depend on the number
-of points of a cloud. The other kinds have one level each.
+of points of a cloud. The kinds after the first seven have one level each.
 """
 
 import math
@@ -26,7 +26,7 @@ class Kind(NamedTuple):
 
 
 def corrupt(points: np.ndarray, kind: str, severity: int, shape: int) -> np.ndarray:
-    """Corrupt a cloud N 3 in the unit sphere; returns n 3 float32.
+    """Corrupt a cloud [N, 3] in the unit sphere; returns points [n, 3] float32.
 
     kind: a key of `KINDS`. severity: index of the level, from 0. shape: number of the shape; kind,
     severity and shape together seed the random generator.
@@ -137,9 +137,9 @@ def _some(points: np.ndarray, count: int, rng: Generator) -> np.ndarray:
 
 
 def _nearest(points: np.ndarray, distance: np.ndarray, share: float) -> np.ndarray:
-    """Remove a share of the points n 3: those with the largest distances.
+    """Remove a share of the points [n, 3]: those with the largest distances.
 
-    distance: one number per point [n]. The order of the other points stays the same.
+    distance: array [n], one number per point. The order of the other points stays the same.
     """
     count = len(points) - round(share * len(points))
     return points[np.sort(distance.argsort(kind="stable")[:count])]

@@ -27,13 +27,13 @@ class PointClouds:
     name: str
     # identifies the data: sha256 of a store's shard records, of an .npz file, or of the points
     fingerprint: str
-    # n N 3 float32; after load(raw=True), shapes that were read from files are an object array [n]
-    # of arrays [N_i, 3]
+    # [n, N, 3] float32; after load(raw=True), shapes that were read from files are an object array
+    # [n] of arrays [N_i, 3]
     points: np.ndarray | StoredPoints
-    labels: np.ndarray | None = None  # n int64; None if any shape has no label
+    labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
-    split: np.ndarray | None = None  # n int8: 0 train, 1 test, 2 val, -1 none
-    # n N int16, one label per point; None unless `load` was called with parts=True
+    split: np.ndarray | None = None  # [n] int8: 0 train, 1 test, 2 val, -1 none
+    # [n, N] int16, one label per point; None unless `load` was called with parts=True
     parts: np.ndarray | StoredPoints | None = None
     # name of each part label; labels are numbered over the parts of all classes; () if unnamed
     part_names: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class PointClouds:
         return self.points.shard_sizes if isinstance(self.points, StoredPoints) else ()
 
     def batch(self, index: np.ndarray) -> Tensor:
-        """Return the clouds b N 3 at an array of indices."""
+        """Return the clouds [b, N, 3] at an array of b indices."""
         return torch.from_numpy(self.points[index])
 
     def subset(self, keep: np.ndarray) -> "PointClouds":
@@ -186,9 +186,9 @@ def _joined(batches: list, varied: bool) -> np.ndarray:
 def _standard(
     points: np.ndarray, num_points: int, axes: np.ndarray, parts: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Convert clouds b N 3 to the standard form b num_points 3.
+    """Convert clouds [b, N, 3] to the standard form, [b, num_points, 3].
 
-    axes: rotation matrix [3, 3] that makes z the up axis. parts: part labels b N, or None. Also
+    axes: rotation matrix [3, 3] that makes z the up axis. parts: part labels [b, N], or None. Also
     returns the part labels of the chosen points.
     """
     points = points.astype(np.float64)

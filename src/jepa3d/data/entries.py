@@ -218,8 +218,9 @@ def lacking(
 ) -> list[str]:
     """Describe the classes that only one of two splits has, such as "disc (2 train, 0 test)".
 
-    labels: class of each shape [n], -1 for no label. train, test: masks [n] of the shapes in the
-    two splits. names: class names. part: name of the second split. Returns one text per class.
+    labels: array [n] with the class of each shape, -1 for no label. train, test: masks [n] of the
+    shapes in the two splits. names: class names. part: name of the second split. Returns one text
+    per class.
     """
     found = []
     for label in np.unique(labels[labels >= 0]).tolist():

@@ -153,7 +153,7 @@ class _Scene:
     # ------------------------------------------------------------------------------------- geometry
 
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
-        """Return the vertices n 3 of a primitive in scene coordinates.
+        """Return the vertices [n, 3] of a primitive in scene coordinates.
 
         Morph targets, if there are any, move the vertices first. Then the skin places them in the
         scene or, without a skin, the matrix `place` of the node does. Raises ReadError for a
@@ -201,7 +201,7 @@ class _Scene:
         return corners
 
     def _check_packed(self, primitive: dict, i: int) -> None:
-        """Raise ReadError if accessor `i` has compressed values, or face indices but no buffer."""
+        """Raise ReadError if accessor `i` is compressed or holds face indices without a buffer."""
         accessor = self.json["accessors"][i]
         draco = _DRACO in primitive.get("extensions", {})
         empty = accessor["count"] and not {"bufferView", "sparse"} & accessor.keys()
@@ -213,7 +213,7 @@ class _Scene:
     # ------------------------------------------------------------------------------------ accessors
 
     def _values(self, i: int) -> np.ndarray:
-        """Return the values n D of an accessor; normalised integers become fractions."""
+        """Return the values [n, D] of an accessor; normalised integers become fractions."""
         accessor = self.json["accessors"][i]
         count, width = accessor["count"], _WIDTHS[accessor["type"]]
         kind = np.dtype(_KINDS[accessor["componentType"]])

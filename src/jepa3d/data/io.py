@@ -34,7 +34,7 @@ def read(
     row: index of the cloud in a file of many clouds (HDF5, NPZ, NPY). columns: for a table
     with a header, the three names that it has for x, y and z; for a .bin file or a table without
     header, the names of all columns. reader: a reader of the user as `package.module:function`; the
-    function gets the path and returns points n 3 or a `PointCloud`.
+    function gets the path and returns points [n, 3] or a `PointCloud`.
     """
     path = Path(path)
     if reader is not None:
@@ -84,7 +84,7 @@ def _inflated(path: Path) -> Iterator[Path]:
 
 
 def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Iterator[np.ndarray]:
-    """Yield all points of a file in chunks n 3 float64; NaN points are left out.
+    """Yield all points of a file in chunks, arrays [n, 3] float64, without NaN points.
 
     The points have the order and the coordinates of the file. LAS, LAZ, NPY, PTX, tables and most
     PLY files need memory for one chunk only; all other files are read whole. tell: called at the

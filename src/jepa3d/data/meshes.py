@@ -105,11 +105,11 @@ def _check_range(corners: np.ndarray, count: int) -> None:
 def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """Cut polygons into triangles [t, 3] of vertex indices.
 
-    points: vertices [n, 3]. sizes: number of corners of each polygon [f]. corners: the vertex
-    indices of all polygons, concatenated. A convex polygon becomes a fan of triangles around its
-    first corner. A concave polygon is cut by ear clipping (see `_ears`). Polygons with fewer than
-    three corners are dropped. Raises ReadError for a corner that is no vertex, and for a concave
-    polygon with more than `_MOST_CORNERS` corners.
+    points: vertices [n, 3]. sizes: array [f] with the number of corners of each polygon. corners:
+    the vertex indices of all polygons, concatenated. A convex polygon becomes a fan of triangles
+    around its first corner. A concave polygon is cut by ear clipping (see `_ears`). Polygons with
+    fewer than three corners are dropped. Raises ReadError for a corner that is no vertex, and for a
+    concave polygon with more than `_MOST_CORNERS` corners.
     """
     _check_range(corners, len(points))
     starts, found = np.cumsum(sizes) - sizes, [np.empty((0, 3), np.int64)]
@@ -262,7 +262,7 @@ def read_obj(path: Path) -> PointCloud:
         raise ReadError(f"vertex {first + 1} has {rows.counts[first]} of 3 coordinates")
     (values, at), kept = rows.numbers(), {}
     vertices = values[at[:, None] + np.arange(3)]
-    # each line holds x, y, z, red, green, blue and perhaps another value
+    # in a file with colours, each line holds x, y, z, red, green, blue and perhaps another value
     if set(rows.counts) <= {6, 7}:
         kept["colors"] = to_bytes(values[at[:, None] + np.arange(3, 6)])
     # a corner has indices v/vt/vn: keep only v, the index of the vertex

@@ -262,7 +262,7 @@ def _one_by_one(
 
 
 def ply_rows(path: Path) -> Iterator[np.ndarray] | None:
-    """Return an iterator over the vertices of a cloud in chunks, float64 n 3.
+    """Return an iterator over the vertices of a cloud in chunks, arrays [n, 3] float64.
 
     Returns None if the file must be read whole, that is, if its vertices have lists, lack a
     coordinate or are not the first element. Returns None as well if its lines end with CR alone.

@@ -195,7 +195,7 @@ def convert(entry: Entry, options: Preparation) -> tuple[Arrays, Row]:
 def _check_rounding(points: np.ndarray, rounded: np.ndarray) -> None:
     """Raise ReadError if rounding to float16 moves points by over 1 % of the cloud's extent.
 
-    points: n 3 in the unit sphere. rounded: the same points as they will be stored. The median
+    points: [n, 3], in the unit sphere. rounded: the same points as they will be stored. The median
     distance by which rounding moves a point is compared with the median distance of a point from
     the middle of the cloud. Rounding moves the points too far if one point is so far out that all
     others lie close together.

@@ -25,7 +25,7 @@ SIDES = 24
 GRID = 48  # cells along each side of the image in which `_seen` finds visible points
 
 _ANGLES = np.arange(SIDES) * (2 * np.pi / SIDES)
-# rotation matrices [3, 3, 3] that map z to z, x and y
+# three rotation matrices, [3, 3, 3]: the first maps z to z, the second z to x, the third z to y
 _AXES = np.stack([np.roll(np.eye(3), step, axis=0) for step in (0, 1, 2)])
 
 
@@ -214,8 +214,8 @@ def _bend(points: np.ndarray, rng: Rng) -> np.ndarray:
 def _seen(points: np.ndarray, rng: Rng) -> np.ndarray:
     """Return a mask of the points that are visible from a random direction.
 
-    points: in the unit sphere. They are projected to an image of GRID x GRID cells; a point is
-    visible if no other point in its cell is much nearer to the viewer.
+    The points lie in the unit sphere. They are projected to an image of GRID x GRID cells; a point
+    is visible if no other point in its cell is much nearer to the viewer.
     """
     away = rng.normal(size=3)
     away /= np.linalg.norm(away)

@@ -36,9 +36,9 @@ class Shapes:
     name: str
     # returns shape i: points as in the source, and also `up`, `unseen` and (if asked for) `parts`
     read: Callable[[int], PointCloud]
-    labels: np.ndarray  # n int64, -1 for no label
+    labels: np.ndarray  # [n] int64, -1 for no label
     class_names: tuple[str, ...]
-    split: np.ndarray  # n int8, index into SPLITS, -1 for no split
+    split: np.ndarray  # [n] int8, index into SPLITS, -1 for no split
     part_names: tuple[str, ...] = ()
     # identifies the data; if None, a digest of the points is used
     fingerprint: str | None = None
@@ -133,7 +133,7 @@ def _checked(cloud: PointCloud, num_points: int, where: str = "") -> PointCloud:
 
 
 def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) -> Shapes:
-    """Open an .npz bundle with the array points, n N 3.
+    """Open an .npz bundle with an array [n, N, 3] named points.
 
     It may also have the arrays labels, class_names, split, seg (or parts) and part_names. key: name
     of the labels array.
@@ -155,7 +155,7 @@ def _bundle(path: Path, num_points: int, up_axis: str, key: str, parts: bool) ->
 
 
 def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Return the part labels n N int16 of an .npz, and the names of the parts. Raises ReadError."""
+    """Return an .npz's part labels [n, N] int16, and the names of the parts. Raises ReadError."""
     if "parts" not in facts:
         raise ReadError(f"{path}: {NO_PARTS}")
     parts, names = facts["parts"], facts.get("part_names", ())
@@ -174,7 +174,10 @@ def _parts(facts: dict[str, Any], path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _files(path: Path, num_points: int, up_axis: str, raw: bool, parts: bool) -> Shapes:
-    """Open a folder, benchmark, file or procedural:COUNT like `jepa3d prepare`, without a store."""
+    """Open a folder, benchmark, file or procedural:COUNT as `jepa3d prepare` does.
+
+    No store is made.
+    """
     source = discover(path)
     entries = source.entries
     split = [-1 if e.split is None else SPLITS.index(e.split) for e in entries]

@@ -6,11 +6,11 @@ STORE/points-00000.safetensors  the first shard: the points of its clouds, conca
                       "normals", "colors" and "parts", if the store keeps them
 STORE/index/NAME.bin  one row per cloud (see COLUMNS); keys.bin holds the text of the keys
 
-A key names a cloud: it is the path of the file in the source, and #row in a file of many clouds.
-Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates in the
-file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it first
-cuts off the index rows of shards that the header does not record; an interrupted command may have
-left such rows.
+A key names a cloud: it is the path of the file in the source, with #row added if the file has many
+clouds. Clouds are z-up in the unit sphere. If R rotates the up axis of a file to z, the coordinates
+in the file are R^T(points) * scale + origin. A writer appends shards. When it continues a store, it
+first cuts off the index rows of shards that the header does not record; an interrupted command may
+have left such rows.
 """
 
 import hashlib
@@ -155,7 +155,7 @@ class Store:
         return self.shard(shard)[name][rows][:count]
 
     def points(self, row: int, count: int | None = None) -> np.ndarray:
-        """Return the first `count` points n 3 (all if None) of a cloud, memory-mapped."""
+        """Return the first `count` points [n, 3] (all if None) of a cloud, memory-mapped."""
         return self.array("points", row, count)
 
     def cloud(self, row: int) -> PointCloud:
@@ -166,7 +166,7 @@ class Store:
         return PointCloud(origin=np.array(frame[:3]), scale=float(frame[3]), **arrays)
 
     def file_coordinates(self, row: int, points: np.ndarray) -> np.ndarray:
-        """Convert points n 3 of a stored cloud to the coordinates of its file, float64."""
+        """Convert points [n, 3] of a stored cloud to the coordinates of its file, in float64."""
         *origin, scale = self.columns["frame"][row].tolist()
         axes = TO_Z_UP["xyz"[self.columns["up"][row]]].astype(float)
         return np.asarray(points, np.float64) @ axes * scale + origin
@@ -209,7 +209,7 @@ class Store:
 
 
 class StoredPoints:
-    """Points n N 3 float32, or part labels n N int16, of some clouds of a store.
+    """Points [n, N, 3] float32, or part labels [n, N] int16, of some clouds of a store.
 
     The values are read from disk when this object is indexed; `PointClouds` uses the object like an
     array. name: "points" or "parts".
@@ -226,7 +226,8 @@ class StoredPoints:
     def __getitem__(self, index) -> np.ndarray:
         """Read clouds at a slice, mask or array of indices, or one cloud at an integer.
 
-        Returns points n N 3 in the unit sphere, or part labels n N; for one cloud, N 3 or N.
+        Returns points [n, N, 3] in the unit sphere, or part labels [n, N]. For one cloud, the
+        shape is [N, 3] or [N].
         """
         rows = np.atleast_1d(self.rows[index])
         kind = np.float32 if self.name == "points" else np.int16

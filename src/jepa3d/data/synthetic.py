@@ -27,7 +27,7 @@ Rng = np.random.Generator
 Draw = Callable[[float, float], float]  # rng.uniform: low, high -> random number
 Range = tuple[float, float]
 Floats = Sequence | np.ndarray
-Loft = np.ndarray  # rings sides 3
+Loft = np.ndarray  # [rings, sides, 3]
 # tuples (part name, loft, loft, ...); if there are no lofts, the shape lacks this part
 Parts = Iterator[tuple]
 

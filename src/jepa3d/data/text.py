@@ -44,7 +44,7 @@ def read_table(path: Path, columns: Names | None = None) -> PointCloud:
 
 
 def table_rows(path: Path) -> Iterator[np.ndarray]:
-    """Return an iterator over x, y, z of all rows, in chunks n 3 float64. Raises ReadError."""
+    """Return an iterator over x, y, z of all rows: chunks [n, 3] float64. Raises ReadError."""
     table = Table(path)
     return table.rows([*table.used(None).values()][:3])
 
@@ -99,7 +99,7 @@ class Table:
         return found | {name: names.index(name) for name in others}
 
     def rows(self, columns: list[int]) -> Iterator[np.ndarray]:
-        """Yield D columns of all rows in chunks n D float64; empty cells become NaN.
+        """Yield D columns of all rows in chunks, arrays [n, D] float64; empty cells become NaN.
 
         columns: indices of the D columns. Raises ReadError for a line that is no row, and if the
         file states a wrong number of rows.
@@ -164,8 +164,9 @@ class Table:
     def _split(self, text: str, width: int) -> list[str]:
         """Split a line above the numbers into names, with the delimiter that gives the best split.
 
-        A split that has the names x, y and z is better than one that lacks any of them. Among
-        equals, a split of `width` names is better; among equals again, a split of more names.
+        A split that has the names x, y and z is better than one that lacks any of them. If this
+        does not decide, a split of `width` names is better than any other. If this does not decide
+        either, the split of more names is better.
         """
         text = re.sub(r"\s*[\[(][^\])]*[\])]", "", text.lstrip("#/%! ")).rstrip(_BLANK)
         marks = [*(mark for mark in (self.mark, *_MARKS) if mark), None]
@@ -249,7 +250,7 @@ def parsed(
     columns: list[int],
     is_skipped: Callable[[str], bool] = lambda text: False,
 ) -> Iterator[np.ndarray]:
-    """Parse columns of lines of numbers; yields chunks n D float64.
+    """Parse columns of lines of numbers; yields chunks, arrays [n, D] float64.
 
     first: number of the first line, for error messages. mark: the delimiter, None for white space.
     columns: indices of the D columns. is_skipped: returns True for further lines to leave out;
@@ -340,9 +341,9 @@ def coordinate_columns(names: Names, columns: Names | None) -> Names:
 
 
 def _plain(name: str) -> str:
-    """Simplify a name in a header: no quotes, no unit, lower case. 'X [m]' becomes 'x'.
+    """Remove quotes and the unit from a name in a header, and convert it to lower case.
 
-    Bytes that are not UTF-8 are taken as Latin-1.
+    For example, 'X [m]' becomes 'x'. Bytes that are not UTF-8 are taken as Latin-1.
     """
     name = re.sub(r"\s*[\[(].*[\])]$", "", name.strip().strip("\"'")).lower()
     if name.isprintable():

@@ -1,4 +1,4 @@
-"""Augment batches of clouds B N 3, with random numbers from a generator."""
+"""Augment batches of clouds [B, N, 3], with random numbers from a generator."""
 
 import math
 
@@ -46,13 +46,13 @@ def random_crop(points: Tensor, count: int, generator: BatchGenerator) -> Tensor
 
 
 def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> Tensor:
-    """Make each cloud look like a scan; returns B num_points 3 in the unit sphere.
+    """Make each cloud look like a scan; returns clouds [B, num_points, 3] in the unit sphere.
 
-    points: B M 3, in farthest point order. Steps:
+    points: clouds [B, M, 3], in farthest point order. Steps:
 
     1. Rotate the cloud about z by a random angle.
     2. In half of the clouds, remove the points beyond a plane: a share of up to `MAX_CUT`.
-    3. Keep num_points * share points. The share is chosen at random from `VIEW_SHARES`, once for
+    3. Keep `num_points * share` points. The share is chosen at random from `VIEW_SHARES`, once for
        the whole batch. Half of the clouds keep an even sample; in the others, density falls along
        one direction by a factor of up to e^3 per radius.
     4. Add noise with a standard deviation of up to 2 % of the radius.
@@ -97,7 +97,7 @@ def random_view(points: Tensor, num_points: int, generator: BatchGenerator) -> T
 
 
 def fill(points: Tensor, num_points: int) -> Tensor:
-    """Fill clouds B n 3 up to B num_points 3 with moved copies of their points.
+    """Fill clouds [B, n, 3] up to [B, num_points, 3] with moved copies of their points.
 
     This is `frame.py::fill` for batches.
     """
@@ -122,7 +122,7 @@ def augment(
     translate: float,
     generator: BatchGenerator,
 ) -> Tensor:
-    """Scale, rotate about the up axis z, and move clouds B N 3.
+    """Scale, rotate about the up axis z, and move clouds [B, N, 3].
 
     Each cloud gets its own random values: a factor in `scale` for each axis, an angle (if
     `rotate`), and a distance in [-translate, translate] along each axis.
