@@ -90,13 +90,13 @@ def _of_finetuning(config: settings.FinetuneConfig) -> Iterator[str]:
         fewest = f"{2 * count} (2 x accumulate)" if count > 1 else "2"
         yield f"batch_size {size} must be at least {fewest}: BatchNorm needs two shapes at a time"
     if config.trained == "head_first" and config.init is None:
-        yield "trained head_first needs --init with an encoder; without --init, use trained all"
+        yield "--trained head_first needs --init with an encoder; without --init, use --trained all"
 
 
 def _of_segmentation(config: settings.SegmentConfig) -> Iterator[str]:
     depth = config.encoder.depth
     if config.trained == "head_first":
-        yield "trained head_first predicts classes of whole shapes only: segment takes all or head"
+        yield "--trained head_first is for classes of whole shapes: segment takes --trained all or head"
     if config.layers and (wrong := max(config.layers)) > depth:
         yield f"layers {config.layers}: {wrong} must be from 0 (tokenizer) to {depth}"
 
@@ -114,8 +114,8 @@ def _of_fewshot(config: settings.FewshotConfig) -> Iterator[str]:
 def departures(config: settings.PretrainConfig, num_shapes: int) -> dict[str, tuple[Any, Any]]:
     """Find the settings of a run that differ from the paper's, as dotted name -> (here, paper).
 
-    num_shapes: number of shapes in the run's data. Data with as many shapes as ShapeNet55 count as
-    the paper's. The paper trains for 150 or 300 epochs, so neither number counts as a difference.
+    num_shapes: number of shapes in the run's data. If it is that of ShapeNet55, the data are
+    taken to be the paper's. The paper trains for 150 or 300 epochs, so neither number counts as a difference.
     Logging, seed and up axis are not compared.
     """
     # If the objective is not jepa, the schedule is compared with the defaults of that objective.

@@ -228,7 +228,7 @@ def test_head_first_takes_one_label_a_class(head_first, tmp_path):
 def test_head_first_needs_an_encoder_and_whole_shapes(config, segment_config, tmp_path):
     with pytest.raises(ValueError, match="head_first needs --init"):
         finetune(config(trained="head_first"), tmp_path / "run")
-    with pytest.raises(ValueError, match="segment takes all or head"):
+    with pytest.raises(ValueError, match="segment takes --trained all or head"):
         finetune(segment_config(trained="head_first", init="default"), tmp_path / "run")
 
 

@@ -188,8 +188,8 @@ def by_class(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> 
 
 def one_thread() -> AbstractContextManager:
     """Return a context manager within which BLAS, OpenMP and torch use one thread each. The
-    first call finds the libraries that are already loaded. Only these are limited, in later calls
-    too, so import scikit-learn before the first call.
+    first call finds the libraries that are already loaded. Later calls limit the same libraries,
+    and none that was loaded since. So import scikit-learn before the first call.
 
     A solver multiplies small matrices thousands of times. If BLAS splits each product among all
     cores, the cores mostly wait for one another, which also takes CPU time. On two cores, the same
@@ -210,8 +210,8 @@ def side_by_side(fit: Callable, jobs: Sequence[tuple], numbers: int) -> list[Any
     """Return `fit(*job)` for every job, in order. If all jobs together are large, they run in
     parallel, in at most one process per core.
 
-    fit: a module-level function that never returns a string. numbers: how many numbers all fits
-    together read. This decides whether the jobs are large enough for processes of their own.
+    fit: a module-level function that never returns a string. numbers: count of all array
+    elements that the fits read. It decides whether the jobs are large enough for processes of their own.
     """
     workers = min(os.cpu_count() or 1, len(jobs)) if numbers > _WORTH_PROCESSES else 1
     results = mapped(partial(_fits, fit), list(jobs), 1, workers, "fitting", fit.__module__)

@@ -87,7 +87,7 @@ def sheet(result: dict[str, Any]) -> Sheet:
     corruption, and a column for each model or baseline. Scores are means over severities.
     """
     data, rows = result["data"], result["corruptions"]
-    how = "each searched among the clean copies of the other shapes"
+    how = "each compared with the clean copies of the other shapes"
     metrics = "nearest correct / mAP"
     if result["task"] == "probe":
         metrics = "10 labels a class / kNN"

@@ -131,7 +131,7 @@ class Comparison:
             rule = f"each arm's lr is the best of {tried} at 10 labels a class on validation, seed {grid.seeds[0]}"
         notes = [
             f"seeds {', '.join(map(str, grid.seeds))}; {equal}; {rule}",
-            "all scores are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
+            "scores, except after fine-tuning, are of frozen vectors, [mean ; max] of the last layer. 10 labels a class: logistic regression, "
             "mean of 10 samples of labels. kNN: 10 neighbours. Both use vectors standardised by the train split. mAP, "
             "nearest neighbour: each scored shape is compared with all others, by vectors that are not standardised",
             "other arms: difference from the reference, paired by seed and by shape, with a 95 % interval over seeds "
@@ -144,7 +144,7 @@ class Comparison:
         if grid.finetuned:
             tuned = grid.finetune
             how = f"{tuned.labels:.0%} of the labels, {tuned.epochs:g} epochs, lr {tuned.lr:g}"
-            rule = "the epoch is chosen on a fifth of the labelled shapes; row untrained: trained from scratch"
+            rule = "the epoch is chosen on a fifth of the labelled shapes; the row 'untrained' is trained from scratch"
             notes.append(f"fine-tuned, as by jepa3d classify: {how}, {rule}")
         for dataset, name in self.names.items():
             rule = selection_rule(self._read(dataset, grid.reference), quick=True)
