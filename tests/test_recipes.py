@@ -17,7 +17,7 @@ from jepa3d.config import FinetuneConfig, SegmentConfig
 from jepa3d.plain import differences, from_dict, merge, read_recipe
 from jepa3d.training.compare import BASELINES
 from jepa3d.training.grid import read_grid
-from jepa3d.validate import validate
+from jepa3d.validate import departures, validate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -55,13 +55,13 @@ def test_the_paper_s_recipes_dry_run_at_full_size(shapenet55, tmp_path, epochs):
 def test_the_paper_s_recipes_depart_in_nothing_but_the_image_transformer(epochs):
     recipe = read_recipe(RECIPES / f"shapenet55-{epochs}.yaml")
     layers = settings.preset(recipe.pop("preset")), recipe, {"data": ["data/ShapeNet55-34"]}
-    assert list(settings.departures(settings.resolve(*layers), 52_470)) == ["dvae.backbone"]
+    assert list(departures(settings.resolve(*layers), 52_470)) == ["dvae.backbone"]
 
 
 def test_the_tiny_paper_recipe_departs_from_the_paper_in_sizes_and_rates_only():
     recipe = read_recipe(RECIPES / "tiny-paper.yaml")
     config = settings.resolve(settings.preset(recipe.pop("preset")), recipe)
-    groups = {name.split(".")[0] for name in settings.departures(config, 52_470)}
+    groups = {name.split(".")[0] for name in departures(config, 52_470)}
     assert groups == {
         "batch_size",
         "epochs",
