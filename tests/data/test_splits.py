@@ -110,9 +110,9 @@ def test_prepare_names_the_classes_that_a_part_lacks(tmp_path, capsys):
     (source / "cup/3.npy").write_text("damaged")
     prepare(source, tmp_path / "out", Preparation(points=16, split="0.2"), 1)
     said = capsys.readouterr().out
-    assert "testing leave out: " in said
+    assert "left out by training and testing" in said
     assert "rod (1 train, 0 test)" in said
-    assert "ball" not in said.split("testing leave out")[1]
+    assert "ball" not in said.split("left out by training and testing")[1]
 
 
 def test_a_fraction_in_place_of_the_folders_split_is_said(tmp_path, capsys):

@@ -553,5 +553,5 @@ def test_an_encoder_by_itself_is_probed_beside_an_untrained_one_of_its_settings(
 def test_encoders_by_themselves_are_not_averaged(tmp_path):
     for name in ("a", "b"):
         PointEncoder(16, 1, 2, 4, 8, 32).save_pretrained(tmp_path / name)
-    with pytest.raises(ValueError, match="one by one"):
+    with pytest.raises(ValueError, match="one per command"):
         probing.probe([tmp_path / "a", tmp_path / "b"], "synthetic:24")
