@@ -58,5 +58,5 @@ else:
 
 
 def __dir__() -> list[str]:
-    """List all public names, also those that have not been imported yet."""
+    """List the names in this module, and the public names that have not been imported yet."""
     return sorted({*globals(), *_MODULES, "__version__"})

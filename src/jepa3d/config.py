@@ -11,8 +11,9 @@ from typing import Any, Literal
 from jepa3d.plain import configuration, from_dict, merge, nearest, setting, to_dict
 
 # `small` has the paper's settings, and `base` has a wider encoder. `tiny` is for runs of a few
-# minutes: it has a small encoder, and the objective that reached the best scores in such runs
-# (docs/experiments.md). recipes/tiny-paper.yaml has the paper's objective at the size of `tiny`.
+# minutes: it has a small encoder, and the masks and teachers that reached the best scores in such
+# runs (docs/experiments.md). recipes/tiny-paper.yaml has the paper's masks and teacher, but the
+# small encoder of `tiny`.
 PRESETS = ("tiny", "small", "base")
 # Stage I trains a network that the run needs as its teacher or as its initial weights. These values
 # of `teacher` need neither stage I nor weights from a file:
@@ -51,7 +52,7 @@ class EncoderConfig:
 @configuration("Sampler: which tokens are context and which are targets")
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Settings of the sampler. Unless its help says otherwise, a ratio is a share of all tokens."""
+    """Settings of the sampler. A ratio is a share of all tokens, unless its help says otherwise."""
 
     name: str = setting(
         "multi_block",
@@ -189,7 +190,7 @@ BOOKKEEPING = ("log_every checkpoint_every snapshot_every checkpoint_activations
 @configuration("Stage I: the dVAE, the paper's teacher")
 @dataclass(frozen=True)
 class DVAEConfig(Schedule):
-    """Settings of the dVAE; the defaults are ACT's."""
+    """Settings of the dVAE; the defaults are those of ACT (Dong et al. 2023)."""
 
     lr: float = setting(5e-4, tiny=2e-3)
     weight_decay: float = setting(5e-4)
@@ -315,8 +316,9 @@ class PretrainConfig(RunConfig):
         return self if objective == self.objective else getattr(self, objective)
 
     def stage(self, name: str) -> "PretrainConfig":
-        """Return the settings that train the network `name` in stage I, with the schedule in its
-        group.
+        """Return the settings with which stage I trains the network `name`.
+
+        The schedule is the one in the group `name`, and no snapshots are stored.
         """
         return replace(self, objective=name, snapshot_every=None, **_schedule(getattr(self, name)))
 
@@ -440,8 +442,9 @@ def resolve(*layers: dict) -> PretrainConfig:
 
     A later dictionary overrides the earlier ones. Every objective of stage I has a group with its
     own schedule: `generative.max_steps` is the number of steps of the masked autoencoder. If the
-    run's objective is `generative`, the schedule in this group becomes the run's schedule, so
-    `max_steps` gets the same value. Raises ValueError as `from_dict` does.
+    run's objective is `generative`, the run and this group have the same schedule, so `max_steps`
+    and `generative.max_steps` are the same setting. If one dictionary has both, the value in the
+    group is used. Raises ValueError as `from_dict` does.
     """
     objective = merge({}, *layers).get("objective", "jepa")
     if objective in STAGE_ONE:

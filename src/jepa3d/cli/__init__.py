@@ -41,8 +41,9 @@ def _weaker_settings(command: str, tokens: list[str]) -> dict:
 
     command: pretrain, classify, segment or fewshot. tokens: its arguments. The settings come from
     the preset and the recipe, which overrides the preset. If a run is resumed, both override the
-    settings that are stored in the run. Raises ValueError if one of these sources is wrong, or if
-    another command made the run.
+    settings that are stored in the run. Of the flags, only `--objective` is applied here, since it
+    determines which schedule in the recipe is the schedule of the run. Raises ValueError if one of
+    these sources is wrong, or if another command made the run.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--preset", "--recipe", "--out", "--objective"):

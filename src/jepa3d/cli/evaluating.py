@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from jepa3d.cli.pretraining import going_on_with
 from jepa3d.run import Run
 
-# The defaults of the arguments layer, pooling, protocols, quick and per_class of `probe`.
+# The defaults of five arguments of `probe`: layer, pooling, protocols, quick and per_class.
 _CHOICES = ("best", "mean_max", None, False, None)
 
 

@@ -14,9 +14,9 @@ _DEFAULT = PretrainConfig()
 
 @contextmanager
 def going_on_with(command: str) -> Iterator[None]:
-    """Context manager: if a run is interrupted, add a hint to the message: how to continue.
+    """Context manager: if a run is interrupted, the message also says how to continue the run.
 
-    command: the text of the hint after "continue with"; it contains the command to repeat.
+    command: the text that follows "continue with" in the message, such as " the same command".
     """
     try:
         yield

@@ -179,7 +179,8 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Read the named arrays of an NPZ after checking their unpacked size.
 
-    Raises ReadError, or any error of numpy.
+    Raises ReadError if the arrays are too large or cut off, or hold Python objects. For other
+    damage, an error of numpy or zipfile is raised.
     """
     headers, names = npz_headers(path), list(names)
     for name in names:
@@ -193,8 +194,8 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 def _dataset(file: Any, name: str) -> Any:
     """Return the HDF5 dataset called `name`, following links inside the file.
 
-    Raises ReadError if `name` leads to another file, to a group or to nothing, or if the values of
-    the dataset lie in other files.
+    Raises ReadError if `name` leads to another file, to a group or to nothing, if the links form a
+    circle, or if the values of the dataset lie in other files.
     """
     h5py, node, path, steps = io_module("h5py"), file, [name], 0
     while path:

@@ -125,7 +125,7 @@ def _shapenet55(root: Path) -> Source:
 def _modelnet_normals(root: Path, variant: str | None) -> Source:
     """Read PointNet++'s release of ModelNet: files of 10,000 points with normals.
 
-    The variants are ModelNet10 and ModelNet40; for each there are lists of its files.
+    The variants are `modelnet10` and `modelnet40`. The release has lists of the files of each.
     """
     lists = sorted(root.glob("modelnet[14]0_shape_names.txt"))
     name = _chosen(root, [path.name.partition("_")[0] for path in lists], variant)

@@ -69,8 +69,8 @@ class PointCloud:
 
         unseen: number of NaN points that the caller has already left out. attributes: other fields
         of this class; normals, colors and parts must have N rows. Raises ReadError if `xyz` is no
-        array of points, if all points are NaN or equal, if a coordinate is infinite, if a face has
-        a NaN vertex, or if an attribute has another number of rows.
+        array of points, if all points are NaN or equal, if a coordinate is infinite or beyond 1e30,
+        if a face has a NaN vertex, or if one of these attributes has another number of rows.
         """
         check_shape(xyz := np.asarray(xyz))
         xyz, faces = xyz[:, :3].astype(np.float64), attributes.get("faces")
@@ -135,7 +135,8 @@ class PointCloud:
         which they were sampled, so for every n the first n are the farthest point sample of size n.
         random: uniform. voxel: find the coarsest grid (2^k cells per side) that has at least
         `count` occupied cells, take one point from each of these cells, and choose `count` of the
-        taken points at random; the sample is nearly even, and the time is linear.
+        taken points at random; the sample is nearly even, and the time grows linearly with the
+        number of points.
         """
         rng = np.random.default_rng(seed)
         if method == "fps":
@@ -342,9 +343,9 @@ class Reservoir:
 def collected(chunks: Iterable[np.ndarray], names: Iterable[str]) -> PointCloud:
     """Collect chunks of rows [n, D] into one cloud without NaN points.
 
-    If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: names of the
-    first columns, at most D; the first three are x, y and z. An attribute is left out if one of its
-    columns has no finite value. Raises ReadError for unusable points.
+    If there are over MAX_POINTS rows, a random MAX_POINTS of them are kept. names: the names
+    of the first columns (at most D names); the first three are x, y and z. An attribute is left out
+    if one of its columns has no finite value. Raises ReadError for unusable points.
     """
     reservoir, unseen = Reservoir(), 0
     for rows in chunks:

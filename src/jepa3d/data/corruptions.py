@@ -21,7 +21,8 @@ class Kind(NamedTuple):
 
     change: Callable[[np.ndarray, float, Generator], np.ndarray]
     levels: tuple[float, ...]  # mildest first
-    # True if the packaged encoder was trained on such changes (see `transforms.py::random_view`)
+    # True if the packaged encoder was trained on such changes: those of `random_view` in
+    # transforms.py, and random scaling of the axes
     trained: bool = True
 
 
@@ -178,7 +179,7 @@ def _squares(points: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.square(points - place).sum(-1)
 
 
-# name -> kind. A level written as n / 1024 is the share for PointCloud-C's n of 1,024 points.
+# name -> kind. PointCloud-C removes or adds n of 1,024 points; here, the level is n / 1024.
 KINDS = {
     "jitter": Kind(jitter, (0.01, 0.02, 0.03, 0.04, 0.05)),
     "scale": Kind(scale, (1.6, 1.7, 1.8, 1.9, 2.0)),

@@ -25,10 +25,11 @@ class PointClouds:
     """Shapes in the standard form or, after `load(raw=True)`, with the points of their source."""
 
     name: str
-    # identifies the data: sha256 of a store's shard records, of an .npz file, or of the points
+    # identifies the data: sha256 of the records of a store's shards (`Store.fingerprint`), of an
+    # .npz file, or of the points; for several sources, sha256 of their fingerprints
     fingerprint: str
-    # [n, N, 3] float32; after load(raw=True), shapes that were read from files are an object array
-    # [n] of arrays [N_i, 3]
+    # [n, N, 3] float32. After load(raw=True), shapes that are read one by one (those in files other
+    # than .npz bundles) may differ in size, so they are an object array [n] of arrays [N_i, 3].
     points: np.ndarray | StoredPoints
     labels: np.ndarray | None = None  # [n] int64; None if any shape has no label
     class_names: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ class PointClouds:
         return torch.from_numpy(self.points[index])
 
     def subset(self, keep: np.ndarray) -> "PointClouds":
-        """Return the shapes at a boolean mask or at an array of indices."""
+        """Return the shapes that a boolean mask or an array of indices selects."""
 
         def take(values):
             if isinstance(values, StoredPoints):
@@ -173,7 +174,8 @@ def _read(
 def _joined(batches: list, varied: bool) -> np.ndarray:
     """Join batches [b, N, ...] to [n, N, ...].
 
-    varied: each batch is one cloud, and N differs between clouds; return an object array [n].
+    varied: if True, each batch is one cloud, and N may differ between clouds. The result is then an
+    object array [n].
     """
     if not varied:
         return np.concatenate(batches)

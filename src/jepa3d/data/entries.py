@@ -1,8 +1,8 @@
 """Represent a source of clouds as a list of entries: one per cloud, with its class and split.
 
 Any process can read the cloud of an entry. Class and split come from the file or from the names of
-its folders. The split may also come from a random choice of a fraction, or from a list of test
-clouds.
+its folders. Instead of using these splits, `divide` can choose a fraction of the clouds at random
+as test clouds, or read a list of test clouds.
 """
 
 import re
@@ -103,7 +103,7 @@ def entries_of(
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that the name of a folder means; None for other names.
+    """Return the split that the name of a folder means, or None if the name means no split.
 
     Upper and lower case make no difference.
     """
@@ -119,9 +119,9 @@ def classes_and_splits(
     have names of splits, these folders are the splits. Otherwise, a folder with such a name, say
     `test`, is a split if a sibling folder has the name of another split, or if one of its
     subfolders has the same name as one of its siblings. If neither holds, `test` is a class. The
-    class of a file is the outermost of its folders that is no split. If all files share this
-    folder, and each file lies in a further folder inside it, the class is the next folder. flat: do
-    not apply this last rule.
+    class of a file is the outermost of its folders that is no split. However, as long as all files
+    share this folder, and each file lies in a further folder inside it, the class is the next
+    folder. flat: if True, the class is always the outermost folder that is no split.
     """
     # folder -> names of its subfolders
     inside: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -167,8 +167,9 @@ def divide(entries: list[Entry], split: str, seed: int) -> list[Entry]:
 
     split: "folder" keeps the splits of the source. A fraction puts this share of each class into
     the test split: at least one cloud, but never all; a class of one cloud stays in train. A path
-    names a file that lists the keys of the test clouds. Raises ValueError for a fraction outside 0
-    to 1, and for a list that is missing or names a cloud that is not in `entries`.
+    names a file that lists the keys of the test clouds. With a fraction or a list, all other clouds
+    are in the train split. Raises ValueError for a fraction that is not between 0 and 1, and for a
+    list that is missing or names a cloud that is not in `entries`.
     """
     if split == "folder":
         without = [entry for entry in entries if entry.split is None]

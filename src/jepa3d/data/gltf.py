@@ -155,9 +155,9 @@ class _Scene:
     def _positions(self, node: dict, place: np.ndarray, primitive: dict) -> np.ndarray:
         """Return the vertices [n, 3] of a primitive in scene coordinates.
 
-        Morph targets, if there are any, move the vertices first. Then the skin places them in the
-        scene or, without a skin, the matrix `place` of the node does. Raises ReadError for a
-        compressed primitive, and for a skin with a joint outside the scene.
+        Morph targets, if there are any, move the vertices first. Then the skin places the vertices
+        in the scene. Without a skin, the matrix `place` of the node does this. Raises ReadError for
+        a compressed primitive, and for a skin with a joint outside the scene.
         """
         attributes = primitive["attributes"]
         self._check_packed(primitive, attributes["POSITION"])
@@ -189,7 +189,7 @@ class _Scene:
     def _indices(self, primitive: dict) -> np.ndarray:
         """Return the corners of a primitive's faces, as indices of its vertices.
 
-        Raises ReadError for an index that is too large.
+        Raises ReadError if the indices are compressed, have no buffer or are too large.
         """
         count = self.json["accessors"][primitive["attributes"]["POSITION"]]["count"]
         if "indices" not in primitive:

@@ -56,7 +56,10 @@ def read(
 
 
 def refusal(path: Path) -> str | None:
-    """Return why this kind of file is not read and how to convert it; None if it is read."""
+    """Return why this kind of file is not read, and how to convert it if a way is known.
+
+    Returns None if this kind of file is read.
+    """
     suffix = suffix_of(path)
     if suffix in _CONVERTED:
         return f"{suffix} is not read; convert it first: {_CONVERTED[suffix]}"
@@ -102,7 +105,7 @@ def chunks(path: Path, tell: Callable[[int], None] = lambda unseen: None) -> Ite
         if rows is None:
             return tell(unseen)
         xyz = rows[:, :3]
-        wrong = (np.abs(xyz) >= 1e30).any(1)  # 1e30 counts as infinite; False for NaN
+        wrong = (np.abs(xyz) >= 1e30).any(1)  # 1e30 counts as infinite, NaN does not
         if wrong.any():
             first = f"the first in point {number + int(wrong.argmax()):,}"
             raise ReadError(f"{path}: has infinite coordinates, {first}")

@@ -124,8 +124,8 @@ def triangles(points: np.ndarray, sizes: np.ndarray, corners: np.ndarray) -> np.
         normals = np.cross(spokes[:, :-1], spokes[:, 1:])
         normal = normals.sum(1)
         along = (normals @ normal[:, :, None])[..., 0]
-        # a polygon is concave if a triangle of its fan faces the other way; the tolerance ignores
-        # rounding errors
+        # a polygon is concave if a triangle of its fan faces against the polygon's normal; the
+        # tolerance ignores rounding errors
         concave = (along < -1e-6 * (normal**2).sum(1, keepdims=True)).any(1)
         if size > _MOST_CORNERS and concave.any():
             raise ReadError(f"has a concave polygon of {size} corners: cut it into triangles")

@@ -54,7 +54,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a file. Raises ReadError if it is no PLY or names unknown types."""
+    """Read the header of a file. Raises ReadError if the file is no PLY or its header is damaged."""
     with path.open("rb") as file:
         text = file.read(1000)
         first_line = rb"(?:\xef\xbb\xbf)?\s*ply[ \t]*(\r\n|\r|\n)"
