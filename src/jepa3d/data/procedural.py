@@ -53,7 +53,7 @@ def _outline(rng: Rng) -> np.ndarray:
 
 
 def _profile(rng: Rng) -> np.ndarray:
-    """Choose a random profile: rows (radius, height), one per ring, with heights from -1 to 1."""
+    """Choose a random profile of a loft: rows (radius, height from -1 to 1), one for each ring."""
     kind = rng.integers(8)
     if kind < 3:  # prism, truncated cone or cone
         top = 1.0 if kind < 2 else rng.uniform(0, 0.9)

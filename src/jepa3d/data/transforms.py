@@ -11,7 +11,8 @@ from jepa3d.ops import BatchGenerator, gather_points, squared_distance, uniform,
 
 # largest shares of points that `random_view` removes, moves to random places, or moves into lumps
 MAX_CUT, MAX_CLUTTER, MAX_LUMPS = 0.5, 0.1, 1 / 3
-# `random_view` keeps one of these shares of num_points, all equally likely
+# `random_view` keeps one of these shares of num_points; each of the five entries is chosen with the
+# same probability
 VIEW_SHARES = (1, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
